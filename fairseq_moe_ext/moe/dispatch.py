@@ -1,0 +1,100 @@
+"""Tokens to rows in expert order, and back, by index.
+
+A row is a kept choice: N <= T * K rows, expert 0's first, each expert's in slot order. Moving a
+token is one read and one write of its D numbers; there is no tensor over tokens x experts x slots.
+"""
+
+from __future__ import annotations
+
+from typing import List, NamedTuple, Tuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .routing import Routing
+
+
+class Rows(NamedTuple):
+    """Where the choices of T tokens lie among the N rows."""
+
+    row: Tensor  # (T, K) int64: the row of a kept choice; 0 for a dropped one
+    kept: Tensor  # (T, K) bool
+    token: Tensor  # (N,) int64: the token of a row
+    counts: List[int]  # rows of each expert, summing to N
+
+
+def lay_out(routing: Routing, capacity: int | None) -> Rows:
+    """Lay the kept choices out in expert order."""
+    tokens, k = routing.experts.shape
+    counts = routing.counts.sum(dim=0)  # (E,)
+    if capacity is not None:
+        counts = counts.clamp(max=capacity)  # slots are filled without gaps
+    row = (counts.cumsum(0) - counts)[routing.experts] + routing.slots
+    spare = tokens * k  # dropped choices write here, behind all rows
+    token = row.new_empty(spare + 1)
+    index = torch.arange(tokens, device=row.device).unsqueeze(1).expand(tokens, k)
+    token.scatter_(0, row.where(routing.kept, spare).reshape(-1), index.reshape(-1))
+    rows_of = counts.tolist()
+    return Rows(row.where(routing.kept, 0), routing.kept, token[: sum(rows_of)], rows_of)
+
+
+def permute(x: Tensor, rows: Rows) -> Tensor:
+    """Copy each token to its rows: x (T, D) -> (N, D)."""
+    return _Permute.apply(x, rows.row, rows.kept, rows.token)
+
+
+def unpermute(y: Tensor, weights: Tensor, rows: Rows) -> Tensor:
+    """Sum each token's rows by weight: y (N, D), weights (T, K) -> (T, D).
+
+    A token without rows gets zeros: only the residual connection carries it on."""
+    return _Unpermute.apply(y, weights, rows.row, rows.kept, rows.token)
+
+
+def _weighted_sum(y: Tensor, weights: Tensor, row: Tensor) -> Tensor:
+    """sum_k weights[:, k] * y[row[:, k]]: (N, D), (T, K), (T, K) -> (T, D)."""
+    if y.size(0) == 0:  # every choice was dropped
+        return y.new_zeros(row.size(0), y.size(1))
+    out = y.index_select(0, row[:, 0]).mul_(weights[:, :1])
+    for k in range(1, row.size(1)):
+        out.addcmul_(y.index_select(0, row[:, k]), weights[:, k : k + 1])
+    return out
+
+
+class _Permute(torch.autograd.Function):
+    # Autograd's own backward of index_select adds row by row; gathering is faster and, on a GPU,
+    # deterministic.
+    @staticmethod
+    def forward(ctx, x: Tensor, row: Tensor, kept: Tensor, token: Tensor) -> Tensor:
+        ctx.save_for_backward(row, kept)
+        return x.index_select(0, token)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tuple[Tensor, None, None, None]:
+        row, kept = ctx.saved_tensors
+        return _weighted_sum(grad, kept.to(grad.dtype), row), None, None, None
+
+
+class _Unpermute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y: Tensor, weights: Tensor, row: Tensor, kept: Tensor, token: Tensor):
+        ctx.save_for_backward(y, weights, row, kept, token)
+        return _weighted_sum(y, weights, row)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        y, weights, row, kept, token = ctx.saved_tensors
+        grad_y = grad_weights = None
+        if ctx.needs_input_grad[0]:
+            weight = weights.new_empty(token.numel())  # (N,)
+            weight[row[kept]] = weights[kept]
+            grad_y = grad.index_select(0, token).mul_(weight.unsqueeze(1))
+        if ctx.needs_input_grad[1]:
+            grad_weights = torch.zeros_like(weights)
+            if y.size(0) > 0:
+                for k in range(row.size(1)):
+                    grad_weights[:, k] = (y.index_select(0, row[:, k]) * grad).sum(dim=1)
+                grad_weights *= kept
+        return grad_y, grad_weights, None, None, None

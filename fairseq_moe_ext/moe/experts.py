@@ -1,0 +1,124 @@
+"""The feed-forward networks of many experts as stacked weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Callable, List, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class GroupedLinear(nn.Module):
+    """E linear layers side by side; the rows of expert e go through weight[e] and bias[e].
+
+    Initialised as E separate `nn.Linear`, each from a seed of its own, so that an expert starts
+    the same wherever it lives.
+    """
+
+    def __init__(self, num_experts: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(num_experts, out_features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """U(-1/sqrt(in), 1/sqrt(in)) for weights and biases, as nn.Linear."""
+        first_seed = int(torch.randint(2**31, (1,), device="cpu"))
+        if self.weight.is_meta:
+            return
+        bound = 1 / math.sqrt(self.weight.size(-1))
+        generator = torch.Generator(self.weight.device)
+        with torch.no_grad():
+            for expert, (weight, bias) in enumerate(zip(self.weight, self.bias)):
+                generator.manual_seed(first_seed + expert)
+                weight.uniform_(-bound, bound, generator=generator)
+                bias.uniform_(-bound, bound, generator=generator)
+
+    def forward(self, x: Tensor, counts: List[int], grad_scale: float = 1.0) -> Tensor:
+        """x (N, in) in expert order, counts[e] rows of expert e -> (N, out).
+
+        The gradients of weight and bias are multiplied by grad_scale, x's is not.
+        """
+        return _GroupedLinear.apply(x, self.weight, self.bias, counts, grad_scale)
+
+    def extra_repr(self) -> str:
+        experts, out_features, in_features = self.weight.shape
+        return f"experts={experts}, in_features={in_features}, out_features={out_features}"
+
+
+class _GroupedLinear(torch.autograd.Function):
+    # A loop of matrix products that read one expert's weight and write into place. Under autograd
+    # each weight[e] would make a gradient of all experts' size; here it is written once.
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor, counts: List[int], grad_scale: float
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.counts, ctx.grad_scale = counts, grad_scale
+        out = x.new_empty(x.size(0), weight.size(1))
+        for rows, x_e, w_e, b_e in zip(out.split(counts), x.split(counts), weight, bias):
+            if len(rows) > 0:
+                torch.addmm(b_e, x_e, w_e.t(), out=rows)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+        x, weight = ctx.saved_tensors
+        counts, scale = ctx.counts, ctx.grad_scale
+        grads = grad.split(counts)
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.empty_like(x)
+            for rows, g_e, w_e in zip(grad_x.split(counts), grads, weight):
+                if len(rows) > 0:
+                    torch.mm(g_e, w_e, out=rows)
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.empty_like(weight)
+            for gw_e, g_e, x_e in zip(grad_weight, grads, x.split(counts)):
+                if len(g_e) > 0:
+                    torch.addmm(gw_e, g_e.t(), x_e, beta=0, alpha=scale, out=gw_e)
+                else:
+                    gw_e.zero_()
+        if ctx.needs_input_grad[2]:
+            grad_bias = torch.stack([g_e.sum(dim=0) for g_e in grads]).mul_(scale)
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+class Experts(nn.Module):
+    """E feed-forward networks: linear, activation, dropout, linear, dropout.
+
+    Args:
+        activation: elementwise function of a tensor.
+        activation_dropout, dropout: probabilities, behind the activation and at the end.
+        grad_scale: factor on the gradients of the experts' parameters (the paper's 1/sqrt(E)).
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        dim: int,
+        ffn_dim: int,
+        *,
+        activation: Callable[[Tensor], Tensor] = F.gelu,
+        activation_dropout: float = 0.0,
+        dropout: float = 0.0,
+        grad_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.activation_dropout = activation_dropout
+        self.dropout = dropout
+        self.grad_scale = grad_scale
+        self.fc1 = GroupedLinear(num_experts, dim, ffn_dim)
+        self.fc2 = GroupedLinear(num_experts, ffn_dim, dim)
+
+    def forward(self, x: Tensor, counts: List[int]) -> Tensor:
+        """x (N, D) in expert order, counts[e] rows of expert e -> (N, D)."""
+        hidden = self.activation(self.fc1(x, counts, self.grad_scale))  # (N, F)
+        hidden = F.dropout(hidden, self.activation_dropout, self.training)
+        out = self.fc2(hidden, counts, self.grad_scale)
+        return F.dropout(out, self.dropout, self.training)

@@ -1,0 +1,63 @@
+"""The gate: a linear router and the settings by which its logits become a routing."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from .routing import Routing, route_top1, route_top2, token_capacity
+
+
+class GateSettings(NamedTuple):
+    """How a gate routes; the flag of each field is in config.py."""
+
+    top_k: int = 2  # 1 or 2 experts a token
+    use_fp32: bool = False  # softmax and weights in float32 at least, whatever the model's precision
+    second_expert_policy: str = "sampling"
+    normalize_before_dropping: bool = False
+    batch_prioritized: bool = False
+    capacity_factor: Optional[float] = None  # training; None: top_k
+    eval_token_fraction: float = 0.25  # evaluation; <= 0: training's rule
+    dropless: bool = False  # no capacity, in training and at evaluation
+
+
+class Gate(nn.Module):
+    """Routes tokens by a linear layer without bias."""
+
+    def __init__(self, dim: int, num_experts: int, settings: GateSettings) -> None:
+        super().__init__()
+        self.wg = nn.Linear(dim, num_experts, bias=False)
+        self.settings = settings
+
+    def capacity(self, tokens: int) -> Optional[int]:
+        """Slots an expert has for a batch of tokens, by the present mode; None: no limit."""
+        s = self.settings
+        if s.dropless:
+            return None
+        if not self.training and s.eval_token_fraction > 0:
+            return token_capacity(tokens, self.wg.out_features, fraction=s.eval_token_fraction)
+        factor = s.top_k if s.capacity_factor is None else s.capacity_factor
+        return token_capacity(tokens, self.wg.out_features, factor=factor)
+
+    def forward(
+        self, x: Tensor, capacity: Optional[int], padding_mask: Optional[Tensor] = None
+    ) -> Tuple[Tensor, Routing]:
+        """x (T, D), padding_mask (T,) bool -> logits (T, E) and their routing."""
+        s = self.settings
+        logits = self.wg(x)
+        if s.use_fp32:
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if s.top_k == 1:
+            return logits, route_top1(logits, capacity=capacity, padding_mask=padding_mask)
+        # The noise is a means of exploration: at evaluation the runner-up is taken as it is.
+        policy = s.second_expert_policy if self.training else "all"
+        return logits, route_top2(
+            logits,
+            capacity=capacity,
+            padding_mask=padding_mask,
+            second_expert_policy=policy,
+            normalize_before_dropping=s.normalize_before_dropping,
+            batch_prioritized=s.batch_prioritized,
+        )
