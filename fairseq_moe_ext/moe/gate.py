@@ -14,7 +14,7 @@ class GateSettings(NamedTuple):
     """How a gate routes; the flag of each field is in config.py."""
 
     top_k: int = 2  # 1 or 2 experts a token
-    use_fp32: bool = False  # softmax and weights in float32 at least, whatever the model's precision
+    use_fp32: bool = False  # softmax and weights in float32 at least
     second_expert_policy: str = "sampling"
     normalize_before_dropping: bool = False
     batch_prioritized: bool = False

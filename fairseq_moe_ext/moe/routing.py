@@ -35,24 +35,13 @@ def token_capacity(
     fraction: Optional[float] = None,
 ) -> int:
     """Slots an expert has: ``int(factor * ceil(tokens / experts))``, the rule of training, or
-    ``ceil(fraction * tokens)``, the branch's rule of evaluation.
-
-    Raises ValueError when that leaves no slot at all, so that every token would be dropped.
-    """
+    ``ceil(fraction * tokens)``, the branch's rule of evaluation. At least 1, so that a short batch
+    under a factor below 1 still reaches some expert."""
     if (factor is None) == (fraction is None):
         raise ValueError("token_capacity takes one of factor and fraction")
     if fraction is not None:
-        capacity = math.ceil(fraction * tokens)
-        rule = f"--moe-eval-capacity-token-fraction {fraction}"
-    else:
-        capacity = int(factor * math.ceil(tokens / experts))
-        rule = f"--moe-capacity-factor {factor}"
-    if tokens > 0 and capacity < 1:
-        raise ValueError(
-            f"{rule} leaves {capacity} slots an expert ({tokens} tokens, {experts} experts), so "
-            "every token would be dropped: raise it, use larger batches, or --moe-dropless"
-        )
-    return capacity
+        return max(1, math.ceil(fraction * tokens))
+    return max(1, int(factor * math.ceil(tokens / experts)))
 
 
 def route_top1(
@@ -175,8 +164,6 @@ def _queue(
 
 
 def _gumbel_like(logits: Tensor) -> Tensor:
-    """Standard Gumbel samples, -log(-log(U)) = -log(Exponential(1))."""
-    # float32 at least: in half precision an exponential sample can round to 0, its log to -inf
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    samples = torch.empty_like(logits, dtype=dtype).exponential_()
-    return -samples.clamp(min=torch.finfo(dtype).tiny).log()
+    """Standard Gumbel samples, (T, E) float32: from one seed the same as the branch's."""
+    zero = torch.zeros((), device=logits.device)
+    return torch.distributions.Gumbel(zero, zero + 1).rsample(logits.shape)

@@ -13,9 +13,20 @@ from .routing import Routing
 # Experts counted as the most and as the least used: a fifth of them.
 BALANCE_SHARE = 0.2
 
+FIGURES = ("entropy_gating",) + tuple(
+    figure
+    for expert in ("expert1", "expert2")
+    for figure in (
+        f"overflow_{expert}",
+        f"unused_{expert}_count",
+        f"{expert}_balance_top",
+        f"{expert}_balance_bottom",
+    )
+)
+
 
 def routing_stats(routing: Routing) -> Dict[str, Tensor]:
-    """Statistics of one routing, scalars without gradient:
+    """FIGURES of one routing, scalars without gradient:
 
     entropy_gating: mean entropy of the router's probabilities, in nats.
     overflow_expert1, _expert2: percentage of routed first, second choices beyond capacity.

@@ -1,0 +1,24 @@
+"""Mixture-of-Experts language models as a plugin of stock fairseq.
+
+`--user-dir` imports this package; importing it registers the model and its architectures
+(models/), the criterion (criterions/) and the task (tasks/) with fairseq. The map:
+
+    config.py      every flag of the model, and the checks across flags
+    models/        the decoder, the registered model, the paper's sizes
+    moe/           the mathematics of a Mixture-of-Experts layer, torch only
+    criterions/    cross-entropy with the gates' losses
+    tasks/         language modelling over a mixture of corpora
+    prepare/       text to data-bins
+    cost.py        parameters and FLOPs
+    evaluation/    what trained models are asked: expert use, reports
+    cli.py         the command fairseq-moe
+    compat.py      what stock fairseq 0.12.2 needs to run on today's Python and PyTorch
+    errors.py      the exception for a user's mistake
+"""
+
+from . import compat
+
+compat.apply()  # before anything imports fairseq
+
+from . import criterions  # noqa: E402, F401
+from .models import architectures, language_model  # noqa: E402, F401

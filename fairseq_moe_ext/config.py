@@ -1,0 +1,261 @@
+"""Every flag of the model, once: type, default, choices, help; and the only checks across flags.
+
+Names and meanings of the moe_* flags are those of fairseq's `moe` branch, of the others those of
+stock `transformer_lm` (fairseq/models/transformer_lm.py@0.12.2), unless the help says otherwise.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Optional
+
+from fairseq import utils
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from omegaconf import II
+
+from .errors import UserError
+
+SECOND_EXPERT_POLICIES = ChoiceEnum(["sampling", "all", "random"])
+EXPERT_GRAD_SCALES = ChoiceEnum(["world_size", "sqrt_world_size", "sqrt_num_experts"])
+
+
+@dataclass
+class MoETransformerLMConfig(FairseqDataclass):
+    """Decoder-only Transformer language model, dense or with Mixture-of-Experts layers."""
+
+    activation_fn: ChoiceEnum(utils.get_available_activation_fns()) = field(
+        default="gelu", metadata={"help": "activation function to use"}
+    )
+    dropout: float = field(default=0.1, metadata={"help": "dropout probability"})
+    attention_dropout: float = field(
+        default=0.0, metadata={"help": "dropout probability for attention weights"}
+    )
+    activation_dropout: float = field(
+        default=0.0, metadata={"help": "dropout probability after activation in FFN"}
+    )
+    decoder_embed_dim: int = field(default=512, metadata={"help": "decoder embedding dimension"})
+    decoder_ffn_embed_dim: int = field(
+        default=2048, metadata={"help": "decoder embedding dimension for FFN"}
+    )
+    decoder_layers: int = field(default=6, metadata={"help": "num decoder layers"})
+    decoder_attention_heads: int = field(
+        default=8, metadata={"help": "num decoder attention heads"}
+    )
+    no_decoder_final_norm: bool = field(
+        default=False,
+        metadata={"help": "don't add an extra layernorm after the last decoder block"},
+    )
+    share_decoder_input_output_embed: bool = field(
+        default=False, metadata={"help": "share decoder input and output embeddings"}
+    )
+    decoder_learned_pos: bool = field(
+        default=False, metadata={"help": "use learned positional embeddings in the decoder"}
+    )
+    no_token_positional_embeddings: bool = field(
+        default=False, metadata={"help": "if set, disables positional embeddings"}
+    )
+    no_scale_embedding: bool = field(
+        default=False, metadata={"help": "if set, don't multiply embeddings by sqrt(dimension)"}
+    )
+    layernorm_embedding: bool = field(
+        default=False, metadata={"help": "add layernorm to embedding"}
+    )
+    checkpoint_activations: bool = field(
+        default=False, metadata={"help": "recompute each layer's activations in the backward pass"}
+    )
+
+    moe_freq: int = field(
+        default=0,
+        metadata={
+            "help": "every moe_freq-th layer is MoE: layer i (from 0) when (i + 1) %% moe_freq == 0; "
+            "0: a dense model"
+        },
+    )
+    moe_expert_count: int = field(
+        default=0, metadata={"help": "experts in each MoE layer, over all processes"}
+    )
+    moe_expert_ffn_dim: Optional[int] = field(
+        default=None,
+        metadata={"help": "hidden width of an expert (default: decoder_ffn_embed_dim)"},
+    )
+    moe_top1_expert: bool = field(
+        default=False, metadata={"help": "each token to one expert instead of two"}
+    )
+    moe_gating_use_fp32: bool = field(
+        default=False, metadata={"help": "softmax and weights of the gate in float32"}
+    )
+    moe_second_expert_policy: SECOND_EXPERT_POLICIES = field(
+        default="sampling",
+        metadata={
+            "help": "the second expert is the runner-up (all), the runner-up under Gumbel noise "
+            "(sampling), or the runner-up kept when twice its weight exceeds a uniform number "
+            "(random); at evaluation always the runner-up"
+        },
+    )
+    moe_normalize_gate_prob_before_dropping: bool = field(
+        default=False,
+        metadata={"help": "divide a token's two weights by their sum before, not after, dropping"},
+    )
+    moe_batch_prioritized_routing: bool = field(
+        default=False,
+        metadata={"help": "fill experts in the order of gate probability; top-2 only"},
+    )
+    use_moe_pad_mask: bool = field(
+        default=False, metadata={"help": "don't route padding tokens to any expert"}
+    )
+    moe_capacity_factor: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "in training an expert takes int(factor * ceil(tokens / experts)) tokens of a "
+            "batch (default: 2 for top-2, 1 for top-1)"
+        },
+    )
+    moe_eval_capacity_token_fraction: float = field(
+        default=0.25,
+        metadata={
+            "help": "at evaluation an expert takes ceil(fraction * tokens) tokens of a batch; "
+            "1.0 drops none, negative: training's rule. Range (0, 1]. Token-by-token generation "
+            "never drops"
+        },
+    )
+    moe_dropless: bool = field(
+        default=False,
+        metadata={"help": "no capacity: every token reaches its experts, also at evaluation"},
+    )
+    moe_normalize_expert_grad: EXPERT_GRAD_SCALES = field(
+        default="world_size",
+        metadata={
+            "help": "divide the experts' gradients, summed over processes, by the world size (as "
+            "any gradient) or its square root, or by the world size and the square root of the "
+            "number of experts (the paper)"
+        },
+    )
+    alternate_decoder_ffn_embed_dim: int = field(
+        default=0,
+        metadata={
+            "help": "if > 0, every MoE layer becomes a dense FFN of this width: the twin of an MoE "
+            "model in FLOPs a token"
+        },
+    )
+
+    # Settings of other groups that the model reads.
+    tokens_per_sample: int = II("task.tokens_per_sample")
+    max_target_positions: Optional[int] = II("task.max_target_positions")
+    max_tokens: Optional[int] = II("dataset.max_tokens")
+    batch_size: Optional[int] = II("dataset.batch_size")
+    ddp_backend: str = II("distributed_training.ddp_backend")
+    distributed_world_size: int = II("distributed_training.distributed_world_size")
+
+
+# Backends under which replicated experts train like any other parameter.
+_DDP_BACKENDS = ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d")
+
+
+def is_moe_layer(cfg: MoETransformerLMConfig, layer: int) -> bool:
+    """Whether the layer, counted from 0, is one of those that moe_freq picks."""
+    return cfg.moe_freq > 0 and (layer + 1) % cfg.moe_freq == 0
+
+
+def validate(cfg: MoETransformerLMConfig) -> None:
+    """Raise UserError for a setting that cannot work or would silently do something else."""
+    _validate_shape(cfg)
+    if cfg.moe_freq == 0:
+        if cfg.moe_expert_count != 0:
+            raise UserError(
+                f"--moe-expert-count {cfg.moe_expert_count} with --moe-freq 0 would give a dense "
+                "model: set --moe-freq (2: every other layer), or --moe-expert-count 0"
+            )
+        if cfg.alternate_decoder_ffn_embed_dim != 0:
+            raise UserError(
+                f"--alternate-decoder-ffn-embed-dim {cfg.alternate_decoder_ffn_embed_dim} with "
+                "--moe-freq 0 has no layer to act on: set --moe-freq"
+            )
+        return
+    if not 0 < cfg.moe_freq <= cfg.decoder_layers:
+        raise UserError(
+            f"--moe-freq {cfg.moe_freq} picks no layer of --decoder-layers {cfg.decoder_layers}: "
+            f"use 1 (all) to {cfg.decoder_layers} (the last), or 0 for a dense model"
+        )
+    if cfg.alternate_decoder_ffn_embed_dim < 0:
+        raise UserError(
+            f"--alternate-decoder-ffn-embed-dim {cfg.alternate_decoder_ffn_embed_dim} is negative: "
+            "use a width, or 0 for experts"
+        )
+    if cfg.alternate_decoder_ffn_embed_dim == 0:
+        _validate_experts(cfg)
+
+
+def _validate_shape(cfg: MoETransformerLMConfig) -> None:
+    for name in (
+        "decoder_embed_dim",
+        "decoder_ffn_embed_dim",
+        "decoder_layers",
+        "decoder_attention_heads",
+    ):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"{_flag(name)} {getattr(cfg, name)} is not positive: use 1 or more")
+    if cfg.decoder_embed_dim % cfg.decoder_attention_heads != 0:
+        raise UserError(
+            f"--decoder-embed-dim {cfg.decoder_embed_dim} is no multiple of "
+            f"--decoder-attention-heads {cfg.decoder_attention_heads}: change either"
+        )
+    for name in ("dropout", "attention_dropout", "activation_dropout"):
+        if not 0 <= getattr(cfg, name) < 1:
+            raise UserError(f"{_flag(name)} {getattr(cfg, name)} is out of range: use 0 to below 1")
+
+
+def _validate_experts(cfg: MoETransformerLMConfig) -> None:
+    if cfg.moe_expert_count < 1:
+        raise UserError(
+            f"--moe-expert-count {cfg.moe_expert_count} with --moe-freq {cfg.moe_freq}: use 1 or "
+            "more experts, or --moe-freq 0 for a dense model"
+        )
+    if cfg.moe_expert_count < 2 and not cfg.moe_top1_expert:
+        raise UserError(
+            f"--moe-expert-count {cfg.moe_expert_count} is too few for top-2 routing: use 2 or "
+            "more, or --moe-top1-expert"
+        )
+    if cfg.moe_expert_ffn_dim is not None and cfg.moe_expert_ffn_dim < 1:
+        raise UserError(f"--moe-expert-ffn-dim {cfg.moe_expert_ffn_dim}: use 1 or more")
+    if cfg.moe_batch_prioritized_routing and cfg.moe_top1_expert:
+        raise UserError(
+            "--moe-batch-prioritized-routing has no effect with --moe-top1-expert: drop either"
+        )
+    fraction = cfg.moe_eval_capacity_token_fraction
+    if fraction == 0 or fraction > 1 or math.isnan(fraction):
+        raise UserError(
+            f"--moe-eval-capacity-token-fraction {fraction} is out of range: use a share of the "
+            "batch above 0 up to 1, or a negative number for training's rule"
+        )
+    _validate_capacity_factor(cfg)
+    if cfg.distributed_world_size > 1 and cfg.ddp_backend not in _DDP_BACKENDS:
+        raise UserError(
+            f"--ddp-backend {cfg.ddp_backend} does not train experts right: use legacy_ddp or "
+            "pytorch_ddp"
+        )
+
+
+def _validate_capacity_factor(cfg: MoETransformerLMConfig) -> None:
+    factor = cfg.moe_capacity_factor
+    if factor is None:
+        return
+    if cfg.moe_dropless:
+        raise UserError(
+            f"--moe-capacity-factor {factor} contradicts --moe-dropless, which knows no capacity: "
+            "drop either"
+        )
+    if not factor > 0 or math.isinf(factor):
+        raise UserError(
+            f"--moe-capacity-factor {factor} is not a positive number: 2 is usual, --moe-dropless "
+            "sets no limit"
+        )
+    tokens = max(cfg.max_tokens or 0, (cfg.batch_size or 0) * cfg.tokens_per_sample)
+    if tokens > 0 and int(factor * math.ceil(tokens / cfg.moe_expert_count)) < 1:
+        raise UserError(
+            f"--moe-capacity-factor {factor} leaves {cfg.moe_expert_count} experts no slot in a "
+            f"batch of {tokens} tokens, so every token would be dropped: raise it, --batch-size or "
+            "--max-tokens"
+        )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

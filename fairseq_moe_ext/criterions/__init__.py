@@ -1,0 +1,3 @@
+"""Training losses."""
+
+from . import moe_cross_entropy  # noqa: F401

@@ -1,0 +1,169 @@
+"""Cross-entropy with the losses of the MoE layers' gates, and the figures that the branch logs."""
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Tuple
+
+import torch
+import torch.nn.functional as F
+from fairseq import metrics, utils
+from fairseq.criterions import FairseqCriterion, register_criterion
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from omegaconf import II
+from torch import Tensor
+
+from ..errors import UserError
+from ..moe.stats import FIGURES
+
+_LAYER_FIGURE = re.compile(r"layer\d+_")
+
+
+@dataclass
+class MoECrossEntropyConfig(FairseqDataclass):
+    moe_gate_loss_wt: float = field(
+        default=1.0, metadata={"help": "weight of the gates' balancing loss"}
+    )
+    moe_gate_loss_combine_method: ChoiceEnum(["average", "sum"]) = field(
+        default="average", metadata={"help": "how the balancing losses of the layers combine"}
+    )
+    moe_gate_loss_transform: ChoiceEnum(["none", "neg_log"]) = field(
+        default="none", metadata={"help": "function applied to the combined balancing loss"}
+    )
+    moe_z_loss_wt: float = field(
+        default=0.0,
+        metadata={"help": "weight of the router z-loss, which combines over layers alike"},
+    )
+    moe_log_per_layer: bool = field(
+        default=False, metadata={"help": "log the figures of each MoE layer, too"}
+    )
+    sentence_avg: bool = II("optimization.sentence_avg")
+
+
+@register_criterion("moe_cross_entropy", dataclass=MoECrossEntropyConfig)
+class MoECrossEntropyCriterion(FairseqCriterion):
+    """loss = cross-entropy + weight * sample size * transform(combined balancing loss) (the
+    branch's moe_cross_entropy; GShard, arXiv 2006.16668, equation 4). For dense models, ours or
+    stock's, it is the cross-entropy alone."""
+
+    def __init__(
+        self,
+        task,
+        moe_gate_loss_wt,
+        moe_gate_loss_combine_method,
+        moe_gate_loss_transform,
+        moe_z_loss_wt,
+        moe_log_per_layer,
+        sentence_avg,
+    ) -> None:
+        super().__init__(task)
+        for name, weight in (
+            ("--moe-gate-loss-wt", moe_gate_loss_wt),
+            ("--moe-z-loss-wt", moe_z_loss_wt),
+        ):
+            if not 0 <= weight < math.inf:
+                raise UserError(f"{name} {weight} is no weight: use 0 (off) or a positive number")
+        self.gate_loss_weight = moe_gate_loss_wt
+        self.combine = torch.sum if str(moe_gate_loss_combine_method) == "sum" else torch.mean
+        self.neg_log = str(moe_gate_loss_transform) == "neg_log"
+        self.z_loss_weight = moe_z_loss_wt
+        self.log_per_layer = moe_log_per_layer
+        self.sentence_avg = sentence_avg
+
+    def forward(self, model, sample, reduce=True) -> Tuple[Tensor, int, Dict[str, Any]]:
+        """Returns the loss, the sample size by which the trainer divides its gradient, and the
+        logging outputs, which may be summed over processes and steps."""
+        inner_loss, extra = self._cross_entropy(model, sample, reduce)
+        nsentences = sample["target"].size(0)
+        sample_size = nsentences if self.sentence_avg else sample["ntokens"]
+        logging_output = {
+            "inner_loss": inner_loss.detach(),
+            "ntokens": sample["ntokens"],
+            "nsentences": nsentences,
+            "sample_size": sample_size,
+            "batch_count": 1,
+        }
+        loss = inner_loss
+        records = extra.get("moe") if isinstance(extra, dict) else None
+        if records:
+            gate_loss, z_loss = self._gate_losses(records)
+            extra_loss = self.gate_loss_weight * gate_loss + self.z_loss_weight * z_loss
+            loss = loss + sample_size * extra_loss
+            logging_output["moe_loss"] = sample_size * gate_loss.detach()
+            if self.z_loss_weight > 0:
+                logging_output["moe_z_loss"] = sample_size * z_loss.detach()
+            logging_output.update(self._figures(records))
+        logging_output["loss"] = loss.detach()
+        return loss, sample_size, logging_output
+
+    def _cross_entropy(self, model, sample, reduce: bool) -> Tuple[Tensor, Any]:
+        """Cross-entropy in nats, summed (reduce) or per token, and the model's second output."""
+        if reduce and getattr(model, "computes_loss", False):
+            return model(**sample["net_input"], target=sample["target"])
+        logits, extra = model(**sample["net_input"])[:2]
+        lprobs = model.get_normalized_probs((logits, extra), log_probs=True)
+        nll = F.nll_loss(
+            lprobs.view(-1, lprobs.size(-1)),
+            sample["target"].view(-1),
+            ignore_index=self.padding_idx,
+            reduction="sum" if reduce else "none",
+        )
+        return nll, extra
+
+    def _gate_losses(self, records) -> Tuple[Tensor, Tensor]:
+        """The balancing loss, transformed, and the z-loss, each combined over layers: scalars."""
+        balance = torch.stack([record.balance_loss for record in records])  # (layers,)
+        if not torch.isfinite(balance).all():
+            bad = records[int((~torch.isfinite(balance)).nonzero()[0])].layer
+            raise UserError(
+                f"the router of layer {bad} (from 0) yields NaN or infinity: training has diverged; "
+                "lower --lr, lengthen --warmup-updates, or use --moe-gating-use-fp32 or "
+                "--moe-z-loss-wt 0.001, from the last good checkpoint"
+            )
+        gate_loss = self.combine(balance)
+        if self.neg_log:
+            gate_loss = -torch.log(gate_loss)
+        return gate_loss, self.combine(torch.stack([record.z_loss for record in records]))
+
+    def _figures(self, records) -> Dict[str, Tensor]:
+        """Each figure averaged over MoE layers, and on request of each layer."""
+        figures = {
+            name: torch.stack([record.stats[name] for record in records]).mean()
+            for name in records[0].stats
+        }
+        if self.log_per_layer:
+            for record in records:
+                stats = {"gate_loss": record.balance_loss.detach(), **record.stats}
+                figures.update({f"layer{record.layer}_{k}": v for k, v in stats.items()})
+        return figures
+
+    @staticmethod
+    def reduce_metrics(logging_outputs: List[Dict[str, Any]]) -> None:
+        """Log the loss (base 2, with the gates' share), inner_loss (base 2, the language model's
+        alone), ppl, moe_gate_loss and moe_z_loss (natural, unweighted), and the mean over batches
+        of every figure."""
+
+        def total(key):
+            return sum(log.get(key, 0) for log in logging_outputs)
+
+        sample_size, ntokens, inner_loss = total("sample_size"), total("ntokens"), total("inner_loss")
+        bits = sample_size * math.log(2)
+        metrics.log_scalar("loss", total("loss") / bits, sample_size, round=3)
+        metrics.log_scalar("inner_loss", inner_loss / bits, sample_size, round=3)
+        per_token = "inner_loss"
+        if sample_size != ntokens:
+            per_token = "nll_loss"
+            metrics.log_scalar("nll_loss", inner_loss / ntokens / math.log(2), ntokens, round=3)
+        metrics.log_derived("ppl", lambda meters: utils.get_perplexity(meters[per_token].avg))
+        logged = dict.fromkeys(key for log in logging_outputs for key in log)
+        for key, name in (("moe_loss", "moe_gate_loss"), ("moe_z_loss", "moe_z_loss")):
+            if key in logged:
+                metrics.log_scalar(name, total(key) / sample_size, sample_size, round=8)
+        batches = total("batch_count")
+        for key in logged:
+            if key in FIGURES or _LAYER_FIGURE.match(key):
+                metrics.log_scalar(key, total(key) / batches, batches, round=3)
+
+    @staticmethod
+    def logging_outputs_can_be_summed() -> bool:
+        return True

@@ -1,0 +1,1 @@
+"""The registered model, its decoder and the paper's architectures."""

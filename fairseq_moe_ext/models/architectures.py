@@ -1,0 +1,80 @@
+"""The paper's model sizes as data, and two for a laptop; registered as architectures by name.
+
+Artetxe et al. 2021 (arXiv 2112.10684), table 1. An architecture is a set of defaults: any of them
+can be overridden by its flag.
+"""
+
+from dataclasses import MISSING, fields
+from typing import Any, Dict
+
+from fairseq.models import register_model_architecture
+from omegaconf import DictConfig
+
+from ..config import MoETransformerLMConfig
+from .language_model import MODEL_NAME
+
+# Pre-norm, GELU, sinusoidal positions, tied embeddings; dropout and the rest as the config's.
+_COMMON: Dict[str, Any] = {
+    "activation_fn": "gelu",
+    "dropout": 0.1,
+    "attention_dropout": 0.1,
+    "share_decoder_input_output_embed": True,
+}
+
+# Every second layer sparse, 512 experts, top-2 without noise, gate in float32, capacity factor 2,
+# expert gradients scaled by 1 / sqrt(experts).
+_MOE: Dict[str, Any] = {
+    "moe_freq": 2,
+    "moe_expert_count": 512,
+    "moe_gating_use_fp32": True,
+    "moe_second_expert_policy": "all",
+    "moe_normalize_expert_grad": "sqrt_num_experts",
+}
+
+
+def _size(layers: int, dim: int, heads: int) -> Dict[str, Any]:
+    return {
+        **_COMMON,
+        "decoder_layers": layers,
+        "decoder_embed_dim": dim,
+        "decoder_ffn_embed_dim": 4 * dim,
+        "decoder_attention_heads": heads,
+    }
+
+
+ARCHITECTURES: Dict[str, Dict[str, Any]] = {
+    "dense_lm_tiny": _size(4, 128, 4),
+    "dense_lm_125m": _size(12, 768, 12),
+    "dense_lm_355m": _size(24, 1024, 16),
+    "dense_lm_1_3b": _size(24, 2048, 32),
+    "dense_lm_2_7b": _size(32, 2560, 32),
+    "dense_lm_6_7b": _size(32, 4096, 32),
+    "dense_lm_13b": _size(40, 5120, 40),
+    "moe_lm_tiny": {**_size(4, 128, 4), **_MOE, "moe_expert_count": 8},
+    "moe_lm_15b": {**_size(12, 768, 12), **_MOE},
+    "moe_lm_52b": {**_size(24, 1024, 16), **_MOE},
+    "moe_lm_207b": {**_size(24, 2048, 32), **_MOE},
+    "moe_lm_1_1t": {**_size(32, 4096, 32), **_MOE},
+}
+
+
+def _register(name: str, sizes: Dict[str, Any]) -> None:
+    # What neither the user nor the architecture sets has the config's default. That is written out
+    # here for checkpoints of an earlier version, which lack the flags added since.
+    defaults = {f.name: f.default for f in fields(MoETransformerLMConfig)}
+    defaults = {
+        key: value
+        for key, value in {**defaults, **sizes}.items()
+        if not (key == "_name" or value is MISSING or str(value).startswith("${"))
+    }
+
+    @register_model_architecture(MODEL_NAME, name)
+    def architecture(args) -> None:
+        for key, value in defaults.items():
+            present = key in args if isinstance(args, DictConfig) else hasattr(args, key)
+            if not present:
+                setattr(args, key, value)
+
+
+for _name, _sizes in ARCHITECTURES.items():
+    _register(_name, _sizes)

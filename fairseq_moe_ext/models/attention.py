@@ -1,0 +1,74 @@
+"""Causal self-attention with the parameter names of fairseq's MultiheadAttention."""
+
+import math
+from typing import Dict, Optional
+
+import torch
+import torch.nn.functional as F
+from fairseq.incremental_decoding_utils import with_incremental_state
+from torch import Tensor, nn
+
+IncrementalState = Dict[str, Dict[str, Optional[Tensor]]]
+
+
+@with_incremental_state
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention of each position to itself and those before it."""
+
+    def __init__(self, dim: int, heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.k_proj = nn.Linear(dim, dim)
+        self.v_proj = nn.Linear(dim, dim)
+        self.q_proj = nn.Linear(dim, dim)
+        self.out_proj = nn.Linear(dim, dim)
+        # fairseq/modules/multihead_attention.py:167@0.12.2
+        for proj in (self.k_proj, self.v_proj, self.q_proj):
+            nn.init.xavier_uniform_(proj.weight, gain=1 / math.sqrt(2))
+        nn.init.xavier_uniform_(self.out_proj.weight)
+        nn.init.constant_(self.out_proj.bias, 0.0)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Optional[Tensor] = None,
+        incremental_state: Optional[IncrementalState] = None,
+    ) -> Tensor:
+        """
+        Args:
+            x: (B, T, D); with incremental_state the newest position alone, T = 1.
+            mask: None, or bool, True where a query may look, broadcast to (B, H, T, keys): for
+                batches with padding on the left, and then causal by itself.
+            incremental_state: keys and values of earlier positions; this call adds its own.
+        """
+        q, k, v = (self._split(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if incremental_state is not None:
+            past = self.get_incremental_state(incremental_state, "kv")
+            if past is not None:
+                k = torch.cat([past["k"], k], dim=2)
+                v = torch.cat([past["v"], v], dim=2)
+            self.set_incremental_state(incremental_state, "kv", {"k": k, "v": v})
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=mask is None and incremental_state is None,
+        )  # (B, H, T, D / H)
+        return self.out_proj(out.transpose(1, 2).reshape(x.shape))
+
+    def _split(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, H, T, D / H), a view."""
+        return x.view(x.size(0), x.size(1), self.heads, -1).transpose(1, 2)
+
+    def reorder_incremental_state(
+        self, incremental_state: IncrementalState, new_order: Tensor
+    ) -> IncrementalState:
+        """Follow beam search as it reorders and drops sequences; new_order (B',) int64."""
+        past = self.get_incremental_state(incremental_state, "kv")
+        if past is not None:
+            past = {name: cached.index_select(0, new_order) for name, cached in past.items()}
+            self.set_incremental_state(incremental_state, "kv", past)
+        return incremental_state

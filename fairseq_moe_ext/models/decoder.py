@@ -1,0 +1,264 @@
+"""A decoder-only Transformer, pre-norm, whose feed-forward layers are dense or MoE.
+
+Leaner than stock's decoder (batch first throughout, no cross-attention), with its parameter names,
+so that dense checkpoints of `transformer_lm` load here and ours there.
+"""
+
+import math
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from fairseq import utils
+from fairseq.data import Dictionary
+from fairseq.models import FairseqIncrementalDecoder
+from fairseq.models.transformer import Embedding
+from fairseq.modules import LayerNorm, PositionalEmbedding, SinusoidalPositionalEmbedding
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..config import MoETransformerLMConfig, is_moe_layer
+from ..moe.gate import GateSettings
+from ..moe.layer import MoELayer, MoEOutput
+from .attention import CausalSelfAttention, IncrementalState
+
+
+class LayerRecord(NamedTuple):
+    """What an MoE layer reports beside its output."""
+
+    layer: int  # from 0
+    balance_loss: Tensor  # (), differentiable
+    z_loss: Tensor  # (), differentiable
+    stats: Dict[str, Tensor]  # moe/stats.py
+    expert_counts: Tensor  # (K, E) int64: choices routed to each expert, before dropping
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)), dense or MoE."""
+
+    def __init__(self, cfg: MoETransformerLMConfig, index: int) -> None:
+        super().__init__()
+        dim = cfg.decoder_embed_dim
+        self.dropout = cfg.dropout
+        self.activation_dropout = cfg.activation_dropout
+        self.activation = utils.get_activation_fn(str(cfg.activation_fn))
+        self.self_attn = CausalSelfAttention(
+            dim, cfg.decoder_attention_heads, cfg.attention_dropout
+        )
+        self.self_attn_layer_norm = LayerNorm(dim)
+        self.final_layer_norm = LayerNorm(dim)
+        self.moe_layer: Optional[MoELayer] = None
+        self.route_padding = not cfg.use_moe_pad_mask
+        ffn_dim = cfg.decoder_ffn_embed_dim
+        if is_moe_layer(cfg, index):
+            if cfg.alternate_decoder_ffn_embed_dim == 0:
+                self.moe_layer = self._build_moe_layer(cfg)
+                return
+            ffn_dim = cfg.alternate_decoder_ffn_embed_dim
+        self.fc1 = nn.Linear(dim, ffn_dim)
+        self.fc2 = nn.Linear(ffn_dim, dim)
+
+    def _build_moe_layer(self, cfg: MoETransformerLMConfig) -> MoELayer:
+        settings = GateSettings(
+            top_k=1 if cfg.moe_top1_expert else 2,
+            use_fp32=cfg.moe_gating_use_fp32,
+            second_expert_policy=str(cfg.moe_second_expert_policy),
+            normalize_before_dropping=cfg.moe_normalize_gate_prob_before_dropping,
+            batch_prioritized=cfg.moe_batch_prioritized_routing,
+            capacity_factor=cfg.moe_capacity_factor,
+            eval_token_fraction=cfg.moe_eval_capacity_token_fraction,
+            dropless=cfg.moe_dropless,
+        )
+        return MoELayer(
+            cfg.decoder_embed_dim,
+            cfg.moe_expert_ffn_dim or cfg.decoder_ffn_embed_dim,
+            cfg.moe_expert_count,
+            settings,
+            activation=self.activation,
+            activation_dropout=cfg.activation_dropout,
+            dropout=cfg.dropout,
+            grad_scale=expert_grad_scale(cfg),
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Optional[Tensor],
+        padding_mask: Optional[Tensor],
+        incremental_state: Optional[IncrementalState] = None,
+    ) -> Tuple[Tensor, Optional[MoEOutput]]:
+        """x (B, T, D), attn_mask as CausalSelfAttention's, padding_mask (B, T) bool -> the same
+        shape, and what the MoE layer yields (None from a dense one)."""
+        y = self.self_attn(self.self_attn_layer_norm(x), attn_mask, incremental_state)
+        x = x + F.dropout(y, self.dropout, self.training)
+        y = self.final_layer_norm(x)
+        if self.moe_layer is None:
+            y = self.activation(self.fc1(y))
+            y = self.fc2(F.dropout(y, self.activation_dropout, self.training))
+            return x + F.dropout(y, self.dropout, self.training), None
+        # Token by token, a batch is one position of unrelated sequences: a capacity over it would
+        # let them push each other out of experts.
+        moe = self.moe_layer(
+            y,
+            padding_mask=None if self.route_padding else padding_mask,
+            dropless=incremental_state is not None,
+        )
+        return x + moe.out, moe
+
+
+class MoETransformerDecoder(FairseqIncrementalDecoder):
+    """Embedding, layers, final norm, output projection."""
+
+    def __init__(self, cfg: MoETransformerLMConfig, dictionary: Dictionary) -> None:
+        super().__init__(dictionary)
+        # Stock registers the version of its state; with it the two load into each other.
+        self.register_buffer("version", torch.tensor([3.0]))
+        dim = cfg.decoder_embed_dim
+        self.padding_idx = dictionary.pad()
+        self.dropout = cfg.dropout
+        self.checkpoint_activations = cfg.checkpoint_activations
+        self.share_input_output_embed = cfg.share_decoder_input_output_embed
+        self.max_target_positions = cfg.max_target_positions or cfg.tokens_per_sample
+        self.embed_scale = 1.0 if cfg.no_scale_embedding else math.sqrt(dim)
+
+        self.embed_tokens = Embedding(len(dictionary), dim, self.padding_idx)
+        self.embed_positions = None
+        if not cfg.no_token_positional_embeddings:
+            self.embed_positions = PositionalEmbedding(
+                self.max_target_positions, dim, self.padding_idx, learned=cfg.decoder_learned_pos
+            )
+        self.layernorm_embedding = LayerNorm(dim) if cfg.layernorm_embedding else None
+        self.layers = nn.ModuleList(DecoderLayer(cfg, i) for i in range(cfg.decoder_layers))
+        self.layer_norm = None if cfg.no_decoder_final_norm else LayerNorm(dim)
+        self.output_projection = nn.Linear(dim, len(dictionary), bias=False)
+        if self.share_input_output_embed:
+            self.output_projection.weight = self.embed_tokens.weight
+        else:
+            nn.init.normal_(self.output_projection.weight, mean=0, std=dim**-0.5)
+
+    def forward(
+        self,
+        prev_output_tokens: Tensor,
+        encoder_out: None = None,
+        incremental_state: Optional[IncrementalState] = None,
+        features_only: bool = False,
+        **unused: Any,
+    ) -> Tuple[Tensor, Dict[str, Any]]:
+        """
+        Args:
+            prev_output_tokens: (B, T) int64; with incremental_state all positions so far, of which
+                the last is computed.
+
+        Returns:
+            logits (B, T, V), or features (B, T, D) with features_only (T = 1 with
+            incremental_state), and a dict with "moe": a LayerRecord for each MoE layer.
+        """
+        x, extra = self.extract_features(prev_output_tokens, incremental_state=incremental_state)
+        return (x if features_only else self.output_layer(x)), extra
+
+    def extract_features(
+        self,
+        prev_output_tokens: Tensor,
+        encoder_out: None = None,
+        incremental_state: Optional[IncrementalState] = None,
+        **unused: Any,
+    ) -> Tuple[Tensor, Dict[str, Any]]:
+        """As `forward` with features_only."""
+        padding = prev_output_tokens.eq(self.padding_idx)  # (B, T)
+        attn_mask = _attention_mask(padding, incremental_state is not None)
+        x = self._embed(prev_output_tokens, newest_only=incremental_state is not None)
+        if incremental_state is not None:
+            padding = padding[:, -1:]
+
+        records: List[LayerRecord] = []
+        for index, layer in enumerate(self.layers):
+            if self.checkpoint_activations and self.training and incremental_state is None:
+                x, moe = checkpoint(layer, x, attn_mask, padding, use_reentrant=False)
+            else:
+                x, moe = layer(x, attn_mask, padding, incremental_state)
+            if moe is not None:
+                records.append(LayerRecord(index, *moe[1:]))
+        if self.layer_norm is not None:
+            x = self.layer_norm(x)
+        return x, {"attn": [None], "moe": records}
+
+    def _embed(self, tokens: Tensor, newest_only: bool) -> Tensor:
+        """tokens (B, T) -> (B, T, D), or (B, 1, D) of the last position."""
+        positions = None
+        if self.embed_positions is not None:
+            # Padding has no position, so a row padded on the left counts from its first token.
+            positions = utils.make_positions(tokens, self.padding_idx)  # (B, T)
+        if newest_only:
+            tokens = tokens[:, -1:]
+            positions = positions[:, -1:] if positions is not None else None
+        x = self.embed_scale * self.embed_tokens(tokens)
+        if positions is not None:
+            x = x + self._embed_positions(positions)
+        if self.layernorm_embedding is not None:
+            x = self.layernorm_embedding(x)
+        return F.dropout(x, self.dropout, self.training)
+
+    def _embed_positions(self, positions: Tensor) -> Tensor:
+        """positions (B, T) -> (B, T, D). Stock's modules take tokens and, token by token, assume
+        that no row is padded (sinusoidal_positional_embedding.py:83@0.12.2)."""
+        table = self.embed_positions
+        if not isinstance(table, SinusoidalPositionalEmbedding):
+            return F.embedding(positions, table.weight, table.padding_idx)
+        needed = self.padding_idx + 1 + self.max_target_positions
+        if table.weights.size(0) < needed:
+            table.weights = table.get_embedding(needed, table.embedding_dim, self.padding_idx)
+        table.weights = table.weights.to(table._float_tensor)
+        return F.embedding(positions, table.weights)
+
+    def output_layer(self, features: Tensor, **unused: Any) -> Tensor:
+        """features (..., D) -> logits (..., V)."""
+        return self.output_projection(features)
+
+    def max_positions(self) -> int:
+        """Longest sequence that the model takes."""
+        return self.max_target_positions
+
+    def upgrade_state_dict_named(self, state_dict: Dict[str, Tensor], name: str) -> None:
+        """Bring a state of stock's decoder, also an old one, to the keys of this one
+        (transformer_decoder.py:upgrade_state_dict_named@0.12.2)."""
+        if isinstance(self.embed_positions, SinusoidalPositionalEmbedding):
+            state_dict.pop(f"{name}.embed_positions.weights", None)
+            state_dict.setdefault(f"{name}.embed_positions._float_tensor", torch.zeros(1))
+        state_dict.setdefault(f"{name}.version", self.version)
+        projection = f"{name}.output_projection.weight"
+        if projection not in state_dict:
+            if self.share_input_output_embed and f"{name}.embed_tokens.weight" in state_dict:
+                state_dict[projection] = state_dict[f"{name}.embed_tokens.weight"]
+            elif f"{name}.embed_out" in state_dict:
+                state_dict[projection] = state_dict.pop(f"{name}.embed_out")
+
+
+def expert_grad_scale(cfg: MoETransformerLMConfig) -> float:
+    """Factor on the experts' gradients. Data-parallel training averages gradients over processes,
+    which divides their sum by the world size; that is moe_normalize_expert_grad's first choice."""
+    return {
+        "world_size": 1.0,
+        "sqrt_world_size": math.sqrt(cfg.distributed_world_size),
+        "sqrt_num_experts": 1 / math.sqrt(cfg.moe_expert_count),
+    }[str(cfg.moe_normalize_expert_grad)]
+
+
+def _attention_mask(padding: Tensor, newest_only: bool) -> Optional[Tensor]:
+    """The mask that a batch with padding on the left needs; None for any other, as behind a causal
+    mask padding on the right is out of sight.
+
+    padding (B, T) bool -> (B, 1, T, T) bool, or (B, 1, 1, T) for the newest position. A position
+    may always look at itself, so that padding has something to look at and no row becomes NaN.
+    """
+    length = padding.size(1)
+    if newest_only:
+        if not padding.any():
+            return None
+        mask = ~padding
+        mask[:, -1] = True
+        return mask[:, None, None, :]
+    if not (padding[:, :-1] & ~padding[:, 1:]).any():
+        return None
+    causal = torch.ones(length, length, dtype=torch.bool, device=padding.device).tril()
+    itself = torch.eye(length, dtype=torch.bool, device=padding.device)
+    return (causal & ~padding[:, None, None, :]) | itself
