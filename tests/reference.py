@@ -1,0 +1,241 @@
+"""The truth of the MoE layer: a plain Python loop over tokens, read from top to bottom.
+
+Nothing here is fast and nothing here is shared with the package; the tests compare the package with
+it. Arithmetic is done on rows and scalars of torch tensors in the dtype of the inputs (float64 in
+most tests), so autograd through the loop gives the gradients as well.
+
+Semantics: GShard (arXiv 2006.16668, algorithm 1) as published with fairseq's `moe` branch, whose
+own numbers (`tests/data/gates_and_layers.npz`) this file is held against in
+`tests/moe/test_reference.py`.
+
+Letters: T tokens, D model, F hidden, E experts, K choices per token (1 or 2).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+FLOAT32_TINY = (
+    2.0**-126
+)  # the branch adds it to every expert's percentage, so that its logarithm exists
+
+
+class Choice(NamedTuple):
+    """One of the K choices of one token."""
+
+    expert: int
+    weight: Tensor  # () factor of the expert's output; 0 where the token is not sent or is dropped
+    routed: bool  # sent to the expert: not padding, not sampled away
+    slot: int  # place in the expert's queue, from 0; -1 where not routed
+    kept: bool  # routed and slot < capacity
+
+
+class Routes(NamedTuple):
+    probs: list[Tensor]  # T rows of (E,)
+    choices: list[list[Choice]]  # T rows of K
+
+
+class Output(NamedTuple):
+    out: Tensor  # (T, D)
+    balance_loss: Tensor  # ()
+    z_loss: Tensor  # ()
+    stats: dict[str, float]
+    expert_counts: list[list[int]]  # K rows of E
+
+
+def train_capacity(tokens: int, experts: int, factor: float) -> int:
+    """Slots per expert in training; the branch's factor is 1 for top-1 and 2 for top-2."""
+    return int(factor * math.ceil(tokens / experts))
+
+
+def eval_capacity(tokens: int, fraction: float) -> int:
+    """Slots per expert at evaluation, as a fraction of all tokens."""
+    return math.ceil(fraction * tokens)
+
+
+def softmax(row: Tensor) -> Tensor:
+    exponentials = torch.exp(row - row.max().detach())  # (E,)
+    return exponentials / exponentials.sum()
+
+
+def argmax(row: Tensor) -> int:
+    """The first of the largest: a tie goes to the expert with the lower number."""
+    values = row.tolist()
+    return values.index(max(values))
+
+
+def route(
+    logits: Tensor,
+    *,
+    top_k: int,
+    capacity: Optional[int],
+    padding_mask: Optional[Sequence[bool]] = None,
+    second_expert_policy: str = "all",
+    normalize_before_dropping: bool = False,
+    batch_prioritized: bool = False,
+    noise: Optional[Tensor] = None,
+) -> Routes:
+    """Choose experts, weights and slots for every token.
+
+    logits (T, E). capacity None drops nothing. noise is (T, E) Gumbel numbers for the policy
+    "sampling" and (T,) uniform numbers for "random".
+    """
+    tokens, experts = logits.shape
+    padding = [False] * tokens if padding_mask is None else [bool(p) for p in padding_mask]
+    eps = torch.finfo(logits.dtype).eps
+    zero = logits.new_zeros(())
+
+    # 1. what every token wants
+    probs: list[Tensor] = []
+    wanted: list[list[int]] = []  # T rows of K experts
+    routed: list[list[bool]] = []
+    weights: list[list[Tensor]] = []
+    for t in range(tokens):
+        gates = softmax(logits[t])
+        probs.append(gates)
+        first = argmax(gates)
+        if top_k == 1:
+            wanted.append([first])
+            weights.append([gates[first]])
+            routed.append([not padding[t]])
+            continue
+
+        score = logits[t].detach().clone()
+        if second_expert_policy == "sampling":
+            score = score + noise[t]
+        score[first] = -math.inf
+        second = argmax(score)
+        g1, g2 = gates[first], gates[second]
+        if normalize_before_dropping:
+            total = torch.clamp(g1 + g2, min=eps)
+            g1, g2 = g1 / total, g2 / total
+        take_second = True
+        if second_expert_policy == "random":
+            take_second = bool(2 * g2.detach() > noise[t])
+        wanted.append([first, second])
+        weights.append([g1, g2])
+        routed.append([not padding[t], take_second and not padding[t]])
+
+    # 2. who stands where in which queue: all first choices, then all second choices
+    order = list(range(tokens))
+    if batch_prioritized and top_k == 2:
+        order.sort(key=lambda t: -max(probs[t].tolist()))  # stable: ties stay in token order
+    queue = [0] * experts
+    slots = [[-1] * top_k for _ in range(tokens)]
+    for k in range(top_k):
+        for t in order:
+            if routed[t][k]:
+                slots[t][k] = queue[wanted[t][k]]
+                queue[wanted[t][k]] += 1
+
+    # 3. drop what stands beyond the capacity, and settle the weights
+    choices: list[list[Choice]] = []
+    for t in range(tokens):
+        kept = [routed[t][k] and (capacity is None or slots[t][k] < capacity) for k in range(top_k)]
+        final = [weights[t][k] if kept[k] else zero for k in range(top_k)]
+        if top_k == 2 and not normalize_before_dropping:
+            total = torch.clamp(final[0] + final[1], min=eps)
+            final = [weight / total for weight in final]
+        choices.append(
+            [
+                Choice(wanted[t][k], final[k], routed[t][k], slots[t][k], kept[k])
+                for k in range(top_k)
+            ]
+        )
+    return Routes(probs, choices)
+
+
+def balance_loss(routes: Routes) -> Tensor:
+    """E^2 * mean over experts of (mean gate) * (share of tokens whose first choice it is).
+
+    Shares are those before dropping. Padding counts in the mean gate and in the number of tokens,
+    and not as a first choice.
+    """
+    tokens, experts = len(routes.probs), len(routes.probs[0])
+    loss = 0.0
+    for e in range(experts):
+        mean_gate = sum(gates[e] for gates in routes.probs) / tokens
+        share = sum(c[0].routed and c[0].expert == e for c in routes.choices) / tokens
+        loss = loss + mean_gate * share
+    return loss / experts * experts**2
+
+
+def z_loss(logits: Tensor) -> Tensor:
+    """Mean over tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, equation 5)."""
+    total = 0.0
+    for row in logits:
+        highest = row.max().detach()
+        total = total + (highest + torch.log(torch.exp(row - highest).sum())) ** 2
+    return total / len(logits)
+
+
+def statistics(routes: Routes) -> dict[str, float]:
+    """The branch's figures, in percent, nats and experts.
+
+    Balance, unused and entropy count every token, padding included, and every second choice, also
+    one that the policy "random" sampled away; overflow is a percentage of what was routed.
+    """
+    tokens, experts = len(routes.probs), len(routes.probs[0])
+    stats = {}
+    entropy = 0.0
+    for gates in routes.probs:
+        entropy += sum(-p * math.log(p) for p in gates.tolist() if p > 0)
+    stats["entropy_gating"] = entropy / tokens
+    group = math.ceil(0.2 * experts)
+    for k in range(len(routes.choices[0])):
+        name = f"expert{k + 1}"
+        sent = sum(choices[k].routed for choices in routes.choices)
+        dropped = sum(choices[k].routed and not choices[k].kept for choices in routes.choices)
+        stats[f"overflow_{name}"] = 100 * dropped / sent if sent else 0.0
+        share = [0.0] * experts  # % of tokens
+        for choices in routes.choices:
+            share[choices[k].expert] += 100 / tokens
+        stats[f"unused_{name}_count"] = share.count(0.0)
+        share = sorted(percent + FLOAT32_TINY for percent in share)
+        stats[f"{name}_balance_top"] = sum(share[-group:])
+        stats[f"{name}_balance_bottom"] = sum(share[:group])
+    return stats
+
+
+def expert_counts(routes: Routes) -> list[list[int]]:
+    """How many tokens each choice sends to each expert, before dropping."""
+    counts = []
+    for k in range(len(routes.choices[0])):
+        counts.append([0] * len(routes.probs[0]))
+        for choices in routes.choices:
+            counts[k][choices[k].expert] += choices[k].routed
+    return counts
+
+
+def moe_layer(
+    x: Tensor,
+    gate: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    activation: Callable[[Tensor], Tensor],
+    **routing,
+) -> Output:
+    """x (T, D), gate (E, D), w1 (E, F, D), b1 (E, F), w2 (E, D, F), b2 (E, D); rest as `route`."""
+    logits = torch.stack([torch.stack([(row * g).sum() for g in gate]) for row in x])  # (T, E)
+    routes = route(logits, **routing)
+    rows = []
+    for t in range(len(x)):
+        row = torch.zeros_like(x[t])
+        for choice in routes.choices[t]:
+            if choice.kept:
+                e = choice.expert
+                hidden = activation(w1[e] @ x[t] + b1[e])  # (F,)
+                row = row + choice.weight * (w2[e] @ hidden + b2[e])
+        rows.append(row)
+    return Output(
+        torch.stack(rows),
+        balance_loss(routes),
+        z_loss(logits),
+        statistics(routes),
+        expert_counts(routes),
+    )
