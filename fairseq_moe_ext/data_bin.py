@@ -1,0 +1,114 @@
+"""Folders of data-bins: what lies where, which names a corpus may have, which files belong together.
+
+    DATA/dict.txt
+    DATA/<corpus>/dict.txt                      the same bytes as DATA/dict.txt
+    DATA/<corpus>/{train,valid,test}.{bin,idx}  one data-bin of fairseq's mmap format per split
+
+Every DATA/<corpus> is by itself an ordinary fairseq data-bin. A corpus without a train split is
+held out: out of domain. `fairseq-moe prepare` writes this layout and the task
+`mixture_language_modeling` reads it; this module needs neither fairseq nor torch.
+"""
+
+import filecmp
+import os
+import re
+from pathlib import Path
+from typing import Dict, List
+
+from fairseq_moe_ext.errors import UserError
+
+DICTIONARY = "dict.txt"
+SPLITS = ("train", "valid", "test")
+
+# A name is a folder, part of log keys (<corpus>_ppl), of flags (a=0.5,b=0.5) and of subset names
+# (valid/docs): nothing that any of these would read differently.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+# in_domain_ppl and out_of_domain_ppl are the means in the log; a folder called valid1 makes
+# fairseq/data/data_utils.py:577@0.12.2 believe in a forgotten validation set.
+_RESERVED = re.compile(r"in_domain|out_of_domain|(train|valid*|test)[0-9]*(\..*)?")
+
+
+def check_corpus_name(name: str, where: str) -> None:
+    """Raise UserError, saying `where` the name stands, unless a corpus may be called `name`."""
+    if not _NAME.fullmatch(name):
+        raise UserError(
+            f"{where}: a corpus cannot be called {name!r}; use letters, digits, '_', '-' and '.', "
+            "beginning with a letter or a digit"
+        )
+    if _RESERVED.fullmatch(name):
+        raise UserError(
+            f"{where}: the name {name!r} is taken (splits and means are called so); "
+            "choose another name for the corpus"
+        )
+
+
+def has_split(folder: Path, split: str) -> bool:
+    """Whether `folder` holds the data-bin `split`; UserError if only one of its two files is there."""
+    index, tokens = folder / f"{split}.idx", folder / f"{split}.bin"
+    if index.is_file() != tokens.is_file():
+        there, missing = (index, tokens) if index.is_file() else (tokens, index)
+        raise UserError(
+            f"{missing}: missing although {there.name} is there; a data-bin is both files: "
+            "prepare it again or copy the missing one"
+        )
+    return index.is_file()
+
+
+def find_corpora(data: Path) -> Dict[str, Path]:
+    """The corpora of a data folder by name, in alphabetical order.
+
+    A folder that is itself a plain data-bin (dict.txt and, say, train.idx side by side) is one
+    corpus called "data".
+
+    Raises:
+        UserError: no such folder, no dict.txt, no corpus in it, both layouts at once, or a name
+            that a corpus cannot have.
+    """
+    if not data.is_dir():
+        raise UserError(f"{data}: no such data folder; make one with `fairseq-moe prepare`")
+    if not (data / DICTIONARY).is_file():
+        raise UserError(f"{data / DICTIONARY}: missing; {data} is not a prepared data folder")
+    plain = sorted(path.name for path in data.glob("*.idx"))
+    folders = sorted(path for path in data.iterdir() if path.is_dir() and any(path.glob("*.idx")))
+    if plain and folders:
+        raise UserError(
+            f"{data}: holds data-bins of its own ({plain[0]}) and of corpora "
+            f"({folders[0].name}/); move one of the two elsewhere"
+        )
+    if plain:
+        return {"data": data}
+    if not folders:
+        raise UserError(
+            f"{data}: no data-bin in it or in its folders (looked for *.idx); "
+            "make them with `fairseq-moe prepare`"
+        )
+    for folder in folders:
+        check_corpus_name(folder.name, str(folder))
+    return {folder.name: folder for folder in folders}
+
+
+def check_dictionaries(data: Path, corpora: Dict[str, Path]) -> None:
+    """Raise UserError unless every corpus has the dictionary of the data folder, byte for byte."""
+    expected = data / DICTIONARY
+    for folder in corpora.values():
+        found = folder / DICTIONARY
+        if not found.is_file():
+            raise UserError(f"{found}: missing; it must be a copy of {expected}")
+        if os.path.samefile(found, expected):
+            continue
+        if not filecmp.cmp(found, expected, shallow=False):
+            raise UserError(
+                f"{found} ({_count_lines(found)} types) differs from {expected} "
+                f"({_count_lines(expected)} types); prepare all corpora with one dictionary "
+                "(`fairseq-moe prepare --dict`)"
+            )
+
+
+def splits_of(folder: Path) -> List[str]:
+    """The names of all data-bins in one corpus folder (train, valid, test, valid1, ...)."""
+    return sorted(path.stem for path in folder.glob("*.idx"))
+
+
+def _count_lines(path: Path) -> int:
+    with open(path, "rb") as file:
+        return sum(1 for _ in file)

@@ -1,0 +1,107 @@
+"""dict.txt in the convention of fairseq's `--bpe gpt2`: the words are BPE ids, written as numbers.
+
+fairseq puts 4 special symbols before the file's lines (fairseq/data/dictionary.py:35@0.12.2): line
+i, counted from 0, is index 4 + i.
+"""
+
+import re
+from pathlib import Path
+from typing import List, Optional, Tuple
+
+import numpy as np
+
+from fairseq_moe_ext.errors import UserError
+
+NUM_SPECIAL = 4
+EOS = 2
+UNK = 3
+PADDING_FACTOR = 8  # fairseq-preprocess --padding-factor
+
+Lines = List[Tuple[str, int]]  # (symbol, count)
+
+_MADE_UP = re.compile(r"madeupword[0-9]+")
+
+
+def build(counts: np.ndarray, types: Optional[int]) -> Lines:
+    """Dictionary of all BPE ids, the frequent ones first.
+
+    Ids with the same count stand in the order of their digits, as fairseq-preprocess sorts them
+    (dictionary.py:195@0.12.2); ids that never occurred are in it too, so that any text can be
+    encoded. It is filled up with madeupword0000, madeupword0001, ...
+
+    Args:
+        counts: (N,) how often each BPE id occurs in the training text.
+        types: size to fill up to, the 4 special symbols included; by default the next multiple of
+            8, as fairseq does.
+
+    Raises:
+        UserError: `types` is too small for the BPE ids.
+    """
+    needed = NUM_SPECIAL + len(counts)
+    if types is None:
+        types = -(-needed // PADDING_FACTOR) * PADDING_FACTOR
+    check_types(types, len(counts))
+    order = sorted(range(len(counts)), key=lambda i: (-counts[i], str(i)))
+    lines = [(str(i), int(counts[i])) for i in order]
+    return lines + [(f"madeupword{i:04d}", 0) for i in range(types - needed)]
+
+
+def check_types(types: int, bpe_types: int) -> None:
+    """Raise UserError unless `types` symbols hold `bpe_types` BPE ids and the special symbols."""
+    if types < NUM_SPECIAL + bpe_types:
+        raise UserError(
+            f"--dict-size {types}: too small for {bpe_types} BPE types and {NUM_SPECIAL} special "
+            f"symbols; at least {NUM_SPECIAL + bpe_types}"
+        )
+
+
+def read(path: Path, bpe_types: int) -> Lines:
+    """Read an existing dict.txt.
+
+    Raises:
+        UserError: not a dictionary, or not one of BPE ids below `bpe_types`.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--dict {path}: cannot be read: {error}") from None
+    lines: Lines = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        symbol, _, count = line.rstrip().rpartition(" ")
+        if not symbol or not count.isdigit():
+            raise UserError(f"--dict {path}, line {number}: {line!r} is not '<symbol> <count>'")
+        lines.append((symbol, int(count)))
+        if symbol.isdigit() and int(symbol) >= bpe_types:
+            raise UserError(
+                f"--dict {path}, line {number}: BPE id {symbol}, but the tokenizer has only "
+                f"{bpe_types} types; give the encoder.json and vocab.bpe that belong to it"
+            )
+        if not symbol.isdigit() and not _MADE_UP.fullmatch(symbol):
+            raise UserError(
+                f"--dict {path}, line {number}: {symbol!r} is not a BPE id; a dictionary for "
+                "--bpe gpt2 is needed"
+            )
+    symbols = [symbol for symbol, _ in lines]
+    if len(set(symbols)) < len(symbols):
+        raise UserError(f"--dict {path}: a symbol stands in it twice")
+    if not lines:
+        raise UserError(f"--dict {path}: empty")
+    return lines
+
+
+def lookup(lines: Lines, bpe_types: int) -> np.ndarray:
+    """(N + 1,) dictionary index of every BPE id, and of the newline id N, which is `</s>`.
+
+    BPE ids that are not in the dictionary are `<unk>`.
+    """
+    table = np.full(bpe_types + 1, UNK, dtype=np.int64)
+    for index, (symbol, _) in enumerate(lines, start=NUM_SPECIAL):
+        if symbol.isdigit():
+            table[int(symbol)] = index
+    table[bpe_types] = EOS
+    return table
+
+
+def write(lines: Lines, path: Path) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(f"{symbol} {count}\n" for symbol, count in lines)

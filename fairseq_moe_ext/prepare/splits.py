@@ -1,0 +1,34 @@
+"""A document to train, valid or test, by its own text."""
+
+import hashlib
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SplitRule:
+    """Deals documents out by a hash of their text.
+
+    So the split of a document depends neither on the order of the files nor on the number of
+    workers, stays the same when documents are added, and copies of one document never stand on
+    both sides.
+
+    valid, test: the shares of documents, in expectation; the rest is train.
+    held_out: no train split; the documents go to valid and test in the proportion of the two.
+    """
+
+    valid: float
+    test: float
+    seed: int
+    held_out: bool = False
+
+    def __call__(self, document: str) -> str:
+        """The split ("train", "valid" or "test") of `document`."""
+        total = self.valid + self.test if self.held_out else 1.0
+        key = self.seed.to_bytes(8, "little", signed=True)
+        digest = hashlib.blake2b(document.encode("utf-8"), digest_size=8, key=key).digest()
+        draw = int.from_bytes(digest, "little") / 2**64 * total
+        if draw < self.valid:
+            return "valid"
+        if self.held_out or draw < self.valid + self.test:
+            return "test"
+        return "train"
