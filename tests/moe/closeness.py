@@ -23,7 +23,14 @@ def assert_near(actual, expected, rtol, name="", scale=None):
 
 
 def assert_stats_near(actual, expected, rtol):
-    """Two dictionaries of figures, each within rtol of its own size."""
+    """Two dictionaries of figures, each within rtol of its own size, with two exceptions.
+
+    Percentages are float32 whatever the precision of the gate, in the branch and here: 1e-6. The
+    entropy is compared with 1 nat, as a probability near 1 is known to an absolute precision only.
+    """
     assert set(actual) == set(expected)
     for key, value in expected.items():
-        assert_near(float(actual[key]), float(value), rtol, key)
+        if key == "entropy_gating":
+            assert_near(float(actual[key]), float(value), rtol, key, scale=max(1.0, float(value)))
+        else:
+            assert_near(float(actual[key]), float(value), max(rtol, 1e-6), key)

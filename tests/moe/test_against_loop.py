@@ -1,0 +1,310 @@
+"""The package equals the plain loop of tests/reference.py over a grid of shapes and settings."""
+
+import math
+from typing import NamedTuple, Optional
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from closeness import assert_near, assert_stats_near
+from golden import RTOL
+from hypothesis import assume, event, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fairseq_moe_ext.moe.balance import balance_loss, z_loss
+from fairseq_moe_ext.moe.gate import GateSettings
+from fairseq_moe_ext.moe.layer import MoELayer
+from fairseq_moe_ext.moe.routing import route_top1, route_top2, token_capacity
+from fairseq_moe_ext.moe.stats import routing_stats
+
+# The same examples on every run; the loop is slow by design, so there is no deadline.
+GRID = settings(derandomize=True, deadline=None, database=None, max_examples=300)
+
+POLICIES = ("all", "sampling", "random")
+DTYPES = (torch.float64, torch.float32)
+
+
+class Example(NamedTuple):
+    """T tokens, D model, F hidden, E experts."""
+
+    x: Tensor  # (T, D)
+    gate: Tensor  # (E, D)
+    w1: Tensor  # (E, F, D)
+    b1: Tensor  # (E, F)
+    w2: Tensor  # (E, D, F)
+    b2: Tensor  # (E, D)
+    padding_mask: Optional[Tensor]  # (T,)
+    capacity: Optional[int]
+    top_k: int
+    policy: str
+    normalize_before_dropping: bool
+    batch_prioritized: bool
+    noise: Optional[Tensor]
+    seed: int
+
+    def options(self):
+        """Keyword arguments of `reference.route`."""
+        return {
+            "top_k": self.top_k,
+            "capacity": self.capacity,
+            "padding_mask": self.padding_mask,
+            "second_expert_policy": self.policy,
+            "normalize_before_dropping": self.normalize_before_dropping,
+            "batch_prioritized": self.batch_prioritized,
+            "noise": self.noise,
+        }
+
+
+def on_grid(generator, *shape, steps, scale=1.0):
+    """Normal numbers rounded to multiples of 1/steps, so that products and sums of a few of them
+    are exact in float32 and float64 alike: both precisions then face the same logits, and equal
+    rows give equal logits whatever the order of summation."""
+    return torch.round(torch.randn(*shape, generator=generator).double() * scale * steps) / steps
+
+
+@st.composite
+def examples(draw):
+    top_k = draw(st.sampled_from([2, 1, 2]))
+    experts = draw(st.integers(top_k, 9))
+    tokens = draw(st.integers(1, 40))
+    dim = draw(st.integers(1, 8))
+    hidden = draw(st.integers(1, 8))
+    seed = draw(st.integers(0, 2**16))
+    generator = torch.Generator().manual_seed(seed)
+
+    x = on_grid(generator, tokens, dim, steps=32)
+    gate = on_grid(generator, experts, dim, steps=32, scale=0.5)
+    repeated = draw(st.booleans())
+    if repeated:  # ties between tokens: they share their priority
+        x = x[torch.randint(0, min(3, tokens), (tokens,), generator=generator)]
+    if draw(st.booleans()):  # ties between experts: a few of them have the same logits
+        gate = gate[torch.randint(0, experts, (experts,), generator=generator)]
+    if draw(st.booleans()):  # most tokens want the same expert; others are empty
+        gate[draw(st.integers(0, experts - 1))] += x.mean(dim=0).sign()
+
+    mask = None
+    padding = draw(st.sampled_from(["none", "some", "some", "none", "none", "some", "all"]))
+    if padding != "none":
+        share = {"some": 0.4, "all": 1.0}[padding]
+        mask = torch.rand(tokens, generator=generator) < share
+    limit = draw(st.sampled_from(["dropless", "one", "training", "evaluation", "any"]))
+    capacity = {
+        "dropless": None,
+        "one": 1,
+        "training": reference.train_capacity(tokens, experts, top_k),
+        "evaluation": reference.eval_capacity(tokens, 0.25),
+        "any": draw(st.integers(1, tokens)),
+    }[limit]
+    policy = draw(st.sampled_from(POLICIES)) if top_k == 2 else "all"
+    noise = None
+    if policy == "sampling":
+        uniform = torch.rand(tokens, experts, generator=generator).double().clamp_min(1e-6)
+        noise = torch.round(-torch.log(-torch.log(uniform)) * 1024) / 1024
+    elif policy == "random":
+        noise = torch.rand(tokens, generator=generator).double()
+    return Example(
+        x=x,
+        gate=gate,
+        w1=torch.randn(experts, hidden, dim, generator=generator).double(),
+        b1=torch.randn(experts, hidden, generator=generator).double(),
+        w2=torch.randn(experts, dim, hidden, generator=generator).double(),
+        b2=torch.randn(experts, dim, generator=generator).double(),
+        padding_mask=mask,
+        capacity=capacity,
+        top_k=top_k,
+        policy=policy,
+        normalize_before_dropping=top_k == 2 and draw(st.booleans()),
+        batch_prioritized=top_k == 2 and draw(st.booleans()),
+        noise=noise,
+        seed=seed,
+    )
+
+
+def is_decided(example, logits, routes):
+    """Whether rounding cannot turn a choice: ties are exact, everything else is well apart.
+
+    The grid makes ties of logits exact. Two other comparisons are of rounded numbers: the priority
+    of tokens, which must differ clearly unless the rows of logits are the same, and the uniform
+    number of the policy "random"."""
+    if example.batch_prioritized:
+        order = sorted(range(len(logits)), key=lambda t: float(routes.probs[t].detach().max()))
+        for a, b in zip(order, order[1:]):
+            gap = float(routes.probs[b].detach().max() - routes.probs[a].detach().max())
+            if gap < 1e-5 and not torch.equal(logits[a], logits[b]):
+                return False
+    if example.policy == "random":
+        for t, choices in enumerate(routes.choices):
+            first, second = (routes.probs[t][choice.expert].detach() for choice in choices)
+            total = first + second if example.normalize_before_dropping else 1.0
+            if abs(2 * second / total - example.noise[t]) < 1e-5:
+                return False
+    return True
+
+
+def note_kind(example, routes):
+    """What the grid covers, shown by `pytest --hypothesis-show-statistics`."""
+    event(f"top-{example.top_k} {example.policy}")
+    choices = [choice for choices in routes.choices for choice in choices]
+    event("a choice is dropped", any(c.routed and not c.kept for c in choices))
+    event("an expert is empty", 0 in reference.expert_counts(routes)[0])
+    event("nothing is routed", not any(c.routed for c in choices))
+
+
+def column(routes, field):
+    return torch.tensor([[getattr(c, field) for c in choices] for choices in routes.choices])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@GRID
+@given(example=examples())
+def test_routing(dtype, example):
+    """Choices, slots and weights; losses and statistics; gradients of the logits."""
+    truth = (example.x @ example.gate.T).requires_grad_()  # (T, E)
+    routes = reference.route(truth, **example.options())
+    assume(is_decided(example, truth, routes))
+    note_kind(example, routes)
+
+    logits = truth.detach().to(dtype).requires_grad_()
+    common = {"capacity": example.capacity, "padding_mask": example.padding_mask}
+    if example.top_k == 1:
+        routing = route_top1(logits, **common)
+    else:
+        routing = route_top2(
+            logits,
+            **common,
+            second_expert_policy=example.policy,
+            normalize_before_dropping=example.normalize_before_dropping,
+            batch_prioritized=example.batch_prioritized,
+            noise=None if example.noise is None else example.noise.to(dtype),
+        )
+
+    rtol = RTOL[dtype]
+    routed = column(routes, "routed")
+    assert torch.equal(routing.experts, column(routes, "expert"))
+    assert torch.equal(routing.routed, routed)
+    assert torch.equal(routing.kept, column(routes, "kept"))
+    assert torch.equal(routing.slots[routed], column(routes, "slot")[routed])
+    assert routing.counts.tolist() == reference.expert_counts(routes)
+    weights = torch.stack([torch.stack([c.weight for c in choices]) for choices in routes.choices])
+    assert_near(routing.weights, weights, rtol, "weights", scale=1.0)
+    assert_near(routing.probs, torch.stack(routes.probs), rtol, "probs")
+    assert_stats_near(routing_stats(routing), reference.statistics(routes), rtol)
+
+    balance, z = balance_loss(routing), z_loss(logits)
+    true_balance, true_z = reference.balance_loss(routes), reference.z_loss(truth)
+    assert_near(balance, true_balance, rtol, "balance loss")
+    assert_near(z, true_z, rtol, "z-loss", scale=max(1.0, float(true_z.detach())))
+
+    generator = torch.Generator().manual_seed(example.seed)
+    r = torch.randn(weights.shape, generator=generator).double()
+    kinds = {
+        "weights": ((routing.weights * r.to(dtype)).sum(), (weights * r).sum()),
+        "balance loss": (balance, true_balance),
+        "z-loss": (z, true_z),
+    }
+    for kind, (ours, true) in kinds.items():
+        (grad,) = torch.autograd.grad(ours, logits, retain_graph=True)
+        expected = torch.zeros_like(truth)
+        if true.requires_grad:  # all tokens padding: no weight depends on the logits
+            (expected,) = torch.autograd.grad(
+                true, truth, retain_graph=True, materialize_grads=True
+            )
+        # Against the size of the terms that the gradient is a difference of.
+        assert_near(grad, expected, rtol, f"gradient of {kind}", scale=1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@GRID
+@given(example=examples(), activation=st.sampled_from([F.relu, F.gelu]))
+def test_layer(dtype, example, activation):
+    """Outputs, losses, statistics, counts and the gradients of everything."""
+    example = example._replace(policy="all", noise=None)  # the layer draws its own: test_noise.py
+    names = ["x", "gate", "w1", "b1", "w2", "b2"]
+    truth = {name: getattr(example, name).clone().requires_grad_() for name in names}
+    expected = reference.moe_layer(**truth, activation=activation, **example.options())
+    logits = example.x @ example.gate.T
+    routes = reference.route(logits, **example.options())
+    assume(is_decided(example, logits, routes))
+    note_kind(example, routes)
+
+    x = example.x.to(dtype).requires_grad_()
+    layer, parameters = layer_of(example, activation, dtype)
+    output = layer(x, example.padding_mask)
+    ours = {"x": x, **parameters}
+
+    rtol = RTOL[dtype]
+    assert_near(output.out, expected.out, rtol, "out", scale=1.0 + max_abs(expected.out))
+    assert_near(output.balance_loss, expected.balance_loss, rtol, "balance loss")
+    assert_near(output.z_loss, expected.z_loss, rtol, "z-loss", scale=1 + max_abs(expected.z_loss))
+    assert_stats_near(output.stats, expected.stats, rtol)
+    assert output.expert_counts.tolist() == expected.expert_counts
+
+    generator = torch.Generator().manual_seed(example.seed)
+    r = torch.randn(example.x.shape, generator=generator).double()
+    total = (output.out * r.to(dtype)).sum() + 1.5 * output.balance_loss + 0.1 * output.z_loss
+    true_total = (expected.out * r).sum() + 1.5 * expected.balance_loss + 0.1 * expected.z_loss
+    total.backward()
+    true_total.backward()
+    largest = max([1.0, *(max_abs(p.grad) for p in truth.values() if p.grad is not None)])
+    for name in names:
+        true_grad = truth[name].grad
+        if true_grad is None:
+            true_grad = torch.zeros_like(truth[name])
+        assert_near(ours[name].grad, true_grad, rtol, f"gradient of {name}", scale=largest)
+        # An expert without tokens gets exactly zero, not a small number.
+        if name in ("w1", "b1", "w2", "b2"):
+            idle = true_grad.flatten(1).abs().amax(dim=1) == 0
+            assert not ours[name].grad[idle].any()
+
+
+def max_abs(tensor):
+    return float(tensor.detach().abs().max())
+
+
+def layer_of(example, activation, dtype):
+    """The package's layer with the example's weights, and its parameters by the loop's names."""
+    experts, hidden, dim = example.w1.shape
+    # An evaluation fraction is the way to an arbitrary capacity; the layer is in evaluation mode.
+    tokens = len(example.x)
+    fraction = 1.0 if example.capacity is None else (example.capacity - 0.5) / tokens
+    layer = MoELayer(
+        dim,
+        hidden,
+        experts,
+        GateSettings(
+            top_k=example.top_k,
+            second_expert_policy=example.policy,
+            normalize_before_dropping=example.normalize_before_dropping,
+            batch_prioritized=example.batch_prioritized,
+            eval_token_fraction=fraction,
+            dropless=example.capacity is None,
+        ),
+        activation=activation,
+    )
+    layer.to(dtype).eval()
+    parameters = {
+        "gate": layer.gate.wg.weight,
+        "w1": layer.experts.fc1.weight,
+        "b1": layer.experts.fc1.bias,
+        "w2": layer.experts.fc2.weight,
+        "b2": layer.experts.fc2.bias,
+    }
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(getattr(example, name))
+    return layer, parameters
+
+
+@given(
+    tokens=st.integers(1, 500),
+    experts=st.integers(1, 64),
+    factor=st.floats(1.0, 4.0),
+    fraction=st.floats(0.001, 1.0),
+)
+@GRID
+def test_capacity(tokens, experts, factor, fraction):
+    trained = reference.train_capacity(tokens, experts, factor)
+    assert token_capacity(tokens, experts, factor=factor) == trained
+    assert token_capacity(tokens, experts, fraction=fraction) == math.ceil(fraction * tokens)
