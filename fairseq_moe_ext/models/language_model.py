@@ -86,13 +86,12 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
         ]
         missing = [f"{key} is not in the checkpoint" for key in own if key not in state_dict]
         unknown = [f"{key} is not in the model" for key in state_dict if key not in own]
-        problems = sizes + missing + unknown
-        if problems:
-            more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        shown = sizes[:2] + missing[:2] + unknown[:2]
+        if shown:
+            more = len(sizes) + len(missing) + len(unknown) - len(shown)
             raise UserError(
-                "the checkpoint does not fit the model: "
-                + "; ".join(problems[:3])
-                + more
+                f"the checkpoint does not fit the model: {'; '.join(shown)}"
+                + (f"; and {more} more" if more > 0 else "")
                 + ". Use the --arch and model flags that it was trained with"
             )
 

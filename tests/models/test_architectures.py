@@ -1,0 +1,71 @@
+"""The paper's sizes, by name, with the paper's parameter counts."""
+
+import pytest
+import torch
+from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
+from omegaconf import OmegaConf
+from small_models import make_config, make_task
+
+from fairseq_moe_ext.cost import Shape, parameters
+from fairseq_moe_ext.models.architectures import ARCHITECTURES
+from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
+
+# shared, expert with 51,200 types: paper.md, "Cost"
+PAPER = {
+    "dense_lm_125m": (124_377_600, 0),
+    "dense_lm_355m": (354_740_224, 0),
+    "dense_lm_1_3b": (1_313_460_224, 0),
+    "dense_lm_2_7b": (2_648_724_480, 0),
+    "dense_lm_6_7b": (6_653_878_272, 0),
+    "dense_lm_13b": (12_847_728_640, 0),
+    "moe_lm_15b": (98_402_304, 14_605_713_408 - 98_402_304),
+    "moe_lm_52b": (260_306_944, 51_831_371_776 - 260_306_944),
+    "moe_lm_207b": (923_267_072, 207_144_611_840 - 923_267_072),
+    "moe_lm_1_1t": (4_539_621_376, 1_104_219_021_312 - 4_539_621_376),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_parameters_of_the_built_model(name):
+    flags = ARCHITECTURES[name]
+    with torch.device("meta"):
+        model = MoETransformerLanguageModel.build_model(
+            make_config(**{"dropout": 0.1, **flags}), make_task(51_200)
+        )
+    expert = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    shared = sum(p.numel() for p in model.parameters()) - expert
+    if name in PAPER:
+        assert (shared, expert) == PAPER[name]
+    shape = Shape(
+        layers=flags["decoder_layers"],
+        dim=flags["decoder_embed_dim"],
+        ffn_dim=flags["decoder_ffn_embed_dim"],
+        types=51_200,
+        moe_freq=flags.get("moe_freq", 0),
+        experts=flags.get("moe_expert_count", 0),
+    )
+    assert parameters(shape)[:2] == (shared, expert)
+
+
+def test_paper_and_table_name_the_same_models():
+    assert set(ARCHITECTURES) == set(PAPER) | {"dense_lm_tiny", "moe_lm_tiny"}
+    assert all(ARCH_MODEL_REGISTRY[name] is MoETransformerLanguageModel for name in ARCHITECTURES)
+
+
+def test_a_flag_overrides_the_architecture():
+    class Args:
+        decoder_layers = 3
+        moe_expert_count = 32
+
+    args = Args()
+    ARCH_CONFIG_REGISTRY["moe_lm_15b"](args)
+    assert (args.decoder_layers, args.moe_expert_count) == (3, 32)
+    assert (args.decoder_embed_dim, args.moe_freq, args.dropout) == (768, 2, 0.1)
+
+
+def test_an_old_checkpoints_config_gets_the_defaults_of_newer_flags():
+    cfg = OmegaConf.create({"_name": "moe_lm_15b", "decoder_layers": 3})
+    ARCH_CONFIG_REGISTRY["moe_lm_15b"](cfg)
+    assert cfg.decoder_layers == 3
+    assert cfg.moe_dropless is False
+    assert cfg.moe_capacity_factor is None

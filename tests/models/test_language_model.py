@@ -1,0 +1,257 @@
+"""The model as a whole: precision, checkpointing, decoding, and what it refuses."""
+
+import pytest
+import torch
+from small_models import MOE, SMALL, build_model, make_config, random_tokens
+
+from fairseq_moe_ext.config import validate
+from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.models.decoder import expert_grad_scale
+
+
+@pytest.fixture
+def tokens():
+    return random_tokens()
+
+
+LAYOUTS = [
+    {},
+    MOE,
+    {**MOE, "moe_top1_expert": True, "use_moe_pad_mask": True},
+    {**MOE, "moe_freq": 1, "moe_second_expert_policy": "sampling"},
+    {**MOE, "alternate_decoder_ffn_embed_dim": 64},
+]
+
+
+def losses(model, tokens):
+    target = tokens.roll(-1, dims=1)
+    nll, extra = model(tokens, target=target)
+    gate = sum(r.balance_loss + 0.1 * r.z_loss for r in extra["moe"])
+    return nll + 10 * gate
+
+
+@pytest.mark.parametrize("flags", LAYOUTS)
+def test_loss_for_a_target_equals_that_of_the_logits(tokens, flags):
+    model = build_model(**flags).double().eval()
+    target = tokens.roll(-1, dims=1)
+    target[0, 3:] = model.decoder.padding_idx
+    loss, _ = model(tokens, target=target)
+    logits, _ = model(tokens)
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), target.flatten(), ignore_index=1, reduction="sum"
+    )
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("flags", LAYOUTS)
+def test_activation_checkpointing_changes_no_number(tokens, flags):
+    grads = {}
+    for recompute in (False, True):
+        options = {"dropout": 0.2, "attention_dropout": 0.1, **flags}
+        model = build_model(checkpoint_activations=recompute, **options).double().train()
+        torch.manual_seed(7)
+        loss = losses(model, tokens)
+        loss.backward()
+        grads[recompute] = {n: p.grad for n, p in model.named_parameters()}
+        grads[recompute]["loss"] = loss.detach()
+    for name, grad in grads[False].items():
+        torch.testing.assert_close(grads[True][name], grad, rtol=1e-12, atol=1e-12)
+
+
+def test_balance_loss_reaches_the_gate_under_activation_checkpointing(tokens):
+    model = build_model(checkpoint_activations=True, **MOE).train()
+    _, extra = model(tokens)
+    assert [record.layer for record in extra["moe"]] == [1, 3]
+    sum(record.balance_loss for record in extra["moe"]).backward()
+    for layer in (1, 3):
+        assert model.decoder.layers[layer].moe_layer.gate.wg.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype, rtol", [(torch.float16, 0.01), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("flags", [{**MOE, "moe_gating_use_fp32": True}, MOE, {}])
+def test_half_precision_is_near_single(tokens, dtype, rtol, flags):
+    exact, half = build_model(**flags), build_model(**flags).to(dtype)
+    for model in (exact, half):
+        losses(model.train(), tokens).backward()
+    assert all(p.grad.dtype == dtype for p in half.parameters())
+    want, got = (
+        torch.cat([p.grad.flatten().float() for p in m.parameters()]) for m in (exact, half)
+    )
+    # Rounding may send a token to another expert, so single gradients differ: their whole counts.
+    assert (got - want).norm() / want.norm() < 10 * rtol
+    torch.testing.assert_close(
+        losses(half, tokens).float(), losses(exact, tokens), rtol=rtol, atol=0
+    )
+
+
+def one_by_one(model, tokens):
+    state = {}
+    steps = [
+        model.decoder(tokens[:, : i + 1], incremental_state=state)[0] for i in range(tokens.size(1))
+    ]
+    return torch.cat(steps, dim=1)
+
+
+@pytest.mark.parametrize(
+    "flags", [{}, {**MOE, "moe_dropless": True}, {"decoder_learned_pos": True}]
+)
+def test_token_by_token_equals_one_pass(tokens, flags):
+    model = build_model(**flags).double().eval()
+    torch.testing.assert_close(one_by_one(model, tokens), model(tokens)[0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("fraction", [0.25, -1.0, 1.0])
+def test_generation_does_not_depend_on_the_rest_of_the_batch(tokens, fraction):
+    model = build_model(moe_eval_capacity_token_fraction=fraction, **MOE).double().eval()
+    together = one_by_one(model, tokens)
+    for i, row in enumerate(tokens):
+        torch.testing.assert_close(together[i], one_by_one(model, row[None])[0])
+
+
+@pytest.mark.parametrize("flags", [{}, {**MOE, "moe_dropless": True}])
+def test_padding_on_the_left_changes_no_number(tokens, flags):
+    for learned in (False, True):
+        model = build_model(decoder_learned_pos=learned, **flags).double().eval()
+        pad = torch.full((3, 4), model.decoder.padding_idx)
+        padded = torch.cat([pad, tokens], dim=1)
+        padded[2] = torch.cat([tokens[2], pad[2]])  # and one row is padded on the right
+        alone = model(tokens)[0]
+        for out in (model(padded)[0], one_by_one(model, padded)):
+            torch.testing.assert_close(out[:2, 4:], alone[:2])
+            torch.testing.assert_close(out[2, :-4], alone[2])
+
+
+def test_beam_search_reorders_the_cache(tokens):
+    model = build_model(moe_dropless=True, **MOE).double().eval()
+    state = {}
+    model.decoder(tokens[:, :1], incremental_state=state)
+    order = torch.tensor([2, 0])
+    model.decoder.reorder_incremental_state_scripting(state, order)
+    longer = torch.cat([tokens[order, :1], tokens[:2, 1:2]], dim=1)
+    out, _ = model.decoder(longer, incremental_state=state)
+    torch.testing.assert_close(out[:, -1], model(longer)[0][:, -1])
+
+
+def test_noise_is_off_at_evaluation(tokens):
+    for policy in ("sampling", "random"):
+        noisy = build_model(**{**MOE, "moe_second_expert_policy": policy}).eval()
+        plain = build_model(**MOE).eval()
+        torch.testing.assert_close(noisy(tokens)[0], plain(tokens)[0], rtol=0, atol=0)
+        torch.manual_seed(3)
+        first = noisy.train()(tokens)[0]
+        torch.manual_seed(4)
+        assert not torch.equal(first, noisy(tokens)[0])
+
+
+def test_dropless_drops_nothing_and_capacity_does(tokens):
+    def overflow(training, **flags):
+        model = build_model(**{**MOE, **flags}).train(training)
+        figures = [record.stats for record in model(tokens)[1]["moe"]]
+        return sum(float(s["overflow_expert1"] + s["overflow_expert2"]) for s in figures)
+
+    for training in (True, False):
+        assert overflow(training, moe_dropless=True) == 0
+    assert overflow(True, moe_capacity_factor=0.5) > 0
+    assert overflow(True, moe_capacity_factor=0.5) > overflow(True, moe_capacity_factor=1.0)
+    assert overflow(False, moe_eval_capacity_token_fraction=1.0) == 0
+    assert overflow(False, moe_eval_capacity_token_fraction=0.1) > 0
+
+
+def test_expert_width_of_its_own():
+    layer = build_model(moe_expert_ffn_dim=48, **MOE).decoder.layers[1].moe_layer
+    assert layer.experts.fc1.weight.shape == (6, 48, 16)
+
+
+@pytest.mark.parametrize(
+    "choice, factor",
+    [("world_size", 1.0), ("sqrt_world_size", 2.0), ("sqrt_num_experts", 6**-0.5)],
+)
+def test_expert_gradients_are_scaled(tokens, choice, factor):
+    def gradients(**flags):
+        model = build_model(**{**MOE, **flags}).double().train()
+        losses(model, tokens).backward()
+        return {n: p.grad for n, p in model.named_parameters()}
+
+    plain = gradients()
+    scaled = gradients(moe_normalize_expert_grad=choice, distributed_world_size=4)
+    for name in plain:
+        expected = plain[name] * (factor if ".experts." in name else 1)
+        torch.testing.assert_close(scaled[name], expected)
+    cfg = make_config(**MOE, moe_normalize_expert_grad=choice, distributed_world_size=4)
+    assert expert_grad_scale(cfg) == pytest.approx(factor)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ({"moe_freq": 0, "moe_expert_count": 4}, "--moe-expert-count 4 with --moe-freq 0"),
+        ({"moe_expert_count": 0}, "--moe-expert-count 0"),
+        ({"moe_expert_count": -3}, "--moe-expert-count -3"),
+        ({"moe_expert_count": 1}, "too few for top-2"),
+        ({"moe_freq": 5}, "--moe-freq 5 picks no layer of --decoder-layers 4"),
+        ({"moe_freq": -1}, "--moe-freq -1"),
+        ({"moe_expert_ffn_dim": 0}, "--moe-expert-ffn-dim 0"),
+        ({"moe_capacity_factor": 0.0}, "--moe-capacity-factor 0.0"),
+        ({"moe_capacity_factor": float("nan")}, "--moe-capacity-factor nan"),
+        ({"moe_capacity_factor": 0.1, "batch_size": 1, "tokens_per_sample": 12}, "every token"),
+        ({"moe_capacity_factor": 2.0, "moe_dropless": True}, "contradicts --moe-dropless"),
+        ({"moe_eval_capacity_token_fraction": 0.0}, "--moe-eval-capacity-token-fraction 0.0"),
+        ({"moe_eval_capacity_token_fraction": 1.5}, "--moe-eval-capacity-token-fraction 1.5"),
+        ({"moe_top1_expert": True, "moe_batch_prioritized_routing": True}, "no effect"),
+        ({"alternate_decoder_ffn_embed_dim": -8}, "--alternate-decoder-ffn-embed-dim -8"),
+        ({"decoder_attention_heads": 3}, "--decoder-attention-heads 3"),
+        ({"decoder_layers": 0}, "--decoder-layers 0"),
+        ({"dropout": 1.5}, "--dropout 1.5"),
+        ({"ddp_backend": "slowmo", "distributed_world_size": 2}, "--ddp-backend slowmo"),
+        ({"ddp_backend": "fully_sharded", "distributed_world_size": 2}, "fully_sharded"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(flags, words):
+    with pytest.raises(UserError) as error:
+        validate(make_config(**{**MOE, **flags}))
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_usual_settings_are_accepted():
+    validate(make_config())
+    for flags in LAYOUTS:
+        validate(make_config(**{"batch_size": 2, **flags}))
+    validate(make_config(**MOE, ddp_backend="pytorch_ddp", distributed_world_size=2))
+
+
+@pytest.mark.parametrize(
+    "saved, loaded, words",
+    [
+        ({"types": 50}, {}, "50 types in its embedding, the dictionary 40"),
+        (
+            {"decoder_embed_dim": 32},
+            {},
+            "embed_tokens.weight is 40 x 32 in the checkpoint, 40 x 16",
+        ),
+        ({"decoder_layers": 2}, {}, "decoder.layers.2"),
+        (MOE, {}, "moe_layer"),
+        ({**MOE, "moe_expert_count": 4}, MOE, "is 4 x 16 in the checkpoint, 6 x 16 in the model"),
+    ],
+)
+def test_a_checkpoint_of_another_shape_is_told_in_one_line(saved, loaded, words):
+    state = build_model(**saved).state_dict()
+    model = build_model(seed=1, **loaded)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(UserError) as error:
+        model.load_state_dict(state)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0)
+
+
+def test_experts_start_as_separate_linear_layers():
+    """Same distribution as nn.Linear's, each expert different, and the same from the same seed."""
+    fc1 = build_model(**MOE).decoder.layers[1].moe_layer.experts.fc1
+    bound = SMALL["decoder_embed_dim"] ** -0.5
+    assert fc1.weight.abs().max() <= bound
+    assert abs(float(fc1.weight.detach().std()) - bound / 3**0.5) < 0.02
+    assert len({round(float(w.sum()), 6) for w in fc1.weight}) == len(fc1.weight)
+    again = build_model(**MOE).decoder.layers[1].moe_layer.experts.fc1
+    assert torch.equal(fc1.weight, again.weight)

@@ -1,0 +1,94 @@
+"""The chunked loss equals torch's on the whole of the logits, and never holds them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fairseq_moe_ext.models import linear_cross_entropy as module
+from fairseq_moe_ext.models.linear_cross_entropy import linear_cross_entropy
+
+PAD = 1
+
+
+def case(dtype, n=37, d=8, v=29, seed=0):
+    torch.manual_seed(seed)
+    features = torch.randn(n, d, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(v, d, dtype=torch.float64).to(dtype).requires_grad_()
+    target = torch.randint(0, v, (n,))
+    target[::5] = PAD
+    return features, weight, target
+
+
+def reference(features, weight, target):
+    logits = features.double() @ weight.double().t()
+    return F.cross_entropy(logits, target, ignore_index=PAD, reduction="sum")
+
+
+@pytest.mark.parametrize("chunk", [29, 29 * 5, 29 * 1000])  # 1, 5 and all tokens at a time
+@pytest.mark.parametrize(
+    "dtype, rtol",
+    [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)],
+)
+def test_equals_torch(dtype, rtol, chunk, monkeypatch):
+    monkeypatch.setattr(module, "_CHUNK", chunk)
+    features, weight, target = case(dtype)
+    loss = linear_cross_entropy(features, weight, target, PAD)
+    (3 * loss).backward()
+    exact_features, exact_weight = (
+        t.detach().double().requires_grad_() for t in (features, weight)
+    )
+    expected = reference(exact_features, exact_weight, target)
+    (3 * expected).backward()
+    assert loss.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(loss.double(), expected, rtol=rtol, atol=0)
+    for got, want in ((features.grad, exact_features.grad), (weight.grad, exact_weight.grad)):
+        assert got.dtype == dtype
+        error = (got.double() - want).abs().max() / want.abs().max()
+        assert error < rtol
+
+
+def test_only_padding():
+    features, weight, target = case(torch.float64)
+    loss = linear_cross_entropy(features, weight, torch.full_like(target, PAD), PAD)
+    loss.backward()
+    assert loss == 0
+    assert not features.grad.any() and not weight.grad.any()
+
+
+def test_without_gradients():
+    features, weight, target = case(torch.float64)
+    with torch.no_grad():
+        loss = linear_cross_entropy(features, weight, target, PAD)
+    torch.testing.assert_close(loss, reference(features, weight, target))
+
+
+def test_float16_keeps_gradients_of_unlikely_types():
+    """A uniform softmax over many types has probabilities that float16 barely holds."""
+    v = 50_000
+    features = torch.zeros(2, 4, dtype=torch.float16, requires_grad=True)
+    weight = torch.randn(v, 4).half()
+    target = torch.tensor([3, 4])
+    linear_cross_entropy(features, weight, target, PAD).backward()
+    exact = torch.zeros(2, 4, dtype=torch.float64, requires_grad=True)
+    reference(exact, weight, target).backward()
+    torch.testing.assert_close(features.grad.double(), exact.grad, rtol=2e-3, atol=2e-3)
+
+
+def test_no_tensor_of_all_logits(monkeypatch):
+    n, v, chunk = 64, 1000, 4
+    monkeypatch.setattr(module, "_CHUNK", chunk * v)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest = max(largest, out.numel())
+            return out
+
+    features, weight, target = case(torch.float32, n=n, v=v)
+    with Watch():
+        linear_cross_entropy(features, weight, target, PAD).backward()
+    assert largest == max(chunk * v, weight.numel()) < n * v

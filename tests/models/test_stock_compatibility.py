@@ -1,0 +1,58 @@
+"""Dense checkpoints of stock `transformer_lm` load into our model and back, with equal logits."""
+
+import pytest
+import torch
+from small_models import build_model, build_stock_model, random_tokens
+
+
+@pytest.fixture
+def tokens():
+    return random_tokens()
+
+
+VARIANTS = [
+    {},
+    {"activation_fn": "gelu", "share_decoder_input_output_embed": True},
+    {"decoder_learned_pos": True, "activation_fn": "gelu"},
+    {"decoder_learned_pos": True, "share_decoder_input_output_embed": True},
+    {"no_scale_embedding": True, "layernorm_embedding": True, "no_decoder_final_norm": True},
+    {"no_token_positional_embeddings": True},
+]
+
+
+@pytest.mark.parametrize("flags", VARIANTS, ids=lambda flags: "+".join(flags) or "base")
+def test_logits_are_equal_both_ways(tokens, flags):
+    stock = build_stock_model(0, **{"activation_fn": "relu", **flags})
+    ours = build_model(seed=1, **{"activation_fn": "relu", **flags}).double().eval()
+    ours.load_state_dict(stock.state_dict())
+    torch.testing.assert_close(ours(tokens)[0], stock(tokens)[0], rtol=1e-12, atol=1e-12)
+
+    ours = build_model(seed=2, **{"activation_fn": "relu", **flags}).double().eval()
+    stock.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(stock(tokens)[0], ours(tokens)[0], rtol=1e-12, atol=1e-12)
+
+
+def test_padding_on_either_side_is_as_stock(tokens):
+    stock = build_stock_model(0, activation_fn="gelu", decoder_learned_pos=True)
+    ours = build_model(seed=1, decoder_learned_pos=True).double().eval()
+    ours.load_state_dict(stock.state_dict())
+    pad = stock.decoder.padding_idx
+    left, right = tokens.clone(), tokens.clone()
+    left[0, :5] = pad
+    left[1, :1] = pad
+    right[0, 7:] = pad
+    for batch in (left, right):
+        real = batch.ne(pad)
+        torch.testing.assert_close(ours(batch)[0][real], stock(batch)[0][real])
+    assert torch.isfinite(ours(left)[0]).all()
+
+
+def test_gradients_are_as_stock(tokens):
+    stock = build_stock_model(0, activation_fn="gelu").train()
+    ours = build_model(seed=1).double().train()
+    ours.load_state_dict(stock.state_dict())
+    for model in (stock, ours):
+        model(tokens)[0].logsumexp(dim=-1).sum().backward()
+    expected = dict(stock.named_parameters())
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-9, atol=1e-9)

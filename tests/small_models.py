@@ -1,0 +1,70 @@
+"""Small models, ours and stock's, built without a command line."""
+
+from types import SimpleNamespace
+
+import torch
+from fairseq.data import Dictionary
+from fairseq.models.transformer_lm import (
+    TransformerLanguageModel,
+    TransformerLanguageModelConfig,
+    base_lm_architecture,
+)
+
+import fairseq_moe_ext  # noqa: F401 - registers the model
+from fairseq_moe_ext.config import MoETransformerLMConfig
+from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
+
+TYPES = 40
+PAD = 1
+SMALL = dict(
+    decoder_layers=4,
+    decoder_embed_dim=16,
+    decoder_ffn_embed_dim=32,
+    decoder_attention_heads=2,
+    dropout=0.0,
+    tokens_per_sample=64,
+    max_target_positions=None,
+)
+TRAINING = dict(
+    max_tokens=None, batch_size=None, ddp_backend="legacy_ddp", distributed_world_size=1
+)
+MOE = dict(moe_freq=2, moe_expert_count=6, moe_second_expert_policy="all")
+
+
+def make_task(types=TYPES):
+    """All of a task that building a model asks for."""
+    dictionary = Dictionary()
+    for i in range(types - len(dictionary)):
+        dictionary.add_symbol(f"w{i}")
+    return SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
+
+
+def make_config(**flags):
+    return MoETransformerLMConfig(**{**SMALL, **TRAINING, **flags})
+
+
+def build_model(seed=0, types=TYPES, **flags):
+    torch.manual_seed(seed)
+    return MoETransformerLanguageModel.build_model(make_config(**flags), make_task(types))
+
+
+def build_stock_model(seed=0, **flags):
+    """Stock's transformer_lm of the same shape, in float64 for comparison."""
+    torch.manual_seed(seed)
+    cfg = TransformerLanguageModelConfig(
+        **{
+            **SMALL,
+            "decoder_input_dim": SMALL["decoder_embed_dim"],
+            "decoder_output_dim": SMALL["decoder_embed_dim"],
+            "add_bos_token": False,
+            "tpu": False,
+            **flags,
+        }
+    )
+    base_lm_architecture(cfg)
+    return TransformerLanguageModel.build_model(cfg, make_task()).double().eval()
+
+
+def random_tokens(rows=3, length=12):
+    torch.manual_seed(1)
+    return torch.randint(4, TYPES, (rows, length))
