@@ -66,8 +66,8 @@ class MoETransformerLMConfig(FairseqDataclass):
     moe_freq: int = field(
         default=0,
         metadata={
-            "help": "every moe_freq-th layer is MoE: layer i (from 0) when (i + 1) %% moe_freq == 0; "
-            "0: a dense model"
+            "help": "every moe_freq-th layer is MoE: layer i (from 0) when (i + 1) %% moe_freq is "
+            "0; 0: a dense model"
         },
     )
     moe_expert_count: int = field(

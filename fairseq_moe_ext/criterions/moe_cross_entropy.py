@@ -116,7 +116,7 @@ class MoECrossEntropyCriterion(FairseqCriterion):
         if not torch.isfinite(balance).all():
             bad = records[int((~torch.isfinite(balance)).nonzero()[0])].layer
             raise UserError(
-                f"the router of layer {bad} (from 0) yields NaN or infinity: training has diverged; "
+                f"the router of layer {bad} (from 0) yields NaN or infinity: training diverged; "
                 "lower --lr, lengthen --warmup-updates, or use --moe-gating-use-fp32 or "
                 "--moe-z-loss-wt 0.001, from the last good checkpoint"
             )
@@ -146,7 +146,8 @@ class MoECrossEntropyCriterion(FairseqCriterion):
         def total(key):
             return sum(log.get(key, 0) for log in logging_outputs)
 
-        sample_size, ntokens, inner_loss = total("sample_size"), total("ntokens"), total("inner_loss")
+        sample_size, ntokens = total("sample_size"), total("ntokens")
+        inner_loss = total("inner_loss")
         bits = sample_size * math.log(2)
         metrics.log_scalar("loss", total("loss") / bits, sample_size, round=3)
         metrics.log_scalar("inner_loss", inner_loss / bits, sample_size, round=3)
