@@ -1,46 +1,120 @@
-"""Everything stock fairseq 0.12.2 needs to run with today's Python, torch, numpy and hydra.
+"""What stock fairseq 0.12.2 needs to run with today's Python, torch, numpy and hydra.
 
-First version: see PATCHES at the end. Each patch names what breaks, the place in fairseq, the
-condition under which it is needed and when it may go.
+All that leans on a non-public detail of fairseq for that purpose is here. Two ways lead in:
+
+- installed: the start-up hook (`fairseq_moe_ext_hook.py`) loads this file by its path when fairseq
+  is first imported, and nothing of it when fairseq is not;
+- `--user-dir path/to/fairseq_moe_ext` alone: fairseq is there already (Python 3.9 and 3.10 import
+  it unaided), and `fairseq_moe_ext/__init__.py` calls `apply()`.
+
+`apply()` goes through PATCHES, at the end of this file, from top to bottom. Each patch is one
+function that says what breaks, where (file:line in fairseq 0.12.2), and when the patch may go; its
+condition stands beside it in the table. Functions of fairseq are wrapped, never copied.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import functools
-import logging
+import importlib.util
 import os
+import pickle
+import re
+import shutil
+import struct
 import sys
 import types
+import warnings
+from typing import Callable, Iterator, List, NamedTuple, Optional
 
 from fairseq_moe_ext.errors import UserError
 
-logger = logging.getLogger(__name__)
-_applied = []
+applied: List[str] = []  # names of the patches in force, in order
+
+
+class Patch(NamedTuple):
+    """One repair and the condition under which this machine needs it."""
+
+    apply: Callable[[], None]
+    needed: Callable[[], bool]
+
+
+def apply() -> None:
+    """Put every needed patch in force; import fairseq if nobody has. The second call does nothing."""
+    _complete_package()
+    if "fairseq" not in sys.modules:
+        with _fit_to_import():
+            import fairseq  # noqa: F401  (with the start-up hook, this ends in apply() by itself)
+    if applied:
+        return
+    applied.append("")  # a patch that imports more of fairseq must not start a second round
+    for patch in PATCHES:
+        if patch.needed():
+            patch.apply()
+            applied.append(patch.apply.__name__)
+    applied.remove("")
+
+
+def wrap_loader(spec) -> None:
+    """Make the loader in fairseq's module spec import fairseq and patch it (for the hook)."""
+    stock = spec.loader
+
+    class Loader:
+        def create_module(self, spec):
+            return stock.create_module(spec)
+
+        def exec_module(self, module):
+            spec.loader = module.__loader__ = stock  # for whoever asks the module later
+            with _fit_to_import():
+                stock.exec_module(module)
+            apply()
+
+    spec.loader = Loader()
+
+
+def _complete_package() -> None:
+    """Give the package its submodules that the hook loaded by path, before there was a package."""
+    package = sys.modules.get("fairseq_moe_ext")
+    for name in ("errors", "compat"):
+        module = sys.modules.get("fairseq_moe_ext." + name)
+        if package is not None and module is not None:
+            setattr(package, name, module)
 
 
 @contextlib.contextmanager
-def relaxed_dataclass_defaults():
-    """Let fairseq's dataclasses have dataclass instances as defaults while they are imported.
-
-    Python 3.11 refuses any default whose class has no ``__hash__``; until 3.10 only list, dict and
-    set were refused. fairseq/dataclass/configs.py:1080@0.12.2 and others use instances.
-    """
+def _fit_to_import() -> Iterator[None]:
+    """What must hold while fairseq's own modules are imported, and only then."""
+    quiet_warnings()
     if sys.version_info < (3, 11):
         yield
-        return
+    else:
+        with relaxed_dataclass_defaults():
+            yield
+
+
+@contextlib.contextmanager
+def relaxed_dataclass_defaults() -> Iterator[None]:
+    """Let fairseq's dataclasses have instances of dataclasses as defaults.
+
+    Breaks: `import fairseq`, on Python 3.11 and later, which refuses a default whose class has no
+    `__hash__`; until 3.10 only list, dict and set were refused.
+    Where: fairseq/dataclass/configs.py:1106 and every other config within a config.
+    How: for a class of fairseq's, such a default passes for hashable during that one check.
+    Ends: with a fairseq that uses `default_factory`.
+    """
     strict = dataclasses._get_field
 
-    def get_field(cls, name, annotation, *args):
+    def get_field(cls, name, annotation, *rest):
         default = getattr(cls, name, None)
         if isinstance(default, dataclasses.Field):
             default = default.default
         kind = type(default)
-        ours = cls.__module__.partition(".")[0] == "fairseq"
-        if not (ours and dataclasses.is_dataclass(kind) and kind.__hash__ is None):
-            return strict(cls, name, annotation, *args)
+        is_fairseq = cls.__module__.partition(".")[0] == "fairseq"
+        if not (is_fairseq and dataclasses.is_dataclass(kind) and kind.__hash__ is None):
+            return strict(cls, name, annotation, *rest)
         kind.__hash__ = object.__hash__
         try:
-            return strict(cls, name, annotation, *args)
+            return strict(cls, name, annotation, *rest)
         finally:
             kind.__hash__ = None
 
@@ -51,39 +125,34 @@ def relaxed_dataclass_defaults():
         dataclasses._get_field = strict
 
 
-def wrap_loader(spec):
-    """Make the loader of ``spec`` (fairseq's) import it relaxed and patched."""
-    real = spec.loader
-
-    class Loader:
-        def create_module(self, spec):
-            return real.create_module(spec)
-
-        def exec_module(self, module):
-            spec.loader = module.__loader__ = real
-            with relaxed_dataclass_defaults():
-                real.exec_module(module)
-            apply()
-
-    spec.loader = Loader()
+# What stock fairseq's own lines provoke at every start and a user can do nothing about.
+_KNOWN_WARNINGS = (
+    (r"hydra\.experimental\.\w+\(\) is no longer", ""),  # fairseq/dataclass/utils.py:397
+    (r"\nThe version_base parameter is not", r"hydra\.experimental|fairseq_cli"),  # hydra_train.py:25
+    (r"\nThe strict flag in the compose API", ""),  # fairseq/dataclass/utils.py:399
+    (r"In 'config': Usage of deprecated keyword in package header", ""),  # fairseq/config/config.yaml
+    (r"\n'.*' is validated against ConfigStore schema", ""),  # fairseq/dataclass/initialize.py:19
+    (r"Future Hydra versions will no longer change working directory", ""),  # hydra_train.py:25
+    (r"`torch\.cuda\.amp\.", "fairseq|fairscale"),  # fairseq/tasks/fairseq_task.py:514
+    (r"'pin_memory' argument is set as true but no acc", ""),  # fairseq/data/iterators.py
+    (r"Support for mismatched key_padding_mask and attn_mask", ""),  # modules/multihead_attention.py
+)
 
 
-def apply():
-    """Patch the fairseq that is imported, or import it patched. Does nothing the second time."""
-    if _applied:
+def quiet_warnings() -> None:
+    """Hide the known warnings about stock fairseq's own lines, unless the user set -W.
+
+    Breaks: nothing; but some 30 lines of them at every start bury the lines that matter.
+    Ends: with the lines of fairseq that are named above.
+    """
+    if sys.warnoptions:
         return
-    if "fairseq" not in sys.modules:
-        with relaxed_dataclass_defaults():
-            import fairseq  # noqa: F401
-    if _applied:  # the start-up hook was there
-        return
-    for patch in PATCHES:
-        patch()
-        _applied.append(patch.__name__)
+    for message, module in _KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message, module=module)
 
 
 class _View(types.ModuleType):
-    """A module as one other module sees it: some names replaced, everything else passed on."""
+    """A module as one other module sees it: some names replaced, all others passed on."""
 
     def __init__(self, module, **replacements):
         super().__init__(module.__name__, module.__doc__)
@@ -94,75 +163,487 @@ class _View(types.ModuleType):
         return getattr(self._module, name)
 
 
-def numpy_aliases():
-    import numpy as np
+def numpy_aliases() -> None:
+    """Give the modules of fairseq that use them the names that numpy has dropped.
 
+    Breaks: `--sample-break-mode eos`, the hub's `score` and `sample` (np.compat.long, gone in numpy
+    2), and masking and CRF layers (np.int, np.float, gone in numpy 1.24).
+    Where: fairseq/data/token_block_dataset.py:125, fairseq/data/language_pair_dataset.py:292,
+    fairseq/data/data_utils.py:488, fairseq/modules/dynamic_crf_layer.py:108.
+    Ends: with a fairseq that says int and float.
+    """
+    import numpy
     from fairseq.data import data_utils, language_pair_dataset, token_block_dataset
+    from fairseq.modules import dynamic_crf_layer
 
-    if not hasattr(np, "int"):
-        view = _View(np, int=int, float=float, compat=types.SimpleNamespace(long=int))
-        for module in (data_utils, language_pair_dataset, token_block_dataset):
-            module.np = view
+    aliases = {"int": int, "float": float, "compat": types.SimpleNamespace(long=int)}
+    view = _View(numpy, **aliases)
+    for module in (data_utils, dynamic_crf_layer, language_pair_dataset, token_block_dataset):
+        module.np = view
 
 
-def checkpoints_without_code():
-    import argparse
-    import pickle
+def data_bins_beyond_2_gib() -> None:
+    """Keep the offsets of a data-bin in whole numbers of Python.
 
+    Breaks: `fairseq-preprocess --workers N` on a corpus of 2 GiB or more, with no error: merging
+    the workers' parts collects sizes as np.int32, and since numpy 2 their sum stays np.int32, so
+    the offsets written into the .idx wrap round (a RuntimeWarning, and other tokens are read).
+    Where: fairseq/data/indexed_dataset.py:415, sizes from :579.
+    Ends: with a fairseq that converts the sizes.
+    """
+    from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
+
+    stock = MMapIndexedDatasetBuilder.finalize
+
+    @functools.wraps(stock)
+    def finalize(self, index_file):
+        self._sizes = [int(size) for size in self._sizes]
+        stock(self, index_file)
+
+    MMapIndexedDatasetBuilder.finalize = finalize
+
+
+def checked_data_bins() -> None:
+    """Refuse a data-bin with a missing, truncated or foreign file, naming it and both sizes.
+
+    Breaks: nothing at once; stock reads a cut .bin until a batch touches the lost part (then: buffer
+    is smaller than requested size), and says of a cut .idx only that some format is not expected.
+    Where: fairseq/data/indexed_dataset.py:77 and :486.
+    Ends: with a fairseq that checks.
+    """
+    from fairseq.data import indexed_dataset
+
+    stock = indexed_dataset.make_dataset
+
+    @functools.wraps(stock)
+    def make_dataset(path, impl, *args, **kwargs):
+        files = [path + ".idx", path + ".bin"]
+        there = [os.path.isfile(file) for file in files]
+        if any(there) and not all(there):
+            raise UserError(
+                f"{files[there.index(False)]}: missing, though {files[there.index(True)]} is there; "
+                "a data-bin is both files: copy it again or make it anew"
+            )
+        if all(there) and os.path.getsize(files[0]) < 8:
+            raise UserError(f"{files[0]}: only {os.path.getsize(files[0])} bytes; it is truncated")
+        return stock(path, impl, *args, **kwargs)
+
+    def new(cls, path=None, *args, **kwargs):  # in __new__: __del__ trips over a half-made object
+        if path is not None:
+            check_data_bin(path)
+        return object.__new__(cls)
+
+    indexed_dataset.make_dataset = make_dataset
+    indexed_dataset.MMapIndexedDataset.__new__ = new
+
+
+def check_data_bin(path: str) -> None:
+    """Raise UserError unless PATH.idx and PATH.bin, of the mmap format, are whole.
+
+    The .idx is 26 bytes of header (magic, version, type, number of sentences), then an int32 size
+    and an int64 offset for every sentence; see fairseq/data/indexed_dataset.py:392@0.12.2.
+    """
+    index, tokens = path + ".idx", path + ".bin"
+    remedy = "the file is truncated or damaged: copy it again or make the data-bin anew"
+    header = struct.Struct("<9sQBQ")
+    with open(index, "rb") as stream:
+        head = stream.read(header.size)
+        index_size = stream.seek(0, os.SEEK_END)
+        if len(head) < header.size:
+            raise UserError(f"{index}: {index_size} bytes, expected {header.size} or more; {remedy}")
+        magic, _, dtype_code, count = header.unpack(head)
+        if magic != b"MMIDIDX\x00\x00":
+            raise UserError(
+                f"{index}: not an index of fairseq's mmap format; make the data-bin anew with "
+                "`fairseq-preprocess --dataset-impl mmap`, or set --dataset-impl to its format"
+            )
+        expected = header.size + 12 * count
+        if index_size != expected:
+            raise UserError(
+                f"{index}: {index_size} bytes, expected {expected} ({count} sentences); {remedy}"
+            )
+        expected = 0
+        if count:
+            stream.seek(header.size + 4 * (count - 1))
+            (last_size,) = struct.unpack("<i", stream.read(4))
+            stream.seek(-8, os.SEEK_END)
+            (last_offset,) = struct.unpack("<q", stream.read(8))
+            from fairseq.data.indexed_dataset import _code_to_dtype
+
+            expected = last_offset + last_size * _code_to_dtype[dtype_code]().itemsize
+    actual = os.path.getsize(tokens)
+    if actual != expected:
+        raise UserError(f"{tokens}: {actual} bytes, expected {expected} by its .idx; {remedy}")
+    if not actual:
+        raise UserError(f"{tokens}: holds no tokens; give it some text or leave this split out")
+
+
+def checkpoints_without_code() -> None:
+    """Load checkpoints as data: tensors, numbers, text, settings; never a pickle that runs code.
+
+    Breaks: on torch 2.6 and later, whose torch.load takes weights only, published checkpoints with
+    an argparse.Namespace; on earlier ones, any file may run any code.
+    Where: fairseq/checkpoint_utils.py:315 and :878.
+    Ends: never, unless fairseq does the same.
+    """
     import torch
-
     from fairseq import checkpoint_utils
 
-    torch.serialization.add_safe_globals([argparse.Namespace])
-
-    def load(file, map_location=None):
-        try:
-            return torch.load(file, map_location=map_location, weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise UserError("checkpoint {}: {}".format(getattr(file, "name", file), error))
-
-    checkpoint_utils.torch = _View(torch, load=load)
+    torch.serialization.add_safe_globals(_checkpoint_types())
+    checkpoint_utils.torch = _View(torch, load=_load_weights_only)
 
 
-def broadcast_of_objects():
-    import torch.distributed as dist
+def _checkpoint_types() -> list:
+    """The classes found in checkpoints of fairseq beyond those that torch allows by itself."""
+    import _codecs
 
+    import numpy
+    from fairseq.data import Dictionary
+
+    rebuild = numpy.float64(0).__reduce__()[0]  # numpy's function that makes a scalar again
+
+    def rebuild_renamed(*args):
+        return rebuild(*args)
+
+    # numpy 1 called it numpy.core.multiarray.scalar, numpy 2 numpy._core.multiarray.scalar; a file
+    # may come from the other.
+    core = "numpy.core" if rebuild.__module__.startswith("numpy._core") else "numpy._core"
+    rebuild_renamed.__module__ = core + ".multiarray"
+    rebuild_renamed.__name__ = rebuild_renamed.__qualname__ = "scalar"
+    dtypes = {type(numpy.dtype(code)) for code in "?bBhHiIlLqQefd"}
+    return [
+        argparse.Namespace,  # args of models without a dataclass, and of all before fairseq 0.10
+        Dictionary,  # task_state of some published models
+        numpy.dtype,
+        *dtypes,
+        rebuild,  # logged values that are numpy scalars
+        rebuild_renamed,
+        _codecs.encode,
+    ]
+
+
+def _load_weights_only(file, map_location=None):
+    import torch
+
+    name = getattr(file, "name", "the checkpoint")
+    try:
+        return torch.load(file, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"(?:GLOBAL|class|function) ([\w.]+\.\w+)", str(error))
+        if refused is None:
+            raise UserError(f"{name}: not a checkpoint, or damaged ({_first_line(error)})") from error
+        raise UserError(
+            f"{name}: refused, since loading it would run {refused.group(1)}, which belongs in no "
+            "checkpoint; do not use this file, or convert it where you trust it"
+        ) from error
+    except (EOFError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+            raise
+        raise UserError(
+            f"{name}: truncated or not a checkpoint ({_first_line(error)}); remove it, or restore "
+            "from another with --restore-file"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def whole_checkpoint_copies() -> None:
+    """Copy checkpoint_best.pt to checkpoint_last.pt under another name first, then rename.
+
+    Breaks: a run killed during the copy leaves a truncated checkpoint_last.pt, which the next start
+    fails to load (the file it is copied from is written so already, checkpoint_utils.py:600).
+    Where: fairseq/checkpoint_utils.py:125.
+    Ends: with a fairseq that renames.
+    """
+    from fairseq import checkpoint_utils
+
+    def copy(source, target, overwrite=False):
+        shutil.copyfile(source, target + ".tmp")
+        os.replace(target + ".tmp", target)
+        return True
+
+    checkpoint_utils.PathManager = type(
+        "PathManager", (checkpoint_utils.PathManager,), {"copy": staticmethod(copy)}
+    )
+
+
+def broadcast_of_objects() -> None:
+    """Send objects from rank 0 with torch's own broadcast.
+
+    Breaks: resuming on several processes, torch 2.6 and later: the other ranks unpickle what rank 0
+    sends with torch.load, which refuses fairseq's placeholders. It comes from a process of the
+    same job, as all that the process group carries, not from a file.
+    Where: fairseq/distributed/utils.py:770.
+    Ends: with a fairseq that says `weights_only=False` there.
+    """
+    import torch.distributed
     from fairseq.distributed import utils
 
     def broadcast_object_slow(obj, src_rank, group, dist_device):
         box = [obj]
-        dist.broadcast_object_list(box, src=src_rank, group=group, device=dist_device)
+        torch.distributed.broadcast_object_list(
+            box, src=src_rank, group=group, device=dist_device
+        )
         return box[0]
 
     utils._broadcast_object_slow = broadcast_object_slow
 
 
-def one_line_errors():
+def gather_on_cpu() -> None:
+    """Gather objects of all ranks with torch's own function where there is no GPU.
+
+    Breaks: criterions whose logs cannot be summed, and others' calls, under Gloo: CUDA buffers.
+    Where: fairseq/distributed/utils.py:585.
+    Ends: with a fairseq that asks which device the group wants.
+    """
+    import torch.distributed
+    from fairseq.distributed import utils
+    from fairseq.utils import move_to_cpu
+
+    def all_gather_list(data, group=None, max_size=16384):
+        group = utils.get_global_group() if group is None else group
+        gathered = [None] * utils.get_world_size(group)
+        torch.distributed.all_gather_object(gathered, move_to_cpu(data), group=group)
+        return gathered
+
+    utils.all_gather_list = all_gather_list
+
+
+def ddp_on_cpu() -> None:
+    """Call PyTorch's DDP without device ids for a model on the CPU.
+
+    Breaks: `--ddp-backend pytorch_ddp` on CPU (ValueError about device_ids).
+    Where: fairseq/models/distributed_fairseq_model.py:62.
+    Ends: with a fairseq that passes device ids for GPUs only.
+    """
+    from fairseq.models import distributed_fairseq_model
+
+    stock = distributed_fairseq_model.DistributedDataParallel
+
+    def on_any_device(module, device_ids=None, output_device=None, **kwargs):
+        if not any(parameter.is_cuda for parameter in module.parameters()):
+            device_ids = output_device = None
+        return stock(module, device_ids=device_ids, output_device=output_device, **kwargs)
+
+    distributed_fairseq_model.DistributedDataParallel = on_any_device
+
+
+def fp16_on_cpu() -> None:
+    """Train with --fp16 where there is no GPU.
+
+    Breaks: `--fp16` asks for the current CUDA device, which serves only as the key of a dict
+    (fairseq/optim/fp16_optimizer.py:38), and a gradient overflow, the normal way in which the
+    loss scale is found, puts a zero on the GPU (fairseq/trainer.py:992).
+    Ends: with a fairseq that uses the device of the parameters.
+    """
+    import torch
+    from fairseq import trainer
+    from fairseq.optim import fp16_optimizer
+
+    class ZeroNorm(torch.Tensor):
+        def cuda(self, *args, **kwargs):
+            return self.as_subclass(torch.Tensor)
+
+    def tensor(*args, **kwargs):
+        return torch.tensor(*args, **kwargs).as_subclass(ZeroNorm)
+
+    cuda = _View(torch.cuda, current_device=lambda: "cpu")
+    fp16_optimizer.torch = _View(torch, cuda=cuda)
+    trainer.torch = _View(torch, tensor=tensor)  # trainer.py:992 is its one use of torch.tensor
+
+
+def bf16_without_tpu() -> None:
+    """Let `--bf16` and `--memory-efficient-bf16` mean a number format, not a TPU.
+
+    Breaks: both flags on the command line set `tpu`, which wants torch_xla. (From YAML they do not.)
+    Where: fairseq/options.py:201.
+    Ends: with a fairseq that separates the two. `--tpu` itself still means a TPU.
+    """
+    from fairseq import options
+
+    stock = options.parse_args_and_arch
+
+    @functools.wraps(stock)
+    def parse_args_and_arch(parser, input_args=None, parse_known=False, **kwargs):
+        wants_tpu = "--tpu" in (sys.argv if input_args is None else input_args)
+        try:
+            result = stock(parser, input_args, parse_known, **kwargs)
+        except ValueError as error:
+            if not wants_tpu and "Cannot combine --fp16 and --tpu" in str(error):
+                raise UserError("--fp16 and --bf16 are both given; choose one of them") from error
+            raise
+        args = result[0] if parse_known else result
+        if args.bf16 and not wants_tpu:
+            args.tpu = False
+        return result
+
+    options.parse_args_and_arch = parse_args_and_arch
+
+
+def fresh_jobs() -> None:
+    """Begin every job of one process (`fairseq-hydra-train --multirun`) with a clean record.
+
+    Breaks: the best validation loss is kept on the functions save_checkpoint and should_stop_early:
+    the second job compares with the first's, saves no checkpoint_best.pt and may stop early.
+    Where: fairseq/checkpoint_utils.py:42, fairseq_cli/train.py:227.
+    Ends: with a fairseq that keeps it in the trainer.
+    """
+    from fairseq import checkpoint_utils
     from fairseq.distributed import utils
 
     stock = utils.call_main
 
     @functools.wraps(stock)
     def call_main(cfg, main, **kwargs):
-        try:
-            return stock(cfg, main, **kwargs)
-        except Exception as error:
-            mistake = find_mistake(error)
-            if mistake is None or os.environ.get("LOGLEVEL", "").upper() == "DEBUG":
-                raise
-        print(f"error: {mistake}", file=sys.stderr)
-        raise SystemExit(1)
+        vars(checkpoint_utils.save_checkpoint).pop("best", None)
+        train = sys.modules.get("fairseq_cli.train")
+        if train is not None:
+            vars(train.should_stop_early).clear()
+        return stock(cfg, main, **kwargs)
 
     utils.call_main = call_main
 
 
-def find_mistake(error):
-    seen = error
-    while seen is not None:
-        if isinstance(seen, (UserError, FileNotFoundError)):
-            return seen
-        seen = seen.__cause__ or seen.__context__
+def processes_that_can_start() -> None:
+    """Refuse a number of processes that fairseq cannot start, before it starts none.
+
+    Breaks: fairseq starts one process per GPU. On CPU, `--distributed-world-size 2` with an init
+    method starts none and exits with 0; without one, an AssertionError. NCCL needs GPUs.
+    Where: fairseq/distributed/utils.py:143 and :346.
+    Ends: with a fairseq that says so.
+    """
+    import torch
+    from fairseq.distributed import utils
+
+    stock = utils.call_main
+
+    @functools.wraps(stock)
+    def call_main(cfg, main, **kwargs):
+        settings = cfg.distributed_training
+        gpus = torch.cuda.device_count()
+        launched = {"MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK"} <= set(os.environ)
+        size = settings.distributed_world_size
+        spawns = not (
+            launched or settings.distributed_no_spawn or settings.distributed_port > 0
+        )
+        one_machine = settings.distributed_init_method is None
+        if cfg.common.tpu:
+            pass
+        elif spawns and size > 1 and (gpus == 0 or (one_machine and size > gpus)):
+            raise UserError(
+                f"--distributed-world-size {size}: fairseq starts one process per GPU, and there "
+                f"are {gpus} here; on CPU, start them with `torchrun --nproc_per_node {size} "
+                "$(which fairseq-train) ... --distributed-backend gloo`"
+            )
+        elif (launched or size > 1) and gpus == 0 and settings.distributed_backend == "nccl":
+            raise UserError(
+                "--distributed-backend nccl: needs GPUs, and there are none here; add "
+                "--distributed-backend gloo"
+            )
+        return stock(cfg, main, **kwargs)
+
+    utils.call_main = call_main
+
+
+def one_line_errors() -> None:
+    """End a command on a user's mistake with one line on stderr and status 1, no traceback.
+
+    A mistake is a UserError anywhere in the chain of causes, or a FileNotFoundError of fairseq's own
+    on top of it. LOGLEVEL=DEBUG keeps the traceback. fairseq-hydra-train catches exceptions, but
+    lets SystemExit through; fairseq-generate and fairseq-preprocess do not use call_main, hence
+    the excepthook, in fairseq's commands only.
+    Where: fairseq/distributed/utils.py:334.
+    Ends: never.
+    """
+    from fairseq.distributed import utils
+
+    stock = utils.call_main
+    stock_hook = sys.excepthook
+
+    @functools.wraps(stock)
+    def call_main(cfg, main, **kwargs):
+        try:
+            return stock(cfg, main, **kwargs)
+        except Exception as error:
+            mistake = _mistake_to_print(error)
+            if mistake is None:
+                raise
+        print(f"error: {mistake}", file=sys.stderr, flush=True)
+        raise SystemExit(1)
+
+    def excepthook(kind, error, traceback):
+        mistake = _mistake_to_print(error)
+        if mistake is None:
+            stock_hook(kind, error, traceback)
+        else:
+            print(f"error: {mistake}", file=sys.stderr, flush=True)
+
+    utils.call_main = call_main
+    if os.path.basename(sys.argv[0] if sys.argv else "").startswith("fairseq-"):
+        sys.excepthook = excepthook
+
+
+def _mistake_to_print(error: BaseException) -> Optional[str]:
+    """The user's mistake behind an exception, as one line; None if it is none, or for LOGLEVEL=DEBUG."""
+    if os.environ.get("LOGLEVEL", "").upper() == "DEBUG":
+        return None
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        return f"{error.filename}: no such file or folder"
+    if isinstance(error, FileNotFoundError) or (
+        isinstance(error, OSError) and str(error).startswith("Model file not found")
+    ):  # fairseq/tasks/language_modeling.py:219, fairseq/checkpoint_utils.py:423
+        return str(error)
+    # A process that fairseq spawned for a GPU reports its exception as text.
+    if type(error).__name__ == "ProcessRaisedException":
+        found = re.findall(r"^(?:[\w.]+\.UserError|FileNotFoundError): (.+)$", str(error), re.M)
+        return found[-1] if found else None
+    seen = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, UserError):
+            return str(error)
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
     return None
 
 
-PATCHES = (numpy_aliases, checkpoints_without_code, broadcast_of_objects, one_line_errors)
+def _numpy_is(release: tuple) -> bool:
+    import numpy
+
+    return tuple(int(part) for part in numpy.__version__.split(".")[:2]) >= release
+
+
+def _torch_is(release: tuple) -> bool:
+    import torch
+
+    return tuple(int(part) for part in torch.__version__.split(".")[:2]) >= release
+
+
+def _no_gpu() -> bool:
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+def _always() -> bool:
+    return True
+
+
+# While fairseq is imported: quiet_warnings, and relaxed_dataclass_defaults on Python >= 3.11. Then,
+# from top to bottom (the last one is outermost round call_main and sees the errors of the others):
+PATCHES = (
+    Patch(numpy_aliases, needed=lambda: _numpy_is((1, 24))),
+    Patch(data_bins_beyond_2_gib, needed=lambda: _numpy_is((2, 0))),
+    Patch(checked_data_bins, needed=_always),
+    Patch(checkpoints_without_code, needed=_always),
+    Patch(whole_checkpoint_copies, needed=lambda: importlib.util.find_spec("iopath") is None),
+    Patch(broadcast_of_objects, needed=lambda: _torch_is((2, 6))),
+    Patch(gather_on_cpu, needed=_no_gpu),
+    Patch(ddp_on_cpu, needed=_always),
+    Patch(fp16_on_cpu, needed=_no_gpu),
+    Patch(bf16_without_tpu, needed=lambda: importlib.util.find_spec("torch_xla") is None),
+    Patch(fresh_jobs, needed=_always),
+    Patch(processes_that_can_start, needed=_always),
+    Patch(one_line_errors, needed=_always),
+)
