@@ -17,8 +17,12 @@ def balance_loss(routing: Routing) -> Tensor:
     in the branch. Returns a scalar.
     """
     tokens, num_experts = routing.probs.shape
+    if tokens == 0:  # a rank may have none: 0, not 0/0
+        return routing.probs.sum()
     mean_prob = routing.probs.mean(dim=0)  # (E,)
-    share = routing.counts[0].to(mean_prob.dtype) / tokens  # (E,)
+    # float32 at least: a count may exceed float16's 65504
+    wide = torch.promote_types(mean_prob.dtype, torch.float32)
+    share = routing.counts[0].to(wide) / tokens  # (E,)
     return (mean_prob * share).mean() * num_experts**2
 
 
@@ -26,4 +30,4 @@ def z_loss(logits: Tensor) -> Tensor:
     """Router z-loss, mean over tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, eq. 5),
     computed in float32 at least. logits (T, E); returns a scalar."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.logsumexp(logits, dim=-1).square().mean()
+    return torch.logsumexp(logits, dim=-1).square().sum() / max(len(logits), 1)  # 0 of no tokens

@@ -38,7 +38,9 @@ def routing_stats(routing: Routing) -> Dict[str, Tensor]:
     """
     tokens, num_experts = routing.probs.shape
     with torch.no_grad():
-        stats = {"entropy_gating": torch.special.entr(routing.probs).sum(dim=1).mean()}
+        entropy = torch.special.entr(routing.probs).sum(dim=1)  # (T,)
+        stats = {"entropy_gating": entropy.mean() if tokens else entropy.sum()}
+        tokens = max(tokens, 1)  # a rank may have none: figures 0, not 0/0
         fifth = max(math.ceil(num_experts * BALANCE_SHARE), 1)
         for k in range(routing.experts.size(1)):
             name = f"expert{k + 1}"
