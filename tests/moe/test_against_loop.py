@@ -20,7 +20,7 @@ from fairseq_moe_ext.moe.routing import route_top1, route_top2, token_capacity
 from fairseq_moe_ext.moe.stats import routing_stats
 
 # The same examples on every run; the loop is slow by design, so there is no deadline.
-GRID = settings(derandomize=True, deadline=None, database=None, max_examples=300)
+GRID = settings(derandomize=True, deadline=None, database=None, max_examples=200)
 
 POLICIES = ("all", "sampling", "random")
 DTYPES = (torch.float64, torch.float32)
