@@ -1,0 +1,362 @@
+"""The quickstart's result (the dictionary run.py writes as result.json) in words: the table for the
+terminal and report.html. Every number comes from that dictionary; nothing is measured here.
+"""
+
+import math
+from typing import Dict, List, Sequence, Tuple
+
+from fairseq_moe_ext.evaluation import expert_use, figures, report
+
+DENSE, MOE = "dense", "moe"
+MODELS = (DENSE, MOE)
+LABELS = {DENSE: "Dense", MOE: "MoE"}
+STYLES = {DENSE: 0, MOE: 1}
+
+
+def mean_perplexity(values: Sequence[float]) -> float:
+    """The geometric mean: 2 to the mean of the domains' losses in bits."""
+    return math.exp(sum(math.log(value) for value in values) / len(values))
+
+
+def domains(result: Dict, held_out: bool) -> List[Dict]:
+    return [domain for domain in result["domains"] if domain["held_out"] == held_out]
+
+
+def mean(result: Dict, model: str, held_out: bool) -> float:
+    perplexity = result["models"][model]["perplexity"]
+    return mean_perplexity([perplexity[d["name"]] for d in domains(result, held_out)])
+
+
+def change(dense: float, moe: float) -> float:
+    """How far the MoE model's figure is above (+) or below (-) the dense one's, in per cent."""
+    return 100 * (moe / dense - 1)
+
+
+def signed(percent: float, digits: int = 1) -> str:
+    return f"{percent:+.{digits}f} %".replace("-", "−")
+
+
+def big(value: float) -> str:
+    """1234567 -> "1.23 M", 80 -> "80 ", so that a unit can follow."""
+    for size, letter in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if value >= size:
+            return (
+                f"{value / size:,.3g}{letter}"
+                if value < 1000 * size
+                else f"{value / size:,.0f}{letter}"
+            )
+    return f"{value:g} "
+
+
+def clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def rows(result: Dict) -> List[Tuple[str, ...]]:
+    """The one table: (what, dense, MoE, MoE against dense); a single cell heads a group."""
+    dense, moe = (result["models"][name] for name in MODELS)
+
+    def perplexities(held_out: bool) -> List[Tuple[str, ...]]:
+        found = []
+        for domain in domains(result, held_out):
+            a, b = dense["perplexity"][domain["name"]], moe["perplexity"][domain["name"]]
+            found.append((domain["title"], f"{a:.2f}", f"{b:.2f}", signed(change(a, b))))
+        a, b = mean(result, DENSE, held_out), mean(result, MOE, held_out)
+        return found + [("Mean (geometric)", f"{a:.2f}", f"{b:.2f}", signed(change(a, b)))]
+
+    def ratio(key: str) -> str:
+        return f"× {moe[key] / dense[key]:.2f}"
+
+    table: List[Tuple[str, ...]] = [("Test perplexity in domain (lower is better)",)]
+    table += perplexities(False)
+    table += [("Test perplexity out of domain (never trained on)",)]
+    table += perplexities(True)
+    table += [
+        ("Cost",),
+        *(
+            (what, big(dense[key]), big(moe[key]), ratio(key))
+            for what, key in (
+                ("Parameters", "parameters"),
+                ("Parameters used by a token", "active_parameters"),
+                ("FLOPs per token, training", "flops_per_token"),
+                ("FLOPs, whole training", "training_flops"),
+                ("Tokens trained on", "training_tokens"),
+            )
+        ),
+        (
+            "Training time (min:s)",
+            clock(dense["training_seconds"]),
+            clock(moe["training_seconds"]),
+            ratio("training_seconds"),
+        ),
+    ]
+    return table
+
+
+def terminal_table(result: Dict) -> str:
+    """`rows` in fixed width, for the terminal."""
+    cells = rows(result)
+    widths = [max(len(row[i]) for row in cells if len(row) > 1) for i in range(4)]
+    widths = [
+        max(width, len(head)) for width, head in zip(widths, ("", "Dense", "MoE", "MoE : dense"))
+    ]
+
+    def line(row: Sequence[str]) -> str:
+        return row[0].ljust(widths[0]) + "".join(
+            c.rjust(w + 2) for c, w in zip(row[1:], widths[1:])
+        )
+
+    out = [line(("", "Dense", "MoE", "MoE : dense"))]
+    for row in cells:
+        out.append("─" * (sum(widths) + 6) + "\n" + row[0] if len(row) == 1 else line(row))
+    return "\n".join(out)
+
+
+def sentence(result: Dict) -> str:
+    """The result in a few words, whichever way it went."""
+    a, b = mean(result, DENSE, False), mean(result, MOE, False)
+    c = change(mean(result, DENSE, True), mean(result, MOE, True))
+    seconds = [result["models"][name]["training_seconds"] for name in MODELS]
+    return (
+        "With the same FLOPs per token, the same text and the same number of updates, the MoE "
+        f"model reaches a mean in-domain test perplexity of {b:.2f} against {a:.2f} for its dense "
+        f"twin: {_lower_or_higher(change(a, b))}. On kinds of text that neither saw in training it "
+        f"is {_lower_or_higher(c)}. It trained {seconds[1] / seconds[0]:.2f} times as long on this "
+        "machine."
+    )
+
+
+def _lower_or_higher(percent: float) -> str:
+    return f"{abs(percent):.1f} % {'lower' if percent < 0 else 'higher'}"
+
+
+def description(result: Dict) -> str:
+    """The recipe in words."""
+    s, dense, moe = result["settings"], *(result["models"][name] for name in MODELS)
+    return (
+        f"Both models: {s['layers']} layers of width {s['dim']}, {s['heads']} heads, context "
+        f"{s['context']}, tied embeddings of {s['dictionary']:,} types, no dropout. Dense: FFNs of "
+        f"width {2 * s['expert_ffn']}. MoE: in every layer {s['experts']} experts of width "
+        f"{s['expert_ffn']}, two of them for each token (top-2, no token dropped, balancing loss "
+        f"{s['balance_weight']}), so that a token costs {big(moe['flops_per_token'])}FLOPs against "
+        f"{big(dense['flops_per_token'])}FLOPs; the gate is not counted, as in the paper. "
+        f"{s['updates']} updates of {s['tokens_per_update']:,} tokens; Adam, learning rate "
+        f"{s['learning_rate']:g} with linear warm-up and decay to 0, the same seed and order of "
+        "text. The checkpoint with the best in-domain validation perplexity is evaluated on the "
+        f"test text, in blocks of {s['context']} tokens that are scored each on its own."
+    )
+
+
+def _learning_curves(result: Dict) -> str:
+    per_update = result["settings"]["tokens_per_update"]
+    curves = {name: result["models"][name]["validation"] for name in MODELS}
+
+    def series(read, first: float = 0.0) -> List[figures.Series]:
+        found = []
+        for name in MODELS:
+            points = [
+                (point["update"] * per_update, read(point["perplexity"]))
+                for point in curves[name]
+                if point["update"] >= first
+            ]
+            found.append(figures.Series(LABELS[name], points, STYLES[name]))
+        return found
+
+    quarter = result["settings"]["updates"] / 4
+
+    inside = [domain["name"] for domain in domains(result, False)]
+    charts = [
+        figures.line_chart(
+            "Mean of the training domains",
+            series(lambda perplexity: mean_perplexity([perplexity[name] for name in inside])),
+            "tokens trained on",
+            "perplexity",
+            log_y=True,
+        )
+    ]
+    dense_at = {point["update"]: point["perplexity"] for point in curves[DENSE]}
+    gap = [
+        (
+            point["update"] * per_update,
+            change(
+                mean_perplexity([dense_at[point["update"]][name] for name in inside]),
+                mean_perplexity([point["perplexity"][name] for name in inside]),
+            ),
+        )
+        for point in curves[MOE]
+        if point["update"] in dense_at
+    ]
+    charts.append(
+        figures.line_chart(
+            "MoE against dense, same mean",
+            [figures.Series("MoE against dense", gap, STYLES[MOE])],
+            "tokens trained on",
+            "difference",
+            zero_line=True,
+            percent=True,
+        )
+    )
+    for domain in result["domains"]:
+        charts.append(
+            figures.line_chart(
+                domain["title"] + (" (held out)" if domain["held_out"] else ""),
+                series(lambda perplexity, name=domain["name"]: perplexity[name], quarter),
+                "tokens trained on",
+                "perplexity",
+                log_y=True,
+            )
+        )
+    return report.grid(
+        charts,
+        "Perplexity on the validation text while training goes on; logarithmic scale, each chart "
+        "with its own range, those of single domains from a quarter of the training on. The second "
+        "chart is the distance between the two lines of the first: below zero, the MoE model is "
+        "ahead.",
+        figures.legend([LABELS[name] for name in MODELS], [STYLES[name] for name in MODELS]),
+    )
+
+
+def _expert_use(result: Dict) -> str:
+    layers = result["expert_use"]
+    order = [d["name"] for d in domains(result, False)] + [d["name"] for d in domains(result, True)]
+    titles = {domain["name"]: domain["title"] for domain in result["domains"]}
+    highest = max(max(max(layer["share"][name]) for name in order) for layer in layers)
+    inside = [domain["name"] for domain in domains(result, False)]
+    charts = []
+    for layer in layers:
+        bits = expert_use.mutual_information([layer["share"][name] for name in inside])
+        charts.append(
+            figures.heatmap(
+                f"Layer {layer['layer']}: {bits:.2f} bits",
+                [titles[name] for name in order],
+                [layer["share"][name] for name in order],
+                "expert",
+                highest,
+                rule_before=len(inside),
+            )
+        )
+    experts = len(layers[0]["share"][order[0]])
+    return report.grid(
+        charts,
+        f"How each domain's test text is shared out among the {experts} experts of each MoE layer, "
+        f"in per cent of all choices ({100 / experts:.1f} is even); below the line, the held-out "
+        "domains. Layers are counted from 0. Bits: what one choice of expert tells about the "
+        f"training domain a token comes from (0: nothing, {math.log2(len(inside)):.0f}: "
+        "everything).",
+    )
+
+
+def findings(result: Dict) -> List[str]:
+    """What holds and what does not, from the numbers."""
+    inside, outside = domains(result, False), domains(result, True)
+    dense, moe = (result["models"][name] for name in MODELS)
+    inside_change = change(mean(result, DENSE, False), mean(result, MOE, False))
+    outside_change = change(mean(result, DENSE, True), mean(result, MOE, True))
+    shows = "shows here too" if inside_change < outside_change else "does not show here"
+    bits = [
+        expert_use.mutual_information([layer["share"][d["name"]] for d in inside])
+        for layer in result["expert_use"]
+    ]
+    by_layer = f"{min(bits):.2f} to {max(bits):.2f} bits of {math.log2(len(inside)):.0f}, by layer"
+    return [
+        _verdict(result, inside, "training domains"),
+        _verdict(result, outside, "held-out domains"),
+        f"The paper's finding that experts help more in domain than out of it {shows}: "
+        f"{signed(inside_change)} in domain, {signed(outside_change)} out of domain.",
+        f"Experts specialise by domain, though nothing in the training asks for it ({by_layer})."
+        if max(bits) >= 0.1
+        else f"Experts hardly specialise by domain in so short a training ({by_layer}).",
+        "Equal FLOPs are not equal time: on this machine the MoE model trained for "
+        f"{clock(moe['training_seconds'])} min, the dense one for "
+        f"{clock(dense['training_seconds'])} min. It also holds "
+        f"{moe['parameters'] / dense['parameters']:.1f} times the parameters in memory.",
+        "One run, one seed, about 100 kB of test text a domain: a difference of a per cent on a "
+        "single domain may be noise.",
+        f"Both models are far from trained out after {big(moe['training_tokens'])} tokens; what a "
+        "longer training would give, these numbers do not say.",
+        "Perplexities are per token of this run's own tokenizer on this installation's text: they "
+        "compare these two models, no others.",
+    ]
+
+
+def _verdict(result: Dict, group: Sequence[Dict], words: str) -> str:
+    dense, moe = (result["models"][name]["perplexity"] for name in MODELS)
+    behind = [d["title"] for d in group if moe[d["name"]] >= dense[d["name"]]]
+    text = f"The MoE model is ahead on {len(group) - len(behind)} of {len(group)} {words}"
+    return text + (f", not on {', '.join(behind)}." if behind else ".")
+
+
+def html(result: Dict) -> str:
+    """report.html as a string."""
+    inside_change = change(mean(result, DENSE, False), mean(result, MOE, False))
+    outside_change = change(mean(result, DENSE, True), mean(result, MOE, True))
+    dense, moe = (result["models"][name] for name in MODELS)
+    settings = result["settings"]
+    table = []
+    for row in rows(result):
+        if len(row) == 1:
+            table.append(row)
+            continue
+        css = ""
+        if row[3].endswith("%"):
+            css = "good" if row[3].startswith("−") else "bad"
+        first = (row[0], "total") if row[0].startswith("Mean") else row[0].strip()
+        table.append((first, row[1], row[2], (row[3], css)))
+    text_rows = [
+        (
+            f"{domain['title']}\n{domain['source']}",
+            "held out"
+            if domain["held_out"]
+            else f"{domain['counts']['train']['bytes'] / 1e6:.2f} MB",
+            f"{domain['counts']['test']['bytes'] / 1e3:.0f} kB",
+            f"{sum(split['documents'] for split in domain['counts'].values())}",
+        )
+        for domain in result["domains"]
+    ]
+    parts = [
+        f'<p class="lead">{sentence(result)}</p>',
+        report.cards(
+            [
+                (signed(inside_change), "MoE perplexity against dense, in domain"),
+                (signed(outside_change), "the same, out of domain"),
+                (
+                    f"× {moe['flops_per_token'] / dense['flops_per_token']:.3f}",
+                    "FLOPs per token, MoE against dense",
+                ),
+                (f"× {moe['parameters'] / dense['parameters']:.1f}", "parameters"),
+                (
+                    f"× {moe['training_seconds'] / dense['training_seconds']:.2f}",
+                    "training time on this machine",
+                ),
+            ]
+        ),
+        report.pair(
+            report.heading("Result") + report.table(("", "Dense", "MoE", "MoE : dense"), table),
+            report.heading("What holds, and what does not") + report.bullets(findings(result)),
+        ),
+        report.heading("Learning curves"),
+        _learning_curves(result),
+        report.heading("Which expert takes which domain"),
+        _expert_use(result),
+        report.heading("The text"),
+        report.paragraph(
+            "Taken from the Python installation, whole documents to one split each; nothing was "
+            f"downloaded. A byte-level BPE of {settings['vocabulary']:,} tokens was trained on the "
+            "training text."
+        ),
+        report.table(("Domain", "Training", "Test", "Documents"), text_rows),
+        report.heading("How it was made"),
+        report.paragraph(description(result)),
+        report.folded("The commands", report.code("\n\n".join(result["commands"]))),
+        report.folded(
+            "Time spent and versions",
+            report.table(
+                ("Stage", "min:s"),
+                [(stage["title"], clock(stage["seconds"])) for stage in result["stages"]],
+            )
+            + report.paragraph(
+                "; ".join(f"{name} {version}" for name, version in result["environment"].items())
+            ),
+        ),
+    ]
+    return report.page("MoE against dense at equal FLOPs", parts)
