@@ -127,6 +127,10 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
             self.embed_positions = PositionalEmbedding(
                 self.max_target_positions, dim, self.padding_idx, learned=cfg.decoder_learned_pos
             )
+        if isinstance(self.embed_positions, SinusoidalPositionalEmbedding):
+            # Stock leaves this marker of precision uninitialised, so that no two checkpoints of
+            # one model are alike.
+            self.embed_positions._float_tensor.zero_()
         self.layernorm_embedding = LayerNorm(dim) if cfg.layernorm_embedding else None
         self.layers = nn.ModuleList(DecoderLayer(cfg, i) for i in range(cfg.decoder_layers))
         self.layer_norm = None if cfg.no_decoder_final_norm else LayerNorm(dim)

@@ -2,6 +2,7 @@
 
 from typing import Any, Dict, Optional, Tuple
 
+from fairseq.hub_utils import GeneratorHubInterface
 from fairseq.models import FairseqLanguageModel, register_model
 from fairseq.tasks import FairseqTask
 from omegaconf import DictConfig
@@ -29,6 +30,25 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
         """Raises UserError for settings that cannot work, before any work starts."""
         validate(cfg)
         return cls(MoETransformerDecoder(cfg, task.source_dictionary))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_name_or_path: str,
+        checkpoint_file: str = "model.pt",
+        data_name_or_path: str = ".",
+        **kwargs: Any,
+    ) -> GeneratorHubInterface:
+        """As stock's (fairseq/models/fairseq_model.py@0.12.2): a folder, a checkpoint in it, a
+        data-bin, and overrides of settings -> an interface with `score` and `sample`.
+
+        No token is dropped unless moe_eval_capacity_token_fraction says so: the branch's quarter
+        of a batch is meant for long ones, and a sentence's score should not hang on its company.
+        """
+        kwargs.setdefault("moe_eval_capacity_token_fraction", 1.0)
+        return super().from_pretrained(
+            model_name_or_path, checkpoint_file, data_name_or_path, **kwargs
+        )
 
     def forward(
         self,

@@ -1,0 +1,262 @@
+"""Dense and MoE models through fairseq's own commands, as a user types them."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fairseq.data import Dictionary, indexed_dataset
+
+import fairseq_moe_ext
+from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
+
+USER_DIR = str(Path(fairseq_moe_ext.__file__).parent)
+MODEL = "--decoder-layers 2 --decoder-embed-dim 16 --decoder-ffn-embed-dim 32"
+MODEL += " --decoder-attention-heads 2 --tokens-per-sample 16"
+TRAIN = f"--user-dir {USER_DIR} --task language_modeling --criterion moe_cross_entropy {MODEL}"
+TRAIN += " --optimizer adam --lr 0.01 --batch-size 4 --num-workers 0 --max-update 6 --cpu --no-progress-bar"
+TRAIN += " --log-format json --log-interval 1 --seed 1 --best-checkpoint-metric inner_loss"
+MOE = "--arch moe_lm_tiny --moe-gate-loss-wt 0.01"
+EVAL = f"--user-dir {USER_DIR} --gen-subset valid --tokens-per-sample 16 --batch-size 4 --cpu --num-workers 0"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A data-bin of 40 sentences over 20 words, each word likely followed by the next one."""
+    folder = tmp_path_factory.mktemp("data")
+    dictionary = Dictionary()
+    for i in range(20):
+        dictionary.add_symbol(f"w{i}", n=100 - i)
+    dictionary.save(str(folder / "dict.txt"))
+    for split, sentences in (("train", 40), ("valid", 10)):
+        writer = indexed_dataset.make_builder(str(folder / f"{split}.bin"), "mmap", len(dictionary))
+        for i in range(sentences):
+            words = " ".join(f"w{(i + j) % 20}" for j in range(9))
+            writer.add_item(dictionary.encode_line(words, add_if_not_exist=False))
+        writer.finalize(str(folder / f"{split}.idx"))
+    return folder
+
+
+@pytest.fixture
+def command(monkeypatch, caplog, capsys):
+    """Run a command of fairseq in this process; its log and status."""
+
+    def run(name, line):
+        module = __import__(f"fairseq_cli.{name}", fromlist=["cli_main"])
+        monkeypatch.setattr(sys, "argv", [f"fairseq-{name}", *line.split()])
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            try:
+                module.cli_main()
+                status = 0
+            except SystemExit as stop:
+                status = stop.code or 0
+        out, err = capsys.readouterr()
+        return status, caplog.text, out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """A folder with checkpoints of a small MoE model."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            sys, "argv", f"fairseq-train {data} {TRAIN} {MOE} --save-dir {folder}".split()
+        )
+        __import__("fairseq_cli.train", fromlist=["cli_main"]).cli_main()
+    return folder
+
+
+def losses(log):
+    return [float(x) for x in re.findall(r'"inner_loss": "([\d.]+)"', log)]
+
+
+PRECISIONS = ["--fp16", "--memory-efficient-fp16", "--bf16", "--memory-efficient-bf16"]
+
+
+@pytest.mark.parametrize("options", ["", "--checkpoint-activations", *PRECISIONS])
+@pytest.mark.parametrize("arch", ["--arch dense_lm_tiny", MOE])
+def test_training_learns(command, data, tmp_path, arch, options):
+    line = f"{data} {TRAIN} {arch} {options} --dropout 0 --attention-dropout 0"
+    status, log, _, _ = command("train", f"{line} --save-dir {tmp_path}")
+    assert status == 0
+    trained = losses(log)
+    assert trained[4] < trained[0] - 0.1  # six updates, then validation
+    assert (tmp_path / "checkpoint_best.pt").exists()
+
+
+@pytest.mark.parametrize("options", ["--moe-top1-expert", "--moe-dropless --moe-freq 1"])
+def test_branch_flags_train(command, data, tmp_path, options):
+    flags = "--moe-gating-use-fp32 --moe-second-expert-policy random --use-moe-pad-mask"
+    flags += " --moe-normalize-gate-prob-before-dropping --moe-eval-capacity-token-fraction -1"
+    flags += " --moe-normalize-expert-grad sqrt_world_size --moe-expert-ffn-dim 24"
+    status, log, _, _ = command(
+        "train", f"{data} {TRAIN} {MOE} {flags} {options} --save-dir {tmp_path}"
+    )
+    assert status == 0
+    assert len(losses(log)) >= 6
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(command, data, tmp_path):
+    line = f"{data} {TRAIN} {MOE} --save-interval-updates 3"
+    _, whole, _, _ = command("train", f"{line} --save-dir {tmp_path / 'whole'}")
+    command("train", f"{line} --save-dir {tmp_path / 'parts'} --max-update 3")
+    _, rest, _, _ = command("train", f"{line} --save-dir {tmp_path / 'parts'}")
+    states = [
+        torch.load(tmp_path / run / "checkpoint_last.pt", weights_only=True)["model"]
+        for run in ("whole", "parts")
+    ]
+    for key, value in states[0].items():
+        torch.testing.assert_close(states[1][key], value, rtol=0, atol=0)
+
+
+def test_perplexity_of_eval_lm_is_that_of_validation(command, data, tmp_path):
+    _, log, _, _ = command("train", f"{data} {TRAIN} {MOE} --moe-dropless --save-dir {tmp_path}")
+    validated = float(re.findall(r'"valid_ppl": "([\d.]+)"', log)[-1])
+    _, log, _, _ = command("eval_lm", f"{data} {EVAL} --path {tmp_path / 'checkpoint_last.pt'}")
+    evaluated = float(re.search(r"Perplexity: ([\d.]+)", log).group(1))
+    assert evaluated == pytest.approx(validated, rel=2e-3)
+
+
+def test_capacity_at_evaluation_can_be_overridden(command, data, trained):
+    def perplexity(fraction):
+        overrides = f"{{'moe_eval_capacity_token_fraction':{fraction}}}"
+        line = (
+            f"{data} {EVAL} --path {trained / 'checkpoint_best.pt'} --model-overrides {overrides}"
+        )
+        status, log, _, _ = command("eval_lm", line)
+        assert status == 0
+        return float(re.search(r"Perplexity: ([\d.]+)", log).group(1))
+
+    assert perplexity(0.02) != perplexity(1.0)
+
+
+def test_generate_and_interactive(command, data, trained, monkeypatch, tmp_path):
+    line = f"{data} --user-dir {USER_DIR} --task language_modeling --cpu --beam 2 --max-len-b 12"
+    line += f" --path {trained / 'checkpoint_best.pt'} --tokens-per-sample 16"
+    line += " --sample-break-mode eos"  # stock's search fails on a prompt with </s> inside
+    status, _, out, _ = command("generate", f"{line} --gen-subset valid --batch-size 4")
+    assert status == 0
+    assert (
+        len(re.findall(r"^H-\d+\t-?[\d.]+\t", out, flags=re.M)) == 7
+    )  # 100 tokens in blocks of 16
+    (tmp_path / "input").write_text("w1 w2 w3\nw4\n")
+    status, _, out, _ = command("interactive", f"{line} --input {tmp_path / 'input'}")
+    assert status == 0
+    assert re.search(r"^H-0\t-?[\d.]+\tw1 w2 w3", out, flags=re.M)
+    assert re.search(r"^H-1\t-?[\d.]+\tw4", out, flags=re.M)
+
+
+def test_from_pretrained_scores_and_samples(data, trained):
+    lm = MoETransformerLanguageModel.from_pretrained(
+        str(trained), "checkpoint_best.pt", str(data)
+    ).eval()
+    alone = lm.score("w1 w2 w3")["positional_scores"]
+    together = lm.score(["w7", "w1 w2 w3", "w5 w6 w7 w8 w9"])[1]["positional_scores"]
+    torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
+    model = lm.models[0]
+    tokens = lm.encode("w1 w2 w3")[None]
+    inputs = torch.cat([tokens[:, -1:], tokens[:, :-1]], dim=1)  # </s> first
+    lprobs = model.get_normalized_probs(model(inputs), log_probs=True)[0]
+    expected = lprobs.gather(1, tokens[0, :, None])[:, 0]
+    torch.testing.assert_close(alone, expected[: len(alone)], rtol=1e-4, atol=1e-5)
+    assert lm.sample("w1 w2", beam=1, max_len_b=6).startswith("w1 w2")
+
+
+def damaged(data, folder, **changes):
+    """A copy of the data-bin with some files replaced; None removes a file."""
+    for file in data.iterdir():
+        content = changes.get(file.name.replace(".", "_"), file.read_bytes())
+        if content is not None:
+            (folder / file.name).write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (f"{MOE} --moe-expert-count 0", "--moe-expert-count 0"),
+        (f"{MOE} --moe-expert-count -2", "--moe-expert-count -2"),
+        (f"{MOE} --moe-expert-count 1", "too few for top-2"),
+        (f"{MOE} --moe-freq 3", "--moe-freq 3 picks no layer of --decoder-layers 2"),
+        (f"{MOE} --moe-capacity-factor 0.01", "every token would be dropped"),
+        (f"{MOE} --moe-gate-loss-wt -1", "--moe-gate-loss-wt -1"),
+        ("--arch dense_lm_tiny --moe-expert-count 4", "with --moe-freq 0"),
+    ],
+)
+def test_bad_flags_end_in_one_line(command, data, tmp_path, options, words):
+    status, _, _, err = command("train", f"{data} {TRAIN} {options} --save-dir {tmp_path / 'new'}")
+    errors = [line for line in err.splitlines() if line.startswith("error:")]
+    assert status == 1
+    assert len(errors) == 1 and words in errors[0]
+    assert "Traceback" not in err
+    assert not list(tmp_path.glob("new/*.pt"))
+
+
+def test_a_misspelt_policy_names_the_choices(command, data, tmp_path):
+    line = f"{data} {TRAIN} {MOE} --moe-second-expert-policy smapling --save-dir {tmp_path}"
+    status, _, _, err = command("train", line)
+    assert status == 2
+    assert "invalid choice: 'smapling'" in err and "random" in err
+
+
+def test_damaged_data_ends_in_one_line(command, data, tmp_path):
+    cases = {
+        "missing": (dict(train_bin=None, train_idx=None), "Dataset not found: train"),
+        "half": (dict(train_bin=None), "train.bin: missing"),
+        "cut": (dict(train_bin=(data / "train.bin").read_bytes()[:-6]), "truncated"),
+        "no_dict": (dict(dict_txt=None), "dict.txt"),
+    }
+    for name, (changes, words) in cases.items():
+        (tmp_path / name).mkdir()
+        folder = damaged(data, tmp_path / name, **changes)
+        status, _, _, err = command(
+            "train", f"{folder} {TRAIN} {MOE} --save-dir {tmp_path / 'new'}"
+        )
+        errors = [line for line in err.splitlines() if line.startswith("error:")]
+        assert status == 1, name
+        assert len(errors) == 1 and words in errors[0], err
+        assert "Traceback" not in err
+        assert not list(tmp_path.glob("new/*.pt"))
+
+
+def test_checkpoints_that_do_not_fit_end_in_one_line(command, data, trained, tmp_path):
+    longer = (data / "dict.txt").read_bytes() + b"more 1\n"
+    folder = tmp_path / "data"
+    folder.mkdir()
+    damaged(data, folder, dict_txt=longer)
+    saved = (trained / "checkpoint_last.pt").read_bytes()
+    resume = f"{TRAIN} {MOE} --save-dir {tmp_path / 'run'}"
+    cases = [
+        ("train", f"{folder} {resume}", "24 types in its embedding, the dictionary 25"),
+        ("train", f"{data} {resume} --moe-expert-count 4", "8 x 16 in the checkpoint"),
+        ("train", f"{data} {resume} --decoder-layers 4", "decoder.layers.2"),
+        ("eval_lm", f"{folder} {EVAL} --path {tmp_path}/run/checkpoint_last.pt", "24 types"),
+    ]
+    for name, line, words in cases:
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "checkpoint_last.pt").write_bytes(saved)
+        status, _, _, err = command(name, line)
+        errors = [line for line in err.splitlines() if line.startswith("error:")]
+        assert status == 1
+        assert len(errors) == 1 and words in errors[0], err
+        assert (tmp_path / "run" / "checkpoint_last.pt").read_bytes() == saved  # nothing lost
+
+
+def test_dense_checkpoint_of_stock_finetunes_as_ours(command, data, tmp_path):
+    shape = MODEL.replace("--decoder-ffn", "--share-decoder-input-output-embed --decoder-ffn")
+    stock = TRAIN.replace("moe_cross_entropy", "cross_entropy").replace("inner_loss", "loss")
+    stock = stock.replace(MODEL, shape) + " --arch transformer_lm_gpt2_tiny --dropout 0"
+    status, _, _, _ = command("train", f"{data} {stock} --save-dir {tmp_path / 'stock'}")
+    assert status == 0
+    line = f"{data} {TRAIN} --arch dense_lm_tiny --finetune-from-model"
+    line += f" {tmp_path / 'stock' / 'checkpoint_best.pt'} --lr 0 --max-update 1"
+    _, log, _, _ = command("train", f"{line} --save-dir {tmp_path / 'ours'}")
+    ours = float(re.findall(r'"valid_ppl": "([\d.]+)"', log)[-1])
+    _, log, _, _ = command(
+        "eval_lm", f"{data} {EVAL} --path {tmp_path / 'stock' / 'checkpoint_best.pt'}"
+    )
+    assert ours == pytest.approx(float(re.search(r"Perplexity: ([\d.]+)", log).group(1)), rel=2e-3)
