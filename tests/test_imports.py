@@ -1,0 +1,81 @@
+"""Who may import whom within the package; the mathematics knows no fairseq."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "fairseq_moe_ext"
+
+# A part of the package -> the parts that it may import. A part is a module or a subpackage; "moe.x"
+# only where a part may not have all of moe. errors may be imported by all but moe.
+ALLOWED = {
+    "__init__": {"compat", "criterions", "models", "tasks"},
+    "moe": {"moe"},
+    "config": set(),
+    "cost": set(),
+    "errors": set(),
+    "data_bin": set(),
+    "compat": set(),
+    "models": {"config", "models", "moe"},
+    "criterions": {"criterions", "moe.stats"},
+    "tasks": {"tasks", "data_bin"},
+    "prepare": {"prepare", "data_bin"},
+    "evaluation": {"evaluation", "cost", "data_bin"},
+}
+
+
+def part_of(module):
+    return module.split(".")[0] if module else "__init__"
+
+
+def own_imports(path):
+    """Modules of the package that a file imports, as 'moe.routing'."""
+    here = path.relative_to(PACKAGE).with_suffix("").parts
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            if node.level:
+                base = list(here[: len(here) - node.level])
+            elif node.module and node.module.split(".")[0] == "fairseq_moe_ext":
+                base, node.module = [], ".".join(node.module.split(".")[1:])
+            else:
+                continue
+            base += node.module.split(".") if node.module else []
+            for alias in node.names:
+                full = PACKAGE.joinpath(*base, alias.name)
+                is_module = full.is_dir() or full.with_suffix(".py").exists()
+                yield ".".join(base + [alias.name] if is_module else base)
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "fairseq_moe_ext":
+                    yield ".".join(alias.name.split(".")[1:])
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_import_directions(path):
+    part = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    if part == "cli":  # a command may call anything
+        return
+    allowed = ALLOWED[part] | ({"errors"} if part != "moe" else set())
+    for module in own_imports(path):
+        assert module in allowed or part_of(module) in allowed, f"{path.name} imports {module}"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "moe").glob("*.py")), ids=lambda p: p.name)
+def test_the_mathematics_is_torch_only(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [node.module]
+        for name in names:
+            assert name.split(".")[0] in {"__future__", "math", "torch", "typing"}
+
+
+def test_the_rules_would_notice():
+    imports = list(own_imports(PACKAGE / "models" / "decoder.py"))
+    assert {"config", "moe.gate", "moe.layer", "models.attention"} <= set(imports)
