@@ -15,6 +15,7 @@ condition stands beside it in the table. Functions of fairseq are wrapped, never
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import functools
 import importlib.util
 import os
@@ -40,7 +41,7 @@ class Patch(NamedTuple):
 
 
 def apply() -> None:
-    """Put every needed patch in force; import fairseq if nobody has. The second call does nothing."""
+    """Put every needed patch in force; import fairseq if nobody has. Once is enough."""
     _complete_package()
     if "fairseq" not in sys.modules:
         with _fit_to_import():
@@ -125,17 +126,22 @@ def relaxed_dataclass_defaults() -> Iterator[None]:
         dataclasses._get_field = strict
 
 
-# What stock fairseq's own lines provoke at every start and a user can do nothing about.
+# What stock fairseq's own lines provoke at every start and a user can do nothing about: the start
+# of the message, and of the module it is put down to.
 _KNOWN_WARNINGS = (
-    (r"hydra\.experimental\.\w+\(\) is no longer", ""),  # fairseq/dataclass/utils.py:397
-    (r"\nThe version_base parameter is not", r"hydra\.experimental|fairseq_cli"),  # hydra_train.py:25
-    (r"\nThe strict flag in the compose API", ""),  # fairseq/dataclass/utils.py:399
-    (r"In 'config': Usage of deprecated keyword in package header", ""),  # fairseq/config/config.yaml
-    (r"\n'.*' is validated against ConfigStore schema", ""),  # fairseq/dataclass/initialize.py:19
-    (r"Future Hydra versions will no longer change working directory", ""),  # hydra_train.py:25
-    (r"`torch\.cuda\.amp\.", "fairseq|fairscale"),  # fairseq/tasks/fairseq_task.py:514
-    (r"'pin_memory' argument is set as true but no acc", ""),  # fairseq/data/iterators.py
-    (r"Support for mismatched key_padding_mask and attn_mask", ""),  # modules/multihead_attention.py
+    # fairseq/dataclass/utils.py:397 and :399
+    (r"hydra\.experimental\.\w+\(\) is no longer", ""),
+    (r"\nThe strict flag in the compose API", ""),
+    # fairseq/config/config.yaml, fairseq/dataclass/initialize.py:19
+    (r"In 'config': Usage of deprecated keyword in package header", ""),
+    (r"\n'.*' is validated against ConfigStore schema", ""),
+    # fairseq_cli/hydra_train.py:25
+    (r"\nThe version_base parameter is not", r"hydra\.experimental|fairseq_cli"),
+    (r"Future Hydra versions will no longer change working directory", ""),
+    # fairseq/tasks/fairseq_task.py:514, fairseq/data/iterators.py, modules/multihead_attention.py
+    (r"`torch\.cuda\.amp\.", "fairseq|fairscale"),
+    (r"'pin_memory' argument is set as true but no acc", ""),
+    (r"Support for mismatched key_padding_mask and attn_mask", ""),
 )
 
 
@@ -206,8 +212,8 @@ def data_bins_beyond_2_gib() -> None:
 def checked_data_bins() -> None:
     """Refuse a data-bin with a missing, truncated or foreign file, naming it and both sizes.
 
-    Breaks: nothing at once; stock reads a cut .bin until a batch touches the lost part (then: buffer
-    is smaller than requested size), and says of a cut .idx only that some format is not expected.
+    Breaks: nothing at once; stock reads a cut .bin until a batch touches the lost part (then:
+    buffer is smaller than requested size), and says of a cut .idx only that its format is odd.
     Where: fairseq/data/indexed_dataset.py:77 and :486.
     Ends: with a fairseq that checks.
     """
@@ -221,8 +227,8 @@ def checked_data_bins() -> None:
         there = [os.path.isfile(file) for file in files]
         if any(there) and not all(there):
             raise UserError(
-                f"{files[there.index(False)]}: missing, though {files[there.index(True)]} is there; "
-                "a data-bin is both files: copy it again or make it anew"
+                f"{files[there.index(False)]}: missing, though {files[there.index(True)]} is "
+                "there; a data-bin is both files: copy it again or make it anew"
             )
         if all(there) and os.path.getsize(files[0]) < 8:
             raise UserError(f"{files[0]}: only {os.path.getsize(files[0])} bytes; it is truncated")
@@ -250,7 +256,9 @@ def check_data_bin(path: str) -> None:
         head = stream.read(header.size)
         index_size = stream.seek(0, os.SEEK_END)
         if len(head) < header.size:
-            raise UserError(f"{index}: {index_size} bytes, expected {header.size} or more; {remedy}")
+            raise UserError(
+                f"{index}: {index_size} bytes, {header.size} or more expected; {remedy}"
+            )
         magic, _, dtype_code, count = header.unpack(head)
         if magic != b"MMIDIDX\x00\x00":
             raise UserError(
@@ -331,7 +339,9 @@ def _load_weights_only(file, map_location=None):
     except pickle.UnpicklingError as error:
         refused = re.search(r"(?:GLOBAL|class|function) ([\w.]+\.\w+)", str(error))
         if refused is None:
-            raise UserError(f"{name}: not a checkpoint, or damaged ({_first_line(error)})") from error
+            raise UserError(
+                f"{name}: not a checkpoint, or damaged ({_first_line(error)})"
+            ) from error
         raise UserError(
             f"{name}: refused, since loading it would run {refused.group(1)}, which belongs in no "
             "checkpoint; do not use this file, or convert it where you trust it"
@@ -383,9 +393,7 @@ def broadcast_of_objects() -> None:
 
     def broadcast_object_slow(obj, src_rank, group, dist_device):
         box = [obj]
-        torch.distributed.broadcast_object_list(
-            box, src=src_rank, group=group, device=dist_device
-        )
+        torch.distributed.broadcast_object_list(box, src=src_rank, group=group, device=dist_device)
         return box[0]
 
     utils._broadcast_object_slow = broadcast_object_slow
@@ -457,7 +465,7 @@ def fp16_on_cpu() -> None:
 def bf16_without_tpu() -> None:
     """Let `--bf16` and `--memory-efficient-bf16` mean a number format, not a TPU.
 
-    Breaks: both flags on the command line set `tpu`, which wants torch_xla. (From YAML they do not.)
+    Breaks: both flags on the command line set `tpu`, which wants torch_xla. (In YAML they do not.)
     Where: fairseq/options.py:201.
     Ends: with a fairseq that separates the two. `--tpu` itself still means a TPU.
     """
@@ -525,9 +533,7 @@ def processes_that_can_start() -> None:
         gpus = torch.cuda.device_count()
         launched = {"MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK"} <= set(os.environ)
         size = settings.distributed_world_size
-        spawns = not (
-            launched or settings.distributed_no_spawn or settings.distributed_port > 0
-        )
+        spawns = not (launched or settings.distributed_no_spawn or settings.distributed_port > 0)
         one_machine = settings.distributed_init_method is None
         if cfg.common.tpu:
             pass
@@ -547,11 +553,126 @@ def processes_that_can_start() -> None:
     utils.call_main = call_main
 
 
+def hydra_command() -> None:
+    """Give configs of fairseq-hydra-train this package's folder, and its users one-line errors.
+
+    `${fairseq_moe_ext.user_dir:}` in a YAML is the folder of this file: a plugin is known to fairseq
+    by common.user_dir alone, also in the processes that it spawns, and a YAML cannot know where pip
+    put it. The rest breaks as follows, each at the line named:
+    - a misspelt --config-name is no error; stock's defaults run instead, since hydra_init stores them
+      under whatever name is asked for (fairseq/dataclass/initialize.py:19);
+    - a wrong key or value is told over several lines, or with a traceback, without its group and
+      without the keys there are (fairseq/dataclass/utils.py:500, hydra/_internal/utils.py:218@1.3).
+    Ends: never.
+    """
+    from fairseq.dataclass import initialize, utils
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    stock_init, stock_merge = initialize.hydra_init, utils.merge_with_parent
+
+    @functools.wraps(stock_init)
+    def hydra_init(cfg_name="config"):
+        from hydra._internal import utils as hydra_utils
+
+        _check_config_name(cfg_name)
+        report = hydra_utils.run_and_report
+        if report.__module__ == hydra_utils.__name__:
+            hydra_utils.run_and_report = lambda task: report(lambda: _exit_on_mistake(task))
+        stock_init(cfg_name)
+
+    @functools.wraps(stock_merge)
+    def merge_with_parent(dc, cfg, *args, **kwargs):
+        group = cfg._key() if OmegaConf.is_config(cfg) else None
+        if group == "task" and OmegaConf.is_missing(cfg, "data"):
+            raise UserError("task.data is not set: add task.data=FOLDER, with your data-bin")
+        try:
+            return stock_merge(dc, cfg, *args, **kwargs)
+        except OmegaConfBaseException as error:
+            if not isinstance(group, str):
+                raise
+            raise UserError(f"{group}.{_describe_setting(error)}") from error
+
+    initialize.hydra_init = hydra_init
+    utils.merge_with_parent = merge_with_parent
+    folder = os.path.dirname(os.path.abspath(__file__))
+    OmegaConf.register_new_resolver("fairseq_moe_ext.user_dir", lambda: folder, replace=True)
+
+
+def _check_config_name(name: str) -> None:
+    """Raise UserError if --config-dir is a folder without NAME.yaml, and fairseq has none either."""
+    import fairseq
+    from hydra._internal.utils import get_args
+
+    args = get_args()
+    if args.config_path is not None:
+        return
+    folders = [os.path.join(os.path.dirname(fairseq.__file__), "config")]
+    if args.config_dir is not None:
+        if not os.path.isdir(args.config_dir):
+            raise UserError(f"--config-dir {args.config_dir}: no such folder")
+        folders.insert(0, args.config_dir)
+    name = name[:-5] if name.endswith(".yaml") else name
+    if not any(os.path.isfile(os.path.join(folder, name + ".yaml")) for folder in folders):
+        there = sorted(file[:-5] for file in os.listdir(folders[0]) if file.endswith(".yaml"))
+        raise UserError(f"--config-name {name}: not in {folders[0]}; there are {', '.join(there)}")
+
+
+def _exit_on_mistake(task: Callable):
+    """Run a Hydra job or sweep; end on a mistake in the configuration with one line and status 1."""
+    try:
+        return task()
+    except Exception as error:
+        mistake = _mistake_to_print(error) or _hydra_mistake_to_print(error)
+        if mistake is None:
+            raise
+    print(f"error: {mistake}", file=sys.stderr, flush=True)
+    raise SystemExit(1)
+
+
+def _hydra_mistake_to_print(error: BaseException) -> Optional[str]:
+    """What is wrong with the command line or the YAMLs; None if it is none, or for LOGLEVEL=DEBUG.
+
+    Other errors of omegaconf are those of a programmer, who needs the traceback.
+    """
+    from hydra.errors import HydraException
+    from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+
+    if os.environ.get("LOGLEVEL", "").upper() == "DEBUG":
+        return None
+    if isinstance(error, InterpolationResolutionError):
+        return _describe_setting(error)
+    if not isinstance(error, HydraException):
+        return None
+    if isinstance(error.__cause__, OmegaConfBaseException):
+        return _describe_setting(error.__cause__)
+    return _in_one_line(str(error))
+
+
+def _describe_setting(error) -> str:
+    """What omegaconf has against a key or its value: the key, and what there is to choose from."""
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+
+    if isinstance(error, (ConfigAttributeError, ConfigKeyError)) and error.parent_node is not None:
+        there = [str(key) for key in error.parent_node if key != "_name"]
+        close = difflib.get_close_matches(str(error.key), there, n=1)
+        remedy = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(there))}"
+        return f"{error.full_key}: no such setting; {remedy}"
+    return f"{error.full_key}: {_in_one_line(str(error.msg or error))}"
+
+
+def _in_one_line(text: str) -> str:
+    """Hydra's or omegaconf's message without its notes; the options that it lists get commas."""
+    text = re.split(r"\n\s*(?:full_key|object_type|Config search path|See https)\b", text)[0]
+    text = re.sub(r"\n\t", ", ", text.strip())
+    return re.sub(r"\s*\n\s*", "; ", text).replace(":, ", ": ")
+
+
 def one_line_errors() -> None:
     """End a command on a user's mistake with one line on stderr and status 1, no traceback.
 
-    A mistake is a UserError anywhere in the chain of causes, or a FileNotFoundError of fairseq's own
-    on top of it. LOGLEVEL=DEBUG keeps the traceback. fairseq-hydra-train catches exceptions, but
+    A mistake is a UserError anywhere in the chain of causes, or a FileNotFoundError of fairseq's
+    own on top of it. LOGLEVEL=DEBUG keeps the traceback. fairseq-hydra-train catches exceptions, but
     lets SystemExit through; fairseq-generate and fairseq-preprocess do not use call_main, hence
     the excepthook, in fairseq's commands only.
     Where: fairseq/distributed/utils.py:334.
@@ -586,7 +707,7 @@ def one_line_errors() -> None:
 
 
 def _mistake_to_print(error: BaseException) -> Optional[str]:
-    """The user's mistake behind an exception, as one line; None if it is none, or for LOGLEVEL=DEBUG."""
+    """The user's mistake behind an exception, in one line; None if there is none or for DEBUG."""
     if os.environ.get("LOGLEVEL", "").upper() == "DEBUG":
         return None
     if isinstance(error, FileNotFoundError) and error.filename is not None:
@@ -626,6 +747,12 @@ def _no_gpu() -> bool:
     return not torch.cuda.is_available()
 
 
+def _new_resolvers() -> bool:
+    import omegaconf
+
+    return hasattr(omegaconf.OmegaConf, "register_new_resolver")  # omegaconf >= 2.1
+
+
 def _always() -> bool:
     return True
 
@@ -645,5 +772,6 @@ PATCHES = (
     Patch(bf16_without_tpu, needed=lambda: importlib.util.find_spec("torch_xla") is None),
     Patch(fresh_jobs, needed=_always),
     Patch(processes_that_can_start, needed=_always),
+    Patch(hydra_command, needed=_new_resolvers),
     Patch(one_line_errors, needed=_always),
 )

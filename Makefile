@@ -1,0 +1,28 @@
+# PYTHON=python3.10 make test chooses the interpreter; without it, that of .venv or else python3.
+PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
+RUN := .venv/bin/python
+
+.PHONY: help install test test-all quickstart lint clean
+
+help:            ## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' Makefile | expand -t 20
+
+install:         ## make .venv with everything in it; nothing to do the second time
+	@$(PYTHON) install_venv.py
+
+test: install lint  ## install, lint, and the tests but the slow ones
+	$(RUN) -m pytest
+
+test-all: install lint  ## the slow tests too
+	$(RUN) -m pytest -m "slow or not slow"
+
+quickstart: install  ## train and compare a dense and a Mixture-of-Experts model on real text
+	$(RUN) examples/quickstart/run.py
+
+lint: install    ## ruff, check and format
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+clean:           ## remove .venv and what builds and tests leave
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
