@@ -72,6 +72,15 @@ def test_overflow_leaves_tokens_without_an_expert():
     assert float(output.z_loss.detach()) == pytest.approx(0.0, abs=1e-12)
 
 
+def test_one_call_can_set_the_capacity_aside():
+    x = tokens_with([0.6, 0.3, 0.05, 0.05]).repeat(8, 1)
+    layer = layer_of_factors(4, GateSettings(capacity_factor=1.0, second_expert_policy="all"))
+    assert_near(layer(x, dropless=True).out, x * 4 / 3, 1e-14)
+    layer = layer_of_factors(4, GateSettings(dropless=True, second_expert_policy="all"))
+    for mode in (True, False):
+        assert_near(layer.train(mode)(x).out, x * 4 / 3, 1e-14)
+
+
 def test_a_second_choice_alone_gets_all_the_weight_or_its_share():
     x = tokens_with([0.6, 0.3, 0.05, 0.05], [0.6, 0.05, 0.3, 0.05])
     for before, factor in [(False, 3.0), (True, 3.0 / 3)]:

@@ -128,16 +128,32 @@ def test_gradient_of_the_output_may_be_expanded(top_k):
     assert torch.equal(expanded, compact)
 
 
-def test_deterministic_algorithms():
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("padding", ["none", "some", "all"])
+def test_deterministic_algorithms(top_k, padding):
+    """They are supported, and change nothing, although they fill new memory with NaN: nothing is
+    read that was not written."""
     torch.manual_seed(0)
-    layer = MoELayer(6, 5, 3, GateSettings(second_expert_policy="all"))
-    x = torch.randn(50, 6, requires_grad=True)
+    layer = MoELayer(6, 5, 8, GateSettings(top_k=top_k, second_expert_policy="all"))
+    x = torch.randn(30, 6, requires_grad=True)
+    mask = {"none": None, "some": torch.rand(30) < 0.5, "all": torch.ones(30).bool()}[padding]
+
+    def results():
+        layer.zero_grad()
+        x.grad = None
+        out = run(layer, x, mask).out
+        return [out, x.grad, *(parameter.grad for parameter in layer.parameters())]
+
+    expected = results()
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
-        run(layer, x)
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        ours = results()
     finally:
         torch.use_deterministic_algorithms(before)
+    for one, other in zip(ours, expected):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("settings", [{"top_k": 1}, {"top_k": 2}, {"top_k": 2, "dropless": True}])
