@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import platform
 import re
@@ -325,7 +326,7 @@ def validation(log: Path) -> List[Dict]:
 
     Updates that were repeated after an interruption count once, the later time.
     """
-    found: Dict[int, Dict] = {}
+    measured: Dict[int, Dict] = {}
     with open(log, encoding="utf-8", errors="replace") as file:
         for line in file:
             tagged = measurement(line)
@@ -334,14 +335,15 @@ def validation(log: Path) -> List[Dict]:
             figures = tagged[1]
             update = int(figures["valid_num_updates"])
             perplexity = {
-                key[len("valid_") : -len("_ppl")]: float(value)
+                found.group(1): float(value)
                 for key, value in figures.items()
-                if key.startswith("valid_") and key.endswith("_ppl")
+                for found in [re.fullmatch(r"valid_(\w+)_ppl", key)]
+                if found
             }
             inside = perplexity.pop("in_domain")
             perplexity.pop("out_of_domain", None)
-            found[update] = {"update": update, "in_domain": inside, "perplexity": perplexity}
-    return [found[update] for update in sorted(found)]
+            measured[update] = {"update": update, "in_domain": inside, "perplexity": perplexity}
+    return [measured[update] for update in sorted(measured)]
 
 
 def training_seconds(log: Path) -> float:
@@ -566,6 +568,8 @@ def main(argv: Sequence[str]) -> int:
         f"MoE against dense at equal FLOPs; results go to {args.out}. Ctrl-C stops, the same "
         "command goes on."
     )
+    # fairseq says on import that a package of its speech tasks is missing.
+    logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)
     from fairseq_moe_ext.errors import UserError
 
     run = Run(args.out, args.updates, args.text_bytes, screen)

@@ -86,12 +86,23 @@ def expert_use(
 
 
 def _task(folder: Path, tokens_per_sample: int):
-    from fairseq import tasks
-    from fairseq.tasks.language_modeling import LanguageModelingConfig
+    """Stock's language-modelling task on one data-bin."""
+    from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 
-    config = LanguageModelingConfig(data=str(folder), tokens_per_sample=tokens_per_sample)
-    config._name = "language_modeling"
-    return tasks.setup_task(config)
+    # The fields beside the first two are taken from other groups of options on the command line.
+    config = LanguageModelingConfig(
+        data=str(folder),
+        tokens_per_sample=tokens_per_sample,
+        seed=1,
+        batch_size=None,
+        batch_size_valid=None,
+        dataset_impl=None,
+        data_buffer_size=0,
+        tpu=False,
+        use_plasma_view=False,
+        plasma_path="",
+    )
+    return LanguageModelingTask.setup_task(config)
 
 
 def _batches(dataset, batch_size: int) -> Iterator[torch.Tensor]:

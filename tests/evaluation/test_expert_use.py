@@ -1,0 +1,36 @@
+"""Expert use: the information measure, and the command's answers to wrong input."""
+
+import math
+
+import pytest
+
+from fairseq_moe_ext.evaluation.expert_use import main, mutual_information
+
+
+def test_an_expert_per_kind_gives_the_kind_away():
+    assert mutual_information([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]) == 2.0
+
+
+def test_equal_use_tells_nothing():
+    assert mutual_information([[0.25, 0.75], [0.25, 0.75]]) == 0.0
+
+
+def test_a_half_known_kind():
+    # Kind 1 uses expert 0 alone, kind 2 both alike: I = H(3/4) - H(1/2) / 2.
+    entropy = -(0.75 * math.log2(0.75) + 0.25 * math.log2(0.25))
+    assert mutual_information([[1, 0], [0.5, 0.5]]) == pytest.approx(entropy - 0.5)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["missing.pt", "--bin", "a=."], "missing.pt does not exist"),
+        (["x.pt", "--bin", "a"], "--bin a: give NAME=FOLDER"),
+        (["x.pt", "--bin", "a=no/such/folder"], "--bin a=no/such/folder"),
+        (["x.pt", "--bin", "a=.", "--batch-size", "0"], "--batch-size 0: use 1 or more"),
+    ],
+)
+def test_wrong_input_is_one_line(arguments, words, capsys):
+    assert main(arguments) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and words in err and err.count("\n") == 1
