@@ -556,13 +556,13 @@ def processes_that_can_start() -> None:
 def hydra_command() -> None:
     """Give configs of fairseq-hydra-train this package's folder, and its users one-line errors.
 
-    `${fairseq_moe_ext.user_dir:}` in a YAML is the folder of this file: a plugin is known to fairseq
-    by common.user_dir alone, also in the processes that it spawns, and a YAML cannot know where pip
-    put it. The rest breaks as follows, each at the line named:
-    - a misspelt --config-name is no error; stock's defaults run instead, since hydra_init stores them
-      under whatever name is asked for (fairseq/dataclass/initialize.py:19);
+    `${fairseq_moe_ext.user_dir:}` in a YAML is the folder of this file: a plugin is known to
+    fairseq by common.user_dir alone, also in the processes that it spawns, and a YAML cannot know
+    where pip put it. The rest breaks as follows, each at the line named:
+    - a misspelt --config-name is no error; stock's defaults run instead, since hydra_init stores
+      them under whatever name is asked for (fairseq/dataclass/initialize.py:19);
     - a wrong key or value is told over several lines, or with a traceback, without its group and
-      without the keys there are (fairseq/dataclass/utils.py:500, hydra/_internal/utils.py:218@1.3).
+      the keys that there are (fairseq/dataclass/utils.py:500, hydra/_internal/utils.py:218@1.3).
     Ends: never.
     """
     from fairseq.dataclass import initialize, utils
@@ -575,16 +575,20 @@ def hydra_command() -> None:
     def hydra_init(cfg_name="config"):
         from hydra._internal import utils as hydra_utils
 
-        _check_config_name(cfg_name)
-        report = hydra_utils.run_and_report
-        if report.__module__ == hydra_utils.__name__:
+        command = sys.modules.get("fairseq_cli.hydra_train")  # else another program with Hydra
+        if command is not None:
+            _check_config_name(cfg_name)
+            report, job = hydra_utils.run_and_report, command._hydra_main
             hydra_utils.run_and_report = lambda task: report(lambda: _exit_on_mistake(task))
+            command._hydra_main = lambda cfg: _exit_on_mistake(lambda: job(cfg))
         stock_init(cfg_name)
 
     @functools.wraps(stock_merge)
     def merge_with_parent(dc, cfg, *args, **kwargs):
         group = cfg._key() if OmegaConf.is_config(cfg) else None
-        if group == "task" and OmegaConf.is_missing(cfg, "data"):
+        if group == "task" and "data" in cfg and (
+            OmegaConf.is_missing(cfg, "data") or cfg.data is None
+        ):
             raise UserError("task.data is not set: add task.data=FOLDER, with your data-bin")
         try:
             return stock_merge(dc, cfg, *args, **kwargs)
@@ -600,7 +604,7 @@ def hydra_command() -> None:
 
 
 def _check_config_name(name: str) -> None:
-    """Raise UserError if --config-dir is a folder without NAME.yaml, and fairseq has none either."""
+    """Raise UserError if neither --config-dir nor fairseq's own folder has NAME.yaml."""
     import fairseq
     from hydra._internal.utils import get_args
 
@@ -619,7 +623,7 @@ def _check_config_name(name: str) -> None:
 
 
 def _exit_on_mistake(task: Callable):
-    """Run a Hydra job or sweep; end on a mistake in the configuration with one line and status 1."""
+    """Run a Hydra job or sweep; end on a mistake in its settings with one line and status 1."""
     try:
         return task()
     except Exception as error:
@@ -672,7 +676,7 @@ def one_line_errors() -> None:
     """End a command on a user's mistake with one line on stderr and status 1, no traceback.
 
     A mistake is a UserError anywhere in the chain of causes, or a FileNotFoundError of fairseq's
-    own on top of it. LOGLEVEL=DEBUG keeps the traceback. fairseq-hydra-train catches exceptions, but
+    own on top of it. LOGLEVEL=DEBUG keeps the traceback. fairseq-hydra-train catches exceptions but
     lets SystemExit through; fairseq-generate and fairseq-preprocess do not use call_main, hence
     the excepthook, in fairseq's commands only.
     Where: fairseq/distributed/utils.py:334.
@@ -715,7 +719,8 @@ def _mistake_to_print(error: BaseException) -> Optional[str]:
     if isinstance(error, FileNotFoundError) or (
         isinstance(error, OSError) and str(error).startswith("Model file not found")
     ):  # fairseq/tasks/language_modeling.py:219, fairseq/checkpoint_utils.py:423
-        return str(error)
+        text = str(error)  # fairseq/utils.py:481 says nothing but the --user-dir
+        return text if " " in text else f"{text}: no such file or folder"
     # A process that fairseq spawned for a GPU reports its exception as text.
     if type(error).__name__ == "ProcessRaisedException":
         found = re.findall(r"^(?:[\w.]+\.UserError|FileNotFoundError): (.+)$", str(error), re.M)
