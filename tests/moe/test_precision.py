@@ -55,6 +55,11 @@ def test_gate_in_float32_inside_a_half_precision_layer():
     output = layer(torch.randn(5, 8, dtype=torch.bfloat16))
     assert output.out.dtype == torch.bfloat16
     assert output.balance_loss.dtype == output.z_loss.dtype == torch.float32
+    # "At least" float32: a float64 layer is not rounded.
+    x = torch.randn(5, 8, dtype=torch.float64)
+    exact = layer.double()(x)
+    layer.gate.settings = GateSettings(**PLAIN)
+    assert torch.equal(exact.out, layer(x).out)
 
 
 def test_autocast():
