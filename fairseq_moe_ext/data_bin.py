@@ -1,4 +1,4 @@
-"""Folders of data-bins: what lies where, which names a corpus may have, which files belong together.
+"""Folders of data-bins: what lies where, and which names a corpus may have.
 
     DATA/dict.txt
     DATA/<corpus>/dict.txt                      the same bytes as DATA/dict.txt
@@ -19,13 +19,14 @@ from fairseq_moe_ext.errors import UserError
 
 DICTIONARY = "dict.txt"
 SPLITS = ("train", "valid", "test")
+PLAIN = "data"  # the corpus that a plain data-bin is
 
 # A name is a folder, part of log keys (<corpus>_ppl), of flags (a=0.5,b=0.5) and of subset names
 # (valid/docs): nothing that any of these would read differently.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 # in_domain_ppl and out_of_domain_ppl are the means in the log; a folder called valid1 makes
 # fairseq/data/data_utils.py:577@0.12.2 believe in a forgotten validation set.
-_RESERVED = re.compile(r"in_domain|out_of_domain|(train|valid*|test)[0-9]*(\..*)?")
+_RESERVED = re.compile(r"best|in_domain|out_of_domain|(train|valid*|test)[0-9]*(\..*)?")
 
 
 def check_corpus_name(name: str, where: str) -> None:
@@ -43,7 +44,7 @@ def check_corpus_name(name: str, where: str) -> None:
 
 
 def has_split(folder: Path, split: str) -> bool:
-    """Whether `folder` holds the data-bin `split`; UserError if only one of its two files is there."""
+    """Whether `folder` holds the data-bin `split`; UserError if one of its two files is missing."""
     index, tokens = folder / f"{split}.idx", folder / f"{split}.bin"
     if index.is_file() != tokens.is_file():
         there, missing = (index, tokens) if index.is_file() else (tokens, index)
@@ -55,33 +56,28 @@ def has_split(folder: Path, split: str) -> bool:
 
 
 def find_corpora(data: Path) -> Dict[str, Path]:
-    """The corpora of a data folder by name, in alphabetical order.
+    """The corpora of a data folder by name, in alphabetical order; none if it has no data-bin.
 
     A folder that is itself a plain data-bin (dict.txt and, say, train.idx side by side) is one
     corpus called "data".
 
     Raises:
-        UserError: no such folder, no dict.txt, no corpus in it, both layouts at once, or a name
-            that a corpus cannot have.
+        UserError: no such folder, no dict.txt, both layouts at once, or a name that a corpus
+            cannot have.
     """
     if not data.is_dir():
         raise UserError(f"{data}: no such data folder; make one with `fairseq-moe prepare`")
     if not (data / DICTIONARY).is_file():
         raise UserError(f"{data / DICTIONARY}: missing; {data} is not a prepared data folder")
-    plain = sorted(path.name for path in data.glob("*.idx"))
-    folders = sorted(path for path in data.iterdir() if path.is_dir() and any(path.glob("*.idx")))
+    plain = _data_bin_files(data)
+    folders = sorted(path for path in data.iterdir() if path.is_dir() and _data_bin_files(path))
     if plain and folders:
         raise UserError(
             f"{data}: holds data-bins of its own ({plain[0]}) and of corpora "
             f"({folders[0].name}/); move one of the two elsewhere"
         )
     if plain:
-        return {"data": data}
-    if not folders:
-        raise UserError(
-            f"{data}: no data-bin in it or in its folders (looked for *.idx); "
-            "make them with `fairseq-moe prepare`"
-        )
+        return {PLAIN: data}
     for folder in folders:
         check_corpus_name(folder.name, str(folder))
     return {folder.name: folder for folder in folders}
@@ -107,6 +103,10 @@ def check_dictionaries(data: Path, corpora: Dict[str, Path]) -> None:
 def splits_of(folder: Path) -> List[str]:
     """The names of all data-bins in one corpus folder (train, valid, test, valid1, ...)."""
     return sorted(path.stem for path in folder.glob("*.idx"))
+
+
+def _data_bin_files(folder: Path) -> List[str]:
+    return sorted(path.name for path in folder.iterdir() if path.suffix in (".idx", ".bin"))
 
 
 def _count_lines(path: Path) -> int:

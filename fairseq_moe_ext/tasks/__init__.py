@@ -1,0 +1,1 @@
+"""Tasks. fairseq's --user-dir imports every module of this folder."""

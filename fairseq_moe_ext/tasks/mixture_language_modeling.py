@@ -1,0 +1,481 @@
+"""The task `mixture_language_modeling`: language modelling over a mixture of corpora.
+
+One data folder with a data-bin per corpus (see data_bin.py). Training draws from all corpora with
+a train split; validation goes over every corpus, each in batches of its own, and logs a perplexity
+per corpus and their means. A subset is a split ("valid": of all corpora) or a split of one corpus
+("valid/docs").
+"""
+
+import logging
+import math
+import os
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import numpy as np
+import torch
+from fairseq import metrics
+from fairseq.data import BaseWrapperDataset, ConcatDataset, FairseqDataset, indexed_dataset
+from fairseq.tasks import register_task
+from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
+from omegaconf import II
+
+from .. import data_bin
+from ..errors import UserError
+
+logger = logging.getLogger(__name__)
+
+IN_DOMAIN, OUT_OF_DOMAIN = "in_domain", "out_of_domain"
+_NLL = "corpus_nll/"  # keys of the logging output: sum over a corpus's tokens, in nats
+_TOKENS = "corpus_tokens/"
+
+
+@dataclass
+class MixtureLanguageModelingConfig(LanguageModelingConfig):
+    train_corpora: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "comma-separated names of the corpora to train on (default: all that have a "
+            "train split); the others are out of domain"
+        },
+    )
+    corpus_weights: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "shares of the training tokens, as docs=0.5,code=0.3,web=0.2; they are scaled "
+            "to sum to 1 (default: in proportion to size, every block once an epoch)"
+        },
+    )
+    corpus_temperature: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "shares of the training tokens in proportion to size ** (1 / temperature): 1 "
+            "is in proportion to size, larger is more even"
+        },
+    )
+    train_subset: str = II("dataset.train_subset")
+    best_checkpoint_metric: str = II("checkpoint.best_checkpoint_metric")
+
+
+@register_task("mixture_language_modeling", dataclass=MixtureLanguageModelingConfig)
+class MixtureLanguageModelingTask(LanguageModelingTask):
+    """See the module; `corpora` are the folders by name, `trained` the names trained on."""
+
+    def __init__(self, args, dictionary, output_dictionary=None, targets=None):
+        super().__init__(args, dictionary, output_dictionary, targets)
+        self.corpora: Dict[str, Path] = {}
+        if args.data:
+            data = Path(args.data)
+            self.corpora = data_bin.find_corpora(data)
+            data_bin.check_dictionaries(data, self.corpora)
+        # in domain; --train-corpora may name corpora that this folder does not have when a trained
+        # model is loaded with other data, so it is checked only when training data are loaded
+        chosen = _names(args.train_corpora)
+        self.trained = [
+            name
+            for name, folder in self.corpora.items()
+            if data_bin.has_split(folder, "train") and (chosen is None or name in chosen)
+        ]
+
+    @classmethod
+    def setup_task(cls, args, **kwargs):
+        if args.data and os.pathsep in args.data:
+            raise UserError(
+                f"{args.data}: mixture_language_modeling takes one data folder; put the corpora of "
+                "all folders into one"
+            )
+        if args.data:
+            data_bin.find_corpora(Path(args.data))  # before the dictionary is read
+        if args.dataset_impl not in (None, "mmap"):
+            raise UserError(
+                f"--dataset-impl {args.dataset_impl}: mixture_language_modeling reads mmap "
+                "data-bins only"
+            )
+        if args.shorten_data_split_list:
+            raise UserError(
+                f"--shorten-data-split-list {args.shorten_data_split_list}: not possible with "
+                "mixture_language_modeling; --shorten-method alone applies to all splits"
+            )
+        if args.corpus_weights is not None and args.corpus_temperature is not None:
+            raise UserError(
+                "--corpus-weights and --corpus-temperature: give one of them, each sets the shares"
+            )
+        _names(args.train_corpora)
+        _weights(args.corpus_weights)
+        temperature = args.corpus_temperature
+        if temperature is not None and not 0 < temperature < math.inf:
+            raise UserError(f"--corpus-temperature {temperature}: must be above 0 and finite")
+        return super().setup_task(args, **kwargs)
+
+    def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs) -> None:
+        """Load a subset: SPLIT, of all corpora that have it, or SPLIT/CORPUS.
+
+        Raises:
+            UserError: an unknown corpus, no such split, a data-bin that is empty, incomplete or
+                not of the mmap format, a mixture that cannot be.
+        """
+        name, _, corpus = split.partition("/")
+        chosen = self._with_split(name, corpus)
+        training = split == self.args.train_subset
+        if training:
+            chosen = self._to_train_on(chosen)
+        elif self.trained:
+            self._check_metric(split, chosen)
+        parts = {corpus: self._load_part(corpus, name, epoch, combine) for corpus in chosen}
+        if training:
+            counts = self._blocks_per_epoch(parts)
+            self.datasets[split] = MixtureDataset(parts, counts, seed=self.args.seed)
+        else:
+            order = list(self.corpora)
+            self.datasets[split] = SeparateCorporaDataset(
+                [order.index(corpus) for corpus in parts], list(parts.values())
+            )
+
+    def _with_split(self, split: str, corpus: str) -> List[str]:
+        """Names of the corpora that have `split`; only `corpus`, unless it is ""."""
+        data = self.args.data
+        if not self.corpora:
+            raise UserError(
+                f"{data}: no data-bin in it or in its folders (looked for *.idx); make them with "
+                "`fairseq-moe prepare`"
+            )
+        if corpus and corpus not in self.corpora:
+            raise UserError(
+                f"subset {split}/{corpus}: {data} has no corpus {corpus!r}; "
+                f"it has {', '.join(self.corpora)}"
+            )
+        found = [
+            name
+            for name, folder in self.corpora.items()
+            if corpus in ("", name) and data_bin.has_split(folder, split)
+        ]
+        if not found:
+            there = "; ".join(
+                f"{name}: {', '.join(data_bin.splits_of(folder))}"
+                for name, folder in self.corpora.items()
+                if corpus in ("", name)
+            )
+            subset = f"{split}/{corpus}" if corpus else split
+            raise UserError(f"subset {subset}: no such data-bin in {data}; there are {there}")
+        return found
+
+    def _to_train_on(self, having: List[str]) -> List[str]:
+        """The corpora of --train-corpora, each of which must be in `having`; or all of them."""
+        chosen = _names(self.args.train_corpora)
+        if chosen is None:
+            return having
+        for name in chosen:
+            if name not in having:
+                raise UserError(
+                    f"--train-corpora {self.args.train_corpora}: {self.args.data} has no corpus "
+                    f"{name!r} with a train split; those with one: {', '.join(having)}"
+                )
+        return [name for name in having if name in chosen]
+
+    def _check_metric(self, subset: str, chosen: List[str]) -> None:
+        """Raise UserError if checkpoints are chosen by a perplexity that `subset` does not give.
+
+        fairseq_cli/train.py:534@0.12.2 would fail only after the first validation, by a KeyError.
+        """
+        metric = self.args.best_checkpoint_metric
+        given = {f"{name}_ppl": True for name in chosen}
+        given[f"{IN_DOMAIN}_ppl"] = any(name in self.trained for name in chosen)
+        given[f"{OUT_OF_DOMAIN}_ppl"] = any(name not in self.trained for name in chosen)
+        ours = {f"{name}_ppl" for name in [*self.corpora, IN_DOMAIN, OUT_OF_DOMAIN]}
+        if metric in ours and not given.get(metric, False):
+            raise UserError(
+                f"--best-checkpoint-metric {metric}: the subset {subset} does not give it; "
+                f"it gives {', '.join(key for key, there in given.items() if there)}"
+            )
+
+    def _load_part(self, corpus: str, split: str, epoch: int, combine: bool) -> FairseqDataset:
+        """One corpus's split, as the stock task makes it."""
+        folder = self.corpora[corpus]
+        prefix = folder / split
+        if indexed_dataset.infer_dataset_impl(str(prefix)) != "mmap":
+            raise UserError(
+                f"{prefix}.idx: not of fairseq's mmap format; make the data-bin with "
+                "`fairseq-moe prepare` or `fairseq-preprocess --dataset-impl mmap`"
+            )
+        if os.path.getsize(f"{prefix}.bin") == 0:
+            raise UserError(
+                f"{prefix}.bin: empty; the corpus {corpus!r} has no text in it: give it some or "
+                "take it out of the data folder"
+            )
+        key = os.path.relpath(prefix, self.args.data)
+        super().load_dataset(key, epoch=epoch, combine=combine)
+        return self.datasets.pop(key)
+
+    def _blocks_per_epoch(self, parts: Dict[str, FairseqDataset]) -> List[int]:
+        """How many blocks of each corpus make one epoch; together as many as there are."""
+        blocks = np.array([len(part) for part in parts.values()])  # (corpora,)
+        tokens = np.array([part.sizes.sum(dtype=np.int64) for part in parts.values()])
+        weights = _weights(self.args.corpus_weights)
+        if weights is not None:
+            for name in weights.keys() - parts.keys():
+                raise UserError(
+                    f"--corpus-weights {self.args.corpus_weights}: {name!r} is not a corpus that "
+                    f"is trained on; those are {', '.join(parts)}"
+                )
+            for name in parts.keys() - weights.keys():
+                raise UserError(
+                    f"--corpus-weights {self.args.corpus_weights}: no weight for {name!r}; give it "
+                    "one, or leave the corpus out with --train-corpora"
+                )
+            shares = np.array([weights[name] for name in parts])
+        elif self.args.corpus_temperature is not None:
+            # in proportion to the largest, so that no power overflows
+            shares = (tokens / tokens.max()) ** (1 / self.args.corpus_temperature)
+        else:
+            return blocks.tolist()
+        counts = apportion(shares / (tokens / blocks), int(blocks.sum()))
+        for name, count in zip(parts, counts):
+            if count == 0:
+                flag = "--corpus-weights" if weights is not None else "--corpus-temperature"
+                raise UserError(
+                    f"{flag}: the share of {name!r} is less than one block of "
+                    f"{self.args.tokens_per_sample} tokens an epoch; raise it, or leave the corpus "
+                    "out with --train-corpora"
+                )
+        for name, count, size in zip(parts, counts, blocks):
+            logger.info(f"mixture: {count:,} blocks of {name} an epoch, of {size:,}")
+        return counts
+
+    def valid_step(self, sample, model, criterion):
+        loss, sample_size, logging_output = super().valid_step(sample, model, criterion)
+        if "corpus" in sample:
+            # The same keys on every rank, of the same kind: they are summed over ranks in one
+            # vector (fairseq/trainer.py:1411@0.12.2).
+            nll = logging_output.get("inner_loss", logging_output["loss"])
+            nll = torch.as_tensor(nll).detach()
+            for index, name in enumerate(self.corpora):
+                mine = index == sample["corpus"]
+                logging_output[_NLL + name] = nll if mine else torch.zeros_like(nll)
+                logging_output[_TOKENS + name] = logging_output["ntokens"] if mine else 0
+        return loss, sample_size, logging_output
+
+    def reduce_metrics(self, logging_outputs: List[Dict[str, Any]], criterion) -> None:
+        """Log what the criterion logs, and in validation the perplexities of corpora.
+
+        <corpus>_ppl of every corpus of the subset, and in_domain_ppl and out_of_domain_ppl, the
+        plain means over corpora trained on and not trained on, as far as there are such. They are
+        those of the language-modelling loss alone (`inner_loss` if the criterion has it).
+        """
+        super().reduce_metrics(logging_outputs, criterion)
+        for name in self.corpora:
+            tokens = sum(log.get(_TOKENS + name, 0) for log in logging_outputs)
+            if not tokens > 0:
+                continue
+            nll = sum(log.get(_NLL + name, 0) for log in logging_outputs)
+            # a name that begins with "_" is kept, but not shown
+            metrics.log_scalar(_meter(name), nll / tokens / math.log(2), tokens)
+            _log_mean_perplexity(f"{name}_ppl", [name])
+            trained = name in self.trained
+            _log_mean_perplexity(
+                f"{IN_DOMAIN if trained else OUT_OF_DOMAIN}_ppl",
+                [other for other in self.corpora if (other in self.trained) == trained],
+            )
+
+
+class MixtureDataset(BaseWrapperDataset):
+    """A fixed number of blocks of every corpus each epoch.
+
+    A corpus is gone through in random order again and again, and an epoch goes on where the one
+    before stopped: no block is drawn a second time before all of its corpus were drawn once. What
+    an epoch holds depends on its number and the seed alone, so training resumes exactly.
+    """
+
+    def __init__(self, parts: Dict[str, FairseqDataset], counts: List[int], seed: int):
+        """`counts`: blocks of each of `parts` an epoch."""
+        super().__init__(ConcatDataset(list(parts.values())))
+        self._names = list(parts)
+        self._counts = counts
+        self._seed = seed
+        self._epoch: Optional[int] = None
+        self._all_sizes = np.concatenate([part.sizes for part in parts.values()])
+        self.set_epoch(1)
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(epoch)
+        if epoch == self._epoch:
+            return
+        self._epoch = epoch
+        drawn, start = [], 0
+        for name, part, count in zip(self._names, self.dataset.datasets, self._counts):
+            drawn.append(start + self._draw(name, len(part), count, epoch))
+            start += len(part)
+        self._drawn = np.concatenate(drawn)  # (blocks of an epoch,) indices into the corpora
+
+    def _draw(self, name: str, size: int, count: int, epoch: int) -> np.ndarray:
+        """(count,) indices below `size`: the epoch's stretch of the endless shuffled sequence."""
+        if count == size:
+            return np.arange(size)  # all of it: batches are shuffled anyway
+        first, stop = (epoch - 1) * count, epoch * count
+        rounds = range(first // size, (stop - 1) // size + 1)
+        shuffled = [
+            np.random.RandomState(
+                [self._seed % 2**32, zlib.crc32(name.encode()), round_]
+            ).permutation(size)
+            for round_ in rounds
+        ]
+        return np.concatenate(shuffled)[first - rounds[0] * size :][:count]
+
+    @property
+    def can_reuse_epoch_itr_across_epochs(self) -> bool:
+        """Only if every epoch holds every block once."""
+        return self._counts == [len(part) for part in self.dataset.datasets]
+
+    def __len__(self) -> int:
+        return len(self._drawn)
+
+    def __getitem__(self, index: int) -> Dict[str, Any]:
+        return self.dataset[int(self._drawn[index])]
+
+    @property
+    def sizes(self) -> np.ndarray:
+        return self._all_sizes[self._drawn]
+
+    def num_tokens(self, index: int) -> int:
+        return self._all_sizes[self._drawn[index]]
+
+    def num_tokens_vec(self, indices: np.ndarray) -> np.ndarray:
+        return self.sizes[indices]
+
+    def size(self, index: int) -> int:
+        return self.num_tokens(index)
+
+    def ordered_indices(self) -> np.ndarray:
+        """All indices, shuffled, then by size, as MonolingualDataset orders one corpus."""
+        return np.lexsort([np.random.permutation(len(self)), self.sizes])
+
+    # not the wrapped dataset's, which would not see what was drawn
+    batch_by_size = FairseqDataset.batch_by_size
+    filter_indices_by_size = FairseqDataset.filter_indices_by_size
+
+
+class SeparateCorporaDataset(BaseWrapperDataset):
+    """Several corpora, one after the other, no batch with blocks of two.
+
+    A batch tells its corpus under the key "corpus". The batches of a corpus are those it has when
+    it is loaded alone, so its perplexity does not depend on the others, even if a model looks at
+    the whole batch.
+    """
+
+    def __init__(self, labels: List[int], parts: List[FairseqDataset]):
+        """`labels`: the number that each of `parts` has under "corpus"."""
+        super().__init__(ConcatDataset(parts))
+        self._labels = labels
+        self._ends = np.cumsum([len(part) for part in parts])  # (parts,)
+        self._sizes = np.concatenate([part.sizes for part in parts])
+
+    def _part(self, index):
+        """Position in `parts` of the block(s) at `index`."""
+        return np.searchsorted(self._ends, index, side="right")
+
+    def __getitem__(self, index: int) -> Dict[str, Any]:
+        label = self._labels[self._part(index)]
+        return {**self.dataset[int(index)], "id": int(index), "corpus": label}
+
+    def collater(self, samples: List[Dict[str, Any]]) -> Dict[str, Any]:
+        if not samples:  # a rank without a batch
+            return {}
+        batch = super().collater(samples)
+        (batch["corpus"],) = {sample["corpus"] for sample in samples}
+        return batch
+
+    @property
+    def sizes(self) -> np.ndarray:
+        return self._sizes
+
+    def num_tokens(self, index: int) -> int:
+        return self._sizes[index]
+
+    def num_tokens_vec(self, indices: np.ndarray) -> np.ndarray:
+        return self._sizes[indices]
+
+    def size(self, index: int) -> int:
+        return self._sizes[index]
+
+    def ordered_indices(self) -> np.ndarray:
+        state = np.random.get_state()
+        orders, start = [], 0
+        for part in self.dataset.datasets:
+            np.random.set_state(state)  # the order that the corpus has alone
+            orders.append(start + part.ordered_indices())
+            start += len(part)
+        return np.concatenate(orders)
+
+    def batch_by_size(self, indices: np.ndarray, **limits) -> List[np.ndarray]:
+        batches = []
+        for part in range(len(self._ends)):
+            mine = indices[self._part(indices) == part]
+            if len(mine):  # not all left out for their length
+                batches += FairseqDataset.batch_by_size(self, mine, **limits)
+        return batches
+
+    filter_indices_by_size = FairseqDataset.filter_indices_by_size
+
+
+def apportion(shares: np.ndarray, total: int) -> List[int]:
+    """Whole numbers in proportion to `shares` that sum to `total` (largest remainders).
+
+    Args:
+        shares: (n,) positive, of any sum.
+    """
+    exact = shares / shares.sum() * total
+    counts = np.floor(exact).astype(np.int64)
+    missing = total - int(counts.sum())
+    largest = np.argsort(-(exact - counts), kind="stable")[:missing]
+    counts[largest] += 1
+    return counts.tolist()
+
+
+def _names(value: Optional[str]) -> Optional[List[str]]:
+    """The corpora of --train-corpora, None if it is not given."""
+    if value is None:
+        return None
+    names = [name.strip() for name in value.split(",")]
+    if not all(names) or len(set(names)) < len(names):
+        raise UserError(f"--train-corpora {value!r}: not names of different corpora, as docs,code")
+    return names
+
+
+def _weights(value: Optional[str]) -> Optional[Dict[str, float]]:
+    """The weights of --corpus-weights by corpus, None if it is not given."""
+    if value is None:
+        return None
+    weights: Dict[str, float] = {}
+    for item in value.split(","):
+        name, _, number = (part.strip() for part in item.partition("="))
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not name or name in weights or not 0 < weight < math.inf:
+            raise UserError(
+                f"--corpus-weights {value}: {item.strip()!r} is not NAME=WEIGHT with a weight above "
+                "0, each corpus once; leave a corpus out with --train-corpora"
+            )
+        weights[name] = weight
+    return weights
+
+
+def _meter(corpus: str) -> str:
+    return f"_nll_{corpus}"
+
+
+def _log_mean_perplexity(key: str, corpora: List[str]) -> None:
+    def mean(meters) -> float:
+        seen = [meters[_meter(name)].avg for name in corpora if _meter(name) in meters]
+        return sum(map(_perplexity, seen)) / len(seen)
+
+    metrics.log_derived(key, mean)
+
+
+def _perplexity(bits) -> float:
+    try:
+        return 2 ** float(bits)
+    except OverflowError:
+        return math.inf
