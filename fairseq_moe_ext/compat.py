@@ -346,7 +346,7 @@ def _load_weights_only(file, map_location=None):
             f"{name}: refused, since loading it would run {refused.group(1)}, which belongs in no "
             "checkpoint; do not use this file, or convert it where you trust it"
         ) from error
-    except (EOFError, RuntimeError) as error:
+    except (EOFError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
             raise
         raise UserError(
@@ -441,9 +441,10 @@ def ddp_on_cpu() -> None:
 def fp16_on_cpu() -> None:
     """Train with --fp16 where there is no GPU.
 
-    Breaks: `--fp16` asks for the current CUDA device, which serves only as the key of a dict
-    (fairseq/optim/fp16_optimizer.py:38), and a gradient overflow, the normal way in which the
-    loss scale is found, puts a zero on the GPU (fairseq/trainer.py:992).
+    Breaks: `--fp16` asks for the current CUDA device as the key under which it keeps the flat
+    parameters (fairseq/optim/fp16_optimizer.py:38), and looks them up by the index of their device
+    (:119), which is None for the CPU; a gradient overflow, the normal way in which the loss scale
+    is found, puts a zero on the GPU (fairseq/trainer.py:992).
     Ends: with a fairseq that uses the device of the parameters.
     """
     import torch
@@ -457,7 +458,7 @@ def fp16_on_cpu() -> None:
     def tensor(*args, **kwargs):
         return torch.tensor(*args, **kwargs).as_subclass(ZeroNorm)
 
-    cuda = _View(torch.cuda, current_device=lambda: "cpu")
+    cuda = _View(torch.cuda, current_device=lambda: None)
     fp16_optimizer.torch = _View(torch, cuda=cuda)
     trainer.torch = _View(torch, tensor=tensor)  # trainer.py:992 is its one use of torch.tensor
 
@@ -483,7 +484,7 @@ def bf16_without_tpu() -> None:
                 raise UserError("--fp16 and --bf16 are both given; choose one of them") from error
             raise
         args = result[0] if parse_known else result
-        if args.bf16 and not wants_tpu:
+        if getattr(args, "bf16", False) and not wants_tpu:
             args.tpu = False
         return result
 
