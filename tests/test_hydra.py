@@ -1,0 +1,346 @@
+"""hydra_conf/: every YAML composes, builds a model and has the paper's numbers; the command runs.
+
+Run as a script (`python tests/test_hydra.py`), this file writes the option groups anew from the
+dataclasses and from ARCHITECTURES; a test fails when a YAML differs from them.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any, Dict, List
+
+import numpy as np
+import pytest
+import torch
+from fairseq import optim, tasks
+from fairseq.criterions.cross_entropy import CrossEntropyCriterionConfig
+from fairseq.data import Dictionary, indexed_dataset
+from fairseq.dataclass.initialize import add_defaults, hydra_init
+from fairseq.dataclass.utils import omegaconf_no_object_check
+from fairseq.optim import lr_scheduler
+from fairseq.optim.adam import FairseqAdamConfig
+from fairseq.optim.lr_scheduler.polynomial_decay_schedule import PolynomialDecayLRScheduleConfig
+from fairseq.tasks.language_modeling import LanguageModelingConfig
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+import fairseq_moe_ext
+from fairseq_moe_ext import compat
+from fairseq_moe_ext.config import MoETransformerLMConfig
+from fairseq_moe_ext.criterions.moe_cross_entropy import MoECrossEntropyConfig
+from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.models.architectures import ARCHITECTURES
+from fairseq_moe_ext.models.language_model import MODEL_NAME
+from fairseq_moe_ext.moe.layer import MoELayer
+from fairseq_moe_ext.tasks.mixture_language_modeling import MixtureLanguageModelingConfig
+
+pytestmark = [  # fairseq leans on these, and Hydra says that they will go
+    pytest.mark.filterwarnings(r"ignore:\s*'.*' is validated against ConfigStore schema"),
+    pytest.mark.filterwarnings(r"ignore:\s*version_base=.1.1. selects Hydra 1.1"),
+]
+
+CONF = Path(__file__).resolve().parents[1] / "hydra_conf"
+PACKAGE = Path(fairseq_moe_ext.__file__).resolve().parent
+COMMAND = str(Path(sys.executable).parent / "fairseq-hydra-train")
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "LOGLEVEL"}
+ENVIRONMENT.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+
+# Option file -> (name in fairseq, its dataclass, what differs from the dataclass's defaults).
+TASK = {"data": "???", "tokens_per_sample": 2048}
+OPTIONS = {
+    "task/language_modeling": ("language_modeling", LanguageModelingConfig, TASK),
+    "task/mixture_language_modeling": (
+        "mixture_language_modeling",
+        MixtureLanguageModelingConfig,
+        TASK,
+    ),
+    "criterion/moe_cross_entropy": (
+        "moe_cross_entropy",
+        MoECrossEntropyConfig,
+        {"moe_gate_loss_wt": 0.01, "moe_gate_loss_combine_method": "sum"},
+    ),
+    "criterion/cross_entropy": ("cross_entropy", CrossEntropyCriterionConfig, {}),
+    "optimizer/adam": (
+        "adam",
+        FairseqAdamConfig,
+        {"adam_betas": "(0.9, 0.98)", "adam_eps": 1e-8, "weight_decay": 0.01},
+    ),
+    "lr_scheduler/polynomial_decay": ("polynomial_decay", PolynomialDecayLRScheduleConfig, {}),
+    **{
+        f"model/{name}": (MODEL_NAME, MoETransformerLMConfig, sizes)
+        for name, sizes in ARCHITECTURES.items()
+    },
+}
+
+# The paper: tokens a batch as GPT-3's, peak learning rate; for models with 300B tokens.
+RECIPES = {
+    "dense_lm_125m": (2**19, 6e-4),
+    "dense_lm_355m": (2**19, 3e-4),
+    "dense_lm_1_3b": (2**20, 2e-4),
+    "dense_lm_2_7b": (2**20, 1.6e-4),
+    "dense_lm_6_7b": (2**21, 1.2e-4),
+    "dense_lm_13b": (2**21, 1e-4),
+    "moe_lm_15b": (2**19, 6e-4),
+    "moe_lm_52b": (2**19, 3e-4),
+    "moe_lm_207b": (2**20, 2e-4),
+    "moe_lm_1_1t": (2**21, 1.2e-4),
+}
+SHRUNKEN = [
+    *("model.decoder_layers=2", "model.decoder_embed_dim=16", "model.decoder_ffn_embed_dim=32"),
+    *("model.decoder_attention_heads=2", "task.tokens_per_sample=8", "dataset.batch_size=2"),
+]
+ON_CPU = [
+    *("common.cpu=true", "common.fp16=false", "common.memory_efficient_fp16=false"),
+    *("distributed_training.distributed_world_size=1", "dataset.num_workers=0"),
+]
+
+
+def option(path: str) -> Dict[str, Any]:
+    """What the YAML of an option must hold: every key of the dataclass."""
+    name, dataclass, changes = OPTIONS[path]
+    defaults = {f.name: f.default for f in fields(dataclass)}
+    assert MISSING not in defaults.values() and set(changes) <= set(defaults)
+    content = OmegaConf.create({**defaults, **changes, "_name": name})
+    return OmegaConf.to_container(content, enum_to_str=True)
+
+
+def write_options() -> None:
+    for path, (_, dataclass, _) in OPTIONS.items():
+        source = f"# From {dataclass.__module__}.{dataclass.__name__}"
+        if path.startswith("model/"):
+            source += "\n# and ARCHITECTURES in fairseq_moe_ext/models/architectures.py"
+        text = f"{source},\n# written by `python tests/test_hydra.py`.\n"
+        text += OmegaConf.to_yaml(OmegaConf.create(option(path)))
+        (CONF / f"{path}.yaml").write_text(text, encoding="utf-8")
+
+
+def composed(name: str, overrides: List[str]) -> DictConfig:
+    """The settings of `fairseq-hydra-train --config-dir hydra_conf --config-name NAME ...`."""
+    hydra_init(name)  # stores fairseq's schema under that name, as the command does
+    with initialize_config_dir(str(CONF), version_base="1.1"):
+        return compose(name, overrides)
+
+
+def resolved(cfg: DictConfig) -> DictConfig:
+    """As fairseq_cli/hydra_train.py:44@0.12.2 hands them to the trainer."""
+    cfg.checkpoint.save_dir = "unused"  # else from Hydra's run, and there is none here
+    add_defaults(cfg)
+    with omegaconf_no_object_check():
+        return OmegaConf.create(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
+
+
+def write_split(prefix: Path, dictionary: Dictionary, lines: int, seed: int) -> None:
+    generator = np.random.RandomState(seed)
+    builder = indexed_dataset.make_builder(f"{prefix}.bin", "mmap", vocab_size=len(dictionary))
+    for _ in range(lines):
+        tokens = generator.randint(dictionary.nspecial, len(dictionary), size=11)
+        builder.add_item(torch.tensor([*tokens, dictionary.eos()]))
+    builder.finalize(f"{prefix}.idx")
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A folder with the data-bin `data` and the mixture `corpora`, of 20 types."""
+    folder = tmp_path_factory.mktemp("hydra")
+    dictionary = Dictionary()
+    for number in range(16):
+        dictionary.add_symbol(f"w{number}")
+    for data_bin in ("data", "corpora", "corpora/docs", "corpora/code"):
+        (folder / data_bin).mkdir()
+        dictionary.save(str(folder / data_bin / "dict.txt"))
+        if data_bin != "corpora":
+            write_split(folder / data_bin / "train", dictionary, lines=12, seed=1)
+            write_split(folder / data_bin / "valid", dictionary, lines=3, seed=2)
+    return folder
+
+
+def test_the_groups_hold_every_key_of_the_dataclasses_and_the_architectures_values():
+    there = {str(path.relative_to(CONF))[:-5].replace(os.sep, "/") for path in CONF.rglob("*.yaml")}
+    assert there == {*OPTIONS, *ARCHITECTURES, "base"}
+    for path in OPTIONS:
+        content = OmegaConf.to_container(OmegaConf.load(CONF / f"{path}.yaml"))
+        assert content == option(path), f"{path}: run python tests/test_hydra.py"
+
+
+@pytest.mark.parametrize("name", list(ARCHITECTURES))
+def test_every_ready_config_composes_and_trains_a_shrunken_model(name, workplace):
+    data = f"task.data={workplace / 'data'}"
+    assert ARCHITECTURES[name].items() <= dict(composed(name, [data]).model).items()
+    experts = ["model.moe_expert_count=4"] if name.startswith("moe") else []
+    cfg = resolved(composed(name, [data, *SHRUNKEN, *experts]))
+    assert cfg.common.user_dir == str(PACKAGE)
+    assert cfg.model.batch_size == 2 and cfg.model.tokens_per_sample == 8
+
+    task = tasks.setup_task(cfg.task)
+    model, criterion = task.build_model(cfg.model), task.build_criterion(cfg.criterion)
+    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+    assert len(layers) == (1 if name.startswith("moe") else 0)
+    optimizer = optim.build_optimizer(cfg.optimizer, model.parameters())
+    scheduler = lr_scheduler.build_lr_scheduler(cfg.lr_scheduler, optimizer)
+    rate = scheduler.step_update(cfg.lr_scheduler.warmup_updates)
+    assert rate == cfg.optimization.lr[0]
+    assert scheduler.step_update(cfg.optimization.max_update) == 0
+
+    task.load_dataset("train")
+    batch = task.dataset("train").collater([task.dataset("train")[i] for i in range(2)])
+    model.train()
+    loss, _, logged = task.train_step(batch, model, criterion, optimizer, update_num=0)
+    assert torch.isfinite(loss) and ("moe_loss" in logged) == name.startswith("moe")
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    if name.startswith("moe"):  # the paper's balancing loss: the sum over layers, weight 0.01
+        expected = logged["inner_loss"] + 0.01 * logged["moe_loss"]
+        torch.testing.assert_close(logged["loss"], expected)
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_the_recipes_are_the_papers(name):
+    tokens, rate = RECIPES[name]
+    cfg = composed(name, ["task.data=unused"])
+    # The number of GPUs is the comment's alone: fairseq takes all that it sees.
+    header = (CONF / f"{name}.yaml").read_text(encoding="utf-8").replace(",", "")
+    found = re.search(
+        r"batch_size (\d+) x update_freq (\d+) x (\d+) GPUs = (\d+) sequences of 2048 = "
+        r"(\d+) tokens",
+        header,
+    )
+    size, freq, gpus, sequences, in_header = map(int, found.groups())
+    assert [size, [freq]] == [cfg.dataset.batch_size, cfg.optimization.update_freq]
+    assert size * freq * gpus == sequences
+    assert sequences * cfg.task.tokens_per_sample == in_header == tokens
+
+    assert 0 <= 300e9 - cfg.optimization.max_update * tokens < tokens
+    assert abs(375e6 - cfg.lr_scheduler.warmup_updates * tokens) <= tokens / 2
+    assert list(cfg.optimization.lr) == [rate]
+    assert (cfg.lr_scheduler.power, cfg.lr_scheduler.end_learning_rate) == (1, 0)
+    adam = cfg.optimizer
+    assert (adam.adam_betas, adam.adam_eps, adam.weight_decay) == ("(0.9, 0.98)", 1e-8, 0.01)
+    assert cfg.optimization.clip_norm == 0 and cfg.model.dropout == 0.1
+    assert cfg.task.sample_break_mode == "none" and not cfg.task.add_bos_token
+    assert cfg.common.fp16
+    if name not in ("dense_lm_125m", "dense_lm_355m"):
+        assert cfg.common.memory_efficient_fp16 and cfg.model.checkpoint_activations
+
+
+def test_base_and_the_ready_configs_set_no_key_twice():
+    def keys(path: Path) -> set:
+        tree = OmegaConf.to_container(OmegaConf.load(path))
+        return {f"{group}.{key}" for group in tree if group != "defaults" for key in tree[group]}
+
+    for name in ARCHITECTURES:
+        assert not keys(CONF / "base.yaml") & keys(CONF / f"{name}.yaml"), name
+
+
+@pytest.mark.parametrize("path", list(OPTIONS))
+def test_every_option_can_be_chosen_in_a_ready_config(path, workplace):
+    group, chosen = path.split("/")
+    data = "corpora" if chosen.startswith("mixture") else "data"
+    overrides = [f"task.data={workplace / data}", *SHRUNKEN, f"{group}={chosen}"]
+    cfg = composed("dense_lm_tiny", overrides)
+    own = {"warmup_updates", "tokens_per_sample", "data"}  # what dense_lm_tiny sets itself
+    shrunken = {setting.partition("=")[0] for setting in SHRUNKEN}
+    content = OmegaConf.to_container(cfg, enum_to_str=True)[group]
+    for key, value in option(path).items():
+        if key not in own and f"{group}.{key}" not in shrunken:
+            assert content[key] == value, key
+    if path.startswith("task"):
+        task = tasks.setup_task(resolved(cfg).task)
+        task.load_dataset("train")
+        assert len(task.dataset("train")) == (18 if data == "data" else 36)  # 12 * 12 / 8 each
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen:
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([COMMAND, *arguments], cwd=folder, env=ENVIRONMENT, **pipes)
+
+
+def finish(process: subprocess.Popen) -> str:
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    return out
+
+
+def test_a_sweep_runs_each_job_by_itself_from_relative_paths(workplace, tmp_path):
+    os.symlink(workplace / "data", tmp_path / "data")
+    conf = os.path.relpath(CONF, tmp_path)
+    sweep = ["--multirun", "optimization.lr=[1e-2],[1e-9]", "model.moe_expert_count=4"]
+    steps = ["task.data=data", "optimization.max_update=2", "lr_scheduler.warmup_updates=1"]
+    name = ["--config-dir", conf, "--config-name", "moe_lm_15b"]
+    steps.append("optimization.update_freq=[1]")
+    finish(start(tmp_path, *name, *sweep, *steps, *SHRUNKEN, *ON_CPU))
+    [log_0, log_1] = sorted(tmp_path.glob("multirun/*/*/*/hydra_train.log"))
+    scores = []
+    for log in (log_0, log_1):
+        # The second job's model is worse; were the first's best score kept, it would save none.
+        assert (log.parent / "checkpoints" / "checkpoint_best.pt").is_file()
+        text = log.read_text()
+        assert "No existing checkpoint found" in text and "num_updates: 2" in text
+        scores.append(float(re.search(r"checkpoint_best.pt .*score ([\d.]+)", text)[1]))
+    assert scores[0] < scores[1]
+    assert sorted(os.listdir(tmp_path)) == ["data", "multirun"]
+
+
+def test_the_same_command_goes_on_where_it_stopped(workplace, tmp_path):
+    # As by one who has not installed the package: an absolute folder for the plugin.
+    arguments = ["--config-dir", str(CONF), "--config-name", "dense_lm_tiny", *SHRUNKEN, *ON_CPU]
+    arguments += [f"task.data={workplace / 'data'}", f"common.user_dir={PACKAGE}"]
+    arguments += ["lr_scheduler.total_num_update=10"]
+    finish(start(tmp_path, *arguments, "optimization.max_update=2"))
+    checkpoints = tmp_path / "outputs" / "dense_lm_tiny" / "checkpoints"
+    assert (checkpoints / "checkpoint_last.pt").is_file()
+    log = finish(start(tmp_path, *arguments, "optimization.max_update=3"))
+    assert "@ 2 updates" in log and "num_updates: 3 >= max_update: 3" in log
+
+
+MISTAKES = {  # one for each place in which a mistake is noticed
+    "--config-name=moe_lm_tini": "--config-name moe_lm_tini: not in ",
+    "model.moe_expert_cuont=3": "model.moe_expert_cuont: no such setting; did you mean "
+    "moe_expert_count?",
+    "model.moe_second_expert_policy=smapling": "model.moe_second_expert_policy: Invalid value "
+    "'smapling', expected one of [sampling, all, random]",
+    "model.moe_expert_count=0": "--moe-expert-count 0 with --moe-freq 2: use 1 or more experts",
+}
+
+
+def test_a_mistake_ends_in_one_line(workplace, tmp_path):
+    common = ["--config-dir", str(CONF), "--config-name", "moe_lm_tiny"]
+    common += [f"task.data={workplace / 'data'}", *ON_CPU]
+    waiting = list(MISTAKES.items())
+    while waiting:  # two at a time
+        pair, waiting = waiting[:2], waiting[2:]
+        started = [start(tmp_path, *common, mistake) for mistake, _ in pair]
+        for process, (mistake, expected) in zip(started, pair):
+            _, err = process.communicate(timeout=200)
+            lines = [line for line in err.splitlines() if " | INFO | " not in line]
+            assert process.returncode == 1, mistake
+            assert len(lines) == 1 and lines[0].startswith("error: "), (mistake, err)
+            assert expected in lines[0]
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        ("optimization.lr=fast", "optimization.lr: "),
+        ("optimization.max_update=1.5", "optimization.max_update: Value '1.5' of type 'float'"),
+        ("model=moe_lm_16b", "Could not find 'model/moe_lm_16b'; Available options in 'model': "),
+        ("taks.data=data", "taks: no such setting; did you mean task?"),
+        ("model.dropout", "Error parsing override 'model.dropout'; missing EQUAL"),
+    ],
+)
+def test_what_hydra_refuses_is_told_in_one_line(override, expected):
+    with pytest.raises(Exception) as refused:
+        composed("moe_lm_tiny", [override])
+    told = compat._hydra_mistake_to_print(refused.value)
+    assert expected in told and "\n" not in told and "full_key" not in told
+
+
+def test_the_data_must_be_given():
+    with pytest.raises(UserError, match="task.data is not set: add task.data="):
+        resolved(composed("moe_lm_tiny", []))
+
+
+if __name__ == "__main__":
+    write_options()
