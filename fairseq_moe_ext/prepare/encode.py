@@ -122,7 +122,7 @@ class Encoders:
             for chunk in todo:
                 yield encode_chunk(self._bpe, chunk)
             return
-        running: Deque["Future[EncodedChunk]"] = deque()
+        running: Deque[Future[EncodedChunk]] = deque()
         for chunk in todo:
             running.append(self._pool.submit(_work, chunk))
             if len(running) > 2 * self._workers:  # bounds memory

@@ -79,8 +79,8 @@ class ByteLevelBPE:
             raise UserError(f"--gpt2-vocab-bpe {vocab_bpe}: {_reason(error)}") from None
         if not isinstance(encoder, dict) or set(encoder.values()) != set(range(len(encoder))):
             raise UserError(
-                f"--gpt2-encoder-json {encoder_json}: not GPT-2's format: an object that gives each "
-                "token an id from 0 on, without a gap"
+                f"--gpt2-encoder-json {encoder_json}: not GPT-2's format: an object that gives "
+                "each token an id from 0 on, without a gap"
             )
         missing = [symbol for symbol in byte_symbols() if symbol not in encoder]
         if missing:

@@ -455,8 +455,8 @@ def _weights(value: Optional[str]) -> Optional[Dict[str, float]]:
             weight = math.nan
         if not name or name in weights or not 0 < weight < math.inf:
             raise UserError(
-                f"--corpus-weights {value}: {item.strip()!r} is not NAME=WEIGHT with a weight above "
-                "0, each corpus once; leave a corpus out with --train-corpora"
+                f"--corpus-weights {value}: {item.strip()!r} is not NAME=WEIGHT with a weight "
+                "above 0, each corpus once; leave a corpus out with --train-corpora"
             )
         weights[name] = weight
     return weights

@@ -16,7 +16,7 @@ def read(path, **source):
 
 def test_blank_lines_separate_documents_and_everything_else_stays(tmp_path):
     path = tmp_path / "a.txt"
-    path.write_bytes("\n\n  first \n\tsecond\n \t \n\n\nthird\n\x0bfourth".encode())
+    path.write_bytes(b"\n\n  first \n\tsecond\n \t \n\n\nthird\n\x0bfourth")
     assert read(path) == ["  first \n\tsecond", "third\n\x0bfourth"]
 
 

@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import CORPORA, HELD_OUT
-from test_mixture import tokens_of
+from mixture_data import CORPORA, HELD_OUT, tokens_of
 
 PACKAGE = Path(__file__).parents[2] / "fairseq_moe_ext"
 

@@ -5,12 +5,12 @@ import collections
 import numpy as np
 import pytest
 import torch
-from conftest import BLOCK, CORPORA, configure, make_task
 from fairseq import tasks
 from fairseq.data import FairseqDataset
 from fairseq.data.indexed_dataset import MMapIndexedDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mixture_data import BLOCK, CORPORA, configure, make_task, tokens_of
 
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.tasks.mixture_language_modeling import MixtureDataset, apportion
@@ -78,9 +78,7 @@ def test_the_order_of_a_corpus_does_not_depend_on_the_others():
 
 
 @settings(max_examples=200, deadline=None)
-@given(
-    shares=st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=8), total=st.integers(1, 10**9)
-)
+@given(shares=st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=8), total=st.integers(1, 10**9))
 def test_apportioning_is_exact_and_within_one(shares, total):
     shares = np.array(shares)
     counts = apportion(shares, total)
@@ -116,11 +114,6 @@ def corpora_of(dataset, own_tokens):
         block = dataset[i]["target"].tolist()
         found[max(CORPORA, key=lambda name: sum(token in own_tokens[name] for token in block))] += 1
     return found
-
-
-def tokens_of(data, name):
-    stored = MMapIndexedDataset(str(data / name / "train"))  # `sizes` lives only as long as it
-    return int(stored.sizes.sum())
 
 
 def blocks_of(data, name):

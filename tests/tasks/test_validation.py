@@ -6,13 +6,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import CORPORA, HELD_OUT, configure, make_task
 from fairseq import metrics, tasks, utils
 from fairseq.data import data_utils
 from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
 from fairseq.trainer import Trainer
 from fairseq_cli import train
 from fairseq_cli.eval_lm import eval_lm
+from mixture_data import CORPORA, HELD_OUT, configure, make_task
 
 from fairseq_moe_ext.errors import UserError
 
