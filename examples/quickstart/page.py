@@ -191,7 +191,7 @@ def _learning_curves(result: Dict) -> str:
             "MoE against dense, same mean",
             [figures.Series("MoE against dense", gap, STYLES[MOE])],
             "tokens trained on",
-            "difference",
+            "",
             zero_line=True,
             percent=True,
         )
@@ -257,6 +257,7 @@ def findings(result: Dict) -> List[str]:
         expert_use.mutual_information([layer["share"][d["name"]] for d in inside])
         for layer in result["expert_use"]
     ]
+    tested = sum(d["counts"]["test"]["bytes"] for d in result["domains"]) / len(result["domains"])
     by_layer = f"{min(bits):.2f} to {max(bits):.2f} bits of {math.log2(len(inside)):.0f}, by layer"
     return [
         _verdict(result, inside, "training domains"),
@@ -270,8 +271,8 @@ def findings(result: Dict) -> List[str]:
         f"{clock(moe['training_seconds'])} min, the dense one for "
         f"{clock(dense['training_seconds'])} min. It also holds "
         f"{moe['parameters'] / dense['parameters']:.1f} times the parameters in memory.",
-        "One run, one seed, about 100 kB of test text a domain: a difference of a per cent on a "
-        "single domain may be noise.",
+        f"One run, one seed, about {tested / 1e3:.0f} kB of test text a domain: a difference of a "
+        "per cent on a single domain may be noise.",
         f"Both models are far from trained out after {big(moe['training_tokens'])} tokens; what a "
         "longer training would give, these numbers do not say.",
         "Perplexities are per token of this run's own tokenizer on this installation's text: they "

@@ -80,35 +80,28 @@ def measurement(line: str) -> Optional[Tuple[str, Dict]]:
 
 
 class TrainingProgress:
-    """The live line of one training, from fairseq's own log."""
+    """How far one training is, from fairseq's own log."""
 
     def __init__(self, title: str, updates: int) -> None:
         self.title = title
         self.updates = updates
-        self.started = time.monotonic()
-        self.first: Optional[int] = None  # update this process began with
-        self.text = "starting fairseq-train"
+        self.left = 0.0  # seconds, as far as is known
+        self.text = "starts"
+        self._first: Optional[Tuple[int, float]] = None  # update and time of the first measurement
 
     def read(self, line: str) -> None:
+        """Take note of a line of the log."""
         found = measurement(line)
-        if found is None:
+        if found is None or found[0] != "train_inner":
             return
-        tag, figures = found
-        if tag != "train_inner":
-            return
-        update = int(figures["num_updates"])
-        now = time.monotonic()
-        if self.first is None:
-            self.first, self.started = update, now
-        left = ""
-        if update > self.first:
-            seconds = (now - self.started) / (update - self.first) * (self.updates - update)
-            left = f"  about {clock(seconds)} left"
-        speed = float(figures["wps"])
-        self.text = (
-            f"update {update}/{self.updates}  loss {float(figures['inner_loss']):.2f} bits/token  "
-            f"{speed:,.0f} tokens/s{left}"
-        )
+        update, now = int(found[1]["num_updates"]), time.monotonic()
+        if self._first is None:
+            self._first = (update, now)
+        elif update > self._first[0]:
+            pace = (now - self._first[1]) / (update - self._first[0])
+            self.left = pace * (self.updates - update)
+        loss, speed = float(found[1]["inner_loss"]), float(found[1]["wps"])
+        self.text = f"{update}/{self.updates} loss {loss:.2f} {speed:,.0f} tokens/s"
 
     def __str__(self) -> str:
-        return f"  {self.title}: {self.text}"
+        return f"{self.title} {self.text}"

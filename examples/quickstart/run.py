@@ -41,10 +41,10 @@ EXPERTS = 8
 EXPERT_FFN = 256  # hidden width; two experts a token do the work of one FFN of twice the width
 LEARNING_RATE = 3e-3
 BALANCE_WEIGHT = 0.01
-SAVES = 10  # checkpoints, with validation, in one training
+SAVES = 12  # checkpoints, with validation, in one training
 
 MODELS = ("dense", "moe")
-TITLES = {"dense": "Dense model", "moe": "MoE model"}
+SHORT_TITLES = {"dense": "dense", "moe": "MoE"}
 
 
 class Run:
@@ -300,25 +300,44 @@ def prepare(run: Run, command: List[str]) -> str:
     return f"{trained:,} training tokens, dictionary of {counts['types']:,} types"
 
 
-def train(run: Run, model: str, command: List[str]) -> str:
-    folder = run.out / model
-    folder.mkdir(exist_ok=True)
-    log = folder / "train.log"
-    log.touch()
-    tail = LogTail(log)
-    shown = TrainingProgress(TITLES[model], run.updates)
-    child = run.start(command, log)
-    try:
-        while child.poll() is None:
+def train(run: Run, commands: Dict[str, List[str]]) -> str:
+    """Both trainings side by side, each with half of the cores.
+
+    Small models do not fill two cores each, and so neither is timed on a busier machine than the
+    other. One that is finished is not started again; the other goes on from its last checkpoint.
+    """
+    from fairseq_moe_ext.errors import UserError
+
+    threads = max(1, (os.cpu_count() or 1) // len(commands))
+    trainings = {}
+    for model, command in commands.items():
+        if not (run.out / model / "finished").exists():
+            (run.out / model).mkdir(exist_ok=True)
+            log = run.out / model / "train.log"
+            log.touch()
+            shown = TrainingProgress(SHORT_TITLES[model], run.updates)
+            trainings[model] = (LogTail(log), shown, run.start(command, log, threads))
+    while trainings:
+        for model, (tail, shown, child) in list(trainings.items()):
+            ended = child.poll() is not None
             for line in tail.lines():
                 shown.read(line)
-            run.screen.show(str(shown))
-            time.sleep(0.2)
-    finally:
-        tail.close()
-    run.finish(child, command, log)
-    last = validation(log)[-1]
-    return f"in-domain validation perplexity {last['in_domain']:.2f} after {last['update']} updates"
+            if ended:
+                run.finish(child, commands[model], run.out / model / "train.log")
+                (run.out / model / "finished").touch()
+                tail.close()
+                del trainings[model]
+        left = max((shown.left for _, shown, _ in trainings.values()), default=0.0)
+        live = " | ".join(str(shown) for _, shown, _ in trainings.values())
+        run.screen.show(f"  {live}" + (f" | about {clock(left)} left" if left else ""))
+        time.sleep(0.2)
+    reached = []
+    for model in commands:
+        points = validation(run.out / model / "train.log")
+        if not points:
+            raise UserError(f"{run.out / model / 'train.log'} has no validation: delete {run.out}")
+        reached.append(f"{SHORT_TITLES[model]} {points[-1]['in_domain']:.2f}")
+    return f"in-domain validation perplexity: {', '.join(reached)}"
 
 
 def validation(log: Path) -> List[Dict]:
@@ -326,6 +345,8 @@ def validation(log: Path) -> List[Dict]:
 
     Updates that were repeated after an interruption count once, the later time.
     """
+    import corpora
+
     measured: Dict[int, Dict] = {}
     with open(log, encoding="utf-8", errors="replace") as file:
         for line in file:
@@ -340,9 +361,11 @@ def validation(log: Path) -> List[Dict]:
                 for found in [re.fullmatch(r"valid_(\w+)_ppl", key)]
                 if found
             }
-            inside = perplexity.pop("in_domain")
-            perplexity.pop("out_of_domain", None)
-            measured[update] = {"update": update, "in_domain": inside, "perplexity": perplexity}
+            measured[update] = {
+                "update": update,
+                "in_domain": perplexity["in_domain"],
+                "perplexity": {d.name: perplexity[d.name] for d in corpora.DOMAINS},
+            }
     return [measured[update] for update in sorted(measured)]
 
 
@@ -501,13 +524,11 @@ def work(run: Run) -> None:
     }
     counting = expert_use_command(run, list(held_out))
 
-    run.stage("text", "1/6 Gather text from this Python installation", lambda: gather_text(run))
-    run.stage("prepare", "2/6 Train a tokenizer and binarise", lambda: prepare(run, preparing))
-    for number, model in enumerate(MODELS, start=3):
-        title = f"{number}/6 Train the {TITLES[model]}"
-        run.stage(model, title, lambda model=model: train(run, model, training[model]))
-    run.stage("evaluate", "5/6 Evaluate on every domain", lambda: evaluate(run, testing))
-    run.stage("experts", "6/6 Count which expert takes what", lambda: count_experts(run, counting))
+    run.stage("text", "1/5 Gather text from this Python installation", lambda: gather_text(run))
+    run.stage("prepare", "2/5 Train a tokenizer and binarise", lambda: prepare(run, preparing))
+    run.stage("train", "3/5 Train a dense and an MoE model", lambda: train(run, training))
+    run.stage("evaluate", "4/5 Evaluate both on every domain", lambda: evaluate(run, testing))
+    run.stage("experts", "5/5 Count which expert takes what", lambda: count_experts(run, counting))
 
     found = result(run, [preparing, *training.values(), *testing.values(), counting])
     write_json(run.out / "result.json", found)
