@@ -22,3 +22,4 @@ compat.apply()  # before anything imports fairseq
 
 from . import criterions  # noqa: E402, F401
 from .models import architectures, language_model  # noqa: E402, F401
+from .tasks import mixture_language_modeling  # noqa: E402, F401
