@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from fairseq import metrics
 from fairseq.data import BaseWrapperDataset, ConcatDataset, FairseqDataset, indexed_dataset
+from fairseq.data.iterators import EpochBatchIterator
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 from omegaconf import II
@@ -65,6 +66,7 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
 
     def __init__(self, args, dictionary, output_dictionary=None, targets=None):
         super().__init__(args, dictionary, output_dictionary, targets)
+        self._train_iterator: Optional[EpochBatchIterator] = None
         self.corpora: Dict[str, Path] = {}
         if args.data:
             data = Path(args.data)
@@ -243,6 +245,15 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
             logger.info(f"mixture: {count:,} blocks of {name} an epoch, of {size:,}")
         return counts
 
+    def get_batch_iterator(self, dataset, *args, **kwargs):
+        """As stock; the workers of the epoch before are ended, which stock leaves to chance."""
+        iterator = super().get_batch_iterator(dataset, *args, **kwargs)
+        if isinstance(dataset, MixtureDataset):
+            previous, self._train_iterator = self._train_iterator, iterator
+            if previous not in (None, iterator):
+                release(previous)
+        return iterator
+
     def valid_step(self, sample, model, criterion):
         loss, sample_size, logging_output = super().valid_step(sample, model, criterion)
         if "corpus" in sample:
@@ -416,6 +427,17 @@ class SeparateCorporaDataset(BaseWrapperDataset):
         return batches
 
     filter_indices_by_size = FairseqDataset.filter_indices_by_size
+
+
+def release(iterator: EpochBatchIterator) -> None:
+    """End the workers of an iterator whose epoch is over; leave any other alone.
+
+    Iterator and data loader refer to one another (fairseq/data/iterators.py:484@0.12.2), so the
+    workers would live until the garbage collector comes by, which then waits 5 seconds for each of
+    them. Matters where every epoch has an iterator of its own.
+    """
+    if iterator._cur_epoch_itr is not None and iterator.end_of_epoch():
+        iterator._cur_epoch_itr = iterator.dataloader = iterator.batch_sampler = None
 
 
 def apportion(shares: np.ndarray, total: int) -> List[int]:

@@ -1,6 +1,8 @@
 """The training mixture: what an epoch holds, in what order, and that it resumes exactly."""
 
 import collections
+import gc
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from mixture_data import BLOCK, CORPORA, configure, make_task, tokens_of
 
 from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.tasks.mixture_language_modeling import MixtureDataset, apportion
+from fairseq_moe_ext.tasks.mixture_language_modeling import MixtureDataset, apportion, release
 
 
 class Numbers(FairseqDataset):
@@ -184,8 +186,8 @@ def test_a_choice_of_corpora(data, own_tokens):
     assert task.trained == ["mid", "small"]
 
 
-def batches(task, epoch=1, state=None, stop=None, shards=1, shard=0, workers=0):
-    """(batches of the rest of an epoch, the iterator), as fairseq's trainer gets them."""
+def batches(task, epoch=1, state=None, shards=1, shard=0, workers=0, note=None):
+    """(batches to the end of an epoch, state after `note` of them), as the trainer gets them."""
     task.load_dataset("train", epoch=epoch, combine=True)
     iterator = task.get_batch_iterator(
         task.dataset("train"), max_sentences=4, required_batch_size_multiple=1, seed=1,
@@ -193,12 +195,13 @@ def batches(task, epoch=1, state=None, stop=None, shards=1, shard=0, workers=0):
     )  # fmt: skip
     if state is not None:
         iterator.load_state_dict(state)
-    found = []
-    epoch_itr = iterator.next_epoch_itr(shuffle=True)
-    while epoch_itr.has_next() and len(found) != stop:
-        batch = next(epoch_itr)
+    found, noted = [], None
+    for batch in iterator.next_epoch_itr(shuffle=True):
         found.append(batch["target"].tolist() if batch else None)
-    return found, iterator
+        if len(found) == note:
+            noted = iterator.state_dict()
+    release(iterator)
+    return found, noted
 
 
 @pytest.mark.parametrize("flags", [[], ["--corpus-weights", "big=1,mid=1,small=1"]])
@@ -207,13 +210,11 @@ def test_batches_after_resuming_in_an_epoch_are_those_of_a_run_without_a_stop(
     data, flags, epoch, workers, shards
 ):
     cfg = configure(data, *flags)
-    setting = dict(epoch=epoch, workers=workers, shards=shards, shard=shards - 1)
-    whole, _ = batches(tasks.setup_task(cfg.task), **setting)
-    first, iterator = batches(tasks.setup_task(cfg.task), stop=5, **setting)
-    state = iterator.state_dict()
+    setting = {"epoch": epoch, "workers": workers, "shards": shards, "shard": shards - 1}
+    whole, state = batches(tasks.setup_task(cfg.task), note=5, **setting)
     assert state["iterations_in_epoch"] == 5 and state["epoch"] == epoch
     rest, _ = batches(tasks.setup_task(cfg.task), state=state, **setting)
-    assert first + rest == whole
+    assert rest == whole[5:]
     assert len(rest) > 2
 
 
@@ -222,6 +223,34 @@ def test_epochs_differ_when_corpora_are_weighted(data):
     first, _ = batches(make_task(data, *flags))
     second, _ = batches(make_task(data, *flags), epoch=2)
     assert sorted(map(str, first)) != sorted(map(str, second))
+
+
+def test_workers_of_an_epoch_end_with_it(data):
+    task = make_task(data, "--corpus-weights", "big=1,mid=1,small=1")
+    task.load_dataset("train", combine=True)
+    gc.collect()
+    gc.disable()  # as between two runs of the garbage collector
+    try:
+        for epoch in (1, 2, 3):
+            iterator = task.get_batch_iterator(
+                task.dataset("train"), max_sentences=4, num_workers=1, epoch=epoch
+            )
+            assert len(list(iterator.next_epoch_itr())) == len(iterator)
+            assert len(multiprocessing.active_children()) == 1
+        release(iterator)
+        assert not multiprocessing.active_children()
+    finally:
+        gc.enable()
+
+
+def test_an_iterator_in_use_is_not_released(data):
+    task = make_task(data, "--corpus-weights", "big=1,mid=1,small=1")
+    task.load_dataset("train", combine=True)
+    iterator = task.get_batch_iterator(task.dataset("train"), max_sentences=4)
+    batches = iterator.next_epoch_itr()
+    next(batches)
+    task.get_batch_iterator(task.dataset("train"), max_sentences=4)
+    assert len(list(batches)) == len(iterator) - 1
 
 
 MISTAKES = [
