@@ -362,7 +362,7 @@ def peak_memory(corpus, dest):
     return int(done.stdout.split()[-1]) * unit / 1e6
 
 
-@pytest.mark.skipif(not hasattr(resource, "RUSAGE_SELF"), reason="no resource module")
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(tmp_path, documents):
     """8 MB more text: 8 MB and more if a corpus were held in memory, its tokens not counted."""
     block = "\n\n".join(documents) + "\n\n"

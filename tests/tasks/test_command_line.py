@@ -12,12 +12,15 @@ from mixture_data import CORPORA, HELD_OUT, tokens_of
 PACKAGE = Path(__file__).parents[2] / "fairseq_moe_ext"
 
 
-def fairseq(command, *flags, check=True):
-    """Run a fairseq console script; its output."""
-    script = f"import sys; from fairseq_cli.{command} import cli_main; sys.exit(cli_main())"
+def fairseq(command, *flags, check=True, processes=1):
+    """Run a fairseq console script, with `torchrun` if in several processes; its output."""
+    run = [sys.executable, "-W", "ignore"]
+    if processes > 1:
+        run += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        flags += ("--distributed-backend", "gloo", "--ddp-backend", "legacy_ddp")
     flags = [*map(str, flags), "--user-dir", str(PACKAGE), "--cpu"]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, *flags], capture_output=True, text=True
+        [*run, "-m", f"fairseq_cli.{command}", *flags], capture_output=True, text=True
     )
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
@@ -80,6 +83,23 @@ def test_the_log_has_a_perplexity_per_corpus_and_means_and_keeps_the_best_checkp
     best = float(records(done, "valid")[-1]["valid_best_in_domain_ppl"])
     assert best == min(float(r["valid_in_domain_ppl"]) for r in records(done, "valid"))
     assert (folder / "checkpoint_best.pt").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_log_the_perplexities_of_one(data, tmp_path):
+    """Same batches, an uneven number of them for validation; dense, so none depends on others."""
+    flags = ["--arch", "dense_lm_tiny", "--dropout", 0, "--attention-dropout", 0]
+    flags += ["--moe-freq", 0, "--moe-expert-count", 0]
+    flags += ["--max-update", 6, "--no-save", "--valid-subset", "valid,test/small"]
+    one = train(data, tmp_path, *flags)
+    two = train(data, tmp_path, *flags, "--update-freq", 1, processes=2)
+    for tag, number in (("valid", 7), ("test/small", 2)):
+        figures = [
+            {key: float(value) for key, value in records(run, tag)[-1].items() if "_ppl" in key}
+            for run in (one, two)
+        ]
+        assert len(figures[0]) >= number
+        assert figures[0] == pytest.approx(figures[1], rel=1e-4)
 
 
 def evaluate(data, folder, subset, task="mixture_language_modeling", check=True):
