@@ -439,28 +439,41 @@ def ddp_on_cpu() -> None:
 
 
 def fp16_on_cpu() -> None:
-    """Train with --fp16 where there is no GPU.
+    """Train with --fp16 on a CPU.
 
-    Breaks: `--fp16` asks for the current CUDA device as the key under which it keeps the flat
-    parameters (fairseq/optim/fp16_optimizer.py:38), and looks them up by the index of their device
-    (:119), which is None for the CPU; a gradient overflow, the normal way in which the loss scale
-    is found, puts a zero on the GPU (fairseq/trainer.py:992).
+    Breaks: `--fp16` keeps its flat parameters under the current CUDA device and looks them up under
+    the index of their own device, which is None for the CPU: no CUDA is an error, and `--cpu`
+    beside a GPU trains nothing, silently. A gradient overflow, the normal way in which the loss
+    scale is found, puts a zero on the GPU.
+    Where: fairseq/optim/fp16_optimizer.py:38 and :119, fairseq/trainer.py:992.
     Ends: with a fairseq that uses the device of the parameters.
     """
     import torch
     from fairseq import trainer
     from fairseq.optim import fp16_optimizer
 
-    class ZeroNorm(torch.Tensor):
+    class Zero(torch.Tensor):
         def cuda(self, *args, **kwargs):
-            return self.as_subclass(torch.Tensor)
+            plain = self.as_subclass(torch.Tensor)
+            return plain.cuda(*args, **kwargs) if torch.cuda.is_available() else plain
 
     def tensor(*args, **kwargs):
-        return torch.tensor(*args, **kwargs).as_subclass(ZeroNorm)
+        return torch.tensor(*args, **kwargs).as_subclass(Zero)
 
-    cuda = _View(torch.cuda, current_device=lambda: None)
-    fp16_optimizer.torch = _View(torch, cuda=cuda)
     trainer.torch = _View(torch, tensor=tensor)  # trainer.py:992 is its one use of torch.tensor
+
+    mixin = fp16_optimizer._FP16OptimizerMixin
+    stock = mixin.build_fp32_params.__func__
+    cuda = _View(torch.cuda)
+    fp16_optimizer.torch = _View(torch, cuda=cuda)
+
+    @functools.wraps(stock)
+    def build_fp32_params(cls, args, params, flatten=True):
+        params = list(params)
+        cuda.current_device = lambda: params[0].device.index
+        return stock(cls, args, params, flatten)
+
+    mixin.build_fp32_params = classmethod(build_fp32_params)
 
 
 def bf16_without_tpu() -> None:
@@ -587,8 +600,10 @@ def hydra_command() -> None:
     @functools.wraps(stock_merge)
     def merge_with_parent(dc, cfg, *args, **kwargs):
         group = cfg._key() if OmegaConf.is_config(cfg) else None
-        if group == "task" and "data" in cfg and (
-            OmegaConf.is_missing(cfg, "data") or cfg.data is None
+        if (
+            group == "task"
+            and "data" in cfg
+            and (OmegaConf.is_missing(cfg, "data") or cfg.data is None)
         ):
             raise UserError("task.data is not set: add task.data=FOLDER, with your data-bin")
         try:
@@ -774,7 +789,7 @@ PATCHES = (
     Patch(broadcast_of_objects, needed=lambda: _torch_is((2, 6))),
     Patch(gather_on_cpu, needed=_no_gpu),
     Patch(ddp_on_cpu, needed=_always),
-    Patch(fp16_on_cpu, needed=_no_gpu),
+    Patch(fp16_on_cpu, needed=_always),
     Patch(bf16_without_tpu, needed=lambda: importlib.util.find_spec("torch_xla") is None),
     Patch(fresh_jobs, needed=_always),
     Patch(processes_that_can_start, needed=_always),
