@@ -193,6 +193,43 @@ def test_two_at_once_in_one_folder_are_refused(tmp_path):
     two.open()
 
 
+def test_the_readme_gives_the_same_commands(tmp_path, monkeypatch):
+    """Its shell blocks are run with stand-ins for the programs that note their arguments."""
+    noted = tmp_path / "noted"
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("fairseq-train", "fairseq-eval-lm", "fairseq-moe", "python"):
+        program = programs / name
+        program.write_text(f'#!/bin/sh\nprintf "%s\\n" {name} "$@" "" >> "{noted}"\n')
+        program.chmod(0o755)
+    blocks = re.findall(r"```bash\n(.*?)```", (QUICKSTART / "README.md").read_text(), re.DOTALL)
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run(["bash", "-eu"], input="\n".join(blocks), text=True, check=True,
+                   env={**os.environ, "PATH": path})  # fmt: skip
+    # (program, its arguments in any order)
+    found = [sorted(words.split("\n")) for words in noted.read_text().split("\n\n")[:-1]]
+
+    monkeypatch.chdir(QUICKSTART.parents[1])
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(quickstart, "console_script", lambda name: name)
+    args = quickstart.arguments([])
+    run = quickstart.Run(args.out, args.updates, args.text_bytes, progress.Screen())
+    held_out = {domain.name: domain.held_out for domain in corpora.DOMAINS}
+    expected = [
+        ["python", "examples/quickstart/corpora.py", f"{args.out}/text"]
+        + ["--train-bytes", str(args.text_bytes), "--valid-bytes", str(quickstart.VALID_BYTES)]
+        + ["--test-bytes", str(quickstart.TEST_BYTES)],
+        quickstart.prepare_command(run, held_out),
+        *(quickstart.train_command(run, model) for model in quickstart.MODELS),
+        *(quickstart.eval_command(run, m, name) for m in quickstart.MODELS for name in held_out),
+        quickstart.expert_use_command(run, list(held_out)),
+    ]
+    typed = [quickstart.as_typed(command) for command in expected]
+    for words in typed:
+        words[0] = "python" if words[0].startswith("python") else words[0]
+    assert found == [sorted(words) for words in typed]
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [

@@ -10,17 +10,19 @@ The domains differ in the installed versions of Python, torch, numpy and sympy, 
 two installations are not comparable; those of two models of the same run are.
 """
 
+import argparse
 import ast
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import os
+import sys
 import sysconfig
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Tuple
+from typing import Callable, Dict, Iterator, List, Sequence, Tuple
 
 from fairseq_moe_ext.errors import UserError
 
@@ -311,3 +313,23 @@ def gather(
         )
         progress(f"{domain.title}: {sizes}")
     return counts
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description="Gather text from this Python installation.")
+    parser.add_argument("folder", type=Path, help="where <domain>.<split>.jsonl are written")
+    for split in SPLITS:
+        parser.add_argument(
+            f"--{split}-bytes", type=int, required=True, help=f"bytes of {split} text per domain"
+        )
+    args = parser.parse_args(argv)
+    try:
+        gather(args.folder, args.train_bytes, args.valid_bytes, args.test_bytes, print)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

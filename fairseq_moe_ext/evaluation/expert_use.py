@@ -68,7 +68,7 @@ def expert_use(
         tokens[name] = 0
         for batch in _batches(task.dataset(subset), batch_size):
             with torch.no_grad():
-                _, extra = model(batch)  # batch (B, L)
+                _, extra = model.decoder(batch, features_only=True)  # batch (B, L)
             if not extra["moe"]:
                 raise UserError(f"checkpoint {checkpoint} has no MoE layer: nothing to count")
             tokens[name] += batch.numel()
