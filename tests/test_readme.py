@@ -1,0 +1,140 @@
+"""The README's commands and Python, as they stand there, on a little text and in small."""
+
+import gzip
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+# The commands are run as printed, with these flags behind them, of which the last count.
+SMALL = """
+SIZE="--decoder-layers 2 --decoder-embed-dim 16 --decoder-ffn-embed-dim 32"
+SIZE="$SIZE --decoder-attention-heads 2 --tokens-per-sample 32 --batch-size 8 --max-update 3"
+fairseq-train() { command fairseq-train "$@" $SIZE --cpu --num-workers 0; }
+fairseq-eval-lm() { command fairseq-eval-lm "$@" --tokens-per-sample 32 --cpu --num-workers 0; }
+fairseq-hydra-train() {
+    command fairseq-hydra-train "$@" common.cpu=true common.fp16=false \
+        common.memory_efficient_fp16=false model.decoder_layers=2 model.decoder_embed_dim=16 \
+        model.decoder_ffn_embed_dim=32 model.decoder_attention_heads=2 task.tokens_per_sample=32 \
+        model.moe_expert_count=4 optimization.max_update=3 optimization.update_freq=[1]
+}
+"""
+
+
+def section(title):
+    """The text of a section, without its heading."""
+    assert f"\n## {title}\n" in README, title
+    return re.split(r"^## ", README.split(f"\n## {title}\n")[1], flags=re.M)[0]
+
+
+def blocks(title, language):
+    found = re.findall(rf"^```{language}\n(.*?)^```", section(title), flags=re.M | re.S)
+    assert found, (title, language)
+    return "".join(found)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with the text that the README speaks of, and the repository's configs."""
+    path = tmp_path_factory.mktemp("readme")
+    rng = random.Random(0)
+
+    def document():
+        return "\n".join(
+            " ".join(f"word{rng.randint(0, 200)}" for _ in range(10)) for _ in range(3)
+        )
+
+    (path / "text" / "code").mkdir(parents=True)
+    for name in ("stories", "letters"):
+        text = "\n\n".join(document() for _ in range(200))
+        (path / "text" / f"{name}.txt").write_text(text)
+    for i in range(100):
+        (path / "text" / "code" / f"{i}.py").write_text("\n\n".join(document() for _ in range(2)))
+    lines = "\n".join(json.dumps({"text": document()}) for _ in range(60))
+    (path / "text" / "mail.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    shutil.copytree(REPOSITORY / "hydra_conf", path / "hydra_conf")
+    return path
+
+
+def run(folder, *command):
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output[-3000:]
+    return output
+
+
+def test_commands(folder):
+    """Section by section, each on what the one before left behind."""
+
+    def script(title):
+        return run(folder, "bash", "-euo", "pipefail", "-c", SMALL + blocks(title, "bash"))
+
+    output = script("Prepare your own text")
+    assert re.search(r"mail \(held out\) +test +\d+", output)
+    assert (folder / "more" / "letters" / "test.bin").stat().st_size > 0
+
+    output = script("Train")
+    assert len(re.findall(r"done training", output)) == 2
+
+    output = script("A mixture of corpora")
+    for key in ("stories_ppl", "code_ppl", "mail_ppl", "in_domain_ppl", "out_of_domain_ppl"):
+        assert re.search(rf"\b{key} [\d.]+", output), key
+
+    output = script("Evaluate")
+    assert re.search(r"Loss \(base 2\): [\d.]+, Perplexity: [\d.]+", output)
+    output = run(folder, sys.executable, "-c", blocks("Evaluate", "python"))
+    assert re.search(r"tensor\(\[-[\d.]+", output)
+
+    script("Hydra")
+    assert list((folder / "outputs").rglob("checkpoint_best.pt"))
+
+
+def test_flags_of_the_tables_exist():
+    from fairseq_moe_ext.config import MoETransformerLMConfig
+    from fairseq_moe_ext.criterions.moe_cross_entropy import MoECrossEntropyConfig
+
+    known = {*vars(MoETransformerLMConfig())} | {*vars(MoECrossEntropyConfig())}
+    named = re.findall(r"`--([a-z0-9-]+)", section("Train"))
+    stock = {"arch", "task", "fp16", "memory-efficient-fp16", "bf16", "update-freq"}
+    stock |= {"best-checkpoint-metric"}
+    assert len(named) > 15
+    for flag in set(named) - stock:
+        assert flag.replace("-", "_") in known, flag
+
+
+def test_architectures_of_the_table_exist():
+    from fairseq_moe_ext.models.architectures import ARCHITECTURES
+
+    assert set(re.findall(r"^\| `(\w+)`", section("Architectures"), flags=re.M)) == set(
+        ARCHITECTURES
+    )
+
+
+def test_make_has_the_targets_that_are_named():
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    for target in set(re.findall(r"(?:`|^)(?:\w+=\S+ )?make ([a-z-]+)", README, flags=re.M)):
+        assert re.search(rf"^{target}:", makefile, flags=re.M), target
+
+
+def test_the_map_names_files_that_exist():
+    tree = re.search(r"```text\n(fairseq_moe_ext/.*?)```", section("The map of the code"), re.S)
+    folder = ""
+    for line in tree.group(1).splitlines():
+        name = line.split()[0]
+        if line.startswith("  "):
+            assert (REPOSITORY / folder / name).exists(), name
+        else:
+            folder = name
+            assert (REPOSITORY / name).exists(), name
