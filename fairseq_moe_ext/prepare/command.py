@@ -250,11 +250,15 @@ def prepare(dest: Path, options: Options) -> Report:
         UserError: see the flags; `dest` is then as it was before.
     """
     _check(dest, options)
-    scratch = dest.parent / f".{dest.name}.{os.getpid()}.tmp"
-    scratch.mkdir(parents=True)
+    place = Path(os.path.abspath(dest))
+    scratch = place.parent / f".{place.name}.{os.getpid()}.tmp"
+    shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed and had this number
     try:
+        scratch.mkdir(parents=True)
         report = _prepare(scratch, options)
-        _put_in_place(scratch, dest)
+        _put_in_place(scratch, place)
+    except OSError as error:  # reading has errors of its own
+        raise UserError(f"{dest}: cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return report

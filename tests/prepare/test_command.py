@@ -325,6 +325,12 @@ def test_an_existing_folder_is_replaced_only_if_told_and_only_if_ours(text, flag
     assert (text / "home" / "thesis.tex").exists()
 
 
+def test_a_place_that_cannot_be_written_is_named(text, flags, capsys):
+    (text / "file").touch()
+    assert run(text / "file" / "data", *flags, "--train-bpe", 300) == 1
+    assert "file/data: cannot be written: " in capsys.readouterr().err
+
+
 def test_a_failure_with_overwrite_leaves_the_old_folder(text, flags):
     flags = [*flags, "--train-bpe", 300]
     assert run(text / "data", *flags) == 0
