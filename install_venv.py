@@ -29,26 +29,24 @@ FAIRSEQ = "fairseq==0.12.2"
 def main() -> int:
     """Install what is missing; return the exit status."""
     if sys.version_info < (3, 9):  # noqa: UP036  (whoever has an older one shall read this)
-        print(
-            f"error: Python {sys.version.split()[0]} is too old; set PYTHON=python3.x, 3.9 or later"
+        return fail(
+            f"Python {sys.version.split()[0]} is too old; set PYTHON=python3.x, 3.9 or later"
         )
-        return 1
     wanted = {"interpreter": interpreter(), "inputs": digest()}
     stamp = json.loads(STAMP.read_text()) if STAMP.is_file() else {}
     if stamp == wanted:
         print(f".venv is up to date (Python {sys.version.split()[0]})")
         return 0
     if shutil.which("g++") is None and shutil.which("c++") is None:
-        print("error: no C++ compiler (g++) on PATH; fairseq compiles its extensions with one")
-        return 1
+        return fail("no C++ compiler (g++) on PATH; fairseq compiles its extensions with one")
     if VENV.exists() and not stamp:
-        print(f"error: {VENV} was not made by `make install`; move it away or run `make clean`")
-        return 1
+        return fail(f"{VENV} was not made by `make install`; move it away or run `make clean`")
     start = time.monotonic()
     if stamp.get("interpreter", wanted["interpreter"]) != wanted["interpreter"]:
         print("[0/3] removing the .venv of another interpreter", flush=True)
         shutil.rmtree(VENV)
-    step(1, "making .venv", [sys.executable, "-m", "venv", str(VENV)])
+    if not VENV.exists():
+        step(1, "making .venv", [sys.executable, "-m", "venv", str(VENV)])
     STAMP.write_text(json.dumps({**wanted, "inputs": "unfinished"}))
     pip = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check"]
     pip += ["-c", str(ROOT / "constraints.txt")]
@@ -60,18 +58,23 @@ def main() -> int:
     return 0
 
 
+def fail(message: str) -> int:
+    """Print one line about what is wrong; return the exit status for it."""
+    print(f"error: {message}", file=sys.stderr)
+    return 1
+
+
 def step(number: int, what: str, command: list) -> None:
     """Announce and run one command; end the program if it fails."""
     print(f"[{number}/3] {what}", flush=True)
     status = subprocess.call(command, cwd=ROOT)
     if status:
-        print(f"error: step {number} failed (exit status {status}): {' '.join(command)}")
-        raise SystemExit(1)
+        raise SystemExit(fail(f"step {number} ended with status {status}: {' '.join(command)}"))
 
 
 def interpreter() -> str:
-    """What makes two interpreters different for a .venv."""
-    return f"{os.path.realpath(sys.base_prefix)} {sys.version}"
+    """What must stay the same for a .venv to be of use: the interpreter, and where the project is."""
+    return f"{os.path.realpath(sys.base_prefix)} {sys.version} {ROOT}"
 
 
 def digest() -> str:
