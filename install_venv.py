@@ -73,7 +73,7 @@ def step(number: int, what: str, command: list) -> None:
 
 
 def interpreter() -> str:
-    """What must stay the same for a .venv to be of use: the interpreter, and where the project is."""
+    """What must stay the same for a .venv to be of use: interpreter and place of the project."""
     return f"{os.path.realpath(sys.base_prefix)} {sys.version} {ROOT}"
 
 

@@ -190,7 +190,7 @@ def test_an_interrupted_install_goes_on_in_its_venv(installer, monkeypatch):
 def test_without_a_compiler_nothing_is_begun(installer, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert installer.main() == 1 and installer.steps == []
-    assert "g++" in capsys.readouterr().out
+    assert "g++" in capsys.readouterr().err
 
 
 def test_constraints_fit_the_requirements():
