@@ -40,7 +40,7 @@ BLOCKS = 8  # blocks an update
 LAYERS, DIM, HEADS = 4, 128, 4
 EXPERTS = 8
 EXPERT_FFN = 256  # hidden width; two experts a token do the work of one FFN of twice the width
-LEARNING_RATE = 5e-3
+LEARNING_RATE = 4e-3
 BALANCE_WEIGHT = 0.01
 SAVES = 12  # checkpoints, with validation, in one training
 
@@ -286,8 +286,9 @@ def gather_text(run: Run) -> str:
 
 def prepare(run: Run, command: List[str]) -> str:
     log = run.out / "prepare.log"
-    if (run.out / "data").exists():  # finished, but killed before that was written down
-        shutil.rmtree(run.out / "data")
+    # What a killed run left: a folder half-written, or whole but not yet written down as done.
+    for left in [*run.out.glob(".data.*"), *run.out.glob("data")]:
+        shutil.rmtree(left)
     child = run.start(command, log)
     started = time.monotonic()
     while child.poll() is None:
@@ -430,7 +431,7 @@ def eval_result(log: Path) -> Dict[str, float]:
 
 def count_experts(run: Run, command: List[str]) -> str:
     log = run.out / "expert_use.log"
-    child = run.start(command, log)
+    child = run.start(command, log, threads=max(1, (os.cpu_count() or 1) // 2))
     while child.poll() is None:
         run.screen.show("  reading the gates' choices")
         time.sleep(0.2)
