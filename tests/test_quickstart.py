@@ -23,6 +23,9 @@ import page  # noqa: E402
 import progress  # noqa: E402
 import run as quickstart  # noqa: E402
 
+# The whole pipeline: a minute of two idle cores, several on a busy machine.
+pytestmark = pytest.mark.timeout(1200)
+
 UPDATES = 6
 ARGUMENTS = ["--updates", str(UPDATES), "--text-bytes", "20000"]
 

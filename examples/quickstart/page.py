@@ -264,9 +264,8 @@ def findings(result: Dict) -> List[str]:
         _verdict(result, outside, "held-out domains"),
         f"The paper's finding that experts help more in domain than out of it {shows}: "
         f"{signed(inside_change)} in domain, {signed(outside_change)} out of domain.",
-        f"Experts specialise by domain, though nothing in the training asks for it ({by_layer})."
-        if max(bits) >= 0.1
-        else f"Experts hardly specialise by domain in so short a training ({by_layer}).",
+        f"Experts specialise {_how_much(max(bits))} by domain ({by_layer}); nothing in the "
+        "training asks them to.",
         "Equal FLOPs are not equal time: on this machine the MoE model trained for "
         f"{clock(moe['training_seconds'])} min, the dense one for "
         f"{clock(dense['training_seconds'])} min. It also holds "
@@ -278,6 +277,10 @@ def findings(result: Dict) -> List[str]:
         "Perplexities are per token of this run's own tokenizer on this installation's text: they "
         "compare these two models, no others.",
     ]
+
+
+def _how_much(bits: float) -> str:
+    return "hardly" if bits < 0.1 else "a little" if bits < 0.5 else "clearly"
 
 
 def _verdict(result: Dict, group: Sequence[Dict], words: str) -> str:
