@@ -607,6 +607,9 @@ def main(argv: Sequence[str]) -> int:
         screen.line()
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # what reads the output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         screen.line("\nStopped. Start the same command again to go on.")
         return 130
