@@ -24,13 +24,13 @@ class Rows(NamedTuple):
     counts: List[int]  # rows of each expert, summing to N
 
 
-def lay_out(routing: Routing, capacity: int | None) -> Rows:
+def lay_out(routing: Routing) -> Rows:
     """Lay the kept choices out in expert order."""
     tokens, k = routing.experts.shape
-    counts = routing.counts.sum(dim=0)  # (E,)
-    if capacity is not None:
-        counts = counts.clamp(max=capacity)  # slots are filled without gaps
-    row = (counts.cumsum(0) - counts)[routing.experts] + routing.slots
+    # Kept choices have the first places of their expert, without gaps.
+    counts = torch.zeros_like(routing.counts[0])  # (E,)
+    counts.scatter_add_(0, routing.experts.reshape(-1), routing.kept.reshape(-1).to(counts.dtype))
+    row = (counts.cumsum(0) - counts)[routing.experts] + routing.places
     spare = tokens * k  # dropped choices write here, behind all rows
     token = row.new_empty(spare + 1)
     index = torch.arange(tokens, device=row.device).unsqueeze(1).expand(tokens, k)

@@ -18,22 +18,26 @@ class GroupedLinear(nn.Module):
     the same wherever it lives.
     """
 
-    def __init__(self, num_experts: int, in_features: int, out_features: int) -> None:
+    def __init__(
+        self, num_experts: int, in_features: int, out_features: int, first: int = 0
+    ) -> None:
+        """first: number of the first of these experts among all."""
         super().__init__()
+        self.first = first
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
         self.bias = nn.Parameter(torch.empty(num_experts, out_features))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """U(-1/sqrt(in), 1/sqrt(in)) for weights and biases, as nn.Linear."""
-        first_seed = int(torch.randint(2**31, (1,), device="cpu"))
+        seed = int(torch.randint(2**31, (1,), device="cpu"))
         if self.weight.is_meta:
             return
         bound = 1 / math.sqrt(self.weight.size(-1))
         generator = torch.Generator(self.weight.device)
         with torch.no_grad():
-            for expert, (weight, bias) in enumerate(zip(self.weight, self.bias)):
-                generator.manual_seed(first_seed + expert)
+            for expert, (weight, bias) in enumerate(zip(self.weight, self.bias), self.first):
+                generator.manual_seed(seed + expert)
                 weight.uniform_(-bound, bound, generator=generator)
                 bias.uniform_(-bound, bound, generator=generator)
 
@@ -95,6 +99,7 @@ class Experts(nn.Module):
         activation: elementwise function of a tensor.
         activation_dropout, dropout: probabilities, behind the activation and at the end.
         grad_scale: factor on the gradients of the experts' parameters (the paper's 1/sqrt(E)).
+        first: number of the first of these experts among all, where others are elsewhere.
     """
 
     def __init__(
@@ -107,14 +112,15 @@ class Experts(nn.Module):
         activation_dropout: float = 0.0,
         dropout: float = 0.0,
         grad_scale: float = 1.0,
+        first: int = 0,
     ) -> None:
         super().__init__()
         self.activation = activation
         self.activation_dropout = activation_dropout
         self.dropout = dropout
         self.grad_scale = grad_scale
-        self.fc1 = GroupedLinear(num_experts, dim, ffn_dim)
-        self.fc2 = GroupedLinear(num_experts, ffn_dim, dim)
+        self.fc1 = GroupedLinear(num_experts, dim, ffn_dim, first)
+        self.fc2 = GroupedLinear(num_experts, ffn_dim, dim, first)
 
     def forward(self, x: Tensor, counts: List[int]) -> Tensor:
         """x (N, D) in expert order, counts[e] rows of expert e -> (N, D)."""

@@ -7,6 +7,7 @@ from typing import NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
+from .pool import PROCESS, Pool
 from .routing import Routing, route_top1, route_top2, token_capacity
 
 
@@ -26,16 +27,21 @@ class GateSettings(NamedTuple):
 class Gate(nn.Module):
     """Routes tokens by a linear layer without bias."""
 
-    def __init__(self, dim: int, num_experts: int, settings: GateSettings) -> None:
+    def __init__(
+        self, dim: int, num_experts: int, settings: GateSettings, pool: Pool = PROCESS
+    ) -> None:
         super().__init__()
+        self.pool = pool
         self.wg = nn.Linear(dim, num_experts, bias=False)
         self.settings = settings
 
     def capacity(self, tokens: int) -> Optional[int]:
-        """Slots an expert has for a batch of tokens, by the present mode; None: no limit."""
+        """Slots an expert has for a pool with this process's number of tokens, by the present
+        mode; None: no limit."""
         s = self.settings
         if s.dropless:
             return None
+        tokens = self.pool.tokens(tokens)
         if not self.training and s.eval_token_fraction > 0:
             return token_capacity(tokens, self.wg.out_features, fraction=s.eval_token_fraction)
         factor = s.top_k if s.capacity_factor is None else s.capacity_factor
@@ -50,7 +56,9 @@ class Gate(nn.Module):
         if s.use_fp32:
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if s.top_k == 1:
-            return logits, route_top1(logits, capacity=capacity, padding_mask=padding_mask)
+            return logits, route_top1(
+                logits, capacity=capacity, padding_mask=padding_mask, pool=self.pool
+            )
         # The noise is a means of exploration: at evaluation the runner-up is taken as it is.
         policy = s.second_expert_policy if self.training else "all"
         return logits, route_top2(
@@ -60,4 +68,5 @@ class Gate(nn.Module):
             second_expert_policy=policy,
             normalize_before_dropping=s.normalize_before_dropping,
             batch_prioritized=s.batch_prioritized,
+            pool=self.pool,
         )

@@ -1,4 +1,4 @@
-"""The Mixture-of-Experts layer: route, dispatch, compute, combine."""
+"""The Mixture-of-Experts layer: route, dispatch, exchange, compute, exchange back, combine."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from typing import Dict, NamedTuple, Optional
 
 from torch import Tensor, nn
 
+from ..expert_parallel import ExpertParallel
 from .balance import balance_loss, z_loss
 from .dispatch import lay_out, permute, unpermute
 from .experts import Experts
 from .gate import Gate, GateSettings
+from .pool import PROCESS, Pool
 from .stats import routing_stats
 
 
@@ -28,12 +30,31 @@ class MoELayer(nn.Module):
     """A feed-forward layer of which each token uses only the experts that its gate chooses."""
 
     def __init__(
-        self, dim: int, ffn_dim: int, num_experts: int, settings: GateSettings, **expert_options
+        self,
+        dim: int,
+        ffn_dim: int,
+        num_experts: int,
+        settings: GateSettings,
+        parallel: Optional[ExpertParallel] = None,
+        pool: Pool = PROCESS,
+        **expert_options,
     ) -> None:
-        """expert_options go to `Experts`."""
+        """
+        Args:
+            parallel: the processes that share the experts; None: all are here.
+            pool: the processes whose tokens are routed together.
+            expert_options: go to `Experts`.
+        """
         super().__init__()
-        self.gate = Gate(dim, num_experts, settings)
-        self.experts = Experts(num_experts, dim, ffn_dim, **expert_options)
+        self.gate = Gate(dim, num_experts, settings, pool)
+        self.parallel = parallel
+        self.pool = pool
+        local, first = num_experts, 0
+        if parallel is not None:
+            local, first = parallel.place.local, parallel.place.first
+        self.experts = Experts(local, dim, ffn_dim, first=first, **expert_options)
+        if parallel is not None:
+            parallel.join_gradients(self.experts)
 
     def forward(
         self, x: Tensor, padding_mask: Optional[Tensor] = None, dropless: bool = False
@@ -49,13 +70,18 @@ class MoELayer(nn.Module):
             padding_mask = padding_mask.reshape(-1)
         capacity = None if dropless else self.gate.capacity(tokens.size(0))
         logits, routing = self.gate(tokens, capacity, padding_mask)
-        rows = lay_out(routing, capacity)
-        y = self.experts(permute(tokens, rows), rows.counts)  # (N, D)
+        rows = lay_out(routing)
+        y = permute(tokens, rows)  # (N, D)
+        if self.parallel is None:
+            y = self.experts(y, rows.counts)
+        else:
+            y, arrival = self.parallel.send(y, rows.counts)  # (N', D)
+            y = self.parallel.send_back(self.experts(y, arrival.counts), arrival)  # (N, D)
         out = unpermute(y, routing.weights.to(y.dtype), rows)  # (T, D)
         return MoEOutput(
             out.view_as(x),
-            balance_loss(routing),
-            z_loss(logits),
-            routing_stats(routing),
+            balance_loss(routing, self.pool),
+            z_loss(logits, self.pool),
+            routing_stats(routing, self.pool),
             routing.counts,
         )

@@ -12,6 +12,8 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from .pool import PROCESS, Pool
+
 SECOND_EXPERT_POLICIES = ("all", "sampling", "random")
 
 
@@ -22,6 +24,7 @@ class Routing(NamedTuple):
     experts: Tensor  # (T, K) int64: the chosen experts, best first
     weights: Tensor  # (T, K) combine weights, differentiable; 0 where the choice is dropped
     slots: Tensor  # (T, K) int64: place in the expert's queue; meaningful where `routed`
+    places: Tensor  # (T, K) int64: the same among this process's choices alone
     routed: Tensor  # (T, K) bool: sent to the expert (not padding, not sampled away)
     kept: Tensor  # (T, K) bool: routed, and within the expert's capacity
     counts: Tensor  # (K, E) int64: routed choices of each rank an expert gets, before dropping
@@ -49,6 +52,7 @@ def route_top1(
     *,
     capacity: Optional[int] = None,
     padding_mask: Optional[Tensor] = None,
+    pool: Pool = PROCESS,
 ) -> Routing:
     """Switch-style routing: each token to its best expert, weighted by that probability.
 
@@ -56,14 +60,15 @@ def route_top1(
         logits: (T, E) router logits.
         capacity: slots an expert has; None keeps every choice (dropless).
         padding_mask: (T,) bool, True where a token is padding and is routed nowhere.
+        pool: the processes whose tokens queue before the same experts, those of lower rank first.
     """
     probs = torch.softmax(logits, dim=-1)  # (T, E)
     experts = probs.argmax(dim=-1, keepdim=True)  # (T, 1)
     routed = _not_padding(experts, padding_mask)
-    counts, slots = _queue(experts, routed, logits.size(-1))
+    counts, places, slots = _queue(experts, routed, logits.size(-1), pool)
     kept = _within(slots, routed, capacity)
     weights = probs.gather(1, experts) * kept
-    return Routing(probs, experts, weights, slots, routed, kept, counts)
+    return Routing(probs, experts, weights, slots, places, routed, kept, counts)
 
 
 def route_top2(
@@ -75,6 +80,7 @@ def route_top2(
     normalize_before_dropping: bool = False,
     batch_prioritized: bool = False,
     noise: Optional[Tensor] = None,
+    pool: Pool = PROCESS,
 ) -> Routing:
     """GShard-style routing: each token to its two best experts, weights renormalised over them.
 
@@ -90,7 +96,11 @@ def route_top2(
             al., arXiv 2106.05974, section 4.1), not of their position.
         noise: (T, E) Gumbel samples for "sampling", (T,) uniform ones for "random"; drawn when
             None.
+        pool: the processes whose tokens queue before the same experts, those of lower rank first;
+            with batch_prioritized, this one alone.
     """
+    if batch_prioritized and pool is not PROCESS:
+        raise ValueError("batch_prioritized orders the tokens of one process only")
     if second_expert_policy not in SECOND_EXPERT_POLICIES:
         raise ValueError(
             f"second_expert_policy {second_expert_policy!r} is none of {SECOND_EXPERT_POLICIES}"
@@ -114,12 +124,12 @@ def route_top2(
         lucky = 2 * weights[:, 1].detach() > uniform
         routed = torch.stack([routed[:, 0], routed[:, 1] & lucky], dim=1)
     order = probs.amax(dim=-1).argsort(descending=True, stable=True) if batch_prioritized else None
-    counts, slots = _queue(experts, routed, logits.size(-1), order)
+    counts, places, slots = _queue(experts, routed, logits.size(-1), pool, order)
     kept = _within(slots, routed, capacity)
     weights = weights * kept
     if not normalize_before_dropping:
         weights = _normalize(weights)
-    return Routing(probs, experts, weights, slots, routed, kept, counts)
+    return Routing(probs, experts, weights, slots, places, routed, kept, counts)
 
 
 def _not_padding(experts: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
@@ -139,12 +149,18 @@ def _within(slots: Tensor, routed: Tensor, capacity: Optional[int]) -> Tensor:
 
 
 def _queue(
-    experts: Tensor, routed: Tensor, num_experts: int, order: Optional[Tensor] = None
-) -> tuple[Tensor, Tensor]:
+    experts: Tensor,
+    routed: Tensor,
+    num_experts: int,
+    pool: Pool,
+    order: Optional[Tensor] = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Queue the routed choices up before their experts: every first choice before any second
-    one, and within those by token, or by `order` (T,), the tokens from first to last.
+    one, and within those by process, and by token, or by `order` (T,), the tokens from first to
+    last.
 
-    Returns counts (K, E), the choices of each rank an expert gets, and slots (T, K).
+    Returns counts (K, E), the choices of each rank an expert gets here, places (T, K) among those,
+    and slots (T, K) among the pool's.
     """
     tokens, k = experts.shape
     counts = experts.new_zeros(k, num_experts)
@@ -157,10 +173,13 @@ def _queue(
     starts = counts.new_zeros(num_experts + 1)
     torch.cumsum(counts.sum(dim=0), dim=0, out=starts[1:])
     place = torch.arange(tokens * k, device=experts.device) - starts[queue]
-    slots = torch.empty_like(place).scatter_(0, choice, place).view(k, tokens).t()
+    places = torch.empty_like(place).scatter_(0, choice, place).view(k, tokens).t()
     if order is not None:
-        slots = torch.empty_like(slots).index_copy_(0, order, slots)
-    return counts, slots
+        places = torch.empty_like(places).index_copy_(0, order, places)
+    before, total = pool.ranks(counts)  # (K, E) each
+    # Ahead in the pool's queue: all choices of better rank, and those of this rank elsewhere.
+    ahead = before + (total - counts).cumsum(dim=0) - (total - counts)
+    return counts, places, places + ahead.gather(1, experts.t()).t()
 
 
 def _gumbel_like(logits: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Dict
 import torch
 from torch import Tensor
 
+from .pool import PROCESS, Pool
 from .routing import Routing
 
 # Experts counted as the most and as the least used: a fifth of them.
@@ -25,8 +26,8 @@ FIGURES = ("entropy_gating",) + tuple(
 )
 
 
-def routing_stats(routing: Routing) -> Dict[str, Tensor]:
-    """FIGURES of one routing, scalars without gradient:
+def routing_stats(routing: Routing, pool: Pool = PROCESS) -> Dict[str, Tensor]:
+    """FIGURES of one routing, scalars without gradient, over the pool's tokens:
 
     entropy_gating: mean entropy of the router's probabilities, in nats.
     overflow_expert1, _expert2: percentage of routed first, second choices beyond capacity.
@@ -36,26 +37,39 @@ def routing_stats(routing: Routing) -> Dict[str, Tensor]:
 
     The top-1 gate yields the keys of the first choice only.
     """
-    tokens, num_experts = routing.probs.shape
+    (tokens, num_experts), k = routing.probs.shape, routing.experts.size(1)
     with torch.no_grad():
-        entropy = torch.special.entr(routing.probs).sum(dim=1)  # (T,)
-        stats = {"entropy_gating": entropy.mean() if tokens else entropy.sum()}
-        tokens = max(tokens, 1)  # a rank may have none: figures 0, not 0/0
+        # summed in double precision: float16 ends at 65504
+        entropy = torch.special.entr(routing.probs).sum(dtype=torch.float64)
+        sums = pool.total(
+            torch.cat(
+                [
+                    torch.stack([entropy, entropy.new_tensor(tokens)]),
+                    (routing.routed & ~routing.kept).sum(dim=0),
+                    routing.counts.sum(dim=1),
+                    _histogram(routing.experts, num_experts).flatten(),
+                ]
+            )
+        )
+        entropy, tokens, dropped, routed, histogram = sums.split([1, 1, k, k, k * num_experts])
+        tokens = tokens.clamp(min=1)  # of no tokens the figures are 0, not 0/0
+        histogram = histogram.view(k, num_experts)
+        # The branch adds float32's smallest normal number to each share; so do we, to meet its
+        # figures to the last digit.
+        share = 100.0 * histogram / tokens + torch.finfo(torch.float32).tiny
+        share = share.sort(dim=1, descending=True).values
         fifth = max(math.ceil(num_experts * BALANCE_SHARE), 1)
-        for k in range(routing.experts.size(1)):
-            name = f"expert{k + 1}"
-            chosen = routing.experts[:, k]  # (T,)
-            dropped = routing.routed[:, k] & ~routing.kept[:, k]
-            # A batch of padding alone routes nothing and overflows nowhere: 0, not 0/0.
-            routed = routing.counts[k].sum().clamp(min=1)
-            stats[f"overflow_{name}"] = 100.0 * dropped.sum() / routed
-            histogram = torch.zeros(num_experts, device=chosen.device)
-            histogram.scatter_add_(0, chosen, torch.ones_like(chosen, dtype=histogram.dtype))
-            stats[f"unused_{name}_count"] = (histogram == 0).sum().to(histogram.dtype)
-            # The branch adds float32's smallest normal number to each share; so do we, to meet its
-            # figures to the last digit.
-            share = (100.0 * histogram / tokens).sort(descending=True).values
-            share = share + torch.finfo(torch.float32).tiny
-            stats[f"{name}_balance_top"] = share[:fifth].sum()
-            stats[f"{name}_balance_bottom"] = share[-fifth:].sum()
+        stats = {"entropy_gating": (entropy / tokens)[0]}
+        for i in range(k):
+            name = f"expert{i + 1}"
+            stats[f"overflow_{name}"] = 100.0 * dropped[i] / routed[i].clamp(min=1)
+            stats[f"unused_{name}_count"] = (histogram[i] == 0).sum().to(share.dtype)
+            stats[f"{name}_balance_top"] = share[i, :fifth].sum()
+            stats[f"{name}_balance_bottom"] = share[i, -fifth:].sum()
     return stats
+
+
+def _histogram(experts: Tensor, num_experts: int) -> Tensor:
+    """experts (T, K) -> (K, E) int64: how many tokens' K-th choice an expert is."""
+    counts = experts.new_zeros(experts.size(1), num_experts)
+    return counts.scatter_add_(1, experts.t(), torch.ones_like(experts.t()))

@@ -1,0 +1,212 @@
+"""Experts spread over processes: rank arithmetic, process groups, the exchange of tokens.
+
+With E experts and W processes of which one divides the other,
+
+    E >= W   each process holds E / W experts, process r those from r * E / W on;
+    E <  W   E consecutive processes hold one expert each, and W / E such sets are replicas of each
+             other, whose experts' gradients are summed.
+
+Every process joins every collective, also with no token of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import List, NamedTuple, Optional, Tuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .errors import UserError
+from .moe.pool import Pool
+
+
+class Placement(NamedTuple):
+    """Where a process stands among those that hold the experts."""
+
+    local: int  # experts of this process
+    first: int  # number of the first of them
+    holders: Tuple[int, ...]  # ranks that together hold all experts once, this one among them
+    replicas: Tuple[int, ...]  # ranks that hold the same experts, this one among them
+
+
+def placement(num_experts: int, world_size: int, rank: int) -> Placement:
+    """Raises UserError when neither number divides the other."""
+    if num_experts % world_size != 0 and world_size % num_experts != 0:
+        fitting = [
+            n
+            for n in range(1, 4 * world_size + 1)
+            if n % world_size == 0 or world_size % n == 0
+        ]
+        nearest = sorted(fitting, key=lambda n: abs(n - num_experts))[:3]
+        raise UserError(
+            f"--moe-expert-count {num_experts} cannot be spread over {world_size} processes: one "
+            f"must divide the other; {', '.join(map(str, sorted(nearest)))} experts would do"
+        )
+    holders = min(num_experts, world_size)
+    local = num_experts // holders
+    start = rank - rank % holders
+    return Placement(
+        local,
+        rank % holders * local,
+        tuple(range(start, start + holders)),
+        tuple(range(rank % holders, world_size, holders)),
+    )
+
+
+class ExpertParallel:
+    """The exchange of one layer's rows between the processes that hold its experts.
+
+    Built by all processes at once, in the same order, as it makes process groups.
+    """
+
+    def __init__(self, num_experts: int) -> None:
+        world_size, rank = dist.get_world_size(), dist.get_rank()
+        self.place = placement(num_experts, world_size, rank)
+        self.holders, self.replicas = _groups(num_experts, world_size, rank)
+
+    def join_gradients(self, experts: nn.Module) -> None:
+        """Make the gradients of these experts the sum over their replicas."""
+        for parameter in experts.parameters():
+            if len(self.place.replicas) > 1:
+                parameter.register_hook(self._sum_over_replicas)
+
+    def _sum_over_replicas(self, grad: Tensor) -> Tensor:
+        grad = grad.contiguous()
+        dist.all_reduce(grad, group=self.replicas)
+        return grad
+
+    def send(self, x: Tensor, counts: List[int]) -> Tuple[Tensor, "Arrival"]:
+        """Rows to the processes that hold their experts.
+
+        Args:
+            x: (N, D), in the order of all experts.
+            counts: rows of each of the E experts, summing to N.
+
+        Returns:
+            rows (N', D) in the order of this process's experts, each expert's in the order of the
+            ranks that they come from; and what `send_back` needs.
+        """
+        holders = len(self.place.holders)
+        sent = torch.tensor(counts, device=x.device).view(holders, self.place.local)
+        received = torch.empty_like(sent)  # (holders, local): rows from each, for each expert
+        dist.all_to_all_single(received, sent, group=self.holders)
+        splits = sent.sum(dim=1).tolist(), received.sum(dim=1).tolist()
+        x = _AllToAll.apply(x, *splits, self.holders)
+        order = _by_expert(received)
+        x = _Reorder.apply(x, order, order.argsort())
+        return x, Arrival(received.sum(dim=0).tolist(), splits, order)
+
+    def send_back(self, y: Tensor, arrival: "Arrival") -> Tensor:
+        """Rows (N', D) that `send` brought here -> those (N, D) that it sent away, in its order."""
+        y = _Reorder.apply(y, arrival.order.argsort(), arrival.order)
+        sent, received = arrival.splits
+        return _AllToAll.apply(y, received, sent, self.holders)
+
+
+class Arrival(NamedTuple):
+    """Rows as `send` left them."""
+
+    counts: List[int]  # of each of this process's experts
+    splits: Tuple[List[int], List[int]]  # rows sent to, received from each holder
+    order: Tensor  # (N',) int64: the received row that stands at each place
+
+
+class WorldPool(Pool):
+    """The tokens of all processes: capacity, loss and figures as if one process had them."""
+
+    def tokens(self, here: int) -> int:
+        return int(self.total(torch.tensor(here, device=_device())))
+
+    def total(self, x: Tensor) -> Tensor:
+        return _Sum.apply(x)
+
+    def ranks(self, counts: Tensor) -> Tuple[Tensor, Tensor]:
+        everyone = [torch.empty_like(counts) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, counts.contiguous())
+        stacked = torch.stack(everyone)  # (W, K, E)
+        return stacked[: dist.get_rank()].sum(dim=0), stacked.sum(dim=0)
+
+
+def process_count() -> int:
+    """Processes that train together; 1 without torch.distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _device() -> torch.device:
+    """Where the default process group wants its tensors."""
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+
+
+@functools.lru_cache(maxsize=None)
+def _groups(num_experts: int, world_size: int, rank: int) -> Tuple[Optional[dist.ProcessGroup], ...]:
+    """Process groups of this rank's holders and of its replicas; None stands for the world."""
+    if num_experts >= world_size:
+        return None, None
+    places = [placement(num_experts, world_size, r) for r in range(world_size)]
+    mine = places[rank]
+    groups = {}
+    # Each process must take part in making each group, in the same order.
+    for ranks in sorted({p.holders for p in places} | {p.replicas for p in places}):
+        groups[ranks] = dist.new_group(list(ranks))
+    return groups[mine.holders], groups[mine.replicas]
+
+
+def _by_expert(received: Tensor) -> Tensor:
+    """received (holders, local): rows from each holder for each expert, as they arrive. Returns
+    the order (N',) in which each expert's rows stand together."""
+    flat = received.flatten()
+    starts = (flat.cumsum(0) - flat).view_as(received).t().flatten()  # by expert, then holder
+    lengths = received.t().flatten()
+    ends = lengths.cumsum(0)
+    shift = (starts - (ends - lengths)).repeat_interleave(lengths)
+    return torch.arange(int(ends[-1]), device=received.device) + shift
+
+
+class _AllToAll(torch.autograd.Function):
+    """Send splits[i] rows to holder i; the gradient comes back the same way."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, sent: List[int], received: List[int], group) -> Tensor:
+        ctx.args = received, sent, group
+        out = x.new_empty(sum(received), x.size(1))
+        dist.all_to_all_single(out, x.contiguous(), received, sent, group=group)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        return _AllToAll.forward(ctx, grad, *ctx.args), None, None, None
+
+
+class _Reorder(torch.autograd.Function):
+    """x[order]; the gradient gathers by the inverse instead of adding row by row."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over all processes; each process's gradient is the sum of all processes' gradients, as
+    each has its own loss of the one sum."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        out = x.contiguous().clone()
+        dist.all_reduce(out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return _Sum.forward(ctx, grad)
