@@ -6,6 +6,8 @@
     config.py      every flag of the model, and the checks across flags
     models/        the decoder, the registered model, the paper's sizes
     moe/           the mathematics of a Mixture-of-Experts layer, torch only
+    expert_parallel.py       experts spread over processes
+    distributed_training.py  what fairseq's trainer and eval-lm must know of that
     criterions/    cross-entropy with the gates' losses
     tasks/         language modelling over a mixture of corpora
     prepare/       text to data-bins
@@ -20,6 +22,8 @@ from . import compat
 
 compat.apply()  # before anything imports fairseq
 
-from . import criterions  # noqa: E402, F401
+from . import criterions, distributed_training  # noqa: E402
 from .models import architectures, language_model  # noqa: E402, F401
 from .tasks import mixture_language_modeling  # noqa: E402, F401
+
+distributed_training.apply()

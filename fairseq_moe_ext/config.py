@@ -15,6 +15,7 @@ from omegaconf import II
 from .errors import UserError
 
 SECOND_EXPERT_POLICIES = ChoiceEnum(["sampling", "all", "random"])
+ROUTING_SCOPES = ChoiceEnum(["process", "world"])
 EXPERT_GRAD_SCALES = ChoiceEnum(["world_size", "sqrt_world_size", "sqrt_num_experts"])
 
 
@@ -121,6 +122,14 @@ class MoETransformerLMConfig(FairseqDataclass):
         default=False,
         metadata={"help": "no capacity: every token reaches its experts, also at evaluation"},
     )
+    moe_routing_scope: ROUTING_SCOPES = field(
+        default="process",
+        metadata={
+            "help": "capacity, balancing loss and figures are taken over the batch of each process "
+            "(process, as in the branch) or of all processes together (world), which gives the same "
+            "numbers on any number of processes"
+        },
+    )
     moe_normalize_expert_grad: EXPERT_GRAD_SCALES = field(
         default="world_size",
         metadata={
@@ -144,9 +153,12 @@ class MoETransformerLMConfig(FairseqDataclass):
     batch_size: Optional[int] = II("dataset.batch_size")
     ddp_backend: str = II("distributed_training.ddp_backend")
     distributed_world_size: int = II("distributed_training.distributed_world_size")
+    fp16: bool = II("common.fp16")
+    memory_efficient_fp16: bool = II("common.memory_efficient_fp16")
+    fp16_no_flatten_grads: bool = II("common.fp16_no_flatten_grads")
 
 
-# Backends under which replicated experts train like any other parameter.
+# Backends that leave the experts' gradients to us.
 _DDP_BACKENDS = ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d")
 
 
@@ -227,11 +239,8 @@ def _validate_experts(cfg: MoETransformerLMConfig) -> None:
             "batch above 0 up to 1, or a negative number for training's rule"
         )
     _validate_capacity_factor(cfg)
-    if cfg.distributed_world_size > 1 and cfg.ddp_backend not in _DDP_BACKENDS:
-        raise UserError(
-            f"--ddp-backend {cfg.ddp_backend} does not train experts right: use legacy_ddp or "
-            "pytorch_ddp"
-        )
+    if cfg.distributed_world_size > 1:
+        _validate_distributed(cfg)
 
 
 def _validate_capacity_factor(cfg: MoETransformerLMConfig) -> None:
@@ -254,6 +263,25 @@ def _validate_capacity_factor(cfg: MoETransformerLMConfig) -> None:
             f"--moe-capacity-factor {factor} leaves {cfg.moe_expert_count} experts no slot in a "
             f"batch of {tokens} tokens, so every token would be dropped: raise it, --batch-size or "
             "--max-tokens"
+        )
+
+
+def _validate_distributed(cfg: MoETransformerLMConfig) -> None:
+    if cfg.ddp_backend not in _DDP_BACKENDS:
+        raise UserError(
+            f"--ddp-backend {cfg.ddp_backend} does not train experts right: use legacy_ddp or "
+            "pytorch_ddp"
+        )
+    if cfg.fp16 and not (cfg.memory_efficient_fp16 or cfg.fp16_no_flatten_grads):
+        raise UserError(
+            "--fp16 puts the gradients of experts and shared parameters into one tensor, which "
+            f"{cfg.distributed_world_size} processes cannot reduce apart: add "
+            "--memory-efficient-fp16 or --fp16-no-flatten-grads"
+        )
+    if cfg.moe_routing_scope == "world" and cfg.moe_batch_prioritized_routing:
+        raise UserError(
+            "--moe-batch-prioritized-routing orders the tokens of one process: use "
+            "--moe-routing-scope process"
         )
 
 

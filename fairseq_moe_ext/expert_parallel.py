@@ -23,6 +23,9 @@ from .errors import UserError
 from .moe.pool import Pool
 
 
+_replicas = 1  # processes that hold the same experts
+
+
 class Placement(NamedTuple):
     """Where a process stands among those that hold the experts."""
 
@@ -66,6 +69,8 @@ class ExpertParallel:
         world_size, rank = dist.get_world_size(), dist.get_rank()
         self.place = placement(num_experts, world_size, rank)
         self.holders, self.replicas = _groups(num_experts, world_size, rank)
+        global _replicas
+        _replicas = len(self.place.replicas)
 
     def join_gradients(self, experts: nn.Module) -> None:
         """Make the gradients of these experts the sum over their replicas."""
@@ -128,6 +133,30 @@ class WorldPool(Pool):
         dist.all_gather(everyone, counts.contiguous())
         stacked = torch.stack(everyone)  # (W, K, E)
         return stacked[: dist.get_rank()].sum(dim=0), stacked.sum(dim=0)
+
+
+def sum_of_experts(x: Tensor) -> Tensor:
+    """Sum of a figure over the experts of all processes, each expert counted once. The model that
+    was built last says how many replicas an expert has."""
+    if process_count() == 1:
+        return x
+    x = x.to(_device(), copy=True)
+    dist.all_reduce(x)
+    return x / _replicas
+
+
+def mark_experts(model: nn.Module) -> bool:
+    """Tell the wrappers for data-parallel training which parameters are experts', for these are not
+    theirs to reduce: fairseq's by the attribute `expert` (legacy_distributed_data_parallel.py@
+    0.12.2), PyTorch's by names. Returns whether there are any."""
+    ignored = []
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            parameter.expert = True
+            ignored.append(name)
+    if process_count() > 1:
+        model._ddp_params_and_buffers_to_ignore = ignored
+    return bool(ignored)
 
 
 def process_count() -> int:

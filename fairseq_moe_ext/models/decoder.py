@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import MoETransformerLMConfig, is_moe_layer
+from ..expert_parallel import ExpertParallel, WorldPool, process_count
 from ..moe.gate import GateSettings
 from ..moe.layer import MoELayer, MoEOutput
+from ..moe.pool import PROCESS
 from .attention import CausalSelfAttention, IncrementalState
 
 
@@ -69,11 +71,14 @@ class DecoderLayer(nn.Module):
             eval_token_fraction=cfg.moe_eval_capacity_token_fraction,
             dropless=cfg.moe_dropless,
         )
+        spread = process_count() > 1
         return MoELayer(
             cfg.decoder_embed_dim,
             cfg.moe_expert_ffn_dim or cfg.decoder_ffn_embed_dim,
             cfg.moe_expert_count,
             settings,
+            parallel=ExpertParallel(cfg.moe_expert_count) if spread else None,
+            pool=WorldPool() if spread and cfg.moe_routing_scope == "world" else PROCESS,
             activation=self.activation,
             activation_dropout=cfg.activation_dropout,
             dropout=cfg.dropout,
@@ -238,12 +243,14 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
 
 
 def expert_grad_scale(cfg: MoETransformerLMConfig) -> float:
-    """Factor on the experts' gradients. Data-parallel training averages gradients over processes,
-    which divides their sum by the world size; that is moe_normalize_expert_grad's first choice."""
+    """Factor on the experts' gradients, which are sums over the tokens of all processes. Those of
+    other parameters are means over processes; moe_normalize_expert_grad's first choice is the same
+    for experts."""
+    world_size = cfg.distributed_world_size
     return {
-        "world_size": 1.0,
-        "sqrt_world_size": math.sqrt(cfg.distributed_world_size),
-        "sqrt_num_experts": 1 / math.sqrt(cfg.moe_expert_count),
+        "world_size": 1 / world_size,
+        "sqrt_world_size": 1 / math.sqrt(world_size),
+        "sqrt_num_experts": 1 / world_size / math.sqrt(cfg.moe_expert_count),
     }[str(cfg.moe_normalize_expert_grad)]
 
 

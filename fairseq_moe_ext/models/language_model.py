@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..config import MoETransformerLMConfig, validate
 from ..errors import UserError
+from ..expert_parallel import mark_experts
 from .decoder import MoETransformerDecoder
 from .linear_cross_entropy import linear_cross_entropy
 
@@ -29,7 +30,9 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
     ) -> "MoETransformerLanguageModel":
         """Raises UserError for settings that cannot work, before any work starts."""
         validate(cfg)
-        return cls(MoETransformerDecoder(cfg, task.source_dictionary))
+        model = cls(MoETransformerDecoder(cfg, task.source_dictionary))
+        model.has_experts = mark_experts(model)
+        return model
 
     @classmethod
     def from_pretrained(
