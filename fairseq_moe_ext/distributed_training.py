@@ -6,7 +6,7 @@ pass calls through. Each names the place in fairseq 0.12.2 that it wraps.
 
 import functools
 import sys
-from typing import Any, Dict, Iterable, Iterator
+from typing import Any, Dict, Iterable, Iterator, List
 
 import torch
 from fairseq import trainer, utils
@@ -36,18 +36,29 @@ def _count_experts_in_the_gradient_norm() -> None:
         experts = [p.grad for p in params if hasattr(p, "expert") and p.grad is not None]
         if not experts:
             return stock(params, max_norm, aggregate_norm_fn)
-        others = [p for p in params if not hasattr(p, "expert")]
-        squares = torch.stack([torch.norm(g, dtype=torch.float32).square() for g in experts])
-        shared = stock(others, 0.0, aggregate_norm_fn)
-        norm = (shared.square() + sum_of_experts(squares.sum()).to(shared)).sqrt()
+        shared = [p.grad for p in params if not hasattr(p, "expert") and p.grad is not None]
+        shared_norm = _sum_of_squares(shared).sqrt()
+        if aggregate_norm_fn is not None:
+            shared_norm = aggregate_norm_fn(shared_norm)
+        expert_norm = sum_of_experts(_sum_of_squares(experts)).sqrt()
+        norm = torch.hypot(shared_norm, expert_norm.to(shared_norm))
         if max_norm > 0:
             clip = (float(max_norm) / (norm + 1e-6)).clamp(max=1)
-            for grad in experts + [p.grad for p in others if p.grad is not None]:
+            for grad in shared + experts:
                 grad.mul_(clip)
         return norm
 
     clip_grad_norm_.counts_experts = True
     utils.clip_grad_norm_ = clip_grad_norm_
+
+
+def _sum_of_squares(grads: List[Tensor]) -> Tensor:
+    """In float32 at least, as float16 would overflow; a scalar."""
+    norms = [
+        torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32))
+        for g in grads
+    ]
+    return torch.stack(norms).square().sum() if norms else torch.zeros(())
 
 
 def _leave_dummy_batches_empty() -> None:
