@@ -26,6 +26,7 @@ import struct
 import sys
 import types
 import warnings
+import zipfile
 from typing import Callable, Iterator, List, NamedTuple, Optional
 
 from fairseq_moe_ext.errors import UserError
@@ -298,7 +299,7 @@ def checkpoints_without_code() -> None:
     from fairseq import checkpoint_utils
 
     torch.serialization.add_safe_globals(_checkpoint_types())
-    checkpoint_utils.torch = _View(torch, load=_load_weights_only)
+    checkpoint_utils.torch = _View(torch, load=load_weights_only)
 
 
 def _checkpoint_types() -> list:
@@ -330,29 +331,43 @@ def _checkpoint_types() -> list:
     ]
 
 
-def _load_weights_only(file, map_location=None):
+def load_weights_only(file, map_location=None, mmap: bool = False):
+    """torch.load of data alone; what is wrong with the file is told in one line (UserError).
+
+    mmap: take a path, and map the file into memory instead of reading it. Files of before torch
+    1.6 cannot be mapped and are read.
+    """
     import torch
 
-    name = getattr(file, "name", "the checkpoint")
+    name = file if isinstance(file, str) else getattr(file, "name", "the checkpoint")
+    remedy = "remove it, or restore from another with --restore-file"
     try:
+        if mmap and zipfile.is_zipfile(file):
+            return torch.load(file, map_location=map_location, weights_only=True, mmap=True)
         return torch.load(file, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         refused = re.search(r"(?:GLOBAL|class|function) ([\w.]+\.\w+)", str(error))
         if refused is None:
             raise UserError(
-                f"{name}: not a checkpoint, or damaged ({_first_line(error)})"
+                f"{name}: not a checkpoint, or damaged ({_size(name)}; {_first_line(error)}); "
+                f"{remedy}"
             ) from error
         raise UserError(
             f"{name}: refused, since loading it would run {refused.group(1)}, which belongs in no "
             "checkpoint; do not use this file, or convert it where you trust it"
         ) from error
     except (EOFError, OSError, RuntimeError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
         if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
             raise
         raise UserError(
-            f"{name}: truncated or not a checkpoint ({_first_line(error)}); remove it, or restore "
-            "from another with --restore-file"
+            f"{name}: truncated or not a checkpoint ({_size(name)}; {_first_line(error)}); {remedy}"
         ) from error
+
+
+def _size(path: str) -> str:
+    return f"{os.path.getsize(path):,} bytes" if os.path.isfile(path) else "size unknown"
 
 
 def _first_line(error: BaseException) -> str:

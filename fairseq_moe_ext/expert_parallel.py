@@ -39,9 +39,7 @@ def placement(num_experts: int, world_size: int, rank: int) -> Placement:
     """Raises UserError when neither number divides the other."""
     if num_experts % world_size != 0 and world_size % num_experts != 0:
         fitting = [
-            n
-            for n in range(1, 4 * world_size + 1)
-            if n % world_size == 0 or world_size % n == 0
+            n for n in range(1, 4 * world_size + 1) if n % world_size == 0 or world_size % n == 0
         ]
         nearest = sorted(fitting, key=lambda n: abs(n - num_experts))[:3]
         raise UserError(
@@ -170,7 +168,9 @@ def _device() -> torch.device:
 
 
 @functools.lru_cache(maxsize=None)
-def _groups(num_experts: int, world_size: int, rank: int) -> Tuple[Optional[dist.ProcessGroup], ...]:
+def _groups(
+    num_experts: int, world_size: int, rank: int
+) -> Tuple[Optional[dist.ProcessGroup], ...]:
     """Process groups of this rank's holders and of its replicas; None stands for the world."""
     if num_experts >= world_size:
         return None, None

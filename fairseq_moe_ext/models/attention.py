@@ -61,7 +61,7 @@ class CausalSelfAttention(nn.Module):
 
     def _split(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, H, T, D / H), a view."""
-        return x.view(x.size(0), x.size(1), self.heads, -1).transpose(1, 2)
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def reorder_incremental_state(
         self, incremental_state: IncrementalState, new_order: Tensor

@@ -37,9 +37,7 @@ def linear_cross_entropy(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, features: Tensor, weight: Tensor, target: Tensor, ignore_index: int
-    ) -> Tensor:
+    def forward(ctx, features: Tensor, weight: Tensor, target: Tensor, ignore_index: int) -> Tensor:
         exact = torch.promote_types(features.dtype, torch.float32)
         scale = _FP16_SCALE if features.dtype == torch.float16 else 1.0
         needs_features, needs_weight = ctx.needs_input_grad[:2]

@@ -20,7 +20,9 @@ def balance_loss(routing: Routing, pool: Pool = PROCESS) -> Tensor:
     num_experts = routing.probs.size(1)
     # float32 at least: a count may exceed float16's 65504
     probs = routing.probs.to(torch.promote_types(routing.probs.dtype, torch.float32))
-    summed = torch.cat([probs.sum(dim=0), routing.counts[0].to(probs), probs.new_ones(1) * len(probs)])
+    summed = torch.cat(
+        [probs.sum(dim=0), routing.counts[0].to(probs), probs.new_ones(1) * len(probs)]
+    )
     prob, first, tokens = pool.total(summed).split([num_experts, num_experts, 1])
     tokens = tokens.clamp(min=1)  # of no tokens: 0, not 0/0
     return (prob / tokens * (first / tokens)).mean() * num_experts**2
