@@ -8,6 +8,8 @@
     moe/           the mathematics of a Mixture-of-Experts layer, torch only
     expert_parallel.py       experts spread over processes
     distributed_training.py  what fairseq's trainer and eval-lm must know of that
+    branch_checkpoint.py     checkpoints of fairseq's `moe` branch, Meta's released models
+    checkpoint.py  saving and loading experts on any number of processes
     criterions/    cross-entropy with the gates' losses
     tasks/         language modelling over a mixture of corpora
     prepare/       text to data-bins
@@ -22,8 +24,10 @@ from . import compat
 
 compat.apply()  # before anything imports fairseq
 
-from . import criterions, distributed_training  # noqa: E402
+from . import branch_checkpoint, checkpoint, criterions, distributed_training  # noqa: E402
 from .models import architectures, language_model  # noqa: E402, F401
 from .tasks import mixture_language_modeling  # noqa: E402, F401
 
 distributed_training.apply()
+checkpoint.apply()
+branch_checkpoint.apply()  # behind checkpoint's: it answers first, for files that it knows

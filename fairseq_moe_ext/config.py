@@ -138,6 +138,21 @@ class MoETransformerLMConfig(FairseqDataclass):
             "number of experts (the paper)"
         },
     )
+    moe_experts_on_disk: bool = field(
+        default=False,
+        metadata={
+            "help": "evaluation only (--model-overrides \"{'moe_experts_on_disk': True}\"): experts "
+            "stay in the checkpoint's files, in their precision, and are read from there when a "
+            "token needs them"
+        },
+    )
+    record_a2a_perf_stats: bool = field(
+        default=False,
+        metadata={
+            "help": "log what the exchanges between processes cost an update: all_to_all_mb, the "
+            "megabytes a process sends, and all_to_all_cpu_time_ms, waiting included (on CPU)"
+        },
+    )
     alternate_decoder_ffn_embed_dim: int = field(
         default=0,
         metadata={

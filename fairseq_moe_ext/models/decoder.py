@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import MoETransformerLMConfig, is_moe_layer
-from ..expert_parallel import ExpertParallel, WorldPool, process_count
+from ..expert_parallel import ExpertParallel, WorldPool, process_count, traffic
 from ..moe.gate import GateSettings
 from ..moe.layer import MoELayer, MoEOutput
 from ..moe.pool import PROCESS
@@ -83,6 +83,7 @@ class DecoderLayer(nn.Module):
             activation_dropout=cfg.activation_dropout,
             dropout=cfg.dropout,
             grad_scale=expert_grad_scale(cfg),
+            in_files=cfg.moe_experts_on_disk,
         )
 
     def forward(
@@ -122,6 +123,7 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
         self.padding_idx = dictionary.pad()
         self.dropout = cfg.dropout
         self.checkpoint_activations = cfg.checkpoint_activations
+        self.record_traffic = cfg.record_a2a_perf_stats
         self.share_input_output_embed = cfg.share_decoder_input_output_embed
         self.max_target_positions = cfg.max_target_positions or cfg.tokens_per_sample
         self.embed_scale = 1.0 if cfg.no_scale_embedding else math.sqrt(dim)
@@ -160,7 +162,8 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
 
         Returns:
             logits (B, T, V), or features (B, T, D) with features_only (T = 1 with
-            incremental_state), and a dict with "moe": a LayerRecord for each MoE layer.
+            incremental_state), and a dict with "moe": a LayerRecord for each MoE layer, and on
+            request "traffic": figures of the exchanges since the last call, backward included.
         """
         x, extra = self.extract_features(prev_output_tokens, incremental_state=incremental_state)
         return (x if features_only else self.output_layer(x)), extra
@@ -189,7 +192,14 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
                 records.append(LayerRecord(index, *moe[1:]))
         if self.layer_norm is not None:
             x = self.layer_norm(x)
-        return x, {"attn": [None], "moe": records}
+        extra = {"attn": [None], "moe": records}
+        if self.record_traffic:
+            sent, seconds = traffic.take()
+            extra["traffic"] = {
+                "all_to_all_mb": sent / 1e6,
+                "all_to_all_cpu_time_ms": 1e3 * seconds,
+            }
+        return x, extra
 
     def _embed(self, tokens: Tensor, newest_only: bool) -> Tensor:
         """tokens (B, T) -> (B, T, D), or (B, 1, D) of the last position."""

@@ -11,6 +11,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
+class TensorPerExpert(list):
+    """A stacked tensor as the list of its parts, which may lie in different files; a state dict may
+    hold it in place of the stacked one."""
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size([len(self), *(self[0].shape if self else ())])
+
+
 class GroupedLinear(nn.Module):
     """E linear layers side by side; the rows of expert e go through weight[e] and bias[e].
 
@@ -19,13 +28,27 @@ class GroupedLinear(nn.Module):
     """
 
     def __init__(
-        self, num_experts: int, in_features: int, out_features: int, first: int = 0
+        self,
+        num_experts: int,
+        in_features: int,
+        out_features: int,
+        first: int = 0,
+        in_files: bool = False,
     ) -> None:
-        """first: number of the first of these experts among all."""
+        """
+        Args:
+            first: number of the first of these experts among all.
+            in_files: make no room for the weights: they stay where the state dict to be loaded has
+                them, say in mapped files, and in its precision. They cannot be trained.
+        """
         super().__init__()
         self.first = first
-        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
-        self.bias = nn.Parameter(torch.empty(num_experts, out_features))
+        self.in_files = in_files
+        device = "meta" if in_files else None
+        self.weight = nn.Parameter(
+            torch.empty(num_experts, out_features, in_features, device=device)
+        )
+        self.bias = nn.Parameter(torch.empty(num_experts, out_features, device=device))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -46,11 +69,41 @@ class GroupedLinear(nn.Module):
 
         The gradients of weight and bias are multiplied by grad_scale, x's is not.
         """
+        if self.in_files:
+            return self._forward_from_files(x, counts)
         return _GroupedLinear.apply(x, self.weight, self.bias, counts, grad_scale)
 
+    def _forward_from_files(self, x: Tensor, counts: List[int]) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError("experts that are read from files (in_files) cannot be trained")
+        out = x.new_empty(x.size(0), len(self.bias[0]))
+        for rows, x_e, w_e, b_e in zip(out.split(counts), x.split(counts), self.weight, self.bias):
+            if len(rows) > 0:
+                torch.addmm(b_e.to(x), x_e, w_e.to(x).t(), out=rows)
+        return out
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
+        """As PyTorch's, but takes a TensorPerExpert too, from which each expert is copied by
+        itself; with in_files none is copied."""
+        rest_of_state = dict(state_dict)  # for PyTorch's function, which wants whole tensors
+        for name in ("weight", "bias"):
+            value = state_dict.get(prefix + name)
+            if value is None:
+                continue  # PyTorch's reports it missing
+            if self.in_files:
+                delattr(self, name)  # no longer a parameter: it is not moved, cast or counted
+                setattr(self, name, TensorPerExpert(value))
+                del rest_of_state[prefix + name]
+            elif isinstance(value, TensorPerExpert):
+                with torch.no_grad():
+                    for target, part in zip(getattr(self, name), value):
+                        target.copy_(part)
+                rest_of_state[prefix + name] = getattr(self, name)
+        super()._load_from_state_dict(rest_of_state, prefix, *rest)
+
     def extra_repr(self) -> str:
-        experts, out_features, in_features = self.weight.shape
-        return f"experts={experts}, in_features={in_features}, out_features={out_features}"
+        in_features, out_features = self.weight[0].shape[::-1]
+        return f"experts={len(self.bias)}, in_features={in_features}, out_features={out_features}"
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -100,6 +153,7 @@ class Experts(nn.Module):
         activation_dropout, dropout: probabilities, behind the activation and at the end.
         grad_scale: factor on the gradients of the experts' parameters (the paper's 1/sqrt(E)).
         first: number of the first of these experts among all, where others are elsewhere.
+        in_files: leave the weights in the files that they are loaded from; see GroupedLinear.
     """
 
     def __init__(
@@ -113,14 +167,15 @@ class Experts(nn.Module):
         dropout: float = 0.0,
         grad_scale: float = 1.0,
         first: int = 0,
+        in_files: bool = False,
     ) -> None:
         super().__init__()
         self.activation = activation
         self.activation_dropout = activation_dropout
         self.dropout = dropout
         self.grad_scale = grad_scale
-        self.fc1 = GroupedLinear(num_experts, dim, ffn_dim, first)
-        self.fc2 = GroupedLinear(num_experts, ffn_dim, dim, first)
+        self.fc1 = GroupedLinear(num_experts, dim, ffn_dim, first, in_files)
+        self.fc2 = GroupedLinear(num_experts, ffn_dim, dim, first, in_files)
 
     def forward(self, x: Tensor, counts: List[int]) -> Tensor:
         """x (N, D) in expert order, counts[e] rows of expert e -> (N, D)."""
