@@ -12,6 +12,7 @@ Every process joins every collective, also with no token of its own.
 from __future__ import annotations
 
 import functools
+import time
 from typing import List, NamedTuple, Optional, Tuple
 
 import torch
@@ -24,6 +25,23 @@ from .moe.pool import Pool
 
 
 _replicas = 1  # processes that hold the same experts
+
+
+class Traffic:
+    """What this process's exchanges of rows have cost since it was last asked."""
+
+    def __init__(self) -> None:
+        self.bytes = 0  # sent to other processes
+        self.seconds = 0.0  # in the exchanges, waiting for others included; on a GPU not counted
+
+    def take(self) -> Tuple[int, float]:
+        """Bytes and seconds since the last call."""
+        taken = self.bytes, self.seconds
+        self.bytes, self.seconds = 0, 0.0
+        return taken
+
+
+traffic = Traffic()
 
 
 class Placement(NamedTuple):
@@ -201,7 +219,12 @@ class _AllToAll(torch.autograd.Function):
     def forward(ctx, x: Tensor, sent: List[int], received: List[int], group) -> Tensor:
         ctx.args = received, sent, group
         out = x.new_empty(sum(received), x.size(1))
+        away = sum(sent) - sent[dist.get_rank(group)]
+        traffic.bytes += away * x.size(1) * x.element_size()
+        start = time.perf_counter()
         dist.all_to_all_single(out, x.contiguous(), received, sent, group=group)
+        if not x.is_cuda:  # there the call returns before the exchange is done
+            traffic.seconds += time.perf_counter() - start
         return out
 
     @staticmethod

@@ -182,6 +182,19 @@ def test_expert_gradients_by_the_root_of_the_world_size(folder):
         torch.testing.assert_close(steps["sqrt_world_size"][name], step * factor)
 
 
+def test_exchanges_are_counted(folder):
+    """Dropless top-2: every token's two rows of 8 float64 go there, back, and again as gradients;
+    what stays on the process is not counted, so at most all of it is."""
+    flags = "--moe-expert-count 2 --ddp-backend legacy_ddp --moe-dropless --record-a2a-perf-stats"
+    (logs, _), _ = run_processes(2, train, folder, flags, 2, 1, None, 3)
+    forward_only, *both = [log["all_to_all_mb"] for log in logs]  # both processes, averaged
+    tokens, rows = ROWS // 2 * LENGTH, 2
+    one_way = tokens * rows * 8 * 8 / 2 / 1e6  # either of two experts is elsewhere
+    assert forward_only == pytest.approx(2 * one_way, abs=1e-3)
+    assert both == pytest.approx([4 * one_way] * 2, abs=1e-3)
+    assert all(log["all_to_all_cpu_time_ms"] > 0 for log in logs)
+
+
 def train_halved(rank, folder, flags):
     trainer = make_trainer(folder, flags, 2, torch.float32)
     logs = [

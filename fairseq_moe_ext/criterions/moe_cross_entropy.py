@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..moe.stats import FIGURES
 
+_TRAFFIC = ("all_to_all_mb", "all_to_all_cpu_time_ms")
 _LAYER_FIGURE = re.compile(r"layer\d+_")
 
 
@@ -93,6 +94,7 @@ class MoECrossEntropyCriterion(FairseqCriterion):
             if self.z_loss_weight > 0:
                 logging_output["moe_z_loss"] = sample_size * z_loss.detach()
             logging_output.update(self._figures(records))
+            logging_output.update(extra.get("traffic", {}))
         logging_output["loss"] = loss.detach()
         return loss, sample_size, logging_output
 
@@ -162,7 +164,7 @@ class MoECrossEntropyCriterion(FairseqCriterion):
                 metrics.log_scalar(name, total(key) / sample_size, sample_size, round=8)
         batches = total("batch_count")
         for key in logged:
-            if key in FIGURES or _LAYER_FIGURE.match(key):
+            if key in FIGURES or key in _TRAFFIC or _LAYER_FIGURE.match(key):
                 metrics.log_scalar(key, total(key) / batches, batches, round=3)
 
     @staticmethod
