@@ -523,6 +523,7 @@ def apply() -> None:
         return
     _name_an_existing_file()
     _read_the_branch()
+    _measure_as_the_branch()
     _restore_from_the_branch()
     _finetune_from_the_branch()
 
@@ -552,6 +553,26 @@ def _read_the_branch() -> None:
 
     load_checkpoint_to_cpu.reads_branch = True
     checkpoint_utils.load_checkpoint_to_cpu = load_checkpoint_to_cpu
+
+
+def _measure_as_the_branch() -> None:
+    """fairseq-eval-lm goes by the task's settings on its own command line. Where the branch padded
+    the last block to full length, that gives the experts more capacity and the padding takes some
+    of it, so it has to be padded here, too, for the same perplexity. `--model-overrides
+    "{'pad_to_fixed_length': False}"` leaves it as it is. (fairseq/checkpoint_utils.py:393)"""
+    stock = checkpoint_utils.load_model_ensemble_and_task
+
+    @functools.wraps(stock)
+    def load_model_ensemble_and_task(filenames, *args, **kwargs):
+        models, cfg, task = stock(filenames, *args, **kwargs)
+        wanted = cfg.task.get("pad_to_fixed_length", False)
+        settings = getattr(task, "args", None)
+        if wanted and not getattr(settings, "pad_to_fixed_length", True) and find(filenames[-1]):
+            settings.pad_to_fixed_length = True
+            logger.info("blocks are padded to their full length, as when the checkpoint was trained")
+        return models, cfg, task
+
+    checkpoint_utils.load_model_ensemble_and_task = load_model_ensemble_and_task
 
 
 def _restore_from_the_branch() -> None:
