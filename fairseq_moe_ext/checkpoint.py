@@ -93,13 +93,13 @@ def write(state: Dict[str, Any], path: str) -> int:
         cause = _os_error_behind(error)
         if cause is None:
             raise
-        raise _cannot_write(path, cause, f", {_size_in_memory(state):,} bytes,") from error
+        raise _cannot_write(f"{path} ({_size_in_memory(state):,} bytes)", cause) from error
     return size
 
 
-def _cannot_write(path: str, error: OSError, size: str = "") -> UserError:
+def _cannot_write(file: str, error: OSError) -> UserError:
     return UserError(
-        f"{path}:{size} cannot be written ({error.strerror or error}); make room, or choose "
+        f"{file} cannot be written ({error.strerror or error}); make room, or choose "
         "another --save-dir; the last complete checkpoint is as it was"
     )
 
@@ -159,16 +159,18 @@ def _save_experts_apart() -> None:
     @functools.wraps(stock)
     def save_checkpoint(cfg, trainer, epoch_itr, val_loss):
         def save():
-            stock(cfg, trainer, epoch_itr, val_loss)
+            try:
+                stock(cfg, trainer, epoch_itr, val_loss)
+            except OSError as error:  # in copying or pruning
+                raise _cannot_write(error.filename2 or cfg.save_dir, error) from error
+            finally:
+                if trainer.is_data_parallel_master and not cfg.no_save:
+                    remove_unused_files(cfg.save_dir)
 
-        if cfg.no_save:
+        if cfg.no_save or not _has_spread_experts(trainer):
             save()
-        elif not _has_spread_experts(trainer):
-            save()
-            if trainer.is_data_parallel_master:
-                remove_unused_files(cfg.save_dir)  # of an earlier run on several processes
         elif dist.get_rank() == 0:
-            _lead(trainer, save, cfg.save_dir)
+            _lead(trainer, save)
         else:
             save()
             _follow(trainer, cfg.save_dir)
@@ -176,22 +178,18 @@ def _save_experts_apart() -> None:
     checkpoint_utils.save_checkpoint = save_checkpoint
 
 
-def _lead(trainer: Trainer, save: Callable[[], None], save_dir: str) -> None:
+def _lead(trainer: Trainer, save: Callable[[], None]) -> None:
     """Rank 0's part of a save: the others learn how it ended, whatever happened."""
     global _saving
     _saving = trainer
     try:
         save()
     except Exception as error:
-        if isinstance(error, OSError):  # in stock's copying or pruning
-            error = _cannot_write(error.filename2 or error.filename or save_dir, error)
-        remove_unused_files(save_dir)
         with contextlib.suppress(RuntimeError):  # where a process is gone, this one fails as well
             _broadcast(("failed", str(error)))
-        raise error
+        raise
     finally:
         _saving = None
-    remove_unused_files(save_dir)
     _broadcast(("done", None))
 
 
@@ -296,12 +294,12 @@ def _has_spread_experts(trainer: Trainer) -> bool:
 
 def remove_unused_files(save_dir: str) -> None:
     """Remove the expert files of a folder that none of its checkpoints refers to, and what killed
-    processes have left. Where a checkpoint cannot be read, all stay."""
+    processes have left. Where a checkpoint cannot be read, all expert files stay."""
+    for path in glob.glob(os.path.join(glob.escape(save_dir), "checkpoint*.pt.tmp")):
+        _remove(path)
     folder = os.path.join(save_dir, FOLDER)
     if not os.path.isdir(folder):
         return
-    for path in glob.glob(os.path.join(glob.escape(save_dir), "checkpoint*.pt.tmp")):
-        _remove(path)
     used = set()
     for path in glob.glob(os.path.join(glob.escape(save_dir), "*.pt")):
         try:
@@ -362,8 +360,11 @@ def _load_experts_of_this_process() -> None:
 
 
 def _with_own_experts(path: str, state: Dict[str, Any]) -> Dict[str, Any]:
-    """The state of a checkpoint, of which the tensors are mapped -> that of this process, of which
-    the optimizer may keep the tensors."""
+    """The state of a checkpoint, of which the tensors are mapped -> that of this process. Only the
+    tensors of the model are mapped there, which are copied anyhow: who kept one would keep the
+    space of a file that is removed."""
+    kept = {"model", "last_optimizer_state"}
+    state = {key: value if key in kept else _copy(value) for key, value in state.items()}
     manifest = state.get("experts")
     optimizer = state.get("last_optimizer_state")
     wanted = optimizer is not None and _loading is not None and _loading.optimizer
@@ -495,7 +496,7 @@ def _copy(state: Any) -> Any:
         return state.clone()
     if isinstance(state, dict):
         return {key: _copy(value) for key, value in state.items()}
-    return [_copy(value) for value in state] if isinstance(state, list) else state
+    return type(state)(map(_copy, state)) if type(state) in (list, tuple) else state
 
 
 # ---- Trainers that load

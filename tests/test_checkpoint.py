@@ -17,7 +17,7 @@ from fairseq_cli import train as fairseq_train
 from processes import run_processes
 
 import fairseq_moe_ext
-from fairseq_moe_ext import checkpoint
+from fairseq_moe_ext import checkpoint, distributed_training
 from fairseq_moe_ext.errors import UserError
 
 GLOBAL_BATCH, SAVED, UPDATES = 8, 4, 14  # sentences; the updates before and after the checkpoint
@@ -33,8 +33,11 @@ TRAIN += " --no-progress-bar --log-format none --disable-validation"
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A data-bin of 1,000 tokens: 125 sentences, 16 updates, and then some."""
-    folder = tmp_path_factory.mktemp("data")
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def make_data(folder):
+    """A data-bin of 1,000 tokens: 125 rows, 16 updates an epoch."""
     dictionary = Dictionary()
     for i in range(20):
         dictionary.add_symbol(f"w{i}", n=100 - i)
@@ -112,9 +115,61 @@ def runs(data, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("experts, first, then", [
-    (4, 2, 2), (2, 4, 4), (4, 1, 2), (4, 2, 1), (4, 2, 4), (2, 4, 2), (2, 4, 1), (2, 1, 4),
-])
+def loaded(rank, world, line, path):
+    """Name -> parameter and what the optimizer remembers of it, after loading a checkpoint."""
+    cfg = settings(f"{line} --batch-size 1", rank, world)
+    task = tasks.setup_task(cfg.task)
+    trainer = Trainer(cfg, task, task.build_model(cfg.model), task.build_criterion(cfg.criterion))
+    assert trainer.load_checkpoint(path) is not None
+    state = trainer.optimizer.state_dict()["state"]
+    parameters = trainer.get_model().named_parameters()
+    found = {name: {"": p.detach(), **state[i]} for i, (name, p) in enumerate(parameters)}
+    return {
+        **found,
+        "scale": {"": torch.tensor(trainer.optimizer.state_dict().get("loss_scale", 0))},
+    }
+
+
+def joined(states, experts):
+    """What all processes loaded, as one process has it."""
+    whole = {}
+    for name, of_first in states[0].items():
+        whole[name] = {}
+        for key, value in of_first.items():
+            values = [state[name][key] for state in states]
+            if ".experts." in name and isinstance(value, torch.Tensor) and value.numel() > 1:
+                value = torch.cat(values[: min(experts, len(states))])
+            else:
+                assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(value)) for v in values)
+            whole[name][key] = value
+    return whole
+
+
+def error_of(rank, function, *args):
+    try:
+        function(rank, *args)
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+def expert_files(folder):
+    return {path.name for path in (Path(folder) / "experts").glob("*")}
+
+
+def referred_files(folder):
+    """Expert files that the checkpoints of a folder refer to."""
+    found = set()
+    for path in Path(folder).glob("*.pt"):
+        manifest = torch.load(path, weights_only=True).get("experts", {"files": ()})
+        found |= {file["name"].split("/")[1] for file in manifest["files"]}
+    return found
+
+
+@pytest.mark.parametrize(
+    "experts, first, then",
+    [(4, 2, 2), (4, 2, 1), (4, 1, 2), (4, 2, 4), (2, 4, 4), (2, 4, 2), (2, 4, 1), (2, 1, 4)],
+)
 def test_a_resumed_run_equals_the_uninterrupted_one(data, runs, experts, first, then):
     """experts < processes: with replicas."""
     folder, losses = runs(first, experts)
@@ -125,3 +180,389 @@ def test_a_resumed_run_equals_the_uninterrupted_one(data, runs, experts, first, 
         assert resumed == expected
     else:
         assert resumed == pytest.approx(expected, rel=1e-5)
+
+
+def test_with_update_freq_instead_of_processes(data, runs, tmp_path):
+    """Half the processes, twice the batches each: the place in the data is that of all."""
+    options = "--moe-dropless --moe-gate-loss-wt 0"  # which treat each micro-batch by itself
+    losses = first_run(data, tmp_path, 2, 4, options)
+    resumed = resume(data, tmp_path, 1, 4, f"{options} --update-freq 2", batch=GLOBAL_BATCH // 2)
+    assert resumed == pytest.approx(losses[SAVED:], rel=1e-5)
+
+
+PRECISIONS = ["--memory-efficient-fp16", "--fp16 --fp16-no-flatten-grads", "--bf16"]
+
+
+@pytest.mark.parametrize("precision", ["", *PRECISIONS])
+def test_every_number_is_there_again(data, tmp_path, precision):
+    """Parameters, optimizer state and loss scale; written by 1 and 2, loaded on 1, 2 and 4."""
+    line = f"{data} {TRAIN} --moe-expert-count 4 {precision} --fp16-init-scale 4"
+    seen = {}
+    for writers in (1, 2):
+        folder = tmp_path / str(writers)
+        train_on(writers, f"{line} --max-update 2 --save-dir {folder}")
+        path = str(folder / "checkpoint_last.pt")
+        one = joined([loaded(0, 1, line, path)], 4)
+        assert torch.all(one["decoder.layers.1.moe_layer.experts.fc1.bias"]["exp_avg"] != 0)
+        for readers in (2, 4):
+            seen = joined(run_processes(readers, loaded, readers, line, path), 4)
+            assert seen.keys() == one.keys()
+            for name, state in one.items():
+                for key, value in state.items():
+                    assert torch.equal(torch.as_tensor(seen[name][key]), torch.as_tensor(value))
+                    assert torch.as_tensor(seen[name][key]).dtype == torch.as_tensor(value).dtype
+
+
+def test_joined_fp16_state_is_refused_by_name(data, tmp_path):
+    line = f"{data} {TRAIN} --moe-expert-count 4 --fp16"
+    train_on(1, f"{line} --max-update 2 --save-dir {tmp_path}")
+    line += f" --fp16-no-flatten-grads --save-dir {tmp_path} --no-save"
+    for message in run_processes(2, error_of, train, 2, line):
+        assert "optimizer state is of 1 tensors" in message
+        assert "--reset-optimizer" in message
+    assert len(train_on(2, f"{line} --reset-optimizer --max-update 4")) == 4
+
+
+def test_an_optimizer_state_that_does_not_fit_is_told_in_one_line(data, runs):
+    folder, _ = runs(2, 4)
+    line = f"{data} {TRAIN} --moe-expert-count 4 --save-dir {folder} --no-save"
+    assert "--reset-optimizer" in error_of(0, train, 1, f"{line} --optimizer sgd")
+    assert "--reset-optimizer" in error_of(0, train, 1, f"{line} --fp16")
+    for message in run_processes(2, error_of, train, 2, f"{line} --optimizer sgd"):
+        assert "--reset-optimizer" in message
+
+
+def test_adafactor_goes_on_where_its_factors_span_the_same_experts(data, tmp_path):
+    options = "--optimizer adafactor"
+    losses = first_run(data, tmp_path, 2, 4, options)
+    assert resume(data, tmp_path, 2, 4, options) == losses[SAVED:]
+    line = f"{data} {TRAIN} --moe-expert-count 4 {options} --no-save --save-dir {tmp_path}"
+    assert "--reset-optimizer" in error_of(0, train, 1, line)
+
+
+def test_one_process_writes_the_file_of_stock(data, runs):
+    folder, _ = runs(1, 4)
+    state = torch.load(folder / "checkpoint_last.pt", weights_only=True)
+    assert "experts" not in state and not (folder / "experts").exists()
+    assert len(state["model"]["decoder.layers.1.moe_layer.experts.fc1.weight"]) == 4
+
+
+def test_each_process_writes_its_own_experts_once(data, runs):
+    for world, experts, files in ((2, 4, 2), (4, 2, 2)):
+        folder, _ = runs(world, experts)
+        state = torch.load(folder / "checkpoint_last.pt", weights_only=True)
+        assert not any(".experts." in name for name in state["model"])
+        manifest = state["experts"]
+        assert len(manifest["files"]) == files and manifest["world_size"] == world
+        saved = state["last_optimizer_state"]
+        assert not set(manifest["indices"].values()) & set(saved["state"])
+        for i, file in enumerate(manifest["files"]):
+            assert (file["first"], file["count"]) == (i * experts // 2, experts // 2)
+            content = torch.load(folder / file["name"], weights_only=True)
+            assert content["model"].keys() == content["optimizer"].keys()
+            assert {len(value) for value in content["model"].values()} == {experts // 2}
+        assert expert_files(folder) == referred_files(folder)
+
+
+EVAL = f"--user-dir {Path(fairseq_moe_ext.__file__).parent} --gen-subset valid --cpu"
+EVAL += " --tokens-per-sample 8 --num-workers 0 --batch-size 4 --log-format none"
+
+
+def perplexity(rank, world, line):
+    from fairseq_cli import eval_lm
+
+    if not hasattr(
+        eval_lm.eval_lm, "__wrapped__"
+    ):  # imported after the package, as no command does
+        distributed_training._evaluate_the_whole_set(eval_lm)
+    parser = options.get_eval_lm_parser()
+    line += f" --distributed-world-size {world} --distributed-rank {rank}"
+    sys.argv[1:] = line.split()
+    cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, line.split()))
+    return float(eval_lm.main(cfg)["perplexity"])
+
+
+@pytest.mark.parametrize("writers, experts", [(1, 4), (2, 4), (4, 2)])
+def test_evaluation_on_any_number_of_processes(data, runs, writers, experts):
+    folder, _ = runs(writers, experts)
+    line = f"{data} {EVAL} --path {folder}/checkpoint_last.pt"
+    line += " --model-overrides {'moe_eval_capacity_token_fraction':1.0}"
+    one = perplexity(0, 1, line)
+    assert 1 < one < 25
+    for world in (2, 4):
+        for many in run_processes(world, perplexity, world, line):
+            assert many == pytest.approx(one, rel=1e-6)
+
+
+def test_from_pretrained(data, runs):
+    """The same numbers from a checkpoint of two processes as from its experts in one file."""
+    from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
+
+    folder, _ = runs(2, 4)
+    hub = MoETransformerLanguageModel.from_pretrained(str(folder), "checkpoint_last.pt", data)
+    state = hub.models[0].state_dict()
+    manifest = torch.load(folder / "checkpoint_last.pt", weights_only=True)["experts"]
+    files = [torch.load(folder / f["name"], weights_only=True) for f in manifest["files"]]
+    for name in manifest["indices"]:
+        assert torch.equal(state[name], torch.cat([file["model"][name] for file in files]))
+    assert hub.score("w1 w2 w3")["positional_scores"].shape == (3,)
+
+
+@pytest.mark.parametrize(
+    "flags, names",
+    [
+        ("--save-interval-updates 4 --keep-interval-updates 1", "1 2 2_28 best last"),
+        ("--keep-last-epochs 1", "2 best last"),
+        ("--no-epoch-checkpoints", "best last"),
+        ("--no-last-checkpoints", "1 2 best"),
+        ("--keep-best-checkpoints 1 --best-checkpoint-metric loss", "1 2 best .best_loss last"),
+        ("--no-save", ""),
+        ("--no-save-optimizer-state --no-epoch-checkpoints", "best last"),
+    ],
+)
+def test_flags_of_checkpoints_mean_what_they_mean(data, tmp_path, flags, names):
+    """On two processes as on one; and no expert file stays that nothing refers to."""
+    line = f"{data} {TRAIN} --moe-expert-count 4 {flags} --max-update 32"
+    line = line.replace(" --disable-validation", "")
+    found = {}
+    for world in (1, 2):
+        folder = tmp_path / str(world)
+        train_on(world, f"{line} --save-dir {folder}")
+        found[world] = sorted(re.sub(r"_\d+\.\d+", "", p.stem)[10:] for p in folder.glob("*.pt"))
+        assert not list(folder.rglob("*.tmp"))
+    assert found[2] == found[1]
+    assert [name.strip("_") for name in found[2]] == sorted(names.split())
+    assert expert_files(tmp_path / "2") == referred_files(tmp_path / "2")
+    if "--no-save-optimizer-state" in flags:
+        path = str(tmp_path / "2" / "checkpoint_last.pt")
+        for file in torch.load(path, weights_only=True)["experts"]["files"]:
+            assert torch.load(tmp_path / "2" / file["name"], weights_only=True)["optimizer"] == {}
+        rest = [
+            train_on(1, f"{line} --save-dir {tmp_path / str(w)} --max-update 2") for w in (1, 2)
+        ]
+        assert rest[1] == pytest.approx(rest[0], rel=1e-4)  # from parameters equal but for rounding
+
+
+def test_finetune_and_reset(data, runs, tmp_path):
+    folder, losses = runs(2, 4)
+    line = f"{data} {TRAIN} --moe-expert-count 4 --no-save --max-update 2 --save-dir {tmp_path}"
+    last = f"{folder}/checkpoint_1_{SAVED}.pt"
+    tuned = {w: train_on(w, f"{line} --finetune-from-model {last}") for w in (1, 2)}
+    assert len(tuned[2]) == 2  # updates are counted from 0
+    assert tuned[2] == pytest.approx(tuned[1], rel=1e-5)
+    assert tuned[2][0] < losses[0]
+    reset = "--reset-optimizer --reset-lr-scheduler --reset-meters --reset-dataloader"
+    again = train_on(2, f"{line} --restore-file {last} {reset}")
+    assert again == tuned[2]
+
+
+class Rows(torch.utils.data.Dataset):
+    def __getitem__(self, index):
+        return index
+
+
+def test_other_place_in_the_data_for_other_batches():
+    def iterator(size, shards):
+        rows = Rows()
+        batches = [list(range(i, min(i + size, 100))) for i in range(0, 100, size)]
+        return iterators.EpochBatchIterator(
+            rows, list, batches, seed=1, num_shards=shards, disable_shuffling=True
+        )
+
+    def next_rows(size, shards, state):
+        itr = iterator(size, shards)
+        itr.load_state_dict(state)
+        return next(itr.next_epoch_itr(shuffle=False))
+
+    first = iterator(4, 2)
+    batches = first.next_epoch_itr(shuffle=False)
+    for _ in range(6):
+        next(batches)
+    state = first.state_dict()  # 6 batches of 4 on 2 processes: 48 rows
+    for size, shards, row in (
+        (4, 2, 48),
+        (8, 1, 48),
+        (2, 4, 48),
+        (4, 4, 48),
+        (4, 5, 40),
+        (7, 1, 42),
+    ):
+        assert next_rows(size, shards, state)[0] == row
+    stock = {key: value for key, value in state.items() if key != "all_processes"}
+    assert next_rows(4, 1, stock)[0] == 24  # what stock does, and what its own files still do
+
+
+def copy_of(runs, tmp_path, world=2, experts=4):
+    folder, _ = runs(world, experts)
+    shutil.copytree(folder, tmp_path / "copy")
+    path = tmp_path / "copy" / "checkpoint_last.pt"
+    manifest = torch.load(path, weights_only=True)["experts"]
+    return path, [path.parent / file["name"] for file in manifest["files"]]
+
+
+def remove(files):
+    files[1].unlink()
+    return f"{files[1]}: missing; it holds experts 2 to 3"
+
+
+def truncate(files):
+    size = files[1].stat().st_size
+    os.truncate(files[1], size - 100)
+    return f"{files[1]}: {size - 100:,} bytes, expected {size:,}"
+
+
+def damage(files):
+    files[1].write_bytes(b"x" * files[1].stat().st_size)
+    return f"{files[1]}: damaged"
+
+
+def mix(files):
+    files[1].write_bytes(files[0].read_bytes())
+    return "files of two runs are mixed"
+
+
+@pytest.mark.parametrize("harm", [remove, truncate, damage, mix])
+def test_damaged_expert_files_are_told_in_one_line(data, runs, tmp_path, harm):
+    path, files = copy_of(runs, tmp_path)
+    words = harm(files)
+    line = f"{data} {TRAIN} --moe-expert-count 4 --save-dir {path.parent} --no-save"
+    messages = [error_of(0, train, 1, line), *run_processes(2, error_of, train, 2, line)]
+    messages.append(error_of(0, perplexity, 1, f"{data} {EVAL} --path {path}"))
+    for message in messages:
+        assert words in message and "\n" not in message
+
+
+def test_a_newer_format_is_refused(data, runs, tmp_path):
+    path, _ = copy_of(runs, tmp_path)
+    state = torch.load(path, weights_only=True)
+    state["experts"]["format"] = checkpoint.FORMAT + 1
+    torch.save(state, path)
+    assert "install the version" in error_of(0, perplexity, 1, f"{data} {EVAL} --path {path}")
+
+
+def test_experts_that_the_processes_cannot_hold(data, runs):
+    folder, _ = runs(1, 3)
+    line = f"{data} {EVAL} --path {folder}/checkpoint_last.pt"
+    for message in run_processes(2, error_of, perplexity, 2, line):
+        assert "3 cannot be spread over 2 processes" in message
+
+
+@pytest.mark.parametrize("flag", ["--store-ema", "--zero-sharding os", "--use-bmuf"])
+def test_what_cannot_be_saved_is_refused_by_name(data, tmp_path, flag):
+    line = f"{data} {TRAIN} --moe-expert-count 4 --save-dir {tmp_path} {flag}"
+    for message in run_processes(2, error_of, train, 2, line):
+        assert flag in message and "2 processes" in message
+
+
+def train_with(rank, patch, line):
+    """Training in which rank 1, or another, is not as it should be."""
+    with pytest.MonkeyPatch.context() as context:
+        patch(rank, context)
+        train(rank, 2, line)
+
+
+def other_code(rank, context):
+    context.setattr(checkpoint, "code_version", lambda: f"version {rank}")
+
+
+def other_files(rank, context):
+    stock = os.path.isfile
+    context.setattr(os.path, "isfile", lambda path: rank == 1 and "last" in path or stock(path))
+
+
+def full_disk_of_rank_1(rank, context):
+    def fsync(descriptor):
+        raise OSError(28, "No space left on device")
+
+    if rank == 1:
+        context.setattr(os, "fsync", fsync)
+
+
+def failing_copy(rank, context):
+    def copyfile(*args):
+        raise OSError(28, "No space left on device")
+
+    context.setattr(shutil, "copyfile", copyfile)
+
+
+def unexpected_error(rank, context):
+    context.setattr(checkpoint, "code_version", lambda: 1 / 0 if checkpoint._saving else "")
+
+
+@pytest.mark.parametrize(
+    "patch, words",
+    [
+        (other_code, "process 1 runs version 1, process 0 version 0"),
+        (other_files, "process 1 sees it, process 0 does not"),
+        (full_disk_of_rank_1, "bytes) cannot be written (No space left on device)"),
+        (failing_copy, "No space left on device"),
+    ],
+)
+def test_trouble_on_one_rank_ends_all_with_one_line(data, tmp_path, patch, words):
+    line = f"{data} {TRAIN} --moe-expert-count 4 --save-interval-updates 1 --save-dir {tmp_path}"
+    for message in run_processes(2, error_of, train_with, patch, line):
+        assert words in message and "\n" not in message
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert expert_files(tmp_path) == referred_files(tmp_path)
+
+
+def any_error_of(rank, *args):
+    try:
+        train_with(rank, *args)
+    except Exception as error:
+        return type(error).__name__, str(error)
+
+
+def test_an_unexpected_error_on_rank_0_leaves_nobody_waiting(data, tmp_path):
+    line = f"{data} {TRAIN} --moe-expert-count 4 --max-update 2 --save-dir {tmp_path}"
+    outcomes = run_processes(2, any_error_of, unexpected_error, line)
+    assert outcomes[0] == ("ZeroDivisionError", "division by zero")
+    assert outcomes[1] == ("UserError", "division by zero")
+    assert expert_files(tmp_path) == set()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of 400 KiB."""
+    command = ["mount", "-t", "tmpfs", "-o", "size=400k", "none", str(tmp_path)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("cannot mount a tmpfs here")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_full_disk_leaves_the_last_checkpoint(data, small_disk, world):
+    line = f"{data} {TRAIN} --moe-expert-count 4 --save-dir {small_disk} --save-interval-updates 1"
+    if world == 1:
+        messages = [error_of(0, train, 1, line)]
+    else:
+        messages = run_processes(2, error_of, train, 2, line)
+    for message in messages:
+        assert "cannot be written (No space left on device); make room" in message
+        assert "\n" not in message and str(small_disk) in message
+    assert not list(small_disk.rglob("*.tmp"))
+    updates = len(list(small_disk.glob("checkpoint_1_*.pt")))
+    assert updates >= 2
+    # The last checkpoint is whole, and training goes on from it.
+    resumed = train_on(2, f"{line} --no-save")
+    assert UPDATES - updates <= len(resumed) <= UPDATES - updates + 1
+
+
+def test_stale_files_go_and_unreadable_checkpoints_keep_all(data, tmp_path, caplog):
+    line = f"{data} {TRAIN} --moe-expert-count 4 --save-dir {tmp_path}"
+    train_on(2, f"{line} --max-update 2")
+    folder = tmp_path / "experts"
+    stale = folder / "1-1-0123456789abcdef-0-2.pt"
+    for path in (stale, stale.with_suffix(".pt.tmp"), folder / "notes.txt"):
+        path.write_text("")
+    (tmp_path / "other.pt").write_text("not a checkpoint")
+    checkpoint.remove_unused_files(str(tmp_path))
+    assert stale.exists()
+    assert "other.pt cannot be read, so no file" in caplog.text
+    (tmp_path / "other.pt").unlink()
+    used = referred_files(tmp_path)
+    checkpoint.remove_unused_files(str(tmp_path))
+    assert expert_files(tmp_path) == used | {"notes.txt"} and len(used) == 2
+    train_on(1, f"{line} --max-update 4")  # a single file takes the place of theirs
+    assert expert_files(tmp_path) == {"notes.txt"}
