@@ -103,31 +103,49 @@ def read(
         parameters: see PathForTraining; None: leave the optimizer state out.
     """
     shared = _load(files.shared)
+    if not flat_settings(shared):
+        raise UserError(f"{files.shared}: there are no settings in it, neither args nor cfg")
     parts = _expert_parts(files, shared)
-    state = {key: value for key, value in parts[0].state.items() if key != "last_optimizer_state"}
+    state = dict(_BARE)
+    for source in (shared, parts[0].state):  # the branch goes by the rank file
+        state.update((key, value) for key, value in source.items() if value)
     state["model"] = _model_state(shared, parts)
     state["last_optimizer_state"] = None
     if parameters is not None:
         state["last_optimizer_state"] = _optimizer_state(files, shared, parts, parameters)
-    settings = flat_settings(shared)
-    _rescale_position(state, settings)
+    state["extra_state"] = _shared_position(state)
     if state.get("args") is not None:
         state["args"] = _translated_args(files, state["args"])
         for name, value in (overrides or {}).items():
             setattr(state["args"], name, value)
         state["cfg"] = None
     else:
+        state["args"] = None
         state["cfg"] = OmegaConf.create(_translated_cfg(files, state["cfg"]))
         overwrite_args_by_name(state["cfg"], overrides or {})
     return checkpoint_utils._upgrade_state_dict(state)
 
 
 def flat_settings(state: State) -> Dict[str, Any]:
-    """The model's settings as the branch saved them: `args`, or the part `model` of `cfg`."""
+    """The model's settings as the branch saved them: `args`, or the part `model` of `cfg`; nothing
+    if neither is there."""
     if state.get("args") is not None:
         return vars(state["args"])
-    return state["cfg"]["model"]
+    return (state.get("cfg") or {}).get("model") or {}
 
+
+# What a file may lack that was made for the weights alone.
+_BARE: State = {
+    "optimizer_history": [
+        {
+            "criterion_name": "MoECrossEntropyCriterion",
+            "optimizer_name": "FairseqAdam",
+            "lr_scheduler_state": {"best": None},
+            "num_updates": 0,
+        }
+    ],
+    "extra_state": {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0}},
+}
 
 # Reading the parts -------------------------------------------------------------------------------
 
@@ -146,8 +164,6 @@ def _load(path: str) -> State:
     state = load_weights_only(path, map_location="cpu", mmap=True)
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise UserError(f"{path}: not a checkpoint of fairseq: there is no model in it")
-    if state.get("args") is None and state.get("cfg") is None:
-        raise UserError(f"{path}: there are no settings in it, neither args nor cfg")
     return state
 
 
@@ -212,7 +228,7 @@ def _local_experts(state: State) -> int:
 def _check_one_run(path: str, state: State, other_path: str, other: State) -> None:
     """Raise UserError if two files are seen to be of different runs or updates."""
     for name, value, other_value in zip(_MARKS, _marks(state), _marks(other)):
-        if value != other_value:
+        if value and other_value and value != other_value:
             raise UserError(
                 f"{other_path}: belongs to another checkpoint than {path}: {name} "
                 f"{_short(other_value)} and {_short(value)}; copy the files of one checkpoint again"
@@ -392,22 +408,26 @@ def _number(settings: Dict[str, Any], name: str) -> int:
     return int(settings.get(name) or 0)
 
 
-def _rescale_position(state: State, settings: Dict[str, Any]) -> None:
-    """Batches of an epoch are counted for each process: on another number of processes, those gone
-    through are another number."""
-    cfg = state.get("cfg") or {}
-    saved = (
-        getattr(state["args"], "distributed_world_size", 1)
-        if state.get("args") is not None
-        else cfg.get("distributed_training", {}).get("distributed_world_size", 1)
-    )
-    position = (state.get("extra_state") or {}).get("train_iterator")
-    if isinstance(position, dict) and saved and position.get("iterations_in_epoch"):
-        done = position["iterations_in_epoch"] * saved // process_count()
-        state["extra_state"] = {
-            **state["extra_state"],
-            "train_iterator": {**position, "iterations_in_epoch": done},
-        }
+def _shared_position(state: State) -> Dict[str, Any]:
+    """`extra_state` with the place in the data as checkpoint.py keeps it, for any number of
+    processes: the branch counts the batches of one process."""
+    extra = dict(state["extra_state"])
+    position = extra.get("train_iterator")
+    if not position or not position.get("iterations_in_epoch"):
+        return extra
+    if state.get("args") is not None:
+        world_size, batch_size = (
+            getattr(state["args"], name, None) for name in ("distributed_world_size", "batch_size")
+        )
+    else:
+        world_size = state["cfg"].get("distributed_training", {}).get("distributed_world_size")
+        batch_size = state["cfg"].get("dataset", {}).get("batch_size")
+    batches = position["iterations_in_epoch"] * (world_size or 1)
+    extra["train_iterator"] = {**position, "iterations_in_epoch": batches // process_count()}
+    if batch_size:
+        place = {"batches": batches, "of": None, "sentences": batches * batch_size}
+        extra["train_iterator"]["all_processes"] = place
+    return extra
 
 
 # Optimizer ---------------------------------------------------------------------------------------
@@ -489,9 +509,7 @@ def _expert_entries(
     return entries
 
 
-def _merged(
-    files: BranchFiles, name: str, entries: List[Optional[State]], stacked: bool
-) -> State:
+def _merged(files: BranchFiles, name: str, entries: List[Optional[State]], stacked: bool) -> State:
     """One parameter's state from that of its experts."""
     if any(entry is None or entry.keys() != entries[0].keys() for entry in entries):
         raise _unfit(files, f"that of {name} is not there for all experts")
@@ -569,7 +587,9 @@ def _measure_as_the_branch() -> None:
         settings = getattr(task, "args", None)
         if wanted and not getattr(settings, "pad_to_fixed_length", True) and find(filenames[-1]):
             settings.pad_to_fixed_length = True
-            logger.info("blocks are padded to their full length, as when the checkpoint was trained")
+            logger.info(
+                "blocks are padded to their full length, as when the checkpoint was trained"
+            )
         return models, cfg, task
 
     checkpoint_utils.load_model_ensemble_and_task = load_model_ensemble_and_task

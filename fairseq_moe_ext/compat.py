@@ -346,14 +346,16 @@ def load_weights_only(file, map_location=None, mmap: bool = False):
             return torch.load(file, map_location=map_location, weights_only=True, mmap=True)
         return torch.load(file, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
-        refused = re.search(r"(?:GLOBAL|class|function) ([\w.]+\.\w+)", str(error))
+        refused = re.search(r"GLOBAL ([\w.]+)|(?:class|function) ([\w.]+\.\w+)", str(error))
         if refused is None:
+            reason = re.search(r"WeightsUnpickler error: ([^\n]+)", str(error))
+            reason = reason.group(1) if reason else _first_line(error)
             raise UserError(
-                f"{name}: not a checkpoint, or damaged ({_size(name)}; {_first_line(error)}); "
-                f"{remedy}"
+                f"{name}: not a checkpoint, or damaged ({_size(name)}; {reason}); {remedy}"
             ) from error
+        function = refused.group(1) or refused.group(2)
         raise UserError(
-            f"{name}: refused, since loading it would run {refused.group(1)}, which belongs in no "
+            f"{name}: refused, since loading it would run {function}, which belongs in no "
             "checkpoint; do not use this file, or convert it where you trust it"
         ) from error
     except (EOFError, OSError, RuntimeError) as error:

@@ -141,9 +141,9 @@ class MoETransformerLMConfig(FairseqDataclass):
     moe_experts_on_disk: bool = field(
         default=False,
         metadata={
-            "help": "evaluation only (--model-overrides \"{'moe_experts_on_disk': True}\"): experts "
-            "stay in the checkpoint's files, in their precision, and are read from there when a "
-            "token needs them"
+            "help": "evaluation only, by --model-overrides \"{'moe_experts_on_disk': True}\": "
+            "experts stay in the checkpoint's files, in their precision, and are read from there "
+            "when a token needs them"
         },
     )
     record_a2a_perf_stats: bool = field(

@@ -98,9 +98,16 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
         embedding = "decoder.embed_tokens.weight"
         saved = state_dict.get(embedding)
         if saved is not None and saved.size(0) != own[embedding].size(0):
+            missing = saved.size(0) - own[embedding].size(0)
             raise UserError(
                 f"the checkpoint has {saved.size(0)} types in its embedding, the dictionary "
                 f"{own[embedding].size(0)}: use the dict.txt that the checkpoint was trained with"
+                + (
+                    f"; if that is this one, padded, append {missing} lines: madeupword0000 0, "
+                    "madeupword0001 0, ... (docs/released_models.md)"
+                    if missing > 0
+                    else ""
+                )
             )
         sizes = [
             f"{key} is {_shape(state_dict[key])} in the checkpoint, {_shape(own[key])} in the model"
