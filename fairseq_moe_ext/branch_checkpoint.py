@@ -64,30 +64,41 @@ class PathForTraining(str):
 
 
 def find(path: str) -> Optional[BranchFiles]:
-    """The files for which `path` stands: X.pt if there is no such file, or one of the parts. None
-    if it is no checkpoint of the branch. UserError if the shared file is missing."""
+    """The files for which `path` stands: X.pt, or one of the parts. None if it is no checkpoint of
+    the branch, as is any X.pt that has experts itself. UserError if the shared file is missing."""
+    if not path.endswith(".pt"):
+        return None
     part = _PART.fullmatch(path)
     base = part["base"] if part else path[: -len(".pt")]
-    if not path.endswith(".pt") or (part is None and os.path.exists(path)):
-        return None
     shared: Dict[bool, str] = {}
     ranks: Dict[int, str] = {}
     for file in sorted(glob.glob(glob.escape(base) + "-*.pt"), key=len, reverse=True):
-        part = _PART.fullmatch(file)
-        if part is None or part["base"] != base:
+        match = _PART.fullmatch(file)
+        if match is None or match["base"] != base:
             continue
-        if part["rank"] is None:  # every shard has all of the shared weights
-            shared[part["shard"] is None] = file
+        if match["rank"] is None:  # every shard has all of the shared weights
+            shared[match["shard"] is None] = file
         else:
-            ranks[int(part["rank"])] = file  # the shortest name last: one without a shard
+            ranks[int(match["rank"])] = file  # the shortest name last: one without a shard
     if not ranks:
         return None
+    whole = base + ".pt"
+    if part is None and os.path.exists(whole):
+        if not _lacks_experts(whole):
+            return None
+        shared = {True: whole}  # the shared file under another name, as some guides advise
     if not shared:
         raise UserError(
             f"{base}-shared.pt: missing, though {ranks[min(ranks)]} is there; a checkpoint of "
             "fairseq's moe branch is both, and one -rank- file for each process: copy it again"
         )
-    return BranchFiles(base + ".pt", shared.get(True) or shared[False], ranks)
+    return BranchFiles(whole, shared.get(True) or shared[False], ranks)
+
+
+def _lacks_experts(path: str) -> bool:
+    """Whether a checkpoint has neither experts nor, as checkpoint.py's, names of their files."""
+    state = _load(path)
+    return "experts" not in state and not any(".experts." in name for name in state["model"])
 
 
 def read(

@@ -227,9 +227,13 @@ def test_what_the_files_may_be_called(tmp_path):
         assert sorted(files.ranks) == [0, 1]
     files = branch_checkpoint.find(str(tmp_path / "b.pt"))
     assert "b-shared-shard" in files.shared and len(files.ranks) == 1
-    (tmp_path / "a.pt").touch()
-    assert branch_checkpoint.find(str(tmp_path / "a.pt")) is None  # it is a file of its own
     assert branch_checkpoint.find(str(tmp_path / "c.pt")) is None
+    whole = str(tmp_path / "a.pt")
+    for own in ({"model": {"l.experts.fc1.weight": 0}}, {"model": {}, "experts": {}}):
+        torch.save(own, whole)
+        assert branch_checkpoint.find(whole) is None  # a checkpoint of its own
+    torch.save({"model": {"decoder.version": 0}}, whole)  # model-shared.pt, renamed
+    assert branch_checkpoint.find(whole).shared == whole
     (tmp_path / "a-shared.pt").unlink()
     (tmp_path / "a.pt").unlink()
     with pytest.raises(UserError, match="a-shared.pt: missing"):
