@@ -553,6 +553,7 @@ def apply() -> None:
     _name_an_existing_file()
     _read_the_branch()
     _measure_as_the_branch()
+    _train_no_experts_on_disk()
     _restore_from_the_branch()
     _finetune_from_the_branch()
 
@@ -604,6 +605,22 @@ def _measure_as_the_branch() -> None:
         return models, cfg, task
 
     checkpoint_utils.load_model_ensemble_and_task = load_model_ensemble_and_task
+
+
+def _train_no_experts_on_disk() -> None:
+    """fairseq/trainer.py:47 would fail on parameters that are not there."""
+    stock = trainer.Trainer.__init__
+
+    @functools.wraps(stock)
+    def __init__(self, cfg, *args, **kwargs):
+        if getattr(cfg.model, "moe_experts_on_disk", False):
+            raise UserError(
+                "--moe-experts-on-disk: experts that stay in a checkpoint's files cannot be "
+                "trained; drop it (it is for fairseq-eval-lm's --model-overrides)"
+            )
+        stock(self, cfg, *args, **kwargs)
+
+    trainer.Trainer.__init__ = __init__
 
 
 def _restore_from_the_branch() -> None:

@@ -214,6 +214,8 @@ def test_experts_on_disk_are_not_trained(tmp_path, data):
     )
     with pytest.raises(RuntimeError, match="cannot be trained"):
         lm.models[0](tokens())
+    with pytest.raises(UserError, match="--moe-experts-on-disk.*drop it"):
+        make_trainer(data, f"{ADAM} --moe-experts-on-disk", 1)
 
 
 def test_what_the_files_may_be_called(tmp_path):
