@@ -165,7 +165,7 @@ def _save_experts_apart() -> None:
                 raise _cannot_write(error.filename2 or cfg.save_dir, error) from error
             finally:
                 if trainer.is_data_parallel_master and not cfg.no_save:
-                    remove_unused_files(cfg.save_dir)
+                    remove_unused_files(cfg.save_dir, trainer.checkpoint_suffix)
 
         if cfg.no_save or not _has_spread_experts(trainer):
             save()
@@ -292,10 +292,14 @@ def _has_spread_experts(trainer: Trainer) -> bool:
 # ---- Removing
 
 
-def remove_unused_files(save_dir: str) -> None:
+def remove_unused_files(save_dir: str, suffix: str = "") -> None:
     """Remove the expert files of a folder that none of its checkpoints refers to, and what killed
-    processes have left. Where a checkpoint cannot be read, all expert files stay."""
-    for path in glob.glob(os.path.join(glob.escape(save_dir), "checkpoint*.pt.tmp")):
+    processes have left. Where a checkpoint cannot be read, all expert files stay.
+
+    Args:
+        suffix: of the checkpoints that this process writes (--checkpoint-suffix, FSDP's shards).
+    """
+    for path in glob.glob(os.path.join(glob.escape(save_dir), f"checkpoint*{suffix}.pt.tmp")):
         _remove(path)
     folder = os.path.join(save_dir, FOLDER)
     if not os.path.isdir(folder):

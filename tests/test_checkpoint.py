@@ -197,20 +197,18 @@ PRECISIONS = ["--memory-efficient-fp16", "--fp16 --fp16-no-flatten-grads", "--bf
 def test_every_number_is_there_again(data, tmp_path, precision):
     """Parameters, optimizer state and loss scale; written by 1 and 2, loaded on 1, 2 and 4."""
     line = f"{data} {TRAIN} --moe-expert-count 4 {precision} --fp16-init-scale 4"
-    seen = {}
-    for writers in (1, 2):
+    for writers, readers in ((1, 2), (2, 4)):
         folder = tmp_path / str(writers)
         train_on(writers, f"{line} --max-update 2 --save-dir {folder}")
         path = str(folder / "checkpoint_last.pt")
         one = joined([loaded(0, 1, line, path)], 4)
         assert torch.all(one["decoder.layers.1.moe_layer.experts.fc1.bias"]["exp_avg"] != 0)
-        for readers in (2, 4):
-            seen = joined(run_processes(readers, loaded, readers, line, path), 4)
-            assert seen.keys() == one.keys()
-            for name, state in one.items():
-                for key, value in state.items():
-                    assert torch.equal(torch.as_tensor(seen[name][key]), torch.as_tensor(value))
-                    assert torch.as_tensor(seen[name][key]).dtype == torch.as_tensor(value).dtype
+        seen = joined(run_processes(readers, loaded, readers, line, path), 4)
+        assert seen.keys() == one.keys()
+        for name, state in one.items():
+            for key, value in state.items():
+                found, value = torch.as_tensor(seen[name][key]), torch.as_tensor(value)
+                assert torch.equal(found, value) and found.dtype == value.dtype
 
 
 def test_joined_fp16_state_is_refused_by_name(data, tmp_path):

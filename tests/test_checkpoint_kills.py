@@ -123,7 +123,7 @@ def kill_and_resume(folder, moments, worlds, seed):
 
 
 def test_a_few_kills(tmp_path):
-    kill_and_resume(tmp_path, 4, [1, 2], seed=1)
+    kill_and_resume(tmp_path, 3, [1, 2], seed=1)
 
 
 @pytest.mark.slow
