@@ -540,7 +540,7 @@ def gpt2_dictionary(lines, padding=0):
     for i in range(lines):
         dictionary.add_symbol(str(i), n=1)
     for i in range(padding):
-        dictionary.add_symbol(f"madeupword{i:04d}", n=0)
+        dictionary.add_symbol(f"madeupword{1000 + i}", n=0)
     return dictionary
 
 

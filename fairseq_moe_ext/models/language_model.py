@@ -103,8 +103,8 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
                 f"the checkpoint has {saved.size(0)} types in its embedding, the dictionary "
                 f"{own[embedding].size(0)}: use the dict.txt that the checkpoint was trained with"
                 + (
-                    f"; if that is this one, padded, append {missing} lines: madeupword0000 0, "
-                    "madeupword0001 0, ... (docs/released_models.md)"
+                    f"; if that is this one, padded, append {missing} lines: madeupword1000 0, "
+                    "madeupword1001 0, ... (docs/released_models.md)"
                     if missing > 0
                     else ""
                 )
