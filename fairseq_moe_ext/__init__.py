@@ -24,7 +24,8 @@ from . import compat
 
 compat.apply()  # before anything imports fairseq
 
-from . import branch_checkpoint, checkpoint, criterions, distributed_training  # noqa: E402
+from . import branch_checkpoint, checkpoint, distributed_training  # noqa: E402
+from .criterions import moe_cross_entropy  # noqa: E402, F401
 from .models import architectures, language_model  # noqa: E402, F401
 from .tasks import mixture_language_modeling  # noqa: E402, F401
 

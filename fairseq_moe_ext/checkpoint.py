@@ -573,7 +573,7 @@ def _check_ranks(filename: str) -> None:
             )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def code_version() -> str:
     """What tells two versions of this package apart, and of torch."""
     folder = os.path.dirname(os.path.abspath(__file__))

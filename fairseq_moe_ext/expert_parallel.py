@@ -23,7 +23,6 @@ from torch.autograd.function import once_differentiable
 from .errors import UserError
 from .moe.pool import Pool
 
-
 _replicas = 1  # processes that hold the same experts
 
 
@@ -99,7 +98,7 @@ class ExpertParallel:
         dist.all_reduce(grad, group=self.replicas)
         return grad
 
-    def send(self, x: Tensor, counts: List[int]) -> Tuple[Tensor, "Arrival"]:
+    def send(self, x: Tensor, counts: List[int]) -> Tuple[Tensor, Arrival]:
         """Rows to the processes that hold their experts.
 
         Args:
@@ -120,7 +119,7 @@ class ExpertParallel:
         x = _Reorder.apply(x, order, order.argsort())
         return x, Arrival(received.sum(dim=0).tolist(), splits, order)
 
-    def send_back(self, y: Tensor, arrival: "Arrival") -> Tensor:
+    def send_back(self, y: Tensor, arrival: Arrival) -> Tensor:
         """Rows (N', D) that `send` brought here -> those (N, D) that it sent away, in its order."""
         y = _Reorder.apply(y, arrival.order.argsort(), arrival.order)
         sent, received = arrival.splits
@@ -185,7 +184,7 @@ def _device() -> torch.device:
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _groups(
     num_experts: int, world_size: int, rank: int
 ) -> Tuple[Optional[dist.ProcessGroup], ...]:

@@ -18,7 +18,7 @@ def run_processes(world_size, function, *args):
     return _start(world_size).run(function, args)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _start(world_size):
     pool = _Pool(world_size)
     atexit.register(pool.stop)

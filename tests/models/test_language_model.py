@@ -164,15 +164,17 @@ def test_expert_width_of_its_own():
 
 @pytest.mark.parametrize(
     "choice, factor",
-    [("world_size", 1.0), ("sqrt_world_size", 2.0), ("sqrt_num_experts", 6**-0.5)],
+    [("world_size", 0.25), ("sqrt_world_size", 0.5), ("sqrt_num_experts", 0.25 * 6**-0.5)],
 )
 def test_expert_gradients_are_scaled(tokens, choice, factor):
+    """On 4 processes, where they are sums over all tokens."""
+
     def gradients(**flags):
         model = build_model(**{**MOE, **flags}).double().train()
         losses(model, tokens).backward()
         return {n: p.grad for n, p in model.named_parameters()}
 
-    plain = gradients()
+    plain = gradients(moe_normalize_expert_grad="world_size")  # of one process: unscaled
     scaled = gradients(moe_normalize_expert_grad=choice, distributed_world_size=4)
     for name in plain:
         expected = plain[name] * (factor if ".experts." in name else 1)
