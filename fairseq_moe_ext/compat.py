@@ -388,6 +388,8 @@ def whole_checkpoint_copies() -> None:
 
     def copy(source, target, overwrite=False):
         shutil.copyfile(source, target + ".tmp")
+        with open(target + ".tmp", "rb+") as copied:
+            os.fsync(copied.fileno())
         os.replace(target + ".tmp", target)
         return True
 

@@ -126,8 +126,8 @@ class MoETransformerLMConfig(FairseqDataclass):
         default="process",
         metadata={
             "help": "capacity, balancing loss and figures are taken over the batch of each process "
-            "(process, as in the branch) or of all together (world), which gives the same numbers on "
-            "any number of processes"
+            "(process, as in the branch) or of all together (world), which gives the same numbers "
+            "on any number of processes"
         },
     )
     moe_normalize_expert_grad: EXPERT_GRAD_SCALES = field(

@@ -21,8 +21,10 @@ def apply() -> None:
         return
     _count_experts_in_the_gradient_norm()
     _leave_dummy_batches_empty()
-    if "fairseq_cli.eval_lm" in sys.modules:
-        _evaluate_the_whole_set(sys.modules["fairseq_cli.eval_lm"])
+    for name in ("fairseq_cli.eval_lm", "__main__"):  # the latter with `python -m`
+        module = sys.modules.get(name)
+        if getattr(getattr(module, "__spec__", None), "name", "") == "fairseq_cli.eval_lm":
+            _evaluate_the_whole_set(module)
 
 
 def _count_experts_in_the_gradient_norm() -> None:

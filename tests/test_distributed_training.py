@@ -13,7 +13,7 @@ from small_models import PAD, TYPES, make_task
 
 import fairseq_moe_ext
 from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.expert_parallel import placement
+from fairseq_moe_ext.expert_parallel import placement, traffic
 
 ROWS, LENGTH, UPDATES = 8, 6, 5
 FLAGS = "--task language_modeling --arch moe_lm_tiny --criterion moe_cross_entropy --cpu"
@@ -64,6 +64,7 @@ def train(rank, folder, flags, world_size, parts=1, idle=None, updates=UPDATES):
     parts: micro-batches an update; idle: an update at which only process 0 has data.
     """
     trainer = make_trainer(folder, flags, world_size)
+    traffic.take()  # what earlier tests in this process have sent
     trainer.reset_dummy_batch(as_sample(next(batches())))
     norms, logs = [], []
     clip = trainer.clip_grad_norm

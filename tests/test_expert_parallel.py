@@ -1,4 +1,4 @@
-"""N processes equal one: the layer, its losses, figures, gradients; experts spread or replicated."""
+"""N processes equal one: the layer, its losses, figures and gradients."""
 
 import pytest
 import torch

@@ -21,6 +21,7 @@ SIZE="--decoder-layers 2 --decoder-embed-dim 16 --decoder-ffn-embed-dim 32"
 SIZE="$SIZE --decoder-attention-heads 2 --tokens-per-sample 32 --batch-size 8 --max-update 3"
 fairseq-train() { command fairseq-train "$@" $SIZE --cpu --num-workers 0; }
 fairseq-eval-lm() { command fairseq-eval-lm "$@" --tokens-per-sample 32 --cpu --num-workers 0; }
+torchrun() { command torchrun "$@" $SIZE --cpu --num-workers 0; }
 fairseq-hydra-train() {
     command fairseq-hydra-train "$@" common.cpu=true common.fp16=false \
         common.memory_efficient_fp16=false model.decoder_layers=2 model.decoder_embed_dim=16 \
@@ -96,6 +97,10 @@ def test_commands(folder):
     assert re.search(r"Loss \(base 2\): [\d.]+, Perplexity: [\d.]+", output)
     output = run(folder, sys.executable, "-c", blocks("Evaluate", "python"))
     assert re.search(r"tensor\(\[-[\d.]+", output)
+
+    output = script("Scale out")
+    assert re.search(r"training on 2 devices", output)
+    assert (folder / "runs" / "two" / "experts").is_dir()
 
     script("Hydra")
     assert list((folder / "outputs").rglob("checkpoint_best.pt"))
