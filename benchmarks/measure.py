@@ -1,0 +1,134 @@
+"""Measure things in turn in one run, and keep what was measured with the machine that did it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Sequence
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+_COPIED = 256 * 2**20  # bytes: far beyond any cache
+
+
+def machine() -> Dict[str, Any]:
+    """What the figures depend on."""
+    huge_pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    described = {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "system": f"{platform.system()} {platform.machine()}",
+        "huge_pages": huge_pages.read_text().strip() if huge_pages.exists() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    if torch.cuda.is_available():
+        described["gpu"] = torch.cuda.get_device_name()
+        described["cuda"] = torch.version.cuda
+    return described
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def in_turn(
+    cases: Dict[str, Callable[[], object]], rounds: int, warmup: int = 2
+) -> Dict[str, List[float]]:
+    """Seconds of each case in each round. A round runs every case once, in an order that turns
+    from round to round, so that what disturbs the machine disturbs all alike."""
+    seconds: Dict[str, List[float]] = {name: [] for name in cases}
+    names = list(cases)
+    for turn in range(-warmup, rounds):
+        for name in names if turn % 2 == 0 else reversed(names):
+            _wait()
+            start = time.perf_counter()
+            cases[name]()
+            _wait()
+            if turn >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def median(values: Sequence[float]) -> float:
+    return statistics.median(values)
+
+
+def ratio(seconds: Dict[str, List[float]], name: str, base: str) -> float:
+    """How many times as long as `base` a case takes: the median over rounds."""
+    return statistics.median(a / b for a, b in zip(seconds[name], seconds[base]))
+
+
+def copy_bandwidth(device: str = "cpu", rounds: int = 9) -> float:
+    """Bytes a second, those read and those written together, of copying a large tensor into
+    another that exists."""
+    source = torch.ones(_COPIED, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    seconds = in_turn({"copy": lambda: target.copy_(source)}, rounds)["copy"]
+    return 2 * _COPIED / median(seconds)
+
+
+def peak_memory(work: Callable[[], object]) -> int:
+    """Most bytes of tensors that `work` has allocated at once, on top of those before it."""
+    if torch.cuda.is_available():
+        _wait()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        _wait()
+        return torch.cuda.max_memory_allocated() - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        work()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def keep(name: str, rows: Dict[str, Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
+    """Write rows into results/NAME.json, in place of those of the same names; those of another
+    machine go. Returns all rows that the file now has."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    content = json.loads(path.read_text()) if path.exists() else {}
+    if content.get("machine") != machine():
+        content = {"machine": machine(), "rows": {}}
+    content["rows"].update(rows)
+    _write(path, json.dumps(content, indent=1) + "\n")
+    return content["rows"]
+
+
+def keep_table(name: str, title: str, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    """Write results/NAME.md, a table in Markdown with the machine above it, and print it."""
+    described = ", ".join(f"{key} {value}" for key, value in machine().items() if value is not None)
+    rows = [heads, ["---"] * len(heads), *lines]
+    text = f"{title}\n\nMachine: {described}.\n\n"
+    text += "".join("| " + " | ".join(row) + " |\n" for row in rows)
+    _write(RESULTS / f"{name}.md", text)
+    print(text)
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
