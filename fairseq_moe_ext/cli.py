@@ -1,6 +1,8 @@
 """`fairseq-moe`: a thin front; every subcommand is one call into the package."""
 
 import argparse
+import importlib
+import logging
 import sys
 from pathlib import Path
 from typing import List, Optional
@@ -13,7 +15,10 @@ def main(argv: Optional[List[str]] = None) -> int:
 
     argparse itself exits with 2 for flags it does not know.
     """
-    parser = _parser()
+    argv = sys.argv[1:] if argv is None else argv
+    # fairseq says on import that a package of its speech tasks is missing
+    logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)
+    parser = _parser(argv[0] if argv else None)
     args = parser.parse_args(argv)
     try:
         args.run(args)
@@ -26,7 +31,14 @@ def main(argv: Optional[List[str]] = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+# name -> what it does, and the module with its add_arguments(parser) and run(args)
+_COMMANDS = {
+    "prepare": ("turn your own text into data-bins", "prepare.command"),
+    "cost": ("parameters, FLOPs and memory of a model", "evaluation.cost_table"),
+}
+
+
+def _parser(chosen: Optional[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fairseq-moe", description="Mixture-of-experts language models for fairseq 0.12.2."
     )
@@ -35,11 +47,12 @@ def _parser() -> argparse.ArgumentParser:
     user_dir = commands.add_parser("user-dir", help="print the folder for fairseq's --user-dir")
     user_dir.set_defaults(run=lambda args: print(Path(__file__).resolve().parent))
 
-    from fairseq_moe_ext.prepare import command as prepare
-
-    sub = commands.add_parser("prepare", help="turn your own text into data-bins")
-    prepare.add_arguments(sub)
-    sub.set_defaults(run=prepare.run)
+    for name, (words, module) in _COMMANDS.items():
+        sub = commands.add_parser(name, help=words)
+        if chosen == name:  # some take seconds to import
+            command = importlib.import_module(f"fairseq_moe_ext.{module}")
+            command.add_arguments(sub)
+            sub.set_defaults(run=command.run)
     return parser
 
 

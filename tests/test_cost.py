@@ -1,8 +1,16 @@
-"""Costs against the paper's Table 1 and against built models."""
+"""Costs against the paper and built models; memory against what autograd keeps."""
+
+import json
 
 import pytest
+import torch
+from small_models import build_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from fairseq_moe_ext.cost import Shape, parameters, training_flops_per_token
+from fairseq_moe_ext import cli
+from fairseq_moe_ext.cost import Shape, memory_per_device, parameters, training_flops_per_token
+from fairseq_moe_ext.evaluation import cost_table, paper
 
 # layers, dim, ZFLOPs of 300e9 tokens: paper.md, "Models" and "Cost"
 DENSE = [(12, 768, 0.36), (24, 1024, 1.06), (24, 2048, 3.57), (32, 2560, 7.08)]
@@ -33,3 +41,158 @@ def test_a_twin_has_equal_flops_and_its_own_parameters():
     # the gates (128 x 8) and the two experts' second output bias are all that differs
     difference = parameters(moe).active - parameters(twin).active
     assert difference == 2 * (128 * 8 + 128)
+
+
+def test_table_1_as_printed():
+    """Every row of the paper's table 1: name, hidden, ZFLOPs (paper.md, "Models")."""
+    printed = {
+        "125M": (768, "0.36"),
+        "355M": (1024, "1.06"),
+        "GPT-3 760M": (1536, "2.13"),
+        "1.3B": (2048, "3.57"),
+        "2.7B": (2560, "7.08"),
+        "6.7B": (4096, "17.12"),
+        "13B": (5120, "32.67"),
+        "GPT-3 175B": (12288, "430.17"),
+        "MoE 15B": (768, "0.43"),
+        "MoE 52B": (1024, "1.30"),
+        "MoE 207B": (2048, "4.53"),
+        "MoE 1.1T": (4096, "22.27"),
+    }
+    rows = cost_table.table_1()
+    assert {row[0]: (int(row[4]), row[6]) for row in rows} == printed
+    assert [row.zflops for row in paper.TABLE_1] == [float(row[6]) for row in rows]
+    counts = {row[0]: row[1] for row in rows}
+    assert counts["13B"] == "12,847,728,640" and counts["MoE 1.1T"] == "1,104,219,021,312"
+
+
+def counted_flops(tokens, **flags):
+    """Training FLOPs a token by torch's counter.
+
+    It knows nothing of addmm_, by which the loss adds up the projection's gradient, and nothing of
+    the CPU's fused attention, so the one is taught and the other put aside.
+    """
+    model = build_model(types=400, **flags).train()
+    data = torch.randint(4, 400, (2, *tokens))
+
+    def addmm_(own, a, b, **unused):
+        return 2 * a[0] * a[1] * b[1]
+
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_})
+    with counter, sdpa_kernel(SDPBackend.MATH):
+        model(data[0], target=data[1])[0].backward()
+    return counter.get_total_flops() / data[0].numel()
+
+
+@pytest.mark.parametrize("moe", [False, True])
+def test_a_counting_run_agrees_with_the_formula(moe):
+    """To the last product: the formula leaves the router out, and PyTorch's recomputation stops
+    before a dense layer's last product, whose result nothing needs."""
+    dim, ffn, experts, context = 64, 256, 8, 32
+    flags = dict(
+        decoder_embed_dim=dim, decoder_ffn_embed_dim=ffn, share_decoder_input_output_embed=True
+    )
+    shape = Shape(4, dim, ffn, types=400)
+    router = 0
+    if moe:
+        flags.update(
+            moe_freq=2, moe_expert_count=experts, moe_dropless=True, moe_second_expert_policy="all"
+        )
+        shape = shape._replace(moe_freq=2, experts=experts)
+        router = shape.moe_layers * 2 * dim * experts  # one pass
+    formula = training_flops_per_token(shape, context)
+    counted = counted_flops((3, context), **flags)
+    assert counted == formula + 3 * router
+    assert counted == pytest.approx(formula, rel=0.02)
+
+    dense_layers = shape.layers - shape.moe_layers
+    formula = training_flops_per_token(shape, context, recompute=True)
+    counted = counted_flops((3, context), checkpoint_activations=True, **flags)
+    assert counted == formula + 4 * router - dense_layers * 2 * dim * ffn
+
+
+@pytest.mark.parametrize("moe", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_memory_against_what_autograd_keeps(moe, recompute):
+    dim, ffn, types, tokens = 64, 256, 400, 256
+    flags = dict(
+        decoder_embed_dim=dim, decoder_ffn_embed_dim=ffn, share_decoder_input_output_embed=True
+    )
+    shape = Shape(4, dim, ffn, types=types)
+    if moe:
+        flags.update(
+            moe_freq=2, moe_expert_count=8, moe_dropless=True, moe_second_expert_policy="all"
+        )
+        shape = shape._replace(moe_freq=2, experts=8)
+    model = build_model(types=types, checkpoint_activations=recompute, **flags).train()
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    data = torch.randint(4, types, (2, 4, 64))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(data[0], target=data[1])
+    measured = sum(size for size, _ in kept.values())
+    memory = memory_per_device(shape, tokens, recompute=recompute)
+    # the projection's gradient is made in the forward pass and counted under `working`
+    assert memory.activations + 4 * types * dim == pytest.approx(measured, rel=0.03)
+    parameters_here = sum(p.numel() for p in model.parameters())
+    assert (memory.parameters, memory.optimizer) == (4 * parameters_here, 8 * parameters_here)
+
+
+def test_memory_is_divided_as_said():
+    shape = Shape(4, 64, 256, types=400, moe_freq=2, experts=8)
+    counts = parameters(shape)
+    one = memory_per_device(shape, 100, precision="fp16")
+    assert one.parameters == 2 * counts.total and one.master == 4 * counts.total
+    four = memory_per_device(shape, 100, world_size=4, precision="fp16")
+    assert four.parameters == 2 * (counts.shared + counts.expert // 4)
+    many = memory_per_device(shape, 100, world_size=16, precision="fp16", sharding="full")
+    # one expert a device, halved among its two replicas
+    assert many.parameters == -(-2 * counts.shared // 16) + counts.expert // 8 // 2 * 2
+    state = memory_per_device(shape, 100, world_size=4, sharding="optimizer")
+    assert state.parameters == 4 * (counts.shared + counts.expert // 4)
+    assert state.optimizer == 8 * counts.shared // 4 + 8 * counts.expert // 4
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("", "Give --arch, --path"),
+        ("--arch moe_lm_16b", "--arch moe_lm_16b: use one of dense_lm_tiny"),
+        ("--arch moe_lm_15b --world-size 3", "--world-size 3: one of it and the 512 experts"),
+        ("--path nowhere.pt", "--path nowhere.pt: no such checkpoint"),
+        ("--path nowhere.pt --moe-freq 2", "--path with --moe-freq"),
+        ("--arch dense_lm_tiny --moe-freq 9", "--moe-freq 9 picks no layer"),
+        ("--arch dense_lm_tiny --types 0", "--types 0: use 1 or more"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(line, words, capsys):
+    assert cli.main(["cost", *line.split()]) == 1
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+def test_the_command(capsys, tmp_path):
+    flags = "--arch moe_lm_tiny --decoder-layers 2 --moe-expert-count 4 --types 100 --context 64"
+    assert cli.main(["cost", *flags.split(), "--json"]) == 0
+    by_flags = json.loads(capsys.readouterr().out)
+    shape = Shape(2, 128, 512, types=100, moe_freq=2, experts=4)
+    assert by_flags["parameters"]["total"] == parameters(shape).total
+    assert by_flags["plain"]["flops_per_token"] == training_flops_per_token(shape, 64)
+
+    config = dict(decoder_layers=2, decoder_embed_dim=128, decoder_ffn_embed_dim=512, moe_freq=2)
+    config.update(moe_expert_count=4, share_decoder_input_output_embed=True, dropout=0.1)
+    model = {"decoder.embed_tokens.weight": torch.zeros(100, 128)}
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"cfg": {"model": config}, "args": None, "model": model, "experts": {}}, path)
+    assert cli.main(["cost", "--path", str(path), "--context", "64", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == by_flags
+
+    assert cli.main(["cost", "--paper", "--markdown"]) == 0
+    assert "| 1.3B | 1,313,460,224 |  | 24 | 2048 | 32 | 3.57 |" in capsys.readouterr().out

@@ -33,7 +33,15 @@ ALLOWED = {
     "criterions": {"criterions", "moe.stats"},
     "tasks": {"tasks", "data_bin"},
     "prepare": {"prepare", "data_bin"},
-    "evaluation": {"evaluation", "cost", "data_bin"},
+    "evaluation": {
+        "branch_checkpoint",
+        "compat",
+        "config",
+        "cost",
+        "data_bin",
+        "evaluation",
+        "models",
+    },
 }
 
 

@@ -1,0 +1,259 @@
+"""`fairseq-moe cost`: what a model costs, and the paper's Table 1."""
+
+import argparse
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Sequence, Tuple
+
+from fairseq.dataclass.utils import gen_parser_from_dataclass
+
+from .. import cost
+from ..config import MoETransformerLMConfig, validate
+from ..errors import UserError
+from . import paper
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Parameters, training FLOPs and memory of a model, given by --arch and the flags of "
+        "fairseq-train, by --path, or by flags alone."
+    )
+    parser.add_argument("--arch", help="an architecture, as fairseq-train's")
+    parser.add_argument("--path", type=Path, help="a checkpoint, instead of flags")
+    parser.add_argument("--paper", action="store_true", help="print the paper's Table 1 and stop")
+    parser.add_argument("--types", type=int, help="of the dictionary (default: 51200)")
+    parser.add_argument("--context", type=int, help="tokens a block (default: 2048)")
+    parser.add_argument(
+        "--tokens", type=float, default=paper.TOKENS, help="to train on (default: 300e9)"
+    )
+    parser.add_argument("--batch-size", type=int, default=1, help="blocks a device (default: 1)")
+    parser.add_argument("--world-size", type=int, default=1, help="devices (default: 1)")
+    parser.add_argument(
+        "--precision", choices=list(cost.PRECISIONS), default="fp32", help="(default: fp32)"
+    )
+    parser.add_argument(
+        "--optimizer", choices=list(cost.OPTIMIZERS), default="adam", help="(default: adam)"
+    )
+    parser.add_argument(
+        "--sharding",
+        choices=cost.SHARDINGS,
+        default="none",
+        help="optimizer state, or parameters and gradients too, over all devices (default: none)",
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument("--markdown", action="store_true", help="print Markdown")
+    model = parser.add_argument_group(
+        "the model's flags, as fairseq-train's", argument_default=argparse.SUPPRESS
+    )
+    gen_parser_from_dataclass(model, MoETransformerLMConfig(), delete_default=True)
+
+
+def run(args: Namespace) -> None:
+    """Print what is asked for. Raises UserError for flags that contradict."""
+    if args.paper:
+        rows = table_1()
+        print(_form(args, [dict(zip(_TABLE_1, row)) for row in rows], [list(_TABLE_1), *rows]))
+        return
+    for name in ("types", "context", "batch_size", "world_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: use 1 or more")
+    if not args.tokens > 0:
+        raise UserError(f"--tokens {args.tokens}: use a number above 0")
+    settings, types = _settings(args)
+    shape = shape_of(settings, types)
+    if shape.moe_layers:
+        more, fewer = sorted([args.world_size, shape.experts], reverse=True)
+        if more % fewer:
+            raise UserError(
+                f"--world-size {args.world_size}: one of it and the {shape.experts} experts must "
+                "divide the other"
+            )
+    context = args.context or settings.get("tokens_per_sample") or paper.CONTEXT
+    found = costs(args, shape, int(context), bool(settings.get("dropout", 0) > 0))
+    print(_form(args, found, _table(found)))
+
+
+def _settings(args: Namespace) -> Tuple[Dict[str, Any], int]:
+    """The model's settings and the number of types."""
+    given = {
+        name: value
+        for name, value in vars(args).items()
+        if name in MoETransformerLMConfig.__dataclass_fields__ and name != "batch_size"
+    }
+    if args.path is not None:
+        if args.arch or given or args.types:
+            flag = "arch" if args.arch else next(iter(given), "types")
+            raise UserError(
+                f"--path with --{flag.replace('_', '-')}: the checkpoint says what the model is; "
+                "drop either"
+            )
+        return checkpoint_settings(args.path)
+    from fairseq.models import ARCH_CONFIG_REGISTRY
+
+    from ..models.architectures import ARCHITECTURES
+
+    space = Namespace(**given)
+    if args.arch is not None:
+        if args.arch not in ARCHITECTURES:
+            raise UserError(f"--arch {args.arch}: use one of {', '.join(ARCHITECTURES)}")
+        ARCH_CONFIG_REGISTRY[args.arch](space)
+    elif not given:
+        raise UserError("cost of what? Give --arch, --path, flags of a model, or --paper")
+    config = MoETransformerLMConfig(**vars(space))
+    for name, value in (
+        ("tokens_per_sample", args.context or paper.CONTEXT),
+        ("max_target_positions", None),
+        ("max_tokens", None),
+        ("batch_size", None),
+        ("ddp_backend", "legacy_ddp"),
+        ("distributed_world_size", 1),
+    ):
+        setattr(config, name, value)
+    validate(config)
+    return dict(vars(config)), args.types or 51_200
+
+
+def checkpoint_settings(path: Path) -> Tuple[Dict[str, Any], int]:
+    """The model's settings and number of types of a checkpoint of ours or of fairseq's moe branch,
+    by its path as fairseq-eval-lm's --path. Weights stay on disk."""
+    from .. import branch_checkpoint, compat
+
+    branch = branch_checkpoint.find(str(path))
+    file = Path(branch.shared) if branch else path
+    if not file.is_file():
+        raise UserError(f"--path {path}: no such checkpoint")
+    state = compat.load_weights_only(str(file), mmap=True)
+    settings = branch_checkpoint.flat_settings(state)
+    embedding = state.get("model", {}).get("decoder.embed_tokens.weight")
+    if embedding is None or "decoder_embed_dim" not in settings:
+        raise UserError(f"--path {path}: not a language model of this package or of the branch")
+    return dict(settings), embedding.size(0)
+
+
+def shape_of(settings: Mapping[str, Any], types: int) -> cost.Shape:
+    """The shape of a model with the settings (names of config.py; those that stock's models and
+    the branch lack are taken as off)."""
+    return cost.Shape(
+        layers=settings["decoder_layers"],
+        dim=settings["decoder_embed_dim"],
+        ffn_dim=settings["decoder_ffn_embed_dim"],
+        types=types,
+        moe_freq=settings.get("moe_freq") or 0,
+        experts=settings.get("moe_expert_count") or 0,
+        top_k=1 if settings.get("moe_top1_expert") else 2,
+        expert_ffn_dim=settings.get("moe_expert_ffn_dim") or None,
+        alternate_ffn_dim=settings.get("alternate_decoder_ffn_embed_dim") or 0,
+        tied=bool(settings.get("share_decoder_input_output_embed")),
+    )
+
+
+def costs(args: Namespace, shape: cost.Shape, context: int, dropout: bool) -> Dict[str, Any]:
+    """Everything that the command prints, as numbers: parameters, FLOPs and bytes."""
+    parameters = cost.parameters(shape)
+    found: Dict[str, Any] = {
+        "parameters": {
+            "total": parameters.total,
+            "shared": parameters.shared,
+            "expert": parameters.expert,
+            "active": parameters.active,
+        },
+        "context": context,
+        "tokens": args.tokens,
+    }
+    for name, recompute in (("plain", False), ("recompute", True)):
+        flops = cost.training_flops_per_token(shape, context, recompute)
+        memory = cost.memory_per_device(
+            shape,
+            args.batch_size * context,
+            world_size=args.world_size,
+            precision=args.precision,
+            optimizer=args.optimizer,
+            sharding=args.sharding,
+            recompute=recompute,
+            dropout=dropout,
+        )
+        found[name] = {
+            "flops_per_token": flops,
+            "zflops": flops * args.tokens / 1e21,
+            "bytes_per_device": {**memory._asdict(), "total": memory.total},
+        }
+    return found
+
+
+def _table(found: Dict[str, Any]) -> List[List[str]]:
+    plain, again = found["plain"], found["recompute"]
+    rows = [["", "plain", "recomputing"]]
+    for name, value in found["parameters"].items():
+        rows.append([f"parameters, {name}", f"{value:,}", f"{value:,}"])
+    for label, key, digits in (
+        ("GFLOPs a token", "flops_per_token", 1e9),
+        (f"ZFLOPs of {found['tokens']:.3g} tokens", "zflops", 1),
+    ):
+        rows.append([label, f"{plain[key] / digits:,.4g}", f"{again[key] / digits:,.4g}"])
+    for name in plain["bytes_per_device"]:
+        rows.append(
+            [
+                f"GB a device, {name}",
+                f"{plain['bytes_per_device'][name] / 1e9:,.2f}",
+                f"{again['bytes_per_device'][name] / 1e9:,.2f}",
+            ]
+        )
+    return rows
+
+
+_TABLE_1 = ("model", "parameters", "experts", "layers", "hidden", "heads", "ZFLOPs")
+
+
+def table_1() -> List[List[str]]:
+    """The paper's Table 1, computed: parameters with 51,200 types, ZFLOPs of 300e9 tokens with
+    activation recomputation and 50,000 types, by which the printed figures come out."""
+    rows = []
+    for row in paper.TABLE_1:
+        shape = cost.Shape(
+            row.layers,
+            row.dim,
+            4 * row.dim,
+            types=51_200,
+            moe_freq=2 if row.experts else 0,
+            experts=row.experts,
+        )
+        flops = cost.training_flops_per_token(
+            shape._replace(types=paper.TYPES_OF_TABLE_1), paper.CONTEXT, recompute=True
+        )
+        rows.append(
+            [
+                row.name,
+                f"{cost.parameters(shape).total:,}",
+                str(row.experts or ""),
+                str(row.layers),
+                str(row.dim),
+                str(row.heads),
+                f"{paper.TOKENS * flops / 1e21:.2f}",
+            ]
+        )
+    return rows
+
+
+def _form(args: Namespace, value: Any, rows: Sequence[Sequence[str]]) -> str:
+    if args.json:
+        return json.dumps(value, indent=1)
+    return markdown(rows) if args.markdown else plain(rows)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first row is its head, the first column text, the others numbers."""
+    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
+    rule = "|---" + "|---:" * (len(rows[0]) - 1) + "|"
+    return "\n".join([head, rule, *body])
+
+
+def plain(rows: Sequence[Sequence[str]]) -> str:
+    """A table in fixed width, likewise."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        row[0].ljust(widths[0]) + "".join(c.rjust(w + 2) for c, w in zip(row[1:], widths[1:]))
+        for row in rows
+    )

@@ -1,0 +1,85 @@
+"""The speed-up factor: how many times less compute one family of models needs (Artetxe et al. 2021,
+section 4). Numbers in, numbers out."""
+
+import math
+from typing import List, NamedTuple, Optional, Sequence, Tuple
+
+from ..errors import UserError
+
+Points = Sequence[Tuple[float, float]]  # (training cost, performance) of each model of a family
+
+
+class Factor(NamedTuple):
+    """A point of the paper's figure 1."""
+
+    performance: float
+    dense_cost: float
+    moe_cost: float
+
+    @property
+    def factor(self) -> float:
+        """How many times more compute the dense family needs for the same performance."""
+        return self.dense_cost / self.moe_cost
+
+
+def cost_to_reach(points: Points, performance: float) -> Optional[float]:
+    """Training cost c(t) that a family needs to reach performance t; None outside what it showed.
+
+    Between the two neighbouring models that have t between them, ln c is linear in t:
+    c(t) = exp(ln c_lo + r (ln c_hi - ln c_lo)), r = (t - t_lo) / (t_hi - t_lo). Where several pairs
+    have (a larger model was worse), the cheapest counts. No extrapolation.
+    """
+    ordered = sorted(points)
+    for cost, reached in ordered[:1]:
+        if reached == performance:
+            return cost
+    for (low_cost, low), (high_cost, high) in zip(ordered, ordered[1:]):
+        if high == performance:
+            return high_cost
+        if min(low, high) <= performance <= max(low, high):
+            r = (performance - low) / (high - low)
+            return math.exp(math.log(low_cost) + r * math.log(high_cost / low_cost))
+    return None
+
+
+def speedup_factors(dense: Points, moe: Points) -> List[Factor]:
+    """A factor for every observed performance of either family that the other reaches too, in
+    order of the dense cost. Empty when the families do not overlap.
+
+    Raises UserError for a family of one point (nothing to interpolate) or a cost that is no cost.
+    """
+    for name, points in (("dense", dense), ("MoE", moe)):
+        if len(points) < 2:
+            raise UserError(
+                f"the {name} family has {len(points)} point{'s' * (len(points) != 1)}: a speed-up "
+                "factor is interpolated between at least two; train another size"
+            )
+        for cost, performance in points:
+            if not 0 < cost < math.inf or not math.isfinite(performance):
+                raise UserError(
+                    f"the {name} family has a point of cost {cost}, performance {performance}: "
+                    "give costs above 0 and finite numbers"
+                )
+    found = set()
+    for performance in {t for _, t in [*dense, *moe]}:
+        a, b = cost_to_reach(dense, performance), cost_to_reach(moe, performance)
+        if a is not None and b is not None:
+            found.add(Factor(performance, a, b))
+    return sorted(found, key=lambda factor: factor.dense_cost)
+
+
+def overlap(dense: Points, moe: Points) -> str:
+    """What to say of two families: the range of performance that both show, or that there is
+    none."""
+    low = max(min(t for _, t in points) for points in (dense, moe))
+    high = min(max(t for _, t in points) for points in (dense, moe))
+    if low > high:
+        return (
+            f"no overlap: dense models reach {_range(dense)}, MoE models {_range(moe)}, and "
+            "nothing is extrapolated; train larger dense or smaller MoE models"
+        )
+    return f"{low:.2f} to {high:.2f}"
+
+
+def _range(points: Points) -> str:
+    return f"{min(t for _, t in points):.2f} to {max(t for _, t in points):.2f}"

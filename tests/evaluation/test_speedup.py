@@ -1,0 +1,67 @@
+"""The speed-up factor against the paper's figures and against hand-computed cases."""
+
+import math
+
+import pytest
+
+from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.evaluation import paper
+from fairseq_moe_ext.evaluation.speedup import cost_to_reach, overlap, speedup_factors
+
+# paper.md, "Speed-up factor": perplexities of figure 2, factors of figure 1
+DENSE_COST = [0.36, 1.06, 3.57, 7.08, 17.12, 32.67]
+MOE_COST = [0.43, 1.30, 4.53, 22.27]
+PERPLEXITY = {
+    "in_domain": (
+        [20.63, 15.13, 12.46, 10.90, 9.81, 8.96],
+        [12.56, 9.58, 8.74, 6.79],
+        [(3.4, 7.9), (7.1, 8.9), (17.1, 14.4), (20.4, 15.8), (32.7, 10.0)],
+    ),
+    "out_of_domain": (
+        [21.21, 15.48, 12.36, 10.97, 10.04, 9.37],
+        [13.96, 11.39, 10.27, 9.09],
+        [(1.9, 4.4), (3.6, 4.2), (7.1, 3.4), (17.1, 2.75), (32.7, 2.2)],
+    ),
+}
+
+
+@pytest.mark.parametrize("where", PERPLEXITY)
+def test_figure_2_gives_figure_1(where):
+    dense, moe, printed = PERPLEXITY[where]
+    found = speedup_factors(list(zip(DENSE_COST, dense)), list(zip(MOE_COST, moe)))
+    for cost, factor in printed:
+        nearest = min(found, key=lambda f: abs(math.log(f.dense_cost / cost)))
+        assert nearest.dense_cost == pytest.approx(cost, rel=0.04)
+        assert nearest.factor == pytest.approx(factor, rel=0.04)
+    assert paper.FIGURE_2[where] == {"dense": dense, "moe": moe}
+    assert paper.FIGURE_1[where] == printed
+    assert (paper.DENSE_ZFLOPS, paper.MOE_ZFLOPS) == (DENSE_COST, MOE_COST)
+
+
+def test_half_way_in_performance_is_half_way_in_the_logarithm_of_cost():
+    family = [(1.0, 30.0), (100.0, 10.0)]
+    assert cost_to_reach(family, 20.0) == pytest.approx(10.0)
+    assert cost_to_reach(family, 30.0) == 1.0 and cost_to_reach(family, 10.0) == 100.0
+    assert cost_to_reach(family, 9.9) is None and cost_to_reach(family, 30.1) is None
+    assert cost_to_reach([(1.0, 50.0), (100.0, 70.0)], 60.0) == pytest.approx(10.0), "accuracy"
+
+
+def test_a_larger_model_that_is_worse_costs_no_one_anything():
+    assert cost_to_reach([(1, 30.0), (4, 10.0), (16, 20.0), (64, 5.0)], 20.0) == pytest.approx(2.0)
+
+
+def test_a_point_for_every_observation_inside_the_overlap():
+    found = speedup_factors([(1, 30.0), (4, 20.0), (16, 10.0)], [(1, 20.0), (4, 5.0)])
+    assert [(f.performance, f.dense_cost) for f in found] == [(20.0, 4), (10.0, 16)]
+    assert found[0].factor == 4
+    assert found[1].factor == pytest.approx(16 / 4 ** (2 / 3))
+
+
+def test_too_few_points_and_no_overlap():
+    with pytest.raises(UserError, match="MoE family has 1 point: .* at least two"):
+        speedup_factors([(1, 3.0), (2, 2.0)], [(1, 2.0)])
+    with pytest.raises(UserError, match="cost 0, performance"):
+        speedup_factors([(0, 3.0), (2, 2.0)], [(1, 2.0), (2, 1.0)])
+    assert speedup_factors([(1, 9.0), (2, 8.0)], [(1, 7.0), (2, 6.0)]) == []
+    words = overlap([(1, 9.0), (2, 8.0)], [(1, 7.0), (2, 6.0)])
+    assert words.startswith("no overlap: dense models reach 8.00 to 9.00, MoE models 6.00 to 7.00")
