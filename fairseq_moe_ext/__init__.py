@@ -12,6 +12,7 @@
     checkpoint.py  saving and loading experts on any number of processes
     criterions/    cross-entropy with the gates' losses
     tasks/         language modelling over a mixture of corpora
+    optim.py       fairseq's Adam, fused
     prepare/       text to data-bins
     cost.py        parameters and FLOPs
     evaluation/    what trained models are asked: expert use, reports
@@ -24,7 +25,7 @@ from . import compat
 
 compat.apply()  # before anything imports fairseq
 
-from . import branch_checkpoint, checkpoint, distributed_training  # noqa: E402
+from . import branch_checkpoint, checkpoint, distributed_training, optim  # noqa: E402, F401
 from .criterions import moe_cross_entropy  # noqa: E402, F401
 from .models import architectures, language_model  # noqa: E402, F401
 from .tasks import mixture_language_modeling  # noqa: E402, F401

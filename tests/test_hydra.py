@@ -35,6 +35,7 @@ from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.models.architectures import ARCHITECTURES
 from fairseq_moe_ext.models.language_model import MODEL_NAME
 from fairseq_moe_ext.moe.layer import MoELayer
+from fairseq_moe_ext.optim import FusedAdamConfig
 from fairseq_moe_ext.tasks.mixture_language_modeling import MixtureLanguageModelingConfig
 
 pytestmark = [  # fairseq leans on these, and Hydra says that they will go
@@ -66,6 +67,11 @@ OPTIONS = {
     "optimizer/adam": (
         "adam",
         FairseqAdamConfig,
+        {"adam_betas": "(0.9, 0.98)", "adam_eps": 1e-8, "weight_decay": 0.01},
+    ),
+    "optimizer/fused_adam": (
+        "fused_adam",
+        FusedAdamConfig,
         {"adam_betas": "(0.9, 0.98)", "adam_eps": 1e-8, "weight_decay": 0.01},
     ),
     "lr_scheduler/polynomial_decay": ("polynomial_decay", PolynomialDecayLRScheduleConfig, {}),

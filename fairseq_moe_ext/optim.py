@@ -1,0 +1,76 @@
+"""fairseq's Adam in one pass over memory (`--optimizer fused_adam`).
+
+fairseq's `adam` without Apex is a Python loop of some ten operations a parameter, each of which
+reads and writes tensors of the parameter's size. PyTorch's fused AdamW does it in one.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, Optional
+
+import torch
+from fairseq.optim import FairseqOptimizer, register_optimizer
+from fairseq.optim.adam import FairseqAdam, FairseqAdamConfig
+from torch import Tensor
+
+from .errors import UserError
+
+
+@dataclass
+class FusedAdamConfig(FairseqAdamConfig):
+    """The flags of fairseq's adam."""
+
+
+@register_optimizer("fused_adam", dataclass=FusedAdamConfig)
+class FairseqFusedAdam(FairseqAdam):
+    """fairseq's adam (fairseq/optim/adam.py@0.12.2), the same to rounding and with the same state:
+    a run may be continued with either."""
+
+    def __init__(self, cfg: FusedAdamConfig, params) -> None:
+        FairseqOptimizer.__init__(self, cfg)
+        for flag in ("use_old_adam", "fp16_adam_stats"):
+            if getattr(cfg, flag):
+                raise UserError(
+                    f"--{flag.replace('_', '-')} belongs to --optimizer adam: drop it, or use that"
+                )
+        self._optimizer = FusedAdam(params, **self.optimizer_config)
+
+
+class FusedAdam(torch.optim.AdamW):
+    """PyTorch's fused AdamW with fairseq's place of epsilon and fairseq's state: `step` a whole
+    number, `exp_avg`, `exp_avg_sq`."""
+
+    supports_flat_params = True
+    supports_memory_efficient_fp16 = False  # its averages would be float16, too
+
+    def __init__(self, params, lr: float, betas, eps: float, weight_decay: float) -> None:
+        super().__init__(params, lr, tuple(betas), eps, weight_decay, fused=True)
+
+    @torch.no_grad()
+    def step(self, closure: Optional[Callable[[], Tensor]] = None) -> Optional[Tensor]:
+        """PyTorch adds epsilon to sqrt(v / (1 - beta2^t)), fairseq to sqrt(v) and divides after:
+        the same with another epsilon, which depends on the step t. A group's parameters share t."""
+        given = [group["eps"] for group in self.param_groups]
+        for group in self.param_groups:
+            steps = [self.state[p]["step"] for p in group["params"] if p in self.state]
+            step = 1 + (int(steps[0]) if steps else 0)
+            group["eps"] /= math.sqrt(1 - group["betas"][1] ** step)
+        try:
+            return super().step(closure)
+        finally:
+            for group, eps in zip(self.param_groups, given):
+                group["eps"] = eps
+
+    def state_dict(self) -> Dict[str, Any]:
+        """As fairseq's adam writes it."""
+        state = super().state_dict()
+        state["state"] = {
+            index: {**entry, "step": int(entry["step"])} if "step" in entry else entry
+            for index, entry in state["state"].items()
+        }
+        return state
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        for group in state["param_groups"]:  # fairseq's adam does not know the word
+            group["fused"] = True
+        super().__setstate__(state)

@@ -1,0 +1,62 @@
+"""fused_adam against fairseq's adam: parameters, state, and going from one to the other."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fairseq.optim.adam import FairseqAdam
+from omegaconf import OmegaConf
+
+from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.optim import FairseqFusedAdam
+
+
+def make(kind, seed=0, **flags):
+    torch.manual_seed(seed)
+    params = [torch.nn.Parameter(torch.randn(*shape)) for shape in [(3, 5), (7,), (2, 3, 4)]]
+    cfg = {"adam_betas": "(0.9, 0.98)", "adam_eps": 1e-3, "weight_decay": 0.1, "lr": [0.01]}
+    cfg.update(use_old_adam=False, fp16_adam_stats=False, tpu=False, **flags)
+    return params, kind(OmegaConf.create(cfg), params)
+
+
+def walk(params, optimizer, seeds):
+    for seed in seeds:
+        torch.manual_seed(seed)
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    return params
+
+
+def assert_equal(ours, theirs):
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
+
+
+def test_steps_are_those_of_fairseqs_adam():
+    # With an epsilon this large its place shows.
+    ours, stock = make(FairseqFusedAdam), make(FairseqAdam)
+    assert_equal(walk(*ours, range(6)), walk(*stock, range(6)))
+    assert ours[1].optimizer.param_groups[0]["eps"] == 1e-3
+
+
+@pytest.mark.parametrize(
+    "first, second", [(FairseqAdam, FairseqFusedAdam), (FairseqFusedAdam, FairseqAdam)]
+)
+def test_a_run_goes_on_with_either(first, second):
+    whole = walk(*make(FairseqAdam), range(6))
+    params, optimizer = make(first)
+    walk(params, optimizer, range(3))
+    state = optimizer.state_dict()
+    assert state["state"][0]["step"] == 3 and isinstance(state["state"][0]["step"], int)
+    others, other = make(second, seed=1)
+    for a, b in zip(others, params):
+        a.data.copy_(b.data)
+    other.load_state_dict(state)
+    assert_equal(walk(others, other, range(3, 6)), whole)
+
+
+def test_flags_of_adam_alone_are_refused():
+    with pytest.raises(UserError, match="--fp16-adam-stats belongs to --optimizer adam"):
+        cfg = SimpleNamespace(use_old_adam=False, fp16_adam_stats=True)
+        FairseqFusedAdam(cfg, [])
