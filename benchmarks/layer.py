@@ -1,0 +1,344 @@
+"""One MoE layer, forward and backward, against a dense FFN on as many tokens as are routed, the
+floor that the weights' bytes set, and other people's layers; at evaluation against a plain loop.
+
+    python benchmarks/layer.py [--rows 0 1 2]      the shapes of the table, by number
+    python benchmarks/layer.py --gpu               the paper's shapes, bfloat16, on a CUDA device
+
+float32, 2 threads, top-2, gelu, biases. Results go to benchmarks/results/layer.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: large tensors in pages of 2 MB
+
+import tempfile  # noqa: E402
+from typing import Callable, Dict, NamedTuple, Optional  # noqa: E402
+from unittest import mock  # noqa: E402
+
+import measure  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from fairseq_moe_ext.moe import layer as layer_module  # noqa: E402
+from fairseq_moe_ext.moe.gate import GateSettings  # noqa: E402
+from fairseq_moe_ext.moe.layer import MoELayer  # noqa: E402
+
+
+class Shape(NamedTuple):
+    tokens: int  # S
+    experts: int  # E
+    dim: int  # M
+    hidden: int  # F
+    target: Optional[float] = None  # times the dense FFN's time; None: 1.3 of the floor
+
+
+SHAPES = [
+    Shape(4096, 8, 512, 2048, 1.08),
+    Shape(2048, 8, 256, 1024, 1.15),
+    Shape(4096, 64, 512, 2048, 1.40),
+    Shape(2048, 64, 256, 1024, 1.60),
+    Shape(4096, 128, 256, 1024, 1.70),
+    Shape(2048, 512, 256, 1024),
+]
+# Model and hidden widths of the 15B, 52B and 207B models (paper, table 1). Not yet run: no GPU.
+GPU_SHAPES = [
+    Shape(tokens, experts, dim, 4 * dim)
+    for dim in (768, 1024, 2048)
+    for experts in (8, 64, 512)
+    for tokens in (8192, 32768)
+]
+
+
+def dense_ffn(shape: Shape) -> nn.Sequential:
+    """The dense layer that every time is a multiple of."""
+    return nn.Sequential(
+        nn.Linear(shape.dim, shape.hidden), nn.GELU(), nn.Linear(shape.hidden, shape.dim)
+    )
+
+
+def ours(shape: Shape, dropless: bool) -> MoELayer:
+    """Capacity factor 2, or dropless."""
+    settings = GateSettings(second_expert_policy="all", dropless=dropless)
+    return MoELayer(shape.dim, shape.hidden, shape.experts, settings)
+
+
+class OneHotLayer(nn.Module):
+    """GShard's formulation (arXiv 2006.16668, algorithm 1): dispatch and combine as products with
+    a tensor of S x E x C. What this project avoids, written out to be measured."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.moe = ours(shape, dropless=False)  # its gate and weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, experts = self.moe.gate, self.moe.experts
+        capacity = gate.capacity(len(x))
+        _, routing = gate(x, capacity)
+        chosen = F.one_hot(routing.experts, gate.wg.out_features).to(x)  # (S, K, E)
+        slot = F.one_hot(routing.slots.clamp(max=capacity - 1), capacity).to(x)  # (S, K, C)
+        combine = torch.einsum("ske,skc,sk->sec", chosen, slot, routing.weights)
+        rows = torch.einsum("sec,sm->ecm", (combine > 0).to(x), x)
+        fc1, fc2 = experts.fc1, experts.fc2
+        hidden = F.gelu(torch.baddbmm(fc1.bias[:, None], rows, fc1.weight.mT))
+        rows = torch.baddbmm(fc2.bias[:, None], hidden, fc2.weight.mT)
+        return torch.einsum("sec,ecm->sm", combine, rows)
+
+
+def fairscale_layer(shape: Shape) -> nn.Module:
+    """fairscale's MOELayer; it wants a process group and an axis of groups."""
+    from fairscale.nn.moe import MOELayer, Top2Gate
+
+    experts = nn.ModuleList(dense_ffn(shape) for _ in range(shape.experts))
+    layer = MOELayer(Top2Gate(shape.dim, shape.experts), experts)
+
+    class Grouped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x.view(shape.experts, -1, shape.dim)).view_as(x)
+
+    return Grouped()
+
+
+def mixtral_layer(shape: Shape) -> Optional[nn.Module]:
+    """transformers' block. Its experts have three matrices and no biases; F is two thirds of ours,
+    which makes the same FLOPs. None where transformers is not installed."""
+    try:
+        from transformers import MixtralConfig
+        from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+    except ImportError:
+        return None
+    config = MixtralConfig(
+        hidden_size=shape.dim,
+        intermediate_size=2 * shape.hidden // 3,
+        num_local_experts=shape.experts,
+        num_experts_per_tok=2,
+        hidden_act="gelu",
+    )
+    block = MixtralSparseMoeBlock(config)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.02)
+
+    class Batched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.block(x.unsqueeze(0))
+            return (out[0] if isinstance(out, tuple) else out).view_as(x)
+
+    return Batched()
+
+
+def megablocks_layer(shape: Shape) -> Optional[nn.Module]:
+    """MegaBlocks' dropless layer; None where it is not installed. Not yet run: no GPU."""
+    try:
+        from megablocks.layers.arguments import Arguments
+        from megablocks.layers.dmoe import dMoE
+    except ImportError:
+        return None
+    arguments = Arguments(
+        hidden_size=shape.dim,
+        ffn_hidden_size=shape.hidden,
+        moe_num_experts=shape.experts,
+        moe_top_k=2,
+        mlp_impl="grouped",
+        bf16=True,
+    )
+    block = dMoE(arguments)
+
+    class Batched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(x.unsqueeze(0))[0].view_as(x)
+
+    return Batched()
+
+
+def step(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
+    """Forward and backward; the gradients are new each time, as in training."""
+
+    def run() -> None:
+        layer.zero_grad(set_to_none=True)
+        x.grad = None
+        out = layer(x)
+        if isinstance(layer, MoELayer):
+            torch.autograd.backward([out.out, out.balance_loss], [grad, None])
+        else:
+            out.backward(grad)
+
+    return run
+
+
+def plain_loop(layer: MoELayer, x: Tensor) -> Tensor:
+    """Evaluation as it is often written: for each expert, ask each token by .item() whether it is
+    the expert's, then compute those together."""
+    _, routing = layer.gate(x, None)
+    out = torch.zeros_like(x)
+    fc1, fc2 = layer.experts.fc1, layer.experts.fc2
+    for expert in range(layer.gate.wg.out_features):
+        for choice in range(2):
+            column = routing.experts[:, choice]
+            tokens = [t for t in range(len(x)) if column[t].item() == expert]
+            if tokens:
+                hidden = F.gelu(F.linear(x[tokens], fc1.weight[expert], fc1.bias[expert]))
+                y = F.linear(hidden, fc2.weight[expert], fc2.bias[expert])
+                out[tokens] += routing.weights[tokens, choice].unsqueeze(1) * y
+    return out
+
+
+def weight_bytes(layer: nn.Module) -> int:
+    """Bytes of a layer's parameters."""
+    return sum(p.numel() * p.element_size() for p in layer.parameters())
+
+
+def training(shape: Shape, rounds: int, peers: bool, like: Tensor) -> Dict[str, object]:
+    """Forward and backward of everything on one shape, in turn. `like` gives dtype and device."""
+    torch.manual_seed(0)
+    options = {"dtype": like.dtype, "device": like.device}
+    x = torch.randn(shape.tokens, shape.dim, **options).requires_grad_()
+    many = torch.randn(2 * shape.tokens, shape.dim, **options).requires_grad_()
+    grad = torch.randn(2 * shape.tokens, shape.dim, **options)
+    layers: Dict[str, Optional[nn.Module]] = {
+        "dense": dense_ffn(shape),
+        "capacity": ours(shape, dropless=False),
+        "dropless": ours(shape, dropless=True),
+    }
+    if peers:
+        layers["one-hot"] = OneHotLayer(shape)
+        layers["transformers"] = mixtral_layer(shape)
+        if like.is_cuda:
+            layers["megablocks"] = megablocks_layer(shape)
+        else:
+            layers["fairscale"] = fairscale_layer(shape)
+    layers = {name: layer.to(like) for name, layer in layers.items() if layer is not None}
+    cases = {
+        name: step(layer, *((many, grad) if name == "dense" else (x, grad[: shape.tokens])))
+        for name, layer in layers.items()
+    }
+    bandwidth = measure.copy_bandwidth(like.device.type)
+    seconds = measure.in_turn(cases, rounds, warmup=1)
+    dense = measure.median(seconds["dense"])
+    memory = {}
+    for name in ("dense", "capacity", "dropless"):
+        for layer in layers.values():
+            layer.zero_grad(set_to_none=True)
+        memory[name] = measure.peak_memory(cases[name]) - weight_bytes(layers[name])
+    expert_bytes = weight_bytes(layers["capacity"].experts)
+    return {
+        **shape._asdict(),
+        "copy_gb_per_s": bandwidth / 1e9,
+        "dense_ms": 1e3 * dense,
+        "floor": 1 + 3 * expert_bytes / bandwidth / dense,
+        "times": {name: measure.ratio(seconds, name, "dense") for name in cases},
+        "memory": {name: memory[name] / memory["dense"] for name in ("capacity", "dropless")},
+        "dense_gflop_per_s": 12 * len(many) * shape.dim * shape.hidden / dense / 1e9,
+    }
+
+
+def evaluation(shape: Shape, rounds: int) -> Dict[str, float]:
+    """Forward without gradients: dropless and the plain loop against capacity evaluation, and the
+    share of a training step that the routing figures take."""
+    torch.manual_seed(0)
+    x = torch.randn(shape.tokens, shape.dim)
+    capacity, dropless = ours(shape, False).eval(), ours(shape, True).eval()
+    with torch.no_grad():
+        seconds = measure.in_turn(
+            {
+                "capacity": lambda: capacity(x),
+                "dropless": lambda: dropless(x),
+                "loop": lambda: plain_loop(dropless, x),
+            },
+            rounds,
+            warmup=1,
+        )
+    plain = step(capacity.train(), x, torch.randn_like(x))
+
+    def without() -> None:
+        with mock.patch.object(layer_module, "routing_stats", lambda routing, pool: {}):
+            plain()
+
+    both = measure.in_turn({"with": plain, "without": without}, 3 * rounds)
+    return {
+        "dropless_to_capacity": measure.ratio(seconds, "dropless", "capacity"),
+        "loop_to_dropless": measure.ratio(seconds, "loop", "dropless"),
+        "statistics_share": 1 - measure.ratio(both, "without", "with"),
+    }
+
+
+def table(name: str, rows: Dict[str, Dict]) -> None:
+    """Write and print what has been measured so far."""
+    peers = ["fairscale", "one-hot", "transformers", "megablocks"]
+    heads = ["S, E, M, F", "dense, ms", "floor", "at most", "capacity", "dropless", "x floor"]
+    heads += [*peers, "memory", "eval dropless/capacity", "eval loop/dropless", "statistics"]
+    lines = []
+    for key, row in rows.items():
+        times, eval_row = row["times"], row.get("evaluation", {})
+        worst = max(times["capacity"], times["dropless"])
+        limit = row["target"] or 1.3 * row["floor"]
+        lines.append(
+            [key, f"{row['dense_ms']:.0f}", f"{row['floor']:.2f}", f"{limit:.2f}"]
+            + [f"{times[ours]:.2f}" for ours in ("capacity", "dropless")]
+            + [f"{worst / row['floor']:.2f}"]
+            + [f"{times[peer]:.2f}" if peer in times else "-" for peer in peers]
+            + [f"{max(row['memory'].values()):.2f}"]
+            + [
+                f"{eval_row[figure]:.2f}" if figure in eval_row else "-"
+                for figure in ("dropless_to_capacity", "loop_to_dropless")
+            ]
+            + [f"{eval_row['statistics_share']:.1%}" if eval_row else "-"]
+        )
+    title = (
+        "One MoE layer, forward and backward, as multiples of the time of a dense FFN on as many "
+        "tokens as are routed (`make benchmark`). Floor: dense time plus the experts' bytes, read "
+        "twice and their gradient written once, over the copy bandwidth (bytes read and written) "
+        "of the same run. Memory: peak of new tensors beyond the gradients, over the dense FFN's. "
+        "statistics: their share of this layer's step alone."
+    )
+    measure.keep_table(name, title, heads, lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--rows", type=int, nargs="+", help="numbers of shapes; default: all")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-peers", action="store_true", help="only our layer and the dense one")
+    parser.add_argument("--gpu", action="store_true", help="the paper's shapes on a CUDA device")
+    args = parser.parse_args()
+    if args.gpu and not torch.cuda.is_available():
+        parser.exit(1, "--gpu: this machine has no CUDA device\n")
+    torch.set_num_threads(2)
+    shapes = GPU_SHAPES if args.gpu else SHAPES
+    like = torch.empty(
+        0,
+        dtype=torch.bfloat16 if args.gpu else torch.float32,
+        device="cuda" if args.gpu else "cpu",
+    )
+    name = "layer_gpu" if args.gpu else "layer"
+    with tempfile.NamedTemporaryFile() as store:
+        dist.init_process_group("gloo", init_method=f"file://{store.name}.d", rank=0, world_size=1)
+        for number in args.rows if args.rows is not None else range(len(shapes)):
+            shape = shapes[number]
+            key = ", ".join(map(str, shape[:4]))
+            print(f"S, E, M, F = {key}", flush=True)
+            row = training(shape, args.rounds, not args.no_peers, like)
+            if not args.gpu:
+                row["evaluation"] = evaluation(shape, min(args.rounds, 3))
+            rows = measure.keep(name, {key: row})
+        dist.destroy_process_group()
+    table(name, rows)
+
+
+if __name__ == "__main__":
+    main()
