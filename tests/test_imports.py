@@ -35,6 +35,7 @@ ALLOWED = {
     "criterions": {"criterions", "moe.stats"},
     "tasks": {"tasks", "data_bin"},
     "prepare": {"prepare", "data_bin"},
+    "study": {"cost", "data_bin", "evaluation", "study"},
     "evaluation": {
         "branch_checkpoint",
         "compat",

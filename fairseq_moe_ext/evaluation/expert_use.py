@@ -157,14 +157,18 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    text = json.dumps(found, indent=1) + "\n"
     if args.json is None:
-        sys.stdout.write(text)
+        sys.stdout.write(json.dumps(found, indent=1) + "\n")
     else:
-        partial = args.json.with_name(args.json.name + ".partial")
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, args.json)
+        write_json(args.json, found)
     return 0
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write under a temporary name, then rename it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,8 @@ def log_ticks(low: float, high: float) -> List[float]:
 
 def short(value: float) -> str:
     """A number as an axis shows it: 1500000 -> 1.5M, 0.25 -> 0.25, 3.0 -> 3."""
+    if abs(value) >= 1e15:
+        return f"{value:.3g}".replace("e+", "e")
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{letter}"
@@ -94,6 +96,13 @@ def legend(labels: Sequence[str], styles: Sequence[int]) -> str:
     return f'<p class="legend">{"".join(items)}</p>'
 
 
+def standalone(svg: str, style: str) -> str:
+    """A chart as a file of its own, with the style sheet that a page would give it."""
+    opening, rest = svg.split(">", 1)
+    opening = opening.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    return f"{opening}><style>{escape(style)}</style>{rest}"
+
+
 def line_chart(
     title: str,
     series: Sequence[Series],
@@ -104,16 +113,24 @@ def line_chart(
     zero_line: bool = False,
     y_range: Optional[Tuple[float, float]] = None,
     percent: bool = False,
+    log_x: bool = False,
 ) -> str:
     """A chart of lines over one x axis, as an SVG string.
 
-    Points that are not finite (or not above 0 with log_y) are left out. Without any point the
-    chart says so. `zero_line` includes y = 0 and draws it; `y_range` fixes the axis, so that
-    charts of a grid can be compared; `percent` prints y ticks with a sign and %.
+    Points that are not finite (or not above 0 on a logarithmic axis) are left out. Without any
+    point the chart says so. `zero_line` includes y = 0 and draws it; `y_range` fixes the axis, so
+    that charts of a grid can be compared; `percent` prints y ticks with a sign and %.
     """
     height, left, right, top, bottom = 232, 50, 14, 30, 42
     clean = [
-        (one, [(x, y) for x, y in one.points if math.isfinite(y) and (y > 0 or not log_y)])
+        (
+            one,
+            [
+                (x, y)
+                for x, y in one.points
+                if math.isfinite(y) and (y > 0 or not log_y) and (x > 0 or not log_x)
+            ],
+        )
         for one in series
     ]
     every = [point for _, points in clean for point in points]
@@ -127,6 +144,8 @@ def line_chart(
         return "".join(parts)
 
     x_low, x_high = min(0.0, min(x for x, _ in every)), max(x for x, _ in every) or 1.0
+    if log_x:
+        x_low, x_high = min(x for x, _ in every) / 1.15, x_high * 1.15
     y_low, y_high = y_range or (min(y for _, y in every), max(y for _, y in every))
     if zero_line:
         y_low, y_high = min(y_low, 0.0), max(y_high, 0.0)
@@ -139,7 +158,10 @@ def line_chart(
     right_edge, base = WIDTH - right, height - bottom
 
     def across(x: float) -> float:
-        return left + (x - x_low) / (x_high - x_low) * (right_edge - left)
+        share = (x - x_low) / (x_high - x_low)
+        if log_x:
+            share = math.log(x / x_low) / math.log(x_high / x_low)
+        return left + share * (right_edge - left)
 
     def up(y: float) -> float:
         if log_y:
@@ -154,7 +176,7 @@ def line_chart(
         css = "z" if zero_line and tick == 0 else "g"
         parts.append(_line(css, left, y, right_edge, y))
         parts.append(f'<text class="e" x="{left - 6}" y="{y + 4:.1f}">{label}</text>')
-    for tick in linear_ticks(x_low, x_high, 4):
+    for tick in log_ticks(x_low, x_high)[:6] if log_x else linear_ticks(x_low, x_high, 4):
         x = across(tick)
         parts.append(_line("k", x, base, x, base + 4))
         parts.append(f'<text class="c" x="{x:.1f}" y="{base + 17}">{short(tick)}</text>')

@@ -1,0 +1,359 @@
+"""`fairseq-moe evaluate`: perplexity of one model on many test sets, with one load of the model.
+
+The paper's protocol (blocks): a set's text is cut into blocks of `context` tokens, each scored on
+its own, as fairseq-eval-lm does. The other (sliding): each token is scored with at least
+`context - stride` tokens before it.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import data_bin
+from ..errors import UserError
+from .cost_table import markdown, plain
+from .expert_use import _task, write_json
+
+_LOGITS = 2**24  # that exist at a time
+
+
+class Text(NamedTuple):
+    """One test set."""
+
+    name: str
+    folder: Path
+    trained: bool  # the corpus has a train split: in domain
+    tokens: Tensor  # (N,) int64
+    units: np.ndarray  # (U,) first token of each unit that the bootstrap draws
+    bytes: Optional[int]  # UTF-8, as `fairseq-moe prepare` counted; None: not known
+
+
+class Scores(NamedTuple):
+    """What one pass over a set gives."""
+
+    nll: np.ndarray  # (N,) nats
+    dropped: Optional[Tuple[float, ...]]  # share of first (and second) choices; None: no experts
+    seconds: float
+
+
+def read_texts(folders: Sequence[Path], subset: str, context: int, eos: int) -> List[Text]:
+    """The test sets below the folders, each a data-bin or a folder of data-bins. Raises UserError
+    for a set that is missing, empty or there twice."""
+    from fairseq.data import indexed_dataset
+
+    texts: Dict[str, Text] = {}
+    for data in folders:
+        corpora = data_bin.find_corpora(data)
+        having = {n: f for n, f in corpora.items() if data_bin.has_split(f, subset)}
+        if not having:
+            raise UserError(f"{data}: no data-bin {subset} in it or its folders (--subset)")
+        for name, folder in having.items():
+            name = data.name if name == data_bin.PLAIN else name
+            prefix = str(folder / subset)
+            if name in texts:
+                raise UserError(f"{folder}: a second set called {name!r}; rename its folder")
+            if indexed_dataset.infer_dataset_impl(prefix) != "mmap":
+                raise UserError(f"{prefix}.idx: not of fairseq's mmap format; prepare it again")
+            index = indexed_dataset.MMapIndexedDataset.Index(prefix + ".idx")
+            tokens = np.fromfile(prefix + ".bin", dtype=index.dtype).astype(np.int64)
+            if not len(tokens):
+                raise UserError(f"{prefix}.bin: empty; take the set out of {data}")
+            trained = data_bin.has_split(folder, "train")
+            texts[name] = Text(
+                name,
+                folder,
+                trained,
+                torch.from_numpy(tokens),
+                unit_starts(tokens, eos, context),
+                _bytes(folder, subset, len(tokens)),
+            )
+    return list(texts.values())
+
+
+def unit_starts(tokens: np.ndarray, eos: int, least: int) -> np.ndarray:
+    """Where the units of the bootstrap begin: (U,) positions, the first 0.
+
+    Documents end at a blank line (two </s>), and a document with blank lines in it looks like
+    several. So stretches are joined until a unit has at least `least` tokens: text that hangs
+    together stays so.
+    """
+    ends = np.flatnonzero((tokens[1:] == eos) & (tokens[:-1] == eos)) + 2
+    starts = [0]
+    for end in ends:
+        if end - starts[-1] >= least and end < len(tokens):
+            starts.append(int(end))
+    return np.array(starts)
+
+
+def _bytes(folder: Path, subset: str, tokens: int) -> Optional[int]:
+    path = folder.parent / "counts.json"
+    if not path.is_file():
+        return None
+    counts = json.loads(path.read_text(encoding="utf-8")).get("corpora", {})
+    counted = counts.get(folder.name, {}).get(subset, {})
+    return counted.get("bytes") if counted.get("tokens") == tokens else None
+
+
+def windows(length: int, context: int, stride: int) -> List[Tuple[int, int, int]]:
+    """(begin, end, first new) of each pass over `length` tokens: [begin, end) is at most `context`
+    tokens, and the tokens from `first new` on are scored. stride = context: blocks."""
+    found, done = [], 0
+    while done < length:
+        end = min(length, context if not done else done + stride)
+        found.append((max(0, end - context) if stride < context else done, end, done))
+        done = end
+    return found
+
+
+def score(
+    model: torch.nn.Module, text: Text, eos: int, context: int, stride: int, batch_size: int
+) -> Scores:
+    """Negative log-likelihood of every token of a set, and how many choices of experts were dropped
+    for capacity. Only windows of one length share a batch, so nothing is padding."""
+    device = next(model.parameters()).device
+    inputs = torch.cat([torch.tensor([eos]), text.tokens])  # token i is predicted from inputs[i]
+    nll = np.empty(len(text.tokens))
+    dropped: List[Tensor] = []  # of each layer and batch, (K,) times its tokens
+    positions = 0
+    started = time.monotonic()
+    spans = windows(len(text.tokens), context, stride)
+    while spans:
+        size = spans[0][1] - spans[0][0]
+        batch = [span for span in spans[:batch_size] if span[1] - span[0] == size]
+        spans = spans[len(batch) :]
+        rows = torch.stack([inputs[a:b] for a, b, _ in batch]).to(device)  # (B, L)
+        targets = torch.stack([text.tokens[a:b] for a, b, _ in batch]).to(device)
+        with torch.no_grad():
+            x, extra = model.decoder(rows, features_only=True)  # (B, L, D)
+            losses = _losses(model, x, targets).cpu().numpy()
+        for (a, b, new), row in zip(batch, losses):
+            nll[new:b] = row[new - a :]
+        positions += rows.numel()
+        for record in extra.get("moe") or []:
+            shares = [v for k, v in sorted(record.stats.items()) if k.startswith("overflow")]
+            dropped.append(torch.stack(shares).cpu() * rows.numel() / 100)
+    seconds = time.monotonic() - started
+    if not dropped:
+        return Scores(nll, None, seconds)
+    layers = len(extra["moe"])
+    lost = torch.stack(dropped).sum(0) / (positions * layers)
+    return Scores(nll, tuple(lost.tolist()), seconds)
+
+
+def _losses(model: torch.nn.Module, x: Tensor, targets: Tensor) -> Tensor:
+    """(B, L, D) and (B, L) -> (B, L) nats in float32, logits a chunk at a time."""
+    flat, goal = x.reshape(-1, x.size(-1)), targets.reshape(-1)
+    types = model.decoder.embed_tokens.num_embeddings
+    chunk = max(1, _LOGITS // types)
+    parts = [
+        F.cross_entropy(model.decoder.output_layer(a).float(), b, reduction="none")
+        for a, b in zip(flat.split(chunk), goal.split(chunk))
+    ]
+    return torch.cat(parts).view_as(targets)
+
+
+def bootstrap(nll: np.ndarray, units: np.ndarray, draws: int, seed: int = 1) -> np.ndarray:
+    """(draws,) perplexities of as many units as there are, drawn with replacement."""
+    rng = np.random.default_rng(seed)
+    sums = np.add.reduceat(nll, units)  # (U,)
+    sizes = np.diff(np.append(units, len(nll)))
+    found = np.empty(draws)
+    for i in range(draws):
+        drawn = np.bincount(rng.integers(len(units), size=len(units)), minlength=len(units))
+        found[i] = math.exp((drawn @ sums) / (drawn @ sizes))
+    return found
+
+
+def set_capacity(model: torch.nn.Module, fraction: float) -> None:
+    """From now on an expert takes ceil(fraction * tokens) of a batch; 1.0: all."""
+    for layer in model.decoder.layers:
+        moe = getattr(layer, "moe_layer", None)
+        if moe is not None:
+            moe.gate.settings = moe.gate.settings._replace(
+                dropless=False, eval_token_fraction=fraction
+            )
+
+
+def evaluate(
+    model: torch.nn.Module,
+    texts: Sequence[Text],
+    eos: int,
+    context: int,
+    stride: int,
+    batch_size: int,
+    draws: int,
+) -> Dict[str, Any]:
+    """{"sets": {name: figures}, "mean": {"in_domain", "out_of_domain", "all": figures}}; means are
+    plain means over sets, as the paper's."""
+    sets: Dict[str, Dict[str, Any]] = {}
+    drawn: Dict[str, np.ndarray] = {}
+    for i, text in enumerate(texts):
+        print(f"{i + 1}/{len(texts)} {text.name}", file=sys.stderr, flush=True)
+        scores = score(model, text, eos, context, stride, batch_size)
+        total, count = float(scores.nll.sum()), len(scores.nll)
+        drawn[text.name] = bootstrap(scores.nll, text.units, draws, seed=i + 1)
+        sets[text.name] = {
+            "in_domain": text.trained,
+            "tokens": count,
+            "perplexity": math.exp(total / count),
+            "interval": _interval(drawn[text.name]),
+            "units": len(text.units),
+            "bits_per_byte": total / math.log(2) / text.bytes if text.bytes else None,
+            "dropped": scores.dropped,
+            "tokens_per_second": count / max(scores.seconds, 1e-9),
+        }
+    means = {}
+    for label, wanted in (("in_domain", (True,)), ("out_of_domain", (False,)), ("all", (1, 0))):
+        names = [name for name, found in sets.items() if found["in_domain"] in wanted]
+        if names:
+            means[label] = {
+                "perplexity": float(np.mean([sets[name]["perplexity"] for name in names])),
+                "interval": _interval(np.mean([drawn[name] for name in names], axis=0)),
+            }
+    return {"sets": sets, "mean": means}
+
+
+def _interval(draws: np.ndarray) -> List[float]:
+    return [float(x) for x in np.percentile(draws, [2.5, 97.5])]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Perplexity of a model on every test set of the given folders."
+    parser.add_argument("data", type=Path, nargs="+", help="data-bins, or folders of data-bins")
+    parser.add_argument("--path", type=Path, required=True, help="checkpoint, as fairseq-eval-lm's")
+    parser.add_argument("--subset", default="test", help="split to read (default: test)")
+    parser.add_argument("--context", type=int, help="tokens a block (default: as trained)")
+    parser.add_argument(
+        "--stride",
+        type=int,
+        help="sliding window: new tokens a pass; default: as the context, each block on its own",
+    )
+    parser.add_argument("--batch-size", type=int, default=16, help="blocks a pass (default: 16)")
+    parser.add_argument("--bootstrap", type=int, default=1000, help="draws (default: 1000)")
+    parser.add_argument(
+        "--capacity",
+        type=float,
+        default=1.0,
+        help="share of a batch that an expert takes (default: 1.0, nothing is dropped)",
+    )
+    parser.add_argument(
+        "--sweep-capacity", metavar="F,F,...", help="evaluate with each of these capacities"
+    )
+    parser.add_argument("--cpu", action="store_true", help="no GPU, though there is one")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here, too")
+    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate and print. Raises UserError for flags or files that cannot be."""
+    from fairseq import checkpoint_utils
+
+    capacities = _capacities(args)
+    for name in ("context", "stride", "batch_size", "bootstrap"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: use 1 or more")
+    if not args.path.is_file() and not list(args.path.parent.glob(args.path.stem + "-*")):
+        raise UserError(f"--path {args.path}: no such checkpoint")
+    first = next(iter(data_bin.find_corpora(args.data[0]).values()), None)
+    if first is None:
+        raise UserError(f"{args.data[0]}: no data-bin in it; make some with `fairseq-moe prepare`")
+    for data in args.data:
+        corpora = data_bin.find_corpora(data)
+        data_bin.check_dictionaries(first, corpora)
+    task = _task(first, args.context or 1)
+    models, cfg = checkpoint_utils.load_model_ensemble([str(args.path)], task=task)
+    model = models[0].eval()
+    if torch.cuda.is_available() and not args.cpu:
+        model = model.cuda()
+    context = args.context or model.max_positions()
+    if context > model.max_positions():
+        raise UserError(f"--context {context}: the model takes {model.max_positions()} at most")
+    stride = args.stride or context
+    if stride > context:
+        raise UserError(f"--stride {stride} is above --context {context}: tokens would be left out")
+    eos = task.source_dictionary.eos()
+    texts = read_texts(args.data, args.subset, context, eos)
+    results = []
+    for capacity in capacities:
+        set_capacity(model, capacity)
+        found = evaluate(model, texts, eos, context, stride, args.batch_size, args.bootstrap)
+        results.append({"capacity": capacity, **found})
+    head = {
+        "path": str(args.path),
+        "subset": args.subset,
+        "protocol": "blocks" if stride == context else "sliding",
+        "context": context,
+        "stride": stride,
+        "batch_size": args.batch_size,
+    }
+    whole = {**head, "sweep": results} if args.sweep_capacity else {**head, **results[0]}
+    if args.json is not None:
+        write_json(args.json, whole)
+    form = markdown if args.markdown else plain
+    print(form(_sweep_table(results) if args.sweep_capacity else _table(results[0])))
+
+
+def _capacities(args: argparse.Namespace) -> List[float]:
+    flag, words = "--capacity", [str(args.capacity)]
+    if args.sweep_capacity is not None:
+        flag, words = "--sweep-capacity", args.sweep_capacity.split(",")
+    found = []
+    for word in words:
+        try:
+            found.append(float(word))
+        except ValueError:
+            found.append(math.nan)
+        if not 0 < found[-1] <= 1:
+            raise UserError(f"{flag} {word}: use shares of a batch above 0 up to 1, as 0.05,0.25,1")
+    return found
+
+
+def _table(found: Dict[str, Any]) -> List[List[str]]:
+    rows = [["set", "tokens", "perplexity", "95 % interval", "bits a byte", "dropped %"]]
+    for name, one in found["sets"].items():
+        low, high = one["interval"]
+        rows.append(
+            [
+                name + ("" if one["in_domain"] else " (held out)"),
+                f"{one['tokens']:,}",
+                f"{one['perplexity']:.2f}",
+                f"{low:.2f} to {high:.2f}",
+                f"{one['bits_per_byte']:.3f}" if one["bits_per_byte"] else "",
+                _percent(one["dropped"]),
+            ]
+        )
+    for label, one in found["mean"].items():
+        low, high = one["interval"]
+        interval = f"{low:.2f} to {high:.2f}"
+        label = "mean, " + label.replace("_", " ")
+        rows.append([label, "", f"{one['perplexity']:.2f}", interval, "", ""])
+    return rows
+
+
+def _percent(dropped: Optional[Sequence[float]]) -> str:
+    return "" if dropped is None else f"{100 * sum(dropped) / len(dropped):.2f}"
+
+
+def _sweep_table(results: Sequence[Dict[str, Any]]) -> List[List[str]]:
+    rows = [["capacity", "mean perplexity", "dropped %", "tokens/s"]]
+    for found in results:
+        sets = found["sets"].values()
+        tokens = sum(one["tokens"] for one in sets)
+        seconds = sum(one["tokens"] / one["tokens_per_second"] for one in sets)
+        lost = ""
+        if all(one["dropped"] is not None for one in sets):
+            choices = [sum(one["dropped"]) / len(one["dropped"]) for one in sets]
+            lost = f"{100 * sum(c * one['tokens'] for c, one in zip(choices, sets)) / tokens:.2f}"
+        mean = found["mean"]["all"]["perplexity"]
+        rows.append([f"{found['capacity']:g}", f"{mean:.2f}", lost, f"{tokens / seconds:,.0f}"])
+    return rows

@@ -1,0 +1,1 @@
+"""The paper's study: two families of models, trained, evaluated and compared."""

@@ -1,0 +1,147 @@
+"""`fairseq-moe study FILE.yaml`: train and evaluate what the file names; what is done is kept."""
+
+import argparse
+import fcntl
+import json
+import os
+import re
+import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import List, Sequence
+
+from ..errors import UserError
+from ..evaluation.cost_table import plain
+from ..evaluation.expert_use import write_json
+from . import plan as plans
+from . import result as results
+from .plan import Plan, Run
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Train and evaluate a dense and a sparse family of models and compute speed-up factors. "
+        "After an interruption the same command goes on."
+    )
+    parser.add_argument("file", type=Path, help="the study's YAML file")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
+    parser.add_argument("--only-result", action="store_true", help="gather what is done and stop")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do the study. Raises UserError for what cannot be."""
+    if args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs}: use 1 or more")
+    plan = plans.read(args.file)
+    if args.dry_run:
+        for one in plan.runs:
+            print(" ".join(plans.typed(one.train)), " ".join(plans.typed(one.evaluate)), sep="\n")
+        return
+    if not args.only_result:
+        _Work(plan, args.jobs).do()
+    found = results.collect(plan)
+    write_json(plan.out / "result.json", found)
+    print(plain(results.table(found)))
+    print(f"{len(found['runs'])} of {found['planned']} runs. All figures: {plan.out}/result.json")
+
+
+class _Work:
+    """The runs that are still to do, several at once."""
+
+    def __init__(self, plan: Plan, jobs: int) -> None:
+        self.plan = plan
+        self.jobs = jobs
+        self.children: List[subprocess.Popen] = []
+        self.stopping = threading.Event()
+        self.done = 0
+        plan.out.mkdir(parents=True, exist_ok=True)
+        self.lock = os.open(plan.out / "lock", os.O_RDWR | os.O_CREAT)
+        try:  # children inherit it, so that one left behind by a killed study holds it too
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"{plan.out}: another study works on it: wait for it, or end it"
+            ) from None
+        for one in plan.runs:
+            _check_same(one)
+
+    def do(self) -> None:
+        self._say(f"{len(self.plan.runs)} runs, {self.jobs} at once, in {self.plan.out}")
+        with ThreadPoolExecutor(self.jobs) as pool:
+            waiting = [pool.submit(self._one, one) for one in self.plan.runs]
+            try:
+                for future in waiting:
+                    future.result()
+            except BaseException:
+                self.stopping.set()
+                for future in waiting:
+                    future.cancel()
+                for child in self.children:
+                    child.terminate()
+                raise
+        os.close(self.lock)
+
+    def _one(self, one: Run) -> None:
+        one.folder.mkdir(exist_ok=True)
+        if not (one.folder / "evaluation.json").exists():
+            started = time.monotonic()
+            write_json(one.folder / "command.json", one.train)
+            if not (one.folder / "trained").exists():
+                self._call(one, one.train, one.folder / "train.log")
+                (one.folder / "trained").touch()
+            self._call(one, one.evaluate, one.folder / "evaluation.log")
+            self._say(f"{one.name}: {(time.monotonic() - started) / 60:.1f} min")
+        self.done += 1
+
+    def _call(self, one: Run, command: Sequence[str], log: Path) -> None:
+        threads = str(max(1, (os.cpu_count() or 1) // self.jobs))
+        with open(log, "a", encoding="utf-8") as out:
+            child = subprocess.Popen(
+                list(command),
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "OMP_NUM_THREADS": threads},
+                pass_fds=(self.lock,),
+            )
+        self.children.append(child)
+        said = time.monotonic()
+        while True:
+            try:
+                status = child.wait(timeout=1)
+                break
+            except subprocess.TimeoutExpired:
+                if self.stopping.is_set():
+                    child.terminate()
+                if time.monotonic() - said > 60:
+                    said = time.monotonic()
+                    self._say(f"{one.name}: {_last_update(log)} of {one.updates} updates")
+        self.children.remove(child)
+        if status != 0:
+            words = [line.strip() for line in log.read_text(errors="replace").splitlines() if line]
+            raise UserError(
+                f"{one.name}: {Path(command[0]).name} ended with status {status}: "
+                f"{' '.join(words[-1:])[:300]} (all of it in {log})"
+            )
+
+    def _say(self, text: str) -> None:
+        total = len(self.plan.runs)
+        print(f"{time.strftime('%H:%M:%S')} [{self.done}/{total}] {text}", flush=True)
+
+
+def _check_same(one: Run) -> None:
+    """Raise UserError if the run's folder was begun with another command."""
+    path = one.folder / "command.json"
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8"))[1:] != one.train[1:]:
+        raise UserError(
+            f"{one.folder}: holds a run with other settings than the file now asks for: set "
+            "another `out`, or delete this folder"
+        )
+
+
+def _last_update(log: Path) -> str:
+    found = re.findall(r'"num_updates": "(\d+)"', log.read_text(errors="replace"))
+    return found[-1] if found else "0"

@@ -1,0 +1,192 @@
+"""A study's YAML file -> the runs it names and their commands."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Sequence
+
+import yaml
+
+from .. import data_bin
+from ..errors import UserError
+
+FAMILIES = ("dense", "moe")
+PACKAGE = Path(__file__).resolve().parents[1]
+
+# key -> (type, what a missing one is; None: it must be there)
+_TOP = {
+    "title": (str, "A study"),
+    "data": (str, None),
+    "out": (str, None),
+    "test": (list, []),
+    "context": (int, None),
+    "updates": (int, None),
+    "seeds": (list, None),
+    "train": (dict, {}),
+    "evaluate": (dict, {}),
+    "dense": (dict, None),
+    "moe": (dict, None),
+}
+_FAMILY = {"arch": (str, None), "flags": (dict, {}), "sizes": (dict, None)}
+_EVALUATE = {"stride": (int, 0), "batch-size": (int, 16), "bootstrap": (int, 1000)}
+# flags that the study sets itself
+_OURS = ("arch", "seed", "max-update", "total-num-update", "save-dir", "tokens-per-sample", "task")
+
+
+class Run(NamedTuple):
+    """One training and its evaluation."""
+
+    family: str
+    size: str
+    seed: int
+    updates: int
+    folder: Path
+    train: List[str]  # commands
+    evaluate: List[str]
+
+    @property
+    def name(self) -> str:
+        return f"{self.family} {self.size} seed {self.seed}"
+
+
+class Plan(NamedTuple):
+    """What a study's file asks for."""
+
+    title: str
+    out: Path
+    context: int
+    tokens_per_update: int
+    runs: List[Run]  # the first seed of every size first
+
+
+def read(path: Path) -> Plan:
+    """Read and check a study's file; paths in it are relative to the folder one is in. Raises
+    UserError, before any work, for an unknown or missing key, or a corpus that is not there."""
+    try:
+        asked = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    asked = _checked(asked, _TOP, str(path))
+    seeds = asked["seeds"]
+    if not seeds or not all(isinstance(seed, int) for seed in seeds) or len({*seeds}) < len(seeds):
+        raise UserError(f"{path}: seeds {seeds}: give different whole numbers, as [1, 2, 3]")
+    for key in ("context", "updates"):
+        if asked[key] < 1:
+            raise UserError(f"{path}: {key} {asked[key]}: use 1 or more")
+    for flag in asked["train"]:
+        _check_flag(flag, f"{path}: train")
+    batch = asked["train"].get("batch-size")
+    if not isinstance(batch, int) or batch < 1:
+        raise UserError(f"{path}: train: batch-size {batch}: say how many blocks an update has")
+    folders = [Path(asked["data"]), *map(Path, asked["test"])]
+    for folder in folders:
+        if not data_bin.find_corpora(folder):
+            raise UserError(
+                f"{path}: {folder}: no data-bin in it; make them with fairseq-moe prepare"
+            )
+    evaluation = _checked(asked["evaluate"], _EVALUATE, f"{path}: evaluate")
+    out = Path(asked["out"])
+    sizes: List[Any] = []
+    for family in FAMILIES:
+        found = _checked(asked[family], _FAMILY, f"{path}: {family}")
+        for size, flags in found["sizes"].items():
+            where = f"{path}: {family}: sizes: {size}"
+            if not isinstance(flags, dict):
+                raise UserError(f"{where}: {flags!r} is not a mapping of flags to values")
+            flags = {**asked["train"], **found["flags"], **flags}
+            updates = flags.pop("updates", asked["updates"])
+            for flag in flags:
+                _check_flag(flag, where)
+            sizes.append((family, str(size), found["arch"], flags, updates))
+    runs = []
+    for seed in seeds:
+        for family, size, arch, flags, updates in sizes:
+            folder = out / f"{family}-{size}-{seed}"
+            train = _train(asked, folder, arch, flags, updates, seed)
+            runs.append(
+                Run(
+                    family, size, seed, updates, folder, train, _evaluate(asked, evaluation, folder)
+                )
+            )
+    freq = asked["train"].get("update-freq", 1)
+    return Plan(asked["title"], out, asked["context"], asked["context"] * batch * int(freq), runs)
+
+
+def _checked(found: Any, keys: Dict[str, Any], where: str) -> Dict[str, Any]:
+    """The mapping with its defaults."""
+    if not isinstance(found, dict):
+        raise UserError(f"{where}: not a mapping with the keys {', '.join(keys)}")
+    for key in found:
+        if key not in keys:
+            raise UserError(f"{where}: unknown key {key!r}; the keys are {', '.join(keys)}")
+    values = {}
+    for key, (kind, default) in keys.items():
+        if key not in found and default is None:
+            raise UserError(f"{where}: the key {key!r} is missing")
+        values[key] = found.get(key, default)
+        if not isinstance(values[key], kind):
+            raise UserError(f"{where}: {key}: {values[key]!r} is not a {kind.__name__}")
+    return values
+
+
+def _check_flag(flag: Any, where: str) -> None:
+    if not isinstance(flag, str) or flag.startswith("-") or "_" in flag:
+        raise UserError(f"{where}: {flag!r}: write flags without dashes before, as batch-size")
+    if flag in _OURS:
+        raise UserError(f"{where}: {flag}: the study sets this itself (arch, seeds, updates, ...)")
+
+
+def _words(flags: Dict[str, Any]) -> List[str]:
+    """{"lr": 0.1, "cpu": True} -> --lr 0.1 --cpu; False leaves a flag out."""
+    words = []
+    for flag, value in flags.items():
+        if value is not False:
+            words += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
+    return words
+
+
+def _train(asked, folder: Path, arch: str, flags: Dict, updates: int, seed: int) -> List[str]:
+    every = max(1, updates // 5)
+    return [
+        console_script("fairseq-train"),
+        asked["data"],
+        *("--user-dir", str(PACKAGE), "--task", "mixture_language_modeling", "--arch", arch),
+        *("--tokens-per-sample", str(asked["context"]), "--criterion", "moe_cross_entropy"),
+        *("--max-update", str(updates), "--total-num-update", str(updates), "--seed", str(seed)),
+        *("--save-dir", str(folder), "--save-interval-updates", str(every)),
+        *("--keep-interval-updates", "1", "--no-epoch-checkpoints"),
+        *("--best-checkpoint-metric", "in_domain_ppl", "--distributed-world-size", "1"),
+        *("--log-format", "json", "--log-interval", str(min(10, every))),
+        *_words(flags),
+    ]
+
+
+def _evaluate(asked, settings: Dict, folder: Path) -> List[str]:
+    stride = ["--stride", str(settings["stride"])] if settings["stride"] else []
+    cpu = ["--cpu"] if asked["train"].get("cpu") else []
+    return [
+        *(sys.executable, "-m", "fairseq_moe_ext.cli", "evaluate", asked["data"], *asked["test"]),
+        *("--path", str(folder / "checkpoint_best.pt"), "--context", str(asked["context"])),
+        *("--batch-size", str(settings["batch-size"])),
+        *("--bootstrap", str(settings["bootstrap"])),
+        *("--json", str(folder / "evaluation.json"), *stride, *cpu),
+    ]
+
+
+def console_script(name: str) -> str:
+    """The command's path beside this Python, or else on PATH."""
+    beside = str(Path(sys.executable).parent)
+    found = shutil.which(name, path=os.pathsep.join([beside, os.environ.get("PATH", "")]))
+    if found is None:
+        raise UserError(f"the command {name} is not installed: install fairseq 0.12.2")
+    return found
+
+
+def typed(command: Sequence[str]) -> List[str]:
+    """A command as one would type it: without the folders of the programs."""
+    if list(command[1:3]) == ["-m", "fairseq_moe_ext.cli"]:
+        return ["fairseq-moe", *command[3:]]
+    return [Path(command[0]).name, *command[1:]]

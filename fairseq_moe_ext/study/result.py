@@ -1,0 +1,135 @@
+"""A study's files -> result.json: cost and perplexity of every run, speed-up factors, remarks."""
+
+import json
+import math
+import re
+import shlex
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+from .. import cost
+from ..errors import UserError
+from ..evaluation.cost_table import checkpoint_settings, shape_of
+from ..evaluation.speedup import overlap, speedup_factors
+from .plan import FAMILIES, Plan, Run, typed
+
+GROUPS = ("in_domain", "out_of_domain")
+
+
+def collect(plan: Plan) -> Dict[str, Any]:
+    """Everything that the runs finished so far tell. Raises UserError if none is."""
+    runs = [_run(plan, run) for run in plan.runs if (run.folder / "evaluation.json").is_file()]
+    if not runs:
+        raise UserError(f"{plan.out}: no run is finished: start `fairseq-moe study` again")
+    return {
+        "title": plan.title,
+        "context": plan.context,
+        "tokens_per_update": plan.tokens_per_update,
+        "planned": len(plan.runs),
+        "runs": runs,
+        "factors": factors(runs),
+        "commands": [
+            shlex.join(typed(command))
+            for run in plan.runs[: len({(r.family, r.size) for r in plan.runs})]
+            for command in (run.train, run.evaluate)
+        ],
+    }
+
+
+def _run(plan: Plan, run: Run) -> Dict[str, Any]:
+    found = json.loads((run.folder / "evaluation.json").read_text(encoding="utf-8"))
+    settings, types = checkpoint_settings(run.folder / "checkpoint_best.pt")
+    shape = shape_of(settings, types)
+    tokens = run.updates * plan.tokens_per_update
+    parameters = cost.parameters(shape)
+    return {
+        "family": run.family,
+        "size": run.size,
+        "seed": run.seed,
+        "parameters": parameters.total,
+        "active": parameters.active,
+        "tokens": tokens,
+        "flops": tokens * cost.training_flops_per_token(shape, plan.context),
+        "seconds": _seconds(run.folder / "train.log"),
+        "sets": found["sets"],
+        "mean": found["mean"],
+    }
+
+
+def _seconds(log: Path) -> float:
+    """Seconds in training steps, as fairseq counted them over interruptions too."""
+    epochs: Dict[str, float] = {}
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+        found = re.search(r'"epoch": (\d+).*"train_train_wall": "([\d.]+)"', line)
+        if found:
+            epochs[found[1]] = float(found[2])
+    return sum(epochs.values())
+
+
+def performance(run: Dict[str, Any], group: str) -> float:
+    """Perplexity of a run on a group of GROUPS or on a set; NaN where it was not measured."""
+    where = run["mean"] if group in GROUPS else run["sets"]
+    return where[group]["perplexity"] if group in where else math.nan
+
+
+def points(runs: List[Dict[str, Any]], family: str, group: str) -> List[Tuple[float, float]]:
+    """(FLOPs, perplexity, mean over seeds) of each size of a family."""
+    sizes: Dict[str, List[Tuple[float, float]]] = {}
+    for run in runs:
+        if run["family"] == family:
+            sizes.setdefault(run["size"], []).append((run["flops"], performance(run, group)))
+    return sorted((found[0][0], sum(p for _, p in found) / len(found)) for found in sizes.values())
+
+
+def groups(runs: List[Dict[str, Any]]) -> List[str]:
+    """The groups that were measured, then all sets."""
+    return [g for g in GROUPS if g in runs[0]["mean"]] + list(runs[0]["sets"])
+
+
+def factors(runs: List[Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
+    """For each group: the factors of the families' means over seeds, the geometric mean of each
+    seed's factors, and a remark: the overlap, or why there is no factor."""
+    found: Dict[str, Dict[str, Any]] = {}
+    for group in groups(runs):
+        every = {family: points(runs, family, group) for family in FAMILIES}
+        entry: Dict[str, Any] = {"curve": [], "by_seed": {}, "remark": ""}
+        found[group] = entry
+        try:
+            curve = speedup_factors(*every.values())
+        except UserError as error:
+            entry["remark"] = str(error)
+            continue
+        entry["remark"] = overlap(*every.values())
+        entry["curve"] = [
+            {"performance": f.performance, "dense_flops": f.dense_cost, "factor": f.factor}
+            for f in curve
+        ]
+        for seed in sorted({run["seed"] for run in runs}):
+            mine = [run for run in runs if run["seed"] == seed]
+            try:
+                of_seed = speedup_factors(*(points(mine, family, group) for family in FAMILIES))
+            except UserError:  # not all of its sizes are trained yet
+                continue
+            if of_seed:
+                logs = [math.log(f.factor) for f in of_seed]
+                entry["by_seed"][str(seed)] = math.exp(sum(logs) / len(logs))
+    return found
+
+
+def table(result: Dict[str, Any]) -> List[List[str]]:
+    """Speed-up factors by group: geometric mean over seeds, its range, the range of the curve."""
+    rows = [["speed-up factor", "mean", "seeds", "along the curve", "perplexities"]]
+    for group, found in result["factors"].items():
+        curve, seeds = found["curve"], list(found["by_seed"].values())
+        along = [point["factor"] for point in curve]
+        mean = math.exp(sum(map(math.log, seeds)) / len(seeds)) if seeds else math.nan
+        rows.append(
+            [
+                group.replace("_", " "),
+                f"{mean:.2f}" if seeds else "-",
+                f"{min(seeds):.2f} to {max(seeds):.2f} (n = {len(seeds)})" if seeds else "-",
+                f"{min(along):.2f} to {max(along):.2f}" if along else "-",
+                found["remark"],
+            ]
+        )
+    return rows

@@ -1,0 +1,77 @@
+"""The study's page: its numbers, and how a browser opens it."""
+
+import json
+import re
+import shutil
+import subprocess
+from xml.etree import ElementTree
+
+import pytest
+
+from fairseq_moe_ext import cli
+from fairseq_moe_ext.study import result
+
+
+def made_result(folder, moe=((1e12, 20.0), (4e12, 5.0))):
+    """A study's result.json with made-up perplexities."""
+    runs = []
+    for family, points in (("dense", [(1e12, 30.0), (4e12, 20.0), (16e12, 10.0)]), ("moe", moe)):
+        for size, (flops, perplexity) in zip("sml", points):
+            for seed in (1, 2):
+                one = {"perplexity": perplexity + 0.1 * seed, "dropped": None}
+                if family == "moe":
+                    one["dropped"] = [0.01, 0.03]
+                run = {"family": family, "size": size, "seed": seed, "flops": flops}
+                run.update(parameters=1000, active=500, tokens=10**6, seconds=60.0)
+                means = {"in_domain": one, "out_of_domain": one}
+                runs.append({**run, "sets": {"near": one, "far": one}, "mean": means})
+    whole = {"title": "T <b>", "context": 32, "tokens_per_update": 128, "planned": len(runs)}
+    whole.update(runs=runs, factors=result.factors(runs), commands=["fairseq-train data"])
+    (folder / "result.json").write_text(json.dumps(whole))
+    return whole
+
+
+def test_the_page_shows_the_numbers_and_nothing_from_outside(tmp_path, capsys):
+    found = made_result(tmp_path)
+    use = [{"layer": 1, "tokens": {"near": 9}, "share": {"near": [0.25, 0.75], "far": [1.0, 0.0]}}]
+    (tmp_path / "use.json").write_text(json.dumps(use))
+    line = ["report", str(tmp_path), "--expert-use", str(tmp_path / "use.json")]
+    assert cli.main(line) == 0, capsys.readouterr().err
+    html = (tmp_path / "report.html").read_text()
+    assert "T &lt;b&gt;" in html and not re.search(r"https?:|<script|<link|<img|src=", html)
+    for row in result.table(found)[1:]:
+        assert f"<td>{row[1]}</td>" in html and f"<td>{row[2]}</td>" in html
+    assert "30.15 ± 0.05" in html and "<td>2.00</td>" in html, "perplexity over seeds, dropped"
+    assert "Layer 1:" in html and "paper: 8 to 16" in html
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert {"speedup-in_domain.svg", "perplexity-far.svg", "paper-speedup-in_domain.svg"} <= names
+    for path in (tmp_path / "figures").iterdir():
+        assert ElementTree.parse(path).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+
+
+def test_a_family_of_one_point_is_drawn_and_said(tmp_path):
+    made_result(tmp_path, moe=((1e12, 20.0),))
+    assert cli.main(["report", str(tmp_path)]) == 0
+    html = (tmp_path / "report.html").read_text()
+    assert "the MoE family has 1 point" in html and "no measurements" in html
+    svg = (tmp_path / "figures" / "perplexity-near.svg").read_text()
+    assert len(re.findall(r'class="m s1"', svg)) == 1
+
+
+def test_a_missing_result(tmp_path, capsys):
+    assert cli.main(["report", str(tmp_path)]) == 1
+    assert "run `fairseq-moe study` first" in capsys.readouterr().err
+
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
+BROWSER = BROWSER or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(not BROWSER, reason="no chromium or google-chrome on PATH")
+def test_chromium_opens_it_on_a_phone(tmp_path):
+    made_result(tmp_path)
+    assert cli.main(["report", str(tmp_path)]) == 0
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=390,844"]
+    command += [f"--screenshot={tmp_path / 'page.png'}", f"file://{tmp_path / 'report.html'}"]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    assert (tmp_path / "page.png").stat().st_size > 10_000
