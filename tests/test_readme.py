@@ -102,6 +102,9 @@ def test_commands(folder):
     assert re.search(r"training on 2 devices", output)
     assert (folder / "runs" / "two" / "experts").is_dir()
 
+    output = script("Study")
+    assert "GPT-3 175B" in output
+
     script("Hydra")
     assert list((folder / "outputs").rglob("checkpoint_best.pt"))
 
