@@ -117,11 +117,14 @@ def mixtral_layer(shape: Shape) -> Optional[nn.Module]:
         return None
     config = MixtralConfig(
         hidden_size=shape.dim,
-        intermediate_size=2 * shape.hidden // 3,
+        intermediate_size=2 * shape.hidden // 3 // 16 * 16,  # grouped_mm wants it aligned
         num_local_experts=shape.experts,
         num_experts_per_tok=2,
         hidden_act="gelu",
     )
+    # As a whole model of theirs would choose; a block alone takes a loop that makes a gradient of
+    # all experts' size for each.
+    config._experts_implementation = "grouped_mm"
     block = MixtralSparseMoeBlock(config)
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.02)
