@@ -3,7 +3,7 @@
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +70,7 @@ class MoECrossEntropyCriterion(FairseqCriterion):
         self.z_loss_weight = moe_z_loss_wt
         self.log_per_layer = moe_log_per_layer
         self.sentence_avg = sentence_avg
+        self._asked: Optional[Tuple[Tensor, torch.cuda.Event]] = None
 
     def forward(self, model, sample, reduce=True) -> Tuple[Tensor, int, Dict[str, Any]]:
         """Returns the loss, the sample size by which the trainer divides its gradient, and the
@@ -115,17 +116,36 @@ class MoECrossEntropyCriterion(FairseqCriterion):
     def _gate_losses(self, records) -> Tuple[Tensor, Tensor]:
         """The balancing loss, transformed, and the z-loss, each combined over layers: scalars."""
         balance = torch.stack([record.balance_loss for record in records])  # (layers,)
-        if not torch.isfinite(balance).all():
-            bad = records[int((~torch.isfinite(balance)).nonzero()[0])].layer
+        self._check_finite(torch.isfinite(balance), [record.layer for record in records])
+        gate_loss = self.combine(balance)
+        if self.neg_log:
+            gate_loss = -torch.log(gate_loss)
+        return gate_loss, self.combine(torch.stack([record.z_loss for record in records]))
+
+    def _check_finite(self, finite: Tensor, layers: List[int]) -> None:
+        """Raise UserError if a layer's loss is not finite: finite (layers,) bool.
+
+        On a GPU the answer is that of the batch before, which has come meanwhile: to ask about this
+        one would be to wait for it. Nothing is lost, since the trainer stops at gradients that are
+        not finite and goes through their batch again (fairseq/trainer.py:964@0.12.2).
+        """
+        if finite.is_cuda:
+            asked = torch.empty(finite.shape, dtype=torch.bool, pin_memory=True)
+            asked.copy_(finite, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+            before, self._asked = self._asked, (asked, copied)
+            if before is None:
+                return
+            finite, copied = before
+            copied.synchronize()
+        if not finite.all():
+            bad = layers[int((~finite).nonzero()[0])]
             raise UserError(
                 f"the router of layer {bad} (from 0) yields NaN or infinity: training diverged; "
                 "lower --lr, lengthen --warmup-updates, or use --moe-gating-use-fp32 or "
                 "--moe-z-loss-wt 0.001, from the last good checkpoint"
             )
-        gate_loss = self.combine(balance)
-        if self.neg_log:
-            gate_loss = -torch.log(gate_loss)
-        return gate_loss, self.combine(torch.stack([record.z_loss for record in records]))
 
     def _figures(self, records) -> Dict[str, Tensor]:
         """Each figure averaged over MoE layers, and on request of each layer."""

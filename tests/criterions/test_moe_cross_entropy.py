@@ -163,6 +163,19 @@ def test_nan_in_a_gate_names_the_layer(sample):
         make_criterion()(model, sample)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_nan_in_a_gate_is_told_a_batch_later_on_a_gpu(sample):
+    model = build_model(**MOE).train().cuda()
+    model.decoder.layers[3].moe_layer.gate.wg.weight.data[0, 0] = math.nan
+    sample["net_input"]["src_tokens"] = sample["net_input"]["src_tokens"].cuda()
+    sample["target"] = sample["target"].cuda()
+    criterion = make_criterion()
+    criterion(model, sample)
+    with pytest.raises(UserError, match="router of layer 3"):
+        criterion(model, sample)
+
+
 @pytest.mark.parametrize("name", ["moe_gate_loss_wt", "moe_z_loss_wt"])
 @pytest.mark.parametrize("weight", [-0.1, math.nan, math.inf])
 def test_weights_that_are_none(name, weight):
