@@ -150,12 +150,14 @@ def _words(flags: Dict[str, Any]) -> List[str]:
 
 def _train(asked, folder: Path, arch: str, flags: Dict, updates: int, seed: int) -> List[str]:
     every = max(1, updates // 5)
+    scheduler = flags.get("lr-scheduler")  # of fairseq's, this one alone wants to know the end
     return [
         console_script("fairseq-train"),
         asked["data"],
         *("--user-dir", str(PACKAGE), "--task", "mixture_language_modeling", "--arch", arch),
         *("--tokens-per-sample", str(asked["context"]), "--criterion", "moe_cross_entropy"),
-        *("--max-update", str(updates), "--total-num-update", str(updates), "--seed", str(seed)),
+        *("--max-update", str(updates), "--seed", str(seed)),
+        *(["--total-num-update", str(updates)] if scheduler == "polynomial_decay" else []),
         *("--save-dir", str(folder), "--save-interval-updates", str(every)),
         *("--keep-interval-updates", "1", "--no-epoch-checkpoints"),
         *("--best-checkpoint-metric", "in_domain_ppl", "--distributed-world-size", "1"),

@@ -1,0 +1,157 @@
+"""Perplexity over many sets against a plain loop and against fairseq-eval-lm."""
+
+import json
+import math
+import random
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+from small_models import MOE, build_model
+
+import fairseq_moe_ext
+from fairseq_moe_ext import cli
+from fairseq_moe_ext.evaluation import perplexity
+from fairseq_moe_ext.prepare.command import Options, parse_corpora, prepare
+
+EOS = 2
+
+
+def text_of(length=45):
+    torch.manual_seed(3)
+    return perplexity.Text("t", None, True, torch.randint(4, 40, (length,)), np.array([0]), None)
+
+
+@pytest.mark.parametrize("length, context, stride", [(45, 16, 16), (45, 16, 5), (7, 16, 16)])
+def test_every_token_is_scored_once_as_a_plain_loop_does(length, context, stride):
+    model = build_model(**MOE, moe_dropless=True).double().eval()
+    text = text_of(length)
+    spans = perplexity.windows(length, context, stride)
+    covered = [i for _, end, new in spans for i in range(new, end)]
+    assert covered == list(range(length))
+    got = perplexity.score(model, text, EOS, context, stride, batch_size=3)
+    stream = [EOS, *text.tokens.tolist()]
+    for begin, end, new in spans:
+        assert end - begin <= context
+        assert new == begin or new - begin >= context - stride, "context before each new token"
+        with torch.no_grad():
+            logits = model(torch.tensor([stream[begin:end]]))[0][0].double()
+        for i in range(new, end):
+            expected = -torch.log_softmax(logits[i - begin], 0)[text.tokens[i]]
+            assert got.nll[i] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_dropped_choices_are_counted():
+    model = build_model(**MOE).eval()
+    text = text_of(64)
+    perplexity.set_capacity(model, 1.0)
+    free = perplexity.score(model, text, EOS, 32, 32, batch_size=2)
+    assert free.dropped == (0.0, 0.0)
+    perplexity.set_capacity(model, 1 / 64)  # one token of the batch of 64 an expert
+    tight = perplexity.score(model, text, EOS, 32, 32, batch_size=2)
+    kept = 64 * (2 - sum(tight.dropped))  # choices, mean over layers
+    assert 1 <= kept <= MOE["moe_expert_count"] + 1e-3
+    assert not np.allclose(tight.nll, free.nll)
+    assert perplexity.score(build_model().eval(), text, EOS, 32, 32, 2).dropped is None
+
+
+def test_units_end_at_blank_lines_and_are_not_too_short():
+    tokens = np.array([5, 6, EOS, EOS, 7, EOS, EOS, 8, 9, EOS, 7, EOS, EOS, 4, EOS])
+    assert perplexity.unit_starts(tokens, EOS, 1).tolist() == [0, 4, 7, 13]
+    assert perplexity.unit_starts(tokens, EOS, 5).tolist() == [0, 7, 13]
+
+
+def test_the_bootstrap_knows_how_much_units_differ():
+    units = np.arange(0, 100, 10)
+    alike = perplexity.bootstrap(np.full(100, 2.0), units, 50)
+    assert alike == pytest.approx(math.exp(2.0))
+    rng = np.random.default_rng(0)
+    nll = np.repeat(rng.normal(2.0, 0.3, size=400), 10)
+    drawn = np.log(perplexity.bootstrap(nll, np.arange(0, 4000, 10), 1000))
+    assert drawn.std() == pytest.approx(nll[::10].std() / 20, rel=0.15), "sd / sqrt(units)"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(data folder, checkpoint) of a few updates of an MoE model."""
+    folder = tmp_path_factory.mktemp("perplexity")
+    rng = random.Random(0)
+    specs = {"corpus": [], "heldout": []}
+    for flag, name in (("corpus", "near"), ("heldout", "far")):
+        for split in ("train", "valid", "test")[flag == "heldout" :]:
+            lines = [" ".join(f"{name}{rng.randint(0, 20)}" for _ in range(8)) for _ in range(60)]
+            path = folder / f"{name}.{split}.txt"
+            path.write_text("\n".join(f"{line}\n" for line in lines), encoding="utf-8")
+            specs[flag].append(f"{name}:{split}={path}")
+    corpora = parse_corpora(specs["corpus"], specs["heldout"])
+    prepare(folder / "data", Options(corpora=corpora, train_bpe=288))
+    line = f"""fairseq-train {folder / "data"} --task mixture_language_modeling --arch moe_lm_tiny
+        --user-dir {fairseq_moe_ext.__path__[0]} --criterion moe_cross_entropy
+        --decoder-layers 2 --decoder-embed-dim 16 --decoder-ffn-embed-dim 32 --max-update 5
+        --decoder-attention-heads 2 --tokens-per-sample 32 --batch-size 4 --optimizer adam
+        --lr 0.01 --cpu --num-workers 0 --save-dir {folder / "model"}"""
+    run(line, "train")
+    return folder / "data", folder / "model" / "checkpoint_best.pt"
+
+
+def run(line, name):
+    module = __import__(f"fairseq_cli.{name}", fromlist=["cli_main"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", line.split())
+        module.cli_main()
+
+
+def test_it_gives_what_fairseq_eval_lm_gives(trained, caplog, capsys, tmp_path):
+    data, checkpoint = trained
+    out = tmp_path / "found.json"
+    line = f"evaluate {data} --path {checkpoint} --cpu --batch-size 4 --json {out}"
+    assert cli.main(line.split()) == 0
+    assert "far (held out)" in capsys.readouterr().out
+    found = json.loads(out.read_text())
+    counts = json.loads((data / "counts.json").read_text())["corpora"]
+    assert found["protocol"] == "blocks" and found["context"] == 32
+    for name, one in found["sets"].items():
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            run(
+                f"eval_lm {data / name} --user-dir {fairseq_moe_ext.__path__[0]} --path "
+                f"{checkpoint} --gen-subset test --tokens-per-sample 32 --batch-size 4 --cpu "
+                "--num-workers 0 --model-overrides {'moe_eval_capacity_token_fraction':1.0}",
+                "eval_lm",
+            )
+        bits = float(re.search(r"Loss \(base 2\): ([\d.]+)", caplog.text)[1])
+        assert math.log2(one["perplexity"]) == pytest.approx(bits, abs=1e-3)
+        assert one["in_domain"] == (name == "near")
+        assert one["tokens"] == counts[name]["test"]["tokens"]
+        size = counts[name]["test"]["bytes"]
+        assert one["bits_per_byte"] == pytest.approx(bits * one["tokens"] / size, rel=1e-3)
+        low, high = one["interval"]
+        assert low < one["perplexity"] < high
+    both = [one["perplexity"] for one in found["sets"].values()]
+    assert found["mean"]["all"]["perplexity"] == pytest.approx(sum(both) / 2)
+
+    assert cli.main([*line.split(), "--sweep-capacity", "0.02,1.0", "--stride", "16"]) == 0
+    swept = json.loads(out.read_text())
+    assert swept["protocol"] == "sliding"
+    lost = [entry["sets"]["near"]["dropped"] for entry in swept["sweep"]]
+    assert sum(lost[0]) > 0 and lost[1] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--capacity 0", "--capacity 0.0: use shares of a batch"),
+        ("--sweep-capacity 0.1,x", "--sweep-capacity x: use shares"),
+        ("--context 64", "--context 64: the model takes 32 at most"),
+        ("--stride 33", "--stride 33 is above --context 32"),
+        ("--subset nothing", "no data-bin nothing"),
+        ("--bootstrap 0", "--bootstrap 0: use 1 or more"),
+    ],
+)
+def test_mistakes(trained, flags, words, capsys):
+    data, checkpoint = trained
+    line = f"evaluate {data} --path {checkpoint} --cpu {flags}"
+    assert cli.main(line.split()) == 1
+    assert words in capsys.readouterr().err
