@@ -34,7 +34,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from .compat import load_weights_only
-from .config import EXPERT_GRAD_SCALES, MoETransformerLMConfig
+from .config import EXPERT_GRAD_SCALES, MoETransformerLMConfig, check_overrides
 from .errors import UserError
 from .expert_parallel import placement, process_count
 from .models.language_model import MODEL_NAME
@@ -578,8 +578,11 @@ def _read_the_branch() -> None:
     def load_checkpoint_to_cpu(path, arg_overrides=None, *args, **kwargs):
         files = find(path)
         if files is None:
-            return stock(path, arg_overrides, *args, **kwargs)
-        return read(files, arg_overrides, getattr(path, "parameters", None))
+            state = stock(path, arg_overrides, *args, **kwargs)
+        else:
+            state = read(files, arg_overrides, getattr(path, "parameters", None))
+        check_overrides(arg_overrides or {}, state.get("cfg") or {})
+        return state
 
     load_checkpoint_to_cpu.reads_branch = True
     checkpoint_utils.load_checkpoint_to_cpu = load_checkpoint_to_cpu

@@ -711,12 +711,14 @@ def one_line_errors() -> None:
     """End a command on a user's mistake with one line on stderr and status 1, no traceback.
 
     A mistake is a UserError anywhere in the chain of causes, or a FileNotFoundError of fairseq's
-    own on top of it. LOGLEVEL=DEBUG keeps the traceback. fairseq-hydra-train catches exceptions but
-    lets SystemExit through; fairseq-generate and fairseq-preprocess do not use call_main, hence
-    the excepthook, in fairseq's commands only.
-    Where: fairseq/distributed/utils.py:334.
+    own on top of it; LOGLEVEL=DEBUG keeps the traceback. A flag that argparse refuses is one, too
+    (status 2). fairseq-hydra-train catches exceptions but lets SystemExit through;
+    fairseq-generate and fairseq-preprocess do not use call_main, hence the excepthook, in
+    fairseq's commands only.
+    Where: fairseq/distributed/utils.py:334, fairseq/options.py:88.
     Ends: never.
     """
+    from fairseq import options
     from fairseq.distributed import utils
 
     stock = utils.call_main
@@ -740,6 +742,15 @@ def one_line_errors() -> None:
         else:
             print(f"error: {mistake}", file=sys.stderr, flush=True)
 
+    stock_parse = options.parse_args_and_arch
+
+    @functools.wraps(stock_parse)
+    def parse_args_and_arch(parser, *args, **kwargs):
+        # argparse prints some 160 lines of usage before what is wrong
+        parser.error = lambda message: parser.exit(2, f"error: {message} (flags: --help)\n")
+        return stock_parse(parser, *args, **kwargs)
+
+    options.parse_args_and_arch = parse_args_and_arch
     utils.call_main = call_main
     if os.path.basename(sys.argv[0] if sys.argv else "").startswith("fairseq-"):
         sys.excepthook = excepthook

@@ -4,13 +4,14 @@ Names and meanings of the moe_* flags are those of fairseq's `moe` branch, of th
 stock `transformer_lm` (fairseq/models/transformer_lm.py@0.12.2), unless the help says otherwise.
 """
 
+import difflib
 import math
-from dataclasses import dataclass, field
-from typing import Optional
+from dataclasses import dataclass, field, fields
+from typing import Any, Mapping, Optional
 
 from fairseq import utils
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
-from omegaconf import II
+from omegaconf import II, DictConfig
 
 from .errors import UserError
 
@@ -176,6 +177,12 @@ class MoETransformerLMConfig(FairseqDataclass):
 # Backends that leave the experts' gradients to us.
 _DDP_BACKENDS = ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d")
 
+_CHOICES = {
+    "moe_second_expert_policy": SECOND_EXPERT_POLICIES.__members__,
+    "moe_routing_scope": ROUTING_SCOPES.__members__,
+    "moe_normalize_expert_grad": EXPERT_GRAD_SCALES.__members__,
+}
+
 
 def is_moe_layer(cfg: MoETransformerLMConfig, layer: int) -> bool:
     """Whether the layer, counted from 0, is one of those that moe_freq picks."""
@@ -211,6 +218,28 @@ def validate(cfg: MoETransformerLMConfig) -> None:
         _validate_experts(cfg)
 
 
+def check_overrides(overrides: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Raise UserError for a name in --model-overrides that begins as ours do and is none.
+
+    fairseq passes over names that it does not find (fairseq/dataclass/utils.py:453@0.12.2), so a
+    slip of the pen would evaluate with other settings than those asked for.
+
+    Args:
+        saved: the checkpoint's settings by group, whose names are good, too.
+    """
+    known = {field.name for field in fields(MoETransformerLMConfig)}
+    for group in saved.values():
+        if isinstance(group, (Mapping, DictConfig)):
+            known.update(group)
+    for name in overrides:
+        if name.startswith("moe_") and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise UserError(
+                f"--model-overrides '{name}': no such setting"
+                + (f"; did you mean {near[0]}?" if near else ", see --help for those of the model")
+            )
+
+
 def _validate_shape(cfg: MoETransformerLMConfig) -> None:
     for name in (
         "decoder_embed_dim",
@@ -241,6 +270,12 @@ def _validate_experts(cfg: MoETransformerLMConfig) -> None:
             f"--moe-expert-count {cfg.moe_expert_count} is too few for top-2 routing: use 2 or "
             "more, or --moe-top1-expert"
         )
+    for name, choices in _CHOICES.items():
+        # the command line and hydra check it themselves, --model-overrides do not
+        if str(getattr(cfg, name)) not in choices:
+            raise UserError(
+                f"{_flag(name)} {getattr(cfg, name)} is unknown: use {', '.join(choices)}"
+            )
     if cfg.moe_expert_ffn_dim is not None and cfg.moe_expert_ffn_dim < 1:
         raise UserError(f"--moe-expert-ffn-dim {cfg.moe_expert_ffn_dim}: use 1 or more")
     if cfg.moe_batch_prioritized_routing and cfg.moe_top1_expert:

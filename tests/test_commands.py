@@ -199,8 +199,52 @@ def test_bad_flags_end_in_one_line(command, data, tmp_path, options, words):
 def test_a_misspelt_policy_names_the_choices(command, data, tmp_path):
     line = f"{data} {TRAIN} {MOE} --moe-second-expert-policy smapling --save-dir {tmp_path}"
     status, _, _, err = command("train", line)
+    errors = [line for line in err.splitlines() if line]
     assert status == 2
-    assert "invalid choice: 'smapling'" in err and "random" in err
+    assert len(errors) == 1 and errors[0].startswith("error: argument --moe-second-expert-policy")
+    assert "invalid choice: 'smapling'" in errors[0] and "random" in errors[0]
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        ("{'moe_eval_capacity_fraction':1.0}", "did you mean moe_eval_capacity_token_fraction?"),
+        ("{'moe_second_expert_policy':'smapling'}", "--moe-second-expert-policy smapling"),
+    ],
+)
+def test_misspelt_overrides_end_in_one_line(command, data, trained, overrides, words):
+    line = f"{data} {EVAL} --path {trained / 'checkpoint_best.pt'} --model-overrides {overrides}"
+    status, _, _, err = command("eval_lm", line)
+    errors = [line for line in err.splitlines() if line.startswith("error:")]
+    assert status == 1
+    assert len(errors) == 1 and words in errors[0]
+
+
+@pytest.mark.parametrize("name", ["eval_lm", "interactive"])
+def test_nan_in_a_gate_ends_evaluation(command, data, trained, tmp_path, monkeypatch, name):
+    state = torch.load(trained / "checkpoint_best.pt", weights_only=False)
+    state["model"]["decoder.layers.1.moe_layer.gate.wg.weight"][0, 0] = float("nan")
+    torch.save(state, tmp_path / "nan.pt")
+    (tmp_path / "in.txt").write_text("w1 w2\n")
+    line = f"{data} {EVAL} --path {tmp_path / 'nan.pt'}"
+    if name == "interactive":
+        line = f"{data} --user-dir {USER_DIR} --task language_modeling --cpu --path "
+        line += f"{tmp_path / 'nan.pt'} --input {tmp_path / 'in.txt'} --max-len-b 9"
+    status, _, _, err = command(name, line)
+    errors = [line for line in err.splitlines() if line.startswith("error:")]
+    assert status == 1
+    assert len(errors) == 1 and "the router of layer 1 (from 0) yields NaN" in errors[0]
+
+
+def test_data_beyond_the_dictionary_end_in_one_line(command, data, tmp_path):
+    short = b"".join((data / "dict.txt").read_bytes().splitlines(keepends=True)[:3])
+    folder = tmp_path / "data"
+    folder.mkdir()
+    damaged(data, folder, dict_txt=short)
+    status, _, _, err = command("train", f"{folder} {TRAIN} {MOE} --save-dir {tmp_path / 'new'}")
+    errors = [line for line in err.splitlines() if line.startswith("error:")]
+    assert status == 1
+    assert len(errors) == 1 and "take the dict.txt that the data-bin was made with" in errors[0]
 
 
 def test_damaged_data_ends_in_one_line(command, data, tmp_path):

@@ -13,7 +13,7 @@ from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import II
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, not_finite
 from ..moe.stats import FIGURES
 
 _TRAFFIC = ("all_to_all_mb", "all_to_all_cpu_time_ms")
@@ -116,36 +116,31 @@ class MoECrossEntropyCriterion(FairseqCriterion):
     def _gate_losses(self, records) -> Tuple[Tensor, Tensor]:
         """The balancing loss, transformed, and the z-loss, each combined over layers: scalars."""
         balance = torch.stack([record.balance_loss for record in records])  # (layers,)
-        self._check_finite(torch.isfinite(balance), [record.layer for record in records])
+        if balance.is_cuda:  # elsewhere, and at evaluation, the decoder has looked
+            self._check_finite(torch.isfinite(balance), [record.layer for record in records])
         gate_loss = self.combine(balance)
         if self.neg_log:
             gate_loss = -torch.log(gate_loss)
         return gate_loss, self.combine(torch.stack([record.z_loss for record in records]))
 
     def _check_finite(self, finite: Tensor, layers: List[int]) -> None:
-        """Raise UserError if a layer's loss is not finite: finite (layers,) bool.
+        """Raise UserError if a layer's loss was not finite in the batch before: finite (layers,)
+        bool, on a GPU.
 
-        On a GPU the answer is that of the batch before, which has come meanwhile: to ask about this
-        one would be to wait for it. Nothing is lost, since the trainer stops at gradients that are
-        not finite and goes through their batch again (fairseq/trainer.py:964@0.12.2).
+        That answer has come meanwhile; to ask about this batch would be to wait for it. Nothing is
+        lost, since the trainer stops at gradients that are not finite and goes through their batch
+        again (fairseq/trainer.py:964@0.12.2).
         """
-        if finite.is_cuda:
-            asked = torch.empty(finite.shape, dtype=torch.bool, pin_memory=True)
-            asked.copy_(finite, non_blocking=True)
-            copied = torch.cuda.Event()
-            copied.record()
-            before, self._asked = self._asked, (asked, copied)
-            if before is None:
-                return
+        asked = torch.empty(finite.shape, dtype=torch.bool, pin_memory=True)
+        asked.copy_(finite, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        before, self._asked = self._asked, (asked, copied)
+        if before is not None:
             finite, copied = before
             copied.synchronize()
-        if not finite.all():
-            bad = layers[int((~finite).nonzero()[0])]
-            raise UserError(
-                f"the router of layer {bad} (from 0) yields NaN or infinity: training diverged; "
-                "lower --lr, lengthen --warmup-updates, or use --moe-gating-use-fp32 or "
-                "--moe-z-loss-wt 0.001, from the last good checkpoint"
-            )
+            if not finite.all():
+                raise not_finite(layers[int((~finite).nonzero()[0])])
 
     def _figures(self, records) -> Dict[str, Tensor]:
         """Each figure averaged over MoE layers, and on request of each layer."""

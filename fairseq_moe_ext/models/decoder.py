@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import MoETransformerLMConfig, is_moe_layer
+from ..errors import UserError, not_finite
 from ..expert_parallel import ExpertParallel, WorldPool, process_count, traffic
 from ..moe.gate import GateSettings
 from ..moe.layer import MoELayer, MoEOutput
@@ -190,6 +191,7 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
                 x, moe = layer(x, attn_mask, padding, incremental_state)
             if moe is not None:
                 records.append(LayerRecord(index, *moe[1:]))
+        self._check_routers(records)
         if self.layer_norm is not None:
             x = self.layer_norm(x)
         extra = {"attn": [None], "moe": records}
@@ -201,6 +203,15 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
             }
         return x, extra
 
+    def _check_routers(self, records: List[LayerRecord]) -> None:
+        """Raise UserError if a router yields NaN: no choice of experts means anything then. In
+        training on a GPU to ask would be to wait; there the criterion does, a batch later."""
+        if not records or (self.training and records[0].balance_loss.is_cuda):
+            return
+        finite = torch.stack([record.balance_loss.detach() for record in records]).isfinite()
+        if not finite.all():
+            raise not_finite(records[int((~finite).nonzero()[0])].layer, self.training)
+
     def _embed(self, tokens: Tensor, newest_only: bool) -> Tensor:
         """tokens (B, T) -> (B, T, D), or (B, 1, D) of the last position."""
         positions = None
@@ -210,7 +221,14 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
         if newest_only:
             tokens = tokens[:, -1:]
             positions = positions[:, -1:] if positions is not None else None
-        x = self.embed_scale * self.embed_tokens(tokens)
+        try:
+            x = self.embed_scale * self.embed_tokens(tokens)
+        except IndexError as error:  # on a CPU; a GPU stops in its kernel
+            raise UserError(
+                f"the data have token {int(tokens.max())}, the dictionary "
+                f"{self.embed_tokens.num_embeddings} types: take the dict.txt that the data-bin "
+                "was made with, or make the data-bin anew"
+            ) from error
         if positions is not None:
             x = x + self._embed_positions(positions)
         if self.layernorm_embedding is not None:
