@@ -37,6 +37,7 @@ from .compat import load_weights_only
 from .config import EXPERT_GRAD_SCALES, MoETransformerLMConfig, check_overrides
 from .errors import UserError
 from .expert_parallel import placement, process_count
+from .fully_sharded import places
 from .models.language_model import MODEL_NAME
 from .moe.experts import TensorPerExpert
 
@@ -647,8 +648,11 @@ def _restore_from_the_branch() -> None:
                     "--fp16 and --bf16 keep one flat tensor for all parameters unless "
                     "--fp16-no-flatten-grads is given; give it",
                 )
-            named = self.get_model().named_parameters()
-            path.parameters = {name: value for name, value in named if value.requires_grad}
+            path.parameters = {  # shapes
+                name: torch.empty(place.shape, device="meta")
+                for name, place in places(self.get_model()).items()
+                if place.parameter.requires_grad
+            }
         settings = self.cfg.checkpoint
         before = settings.load_checkpoint_on_all_dp_ranks
         settings.load_checkpoint_on_all_dp_ranks = True

@@ -162,6 +162,14 @@ class MoETransformerLMConfig(FairseqDataclass):
         },
     )
 
+    min_params_to_wrap: int = field(
+        default=int(1e8),
+        metadata={
+            "help": "layers with at least so many parameters are sharded one by one under "
+            "--ddp-backend fully_sharded (with --checkpoint-activations all of them)"
+        },
+    )
+
     # Settings of other groups that the model reads.
     tokens_per_sample: int = II("task.tokens_per_sample")
     max_target_positions: Optional[int] = II("task.max_target_positions")
@@ -172,10 +180,11 @@ class MoETransformerLMConfig(FairseqDataclass):
     fp16: bool = II("common.fp16")
     memory_efficient_fp16: bool = II("common.memory_efficient_fp16")
     fp16_no_flatten_grads: bool = II("common.fp16_no_flatten_grads")
+    bf16: bool = II("common.bf16")
 
 
 # Backends that leave the experts' gradients to us.
-_DDP_BACKENDS = ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d")
+_DDP_BACKENDS = ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d", "fully_sharded")
 
 _CHOICES = {
     "moe_second_expert_policy": SECOND_EXPERT_POLICIES.__members__,
@@ -319,10 +328,11 @@ def _validate_capacity_factor(cfg: MoETransformerLMConfig) -> None:
 def _validate_distributed(cfg: MoETransformerLMConfig) -> None:
     if cfg.ddp_backend not in _DDP_BACKENDS:
         raise UserError(
-            f"--ddp-backend {cfg.ddp_backend} does not train experts right: use legacy_ddp or "
-            "pytorch_ddp"
+            f"--ddp-backend {cfg.ddp_backend} does not train experts right: use legacy_ddp, "
+            "pytorch_ddp or fully_sharded"
         )
-    if cfg.fp16 and not (cfg.memory_efficient_fp16 or cfg.fp16_no_flatten_grads):
+    joins = not (cfg.memory_efficient_fp16 or cfg.fp16_no_flatten_grads)
+    if cfg.fp16 and joins and cfg.ddp_backend != "fully_sharded":
         raise UserError(
             "--fp16 puts the gradients of experts and shared parameters into one tensor, which "
             f"{cfg.distributed_world_size} processes cannot reduce apart: add "

@@ -12,7 +12,7 @@ import torch
 from fairseq import trainer, utils
 from torch import Tensor
 
-from .expert_parallel import process_count, sum_of_experts
+from .expert_parallel import process_count, sum_of_experts, sum_of_pieces
 
 
 def apply() -> None:
@@ -29,21 +29,25 @@ def apply() -> None:
 
 def _count_experts_in_the_gradient_norm() -> None:
     """fairseq/utils.py:347 leaves parameters with the attribute `expert` out of the norm, though it
-    clips them by it."""
+    clips them by it; and fairseq/trainer.py:1253, which adds up the squares of FSDP's pieces, wants
+    a GPU and rounds to float32."""
     stock = utils.clip_grad_norm_
 
     @functools.wraps(stock)
     def clip_grad_norm_(params, max_norm, aggregate_norm_fn=None) -> Tensor:
         params = [params] if isinstance(params, Tensor) else list(params)
         experts = [p.grad for p in params if hasattr(p, "expert") and p.grad is not None]
-        if not experts:
-            return stock(params, max_norm, aggregate_norm_fn)
+        if not experts and aggregate_norm_fn is None:
+            return stock(params, max_norm)
         shared = [p.grad for p in params if not hasattr(p, "expert") and p.grad is not None]
-        shared_norm = _sum_of_squares(shared).sqrt()
-        if aggregate_norm_fn is not None:
-            shared_norm = aggregate_norm_fn(shared_norm)
-        expert_norm = sum_of_experts(_sum_of_squares(experts)).sqrt()
-        norm = torch.hypot(shared_norm, expert_norm.to(shared_norm))
+        shared_squares = _sum_of_squares(shared)
+        if aggregate_norm_fn is not None:  # FSDP's: each process has a piece of each gradient
+            shared_squares = sum_of_pieces(shared_squares)
+        shared_norm = shared_squares.sqrt()
+        norm = shared_norm
+        if experts:
+            expert_norm = sum_of_experts(_sum_of_squares(experts)).sqrt()
+            norm = torch.hypot(shared_norm, expert_norm.to(shared_norm))
         if max_norm > 0:
             clip = (float(max_norm) / (norm + 1e-6)).clamp(max=1)
             for grad in shared + experts:

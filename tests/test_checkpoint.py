@@ -12,6 +12,7 @@ import torch
 from fairseq import checkpoint_utils, options, tasks
 from fairseq.data import Dictionary, indexed_dataset, iterators
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.distributed import utils as distributed_utils
 from fairseq.trainer import Trainer
 from fairseq_cli import train as fairseq_train
 from processes import run_processes
@@ -188,6 +189,128 @@ def test_with_update_freq_instead_of_processes(data, runs, tmp_path):
     losses = first_run(data, tmp_path, 2, 4, options)
     resumed = resume(data, tmp_path, 1, 4, f"{options} --update-freq 2", batch=GLOBAL_BATCH // 2)
     assert resumed == pytest.approx(losses[SAVED:], rel=1e-5)
+
+
+SHARDED = "--ddp-backend fully_sharded --min-params-to-wrap"
+
+
+@pytest.fixture(scope="module")
+def sharded_run(data, tmp_path_factory):
+    """As runs(2, 4), with each layer's shared parameters sharded."""
+    folder = tmp_path_factory.mktemp("sharded")
+    return folder, first_run(data, folder, 2, 4, f"{SHARDED} 0")
+
+
+@pytest.mark.parametrize(
+    "then, options",
+    [(2, f"{SHARDED} 0"), (2, f"{SHARDED} 100000000"), (4, f"{SHARDED} 0"), (2, ""), (1, "")],
+)
+def test_sharded_runs_go_on_under_any_backend(data, runs, sharded_run, then, options):
+    folder, losses = sharded_run
+    assert losses == pytest.approx(runs(2, 4)[1], rel=1e-5)
+    assert resume(data, folder, then, 4, options) == pytest.approx(losses[SAVED:], rel=1e-5)
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_other_runs_go_on_sharded(data, runs, first):
+    folder, losses = runs(first, 4)
+    resumed = resume(data, folder, 2, 4, f"{SHARDED} 0")
+    assert resumed == pytest.approx(losses[SAVED:], rel=1e-5)
+
+
+def test_dense_models_are_sharded_too(data, tmp_path):
+    options = "--arch dense_lm_tiny --moe-freq 0"
+    losses = first_run(data, tmp_path, 2, 0, f"{options} {SHARDED} 0")
+    assert losses == pytest.approx(first_run(data, tmp_path / "one", 1, 0, options), rel=1e-5)
+    for world, backend in ((4, f"{SHARDED} 0"), (1, "")):
+        resumed = resume(data, tmp_path, world, 0, f"{options} {backend}")
+        assert resumed == pytest.approx(losses[SAVED:], rel=1e-5)
+
+
+def assert_alike(one, other):
+    """Files of two backends: the same names, shapes and, but for rounding, numbers."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_alike(one[key], other[key])
+    elif isinstance(one, torch.Tensor):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+    else:
+        assert one == other
+
+
+def test_files_tell_nothing_of_sharding(runs, sharded_run):
+    files = []
+    for folder, _ in (runs(2, 4), sharded_run):
+        state = torch.load(folder / f"checkpoint_1_{SAVED}.pt", weights_only=True)
+        experts = [
+            torch.load(folder / f["name"], weights_only=True) for f in state["experts"]["files"]
+        ]
+        for content in experts:
+            del content["save"]
+        indices = state["experts"]["indices"]
+        files.append(
+            (state.keys(), state["model"], state["last_optimizer_state"], indices, experts)
+        )
+    assert files[0][0] == files[1][0]
+    for one, other in zip(files[0][1:4], files[1][1:4]):
+        assert_alike(one, other)
+    for one, other in zip(files[0][4], files[1][4]):
+        assert_alike(one, other)
+
+
+def test_sharded_run_without_anything_to_save(data, tmp_path):
+    """fairseq's processes but the first would wait for it for ever."""
+    flags = "--no-epoch-checkpoints --no-last-checkpoints --max-update 4"
+    line = f"{data} {TRAIN} --moe-expert-count 4 {SHARDED} 0 {flags}"
+    assert len(train_on(2, f"{line} --save-dir {tmp_path}")) == 4
+
+
+def test_evaluation_of_a_sharded_run(data, runs, sharded_run):
+    found = []
+    for folder, _ in (runs(2, 4), sharded_run):
+        line = f"{data} {EVAL} --path {folder}/checkpoint_last.pt"
+        line += " --model-overrides {'moe_eval_capacity_token_fraction':1.0}"
+        found.append(perplexity(0, 1, line))
+        assert run_processes(2, perplexity, 2, line) == pytest.approx([found[-1]] * 2, rel=1e-6)
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+def test_sharded_half_precision_goes_on(data, tmp_path):
+    """--fp16: float32 pieces; --memory-efficient-fp16: float16 ones."""
+    for precision in ("--fp16", "--memory-efficient-fp16"):
+        folder = tmp_path / precision.strip("-")
+        options = f"{SHARDED} 0 {precision} --fp16-init-scale 4"
+        losses = first_run(data, folder, 2, 4, options)
+        assert losses[-1] < losses[0]
+        assert resume(data, folder, 2, 4, options) == losses[SAVED:]
+        assert resume(data, folder, 4, 4, options) == pytest.approx(losses[SAVED:], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "flag, words",
+    [
+        ("--bf16", "--bf16 with --ddp-backend fully_sharded"),
+        ("--use-sharded-state", "--use-sharded-state with"),
+        ("--cpu-offload", "--cpu-offload with"),
+        ("--not-fsdp-flatten-parameters", "--not-fsdp-flatten-parameters with"),
+        ("--fp32-reduce-scatter", "--fp32-reduce-scatter with"),
+        ("--optimizer adafactor", "--optimizer adafactor"),
+        ("--moe-expert-count 3", "3 cannot be spread over 2 processes"),
+    ],
+)
+def test_what_cannot_be_sharded_right_is_refused_by_name(data, tmp_path, flag, words):
+    line = f"{data} {TRAIN} --moe-expert-count 4 {SHARDED} 0 --save-dir {tmp_path} {flag}"
+    for message in run_processes(2, error_of, train, 2, line):
+        assert words in message and "\n" not in message
+
+
+def test_one_process_has_nothing_to_shard(data, tmp_path, capsys):
+    line = f"{data} {TRAIN} --moe-expert-count 4 {SHARDED} 0 --save-dir {tmp_path}"
+    cfg = settings(f"{line} --batch-size 8", 0, 1)
+    with pytest.raises(SystemExit):
+        distributed_utils.call_main(cfg, fairseq_train.main)
+    assert "--ddp-backend fully_sharded: one process" in capsys.readouterr().err
 
 
 PRECISIONS = ["--memory-efficient-fp16", "--fp16 --fp16-no-flatten-grads", "--bf16"]

@@ -8,6 +8,7 @@ from fairseq.tasks import FairseqTask
 from omegaconf import DictConfig
 from torch import Tensor
 
+from .. import fully_sharded
 from ..config import MoETransformerLMConfig, validate
 from ..errors import UserError
 from ..expert_parallel import mark_experts
@@ -30,9 +31,10 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
     ) -> "MoETransformerLanguageModel":
         """Raises UserError for settings that cannot work, before any work starts."""
         validate(cfg)
+        fully_sharded.validate(cfg)
         model = cls(MoETransformerDecoder(cfg, task.source_dictionary))
         model.has_experts = mark_experts(model)
-        return model
+        return fully_sharded.to_wrapping_precision(model)
 
     @classmethod
     def from_pretrained(
