@@ -15,6 +15,7 @@ condition stands beside it in the table. Functions of fairseq are wrapped, never
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import difflib
 import functools
 import importlib.util
@@ -586,6 +587,69 @@ def processes_that_can_start() -> None:
     utils.call_main = call_main
 
 
+def processes_that_meet_and_part() -> None:
+    """Say in one line why processes cannot meet, and give their waiting an end.
+
+    Breaks: a --distributed-port in use, or a process that is missing, ends in a traceback. A
+    process that no longer answers (a stopped machine, a broken network) is waited for by the others
+    for torch's half hour on Gloo; --heartbeat-timeout interrupts Python, which does not reach them
+    there. So it becomes the time after which every collective fails, too.
+    Where: fairseq/distributed/utils.py:284.
+    Ends: with a fairseq that hands a timeout on.
+    """
+    import torch.distributed
+    from fairseq.distributed import utils
+
+    stock = utils.distributed_init
+
+    @functools.wraps(stock)
+    def distributed_init(cfg):
+        settings = getattr(cfg, "distributed_training", cfg)
+        seconds = getattr(settings, "heartbeat_timeout", -1)
+        limit = {"timeout": datetime.timedelta(seconds=seconds)} if seconds > 0 else {}
+        start = functools.partial(torch.distributed.init_process_group, **limit)
+        utils.dist = _View(torch.distributed, init_process_group=start)
+        try:
+            return stock(cfg)
+        except RuntimeError as error:
+            where = settings.distributed_init_method
+            if where == "env://":
+                where = "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
+            if "EADDRINUSE" in str(error) or "address already in use" in str(error):
+                raise UserError(
+                    f"{where}: the port is in use; choose another with --distributed-port "
+                    "(torchrun: --master_port), or end the run that has it"
+                ) from error
+            if isinstance(error, torch.distributed.DistError):
+                raise UserError(
+                    f"{where}: not all {settings.distributed_world_size} processes met there "
+                    f"({_first_line(error)}); start them all, with the same address, port and "
+                    "world size"
+                ) from error
+            raise
+        finally:
+            utils.dist = torch.distributed
+
+    utils.distributed_init = distributed_init
+
+
+_LOST = re.compile(  # what Gloo, NCCL and the meeting point say when a process has gone
+    r"third_party/gloo|gloo/transport|Application timeout caused pair closure|"
+    r"Connection closed by peer|ncclRemoteError|Watchdog caught collective operation timeout"
+)
+
+
+def _lost_process(error: BaseException) -> Optional[str]:
+    """One line for a collective that failed as another process is gone or silent, else None."""
+    if not isinstance(error, RuntimeError) or not _LOST.search(str(error)):
+        return None
+    cause = re.sub(r"^\[\S+\]\s*", "", _first_line(error)).split(". This is")[0]
+    return (
+        f"another process has stopped or no longer answers ({cause}): its own log says why; the "
+        "same command goes on from the last checkpoint"
+    )
+
+
 def hydra_command() -> None:
     """Give configs of fairseq-hydra-train this package's folder, and its users one-line errors.
 
@@ -728,7 +792,7 @@ def one_line_errors() -> None:
     def call_main(cfg, main, **kwargs):
         try:
             return stock(cfg, main, **kwargs)
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:  # the latter by --heartbeat-timeout, too
             mistake = _mistake_to_print(error)
             if mistake is None:
                 raise
@@ -775,6 +839,9 @@ def _mistake_to_print(error: BaseException) -> Optional[str]:
     while error is not None and id(error) not in seen:
         if isinstance(error, UserError):
             return str(error)
+        lost = _lost_process(error)
+        if lost is not None:
+            return lost
         seen.add(id(error))
         error = error.__cause__ or error.__context__
     return None
@@ -823,6 +890,7 @@ PATCHES = (
     Patch(bf16_without_tpu, needed=lambda: importlib.util.find_spec("torch_xla") is None),
     Patch(fresh_jobs, needed=_always),
     Patch(processes_that_can_start, needed=_always),
+    Patch(processes_that_meet_and_part, needed=_always),
     Patch(hydra_command, needed=_new_resolvers),
     Patch(one_line_errors, needed=_always),
 )
