@@ -14,6 +14,7 @@
     tasks/         language modelling over a mixture of corpora
     optim.py       fairseq's Adam, fused
     prepare/       text to data-bins
+    convert/       checkpoints to other layouts and precisions
     cost.py        parameters and FLOPs
     evaluation/    what trained models are asked: expert use, reports
     cli.py         the command fairseq-moe

@@ -20,7 +20,8 @@ import os
 import re
 from argparse import Namespace
 from dataclasses import fields
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from enum import Enum
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
@@ -102,7 +103,10 @@ def _lacks_experts(path: str) -> bool:
 
 
 def read(
-    files: BranchFiles, overrides: Optional[Dict[str, Any]], parameters: Optional[Dict[str, Any]]
+    files: BranchFiles,
+    overrides: Optional[Dict[str, Any]],
+    parameters: Optional[Dict[str, Any]],
+    stack: Callable[[List[Tensor]], Any] = torch.stack,
 ) -> State:
     """What fairseq/checkpoint_utils.py:load_checkpoint_to_cpu@0.12.2 returns of one file.
 
@@ -112,18 +116,19 @@ def read(
     Args:
         overrides: of settings (--model-overrides).
         parameters: see PathForTraining; None: leave the optimizer state out.
+        stack: makes one of what the optimizer remembers of the experts.
     """
     shared = _load(files.shared)
     if not flat_settings(shared):
         raise UserError(f"{files.shared}: there are no settings in it, neither args nor cfg")
     parts = _expert_parts(files, shared)
-    state = dict(_BARE)
+    state = dict(BARE)
     for source in (shared, parts[0].state):  # the branch goes by the rank file
         state.update((key, value) for key, value in source.items() if value)
     state["model"] = _model_state(shared, parts)
     state["last_optimizer_state"] = None
     if parameters is not None:
-        state["last_optimizer_state"] = _optimizer_state(files, shared, parts, parameters)
+        state["last_optimizer_state"] = _optimizer_state(files, shared, parts, parameters, stack)
     state["extra_state"] = _shared_position(state)
     if state.get("args") is not None:
         state["args"] = _translated_args(files, state["args"])
@@ -132,7 +137,9 @@ def read(
         state["cfg"] = None
     else:
         state["args"] = None
-        state["cfg"] = OmegaConf.create(_translated_cfg(files, state["cfg"]))
+        state["cfg"] = OmegaConf.create(
+            complete_cfg(translated_settings(files.base, state["cfg"]["model"]), state["cfg"])
+        )
         overwrite_args_by_name(state["cfg"], overrides or {})
     return checkpoint_utils._upgrade_state_dict(state)
 
@@ -146,7 +153,7 @@ def flat_settings(state: State) -> Dict[str, Any]:
 
 
 # What a file may lack that was made for the weights alone.
-_BARE: State = {
+BARE: State = {
     "optimizer_history": [
         {
             "criterion_name": "MoECrossEntropyCriterion",
@@ -315,19 +322,22 @@ _UNSUPPORTED: Dict[str, Any] = {
 }
 
 # How the checkpoint was trained is no matter for reading it; fairseq-train goes by its own command.
-_OWN_SETTINGS: Dict[str, Any] = {
+ONE_PROCESS: Dict[str, Any] = {
     "ddp_backend": "legacy_ddp",
     "distributed_world_size": 1,
     "fp16": False,
     "memory_efficient_fp16": False,
     "fp16_no_flatten_grads": False,
+    "max_tokens": None,
+    "batch_size": None,
+}
+_OWN_SETTINGS: Dict[str, Any] = {
+    **ONE_PROCESS,
     "moe_expert_ffn_dim": None,  # the branch has the flag and never reads it
     "moe_capacity_factor": None,
     "moe_dropless": False,
     "moe_routing_scope": "process",
     "moe_experts_on_disk": False,
-    "max_tokens": None,
-    "batch_size": None,
 }
 
 
@@ -371,8 +381,9 @@ def translated_settings(path: str, saved: Dict[str, Any]) -> Dict[str, Any]:
     return settings
 
 
-def _translated_cfg(files: BranchFiles, saved: Dict[str, Any]) -> Dict[str, Any]:
-    """fairseq's settings with the saved values, as far as this version knows them."""
+def complete_cfg(model: Dict[str, Any], saved: Dict[str, Any]) -> Dict[str, Any]:
+    """fairseq's settings with the saved values, as far as this version knows them, and those of
+    our model."""
     cfg = OmegaConf.to_container(OmegaConf.structured(FairseqConfig), enum_to_str=True)
     for group, default in cfg.items():
         value = saved.get(group)
@@ -380,7 +391,7 @@ def _translated_cfg(files: BranchFiles, saved: Dict[str, Any]) -> Dict[str, Any]
             default.update({key: v for key, v in value.items() if key in default})
         elif group in saved:
             cfg[group] = value
-    cfg["model"] = translated_settings(files.base, saved["model"])
+    cfg["model"] = model
     cfg["task"] = _known(saved.get("task") or {}, TASK_DATACLASS_REGISTRY, "language_modeling")
     cfg["criterion"] = _known(
         saved.get("criterion") or {}, CRITERION_DATACLASS_REGISTRY, "moe_cross_entropy"
@@ -445,7 +456,11 @@ def _shared_position(state: State) -> Dict[str, Any]:
 
 
 def _optimizer_state(
-    files: BranchFiles, shared: State, parts: List[_Part], parameters: Dict[str, Any]
+    files: BranchFiles,
+    shared: State,
+    parts: List[_Part],
+    parameters: Dict[str, Any],
+    stack: Callable[[List[Tensor]], Any],
 ) -> Optional[State]:
     """The state of an optimizer of our parameters. UserError if it cannot be had."""
     if shared.get("last_optimizer_state") is None:
@@ -453,7 +468,7 @@ def _optimizer_state(
         return None
     saved = shared["last_optimizer_state"]
     groups = saved["param_groups"]
-    numbers = _parameter_numbers(shared, parts[0].state)
+    numbers = parameter_numbers(shared, parts[0].state)
     in_groups = sorted(number for group in groups for number in group["params"])
     if len(groups) != 1 or in_groups != list(range(len(numbers))):
         raise _unfit(
@@ -470,11 +485,13 @@ def _optimizer_state(
             entries = _expert_entries(files, parts, numbers, name)
         if all(entry is None for entry in entries):
             continue  # no update has touched it
-        merged = _merged(files, name, entries, stacked=name not in numbers)
+        merged = _merged(files, name, entries, stack if name not in numbers else None)
         if "step" not in merged and "step" in groups[0]:  # apex's Adam counts for the group
             merged["step"] = groups[0]["step"]
         for key, value in merged.items():
-            same_kind = isinstance(value, Tensor) and value.dim() == parameter.dim()
+            same_kind = (
+                isinstance(value, (Tensor, TensorPerExpert)) and len(value.shape) == parameter.dim()
+            )
             if same_kind and value.shape != parameter.shape:
                 raise _unfit(
                     files, f"{key} of {name} is {tuple(value.shape)}, not {tuple(parameter.shape)}"
@@ -484,15 +501,13 @@ def _optimizer_state(
     return {**saved, "param_groups": [group], "state": state}
 
 
-def _parameter_numbers(shared: State, part: State) -> Dict[str, int]:
+def parameter_numbers(shared: State, part: State) -> Dict[str, int]:
     """The number of each parameter in the branch's model, by its name in the files: experts stand
     behind their gate, the rest in the order of the shared file. Every process counts its own."""
     names: List[str] = []
     tied = flat_settings(shared).get("share_decoder_input_output_embed")
     for name in shared["model"]:
-        if name.endswith((".version", "._float_tensor", ".embed_positions.weights")):
-            continue  # buffers
-        if tied and name == "decoder.output_projection.weight":
+        if not is_parameter(name, tied):
             continue
         names.append(name)
         gate = _GATE.fullmatch(name)
@@ -500,6 +515,12 @@ def _parameter_numbers(shared: State, part: State) -> Dict[str, int]:
             experts = gate["layer"] + ".experts."
             names += [key for key in part["model"] if key.startswith(experts)]
     return {name: number for number, name in enumerate(names)}
+
+
+def is_parameter(name: str, tied: bool) -> bool:
+    """Whether an optimizer has what goes by this name in a file: no buffers, tied weights once."""
+    buffers = (".version", "._float_tensor", ".embed_positions.weights")
+    return not name.endswith(buffers) and not (tied and name == "decoder.output_projection.weight")
 
 
 def _expert_entries(
@@ -520,15 +541,20 @@ def _expert_entries(
     return entries
 
 
-def _merged(files: BranchFiles, name: str, entries: List[Optional[State]], stacked: bool) -> State:
-    """One parameter's state from that of its experts."""
+def _merged(
+    files: BranchFiles,
+    name: str,
+    entries: List[Optional[State]],
+    stack: Optional[Callable[[List[Tensor]], Any]],
+) -> State:
+    """One parameter's state from that of its experts; without `stack`, of a shared one."""
     if any(entry is None or entry.keys() != entries[0].keys() for entry in entries):
         raise _unfit(files, f"that of {name} is not there for all experts")
     merged: State = {}
     for key, first in entries[0].items():
         values = [entry[key] for entry in entries]
         if isinstance(first, Tensor) and first.dim() > 0:
-            merged[key] = torch.stack(values) if stacked else first.clone()
+            merged[key] = first.clone() if stack is None else stack(values)
         elif all(value == first for value in values):
             merged[key] = first
         else:
@@ -541,6 +567,151 @@ def _unfit(files: BranchFiles, why: str) -> UserError:
         f"{files.base}: its optimizer state cannot be continued: {why}; add --reset-optimizer to "
         "train on with a fresh one"
     )
+
+
+# Writing -----------------------------------------------------------------------------------------
+
+# `cfg.model` of the branch's transformer_lm beyond what we have.
+_BRANCH_DEFAULTS: Dict[str, Any] = {
+    "_name": "transformer_lm_gpt",
+    "relu_dropout": 0.0,
+    "decoder_normalize_before": True,
+    "adaptive_softmax_cutoff": None,
+    "adaptive_softmax_dropout": 0.0,
+    "adaptive_softmax_factor": 4.0,
+    "character_embeddings": False,
+    "character_filters": "[(1, 64), (2, 128), (3, 192), (4, 256), (5, 256), (6, 256), (7, 256)]",
+    "character_embedding_dim": 4,
+    "char_embedder_highway_layers": 2,
+    "adaptive_input": False,
+    "adaptive_input_factor": 4.0,
+    "adaptive_input_cutoff": None,
+    "tie_adaptive_weights": False,
+    "tie_adaptive_proj": False,
+    "offload_activations": False,
+    "decoder_layerdrop": 0.0,
+    "decoder_layers_to_keep": None,
+    "quant_noise_pq": 0.0,
+    "quant_noise_pq_block_size": 8,
+    "quant_noise_scalar": 0.0,
+    "min_params_to_wrap": 100000000,
+    "dummy_a2a": False,
+    "use_stable_embedding": False,
+    "base_layers": 0,
+    "base_sublayers": 1,
+    "base_shuffle": 0,
+    "add_bos_token": False,
+    "tpu": False,
+    "world_size": 1,
+    "distributed_rank": 0,
+    "batch_size_valid": None,
+}
+_NOT_THE_BRANCH_S = {
+    "distributed_world_size",
+    "max_tokens",
+    "moe_capacity_factor",
+    "moe_dropless",
+    "moe_experts_on_disk",
+    "moe_routing_scope",
+}
+
+
+def branch_settings(path: str, settings: Dict[str, Any]) -> Dict[str, Any]:
+    """`cfg.model` as the branch has it, from our model's settings; UserError for what it cannot
+    compute. How it was trained (dropless, capacity) has no place there; dropless evaluation has."""
+    ffn_dim = settings["decoder_ffn_embed_dim"]
+    if settings["moe_expert_ffn_dim"] not in (None, ffn_dim):
+        raise UserError(
+            f"{path}: its experts are {settings['moe_expert_ffn_dim']} wide (--moe-expert-ffn-dim) "
+            f"and its dense layers {ffn_dim}; the branch gives both one width, so there is no such "
+            "model in its layout"
+        )
+    kept = {
+        key: str(value) if isinstance(value, Enum) else value
+        for key, value in settings.items()
+        if key in _FIELDS and key not in _NOT_THE_BRANCH_S
+    }
+    dim = settings["decoder_embed_dim"]
+    made = {**_BRANCH_DEFAULTS, "decoder_input_dim": dim, "decoder_output_dim": dim, **kept}
+    made.update(_name="transformer_lm_gpt", moe_expert_ffn_dim=None)
+    if settings["moe_dropless"]:
+        made["moe_eval_capacity_token_fraction"] = 1.0
+    if made["max_target_positions"] is None:
+        made["max_target_positions"] = made["tokens_per_sample"]
+    return made
+
+
+def branch_rest(rest: State, model: Dict[str, Any], ranks: int) -> State:
+    """All of a file but model and optimizer, with the settings as `cfg` and the place in the data
+    as a process of so many counts it."""
+    if rest.get("cfg") is not None:
+        cfg = dict(rest["cfg"])
+    else:
+        cfg = complete_cfg({}, {})
+    task = {"tokens_per_sample": model["tokens_per_sample"], "data": "???"}
+    task.update({k: v for k, v in (cfg.get("task") or {}).items() if k in _TASK_FIELDS})
+    cfg["task"] = {**task, "_name": "language_modeling"}
+    cfg["model"] = model
+    cfg["distributed_training"] = {
+        **(cfg.get("distributed_training") or {}),
+        "distributed_world_size": ranks,
+    }
+    extra = dict(rest.get("extra_state") or {})
+    position = extra.get("train_iterator")
+    if position is not None:
+        position = dict(position)
+        place = position.pop("all_processes", None)
+        batches = place["batches"] if place else position.get("iterations_in_epoch", 0)
+        position["iterations_in_epoch"] = batches // ranks
+        extra["train_iterator"] = position
+    return {**rest, "args": None, "cfg": cfg, "extra_state": extra}
+
+
+_TASK_FIELDS = {
+    "data",
+    "sample_break_mode",
+    "tokens_per_sample",
+    "output_dictionary_size",
+    "self_target",
+    "future_target",
+    "past_target",
+    "add_bos_token",
+    "max_target_positions",
+    "shorten_method",
+    "shorten_data_split_list",
+    "pad_to_fixed_length",
+    "pad_to_fixed_bsz",
+    "seed",
+    "batch_size",
+    "batch_size_valid",
+    "dataset_impl",
+    "data_buffer_size",
+    "tpu",
+    "use_plasma_view",
+    "plasma_path",
+}
+
+
+def branch_order(names: Iterable[str]) -> List[str]:
+    """The keys of the shared file from those of our model: a layer's final norm comes last."""
+    order: List[str] = []
+    held: List[str] = []  # the final norm of the layer that is being listed
+    for name in names:
+        if ".experts." in name:
+            continue
+        if ".final_layer_norm." in name:
+            held.append(name)
+            continue
+        if held and not name.startswith(held[0].split("final_layer_norm")[0]):
+            order, held = order + held, []
+        order.append(name)
+    return order + held
+
+
+def is_part(path: str, base: str) -> bool:
+    """Whether a file is the shared one or one of the ranks' of BASE.pt."""
+    match = _PART.fullmatch(path)
+    return match is not None and match["base"] == base
 
 
 # fairseq's functions -----------------------------------------------------------------------------

@@ -332,7 +332,7 @@ def _remove(path: str) -> None:
 # ---- Loading
 
 
-class _Piece(NamedTuple):
+class Piece(NamedTuple):
     """Some experts, as one file has them; the tensors are mapped."""
 
     first: int
@@ -376,7 +376,7 @@ def _with_own_experts(path: str, state: Dict[str, Any]) -> Dict[str, Any]:
     if manifest is not None:
         num_experts, indices = manifest["num_experts"], manifest["indices"]
         place = placement(num_experts, process_count(), rank)
-        pieces = _open_pieces(path, manifest, place)
+        pieces = open_pieces(path, manifest, place)
     else:
         whole = {name: value for name, value in state["model"].items() if _is_expert(name)}
         if process_count() == 1 or not whole:
@@ -386,7 +386,7 @@ def _with_own_experts(path: str, state: Dict[str, Any]) -> Dict[str, Any]:
         indices = _indices_in(optimizer, path) if wanted else {}
         saved = optimizer["state"] if wanted else {}
         by_name = {name: saved[i] for name, i in indices.items() if i in saved}
-        pieces = [_Piece(0, num_experts, whole, by_name)]
+        pieces = [Piece(0, num_experts, whole, by_name)]
     model = {n: t for n, t in state["model"].items() if not _is_expert(n)}
     for name in pieces[0].model:
         model[name] = _rows(place, [(piece, piece.model[name]) for piece in pieces])
@@ -402,7 +402,7 @@ def _with_own_experts(path: str, state: Dict[str, Any]) -> Dict[str, Any]:
     return state
 
 
-def _open_pieces(path: str, manifest: Dict[str, Any], place: Placement) -> List[_Piece]:
+def open_pieces(path: str, manifest: Dict[str, Any], place: Placement) -> List[Piece]:
     """The expert files that hold experts of this process."""
     if manifest["format"] > FORMAT:
         raise UserError(
@@ -418,7 +418,7 @@ def _open_pieces(path: str, manifest: Dict[str, Any], place: Placement) -> List[
     ]
 
 
-def _open_piece(path: str, folder: str, file: Dict[str, Any], save: str) -> _Piece:
+def _open_piece(path: str, folder: str, file: Dict[str, Any], save: str) -> Piece:
     name = os.path.join(folder, *file["name"].split("/"))
     if not os.path.isfile(name):
         raise UserError(
@@ -435,7 +435,7 @@ def _open_piece(path: str, folder: str, file: Dict[str, Any], save: str) -> _Pie
     try:
         state = torch.load(name, map_location="cpu", mmap=True, weights_only=True)
         found = state["save"], state["first"], state["count"]
-        piece = _Piece(state["first"], state["count"], state["model"], state["optimizer"])
+        piece = Piece(state["first"], state["count"], state["model"], state["optimizer"])
     except Exception as error:
         raise UserError(
             f"{name}: damaged or not a file of experts ({str(error).splitlines()[0]}); copy it "
@@ -449,7 +449,7 @@ def _open_piece(path: str, folder: str, file: Dict[str, Any], save: str) -> _Pie
     return piece
 
 
-def _rows(place: Placement, parts: List[Tuple[_Piece, Tensor]]) -> Tensor:
+def _rows(place: Placement, parts: List[Tuple[Piece, Tensor]]) -> Tensor:
     """Rows of this process out of tensors (count, ...) of some files -> (local, ...), in memory of
     its own."""
     end = place.first + place.local
@@ -461,7 +461,7 @@ def _rows(place: Placement, parts: List[Tuple[_Piece, Tensor]]) -> Tensor:
 
 
 def _own_optimizer_state(
-    path: str, place: Placement, name: str, pieces: List[_Piece]
+    path: str, place: Placement, name: str, pieces: List[Piece]
 ) -> Dict[str, Any]:
     """What the optimizer remembers of a parameter of experts."""
     states = [piece.optimizer[name] for piece in pieces]

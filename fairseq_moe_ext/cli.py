@@ -37,6 +37,7 @@ _COMMANDS = {
     "evaluate": ("perplexity of a model on many test sets", "evaluation.perplexity"),
     "study": ("train and compare a dense and a sparse family of models", "study.command"),
     "report": ("a study's page and figures", "study.page"),
+    "convert": ("checkpoints to other layouts and precisions", "convert.command"),
     "cost": ("parameters, FLOPs and memory of a model", "evaluation.cost_table"),
 }
 

@@ -36,6 +36,16 @@ ALLOWED = {
     "tasks": {"tasks", "data_bin"},
     "prepare": {"prepare", "data_bin"},
     "study": {"cost", "data_bin", "evaluation", "study"},
+    "convert": {
+        "convert",
+        "branch_checkpoint",
+        "checkpoint",
+        "compat",
+        "config",
+        "expert_parallel",
+        "models",
+        "moe.experts",
+    },
     "evaluation": {
         "branch_checkpoint",
         "compat",

@@ -102,6 +102,10 @@ def test_commands(folder):
     assert re.search(r"training on 2 devices", output)
     assert (folder / "runs" / "two" / "experts").is_dir()
 
+    output = script("Convert")
+    assert output.count("experts a sparse layer") == 4
+    assert len(list((folder / "spread" / "experts").glob("*.pt"))) == 4
+
     output = script("Study")
     assert "GPT-3 175B" in output
 

@@ -1,0 +1,223 @@
+"""`fairseq-moe convert`: the flags, and the order of the steps."""
+
+import argparse
+import contextlib
+import os
+from typing import List
+
+import torch
+from tqdm import tqdm
+
+from fairseq_moe_ext.errors import UserError
+
+DESCRIPTION = """\
+Convert a checkpoint: into one file, into files of experts, to half precision, to its weights alone,
+from dense to sparse, and to or from other layouts.
+
+  fairseq-moe convert runs/moe/checkpoint_best.pt moe.pt --weights-only --dtype float16
+  fairseq-moe convert moe.pt spread/moe.pt --expert-files 4
+  fairseq-moe convert dense.pt sparse.pt --upcycle --moe-freq 2 --moe-expert-count 8
+  fairseq-moe convert moe.pt branch/moe.pt --to branch --rank-files 2
+  fairseq-moe convert dense.pt xglm --to xglm         (and back: --from xglm)
+
+What SRC is, this plugin's checkpoint, stock fairseq's or one of the moe branch (X.pt of
+X-rank-R.pt and X-shared.pt), is seen from the files. Memory stays small whatever the size: files
+are mapped, and written tensor by tensor. DST appears when all is done.
+"""
+
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = DESCRIPTION
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("source", metavar="SRC", help="the checkpoint; XGLM: its folder")
+    parser.add_argument("dest", metavar="DST", help="X.pt to write; XGLM: a folder")
+    parser.add_argument("--from", dest="layout", choices=["xglm"], help="SRC is not fairseq's")
+    parser.add_argument("--to", choices=["branch", "xglm"], help="default: this plugin's layout")
+    parser.add_argument(
+        "--expert-files", type=int, metavar="N", help="spread the experts over N files in experts/"
+    )
+    parser.add_argument(
+        "--rank-files", type=int, metavar="N", help="files of experts for --to branch (default: 1)"
+    )
+    parser.add_argument("--weights-only", action="store_true", help="leave out the optimizer state")
+    parser.add_argument(
+        "--dtype", metavar="TYPE",
+        help="precision of the weights: float32, float16, bfloat16 (fp32, fp16, bf16); what the "
+        "optimizer remembers stays as it is",
+    )  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+    up = parser.add_argument_group("dense to sparse (--upcycle)")
+    up.add_argument(
+        "--upcycle", action="store_true",
+        help="make experts of the feed-forward networks, and a fresh gate. With top-2 routing and "
+        "no noise the logits are the dense model's as long as nothing is dropped: DST says "
+        "moe_dropless, and fairseq-train needs --moe-dropless for it. With --moe-top1-expert they "
+        "are not, as a token's expert is then weighted by the gate's probability",
+    )  # fmt: skip
+    up.add_argument("--moe-freq", type=int, help="every N-th layer becomes sparse (default: 2)")
+    up.add_argument("--moe-expert-count", type=int, help="experts in a sparse layer")
+    up.add_argument("--moe-top1-expert", action="store_true", help="one expert a token, not two")
+    up.add_argument(
+        "--noise", type=float, default=0.0, metavar="S",
+        help="add Gaussian noise to the experts' matrices, of S times their standard deviation "
+        "(default: 0)",
+    )  # fmt: skip
+    up.add_argument("--seed", type=int, default=1, help="of the gate and the noise (default: 1)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Raises UserError for what cannot be converted, with nothing written."""
+    _check(args)
+    from fairseq_moe_ext.convert import source as reading
+    from fairseq_moe_ext.convert import targets, upcycle, xglm
+
+    if args.layout == "xglm":
+        source = xglm.open_xglm(args.source)
+    else:
+        source = reading.open_checkpoint(args.source, args.weights_only or args.upcycle)
+    if args.upcycle:
+        shape = args.moe_freq or 2, args.moe_expert_count, args.moe_top1_expert
+        source = upcycle.upcycle(source, *shape, args.noise, args.seed)
+    if args.dtype is not None:
+        source.model = targets.cast(source.model, DTYPES[args.dtype])
+    if args.to == "xglm":
+        jobs = xglm.xglm_jobs(source, args.dest)
+    elif args.to == "branch":
+        jobs = targets.branch_jobs(source, args.dest, args.rank_files or 1)
+    else:
+        jobs = targets.fairseq_jobs(source, args.dest, args.expert_files)
+    stale = [path for path in _existing(args) if path not in {job.path for job in jobs}]
+    _write(jobs, stale)
+    if args.to is None and args.overwrite:
+        from fairseq_moe_ext import checkpoint
+
+        checkpoint.remove_unused_files(os.path.dirname(args.dest) or ".")
+    print(_told(args, source, jobs))
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.dtype is not None and args.dtype not in DTYPES:
+        raise UserError(f"--dtype {args.dtype}: not known; use float32, float16 or bfloat16")
+    if args.to != "xglm" and not args.dest.endswith(".pt"):
+        raise UserError(f"{args.dest}: the name of a checkpoint ends in .pt; add it")
+    for flag, given, needs, there in (
+        ("--expert-files", args.expert_files is not None, "no --to", args.to is None),
+        ("--rank-files", args.rank_files is not None, "--to branch", args.to == "branch"),
+        ("--moe-expert-count", args.moe_expert_count is not None, "--upcycle", args.upcycle),
+        ("--moe-freq", args.moe_freq is not None, "--upcycle", args.upcycle),
+        ("--moe-top1-expert", args.moe_top1_expert, "--upcycle", args.upcycle),
+        ("--noise", args.noise != 0, "--upcycle", args.upcycle),
+    ):
+        if given and not there:
+            raise UserError(f"{flag} goes with {needs}: add that, or drop {flag}")
+    for flag in ("expert_files", "rank_files"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            name = "--" + flag.replace("_", "-")
+            raise UserError(f"{name} {getattr(args, flag)}: use 1 or more")
+    if args.upcycle and args.moe_expert_count is None:
+        raise UserError("--upcycle: how many experts? add --moe-expert-count")
+    if args.upcycle and args.moe_freq is not None and args.moe_freq < 1:
+        raise UserError(f"--moe-freq {args.moe_freq}: use 1 (every layer) or more")
+    if not 0 <= args.noise < float("inf"):
+        raise UserError(f"--noise {args.noise}: use 0 or more")
+    if os.path.realpath(args.source) == os.path.realpath(args.dest):
+        raise UserError(f"{args.dest}: is SRC as well; write to another name")
+    if args.to == "branch" and os.path.exists(args.dest):
+        raise UserError(
+            f"{args.dest}: exists, and would be read in place of the -rank- and -shared files "
+            "beside it: choose another name, or move it away"
+        )
+    existing = _existing(args)
+    if existing and not args.overwrite:
+        raise UserError(f"{existing[0]}: exists; choose another name, or add --overwrite")
+    folder = args.dest if args.to == "xglm" else os.path.dirname(args.dest)
+    if os.path.isfile(folder):
+        raise UserError(f"{folder}: is a file, not a folder")
+
+
+def _existing(args: argparse.Namespace) -> List[str]:
+    """Files that are, or are parts of, an earlier DST."""
+    if args.to == "xglm":
+        if not os.path.isdir(args.dest):
+            return []
+        names = [n for n in os.listdir(args.dest) if n == "config.json" or _is_weights(n)]
+        return [os.path.join(args.dest, name) for name in sorted(names)]
+    if args.to == "branch":
+        from fairseq_moe_ext.convert import targets
+
+        return sorted(targets.branch_files_in_the_way(args.dest))
+    return [args.dest] if os.path.exists(args.dest) else []
+
+
+def _is_weights(name: str) -> bool:
+    """Whether transformers would take a file for weights or their index."""
+    return name.startswith(("model", "pytorch_model")) and name.endswith(
+        (".safetensors", ".bin", ".index.json")
+    )
+
+
+def _write(jobs, stale: List[str]) -> None:
+    """Write all files under temporary names, then rename them; the last, by which the set is found,
+    last. What it replaces goes first, so that no mixture of two sets can be read."""
+    from fairseq_moe_ext.convert.targets import TEMPORARY
+
+    made = []
+    try:
+        for folder in {os.path.dirname(job.path) for job in jobs} - {""}:
+            os.makedirs(folder, exist_ok=True)
+        total = sum(job.size for job in jobs)
+        with tqdm(total=total, desc="converting", unit="B", unit_scale=True, disable=None) as bar:
+            for job in jobs:
+                made.append(job.path + TEMPORARY)
+                job.write(made[-1], bar.update)
+        replaced = [job.path for job in jobs[:-1] if os.path.exists(job.path)]
+        if replaced or stale:
+            for path in [jobs[-1].path, *stale]:
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(path)
+        for job in jobs:
+            os.replace(job.path + TEMPORARY, job.path)
+        for folder in {os.path.dirname(job.path) or "." for job in jobs}:
+            _sync_folder(folder)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or jobs[-1].path}: cannot be written ({error.strerror or error}); "
+            "make room, or choose another DST"
+        ) from error
+    finally:
+        for path in made:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)
+
+
+def _sync_folder(folder: str) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _told(args, source, jobs) -> str:
+    size = sum(os.path.getsize(job.path) for job in jobs)
+    files = f"{len(jobs)} files" if len(jobs) > 1 else "1 file"
+    kind = f"{source.experts} experts a sparse layer" if source.experts else "dense"
+    optimizer = "with" if source.optimizer is not None and args.to != "xglm" else "without"
+    text = f"{args.dest}: {kind}, {files}, {size:,} bytes, {optimizer} optimizer state"
+    if args.upcycle and args.moe_top1_expert:
+        text += (
+            "\nwith --moe-top1-expert the logits are not the dense model's: an expert's output is "
+            "weighted by the gate's probability"
+        )
+    elif args.upcycle:
+        text += "\ntrain on with --moe-dropless, under which it starts as the dense model"
+    return text

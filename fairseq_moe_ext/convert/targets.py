@@ -1,0 +1,258 @@
+"""A checkpoint as the files of a layout: jobs, each of which writes one file."""
+
+from __future__ import annotations
+
+import glob
+import os
+import secrets
+from typing import Any, Callable, Dict, List, NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from .. import branch_checkpoint, checkpoint
+from ..errors import UserError
+from ..moe.experts import TensorPerExpert
+from .archive import AnyTensor, Lazy, bytes_of, dtype_of, pieces_of, write_torch
+from .source import Source
+
+Progress = Callable[[int], Any]
+
+
+class Job(NamedTuple):
+    """A file to be written."""
+
+    path: str
+    size: int  # bytes of its tensors
+    write: Callable[[str, Progress], None]  # under a temporary name, which it is given
+
+
+def cast(model: Dict[str, AnyTensor], dtype: torch.dtype) -> Dict[str, AnyTensor]:
+    """The tensors of a model in another precision, as they are written."""
+    made: Dict[int, AnyTensor] = {}  # tied tensors stay one
+
+    def converted(name: str, value: AnyTensor) -> AnyTensor:
+        old = dtype_of(value)
+        if not old.is_floating_point or old == dtype or name == "decoder.version":
+            return value
+        if isinstance(value, TensorPerExpert):
+            return TensorPerExpert(converted(name, part) for part in value)
+        key = value.data_ptr() if isinstance(value, Tensor) and value.numel() else id(value)
+        if key not in made:
+            made[key] = Lazy(tuple(value.shape), dtype, lambda: _cast_pieces(name, value, dtype))
+        return made[key]
+
+    return {name: converted(name, value) for name, value in model.items()}
+
+
+def _cast_pieces(name: str, value: AnyTensor, dtype: torch.dtype):
+    for piece in pieces_of(value):
+        small = piece.to(dtype)
+        if not torch.equal(torch.isfinite(small), torch.isfinite(piece)):
+            largest = float(piece.abs().max())
+            raise UserError(
+                f"--dtype {str(dtype)[6:]}: {name} has values up to {largest:.4g}, too large for "
+                "it: use bfloat16 or float32"
+            )
+        yield small
+
+
+# ---- Ours
+
+
+def fairseq_jobs(source: Source, path: str, files: Optional[int]) -> List[Job]:
+    """One file; with `files`, that many of experts and one of the rest. The last job is the file by
+    which the checkpoint goes."""
+    if not files:
+        state = {**source.rest, "model": source.model}
+        state["last_optimizer_state"] = _whole_optimizer(source)
+        return [_job(path, state)]
+    local = _share(source, "--expert-files", files)
+    history = (source.rest.get("optimizer_history") or [{}])[-1]
+    position = (source.rest.get("extra_state") or {}).get("train_iterator") or {}
+    epoch, updates = position.get("epoch", 1), history.get("num_updates", 0)
+    save = f"{epoch}-{updates}-{secrets.token_hex(8)}"
+    names = [name for name in source.model if ".experts." in name]
+    states = _states_of(source, names) if source.optimizer is not None else {}
+    folder = os.path.dirname(path)
+    jobs, listed = [], []
+    for number in range(files):
+        first = number * local
+        rows = slice(first, first + local)
+        name = f"{checkpoint.FOLDER}/{save}-{first}-{local}.pt"
+        content = {
+            "save": save,
+            "first": first,
+            "count": local,
+            "model": {n: TensorPerExpert(source.model[n][rows]) for n in names},
+            "optimizer": {n: _rows_of_state(source, n, states[n], rows, files) for n in states},
+        }
+        jobs.append(_job(os.path.join(folder, name), content))
+        listed.append({"name": name, "first": first, "count": local})
+
+    indices = {name: number for number, name in enumerate(source.order) if ".experts." in name}
+    state = {**source.rest, "model": {n: v for n, v in source.model.items() if n not in names}}
+    state["last_optimizer_state"] = _whole_optimizer(source, without=names)
+
+    def write(temporary: str, progress: Progress) -> None:
+        entries = [
+            {**entry, "bytes": os.path.getsize(job.path + TEMPORARY)}
+            for entry, job in zip(listed, jobs)
+        ]
+        manifest = {
+            "format": checkpoint.FORMAT,
+            "save": save,
+            "num_experts": source.experts,
+            "world_size": files,
+            "code": checkpoint.code_version(),
+            "indices": indices,
+            "files": entries,
+        }
+        write_torch({**state, "experts": manifest}, temporary, progress)
+
+    return [*jobs, Job(path, _size(state), write)]
+
+
+TEMPORARY = ".tmp"
+
+
+def _job(path: str, state: Dict[str, Any]) -> Job:
+    return Job(path, _size(state), lambda temporary, bar: write_torch(state, temporary, bar))
+
+
+def _size(state: Any) -> int:
+    if isinstance(state, (Tensor, TensorPerExpert, Lazy)):
+        return bytes_of(state)
+    if isinstance(state, dict):
+        return sum(map(_size, state.values()))
+    return sum(map(_size, state)) if isinstance(state, (list, tuple)) else 0
+
+
+def _share(source: Source, flag: str, files: int) -> int:
+    """Experts a file. UserError if they cannot be spread so."""
+    if not source.experts:
+        raise UserError(
+            f"{flag} {files}: {source.path} is a dense model, of which there are no experts to "
+            "spread: drop it, or add --upcycle"
+        )
+    if files < 1 or source.experts % files:
+        fitting = [n for n in range(1, source.experts + 1) if source.experts % n == 0]
+        raise UserError(
+            f"{flag} {files} does not divide the {source.experts} experts of {source.path}: "
+            f"{', '.join(map(str, fitting))} would do"
+        )
+    return source.experts // files
+
+
+def _whole_optimizer(source: Source, without: Any = ()) -> Optional[Dict[str, Any]]:
+    if source.optimizer is None:
+        return None
+    if source.optimizer.by_name is None:
+        return {**source.optimizer.rest, "state": source.optimizer.state}
+    numbers = {name: number for number, name in enumerate(source.order)}
+    states = source.optimizer.by_name.items()
+    state = {numbers[name]: value for name, value in states if name not in without}
+    return {**source.optimizer.rest, "state": state}
+
+
+def _states_of(source: Source, names: List[str]) -> Dict[str, Any]:
+    assert source.optimizer is not None
+    if source.optimizer.by_name is None:
+        raise UserError(
+            f"{source.path}: its optimizer state joins all parameters (--fp16 writes such), so the "
+            "experts' cannot be told apart: add --weights-only"
+        )
+    by_name = source.optimizer.by_name
+    return {name: by_name[name] for name in names if name in by_name}
+
+
+def _rows_of_state(
+    source: Source, name: str, state: Dict[str, Any], rows: slice, files: int
+) -> Dict[str, Any]:
+    found = {}
+    for key, value in state.items():
+        if isinstance(value, TensorPerExpert):
+            value = TensorPerExpert(value[rows])
+        elif isinstance(value, Tensor) and value.numel() > 1 and files > 1:
+            raise UserError(
+                f"{source.path}: the optimizer's {key} of {name} joins several experts and cannot "
+                "be taken apart: add --weights-only"
+            )
+        found[key] = value
+    return found
+
+
+# ---- The branch's
+
+
+def branch_jobs(source: Source, path: str, ranks: int) -> List[Job]:
+    """X-rank-0.pt, ..., and X-shared.pt, the last job, of X.pt."""
+    local = _share(source, "--rank-files", ranks)
+    model = branch_checkpoint.branch_settings(source.path, source.settings)
+    base = path[: -len(".pt")]
+    rest = branch_checkpoint.branch_rest(source.rest, model, ranks)
+    shared = {n: source.model[n] for n in branch_checkpoint.branch_order(source.model)}
+    names = [name for name in source.model if ".experts." in name]
+    # The numbers of the branch's parameters are those of one process, which has `local` experts.
+    one = {_of_expert(n, i): None for n in names for i in range(local)}
+    numbers = branch_checkpoint.parameter_numbers(
+        {**rest, "model": shared}, {"model": _by_expert(one)}
+    )
+    states, rest_of_optimizer = {}, None
+    if source.optimizer is not None:
+        states = _states_of(source, source.order)
+        if len(source.optimizer.rest["param_groups"]) != 1:
+            raise UserError(
+                f"{source.path}: its optimizer has several groups of parameters, and the branch's "
+                "has one: add --weights-only"
+            )
+        group = {**source.optimizer.rest["param_groups"][0], "params": list(range(len(numbers)))}
+        rest_of_optimizer = {**source.optimizer.rest, "param_groups": [group]}
+    jobs = []
+    for rank in [*range(ranks), None]:
+        weights: Dict[str, AnyTensor] = {}
+        state: Dict[int, Any] = {}
+        if rank is None:
+            weights = shared
+            state = {numbers[n]: s for n, s in states.items() if ".experts." not in n}
+        else:
+            for index in range(local):
+                expert = rank * local + index
+                for name in names:
+                    key = _of_expert(name, index)
+                    weights[key] = source.model[name][expert]
+                    if name in states:
+                        rows = slice(expert, expert + 1)
+                        kept = _rows_of_state(source, name, states[name], rows, source.experts)
+                        state[numbers[key]] = {
+                            k: v[0] if isinstance(v, TensorPerExpert) else v
+                            for k, v in kept.items()
+                        }
+            weights = _by_expert(weights)
+        optimizer = None
+        if rest_of_optimizer is not None:
+            optimizer = {**rest_of_optimizer, "state": dict(sorted(state.items()))}
+        content = {**rest, "model": weights, "last_optimizer_state": optimizer}
+        part = "shared" if rank is None else f"rank-{rank}"
+        jobs.append(_job(f"{base}-{part}.pt", content))
+    return jobs
+
+
+def _of_expert(name: str, index: int) -> str:
+    return name.replace(".experts.", f".experts.{index}.")
+
+
+def _by_expert(weights: Dict[str, Any]) -> Dict[str, Any]:
+    """Layer by layer, and in a layer expert by expert, as a module of the branch has them."""
+
+    def place(name: str):
+        layer, _, rest = name.partition(".experts.")
+        return int(layer.split(".")[2]), int(rest.split(".")[0])
+
+    return dict(sorted(weights.items(), key=lambda item: place(item[0])))
+
+
+def branch_files_in_the_way(path: str) -> List[str]:
+    """Files that are parts of the branch's X.pt."""
+    base = path[: -len(".pt")]
+    return [f for f in glob.glob(glob.escape(base) + "-*.pt") if branch_checkpoint.is_part(f, base)]
