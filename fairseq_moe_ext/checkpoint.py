@@ -86,7 +86,7 @@ def write(state: Dict[str, Any], path: str) -> int:
             os.fsync(stream.fileno())
             size = stream.tell()
         os.replace(temporary, path)
-        _sync_folder(os.path.dirname(path) or ".")
+        sync_folder(os.path.dirname(path) or ".")
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
@@ -123,7 +123,7 @@ def _size_in_memory(state: Any) -> int:
     return sum(map(_size_in_memory, state)) if isinstance(state, (list, tuple)) else 0
 
 
-def _sync_folder(folder: str) -> None:
+def sync_folder(folder: str) -> None:
     """Bring a renaming to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

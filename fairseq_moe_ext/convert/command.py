@@ -168,6 +168,7 @@ def _is_weights(name: str) -> bool:
 def _write(jobs, stale: List[str]) -> None:
     """Write all files under temporary names, then rename them; the last, by which the set is found,
     last. What it replaces goes first, so that no mixture of two sets can be read."""
+    from fairseq_moe_ext.checkpoint import sync_folder
     from fairseq_moe_ext.convert.targets import TEMPORARY
 
     made = []
@@ -187,7 +188,7 @@ def _write(jobs, stale: List[str]) -> None:
         for job in jobs:
             os.replace(job.path + TEMPORARY, job.path)
         for folder in {os.path.dirname(job.path) or "." for job in jobs}:
-            _sync_folder(folder)
+            sync_folder(folder)
     except OSError as error:
         raise UserError(
             f"{error.filename or jobs[-1].path}: cannot be written ({error.strerror or error}); "
@@ -197,14 +198,6 @@ def _write(jobs, stale: List[str]) -> None:
         for path in made:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(path)
-
-
-def _sync_folder(folder: str) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _told(args, source, jobs) -> str:
