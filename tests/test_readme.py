@@ -76,6 +76,7 @@ def run(folder, *command):
     return output
 
 
+@pytest.mark.timeout(900)  # some two minutes on two cores
 def test_commands(folder):
     """Section by section, each on what the one before left behind."""
 
@@ -120,7 +121,7 @@ def test_flags_of_the_tables_exist():
     known = {*vars(MoETransformerLMConfig())} | {*vars(MoECrossEntropyConfig())}
     named = re.findall(r"`--([a-z0-9-]+)", section("Train"))
     stock = {"arch", "task", "fp16", "memory-efficient-fp16", "bf16", "update-freq"}
-    stock |= {"best-checkpoint-metric"}
+    stock |= {"best-checkpoint-metric", "optimizer"}
     assert len(named) > 15
     for flag in set(named) - stock:
         assert flag.replace("-", "_") in known, flag

@@ -4,11 +4,9 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from closeness import assert_near
 
-from fairseq_moe_ext.moe import experts
-from fairseq_moe_ext.moe.experts import Experts, GroupedLinear, _batches
+from fairseq_moe_ext.moe.experts import Experts
 from fairseq_moe_ext.moe.gate import GateSettings
 from fairseq_moe_ext.moe.layer import MoELayer
 
@@ -68,70 +66,3 @@ def test_dropout_is_where_it_should_be_and_off_at_evaluation(place):
     assert (zero | torch.isclose(values, torch.tensor(kept))).all()
     assert float(zero.float().mean()) == pytest.approx(0.25, abs=0.07)
     assert torch.equal(experts.eval()(x, COUNTS), torch.full((8, 50), 3.0))
-
-
-def test_experts_of_few_and_of_many_rows_equal_experts_one_by_one():
-    """Neighbours are computed as one product with padded rows, experts of many rows alone."""
-    torch.manual_seed(0)
-    counts = [3, 9, 0, 200, 4, 4, 4, 0, 0, 150, 1, 70, 71, 72, *range(20)]
-    rows = sum(counts)
-    grouped = GroupedLinear(len(counts), 6, 5).double()
-    x = torch.randn(rows, 6, dtype=torch.float64, requires_grad=True)
-    r = torch.randn(rows, 5, dtype=torch.float64)
-    (grouped(x, counts, 0.5) * r).sum().backward()
-
-    batches = _batches(counts, torch.device("cpu"))
-    sizes = [batch.shape[0] for batch in batches]
-    assert sum(sizes) == len(counts) and 1 in sizes and max(sizes) > 2
-    assert any(batch.slots is None for batch in batches)
-    assert any(batch.slots is not None for batch in batches)
-
-    weight, bias = (p.detach().clone().requires_grad_() for p in grouped.parameters())
-    mine = x.detach().clone().requires_grad_()
-    parts = [F.linear(p, w, b) for p, w, b in zip(mine.split(counts), weight, bias)]
-    expected = torch.cat(parts)
-    (expected * r).sum().backward()
-    assert_near(grouped(x, counts), expected, 1e-13, "out")
-    assert_near(x.grad, mine.grad, 1e-13, "gradient of x")
-    assert_near(grouped.weight.grad, 0.5 * weight.grad, 1e-13, "gradient of weight")
-    assert_near(grouped.bias.grad, 0.5 * bias.grad, 1e-13, "gradient of bias")
-
-
-@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
-@pytest.mark.parametrize(
-    "device, dtype, rtol",
-    [
-        ("cpu", torch.float32, 1e-5),
-        pytest.param("cuda", torch.bfloat16, 2e-2, marks=pytest.mark.gpu),
-    ],
-)
-def test_one_kernel_for_all_experts_equals_the_batches(monkeypatch, device, dtype, rtol):
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    torch.manual_seed(0)
-    counts = [5, 0, 3, 40, 0]
-    grouped = GroupedLinear(len(counts), 16, 32).to(device, dtype)
-    x = torch.randn(48, 16, device=device, dtype=dtype)
-    r = torch.randn(48, 32, device=device, dtype=dtype)
-    results = []
-    for serves in (False, True):
-        monkeypatch.setattr(experts, "_grouped_mm_serves", lambda x, serves=serves: serves)
-        grouped.zero_grad()
-        mine = x.clone().requires_grad_()
-        out = grouped(mine, counts, 0.5)
-        (out * r).sum().backward()
-        results.append([out, mine.grad, grouped.weight.grad.clone(), grouped.bias.grad.clone()])
-    for batches, kernel in zip(*results):
-        assert_near(kernel, batches, rtol)
-
-
-def test_padding_takes_nothing_from_a_neighbour():
-    """A NaN in one expert's row stays in that expert."""
-    grouped = GroupedLinear(3, 4, 4)
-    x = torch.randn(6, 4)
-    x[0] = math.nan
-    x.requires_grad_()
-    out = grouped(x, [3, 2, 1])
-    assert torch.isfinite(out[1:]).all() and out[0].isnan().all()
-    out.sum().backward()
-    assert torch.isfinite(grouped.weight.grad[1:]).all()
