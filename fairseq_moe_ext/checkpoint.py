@@ -39,6 +39,7 @@ from fairseq.file_io import PathManager
 from fairseq.trainer import Trainer
 from torch import Tensor
 
+from .compat import load_weights_only
 from .errors import UserError
 from .expert_parallel import Placement, placement, process_count
 
@@ -433,9 +434,11 @@ def _open_piece(path: str, folder: str, file: Dict[str, Any], save: str) -> Piec
             "another run: copy it again, or load another checkpoint"
         )
     try:
-        state = torch.load(name, map_location="cpu", mmap=True, weights_only=True)
+        state = load_weights_only(name, map_location="cpu", mmap=True)
         found = state["save"], state["first"], state["count"]
         piece = Piece(state["first"], state["count"], state["model"], state["optimizer"])
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(
             f"{name}: damaged or not a file of experts ({str(error).splitlines()[0]}); copy it "
@@ -558,18 +561,25 @@ def _refuse_what_cannot_be_saved(cfg: Any) -> None:
 
 def _check_ranks(filename: str) -> None:
     """All ranks must run the same code and see the same checkpoint."""
-    ranks = _all_gather((code_version(), os.path.isfile(filename)))
-    for rank, (code, there) in enumerate(ranks):
-        if code != ranks[0][0]:
-            raise UserError(
-                f"process {rank} runs {code}, process 0 {ranks[0][0]}: install the same version on "
-                "all machines"
-            )
-        if there != ranks[0][1]:
-            seeing, blind = (0, rank) if ranks[0][1] else (rank, 0)
+    check_code_versions()
+    seen = _all_gather(os.path.isfile(filename))
+    for rank, there in enumerate(seen):
+        if there != seen[0]:
+            seeing, blind = (0, rank) if seen[0] else (rank, 0)
             raise UserError(
                 f"{filename}: process {seeing} sees it, process {blind} does not; --save-dir and "
                 "--restore-file must be on a file system that all machines share"
+            )
+
+
+def check_code_versions() -> None:
+    """Raises UserError, on all ranks, if they do not run the same code."""
+    codes = _all_gather(code_version())
+    for rank, code in enumerate(codes):
+        if code != codes[0]:
+            raise UserError(
+                f"process {rank} runs {code}, process 0 {codes[0]}: install the same version on "
+                "all machines"
             )
 
 

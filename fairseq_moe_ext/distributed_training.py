@@ -12,7 +12,8 @@ import torch
 from fairseq import trainer, utils
 from torch import Tensor
 
-from .expert_parallel import process_count, sum_of_experts
+from .checkpoint import check_code_versions
+from .expert_parallel import collective_device, process_count, sum_of_experts
 
 
 def apply() -> None:
@@ -103,11 +104,14 @@ def _evaluate_the_whole_set(eval_lm) -> None:
     def whole(models, source_dictionary, batch_iterator, *args, **kwargs):
         if process_count() == 1:
             return stock(models, source_dictionary, batch_iterator, *args, **kwargs)
+        check_code_versions()
         pad = (kwargs.get("target_dictionary") or source_dictionary).pad()
         batches = _CountingBatches(batch_iterator, pad)
         result = stock(models, source_dictionary, batches, *args, **kwargs)
-        bits = torch.tensor([float(result["loss"]) * batches.targets, batches.targets])
-        bits = bits.to(torch.float64)
+        bits = torch.tensor(
+            [float(result["loss"]) * batches.targets, batches.targets], dtype=torch.float64
+        )
+        bits = bits.to(collective_device())
         torch.distributed.all_reduce(bits)
         loss = float(bits[0] / bits[1])
         return {"loss": loss, "perplexity": 2**loss}

@@ -138,7 +138,7 @@ class WorldPool(Pool):
     """The tokens of all processes: capacity, loss and figures as if one process had them."""
 
     def tokens(self, here: int) -> int:
-        return int(self.total(torch.tensor(here, device=_device())))
+        return int(self.total(torch.tensor(here, device=collective_device())))
 
     def total(self, x: Tensor) -> Tensor:
         return _Sum.apply(x)
@@ -155,7 +155,7 @@ def sum_of_experts(x: Tensor) -> Tensor:
     was built last says how many replicas an expert has."""
     if process_count() == 1:
         return x
-    x = x.to(_device(), copy=True)
+    x = x.to(collective_device(), copy=True)
     dist.all_reduce(x)
     return x / _replicas
 
@@ -179,7 +179,7 @@ def process_count() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _device() -> torch.device:
+def collective_device() -> torch.device:
     """Where the default process group wants its tensors."""
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 

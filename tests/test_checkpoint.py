@@ -292,6 +292,31 @@ def test_evaluation_on_any_number_of_processes(data, runs, writers, experts):
             assert many == pytest.approx(one, rel=1e-6)
 
 
+def files_read(rank, world, line):
+    """Names of the files that an evaluation loads, in this process."""
+    names, stock = [], torch.load
+
+    def load(file, *args, **kwargs):
+        names.append(os.path.basename(getattr(file, "name", file)))
+        return stock(file, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(torch, "load", load)
+        perplexity(rank, world, line)
+    return sorted(names)
+
+
+def test_each_file_is_read_once(data, runs):
+    """And on two processes, no process reads the other's experts."""
+    folder, _ = runs(2, 4)
+    line = f"{data} {EVAL} --path {folder}/checkpoint_last.pt"
+    manifest = torch.load(folder / "checkpoint_last.pt", weights_only=True)["experts"]
+    experts = [os.path.basename(file["name"]) for file in manifest["files"]]
+    assert files_read(0, 1, line) == sorted(["checkpoint_last.pt", *experts])
+    for rank, names in enumerate(run_processes(2, files_read, 2, line)):
+        assert names == sorted(["checkpoint_last.pt", experts[rank]])
+
+
 def test_from_pretrained(data, runs):
     """The same numbers from a checkpoint of two processes as from its experts in one file."""
     from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
@@ -411,7 +436,23 @@ def truncate(files):
 
 def damage(files):
     files[1].write_bytes(b"x" * files[1].stat().st_size)
-    return f"{files[1]}: damaged"
+    return f"{files[1]}: not a checkpoint, or damaged"
+
+
+class RunsCode:
+    def __reduce__(self):
+        return os.system, ("true",)
+
+
+def poison(files):
+    """By code in a pickle; a size that fits, as its writer would see to."""
+    content = torch.load(files[1], weights_only=True)
+    torch.save({**content, "more": RunsCode()}, files[1])
+    path = files[1].parent.parent / "checkpoint_last.pt"
+    state = torch.load(path, weights_only=True)
+    state["experts"]["files"][1]["bytes"] = files[1].stat().st_size
+    torch.save(state, path)
+    return f"{files[1]}: refused, since loading it would run"
 
 
 def mix(files):
@@ -419,7 +460,7 @@ def mix(files):
     return "files of two runs are mixed"
 
 
-@pytest.mark.parametrize("harm", [remove, truncate, damage, mix])
+@pytest.mark.parametrize("harm", [remove, truncate, damage, mix, poison])
 def test_damaged_expert_files_are_told_in_one_line(data, runs, tmp_path, harm):
     path, files = copy_of(runs, tmp_path)
     words = harm(files)

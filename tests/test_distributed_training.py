@@ -58,12 +58,14 @@ def as_sample(tokens):
     }
 
 
-def train(rank, folder, flags, world_size, parts=1, idle=None, updates=UPDATES):
+def train(
+    rank, folder, flags, world_size, parts=1, idle=None, updates=UPDATES, dtype=torch.float64
+):
     """Some updates; returns their logs and the parameters of this process.
 
     parts: micro-batches an update; idle: an update at which only process 0 has data.
     """
-    trainer = make_trainer(folder, flags, world_size)
+    trainer = make_trainer(folder, flags, world_size, dtype)
     traffic.take()  # what earlier tests in this process have sent
     trainer.reset_dummy_batch(as_sample(next(batches())))
     norms, logs = [], []
@@ -103,9 +105,9 @@ def whole_model(results, experts):
     return parameters
 
 
-def assert_same(one, many, experts):
+def assert_same(one, many, experts, rtol=1e-9, atol=1e-11):
     for name, value in whole_model(many, experts).items():
-        torch.testing.assert_close(value, one[1][name], rtol=1e-9, atol=1e-11, msg=name)
+        torch.testing.assert_close(value, one[1][name], rtol=rtol, atol=atol, msg=name)
     for logs, _ in many:  # losses, figures and the gradient's norm, as printed
         for log, expected in zip(logs, one[0]):
             assert log == pytest.approx(expected, abs=2e-3)
@@ -138,6 +140,16 @@ def test_other_settings_equal_one_process(folder, options):
     flags = f"--moe-expert-count 4 --ddp-backend legacy_ddp {WORLD} {options}"
     one = train(0, folder, flags, 1)
     assert_same(one, run_processes(2, train, folder, flags, 2), 4)
+
+
+@pytest.mark.parametrize("backend", ["legacy_ddp", "pytorch_ddp"])
+def test_in_float32_with_recomputed_activations(folder, backend):
+    world, experts = 2, 4
+    flags = f"--moe-expert-count {experts} --ddp-backend {backend} {WORLD} --moe-capacity-factor 1"
+    flags += " --checkpoint-activations"
+    one = train(0, folder, flags, 1, 1, None, UPDATES, torch.float32)
+    many = run_processes(world, train, folder, flags, world, 1, None, UPDATES, torch.float32)
+    assert_same(one, many, experts, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["legacy_ddp", "pytorch_ddp"])

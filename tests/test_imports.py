@@ -27,7 +27,7 @@ ALLOWED = {
     "data_bin": set(),
     "compat": set(),
     "expert_parallel": {"moe.pool"},
-    "distributed_training": {"expert_parallel"},
+    "distributed_training": {"checkpoint", "expert_parallel"},
     "checkpoint": {"compat", "expert_parallel"},
     "branch_checkpoint": {"compat", "config", "expert_parallel", "models", "moe"},
     "optim": set(),
