@@ -41,10 +41,14 @@ def test_padding_on_either_side_is_as_stock(tokens):
     left[0, :5] = pad
     left[1, :1] = pad
     right[0, 7:] = pad
-    for batch in (left, right):
-        real = batch.ne(pad)
-        torch.testing.assert_close(ours(batch)[0][real], stock(batch)[0][real])
-    assert torch.isfinite(ours(left)[0]).all()
+    real = right.ne(pad)
+    torch.testing.assert_close(ours(right)[0][real], stock(right)[0][real])
+    # Row by row without its padding, as with torch 2.4 stock's padding on the left spreads NaN.
+    logits = ours(left)[0]
+    for row, got in zip(left, logits):
+        real = row.ne(pad)
+        torch.testing.assert_close(got[real], stock(row[real].unsqueeze(0))[0][0])
+    assert torch.isfinite(logits).all()
 
 
 def test_gradients_are_as_stock(tokens):

@@ -27,7 +27,7 @@ def test_a_seed_gives_the_noise_it_gave_the_branch(policy, normalize):
     torch.manual_seed(0)
     settings = GateSettings(second_expert_policy=policy, normalize_before_dropping=normalize)
     layer = MoELayer(6, 5, 4, settings)
-    x = torch.randn(3, 7, 6)
+    x = 3 * torch.randn(3, 7, 6)  # a gate so sure of itself that `random` drops some choices
     mask = torch.zeros(3, 7, dtype=torch.bool)
     mask[1, 3:] = True
 
