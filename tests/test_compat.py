@@ -121,12 +121,11 @@ def test_without_fairseq_the_hook_loads_nothing():
     assert second == "[]"
 
 
-def test_the_hook_costs_less_than_3_ms_at_the_start():
-    def cost():
-        trace = python("import fairseq_moe_ext_hook", "-S", "-X", "importtime").stderr
-        return int(re.search(r"\|\s*(\d+) \| *fairseq_moe_ext_hook", trace).group(1))
-
-    assert min(cost() for _ in range(5)) < 3000  # microseconds
+def test_the_hook_imports_nothing_else_at_the_start():
+    """What would cost milliseconds; the time itself depends on what else the machine does."""
+    code = "import sys; before = set(sys.modules); import fairseq_moe_ext_hook\n"
+    code += "print(sorted(set(sys.modules) - before))"
+    assert python(code, "-S").stdout.strip() == "['fairseq_moe_ext_hook']"
 
 
 def test_the_hook_and_the_package_share_one_module_and_one_error_class():
