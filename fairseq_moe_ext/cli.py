@@ -35,6 +35,7 @@ def main(argv: Optional[List[str]] = None) -> int:
 _COMMANDS = {
     "prepare": ("turn your own text into data-bins", "prepare.command"),
     "evaluate": ("perplexity of a model on many test sets", "evaluation.perplexity"),
+    "priming": ("zero- and few-shot accuracy on the paper's tasks", "priming.command"),
     "study": ("train and compare a dense and a sparse family of models", "study.command"),
     "report": ("a study's page and figures", "study.page"),
     "convert": ("checkpoints to other layouts and precisions", "convert.command"),

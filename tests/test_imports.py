@@ -35,6 +35,7 @@ ALLOWED = {
     "criterions": {"criterions", "moe.stats"},
     "tasks": {"tasks", "data_bin"},
     "prepare": {"prepare", "data_bin"},
+    "priming": {"priming", "prepare", "data_bin", "evaluation", "expert_parallel"},
     "study": {"cost", "data_bin", "evaluation", "study"},
     "convert": {
         "convert",

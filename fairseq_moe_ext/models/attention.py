@@ -37,12 +37,14 @@ class CausalSelfAttention(nn.Module):
     ) -> Tensor:
         """
         Args:
-            x: (B, T, D); with incremental_state the newest position alone, T = 1.
-            mask: None, or bool, True where a query may look, broadcast to (B, H, T, keys): for
-                batches with padding on the left, and then causal by itself.
+            x: (B, T, D); with incremental_state the positions that it does not have yet.
+            mask: None, or bool, True where a query may look, broadcast to (B, H, T, keys), and then
+                causal by itself: for batches with padding on the left, and for several positions
+                after earlier ones.
             incremental_state: keys and values of earlier positions; this call adds its own.
         """
         q, k, v = (self._split(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        past = None
         if incremental_state is not None:
             past = self.get_incremental_state(incremental_state, "kv")
             if past is not None:
@@ -55,9 +57,16 @@ class CausalSelfAttention(nn.Module):
             v,
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and incremental_state is None,
+            is_causal=mask is None and past is None,
         )  # (B, H, T, D / H)
         return self.out_proj(out.transpose(1, 2).reshape(x.shape))
+
+    def known(self, incremental_state: Optional[IncrementalState]) -> int:
+        """How many positions an incremental state has."""
+        if incremental_state is None:
+            return 0
+        past = self.get_incremental_state(incremental_state, "kv")
+        return 0 if past is None else past["k"].size(2)
 
     def _split(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, H, T, D / H), a view."""

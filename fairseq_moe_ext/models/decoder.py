@@ -159,11 +159,12 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
         """
         Args:
             prev_output_tokens: (B, T) int64; with incremental_state all positions so far, of which
-                the last is computed.
+                those that it does not have yet are computed: the last one when a search goes
+                token by token, all of a prompt at its first call.
 
         Returns:
-            logits (B, T, V), or features (B, T, D) with features_only (T = 1 with
-            incremental_state), and a dict with "moe": a LayerRecord for each MoE layer, and on
+            logits (B, T, V), or features (B, T, D) with features_only (T counts the computed
+            positions), and a dict with "moe": a LayerRecord for each MoE layer, and on
             request "traffic": figures of the exchanges since the last call, backward included.
         """
         x, extra = self.extract_features(prev_output_tokens, incremental_state=incremental_state)
@@ -178,10 +179,10 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
     ) -> Tuple[Tensor, Dict[str, Any]]:
         """As `forward` with features_only."""
         padding = prev_output_tokens.eq(self.padding_idx)  # (B, T)
-        attn_mask = _attention_mask(padding, incremental_state is not None)
-        x = self._embed(prev_output_tokens, newest_only=incremental_state is not None)
-        if incremental_state is not None:
-            padding = padding[:, -1:]
+        new = prev_output_tokens.size(1) - self.layers[0].self_attn.known(incremental_state)
+        attn_mask = _attention_mask(padding, new)
+        x = self._embed(prev_output_tokens, new)
+        padding = padding[:, -new:]
 
         records: List[LayerRecord] = []
         for index, layer in enumerate(self.layers):
@@ -212,15 +213,13 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
         if not finite.all():
             raise not_finite(records[int((~finite).nonzero()[0])].layer, self.training)
 
-    def _embed(self, tokens: Tensor, newest_only: bool) -> Tensor:
-        """tokens (B, T) -> (B, T, D), or (B, 1, D) of the last position."""
+    def _embed(self, tokens: Tensor, new: int) -> Tensor:
+        """tokens (B, T) -> (B, new, D) of the last positions."""
         positions = None
         if self.embed_positions is not None:
             # Padding has no position, so a row padded on the left counts from its first token.
-            positions = utils.make_positions(tokens, self.padding_idx)  # (B, T)
-        if newest_only:
-            tokens = tokens[:, -1:]
-            positions = positions[:, -1:] if positions is not None else None
+            positions = utils.make_positions(tokens, self.padding_idx)[:, -new:]  # (B, new)
+        tokens = tokens[:, -new:]
         try:
             x = self.embed_scale * self.embed_tokens(tokens)
         except IndexError as error:  # on a CPU; a GPU stops in its kernel
@@ -282,22 +281,23 @@ def expert_grad_scale(cfg: MoETransformerLMConfig) -> float:
     }[str(cfg.moe_normalize_expert_grad)]
 
 
-def _attention_mask(padding: Tensor, newest_only: bool) -> Optional[Tensor]:
-    """The mask that a batch with padding on the left needs; None for any other, as behind a causal
-    mask padding on the right is out of sight.
+def _attention_mask(padding: Tensor, new: int) -> Optional[Tensor]:
+    """The mask that the last `new` positions need: for a batch with padding on the left, and for
+    several positions after earlier ones; None for any other, as behind a causal mask padding on the
+    right is out of sight.
 
-    padding (B, T) bool -> (B, 1, T, T) bool, or (B, 1, 1, T) for the newest position. A position
-    may always look at itself, so that padding has something to look at and no row becomes NaN.
+    padding (B, T) bool -> (B, 1, new, T) bool. A position may always look at itself, so that
+    padding has something to look at and no row becomes NaN.
     """
     length = padding.size(1)
-    if newest_only:
+    if new == 1:
         if not padding.any():
             return None
         mask = ~padding
         mask[:, -1] = True
         return mask[:, None, None, :]
-    if not (padding[:, :-1] & ~padding[:, 1:]).any():
+    if new == length and not (padding[:, :-1] & ~padding[:, 1:]).any():
         return None
     causal = torch.ones(length, length, dtype=torch.bool, device=padding.device).tril()
     itself = torch.eye(length, dtype=torch.bool, device=padding.device)
-    return (causal & ~padding[:, None, None, :]) | itself
+    return ((causal & ~padding[:, None, None, :]) | itself)[:, :, -new:]

@@ -121,6 +121,20 @@ def test_padding_on_the_left_changes_no_number(tokens, flags):
             torch.testing.assert_close(out[2, :-4], alone[2])
 
 
+@pytest.mark.parametrize("flags", [{}, {**MOE, "moe_dropless": True}])
+def test_several_positions_at_once_equal_one_pass(tokens, flags):
+    model = build_model(**flags).double().eval()
+    padded = torch.cat([torch.full((3, 4), model.decoder.padding_idx), tokens], dim=1)
+    for rows, first in ((tokens, 0), (padded, 4)):
+        state = {}
+        parts = [
+            model.decoder(rows[:, :end], incremental_state=state)[0] for end in (5, 6, 9, None)
+        ]
+        assert [part.size(1) for part in parts] == [5, 1, 3, rows.size(1) - 9]
+        together = torch.cat(parts, dim=1)[:, first:]
+        torch.testing.assert_close(together, model(tokens)[0], rtol=1e-9, atol=1e-9)
+
+
 def test_beam_search_reorders_the_cache(tokens):
     model = build_model(moe_dropless=True, **MOE).double().eval()
     state = {}

@@ -1,0 +1,138 @@
+"""`fairseq-moe priming`: a model on the paper's tasks, zero- and few-shot."""
+
+import argparse
+from pathlib import Path
+from types import ModuleType
+from typing import Dict, List, Optional, Tuple
+
+from ..errors import UserError
+from ..evaluation.cost_table import markdown, plain
+from ..evaluation.expert_use import write_json
+from . import bias, choice, formats, generative, model, scoring
+from .protocol import Loaded, Result, Settings
+from .vocabulary import Vocabulary
+
+# task -> the module with prepare(name, folder, settings, vocabulary) and table(results)
+_KINDS: Dict[str, ModuleType] = {
+    **dict.fromkeys(formats.TASKS, choice),
+    **dict.fromkeys(bias.FILES, bias),
+    **dict.fromkeys(generative.NAMES, generative),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Zero- and few-shot priming by the paper's protocol, from the data sets' own files: "
+        "FOLDER/TASK holds those of a task."
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="with a folder for each task")
+    parser.add_argument(
+        "--tasks",
+        metavar="TASK,TASK,...",
+        help=f"of {', '.join(_KINDS)} (default: those that FOLDER has a folder of)",
+    )
+    parser.add_argument(
+        "--shots", default="0", metavar="N,N,...", help="examples before a question (default: 0)"
+    )
+    parser.add_argument("--draws", type=int, default=25, help="of examples (default: 25)")
+    parser.add_argument("--seed", type=int, default=1, help="of the draws (default: 1)")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N questions of a task")
+    parser.add_argument(
+        "--rule", choices=scoring.RULES, help="score all tasks so (default: each by its own rule)"
+    )
+    parser.add_argument("--languages", metavar="A-B", help="of translation, as en-fr")
+    parser.add_argument(
+        "--beam", type=int, default=1, help="of generated answers (default: 1, greedy)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=128, help="of a generated answer (default: 128)"
+    )
+    model.add_arguments(parser)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here, too")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate and print. Raises UserError for flags or files that cannot be, before the model is
+    loaded where it can be known by then."""
+    for name in ("draws", "limit", "context", "max_tokens", "beam", "max_new_tokens"):
+        number = getattr(args, name)
+        if number is not None and number < 1:
+            raise UserError(f"--{name.replace('_', '-')} {number}: use 1 or more")
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed}: use 0 or more")
+    settings = Settings(
+        _shots(args.shots),
+        args.draws,
+        args.seed,
+        args.limit,
+        args.rule,
+        _languages(args.languages),
+        args.beam,
+        args.max_new_tokens,
+    )
+    names = _chosen(args.folder, args.tasks)
+    model.check_files(args.path, args.data)
+    vocabulary = Vocabulary(args.data)
+    jobs = [
+        (name, _KINDS[name].prepare(name, args.folder / name, settings, vocabulary))
+        for name in names
+    ]
+    with model.processes(args.cpu):
+        found, context = model.load_in_context(
+            args.path, args.data, args.context, args.cpu, args.fp16, args.model_overrides
+        )
+        loaded = Loaded(found, context, vocabulary, args.max_tokens)
+        results: List[Tuple[str, Result]] = []
+        for name, job in jobs:
+            results += [(name, result) for result in job(loaded)]
+        if model.rank() == 0:
+            _tell(args, context, results)
+
+
+def _chosen(folder: Path, names: Optional[str]) -> List[str]:
+    """Raises UserError for a name that is none, and where there is nothing to do."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; it holds a folder for each task")
+    if names is None:
+        found = [name for name in _KINDS if (folder / name).is_dir()]
+        if not found:
+            raise UserError(f"{folder}: none of its folders is a task's; {', '.join(_KINDS)} are")
+        return found
+    for name in names.split(","):
+        if name not in _KINDS:
+            raise UserError(f"--tasks {name}: no such task; there are {', '.join(_KINDS)}")
+    return list(dict.fromkeys(names.split(",")))
+
+
+def _shots(text: str) -> Tuple[int, ...]:
+    words = text.split(",")
+    if not all(word.isdigit() for word in words):
+        raise UserError(f"--shots {text}: use whole numbers from 0 on, as 0,1,32")
+    return tuple(dict.fromkeys(map(int, words)))
+
+
+def _languages(text: Optional[str]) -> Optional[Tuple[str, str]]:
+    if text is None:
+        return None
+    source, dash, target = text.partition("-")
+    if not (source and target):
+        raise UserError(f"--languages {text}: use two with a dash between, as en-fr")
+    return source, target
+
+
+def _tell(args: argparse.Namespace, context: int, results: List[Tuple[str, Result]]) -> None:
+    kinds = list(dict.fromkeys(_KINDS[name] for name, _ in results))
+    by_kind = {kind: [r for name, r in results if _KINDS[name] is kind] for kind in kinds}
+    if args.json is not None:
+        whole = {"path": str(args.path), "context": context, "seed": args.seed}
+        whole["results"] = [result for _, result in results]
+        whole["mean"] = choice.means(by_kind.get(choice, []))
+        write_json(args.json, whole)
+    form = markdown if args.markdown else plain
+    parts = []
+    for kind, found in by_kind.items():
+        parts.append(form(kind.table(found)))
+        if kind is generative:
+            parts.append("\n".join(generative.notes(found)))
+    print("\n\n".join(parts))

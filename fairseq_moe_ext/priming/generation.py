@@ -1,0 +1,155 @@
+"""Going on from prompts, by greedy or beam search through the model's incremental decoding.
+
+fairseq's own search treats </s> as an end; here it is a newline, which stands inside prompts and,
+if the caller so decides, inside what is generated. All processes take as many steps as any, since
+experts may be spread over them.
+"""
+
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from ..expert_parallel import collective_device, process_count
+from .model import all_gather, quiet, rank
+from .vocabulary import EOS, PAD
+
+Done = Callable[[Sequence[int]], bool]  # whether new tokens, the last one included, are an end
+
+
+class Prompt(NamedTuple):
+    """What is to be gone on from."""
+
+    tokens: Tuple[int, ...]
+    max_new: int  # tokens
+    done: Done
+
+
+class _Hypothesis(NamedTuple):
+    score: float  # sum of the new tokens' log-probabilities
+    new: Tuple[int, ...]
+    row: int  # of the batch, whose keys and values it has
+
+    def mean(self) -> float:
+        return self.score / len(self.new)
+
+
+class Generator:
+    """Prompts -> the tokens that a search finds, at most max_new, the end included.
+
+    With a beam of 1 each token is the likeliest one. A wider beam keeps that many unfinished
+    sequences of a prompt, by the sum of their log-probabilities, and goes on until as many have
+    ended; the answer is the one with the highest mean (fairseq's --lenpen 1).
+
+    Prompts and what is generated must fit into the model's context together.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, beam: int, batch_tokens: int, progress: str = ""
+    ) -> None:
+        self.model = model
+        self.beam = beam
+        self.batch_tokens = batch_tokens
+        self.progress = progress
+
+    def __call__(self, prompts: Sequence[Prompt]) -> List[List[int]]:
+        """The same prompts on all processes, in any order -> new tokens of each."""
+        batches = self._batches(prompts)
+        own = batches[rank() :: process_count()]
+        steps = -(-len(batches) // process_count())
+        found: Dict[int, List[int]] = {}
+        bar = tqdm(total=steps, desc=self.progress, unit="batch", leave=False, disable=quiet())
+        for step in range(steps):
+            batch = own[step] if step < len(own) else []
+            found.update(zip(batch, self._search([prompts[i] for i in batch])))
+            bar.update()
+        bar.close()
+        for other in all_gather(found):
+            found.update(other)
+        return [found[i] for i in range(len(prompts))]
+
+    def _batches(self, prompts: Sequence[Prompt]) -> List[List[int]]:
+        """Numbers of prompts, long ones first, those of about one length together."""
+        batches: List[List[int]] = []
+        room = 0
+        for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i].tokens)):
+            if not room:
+                batches.append([])
+                whole = 1 + len(prompts[i].tokens) + prompts[i].max_new
+                room = max(1, self.batch_tokens // (whole * self.beam))
+            batches[-1].append(i)
+            room -= 1
+        return batches
+
+    @torch.no_grad()
+    def _search(self, prompts: Sequence[Prompt]) -> List[List[int]]:
+        device = next(self.model.parameters()).device
+        length = 1 + max((len(prompt.tokens) for prompt in prompts), default=0)
+        tokens = torch.full(
+            (len(prompts), length), PAD, device=device
+        )  # (B, L), padded on the left
+        for i, prompt in enumerate(prompts):
+            tokens[i, length - 1 - len(prompt.tokens) :] = torch.tensor((EOS, *prompt.tokens))
+        state: Dict[str, Any] = {}
+        live = [[_Hypothesis(0.0, (), i)] for i in range(len(prompts))]
+        ended: List[List[_Hypothesis]] = [[] for _ in prompts]
+        while _on_any_process(any(live)):
+            if not any(live):  # another process goes on, and asks the experts of this one
+                nothing = tokens.new_zeros(0, 1)
+                self.model.decoder(nothing, incremental_state={}, features_only=True)
+                continue
+            x, _ = self.model.decoder(tokens, incremental_state=state, features_only=True)
+            log_probs = self._log_probs(x[:, -1])  # (N, V)
+            for i, prompt in enumerate(prompts):
+                live[i] = self._step(prompt, live[i], ended[i], log_probs)
+            rows = [hypothesis.row for hypotheses in live for hypothesis in hypotheses]
+            last = [hypothesis.new[-1] for hypotheses in live for hypothesis in hypotheses]
+            order = torch.tensor(rows, dtype=torch.long, device=device)
+            column = torch.tensor(last, dtype=torch.long, device=device)
+            tokens = torch.cat([tokens[order], column[:, None]], dim=1)
+            self.model.decoder.reorder_incremental_state_scripting(state, order)
+            numbers = iter(range(len(rows)))
+            live = [[h._replace(row=next(numbers)) for h in hypotheses] for hypotheses in live]
+        return [list(max(one, key=_Hypothesis.mean).new) for one in ended]
+
+    def _step(
+        self,
+        prompt: Prompt,
+        live: Sequence[_Hypothesis],
+        ended: List[_Hypothesis],
+        log_probs: Tensor,
+    ) -> List[_Hypothesis]:
+        """Lengthen the hypotheses of one prompt by a token; those that end go to `ended`."""
+        if not live:
+            return []
+        rows = torch.tensor([h.row for h in live], device=log_probs.device)
+        scores = log_probs.new_tensor([h.score for h in live])
+        sums = log_probs[rows] + scores[:, None]  # (hypotheses, V)
+        types = sums.size(1)
+        best = sums.flatten().topk(min(2 * self.beam, sums.numel()) if self.beam > 1 else 1)
+        longer: List[_Hypothesis] = []
+        for score, place in zip(best.values.tolist(), best.indices.tolist()):
+            before = live[place // types]
+            found = _Hypothesis(score, (*before.new, place % types), before.row)
+            if prompt.done(found.new) or len(found.new) == prompt.max_new:
+                ended.append(found)
+            elif len(longer) < self.beam:
+                longer.append(found)
+        return longer if len(ended) < self.beam else []
+
+    def _log_probs(self, x: Tensor) -> Tensor:
+        """(N, D) -> (N, V) in float32 at least; padding is never generated."""
+        logits = self.model.decoder.output_layer(x)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits[:, PAD] = -torch.inf
+        return logits.log_softmax(-1)
+
+
+def _on_any_process(flag: bool) -> bool:
+    if process_count() == 1:
+        return flag
+    flags = torch.tensor(int(flag), device=collective_device())
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags)

@@ -1,0 +1,221 @@
+"""Translation and summarisation: answers that the model writes, scored with sacrebleu.
+
+    translation     "SOURCE = TARGET", a line each
+    summarization   "DOCUMENT", and on the next line "TL;DR: SUMMARY"
+
+An answer ends at the first newline, which these models write as </s>. The paper has no generative
+tasks; the formats are those that later models of its authors (XGLM, Lin et al. 2021) and GPT-2 were
+primed with.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
+
+import numpy as np
+
+from ..errors import UserError
+from .formats import find_file
+from .generation import Generator, Prompt
+from .model import rank
+from .protocol import Job, Loaded, Result, Settings
+from .records import read_jsonl
+from .shots import draw, fitting, joined
+from .vocabulary import EOS, Vocabulary
+
+
+class Text(NamedTuple):
+    """What is asked, and the answer of reference."""
+
+    prompt: str
+    answer: str  # begins with a space: it goes on from the prompt
+
+
+def read_translation(folder: Path, settings: Settings, split: int) -> List[Text]:
+    """Two files of a line each sentence. Raises UserError for files that do not belong together."""
+    if settings.languages is None:
+        raise UserError("--languages: translation needs them, as --languages en-fr")
+    paths = []
+    for language in settings.languages:
+        names = _TRANSLATION[split]
+        names = tuple(name.format(language) for name in names)
+        paths.append(find_file(folder, names, _TRANSLATION_ORIGIN))
+    sides = []
+    for path in paths:
+        try:
+            sides.append(path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n"))
+        except ValueError:
+            raise UserError(f"{path}: not UTF-8; take the file as it was published") from None
+    if len(sides[0]) != len(sides[1]):
+        raise UserError(
+            f"{paths[0]} has {len(sides[0])} lines, {paths[1]} {len(sides[1])}: "
+            "they must be translations of each other, line by line"
+        )
+    return [Text(f"{a.strip()} =", f" {b.strip()}") for a, b in zip(*sides)]
+
+
+def read_summarization(folder: Path, settings: Settings, split: int) -> List[Text]:
+    """A JSON object a line, with the names of XSum's or CNN/DailyMail's fields."""
+    path = find_file(folder, (("test.jsonl",), ("train.jsonl",))[split], _SUMMARIZATION_ORIGIN)
+    found = []
+    for line in read_jsonl(path):
+        names = ("article", "highlights") if "article" in line.values else ("document", "summary")
+        document, summary = (" ".join(line.text(name).split()) for name in names)
+        found.append(Text(f"{document}\nTL;DR:", f" {summary}"))
+    if not found:
+        raise UserError(f"{path}: no document in it")
+    return found
+
+
+def prepare(name: str, folder: Path, settings: Settings, vocabulary: Vocabulary) -> Job:
+    """Read the files of a task. Raises UserError for what is missing or not as published."""
+    texts = _READ[name](folder, settings, 0)[: settings.limit]
+    questions = [vocabulary.encode(text.prompt) for text in texts]
+    vocabulary.check(questions, str(folder))
+    examples: List[Text] = []
+    if any(settings.shots):
+        examples = _READ[name](folder, settings, 1)
+        if len(examples) < max(settings.shots):
+            raise UserError(
+                f"--shots {max(settings.shots)}: {folder} has {len(examples)} examples to draw "
+                "from; use fewer"
+            )
+
+    def job(loaded: Loaded) -> List[Result]:
+        return [
+            {"task": name, **_evaluate(name, shots, texts, questions, examples, settings, loaded)}
+            for shots in settings.shots
+        ]
+
+    return job
+
+
+def _evaluate(
+    name: str,
+    shots: int,
+    texts: Sequence[Text],
+    questions: Sequence[Sequence[int]],
+    examples: Sequence[Text],
+    settings: Settings,
+    loaded: Loaded,
+) -> Result:
+    """Scores of one number of shots, over draws; the answers of the first draw."""
+    room = loaded.context - settings.max_new_tokens
+    if room < 1:
+        raise UserError(
+            f"--max-new-tokens {settings.max_new_tokens}: leaves no room for a prompt in the "
+            f"context of {loaded.context} tokens"
+        )
+    head = f"{name}, {shots} shots"
+    generator = Generator(loaded.model, settings.beam, loaded.max_tokens, head)
+    found, answers, left_out = [], [], []
+    too_long = sum(len(question) > room for question in questions)
+    for number in range(settings.draws if shots else 1):
+        drawn = draw(len(examples), shots, settings.seed, number) if shots else []
+        before = [loaded.vocabulary.encode("".join(examples[i])) for i in drawn]
+        prompts = []
+        for question in questions:
+            count = fitting(before, len(question), room)
+            left_out.append(shots - count)
+            tokens = joined(before[len(before) - count :], EOS) + tuple(question)
+            prompts.append(Prompt(tokens[-room:], settings.max_new_tokens, _ends_the_line))
+        written = [loaded.vocabulary.decode(new).strip() for new in generator(prompts)]
+        answers = answers or written
+        found.append(scores(written, [text.answer.strip() for text in texts]))
+    result = {
+        "shots": shots,
+        "questions": len(texts),
+        "beam": settings.beam,
+        "scores": {
+            metric: {
+                "mean": float(np.mean([one[metric][0] for one in found])),
+                "spread": _spread([one[metric][0] for one in found]),
+                "signature": found[0][metric][1],
+            }
+            for metric in found[0]
+        },
+        "left_out": float(np.mean(left_out)),
+        "too_long": too_long,
+        "answers": answers,
+    }
+    if rank() == 0:
+        _say(head, result, room)
+    return result
+
+
+def scores(written: Sequence[str], references: Sequence[str]) -> Dict[str, Tuple[float, str]]:
+    """Metric -> its score of the whole set, 0 to 100, and sacrebleu's signature."""
+    from sacrebleu.metrics import BLEU, CHRF
+
+    found = {}
+    for metric in (BLEU(), CHRF()):
+        score = metric.corpus_score(list(written), [list(references)])
+        found[score.name] = (float(score.score), str(metric.get_signature()))
+    return found
+
+
+def table(results: Sequence[Result]) -> List[List[str]]:
+    """Rows of text, the head first."""
+    names = list(results[0]["scores"])
+    rows = [["task", "shots", "texts", *names, "left out"]]
+    for one in results:
+        cells = []
+        for score in one["scores"].values():
+            spread = score["spread"]
+            cells.append(f"{score['mean']:.2f}" + ("" if spread is None else f" sd {spread:.2f}"))
+        left = f"{one['left_out']:.1f}" if one["shots"] else ""
+        rows.append([one["task"], str(one["shots"]), f"{one['questions']:,}", *cells, left])
+    return rows
+
+
+def notes(results: Sequence[Result]) -> List[str]:
+    """What stands below the table: sacrebleu's signatures."""
+    return [
+        f"{name}: {score['signature']}"
+        for one in results[:1]
+        for name, score in one["scores"].items()
+    ]
+
+
+def _ends_the_line(new: Sequence[int]) -> bool:
+    return new[-1] == EOS
+
+
+def _spread(values: Sequence[float]) -> Any:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def _say(head: str, found: Result, room: int) -> None:
+    """Lines on stderr for prompts that do not fit."""
+    if found["left_out"]:
+        print(
+            f"{head}: prompts are longer than the {room} tokens that --max-new-tokens leaves of "
+            f"the context; {found['left_out']:.1f} of {found['shots']} examples are left out "
+            "(mean)",
+            file=sys.stderr,
+        )
+    if found["too_long"]:
+        print(
+            f"{head}: {found['too_long']} prompts are longer than the {room} tokens that "
+            "--max-new-tokens leaves of the context even without examples; their beginning is cut "
+            "off",
+            file=sys.stderr,
+        )
+
+
+_TRANSLATION = (
+    ("test.{}", "{}.devtest"),
+    ("train.{}", "valid.{}", "{}.dev"),
+)
+_TRANSLATION_ORIGIN = (
+    "a test set of two text files, a sentence a line: FLORES-101's LANGUAGE.devtest and .dev, or "
+    "test.LANGUAGE of `sacrebleu -t wmt14 -l en-fr --echo src` and `ref`"
+)
+_SUMMARIZATION_ORIGIN = (
+    "XSum (fields document, summary) or CNN/DailyMail (article, highlights), a JSON object a line"
+)
+_READ: Dict[str, Callable[[Path, Settings, int], List[Text]]] = {
+    "translation": read_translation,
+    "summarization": read_summarization,
+}
+NAMES = tuple(_READ)

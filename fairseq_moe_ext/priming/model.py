@@ -1,0 +1,242 @@
+"""A checkpoint, on any number of processes, gives the log-probabilities of tokens.
+
+Batches are dealt out to the processes; every process takes as many steps as any, with an empty
+batch where it has none, since experts may be spread over them. No token is dropped, so a row's
+numbers do not depend on its company, nor on the number of processes, but for rounding.
+"""
+
+import argparse
+import ast
+import contextlib
+import os
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from ..data_bin import DICTIONARY
+from ..errors import UserError
+from ..evaluation.expert_use import _task
+from ..expert_parallel import process_count
+from .scoring import Row
+from .vocabulary import PAD
+
+_LOGITS = 2**24  # that exist at a time
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that say how a model is loaded and fed."""
+    parser.add_argument("--path", type=Path, required=True, help="checkpoint, as fairseq-eval-lm's")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="DATA",
+        help="folder with dict.txt, encoder.json and vocab.bpe of the model",
+    )
+    parser.add_argument("--context", type=int, help="tokens of a prompt (default: as trained)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=16384, help="of a batch and process (default: 16384)"
+    )
+    parser.add_argument("--cpu", action="store_true", help="no GPU, though there is one")
+    parser.add_argument("--fp16", action="store_true", help="weights in half precision")
+    parser.add_argument(
+        "--model-overrides", metavar="DICT", help="settings of the model, as fairseq-eval-lm's"
+    )
+
+
+def check_files(path: Path, data: Path) -> None:
+    """Raise UserError unless the checkpoint and its dictionary are there."""
+    if not path.is_file() and not list(path.parent.glob(path.stem + "-*")):
+        raise UserError(f"--path {path}: no such checkpoint")
+    if not (data / DICTIONARY).is_file():
+        raise UserError(f"--data {data}: no {DICTIONARY} in it")
+
+
+@contextlib.contextmanager
+def processes(cpu: bool) -> Iterator[None]:
+    """Under torchrun, meet the other processes, and part from them at the end."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or process_count() > 1:
+        yield
+        return
+    gpu = torch.cuda.is_available() and not cpu
+    if gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    dist.init_process_group("nccl" if gpu else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if process_count() > 1 else 0
+
+
+def load(
+    path: Path, data: Path, cpu: bool = False, fp16: bool = False, overrides: Optional[str] = None
+) -> torch.nn.Module:
+    """The model, for evaluation, without capacity.
+
+    Args:
+        data: folder with its dict.txt.
+        overrides: a Python dictionary of settings.
+
+    Raises:
+        UserError: a file that is missing or does not fit.
+    """
+    from fairseq import checkpoint_utils
+
+    check_files(path, data)
+    models, _ = checkpoint_utils.load_model_ensemble(
+        [str(path)], arg_overrides=_overrides(overrides), task=_task(data, 1)
+    )
+    model = models[0].eval()
+    for layer in model.decoder.layers:
+        moe = getattr(layer, "moe_layer", None)
+        if moe is not None:
+            moe.gate.settings = moe.gate.settings._replace(dropless=True)
+    if fp16:
+        model = model.half()
+    return model.cuda() if torch.cuda.is_available() and not cpu else model
+
+
+def load_in_context(
+    path: Path, data: Path, context: Optional[int], *how: Any
+) -> Tuple[torch.nn.Module, int]:
+    """The model, and the tokens of a prompt: `context`, or what the model takes. `how`: as load."""
+    model = load(path, data, *how)
+    longest = model.max_positions()
+    if context is not None and context > longest:
+        raise UserError(f"--context {context}: the model takes {longest} at most")
+    return model, context or longest
+
+
+def _overrides(text: Optional[str]) -> Dict[str, Any]:
+    if not text:
+        return {}
+    try:
+        found = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"--model-overrides {text}: not a Python dictionary, as \"{{'a': 1}}\"")
+    return found
+
+
+class ModelScorer:
+    """Rows -> the log-probabilities of their tokens; a scoring.Scorer.
+
+    The first tokens that all rows of a batch share, examples above all, are computed once a batch.
+
+    batch_tokens: of a batch on one process, padding included; a row longer than that has a batch of
+    its own.
+    """
+
+    def __init__(self, model: torch.nn.Module, batch_tokens: int, progress: str = "") -> None:
+        self.model = model
+        self.batch_tokens = batch_tokens
+        self.progress = progress
+
+    def __call__(self, rows: Sequence[Row]) -> List[np.ndarray]:
+        """(tokens - start,) nats of each row, in float64; rows in any order, each in the context,
+        the same ones on all processes."""
+        return [nats for nats, _ in self.with_likeliest(rows)]
+
+    def with_likeliest(self, rows: Sequence[Row]) -> List[Tuple[np.ndarray, np.ndarray]]:
+        """Likewise, and (tokens - start,) bool, whether no token is likelier than the one there."""
+        batches = self._batches(rows)
+        own = batches[rank() :: process_count()]
+        steps = -(-len(batches) // process_count())
+        share = any(rows[batch[0]].shared for batch in batches)
+        found: Dict[int, Tuple[np.ndarray, np.ndarray]] = {}
+        bar = tqdm(total=steps, desc=self.progress, unit="batch", leave=False, disable=quiet())
+        for step in range(steps):
+            batch = own[step] if step < len(own) else []
+            found.update(zip(batch, self._score([rows[i] for i in batch], share)))
+            bar.update()
+        bar.close()
+        for other in all_gather(found):
+            found.update(other)
+        return [found[i] for i in range(len(rows))]
+
+    def _batches(self, rows: Sequence[Row]) -> List[List[int]]:
+        """Numbers of rows: those of a batch share their first tokens, if any do, and are of about
+        one length, long ones first."""
+        groups: Dict[Any, List[int]] = {}
+        for i, row in enumerate(rows):
+            key = (row.follows, row.tokens[: row.shared]) if row.shared else None
+            groups.setdefault(key, []).append(i)
+        batches: List[List[int]] = []
+        for group in groups.values():
+            room = 0
+            for i in sorted(group, key=lambda i: -len(rows[i].tokens)):
+                if not room:
+                    batches.append([])
+                    room = max(1, self.batch_tokens // len(rows[i].tokens))
+                batches[-1].append(i)
+                room -= 1
+        return batches
+
+    @torch.no_grad()
+    def _score(self, rows: Sequence[Row], share: bool) -> List[Tuple[np.ndarray, np.ndarray]]:
+        """`share`: some batch shares first tokens, so that all processes go two ways each time."""
+        device = next(self.model.parameters()).device
+        length = max((len(row.tokens) for row in rows), default=1)
+        inputs = torch.full((len(rows), length), PAD)  # (B, L)
+        for i, row in enumerate(rows):
+            inputs[i, : len(row.tokens)] = torch.tensor((row.follows, *row.tokens[:-1]))
+        inputs = inputs.to(device)
+        shared = rows[0].shared if rows else 0
+        state: Optional[Dict[str, Any]] = None
+        if share:
+            state = {}
+            first = inputs[:1, :shared] if shared else inputs.new_zeros(0, 1)
+            self.model.decoder(first, incremental_state=state, features_only=True)
+            if shared:
+                order = inputs.new_zeros(len(rows))
+                self.model.decoder.reorder_incremental_state_scripting(state, order)
+            else:
+                state = None
+        x, _ = self.model.decoder(inputs, incremental_state=state, features_only=True)
+        if not rows:
+            return []
+        wanted = [x[i, r.start - shared : len(r.tokens) - shared] for i, r in enumerate(rows)]
+        targets = [token for row in rows for token in row.tokens[row.start :]]
+        nats, likeliest = self._log_probs(
+            torch.cat(wanted), torch.tensor(targets, device=device)
+        )  # (N,)
+        ends = np.cumsum([len(row.tokens) - row.start for row in rows])[:-1]
+        return list(zip(np.split(nats, ends), np.split(likeliest, ends)))
+
+    def _log_probs(self, x: Tensor, targets: Tensor) -> Tuple[np.ndarray, np.ndarray]:
+        """(N, D) and (N,) -> (N,) computed in float32 at least, logits a chunk at a time; and (N,)
+        bool, whether it is the highest."""
+        types = self.model.decoder.embed_tokens.num_embeddings
+        chunk = max(1, _LOGITS // types)
+        nats, likeliest = [], []
+        for some, goal in zip(x.split(chunk), targets.split(chunk)):
+            logits = self.model.decoder.output_layer(some)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            log_probs = logits.log_softmax(-1)  # (n, V)
+            chosen = log_probs.gather(1, goal[:, None])[:, 0]
+            nats.append(chosen)
+            likeliest.append(chosen == log_probs.amax(-1))
+        return torch.cat(nats).cpu().double().numpy(), torch.cat(likeliest).cpu().numpy()
+
+
+def quiet() -> Optional[bool]:
+    """For tqdm: no bar on other processes than the first, and none without a terminal."""
+    return True if rank() else None
+
+
+def all_gather(value: Any) -> List[Any]:
+    if process_count() == 1:
+        return [value]
+    values: List[Any] = [None] * process_count()
+    dist.all_gather_object(values, value)
+    return values

@@ -1,0 +1,38 @@
+"""What all kinds of tasks are asked for, and what they are given."""
+
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+
+import torch
+
+from . import model
+from .scoring import Scorer
+from .vocabulary import Vocabulary
+
+
+class Settings(NamedTuple):
+    """The flags that say how tasks are run."""
+
+    shots: Tuple[int, ...] = (0,)
+    draws: int = 25
+    seed: int = 1
+    limit: Optional[int] = None  # questions of a task
+    rule: Optional[str] = None  # for all tasks of choice; None: each by its own
+    languages: Optional[Tuple[str, str]] = None  # of translation
+    beam: int = 1
+    max_new_tokens: int = 128  # of a generated answer
+
+
+class Loaded(NamedTuple):
+    """A model that is ready."""
+
+    model: torch.nn.Module
+    context: int  # tokens of a prompt and its answer
+    vocabulary: Vocabulary
+    max_tokens: int  # of a batch
+
+    def scorer(self, progress: str) -> Scorer:
+        return model.ModelScorer(self.model, self.max_tokens, progress)
+
+
+Result = Dict[str, Any]
+Job = Callable[[Loaded], List[Result]]  # a task whose files are read

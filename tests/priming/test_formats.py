@@ -1,0 +1,381 @@
+"""Each data set's published format, by a small file of its kind, and what becomes of it."""
+
+import csv
+import json
+
+import pytest
+
+from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.priming.formats import PAPER, TASKS, find_file, read_items
+
+
+def jsonl(*lines):
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+RECORD = {
+    "source": "Daily mail",
+    "passage": {
+        "text": "Ann met Bob in Rome.\n@highlight\nAnn is a cook\n@highlight\nBob is late",
+        "entities": [
+            {"start": 0, "end": 2},
+            {"start": 8, "end": 10},
+            {"start": 15, "end": 18},
+            {"start": 32, "end": 34},
+        ],
+    },
+    "qas": [
+        {
+            "idx": {"passage": 0, "query": 0},
+            "query": "The cook, @placeholder, waited.",
+            "answers": [
+                {"start": 0, "end": 2, "text": "Ann"},
+                {"start": 32, "end": 34, "text": "ann"},
+            ],
+        },
+        {"query": "@placeholder slept.", "answers": [{"start": 8, "end": 10, "text": "the Bob!"}]},
+    ],
+    "idx": 0,
+}
+HELLASWAG = {
+    "ind": 24,
+    "activity_label": "Roof  shingle removal",
+    "ctx_a": "A man is sitting on a roof.",
+    "ctx_b": "he",
+    "ctx": "A man is sitting on a roof. he",
+    "endings": ["is using wrap.", "is ripping tiles.", "holds a cube.", "starts pulling."],
+    "label": 3,
+}
+OPENBOOKQA = {
+    "id": "8-343",
+    "question": {
+        "stem": "A person wants to start saving money so that they",
+        "choices": [
+            {"text": "make phone calls", "label": "A"},
+            {"text": "quit eating lunch out.", "label": "B"},
+        ],
+    },
+    "answerKey": "B",
+}
+COPA = {
+    "premise": "My body cast a shadow over the grass.",
+    "choice1": "The sun was rising.",
+    "choice2": "I cut the grass.",
+    "question": "cause",
+    "label": 0,
+    "idx": 0,
+}
+BOOLQ = {"question": "is it raining", "passage": "It pours. ", "idx": 0, "label": True}
+
+# task -> (file name -> content, items as (candidates, right, alone))
+CASES = {
+    "record": (
+        {"val.jsonl": jsonl(RECORD)},
+        [
+            (
+                tuple(
+                    "Ann met Bob in Rome.\n- Ann is a cook\n- Bob is late\n"
+                    f"- The cook, {name}, waited."
+                    for name in ("Ann", "Bob", "Rome")
+                ),
+                {0},
+                (),
+            ),
+            (
+                tuple(
+                    f"Ann met Bob in Rome.\n- Ann is a cook\n- Bob is late\n- {name} slept."
+                    for name in ("Ann", "Bob", "Rome")
+                ),
+                {1},
+                (),
+            ),
+        ],
+    ),
+    "hellaswag": (
+        {"data/hellaswag_val.jsonl": jsonl(HELLASWAG)},
+        [
+            (
+                tuple(
+                    f"Roof shingle removal: A man is sitting on a roof. He {ending}"
+                    for ending in HELLASWAG["endings"]
+                ),
+                {3},
+                (),
+            )
+        ],
+    ),
+    "piqa": (
+        {
+            "valid.jsonl": jsonl(
+                {"goal": "Open a jar", "sol1": "Twist it.", "sol2": "Eat it."},
+                {"goal": "Dry  hair", "sol1": "Use water.", "sol2": "Use a towel."},
+            ),
+            "valid-labels.lst": "0\n1\n",
+        },
+        [
+            (("Open a jar Twist it.", "Open a jar Eat it."), {0}, ()),
+            (("Dry  hair Use water.", "Dry  hair Use a towel."), {1}, ()),
+        ],
+    ),
+    "winogrande": (
+        {
+            "winogrande_1.1/dev.jsonl": jsonl(
+                {
+                    "qID": "x-1",
+                    "sentence": "The cup fits the box as the _ is small.",
+                    "option1": "cup",
+                    "option2": "box",
+                    "answer": "1",
+                }
+            )
+        },
+        [
+            (
+                (
+                    "The cup fits the box as the cup is small.",
+                    "The cup fits the box as the box is small.",
+                ),
+                {0},
+                (),
+            )
+        ],
+    ),
+    "storycloze": (
+        {
+            "cloze_test_test__spring2016 - cloze_test_ALL_test.csv": "InputStoryid,InputSentence1,"
+            "InputSentence2,InputSentence3,InputSentence4,RandomFifthSentenceQuiz1,"
+            "RandomFifthSentenceQuiz2,AnswerRightEnding\r\n"
+            'a1,Rick grew up.,"He said ""No"", twice.",He ran.,He fell.,He is happy.,He won.,2\r\n'
+        },
+        [
+            (
+                (
+                    'Rick grew up. He said "No", twice. He ran. He fell. He is happy.',
+                    'Rick grew up. He said "No", twice. He ran. He fell. He won.',
+                ),
+                {1},
+                (),
+            )
+        ],
+    ),
+    "openbookqa": (
+        {"Data/Main/test.jsonl": jsonl(OPENBOOKQA)},
+        [
+            (
+                (
+                    "A person wants to start saving money so that they make phone calls.",
+                    "A person wants to start saving money so that they quit eating lunch out.",
+                ),
+                {1},
+                ("Answer: make phone calls.", "Answer: quit eating lunch out."),
+            )
+        ],
+    ),
+    "copa": (
+        {"val.jsonl": jsonl(COPA, {**COPA, "question": "effect", "label": 1})},
+        [
+            (
+                (
+                    "My body cast a shadow over the grass because the sun was rising.",
+                    "My body cast a shadow over the grass because I cut the grass.",
+                ),
+                {0},
+                (),
+            ),
+            (
+                (
+                    "My body cast a shadow over the grass so the sun was rising.",
+                    "My body cast a shadow over the grass so I cut the grass.",
+                ),
+                {1},
+                (),
+            ),
+        ],
+    ),
+    "boolq": (
+        {"val.jsonl": jsonl(BOOLQ)},
+        [
+            (
+                (
+                    "It pours.\nQuestion: is it raining?\nAnswer: yes",
+                    "It pours.\nQuestion: is it raining?\nAnswer: no",
+                ),
+                {0},
+                (),
+            )
+        ],
+    ),
+    "mnli": (
+        {
+            "dev_matched.tsv": "index\tsentence1\tsentence2\tlabel1\tgold_label\n"
+            '0\tHe said "well.\tHe spoke.\tentailment\tentailment\n'
+            "1\tA\tB\tneutral\t-\n"
+            "2\tIt rains.\tIt snows.\tneutral\tneutral\n"
+        },
+        [
+            (
+                tuple(
+                    f'He said "well.\nQuestion: He spoke. True, False, or Neither?\nAnswer: {word}'
+                    for word in ("True", "False", "Neither")
+                ),
+                {0},
+                (),
+            ),
+            (
+                tuple(
+                    f"It rains.\nQuestion: It snows. True, False, or Neither?\nAnswer: {word}"
+                    for word in ("True", "False", "Neither")
+                ),
+                {2},
+                (),
+            ),
+        ],
+    ),
+    "sst2": (
+        {"SST-2/dev.tsv": 'sentence\tlabel\na " fine film \t1\nbad . \t0\n'},
+        [
+            (
+                (
+                    'a " fine film All in all, it was bad',
+                    'a " fine film All in all, it was good',
+                ),
+                {1},
+                (),
+            ),
+            (("bad . All in all, it was bad", "bad . All in all, it was good"), {0}, ()),
+        ],
+    ),
+}
+
+
+def write(folder, files):
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8", newline="")
+
+
+def test_every_task_has_a_case():
+    assert set(CASES) == set(TASKS) and set(PAPER) < set(TASKS)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_format(name, tmp_path):
+    files, expected = CASES[name]
+    write(tmp_path / name, files)
+    task = TASKS[name]
+    items = read_items(task, find_file(tmp_path / task.name, task.evaluated, task.origin))
+    assert [(item.candidates, set(item.right), item.alone) for item in items] == expected
+    for item, (candidates, right, _) in zip(items, expected):
+        assert item.example == candidates[min(right)]
+
+
+def test_the_other_published_forms_mean_the_same(tmp_path):
+    line = {"sentence1": "It rains.", "sentence2": "It snows.", "gold_label": "neutral"}
+    write(tmp_path / "mnli", {"multinli_1.0_dev_matched.jsonl": jsonl(line)})
+    task = TASKS["mnli"]
+    found = read_items(task, find_file(tmp_path / task.name, task.evaluated, task.origin))
+    assert found[0].candidates == CASES["mnli"][1][1][0]
+    original = {
+        "question": "is it raining",
+        "title": "Rain",
+        "answer": True,
+        "passage": "It pours.",
+    }
+    write(tmp_path / "boolq", {"dev.jsonl": jsonl(original)})
+    found = read_items(TASKS["boolq"], tmp_path / "boolq" / "dev.jsonl")
+    assert found[0].candidates == CASES["boolq"][1][0][0] and found[0].right == {0}
+    (content,) = CASES["storycloze"][0].values()
+    lines = ["\t".join(row) for row in csv.reader(content.splitlines())]
+    write(tmp_path / "storycloze", {"spring2016.test.tsv": "\n".join(lines) + "\n"})
+    found = read_items(TASKS["storycloze"], tmp_path / "storycloze" / "spring2016.test.tsv")
+    assert found[0].candidates == CASES["storycloze"][1][0][0]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_field(tmp_path):
+    path = tmp_path / "dev.tsv"
+    path.write_bytes(b"\xef\xbb\xbfsentence\tlabel\nfine\t1\n")
+    assert len(read_items(TASKS["sst2"], path)) == 1
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_missing_file_is_named_with_where_it_comes_from(name, tmp_path):
+    task = TASKS[name]
+    with pytest.raises(UserError) as error:
+        find_file(tmp_path / task.name, task.evaluated, task.origin)
+    assert str(tmp_path / name / task.evaluated[0]) in str(error.value)
+    assert task.origin in str(error.value) and "https://" in task.origin
+
+
+def without(record, *keys):
+    """A copy of a record without the field at the end of a way; a number is a place in a list."""
+    copy = json.loads(json.dumps(record))
+    inner = copy
+    for key in keys[:-1]:
+        inner = inner[key]
+    del inner[keys[-1]]
+    return copy
+
+
+@pytest.mark.parametrize(
+    "name, line, words",
+    [
+        ("record", without(RECORD, "passage", "text"), "no field 'passage.text'"),
+        ("record", without(RECORD, "qas", 0, "query"), "no field 'query'"),
+        ("record", without(RECORD, "passage", "entities", 0, "end"), "no field 'end'"),
+        ("hellaswag", without(HELLASWAG, "endings"), "no field 'endings'"),
+        ("hellaswag", {**HELLASWAG, "label": 4}, "field 'label' is '4'; one of 0, 1, 2, 3"),
+        ("hellaswag", {**HELLASWAG, "ctx_a": 5}, "field 'ctx_a' is 5, not text"),
+        ("openbookqa", without(OPENBOOKQA, "question", "stem"), "no field 'question.stem'"),
+        ("openbookqa", without(OPENBOOKQA, "answerKey"), "no field 'answerKey'"),
+        ("copa", {**COPA, "question": "why"}, "field 'question' is 'why'; one of cause, effect"),
+        ("boolq", without(BOOLQ, "label"), "no field 'label'"),
+        ("boolq", [1], "not a JSON object"),
+        ("winogrande", {"sentence": "No blank.", "answer": "1"}, "has 0 blanks '_'"),
+    ],
+)
+def test_a_line_that_is_not_as_published(name, line, words, tmp_path):
+    good = {"record": RECORD, "hellaswag": HELLASWAG, "openbookqa": OPENBOOKQA, "copa": COPA}
+    good.update(
+        boolq=BOOLQ, winogrande=json.loads(CASES["winogrande"][0]["winogrande_1.1/dev.jsonl"])
+    )
+    path = tmp_path / "file.jsonl"
+    path.write_text(jsonl(good[name]) + "\n" + jsonl(line))
+    with pytest.raises(UserError) as error:
+        read_items(TASKS[name], path)
+    assert str(error.value).startswith(f"{path}, line 3: ") and words in str(error.value)
+
+
+def test_a_table_without_a_column_or_with_a_short_line(tmp_path):
+    path = tmp_path / "dev.tsv"
+    path.write_text("sentence\tlabel\nfine\t1\nshort\n")
+    with pytest.raises(UserError, match="line 3: no field 'label'"):
+        read_items(TASKS["sst2"], path)
+    path.write_text("text\tlabel\nfine\t1\n")
+    with pytest.raises(UserError, match="line 2: no field 'sentence'"):
+        read_items(TASKS["sst2"], path)
+
+
+def test_files_that_are_not_whole(tmp_path):
+    path = tmp_path / "valid.jsonl"
+    path.write_text(jsonl({"goal": "a", "sol1": "b", "sol2": "c"}))
+    with pytest.raises(UserError, match="valid-labels.lst: missing"):
+        read_items(TASKS["piqa"], path)
+    (tmp_path / "valid-labels.lst").write_text("0\n1\n")
+    with pytest.raises(UserError, match="2 labels for the 1 lines of valid.jsonl"):
+        read_items(TASKS["piqa"], path)
+    path.write_text('{"goal": ')
+    with pytest.raises(UserError, match="line 1: not JSON"):
+        read_items(TASKS["hellaswag"], path)
+    path.write_bytes(b'{"goal": "\xff"}\n')
+    with pytest.raises(UserError, match="not UTF-8"):
+        read_items(TASKS["hellaswag"], path)
+    path.write_text("\n")
+    with pytest.raises(UserError, match="no question in it"):
+        read_items(TASKS["hellaswag"], path)
+
+
+def test_two_files_of_one_name(tmp_path):
+    write(tmp_path / "sst2", {"a/dev.tsv": "", "b/dev.tsv": ""})
+    with pytest.raises(UserError, match="which dev.tsv"):
+        find_file(tmp_path / "sst2", TASKS["sst2"].evaluated, "GLUE")

@@ -1,0 +1,115 @@
+"""`fairseq-moe priming`, as a user types it."""
+
+import json
+import os
+
+import pytest
+from processes import run_processes
+from test_formats import CASES, write
+
+from fairseq_moe_ext import cli
+from fairseq_moe_ext.priming.formats import TASKS
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """A folder with a file of every task, and examples for three."""
+    folder = tmp_path_factory.mktemp("tasks")
+    for name, (files, _) in CASES.items():
+        write(folder / name, files)
+    stories = CASES["storycloze"][0]["cloze_test_test__spring2016 - cloze_test_ALL_test.csv"]
+    head, line, _ = stories.split("\r\n")
+    examples = "\r\n".join([head] + [line.replace("Rick", f"w{i}") for i in range(6)])
+    write(folder / "storycloze", {"cloze_test_val__spring2016 - cloze_test_ALL_val.csv": examples})
+    rows = "".join(f"w{i} it was\t{i % 2}\n" for i in range(9))
+    write(folder / "sst2", {"SST-2/train.tsv": "sentence\tlabel\n" + rows})
+    return folder
+
+
+def priming(rank, line, out):
+    assert cli.main(line.split()) == 0
+    return json.loads(out.read_text()) if rank == 0 else None
+
+
+@pytest.fixture
+def command(trained, tasks, tmp_path):
+    data, checkpoint = trained
+    return f"priming {tasks} --path {checkpoint} --data {data} --cpu --json {tmp_path / 'out.json'}"
+
+
+def test_all_tasks_without_examples(command, tmp_path, capsys):
+    found = priming(0, command, tmp_path / "out.json")
+    assert [one["task"] for one in found["results"]] == list(TASKS)
+    for one in found["results"]:
+        assert one["rule"] == TASKS[one["task"]].rule
+        assert one["questions"] == len(CASES[one["task"]][1])
+        assert one["draws"] == [one["accuracy"]] and one["spread"] is None
+        assert one["accuracy"] * one["questions"] == pytest.approx(
+            round(one["accuracy"] * one["questions"])
+        )
+    accuracies = [one["accuracy"] for one in found["results"]]
+    assert found["mean"]["0"] == pytest.approx(sum(accuracies) / len(accuracies))
+    out, err = capsys.readouterr()
+    assert all(name in out for name in TASKS) and "mean" in out
+    assert "record, 0 shots: " in err and "longer than the context of 64 tokens even" in err
+
+
+def test_examples_that_do_not_fit_are_counted(command, tmp_path, capsys):
+    line = f"{command} --tasks sst2,storycloze --shots 0,1,6 --draws 3"
+    found = priming(0, line, tmp_path / "out.json")
+    by = {(one["task"], one["shots"]): one for one in found["results"]}
+    assert len(by) == 6
+    assert len(by["sst2", 6]["draws"]) == 3 and len(by["sst2", 0]["draws"]) == 1
+    assert by["sst2", 1]["spread"] is not None and by["sst2", 1]["left_out"] == 0
+    out, err = capsys.readouterr()
+    assert 0 < by["sst2", 6]["left_out"] < 6
+    assert f"{by['sst2', 6]['left_out']:.1f} of 6 examples are left out (mean)" in err
+
+
+def test_two_processes_equal_one(command, tmp_path):
+    line = f"{command} --tasks sst2,mnli,record,openbookqa,winogrande"
+    few = f"{command} --tasks sst2 --shots 2 --draws 3"
+    for text in (line, few):
+        one = priming(0, text, tmp_path / "out.json")
+        (tmp_path / "out.json").unlink()
+        assert run_processes(2, priming, text, tmp_path / "out.json")[0] == one
+
+
+def test_another_rule_and_a_limit(command, tmp_path):
+    found = priming(0, f"{command} --tasks copa --rule mean --limit 1", tmp_path / "out.json")
+    assert found["results"][0]["rule"] == "mean" and found["results"][0]["questions"] == 1
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--tasks copa,nothing", "--tasks nothing: no such task; there are record,"),
+        ("--tasks copa --shots 1", "train.jsonl: missing; it is a file of COPA in SuperGLUE"),
+        ("--tasks sst2 --shots 10", "--shots 10: "),
+        ("--shots 1,x", "--shots 1,x: use whole numbers"),
+        ("--draws 0", "--draws 0: use 1 or more"),
+        ("--seed -1", "--seed -1: use 0 or more"),
+        ("--context 65", "--context 65: the model takes 64 at most"),
+        ("--path nothing.pt", "--path nothing.pt: no such checkpoint"),
+        ("--data .", "--data .: no dict.txt in it"),
+        ("--rule unconditional", "--rule unconditional: not for record"),
+        ("--model-overrides 5", "--model-overrides 5: not a Python dictionary"),
+    ],
+)
+def test_mistakes(command, flags, words, capsys, tmp_path):
+    assert cli.main(f"{command} {flags}".split()) == 1
+    err = capsys.readouterr().err
+    assert words in err and "Traceback" not in err
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_a_folder_without_tasks(trained, tmp_path, capsys):
+    data, checkpoint = trained
+    flags = ["--path", str(checkpoint), "--data", str(data)]
+    assert cli.main(["priming", str(tmp_path), *flags]) == 1
+    assert "none of its folders is a task's; record, " in capsys.readouterr().err
+    assert cli.main(["priming", str(tmp_path / "no"), *flags]) == 1
+    assert "no such folder" in capsys.readouterr().err
+    os.mkdir(tmp_path / "copa")
+    assert cli.main(["priming", str(tmp_path), *flags]) == 1
+    assert "copa/val.jsonl: missing; it is a file of COPA in SuperGLUE" in capsys.readouterr().err
