@@ -10,11 +10,14 @@ help:            ## this list
 install:         ## make .venv with everything in it; nothing to do the second time
 	@$(PYTHON) install_venv.py
 
+# A test file stays with one worker, because its tests share processes and ports.
+PYTEST := $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
 test: install lint  ## install, lint, and the tests but the slow ones
-	$(RUN) -m pytest
+	$(PYTEST)
 
 test-all: install lint  ## the slow tests too
-	$(RUN) -m pytest -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
 quickstart: install  ## train and compare a dense and a Mixture-of-Experts model on real text
 	$(RUN) examples/quickstart/run.py

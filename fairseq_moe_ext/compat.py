@@ -28,6 +28,7 @@ import sys
 import types
 import warnings
 import zipfile
+from pathlib import Path
 from typing import Callable, Iterator, List, NamedTuple, Optional
 
 from fairseq_moe_ext.errors import UserError
@@ -824,13 +825,10 @@ def _mistake_to_print(error: BaseException) -> Optional[str]:
     """The user's mistake behind an exception, in one line; None if there is none or for DEBUG."""
     if os.environ.get("LOGLEVEL", "").upper() == "DEBUG":
         return None
-    if isinstance(error, FileNotFoundError) and error.filename is not None:
-        return f"{error.filename}: no such file or folder"
-    if isinstance(error, FileNotFoundError) or (
-        isinstance(error, OSError) and str(error).startswith("Model file not found")
-    ):  # fairseq/tasks/language_modeling.py:219, fairseq/checkpoint_utils.py:423
-        text = str(error)  # fairseq/utils.py:481 says nothing but the --user-dir
-        return text if " " in text else f"{text}: no such file or folder"
+    if isinstance(error, OSError):
+        missing = _missing_file(error)
+        if missing is not None:
+            return missing
     # A process that fairseq spawned for a GPU reports its exception as text.
     if type(error).__name__ == "ProcessRaisedException":
         found = re.findall(r"^(?:[\w.]+\.UserError|FileNotFoundError): (.+)$", str(error), re.M)
@@ -845,6 +843,35 @@ def _mistake_to_print(error: BaseException) -> Optional[str]:
         seen.add(id(error))
         error = error.__cause__ or error.__context__
     return None
+
+
+def _missing_file(error: OSError) -> Optional[str]:
+    """A line on a file that fairseq does not find: what lies in its folder, or how to make it."""
+    text = str(error)
+    if text.startswith("Model file not found: "):  # fairseq/checkpoint_utils.py:423
+        path = Path(text[len("Model file not found: ") :])
+        return f"{path}: no such checkpoint; {_there_are(path.parent, '.pt')}"
+    if not isinstance(error, FileNotFoundError):
+        return None
+    dataset = re.match(r"Dataset not found: .+ \((.+)\)$", text)
+    if dataset:  # fairseq/tasks/language_modeling.py:219
+        path = Path(dataset.group(1))
+        return f"{path}.idx: no such data-bin; {_there_are(path.parent, '.idx')}"
+    path = error.filename if error.filename is not None else text
+    if os.path.basename(path) == "dict.txt":
+        made = "a data folder is made by fairseq-preprocess or fairseq-moe prepare"
+        return f"{path}: no such file; {made}"
+    # fairseq/utils.py:481 says nothing but the --user-dir
+    return text if error.filename is None and " " in text else f"{path}: no such file or folder"
+
+
+def _there_are(folder: Path, suffix: str, shown: int = 5) -> str:
+    """What a folder has of a kind."""
+    names = sorted(path.name for path in folder.glob(f"*{suffix}"))
+    if not names:
+        return f"there is no *{suffix} in {folder}"
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return f"{folder} has {', '.join(names[:shown])}{more}"
 
 
 def _numpy_is(release: tuple) -> bool:

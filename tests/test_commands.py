@@ -249,7 +249,7 @@ def test_data_beyond_the_dictionary_end_in_one_line(command, data, tmp_path):
 
 def test_damaged_data_ends_in_one_line(command, data, tmp_path):
     cases = {
-        "missing": (dict(train_bin=None, train_idx=None), "Dataset not found: train"),
+        "missing": (dict(train_bin=None, train_idx=None), "train.idx: no such data-bin"),
         "half": (dict(train_bin=None), "train.bin: missing"),
         "cut": (dict(train_bin=(data / "train.bin").read_bytes()[:-6]), "truncated"),
         "no_dict": (dict(dict_txt=None), "dict.txt"),

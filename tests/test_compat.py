@@ -454,10 +454,22 @@ def test_a_mistake_is_found_behind_other_exceptions():
     assert find(UserError("a")) == "a"
     assert find(chained(UserError("a"), explicit=True)) == "a"
     assert find(chained(FileNotFoundError("a"), explicit=True)) is None  # somebody dealt with it
-    assert find(FileNotFoundError("Dataset not found: train (x)")) == "Dataset not found: train (x)"
     assert find(FileNotFoundError(2, "No such file", "x.txt")) == "x.txt: no such file or folder"
-    assert find(OSError("Model file not found: x.pt")) == "Model file not found: x.pt"
     assert find(ValueError("a bug")) is None
+
+
+def test_what_is_missing_is_named_with_what_is_there(tmp_path):
+    find = compat._mistake_to_print
+    model, data = tmp_path / "best.pt", tmp_path / "train"
+    no_model = OSError(f"Model file not found: {model}")
+    no_data = FileNotFoundError(f"Dataset not found: train ({data})")
+    assert find(no_model) == f"{model}: no such checkpoint; there is no *.pt in {tmp_path}"
+    assert find(no_data) == f"{data}.idx: no such data-bin; there is no *.idx in {tmp_path}"
+    for name in (*(f"checkpoint{i}.pt" for i in range(7)), "test.idx"):
+        (tmp_path / name).touch()
+    there = ", ".join(f"checkpoint{i}.pt" for i in range(5))
+    assert find(no_model) == f"{model}: no such checkpoint; {tmp_path} has {there} and 2 more"
+    assert find(no_data) == f"{data}.idx: no such data-bin; {tmp_path} has test.idx"
 
 
 def fail(rank):
@@ -474,7 +486,8 @@ def test_a_missing_dataset_is_one_line(command):
     status, err = command("train", f"nowhere {TRAIN} --max-update 1 --no-save")
     assert status == 1
     assert [line for line in err.splitlines() if line.startswith("error:")] == [
-        "error: nowhere/dict.txt: no such file or folder"
+        "error: nowhere/dict.txt: no such file; "
+        "a data folder is made by fairseq-preprocess or fairseq-moe prepare"
     ]
     assert "Traceback" not in err
 

@@ -199,13 +199,9 @@ def write_json(path: Path, value: object) -> None:
 
 def console_script(name: str) -> str:
     """The command's path beside this Python, or else on PATH."""
-    from fairseq_moe_ext.errors import UserError
+    from fairseq_moe_ext.study import plan
 
-    beside = str(Path(sys.executable).parent)
-    found = shutil.which(name, path=os.pathsep.join([beside, os.environ.get("PATH", "")]))
-    if found is None:
-        raise UserError(f"the command {name} is not installed: run `make install`")
-    return found
+    return plan.console_script(name)
 
 
 def prepare_command(run: Run, held_out: Dict[str, bool]) -> List[str]:

@@ -183,7 +183,9 @@ def console_script(name: str) -> str:
     beside = str(Path(sys.executable).parent)
     found = shutil.which(name, path=os.pathsep.join([beside, os.environ.get("PATH", "")]))
     if found is None:
-        raise UserError(f"the command {name} is not installed: install fairseq 0.12.2")
+        raise UserError(
+            f"the command {name} is not installed: install fairseq 0.12.2 (`make install`)"
+        )
     return found
 
 
