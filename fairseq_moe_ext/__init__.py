@@ -10,8 +10,8 @@
     distributed_training.py  what fairseq's trainer and eval-lm must know of that
     branch_checkpoint.py     checkpoints of fairseq's `moe` branch, Meta's released models
     checkpoint.py  saving and loading experts on any number of processes
-    criterions/    cross-entropy with the gates' losses
-    tasks/         language modelling over a mixture of corpora
+    criterions/    cross-entropy, of tokens or of candidates, with the gates' losses
+    tasks/         language modelling over a mixture of corpora; multiple choice
     optim.py       fairseq's Adam, fused
     prepare/       text to data-bins
     convert/       checkpoints to other layouts and precisions
@@ -26,10 +26,15 @@ from . import compat
 
 compat.apply()  # before anything imports fairseq
 
-from . import branch_checkpoint, checkpoint, distributed_training, optim  # noqa: E402, F401
-from .criterions import moe_cross_entropy  # noqa: E402, F401
+from . import (  # noqa: E402, F401
+    branch_checkpoint,
+    checkpoint,
+    criterions,
+    distributed_training,
+    optim,
+)
 from .models import architectures, language_model  # noqa: E402, F401
-from .tasks import mixture_language_modeling  # noqa: E402, F401
+from .tasks import mixture_language_modeling, multiple_choice  # noqa: E402, F401
 
 distributed_training.apply()
 checkpoint.apply()

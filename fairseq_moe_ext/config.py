@@ -18,6 +18,7 @@ from .errors import UserError
 SECOND_EXPERT_POLICIES = ChoiceEnum(["sampling", "all", "random"])
 ROUTING_SCOPES = ChoiceEnum(["process", "world"])
 EXPERT_GRAD_SCALES = ChoiceEnum(["world_size", "sqrt_world_size", "sqrt_num_experts"])
+FROZEN_PARTS = ChoiceEnum(["none", "gate", "experts", "gate_and_experts"])
 
 
 @dataclass
@@ -139,6 +140,19 @@ class MoETransformerLMConfig(FairseqDataclass):
             "number of experts (the paper)"
         },
     )
+    moe_expert_dropout: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "dropout probability after the activation inside experts (default: "
+            "activation_dropout, as in dense layers)"
+        },
+    )
+    moe_freeze: FROZEN_PARTS = field(
+        default="none",
+        metadata={
+            "help": "train all but this part of the MoE layers: the gates, the experts, or both"
+        },
+    )
     moe_experts_on_disk: bool = field(
         default=False,
         metadata={
@@ -181,6 +195,7 @@ _CHOICES = {
     "moe_second_expert_policy": SECOND_EXPERT_POLICIES.__members__,
     "moe_routing_scope": ROUTING_SCOPES.__members__,
     "moe_normalize_expert_grad": EXPERT_GRAD_SCALES.__members__,
+    "moe_freeze": FROZEN_PARTS.__members__,
 }
 
 
@@ -192,6 +207,12 @@ def is_moe_layer(cfg: MoETransformerLMConfig, layer: int) -> bool:
 def validate(cfg: MoETransformerLMConfig) -> None:
     """Raise UserError for a setting that cannot work or would silently do something else."""
     _validate_shape(cfg)
+    if str(cfg.moe_freeze) != "none" and (
+        cfg.moe_freq == 0 or cfg.alternate_decoder_ffn_embed_dim != 0
+    ):
+        raise UserError(
+            f"--moe-freeze {cfg.moe_freeze} in a dense model has nothing to freeze: drop it"
+        )
     if cfg.moe_freq == 0:
         if cfg.moe_expert_count != 0:
             raise UserError(
@@ -278,6 +299,10 @@ def _validate_experts(cfg: MoETransformerLMConfig) -> None:
             )
     if cfg.moe_expert_ffn_dim is not None and cfg.moe_expert_ffn_dim < 1:
         raise UserError(f"--moe-expert-ffn-dim {cfg.moe_expert_ffn_dim}: use 1 or more")
+    if cfg.moe_expert_dropout is not None and not 0 <= cfg.moe_expert_dropout < 1:
+        raise UserError(
+            f"--moe-expert-dropout {cfg.moe_expert_dropout} is out of range: use 0 to below 1"
+        )
     if cfg.moe_batch_prioritized_routing and cfg.moe_top1_expert:
         raise UserError(
             "--moe-batch-prioritized-routing has no effect with --moe-top1-expert: drop either"

@@ -31,12 +31,14 @@ import fairseq_moe_ext
 from fairseq_moe_ext import compat
 from fairseq_moe_ext.config import MoETransformerLMConfig
 from fairseq_moe_ext.criterions.moe_cross_entropy import MoECrossEntropyConfig
+from fairseq_moe_ext.criterions.multiple_choice import MultipleChoiceConfig
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.models.architectures import ARCHITECTURES
 from fairseq_moe_ext.models.language_model import MODEL_NAME
 from fairseq_moe_ext.moe.layer import MoELayer
 from fairseq_moe_ext.optim import FusedAdamConfig
 from fairseq_moe_ext.tasks.mixture_language_modeling import MixtureLanguageModelingConfig
+from fairseq_moe_ext.tasks.multiple_choice import MultipleChoiceTaskConfig
 
 pytestmark = [  # fairseq leans on these, and Hydra says that they will go
     pytest.mark.filterwarnings(r"ignore:\s*'.*' is validated against ConfigStore schema"),
@@ -58,9 +60,15 @@ OPTIONS = {
         MixtureLanguageModelingConfig,
         TASK,
     ),
+    "task/multiple_choice": ("multiple_choice", MultipleChoiceTaskConfig, {"data": "???"}),
     "criterion/moe_cross_entropy": (
         "moe_cross_entropy",
         MoECrossEntropyConfig,
+        {"moe_gate_loss_wt": 0.01, "moe_gate_loss_combine_method": "sum"},
+    ),
+    "criterion/multiple_choice": (
+        "multiple_choice",
+        MultipleChoiceConfig,
         {"moe_gate_loss_wt": 0.01, "moe_gate_loss_combine_method": "sum"},
     ),
     "criterion/cross_entropy": ("cross_entropy", CrossEntropyCriterionConfig, {}),
@@ -93,6 +101,21 @@ RECIPES = {
     "moe_lm_52b": (2**19, 3e-4),
     "moe_lm_207b": (2**20, 2e-4),
     "moe_lm_1_1t": (2**21, 1.2e-4),
+}
+# For fine-tuning sparse models: what each file of recipe/ changes, and to what.
+RECIPE_FILES = {
+    "recipe/dropless": {"model.moe_dropless": True},
+    "recipe/equal_capacity": {
+        "model.moe_capacity_factor": 4.0,
+        "model.moe_eval_capacity_token_fraction": -1.0,
+    },
+    "recipe/pad_mask": {"model.use_moe_pad_mask": True},
+    "recipe/no_balance_loss": {"criterion.moe_gate_loss_wt": 0.0},
+    "recipe/z_loss": {"criterion.moe_z_loss_wt": 0.001},
+    "recipe/expert_dropout": {"model.moe_expert_dropout": 0.4},
+    "recipe/freeze_gate": {"model.moe_freeze": "gate"},
+    "recipe/freeze_experts": {"model.moe_freeze": "experts"},
+    "recipe/small_batch": {"dataset.batch_size": 8, "optimization.lr": [1.25e-4]},
 }
 SHRUNKEN = [
     *("model.decoder_layers=2", "model.decoder_embed_dim=16", "model.decoder_ffn_embed_dim=32"),
@@ -165,7 +188,7 @@ def workplace(tmp_path_factory) -> Path:
 
 def test_the_groups_hold_every_key_of_the_dataclasses_and_the_architectures_values():
     there = {str(path.relative_to(CONF))[:-5].replace(os.sep, "/") for path in CONF.rglob("*.yaml")}
-    assert there == {*OPTIONS, *ARCHITECTURES, "base"}
+    assert there == {*OPTIONS, *ARCHITECTURES, "base", "finetune", *RECIPE_FILES}
     for path in OPTIONS:
         content = OmegaConf.to_container(OmegaConf.load(CONF / f"{path}.yaml"))
         assert content == option(path), f"{path}: run python tests/test_hydra.py"
@@ -251,10 +274,30 @@ def test_every_option_can_be_chosen_in_a_ready_config(path, workplace):
     for key, value in option(path).items():
         if key not in own and f"{group}.{key}" not in shrunken:
             assert content[key] == value, key
-    if path.startswith("task"):
+    if path.startswith("task") and chosen != "multiple_choice":
         task = tasks.setup_task(resolved(cfg).task)
         task.load_dataset("train")
         assert len(task.dataset("train")) == (18 if data == "data" else 36)  # 12 * 12 / 8 each
+
+
+@pytest.mark.parametrize("path", list(RECIPE_FILES))
+def test_a_recipe_changes_its_settings_and_no_others(path):
+    def settings(*overrides: str) -> Dict[str, Any]:
+        cfg = OmegaConf.to_container(composed("finetune", ["task.data=x", *overrides]))
+        groups = {group: cfg[group] for group in cfg if isinstance(cfg[group], dict)}
+        return {f"{group}.{key}": value for group in groups for key, value in cfg[group].items()}
+
+    plain, changed = settings(), settings(f"+{path.replace('/', '=')}")
+    assert {key: changed[key] for key in changed if changed[key] != plain[key]} == RECIPE_FILES[
+        path
+    ]
+    assert all(plain[key] != value for key, value in RECIPE_FILES[path].items())
+
+
+def test_recipes_combine(workplace):
+    cfg = composed("finetune", ["task.data=x", "+recipe=[dropless,pad_mask,z_loss]"])
+    assert cfg.model.moe_dropless and cfg.model.use_moe_pad_mask
+    assert cfg.criterion.moe_z_loss_wt == 0.001 and cfg.checkpoint.patience == 3
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen:

@@ -33,7 +33,7 @@ ALLOWED = {
     "optim": set(),
     "models": {"config", "expert_parallel", "models", "moe"},
     "criterions": {"criterions", "moe.stats"},
-    "tasks": {"tasks", "data_bin"},
+    "tasks": {"tasks", "data_bin", "priming"},
     "prepare": {"prepare", "data_bin"},
     "priming": {"priming", "prepare", "data_bin", "evaluation", "expert_parallel"},
     "study": {"cost", "data_bin", "evaluation", "study"},

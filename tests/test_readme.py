@@ -21,6 +21,7 @@ SIZE="--decoder-layers 2 --decoder-embed-dim 16 --decoder-ffn-embed-dim 32"
 SIZE="$SIZE --decoder-attention-heads 2 --tokens-per-sample 32 --batch-size 8 --max-update 3"
 fairseq-train() { command fairseq-train "$@" $SIZE --cpu --num-workers 0; }
 fairseq-eval-lm() { command fairseq-eval-lm "$@" --tokens-per-sample 32 --cpu --num-workers 0; }
+fairseq-validate() { command fairseq-validate "$@" --cpu --num-workers 0; }
 torchrun() { command torchrun "$@" $SIZE --cpu --num-workers 0; }
 fairseq-hydra-train() {
     command fairseq-hydra-train "$@" common.cpu=true common.fp16=false \
@@ -62,6 +63,14 @@ def folder(tmp_path_factory):
         (path / "text" / "code" / f"{i}.py").write_text("\n\n".join(document() for _ in range(2)))
     lines = "\n".join(json.dumps({"text": document()}) for _ in range(60))
     (path / "text" / "mail.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (path / "questions").mkdir()
+    for split in ("train", "valid", "test"):
+        lines = [
+            {"context": document(), "choices": [f"\n{document()}", " yes"], "label": i % 2}
+            for i in range(20)
+        ]
+        text = "\n".join(map(json.dumps, lines))
+        (path / "questions" / f"{split}.jsonl").write_text(text)
     shutil.copytree(REPOSITORY / "hydra_conf", path / "hydra_conf")
     return path
 
@@ -110,8 +119,19 @@ def test_commands(folder):
     output = script("Study")
     assert "GPT-3 175B" in output
 
+    output = script("Fine-tune")
+    assert output.count("20 questions; right answer: 0 50.0 %, 1 50.0 %") == 3
+    assert re.search(r"test \| .*accuracy [\d.]+", output)
+
     script("Hydra")
     assert list((folder / "outputs").rglob("checkpoint_best.pt"))
+
+
+def test_the_page_on_fine_tuning_shows_the_same_commands():
+    page = (REPOSITORY / "docs" / "finetuning.md").read_text(encoding="utf-8")
+    assert re.findall(r"^```bash\n(.*?)^```", page, flags=re.M | re.S) == [
+        blocks("Fine-tune", "bash")
+    ]
 
 
 def test_flags_of_the_tables_exist():

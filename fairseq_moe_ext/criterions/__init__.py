@@ -1,3 +1,3 @@
 """Training losses."""
 
-from . import moe_cross_entropy  # noqa: F401
+from . import moe_cross_entropy, multiple_choice  # noqa: F401

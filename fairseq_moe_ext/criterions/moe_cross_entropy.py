@@ -85,7 +85,14 @@ class MoECrossEntropyCriterion(FairseqCriterion):
             "sample_size": sample_size,
             "batch_count": 1,
         }
-        loss = inner_loss
+        loss = self._with_gate_losses(inner_loss, extra, sample_size, logging_output)
+        return loss, sample_size, logging_output
+
+    def _with_gate_losses(
+        self, loss: Tensor, extra: Any, sample_size: int, logging_output: Dict[str, Any]
+    ) -> Tensor:
+        """loss + weight * sample size * gates' loss, where the model's second output has any; the
+        logging output gets the loss and what the gates report."""
         records = extra.get("moe") if isinstance(extra, dict) else None
         if records:
             gate_loss, z_loss = self._gate_losses(records)
@@ -97,7 +104,7 @@ class MoECrossEntropyCriterion(FairseqCriterion):
             logging_output.update(self._figures(records))
             logging_output.update(extra.get("traffic", {}))
         logging_output["loss"] = loss.detach()
-        return loss, sample_size, logging_output
+        return loss
 
     def _cross_entropy(self, model, sample, reduce: bool) -> Tuple[Tensor, Any]:
         """Cross-entropy in nats, summed (reduce) or per token, and the model's second output."""
@@ -173,15 +180,25 @@ class MoECrossEntropyCriterion(FairseqCriterion):
             per_token = "nll_loss"
             metrics.log_scalar("nll_loss", inner_loss / ntokens / math.log(2), ntokens, round=3)
         metrics.log_derived("ppl", lambda meters: utils.get_perplexity(meters[per_token].avg))
-        logged = dict.fromkeys(key for log in logging_outputs for key in log)
-        for key, name in (("moe_loss", "moe_gate_loss"), ("moe_z_loss", "moe_z_loss")):
-            if key in logged:
-                metrics.log_scalar(name, total(key) / sample_size, sample_size, round=8)
-        batches = total("batch_count")
-        for key in logged:
-            if key in FIGURES or key in _TRAFFIC or _LAYER_FIGURE.match(key):
-                metrics.log_scalar(key, total(key) / batches, batches, round=3)
+        log_gates(logging_outputs)
 
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:
         return True
+
+
+def log_gates(logging_outputs: List[Dict[str, Any]]) -> None:
+    """Log moe_gate_loss and moe_z_loss (natural, unweighted), and the mean over batches of every
+    figure, as far as there are any."""
+
+    def total(key):
+        return sum(log.get(key, 0) for log in logging_outputs)
+
+    logged = dict.fromkeys(key for log in logging_outputs for key in log)
+    sample_size, batches = total("sample_size"), total("batch_count")
+    for key, name in (("moe_loss", "moe_gate_loss"), ("moe_z_loss", "moe_z_loss")):
+        if key in logged:
+            metrics.log_scalar(name, total(key) / sample_size, sample_size, round=8)
+    for key in logged:
+        if key in FIGURES or key in _TRAFFIC or _LAYER_FIGURE.match(key):
+            metrics.log_scalar(key, total(key) / batches, batches, round=3)

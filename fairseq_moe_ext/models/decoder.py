@@ -81,7 +81,9 @@ class DecoderLayer(nn.Module):
             parallel=ExpertParallel(cfg.moe_expert_count) if spread else None,
             pool=WorldPool() if spread and cfg.moe_routing_scope == "world" else PROCESS,
             activation=self.activation,
-            activation_dropout=cfg.activation_dropout,
+            activation_dropout=(
+                cfg.activation_dropout if cfg.moe_expert_dropout is None else cfg.moe_expert_dropout
+            ),
             dropout=cfg.dropout,
             grad_scale=expert_grad_scale(cfg),
             in_files=cfg.moe_experts_on_disk,

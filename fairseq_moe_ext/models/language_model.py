@@ -1,12 +1,16 @@
 """The registered model: dense and Mixture-of-Experts language models."""
 
+import logging
 from typing import Any, Dict, Optional, Tuple
 
+import torch
+import torch.nn.functional as F
 from fairseq.hub_utils import GeneratorHubInterface
 from fairseq.models import FairseqLanguageModel, register_model
 from fairseq.tasks import FairseqTask
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..config import MoETransformerLMConfig, validate
 from ..errors import UserError
@@ -14,7 +18,10 @@ from ..expert_parallel import mark_experts
 from .decoder import MoETransformerDecoder
 from .linear_cross_entropy import linear_cross_entropy
 
+logger = logging.getLogger(__name__)
+
 MODEL_NAME = "moe_transformer_lm"
+_LOGITS = 2**24  # that exist at a time, where tokens are scored
 
 
 @register_model(MODEL_NAME, dataclass=MoETransformerLMConfig)
@@ -24,6 +31,11 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
     # A criterion may pass `target` to forward and get the loss instead of logits.
     computes_loss = True
 
+    def __init__(self, decoder: MoETransformerDecoder) -> None:
+        super().__init__(decoder)
+        # Scores a candidate by its final position; only where a task has asked for it.
+        self.choice_head: Optional[nn.Linear] = None
+
     @classmethod
     def build_model(
         cls, cfg: MoETransformerLMConfig, task: FairseqTask
@@ -32,6 +44,7 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
         validate(cfg)
         model = cls(MoETransformerDecoder(cfg, task.source_dictionary))
         model.has_experts = mark_experts(model)
+        freeze(model, str(cfg.moe_freeze))
         return model
 
     @classmethod
@@ -58,20 +71,31 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
         src_tokens: Tensor,
         src_lengths: Optional[Tensor] = None,
         target: Optional[Tensor] = None,
+        scored: Optional[Tensor] = None,
         **kwargs: Any,
     ) -> Tuple[Tensor, Dict[str, Any]]:
         """
         Args:
             src_tokens: (B, T) int64.
             target: (B, T) int64, the token that follows each of src_tokens.
+            scored: (B, T) bool. With target, the positions whose next token counts; without, one
+                in each row, at which the choice head looks.
 
         Returns:
             logits (B, T, V), or, given target, the cross-entropy summed over its tokens but
             padding, in nats, for which the logits are never held whole; and the decoder's dict.
+            Given `scored`, in place of the loss, scores (B, 1) of the rows: the sum of the
+            log-probabilities of their tokens that count, in nats; or (B, outputs) of the choice
+            head.
         """
-        if target is None:
+        if target is None and scored is None:
             return self.decoder(src_tokens, **kwargs)
         x, extra = self.decoder(src_tokens, features_only=True, **kwargs)  # (B, T, D)
+        if scored is not None and target is None:
+            last = F.dropout(x[scored], self.decoder.dropout, self.training)  # (B, D)
+            return self.choice_head(last), extra
+        if scored is not None:
+            return self._log_likelihood(x, target, scored), extra
         loss = linear_cross_entropy(
             x.reshape(-1, x.size(-1)),
             self.decoder.output_projection.weight,
@@ -79,6 +103,53 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
             ignore_index=self.decoder.padding_idx,
         )
         return loss, extra
+
+    def _log_likelihood(self, x: Tensor, target: Tensor, scored: Tensor) -> Tensor:
+        """x (B, T, D), target (B, T), scored (B, T) bool -> (B, 1) in float32 at least."""
+        rows = scored.nonzero()[:, 0]  # (N,)
+        chunk = max(1, _LOGITS // self.decoder.output_projection.weight.size(0))
+        total = x.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
+        for row, features, goal in zip(
+            rows.split(chunk), x[scored].split(chunk), target[scored].split(chunk)
+        ):
+            # Logits are made anew in the backward pass, or all chunks' would exist at once.
+            found = checkpoint(self._token_scores, features, goal, use_reentrant=False)
+            total = total.index_add(0, row, found)
+        return total.unsqueeze(1)
+
+    def _token_scores(self, features: Tensor, target: Tensor) -> Tensor:
+        """features (N, D), target (N,) -> (N,) log-probabilities in nats."""
+        logits = self.decoder.output_layer(features)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return -F.cross_entropy(logits, target, reduction="none")
+
+    def add_choice_head(self, outputs: int) -> None:
+        """Add the linear layer that scores a candidate by the features of its final position
+        (Radford et al. 2018, section 3.2), from N(0, 0.02).
+
+        Args:
+            outputs: 1 where each candidate is a sequence; the number of classes where one sequence
+                has a score for each.
+        """
+        # A bias that all candidates share would change nothing.
+        head = nn.Linear(self.decoder.embed_tokens.embedding_dim, outputs, bias=outputs > 1)
+        nn.init.normal_(head.weight, std=0.02)
+        if outputs > 1:
+            nn.init.zeros_(head.bias)
+        self.choice_head = head
+
+    def upgrade_state_dict_named(self, state_dict: Dict[str, Tensor], name: str) -> None:
+        """As stock's; a choice head that the checkpoint lacks, or has for another number of
+        classes, stays new, and one that this model lacks is left behind."""
+        super().upgrade_state_dict_named(state_dict, name)
+        prefix = f"{name}.choice_head." if name else "choice_head."
+        own = {} if self.choice_head is None else self.choice_head.state_dict(prefix=prefix)
+        saved = {key for key in state_dict if key.startswith(prefix)}
+        if any(key not in saved or state_dict[key].shape != own[key].shape for key in own):
+            logger.info("the head that scores candidates is new: the checkpoint has none that fits")
+            state_dict.update(own)
+        for key in saved - set(own):
+            del state_dict[key]
 
     def load_state_dict(
         self,
@@ -124,6 +195,20 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
                 + (f"; and {more} more" if more > 0 else "")
                 + ". Use the --arch and model flags that it was trained with"
             )
+
+
+def freeze(model: nn.Module, part: str) -> None:
+    """Take a part of the MoE layers out of training (--moe-freeze): its parameters get no gradient,
+    and so the trainer gives them to no optimizer (fairseq/trainer.py:271@0.12.2)."""
+    for name, parameter in model.named_parameters():
+        gate, expert = ".moe_layer.gate." in name, hasattr(parameter, "expert")
+        frozen = {
+            "none": False,
+            "gate": gate,
+            "experts": expert,
+            "gate_and_experts": gate or expert,
+        }[part]
+        parameter.requires_grad_(not frozen)
 
 
 def _shape(tensor: Tensor) -> str:

@@ -16,7 +16,7 @@ from typing import Callable, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
-from .vocabulary import EOS
+from ..prepare.dictionary import EOS
 
 RULES = ("sum", "mean", "suffix", "unconditional")
 

@@ -1,0 +1,446 @@
+"""Fine-tune the quickstart's dense and MoE model on one task, MoE by several recipes, and compare.
+
+    python examples/finetune/run.py
+
+Every fine-tuning is a plain fairseq-train, its accuracy on the test questions fairseq-validate's.
+What is finished is not done again: after Ctrl-C the same command goes on.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parents[1]
+sys.path.insert(0, str(HERE.parent / "quickstart"))
+import questions  # noqa: E402
+import run as quickstart  # noqa: E402
+from progress import clock  # noqa: E402
+
+# The plain rows are tuned as the paper tuned: sparse models exactly as dense ones, capacity in
+# training twice ceil(tokens / experts), and evaluation drops nothing.
+BATCH, LEARNING_RATE, EPOCHS, SEEDS = 32, 5e-4, 3, 3
+TRAIN, VALID, TEST = 800, 200, 800  # questions
+TOKENS = 192  # longest sequence
+
+# Row of a sparse model -> files of hydra_conf/recipe. The recipe small_batch is a quarter of the
+# batch and twice the learning rate of hydra_conf/finetune.yaml; here it is so of the above.
+RECIPES: Dict[str, List[str]] = {
+    "plain": [],
+    "dropless": ["dropless"],
+    "equal capacity": ["equal_capacity"],
+    "pad mask": ["pad_mask"],
+    "no balance loss": ["no_balance_loss"],
+    "z-loss": ["z_loss"],
+    "expert dropout": ["expert_dropout"],
+    "frozen gate": ["freeze_gate"],
+    "frozen experts": ["freeze_experts"],
+    "small batch": ["small_batch"],
+    "together": ["dropless", "pad_mask", "z_loss", "expert_dropout", "freeze_gate"],
+}
+ROWS = ["dense", *RECIPES]
+
+
+def recipe_flags(names: Sequence[str]) -> List[str]:
+    """The settings of recipe files as flags of fairseq-train."""
+    import yaml
+
+    found: Dict[str, Any] = {}
+    for name in names:
+        path = REPOSITORY / "hydra_conf" / "recipe" / f"{name}.yaml"
+        for settings in yaml.safe_load(path.read_text(encoding="utf-8")).values():
+            found.update(settings)
+    if "lr" in found:
+        found["lr"] = 2 * LEARNING_RATE
+        found["batch_size"] = BATCH // 4
+    flags = []
+    for key, value in found.items():
+        flags.append("--" + key.replace("_", "-"))
+        if value is not True:
+            flags.append(str(value))
+    return flags
+
+
+class Ablation:
+    """One output folder."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.out: Path = args.out
+        self.base: Path = args.quickstart
+        self.args = args
+        self.sizes = {"train": args.train, "valid": args.valid, "test": args.test}
+        self.names = ["docs", "python", "cpp", "maths"]
+        self.children: List[subprocess.Popen] = []
+        self.stopped = False
+
+    @property
+    def settings(self) -> Dict[str, Any]:
+        """What a result depends on; a folder is continued only with the same."""
+        return {
+            "questions": self.sizes,
+            "epochs": self.args.epochs,
+            "batch": BATCH,
+            "learning_rate": LEARNING_RATE,
+            "tokens": TOKENS,
+            "quickstart": quickstart.read_json(self.base / "settings.json"),
+        }
+
+    def open(self) -> None:
+        """Make the folder or go on with it. Raises UserError for one of other settings."""
+        from fairseq_moe_ext.errors import UserError
+
+        path = self.out / "settings.json"
+        self.out.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            quickstart.write_json(path, self.settings)
+        for key, value in quickstart.read_json(path).items():
+            if self.settings.get(key) != value:
+                raise UserError(
+                    f"--out {self.out} holds an ablation with {key} {value}, not "
+                    f"{self.settings.get(key)}: name another folder, or delete this one"
+                )
+
+    def command(self, row: str, seed: int, folder: Path) -> List[str]:
+        """fairseq-train for one row and seed."""
+        model = "dense" if row == "dense" else "moe"
+        pretrained = quickstart.Run(self.base, 1, 1, None)
+        architecture = quickstart.train_command(pretrained, model)
+        first = architecture.index("--arch")
+        shape = architecture[first : architecture.index("--dropout")]
+        flags = []
+        if model == "moe":
+            shape.remove("--moe-dropless")
+            flags = ["--moe-eval-capacity-token-fraction", "1.0"]
+            flags += recipe_flags(RECIPES[row])
+        batch = int(flags[flags.index("--batch-size") + 1]) if "--batch-size" in flags else BATCH
+        updates = self.args.epochs * math.ceil(self.args.train / batch)
+        return [
+            quickstart.console_script("fairseq-train"),
+            str(self.base / "data"),
+            *("--user-dir", str(quickstart.PACKAGE), "--task", "multiple_choice"),
+            *("--choice-data", str(self.out / "questions"), "--tokens-per-sample", str(TOKENS)),
+            *("--max-target-positions", str(quickstart.CONTEXT)),
+            *shape,
+            *("--dropout", "0.1", "--attention-dropout", "0.1"),
+            *("--finetune-from-model", str(self.base / model / "checkpoint_best.pt")),
+            *("--criterion", "multiple_choice", "--moe-gate-loss-wt", "0.01"),
+            *("--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--weight-decay", "0.01"),
+            *("--clip-norm", "1.0", "--batch-size", str(BATCH), "--lr", str(LEARNING_RATE)),
+            *("--lr-scheduler", "polynomial_decay", "--warmup-updates", str(updates // 10)),
+            *("--total-num-update", str(updates), "--max-epoch", str(self.args.epochs)),
+            *("--seed", str(seed), "--cpu", "--num-workers", "0", "--save-dir", str(folder)),
+            *("--best-checkpoint-metric", "accuracy", "--maximize-best-checkpoint-metric"),
+            *("--no-epoch-checkpoints", "--log-format", "json", "--log-interval", "10"),
+            *flags,  # of two equal flags the last counts
+        ]
+
+    def test_command(self, folder: Path) -> List[str]:
+        return [
+            quickstart.console_script("fairseq-validate"),
+            str(self.base / "data"),
+            *("--user-dir", str(quickstart.PACKAGE), "--task", "multiple_choice"),
+            *("--choice-data", str(self.out / "questions"), "--valid-subset", "test"),
+            *("--path", str(folder / "checkpoint_best.pt"), "--batch-size", "64", "--cpu"),
+            *("--num-workers", "0", "--log-format", "json"),
+        ]
+
+    def one(self, row: str, seed: int) -> Dict[str, Any]:
+        """Fine-tune and test; what is done already is read."""
+        folder = self.out / "runs" / f"{row.replace(' ', '_')}-{seed}"
+        path = folder / "result.json"
+        if path.exists():
+            return quickstart.read_json(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        command = self.command(row, seed, folder)
+        self.execute(command, folder / "train.log")
+        self.execute(self.test_command(folder), folder / "test.log")
+        tested = json_lines(folder / "test.log", "test")[-1]
+        result = {
+            "row": row,
+            "seed": seed,
+            "accuracy": float(tested["test_accuracy"]),
+            "interval": [float(tested["test_accuracy_low"]), float(tested["test_accuracy_high"])],
+            "valid": figures(folder / "train.log", "valid", "valid_accuracy"),
+            "train": figures(folder / "train.log", "train", "train_accuracy"),
+            "overflow": figures(folder / "train.log", "train", "train_overflow_expert1"),
+            "seconds": time.monotonic() - started,
+            "command": command,
+        }
+        quickstart.write_json(path, result)
+        for checkpoint in folder.glob("*.pt"):
+            checkpoint.unlink()
+        return result
+
+    def execute(self, command: List[str], log: Path) -> None:
+        """Run a command with one thread; a UserError with its last words when it fails."""
+        from fairseq_moe_ext.errors import UserError
+
+        if self.stopped:
+            raise KeyboardInterrupt
+        with open(log, "a", encoding="utf-8") as out:
+            child = subprocess.Popen(
+                command,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+        self.children.append(child)
+        status = child.wait()
+        self.children.remove(child)
+        if status != 0:
+            words = [w for w in log.read_text(encoding="utf-8").splitlines() if w.strip()][-1:]
+            raise UserError(
+                f"{Path(command[0]).name} ended with status {status}: {' '.join(words)[:300]} "
+                f"(all of it in {log})"
+            )
+
+    def stop(self) -> None:
+        self.stopped = True
+        for child in list(self.children):
+            child.terminate()
+
+
+def json_lines(log: Path, tag: str) -> List[Dict]:
+    """fairseq's figures of `--log-format json` under a tag."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    return [json.loads(found) for found in re.findall(rf"\| {tag} \| (\{{.*\}})", text)]
+
+
+def figures(log: Path, tag: str, key: str) -> List[float]:
+    """A figure of every epoch; none where it is not in the log."""
+    return [float(line[key]) for line in json_lines(log, tag) if key in line]
+
+
+def before(ablation: Ablation, model: str) -> Dict[str, Any]:
+    """Accuracy of the pretrained model on the test questions, by the mean log-probability of an
+    ending's tokens."""
+    import torch
+    from fairseq import checkpoint_utils, utils
+
+    import fairseq_moe_ext  # noqa: F401
+    from fairseq_moe_ext.criterions.multiple_choice import (
+        MultipleChoiceConfig,
+        MultipleChoiceCriterion,
+        wilson_interval,
+    )
+    from fairseq_moe_ext.tasks.multiple_choice import MultipleChoiceTask, MultipleChoiceTaskConfig
+
+    utils.import_user_module(argparse.Namespace(user_dir=str(quickstart.PACKAGE)))
+    path = ablation.out / f"before_{model}.json"
+    if path.exists():
+        return quickstart.read_json(path)
+    cfg = MultipleChoiceTaskConfig(
+        data=str(ablation.base / "data"),
+        choice_data=str(ablation.out / "questions"),
+        choice_scoring="mean",
+        tokens_per_sample=TOKENS,
+        train_subset="train",
+        best_checkpoint_metric="loss",
+        maximize_best_checkpoint_metric=False,
+    )
+    task = MultipleChoiceTask.setup_task(cfg)
+    checkpoint = str(ablation.base / model / "checkpoint_best.pt")
+    (loaded,), _ = checkpoint_utils.load_model_ensemble([checkpoint], task=task)
+    loaded.eval()
+    task.load_dataset("test")
+    dataset = task.dataset("test")
+    criterion = MultipleChoiceCriterion(MultipleChoiceConfig(sentence_avg=False), task)
+    correct = 0
+    for batch in dataset.batch_by_size(dataset.ordered_indices(), max_sentences=64):
+        with torch.no_grad():
+            scores, _ = criterion.scores(loaded, dataset.collater([dataset[i] for i in batch]))
+        right = torch.tensor([dataset.items[i].label for i in batch])
+        correct += int(scores.argmax(dim=1).eq(right).sum())
+    low, high = wilson_interval(correct, len(dataset))
+    result = {"accuracy": 100 * correct / len(dataset), "interval": [100 * low, 100 * high]}
+    quickstart.write_json(path, result)
+    return result
+
+
+def summary(rows: Dict[str, List[float]]) -> Dict[str, Dict[str, Any]]:
+    """By row the mean, the standard deviation over seeds (None of one) and the difference from the
+    row plain, `beyond` if it is more than twice its standard error."""
+    found: Dict[str, Dict[str, Any]] = {}
+    plain = rows.get("plain")
+    for row, values in rows.items():
+        several = len(values) > 1
+        found[row] = {
+            "accuracy": values,
+            "mean": statistics.mean(values),
+            "deviation": statistics.stdev(values) if several else None,
+        }
+        if plain and row != "plain":
+            difference = statistics.mean(values) - statistics.mean(plain)
+            found[row]["difference"] = difference
+            if several:
+                variances = statistics.variance(values) + statistics.variance(plain)
+                found[row]["beyond"] = abs(difference) > 2 * math.sqrt(variances / len(values))
+    return found
+
+
+def table(result: Dict[str, Any]) -> str:
+    """The result as Markdown: accuracies in percent."""
+    lines = [
+        "| | before | after | spread over seeds | against plain | dropped in training |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row, entry in result["rows"].items():
+        first = result["before"]["dense" if row == "dense" else "moe"]["accuracy"]
+        deviation = "" if entry["deviation"] is None else f"± {entry['deviation']:.1f}"
+        difference = signed(entry["difference"]) if "difference" in entry else ""
+        difference += " *" if entry.get("beyond") else ""
+        dropped = "" if entry["overflow"] is None else f"{entry['overflow']:.1f}"
+        name = row if row == "dense" else f"MoE, {row}"
+        lines.append(
+            f"| {name} | {first:.1f} | {entry['mean']:.1f} | {deviation} | {difference} "
+            f"| {dropped} |"
+        )
+    return "\n".join(lines) + "\n\n" + findings(result) + "\n"
+
+
+def signed(points: float) -> str:
+    return f"{points:+.1f}".replace("-", "−")
+
+
+def findings(result: Dict[str, Any]) -> str:
+    """What the table says, in sentences."""
+    rows, started = result["rows"], result["before"]
+    dense, plain = rows.get("dense"), rows.get("plain")
+    if not dense or not plain:
+        return "Not all of dense and plain are there, so there is no gap to speak of."
+    gap = dense["mean"] - plain["mean"]
+    said = [
+        f"Fine-tuning takes the dense model from {started['dense']['accuracy']:.1f} to "
+        f"{dense['mean']:.1f} % and the plain MoE from {started['moe']['accuracy']:.1f} to "
+        f"{plain['mean']:.1f} %: the {'dense' if gap > 0 else 'sparse'} one is {abs(gap):.1f} "
+        f"points ahead, {'' if dense.get('beyond') else 'not '}more than twice the standard error."
+    ]
+    if gap <= 0:
+        said.append("So the paper's gap between sparse and dense does not show here.")
+    for word, sign in (("Better", 1), ("Worse", -1)):
+        named = [
+            f"{row} ({signed(entry['difference'])})"
+            for row, entry in rows.items()
+            if row != "dense" and entry.get("beyond") and sign * entry["difference"] > 0
+        ]
+        said.append(f"{word} than plain by more than that (*): {', '.join(named) or 'none'}.")
+    questions_asked = result["settings"]["questions"]["test"]
+    said.append(
+        f"Seeds: {len(plain['accuracy'])}; test questions: {questions_asked}, so the 95 % interval "
+        f"of one accuracy is about ± {196 * math.sqrt(0.25 / questions_asked):.1f} points."
+    )
+    return " ".join(said)
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/finetune"))
+    parser.add_argument(
+        "--quickstart",
+        type=Path,
+        default=Path("runs/quickstart"),
+        help="folder of the quickstart's run; made if it is not there",
+    )
+    parser.add_argument("--train", type=int, default=TRAIN, help="questions to train on")
+    parser.add_argument("--valid", type=int, default=VALID, help="questions to choose the epoch by")
+    parser.add_argument("--test", type=int, default=TEST, help="questions to compare by")
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--rows", help=f"some of the rows, comma-separated: {', '.join(ROWS)}")
+    parser.add_argument("--jobs", type=int, default=2, help="fine-tunings at once (default: 2)")
+    args = parser.parse_args(argv)
+    from fairseq_moe_ext.errors import UserError
+
+    ablation: Optional[Ablation] = None
+    try:
+        chosen = chosen_rows(args.rows)
+        for name in ("train", "valid", "test", "epochs", "seeds", "jobs"):
+            if getattr(args, name) < 1:
+                raise UserError(f"--{name} {getattr(args, name)}: use 1 or more")
+        if not all((args.quickstart / model / "finished").exists() for model in quickstart.MODELS):
+            status = quickstart.main(["--out", str(args.quickstart)])
+            if status:
+                return status
+        ablation = Ablation(args)
+        ablation.open()
+        if not (ablation.out / "questions" / "test.jsonl").exists():
+            text = args.quickstart / "text"
+            questions.write(text, ablation.names, ablation.sizes, ablation.out / "questions", 1)
+        result = run_all(ablation, chosen)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Stopped. Start the same command again and it goes on.", file=sys.stderr)
+        return 130
+    finally:
+        if ablation is not None:
+            ablation.stop()
+    quickstart.write_json(ablation.out / "result.json", result)
+    (ablation.out / "result.md").write_text(table(result), encoding="utf-8")
+    print(table(result))
+    return 0
+
+
+def chosen_rows(names: Optional[str]) -> List[str]:
+    from fairseq_moe_ext.errors import UserError
+
+    chosen = ROWS if names is None else [name.strip() for name in names.split(",")]
+    for name in chosen:
+        if name not in ROWS:
+            raise UserError(f"--rows {names}: no row {name!r}; there are {', '.join(ROWS)}")
+    return chosen
+
+
+def run_all(ablation: Ablation, rows: List[str]) -> Dict[str, Any]:
+    """Every row and seed, seed by seed, so that an early stop leaves whole tables."""
+    started = {model: before(ablation, model) for model in quickstart.MODELS}
+    for model, found in started.items():
+        print(f"before: {model} {found['accuracy']:.1f} %", flush=True)
+    plan = [(row, seed) for seed in range(1, ablation.args.seeds + 1) for row in rows]
+    results: List[Dict[str, Any]] = []
+    begun = time.monotonic()
+    with ThreadPoolExecutor(ablation.args.jobs) as pool:
+        futures = [pool.submit(ablation.one, row, seed) for row, seed in plan]
+        try:
+            for done, future in enumerate(futures, start=1):
+                results.append(future.result())
+                last = results[-1]
+                left = (time.monotonic() - begun) / done * (len(plan) - done)
+                print(
+                    f"{done}/{len(plan)} {last['row']}, seed {last['seed']}: "
+                    f"{last['accuracy']:.1f} % ({clock(last['seconds'])} min), about "
+                    f"{clock(left)} left",
+                    flush=True,
+                )
+        except BaseException:
+            ablation.stop()
+            for future in futures:
+                future.cancel()
+            raise
+    summed = summary({row: [r["accuracy"] for r in results if r["row"] == row] for row in rows})
+    for row, entry in summed.items():
+        dropped = [share for r in results if r["row"] == row for share in r["overflow"]]
+        entry["overflow"] = statistics.mean(dropped) if dropped else None
+    return {
+        "settings": ablation.settings,
+        "before": started,
+        "rows": summed,
+        "runs": results,
+        "commands": {r["row"]: r["command"] for r in results},
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

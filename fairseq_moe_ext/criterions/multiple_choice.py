@@ -1,0 +1,129 @@
+"""Cross-entropy over the candidates of each example, with the losses of the MoE layers' gates."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Tuple
+
+import torch
+import torch.nn.functional as F
+from fairseq import metrics
+from fairseq.criterions import register_criterion
+from fairseq.dataclass import ChoiceEnum
+from torch import Tensor
+
+from ..errors import UserError
+from .moe_cross_entropy import MoECrossEntropyConfig, MoECrossEntropyCriterion, log_gates
+
+_Z_95 = 1.959963984540054  # standard normal quantile of 97.5 %
+
+
+@dataclass
+class MultipleChoiceConfig(MoECrossEntropyConfig):
+    choice_loss: ChoiceEnum(["candidates", "likelihood"]) = field(
+        default="candidates",
+        metadata={
+            "help": "cross-entropy of the softmax over an example's candidates, or the negative "
+            "log-likelihood of the right one's tokens (not with --choice-scoring head)"
+        },
+    )
+
+
+@register_criterion("multiple_choice", dataclass=MultipleChoiceConfig)
+class MultipleChoiceCriterion(MoECrossEntropyCriterion):
+    """loss = sum over examples of -log softmax(scores over candidates)[right one] (Radford et al.
+    2018, section 3.3) + the gates' losses as in moe_cross_entropy, each weighted by the number of
+    examples."""
+
+    def __init__(self, cfg: MultipleChoiceConfig, task) -> None:
+        super().__init__(
+            task,
+            cfg.moe_gate_loss_wt,
+            cfg.moe_gate_loss_combine_method,
+            cfg.moe_gate_loss_transform,
+            cfg.moe_z_loss_wt,
+            cfg.moe_log_per_layer,
+            cfg.sentence_avg,
+        )
+        self.mean = task.scoring == "mean"
+        self.likelihood = str(cfg.choice_loss) == "likelihood"
+        if self.likelihood and task.scoring == "head":
+            raise UserError(
+                "--choice-loss likelihood with --choice-scoring head: a head gives no likelihood; "
+                "use --choice-scoring sum or mean"
+            )
+
+    def forward(self, model, sample, reduce=True) -> Tuple[Tensor, int, Dict[str, Any]]:
+        """Returns the loss, the number of examples, and the logging outputs, which may be summed
+        over processes and steps.
+
+        sample: as ChoiceDataset.collater makes it.
+        """
+        scores, extra = self.scores(model, sample)  # (B, C)
+        right = sample["target"]
+        if self.likelihood:
+            nll = -scores.gather(1, right.unsqueeze(1)).squeeze(1)  # (B,)
+        else:
+            nll = F.cross_entropy(scores, right, reduction="none")
+        inner_loss = nll.sum() if reduce else nll
+        sample_size = right.size(0)
+        logging_output = {
+            "inner_loss": inner_loss.detach(),
+            "correct": scores.argmax(dim=1).eq(right).sum(),
+            "ntokens": sample["ntokens"],
+            "nsentences": sample_size,
+            "sample_size": sample_size,
+            "batch_count": 1,
+        }
+        loss = self._with_gate_losses(inner_loss, extra, sample_size, logging_output)
+        return loss, sample_size, logging_output
+
+    def scores(self, model, sample) -> Tuple[Tensor, Any]:
+        """Scores of the candidates, (B, C) in float32 at least, -inf where an example has fewer
+        than C; and the model's second output."""
+        found, extra = model(**sample["net_input"])  # (R, outputs)
+        found = found.to(torch.promote_types(found.dtype, torch.float32))
+        if self.mean:
+            found = found / sample["net_input"]["scored"].sum(dim=1, keepdim=True)
+        place = sample["place"]  # (B, C)
+        flat = torch.cat([found.flatten(), found.new_full((1,), -math.inf)])  # -1: no candidate
+        return flat[place], extra
+
+    @staticmethod
+    def reduce_metrics(logging_outputs: List[Dict[str, Any]]) -> None:
+        """Log the loss (base 2 per example, with the gates' share), inner_loss (without), accuracy
+        in percent with the ends of its 95 % interval (Wilson 1927), accuracy_low and accuracy_high,
+        and what the gates report."""
+
+        def total(key):
+            return sum(log.get(key, 0) for log in logging_outputs)
+
+        examples = total("sample_size")
+        bits = examples * math.log(2)
+        metrics.log_scalar("loss", total("loss") / bits, examples, round=3)
+        metrics.log_scalar("inner_loss", total("inner_loss") / bits, examples, round=3)
+        metrics.log_scalar("accuracy", 100.0 * total("correct") / examples, examples, round=2)
+        for end, name in enumerate(("accuracy_low", "accuracy_high")):
+            metrics.log_derived(name, lambda meters, end=end: _ends(meters["accuracy"])[end])
+        log_gates(logging_outputs)
+
+
+def wilson_interval(correct: float, examples: float) -> Tuple[float, float]:
+    """Ends of the 95 % confidence interval of a share of which `correct` of `examples` were seen
+    (Wilson 1927): between 0 and 1, also where none or all were right."""
+    if examples == 0:
+        return 0.0, 1.0
+    share, z2 = correct / examples, _Z_95**2 / examples
+    middle = (share + z2 / 2) / (1 + z2)
+    half = math.sqrt(share * (1 - share) * z2 + z2**2 / 4) / (1 + z2)
+    # By rounding the ends of none and all would be a little off 0 and 1.
+    return (
+        0.0 if correct == 0 else middle - half,
+        1.0 if correct == examples else middle + half,
+    )
+
+
+def _ends(accuracy) -> Tuple[float, float]:
+    """From the meter of the accuracy, whose weights are the examples."""
+    examples = float(accuracy.count)
+    low, high = wilson_interval(float(accuracy.avg) / 100 * examples, examples)
+    return round(100 * low, 2), round(100 * high, 2)

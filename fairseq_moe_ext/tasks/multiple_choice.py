@@ -1,0 +1,214 @@
+"""The task `multiple_choice`: fine-tuning on questions with candidates, of which one is right.
+
+Two ways (--choice-scoring). `head`, the paper's: a linear layer on the final position of each
+candidate, softmax over candidates; where all questions have the same classes, one sequence and an
+output a class (Radford et al. 2018, section 3.3). `sum` and `mean`: the language model's
+log-probability of the candidate's own tokens, as in priming.
+"""
+
+import logging
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import List, Optional, Sequence
+
+import torch
+from fairseq.data import Dictionary
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.tasks import FairseqTask, register_task
+from omegaconf import II
+
+from ..errors import UserError
+from ..priming import scoring
+from ..priming.formats import Item as Question
+from .choice_dataset import ChoiceDataset, Item
+from .choice_files import NAMES, ChoiceFiles
+
+logger = logging.getLogger(__name__)
+
+_METRICS = ("accuracy", "loss", "inner_loss")
+
+
+@dataclass
+class MultipleChoiceTaskConfig(FairseqDataclass):
+    data: Optional[str] = field(
+        default=None,
+        metadata={"help": "folder with the model's dict.txt, encoder.json and vocab.bpe"},
+    )
+    choice_data: Optional[str] = field(
+        default=None, metadata={"help": "folder with the questions' files"}
+    )
+    choice_task: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "name of a published data set, whose files are in the folder of that name "
+            "below --choice-data: " + ", ".join(NAMES) + "; default: files of one's own"
+        },
+    )
+    choice_valid_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "share of the training set that is the split valid instead, so that the "
+            "published validation set (split test) chooses no checkpoint"
+        },
+    )
+    choice_scoring: ChoiceEnum(["head", "sum", "mean"]) = field(
+        default="head",
+        metadata={
+            "help": "a candidate's score: a linear layer on its final position, or the sum or mean "
+            "of the log-probabilities of its own tokens"
+        },
+    )
+    tokens_per_sample: int = field(
+        default=1024,
+        metadata={"help": "longest sequence; of longer ones the beginning is left out"},
+    )
+    max_target_positions: Optional[int] = field(
+        default=None, metadata={"help": "max number of tokens in the target sequence"}
+    )
+    train_subset: str = II("dataset.train_subset")
+    best_checkpoint_metric: str = II("checkpoint.best_checkpoint_metric")
+    maximize_best_checkpoint_metric: bool = II("checkpoint.maximize_best_checkpoint_metric")
+
+
+@register_task("multiple_choice", dataclass=MultipleChoiceTaskConfig)
+class MultipleChoiceTask(FairseqTask):
+    """See the module; `scoring` is "head", "sum" or "mean"."""
+
+    def __init__(self, cfg: MultipleChoiceTaskConfig, dictionary: Dictionary) -> None:
+        super().__init__(cfg)
+        self.dictionary = dictionary
+        self.scoring = str(cfg.choice_scoring)
+        self.files = ChoiceFiles(Path(cfg.choice_data), cfg.choice_task, cfg.choice_valid_share)
+        # One sequence with a score a class, or a sequence for each candidate.
+        one_sequence = self.scoring == "head" and self.files.classes is not None
+        self.outputs = len(self.files.classes) if one_sequence else 1
+
+    @classmethod
+    def setup_task(cls, cfg: MultipleChoiceTaskConfig, **kwargs) -> "MultipleChoiceTask":
+        """Raises UserError for flags that cannot be."""
+        if not cfg.data or not (Path(cfg.data) / "dict.txt").is_file():
+            raise UserError(
+                f"{Path(cfg.data or '.') / 'dict.txt'}: missing; name the folder with the dict.txt "
+                "of the model"
+            )
+        if cfg.choice_data is None:
+            raise UserError("--choice-data is not given: name the folder with the questions")
+        if not 0 <= cfg.choice_valid_share < 1:
+            raise UserError(
+                f"--choice-valid-share {cfg.choice_valid_share}: use a share from 0 to below 1"
+            )
+        metric, maximize = cfg.best_checkpoint_metric, cfg.maximize_best_checkpoint_metric
+        if metric not in _METRICS:
+            raise UserError(
+                f"--best-checkpoint-metric {metric}: multiple_choice does not give it; it gives "
+                + ", ".join(_METRICS)
+            )
+        if maximize != (metric == "accuracy"):
+            raise UserError(
+                f"--best-checkpoint-metric {metric}: "
+                + (
+                    "the best accuracy is the largest: add --maximize-best-checkpoint-metric"
+                    if metric == "accuracy"
+                    else "the best loss is the smallest: drop --maximize-best-checkpoint-metric"
+                )
+            )
+        return cls(cfg, Dictionary.load(str(Path(cfg.data) / "dict.txt")))
+
+    @property
+    def source_dictionary(self) -> Dictionary:
+        return self.dictionary
+
+    @property
+    def target_dictionary(self) -> Dictionary:
+        return self.dictionary
+
+    def max_positions(self) -> int:
+        return self.cfg.tokens_per_sample
+
+    def build_model(self, cfg: FairseqDataclass, from_checkpoint: bool = False):
+        """As stock's, with a head where it is to score. Raises UserError for a model that cannot
+        have one."""
+        model = super().build_model(cfg, from_checkpoint)
+        if not hasattr(model, "add_choice_head"):
+            raise UserError(
+                f"--arch: {type(model).__name__} cannot score candidates; use a dense_lm or moe_lm "
+                "architecture, into which stock's transformer_lm checkpoints load"
+            )
+        if self.scoring == "head":
+            model.add_choice_head(self.outputs)
+        return model
+
+    def load_dataset(self, split: str, combine: bool = False, **kwargs) -> None:
+        """Read and encode a split, and say what is in it. Raises UserError for a file that is not
+        as it should be, a tokenizer that is not the model's, a choice that is too long."""
+        from ..priming.vocabulary import Vocabulary  # needs the package tokenizers
+
+        vocabulary = Vocabulary(Path(self.cfg.data))
+        path, questions = self.files.path(split), self.files.read(split)
+        logger.info(f"{split}: encoding {len(questions):,} questions of {path}")
+        tokens = [[vocabulary.encode(text) for text in each.candidates] for each in questions]
+        vocabulary.check((row for rows in tokens for row in rows), str(path))
+        items, cut = [], 0
+        for number, (question, rows) in enumerate(zip(questions, tokens), start=1):
+            sequences = self._sequences(rows)
+            limit = self.cfg.tokens_per_sample - (2 if self.scoring == "head" else 0)
+            fitting = [scoring.cut(row, limit) for row in sequences]
+            cut += fitting != sequences
+            if [_scored(row) for row in fitting] != [_scored(row) for row in sequences]:
+                raise UserError(
+                    f"{path}, question {number}: a choice is longer than --tokens-per-sample "
+                    f"{self.cfg.tokens_per_sample}: shorten it, or raise that"
+                )
+            items.append(self._item(fitting, min(question.right)))
+        self.datasets[split] = ChoiceDataset(
+            items, self.dictionary.pad(), self.outputs, shuffle=split == self.cfg.train_subset
+        )
+        logger.info(f"{split}: {describe(questions, self.files.classes)}")
+        if cut:
+            logger.warning(
+                f"{split}: {cut:,} of {len(items):,} questions are longer than --tokens-per-sample "
+                f"{self.cfg.tokens_per_sample}; their beginning was left out"
+            )
+
+    def _sequences(self, candidates: List[List[int]]) -> List[scoring.Row]:
+        """The sequences that the model gets, with the tokens from which on a row is scored."""
+        if self.outputs > 1:
+            shared = scoring.common_prefix(candidates)
+            return [scoring.Row(tuple(candidates[0][:shared]), shared)]
+        if self.scoring == "head":
+            return [scoring.Row(tuple(row), len(row)) for row in candidates]
+        return scoring.rows_of("suffix" if self.files.suffix else "sum", candidates)
+
+    def _item(self, rows: List[scoring.Row], label: int) -> Item:
+        tokens = [torch.tensor(row.tokens, dtype=torch.long) for row in rows]
+        eos = torch.tensor([self.dictionary.eos()])
+        if self.scoring == "head":
+            ended = [torch.cat([eos, row, eos]) for row in tokens]
+            return Item(ended, [1] * len(rows), [], label)
+        inputs = [torch.cat([eos, row[:-1]]) for row in tokens]
+        return Item(inputs, [_scored(row) for row in rows], tokens, label)
+
+
+def _scored(row: scoring.Row) -> int:
+    """How many of a row's tokens are scored."""
+    return len(row.tokens) - row.start
+
+
+def describe(questions: List[Question], classes: Optional[Sequence[str]]) -> str:
+    """One line: how many, how the right answers are spread, and what guessing gives."""
+    counts = Counter(min(question.right) for question in questions)
+    chance = sum(1 / len(question.candidates) for question in questions)
+    shares = ", ".join(
+        f"{classes[label] if classes else label} {_percent(counts[label], questions)}"
+        for label in sorted(counts)
+    )
+    return (
+        f"{len(questions):,} questions; right answer: {shares}; accuracy of the most frequent "
+        f"answer {_percent(max(counts.values()), questions)}, of chance "
+        f"{_percent(chance, questions)}"
+    )
+
+
+def _percent(part: float, questions: List[Question]) -> str:
+    return f"{100 * part / len(questions):.1f} %"

@@ -1,0 +1,79 @@
+"""--moe-freeze: what is frozen stays to the bit, with weight decay too, on one process and on two;
+and --moe-expert-dropout, which is for experts alone."""
+
+import pytest
+import torch
+from processes import run_processes
+from small_models import MOE, build_model, random_tokens
+from test_distributed_training import UPDATES, WORLD, assert_same, folder, train  # noqa: F401
+
+from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.moe.layer import MoELayer
+
+ADAM = "--optimizer adam --lr 0.05 --weight-decay 0.1"
+PARTS = {
+    "none": set(),
+    "gate": {"gate"},
+    "experts": {"experts"},
+    "gate_and_experts": {"gate", "experts"},
+}
+
+
+def part_of(name):
+    return "experts" if ".experts." in name else "gate" if ".gate." in name else "rest"
+
+
+@pytest.mark.parametrize("choice", PARTS)
+def test_what_is_frozen_stays_and_all_else_moves(folder, choice):  # noqa: F811
+    flags = f"--moe-expert-count 4 {ADAM} --moe-freeze {choice}"
+    # float32, as stock's gradient norm, without experts, takes no float64
+    start, end = (
+        train(0, folder, flags, 1, updates=updates, dtype=torch.float32)[1] for updates in (0, 3)
+    )
+    moved = {part: False for part in ("gate", "experts", "rest")}
+    for name in start:
+        if part_of(name) in PARTS[choice]:
+            assert torch.equal(start[name], end[name]), name
+        moved[part_of(name)] |= not torch.equal(start[name], end[name])
+    assert {part for part in moved if not moved[part]} == PARTS[choice]
+
+
+@pytest.mark.parametrize("choice", ["gate", "experts"])
+@pytest.mark.parametrize("backend", ["legacy_ddp", "pytorch_ddp"])
+def test_two_processes_equal_one(folder, choice, backend):  # noqa: F811
+    flags = f"--moe-expert-count 4 --ddp-backend {backend} {WORLD} --moe-freeze {choice}"
+    one = train(0, folder, flags, 1, dtype=torch.float32)
+    many = run_processes(2, train, folder, flags, 2, 1, None, UPDATES, torch.float32)
+    assert_same(one, many, 4, rtol=1e-5, atol=1e-5)
+
+
+def test_a_dense_model_has_nothing_to_freeze():
+    with pytest.raises(UserError, match="--moe-freeze gate in a dense model"):
+        build_model(moe_freeze="gate")
+    with pytest.raises(UserError, match="--moe-freeze gates is unknown: use none, gate, experts"):
+        build_model(**MOE, moe_freeze="gates")
+
+
+def test_experts_have_a_dropout_of_their_own():
+    tokens = random_tokens()
+    plain = build_model(**MOE, moe_dropless=True)
+    model = build_model(**MOE, moe_dropless=True, moe_expert_dropout=0.5)
+    for layer in model.decoder.layers:
+        assert layer.activation_dropout == 0
+    zeros = []
+    for module in model.modules():
+        if isinstance(module, MoELayer):
+            module.experts.fc2.register_forward_pre_hook(
+                lambda _, args: zeros.append(float((args[0] == 0).double().mean()))
+            )
+    model.train()(tokens)
+    assert len(zeros) == 2 and all(0.4 < share < 0.6 for share in zeros)
+    zeros.clear()
+    assert torch.equal(model.eval()(tokens)[0], plain.eval()(tokens)[0])
+    assert zeros == [0, 0]
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0, float("nan")])
+def test_a_dropout_that_is_none(value):
+    with pytest.raises(UserError, match="--moe-expert-dropout .* is out of range"):
+        build_model(**MOE, moe_expert_dropout=value)

@@ -1,0 +1,383 @@
+"""Multiple choice: scores, loss and gradient against a plain loop in float64, on one process and
+on two; what is frozen stays; what is said of the data; mistakes."""
+
+import json
+import logging
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from choice_data import (
+    CLASSES,
+    SIZES,
+    batch_of,
+    load,
+    make_choice_model,
+    make_choice_task,
+)
+from fairseq import metrics
+from processes import run_processes
+from small_models import MOE
+
+from fairseq_moe_ext.criterions.multiple_choice import MultipleChoiceCriterion, wilson_interval
+from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.priming.records import read_jsonl
+
+DROPLESS = {**MOE, "moe_dropless": True}
+FOUR = [3, 0, 7, 12]  # of different lengths and numbers of candidates
+
+
+def make_criterion(task, **options):
+    defaults = dict(
+        choice_loss="candidates",
+        moe_gate_loss_wt=0.0,
+        moe_gate_loss_combine_method="average",
+        moe_gate_loss_transform="none",
+        moe_z_loss_wt=0.0,
+        moe_log_per_layer=False,
+        sentence_avg=False,
+    )
+    return MultipleChoiceCriterion(SimpleNamespace(**{**defaults, **options}), task)
+
+
+# ---- The truth: one candidate at a time, in Python
+
+
+def scores_of(model, task, vocabulary, question, scoring):
+    """A list of scalars, the score of each candidate."""
+    eos = task.dictionary.eos()
+    if scoring == "head" and "text" in question:
+        tokens = [eos, *vocabulary.encode(question["text"] + "\n"), eos]
+        features, _ = model.decoder(torch.tensor([tokens]), features_only=True)
+        head = model.choice_head
+        return [(features[0, -1] * w).sum() + b for w, b in zip(head.weight, head.bias)]
+    scores = []
+    for given, own in candidates_of(question):
+        tokens = [*vocabulary.encode(given), *vocabulary.encode(own)]
+        if scoring == "head":
+            features, _ = model.decoder(torch.tensor([[eos, *tokens, eos]]), features_only=True)
+            scores.append((features[0, -1] * model.choice_head.weight[0]).sum())
+            continue
+        logits = model(torch.tensor([[eos, *tokens[:-1]]]))[0][0]  # (T, V)
+        total, count = 0.0, 0
+        for position in range(shared(question, vocabulary), len(tokens)):
+            exponentials = logits[position].exp()
+            total = total + (exponentials[tokens[position]] / exponentials.sum()).log()
+            count += 1
+        scores.append(total / count if scoring == "mean" else total)
+    return scores
+
+
+def candidates_of(question):
+    if "text" in question:
+        return [(question["text"] + "\n", name) for name in CLASSES]
+    return [(question["context"], choice) for choice in question["choices"]]
+
+
+def shared(question, vocabulary):
+    """How many first tokens all candidates have in common."""
+    rows = [vocabulary.encode(given + own) for given, own in candidates_of(question)]
+    count = 0
+    while len({row[count] for row in rows}) == 1:
+        count += 1
+    return count
+
+
+def loss_of(scores, right, loss):
+    if loss == "likelihood":
+        return -scores[right]
+    return -(scores[right].exp() / sum(score.exp() for score in scores)).log()
+
+
+def right_of(question):
+    return question["label"] if "choices" in question else CLASSES.index(question["label"])
+
+
+WAYS = [
+    ("choices", "head", "candidates"),
+    ("choices", "sum", "candidates"),
+    ("choices", "mean", "candidates"),
+    ("choices", "mean", "likelihood"),
+    ("classes", "head", "candidates"),
+    ("classes", "sum", "likelihood"),
+]
+
+
+@pytest.mark.parametrize("kind, scoring, loss", WAYS)
+@pytest.mark.parametrize("flags", [{}, DROPLESS], ids=["dense", "moe"])
+def test_a_padded_batch_equals_one_candidate_at_a_time(
+    data, kind, scoring, loss, flags, request, vocabulary
+):
+    folder = request.getfixturevalue(kind)
+    task = make_choice_task(data, folder, choice_scoring=scoring)
+    dataset = load(task)
+    questions = [line.values for line in read_jsonl(folder / "valid.jsonl")]
+    model = make_choice_model(task, **flags).double().train()
+    criterion = make_criterion(task, choice_loss=loss)
+    sample = batch_of(dataset, FOUR)
+    assert sample["net_input"]["src_tokens"].eq(1).any()  # there is padding
+    found, size, log = criterion(model, sample)
+    found.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+
+    total, correct = 0.0, 0
+    batched = criterion.scores(model, sample)[0]
+    for row, index in zip(batched, FOUR):
+        scores = scores_of(model, task, vocabulary, questions[index], scoring)
+        assert row[: len(scores)].tolist() == pytest.approx([s.item() for s in scores], rel=1e-10)
+        assert all(math.isinf(s) for s in row[len(scores) :].tolist())
+        total = total + loss_of(scores, right_of(questions[index]), loss)
+        correct += int(np.argmax([s.item() for s in scores])) == right_of(questions[index])
+    total.backward()
+    torch.testing.assert_close(found, total, rtol=1e-10, atol=0)
+    assert size == len(FOUR) and int(log["correct"]) == correct
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(
+                gradients[name], parameter.grad, rtol=1e-8, atol=1e-12, msg=name
+            )
+        else:
+            assert gradients[name] is None or not gradients[name].any(), name
+
+
+def test_the_gates_losses_are_added_for_each_question(data, choices):
+    task = make_choice_task(data, choices)
+    sample = batch_of(load(task), FOUR)
+    model = make_choice_model(task, **DROPLESS).double().train()
+    bare, _, _ = make_criterion(task)(model, sample)
+    _, extra = model.decoder(sample["net_input"]["src_tokens"], features_only=True)
+    balance = sum(record.balance_loss for record in extra["moe"]) / 2
+    z = sum(record.z_loss for record in extra["moe"]) / 2
+    criterion = make_criterion(task, moe_gate_loss_wt=0.3, moe_z_loss_wt=0.2)
+    loss, _, log = criterion(model, sample)
+    torch.testing.assert_close(loss, bare + 4 * (0.3 * balance + 0.2 * z))
+    torch.testing.assert_close(log["inner_loss"], bare.detach())
+    with metrics.aggregate() as meters:
+        criterion.reduce_metrics([log, log])
+    logged = meters.get_smoothed_values()
+    assert logged["moe_gate_loss"] == pytest.approx(balance.item(), abs=1e-7)
+    assert logged["loss"] == pytest.approx(loss.item() / 4 / math.log(2), abs=1e-3)
+    assert "entropy_gating" in logged and "ppl" not in logged
+
+
+def test_accuracy_and_its_interval():
+    log = {"sample_size": 40, "correct": 30, "loss": 1.0, "inner_loss": 1.0, "batch_count": 1}
+    rest = {**log, "sample_size": 60, "correct": 60}
+    with metrics.aggregate() as meters:  # in two steps, as a validation goes
+        MultipleChoiceCriterion.reduce_metrics([log])
+        MultipleChoiceCriterion.reduce_metrics([rest])
+    logged = meters.get_smoothed_values()
+    assert logged["accuracy"] == 90.0
+    # 90 of 100 (Wilson 1927), as computed by hand: (p + z^2/2n -+ ...) / (1 + z^2/n)
+    assert (logged["accuracy_low"], logged["accuracy_high"]) == (82.56, 94.48)
+    assert wilson_interval(0, 10)[0] == 0 and 0.25 < wilson_interval(0, 10)[1] < 0.31
+    assert wilson_interval(10, 10)[1] == 1
+
+
+@pytest.mark.parametrize("scoring", ["head", "mean"])
+def test_half_precision_gives_scores_in_float32(data, choices, scoring):
+    task = make_choice_task(data, choices, choice_scoring=scoring)
+    model = make_choice_model(task, **DROPLESS).bfloat16()
+    loss, _, _ = make_criterion(task, moe_gate_loss_wt=0.1)(model, batch_of(load(task), FOUR))
+    assert loss.dtype == torch.float32 and torch.isfinite(loss)
+    loss.backward()
+
+
+# ---- Two processes
+
+
+def half(rank, data, choices, scoring, world):
+    """Loss and gradients of the same eight questions, of which this process has its share."""
+    torch.manual_seed(0)
+    flags = {**DROPLESS, "distributed_world_size": world, "moe_routing_scope": "world"}
+    task = make_choice_task(data, choices, choice_scoring=scoring)
+    dataset = load(task)
+    model = make_choice_model(task, **flags).double().train()
+    # The gates' figures count padding, so the halves are equally wide.
+    widest = int(dataset.sizes.argmax())
+    of_rank = [[widest, 1, 2, 3], [widest, 5, 6, 4]]
+    samples = of_rank[rank] if world == 2 else of_rank[0] + of_rank[1]
+    criterion = make_criterion(task, moe_gate_loss_wt=0.5)
+    loss, size, log = criterion(model, batch_of(dataset, samples))
+    loss.backward()
+    gradients = {
+        name: p.grad.clone()
+        for name, p in model.named_parameters()
+        if p.grad is not None and ".experts." not in name
+    }
+    return float(log["inner_loss"]), float(log["correct"]), size, gradients
+
+
+@pytest.mark.parametrize("scoring", ["head", "sum"])
+def test_two_processes_add_up_to_one(data, choices, scoring):
+    inner, correct, size, gradients = half(0, data, choices, scoring, 1)
+    first, second = run_processes(2, half, data, choices, scoring, 2)
+    assert first[0] + second[0] == pytest.approx(inner, rel=1e-9)
+    assert (first[1] + second[1], first[2] + second[2]) == (correct, size)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(
+            first[3][name] + second[3][name], gradient, rtol=1e-7, atol=1e-10, msg=name
+        )
+
+
+def test_a_process_without_questions(data, choices):
+    """fairseq gives a process that has run out of batches an empty one."""
+    from fairseq_moe_ext.distributed_training import _no_sentences
+
+    task = make_choice_task(data, choices)
+    sample = _no_sentences(batch_of(load(task), FOUR))
+    loss, size, log = make_criterion(task, moe_gate_loss_wt=0.1)(
+        make_choice_model(task, **DROPLESS).train(), sample
+    )
+    loss.backward()
+    assert (float(loss), size, int(log["correct"])) == (0, 0, 0)
+
+
+# ---- The data
+
+
+def test_sequences_begin_and_end_with_eos_and_choices_differ(data, choices, vocabulary):
+    dataset = load(make_choice_task(data, choices))
+    question = next(read_jsonl(choices / "valid.jsonl")).values
+    item = dataset[0]["item"]
+    assert len(item.inputs) == len(question["choices"]) and item.label == question["label"]
+    for row, choice in zip(item.inputs, question["choices"]):
+        assert row[0] == row[-1] == 2
+        assert vocabulary.decode(row[1:-1].tolist()) == question["context"] + choice
+
+
+def test_long_questions_lose_their_beginning(data, choices, caplog, vocabulary):
+    dataset = load(make_choice_task(data, choices))
+    limit = int(dataset.sizes.max()) - 3
+    with caplog.at_level(logging.WARNING):
+        short = load(make_choice_task(data, choices, tokens_per_sample=limit))
+    assert f"are longer than --tokens-per-sample {limit}; their beginning was left" in caplog.text
+    assert short.sizes.max() == limit
+    for whole, cut in zip(dataset.items, short.items):
+        for a, b in zip(whole.inputs, cut.inputs):
+            assert b[1:].tolist() == a[1:].tolist()[-(limit - 1) :] and b[0] == 2
+
+
+def test_batches_by_tokens_count_padding_and_candidates(data, choices):
+    dataset = load(make_choice_task(data, choices), "train")
+    with torch.random.fork_rng():
+        order = dataset.ordered_indices()
+    batches = dataset.batch_by_size(order, max_tokens=200)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(dataset)))
+    for batch in batches:
+        assert batch_of(dataset, batch)["net_input"]["src_tokens"].numel() <= 200
+
+
+def test_what_is_in_the_data_is_said(data, classes, caplog):
+    with caplog.at_level(logging.INFO):
+        load(make_choice_task(data, classes))
+    lines = [json.loads(line)["label"] for line in open(classes / "valid.jsonl", encoding="utf-8")]
+    shares = {name: f"{100 * lines.count(name) / len(lines):.1f} %" for name in CLASSES}
+    expected = ", ".join(f"{name} {share}" for name, share in shares.items())
+    most = max(100 * lines.count(name) / len(lines) for name in CLASSES)
+    assert (
+        f"valid: 40 questions; right answer: {expected}; accuracy of the most frequent answer "
+        f"{most:.1f} %, of chance 33.3 %" in caplog.text
+    )
+
+
+def test_a_share_of_the_training_set_can_be_held_out(data, choices):
+    task = make_choice_task(data, choices, choice_valid_share=0.25)
+    train, valid = task.files.read("train"), task.files.read("valid")
+    assert len(train) + len(valid) == SIZES["train"] and 15 <= len(valid) <= 45
+    assert not set(train) & set(valid)
+    assert len(task.files.read("test")) == SIZES["test"]
+
+
+# ---- Mistakes
+
+LINES = [
+    ('{"context": "a", "choices": ["b", "c"]}', "line 2: no field 'label'"),
+    ('{"choices": ["b", "c"], "label": 0}', "line 2: no field 'context'"),
+    ('{"context": "a", "choices": ["b"], "label": 0}', "line 2: field 'choices' is .'b'."),
+    ('{"context": "a", "choices": ["b", 3], "label": 0}', "line 2: field 'choices' is"),
+    ('{"context": "a", "choices": ["b", "c"], "label": 2}', "line 2: field 'label' is '2'"),
+    ('{"context": "a", "choices"', "line 2: not JSON"),
+    ("[1]", "line 2: not a JSON object"),
+]
+
+
+@pytest.mark.parametrize("line, message", LINES)
+def test_a_line_that_is_wrong_is_named(data, tmp_path, line, message):
+    good = '{"context": "big1", "choices": [" big2", " mid2"], "label": 0}'
+    (tmp_path / "valid.jsonl").write_text(f"{good}\n{line}\n{good}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=f"valid.jsonl, {message}"):
+        load(make_choice_task(data, tmp_path))
+
+
+def test_a_class_that_is_none(data, tmp_path):
+    (tmp_path / "labels.txt").write_text("big\nmid\n")
+    (tmp_path / "valid.jsonl").write_text('{"text": "big1", "label": "small"}\n')
+    with pytest.raises(UserError, match="line 1: field 'label' is 'small'; one of big, mid"):
+        load(make_choice_task(data, tmp_path))
+    (tmp_path / "labels.txt").write_text("big\nbig\n")
+    with pytest.raises(UserError, match="labels.txt: has to name two or more different"):
+        make_choice_task(data, tmp_path)
+
+
+MISTAKES = [
+    (dict(choice_data="/none"), "--choice-data /none: no such folder"),
+    (dict(choice_data=None), "--choice-data is not given"),
+    (dict(choice_task="hellaswagg"), "--choice-task hellaswagg: unknown; there are boolq"),
+    (dict(choice_task="record"), "--choice-task record: unknown"),
+    (dict(choice_valid_share=1.0), "--choice-valid-share 1.0"),
+    (dict(data="/none"), "/none/dict.txt: missing"),
+    (dict(best_checkpoint_metric="ppl"), "--best-checkpoint-metric ppl: multiple_choice does not"),
+    (dict(maximize_best_checkpoint_metric=False), "add --maximize-best-checkpoint-metric"),
+    (dict(best_checkpoint_metric="loss"), "drop --maximize-best-checkpoint-metric"),
+]
+
+
+@pytest.mark.parametrize("settings, message", MISTAKES)
+def test_mistakes_in_the_flags_are_named(data, choices, settings, message):
+    with pytest.raises(UserError, match=message):
+        make_choice_task(data, choices, **settings)
+
+
+def test_other_mistakes(data, choices, tmp_path):
+    with pytest.raises(UserError, match="dev.jsonl: missing|train.jsonl: missing"):
+        make_choice_task(data, tmp_path).files.read("train")
+    with pytest.raises(
+        UserError, match="winogrande/dev.jsonl: missing; it is a file of WinoGrande"
+    ):
+        make_choice_task(data, tmp_path, choice_task="winogrande").files.read("valid")
+    (tmp_path / "valid.jsonl").write_text("\n")
+    with pytest.raises(UserError, match="valid.jsonl: no example for the split valid"):
+        load(make_choice_task(data, tmp_path))
+    with pytest.raises(
+        UserError, match="question 1: a choice is longer than --tokens-per-sample 2"
+    ):
+        load(make_choice_task(data, choices, choice_scoring="sum", tokens_per_sample=2))
+    task = make_choice_task(data, choices)
+    with pytest.raises(UserError, match="--choice-loss likelihood with --choice-scoring head"):
+        make_criterion(task, choice_loss="likelihood")
+    (tmp_path / "dict.txt").write_bytes((data / "dict.txt").read_bytes())
+    with pytest.raises(UserError, match="encoder.json: missing"):
+        load(make_choice_task(tmp_path, choices))
+
+
+# ---- Checkpoints
+
+
+def test_a_head_is_new_left_behind_or_loaded(data, choices, classes):
+    task = make_choice_task(data, choices)
+    plain = make_choice_model(make_choice_task(data, choices, choice_scoring="sum"), **MOE)
+    tuned, other = make_choice_model(task, seed=3, **MOE), make_choice_model(task, seed=4, **MOE)
+    own = tuned.choice_head.weight.clone()
+    tuned.load_state_dict(plain.state_dict())
+    assert torch.equal(tuned.choice_head.weight, own)
+    other.load_state_dict(tuned.state_dict())
+    assert torch.equal(other.choice_head.weight, own)
+    plain.load_state_dict(tuned.state_dict())
+    assert plain.choice_head is None
+    three = make_choice_model(make_choice_task(data, classes), **MOE)
+    three.load_state_dict(tuned.state_dict())
+    assert three.choice_head.weight.shape == (3, 16)

@@ -1,0 +1,142 @@
+"""examples/finetune: its questions, its flags, its table; and, slow, all of it in small."""
+
+import importlib.util
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fairseq import options
+
+from fairseq_moe_ext.errors import UserError
+
+FOLDER = Path(__file__).parents[1] / "examples" / "finetune"
+
+
+def load(name):
+    """A module of the folder; `run` under a name of its own, as the quickstart has one, too."""
+    sys.path.insert(0, str(FOLDER))
+    spec = importlib.util.spec_from_file_location(f"finetune_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+questions, example = load("questions"), load("run")
+
+
+@pytest.fixture
+def text(tmp_path):
+    """Two kinds of text; every line names its document and its place in it."""
+    rng = random.Random(0)
+    for kind in ("docs", "python"):
+        for split in ("train", "valid", "test"):
+            with open(tmp_path / f"{kind}.{split}.jsonl", "w", encoding="utf-8") as file:
+                for document in range(12):
+                    lines = [
+                        f"{kind} {split} {document} {i} " + "x" * rng.randint(25, 60)
+                        for i in range(40)
+                    ]
+                    file.write(json.dumps({"text": "\n".join(lines)}) + "\n")
+    return tmp_path
+
+
+def test_the_right_ending_goes_on_and_the_wrong_one_is_of_another_document(text, tmp_path):
+    sizes = {"train": 31, "valid": 10, "test": 20}
+    for folder in ("one", "two"):
+        questions.write(text, ["docs", "python"], sizes, tmp_path / folder, seed=1)
+    labels = []
+    for split, size in sizes.items():
+        path = tmp_path / "one" / f"{split}.jsonl"
+        assert path.read_bytes() == (tmp_path / "two" / f"{split}.jsonl").read_bytes()
+        found = [json.loads(line) for line in path.read_text().splitlines()]
+        assert len(found) == size
+        for question in found:
+            kind, of, document, place = question["context"].split("\n")[-1].split()[:4]
+            ways = [choice.strip().split()[:4] for choice in question["choices"]]
+            right, wrong = ways[question["label"]], ways[1 - question["label"]]
+            assert right == [kind, of, document, str(int(place) + 1)] and of == split
+            assert wrong[:2] == [kind, split] and wrong[2] != document
+            assert 40 <= len(question["choices"][0].strip()) <= 100
+            labels.append(question["label"])
+    assert 0.3 < sum(labels) / len(labels) < 0.7
+    with pytest.raises(UserError, match="docs.test.jsonl: has text for .* lower --test"):
+        questions.write(text, ["docs"], {"test": 10**6}, tmp_path / "three", seed=1)
+
+
+def test_every_recipe_becomes_flags_that_fairseq_train_takes(tmp_path):
+    plain = example.recipe_flags([])
+    assert plain == []
+    for row, names in example.RECIPES.items():
+        flags = example.recipe_flags(names)
+        assert bool(flags) == (row != "plain")
+        command = f"{tmp_path} --task multiple_choice --arch moe_lm_tiny".split()
+        command += ["--criterion", "multiple_choice", "--lr", "0.1", *flags]
+        args = options.parse_args_and_arch(options.get_training_parser(), command)
+        assert args.moe_freeze == {"frozen experts": "experts"}.get(
+            row, "gate" if "freeze_gate" in names else "none"
+        )
+    assert example.recipe_flags(["small_batch"]) == ["--batch-size", "8", "--lr", "0.001"]
+
+
+def made_up(**rows):
+    summed = example.summary(rows)
+    for entry in summed.values():
+        entry["overflow"] = None
+    before = {"dense": {"accuracy": 55.0}, "moe": {"accuracy": 56.0}}
+    return {"rows": summed, "before": before, "settings": {"questions": {"test": 800}}}
+
+
+def test_the_table_says_what_was_found():
+    result = made_up(
+        dense=[70.0, 71.0, 72.0], plain=[65.0, 66.0, 67.0], good=[70.0, 69.0, 71.0], bad=[60.0] * 3
+    )
+    assert result["rows"]["good"]["difference"] == 4 and result["rows"]["good"]["beyond"]
+    said = example.table(result)
+    assert "| dense | 55.0 | 71.0 | ± 1.0 | +5.0 * |  |" in said
+    assert "the dense one is 5.0 points ahead, more than twice" in said
+    assert "Better than plain by more than that (*): good (+4.0)." in said
+    assert "Worse than plain by more than that (*): bad (−6.0)." in said
+    assert "95 % interval of one accuracy is about ± 3.5 points" in said
+
+
+def test_the_table_says_if_it_was_nothing():
+    said = example.table(made_up(dense=[65.0, 66.0], plain=[66.0, 67.0], same=[66.0, 68.0]))
+    assert "the sparse one is 1.0 points ahead, not more than twice" in said
+    assert "So the paper's gap between sparse and dense does not show here." in said
+    assert "Better than plain by more than that (*): none." in said
+    one = example.table(made_up(dense=[65.0], plain=[66.0]))
+    assert "±  " not in one and "Seeds: 1;" in one
+
+
+def test_rows_that_there_are_not():
+    assert example.chosen_rows("dense, frozen gate") == ["dense", "frozen gate"]
+    with pytest.raises(UserError, match="--rows dense,gate: no row 'gate'; there are dense, plain"):
+        example.chosen_rows("dense,gate")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_all_of_it_in_small_and_again(tmp_path):
+    base = tmp_path / "quickstart"
+    subprocess.run(
+        [sys.executable, str(FOLDER.parent / "quickstart" / "run.py"), "--out", str(base)]
+        + ["--updates", "6", "--text-bytes", "60000"],
+        check=True,
+    )
+    command = [sys.executable, str(FOLDER / "run.py"), "--out", str(tmp_path / "out")]
+    command += ["--quickstart", str(base), "--train", "64", "--valid", "16", "--test", "32"]
+    command += ["--epochs", "1", "--seeds", "1", "--rows", "dense,plain,frozen gate"]
+    first = subprocess.run(command, check=True, capture_output=True, text=True)
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert set(result["rows"]) == {"dense", "plain", "frozen gate"}
+    assert all(0 <= e["accuracy"][0] <= 100 for e in result["rows"].values())
+    assert (tmp_path / "out" / "result.md").read_text() in first.stdout
+    logs = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/runs/*/*.log")}
+    again = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert {path: path.stat().st_mtime_ns for path in logs} == logs
+    assert (tmp_path / "out" / "result.md").read_text() in again.stdout
+    other = subprocess.run([*command, "--epochs", "2"], capture_output=True, text=True)
+    assert other.returncode == 1 and "holds an ablation with epochs 1, not 2" in other.stderr
