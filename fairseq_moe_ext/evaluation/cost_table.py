@@ -54,7 +54,9 @@ def run(args: Namespace) -> None:
     """Print what is asked for. Raises UserError for flags that contradict."""
     if args.paper:
         rows = table_1()
-        print(_form(args, [dict(zip(_TABLE_1, row)) for row in rows], [list(_TABLE_1), *rows]))
+        print(
+            _form(args, [dict(zip(TABLE_1_HEAD, row)) for row in rows], [list(TABLE_1_HEAD), *rows])
+        )
         return
     for name in ("types", "context", "batch_size", "world_size"):
         value = getattr(args, name)
@@ -204,7 +206,7 @@ def _table(found: Dict[str, Any]) -> List[List[str]]:
     return rows
 
 
-_TABLE_1 = ("model", "parameters", "experts", "layers", "hidden", "heads", "ZFLOPs")
+TABLE_1_HEAD = ("model", "parameters", "experts", "layers", "hidden", "heads", "ZFLOPs")
 
 
 def table_1() -> List[List[str]]:

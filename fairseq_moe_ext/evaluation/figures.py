@@ -12,6 +12,7 @@ from html import escape
 from typing import List, Optional, Sequence, Tuple
 
 WIDTH = 360  # units of every chart; about as many CSS pixels
+HEIGHT = 232  # of a line chart
 MARKERS = ("circle", "square", "diamond", "triangle")
 DASHES = ("6 4", "", "2 3", "9 3 2 3")
 
@@ -121,7 +122,7 @@ def line_chart(
     point the chart says so. `zero_line` includes y = 0 and draws it; `y_range` fixes the axis, so
     that charts of a grid can be compared; `percent` prints y ticks with a sign and %.
     """
-    height, left, right, top, bottom = 232, 50, 14, 30, 42
+    height, left, right, top, bottom = HEIGHT, 50, 14, 30, 42
     clean = [
         (
             one,

@@ -38,7 +38,8 @@ def run(args: argparse.Namespace) -> None:
     plan = plans.read(args.file)
     if args.dry_run:
         for one in plan.runs:
-            print(" ".join(plans.typed(one.train)), " ".join(plans.typed(one.evaluate)), sep="\n")
+            for command in one.commands:
+                print(" ".join(plans.typed(command)))
         return
     if not args.only_result:
         _Work(plan, args.jobs).do()
@@ -94,6 +95,8 @@ class _Work:
                 (one.folder / "trained").touch()
             self._call(one, one.evaluate, one.folder / "evaluation.log")
             self._say(f"{one.name}: {(time.monotonic() - started) / 60:.1f} min")
+        if one.prime and not (one.folder / "priming.json").exists():
+            self._call(one, one.prime, one.folder / "priming.log")
         self.done += 1
 
     def _call(self, one: Run, command: Sequence[str], log: Path) -> None:

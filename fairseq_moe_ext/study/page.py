@@ -3,17 +3,22 @@
 import argparse
 import json
 import math
+import shutil
+import subprocess
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Sequence
 
 from ..errors import UserError
 from ..evaluation import expert_use, figures, paper, report
+from ..evaluation.speedup import Points
 from . import result as results
+from . import tables
 from .plan import FAMILIES
+from .tables import LABELS, TITLES
 
-LABELS = {"dense": "Dense", "moe": "MoE"}
-TITLES = {"in_domain": "In domain, mean", "out_of_domain": "Out of domain, mean"}
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 _OURS, _PAPER = 0, 1  # styles of factors
+_PIXELS = 420  # width of a figure as PNG
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,21 +27,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--expert-use", type=Path, help="what evaluation.expert_use wrote as JSON, to show too"
     )
+    parser.add_argument(
+        "--png", action="store_true", help="figures as PNG, too (by a Chromium on PATH)"
+    )
+    parser.add_argument(
+        "--fine-tuning", type=Path, help="result.json of examples/finetune, to show too"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Write the page. Raises UserError for files that are missing."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if args.png and browser is None:
+        raise UserError(f"--png: none of {', '.join(BROWSERS)} is on PATH: install one")
     result = _read(args.folder / "result.json", "run `fairseq-moe study` first")
     use = None
     if args.expert_use is not None:
         use = _read(args.expert_use, "make it with evaluation.expert_use --json")
+    tuned = None
+    if args.fine_tuning is not None:
+        tuned = _read(args.fine_tuning, "make it with examples/finetune/run.py")
     charts = _charts(result)
     folder = args.folder / "figures"
     folder.mkdir(exist_ok=True)
-    for name, svg in charts.items():
-        report.write(folder / f"{name}.svg", figures.standalone(svg, report.STYLE))
-    report.write(args.folder / "report.html", html(result, charts, use))
+    for name, chart in charts.items():
+        report.write(folder / f"{name}.svg", figures.standalone(chart.svg, report.STYLE))
+    report.write(args.folder / "report.html", html(result, charts, use, tuned))
+    if args.png:
+        for name in charts:
+            _photograph(browser, folder / f"{name}.svg")
     print(f"{args.folder / 'report.html'}, and {len(charts)} figures in {folder}")
+
+
+def _photograph(browser: str, svg: Path) -> None:
+    """An SVG figure as a PNG beside it, two dots a pixel."""
+    height = round(_PIXELS * figures.HEIGHT / figures.WIDTH)
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    command += [f"--window-size={_PIXELS},{height}", "--force-device-scale-factor=2"]
+    command += [f"--screenshot={svg.with_suffix('.png').resolve()}", svg.resolve().as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0 or not svg.with_suffix(".png").is_file():
+        words = done.stderr.strip().splitlines()[-1:]
+        raise UserError(f"--png: {browser} could not draw {svg}: {' '.join(words)}")
 
 
 def _read(path: Path, remedy: str) -> Any:
@@ -46,89 +78,117 @@ def _read(path: Path, remedy: str) -> Any:
         raise UserError(f"{path}: cannot be read ({error}): {remedy}") from None
 
 
-def _charts(result: Dict[str, Any]) -> Dict[str, str]:
-    """name -> SVG: the paper's figures 2 and 1 in our numbers, for each group and set."""
+class Chart(NamedTuple):
+    """A figure, and the part of the page that it belongs to."""
+
+    part: str  # "speedup", "performance" or "sets"
+    svg: str
+
+
+def _charts(result: Dict[str, Any]) -> Dict[str, Chart]:
+    """name of the file -> chart: the paper's figures 1 and 2 in our numbers, then the paper's."""
     charts = {}
     for group in results.groups(result["runs"]):
-        series = [
-            figures.Series(LABELS[family], results.points(result["runs"], family, group), style)
-            for style, family in enumerate(FAMILIES)
-        ]
-        charts[f"perplexity-{group}"] = figures.line_chart(
-            TITLES.get(group, group), series, "training FLOPs", "perplexity", log_x=True, log_y=True
+        single = group in result["runs"][0]["sets"]
+        charts[f"performance-{group}"] = Chart(
+            "sets" if single else "performance",
+            _against_compute(
+                TITLES.get(group, group),
+                {f: results.points(result["runs"], f, group) for f in FAMILIES},
+                accuracy=not single and group not in results.GROUPS,
+            ),
         )
         curve = [(p["dense_flops"], p["factor"]) for p in result["factors"][group]["curve"]]
-        charts[f"speedup-{group}"] = figures.line_chart(
-            TITLES.get(group, group),
-            [figures.Series("this study", curve, _OURS)],
-            "training FLOPs of the dense model",
-            "times less compute",
-            log_x=True,
+        charts[f"speedup-{group}"] = Chart(
+            "sets" if single else "speedup",
+            _speedup(
+                TITLES.get(group, group) + (", speed-up" if single else ""),
+                curve,
+                "this study",
+                _OURS,
+            ),
         )
-    for group, curve in paper.FIGURE_1.items():
-        charts[f"paper-speedup-{group}"] = figures.line_chart(
-            TITLES[group] + " (paper)",
-            [figures.Series("paper", [(1e21 * x, y) for x, y in curve], _PAPER)],
-            "training FLOPs of the dense model",
-            "times less compute",
-            log_x=True,
+    costs = {"dense": paper.DENSE_ZFLOPS, "moe": paper.MOE_ZFLOPS}
+    for group, read_off in {**paper.FIGURE_2, "0-shot": paper.ZERO_SHOT}.items():
+        points = {f: [(1e21 * x, y) for x, y in zip(costs[f], read_off[f])] for f in FAMILIES}
+        charts[f"paper-performance-{group}"] = Chart(
+            "performance",
+            _against_compute(
+                TITLES[group] + " (paper)", points, accuracy=group not in results.GROUPS
+            ),
         )
-        of_paper = paper.FIGURE_2[group]
-        costs = {"dense": paper.DENSE_ZFLOPS, "moe": paper.MOE_ZFLOPS}
-        charts[f"paper-perplexity-{group}"] = figures.line_chart(
-            TITLES[group] + " (paper)",
-            [
-                figures.Series(
-                    LABELS[f], [(1e21 * x, y) for x, y in zip(costs[f], of_paper[f])], style
-                )
-                for style, f in enumerate(FAMILIES)
-            ],
-            "training FLOPs",
-            "perplexity",
-            log_x=True,
-            log_y=True,
+        curve = [(1e21 * x, y) for x, y in paper.FIGURE_1[group]]
+        charts[f"paper-speedup-{group}"] = Chart(
+            "speedup", _speedup(TITLES[group] + " (paper)", curve, "paper", _PAPER)
         )
     return charts
 
 
-def html(result: Dict[str, Any], charts: Dict[str, str], use: Any) -> str:
+def _against_compute(title: str, points: Dict[str, Points], accuracy: bool) -> str:
+    series = [figures.Series(LABELS[f], points[f], style) for style, f in enumerate(FAMILIES)]
+    label = "accuracy, %" if accuracy else "perplexity"
+    return figures.line_chart(
+        title, series, "training FLOPs", label, log_x=True, log_y=not accuracy
+    )
+
+
+def _speedup(title: str, curve: Points, label: str, style: int) -> str:
+    return figures.line_chart(
+        title,
+        [figures.Series(label, curve, style)],
+        "training FLOPs of the dense model",
+        "times less compute",
+        log_x=True,
+    )
+
+
+def html(result: Dict[str, Any], charts: Dict[str, Chart], use: Any, tuned: Any) -> str:
     """report.html as a string."""
     legend = figures.legend([LABELS[f] for f in FAMILIES], [0, 1])
-    of_kind = {
-        kind: [svg for name, svg in charts.items() if name.startswith(kind)]
-        for kind in ("perplexity", "paper-perplexity", "speedup", "paper-speedup")
-    }
+    of_part: Dict[str, List[str]] = {}
+    for chart in charts.values():
+        of_part.setdefault(chart.part, []).append(chart.svg)
     runs = result["runs"]
     table = results.table(result)
     parts = [
         report.paragraph(_summary(result), "lead"),
         report.heading("Speed-up factors"),
         report.paragraph(
-            "How many times more training compute the dense family needs for the same perplexity; "
-            "linear in perplexity and in the logarithm of compute between neighbouring models, "
-            "nothing extrapolated. Mean: geometric, over the observed points and over seeds."
+            "How many times more training compute the dense family needs for the same performance; "
+            "linear in it and in the logarithm of compute between neighbouring models, nothing "
+            "extrapolated. Mean: geometric, over the observed points and over seeds."
         ),
         report.table([table[0][0], *table[0][1:]], table[1:]),
         report.grid(
-            of_kind["speedup"] + of_kind["paper-speedup"],
+            of_part["speedup"],
             "Figure 1 of the paper in this study's numbers, over the compute of the dense model; "
             "the paper's own last (read off its figure).",
         ),
-        report.heading("Perplexity against compute"),
+        report.heading("Performance against compute"),
         report.grid(
-            of_kind["perplexity"] + of_kind["paper-perplexity"],
-            "Figure 2 of the paper in this study's numbers: test perplexity, mean over seeds; both "
-            "axes logarithmic. The paper's own last; its perplexities are of another text and "
-            "tokenizer and compare with each other only.",
+            of_part["performance"],
+            "Figure 2 of the paper in this study's numbers: test perplexity, mean over seeds, both "
+            "axes logarithmic; and the mean accuracy of primed tasks where it was measured. The "
+            "paper's own last; its perplexities are of another text and tokenizer and compare "
+            "with each other only.",
             legend,
         ),
         report.heading("Models"),
-        report.table(*_models(runs)),
-        report.heading("Perplexity of every set"),
-        report.table(*_perplexities(runs)),
+        report.table(*tables.models(runs)),
+        report.folded("The paper's models (its table 1)", report.table(*tables.paper_models())),
+        report.heading("Every set"),
+        report.table(*tables.perplexities(runs)),
+        report.grid(of_part["sets"], "Perplexity and speed-up factor of each set.", legend),
     ]
+    if runs[0]["priming"]["tasks"]:
+        parts += [report.heading("Priming"), report.table(*tables.priming(runs))]
+        parts += [report.paragraph("Accuracy in %, mean over seeds and draws.", "soft")]
     if use is not None:
         parts += [report.heading("Which expert takes which text"), _use(use)]
+    parts += [report.heading("Fine-tuning")]
+    if tuned is not None:
+        parts += [report.table(*tables.tuned(tuned))]
+    parts += [report.folded("The paper's fine-tuning", report.table(*tables.paper_tuned()))]
     parts += [report.folded("The commands", report.code("\n\n".join(result["commands"])))]
     return report.page(result["title"], parts)
 
@@ -152,50 +212,6 @@ def _summary(result: Dict[str, Any]) -> str:
     done = len(result["runs"])
     left = "" if done == result["planned"] else f" {done} of {result['planned']} runs are finished."
     return text[0].upper() + text[1:] + "." + left
-
-
-def _models(runs: Sequence[Dict[str, Any]]) -> Tuple[List[str], List[List[str]]]:
-    rows = []
-    for key in dict.fromkeys((run["family"], run["size"]) for run in runs):
-        mine = [run for run in runs if (run["family"], run["size"]) == key]
-        one = mine[0]
-        rows.append(
-            [
-                f"{LABELS[key[0]]} {key[1]}",
-                figures.short(one["parameters"]),
-                figures.short(one["active"]),
-                figures.short(one["tokens"]),
-                f"{one['flops']:.3g}",
-                f"{sum(run['seconds'] for run in mine) / len(mine) / 60:.1f}",
-                str(len(mine)),
-            ]
-        )
-    head = ["", "Parameters", "Active", "Tokens", "FLOPs", "Minutes", "Seeds"]
-    return head, rows
-
-
-def _perplexities(runs: Sequence[Dict[str, Any]]) -> Tuple[List[str], List[List[str]]]:
-    """Mean over seeds, and half the range over them; dropped choices at the end."""
-    keys = list(dict.fromkeys((run["family"], run["size"]) for run in runs))
-    rows = []
-    for group in results.groups(runs):
-        row = [TITLES.get(group, group)]
-        for key in keys:
-            values = [
-                results.performance(run, group)
-                for run in runs
-                if (run["family"], run["size"]) == key
-            ]
-            half = (max(values) - min(values)) / 2
-            row.append(f"{sum(values) / len(values):.2f} ± {half:.2f}")
-        rows.append(row)
-    row = ["Choices dropped, %"]
-    for key in keys:
-        mine = [run for run in runs if (run["family"], run["size"]) == key]
-        lost = [s["dropped"] for run in mine for s in run["sets"].values() if s["dropped"]]
-        shares = [sum(choices) / len(choices) for choices in lost]
-        row.append(f"{100 * sum(shares) / len(shares):.2f}" if shares else "")
-    return ["", *(f"{LABELS[f]} {size}" for f, size in keys)], [*rows, row]
 
 
 def _use(layers: Sequence[Dict[str, Any]]) -> str:

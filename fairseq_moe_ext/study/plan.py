@@ -25,11 +25,14 @@ _TOP = {
     "seeds": (list, None),
     "train": (dict, {}),
     "evaluate": (dict, {}),
+    "priming": (dict, {}),
     "dense": (dict, None),
     "moe": (dict, None),
 }
 _FAMILY = {"arch": (str, None), "flags": (dict, {}), "sizes": (dict, None)}
 _EVALUATE = {"stride": (int, 0), "batch-size": (int, 16), "bootstrap": (int, 1000)}
+# of `fairseq-moe priming`; without a folder there is none
+_PRIMING = {"folder": (str, ""), "tasks": (str, ""), "shots": (list, [0]), "draws": (int, 25)}
 # flags that the study sets itself
 _OURS = ("arch", "seed", "max-update", "total-num-update", "save-dir", "tokens-per-sample", "task")
 
@@ -44,10 +47,15 @@ class Run(NamedTuple):
     folder: Path
     train: List[str]  # commands
     evaluate: List[str]
+    prime: List[str]  # [] for none
 
     @property
     def name(self) -> str:
         return f"{self.family} {self.size} seed {self.seed}"
+
+    @property
+    def commands(self) -> List[List[str]]:
+        return [command for command in (self.train, self.evaluate, self.prime) if command]
 
 
 class Plan(NamedTuple):
@@ -88,6 +96,12 @@ def read(path: Path) -> Plan:
                 f"{path}: {folder}: no data-bin in it; make them with fairseq-moe prepare"
             )
     evaluation = _checked(asked["evaluate"], _EVALUATE, f"{path}: evaluate")
+    priming = _checked(asked["priming"], _PRIMING, f"{path}: priming")
+    if asked["priming"] and not Path(priming["folder"]).is_dir():
+        raise UserError(
+            f"{path}: priming: folder {priming['folder'] or 'missing'}: name a folder that holds "
+            "a folder for each task (docs/priming.md)"
+        )
     out = Path(asked["out"])
     sizes: List[Any] = []
     for family in FAMILIES:
@@ -106,11 +120,9 @@ def read(path: Path) -> Plan:
         for family, size, arch, flags, updates in sizes:
             folder = out / f"{family}-{size}-{seed}"
             train = _train(asked, folder, arch, flags, updates, seed)
-            runs.append(
-                Run(
-                    family, size, seed, updates, folder, train, _evaluate(asked, evaluation, folder)
-                )
-            )
+            test = _evaluate(asked, evaluation, folder)
+            prime = _prime(asked, priming, folder)
+            runs.append(Run(family, size, seed, updates, folder, train, test, prime))
     freq = asked["train"].get("update-freq", 1)
     return Plan(asked["title"], out, asked["context"], asked["context"] * batch * int(freq), runs)
 
@@ -175,6 +187,19 @@ def _evaluate(asked, settings: Dict, folder: Path) -> List[str]:
         *("--batch-size", str(settings["batch-size"])),
         *("--bootstrap", str(settings["bootstrap"])),
         *("--json", str(folder / "evaluation.json"), *stride, *cpu),
+    ]
+
+
+def _prime(asked, settings: Dict, folder: Path) -> List[str]:
+    if not settings["folder"]:
+        return []
+    return [
+        *(sys.executable, "-m", "fairseq_moe_ext.cli", "priming", settings["folder"]),
+        *("--path", str(folder / "checkpoint_best.pt"), "--data", asked["data"]),
+        *(["--tasks", settings["tasks"]] if settings["tasks"] else []),
+        *("--shots", ",".join(map(str, settings["shots"])), "--draws", str(settings["draws"])),
+        *("--json", str(folder / "priming.json")),
+        *(["--cpu"] if asked["train"].get("cpu") else []),
     ]
 
 

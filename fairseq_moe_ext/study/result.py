@@ -1,4 +1,4 @@
-"""A study's files -> result.json: cost and perplexity of every run, speed-up factors, remarks."""
+"""A study's files -> result.json: cost, perplexity and accuracy of every run, speed-up factors."""
 
 import json
 import math
@@ -14,6 +14,7 @@ from ..evaluation.speedup import overlap, speedup_factors
 from .plan import FAMILIES, Plan, Run, typed
 
 GROUPS = ("in_domain", "out_of_domain")
+SHOT = "-shot"  # behind a number of examples: the group of mean accuracies
 
 
 def collect(plan: Plan) -> Dict[str, Any]:
@@ -31,7 +32,7 @@ def collect(plan: Plan) -> Dict[str, Any]:
         "commands": [
             shlex.join(typed(command))
             for run in plan.runs[: len({(r.family, r.size) for r in plan.runs})]
-            for command in (run.train, run.evaluate)
+            for command in run.commands
         ],
     }
 
@@ -53,7 +54,18 @@ def _run(plan: Plan, run: Run) -> Dict[str, Any]:
         "seconds": _seconds(run.folder / "train.log"),
         "sets": found["sets"],
         "mean": found["mean"],
+        "priming": _priming(run.folder / "priming.json"),
     }
+
+
+def _priming(path: Path) -> Dict[str, Any]:
+    """What `fairseq-moe priming` found: mean accuracies by shots, and each task's."""
+    if not path.is_file():
+        return {"mean": {}, "tasks": []}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    tasks = [one for one in found["results"] if "accuracy" in one]
+    keys = ("task", "shots", "accuracy", "spread", "questions")
+    return {"mean": found["mean"], "tasks": [{key: one[key] for key in keys} for one in tasks]}
 
 
 def _seconds(log: Path) -> float:
@@ -67,9 +79,13 @@ def _seconds(log: Path) -> float:
 
 
 def performance(run: Dict[str, Any], group: str) -> float:
-    """Perplexity of a run on a group of GROUPS or on a set; NaN where it was not measured."""
-    where = run["mean"] if group in GROUPS else run["sets"]
-    return where[group]["perplexity"] if group in where else math.nan
+    """Of a run: perplexity on a group of GROUPS or on a set, or mean accuracy in per cent on
+    "N-shot"; NaN where it was not measured."""
+    for where in (run["mean"], run["sets"]):
+        if group in where:
+            return where[group]["perplexity"]
+    shots = group[: -len(SHOT)] if group.endswith(SHOT) else ""
+    return 100 * run["priming"]["mean"].get(shots, math.nan)
 
 
 def points(runs: List[Dict[str, Any]], family: str, group: str) -> List[Tuple[float, float]]:
@@ -82,8 +98,9 @@ def points(runs: List[Dict[str, Any]], family: str, group: str) -> List[Tuple[fl
 
 
 def groups(runs: List[Dict[str, Any]]) -> List[str]:
-    """The groups that were measured, then all sets."""
-    return [g for g in GROUPS if g in runs[0]["mean"]] + list(runs[0]["sets"])
+    """What was measured: means of perplexity, accuracies by shots, all sets."""
+    shots = [f"{number}{SHOT}" for number in runs[0]["priming"]["mean"]]
+    return [g for g in GROUPS if g in runs[0]["mean"]] + shots + list(runs[0]["sets"])
 
 
 def factors(runs: List[Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
@@ -118,7 +135,7 @@ def factors(runs: List[Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
 
 def table(result: Dict[str, Any]) -> List[List[str]]:
     """Speed-up factors by group: geometric mean over seeds, its range, the range of the curve."""
-    rows = [["speed-up factor", "mean", "seeds", "along the curve", "perplexities"]]
+    rows = [["speed-up factor", "mean", "seeds", "along the curve", "perplexity or %"]]
     for group, found in result["factors"].items():
         curve, seeds = found["curve"], list(found["by_seed"].values())
         along = [point["factor"] for point in curve]

@@ -3,13 +3,14 @@
 import json
 import re
 import shutil
+import struct
 import subprocess
 from xml.etree import ElementTree
 
 import pytest
 
 from fairseq_moe_ext import cli
-from fairseq_moe_ext.study import result
+from fairseq_moe_ext.study import page, result
 
 
 def made_result(folder, moe=((1e12, 20.0), (4e12, 5.0))):
@@ -23,6 +24,9 @@ def made_result(folder, moe=((1e12, 20.0), (4e12, 5.0))):
                     one["dropped"] = [0.01, 0.03]
                 run = {"family": family, "size": size, "seed": seed, "flops": flops}
                 run.update(parameters=1000, active=500, tokens=10**6, seconds=60.0)
+                copa = {"task": "copa", "shots": 0, "spread": None, "questions": 9}
+                copa["accuracy"] = 0.25 + 0.1 * seed
+                run["priming"] = {"mean": {"0": 0.25 + 0.1 * seed}, "tasks": [copa]}
                 means = {"in_domain": one, "out_of_domain": one}
                 runs.append({**run, "sets": {"near": one, "far": one}, "mean": means})
     whole = {"title": "T <b>", "context": 32, "tokens_per_update": 128, "planned": len(runs)}
@@ -35,7 +39,12 @@ def test_the_page_shows_the_numbers_and_nothing_from_outside(tmp_path, capsys):
     found = made_result(tmp_path)
     use = [{"layer": 1, "tokens": {"near": 9}, "share": {"near": [0.25, 0.75], "far": [1.0, 0.0]}}]
     (tmp_path / "use.json").write_text(json.dumps(use))
+    rows = {"dense": {"mean": 61.23, "deviation": 0.5}, "plain": {"mean": 50, "deviation": None}}
+    rows["frozen gate"] = {"mean": 51.5, "deviation": 0.25, "difference": -1.5}
+    before = {"dense": {"accuracy": 33.0}, "moe": {"accuracy": 34.0}}
+    (tmp_path / "tuned.json").write_text(json.dumps({"rows": rows, "before": before}))
     line = ["report", str(tmp_path), "--expert-use", str(tmp_path / "use.json")]
+    line += ["--fine-tuning", str(tmp_path / "tuned.json")]
     assert cli.main(line) == 0, capsys.readouterr().err
     html = (tmp_path / "report.html").read_text()
     assert "T &lt;b&gt;" in html and not re.search(r"https?:|<script|<link|<img|src=", html)
@@ -43,8 +52,12 @@ def test_the_page_shows_the_numbers_and_nothing_from_outside(tmp_path, capsys):
         assert f"<td>{row[1]}</td>" in html and f"<td>{row[2]}</td>" in html
     assert "30.15 ± 0.05" in html and "<td>2.00</td>" in html, "perplexity over seeds, dropped"
     assert "Layer 1:" in html and "paper: 8 to 16" in html
+    assert "<td>40.0</td>" in html, "accuracy of copa, mean of 35 and 45"
+    assert "MoE, frozen gate" in html and "<td>61.2</td>" in html and "<td>−1.5</td>" in html
+    for mean in ("71.3", "75.1", "79.1", "84.3", "65.5", "68.8", "67.4"):  # shared/paper.md
+        assert f"<td>{mean}</td>" in html, "the paper's mean of eight tasks"
     names = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert {"speedup-in_domain.svg", "perplexity-far.svg", "paper-speedup-in_domain.svg"} <= names
+    assert {"speedup-in_domain.svg", "performance-far.svg", "paper-speedup-0-shot.svg"} <= names
     for path in (tmp_path / "figures").iterdir():
         assert ElementTree.parse(path).getroot().tag == "{http://www.w3.org/2000/svg}svg"
 
@@ -54,7 +67,7 @@ def test_a_family_of_one_point_is_drawn_and_said(tmp_path):
     assert cli.main(["report", str(tmp_path)]) == 0
     html = (tmp_path / "report.html").read_text()
     assert "the MoE family has 1 point" in html and "no measurements" in html
-    svg = (tmp_path / "figures" / "perplexity-near.svg").read_text()
+    svg = (tmp_path / "figures" / "performance-near.svg").read_text()
     assert len(re.findall(r'class="m s1"', svg)) == 1
 
 
@@ -63,15 +76,28 @@ def test_a_missing_result(tmp_path, capsys):
     assert "run `fairseq-moe study` first" in capsys.readouterr().err
 
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
-BROWSER = BROWSER or shutil.which("google-chrome")
+BROWSER = next(filter(None, map(shutil.which, page.BROWSERS)), None)
 
 
 @pytest.mark.skipif(not BROWSER, reason="no chromium or google-chrome on PATH")
-def test_chromium_opens_it_on_a_phone(tmp_path):
+def test_chromium_opens_it_on_a_phone_and_draws_png(tmp_path, monkeypatch):
     made_result(tmp_path)
-    assert cli.main(["report", str(tmp_path)]) == 0
+    monkeypatch.setattr(page.paper, "FIGURE_2", {})  # fewer figures: each is a start of Chromium
+    assert cli.main(["report", str(tmp_path), "--png"]) == 0
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=390,844"]
     command += [f"--screenshot={tmp_path / 'page.png'}", f"file://{tmp_path / 'report.html'}"]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     assert (tmp_path / "page.png").stat().st_size > 10_000
+    drawn = list((tmp_path / "figures").glob("*.png"))
+    assert len(drawn) == len(list((tmp_path / "figures").glob("*.svg"))) >= 8
+    for path in drawn:
+        width, height = struct.unpack(">II", path.read_bytes()[16:24])
+        assert (width, height) == (840, 542) and path.stat().st_size > 2000
+
+
+def test_png_without_a_browser_is_one_line(tmp_path, monkeypatch, capsys):
+    made_result(tmp_path)
+    monkeypatch.setattr(page.shutil, "which", lambda name: None)
+    assert cli.main(["report", str(tmp_path), "--png"]) == 1
+    assert "--png: none of chromium" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()

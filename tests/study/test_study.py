@@ -57,6 +57,8 @@ def write(folder, change=lambda text: text):
         ("context: 32", "context: many", "context: 'many' is not a int"),
         ("batch-size: 4,", "", "batch-size None: say how many"),
         ("context: 32", "context: [", "not YAML"),
+        ("evaluate:", "priming: {folder: none}\nevaluate:", "priming: folder none: name a folder"),
+        ("evaluate:", "priming: {shots: 3}\nevaluate:", "priming: shots: 3 is not a list"),
     ],
 )
 def test_mistakes_in_the_file(folder, old, new, words, capsys):
@@ -75,6 +77,7 @@ def runs_of(costs, seeds=(1,)):
             for seed in seeds:
                 value = {"perplexity": perplexity * (1 + 0.001 * seed)}
                 run = {"family": family, "size": str(size), "seed": seed, "flops": flops}
+                run["priming"] = {"mean": {}, "tasks": []}
                 made.append({**run, "mean": {"in_domain": value}, "sets": {"a": value}})
     return made
 
@@ -88,6 +91,32 @@ def test_factors_and_their_spread():
     assert found["a"]["by_seed"] == {str(s): pytest.approx(expected) for s in (1, 2, 3)}
     rows = result.table({"factors": found})
     assert rows[1][:2] == ["in domain", f"{expected:.2f}"] and "n = 3" in rows[1][2]
+
+
+def test_accuracies_have_factors_too():
+    runs = runs_of({"dense": [(1, 30), (4, 20), (16, 10)], "moe": [(1, 20), (4, 5)]})
+    for run, accuracy in zip(runs, (0.4, 0.5, 0.6, 0.5, 0.7)):
+        run["priming"]["mean"] = {"0": accuracy}
+    found = result.factors(runs)
+    assert list(found) == ["in_domain", "0-shot", "a"]
+    # 50 % costs dense 4, MoE 1; 60 % dense 16, MoE half-way in ln from 1 to 4
+    assert [p["factor"] for p in found["0-shot"]["curve"]] == pytest.approx([4, 16 / 2])
+
+
+def test_priming_is_a_command_of_the_study(folder):
+    path = write(
+        folder, lambda text: text + f"priming: {{folder: {folder}, shots: [0, 8], tasks: copa}}\n"
+    )
+    typed = [plan.typed(one.prime) for one in plan.read(path).runs]
+    assert (
+        typed[0]
+        == (
+            f"fairseq-moe priming {folder} --path {folder}/out/dense-s-1/checkpoint_best.pt "
+            f"--data {folder}/data --tasks copa --shots 0,8 --draws 25 "
+            f"--json {folder}/out/dense-s-1/priming.json --cpu"
+        ).split()
+    )
+    assert not plan.read(write(folder)).runs[0].prime
 
 
 def test_one_point_and_no_overlap_are_said():

@@ -1,0 +1,114 @@
+"""The tables of a study's page: (head, rows) of text each."""
+
+from typing import Any, Dict, List, Sequence, Tuple
+
+from ..evaluation import figures, paper
+from ..evaluation.cost_table import TABLE_1_HEAD, table_1
+from . import result as results
+
+LABELS = {"dense": "Dense", "moe": "MoE"}
+TITLES = {
+    "in_domain": "In domain, mean",
+    "out_of_domain": "Out of domain, mean",
+    "0-shot": "Zero-shot accuracy",
+}
+Table = Tuple[List[str], List[List[str]]]
+
+
+def models(runs: Sequence[Dict[str, Any]]) -> Table:
+    rows = []
+    for key in dict.fromkeys((run["family"], run["size"]) for run in runs):
+        mine = [run for run in runs if (run["family"], run["size"]) == key]
+        one = mine[0]
+        rows.append(
+            [
+                f"{LABELS[key[0]]} {key[1]}",
+                figures.short(one["parameters"]),
+                figures.short(one["active"]),
+                figures.short(one["tokens"]),
+                f"{one['flops']:.3g}",
+                f"{sum(run['seconds'] for run in mine) / len(mine) / 60:.1f}",
+                str(len(mine)),
+            ]
+        )
+    head = ["", "Parameters", "Active", "Tokens", "FLOPs", "Minutes", "Seeds"]
+    return head, rows
+
+
+def perplexities(runs: Sequence[Dict[str, Any]]) -> Table:
+    """Mean over seeds, and half the range over them; dropped choices at the end."""
+    keys = list(dict.fromkeys((run["family"], run["size"]) for run in runs))
+    rows = []
+    for group in [g for g in results.groups(runs) if g in runs[0]["mean"] or g in runs[0]["sets"]]:
+        row = [TITLES.get(group, group)]
+        for key in keys:
+            values = [
+                results.performance(run, group)
+                for run in runs
+                if (run["family"], run["size"]) == key
+            ]
+            half = (max(values) - min(values)) / 2
+            row.append(f"{sum(values) / len(values):.2f} ± {half:.2f}")
+        rows.append(row)
+    row = ["Choices dropped, %"]
+    for key in keys:
+        mine = [run for run in runs if (run["family"], run["size"]) == key]
+        lost = [s["dropped"] for run in mine for s in run["sets"].values() if s["dropped"]]
+        shares = [sum(choices) / len(choices) for choices in lost]
+        row.append(f"{100 * sum(shares) / len(shares):.2f}" if shares else "")
+    return ["", *(f"{LABELS[f]} {size}" for f, size in keys)], [*rows, row]
+
+
+def paper_models() -> Table:
+    """Table 1, as `fairseq-moe cost --paper`."""
+    return list(TABLE_1_HEAD), table_1()
+
+
+def priming(runs: Sequence[Dict[str, Any]]) -> Table:
+    """Accuracy of each task and number of shots by model, then the means."""
+    keys = list(dict.fromkeys((run["family"], run["size"]) for run in runs))
+    found: Dict[Tuple[str, int], Dict[Any, List[float]]] = {}
+    for run in runs:
+        for one in run["priming"]["tasks"]:
+            row = found.setdefault((one["task"], one["shots"]), {})
+            row.setdefault((run["family"], run["size"]), []).append(100 * one["accuracy"])
+        for shots, mean in run["priming"]["mean"].items():
+            row = found.setdefault(("mean", int(shots)), {})
+            row.setdefault((run["family"], run["size"]), []).append(100 * mean)
+    rows = []
+    for (task, shots), values in sorted(found.items(), key=lambda one: one[0][1]):
+        cells = [values.get(key, []) for key in keys]
+        means = [f"{sum(cell) / len(cell):.1f}" if cell else "" for cell in cells]
+        rows.append([f"{task}, {shots} shots", *means])
+    return ["", *(f"{LABELS[f]} {size}" for f, size in keys)], rows
+
+
+def paper_tuned() -> Table:
+    """The paper's accuracies before and after fine-tuning, and the mean of the latter."""
+    rows = [
+        [task, *(f"{before:.1f} / {after:.1f}" for before, after in values)]
+        for task, values in paper.FINE_TUNED.items()
+    ]
+    columns = zip(*paper.FINE_TUNED.values())
+    means = [sum(after for _, after in column) / len(column) for column in columns]
+    # a half is rounded up, as on paper, not to the even digit
+    rows.append(["Mean, fine-tuned", *(f"{mean + 1e-9:.1f}" for mean in means)])
+    return ["zero-shot / fine-tuned, %", *paper.FINE_TUNED_MODELS], rows
+
+
+def tuned(result: Dict[str, Any]) -> Table:
+    """What examples/finetune/run.py found: accuracies in %, mean over seeds."""
+    rows = []
+    for name, entry in result["rows"].items():
+        model = "dense" if name == "dense" else "moe"
+        spread, difference = entry["deviation"], entry.get("difference")
+        rows.append(
+            [
+                "Dense" if name == "dense" else f"MoE, {name}",
+                f"{result['before'][model]['accuracy']:.1f}",
+                f"{entry['mean']:.1f}",
+                "" if spread is None else f"± {spread:.1f}",
+                "" if difference is None else f"{difference:+.1f}".replace("-", "−"),
+            ]
+        )
+    return ["", "Before", "Fine-tuned, %", "sd of seeds", "Against plain MoE"], rows
