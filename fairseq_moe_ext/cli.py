@@ -19,9 +19,11 @@ def main(argv: Optional[List[str]] = None) -> int:
     # fairseq says on import that a package of its speech tasks is missing
     logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)
     parser = _parser(argv[0] if argv else None)
-    args = parser.parse_args(argv)
+    # lm-eval parses what follows by itself
+    handed_on = argv[1:] if argv[:1] == [_LM_EVAL] else None
+    args = parser.parse_args(argv if handed_on is None else argv[:1])
     try:
-        args.run(args)
+        args.run(args if handed_on is None else handed_on)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -43,6 +45,9 @@ _COMMANDS = {
 }
 
 
+_LM_EVAL = "lm-eval"
+
+
 def _parser(chosen: Optional[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fairseq-moe", description="Mixture-of-experts language models for fairseq 0.12.2."
@@ -51,6 +56,11 @@ def _parser(chosen: Optional[str]) -> argparse.ArgumentParser:
 
     user_dir = commands.add_parser("user-dir", help="print the folder for fairseq's --user-dir")
     user_dir.set_defaults(run=lambda args: print(Path(__file__).resolve().parent))
+
+    lm_eval = commands.add_parser(_LM_EVAL, help="EleutherAI's lm-eval on our models")
+    if chosen == _LM_EVAL:
+        command = importlib.import_module("fairseq_moe_ext.priming.lm_eval_command")
+        lm_eval.set_defaults(run=command.run)
 
     for name, (words, module) in _COMMANDS.items():
         sub = commands.add_parser(name, help=words)

@@ -1,0 +1,143 @@
+"""Our models as a model type of EleutherAI's lm-eval, an optional extra.
+
+A newline of lm-eval's texts is </s>, as everywhere with these models, and so is what stands before
+the first token. On N processes lm-eval is told of one: every process has all requests, and its
+model takes its share of the batches.
+"""
+
+from pathlib import Path
+from typing import Any, List, Optional, Sequence, Tuple, Union
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.api.registry import register_model
+
+from ..errors import UserError
+from . import lm_eval_command, model
+from .generation import Generator, Prompt
+from .scoring import Row, cut
+from .vocabulary import EOS, Vocabulary
+
+
+@register_model(lm_eval_command.MODEL)
+class FairseqMoELM(LM):
+    """Built by lm-eval from `--model_args path=...,data=...` and its own flags.
+
+    path, data, context, fp16, model_overrides: as the flags of `fairseq-moe priming`.
+    batch_size: rows of the whole context; of shorter ones a batch has more.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        data: str,
+        batch_size: Union[int, str] = 1,
+        max_batch_size: Optional[int] = None,
+        device: Optional[str] = None,
+        context: Optional[int] = None,
+        fp16: bool = False,
+        model_overrides: Any = None,
+    ) -> None:
+        super().__init__()
+        if not str(batch_size).isdigit() or int(batch_size) < 1:
+            raise UserError(f"--batch_size {batch_size}: use a whole number from 1 on")
+        folder = Path(data)
+        self.vocabulary = Vocabulary(folder)
+        overrides = None if model_overrides is None else str(model_overrides)
+        self.model, self.context = model.load_in_context(
+            Path(path), folder, context, device == "cpu", fp16, overrides
+        )
+        self.batch_tokens = int(batch_size) * self.context
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What lm-eval tells caches of requests apart by."""
+        return str(self.vocabulary.folder.resolve()).replace("/", "__")
+
+    def loglikelihood(
+        self, requests: Sequence[Instance], disable_tqdm: bool = False
+    ) -> List[Tuple[float, bool]]:
+        """(log-probability of the continuation in nats, whether it is what greedy search finds)."""
+        rows = [self._row(*request.args) for request in requests]
+        scored = [i for i, row in enumerate(rows) if row.start < len(row.tokens)]
+        scorer = model.ModelScorer(self.model, self.batch_tokens, "loglikelihood")
+        found = [(0.0, True)] * len(rows)  # of nothing
+        for i, (nats, likeliest) in zip(scored, scorer.with_likeliest([rows[i] for i in scored])):
+            found[i] = (float(nats.sum()), bool(likeliest.all()))
+        return found
+
+    def _row(self, context: str, continuation: str) -> Row:
+        """Spaces at the end of the context belong to the word behind them."""
+        bare = context.rstrip(" ")
+        whole = self.vocabulary.encode(context + continuation)
+        return cut(Row(tuple(whole), len(self.vocabulary.encode(bare))), self.context)
+
+    def loglikelihood_rolling(
+        self, requests: Sequence[Instance], disable_tqdm: bool = False
+    ) -> List[float]:
+        """Log-probability of whole texts. A long one is cut into blocks of the context, each of
+        which follows the last token of the one before; the last block is as long as any, and only
+        its new tokens count, as lm-eval has it."""
+        rows: List[Row] = []
+        owner: List[int] = []
+        for i, request in enumerate(requests):
+            blocks = self._blocks(tuple(self.vocabulary.encode(request.args[0])))
+            rows += blocks
+            owner += [i] * len(blocks)
+        found = [0.0] * len(requests)
+        scorer = model.ModelScorer(self.model, self.batch_tokens, "loglikelihood_rolling")
+        for i, nats in zip(owner, scorer(rows)):
+            found[i] += float(nats.sum())
+        return found
+
+    def _blocks(self, tokens: Tuple[int, ...]) -> List[Row]:
+        rows, done = [], 0
+        while done < len(tokens):
+            end = min(done + self.context, len(tokens))
+            begin = max(0, end - self.context)
+            follows = tokens[begin - 1] if begin else EOS
+            rows.append(Row(tokens[begin:end], done - begin, follows=follows))
+            done = end
+        return rows
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> List[str]:
+        """Greedy search up to one of the texts in `until`, or to a blank line, which is where a
+        document ends. Raises UserError for sampling, which is not offered."""
+        prompts, stops = [], []
+        for context, settings in (request.args for request in requests):
+            if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
+                raise UserError("do_sample: true in a task's generation_kwargs: only greedy search")
+            until = settings.get("until") or []
+            until = [until] if isinstance(until, str) else list(until)
+            max_new = int(settings.get("max_gen_toks", 256))
+            room = self.context - max_new
+            if room < 1:
+                raise UserError(
+                    f"max_gen_toks {max_new}: leaves no room for a prompt in the context of "
+                    f"{self.context} tokens; set --gen_kwargs max_gen_toks=..."
+                )
+            tokens = tuple(self.vocabulary.encode(context))[-room:]
+            stop = _Stop(self.vocabulary, [*filter(None, until), "\n\n"])
+            prompts.append(Prompt(tokens, max_new, stop))
+            stops.append(stop)
+        generator = Generator(self.model, 1, self.batch_tokens, "generate_until")
+        return [stop.cut(new) for stop, new in zip(stops, generator(prompts))]
+
+
+class _Stop:
+    """Whether tokens end in or hold one of some texts."""
+
+    def __init__(self, vocabulary: Vocabulary, texts: Sequence[str]) -> None:
+        self._vocabulary = vocabulary
+        self._texts = texts
+        self._tail = max(len(text.encode("utf-8")) for text in texts)  # a token is a byte or more
+
+    def __call__(self, new: Sequence[int]) -> bool:
+        tail = self._vocabulary.decode(new[-self._tail :])
+        return any(text in tail for text in self._texts)
+
+    def cut(self, new: Sequence[int]) -> str:
+        """The text before the first of the texts."""
+        text = self._vocabulary.decode(new)
+        places = [text.find(stop) for stop in self._texts]
+        return text[: min([place for place in places if place >= 0], default=len(text))]

@@ -1,0 +1,36 @@
+"""`fairseq-moe lm-eval`: EleutherAI's lm-eval, with our models known to it."""
+
+import importlib.util
+import os
+import sys
+from typing import List
+
+from ..errors import UserError
+from . import model
+
+MODEL = "fairseq-moe"
+_OTHERS = ("ls", "validate", "-h", "--help")  # lm-eval's commands that load no model
+
+
+def run(argv: List[str]) -> None:
+    """Hand the command line to lm-eval. Raises UserError where it is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(
+            "lm-eval is not installed; in the folder of this project: "
+            'pip install -c constraints.txt -e ".[lm-eval]"'
+        )
+    from lm_eval.__main__ import cli_evaluate
+
+    from . import harness  # noqa: F401 - registers the model
+
+    if argv and argv[0] not in _OTHERS:
+        words = argv[1:] if argv[0] == "run" else argv
+        named = any(word.split("=")[0] in ("--model", "-M") for word in words)
+        argv = ["run", *([] if named else ["--model", MODEL]), *words]
+    sys.argv = ["lm-eval", *argv]
+    with model.processes(cpu="cpu" in argv):
+        if model.rank():
+            # each process has all results; lm-eval writes those of local rank 0
+            # (evaluator.py:385@0.4.13), of which each machine has one
+            os.environ["LOCAL_RANK"] = str(model.rank())
+        cli_evaluate()
