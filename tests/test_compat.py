@@ -363,7 +363,10 @@ def test_a_copy_that_breaks_off_leaves_the_last_checkpoint_whole(tmp_path, monke
 PRECISIONS = ["--fp16", "--memory-efficient-fp16", "--bf16", "--memory-efficient-bf16"]
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    "precision",
+    [pytest.param(p, marks=[pytest.mark.slow] if p in PRECISIONS[::3] else []) for p in PRECISIONS],
+)
 def test_half_precision_trains_and_resumes(command, work, tmp_path, precision):
     line = f"bin {TRAIN} {precision} --save-dir {tmp_path}"
     assert command("train", f"{line} --max-update 2")[0] == 0
@@ -378,7 +381,9 @@ def test_half_precision_trains_and_resumes(command, work, tmp_path, precision):
 
 
 @on_cpu_only
-@pytest.mark.parametrize("precision", PRECISIONS[:2])
+@pytest.mark.parametrize(
+    "precision", [PRECISIONS[0], pytest.param(PRECISIONS[1], marks=pytest.mark.slow)]
+)
 def test_a_gradient_overflow_is_skipped_on_cpu(command, work, tmp_path, caplog, precision):
     line = f"bin {TRAIN} {precision} --save-dir {tmp_path} --max-update 2"
     with caplog.at_level("INFO"):

@@ -165,6 +165,7 @@ def numbers_of(state):
 
 
 @needs_reference
+@pytest.mark.slow
 def test_the_branch_s_own_files(tmp_path):
     source = REFERENCE / "branch_moe_2ranks" / "checkpoint_last.pt"
     convert(source, tmp_path / "one.pt")
@@ -307,7 +308,9 @@ def test_a_model_of_stock_fairseq(data, tmp_path):
 XGLM = ["", "--activation-fn relu --no-scale-embedding"]
 
 
-@pytest.mark.parametrize("flags, weights", zip(XGLM, ["model.safetensors", "pytorch_model.bin"]))
+@pytest.mark.parametrize(
+    "flags, weights", list(zip(XGLM, ["model.safetensors", "pytorch_model.bin"]))
+)
 def test_xglm(data, run, tmp_path, flags, weights):
     transformers = pytest.importorskip("transformers", reason="pip install transformers")
     source, _ = run(f"{DENSE} {flags}")
