@@ -38,6 +38,7 @@ from .compat import load_weights_only
 from .config import EXPERT_GRAD_SCALES, MoETransformerLMConfig, check_overrides
 from .errors import UserError
 from .expert_parallel import placement, process_count
+from .fully_sharded import places
 from .models.language_model import MODEL_NAME
 from .moe.experts import TensorPerExpert
 
@@ -324,10 +325,10 @@ _UNSUPPORTED: Dict[str, Any] = {
 # How the checkpoint was trained is no matter for reading it; fairseq-train goes by its own command.
 ONE_PROCESS: Dict[str, Any] = {
     "ddp_backend": "legacy_ddp",
-    "distributed_world_size": 1,
     "fp16": False,
     "memory_efficient_fp16": False,
     "fp16_no_flatten_grads": False,
+    "bf16": False,
     "max_tokens": None,
     "batch_size": None,
 }
@@ -607,7 +608,7 @@ _BRANCH_DEFAULTS: Dict[str, Any] = {
     "batch_size_valid": None,
 }
 _NOT_THE_BRANCH_S = {
-    "distributed_world_size",
+    "bf16",
     "max_tokens",
     "moe_capacity_factor",
     "moe_dropless",
@@ -818,8 +819,11 @@ def _restore_from_the_branch() -> None:
                     "--fp16 and --bf16 keep one flat tensor for all parameters unless "
                     "--fp16-no-flatten-grads is given; give it",
                 )
-            named = self.get_model().named_parameters()
-            path.parameters = {name: value for name, value in named if value.requires_grad}
+            path.parameters = {  # shapes
+                name: torch.empty(place.shape, device="meta")
+                for name, place in places(self.get_model()).items()
+                if place.parameter.requires_grad
+            }
         settings = self.cfg.checkpoint
         before = settings.load_checkpoint_on_all_dp_ranks
         settings.load_checkpoint_on_all_dp_ranks = True

@@ -39,6 +39,7 @@ from fairseq.file_io import PathManager
 from fairseq.trainer import Trainer
 from torch import Tensor
 
+from . import fully_sharded
 from .compat import load_weights_only
 from .errors import UserError
 from .expert_parallel import Placement, placement, process_count
@@ -50,7 +51,7 @@ FOLDER = "experts"  # beside the checkpoints
 _EXPERT_FILE = re.compile(r"\d+-\d+-[0-9a-f]{16}-\d+-\d+\.pt(\.tmp)?")
 _EXPERT_PARAMETER = re.compile(r"\.experts\.fc[12]\.(weight|bias)$")
 
-_saving: Optional[Trainer] = None  # on rank 0, while stock saves what has spread experts
+_saving: Optional[Trainer] = None  # while all processes save together
 _loading: Optional[_Loading] = None  # while a trainer loads
 
 
@@ -142,7 +143,7 @@ def _write_for_good() -> None:
     def torch_persistent_save(obj, filename, async_write=False):
         if async_write or PathManager.path_requires_pathmanager(filename):
             return stock(obj, filename, async_write)
-        if _saving is not None:
+        if _saving is not None and _has_spread_experts(_saving):
             obj = _with_experts_apart(_saving, obj, filename)
         write(obj, filename)
 
@@ -168,29 +169,67 @@ def _save_experts_apart() -> None:
                 if trainer.is_data_parallel_master and not cfg.no_save:
                     remove_unused_files(cfg.save_dir, trainer.checkpoint_suffix)
 
-        if cfg.no_save or not _has_spread_experts(trainer):
-            save()
-        elif dist.get_rank() == 0:
-            _lead(trainer, save)
-        else:
-            save()
-            _follow(trainer, cfg.save_dir)
+        global _saving
+        if cfg.no_save or not _saves_together(trainer):
+            return save()
+        _saving = trainer
+        try:
+            if dist.get_rank() == 0:
+                _lead(save)
+            else:
+                save()
+                _follow(trainer, cfg.save_dir)
+        finally:
+            _saving = None
 
     checkpoint_utils.save_checkpoint = save_checkpoint
+    _gather_what_is_sharded()
+    _save_together_or_not_at_all()
 
 
-def _lead(trainer: Trainer, save: Callable[[], None]) -> None:
+def _gather_what_is_sharded() -> None:
+    """All processes must take part in gathering a state that FSDP has sharded. fairseq/checkpoint_
+    utils.py:51 has the others do so at every save, though rank 0 may have nothing to write, and
+    then hangs. Here they wait for its word. What is saved tells nothing of FSDP."""
+    stock = Trainer.state_dict
+
+    @functools.wraps(stock)
+    def state_dict(self):
+        sharded = fully_sharded.is_sharded(self.get_model())
+        if _saving is self and sharded and dist.get_rank() == 0:
+            _broadcast(("gather", None))
+        state = stock(self)
+        state.pop("fsdp_metadata", None)
+        return state
+
+    Trainer.state_dict = state_dict
+    Trainer.always_call_state_dict_during_save_checkpoint = False
+
+
+def _save_together_or_not_at_all() -> None:
+    """fairseq/trainer.py:860 has a process in which training fails write crash.pt. It has neither
+    the experts of others nor what is sharded, and would wait for them to join the gathering."""
+
+    def only_together(stock):
+        @functools.wraps(stock)
+        def method(self, *args):
+            if _saving is self or not _saves_together(self):
+                stock(self, *args)
+
+        return method
+
+    Trainer.consolidate_optimizer = only_together(Trainer.consolidate_optimizer)
+    Trainer.save_checkpoint = only_together(Trainer.save_checkpoint)
+
+
+def _lead(save: Callable[[], None]) -> None:
     """Rank 0's part of a save: the others learn how it ended, whatever happened."""
-    global _saving
-    _saving = trainer
     try:
         save()
     except Exception as error:
         with contextlib.suppress(RuntimeError):  # where a process is gone, this one fails as well
             _broadcast(("failed", str(error)))
         raise
-    finally:
-        _saving = None
     _broadcast(("done", None))
 
 
@@ -198,7 +237,9 @@ def _follow(trainer: Trainer, save_dir: str) -> None:
     """The part of the other ranks."""
     while True:
         word, value = _broadcast(None)
-        if word == "write":
+        if word == "gather":
+            trainer.state_dict()
+        elif word == "write":
             _write_own_experts(trainer, save_dir, value)
         elif word == "failed":
             raise UserError(value)
@@ -260,30 +301,40 @@ def _write_own_experts(trainer: Trainer, save_dir: str, save: str) -> List[Dict[
 
 def _own_experts(trainer: Trainer) -> Dict[str, Any]:
     """The parameters of this process's experts and their optimizer state, on the CPU."""
-    parameters = trainer.get_model().named_parameters()
-    state = {"model": {n: p.detach() for n, p in parameters if _is_expert(n)}, "optimizer": {}}
+    places = fully_sharded.places(trainer.get_model())
+    own = {name: place.parameter for name, place in places.items() if _is_expert(name)}
+    state = {"model": {n: p.detach() for n, p in own.items()}, "optimizer": {}}
     if not trainer.cfg.checkpoint.no_save_optimizer_state:
         saved = trainer.optimizer.state_dict()["state"]
-        indices = _expert_indices(trainer)
-        state["optimizer"] = {n: saved[i] for n, i in indices.items() if i in saved}
+        numbers = fully_sharded.optimizer_numbers(trainer.get_model())
+        state["optimizer"] = {n: saved[numbers[p]] for n, p in own.items() if numbers[p] in saved}
     return utils.move_to_cpu(state)
 
 
 def _expert_indices(trainer: Trainer) -> Dict[str, int]:
-    """Name of each parameter of experts -> its number in the state of the optimizer, which gets
-    the parameters in this order (fairseq/trainer.py:271)."""
+    """Name of each parameter of experts -> its number in a saved state of the optimizer, which gets
+    the parameters in this order (fairseq/trainer.py:271) unless they are sharded."""
     names = _trained_parameters(trainer)
     return {name: i for i, name in enumerate(names) if _is_expert(name)}
 
 
 def _trained_parameters(trainer: Trainer) -> List[str]:
-    modules = (trainer.get_model(), trainer.get_criterion())
-    parameters = itertools.chain(*(module.named_parameters() for module in modules))
+    places = fully_sharded.places(trainer.get_model())
+    parameters = itertools.chain(
+        ((name, place.parameter) for name, place in places.items()),
+        trainer.get_criterion().named_parameters(),
+    )
     return [name for name, parameter in parameters if parameter.requires_grad]
 
 
 def _is_expert(name: str) -> bool:
     return _EXPERT_PARAMETER.search(name) is not None
+
+
+def _saves_together(trainer: Trainer) -> bool:
+    """Whether all processes take part in saving, and each reads what is loaded."""
+    sharded = fully_sharded.is_sharded(trainer.get_model())
+    return _has_spread_experts(trainer) or (process_count() > 1 and sharded)
 
 
 def _has_spread_experts(trainer: Trainer) -> bool:
@@ -356,7 +407,7 @@ def _load_experts_of_this_process() -> None:
 
     @functools.wraps(stock)
     def load_checkpoint_to_cpu(path, *args, **kwargs):
-        together = _loading is not None and _has_spread_experts(_loading.trainer)
+        together = _loading is not None and _saves_together(_loading.trainer)
         with _same_error_on_all_ranks() if together else contextlib.nullcontext():
             return _with_own_experts(path, stock(path, *args, **kwargs))
 
@@ -373,6 +424,9 @@ def _with_own_experts(path: str, state: Dict[str, Any]) -> Dict[str, Any]:
     manifest = state.get("experts")
     optimizer = state.get("last_optimizer_state")
     wanted = optimizer is not None and _loading is not None and _loading.optimizer
+    copy = _copy
+    if wanted and fully_sharded.is_sharded(_loading.trainer.get_model()):
+        copy = _itself  # FSDP copies the pieces that it takes
     rank = dist.get_rank() if process_count() > 1 else 0
     if manifest is not None:
         num_experts, indices = manifest["num_experts"], manifest["indices"]
@@ -381,7 +435,7 @@ def _with_own_experts(path: str, state: Dict[str, Any]) -> Dict[str, Any]:
     else:
         whole = {name: value for name, value in state["model"].items() if _is_expert(name)}
         if process_count() == 1 or not whole:
-            return {**state, "last_optimizer_state": _copy(optimizer)} if wanted else state
+            return {**state, "last_optimizer_state": copy(optimizer)} if wanted else state
         num_experts = len(next(iter(whole.values())))
         place = placement(num_experts, process_count(), rank)
         indices = _indices_in(optimizer, path) if wanted else {}
@@ -394,7 +448,7 @@ def _with_own_experts(path: str, state: Dict[str, Any]) -> Dict[str, Any]:
     state = {**state, "model": model}
     if wanted:
         own = {i: s for i, s in optimizer["state"].items() if i not in set(indices.values())}
-        own = _copy(own)
+        own = copy(own)
         for name in pieces[0].optimizer:
             own[indices[name]] = _own_optimizer_state(path, place, name, pieces)
         state["last_optimizer_state"] = {**optimizer, "state": own}
@@ -497,6 +551,10 @@ def _indices_in(optimizer: Dict[str, Any], path: str) -> Dict[str, int]:
     return _expert_indices(_loading.trainer)
 
 
+def _itself(state: Any) -> Any:
+    return state
+
+
 def _copy(state: Any) -> Any:
     """Tensors that were mapped, in memory of their own."""
     if isinstance(state, Tensor):
@@ -518,7 +576,9 @@ def _resume_trainers() -> None:
         global _loading
         settings = self.cfg.checkpoint
         on_all_ranks = settings.load_checkpoint_on_all_dp_ranks
-        if _has_spread_experts(self):
+        if fully_sharded.is_sharded(self.get_model()):
+            _refuse_optimizers_that_join_numbers(self)
+        if _saves_together(self):
             _refuse_what_cannot_be_saved(self.cfg)
             _check_ranks(filename)
             settings.load_checkpoint_on_all_dp_ranks = True
@@ -557,6 +617,17 @@ def _refuse_what_cannot_be_saved(cfg: Any) -> None:
             raise UserError(
                 f"{flag}: not for experts on {process_count()} processes; drop it, or train on one"
             )
+
+
+def _refuse_optimizers_that_join_numbers(trainer: Trainer) -> None:
+    """Raises UserError for optimizers that need parameters whole (fairseq/trainer.py:336)."""
+    try:
+        trainer.optimizer  # noqa: B018 - is built now
+    except AssertionError as error:
+        raise UserError(
+            f"--optimizer {trainer.cfg.optimizer._name}: --ddp-backend fully_sharded gives it "
+            "pieces of parameters, and it needs them whole: use adam or sgd, or pytorch_ddp"
+        ) from error
 
 
 def _check_ranks(filename: str) -> None:

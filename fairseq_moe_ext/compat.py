@@ -459,6 +459,61 @@ def ddp_on_cpu() -> None:
     distributed_fairseq_model.DistributedDataParallel = on_any_device
 
 
+def fsdp_on_cpu() -> None:
+    """Shard models with fairscale's FSDP on machines without a GPU, over Gloo.
+
+    Breaks: `--ddp-backend fully_sharded`: CUDA streams, which overlap exchanges with computation,
+    are waited for whether there are any or not; the device is CUDA's; older Gloo has no
+    reduce-scatter. On a CPU all happens in turn, and an all-reduce has the same sums.
+    Where: fairscale/nn/data_parallel/fully_sharded_data_parallel.py:1162, :1368, :1692, :1740,
+    :1744, :1808, :1978, :2048, :2100, :2257, :2520 and
+    fairscale/internal/reduce_scatter_bucketer.py:38, :145 (0.4.13).
+    Ends: with a fairscale that asks for its device, or a fairseq with PyTorch's own FSDP.
+    """
+    import torch
+    from fairscale.internal import reduce_scatter_bucketer
+    from fairscale.nn.data_parallel import fully_sharded_data_parallel as fsdp
+
+    class NoStream:
+        def wait_stream(self, stream):
+            pass
+
+        def synchronize(self):
+            pass
+
+    stream = NoStream()
+    cuda = _View(
+        torch.cuda,
+        synchronize=lambda: None,
+        current_stream=lambda: stream,
+        stream=lambda stream: contextlib.nullcontext(),
+    )
+    fsdp.torch = _View(torch, cuda=cuda)
+    fsdp._get_default_cuda_device = lambda module: torch.device("cpu")
+    torch.Tensor.record_stream = lambda self, stream: None  # a method, so there is no other place
+    stock = fsdp.FullyShardedDataParallel._setup_streams
+
+    @functools.wraps(stock)
+    def _setup_streams(self):
+        stock(self)
+        self._streams.update(dict.fromkeys(("fp32_to_fp16", "all_gather", "post_backward"), stream))
+
+    def reduce_scatter(output, inputs, group):
+        inputs = torch.stack(tuple(inputs))
+        torch.distributed.all_reduce(inputs, group=group)
+        output.copy_(inputs[torch.distributed.get_rank(group)].view_as(output))
+
+    def reduce_scatter_base(output, flat, group):
+        reduce_scatter(output, flat.view(group.size(), -1), group)
+
+    fsdp.FullyShardedDataParallel._setup_streams = _setup_streams
+    reduce_scatter_bucketer.dist = _View(
+        torch.distributed,
+        reduce_scatter=reduce_scatter,
+        _reduce_scatter_base=reduce_scatter_base,
+    )
+
+
 def fp16_on_cpu() -> None:
     """Train with --fp16 on a CPU.
 
@@ -554,7 +609,9 @@ def processes_that_can_start() -> None:
 
     Breaks: fairseq starts one process per GPU. On CPU, `--distributed-world-size 2` with an init
     method starts none and exits with 0; without one, an AssertionError. NCCL needs GPUs.
-    Where: fairseq/distributed/utils.py:143 and :346.
+    fairscale's FSDP on one process wants a module that fairscale 0.4.13 has no more, and GPUs
+    where there are any.
+    Where: fairseq/distributed/utils.py:143 and :346, fully_sharded_data_parallel.py:92.
     Ends: with a fairseq that says so.
     """
     import torch
@@ -570,6 +627,18 @@ def processes_that_can_start() -> None:
         size = settings.distributed_world_size
         spawns = not (launched or settings.distributed_no_spawn or settings.distributed_port > 0)
         one_machine = settings.distributed_init_method is None
+        alone = os.environ["WORLD_SIZE"] == "1" if launched else size == 1 and spawns
+        trains = cfg.common_eval.path is None
+        if settings.ddp_backend == "fully_sharded" and trains and alone:
+            raise UserError(
+                "--ddp-backend fully_sharded: one process has nothing to shard; use legacy_ddp, "
+                "which goes on from the same checkpoints"
+            )
+        if settings.ddp_backend == "fully_sharded" and trains and cfg.common.cpu and gpus > 0:
+            raise UserError(
+                "--cpu with --ddp-backend fully_sharded: fairscale takes the GPUs that it sees; "
+                "hide them (CUDA_VISIBLE_DEVICES=), or use legacy_ddp"
+            )
         if cfg.common.tpu:
             pass
         elif spawns and size > 1 and (gpus == 0 or (one_machine and size > gpus)):
@@ -913,6 +982,7 @@ PATCHES = (
     Patch(broadcast_of_objects, needed=lambda: _torch_is((2, 6))),
     Patch(gather_on_cpu, needed=_no_gpu),
     Patch(ddp_on_cpu, needed=_always),
+    Patch(fsdp_on_cpu, needed=lambda: _no_gpu() and importlib.util.find_spec("fairscale")),
     Patch(fp16_on_cpu, needed=_always),
     Patch(bf16_without_tpu, needed=lambda: importlib.util.find_spec("torch_xla") is None),
     Patch(fresh_jobs, needed=_always),

@@ -176,20 +176,28 @@ class MoETransformerLMConfig(FairseqDataclass):
         },
     )
 
+    min_params_to_wrap: int = field(
+        default=int(1e8),
+        metadata={
+            "help": "layers with at least so many parameters are sharded one by one under "
+            "--ddp-backend fully_sharded (with --checkpoint-activations all of them)"
+        },
+    )
+
     # Settings of other groups that the model reads.
     tokens_per_sample: int = II("task.tokens_per_sample")
     max_target_positions: Optional[int] = II("task.max_target_positions")
     max_tokens: Optional[int] = II("dataset.max_tokens")
     batch_size: Optional[int] = II("dataset.batch_size")
     ddp_backend: str = II("distributed_training.ddp_backend")
-    distributed_world_size: int = II("distributed_training.distributed_world_size")
     fp16: bool = II("common.fp16")
     memory_efficient_fp16: bool = II("common.memory_efficient_fp16")
     fp16_no_flatten_grads: bool = II("common.fp16_no_flatten_grads")
+    bf16: bool = II("common.bf16")
 
 
 # Backends that leave the experts' gradients to us.
-_DDP_BACKENDS = ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d")
+_DDP_BACKENDS = ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d", "fully_sharded")
 
 _CHOICES = {
     "moe_second_expert_policy": SECOND_EXPERT_POLICIES.__members__,
@@ -314,8 +322,6 @@ def _validate_experts(cfg: MoETransformerLMConfig) -> None:
             "batch above 0 up to 1, or a negative number for training's rule"
         )
     _validate_capacity_factor(cfg)
-    if cfg.distributed_world_size > 1:
-        _validate_distributed(cfg)
 
 
 def _validate_capacity_factor(cfg: MoETransformerLMConfig) -> None:
@@ -341,16 +347,19 @@ def _validate_capacity_factor(cfg: MoETransformerLMConfig) -> None:
         )
 
 
-def _validate_distributed(cfg: MoETransformerLMConfig) -> None:
+def validate_processes(cfg: MoETransformerLMConfig, processes: int) -> None:
+    """Raise UserError for settings that cannot train experts right on several processes. How many
+    they are no setting says: torchrun and SLURM tell when all settings are made."""
     if cfg.ddp_backend not in _DDP_BACKENDS:
         raise UserError(
-            f"--ddp-backend {cfg.ddp_backend} does not train experts right: use legacy_ddp or "
-            "pytorch_ddp"
+            f"--ddp-backend {cfg.ddp_backend} does not train experts right: use legacy_ddp, "
+            "pytorch_ddp or fully_sharded"
         )
-    if cfg.fp16 and not (cfg.memory_efficient_fp16 or cfg.fp16_no_flatten_grads):
+    joins = not (cfg.memory_efficient_fp16 or cfg.fp16_no_flatten_grads)
+    if cfg.fp16 and joins and cfg.ddp_backend != "fully_sharded":
         raise UserError(
             "--fp16 puts the gradients of experts and shared parameters into one tensor, which "
-            f"{cfg.distributed_world_size} processes cannot reduce apart: add "
+            f"{processes} processes cannot reduce apart: add "
             "--memory-efficient-fp16 or --fp16-no-flatten-grads"
         )
     if cfg.moe_routing_scope == "world" and cfg.moe_batch_prioritized_routing:

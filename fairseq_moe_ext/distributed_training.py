@@ -1,25 +1,36 @@
 """What fairseq's trainer and eval-lm must know of experts that are spread over processes.
 
-Wrappers of stock's functions, put in place by `apply()`; without experts, or on one process, they
-pass calls through. Each names the place in fairseq 0.12.2 that it wraps.
+Wrappers of stock's functions, put in place by `apply()`; each names the place in fairseq 0.12.2
+that it wraps. In training on one process, or without experts, they pass calls through.
 """
 
 import functools
+import inspect
+import math
 import sys
-from typing import Any, Dict, Iterable, Iterator, List
+from typing import Any, Dict, Iterable, Iterator, List, Optional
 
 import torch
 from fairseq import trainer, utils
+from fairseq.data import Dictionary
+from fairseq.sequence_scorer import SequenceScorer
 from torch import Tensor
 
 from .checkpoint import check_code_versions
-from .expert_parallel import collective_device, process_count, sum_of_experts
+from .config import validate_processes
+from .expert_parallel import (
+    collective_device,
+    process_count,
+    sum_of_experts,
+    sum_over_processes,
+)
 
 
 def apply() -> None:
     """Put the wrappers in place, once."""
     if getattr(utils.clip_grad_norm_, "counts_experts", False):
         return
+    _refuse_what_cannot_be_trained()
     _count_experts_in_the_gradient_norm()
     _leave_dummy_batches_empty()
     for name in ("fairseq_cli.eval_lm", "__main__"):  # the latter with `python -m`
@@ -28,23 +39,40 @@ def apply() -> None:
             _evaluate_the_whole_set(module)
 
 
+def _refuse_what_cannot_be_trained() -> None:
+    """The first that stock does when it has a model to train (fairseq_cli/train.py:110)."""
+    stock = trainer.Trainer.__init__
+
+    @functools.wraps(stock)
+    def __init__(self, cfg, task, model, *args, **kwargs):
+        if process_count() > 1 and getattr(model, "has_experts", False):
+            validate_processes(cfg.model, process_count())
+        stock(self, cfg, task, model, *args, **kwargs)
+
+    trainer.Trainer.__init__ = __init__
+
+
 def _count_experts_in_the_gradient_norm() -> None:
     """fairseq/utils.py:347 leaves parameters with the attribute `expert` out of the norm, though it
-    clips them by it."""
+    clips them by it; and fairseq/trainer.py:1253, which adds up the squares of FSDP's pieces, wants
+    a GPU and rounds to float32."""
     stock = utils.clip_grad_norm_
 
     @functools.wraps(stock)
     def clip_grad_norm_(params, max_norm, aggregate_norm_fn=None) -> Tensor:
         params = [params] if isinstance(params, Tensor) else list(params)
         experts = [p.grad for p in params if hasattr(p, "expert") and p.grad is not None]
-        if not experts:
-            return stock(params, max_norm, aggregate_norm_fn)
+        if not experts and aggregate_norm_fn is None:
+            return stock(params, max_norm)
         shared = [p.grad for p in params if not hasattr(p, "expert") and p.grad is not None]
-        shared_norm = _sum_of_squares(shared).sqrt()
-        if aggregate_norm_fn is not None:
-            shared_norm = aggregate_norm_fn(shared_norm)
-        expert_norm = sum_of_experts(_sum_of_squares(experts)).sqrt()
-        norm = torch.hypot(shared_norm, expert_norm.to(shared_norm))
+        shared_squares = _sum_of_squares(shared)
+        if aggregate_norm_fn is not None:  # FSDP's: each process has a piece of each gradient
+            shared_squares = sum_over_processes(shared_squares)
+        shared_norm = shared_squares.sqrt()
+        norm = shared_norm
+        if experts:
+            expert_norm = sum_of_experts(_sum_of_squares(experts)).sqrt()
+            norm = torch.hypot(shared_norm, expert_norm.to(shared_norm))
         if max_norm > 0:
             clip = (float(max_norm) / (norm + 1e-6)).clamp(max=1)
             for grad in shared + experts:
@@ -95,46 +123,85 @@ def _no_sentences(sample: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def _evaluate_the_whole_set(eval_lm) -> None:
-    """fairseq_cli/eval_lm.py:61 gives each process the loss of its own share of the batches, and
-    passes a share's missing last batch over. Here each process takes as many steps as any, and the
-    result is the set's."""
+    """fairseq_cli/eval_lm.py:61 adds up scores in float32, and gives each process the loss of its
+    own share of the batches, of which it passes a missing last one over. Here the sums are in
+    float64 and of the whole set, and each process takes as many steps as any."""
     stock = eval_lm.eval_lm
+    signature = inspect.signature(stock)
 
     @functools.wraps(stock)
-    def whole(models, source_dictionary, batch_iterator, *args, **kwargs):
-        if process_count() == 1:
-            return stock(models, source_dictionary, batch_iterator, *args, **kwargs)
-        check_code_versions()
-        pad = (kwargs.get("target_dictionary") or source_dictionary).pad()
-        batches = _CountingBatches(batch_iterator, pad)
-        result = stock(models, source_dictionary, batches, *args, **kwargs)
-        bits = torch.tensor(
-            [float(result["loss"]) * batches.targets, batches.targets], dtype=torch.float64
-        )
-        bits = bits.to(collective_device())
-        torch.distributed.all_reduce(bits)
-        loss = float(bits[0] / bits[1])
+    def whole(*args, **kwargs):
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        call = bound.arguments
+        if process_count() > 1:
+            check_code_versions()
+            call["batch_iterator"] = _with_empty_batches(call["batch_iterator"])
+        dictionary = call["target_dictionary"] or call["source_dictionary"]
+        sums = _Sums(dictionary, call["post_process"], call["remove_bos_token"])
+        eval_lm.SequenceScorer = functools.partial(_AddingScorer, sums)
+        try:
+            stock(**call)
+        finally:
+            eval_lm.SequenceScorer = SequenceScorer
+        loss = sums.loss()
         return {"loss": loss, "perplexity": 2**loss}
 
     eval_lm.eval_lm = whole
 
 
-class _CountingBatches:
-    """Batches, with an empty one where a share has none, and the number of targets that stock's
-    scorer scores in them."""
+def _with_empty_batches(batches: Iterable[Dict[str, Any]]) -> Iterator[Dict[str, Any]]:
+    """Batches, with one of no sentences where a share has none."""
+    for batch in batches:
+        if "net_input" not in batch:
+            none = torch.zeros(0, 1, dtype=torch.long)
+            inputs = {"src_tokens": none, "src_lengths": none[:, 0]}
+            batch = {"id": none[:, 0], "net_input": inputs, "target": none, "ntokens": 0}
+        yield batch
 
-    def __init__(self, batches: Iterable[Dict[str, Any]], pad: int) -> None:
-        self.batches = batches
-        self.pad = pad
-        self.targets = 0
 
-    def __iter__(self) -> Iterator[Dict[str, Any]]:
-        for batch in self.batches:
-            if "net_input" not in batch:
-                none = torch.zeros(0, 1, dtype=torch.long)
-                inputs = {"src_tokens": none, "src_lengths": none[:, 0]}
-                batch = {"id": none[:, 0], "net_input": inputs, "target": none, "ntokens": 0}
-            starts = batch.get("start_indices", [0] * len(batch["target"]))
-            for row, start in zip(batch["target"], starts):
-                self.targets += int(row[start:].ne(self.pad).sum())
-            yield batch
+class _Sums:
+    """What stock's eval_lm adds up over its hypotheses."""
+
+    def __init__(self, dictionary: Dictionary, post_process: Optional[str], without_bos: bool):
+        """
+        Args:
+            post_process: what a piece of a word ends with that goes on; it is no word of its own.
+            without_bos: the first token is not scored.
+        """
+        self.scores = 0.0
+        self.count = 0
+        self.first = 1 if without_bos else 0
+        pieces = []
+        if post_process is not None:
+            end = post_process.rstrip()
+            pieces = [i for i in range(len(dictionary)) if dictionary[i].endswith(end)]
+        self.pieces = torch.tensor(pieces, dtype=torch.long)
+
+    def add(self, tokens: Tensor, scores: Tensor) -> None:
+        """tokens (T,), and the logarithms of their probabilities (T,)."""
+        tokens, scores = tokens[self.first :].cpu(), scores[self.first :].cpu()
+        finite = ~scores.isinf()  # stock skips the others
+        self.scores += float(scores[finite].sum(dtype=torch.float64))
+        self.count += int(finite.sum()) - int(torch.isin(tokens[:-1], self.pieces).sum())
+
+    def loss(self) -> float:
+        """In bits a word, over all processes; 0 where nothing is scored, as stock's."""
+        sums = torch.tensor([self.scores, self.count], dtype=torch.float64)
+        if process_count() > 1:
+            sums = sums.to(collective_device())
+            torch.distributed.all_reduce(sums)
+        scores, count = sums.tolist()
+        return -scores / count / math.log(2) if count > 0 else 0.0
+
+
+class _AddingScorer(SequenceScorer):
+    def __init__(self, sums: _Sums, *args) -> None:
+        super().__init__(*args)
+        self.sums = sums
+
+    def generate(self, models, sample, **kwargs):
+        hypotheses = super().generate(models, sample, **kwargs)
+        for best, *_ in hypotheses:
+            self.sums.add(best["tokens"], best["positional_scores"])
+        return hypotheses

@@ -155,9 +155,14 @@ def sum_of_experts(x: Tensor) -> Tensor:
     was built last says how many replicas an expert has."""
     if process_count() == 1:
         return x
+    return sum_over_processes(x) / _replicas
+
+
+def sum_over_processes(x: Tensor) -> Tensor:
+    """Sum of a figure over all processes."""
     x = x.to(collective_device(), copy=True)
     dist.all_reduce(x)
-    return x / _replicas
+    return x
 
 
 def mark_experts(model: nn.Module) -> bool:

@@ -25,9 +25,7 @@ SMALL = dict(
     tokens_per_sample=64,
     max_target_positions=None,
 )
-TRAINING = dict(
-    max_tokens=None, batch_size=None, ddp_backend="legacy_ddp", distributed_world_size=1
-)
+TRAINING = dict(max_tokens=None, batch_size=None, ddp_backend="legacy_ddp")
 MOE = dict(moe_freq=2, moe_expert_count=6, moe_second_expert_policy="all")
 
 

@@ -17,7 +17,7 @@ from fairseq.data import Dictionary, indexed_dataset
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from processes import run_processes
 from small_models import PAD, TYPES, build_model, make_task
-from test_distributed_training import as_sample, batches, make_trainer
+from test_distributed_training import as_sample, batches, configure, make_trainer
 
 import fairseq_moe_ext
 from fairseq_moe_ext import branch_checkpoint
@@ -126,6 +126,26 @@ CHECKPOINTS = {
     "relu, normed": (dict(activation_fn="relu", layernorm_embedding=True), 2, {}),
     "unscaled": (dict(no_scale_embedding=True, no_decoder_final_norm=True), 2, {}),
     "dead width": (dict(moe_expert_ffn_dim=7, _name="transformer_lm_gpt3_small"), 2, {}),
+    "top-1 on eight, old args": (dict(moe_top1_expert=True, moe_freq=1), 8, {"old_args": True}),
+    "prioritized, masked": (
+        dict(
+            moe_batch_prioritized_routing=True,
+            use_moe_pad_mask=True,
+            moe_normalize_gate_prob_before_dropping=True,
+        ),
+        4,
+        {},
+    ),
+    "gpt3, untied": (
+        dict(
+            _name="transformer_lm_gpt3_small",
+            decoder_learned_pos=True,
+            share_decoder_input_output_embed=False,
+            moe_freq=1,
+        ),
+        4,
+        {"shards": True},
+    ),
     "before zip files": ({}, 2, {"zipped": False}),
 }
 NOT_OURS = ("_name", "moe_expert_ffn_dim")
@@ -168,7 +188,14 @@ def test_logits_are_those_of_the_weights(tmp_path, data, name):
 
 
 @pytest.mark.parametrize(
-    "name, world", [("two ranks", 4), ("experts on two ranks each", 2), ("old args", 2)]
+    "name, world",
+    [
+        ("two ranks", 4),
+        ("experts on two ranks each", 2),
+        ("old args", 2),
+        ("top-1", 2),
+        ("prioritized, masked", 2),
+    ],
 )
 def test_logits_on_several_processes(tmp_path, data, name, world):
     model = write_small(tmp_path / "run", name)
@@ -215,7 +242,7 @@ def test_experts_on_disk_are_not_trained(tmp_path, data):
     with pytest.raises(RuntimeError, match="cannot be trained"):
         lm.models[0](tokens())
     with pytest.raises(UserError, match="--moe-experts-on-disk.*drop it"):
-        make_trainer(data, f"{ADAM} --moe-experts-on-disk", 1)
+        make_trainer(configure(data, f"{ADAM} --moe-experts-on-disk"), "legacy_ddp", 1)
 
 
 def test_what_the_files_may_be_called(tmp_path):
@@ -246,7 +273,7 @@ def test_what_the_files_may_be_called(tmp_path):
 
 ADAM = "--optimizer adam --adam-betas (0.9,0.98) --lr 0.001 --tokens-per-sample 64"
 ADAM += " --decoder-layers 4 --decoder-embed-dim 16 --decoder-ffn-embed-dim 32"
-ADAM += " --moe-expert-count 4 --ddp-backend legacy_ddp"
+ADAM += " --moe-expert-count 4"
 
 
 def remembered(name, shape):
@@ -259,9 +286,17 @@ def remembered(name, shape):
     }
 
 
+# Flags of the models whose settings differ.
+SETTINGS = {
+    "top-1 on eight, old args": "--moe-top1-expert --moe-freq 1",
+    "gpt3, untied": "--arch moe_transformer_lm --moe-freq 1 --decoder-learned-pos",
+}
+
+
 def restored(rank, folder, path, flags, world, reset=False):
     """Updates, and of each parameter of this process its value and the optimizer's exp_avg."""
-    trainer = make_trainer(folder, f"{ADAM} {flags}", world, torch.float32)
+    cfg = configure(folder, f"{ADAM} {flags}")
+    trainer = make_trainer(cfg, "legacy_ddp", world, torch.float32)
     trainer.load_checkpoint(path, reset_optimizer=reset)
     state = trainer.optimizer.state_dict()["state"]
     named = trainer.get_model().named_parameters()
@@ -283,12 +318,14 @@ def restored(rank, folder, path, flags, world, reset=False):
         ("experts on two ranks each", 1),
         ("FSDP's names", 2),
         ("old args", 1),
+        ("top-1 on eight, old args", 2),
+        ("gpt3, untied", 4),
     ],
 )
 def test_training_goes_on_with_the_optimizer_state(tmp_path, data, world, name):
     model = write_small(tmp_path / "run", name, optimizer=remembered)
     path = str(tmp_path / "run" / "model.pt")
-    args = (data, path, "", world)
+    args = (data, path, SETTINGS.get(name, ""), world)
     results = run_processes(world, restored, *args) if world > 1 else [restored(0, *args)]
     whole = dict(model.named_parameters())
     for rank, (updates, found) in enumerate(results):

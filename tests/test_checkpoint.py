@@ -12,6 +12,7 @@ import torch
 from fairseq import checkpoint_utils, options, tasks
 from fairseq.data import Dictionary, indexed_dataset, iterators
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.distributed import utils as distributed_utils
 from fairseq.trainer import Trainer
 from fairseq_cli import train as fairseq_train
 from processes import run_processes
@@ -172,6 +173,24 @@ def referred_files(folder):
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(data, runs, experts, first, then):
     """experts < processes: with replicas."""
+    goes_on(data, runs, experts, first, then)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "experts, first, then",
+    [
+        *((8, 8, then) for then in (1, 2, 4, 8)),
+        *((8, first, 8) for first in (1, 2, 4)),
+        *((4, 8, then) for then in (2, 8)),
+        (2, 8, 1),
+    ],
+)
+def test_eight_processes_too(data, runs, experts, first, then):
+    goes_on(data, runs, experts, first, then)
+
+
+def goes_on(data, runs, experts, first, then):
     folder, losses = runs(first, experts)
     resumed = resume(data, folder, then, experts)
     expected = losses[SAVED:]
@@ -182,12 +201,150 @@ def test_a_resumed_run_equals_the_uninterrupted_one(data, runs, experts, first, 
         assert resumed == pytest.approx(expected, rel=1e-5)
 
 
+def test_pytorch_ddp_goes_on(data, tmp_path):
+    """From two processes to one and to four."""
+    losses = first_run(data, tmp_path, 2, 4, "--ddp-backend pytorch_ddp")
+    for then in (1, 4):
+        resumed = resume(data, tmp_path, then, 4, "--ddp-backend pytorch_ddp")
+        assert resumed == pytest.approx(losses[SAVED:], rel=1e-5)
+
+
 def test_with_update_freq_instead_of_processes(data, runs, tmp_path):
     """Half the processes, twice the batches each: the place in the data is that of all."""
     options = "--moe-dropless --moe-gate-loss-wt 0"  # which treat each micro-batch by itself
     losses = first_run(data, tmp_path, 2, 4, options)
     resumed = resume(data, tmp_path, 1, 4, f"{options} --update-freq 2", batch=GLOBAL_BATCH // 2)
     assert resumed == pytest.approx(losses[SAVED:], rel=1e-5)
+
+
+SHARDED = "--ddp-backend fully_sharded --min-params-to-wrap"
+
+
+@pytest.fixture(scope="module")
+def sharded_run(data, tmp_path_factory):
+    """As runs(2, 4), with each layer's shared parameters sharded."""
+    folder = tmp_path_factory.mktemp("sharded")
+    return folder, first_run(data, folder, 2, 4, f"{SHARDED} 0")
+
+
+@pytest.mark.parametrize(
+    "then, options",
+    [
+        (2, f"{SHARDED} 0"),
+        (1, ""),
+        pytest.param(2, "", marks=pytest.mark.slow),
+        pytest.param(2, f"{SHARDED} 100000000", marks=pytest.mark.slow),
+        pytest.param(4, f"{SHARDED} 0", marks=pytest.mark.slow),
+    ],
+)
+def test_sharded_runs_go_on_under_any_backend(data, runs, sharded_run, then, options):
+    folder, losses = sharded_run
+    assert losses == pytest.approx(runs(2, 4)[1], rel=1e-5)
+    assert resume(data, folder, then, 4, options) == pytest.approx(losses[SAVED:], rel=1e-5)
+
+
+@pytest.mark.parametrize("first", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_other_runs_go_on_sharded(data, runs, first):
+    folder, losses = runs(first, 4)
+    resumed = resume(data, folder, 2, 4, f"{SHARDED} 0")
+    assert resumed == pytest.approx(losses[SAVED:], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_dense_models_are_sharded_too(data, tmp_path):
+    options = "--arch dense_lm_tiny --moe-freq 0"
+    losses = first_run(data, tmp_path, 2, 0, f"{options} {SHARDED} 0")
+    assert losses == pytest.approx(first_run(data, tmp_path / "one", 1, 0, options), rel=1e-5)
+    for world, backend in ((4, f"{SHARDED} 0"), (1, "")):
+        resumed = resume(data, tmp_path, world, 0, f"{options} {backend}")
+        assert resumed == pytest.approx(losses[SAVED:], rel=1e-5)
+
+
+def assert_alike(one, other):
+    """Files of two backends: the same names, shapes and, but for rounding, numbers."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_alike(one[key], other[key])
+    elif isinstance(one, torch.Tensor):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+    else:
+        assert one == other
+
+
+def test_files_tell_nothing_of_sharding(runs, sharded_run):
+    files = []
+    for folder, _ in (runs(2, 4), sharded_run):
+        state = torch.load(folder / f"checkpoint_1_{SAVED}.pt", weights_only=True)
+        experts = [
+            torch.load(folder / f["name"], weights_only=True) for f in state["experts"]["files"]
+        ]
+        for content in experts:
+            del content["save"]
+        indices = state["experts"]["indices"]
+        files.append(
+            (state.keys(), state["model"], state["last_optimizer_state"], indices, experts)
+        )
+    assert files[0][0] == files[1][0]
+    for one, other in zip(files[0][1:4], files[1][1:4]):
+        assert_alike(one, other)
+    for one, other in zip(files[0][4], files[1][4]):
+        assert_alike(one, other)
+
+
+def test_sharded_run_without_anything_to_save(data, tmp_path):
+    """fairseq's processes but the first would wait for it for ever."""
+    flags = "--no-epoch-checkpoints --no-last-checkpoints --max-update 4"
+    line = f"{data} {TRAIN} --moe-expert-count 4 {SHARDED} 0 {flags}"
+    assert len(train_on(2, f"{line} --save-dir {tmp_path}")) == 4
+
+
+def test_evaluation_of_a_sharded_run(data, runs, sharded_run):
+    found = []
+    for folder, _ in (runs(2, 4), sharded_run):
+        line = f"{data} {EVAL} --path {folder}/checkpoint_last.pt"
+        line += " --model-overrides {'moe_eval_capacity_token_fraction':1.0}"
+        found.append(perplexity(0, 1, line))
+        assert run_processes(2, perplexity, 2, line) == pytest.approx([found[-1]] * 2, rel=1e-6)
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_sharded_half_precision_goes_on(data, tmp_path):
+    """--fp16: float32 pieces; --memory-efficient-fp16: float16 ones."""
+    for precision in ("--fp16", "--memory-efficient-fp16"):
+        folder = tmp_path / precision.strip("-")
+        options = f"{SHARDED} 0 {precision} --fp16-init-scale 4"
+        losses = first_run(data, folder, 2, 4, options)
+        assert losses[-1] < losses[0]
+        assert resume(data, folder, 2, 4, options) == losses[SAVED:]
+        assert resume(data, folder, 4, 4, options) == pytest.approx(losses[SAVED:], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "flag, words",
+    [
+        ("--bf16", "--bf16 with --ddp-backend fully_sharded"),
+        ("--use-sharded-state", "--use-sharded-state with"),
+        ("--cpu-offload", "--cpu-offload with"),
+        ("--not-fsdp-flatten-parameters", "--not-fsdp-flatten-parameters with"),
+        ("--fp32-reduce-scatter", "--fp32-reduce-scatter with"),
+        ("--optimizer adafactor", "--optimizer adafactor"),
+        ("--moe-expert-count 3", "3 cannot be spread over 2 processes"),
+    ],
+)
+def test_what_cannot_be_sharded_right_is_refused_by_name(data, tmp_path, flag, words):
+    line = f"{data} {TRAIN} --moe-expert-count 4 {SHARDED} 0 --save-dir {tmp_path} {flag}"
+    for message in run_processes(2, error_of, train, 2, line):
+        assert words in message and "\n" not in message
+
+
+def test_one_process_has_nothing_to_shard(data, tmp_path, capsys):
+    line = f"{data} {TRAIN} --moe-expert-count 4 {SHARDED} 0 --save-dir {tmp_path}"
+    cfg = settings(f"{line} --batch-size 8", 0, 1)
+    with pytest.raises(SystemExit):
+        distributed_utils.call_main(cfg, fairseq_train.main)
+    assert "--ddp-backend fully_sharded: one process" in capsys.readouterr().err
 
 
 PRECISIONS = ["--memory-efficient-fp16", "--fp16 --fp16-no-flatten-grads", "--bf16"]
@@ -266,13 +423,18 @@ EVAL = f"--user-dir {Path(fairseq_moe_ext.__file__).parent} --gen-subset valid -
 EVAL += " --tokens-per-sample 8 --num-workers 0 --batch-size 4 --log-format none"
 
 
-def perplexity(rank, world, line):
+def eval_lm_command():
     from fairseq_cli import eval_lm
 
     if not hasattr(
         eval_lm.eval_lm, "__wrapped__"
     ):  # imported after the package, as no command does
         distributed_training._evaluate_the_whole_set(eval_lm)
+    return eval_lm
+
+
+def perplexity(rank, world, line):
+    eval_lm = eval_lm_command()
     parser = options.get_eval_lm_parser()
     line += f" --distributed-world-size {world} --distributed-rank {rank}"
     sys.argv[1:] = line.split()
@@ -290,6 +452,61 @@ def test_evaluation_on_any_number_of_processes(data, runs, writers, experts):
     for world in (2, 4):
         for many in run_processes(world, perplexity, world, line):
             assert many == pytest.approx(one, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--batch-size 16",  # one batch: more processes than that
+        "--batch-size 2 --context-window 3",
+        "--add-bos-token --tokens-per-sample 6",
+        "--remove-bpe",
+    ],
+)
+def test_evaluation_counts_every_token_once(data, runs, tmp_path, monkeypatch, options):
+    """As stock does on one process."""
+    folder = shutil.copytree(data, tmp_path / "data")
+    words = (folder / "dict.txt").read_text()
+    (folder / "dict.txt").write_text(words.replace("w3 ", "w3@@ ").replace("w7 ", "w7@@ "))
+    line = f"{folder} {EVAL} --path {runs(2, 4)[0]}/checkpoint_last.pt {options}"
+    line += " --model-overrides {'moe_eval_capacity_token_fraction':1.0}"
+    one = perplexity(0, 1, line)
+    for world in (2, 4):
+        for many in run_processes(world, perplexity, world, line):
+            assert many == pytest.approx(one, rel=1e-6)
+    eval_lm = eval_lm_command()
+    monkeypatch.setattr(eval_lm, "eval_lm", eval_lm.eval_lm.__wrapped__)
+    assert one == pytest.approx(perplexity(0, 1, line), rel=1e-6)
+
+
+def validated(rank, world, line):
+    """inner_loss a token over the whole valid set, in nats, after one update."""
+    sums = []
+    stock = Trainer._reduce_and_log_stats
+
+    def record(self, logs, sample_size, grad_norm=None):
+        if grad_norm is None:
+            sums.append((sum(float(log["inner_loss"]) for log in logs), float(sample_size)))
+        return stock(self, logs, sample_size, grad_norm)
+
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(Trainer, "_reduce_and_log_stats", record)
+        fairseq_train.main(settings(line, rank, world))
+    loss, tokens = (sum(values) for values in zip(*sums))
+    assert tokens == 80  # each once
+    return loss / tokens
+
+
+@pytest.mark.parametrize("backend", ["legacy_ddp", "pytorch_ddp", "fully_sharded"])
+def test_validation_is_of_the_whole_set(data, tmp_path, backend):
+    """In three batches, so that some processes have none."""
+    line = f"{data} {TRAIN} --moe-expert-count 4 --save-dir {tmp_path} --no-save --max-update 1"
+    line = line.replace(" --disable-validation", "") + " --batch-size 2 --batch-size-valid 4"
+    line += " --lr 1e-30 --moe-eval-capacity-token-fraction 1.0"
+    one = validated(0, 1, line)
+    for world in (2, 4):
+        many = run_processes(world, validated, world, f"{line} --ddp-backend {backend}")
+        assert many == pytest.approx([one] * world, rel=1e-6)
 
 
 def files_read(rank, world, line):

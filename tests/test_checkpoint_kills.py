@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,8 +23,9 @@ LINE = f"{TRAIN} --moe-expert-count {EXPERTS} --save-interval-updates 1 --no-epo
 LINE += " --keep-interval-updates 2"
 
 
-def work(rank, world, meeting, line, learning):
-    """A process of a training run that takes its time to write; `learning` is set at an update."""
+def work(rank, world, meeting, line, reached, moment):
+    """A process of a training run that takes its time to write; `reached` is set at the moment that
+    is one of MOMENTS, which then takes a second, or at an update where that is None."""
     os.environ["LOGLEVEL"] = "WARNING"
     torch.set_num_threads(1)
     if world > 1:
@@ -34,18 +36,31 @@ def work(rank, world, meeting, line, learning):
             rank=rank,
             timeout=timedelta(seconds=60),
         )
-    sync, step = os.fsync, Trainer.train_step
+    sync = os.fsync
 
     def slow_sync(descriptor):
         time.sleep(0.02)
         sync(descriptor)
 
-    def train_step(*args, **kwargs):
-        learning.set()
-        return step(*args, **kwargs)
+    os.fsync = slow_sync
+    owner, name = MOMENTS.get(moment, (Trainer, "train_step"))
+    stock = getattr(owner, name)
 
-    os.fsync, Trainer.train_step = slow_sync, train_step
+    def at_the_moment(*args, **kwargs):
+        reached.set()
+        time.sleep(1 if moment else 0)
+        return stock(*args, **kwargs)
+
+    setattr(owner, name, at_the_moment)
     train(rank, world, line)
+
+
+MOMENTS = {
+    "validation": (Trainer, "valid_step"),
+    "writing": (os, "fsync"),  # of the first file
+    "renaming": (os, "replace"),
+    "copying": (shutil, "copyfile"),  # checkpoint_1_2.pt is whole, checkpoint_last.pt not yet
+}
 
 
 def updates_of(path):
@@ -68,36 +83,51 @@ class Runs:
         self.context.set_forkserver_preload(["test_checkpoint_kills"])
         self.started = 0
 
-    def start(self, world, updates):
+    def start(self, world, updates, moment=None):
         self.started += 1
-        learning = self.context.Event()
+        reached = self.context.Event()
         meeting = self.folder / f"meeting{self.started}"
         line = f"{self.line} --max-update {updates}"
+        if moment == "validation":
+            line = line.replace(" --disable-validation", " --validate-interval-updates 1")
         processes = [
-            self.context.Process(target=work, args=(rank, world, meeting, line, learning))
+            self.context.Process(target=work, args=(rank, world, meeting, line, reached, moment))
             for rank in range(world)
         ]
         for process in processes:
             process.start()
-        return processes, learning
+        return processes, reached
 
     def kill_at_a_random_moment(self, world):
         """Returns whether something was being written just then."""
-        processes, learning = self.start(world, 10**6)
-        assert learning.wait(90), "the run did not go on from the checkpoint"
+        processes, reached = self.start(world, 10**6)
+        assert reached.wait(90), "the run did not go on from the checkpoint"
         time.sleep(self.random.uniform(0, 0.8))
         victims = self.random.choice([processes, [self.random.choice(processes)]])
         assert all(process.is_alive() for process in processes)
         for process in victims:
             process.kill()
-        deadline = time.monotonic() + self.random.choice([0, 0.3])  # till the others are stopped
+        self.end(processes, self.random.choice([0, 0.3]))
+        unfinished = list(self.run.rglob("*.tmp"))
+        return bool(unfinished) or expert_files(self.run) != referred_files(self.run)
+
+    def kill_at(self, moment, world):
+        """Kills a process in the midst of it: one that writes experts, or the one that copies."""
+        processes, reached = self.start(world, 10**6, moment)
+        assert reached.wait(90)
+        time.sleep(0.3)
+        assert all(process.is_alive() for process in processes)
+        processes[0 if moment == "copying" else -1].kill()
+        self.end(processes, 0.3)
+
+    def end(self, processes, seconds):
+        """Kills those that have not stopped in so many seconds."""
+        deadline = time.monotonic() + seconds
         for process in processes:
             process.join(max(0, deadline - time.monotonic()))
         for process in processes:
             process.kill()
             process.join()
-        unfinished = list(self.run.rglob("*.tmp"))
-        return bool(unfinished) or expert_files(self.run) != referred_files(self.run)
 
     def finish(self, world, updates):
         processes, _ = self.start(world, updates)
@@ -126,15 +156,37 @@ def test_a_few_kills(tmp_path):
     kill_and_resume(tmp_path, 3, [1, 2], seed=1)
 
 
+@pytest.mark.parametrize(
+    "moment, world",
+    [
+        ("validation", 2),
+        ("writing", 1),
+        ("writing", 2),
+        pytest.param("renaming", 2, marks=pytest.mark.slow),
+        pytest.param("copying", 1, marks=pytest.mark.slow),
+        pytest.param("copying", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_kill_in_the_midst_of(tmp_path, moment, world):
+    runs = Runs(tmp_path, seed=3)
+    runs.finish(world, 2)
+    runs.kill_at(moment, world)
+    assert updates_of(runs.run / "checkpoint_last.pt") == 2  # the last complete one
+    runs.finish(world, 4)
+    assert updates_of(runs.run / "checkpoint_last.pt") == 4
+    assert not list(runs.run.rglob("*.tmp"))
+    assert expert_files(runs.run) == referred_files(runs.run)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_fifty_kills(tmp_path):
     assert kill_and_resume(tmp_path, 50, [1, 2, 2, 4], seed=2) >= 10
 
 
-def launch(world, line):
-    """fairseq-train, as a user starts it."""
-    command = Path(sys.executable).parent / "fairseq-train"
+def launch(world, line, name="fairseq-train"):
+    """A command of fairseq, as a user starts it."""
+    command = Path(sys.executable).parent / name
     start = f"-m torch.distributed.run --standalone --nproc_per_node {world}".split()
     return subprocess.Popen(
         [sys.executable, *start, str(command), *line.split(), "--distributed-backend", "gloo"],

@@ -38,13 +38,26 @@ def shape_of(name):
 def test_memory():
     table = rows("## Memory")
     assert len(table) == 4
-    for name, (gpus, expert, expert_gb, shared, shared_gb) in table.items():
+    for name, (gpus, expert, expert_gb, shared, shared_gb, sharded_gb) in table.items():
         count = parameters(shape_of(name))
         assert gpus == GPUS
         assert expert == pytest.approx(count.expert / GPUS / 1e6, abs=0.05)
         assert expert_gb == pytest.approx(12 * count.expert / GPUS / 1e9, rel=0.03)
         assert shared == pytest.approx(count.shared / 1e6, abs=0.05)
         assert shared_gb == pytest.approx(12 * count.shared / 1e9, rel=0.03)
+        assert sharded_gb == pytest.approx(12 * count.shared / GPUS / 1e9, abs=5e-4)
+
+
+def test_sharding_of_the_largest():
+    shape = shape_of("moe_lm_1_1t")
+    shared = parameters(shape).shared
+    layer = 4 * shape.dim * (shape.dim + 1) + shape.ffn_dim * (2 * shape.dim + 1) + 5 * shape.dim
+    at_a_time = 2 * 2 * (51_200 * shape.dim + layer)  # parameters and gradients, 2 bytes each
+    text = PAGE.replace("\n", " ")
+    assert f"{at_a_time / 1e9:.1f} GB in `moe_lm_1_1t`" in text
+    assert f"= {3 * 2 * shared / 1e9:.1f} GB in" in text
+    assert f"= {4 * shared / 1e9:.1f} GB for each update" in text
+    assert f"{3 * 2 * shared / 20e9:.1f} s, as long as" in text
 
 
 def test_bytes_and_flops():

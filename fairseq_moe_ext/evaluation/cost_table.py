@@ -111,7 +111,6 @@ def _settings(args: Namespace) -> Tuple[Dict[str, Any], int]:
         ("max_tokens", None),
         ("batch_size", None),
         ("ddp_backend", "legacy_ddp"),
-        ("distributed_world_size", 1),
     ):
         setattr(config, name, value)
     validate(config)

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ..config import MoETransformerLMConfig, is_moe_layer
 from ..errors import UserError, not_finite
 from ..expert_parallel import ExpertParallel, WorldPool, process_count, traffic
+from ..fully_sharded import wrap_layer
 from ..moe.gate import GateSettings
 from ..moe.layer import MoELayer, MoEOutput
 from ..moe.pool import PROCESS
@@ -52,6 +53,7 @@ class DecoderLayer(nn.Module):
         self.final_layer_norm = LayerNorm(dim)
         self.moe_layer: Optional[MoELayer] = None
         self.route_padding = not cfg.use_moe_pad_mask
+        self.checkpoint_activations = cfg.checkpoint_activations
         ffn_dim = cfg.decoder_ffn_embed_dim
         if is_moe_layer(cfg, index):
             if cfg.alternate_decoder_ffn_embed_dim == 0:
@@ -85,7 +87,7 @@ class DecoderLayer(nn.Module):
                 cfg.activation_dropout if cfg.moe_expert_dropout is None else cfg.moe_expert_dropout
             ),
             dropout=cfg.dropout,
-            grad_scale=expert_grad_scale(cfg),
+            grad_scale=expert_grad_scale(cfg, process_count()),
             in_files=cfg.moe_experts_on_disk,
         )
 
@@ -97,7 +99,21 @@ class DecoderLayer(nn.Module):
         incremental_state: Optional[IncrementalState] = None,
     ) -> Tuple[Tensor, Optional[MoEOutput]]:
         """x (B, T, D), attn_mask as CausalSelfAttention's, padding_mask (B, T) bool -> the same
-        shape, and what the MoE layer yields (None from a dense one)."""
+        shape, and what the MoE layer yields (None from a dense one).
+
+        Recomputation (checkpoint_activations) is within: FSDP, which may wrap the layer, has the
+        parameters there by then."""
+        if self.checkpoint_activations and self.training and incremental_state is None:
+            return checkpoint(self._forward, x, attn_mask, padding_mask, use_reentrant=False)
+        return self._forward(x, attn_mask, padding_mask, incremental_state)
+
+    def _forward(
+        self,
+        x: Tensor,
+        attn_mask: Optional[Tensor],
+        padding_mask: Optional[Tensor],
+        incremental_state: Optional[IncrementalState] = None,
+    ) -> Tuple[Tensor, Optional[MoEOutput]]:
         y = self.self_attn(self.self_attn_layer_norm(x), attn_mask, incremental_state)
         x = x + F.dropout(y, self.dropout, self.training)
         y = self.final_layer_norm(x)
@@ -125,7 +141,6 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
         dim = cfg.decoder_embed_dim
         self.padding_idx = dictionary.pad()
         self.dropout = cfg.dropout
-        self.checkpoint_activations = cfg.checkpoint_activations
         self.record_traffic = cfg.record_a2a_perf_stats
         self.share_input_output_embed = cfg.share_decoder_input_output_embed
         self.max_target_positions = cfg.max_target_positions or cfg.tokens_per_sample
@@ -142,7 +157,7 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
             # one model are alike.
             self.embed_positions._float_tensor.zero_()
         self.layernorm_embedding = LayerNorm(dim) if cfg.layernorm_embedding else None
-        self.layers = nn.ModuleList(DecoderLayer(cfg, i) for i in range(cfg.decoder_layers))
+        self.layers = nn.ModuleList(_build_layer(cfg, i) for i in range(cfg.decoder_layers))
         self.layer_norm = None if cfg.no_decoder_final_norm else LayerNorm(dim)
         self.output_projection = nn.Linear(dim, len(dictionary), bias=False)
         if self.share_input_output_embed:
@@ -188,10 +203,7 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
 
         records: List[LayerRecord] = []
         for index, layer in enumerate(self.layers):
-            if self.checkpoint_activations and self.training and incremental_state is None:
-                x, moe = checkpoint(layer, x, attn_mask, padding, use_reentrant=False)
-            else:
-                x, moe = layer(x, attn_mask, padding, incremental_state)
+            x, moe = layer(x, attn_mask, padding, incremental_state)
             if moe is not None:
                 records.append(LayerRecord(index, *moe[1:]))
         self._check_routers(records)
@@ -271,11 +283,17 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
                 state_dict[projection] = state_dict.pop(f"{name}.embed_out")
 
 
-def expert_grad_scale(cfg: MoETransformerLMConfig) -> float:
+def _build_layer(cfg: MoETransformerLMConfig, index: int) -> nn.Module:
+    """A layer, in an FSDP of its own where stock's would be (transformer_decoder.py:174@0.12.2)."""
+    layer = DecoderLayer(cfg, index)
+    experts = layer.moe_layer.experts if layer.moe_layer is not None else None
+    return wrap_layer(layer, experts, 0 if cfg.checkpoint_activations else cfg.min_params_to_wrap)
+
+
+def expert_grad_scale(cfg: MoETransformerLMConfig, world_size: int) -> float:
     """Factor on the experts' gradients, which are sums over the tokens of all processes. Those of
     other parameters are means over processes; moe_normalize_expert_grad's first choice is the same
     for experts."""
-    world_size = cfg.distributed_world_size
     return {
         "world_size": 1 / world_size,
         "sqrt_world_size": 1 / math.sqrt(world_size),

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .. import fully_sharded
 from ..config import MoETransformerLMConfig, validate
 from ..errors import UserError
 from ..expert_parallel import mark_experts
@@ -42,10 +43,11 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
     ) -> "MoETransformerLanguageModel":
         """Raises UserError for settings that cannot work, before any work starts."""
         validate(cfg)
+        fully_sharded.validate(cfg)
         model = cls(MoETransformerDecoder(cfg, task.source_dictionary))
         model.has_experts = mark_experts(model)
         freeze(model, str(cfg.moe_freeze))
-        return model
+        return fully_sharded.to_wrapping_precision(model)
 
     @classmethod
     def from_pretrained(
@@ -131,6 +133,11 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
             outputs: 1 where each candidate is a sequence; the number of classes where one sequence
                 has a score for each.
         """
+        if fully_sharded.is_wrapping():
+            raise UserError(
+                "--choice-scoring head with --ddp-backend fully_sharded: not for a head, whose "
+                "checkpoints FSDP would hide: use sum or mean, or pytorch_ddp"
+            )
         # A bias that all candidates share would change nothing.
         head = nn.Linear(self.decoder.embed_tokens.embedding_dim, outputs, bias=outputs > 1)
         nn.init.normal_(head.weight, std=0.02)
@@ -161,18 +168,22 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
         """As stock's, but a state that does not fit is told in one line (UserError)."""
         self.upgrade_state_dict(state_dict)
         if strict:
-            self._check_state(state_dict)
+            self.check_state(state_dict, {key: v.shape for key, v in self.state_dict().items()})
         return super().load_state_dict(state_dict, strict, model_cfg, args)
 
-    def _check_state(self, state_dict: Dict[str, Tensor]) -> None:
-        own = self.state_dict()
-        embedding = "decoder.embed_tokens.weight"
+    def check_state(self, state_dict: Dict[str, Tensor], own: Dict[str, torch.Size]) -> None:
+        """Raise UserError for a state that does not fit.
+
+        Args:
+            own: shapes in the state of this model; tied weights may be named once.
+        """
+        embedding, projection = "decoder.embed_tokens.weight", "decoder.output_projection.weight"
         saved = state_dict.get(embedding)
-        if saved is not None and saved.size(0) != own[embedding].size(0):
-            missing = saved.size(0) - own[embedding].size(0)
+        if saved is not None and saved.size(0) != own[embedding][0]:
+            missing = saved.size(0) - own[embedding][0]
             raise UserError(
                 f"the checkpoint has {saved.size(0)} types in its embedding, the dictionary "
-                f"{own[embedding].size(0)}: use the dict.txt that the checkpoint was trained with"
+                f"{own[embedding][0]}: use the dict.txt that the checkpoint was trained with"
                 + (
                     f"; if that is this one, padded, append {missing} lines: madeupword1000 0, "
                     "madeupword1001 0, ... (docs/released_models.md)"
@@ -180,10 +191,13 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
                     else ""
                 )
             )
+        if self.decoder.share_input_output_embed:
+            own = {**own, projection: own[embedding]}
+        shapes = {key: value.shape for key, value in state_dict.items()}
         sizes = [
-            f"{key} is {_shape(state_dict[key])} in the checkpoint, {_shape(own[key])} in the model"
+            f"{key} is {_sizes(shapes[key])} in the checkpoint, {_sizes(own[key])} in the model"
             for key in own
-            if key in state_dict and state_dict[key].shape != own[key].shape
+            if key in shapes and shapes[key] != own[key]
         ]
         missing = [f"{key} is not in the checkpoint" for key in own if key not in state_dict]
         unknown = [f"{key} is not in the model" for key in state_dict if key not in own]
@@ -194,6 +208,13 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
                 f"the checkpoint does not fit the model: {'; '.join(shown)}"
                 + (f"; and {more} more" if more > 0 else "")
                 + ". Use the --arch and model flags that it was trained with"
+            )
+        tied = self.decoder.share_input_output_embed
+        if tied and not torch.equal(state_dict[embedding], state_dict[projection]):
+            raise UserError(
+                "the checkpoint has an output projection of its own, and the model shares that of "
+                "its embedding (--share-decoder-input-output-embed, as our sizes do): use --arch "
+                f"{MODEL_NAME}, which does not, and the flags that it was trained with"
             )
 
 
@@ -211,5 +232,5 @@ def freeze(model: nn.Module, part: str) -> None:
         parameter.requires_grad_(not frozen)
 
 
-def _shape(tensor: Tensor) -> str:
-    return " x ".join(map(str, tensor.shape)) or "a scalar"
+def _sizes(shape: torch.Size) -> str:
+    return " x ".join(map(str, shape)) or "a scalar"

@@ -71,7 +71,9 @@ class GroupedLinear(nn.Module):
         """
         if self.in_files:
             return self._forward_from_files(x, counts)
-        return _GroupedLinear.apply(x, self.weight, self.bias, counts, grad_scale)
+        # Under FSDP with --fp16 experts stay in float32, as their optimizer wants them.
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return _GroupedLinear.apply(x, weight, bias, counts, grad_scale)
 
     def _forward_from_files(self, x: Tensor, counts: List[int]) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:

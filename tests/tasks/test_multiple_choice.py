@@ -192,7 +192,7 @@ def test_half_precision_gives_scores_in_float32(data, choices, scoring):
 def half(rank, data, choices, scoring, world):
     """Loss and gradients of the same eight questions, of which this process has its share."""
     torch.manual_seed(0)
-    flags = {**DROPLESS, "distributed_world_size": world, "moe_routing_scope": "world"}
+    flags = {**DROPLESS, "moe_routing_scope": "world"}
     task = make_choice_task(data, choices, choice_scoring=scoring)
     dataset = load(task)
     model = make_choice_model(task, **flags).double().train()

@@ -1,0 +1,245 @@
+"""Models whose shared parameters are sharded over processes (`--ddp-backend fully_sharded`).
+
+fairscale's FSDP (Rajbhandari et al. 2020, arXiv 1910.02054, stage 3) joins the parameters of a
+wrapped module into one flat tensor, of which each process keeps a piece; the whole is gathered
+when the module computes. Experts have homes of their own (expert_parallel.py), so FSDP must leave
+them alone: it takes no parameter that has the attribute `_is_sharded`
+(fairscale/nn/data_parallel/fully_sharded_data_parallel.py:400@0.4.13).
+
+What is saved has the names, shapes and numbers of the model without FSDP.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, NamedTuple, Optional
+
+import torch
+import torch.distributed as dist
+from fairseq.distributed import fsdp_wrap
+from fairseq.distributed.fully_sharded_data_parallel import (
+    FullyShardedDataParallel,
+    has_FSDP,
+)
+from torch import Tensor, nn
+
+from .errors import UserError
+
+if has_FSDP:
+    from fairscale.nn.misc import FlattenParamsWrapper
+    from fairscale.nn.wrap.auto_wrap import ConfigAutoWrap
+
+_WRAPPERS = ("_fsdp_wrapped_module.", "_fpw_module.")  # what FSDP puts into names
+
+
+def apply() -> None:
+    """Give fairseq's FSDP whole models and optimizer states in the form of any other backend;
+    once."""
+    if has_FSDP:
+        FullyShardedDataParallel.load_state_dict = _load_state_dict
+        FullyShardedDataParallel.gather_full_optim_state_dict = _whole_optimizer_state
+        FullyShardedDataParallel.get_shard_from_optim_state_dict = _own_optimizer_state
+
+
+# ---- Building
+
+
+def is_wrapping() -> bool:
+    """Whether the model that is being built is to be sharded (fairseq_cli/train.py:92@0.12.2)."""
+    return has_FSDP and ConfigAutoWrap.in_autowrap_context
+
+
+def validate(cfg: Any) -> None:
+    """Raises UserError for settings under which FSDP cannot train or save right.
+
+    Args:
+        cfg: of the model, with bf16.
+    """
+    if not is_wrapping():
+        return
+    settings = ConfigAutoWrap.kwargs
+    half = "--fp16 or --memory-efficient-fp16"
+    refused = {
+        "--bf16": (cfg.bf16, f"fairseq's knows float16 alone: use {half}, or pytorch_ddp"),
+        "--use-sharded-state": (
+            settings["use_sharded_state"],
+            "such checkpoints load on one number of processes only: drop it",
+        ),
+        "--cpu-offload": (settings["cpu_offload"], "not for experts, nor tried: drop it"),
+        "--not-fsdp-flatten-parameters": (
+            not settings["flatten_parameters"],
+            "its optimizer state cannot be saved: drop it",
+        ),
+        f"--moe-freeze {cfg.moe_freeze}": (
+            str(cfg.moe_freeze) in ("gate", "gate_and_experts"),
+            "FSDP joins gates with what is trained: freeze the experts alone, or use pytorch_ddp",
+        ),
+        "--fp32-reduce-scatter": (
+            settings["fp32_reduce_scatter"] and not settings["mixed_precision"],
+            "needs float32 parameters: use --fp16 without --memory-efficient-fp16, or drop it",
+        ),
+    }
+    for flag, (given, remedy) in refused.items():
+        if given:
+            raise UserError(f"{flag} with --ddp-backend fully_sharded: {remedy}")
+
+
+def to_wrapping_precision(module: nn.Module) -> nn.Module:
+    """Where the parameters themselves are to be float16 (--memory-efficient-fp16), FSDP wants them
+    so before it takes them."""
+    settings = ConfigAutoWrap.kwargs if is_wrapping() else {}
+    half = settings.get("compute_dtype") is torch.float16 and not settings["mixed_precision"]
+    return module.half() if half else module
+
+
+def wrap_layer(layer: nn.Module, experts: Optional[nn.Module], min_params: int) -> nn.Module:
+    """A layer in an FSDP of its own if it has so many parameters and the model is to be sharded;
+    its experts, if any, as they are."""
+    if not is_wrapping():
+        return layer
+    for parameter in experts.parameters() if experts is not None else ():
+        parameter._is_sharded = False
+    return fsdp_wrap(to_wrapping_precision(layer), min_num_params=min_params)
+
+
+# ---- Names and places
+
+
+class Place(NamedTuple):
+    """Where a parameter of the model is: whole, or some numbers of a flat one."""
+
+    parameter: nn.Parameter  # what the optimizer has
+    start: Optional[int]  # in the flat parameter of all processes; None: it is whole
+    shape: torch.Size
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP wraps the model."""
+    return has_FSDP and isinstance(model, FullyShardedDataParallel)
+
+
+def places(model: nn.Module) -> Dict[str, Place]:
+    """The parameters under their names without FSDP, in the order that they have without it."""
+    if not is_sharded(model):
+        return {name: Place(p, None, p.shape) for name, p in model.named_parameters()}
+    flattened: Dict[nn.Module, Dict[str, Place]] = {}
+    for module in model.modules():
+        for flat in module.flat_params if isinstance(module, FlattenParamsWrapper) else ():
+            start = 0
+            for (_, owner, name), shape in zip(flat._param_infos, flat._param_shapes):
+                flattened.setdefault(owner, {})[name] = Place(flat, start, shape)
+                start += shape.numel()
+    found = {}
+    for prefix, module in model.named_modules():
+        prefix = _without_wrappers(prefix + "." if prefix else "")
+        if isinstance(module, FlattenParamsWrapper):
+            continue
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found[prefix + name] = Place(parameter, None, parameter.shape)
+        for name, place in flattened.get(module, {}).items():
+            found[prefix + name] = place
+    return found
+
+
+def _without_wrappers(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+# ---- States
+
+
+def _load_state_dict(self, state_dict, strict=True, model_cfg=None):
+    """fairseq/distributed/fully_sharded_data_parallel.py:69 sends rank 0's state to all, experts
+    included. Here each process has read the state, with its own experts. Of the model's own
+    `load_state_dict`, which is not called, it does what matters."""
+    model, state_dict = self.unwrapped_module, dict(state_dict)
+    model.upgrade_state_dict(state_dict)
+    if strict and hasattr(model, "check_state"):
+        shapes = {name: place.shape for name, place in places(self).items()}
+        buffers = self.named_buffers()
+        shapes.update({_without_wrappers(name): buffer.shape for name, buffer in buffers})
+        model.check_state(state_dict, shapes)
+    return super(FullyShardedDataParallel, self).load_state_dict(state_dict, strict=strict)
+
+
+def _trained(model: nn.Module) -> Dict[str, Place]:
+    return {name: p for name, p in places(model).items() if p.parameter.requires_grad}
+
+
+def optimizer_numbers(model: nn.Module) -> Dict[nn.Parameter, int]:
+    """The optimizer's number of each parameter (fairseq/trainer.py:271)."""
+    return {p: i for i, p in enumerate(p for p in model.parameters() if p.requires_grad)}
+
+
+def _whole_optimizer_state(self, optimizer) -> Optional[Dict[str, Any]]:
+    """The optimizer's state by the model's parameters, for rank 0, None for others; in place of
+    fairscale's, which wants no parameters beside its own. Gathers one tensor at a time. Of experts
+    it has those of this process."""
+    live = optimizer.state_dict()
+    numbers, state = optimizer_numbers(self), {}
+    whole: Dict[nn.Parameter, Dict[str, Any]] = {}  # by flat parameter
+    for i, place in enumerate(_trained(self).values()):
+        of_parameter = live["state"].get(numbers[place.parameter])
+        if of_parameter is None:
+            continue
+        if place.start is None:
+            state[i] = of_parameter
+            continue
+        if place.parameter not in whole:
+            whole[place.parameter] = {
+                key: _gather(self, value) if _is_like(value, place.parameter) else value
+                for key, value in of_parameter.items()
+            }
+        if self.rank == 0:
+            end = place.start + place.shape.numel()
+            state[i] = {
+                key: value[place.start : end].view(place.shape).clone()
+                if _is_like(of_parameter[key], place.parameter)
+                else value
+                for key, value in whole[place.parameter].items()
+            }
+    if self.rank != 0:
+        return None
+    return {**live, "state": state, "param_groups": _groups(live, len(_trained(self)))}
+
+
+def _gather(fsdp: FullyShardedDataParallel, piece: Tensor) -> Optional[Tensor]:
+    """The pieces of all processes, one behind the other, on rank 0's CPU."""
+    pieces = [torch.empty_like(piece) for _ in range(fsdp.world_size)]
+    dist.all_gather(pieces, piece.contiguous(), group=fsdp.process_group)
+    return torch.cat([piece.cpu() for piece in pieces]) if fsdp.rank == 0 else None
+
+
+def _own_optimizer_state(self, state_dict: Dict[str, Any]) -> Dict[str, Any]:
+    """The part of this process, by its flat parameters and experts, of a whole state."""
+    numbers, saved = optimizer_numbers(self), state_dict["state"]
+    state: Dict[int, Dict[str, Any]] = {}
+    pieces: Dict[nn.Parameter, List[Dict[str, Any]]] = {}
+    shapes: Dict[nn.Parameter, List[torch.Size]] = {}
+    for i, place in enumerate(_trained(self).values()):
+        if i not in saved:
+            continue
+        if place.start is None:
+            state[numbers[place.parameter]] = saved[i]
+        else:
+            pieces.setdefault(place.parameter, []).append(saved[i])
+            shapes.setdefault(place.parameter, []).append(place.shape)
+    for flat, of_parts in pieces.items():
+        state[numbers[flat]] = own = dict(of_parts[0])
+        for key, value in of_parts[0].items():
+            if isinstance(value, Tensor) and value.shape == shapes[flat][0] and value.dim() > 0:
+                own[key] = self._get_shard(torch.cat([s[key].flatten() for s in of_parts]))[0]
+            elif isinstance(value, Tensor):
+                own[key] = value.clone()
+    return {**state_dict, "state": state, "param_groups": _groups(state_dict, len(numbers))}
+
+
+def _is_like(value: Any, parameter: nn.Parameter) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape == parameter.shape
+
+
+def _groups(state: Dict[str, Any], count: int) -> List[Dict[str, Any]]:
+    (group,) = state["param_groups"]
+    return [{**group, "params": list(range(count))}]
