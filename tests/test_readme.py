@@ -23,6 +23,13 @@ fairseq-train() { command fairseq-train "$@" $SIZE --cpu --num-workers 0; }
 fairseq-eval-lm() { command fairseq-eval-lm "$@" --tokens-per-sample 32 --cpu --num-workers 0; }
 fairseq-validate() { command fairseq-validate "$@" --cpu --num-workers 0; }
 torchrun() { command torchrun "$@" $SIZE --cpu --num-workers 0; }
+fairseq-moe() {
+    case "$1" in
+        evaluate) command fairseq-moe "$@" --cpu ;;
+        study) command fairseq-moe study small.yaml --jobs 2 ;;
+        *) command fairseq-moe "$@" ;;
+    esac
+}
 fairseq-hydra-train() {
     command fairseq-hydra-train "$@" common.cpu=true common.fp16=false \
         common.memory_efficient_fp16=false model.decoder_layers=2 model.decoder_embed_dim=16 \
@@ -38,8 +45,8 @@ def section(title):
     return re.split(r"^## ", README.split(f"\n## {title}\n")[1], flags=re.M)[0]
 
 
-def blocks(title, language):
-    found = re.findall(rf"^```{language}\n(.*?)^```", section(title), flags=re.M | re.S)
+def blocks(title, language, part=slice(None)):
+    found = re.findall(rf"^```{language}\n(.*?)^```", section(title), flags=re.M | re.S)[part]
     assert found, (title, language)
     return "".join(found)
 
@@ -89,8 +96,8 @@ def run(folder, *command):
 def test_commands(folder):
     """Section by section, each on what the one before left behind."""
 
-    def script(title):
-        return run(folder, "bash", "-euo", "pipefail", "-c", SMALL + blocks(title, "bash"))
+    def script(title, part=slice(None)):
+        return run(folder, "bash", "-euo", "pipefail", "-c", SMALL + blocks(title, "bash", part))
 
     output = script("Prepare your own text")
     assert re.search(r"mail \(held out\) +test +\d+", output)
@@ -116,8 +123,9 @@ def test_commands(folder):
     assert output.count("experts a sparse layer") == 4
     assert len(list((folder / "spread" / "experts").glob("*.pt"))) == 4
 
-    output = script("Study")
+    output = script("Study", slice(2))
     assert "GPT-3 175B" in output
+    assert re.search(r"^letters +", output, flags=re.M) and "capacity" in output
 
     output = script("Fine-tune")
     assert output.count("20 questions; right answer: 0 50.0 %, 1 50.0 %") == 3
@@ -125,6 +133,33 @@ def test_commands(folder):
 
     script("Hydra")
     assert list((folder / "outputs").rglob("checkpoint_best.pt"))
+
+
+STUDY = """
+data: data
+out: runs/study
+context: 32
+updates: 3
+seeds: [1]
+train: {batch-size: 4, optimizer: adam, lr: 0.01, cpu: true, num-workers: 0,
+  decoder-layers: 2, decoder-attention-heads: 2, decoder-ffn-embed-dim: 32}
+dense: {arch: dense_lm_tiny, sizes: {s: {decoder-embed-dim: 8}, m: {decoder-embed-dim: 16}}}
+moe: {arch: moe_lm_tiny, sizes: {s: {decoder-embed-dim: 8}, m: {decoder-embed-dim: 16}}}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_study(folder):
+    """`fairseq-moe study`, with a smaller file than the one named, and `fairseq-moe report`."""
+    (folder / "small.yaml").write_text(STUDY)
+    code = SMALL + blocks("Prepare your own text", "bash", slice(1))
+    if not (folder / "data").exists():
+        run(folder, "bash", "-euo", "pipefail", "-c", code)
+    code = SMALL + blocks("Study", "bash", slice(2, None))
+    output = run(folder, "bash", "-euo", "pipefail", "-c", code)
+    assert "4 of 4 runs" in output
+    assert (folder / "runs" / "study" / "report.html").is_file()
 
 
 def test_the_page_on_fine_tuning_shows_the_same_commands():
