@@ -16,6 +16,7 @@
     optim.py       fairseq's Adam, fused
     prepare/       text to data-bins
     convert/       checkpoints to other layouts and precisions
+    priming/       zero- and few-shot tasks, bias sets, generated answers
     cost.py        parameters and FLOPs
     evaluation/    what trained models are asked: expert use, reports
     cli.py         the command fairseq-moe

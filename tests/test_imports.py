@@ -44,7 +44,7 @@ ALLOWED = {
     "criterions": {"criterions", "moe.stats"},
     "tasks": {"tasks", "data_bin", "priming"},
     "prepare": {"prepare", "data_bin"},
-    "priming": {"priming", "prepare", "data_bin", "evaluation", "expert_parallel"},
+    "priming": {"priming", "prepare", "data_bin", "evaluation", "expert_parallel", "models"},
     "study": {"cost", "data_bin", "evaluation", "study"},
     "convert": {
         "convert",

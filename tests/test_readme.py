@@ -78,6 +78,10 @@ def folder(tmp_path_factory):
         ]
         text = "\n".join(map(json.dumps, lines))
         (path / "questions" / f"{split}.jsonl").write_text(text)
+    (path / "tasks" / "sst2").mkdir(parents=True)
+    for split, count in (("train", 30), ("dev", 5)):
+        rows = "".join(f"word{i} word{i + 1}\t{i % 2}\n" for i in range(count))
+        (path / "tasks" / "sst2" / f"{split}.tsv").write_text("sentence\tlabel\n" + rows)
     shutil.copytree(REPOSITORY / "hydra_conf", path / "hydra_conf")
     return path
 
@@ -130,6 +134,9 @@ def test_commands(folder):
     output = script("Fine-tune")
     assert output.count("20 questions; right answer: 0 50.0 %, 1 50.0 %") == 3
     assert re.search(r"test \| .*accuracy [\d.]+", output)
+
+    output = script("Prime")
+    assert re.search(r"sst2 +sum +4 +5 +[\d.]+ +[\d.]+ of 25 +[\d.]+", output)
 
     script("Hydra")
     assert list((folder / "outputs").rglob("checkpoint_best.pt"))

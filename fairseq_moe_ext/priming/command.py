@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 from types import ModuleType
-from typing import Dict, List, Optional, Tuple
+from typing import Callable, Dict, List, Optional, Tuple
 
 from ..errors import UserError
 from ..evaluation.cost_table import markdown, plain
@@ -19,6 +19,8 @@ _KINDS: Dict[str, ModuleType] = {
     **dict.fromkeys(generative.NAMES, generative),
 }
 
+Results = List[Tuple[str, Result]]  # with the task's name
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
@@ -29,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tasks",
         metavar="TASK,TASK,...",
-        help=f"of {', '.join(_KINDS)} (default: those that FOLDER has a folder of)",
+        help=f"of {', '.join(_KINDS)} (default: those that FOLDER has a folder of; "
+        "translation only with --languages)",
     )
     parser.add_argument(
         "--shots", default="0", metavar="N,N,...", help="examples before a question (default: 0)"
@@ -45,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--beam", type=int, default=1, help="of generated answers (default: 1, greedy)"
     )
     parser.add_argument(
-        "--max-new-tokens", type=int, default=128, help="of a generated answer (default: 128)"
+        "--max-new-tokens",
+        type=int,
+        help="of a generated answer (default: 128, or half the context)",
     )
     model.add_arguments(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here, too")
@@ -61,6 +66,8 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} {number}: use 1 or more")
     if args.seed < 0:
         raise UserError(f"--seed {args.seed}: use 0 or more")
+    if args.json is not None and not args.json.parent.is_dir():
+        raise UserError(f"--json {args.json}: no folder {args.json.parent}; make it first")
     settings = Settings(
         _shots(args.shots),
         args.draws,
@@ -71,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
         args.beam,
         args.max_new_tokens,
     )
-    names = _chosen(args.folder, args.tasks)
+    names = _chosen(args.folder, args.tasks, settings)
     model.check_files(args.path, args.data)
     vocabulary = Vocabulary(args.data)
     jobs = [
@@ -82,20 +89,26 @@ def run(args: argparse.Namespace) -> None:
         found, context = model.load_in_context(
             args.path, args.data, args.context, args.cpu, args.fp16, args.model_overrides
         )
+        if any(_KINDS[name] is generative for name in names):
+            generative.check_room(settings, context)
         loaded = Loaded(found, context, vocabulary, args.max_tokens)
-        results: List[Tuple[str, Result]] = []
+        results: Results = []
         for name, job in jobs:
             results += [(name, result) for result in job(loaded)]
+            if model.rank() == 0 and args.json is not None:  # so far, should the rest fail
+                _write(args, context, results)
         if model.rank() == 0:
-            _tell(args, context, results)
+            print(_tables(results, markdown if args.markdown else plain))
 
 
-def _chosen(folder: Path, names: Optional[str]) -> List[str]:
+def _chosen(folder: Path, names: Optional[str], settings: Settings) -> List[str]:
     """Raises UserError for a name that is none, and where there is nothing to do."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; it holds a folder for each task")
     if names is None:
         found = [name for name in _KINDS if (folder / name).is_dir()]
+        if settings.languages is None:
+            found = [name for name in found if name != "translation"]
         if not found:
             raise UserError(f"{folder}: none of its folders is a task's; {', '.join(_KINDS)} are")
         return found
@@ -121,18 +134,24 @@ def _languages(text: Optional[str]) -> Optional[Tuple[str, str]]:
     return source, target
 
 
-def _tell(args: argparse.Namespace, context: int, results: List[Tuple[str, Result]]) -> None:
-    kinds = list(dict.fromkeys(_KINDS[name] for name, _ in results))
-    by_kind = {kind: [r for name, r in results if _KINDS[name] is kind] for kind in kinds}
-    if args.json is not None:
-        whole = {"path": str(args.path), "context": context, "seed": args.seed}
-        whole["results"] = [result for _, result in results]
-        whole["mean"] = choice.means(by_kind.get(choice, []))
-        write_json(args.json, whole)
-    form = markdown if args.markdown else plain
+def _write(args: argparse.Namespace, context: int, results: Results) -> None:
+    accuracies = [result for name, result in results if _KINDS[name] is choice]
+    whole = {
+        "path": str(args.path),
+        "context": context,
+        "seed": args.seed,
+        "results": [result for _, result in results],
+        "mean": choice.means(accuracies),
+    }
+    write_json(args.json, whole)
+
+
+def _tables(results: Results, form: Callable[[List[List[str]]], str]) -> str:
+    """A table for each kind of task, and what stands below it."""
     parts = []
-    for kind, found in by_kind.items():
+    for kind in dict.fromkeys(_KINDS[name] for name, _ in results):
+        found = [result for name, result in results if _KINDS[name] is kind]
         parts.append(form(kind.table(found)))
         if kind is generative:
             parts.append("\n".join(generative.notes(found)))
-    print("\n\n".join(parts))
+    return "\n\n".join(parts)

@@ -100,12 +100,8 @@ def _evaluate(
     loaded: Loaded,
 ) -> Result:
     """Scores of one number of shots, over draws; the answers of the first draw."""
-    room = loaded.context - settings.max_new_tokens
-    if room < 1:
-        raise UserError(
-            f"--max-new-tokens {settings.max_new_tokens}: leaves no room for a prompt in the "
-            f"context of {loaded.context} tokens"
-        )
+    max_new = settings.max_new_tokens or min(128, loaded.context // 2)
+    room = loaded.context - max_new
     head = f"{name}, {shots} shots"
     generator = Generator(loaded.model, settings.beam, loaded.max_tokens, head)
     found, answers, left_out = [], [], []
@@ -118,7 +114,7 @@ def _evaluate(
             count = fitting(before, len(question), room)
             left_out.append(shots - count)
             tokens = joined(before[len(before) - count :], EOS) + tuple(question)
-            prompts.append(Prompt(tokens[-room:], settings.max_new_tokens, _ends_the_line))
+            prompts.append(Prompt(tokens[-room:], max_new, _ends_the_line))
         written = [loaded.vocabulary.decode(new).strip() for new in generator(prompts)]
         answers = answers or written
         found.append(scores(written, [text.answer.strip() for text in texts]))
@@ -141,6 +137,15 @@ def _evaluate(
     if rank() == 0:
         _say(head, result, room)
     return result
+
+
+def check_room(settings: Settings, context: int) -> None:
+    """Raise UserError if an answer may fill the whole context."""
+    if settings.max_new_tokens is not None and settings.max_new_tokens >= context:
+        raise UserError(
+            f"--max-new-tokens {settings.max_new_tokens}: leaves no room for a prompt in the "
+            f"context of {context} tokens"
+        )
 
 
 def scores(written: Sequence[str], references: Sequence[str]) -> Dict[str, Tuple[float, str]]:

@@ -22,6 +22,7 @@ from ..data_bin import DICTIONARY
 from ..errors import UserError
 from ..evaluation.expert_use import _task
 from ..expert_parallel import process_count
+from ..models.language_model import MoETransformerLanguageModel
 from .scoring import Row
 from .vocabulary import PAD
 
@@ -96,6 +97,11 @@ def load(
         [str(path)], arg_overrides=_overrides(overrides), task=_task(data, 1)
     )
     model = models[0].eval()
+    if not isinstance(model, MoETransformerLanguageModel):
+        raise UserError(
+            f"--path {path}: a {type(model).__name__} of fairseq's own; make it one of ours first, "
+            "with `fairseq-moe convert`"
+        )
     for layer in model.decoder.layers:
         moe = getattr(layer, "moe_layer", None)
         if moe is not None:

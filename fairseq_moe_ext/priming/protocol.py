@@ -19,7 +19,7 @@ class Settings(NamedTuple):
     rule: Optional[str] = None  # for all tasks of choice; None: each by its own
     languages: Optional[Tuple[str, str]] = None  # of translation
     beam: int = 1
-    max_new_tokens: int = 128  # of a generated answer
+    max_new_tokens: Optional[int] = None  # of a generated answer; None: 128, or half the context
 
 
 class Loaded(NamedTuple):

@@ -93,6 +93,7 @@ def test_another_rule_and_a_limit(command, tmp_path):
         ("--path nothing.pt", "--path nothing.pt: no such checkpoint"),
         ("--data .", "--data .: no dict.txt in it"),
         ("--rule unconditional", "--rule unconditional: not for record"),
+        ("--json no/out.json", "--json no/out.json: no folder no; make it first"),
         ("--model-overrides 5", "--model-overrides 5: not a Python dictionary"),
     ],
 )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from processes import run_processes
-from small_models import MOE, TYPES, build_model
+from small_models import MOE, TYPES, build_model, build_stock_model
 
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.priming.model import ModelScorer, load
@@ -78,6 +78,15 @@ def test_nothing_is_dropped_whatever_the_checkpoint_says(trained):
     together = ModelScorer(model, 1000)(rows_in(data))
     for a, b in zip(alone, together):
         np.testing.assert_allclose(a, b, rtol=1e-4)
+
+
+def test_a_model_of_fairseqs_own_is_refused(trained, monkeypatch):
+    from fairseq import checkpoint_utils
+
+    stock = [build_stock_model()], None
+    monkeypatch.setattr(checkpoint_utils, "load_model_ensemble", lambda *args, **kwargs: stock)
+    with pytest.raises(UserError, match="TransformerLanguageModel of fairseq's own; make it one"):
+        load(trained[1], trained[0], cpu=True)
 
 
 def rows_in(data):

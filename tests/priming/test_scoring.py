@@ -3,6 +3,9 @@
 A word's log-probability hangs on the word before it alone; the first one's on nothing.
 """
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -140,3 +143,10 @@ def test_the_spread_is_that_of_the_draws():
     mean = sum(found["draws"]) / 8
     assert found["accuracy"] == mean
     assert found["spread"] == pytest.approx((8 * mean * (1 - mean) / 7) ** 0.5)
+
+
+def test_formats_and_rules_need_no_tokenizer():
+    """The task multiple_choice imports them wherever the plugin is, also without `tokenizers`."""
+    code = "import sys; sys.modules['tokenizers'] = None; "
+    code += "import fairseq_moe_ext.priming.scoring, fairseq_moe_ext.priming.formats"
+    subprocess.run([sys.executable, "-c", code], check=True)
