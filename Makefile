@@ -2,7 +2,7 @@
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 RUN := .venv/bin/python
 
-.PHONY: help install test test-all quickstart benchmark lint clean
+.PHONY: help install test test-all quickstart study benchmark lint clean
 
 help:            ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' Makefile | expand -t 20
@@ -21,6 +21,9 @@ test-all: install lint  ## the slow tests too
 
 quickstart: install  ## train and compare a dense and a Mixture-of-Experts model on real text
 	$(RUN) examples/quickstart/run.py
+
+study: install   ## train and compare three sizes a family, three seeds; an hour and more
+	$(RUN) examples/study/run.py
 
 benchmark: install  ## measure the layer against a dense one and its peers; about eight minutes
 	$(RUN) -m pip install --quiet -c constraints.txt -e ".[benchmark]"

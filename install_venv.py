@@ -5,6 +5,7 @@ and is done at once; after a change of interpreter it makes .venv anew, after a 
 pyproject.toml or constraints.txt it installs again into the same .venv.
 """
 
+import compileall
 import hashlib
 import json
 import os
@@ -53,6 +54,8 @@ def main() -> int:
     ours = "this project and its dependencies; torch is the large one"
     step(2, ours, [*pip, "-e", f"{ROOT}[test]"])
     step(3, f"{FAIRSEQ}, compiled here in about a minute", [*pip, "--no-deps", FAIRSEQ])
+    # Under PYTHONDONTWRITEBYTECODE the start-up hook would be compiled anew at every start.
+    compileall.compile_file(ROOT / "fairseq_moe_ext_hook.py", quiet=2)
     STAMP.write_text(json.dumps(wanted))
     print(f"installed into .venv in {time.monotonic() - start:.0f} s")
     return 0
