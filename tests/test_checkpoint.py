@@ -12,6 +12,7 @@ import torch
 from fairseq import checkpoint_utils, options, tasks
 from fairseq.data import Dictionary, indexed_dataset, iterators
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.distributed import fsdp_enable_wrap, fsdp_wrap
 from fairseq.distributed import utils as distributed_utils
 from fairseq.trainer import Trainer
 from fairseq_cli import train as fairseq_train
@@ -297,6 +298,24 @@ def test_sharded_run_without_anything_to_save(data, tmp_path):
     flags = "--no-epoch-checkpoints --no-last-checkpoints --max-update 4"
     line = f"{data} {TRAIN} --moe-expert-count 4 {SHARDED} 0 {flags}"
     assert len(train_on(2, f"{line} --save-dir {tmp_path}")) == 4
+
+
+def saves_by_itself(rank, line, path):
+    """What stock's Trainer does on the process in which training fails, here rank 0."""
+    cfg = settings(f"{line} --batch-size 1", rank, 2)
+    task = tasks.setup_task(cfg.task)
+    with fsdp_enable_wrap(cfg.distributed_training):
+        model = fsdp_wrap(task.build_model(cfg.model))
+    trainer = Trainer(cfg, task, model, task.build_criterion(cfg.criterion))
+    if rank == 0:
+        trainer.consolidate_optimizer()
+        trainer.save_checkpoint(path, {})
+
+
+def test_a_process_that_fails_does_not_wait_for_others_to_save(data, tmp_path):
+    line = f"{data} {TRAIN} --moe-expert-count 4 {SHARDED} 0"
+    run_processes(2, saves_by_itself, line, str(tmp_path / "crash.pt"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_evaluation_of_a_sharded_run(data, runs, sharded_run):
