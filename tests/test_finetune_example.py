@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from fairseq import options
 
+import fairseq_moe_ext  # noqa: F401 - registers the task
 from fairseq_moe_ext.errors import UserError
 
 FOLDER = Path(__file__).parents[1] / "examples" / "finetune"
@@ -47,7 +48,7 @@ def test_the_right_ending_goes_on_and_the_wrong_one_is_of_another_document(text,
     sizes = {"train": 31, "valid": 10, "test": 20}
     for folder in ("one", "two"):
         questions.write(text, ["docs", "python"], sizes, tmp_path / folder, seed=1)
-    labels = []
+    labels, documents = [], {split: set() for split in sizes}
     for split, size in sizes.items():
         path = tmp_path / "one" / f"{split}.jsonl"
         assert path.read_bytes() == (tmp_path / "two" / f"{split}.jsonl").read_bytes()
@@ -57,11 +58,14 @@ def test_the_right_ending_goes_on_and_the_wrong_one_is_of_another_document(text,
             kind, of, document, place = question["context"].split("\n")[-1].split()[:4]
             ways = [choice.strip().split()[:4] for choice in question["choices"]]
             right, wrong = ways[question["label"]], ways[1 - question["label"]]
-            assert right == [kind, of, document, str(int(place) + 1)] and of == split
-            assert wrong[:2] == [kind, split] and wrong[2] != document
+            assert right == [kind, of, document, str(int(place) + 1)]
+            assert of == ("test" if split == "test" else "train")
+            assert wrong[:2] == [kind, of] and wrong[2] != document
+            documents[split] |= {(kind, of, document), (kind, of, wrong[2])}
             assert 40 <= len(question["choices"][0].strip()) <= 100
             labels.append(question["label"])
     assert 0.3 < sum(labels) / len(labels) < 0.7
+    assert not documents["train"] & documents["valid"]
     with pytest.raises(UserError, match="docs.test.jsonl: has text for .* lower --test"):
         questions.write(text, ["docs"], {"test": 10**6}, tmp_path / "three", seed=1)
 

@@ -258,7 +258,7 @@ def test_base_and_the_ready_configs_set_no_key_twice():
         tree = OmegaConf.to_container(OmegaConf.load(path))
         return {f"{group}.{key}" for group in tree if group != "defaults" for key in tree[group]}
 
-    for name in ARCHITECTURES:
+    for name in (*ARCHITECTURES, "finetune"):
         assert not keys(CONF / "base.yaml") & keys(CONF / f"{name}.yaml"), name
 
 
@@ -298,6 +298,7 @@ def test_recipes_combine(workplace):
     cfg = composed("finetune", ["task.data=x", "+recipe=[dropless,pad_mask,z_loss]"])
     assert cfg.model.moe_dropless and cfg.model.use_moe_pad_mask
     assert cfg.criterion.moe_z_loss_wt == 0.001 and cfg.checkpoint.patience == 3
+    assert cfg.checkpoint.best_checkpoint_metric == "accuracy"
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen:

@@ -1,8 +1,8 @@
 """Questions like StoryCloze's from the quickstart's text: which of two passages goes on with this
 one, its own next lines or those of another document of the same kind?
 
-Made from what the Python installation carries; questions of a split come from documents of that
-split, of which the models were trained on `train` alone. Deterministic for a seed.
+Made from what the Python installation carries. Test questions are from test documents, which the
+models never saw; train and valid questions from train documents. Deterministic for a seed.
 """
 
 import json
@@ -57,37 +57,41 @@ def questions_of(documents: List[str], rng: random.Random) -> List[Dict]:
 
 def write(text: Path, names: List[str], sizes: Dict[str, int], folder: Path, seed: int) -> None:
     """Write FOLDER/{train,valid,test}.jsonl with as many questions as `sizes` says, all kinds of
-    text alike. Raises UserError if there are not enough."""
+    text alike; valid's are from documents of the quickstart's train that train's are not from, as
+    its valid is one document or two. Raises UserError if there are not enough."""
     folder.mkdir(parents=True, exist_ok=True)
-    for split, size in sizes.items():
-        rng = random.Random(f"{seed} {split}")
-        chosen: List[Dict] = []
-        for i, name in enumerate(names):
+    chosen: Dict[str, List[Dict]] = {split: [] for split in sizes}
+    for i, name in enumerate(names):
+        left: Dict[Path, List[str]] = {}  # documents that no split has taken yet
+        for split, size in sizes.items():
+            rng = random.Random(f"{seed} {name} {split}")
             share = size // len(names) + (i < size % len(names))
-            lines = (text / f"{name}.{split}.jsonl").read_text(encoding="utf-8").splitlines()
-            documents = [json.loads(line)["text"] for line in lines]
-            rng.shuffle(documents)
+            path = text / f"{name}.{'test' if split == 'test' else 'train'}.jsonl"
+            if path not in left:
+                lines = path.read_text(encoding="utf-8").splitlines()
+                left[path] = [json.loads(line)["text"] for line in lines]
+                rng.shuffle(left[path])
             # No more than needed, as choosing among all endings takes the square of their number.
-            enough = _first(documents, 3 * share)
-            made = questions_of(enough, rng)
+            made = questions_of(_first(left[path], 3 * share), rng)
             if len(made) < share:
                 raise UserError(
-                    f"{text / f'{name}.{split}.jsonl'}: has text for {len(made)} questions, "
-                    f"{share} are asked for: lower --{split}, or raise --text-bytes"
+                    f"{path}: has text for {len(made)} questions, {share} are asked for: lower "
+                    f"--{split}"
                 )
-            chosen += rng.sample(made, share)
-        rng.shuffle(chosen)
+            chosen[split] += rng.sample(made, share)
+    for split, found in chosen.items():
+        random.Random(seed).shuffle(found)
         partial = folder / f"{split}.jsonl.partial"
         with open(partial, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(question) + "\n" for question in chosen)
+            file.writelines(json.dumps(question) + "\n" for question in found)
         partial.rename(folder / f"{split}.jsonl")
 
 
-def _first(documents: List[str], passages_wanted: int) -> List[str]:
-    count, taken = 0, []
-    for document in documents:
-        if count >= passages_wanted:
-            break
-        taken.append(document)
-        count += sum(1 for _ in passages(document))
+def _first(documents: List[str], wanted: int) -> List[str]:
+    """Take as many documents off the front as have that many passages, and some of each of four."""
+    counts: List[int] = []
+    taken: List[str] = []
+    while documents and (sum(counts) < wanted or sum(map(bool, counts)) < 4):
+        taken.append(documents.pop(0))
+        counts.append(sum(1 for _ in passages(taken[-1])))
     return taken

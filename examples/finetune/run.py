@@ -283,9 +283,9 @@ def summary(rows: Dict[str, List[float]]) -> Dict[str, Dict[str, Any]]:
         if plain and row != "plain":
             difference = statistics.mean(values) - statistics.mean(plain)
             found[row]["difference"] = difference
-            if several:
-                variances = statistics.variance(values) + statistics.variance(plain)
-                found[row]["beyond"] = abs(difference) > 2 * math.sqrt(variances / len(values))
+            if several and len(plain) > 1:
+                squares = [statistics.variance(each) / len(each) for each in (values, plain)]
+                found[row]["beyond"] = abs(difference) > 2 * math.sqrt(sum(squares))
     return found
 
 
@@ -387,8 +387,6 @@ def main(argv: Sequence[str]) -> int:
     finally:
         if ablation is not None:
             ablation.stop()
-    quickstart.write_json(ablation.out / "result.json", result)
-    (ablation.out / "result.md").write_text(table(result), encoding="utf-8")
     print(table(result))
     return 0
 
@@ -404,7 +402,7 @@ def chosen_rows(names: Optional[str]) -> List[str]:
 
 
 def run_all(ablation: Ablation, rows: List[str]) -> Dict[str, Any]:
-    """Every row and seed, seed by seed, so that an early stop leaves whole tables."""
+    """Every row and seed, seed by seed; the result so far is on disk after each. Returns it."""
     started = {model: before(ablation, model) for model in quickstart.MODELS}
     for model, found in started.items():
         print(f"before: {model} {found['accuracy']:.1f} %", flush=True)
@@ -416,6 +414,9 @@ def run_all(ablation: Ablation, rows: List[str]) -> Dict[str, Any]:
         try:
             for done, future in enumerate(futures, start=1):
                 results.append(future.result())
+                found = gathered(ablation, started, results)
+                quickstart.write_json(ablation.out / "result.json", found)
+                (ablation.out / "result.md").write_text(table(found), encoding="utf-8")
                 last = results[-1]
                 left = (time.monotonic() - begun) / done * (len(plan) - done)
                 print(
@@ -429,14 +430,24 @@ def run_all(ablation: Ablation, rows: List[str]) -> Dict[str, Any]:
             for future in futures:
                 future.cancel()
             raise
-    summed = summary({row: [r["accuracy"] for r in results if r["row"] == row] for row in rows})
-    for row, entry in summed.items():
+    return found
+
+
+def gathered(
+    ablation: Ablation, started: Dict[str, Dict], results: List[Dict[str, Any]]
+) -> Dict[str, Any]:
+    """The runs so far as result.json has them."""
+    accuracies: Dict[str, List[float]] = {}
+    for result in results:
+        accuracies.setdefault(result["row"], []).append(result["accuracy"])
+    rows = summary(accuracies)
+    for row, entry in rows.items():
         dropped = [share for r in results if r["row"] == row for share in r["overflow"]]
         entry["overflow"] = statistics.mean(dropped) if dropped else None
     return {
         "settings": ablation.settings,
         "before": started,
-        "rows": summed,
+        "rows": rows,
         "runs": results,
         "commands": {r["row"]: r["command"] for r in results},
     }
