@@ -87,9 +87,7 @@ class Generator:
     def _search(self, prompts: Sequence[Prompt]) -> List[List[int]]:
         device = next(self.model.parameters()).device
         length = 1 + max((len(prompt.tokens) for prompt in prompts), default=0)
-        tokens = torch.full(
-            (len(prompts), length), PAD, device=device
-        )  # (B, L), padded on the left
+        tokens = torch.full((len(prompts), length), PAD, device=device)  # (B, L)
         for i, prompt in enumerate(prompts):
             tokens[i, length - 1 - len(prompt.tokens) :] = torch.tensor((EOS, *prompt.tokens))
         state: Dict[str, Any] = {}
