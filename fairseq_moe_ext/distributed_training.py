@@ -13,6 +13,7 @@ from typing import Any, Dict, Iterable, Iterator, List, Optional
 import torch
 from fairseq import trainer, utils
 from fairseq.data import Dictionary
+from fairseq.data.lm_context_window_dataset import LMContextWindowDataset
 from fairseq.sequence_scorer import SequenceScorer
 from torch import Tensor
 
@@ -33,6 +34,7 @@ def apply() -> None:
     _refuse_what_cannot_be_trained()
     _count_experts_in_the_gradient_norm()
     _leave_dummy_batches_empty()
+    _give_each_batch_its_context()
     for name in ("fairseq_cli.eval_lm", "__main__"):  # the latter with `python -m`
         module = sys.modules.get(name)
         if getattr(getattr(module, "__spec__", None), "name", "") == "fairseq_cli.eval_lm":
@@ -120,6 +122,33 @@ def _no_sentences(sample: Dict[str, Any]) -> Dict[str, Any]:
         "ntokens": 0,
         "nsentences": 0,
     }
+
+
+def _give_each_batch_its_context() -> None:
+    """fairseq/data/lm_context_window_dataset.py:49 (--context-window) takes for a batch's context
+    what it collated before, which on several processes, or with several workers, is not what stands
+    before the batch; and it trips over a batch of nothing."""
+    stock_item, stock_collater = LMContextWindowDataset.__getitem__, LMContextWindowDataset.collater
+
+    @functools.wraps(stock_item)
+    def __getitem__(self, index):
+        return {**stock_item(self, index), "index": int(index)}
+
+    @functools.wraps(stock_collater)
+    def collater(self, samples):
+        if not samples:
+            return {}
+        before, missing = samples[0]["index"], self.context_window
+        found = [torch.zeros(0, dtype=torch.long)]
+        while before > 0 and missing > 0:
+            before -= 1
+            found.insert(0, self.dataset[before]["source"])
+            missing -= len(found[0])
+        self.prev_tokens = torch.cat(found)[-self.context_window :].numpy()
+        return stock_collater(self, samples)
+
+    LMContextWindowDataset.__getitem__ = __getitem__
+    LMContextWindowDataset.collater = collater
 
 
 def _evaluate_the_whole_set(eval_lm) -> None:
