@@ -294,8 +294,9 @@ def test_a_recipe_changes_its_settings_and_no_others(path):
     assert all(plain[key] != value for key, value in RECIPE_FILES[path].items())
 
 
-def test_recipes_combine(workplace):
-    cfg = composed("finetune", ["task.data=x", "+recipe=[dropless,pad_mask,z_loss]"])
+def test_recipes_combine():
+    cfg = resolved(composed("finetune", ["task.data=x", "+recipe=[dropless,pad_mask,z_loss]"]))
+    assert cfg.common.user_dir == str(PACKAGE)  # not cleared by fairseq's schema
     assert cfg.model.moe_dropless and cfg.model.use_moe_pad_mask
     assert cfg.criterion.moe_z_loss_wt == 0.001 and cfg.checkpoint.patience == 3
     assert cfg.checkpoint.best_checkpoint_metric == "accuracy"
