@@ -159,6 +159,8 @@ def whole_gradients(model):
     whole, gradients = {}, {}
     for name, place in places(model).items():
         gradient = place.parameter.grad
+        if gradient is None:  # frozen
+            continue
         if place.start is not None:
             if place.parameter not in whole:
                 pieces = [torch.empty_like(gradient) for _ in range(dist.get_world_size())]

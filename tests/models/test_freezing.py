@@ -5,7 +5,14 @@ import pytest
 import torch
 from processes import run_processes
 from small_models import MOE, build_model, random_tokens
-from test_distributed_training import UPDATES, WORLD, assert_same, folder, train  # noqa: F401
+from test_distributed_training import (  # noqa: F401
+    UPDATES,
+    WORLD,
+    assert_same,
+    configure,
+    folder,
+    train,
+)
 
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.moe.layer import MoELayer
@@ -25,10 +32,11 @@ def part_of(name):
 
 @pytest.mark.parametrize("choice", PARTS)
 def test_what_is_frozen_stays_and_all_else_moves(folder, choice):  # noqa: F811
-    flags = f"--moe-expert-count 4 {ADAM} --moe-freeze {choice}"
+    cfg = configure(folder, f"--moe-expert-count 4 {ADAM} --moe-freeze {choice}")
     # float32, as stock's gradient norm, without experts, takes no float64
     start, end = (
-        train(0, folder, flags, 1, updates=updates, dtype=torch.float32)[1] for updates in (0, 3)
+        train(0, cfg, "legacy_ddp", 1, updates=updates, dtype=torch.float32).parameters
+        for updates in (0, 3)
     )
     moved = {part: False for part in ("gate", "experts", "rest")}
     for name in start:
@@ -41,10 +49,10 @@ def test_what_is_frozen_stays_and_all_else_moves(folder, choice):  # noqa: F811
 @pytest.mark.parametrize("choice", ["gate", "experts"])
 @pytest.mark.parametrize("backend", ["legacy_ddp", "pytorch_ddp"])
 def test_two_processes_equal_one(folder, choice, backend):  # noqa: F811
-    flags = f"--moe-expert-count 4 --ddp-backend {backend} {WORLD} --moe-freeze {choice}"
-    one = train(0, folder, flags, 1, dtype=torch.float32)
-    many = run_processes(2, train, folder, flags, 2, 1, None, UPDATES, torch.float32)
-    assert_same(one, many, 4, rtol=1e-5, atol=1e-5)
+    cfg = configure(folder, f"--moe-expert-count 4 {WORLD} --moe-freeze {choice}")
+    one = train(0, cfg, backend, 1, dtype=torch.float32)
+    many = run_processes(2, train, cfg, backend, 2, 1, None, UPDATES, torch.float32)
+    assert_same(one, many, 4, rtol=1e-5)
 
 
 def test_a_dense_model_has_nothing_to_freeze():

@@ -252,7 +252,7 @@ def write(folder, files):
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content, encoding="utf-8", newline="")
+        path.write_bytes(content.encode())  # line ends as they are
 
 
 def test_every_task_has_a_case():
