@@ -34,6 +34,7 @@ def test_torchrun_with_sharded_parameters(tmp_path):
     last = tmp_path / "run" / "checkpoint_last.pt"
     assert torch.load(last, weights_only=True)["optimizer_history"][-1]["num_updates"] == 6
     evaluate = f"{data} {EVAL} --path {last}".replace("--log-format none", "--no-progress-bar")
+    evaluate += " --model-overrides {'moe_eval_capacity_token_fraction':1.0}"
     texts = [finished(launch(world, evaluate, "fairseq-eval-lm")) for world in (1, 2)]
     one, two = (set(re.findall(r"Perplexity: ([\d.]+)", text)) for text in texts)
     assert one == two and len(one) == 1
