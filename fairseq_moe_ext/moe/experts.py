@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .side_by_side import for_each_expert
+
 
 class TensorPerExpert(list):
     """A stacked tensor as the list of its parts, which may lie in different files; a state dict may
@@ -109,8 +111,8 @@ class GroupedLinear(nn.Module):
 
 
 class _GroupedLinear(torch.autograd.Function):
-    # A loop of matrix products that read one expert's weight and write into place. Under autograd
-    # each weight[e] would make a gradient of all experts' size; here it is written once.
+    # Matrix products that read one expert's weight and write into place. Under autograd each
+    # weight[e] would make a gradient of all experts' size; here it is written once.
     @staticmethod
     def forward(
         ctx, x: Tensor, weight: Tensor, bias: Tensor, counts: List[int], grad_scale: float
@@ -118,9 +120,13 @@ class _GroupedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.counts, ctx.grad_scale = counts, grad_scale
         out = x.new_empty(x.size(0), weight.size(1))
-        for rows, x_e, w_e, b_e in zip(out.split(counts), x.split(counts), weight, bias):
-            if len(rows) > 0:
-                torch.addmm(b_e, x_e, w_e.t(), out=rows)
+        outs, xs = out.split(counts), x.split(counts)
+
+        def multiply(e: int) -> None:
+            if counts[e] > 0:
+                torch.addmm(bias[e], xs[e], weight[e].t(), out=outs[e])
+
+        for_each_expert(multiply, counts, weight[0].numel(), x.device.type == "cpu")
         return out
 
     @staticmethod
@@ -128,23 +134,26 @@ class _GroupedLinear(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         x, weight = ctx.saved_tensors
         counts, scale = ctx.counts, ctx.grad_scale
-        grads = grad.split(counts)
-        grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = torch.empty_like(x)
-            for rows, g_e, w_e in zip(grad_x.split(counts), grads, weight):
-                if len(rows) > 0:
-                    torch.mm(g_e, w_e, out=rows)
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch.empty_like(weight)
-            for gw_e, g_e, x_e in zip(grad_weight, grads, x.split(counts)):
-                if len(g_e) > 0:
-                    torch.addmm(gw_e, g_e.t(), x_e, beta=0, alpha=scale, out=gw_e)
-                else:
-                    gw_e.zero_()
-        if ctx.needs_input_grad[2]:
-            grad_bias = torch.stack([g_e.sum(dim=0) for g_e in grads]).mul_(scale)
-        return grad_x, grad_weight, grad_bias, None, None
+        for_x, for_weight, for_bias = ctx.needs_input_grad[:3]
+        grad_x = torch.empty_like(x) if for_x else None
+        grad_weight = torch.empty_like(weight) if for_weight else None
+        grad_bias = grad.new_empty(weight.shape[:2]) if for_bias else None
+        grads, xs = grad.split(counts), x.split(counts)
+        grads_x = grad_x.split(counts) if for_x else ()
+
+        def multiply(e: int) -> None:
+            g_e = grads[e]
+            if for_x and counts[e] > 0:
+                torch.mm(g_e, weight[e], out=grads_x[e])
+            if for_weight and counts[e] > 0:
+                torch.addmm(grad_weight[e], g_e.t(), xs[e], beta=0, alpha=scale, out=grad_weight[e])
+            elif for_weight:
+                grad_weight[e].zero_()
+            if for_bias:
+                torch.sum(g_e, dim=0, out=grad_bias[e])
+
+        for_each_expert(multiply, counts, 2 * weight[0].numel(), x.device.type == "cpu")
+        return grad_x, grad_weight, grad_bias.mul_(scale) if for_bias else None, None, None
 
 
 class Experts(nn.Module):

@@ -1,0 +1,89 @@
+"""Work on many experts, side by side on the cores of a CPU.
+
+A matrix product of few rows does not fill several cores: the threads that PyTorch splits it over
+wait for each other more than they compute. So each core takes the next expert and computes it
+alone.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Callable, Optional, Sequence
+
+import torch
+
+_WORTH = 2**22  # multiplications, about 0.1 ms; handing work to threads costs some 0.05
+
+
+def for_each_expert(
+    work: Callable[[int], None], counts: Sequence[int], size: int, cpu: bool
+) -> None:
+    """Call work(e) for every expert e, each writing where no other does; without autograd.
+
+    Args:
+        counts: rows of each expert.
+        size: multiplications a row takes.
+        cpu: whether the work is on a CPU; elsewhere it goes one by one, as kernels are queued.
+    """
+    # Without OpenMP the number of threads cannot be changed once there are some.
+    threads = torch.get_num_threads() if cpu and torch.backends.openmp.is_available() else 1
+    rows = sum(counts)
+    # An expert with much more than a core's share would keep the others waiting.
+    shared = 2 * threads * max(counts, default=0) <= 3 * rows
+    # A dispatch mode, as torch's FLOP counter, sees its own thread alone.
+    watched = torch._C._len_torch_dispatch_stack() > 0
+    if threads == 1 or not shared or watched or rows * size < _WORTH:
+        for expert in range(len(counts)):
+            work(expert)
+        return
+    experts = iter(range(len(counts)))  # drawing the next one is atomic
+
+    def share() -> None:
+        with torch.no_grad():  # of each thread its own
+            for expert in experts:
+                work(expert)
+
+    pool = _Helpers.get(threads - 1)
+    torch.set_num_threads(1)
+    try:
+        helping = [pool.submit(share) for _ in range(threads - 1)]
+        try:
+            share()
+        finally:
+            wait(helping)
+        for done in helping:
+            done.result()  # raises what a helper raised
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _Helpers:
+    """The threads beside the caller's, kept between calls."""
+
+    pool: Optional[ThreadPoolExecutor] = None
+    size = 0
+
+    @classmethod
+    def get(cls, size: int) -> ThreadPoolExecutor:
+        if cls.pool is None or cls.size != size:
+            cls.pool, cls.size = ThreadPoolExecutor(size, "experts"), size
+            # A thread sets its number of threads once, and with it that of MKL for all: so now,
+            # before the caller sets its own again.
+            together = threading.Barrier(size)
+
+            def prepare() -> None:
+                torch.set_num_threads(1)
+                together.wait()
+
+            wait([cls.pool.submit(prepare) for _ in range(size)])
+        return cls.pool
+
+    @classmethod
+    def forget(cls) -> None:
+        cls.pool = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_Helpers.forget)  # a forked process has none of them

@@ -1,0 +1,111 @@
+"""Experts side by side: the numbers of one thread, errors told, forks survived."""
+
+import multiprocessing
+import threading
+
+import pytest
+import torch
+from closeness import assert_near
+from torch.utils.flop_counter import FlopCounterMode
+
+from fairseq_moe_ext.moe import side_by_side
+from fairseq_moe_ext.moe.experts import Experts
+
+COUNTS = [40, 0, 31, 1, 50, 6]
+
+
+@pytest.fixture(params=[2, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """Names of the threads that worked on an expert."""
+    names = set()
+    ready = threading.Event()
+
+    def recorded(work, counts, size, cpu):
+        def one(expert):
+            names.add(threading.current_thread().name)
+            if threading.current_thread() is threading.main_thread():
+                ready.wait(0.2)  # so that a helper gets some of these few experts
+            else:
+                ready.set()
+            work(expert)
+
+        side_by_side.for_each_expert(one, counts, size, cpu)
+
+    monkeypatch.setattr("fairseq_moe_ext.moe.experts.for_each_expert", recorded)
+    return names
+
+
+def results(experts, x):
+    x = x.clone().requires_grad_()
+    experts.zero_grad()
+    out = experts(x, COUNTS)
+    out.square().sum().backward()
+    return [out.detach(), x.grad, *(p.grad.clone() for p in experts.parameters())]
+
+
+def test_threads_change_no_number(threads, used):
+    torch.manual_seed(0)
+    experts = Experts(len(COUNTS), 160, 320, grad_scale=0.5).double()
+    x = torch.randn(sum(COUNTS), 160, dtype=torch.float64)
+    found = results(experts, x)
+    assert len(used) > 1 and torch.get_num_threads() == threads
+    torch.set_num_threads(1)
+    used.clear()
+    expected = results(experts, x)
+    assert used == {"MainThread"}
+    for mine, one in zip(found, expected):
+        assert_near(mine, one, 1e-12, "side by side")
+
+
+def test_little_work_crowded_experts_and_counters_stay_on_one_thread(threads, used):
+    torch.manual_seed(0)
+    little, much = Experts(3, 8, 8), Experts(3, 256, 512)
+    little(torch.randn(30, 8), [10, 10, 10])
+    much(torch.randn(300, 256), [290, 5, 5])
+    with FlopCounterMode(display=False) as counter:
+        much(torch.randn(300, 256), [100, 100, 100])
+    assert counter.get_total_flops() == 2 * 2 * 300 * 256 * 512
+    assert used == {"MainThread"}
+
+
+def test_a_helper_s_error_is_raised_and_the_threads_are_set_again(threads):
+    raising = threading.Event()
+
+    def work(expert):
+        if threading.current_thread() is threading.main_thread():
+            raising.wait(5)
+        else:
+            raising.set()
+            raise ValueError("from a helper")
+
+    with pytest.raises(ValueError, match="from a helper"):
+        side_by_side.for_each_expert(work, [10**6] * 50, 10, True)
+    assert torch.get_num_threads() == threads
+
+
+def forked(queue):
+    torch.set_num_threads(2)
+    done = []
+    side_by_side.for_each_expert(done.append, [10**6] * 50, 10, True)
+    queue.put(sorted(done))
+
+
+def test_a_forked_process_has_its_own_helpers(threads):
+    side_by_side.for_each_expert(lambda expert: None, [10**6] * 50, 10, True)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    process = context.Process(target=forked, args=(queue,))
+    process.start()
+    try:
+        assert queue.get(timeout=60) == list(range(50))
+    finally:
+        process.kill()
+        process.join()
