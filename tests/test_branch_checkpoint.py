@@ -192,7 +192,7 @@ def test_logits_are_those_of_the_weights(tmp_path, data, name):
     [
         ("two ranks", 4),
         ("experts on two ranks each", 2),
-        ("old args", 2),
+        pytest.param("old args", 2, marks=pytest.mark.slow),
         ("top-1", 2),
         ("prioritized, masked", 2),
     ],
@@ -313,13 +313,13 @@ def restored(rank, folder, path, flags, world, reset=False):
     "name, world",
     [
         ("two ranks", 1),
-        ("two ranks", 4),
-        ("experts on two ranks each", 2),
+        pytest.param("two ranks", 4, marks=pytest.mark.slow),
+        pytest.param("experts on two ranks each", 2, marks=pytest.mark.slow),
         ("experts on two ranks each", 1),
         ("FSDP's names", 2),
-        ("old args", 1),
+        pytest.param("old args", 1, marks=pytest.mark.slow),
         ("top-1 on eight, old args", 2),
-        ("gpt3, untied", 4),
+        pytest.param("gpt3, untied", 4, marks=pytest.mark.slow),
     ],
 )
 def test_training_goes_on_with_the_optimizer_state(tmp_path, data, world, name):

@@ -170,7 +170,16 @@ def referred_files(folder):
 
 @pytest.mark.parametrize(
     "experts, first, then",
-    [(4, 2, 2), (4, 2, 1), (4, 1, 2), (4, 2, 4), (2, 4, 4), (2, 4, 2), (2, 4, 1), (2, 1, 4)],
+    [
+        (4, 2, 1),
+        (4, 1, 2),
+        (4, 2, 4),
+        (2, 4, 2),
+        *(
+            pytest.param(*numbers, marks=pytest.mark.slow)
+            for numbers in [(4, 2, 2), (2, 4, 4), (2, 4, 1), (2, 1, 4)]
+        ),
+    ],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(data, runs, experts, first, then):
     """experts < processes: with replicas."""

@@ -160,7 +160,7 @@ def test_a_few_kills(tmp_path):
     "moment, world",
     [
         ("validation", 2),
-        ("writing", 1),
+        pytest.param("writing", 1, marks=pytest.mark.slow),
         ("writing", 2),
         pytest.param("renaming", 2, marks=pytest.mark.slow),
         pytest.param("copying", 1, marks=pytest.mark.slow),
