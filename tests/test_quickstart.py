@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.evaluation import expert_use, report
+from fairseq_moe_ext.evaluation import loading, report
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart"
 sys.path.insert(0, str(QUICKSTART))
@@ -141,7 +141,7 @@ def test_expert_use_counts_every_choice(finished):
             assert sum(share) == pytest.approx(1)
             assert layer["tokens"][name] > 0
     # Again for one domain, block by block.
-    task = expert_use._task(out / "data" / "maths", quickstart.CONTEXT)
+    task = loading.language_modeling_task(out / "data" / "maths", quickstart.CONTEXT)
     task.load_dataset("test")
     checkpoint = str(out / "moe" / "checkpoint_best.pt")
     (model,), _ = checkpoint_utils.load_model_ensemble([checkpoint], task=task)

@@ -183,7 +183,7 @@ class Ablation:
 
     def execute(self, command: List[str], log: Path) -> None:
         """Run a command with one thread; a UserError with its last words when it fails."""
-        from fairseq_moe_ext.errors import UserError
+        from fairseq_moe_ext.study.child import failure
 
         if self.stopped:
             raise KeyboardInterrupt
@@ -199,11 +199,7 @@ class Ablation:
         status = child.wait()
         self.children.remove(child)
         if status != 0:
-            words = [w for w in log.read_text(encoding="utf-8").splitlines() if w.strip()][-1:]
-            raise UserError(
-                f"{Path(command[0]).name} ended with status {status}: {' '.join(words)[:300]} "
-                f"(all of it in {log})"
-            )
+            raise failure(command, status, log)
 
     def stop(self) -> None:
         self.stopped = True

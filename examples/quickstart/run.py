@@ -157,17 +157,12 @@ class Run:
 
     def finish(self, child: subprocess.Popen, command: Sequence[str], log: Path) -> None:
         """Wait for a command; a UserError with its last words when it failed."""
-        from fairseq_moe_ext.errors import UserError
+        from fairseq_moe_ext.study.child import failure
 
         status = child.wait()
         self.children.remove(child)
         if status != 0:
-            with open(log, encoding="utf-8", errors="replace") as file:
-                words = [line.strip() for line in file if line.strip()][-1:]
-            raise UserError(
-                f"{Path(command[0]).name} ended with status {status}: {' '.join(words)[:300]} "
-                f"(all of it in {log})"
-            )
+            raise failure(command, status, log)
 
     def stop(self) -> None:
         """End the commands that still run. Trainings go on from their last checkpoint."""
@@ -199,9 +194,9 @@ def write_json(path: Path, value: object) -> None:
 
 def console_script(name: str) -> str:
     """The command's path beside this Python, or else on PATH."""
-    from fairseq_moe_ext.study import plan
+    from fairseq_moe_ext.study import child
 
-    return plan.console_script(name)
+    return child.console_script(name)
 
 
 def prepare_command(run: Run, held_out: Dict[str, bool]) -> List[str]:

@@ -18,6 +18,7 @@ from typing import Dict, Iterator, List, Optional, Sequence
 import torch
 
 from ..errors import UserError
+from .loading import language_modeling_task
 
 
 def mutual_information(share: Sequence[Sequence[float]]) -> float:
@@ -60,7 +61,7 @@ def expert_use(
     tokens: Dict[str, int] = {}
     model = None
     for name, folder in bins.items():
-        task = _task(folder, tokens_per_sample)
+        task = language_modeling_task(folder, tokens_per_sample)
         if model is None:
             models, _ = checkpoint_utils.load_model_ensemble([str(checkpoint)], task=task)
             model = models[0].eval()
@@ -83,26 +84,6 @@ def expert_use(
         }
         for layer in sorted(counts)
     ]
-
-
-def _task(folder: Path, tokens_per_sample: int):
-    """Stock's language-modelling task on one data-bin."""
-    from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
-
-    # The fields beside the first two are taken from other groups of options on the command line.
-    config = LanguageModelingConfig(
-        data=str(folder),
-        tokens_per_sample=tokens_per_sample,
-        seed=1,
-        batch_size=None,
-        batch_size_valid=None,
-        dataset_impl=None,
-        data_buffer_size=0,
-        tpu=False,
-        use_plasma_view=False,
-        plasma_path="",
-    )
-    return LanguageModelingTask.setup_task(config)
 
 
 def _batches(dataset, batch_size: int) -> Iterator[torch.Tensor]:

@@ -21,7 +21,8 @@ from torch import Tensor
 from .. import data_bin
 from ..errors import UserError
 from .cost_table import markdown, plain
-from .expert_use import _task, write_json
+from .expert_use import write_json
+from .loading import check_path, language_modeling_task, set_gates
 
 _LOGITS = 2**24  # that exist at a time
 
@@ -175,12 +176,7 @@ def bootstrap(nll: np.ndarray, units: np.ndarray, draws: int, seed: int = 1) -> 
 
 def set_capacity(model: torch.nn.Module, fraction: float) -> None:
     """From now on an expert takes ceil(fraction * tokens) of a batch; 1.0: all."""
-    for layer in model.decoder.layers:
-        moe = getattr(layer, "moe_layer", None)
-        if moe is not None:
-            moe.gate.settings = moe.gate.settings._replace(
-                dropless=False, eval_token_fraction=fraction
-            )
+    set_gates(model, dropless=False, eval_token_fraction=fraction)
 
 
 def evaluate(
@@ -262,15 +258,14 @@ def run(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: use 1 or more")
-    if not args.path.is_file() and not list(args.path.parent.glob(args.path.stem + "-*")):
-        raise UserError(f"--path {args.path}: no such checkpoint")
+    check_path(args.path)
     first = next(iter(data_bin.find_corpora(args.data[0]).values()), None)
     if first is None:
         raise UserError(f"{args.data[0]}: no data-bin in it; make some with `fairseq-moe prepare`")
     for data in args.data:
         corpora = data_bin.find_corpora(data)
         data_bin.check_dictionaries(first, corpora)
-    task = _task(first, args.context or 1)
+    task = language_modeling_task(first, args.context or 1)
     models, cfg = checkpoint_utils.load_model_ensemble([str(args.path)], task=task)
     model = models[0].eval()
     if torch.cuda.is_available() and not args.cpu:

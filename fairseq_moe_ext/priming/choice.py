@@ -11,7 +11,7 @@ from .formats import TASKS, Item, find_file, read_items
 from .model import rank
 from .protocol import Job, Loaded, Result, Settings
 from .scoring import Row, Scorer, cut, rows_of, value
-from .shots import Pool, draw, fitting, joined
+from .shots import Pool, draw, fitting, joined, spread
 from .vocabulary import EOS, Vocabulary
 
 _MANY = 8  # candidates of one question, from which on their common prefix is computed once
@@ -131,7 +131,7 @@ def evaluate(
         "shots": shots,
         "questions": len(questions),
         "accuracy": float(np.mean(found)),
-        "spread": float(np.std(found, ddof=1)) if len(found) > 1 else None,
+        "spread": spread(found),
         "draws": found,
         "left_out": float(np.mean([outcome.left_out for outcome in outcomes])),
         "too_long": max(outcome.too_long for outcome in outcomes),

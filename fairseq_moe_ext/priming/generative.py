@@ -10,7 +10,7 @@ primed with.
 
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Callable, Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from .generation import Generator, Prompt
 from .model import rank
 from .protocol import Job, Loaded, Result, Settings
 from .records import read_jsonl
-from .shots import draw, fitting, joined
+from .shots import draw, fitting, joined, spread
 from .vocabulary import EOS, Vocabulary
 
 
@@ -125,7 +125,7 @@ def _evaluate(
         "scores": {
             metric: {
                 "mean": float(np.mean([one[metric][0] for one in found])),
-                "spread": _spread([one[metric][0] for one in found]),
+                "spread": spread([one[metric][0] for one in found]),
                 "signature": found[0][metric][1],
             }
             for metric in found[0]
@@ -184,10 +184,6 @@ def notes(results: Sequence[Result]) -> List[str]:
 
 def _ends_the_line(new: Sequence[int]) -> bool:
     return new[-1] == EOS
-
-
-def _spread(values: Sequence[float]) -> Any:
-    return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def _say(head: str, found: Result, room: int) -> None:

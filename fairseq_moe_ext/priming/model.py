@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..data_bin import DICTIONARY
 from ..errors import UserError
-from ..evaluation.expert_use import _task
+from ..evaluation.loading import check_path, language_modeling_task, set_gates
 from ..expert_parallel import process_count
 from ..models.language_model import MoETransformerLanguageModel
 from .scoring import Row
@@ -52,8 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_files(path: Path, data: Path) -> None:
     """Raise UserError unless the checkpoint and its dictionary are there."""
-    if not path.is_file() and not list(path.parent.glob(path.stem + "-*")):
-        raise UserError(f"--path {path}: no such checkpoint")
+    check_path(path)
     if not (data / DICTIONARY).is_file():
         raise UserError(f"--data {data}: no {DICTIONARY} in it")
 
@@ -94,7 +93,7 @@ def load(
 
     check_files(path, data)
     models, _ = checkpoint_utils.load_model_ensemble(
-        [str(path)], arg_overrides=_overrides(overrides), task=_task(data, 1)
+        [str(path)], arg_overrides=_overrides(overrides), task=language_modeling_task(data, 1)
     )
     model = models[0].eval()
     if not isinstance(model, MoETransformerLanguageModel):
@@ -102,10 +101,7 @@ def load(
             f"--path {path}: a {type(model).__name__} of fairseq's own; make it one of ours first, "
             "with `fairseq-moe convert`"
         )
-    for layer in model.decoder.layers:
-        moe = getattr(layer, "moe_layer", None)
-        if moe is not None:
-            moe.gate.settings = moe.gate.settings._replace(dropless=True)
+    set_gates(model, dropless=True)
     if fp16:
         model = model.half()
     return model.cuda() if torch.cuda.is_available() and not cpu else model

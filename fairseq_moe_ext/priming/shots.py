@@ -1,6 +1,6 @@
 """Examples before the question: their draws, and how many fit into the context."""
 
-from typing import Callable, List, Sequence, Tuple
+from typing import Callable, List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -33,6 +33,11 @@ def fitting(examples: Sequence[Sequence[int]], question: int, context: int) -> i
 def joined(examples: Sequence[Sequence[int]], newline: int) -> Tuple[int, ...]:
     """The examples as the beginning of a prompt, one newline behind each."""
     return tuple(token for example in examples for token in (*example, newline))
+
+
+def spread(values: Sequence[float]) -> Optional[float]:
+    """Standard deviation of a figure over draws; None of one."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 class Pool(Sequence[List[int]]):

@@ -17,6 +17,7 @@ from ..evaluation.cost_table import plain
 from ..evaluation.expert_use import write_json
 from . import plan as plans
 from . import result as results
+from .child import failure
 from .plan import Plan, Run
 
 
@@ -124,11 +125,7 @@ class _Work:
                     self._say(f"{one.name}: {_last_update(log)} of {one.updates} updates")
         self.children.remove(child)
         if status != 0:
-            words = [line.strip() for line in log.read_text(errors="replace").splitlines() if line]
-            raise UserError(
-                f"{one.name}: {Path(command[0]).name} ended with status {status}: "
-                f"{' '.join(words[-1:])[:300]} (all of it in {log})"
-            )
+            raise UserError(f"{one.name}: {failure(command, status, log)}")
 
     def _say(self, text: str) -> None:
         total = len(self.plan.runs)

@@ -1,7 +1,5 @@
 """A study's YAML file -> the runs it names and their commands."""
 
-import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Sequence
@@ -10,6 +8,7 @@ import yaml
 
 from .. import data_bin
 from ..errors import UserError
+from .child import console_script
 
 FAMILIES = ("dense", "moe")
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -201,17 +200,6 @@ def _prime(asked, settings: Dict, folder: Path) -> List[str]:
         *("--json", str(folder / "priming.json")),
         *(["--cpu"] if asked["train"].get("cpu") else []),
     ]
-
-
-def console_script(name: str) -> str:
-    """The command's path beside this Python, or else on PATH."""
-    beside = str(Path(sys.executable).parent)
-    found = shutil.which(name, path=os.pathsep.join([beside, os.environ.get("PATH", "")]))
-    if found is None:
-        raise UserError(
-            f"the command {name} is not installed: install fairseq 0.12.2 (`make install`)"
-        )
-    return found
 
 
 def typed(command: Sequence[str]) -> List[str]:

@@ -12,17 +12,25 @@ TITLES = {
     "out_of_domain": "Out of domain, mean",
     "0-shot": "Zero-shot accuracy",
 }
+Runs = Sequence[Dict[str, Any]]
 Table = Tuple[List[str], List[List[str]]]
 
 
-def models(runs: Sequence[Dict[str, Any]]) -> Table:
+def _by_model(runs: Runs) -> Dict[str, Runs]:
+    """Name of a model -> its runs, one a seed."""
+    found: Dict[str, List[Dict[str, Any]]] = {}
+    for run in runs:
+        found.setdefault(f"{LABELS[run['family']]} {run['size']}", []).append(run)
+    return found
+
+
+def models(runs: Runs) -> Table:
     rows = []
-    for key in dict.fromkeys((run["family"], run["size"]) for run in runs):
-        mine = [run for run in runs if (run["family"], run["size"]) == key]
+    for name, mine in _by_model(runs).items():
         one = mine[0]
         rows.append(
             [
-                f"{LABELS[key[0]]} {key[1]}",
+                name,
                 figures.short(one["parameters"]),
                 figures.short(one["active"]),
                 figures.short(one["tokens"]),
@@ -35,28 +43,23 @@ def models(runs: Sequence[Dict[str, Any]]) -> Table:
     return head, rows
 
 
-def perplexities(runs: Sequence[Dict[str, Any]]) -> Table:
+def perplexities(runs: Runs) -> Table:
     """Mean over seeds, and half the range over them; dropped choices at the end."""
-    keys = list(dict.fromkeys((run["family"], run["size"]) for run in runs))
+    by_model = _by_model(runs)
     rows = []
     for group in [g for g in results.groups(runs) if g in runs[0]["mean"] or g in runs[0]["sets"]]:
         row = [TITLES.get(group, group)]
-        for key in keys:
-            values = [
-                results.performance(run, group)
-                for run in runs
-                if (run["family"], run["size"]) == key
-            ]
+        for mine in by_model.values():
+            values = [results.performance(run, group) for run in mine]
             half = (max(values) - min(values)) / 2
             row.append(f"{sum(values) / len(values):.2f} ± {half:.2f}")
         rows.append(row)
     row = ["Choices dropped, %"]
-    for key in keys:
-        mine = [run for run in runs if (run["family"], run["size"]) == key]
+    for mine in by_model.values():
         lost = [s["dropped"] for run in mine for s in run["sets"].values() if s["dropped"]]
         shares = [sum(choices) / len(choices) for choices in lost]
         row.append(f"{100 * sum(shares) / len(shares):.2f}" if shares else "")
-    return ["", *(f"{LABELS[f]} {size}" for f, size in keys)], [*rows, row]
+    return ["", *by_model], [*rows, row]
 
 
 def paper_models() -> Table:
@@ -64,23 +67,23 @@ def paper_models() -> Table:
     return list(TABLE_1_HEAD), table_1()
 
 
-def priming(runs: Sequence[Dict[str, Any]]) -> Table:
+def priming(runs: Runs) -> Table:
     """Accuracy of each task and number of shots by model, then the means."""
-    keys = list(dict.fromkeys((run["family"], run["size"]) for run in runs))
-    found: Dict[Tuple[str, int], Dict[Any, List[float]]] = {}
-    for run in runs:
-        for one in run["priming"]["tasks"]:
-            row = found.setdefault((one["task"], one["shots"]), {})
-            row.setdefault((run["family"], run["size"]), []).append(100 * one["accuracy"])
-        for shots, mean in run["priming"]["mean"].items():
-            row = found.setdefault(("mean", int(shots)), {})
-            row.setdefault((run["family"], run["size"]), []).append(100 * mean)
+    by_model = _by_model(runs)
+    found: Dict[Tuple[str, int], Dict[str, List[float]]] = {}
+    for name, mine in by_model.items():
+        for run in mine:
+            measured = [(t["task"], t["shots"], t["accuracy"]) for t in run["priming"]["tasks"]]
+            measured += [("mean", int(n), mean) for n, mean in run["priming"]["mean"].items()]
+            for task, shots, accuracy in measured:
+                row = found.setdefault((task, shots), {})
+                row.setdefault(name, []).append(100 * accuracy)
     rows = []
     for (task, shots), values in sorted(found.items(), key=lambda one: one[0][1]):
-        cells = [values.get(key, []) for key in keys]
+        cells = [values.get(name, []) for name in by_model]
         means = [f"{sum(cell) / len(cell):.1f}" if cell else "" for cell in cells]
         rows.append([f"{task}, {shots} shots", *means])
-    return ["", *(f"{LABELS[f]} {size}" for f, size in keys)], rows
+    return ["", *by_model], rows
 
 
 def paper_tuned() -> Table:

@@ -1,0 +1,42 @@
+"""What evaluations of a checkpoint have in common before they begin."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import UserError
+
+
+def check_path(path: Path) -> None:
+    """Raise UserError unless --path is a file, or the stem of the branch's files."""
+    if not path.is_file() and not list(path.parent.glob(path.stem + "-*")):
+        raise UserError(f"--path {path}: no such checkpoint")
+
+
+def language_modeling_task(folder: Path, tokens_per_sample: int):
+    """Stock's language-modelling task on one data-bin."""
+    from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
+
+    # The fields beside the first two are taken from other groups of options on the command line.
+    config = LanguageModelingConfig(
+        data=str(folder),
+        tokens_per_sample=tokens_per_sample,
+        seed=1,
+        batch_size=None,
+        batch_size_valid=None,
+        dataset_impl=None,
+        data_buffer_size=0,
+        tpu=False,
+        use_plasma_view=False,
+        plasma_path="",
+    )
+    return LanguageModelingTask.setup_task(config)
+
+
+def set_gates(model: torch.nn.Module, **settings: Any) -> None:
+    """Change settings (moe/gate.py: GateSettings) of all gates, from now on."""
+    for layer in model.decoder.layers:
+        moe = getattr(layer, "moe_layer", None)
+        if moe is not None:
+            moe.gate.settings = moe.gate.settings._replace(**settings)

@@ -1,0 +1,30 @@
+"""Commands that run as processes of their own, with a log."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Sequence
+
+from ..errors import UserError
+
+
+def console_script(name: str) -> str:
+    """The command's path beside this Python, or else on PATH."""
+    beside = str(Path(sys.executable).parent)
+    found = shutil.which(name, path=os.pathsep.join([beside, os.environ.get("PATH", "")]))
+    if found is None:
+        raise UserError(
+            f"the command {name} is not installed: install fairseq 0.12.2 (`make install`)"
+        )
+    return found
+
+
+def failure(command: Sequence[str], status: int, log: Path) -> UserError:
+    """What to tell of a command that failed: its last words."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    words = [line.strip() for line in lines if line.strip()][-1:]
+    return UserError(
+        f"{Path(command[0]).name} ended with status {status}: {' '.join(words)[:300]} "
+        f"(all of it in {log})"
+    )
