@@ -65,6 +65,13 @@ class MoETransformerLMConfig(FairseqDataclass):
     checkpoint_activations: bool = field(
         default=False, metadata={"help": "recompute each layer's activations in the backward pass"}
     )
+    compile: bool = field(
+        default=False,
+        metadata={
+            "help": "torch.compile dense layers and the attention of MoE layers, in training; no "
+            "number changes beyond rounding. Needs a C++ compiler (CPU) or Triton (GPU)"
+        },
+    )
 
     moe_freq: int = field(
         default=0,

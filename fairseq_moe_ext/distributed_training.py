@@ -25,6 +25,7 @@ from .expert_parallel import (
     sum_of_experts,
     sum_over_processes,
 )
+from .models import compiled
 
 
 def apply() -> None:
@@ -49,6 +50,8 @@ def _refuse_what_cannot_be_trained() -> None:
     def __init__(self, cfg, task, model, *args, **kwargs):
         if process_count() > 1 and getattr(model, "has_experts", False):
             validate_processes(cfg.model, process_count())
+        if getattr(cfg.model, "compile", False):
+            compiled.check()
         stock(self, cfg, task, model, *args, **kwargs)
 
     trainer.Trainer.__init__ = __init__

@@ -59,6 +59,7 @@ def validate(cfg: Any) -> None:
     settings = ConfigAutoWrap.kwargs
     half = "--fp16 or --memory-efficient-fp16"
     refused = {
+        "--compile": (cfg.compile, "FSDP changes parameters under the compiler: drop either"),
         "--bf16": (cfg.bf16, f"fairseq's knows float16 alone: use {half}, or pytorch_ddp"),
         "--use-sharded-state": (
             settings["use_sharded_state"],

@@ -353,6 +353,7 @@ def test_sharded_half_precision_goes_on(data, tmp_path):
     "flag, words",
     [
         ("--bf16", "--bf16 with --ddp-backend fully_sharded"),
+        ("--compile", "--compile with --ddp-backend fully_sharded"),
         ("--use-sharded-state", "--use-sharded-state with"),
         ("--cpu-offload", "--cpu-offload with"),
         ("--not-fsdp-flatten-parameters", "--not-fsdp-flatten-parameters with"),

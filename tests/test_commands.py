@@ -9,6 +9,7 @@ import torch
 from fairseq.data import Dictionary, indexed_dataset
 
 import fairseq_moe_ext
+from fairseq_moe_ext.models import compiled
 from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
 
 USER_DIR = str(Path(fairseq_moe_ext.__file__).parent)
@@ -113,6 +114,38 @@ def test_a_resumed_run_equals_an_uninterrupted_one(command, data, tmp_path):
     ]
     for key, value in states[0].items():
         torch.testing.assert_close(states[1][key], value, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_equals_a_plain_one(command, data, tmp_path):
+    found = {}
+    for name, flag in (("plain", ""), ("compiled", "--compile")):
+        line = f"{data} {TRAIN} {MOE} {flag} --max-update 3 --save-dir {tmp_path / name}"
+        status, log, _, err = command("train", line)
+        assert status == 0, err
+        path = tmp_path / name / "checkpoint_last.pt"
+        status, evaluated, _, err = command("eval_lm", f"{data} {EVAL} --path {path}")
+        assert status == 0, err
+        found[name] = [*losses(log), float(re.search(r"Perplexity: ([\d.]+)", evaluated).group(1))]
+    assert len(found["plain"]) == 4
+    assert found["compiled"] == pytest.approx(found["plain"], rel=1e-3)
+    go_on = f"{data} {TRAIN} {MOE} --save-dir {tmp_path / 'compiled'} --max-update 5"
+    status, log, _, _ = command("train", go_on)
+    assert status == 0 and '"num_updates": "5"' in log
+
+
+def test_compiling_without_a_compiler_ends_in_one_line(command, data, tmp_path):
+    from torch._inductor import config
+
+    torch._dynamo.reset()
+    compiled.check.cache_clear()
+    line = f"{data} {TRAIN} {MOE} --compile --save-dir {tmp_path / 'new'}"
+    with config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        status, _, _, err = command("train", line)
+    errors = [line for line in err.splitlines() if line.startswith("error:")]
+    assert status == 1
+    assert len(errors) == 1 and "error: --compile: torch.compile does not work" in errors[0]
+    assert not list(tmp_path.glob("new/*.pt"))
 
 
 def test_perplexity_of_eval_lm_is_that_of_validation(command, data, tmp_path):

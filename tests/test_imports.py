@@ -31,7 +31,7 @@ ALLOWED = {
     "data_bin": set(),
     "compat": set(),
     "expert_parallel": {"moe.pool"},
-    "distributed_training": {"checkpoint", "config", "expert_parallel"},
+    "distributed_training": {"checkpoint", "config", "expert_parallel", "models.compiled"},
     "optim": set(),
     "fully_sharded": set(),
     "checkpoint": {"compat", "expert_parallel", "fully_sharded"},

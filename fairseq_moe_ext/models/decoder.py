@@ -25,6 +25,7 @@ from ..moe.gate import GateSettings
 from ..moe.layer import MoELayer, MoEOutput
 from ..moe.pool import PROCESS
 from .attention import CausalSelfAttention, IncrementalState
+from .compiled import compiled
 
 
 class LayerRecord(NamedTuple):
@@ -54,6 +55,7 @@ class DecoderLayer(nn.Module):
         self.moe_layer: Optional[MoELayer] = None
         self.route_padding = not cfg.use_moe_pad_mask
         self.checkpoint_activations = cfg.checkpoint_activations
+        self.compiled = cfg.compile
         ffn_dim = cfg.decoder_ffn_embed_dim
         if is_moe_layer(cfg, index):
             if cfg.alternate_decoder_ffn_embed_dim == 0:
@@ -114,13 +116,13 @@ class DecoderLayer(nn.Module):
         padding_mask: Optional[Tensor],
         incremental_state: Optional[IncrementalState] = None,
     ) -> Tuple[Tensor, Optional[MoEOutput]]:
-        y = self.self_attn(self.self_attn_layer_norm(x), attn_mask, incremental_state)
-        x = x + F.dropout(y, self.dropout, self.training)
-        y = self.final_layer_norm(x)
+        # Not at evaluation, whose batches differ in shape; nor experts, whose numbers of rows do.
+        attend, dense = DecoderLayer._attend, DecoderLayer._dense
+        if self.compiled and self.training:
+            attend, dense = compiled(attend), compiled(dense)
         if self.moe_layer is None:
-            y = self.activation(self.fc1(y))
-            y = self.fc2(F.dropout(y, self.activation_dropout, self.training))
-            return x + F.dropout(y, self.dropout, self.training), None
+            return dense(self, x, attn_mask, incremental_state), None
+        x, y = attend(self, x, attn_mask, incremental_state)
         # Token by token, a batch is one position of unrelated sequences: a capacity over it would
         # let them push each other out of experts.
         moe = self.moe_layer(
@@ -129,6 +131,29 @@ class DecoderLayer(nn.Module):
             dropless=incremental_state is not None,
         )
         return x + moe.out, moe
+
+    def _attend(
+        self,
+        x: Tensor,
+        attn_mask: Optional[Tensor],
+        incremental_state: Optional[IncrementalState],
+    ) -> Tuple[Tensor, Tensor]:
+        """x (B, T, D) -> x + attention(norm(x)), and the norm of that, (B, T, D) each."""
+        y = self.self_attn(self.self_attn_layer_norm(x), attn_mask, incremental_state)
+        x = x + F.dropout(y, self.dropout, self.training)
+        return x, self.final_layer_norm(x)
+
+    def _dense(
+        self,
+        x: Tensor,
+        attn_mask: Optional[Tensor],
+        incremental_state: Optional[IncrementalState],
+    ) -> Tensor:
+        """A whole dense layer: x (B, T, D) -> (B, T, D)."""
+        x, y = self._attend(x, attn_mask, incremental_state)
+        y = self.activation(self.fc1(y))
+        y = self.fc2(F.dropout(y, self.activation_dropout, self.training))
+        return x + F.dropout(y, self.dropout, self.training)
 
 
 class MoETransformerDecoder(FairseqIncrementalDecoder):

@@ -1,0 +1,39 @@
+"""torch.compile of the decoder's layers in training (`--compile`)."""
+
+import functools
+from typing import Any, Callable
+
+import torch
+
+from ..errors import UserError
+
+# Dropout draws the random numbers that it draws without the compiler.
+_OPTIONS = {"fallback_random": True}
+
+
+@functools.cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, compiled at the first call with each kind of input. Not kept in a module, which
+    could then be neither copied nor saved; layers of one shape share what is compiled."""
+    return torch.compile(function, options=_OPTIONS)
+
+
+@functools.cache
+def check() -> None:
+    """Compile a sum, which says best whether all that torch.compile needs is here.
+
+    Raises UserError if it fails: no C++ compiler, on a GPU no Triton, a Python that this PyTorch
+    cannot compile.
+    """
+    # What an earlier process has compiled says nothing about this one.
+    options = {**_OPTIONS, "fx_graph_cache": False}
+    here = torch.ones(8, device="cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.compile(lambda x: x + 1, options=options)(here)
+    except Exception as error:  # of many kinds, from Python's version to the compiler's own
+        lines = [line for line in str(error).splitlines() if line and "raised:" not in line]
+        reason = lines[0].strip()[:200] if lines else type(error).__name__
+        raise UserError(
+            f"--compile: torch.compile does not work here ({reason}): install what is missing (a "
+            "C++ compiler, g++ or that of CXX; on a GPU Triton), or drop --compile"
+        ) from error
