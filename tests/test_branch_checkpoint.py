@@ -88,7 +88,7 @@ def perplexities(world, *arguments):
 
 # What the branch's own code reported (README.md beside the checkpoint).
 REPORTED = {-1.0: 133.9989, 0.25: 137.8824, 1.0: 133.9311}
-QUICK = [(1, 1.0), (2, -1.0)]
+QUICK = [(1, 1.0)]
 
 
 @needs_reference

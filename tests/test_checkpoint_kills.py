@@ -156,15 +156,16 @@ def test_a_few_kills(tmp_path):
     kill_and_resume(tmp_path, 3, [1, 2], seed=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "moment, world",
     [
         ("validation", 2),
-        pytest.param("writing", 1, marks=pytest.mark.slow),
+        ("writing", 1),
         ("writing", 2),
-        pytest.param("renaming", 2, marks=pytest.mark.slow),
-        pytest.param("copying", 1, marks=pytest.mark.slow),
-        pytest.param("copying", 2, marks=pytest.mark.slow),
+        ("renaming", 2),
+        ("copying", 1),
+        ("copying", 2),
     ],
 )
 def test_a_kill_in_the_midst_of(tmp_path, moment, world):

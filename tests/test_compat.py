@@ -691,9 +691,8 @@ def test_processes_that_cannot_meet_say_so(tmp_path):
 
 
 @on_cpu_only
-@pytest.mark.parametrize(
-    "backend", ["pytorch_ddp", pytest.param("legacy_ddp", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["pytorch_ddp", "legacy_ddp"])
 def test_two_processes_train_and_resume(work, tmp_path, backend):
     line = f"torchrun --nproc_per_node 2 --master_port 29632 {BIN / 'fairseq-train'} bin {TRAIN}"
     line += f" --distributed-backend gloo --ddp-backend {backend} --save-dir {tmp_path}"

@@ -333,6 +333,7 @@ def test_a_sweep_runs_each_job_by_itself_from_relative_paths(workplace, tmp_path
     assert sorted(os.listdir(tmp_path)) == ["data", "multirun"]
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_where_it_stopped(workplace, tmp_path):
     # As by one who has not installed the package: an absolute folder for the plugin.
     arguments = ["--config-dir", str(CONF), "--config-name", "dense_lm_tiny", *SHRUNKEN, *ON_CPU]

@@ -96,50 +96,61 @@ def run(folder, *command):
     return output
 
 
-@pytest.mark.timeout(900)  # some two minutes on two cores
-def test_commands(folder):
-    """Section by section, each on what the one before left behind."""
+def script(folder, title, part=slice(None)):
+    """Run a section's commands; what they print."""
+    return run(folder, "bash", "-euo", "pipefail", "-c", SMALL + blocks(title, "bash", part))
 
-    def script(title, part=slice(None)):
-        return run(folder, "bash", "-euo", "pipefail", "-c", SMALL + blocks(title, "bash", part))
 
-    output = script("Prepare your own text")
+@pytest.fixture(scope="module")
+def trained(folder):
+    """What the sections after these two start from."""
+    output = script(folder, "Prepare your own text")
     assert re.search(r"mail \(held out\) +test +\d+", output)
     assert (folder / "more" / "letters" / "test.bin").stat().st_size > 0
 
-    output = script("Train")
+    output = script(folder, "Train")
     assert len(re.findall(r"done training", output)) == 2
+    return folder
 
-    output = script("A mixture of corpora")
+
+@pytest.mark.timeout(900)  # some two minutes on two cores
+def test_commands(trained):
+    """Section by section, each on what the one before left behind."""
+    output = script(trained, "A mixture of corpora")
     for key in ("stories_ppl", "code_ppl", "mail_ppl", "in_domain_ppl", "out_of_domain_ppl"):
         assert re.search(rf"\b{key} [\d.]+", output), key
 
-    output = script("Evaluate")
+    output = script(trained, "Evaluate")
     assert re.search(r"Loss \(base 2\): [\d.]+, Perplexity: [\d.]+", output)
-    output = run(folder, sys.executable, "-c", blocks("Evaluate", "python"))
+    output = run(trained, sys.executable, "-c", blocks("Evaluate", "python"))
     assert re.search(r"tensor\(\[-[\d.]+", output)
 
-    output = script("Scale out")
+    output = script(trained, "Scale out")
     assert re.search(r"training on 2 devices", output)
-    assert (folder / "runs" / "two" / "experts").is_dir()
+    assert (trained / "runs" / "two" / "experts").is_dir()
 
-    output = script("Convert")
+    output = script(trained, "Convert")
     assert output.count("experts a sparse layer") == 4
-    assert len(list((folder / "spread" / "experts").glob("*.pt"))) == 4
+    assert len(list((trained / "spread" / "experts").glob("*.pt"))) == 4
 
-    output = script("Study", slice(2))
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_commands_on_a_trained_model(trained):
+    output = script(trained, "Study", slice(2))
     assert "GPT-3 175B" in output
     assert re.search(r"^letters +", output, flags=re.M) and "capacity" in output
+    assert (trained / "capacity.html").is_file()
 
-    output = script("Fine-tune")
+    output = script(trained, "Fine-tune")
     assert output.count("20 questions; right answer: 0 50.0 %, 1 50.0 %") == 3
     assert re.search(r"test \| .*accuracy [\d.]+", output)
 
-    output = script("Prime")
+    output = script(trained, "Prime")
     assert re.search(r"sst2 +sum +4 +5 +[\d.]+ +[\d.]+ of 25 +[\d.]+", output)
 
-    script("Hydra")
-    assert list((folder / "outputs").rglob("checkpoint_best.pt"))
+    script(trained, "Hydra")
+    assert list((trained / "outputs").rglob("checkpoint_best.pt"))
 
 
 STUDY = """
@@ -157,16 +168,12 @@ moe: {arch: moe_lm_tiny, sizes: {s: {decoder-embed-dim: 8}, m: {decoder-embed-di
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_study(folder):
+def test_the_study(trained):
     """`fairseq-moe study`, with a smaller file than the one named, and `fairseq-moe report`."""
-    (folder / "small.yaml").write_text(STUDY)
-    code = SMALL + blocks("Prepare your own text", "bash", slice(1))
-    if not (folder / "data").exists():
-        run(folder, "bash", "-euo", "pipefail", "-c", code)
-    code = SMALL + blocks("Study", "bash", slice(2, None))
-    output = run(folder, "bash", "-euo", "pipefail", "-c", code)
+    (trained / "small.yaml").write_text(STUDY)
+    output = script(trained, "Study", slice(2, None))
     assert "4 of 4 runs" in output
-    assert (folder / "runs" / "study" / "report.html").is_file()
+    assert (trained / "runs" / "study" / "report.html").is_file()
 
 
 def test_the_page_on_fine_tuning_shows_the_same_commands():

@@ -9,7 +9,6 @@ What is finished is not done again: after Ctrl-C the same command goes on.
 import argparse
 import json
 import math
-import os
 import re
 import statistics
 import subprocess
@@ -183,18 +182,11 @@ class Ablation:
 
     def execute(self, command: List[str], log: Path) -> None:
         """Run a command with one thread; a UserError with its last words when it fails."""
-        from fairseq_moe_ext.study.child import failure
+        from fairseq_moe_ext.study.child import failure, start
 
         if self.stopped:
             raise KeyboardInterrupt
-        with open(log, "a", encoding="utf-8") as out:
-            child = subprocess.Popen(
-                command,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
+        child = start(command, log, threads=1)
         self.children.append(child)
         status = child.wait()
         self.children.remove(child)

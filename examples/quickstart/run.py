@@ -140,18 +140,9 @@ class Run:
 
     def start(self, command: Sequence[str], log: Path, threads: int = 0) -> subprocess.Popen:
         """Start a command; what it prints is appended to the log."""
-        env = dict(os.environ)
-        if threads:
-            env["OMP_NUM_THREADS"] = str(threads)
-        with open(log, "a", encoding="utf-8") as out:
-            child = subprocess.Popen(
-                list(command),
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env=env,
-                pass_fds=(self.lock,),
-            )
+        from fairseq_moe_ext.study import child as children
+
+        child = children.start(command, log, threads, keep=(self.lock,))
         self.children.append(child)
         return child
 

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from .. import data_bin
 from ..errors import UserError
+from . import capacity
 from .cost_table import markdown, plain
 from .expert_use import write_json
-from .loading import check_path, language_modeling_task, set_gates
+from .loading import check_path, language_modeling_task
 
 _LOGITS = 2**24  # that exist at a time
 
@@ -174,11 +175,6 @@ def bootstrap(nll: np.ndarray, units: np.ndarray, draws: int, seed: int = 1) -> 
     return found
 
 
-def set_capacity(model: torch.nn.Module, fraction: float) -> None:
-    """From now on an expert takes ceil(fraction * tokens) of a batch; 1.0: all."""
-    set_gates(model, dropless=False, eval_token_fraction=fraction)
-
-
 def evaluate(
     model: torch.nn.Module,
     texts: Sequence[Text],
@@ -242,7 +238,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="share of a batch that an expert takes (default: 1.0, nothing is dropped)",
     )
     parser.add_argument(
-        "--sweep-capacity", metavar="F,F,...", help="evaluate with each of these capacities"
+        "--sweep-capacity",
+        metavar="F,F,...",
+        help="evaluate with each of these capacities, and draw perplexity and speed",
+    )
+    parser.add_argument(
+        "--figure",
+        type=Path,
+        metavar="FILE",
+        default=Path("capacity.html"),
+        help="page to draw --sweep-capacity on (default: capacity.html)",
     )
     parser.add_argument("--cpu", action="store_true", help="no GPU, though there is one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here, too")
@@ -253,7 +258,10 @@ def run(args: argparse.Namespace) -> None:
     """Evaluate and print. Raises UserError for flags or files that cannot be."""
     from fairseq import checkpoint_utils
 
-    capacities = _capacities(args)
+    if args.sweep_capacity is None:
+        capacities = capacity.parse("--capacity", [str(args.capacity)])
+    else:
+        capacities = capacity.parse("--sweep-capacity", args.sweep_capacity.split(","))
     for name in ("context", "stride", "batch_size", "bootstrap"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -279,10 +287,10 @@ def run(args: argparse.Namespace) -> None:
     eos = task.source_dictionary.eos()
     texts = read_texts(args.data, args.subset, context, eos)
     results = []
-    for capacity in capacities:
-        set_capacity(model, capacity)
+    for fraction in capacities:
+        capacity.set_capacity(model, fraction)
         found = evaluate(model, texts, eos, context, stride, args.batch_size, args.bootstrap)
-        results.append({"capacity": capacity, **found})
+        results.append({"capacity": fraction, **found})
     head = {
         "path": str(args.path),
         "subset": args.subset,
@@ -295,22 +303,10 @@ def run(args: argparse.Namespace) -> None:
     if args.json is not None:
         write_json(args.json, whole)
     form = markdown if args.markdown else plain
-    print(form(_sweep_table(results) if args.sweep_capacity else _table(results[0])))
-
-
-def _capacities(args: argparse.Namespace) -> List[float]:
-    flag, words = "--capacity", [str(args.capacity)]
-    if args.sweep_capacity is not None:
-        flag, words = "--sweep-capacity", args.sweep_capacity.split(",")
-    found = []
-    for word in words:
-        try:
-            found.append(float(word))
-        except ValueError:
-            found.append(math.nan)
-        if not 0 < found[-1] <= 1:
-            raise UserError(f"{flag} {word}: use shares of a batch above 0 up to 1, as 0.05,0.25,1")
-    return found
+    print(form(capacity.table(results) if args.sweep_capacity else _table(results[0])))
+    if args.sweep_capacity:
+        capacity.write_page(args.figure, args.path, results)
+        print(f"drawn in {args.figure}")
 
 
 def _table(found: Dict[str, Any]) -> List[List[str]]:
@@ -337,18 +333,3 @@ def _table(found: Dict[str, Any]) -> List[List[str]]:
 
 def _percent(dropped: Optional[Sequence[float]]) -> str:
     return "" if dropped is None else f"{100 * sum(dropped) / len(dropped):.2f}"
-
-
-def _sweep_table(results: Sequence[Dict[str, Any]]) -> List[List[str]]:
-    rows = [["capacity", "mean perplexity", "dropped %", "tokens/s"]]
-    for found in results:
-        sets = found["sets"].values()
-        tokens = sum(one["tokens"] for one in sets)
-        seconds = sum(one["tokens"] / one["tokens_per_second"] for one in sets)
-        lost = ""
-        if all(one["dropped"] is not None for one in sets):
-            choices = [sum(one["dropped"]) / len(one["dropped"]) for one in sets]
-            lost = f"{100 * sum(c * one['tokens'] for c, one in zip(choices, sets)) / tokens:.2f}"
-        mean = found["mean"]["all"]["perplexity"]
-        rows.append([f"{found['capacity']:g}", f"{mean:.2f}", lost, f"{tokens / seconds:,.0f}"])
-    return rows

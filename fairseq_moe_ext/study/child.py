@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Sequence
@@ -18,6 +19,29 @@ def console_script(name: str) -> str:
             f"the command {name} is not installed: install fairseq 0.12.2 (`make install`)"
         )
     return found
+
+
+def start(
+    command: Sequence[str], log: Path, threads: int = 0, keep: Sequence[int] = ()
+) -> subprocess.Popen:
+    """Start a command; what it prints is appended to the log.
+
+    Args:
+        threads: that it computes with; 0: as it finds best.
+        keep: file descriptors that it inherits.
+    """
+    env = dict(os.environ)
+    if threads:
+        env["OMP_NUM_THREADS"] = str(threads)
+    with open(log, "a", encoding="utf-8") as out:
+        return subprocess.Popen(
+            list(command),
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=env,
+            pass_fds=keep,
+        )
 
 
 def failure(command: Sequence[str], status: int, log: Path) -> UserError:

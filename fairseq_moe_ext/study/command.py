@@ -17,7 +17,7 @@ from ..evaluation.cost_table import plain
 from ..evaluation.expert_use import write_json
 from . import plan as plans
 from . import result as results
-from .child import failure
+from .child import failure, start
 from .plan import Plan, Run
 
 
@@ -101,16 +101,8 @@ class _Work:
         self.done += 1
 
     def _call(self, one: Run, command: Sequence[str], log: Path) -> None:
-        threads = str(max(1, (os.cpu_count() or 1) // self.jobs))
-        with open(log, "a", encoding="utf-8") as out:
-            child = subprocess.Popen(
-                list(command),
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, "OMP_NUM_THREADS": threads},
-                pass_fds=(self.lock,),
-            )
+        threads = max(1, (os.cpu_count() or 1) // self.jobs)
+        child = start(command, log, threads, keep=(self.lock,))
         self.children.append(child)
         said = time.monotonic()
         while True:
@@ -122,7 +114,7 @@ class _Work:
                     child.terminate()
                 if time.monotonic() - said > 60:
                     said = time.monotonic()
-                    self._say(f"{one.name}: {_last_update(log)} of {one.updates} updates")
+                    self._say(f"{one.name}: {_progress(one, log)}")
         self.children.remove(child)
         if status != 0:
             raise UserError(f"{one.name}: {failure(command, status, log)}")
@@ -142,6 +134,8 @@ def _check_same(one: Run) -> None:
         )
 
 
-def _last_update(log: Path) -> str:
+def _progress(one: Run, log: Path) -> str:
+    if log.name != "train.log":
+        return log.stem  # evaluation, priming
     found = re.findall(r'"num_updates": "(\d+)"', log.read_text(errors="replace"))
-    return found[-1] if found else "0"
+    return f"{found[-1] if found else 0} of {one.updates} updates"

@@ -13,7 +13,7 @@ from small_models import MOE, build_model
 
 import fairseq_moe_ext
 from fairseq_moe_ext import cli
-from fairseq_moe_ext.evaluation import perplexity
+from fairseq_moe_ext.evaluation import capacity, perplexity
 from fairseq_moe_ext.prepare.command import Options, parse_corpora, prepare
 
 EOS = 2
@@ -46,10 +46,10 @@ def test_every_token_is_scored_once_as_a_plain_loop_does(length, context, stride
 def test_dropped_choices_are_counted():
     model = build_model(**MOE).eval()
     text = text_of(64)
-    perplexity.set_capacity(model, 1.0)
+    capacity.set_capacity(model, 1.0)
     free = perplexity.score(model, text, EOS, 32, 32, batch_size=2)
     assert free.dropped == (0.0, 0.0)
-    perplexity.set_capacity(model, 1 / 64)  # one token of the batch of 64 an expert
+    capacity.set_capacity(model, 1 / 64)  # one token of the batch of 64 an expert
     tight = perplexity.score(model, text, EOS, 32, 32, batch_size=2)
     kept = 64 * (2 - sum(tight.dropped))  # choices, mean over layers
     assert 1 <= kept <= MOE["moe_expert_count"] + 1e-3
@@ -132,11 +132,17 @@ def test_it_gives_what_fairseq_eval_lm_gives(trained, caplog, capsys, tmp_path):
     both = [one["perplexity"] for one in found["sets"].values()]
     assert found["mean"]["all"]["perplexity"] == pytest.approx(sum(both) / 2)
 
-    assert cli.main([*line.split(), "--sweep-capacity", "0.02,1.0", "--stride", "16"]) == 0
+    page = tmp_path / "page.html"
+    line += f" --sweep-capacity 0.02,1.0 --stride 16 --figure {page}"
+    assert cli.main(line.split()) == 0
     swept = json.loads(out.read_text())
     assert swept["protocol"] == "sliding"
     lost = [entry["sets"]["near"]["dropped"] for entry in swept["sweep"]]
     assert sum(lost[0]) > 0 and lost[1] == [0.0, 0.0]
+    drawn = page.read_text()
+    assert drawn.count("<svg") == 4 and "Speed" in drawn  # two means, two sets
+    for found in swept["sweep"]:
+        assert f"<td>{found['mean']['all']['perplexity']:.2f}</td>" in drawn
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,85 @@
+"""`fairseq-moe evaluate --sweep-capacity`: perplexity and speed against the experts' capacity."""
+
+import math
+from pathlib import Path
+from typing import Any, Dict, List, Sequence
+
+import torch
+
+from ..errors import UserError
+from . import figures, report
+from .loading import set_gates
+
+COLUMNS = ("capacity", "mean perplexity", "dropped %", "tokens/s")
+
+
+def parse(flag: str, words: Sequence[str]) -> List[float]:
+    """Capacities as a user gave them. Raises UserError for one that is not in (0, 1]."""
+    found = []
+    for word in words:
+        try:
+            found.append(float(word))
+        except ValueError:
+            found.append(math.nan)
+        if not 0 < found[-1] <= 1:
+            raise UserError(f"{flag} {word}: use shares of a batch above 0 up to 1, as 0.05,0.25,1")
+    return found
+
+
+def set_capacity(model: torch.nn.Module, fraction: float) -> None:
+    """From now on an expert takes ceil(fraction * tokens) of a batch; 1.0: all."""
+    set_gates(model, dropless=False, eval_token_fraction=fraction)
+
+
+def summary(found: Dict[str, Any]) -> Dict[str, Any]:
+    """Of one capacity (what `perplexity.evaluate` gave, and "capacity") over all sets: mean
+    perplexity, the share of dropped choices (None without experts), tokens a second."""
+    sets = found["sets"].values()
+    tokens = sum(one["tokens"] for one in sets)
+    dropped = None
+    if all(one["dropped"] is not None for one in sets):
+        lost = (one["tokens"] * sum(one["dropped"]) / len(one["dropped"]) for one in sets)
+        dropped = sum(lost) / tokens
+    return {
+        "capacity": found["capacity"],
+        "perplexity": found["mean"]["all"]["perplexity"],
+        "dropped": dropped,
+        "tokens_per_second": tokens / sum(one["tokens"] / one["tokens_per_second"] for one in sets),
+    }
+
+
+def table(results: Sequence[Dict[str, Any]]) -> List[List[str]]:
+    """A row a capacity, below a row of headings."""
+    rows = [list(COLUMNS)]
+    for one in map(summary, results):
+        lost = "" if one["dropped"] is None else f"{100 * one['dropped']:.2f}"
+        speed = f"{one['tokens_per_second']:,.0f}"
+        rows.append([f"{one['capacity']:g}", f"{one['perplexity']:.2f}", lost, speed])
+    return rows
+
+
+def write_page(path: Path, model: Path, results: Sequence[Dict[str, Any]]) -> None:
+    """One HTML page: the mean's charts of perplexity and of speed, each set's perplexity, the
+    table."""
+    means = [summary(found) for found in results]
+
+    def chart(title: str, label: str, values: Sequence[float], style: int) -> str:
+        points = [(one["capacity"], value) for one, value in zip(means, values)]
+        line = figures.Series(title, points, style)
+        return figures.line_chart(title, [line], "capacity, share of a batch", label, log_x=True)
+
+    whole = [
+        chart("Mean perplexity", "perplexity", [one["perplexity"] for one in means], 0),
+        chart("Speed", "tokens a second", [one["tokens_per_second"] for one in means], 1),
+    ]
+    each = [
+        chart(name, "perplexity", [found["sets"][name]["perplexity"] for found in results], 0)
+        for name in results[0]["sets"]
+    ]
+    parts = [
+        report.paragraph(f"{model}: an expert takes at most this share of a batch's tokens."),
+        report.grid(whole, "Mean over the sets"),
+        report.table(COLUMNS, table(results)[1:]),
+        report.grid(each, "Set by set"),
+    ]
+    report.write(path, report.page("Perplexity and speed against capacity", parts))
