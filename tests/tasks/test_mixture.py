@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mixture_data import BLOCK, CORPORA, configure, make_task, tokens_of
 
 from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.tasks.mixture_language_modeling import MixtureDataset, apportion, release
+from fairseq_moe_ext.tasks.mixture_dataset import MixtureDataset, apportion, release
 
 
 class Numbers(FairseqDataset):

@@ -1,0 +1,172 @@
+"""The data of `mixture_language_modeling`: several corpora, drawn from or one after the other."""
+
+import zlib
+from typing import Any, Dict, List, Optional
+
+import numpy as np
+from fairseq.data import BaseWrapperDataset, ConcatDataset, FairseqDataset
+from fairseq.data.iterators import EpochBatchIterator
+
+
+class MixtureDataset(BaseWrapperDataset):
+    """A fixed number of blocks of every corpus each epoch.
+
+    A corpus is gone through in random order again and again, and an epoch goes on where the one
+    before stopped: no block is drawn a second time before all of its corpus were drawn once. What
+    an epoch holds depends on its number and the seed alone, so training resumes exactly.
+    """
+
+    def __init__(self, parts: Dict[str, FairseqDataset], counts: List[int], seed: int):
+        """`counts`: blocks of each of `parts` an epoch."""
+        super().__init__(ConcatDataset(list(parts.values())))
+        self._names = list(parts)
+        self._counts = counts
+        self._seed = seed
+        self._epoch: Optional[int] = None
+        self._all_sizes = np.concatenate([part.sizes for part in parts.values()])
+        self.set_epoch(1)
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(epoch)
+        if epoch == self._epoch:
+            return
+        self._epoch = epoch
+        drawn, start = [], 0
+        for name, part, count in zip(self._names, self.dataset.datasets, self._counts):
+            drawn.append(start + self._draw(name, len(part), count, epoch))
+            start += len(part)
+        self._drawn = np.concatenate(drawn)  # (blocks of an epoch,) indices into the corpora
+
+    def _draw(self, name: str, size: int, count: int, epoch: int) -> np.ndarray:
+        """(count,) indices below `size`: the epoch's stretch of the endless shuffled sequence."""
+        if count == size:
+            return np.arange(size)  # all of it: batches are shuffled anyway
+        first, stop = (epoch - 1) * count, epoch * count
+        rounds = range(first // size, (stop - 1) // size + 1)
+        shuffled = [
+            np.random.RandomState(
+                [self._seed % 2**32, zlib.crc32(name.encode()), round_]
+            ).permutation(size)
+            for round_ in rounds
+        ]
+        return np.concatenate(shuffled)[first - rounds[0] * size :][:count]
+
+    @property
+    def can_reuse_epoch_itr_across_epochs(self) -> bool:
+        """Only if every epoch holds every block once."""
+        return self._counts == [len(part) for part in self.dataset.datasets]
+
+    def __len__(self) -> int:
+        return len(self._drawn)
+
+    def __getitem__(self, index: int) -> Dict[str, Any]:
+        return self.dataset[int(self._drawn[index])]
+
+    @property
+    def sizes(self) -> np.ndarray:
+        return self._all_sizes[self._drawn]
+
+    def num_tokens(self, index: int) -> int:
+        return self._all_sizes[self._drawn[index]]
+
+    def num_tokens_vec(self, indices: np.ndarray) -> np.ndarray:
+        return self.sizes[indices]
+
+    def size(self, index: int) -> int:
+        return self.num_tokens(index)
+
+    def ordered_indices(self) -> np.ndarray:
+        """All indices, shuffled, then by size, as MonolingualDataset orders one corpus."""
+        return np.lexsort([np.random.permutation(len(self)), self.sizes])
+
+    # not the wrapped dataset's, which would not see what was drawn
+    batch_by_size = FairseqDataset.batch_by_size
+    filter_indices_by_size = FairseqDataset.filter_indices_by_size
+
+
+class SeparateCorporaDataset(BaseWrapperDataset):
+    """Several corpora, one after the other, no batch with blocks of two.
+
+    A batch tells its corpus under the key "corpus". The batches of a corpus are those it has when
+    it is loaded alone, so its perplexity does not depend on the others, even if a model looks at
+    the whole batch.
+    """
+
+    def __init__(self, labels: List[int], parts: List[FairseqDataset]):
+        """`labels`: the number that each of `parts` has under "corpus"."""
+        super().__init__(ConcatDataset(parts))
+        self._labels = labels
+        self._ends = np.cumsum([len(part) for part in parts])  # (parts,)
+        self._sizes = np.concatenate([part.sizes for part in parts])
+
+    def _part(self, index):
+        """Position in `parts` of the block(s) at `index`."""
+        return np.searchsorted(self._ends, index, side="right")
+
+    def __getitem__(self, index: int) -> Dict[str, Any]:
+        label = self._labels[self._part(index)]
+        return {**self.dataset[int(index)], "id": int(index), "corpus": label}
+
+    def collater(self, samples: List[Dict[str, Any]]) -> Dict[str, Any]:
+        if not samples:  # a rank without a batch
+            return {}
+        batch = super().collater(samples)
+        (batch["corpus"],) = {sample["corpus"] for sample in samples}
+        return batch
+
+    @property
+    def sizes(self) -> np.ndarray:
+        return self._sizes
+
+    def num_tokens(self, index: int) -> int:
+        return self._sizes[index]
+
+    def num_tokens_vec(self, indices: np.ndarray) -> np.ndarray:
+        return self._sizes[indices]
+
+    def size(self, index: int) -> int:
+        return self._sizes[index]
+
+    def ordered_indices(self) -> np.ndarray:
+        state = np.random.get_state()
+        orders, start = [], 0
+        for part in self.dataset.datasets:
+            np.random.set_state(state)  # the order that the corpus has alone
+            orders.append(start + part.ordered_indices())
+            start += len(part)
+        return np.concatenate(orders)
+
+    def batch_by_size(self, indices: np.ndarray, **limits) -> List[np.ndarray]:
+        batches = []
+        for part in range(len(self._ends)):
+            mine = indices[self._part(indices) == part]
+            if len(mine):  # not all left out for their length
+                batches += FairseqDataset.batch_by_size(self, mine, **limits)
+        return batches
+
+    filter_indices_by_size = FairseqDataset.filter_indices_by_size
+
+
+def release(iterator: EpochBatchIterator) -> None:
+    """End the workers of an iterator whose epoch is over; leave any other alone.
+
+    Iterator and data loader refer to one another (fairseq/data/iterators.py:484@0.12.2), so the
+    workers would live until the garbage collector comes by, which then waits 5 seconds for each of
+    them. Matters where every epoch has an iterator of its own.
+    """
+    if iterator._cur_epoch_itr is not None and iterator.end_of_epoch():
+        iterator._cur_epoch_itr = iterator.dataloader = iterator.batch_sampler = None
+
+
+def apportion(shares: np.ndarray, total: int) -> List[int]:
+    """Whole numbers in proportion to `shares` that sum to `total` (largest remainders).
+
+    Args:
+        shares: (n,) positive, of any sum.
+    """
+    exact = shares / shares.sum() * total
+    counts = np.floor(exact).astype(np.int64)
+    missing = total - int(counts.sum())
+    largest = np.argsort(-(exact - counts), kind="stable")[:missing]
+    counts[largest] += 1
+    return counts.tolist()
