@@ -88,9 +88,11 @@ class _Unpermute(torch.autograd.Function):
         y, weights, row, kept, token = ctx.saved_tensors
         grad_y = grad_weights = None
         if ctx.needs_input_grad[0]:
-            weight = weights.new_empty(token.numel())  # (N,)
-            weight[row[kept]] = weights[kept]
-            grad_y = grad.index_select(0, token).mul_(weight.unsqueeze(1))
+            # By scatter, as a mask's size would have to be waited for on a GPU.
+            spare = token.numel()  # dropped choices write here, behind all rows
+            weight = weights.new_empty(spare + 1)
+            weight.scatter_(0, row.where(kept, spare).reshape(-1), weights.reshape(-1))
+            grad_y = grad.index_select(0, token).mul_(weight[:spare].unsqueeze(1))
         if ctx.needs_input_grad[1]:
             grad_weights = torch.zeros_like(weights)
             if y.size(0) > 0:
