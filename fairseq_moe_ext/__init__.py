@@ -9,8 +9,8 @@
     expert_parallel.py       experts spread over processes
     distributed_training.py  what fairseq's trainer and eval-lm must know of that
     fully_sharded.py         shared parameters sharded over processes
-    branch_checkpoint.py     checkpoints of fairseq's `moe` branch, Meta's released models
-    checkpoint.py  saving and loading experts on any number of processes
+    branch/        checkpoints of fairseq's `moe` branch, Meta's released models
+    checkpoint/    saving and loading experts on any number of processes
     criterions/    cross-entropy, of tokens or of candidates, with the gates' losses
     tasks/         language modelling over a mixture of corpora; multiple choice
     optim.py       fairseq's Adam, fused
@@ -29,17 +29,17 @@ from . import compat
 compat.apply()  # before anything imports fairseq
 
 from . import (  # noqa: E402, F401
-    branch_checkpoint,
     checkpoint,
     criterions,
     distributed_training,
     fully_sharded,
     optim,
 )
+from .branch import hooks as branch_hooks  # noqa: E402
 from .models import architectures, language_model  # noqa: E402, F401
 from .tasks import mixture_language_modeling, multiple_choice  # noqa: E402, F401
 
 distributed_training.apply()
 fully_sharded.apply()
 checkpoint.apply()
-branch_checkpoint.apply()  # behind checkpoint's: it answers first, for files that it knows
+branch_hooks.apply()  # behind checkpoint's: it answers first, for files that it knows

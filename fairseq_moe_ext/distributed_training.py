@@ -5,6 +5,7 @@ that it wraps. In training on one process, or without experts, they pass calls t
 """
 
 import functools
+import importlib.util
 import inspect
 import math
 import sys
@@ -17,7 +18,7 @@ from fairseq.data.lm_context_window_dataset import LMContextWindowDataset
 from fairseq.sequence_scorer import SequenceScorer
 from torch import Tensor
 
-from .checkpoint import check_code_versions
+from .checkpoint.together import check_code_versions
 from .config import validate_processes
 from .expert_parallel import (
     collective_device,
@@ -36,10 +37,33 @@ def apply() -> None:
     _count_experts_in_the_gradient_norm()
     _leave_dummy_batches_empty()
     _give_each_batch_its_context()
-    for name in ("fairseq_cli.eval_lm", "__main__"):  # the latter with `python -m`
+    for name in (_EVAL_LM, "__main__"):  # the latter with `python -m`
         module = sys.modules.get(name)
-        if getattr(getattr(module, "__spec__", None), "name", "") == "fairseq_cli.eval_lm":
+        if getattr(getattr(module, "__spec__", None), "name", "") == _EVAL_LM:
             _evaluate_the_whole_set(module)
+    if _EVAL_LM not in sys.modules:
+        sys.meta_path.insert(0, EvalLmFinder())
+
+
+_EVAL_LM = "fairseq_cli.eval_lm"
+
+
+class EvalLmFinder:
+    """Finds nothing itself: wraps that module, once, when it is imported."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != _EVAL_LM:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        stock = spec.loader.exec_module
+
+        def exec_module(module):
+            stock(module)
+            _evaluate_the_whole_set(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
 
 
 def _refuse_what_cannot_be_trained() -> None:

@@ -150,61 +150,179 @@ def write(
     tensor_of,
     name="model",
     old_args=False,
-    shards=False,
+    fsdp=None,
+    wrapped=True,
     optimizer=None,
     zipped=True,
     updates=10,
     optimizer_name="FairseqAdam",
+    group=None,
 ):
     """Write NAME-rank-R.pt and NAME-shared.pt.
 
     Args:
         tensor_of: function of a parameter's name and shape.
         old_args: a flat Namespace `args` instead of `cfg`.
-        shards: FSDP's names.
+        fsdp: as --ddp-backend fully_sharded writes them: "state", only the optimizer's state is in
+            pieces; "weights", they are as well (--use-sharded-state).
+        wrapped: whether FSDP has wrapped the layers one by one.
         optimizer: function of a parameter's name and shape -> its state.
         zipped: False: the format of torch before 1.6.
         updates, optimizer_name: as its optimizer_history says.
+        group: settings of the optimizer other than the usual.
     """
     s = complete(settings)
-    count, dtype = s["moe_expert_count"], torch.float32
-    if s["memory_efficient_fp16"]:
-        dtype = torch.float16
-    tied = s["share_decoder_input_output_embed"]
-    everything = parameters(settings, vocabulary)
-    trained = everything[:-1] if tied else everything
+    dtype = torch.float16 if s["memory_efficient_fp16"] else torch.float32
+    values, states = {}, {}
+    for key, shape in parameters(settings, vocabulary):
+        if key == "decoder.output_projection.weight" and s["share_decoder_input_output_embed"]:
+            continue
+        values[key] = tensor_of(key, shape).detach().to(dtype).clone()
+        if optimizer is not None:
+            states[key] = optimizer(key, shape)
+    parts = (
+        _of_fsdp(s, ranks, values, states, fsdp, wrapped) if fsdp else _of(s, ranks, values, states)
+    )
+    for part, rank, model, state, count, metadata in parts:
+        content = _rest_of_state(s, rank, ranks, old_args, updates, optimizer_name)
+        content["model"] = model
+        if metadata is not None:
+            content["shard_metadata"] = metadata
+        if optimizer is not None:
+            usual = dict(lr=0.001, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.0, amsgrad=False)
+            group_of = {**usual, **(group or {}), "params": list(range(count))}
+            content["last_optimizer_state"] = {"state": state, "param_groups": [group_of]}
+        path = os.path.join(folder, f"{name}-{part}.pt")
+        torch.save(content, path, _use_new_zipfile_serialization=zipped)
+
+
+def _of(settings, ranks, values, states):
+    """The parts of a run that replicates what is not an expert. Each process numbers its own
+    parameters: of experts, those that it has."""
     for rank in [None, *range(ranks)]:
-        model, states, number = {}, {}, -1
-        if rank is None:
-            model = {"decoder.version": torch.Tensor([3])}
-        for key, shape in everything:
-            owners, local_name = split(key, count, ranks)
-            # each process numbers its own parameters: of experts, those that it has
+        buffers = _buffers(settings, values)
+        model = {"decoder.version": buffers.pop("decoder.version")} if rank is None else {}
+        of_part, number = {}, -1
+        for key, value in values.items():
+            owners, local_name = split(key, settings["moe_expert_count"], ranks)
             if owners is None or (rank or 0) in owners:
                 number += 1
             if (owners is None) != (rank is None) or (owners is not None and rank not in owners):
                 continue
-            if local_name == "decoder.output_projection.weight" and tied:
-                model[local_name] = model["decoder.embed_tokens.weight"]
-                continue
-            model[local_name] = tensor_of(key, shape).detach().to(dtype).clone()
-            if optimizer is not None:
-                states[number] = optimizer(key, shape)
-            if key == "decoder.embed_tokens.weight" and not s["decoder_learned_pos"]:
-                model["decoder.embed_positions._float_tensor"] = torch.zeros(1, dtype=dtype)
-        state = _rest_of_state(s, rank or 0, ranks, old_args, updates, optimizer_name)
-        state["model"] = model
-        local = count // min(count, ranks)
-        shared = sum(".experts." not in key for key, _ in trained)
-        numbers = shared + local * sum(".experts.0." in key for key, _ in trained)
-        if optimizer is not None:
-            group = dict(lr=0.001, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.0, amsgrad=False)
-            group["params"] = list(range(numbers))
-            state["last_optimizer_state"] = {"state": states, "param_groups": [group]}
+            model[local_name] = value
+            if key == "decoder.embed_tokens.weight":
+                model.update(buffers)
+            if states:
+                of_part[number] = states[key]
+        if rank is None and settings["share_decoder_input_output_embed"]:
+            model["decoder.output_projection.weight"] = model["decoder.embed_tokens.weight"]
         part = "shared" if rank is None else f"rank-{rank}"
-        end = f"-shard{rank or 0}" if shards else ""
-        path = os.path.join(folder, f"{name}-{part}{end}.pt")
-        torch.save(state, path, _use_new_zipfile_serialization=zipped)
+        yield part, rank or 0, model, of_part, number + 1, None
+
+
+def _buffers(settings, values):
+    buffers = {"decoder.version": torch.Tensor([3])}
+    if not settings["decoder_learned_pos"]:
+        dtype = values["decoder.embed_tokens.weight"].dtype
+        buffers["decoder.embed_positions._float_tensor"] = torch.zeros(1, dtype=dtype)
+    return buffers
+
+
+def _of_fsdp(settings, ranks, values, states, fsdp, wrapped):
+    """The parts of a run with fairscale's FSDP, which cuts the tensors here as it does there."""
+    experts = settings["moe_expert_count"]
+    for rank in range(ranks):
+        own = {}  # name in this process -> name in all
+        for key in values:
+            owners, local_name = split(key, experts, ranks)
+            if owners is None or rank in owners:
+                own[local_name] = key
+
+        def sharded(tensors, own=own, rank=rank):
+            return _sharded(
+                {n: tensors[key] for n, key in own.items()}, settings, rank, ranks, wrapped
+            )
+
+        module = sharded(values)
+        metadata, model = module.local_metadata_dict(), module.local_state_dict()
+        joined = [
+            [f"{of['fsdp_path']}.{name}".lstrip(".") for name in flat["names"]]
+            for of in metadata["param_metadata"]
+            for flat in of["params"].values()
+        ]
+        state = {}
+        if states:
+            first = [states[own[names[0]]] for names in joined]
+            state = {
+                number: {k: v for k, v in of.items() if not torch.is_tensor(v)}
+                for number, of in enumerate(first)
+            }
+            for key in [k for k, v in first[0].items() if torch.is_tensor(v)]:
+                pieces = sharded({name: of[key] for name, of in states.items()}).parameters()
+                for number, piece in enumerate(pieces):
+                    state[number][key] = piece.detach()
+        if fsdp == "state":
+            model = {**_buffers(settings, values), **{n: values[key] for n, key in own.items()}}
+            if settings["share_decoder_input_output_embed"]:
+                model["decoder.output_projection.weight"] = model["decoder.embed_tokens.weight"]
+        of_experts = {number for number, names in enumerate(joined) if ".experts." in names[0]}
+        for part, is_expert in (("shared", False), (f"rank-{rank}", True)):
+            yield (
+                f"{part}-shard{rank}",
+                rank,
+                {key: value for key, value in model.items() if (".experts." in key) == is_expert},
+                {n: of for n, of in state.items() if (n in of_experts) == is_expert},
+                len(joined),
+                metadata,
+            )
+
+
+class _Group:
+    """As much of a process group as FSDP asks for until it computes."""
+
+    def __init__(self, rank, size):
+        self.rank, self.size = lambda: rank, lambda: size
+
+
+def _sharded(tensors, settings, rank, ranks, wrapped):
+    """Modules of these parameters in FSDP as the branch wraps them: each expert among the processes
+    that have it, then its layer or not, then the model."""
+    from fairscale.nn import FullyShardedDataParallel
+
+    def wrap(module, group):
+        return FullyShardedDataParallel(
+            module,
+            group,
+            group,
+            compute_dtype=tensors["decoder.embed_tokens.weight"].dtype,
+            compute_device=torch.device("cpu"),
+        )
+
+    model = torch.nn.Module()
+    for name, value in {**tensors, **_buffers(settings, tensors)}.items():
+        *path, last = name.split(".")
+        module = model
+        for step in path:
+            if not hasattr(module, step):
+                module.add_module(step, torch.nn.Module())
+            module = getattr(module, step)
+        if name in tensors:
+            module.register_parameter(last, torch.nn.Parameter(value.clone()))
+        else:
+            module.register_buffer(last, value)
+    if settings["share_decoder_input_output_embed"]:
+        model.decoder.output_projection = torch.nn.Module()
+        model.decoder.output_projection.weight = model.decoder.embed_tokens.weight
+    everyone, holders = _Group(rank, ranks), min(settings["moe_expert_count"], ranks)
+    replicas = _Group(rank // holders, ranks // holders)
+    for index, layer in model.decoder.layers.named_children():
+        if hasattr(layer, "moe_layer"):
+            experts = layer.moe_layer.experts
+            for number, expert in list(experts.named_children()):
+                setattr(experts, number, wrap(expert, replicas))
+        if wrapped:
+            setattr(model.decoder.layers, index, wrap(layer, everyone))
+    return wrap(model, everyone)
 
 
 def _rest_of_state(settings, rank, ranks, old_args, updates, optimizer_name):

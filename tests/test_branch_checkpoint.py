@@ -17,10 +17,20 @@ from fairseq.data import Dictionary, indexed_dataset
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from processes import run_processes
 from small_models import PAD, TYPES, build_model, make_task
-from test_distributed_training import as_sample, batches, configure, make_trainer
+from test_distributed_training import (
+    WORLD,
+    as_sample,
+    batches,
+    configure,
+    joined,
+    make_trainer,
+    whole_parameters,
+)
 
 import fairseq_moe_ext
-from fairseq_moe_ext import branch_checkpoint
+from fairseq_moe_ext.branch.files import find
+from fairseq_moe_ext.branch.reading import read
+from fairseq_moe_ext.branch.settings import translated_settings
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.expert_parallel import placement
 from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
@@ -118,7 +128,9 @@ CHECKPOINTS = {
     "a rank an expert": ({}, 4, {}),
     "experts on two ranks each": ({}, 8, {}),
     "old args": ({}, 2, {"old_args": True}),
-    "FSDP's names": ({}, 2, {"shards": True}),
+    "FSDP": ({}, 2, {"fsdp": "state"}),
+    "FSDP, one module, experts on two ranks each": ({}, 8, {"fsdp": "state", "wrapped": False}),
+    "FSDP, weights too": (dict(moe_expert_count=6), 3, {"fsdp": "weights"}),
     "top-1": (dict(moe_top1_expert=True), 2, {}),
     "all layers": (dict(moe_freq=1), 2, {}),
     "learned positions": (dict(decoder_learned_pos=True), 2, {}),
@@ -143,8 +155,8 @@ CHECKPOINTS = {
             share_decoder_input_output_embed=False,
             moe_freq=1,
         ),
-        4,
-        {"shards": True},
+        8,
+        {"fsdp": "weights", "wrapped": False},
     ),
     "before zip files": ({}, 2, {"zipped": False}),
 }
@@ -251,22 +263,22 @@ def test_what_the_files_may_be_called(tmp_path):
     (tmp_path / "b-shared-shard0.pt").touch()
     (tmp_path / "b-shared-shard1.pt").touch()
     for given in ("a.pt", "a-shared.pt", "a-rank-1.pt"):
-        files = branch_checkpoint.find(str(tmp_path / given))
+        files = find(str(tmp_path / given))
         assert files.shared == str(tmp_path / "a-shared.pt")
         assert sorted(files.ranks) == [0, 1]
-    files = branch_checkpoint.find(str(tmp_path / "b.pt"))
+    files = find(str(tmp_path / "b.pt"))
     assert "b-shared-shard" in files.shared and len(files.ranks) == 1
-    assert branch_checkpoint.find(str(tmp_path / "c.pt")) is None
+    assert find(str(tmp_path / "c.pt")) is None
     whole = str(tmp_path / "a.pt")
     for own in ({"model": {"l.experts.fc1.weight": 0}}, {"model": {}, "experts": {}}):
         torch.save(own, whole)
-        assert branch_checkpoint.find(whole) is None  # a checkpoint of its own
+        assert find(whole) is None  # a checkpoint of its own
     torch.save({"model": {"decoder.version": 0}}, whole)  # model-shared.pt, renamed
-    assert branch_checkpoint.find(whole).shared == whole
+    assert find(whole).shared == whole
     (tmp_path / "a-shared.pt").unlink()
     (tmp_path / "a.pt").unlink()
     with pytest.raises(UserError, match="a-shared.pt: missing"):
-        branch_checkpoint.find(str(tmp_path / "a.pt"))
+        find(str(tmp_path / "a.pt"))
 
 
 # Training on -------------------------------------------------------------------------------------
@@ -289,6 +301,7 @@ def remembered(name, shape):
 # Flags of the models whose settings differ.
 SETTINGS = {
     "top-1 on eight, old args": "--moe-top1-expert --moe-freq 1",
+    "FSDP, weights too": "--moe-expert-count 6",
     "gpt3, untied": "--arch moe_transformer_lm --moe-freq 1 --decoder-learned-pos",
 }
 
@@ -316,7 +329,10 @@ def restored(rank, folder, path, flags, world, reset=False):
         pytest.param("two ranks", 4, marks=pytest.mark.slow),
         pytest.param("experts on two ranks each", 2, marks=pytest.mark.slow),
         ("experts on two ranks each", 1),
-        ("FSDP's names", 2),
+        ("FSDP", 1),
+        ("FSDP", 2),
+        ("FSDP, one module, experts on two ranks each", 2),
+        ("FSDP, weights too", 2),
         pytest.param("old args", 1, marks=pytest.mark.slow),
         ("top-1 on eight, old args", 2),
         pytest.param("gpt3, untied", 4, marks=pytest.mark.slow),
@@ -328,9 +344,10 @@ def test_training_goes_on_with_the_optimizer_state(tmp_path, data, world, name):
     args = (data, path, SETTINGS.get(name, ""), world)
     results = run_processes(world, restored, *args) if world > 1 else [restored(0, *args)]
     whole = dict(model.named_parameters())
+    experts = CHECKPOINTS[name][0].get("moe_expert_count", 4)
     for rank, (updates, found) in enumerate(results):
         assert updates == 10
-        place = placement(4, world, rank)
+        place = placement(experts, world, rank)
         for key, (value, state) in found.items():
             rows, expected = slice(None), remembered(key, whole[key].shape)
             if ".experts." in key:
@@ -338,7 +355,7 @@ def test_training_goes_on_with_the_optimizer_state(tmp_path, data, world, name):
                 rows = slice(place.first, place.first + place.local)
                 each = [
                     remembered(f"{start}.experts.{e}.{rest}", whole[key].shape[1:])
-                    for e in range(4)
+                    for e in range(experts)
                 ]
                 expected = {
                     k: torch.stack([state[k] for state in each]) for k in ("exp_avg", "exp_avg_sq")
@@ -360,6 +377,103 @@ def test_training_goes_on_in_half_precision(tmp_path, data, flags, optimizer):
     write_small(tmp_path / "run", optimizer=remembered, optimizer_name=optimizer)
     updates, found = restored(0, data, str(tmp_path / "run" / "model.pt"), flags, 1)
     assert updates == 10 and all(state is not None for _, state in found.values())
+
+
+RUN = f"{ADAM} {WORLD} --moe-dropless --adam-eps 1e-4"  # rounding in gradients does not show
+
+
+def after_an_update(rank, folder, path, backend, world):
+    trainer = make_trainer(configure(folder, RUN), backend, world, torch.float32)
+    trainer.load_checkpoint(path)
+    trainer.train_step([as_sample(list(batches())[3].chunk(world)[rank])])
+    return whole_parameters(trainer.get_model())
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_the_update_after_an_fsdp_run_s_is_that_without_a_stop(tmp_path, data, wrapped):
+    trainer = make_trainer(configure(data, RUN), "legacy_ddp", 1, torch.float32)
+    for tokens in list(batches())[:3]:
+        trainer.train_step([as_sample(tokens)])
+    model, saved = trainer.get_model(), trainer.optimizer.state_dict()
+    stacked = {
+        key: {n: saved["state"][i][key] for i, (n, _) in enumerate(model.named_parameters())}
+        for key in ("exp_avg", "exp_avg_sq")
+    }
+
+    def of_run(name, shape):
+        return {"step": 3, **{k: branch_files.part_of(of, name) for k, of in stacked.items()}}
+
+    branch_files.write(
+        str(tmp_path),
+        SMALL,
+        TYPES,
+        2,
+        branch_files.of_model(model),
+        fsdp="state",
+        wrapped=wrapped,
+        optimizer=of_run,
+        updates=3,
+        group=saved["param_groups"][0],
+    )
+    before = whole_parameters(model)
+    trainer.train_step([as_sample(list(batches())[3])])
+    expected, path = whole_parameters(model), str(tmp_path / "model.pt")
+    moved = [n for n in expected if (expected[n] - before[n]).abs().max() > 1e-4]
+    assert len(moved) > len(expected) - 8  # but the biases of keys, which change nothing
+    one = after_an_update(0, data, path, "legacy_ddp", 1)
+    assert all(torch.equal(one[name], expected[name]) for name in expected)
+    for backend in ("legacy_ddp", "fully_sharded"):
+        found = joined(run_processes(2, after_an_update, data, path, backend, 2), 4)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6, msg=name)
+
+
+def drop_a_number(state):
+    of = state["last_optimizer_state"]["state"][0]
+    of["exp_avg"] = of["exp_avg"][1:]
+
+
+def drop_a_flat_tensor(state):
+    state["shard_metadata"]["param_metadata"].pop()
+
+
+def add_a_number(state):
+    of = state["last_optimizer_state"]["state"][0]
+    of["exp_avg"] = torch.zeros(10**6)
+
+
+BAD_PIECES = {
+    "missing": ("shared-shard1", None, "model-shared-shard1.pt: missing; it holds a piece"),
+    "replica missing": ("rank-5-shard5", None, "model-rank-5-shard5.pt: missing"),
+    "cut": ("shared-shard1", 4000, r"model-shared-shard1.pt: truncated or not a checkpoint"),
+    "of another save": ("shared-shard1", "updates", "num_updates 11 and 10"),
+    "unequal": ("shared-shard1", drop_a_number, "unequal length.*--reset-optimizer"),
+    "too long": ("shared-shard0", add_a_number, "1,000,000 numbers.*--reset-optimizer"),
+    "other modules": ("shared-shard0", drop_a_flat_tensor, "FSDP made.*--reset-optimizer"),
+    "gathered": (
+        "shared-shard0",
+        lambda state: state["last_optimizer_state"].update(param_id_map={}),
+        "gathered it in one file; add --reset-optimizer",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PIECES)
+def test_pieces_that_do_not_fit_are_told(tmp_path, data, case):
+    write_small(
+        tmp_path / "run", "FSDP, one module, experts on two ranks each", optimizer=remembered
+    )
+    part, damage, words = BAD_PIECES[case]
+    path = tmp_path / "run" / f"model-{part}.pt"
+    if damage is None:
+        path.unlink()
+    elif isinstance(damage, int):
+        path.write_bytes(path.read_bytes()[:damage])
+    else:
+        change(path, updates if damage == "updates" else damage)
+    with pytest.raises(Exception) as caught:
+        restored(0, data, str(tmp_path / "run" / "model.pt"), "", 1)
+    assert re.search(words, told(caught.value))
 
 
 def test_an_optimizer_state_that_does_not_fit(tmp_path, data):
@@ -391,7 +505,7 @@ def told(error):
 @needs_reference
 def test_the_branch_s_optimizer_state_fits_ours(tmp_path):
     """All of it, by shape: in its numbering, a neighbour's state would rarely fit."""
-    files = branch_checkpoint.find(str(REFERENCE / "branch_moe_2ranks" / "checkpoint_last.pt"))
+    files = find(str(REFERENCE / "branch_moe_2ranks" / "checkpoint_last.pt"))
     model = build_model(
         types=4000,
         decoder_embed_dim=64,
@@ -401,7 +515,7 @@ def test_the_branch_s_optimizer_state_fits_ours(tmp_path):
         moe_expert_count=4,
     )
     parameters = dict(model.named_parameters())
-    optimizer = branch_checkpoint.read(files, None, parameters)["last_optimizer_state"]
+    optimizer = read(files, None, parameters)["last_optimizer_state"]
     assert len(optimizer["state"]) == len(parameters) == 53 + 2 * 4 + 8
     for number, (name, parameter) in enumerate(parameters.items()):
         state = optimizer["state"][number]
@@ -622,7 +736,7 @@ def test_a_padded_dictionary_fits_a_padded_vocabulary(tmp_path):
 
 def test_old_args_are_left_as_they_were_saved():
     saved = Namespace(**branch_files.complete(SMALL), arch="transformer_lm_gpt", lr=[0.1])
-    settings = branch_checkpoint.translated_settings("x.pt", vars(saved))
+    settings = translated_settings("x.pt", vars(saved))
     assert settings["moe_expert_count"] == 4 and settings["_name"] == "moe_transformer_lm"
     assert "lr" not in settings and PAD == 1
     assert checkpoint_utils.load_checkpoint_to_cpu.reads_branch

@@ -19,7 +19,9 @@ from fairseq_cli import train as fairseq_train
 from processes import run_processes
 
 import fairseq_moe_ext
-from fairseq_moe_ext import checkpoint, distributed_training
+from fairseq_moe_ext import distributed_training
+from fairseq_moe_ext.checkpoint import removing, saving, together
+from fairseq_moe_ext.checkpoint.experts import FORMAT
 from fairseq_moe_ext.errors import UserError
 
 GLOBAL_BATCH, SAVED, UPDATES = 8, 4, 14  # sentences; the updates before and after the checkpoint
@@ -351,7 +353,7 @@ def test_sharded_half_precision_goes_on(data, tmp_path):
 @pytest.mark.parametrize(
     "flag, words",
     [
-        ("--bf16", "--bf16 with --ddp-backend fully_sharded"),
+        ("--memory-efficient-bf16", "fairscale shards float32 and float16: use --bf16"),
         ("--compile", "--compile with --ddp-backend fully_sharded"),
         ("--use-sharded-state", "--use-sharded-state with"),
         ("--cpu-offload", "--cpu-offload with"),
@@ -719,7 +721,7 @@ def test_damaged_expert_files_are_told_in_one_line(data, runs, tmp_path, harm):
 def test_a_newer_format_is_refused(data, runs, tmp_path):
     path, _ = copy_of(runs, tmp_path)
     state = torch.load(path, weights_only=True)
-    state["experts"]["format"] = checkpoint.FORMAT + 1
+    state["experts"]["format"] = FORMAT + 1
     torch.save(state, path)
     assert "install the version" in error_of(0, perplexity, 1, f"{data} {EVAL} --path {path}")
 
@@ -746,7 +748,7 @@ def train_with(rank, patch, line):
 
 
 def other_code(rank, context):
-    context.setattr(checkpoint, "code_version", lambda: f"version {rank}")
+    context.setattr(together, "code_version", lambda: f"version {rank}")
 
 
 def other_files(rank, context):
@@ -770,7 +772,7 @@ def failing_copy(rank, context):
 
 
 def unexpected_error(rank, context):
-    context.setattr(checkpoint, "code_version", lambda: 1 / 0 if checkpoint._saving else "")
+    context.setattr(saving, "code_version", lambda: 1 / 0)
 
 
 @pytest.mark.parametrize(
@@ -841,12 +843,12 @@ def test_stale_files_go_and_unreadable_checkpoints_keep_all(data, tmp_path, capl
     for path in (stale, stale.with_suffix(".pt.tmp"), folder / "notes.txt"):
         path.write_text("")
     (tmp_path / "other.pt").write_text("not a checkpoint")
-    checkpoint.remove_unused_files(str(tmp_path))
+    removing.remove_unused_files(str(tmp_path))
     assert stale.exists()
     assert "other.pt cannot be read, so no file" in caplog.text
     (tmp_path / "other.pt").unlink()
     used = referred_files(tmp_path)
-    checkpoint.remove_unused_files(str(tmp_path))
+    removing.remove_unused_files(str(tmp_path))
     assert expert_files(tmp_path) == used | {"notes.txt"} and len(used) == 2
     train_on(1, f"{line} --max-update 4")  # a single file takes the place of theirs
     assert expert_files(tmp_path) == {"notes.txt"}

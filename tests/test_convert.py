@@ -13,10 +13,17 @@ import torch
 from fairseq import checkpoint_utils
 from fairseq_cli import train as fairseq_train
 from small_models import TYPES, build_model
-from test_branch_checkpoint import REFERENCE, REPORTED, needs_reference, perplexities
+from test_branch_checkpoint import (
+    REFERENCE,
+    REPORTED,
+    needs_reference,
+    perplexities,
+    remembered,
+    write_small,
+)
 from test_checkpoint import SAVED, TRAIN, expert_files, make_data, settings, train_on
 
-from fairseq_moe_ext import branch_checkpoint
+from fairseq_moe_ext.branch.files import find
 from fairseq_moe_ext.cli import main
 from fairseq_moe_ext.convert.archive import Lazy, read_safetensors, write_torch
 from fairseq_moe_ext.moe.experts import TensorPerExpert
@@ -185,6 +192,21 @@ def test_the_branch_s_own_files(tmp_path):
             assert same(ours[key], theirs[key]), (part, key)
         assert ours["cfg"]["model"].keys() == theirs["cfg"]["model"].keys()
         assert ours["extra_state"]["train_iterator"] == theirs["extra_state"]["train_iterator"]
+
+
+def test_from_the_branch_s_fsdp(tmp_path):
+    """Sharded files and others of the same model become the same file."""
+    states = []
+    for case in ("two ranks", "FSDP", "FSDP, one module, experts on two ranks each"):
+        folder = tmp_path / str(len(states))
+        write_small(folder, case, optimizer=remembered)
+        convert(folder / "model.pt", folder / "one.pt")
+        states.append(load(folder / "one.pt"))
+    assert len(states[0]["last_optimizer_state"]["state"]) > 0
+    for state in states[1:]:
+        assert state.keys() == states[0].keys()
+        for key in ("model", "last_optimizer_state"):
+            assert same(state[key], states[0][key])
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bf16"])
@@ -430,7 +452,7 @@ def test_overwriting(run, tmp_path):
     convert(source, tmp_path / "set.pt", "--to", "branch", "--rank-files", 4)
     convert(source, tmp_path / "set.pt", "--to", "branch", "--rank-files", 2, "--overwrite")
     assert not (tmp_path / "set-rank-2.pt").exists()
-    assert branch_checkpoint.find(str(tmp_path / "set.pt")).ranks.keys() == {0, 1}
+    assert find(str(tmp_path / "set.pt")).ranks.keys() == {0, 1}
 
 
 def test_a_full_disk_leaves_nothing(run, tmp_path, capsys, monkeypatch):

@@ -14,7 +14,7 @@ STANDARD = {"__future__", "concurrent", "math", "os", "threading", "typing"}
 # only where a part may not have all of moe. errors may be imported by all but moe.
 ALLOWED = {
     "__init__": {
-        "branch_checkpoint",
+        "branch",
         "checkpoint",
         "compat",
         "criterions",
@@ -34,8 +34,9 @@ ALLOWED = {
     "distributed_training": {"checkpoint", "config", "expert_parallel", "models.compiled"},
     "optim": set(),
     "fully_sharded": set(),
-    "checkpoint": {"compat", "expert_parallel", "fully_sharded"},
-    "branch_checkpoint": {
+    "checkpoint": {"checkpoint", "compat", "expert_parallel", "fully_sharded"},
+    "branch": {
+        "branch",
         "compat",
         "config",
         "expert_parallel",
@@ -51,7 +52,7 @@ ALLOWED = {
     "study": {"cost", "data_bin", "evaluation", "study"},
     "convert": {
         "convert",
-        "branch_checkpoint",
+        "branch",
         "checkpoint",
         "compat",
         "config",
@@ -60,7 +61,7 @@ ALLOWED = {
         "moe.experts",
     },
     "evaluation": {
-        "branch_checkpoint",
+        "branch",
         "compat",
         "config",
         "cost",

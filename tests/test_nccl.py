@@ -24,7 +24,7 @@ def on_gpu(rank, world, experts, name, folder):
     result = step(layer, *(t[mine].cuda() for t in inputs()), share=1 / world)
     dist.all_reduce(result["gate"])
     seen = [None] * world
-    dist.all_gather_object(seen, rank)  # as checkpoint.py talks
+    dist.all_gather_object(seen, rank)  # as checkpoint/ talks
     assert seen == list(range(world))
     assert float(sum_of_experts(torch.ones(()))) == min(experts, world)  # from the CPU
     kept = {key: result[key] for key in ("out", "x", "gate", "experts", "weights")}

@@ -98,9 +98,9 @@ def run(args: argparse.Namespace) -> None:
     stale = [path for path in _existing(args) if path not in {job.path for job in jobs}]
     _write(jobs, stale)
     if args.to is None and args.overwrite:
-        from fairseq_moe_ext import checkpoint
+        from fairseq_moe_ext.checkpoint.removing import remove_unused_files
 
-        checkpoint.remove_unused_files(os.path.dirname(args.dest) or ".")
+        remove_unused_files(os.path.dirname(args.dest) or ".")
     print(_told(args, source, jobs))
 
 
@@ -168,7 +168,7 @@ def _is_weights(name: str) -> bool:
 def _write(jobs, stale: List[str]) -> None:
     """Write all files under temporary names, then rename them; the last, by which the set is found,
     last. What it replaces goes first, so that no mixture of two sets can be read."""
-    from fairseq_moe_ext.checkpoint import sync_folder
+    from fairseq_moe_ext.checkpoint.writing import sync_folder
     from fairseq_moe_ext.convert.targets import TEMPORARY
 
     made = []

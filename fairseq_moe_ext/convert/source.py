@@ -14,7 +14,11 @@ from fairseq.data import Dictionary
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from .. import branch_checkpoint, checkpoint
+from ..branch.files import BranchFiles, find, flat_settings
+from ..branch.optimizer import is_parameter
+from ..branch.reading import BARE, read
+from ..branch.settings import ONE_PROCESS, translated_settings
+from ..checkpoint.loading import Piece, open_pieces
 from ..compat import load_weights_only
 from ..config import MoETransformerLMConfig
 from ..errors import UserError
@@ -61,7 +65,7 @@ class Source:
 def open_checkpoint(path: str, weights_only: bool) -> Source:
     """Ours (one file, or one and its folder of experts), stock fairseq's transformer_lm, or one of
     the branch. Raises UserError for what is none of these."""
-    files = branch_checkpoint.find(path)
+    files = find(path)
     if files is not None:
         return _of_branch(files, weights_only)
     if not os.path.isfile(path):
@@ -71,7 +75,7 @@ def open_checkpoint(path: str, weights_only: bool) -> Source:
         raise UserError(f"{path}: not a checkpoint of fairseq: there is no model in it")
     model, manifest = state.pop("model"), state.pop("experts", None)
     optimizer = state.pop("last_optimizer_state", None)
-    flat = branch_checkpoint.flat_settings({"args": state.get("args"), "cfg": state.get("cfg")})
+    flat = flat_settings({"args": state.get("args"), "cfg": state.get("cfg")})
     settings = _settings(path, flat)
     if "decoder.embed_tokens.weight" not in model:
         raise UserError(
@@ -86,7 +90,7 @@ def open_checkpoint(path: str, weights_only: bool) -> Source:
         set_order(source)
     else:
         tied = settings["share_decoder_input_output_embed"]
-        source.order = [name for name in model if branch_checkpoint.is_parameter(name, tied)]
+        source.order = [name for name in model if is_parameter(name, tied)]
     if optimizer is not None and not weights_only:
         source.optimizer = _optimizer(source, optimizer, pieces, manifest)
     return source
@@ -135,7 +139,7 @@ def fresh_rest(cfg: Dict[str, Any]) -> Dict[str, Any]:
         "cfg": cfg,
         "criterion": None,
         "task_state": {},
-        **deepcopy(branch_checkpoint.BARE),
+        **deepcopy(BARE),
     }
 
 
@@ -144,24 +148,24 @@ def _settings(path: str, flat: Dict[str, Any]) -> Dict[str, Any]:
         raise UserError(f"{path}: there are no settings in it, neither args nor cfg")
     name = str(flat.get("_name") or flat.get("arch"))
     if name not in (MODEL_NAME, *ARCHITECTURES):
-        return branch_checkpoint.translated_settings(path, flat)
+        return translated_settings(path, flat)
     defaults = {f.name: f.default for f in fields(MoETransformerLMConfig) if f.default != MISSING}
     settings = {**defaults, **ARCHITECTURES.get(name, {})}
     settings.update({key: flat[key] for key in settings if key in flat})
     # How a run was started is no matter for converting what it left.
-    settings.update(branch_checkpoint.ONE_PROCESS)
+    settings.update(ONE_PROCESS)
     return {**settings, "_name": MODEL_NAME}
 
 
-def _of_branch(files: branch_checkpoint.BranchFiles, weights_only: bool) -> Source:
+def _of_branch(files: BranchFiles, weights_only: bool) -> Source:
     parameters = None
     if not weights_only:
-        model = branch_checkpoint.read(files, None, None)
+        model = read(files, None, None)
         settings = _settings(files.base, _flat(model))
         types = model["model"]["decoder.embed_tokens.weight"].shape[0]
         parameters = dict(build_on_meta(settings, types).named_parameters())
     try:
-        state = branch_checkpoint.read(files, None, parameters, stack=TensorPerExpert)
+        state = read(files, None, parameters, stack=TensorPerExpert)
     except UserError as error:
         remedy = "add --reset-optimizer to train on with a fresh one"
         raise UserError(str(error).replace(remedy, "add --weights-only")) from error
@@ -181,15 +185,15 @@ def _flat(state: Dict[str, Any]) -> Dict[str, Any]:
     return vars(state["args"]) if state.get("args") is not None else dict(state["cfg"]["model"])
 
 
-def _pieces(path: str, manifest: Optional[Dict[str, Any]], model: Dict[str, Tensor]) -> List[Any]:
+def _pieces(path: str, manifest: Optional[Dict[str, Any]], model: Dict[str, Tensor]) -> List[Piece]:
     """The experts' files; of a single file, its experts as one."""
     if manifest is not None:
         everything = Placement(manifest["num_experts"], 0, (0,), (0,))
-        return checkpoint.open_pieces(path, manifest, everything)
+        return open_pieces(path, manifest, everything)
     stacked = {name: value for name, value in model.items() if ".experts." in name}
     if not stacked:
         return []
-    return [checkpoint.Piece(0, len(next(iter(stacked.values()))), stacked, {})]
+    return [Piece(0, len(next(iter(stacked.values()))), stacked, {})]
 
 
 def _optimizer(

@@ -10,7 +10,11 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from .. import branch_checkpoint, checkpoint
+from ..branch.files import is_part
+from ..branch.optimizer import parameter_numbers
+from ..branch.writing import branch_order, branch_rest, branch_settings
+from ..checkpoint.experts import FOLDER, FORMAT
+from ..checkpoint.together import code_version
 from ..errors import UserError
 from ..moe.experts import TensorPerExpert
 from .archive import AnyTensor, Lazy, bytes_of, dtype_of, pieces_of, write_torch
@@ -79,7 +83,7 @@ def fairseq_jobs(source: Source, path: str, files: Optional[int]) -> List[Job]:
     for number in range(files):
         first = number * local
         rows = slice(first, first + local)
-        name = f"{checkpoint.FOLDER}/{save}-{first}-{local}.pt"
+        name = f"{FOLDER}/{save}-{first}-{local}.pt"
         content = {
             "save": save,
             "first": first,
@@ -100,11 +104,11 @@ def fairseq_jobs(source: Source, path: str, files: Optional[int]) -> List[Job]:
             for entry, job in zip(listed, jobs)
         ]
         manifest = {
-            "format": checkpoint.FORMAT,
+            "format": FORMAT,
             "save": save,
             "num_experts": source.experts,
             "world_size": files,
-            "code": checkpoint.code_version(),
+            "code": code_version(),
             "indices": indices,
             "files": entries,
         }
@@ -188,16 +192,14 @@ def _rows_of_state(
 def branch_jobs(source: Source, path: str, ranks: int) -> List[Job]:
     """X-rank-0.pt, ..., and X-shared.pt, the last job, of X.pt."""
     local = _share(source, "--rank-files", ranks)
-    model = branch_checkpoint.branch_settings(source.path, source.settings)
+    model = branch_settings(source.path, source.settings)
     base = path[: -len(".pt")]
-    rest = branch_checkpoint.branch_rest(source.rest, model, ranks)
-    shared = {n: source.model[n] for n in branch_checkpoint.branch_order(source.model)}
+    rest = branch_rest(source.rest, model, ranks)
+    shared = {n: source.model[n] for n in branch_order(source.model)}
     names = [name for name in source.model if ".experts." in name]
     # The numbers of the branch's parameters are those of one process, which has `local` experts.
     one = {_of_expert(n, i): None for n in names for i in range(local)}
-    numbers = branch_checkpoint.parameter_numbers(
-        {**rest, "model": shared}, {"model": _by_expert(one)}
-    )
+    numbers = parameter_numbers({**rest, "model": shared}, {"model": _by_expert(one)})
     states, rest_of_optimizer = {}, None
     if source.optimizer is not None:
         states = _states_of(source, source.order)
@@ -255,4 +257,4 @@ def _by_expert(weights: Dict[str, Any]) -> Dict[str, Any]:
 def branch_files_in_the_way(path: str) -> List[str]:
     """Files that are parts of the branch's X.pt."""
     base = path[: -len(".pt")]
-    return [f for f in glob.glob(glob.escape(base) + "-*.pt") if branch_checkpoint.is_part(f, base)]
+    return [f for f in glob.glob(glob.escape(base) + "-*.pt") if is_part(f, base)]

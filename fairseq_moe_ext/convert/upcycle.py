@@ -18,7 +18,7 @@ from typing import Any, Dict, Iterator
 import torch
 from torch import Tensor
 
-from .. import branch_checkpoint
+from ..branch.reading import BARE
 from ..config import is_moe_layer
 from ..errors import UserError
 from ..models.language_model import MODEL_NAME
@@ -79,7 +79,7 @@ def upcycle(
         gate = torch.empty(experts, dim).uniform_(-1, 1, generator=generator) / math.sqrt(dim)
         dtype = dtype_of(model[f"{prefix}.final_layer_norm.weight"])
         model[f"{prefix}.moe_layer.gate.wg.weight"] = gate.to(dtype)
-    rest = with_settings({**source.rest, **deepcopy(branch_checkpoint.BARE)}, settings)
+    rest = with_settings({**source.rest, **deepcopy(BARE)}, settings)
     made = replace(source, rest=rest, settings=settings, model=model, optimizer=None)
     set_order(made)
     return made

@@ -12,7 +12,7 @@ from typing import Any, Dict, List
 import torch
 from torch import Tensor
 
-from .. import branch_checkpoint
+from ..branch.settings import ONE_PROCESS, complete_cfg
 from ..compat import load_weights_only
 from ..config import MoETransformerLMConfig
 from ..errors import UserError
@@ -136,9 +136,7 @@ def open_xglm(folder: str) -> Source:
         "data": None,  # a key, so that from_pretrained can set it
         "tokens_per_sample": settings["tokens_per_sample"],
     }
-    cfg = branch_checkpoint.complete_cfg(
-        settings, {"task": task, "criterion": {"_name": "cross_entropy"}}
-    )
+    cfg = complete_cfg(settings, {"task": task, "criterion": {"_name": "cross_entropy"}})
     source = Source(folder, fresh_rest(cfg), settings, model, [], None)
     set_order(source)
     return source
@@ -170,7 +168,7 @@ def _settings(path: str, config: Dict[str, Any]) -> Dict[str, Any]:
     defaults = {f.name: f.default for f in fields(MoETransformerLMConfig) if f.default != MISSING}
     return {
         **defaults,
-        **branch_checkpoint.ONE_PROCESS,
+        **ONE_PROCESS,
         "_name": MODEL_NAME,
         "activation_fn": names[config["activation_function"]],
         "dropout": float(config.get("dropout", 0.1)),

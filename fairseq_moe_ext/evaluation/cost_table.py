@@ -120,14 +120,15 @@ def _settings(args: Namespace) -> Tuple[Dict[str, Any], int]:
 def checkpoint_settings(path: Path) -> Tuple[Dict[str, Any], int]:
     """The model's settings and number of types of a checkpoint of ours or of fairseq's moe branch,
     by its path as fairseq-eval-lm's --path. Weights stay on disk."""
-    from .. import branch_checkpoint, compat
+    from .. import compat
+    from ..branch.files import find, flat_settings
 
-    branch = branch_checkpoint.find(str(path))
+    branch = find(str(path))
     file = Path(branch.shared) if branch else path
     if not file.is_file():
         raise UserError(f"--path {path}: no such checkpoint")
     state = compat.load_weights_only(str(file), mmap=True)
-    settings = branch_checkpoint.flat_settings(state)
+    settings = flat_settings(state)
     embedding = state.get("model", {}).get("decoder.embed_tokens.weight")
     if embedding is None or "decoder_embed_dim" not in settings:
         raise UserError(f"--path {path}: not a language model of this package or of the branch")

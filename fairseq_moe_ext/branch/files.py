@@ -1,0 +1,83 @@
+"""Which files are one checkpoint of the branch."""
+
+import glob
+import os
+import re
+from typing import Any, Dict, NamedTuple, Optional
+
+from ..compat import load_weights_only
+from ..errors import UserError
+
+State = Dict[str, Any]
+
+_PART = re.compile(r"(?P<base>.+?)-(shared|rank-(?P<rank>\d+))(-shard(?P<shard>\d+))?\.pt")
+
+
+class BranchFiles(NamedTuple):
+    """The files of one checkpoint."""
+
+    base: str  # the name by which it goes, X.pt
+    shared: str
+    ranks: Dict[int, str]
+    shards: Dict[int, str]  # FSDP's shared files, one of each process
+
+
+def find(path: str) -> Optional[BranchFiles]:
+    """The files for which `path` stands: X.pt, or one of the parts. None if it is no checkpoint of
+    the branch, as is any X.pt that has experts itself. UserError if the shared file is missing."""
+    if not path.endswith(".pt"):
+        return None
+    part = _PART.fullmatch(path)
+    base = part["base"] if part else path[: -len(".pt")]
+    shared, ranks, shards = None, {}, {}
+    for file in sorted(glob.glob(glob.escape(base) + "-*.pt"), key=len, reverse=True):
+        match = _PART.fullmatch(file)
+        if match is None or match["base"] != base:
+            continue
+        if match["rank"] is not None:
+            ranks[int(match["rank"])] = file  # the shortest name last: one without a shard
+        elif match["shard"] is not None:
+            shards[int(match["shard"])] = file
+        else:
+            shared = file
+    if not ranks:
+        return None
+    whole = base + ".pt"
+    if part is None and os.path.exists(whole):
+        if not _lacks_experts(whole):
+            return None
+        shared = whole  # the shared file under another name, as some guides advise
+    if shared is None and not shards:
+        raise UserError(
+            f"{base}-shared.pt: missing, though {ranks[min(ranks)]} is there; a checkpoint of "
+            "fairseq's moe branch is both, and one -rank- file for each process: copy it again"
+        )
+    return BranchFiles(whole, shared or shards[min(shards)], ranks, shards)
+
+
+def is_part(path: str, base: str) -> bool:
+    """Whether a file is the shared one or one of the ranks' of BASE.pt."""
+    match = _PART.fullmatch(path)
+    return match is not None and match["base"] == base
+
+
+def load(path: str) -> State:
+    """A part, mapped into memory. UserError if it is no checkpoint."""
+    state = load_weights_only(path, map_location="cpu", mmap=True)
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+        raise UserError(f"{path}: not a checkpoint of fairseq: there is no model in it")
+    return state
+
+
+def _lacks_experts(path: str) -> bool:
+    """Whether a checkpoint has neither experts nor, as checkpoint/'s, names of their files."""
+    state = load(path)
+    return "experts" not in state and not any(".experts." in name for name in state["model"])
+
+
+def flat_settings(state: State) -> Dict[str, Any]:
+    """The model's settings as the branch saved them: `args`, or the part `model` of `cfg`; nothing
+    if neither is there."""
+    if state.get("args") is not None:
+        return vars(state["args"])
+    return (state.get("cfg") or {}).get("model") or {}

@@ -1,0 +1,145 @@
+"""The branch's settings as those of our model."""
+
+from argparse import Namespace
+from dataclasses import fields
+from typing import Any, Dict
+
+from fairseq.criterions import CRITERION_DATACLASS_REGISTRY
+from fairseq.dataclass.configs import FairseqConfig
+from fairseq.models.transformer_lm import TransformerLanguageModelConfig
+from fairseq.tasks import TASK_DATACLASS_REGISTRY
+from omegaconf import OmegaConf
+
+from ..config import EXPERT_GRAD_SCALES, MoETransformerLMConfig
+from ..errors import UserError
+from ..models.language_model import MODEL_NAME
+
+FIELDS = {field.name: field for field in fields(MoETransformerLMConfig)}
+
+# Settings of the branch that change what the model computes and that we do not have, with the value
+# that means they are off.
+_UNSUPPORTED: Dict[str, Any] = {
+    "adaptive_input": False,
+    "adaptive_softmax_cutoff": None,
+    "character_embeddings": False,
+    "decoder_normalize_before": True,
+    "decoder_layers_to_keep": None,
+    "quant_noise_scalar": 0,
+    "use_stable_embedding": False,
+    "base_layers": 0,
+    "dummy_a2a": False,
+    "scale_fc": False,
+    "scale_attn": False,
+    "scale_heads": False,
+    "scale_resids": False,
+}
+
+# How the checkpoint was trained is no matter for reading it; fairseq-train goes by its own command.
+ONE_PROCESS: Dict[str, Any] = {
+    "ddp_backend": "legacy_ddp",
+    "fp16": False,
+    "memory_efficient_fp16": False,
+    "fp16_no_flatten_grads": False,
+    "bf16": False,
+    "max_tokens": None,
+    "batch_size": None,
+}
+_OWN_SETTINGS: Dict[str, Any] = {
+    **ONE_PROCESS,
+    "moe_expert_ffn_dim": None,  # the branch has the flag and never reads it
+    "moe_capacity_factor": None,
+    "moe_dropless": False,
+    "moe_routing_scope": "process",
+    "moe_experts_on_disk": False,
+}
+
+
+def translated_settings(path: str, saved: Dict[str, Any]) -> Dict[str, Any]:
+    """Our model's settings from the branch's flat ones; UserError for what we do not have."""
+    arch = str(saved.get("_name") or saved.get("arch"))
+    if not arch.startswith("transformer_lm"):
+        raise UserError(
+            f"{path}: a model of the architecture {arch}; of fairseq's moe branch, transformer_lm "
+            "and its sizes can be read (transformer_lm_gpt, ..._gpt2_*, ..._gpt3_*)"
+        )
+    unsupported = {name: off for name, off in _UNSUPPORTED.items() if saved.get(name, off) != off}
+    unsupported = {name: saved[name] for name in unsupported if saved[name] or unsupported[name]}
+    dim = saved.get("decoder_embed_dim")
+    for name in ("decoder_input_dim", "decoder_output_dim"):
+        if saved.get(name, dim) != dim:
+            unsupported[name] = saved[name]
+    if unsupported:
+        listed = ", ".join(f"{name} {short(value)}" for name, value in unsupported.items())
+        raise UserError(
+            f"{path}: was trained with settings that this plugin does not have, so it would "
+            f"compute something else: {listed}"
+        )
+    stock = {field.name: field.default for field in fields(TransformerLanguageModelConfig)}
+    settings: Dict[str, Any] = {}
+    for name, field in FIELDS.items():
+        value = saved.get(name, stock.get(name, field.default))  # old files lack newer settings
+        if not str(value).startswith("${"):
+            settings[name] = value
+    settings.update(_OWN_SETTINGS)
+    settings["activation_dropout"] = (
+        saved.get("activation_dropout") or saved.get("relu_dropout") or 0.0
+    )
+    fraction = settings["moe_eval_capacity_token_fraction"]
+    settings["moe_eval_capacity_token_fraction"] = min(fraction, 1.0) if fraction > 0 else -1.0
+    if str(settings["moe_normalize_expert_grad"]) not in [str(x.value) for x in EXPERT_GRAD_SCALES]:
+        settings["moe_normalize_expert_grad"] = "world_size"  # what the branch does with others
+    settings.setdefault("tokens_per_sample", 1024)
+    settings.setdefault("max_target_positions", None)
+    settings["_name"] = MODEL_NAME
+    return settings
+
+
+def complete_cfg(model: Dict[str, Any], saved: Dict[str, Any]) -> Dict[str, Any]:
+    """fairseq's settings with the saved values, as far as this version knows them, and those of
+    our model."""
+    cfg = OmegaConf.to_container(OmegaConf.structured(FairseqConfig), enum_to_str=True)
+    for group, default in cfg.items():
+        value = saved.get(group)
+        if isinstance(default, dict) and isinstance(value, dict):
+            default.update({key: v for key, v in value.items() if key in default})
+        elif group in saved:
+            cfg[group] = value
+    cfg["model"] = model
+    cfg["task"] = _known(saved.get("task") or {}, TASK_DATACLASS_REGISTRY, "language_modeling")
+    cfg["criterion"] = _known(
+        saved.get("criterion") or {}, CRITERION_DATACLASS_REGISTRY, "moe_cross_entropy"
+    )
+    return cfg
+
+
+def _known(saved: Dict[str, Any], registry: Dict[str, Any], default: str) -> Dict[str, Any]:
+    """The settings that the dataclass of the saved name has; of the default name, if it is not
+    registered here."""
+    name = saved.get("_name")
+    name = name if name in registry else default
+    allowed = {field.name for field in fields(registry[name])}
+    return {**{key: value for key, value in saved.items() if key in allowed}, "_name": name}
+
+
+def translated_args(path: str, saved: Namespace) -> Namespace:
+    """The flat `args` with our model's settings in place of the branch's."""
+    args = Namespace(**vars(saved))
+    for name, value in translated_settings(path, vars(saved)).items():
+        if name not in _OWN_SETTINGS or name.startswith("moe_"):  # the rest belongs to all groups
+            setattr(args, name, value)
+    args.arch = MODEL_NAME
+    del args._name
+    if args.task not in TASK_DATACLASS_REGISTRY:
+        args.task = "language_modeling"
+    if args.criterion not in CRITERION_DATACLASS_REGISTRY:
+        args.criterion = "moe_cross_entropy"
+    args.distributed_world_size = 1
+    args.ddp_backend = "legacy_ddp"
+    args.fp16 = args.memory_efficient_fp16 = False
+    return args
+
+
+def short(value: Any) -> str:
+    """A setting as far as a line has room for it."""
+    text = str(value)
+    return text if len(text) < 80 else text[:77] + "..."

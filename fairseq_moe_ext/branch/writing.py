@@ -1,0 +1,144 @@
+"""Our settings, names and places in the data as the branch has them."""
+
+from enum import Enum
+from typing import Any, Dict, Iterable, List
+
+from ..errors import UserError
+from .files import State
+from .settings import FIELDS, complete_cfg
+
+# `cfg.model` of the branch's transformer_lm beyond what we have.
+_BRANCH_DEFAULTS: Dict[str, Any] = {
+    "_name": "transformer_lm_gpt",
+    "relu_dropout": 0.0,
+    "decoder_normalize_before": True,
+    "adaptive_softmax_cutoff": None,
+    "adaptive_softmax_dropout": 0.0,
+    "adaptive_softmax_factor": 4.0,
+    "character_embeddings": False,
+    "character_filters": "[(1, 64), (2, 128), (3, 192), (4, 256), (5, 256), (6, 256), (7, 256)]",
+    "character_embedding_dim": 4,
+    "char_embedder_highway_layers": 2,
+    "adaptive_input": False,
+    "adaptive_input_factor": 4.0,
+    "adaptive_input_cutoff": None,
+    "tie_adaptive_weights": False,
+    "tie_adaptive_proj": False,
+    "offload_activations": False,
+    "decoder_layerdrop": 0.0,
+    "decoder_layers_to_keep": None,
+    "quant_noise_pq": 0.0,
+    "quant_noise_pq_block_size": 8,
+    "quant_noise_scalar": 0.0,
+    "min_params_to_wrap": 100000000,
+    "dummy_a2a": False,
+    "use_stable_embedding": False,
+    "base_layers": 0,
+    "base_sublayers": 1,
+    "base_shuffle": 0,
+    "add_bos_token": False,
+    "tpu": False,
+    "world_size": 1,
+    "distributed_rank": 0,
+    "batch_size_valid": None,
+}
+_NOT_THE_BRANCH_S = {
+    "bf16",
+    "max_tokens",
+    "moe_capacity_factor",
+    "moe_dropless",
+    "moe_experts_on_disk",
+    "moe_routing_scope",
+}
+
+
+def branch_settings(path: str, settings: Dict[str, Any]) -> Dict[str, Any]:
+    """`cfg.model` as the branch has it, from our model's settings; UserError for what it cannot
+    compute. How it was trained (dropless, capacity) has no place there; dropless evaluation has."""
+    ffn_dim = settings["decoder_ffn_embed_dim"]
+    if settings["moe_expert_ffn_dim"] not in (None, ffn_dim):
+        raise UserError(
+            f"{path}: its experts are {settings['moe_expert_ffn_dim']} wide (--moe-expert-ffn-dim) "
+            f"and its dense layers {ffn_dim}; the branch gives both one width, so there is no such "
+            "model in its layout"
+        )
+    kept = {
+        key: str(value) if isinstance(value, Enum) else value
+        for key, value in settings.items()
+        if key in FIELDS and key not in _NOT_THE_BRANCH_S
+    }
+    dim = settings["decoder_embed_dim"]
+    made = {**_BRANCH_DEFAULTS, "decoder_input_dim": dim, "decoder_output_dim": dim, **kept}
+    made.update(_name="transformer_lm_gpt", moe_expert_ffn_dim=None)
+    if settings["moe_dropless"]:
+        made["moe_eval_capacity_token_fraction"] = 1.0
+    if made["max_target_positions"] is None:
+        made["max_target_positions"] = made["tokens_per_sample"]
+    return made
+
+
+def branch_rest(rest: State, model: Dict[str, Any], ranks: int) -> State:
+    """All of a file but model and optimizer, with the settings as `cfg` and the place in the data
+    as a process of so many counts it."""
+    if rest.get("cfg") is not None:
+        cfg = dict(rest["cfg"])
+    else:
+        cfg = complete_cfg({}, {})
+    task = {"tokens_per_sample": model["tokens_per_sample"], "data": "???"}
+    task.update({k: v for k, v in (cfg.get("task") or {}).items() if k in _TASK_FIELDS})
+    cfg["task"] = {**task, "_name": "language_modeling"}
+    cfg["model"] = model
+    cfg["distributed_training"] = {
+        **(cfg.get("distributed_training") or {}),
+        "distributed_world_size": ranks,
+    }
+    extra = dict(rest.get("extra_state") or {})
+    position = extra.get("train_iterator")
+    if position is not None:
+        position = dict(position)
+        place = position.pop("all_processes", None)
+        batches = place["batches"] if place else position.get("iterations_in_epoch", 0)
+        position["iterations_in_epoch"] = batches // ranks
+        extra["train_iterator"] = position
+    return {**rest, "args": None, "cfg": cfg, "extra_state": extra}
+
+
+_TASK_FIELDS = {
+    "data",
+    "sample_break_mode",
+    "tokens_per_sample",
+    "output_dictionary_size",
+    "self_target",
+    "future_target",
+    "past_target",
+    "add_bos_token",
+    "max_target_positions",
+    "shorten_method",
+    "shorten_data_split_list",
+    "pad_to_fixed_length",
+    "pad_to_fixed_bsz",
+    "seed",
+    "batch_size",
+    "batch_size_valid",
+    "dataset_impl",
+    "data_buffer_size",
+    "tpu",
+    "use_plasma_view",
+    "plasma_path",
+}
+
+
+def branch_order(names: Iterable[str]) -> List[str]:
+    """The keys of the shared file from those of our model: a layer's final norm comes last."""
+    order: List[str] = []
+    held: List[str] = []  # the final norm of the layer that is being listed
+    for name in names:
+        if ".experts." in name:
+            continue
+        if ".final_layer_norm." in name:
+            held.append(name)
+            continue
+        if held and not name.startswith(held[0].split("final_layer_norm")[0]):
+            order, held = order + held, []
+        order.append(name)
+    return order + held

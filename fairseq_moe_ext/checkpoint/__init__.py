@@ -1,0 +1,43 @@
+"""Checkpoints of experts that are spread over processes, for any number of processes.
+
+One process writes fairseq's single file, with all experts. Of W processes, rank 0 writes that file
+without the experts, and each set of experts is written by one of the processes that hold it:
+
+    checkpoint_last.pt             all but the experts, and "experts": the manifest
+    experts/<save>-<first>-<count>.pt   count experts from `first` on, and their optimizer state
+
+    manifest  {format, save, num_experts, world_size, code, indices, files: [{name, first, count,
+              bytes}]}; `indices`: name of an experts' parameter -> its number in the optimizer
+    file      {save, first, count, model: {name: tensor (count, ...)}, optimizer: {name: {...}}}
+
+The name <save> is new for every save, so that files of two saves never mix, and the expert files
+come first: a file checkpoint*.pt refers to nothing that is not whole on disk. Its copies
+(checkpoint_best.pt) refer to the same expert files, which go when no *.pt of the folder refers to
+them any more.
+
+    experts.py    which parameters are experts', and what numbers the optimizer gives them
+    writing.py    one file, there whole or not at all
+    saving.py     all processes together: the expert files, then rank 0's
+    removing.py   expert files to which nothing refers
+    loading.py    the files -> the experts of this process, whoever wrote them
+    resuming.py   trainers that load, and what they are refused
+    position.py   the place in the data, for any number of processes
+    together.py   what processes tell each other
+
+They wrap stock's functions, put in place by `apply()`. Each names the place in fairseq 0.12.2.
+"""
+
+from fairseq import checkpoint_utils
+
+from . import loading, position, resuming, saving
+
+
+def apply() -> None:
+    """Put the wrappers in place, once."""
+    if hasattr(checkpoint_utils.save_checkpoint, "spreads_experts"):
+        return
+    saving.apply()
+    loading.apply()
+    resuming.apply()
+    position.apply()
+    checkpoint_utils.save_checkpoint.spreads_experts = True

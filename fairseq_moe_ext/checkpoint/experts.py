@@ -1,0 +1,46 @@
+"""Which parameters are experts', their numbers in the optimizer, and the format of their files."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import Dict, List
+
+from fairseq.trainer import Trainer
+
+from .. import fully_sharded
+from ..expert_parallel import process_count
+
+FORMAT = 1
+FOLDER = "experts"  # beside the checkpoints
+_EXPERT_PARAMETER = re.compile(r"\.experts\.fc[12]\.(weight|bias)$")
+
+
+def expert_indices(trainer: Trainer) -> Dict[str, int]:
+    """Name of each parameter of experts -> its number in a saved state of the optimizer, which gets
+    the parameters in this order (fairseq/trainer.py:271) unless they are sharded."""
+    names = trained_parameters(trainer)
+    return {name: i for i, name in enumerate(names) if is_expert(name)}
+
+
+def trained_parameters(trainer: Trainer) -> List[str]:
+    places = fully_sharded.places(trainer.get_model())
+    parameters = itertools.chain(
+        ((name, place.parameter) for name, place in places.items()),
+        trainer.get_criterion().named_parameters(),
+    )
+    return [name for name, parameter in parameters if parameter.requires_grad]
+
+
+def is_expert(name: str) -> bool:
+    return _EXPERT_PARAMETER.search(name) is not None
+
+
+def saves_together(trainer: Trainer) -> bool:
+    """Whether all processes take part in saving, and each reads what is loaded."""
+    sharded = fully_sharded.is_sharded(trainer.get_model())
+    return has_spread_experts(trainer) or (process_count() > 1 and sharded)
+
+
+def has_spread_experts(trainer: Trainer) -> bool:
+    return process_count() > 1 and getattr(trainer.get_model(), "has_experts", False)

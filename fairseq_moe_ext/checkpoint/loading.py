@@ -1,0 +1,227 @@
+"""The files of a checkpoint as the experts of this process, whoever wrote them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+
+import torch
+import torch.distributed as dist
+from fairseq import checkpoint_utils
+from fairseq.trainer import Trainer
+from torch import Tensor
+
+from .. import fully_sharded
+from ..compat import load_weights_only
+from ..errors import UserError
+from ..expert_parallel import Placement, placement, process_count
+from .experts import (
+    FOLDER,
+    FORMAT,
+    expert_indices,
+    is_expert,
+    saves_together,
+    trained_parameters,
+)
+from .together import same_error_on_all_ranks
+
+
+class _Loading(NamedTuple):
+    trainer: Trainer
+    optimizer: bool  # its state is wanted
+
+
+_loading: Optional[_Loading] = None
+
+
+@contextlib.contextmanager
+def loading(trainer: Trainer, optimizer: bool) -> Iterator[None]:
+    """While a trainer loads; `optimizer`: the optimizer's state, too."""
+    global _loading
+    _loading = _Loading(trainer, optimizer)
+    try:
+        yield
+    finally:
+        _loading = None
+
+
+class Piece(NamedTuple):
+    """Some experts, as one file has them; the tensors are mapped."""
+
+    first: int
+    count: int
+    model: Dict[str, Tensor]  # (count, ...)
+    optimizer: Dict[str, Dict[str, Any]]  # by parameter; {} where none was saved
+
+
+def apply() -> None:
+    """fairseq/checkpoint_utils.py:281 is the one way to all checkpoints: of trainers, fairseq-eval-
+    lm, from_pretrained. What it returns has this process's experts, whoever wrote them."""
+    stock = checkpoint_utils.load_checkpoint_to_cpu
+    read = checkpoint_utils.torch.load  # compat's, with its messages
+
+    def read_mapped(file, map_location=None):
+        try:
+            return torch.load(file.name, map_location=map_location, mmap=True, weights_only=True)
+        except Exception:  # of an old format, or not a checkpoint: `read` knows
+            return read(file, map_location=map_location)
+
+    @functools.wraps(stock)
+    def load_checkpoint_to_cpu(path, *args, **kwargs):
+        together = _loading is not None and saves_together(_loading.trainer)
+        with same_error_on_all_ranks() if together else contextlib.nullcontext():
+            return _with_own_experts(path, stock(path, *args, **kwargs))
+
+    checkpoint_utils.torch.load = read_mapped
+    checkpoint_utils.load_checkpoint_to_cpu = load_checkpoint_to_cpu
+
+
+def _with_own_experts(path: str, state: Dict[str, Any]) -> Dict[str, Any]:
+    """The state of a checkpoint, of which the tensors are mapped -> that of this process. Only the
+    tensors of the model are mapped there, which are copied anyhow: who kept one would keep the
+    space of a file that is removed."""
+    kept = {"model", "last_optimizer_state"}
+    state = {key: value if key in kept else _copy(value) for key, value in state.items()}
+    manifest = state.get("experts")
+    optimizer = state.get("last_optimizer_state")
+    wanted = optimizer is not None and _loading is not None and _loading.optimizer
+    copy = _copy
+    if wanted and fully_sharded.is_sharded(_loading.trainer.get_model()):
+        copy = _itself  # FSDP copies the pieces that it takes
+    rank = dist.get_rank() if process_count() > 1 else 0
+    if manifest is not None:
+        num_experts, indices = manifest["num_experts"], manifest["indices"]
+        place = placement(num_experts, process_count(), rank)
+        pieces = open_pieces(path, manifest, place)
+    else:
+        whole = {name: value for name, value in state["model"].items() if is_expert(name)}
+        if process_count() == 1 or not whole:
+            return {**state, "last_optimizer_state": copy(optimizer)} if wanted else state
+        num_experts = len(next(iter(whole.values())))
+        place = placement(num_experts, process_count(), rank)
+        indices = _indices_in(optimizer, path) if wanted else {}
+        saved = optimizer["state"] if wanted else {}
+        by_name = {name: saved[i] for name, i in indices.items() if i in saved}
+        pieces = [Piece(0, num_experts, whole, by_name)]
+    model = {n: t for n, t in state["model"].items() if not is_expert(n)}
+    for name in pieces[0].model:
+        model[name] = _rows(place, [(piece, piece.model[name]) for piece in pieces])
+    state = {**state, "model": model}
+    if wanted:
+        own = {i: s for i, s in optimizer["state"].items() if i not in set(indices.values())}
+        own = copy(own)
+        for name in pieces[0].optimizer:
+            own[indices[name]] = _own_optimizer_state(path, place, name, pieces)
+        state["last_optimizer_state"] = {**optimizer, "state": own}
+    elif optimizer is not None:
+        del state["last_optimizer_state"]  # nobody wants it, and the experts' is not there
+    return state
+
+
+def open_pieces(path: str, manifest: Dict[str, Any], place: Placement) -> List[Piece]:
+    """The expert files that hold experts of this process."""
+    if manifest["format"] > FORMAT:
+        raise UserError(
+            f"{path}: of format {manifest['format']}, and this fairseq_moe_ext reads {FORMAT} at "
+            "most: install the version that wrote it"
+        )
+    folder = os.path.dirname(os.path.realpath(path))
+    end = place.first + place.local
+    return [
+        _open_piece(path, folder, file, manifest["save"])
+        for file in manifest["files"]
+        if file["first"] < end and place.first < file["first"] + file["count"]
+    ]
+
+
+def _open_piece(path: str, folder: str, file: Dict[str, Any], save: str) -> Piece:
+    name = os.path.join(folder, *file["name"].split("/"))
+    if not os.path.isfile(name):
+        raise UserError(
+            f"{name}: missing; it holds experts {file['first']} to "
+            f"{file['first'] + file['count'] - 1} of {path}: copy the folder {FOLDER} with the "
+            "checkpoint, or load another one"
+        )
+    size = os.path.getsize(name)
+    if size != file["bytes"]:
+        raise UserError(
+            f"{name}: {size:,} bytes, expected {file['bytes']:,} by {path}; it is truncated or of "
+            "another run: copy it again, or load another checkpoint"
+        )
+    try:
+        state = load_weights_only(name, map_location="cpu", mmap=True)
+        found = state["save"], state["first"], state["count"]
+        piece = Piece(state["first"], state["count"], state["model"], state["optimizer"])
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{name}: damaged or not a file of experts ({str(error).splitlines()[0]}); copy it "
+            "again, or load another checkpoint"
+        ) from error
+    if found != (save, file["first"], file["count"]):
+        raise UserError(
+            f"{name}: of save {found[0]}, but {path} is of save {save}: files of two runs are "
+            f"mixed; copy a checkpoint and its folder {FOLDER} together"
+        )
+    return piece
+
+
+def _rows(place: Placement, parts: List[Tuple[Piece, Tensor]]) -> Tensor:
+    """Rows of this process out of tensors (count, ...) of some files -> (local, ...), in memory of
+    its own."""
+    end = place.first + place.local
+    rows = [
+        tensor[max(place.first - piece.first, 0) : max(end - piece.first, 0)]
+        for piece, tensor in parts
+    ]
+    return torch.cat(rows)
+
+
+def _own_optimizer_state(
+    path: str, place: Placement, name: str, pieces: List[Piece]
+) -> Dict[str, Any]:
+    """What the optimizer remembers of a parameter of experts."""
+    states = [piece.optimizer[name] for piece in pieces]
+    same_experts = len(pieces) == 1 and pieces[0].count == place.local
+    own = {}
+    for key, value in states[0].items():
+        if isinstance(value, Tensor) and value.shape == pieces[0].model[name].shape:
+            own[key] = _rows(place, [(piece, s[key]) for piece, s in zip(pieces, states)])
+        elif not isinstance(value, Tensor) or value.numel() == 1 or same_experts:
+            own[key] = _copy(value)
+        else:
+            raise UserError(
+                f"{path}: the optimizer's {key} of {name} joins several experts and cannot be "
+                "spread over another number of processes: use as many as wrote it, or "
+                "--reset-optimizer"
+            )
+    return own
+
+
+def _indices_in(optimizer: Dict[str, Any], path: str) -> Dict[str, int]:
+    """As `expert_indices`, for the state in a single file, which does not say."""
+    names = trained_parameters(_loading.trainer)
+    saved = sum(len(group["params"]) for group in optimizer["param_groups"])
+    if saved != len(names):
+        raise UserError(
+            f"{path}: its optimizer state is of {saved} tensors, the model has {len(names)} "
+            "parameters (--fp16 on one process joins them all into one), so it cannot be spread "
+            f"over {process_count()} processes: add --reset-optimizer"
+        )
+    return expert_indices(_loading.trainer)
+
+
+def _itself(state: Any) -> Any:
+    return state
+
+
+def _copy(state: Any) -> Any:
+    """Tensors that were mapped, in memory of their own."""
+    if isinstance(state, Tensor):
+        return state.clone()
+    if isinstance(state, dict):
+        return {key: _copy(value) for key, value in state.items()}
+    return type(state)(map(_copy, state)) if type(state) in (list, tuple) else state

@@ -1,0 +1,90 @@
+"""Trainers that load a checkpoint, and what they are refused."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+from fairseq.trainer import Trainer
+
+from .. import fully_sharded
+from ..errors import UserError
+from ..expert_parallel import process_count
+from .experts import saves_together
+from .loading import loading
+from .together import all_gather, check_code_versions
+
+
+def apply() -> None:
+    """fairseq/trainer.py:449 loads on rank 0 and sends the state round; experts differ."""
+    stock = Trainer.load_checkpoint
+
+    @functools.wraps(stock)
+    def load_checkpoint(self, filename, reset_optimizer=False, *args, **kwargs):
+        settings = self.cfg.checkpoint
+        on_all_ranks = settings.load_checkpoint_on_all_dp_ranks
+        if fully_sharded.is_sharded(self.get_model()):
+            _refuse_optimizers_that_join_numbers(self)
+        if saves_together(self):
+            _refuse_what_cannot_be_saved(self.cfg)
+            _check_ranks(filename)
+            settings.load_checkpoint_on_all_dp_ranks = True
+        try:
+            with loading(self, optimizer=not reset_optimizer):
+                return stock(self, filename, reset_optimizer, *args, **kwargs)
+        except (AssertionError, ValueError) as error:
+            text = str(error)
+            if "please reset the optimizer" in text:  # fairseq/trainer.py:580
+                raise UserError(f"{filename}: {text}") from error
+            if "optimizer" in text and "parameter group" in text:  # torch.optim.Optimizer
+                raise UserError(
+                    f"{filename}: its optimizer state does not fit ({text}): use the precision "
+                    "flags (--fp16 and the like) that wrote it, or add --reset-optimizer"
+                ) from error
+            raise
+        finally:
+            settings.load_checkpoint_on_all_dp_ranks = on_all_ranks
+
+    Trainer.load_checkpoint = load_checkpoint
+
+
+def _refuse_what_cannot_be_saved(cfg: Any) -> None:
+    """Raises UserError, when training starts, for settings under which experts of several processes
+    would be saved or trained wrong."""
+    refused = {
+        "--store-ema": cfg.ema.store_ema,
+        "--write-checkpoints-asynchronously": cfg.checkpoint.write_checkpoints_asynchronously,
+        "--zero-sharding os": cfg.distributed_training.zero_sharding == "os",
+        "--use-bmuf": cfg.optimization.use_bmuf,
+        "--optimizer composite": getattr(cfg.optimizer, "_name", None) == "composite",
+    }
+    for flag, given in refused.items():
+        if given:
+            raise UserError(
+                f"{flag}: not for experts on {process_count()} processes; drop it, or train on one"
+            )
+
+
+def _refuse_optimizers_that_join_numbers(trainer: Trainer) -> None:
+    """Raises UserError for optimizers that need parameters whole (fairseq/trainer.py:336)."""
+    try:
+        trainer.optimizer  # noqa: B018 - is built now
+    except AssertionError as error:
+        raise UserError(
+            f"--optimizer {trainer.cfg.optimizer._name}: --ddp-backend fully_sharded gives it "
+            "pieces of parameters, and it needs them whole: use adam or sgd, or pytorch_ddp"
+        ) from error
+
+
+def _check_ranks(filename: str) -> None:
+    """All ranks must run the same code and see the same checkpoint."""
+    check_code_versions()
+    seen = all_gather(os.path.isfile(filename))
+    for rank, there in enumerate(seen):
+        if there != seen[0]:
+            seeing, blind = (0, rank) if seen[0] else (rank, 0)
+            raise UserError(
+                f"{filename}: process {seeing} sees it, process {blind} does not; --save-dir and "
+                "--restore-file must be on a file system that all machines share"
+            )

@@ -1,0 +1,72 @@
+"""One file, there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any, Dict, Optional
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+
+
+def write(state: Dict[str, Any], path: str) -> int:
+    """Write a file that is there either whole, after a loss of power too, or not at all.
+
+    Returns its size in bytes. Raises UserError where it cannot be written; nothing is left then.
+    """
+    temporary = path + ".tmp"
+    try:
+        with open(temporary, "wb") as stream:
+            torch.save(state, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+            size = stream.tell()
+        os.replace(temporary, path)
+        sync_folder(os.path.dirname(path) or ".")
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        cause = _os_error_behind(error)
+        if cause is None:
+            raise
+        raise cannot_write(f"{path} ({_size_in_memory(state):,} bytes)", cause) from error
+    return size
+
+
+def cannot_write(file: str, error: OSError) -> UserError:
+    """What to raise where a file, or a copy of one, could not be written."""
+    return UserError(
+        f"{file} cannot be written ({error.strerror or error}); make room, or choose "
+        "another --save-dir; the last complete checkpoint is as it was"
+    )
+
+
+def _os_error_behind(error: Optional[BaseException]) -> Optional[OSError]:
+    """torch.save tells of a full disk as a RuntimeError on top of the OSError, or instead of it."""
+    text = str(error)
+    while error is not None:
+        if isinstance(error, OSError):
+            return error
+        error = error.__cause__ or error.__context__
+    return OSError("writing failed") if "PytorchStreamWriter" in text else None
+
+
+def _size_in_memory(state: Any) -> int:
+    """Bytes of the tensors in a state."""
+    if isinstance(state, Tensor):
+        return state.numel() * state.element_size()
+    if isinstance(state, dict):
+        return sum(map(_size_in_memory, state.values()))
+    return sum(map(_size_in_memory, state)) if isinstance(state, (list, tuple)) else 0
+
+
+def sync_folder(folder: str) -> None:
+    """Bring a renaming to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
