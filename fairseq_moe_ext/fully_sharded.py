@@ -11,6 +11,7 @@ What is saved has the names, shapes and numbers of the model without FSDP.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Dict, List, NamedTuple, Optional
 
 import torch
@@ -20,6 +21,7 @@ from fairseq.distributed.fully_sharded_data_parallel import (
     FullyShardedDataParallel,
     has_FSDP,
 )
+from fairseq.trainer import Trainer
 from torch import Tensor, nn
 
 from .errors import UserError
@@ -32,9 +34,10 @@ _WRAPPERS = ("_fsdp_wrapped_module.", "_fpw_module.")  # what FSDP puts into nam
 
 
 def apply() -> None:
-    """Give fairseq's FSDP whole models and optimizer states in the form of any other backend;
-    once."""
-    if has_FSDP:
+    """Give fairseq's FSDP whole models and optimizer states in the form of any other backend, and
+    bfloat16; once."""
+    if has_FSDP and FullyShardedDataParallel.load_state_dict is not _load_state_dict:
+        _leave_bfloat16_to_fsdp()
         FullyShardedDataParallel.load_state_dict = _load_state_dict
         FullyShardedDataParallel.gather_full_optim_state_dict = _whole_optimizer_state
         FullyShardedDataParallel.get_shard_from_optim_state_dict = _own_optimizer_state
@@ -48,8 +51,11 @@ def is_wrapping() -> bool:
     return has_FSDP and ConfigAutoWrap.in_autowrap_context
 
 
-def validate(cfg: Any) -> None:
-    """Raises UserError for settings under which FSDP cannot train or save right.
+def prepare(cfg: Any) -> None:
+    """Have FSDP wrap as the settings of the model that is to be built say. With --bf16, of which
+    fairseq tells it nothing (fairseq/distributed/fully_sharded_data_parallel.py:98@0.12.2), it
+    keeps float32 and computes in bfloat16. Raises UserError for settings under which it cannot
+    train or save right.
 
     Args:
         cfg: of the model, with bf16.
@@ -57,10 +63,10 @@ def validate(cfg: Any) -> None:
     if not is_wrapping():
         return
     settings = ConfigAutoWrap.kwargs
-    half = "--fp16 or --memory-efficient-fp16"
+    if cfg.bf16:
+        settings.update(mixed_precision=True, compute_dtype=torch.bfloat16)
     refused = {
         "--compile": (cfg.compile, "FSDP changes parameters under the compiler: drop either"),
-        "--bf16": (cfg.bf16, f"fairseq's knows float16 alone: use {half}, or pytorch_ddp"),
         "--use-sharded-state": (
             settings["use_sharded_state"],
             "such checkpoints load on one number of processes only: drop it",
@@ -76,12 +82,32 @@ def validate(cfg: Any) -> None:
         ),
         "--fp32-reduce-scatter": (
             settings["fp32_reduce_scatter"] and not settings["mixed_precision"],
-            "needs float32 parameters: use --fp16 without --memory-efficient-fp16, or drop it",
+            "needs float32 parameters: use --bf16, or --fp16 without --memory-efficient-fp16, or "
+            "drop it",
         ),
     }
     for flag, (given, remedy) in refused.items():
         if given:
             raise UserError(f"{flag} with --ddp-backend fully_sharded: {remedy}")
+
+
+def _leave_bfloat16_to_fsdp() -> None:
+    """fairseq/trainer.py:72 refuses --bf16 with FSDP. As `prepare` does it, the trainer has float32
+    parameters and gradients, and nothing to convert."""
+    stock = Trainer.__init__
+
+    @functools.wraps(stock)
+    def __init__(self, cfg, task, model, *args, **kwargs):
+        if is_sharded(model) and cfg.common.bf16:
+            if cfg.common.memory_efficient_bf16:
+                raise UserError(
+                    "--memory-efficient-bf16 with --ddp-backend fully_sharded: fairscale shards "
+                    "float32 and float16: use --bf16, of which each process keeps its share alone"
+                )
+            cfg.common.bf16 = False
+        stock(self, cfg, task, model, *args, **kwargs)
+
+    Trainer.__init__ = __init__
 
 
 def to_wrapping_precision(module: nn.Module) -> nn.Module:

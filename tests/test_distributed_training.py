@@ -3,11 +3,13 @@
 import contextlib
 import copy
 import functools
+import importlib
 import re
 import sys
 from pathlib import Path
 from typing import Dict, List, NamedTuple
 
+import fairseq_cli
 import pytest
 import torch
 import torch.distributed as dist
@@ -20,6 +22,7 @@ from processes import run_processes
 from small_models import PAD, TYPES, make_task
 
 import fairseq_moe_ext
+from fairseq_moe_ext.distributed_training import EvalLmFinder
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.expert_parallel import placement, traffic
 from fairseq_moe_ext.fully_sharded import is_sharded, places
@@ -47,7 +50,7 @@ def configure(folder, flags):
 def make_trainer(cfg, backend, world_size, dtype=torch.float64):
     """fairseq's Trainer of a small model."""
     cfg = copy.deepcopy(cfg)
-    cfg.distributed_training.ddp_backend = backend
+    cfg.distributed_training.ddp_backend = cfg.model.ddp_backend = backend
     cfg.distributed_training.distributed_world_size = world_size
     task = tasks.setup_task(cfg.task)
     torch.manual_seed(1)
@@ -363,6 +366,15 @@ def test_scale_of_the_gradients_of_experts(folder, backend, choice, factor):
     assert [run.figures[0]["gnorm"] for run in many] == pytest.approx([norm] * 2, rel=1e-9)
 
 
+def test_eval_lm_may_be_imported_later(monkeypatch):
+    """As a notebook may; it counts the whole set all the same."""
+    monkeypatch.delitem(sys.modules, "fairseq_cli.eval_lm", raising=False)
+    monkeypatch.setattr(fairseq_cli, "eval_lm", None, raising=False)
+    monkeypatch.setattr(sys, "meta_path", [EvalLmFinder(), *sys.meta_path])
+    module = importlib.import_module("fairseq_cli.eval_lm")
+    assert module.eval_lm.__name__ == "eval_lm" and hasattr(module.eval_lm, "__wrapped__")
+
+
 def test_exchanges_are_counted(folder):
     """Dropless top-2: every token's two rows of 8 float64 go there, back, and again as gradients;
     what stays on the process is not counted, so at most all of it is."""
@@ -443,6 +455,7 @@ def train_halved(rank, cfg, backend):
         ("legacy_ddp", "--bf16"),
         ("pytorch_ddp", "--memory-efficient-fp16"),
         ("pytorch_ddp", "--bf16"),
+        ("fully_sharded", "--bf16"),
         *(
             pytest.param("fully_sharded", precision, marks=pytest.mark.slow)
             for precision in (
@@ -457,6 +470,24 @@ def test_half_precision_learns_on_two_processes(folder, precision, backend):
     cfg = configure(folder, f"--moe-expert-count 2 {precision} --optimizer adam --lr 0.01")
     for losses in run_processes(2, train_halved, cfg, backend):
         assert losses[-1] < losses[0] - 0.05
+
+
+def test_bfloat16_computes_the_same_sharded(folder):
+    """Parameters are float32, and rounded to bfloat16 for computing, by FSDP as by fairseq."""
+    flags = f"--moe-expert-count 2 {DROPLESS} {WORLD} --min-params-to-wrap 0"
+    how = (1, None, 1, torch.float32)
+    exact = processes(2, folder, flags, "fully_sharded", *how)
+    replicated = processes(2, folder, f"{flags} --bf16", "legacy_ddp", *how)
+    sharded = processes(2, folder, f"{flags} --bf16", "fully_sharded", *how)
+    for run, same, full in zip(sharded, replicated, exact):
+        assert run.outputs[0].dtype == same.outputs[0].dtype == torch.bfloat16
+        assert run.figures[0]["loss"] == pytest.approx(same.figures[0]["loss"], rel=1e-6)
+        assert run.figures[0]["loss"] != full.figures[0]["loss"]
+        for name, gradient in run.gradients[0].items():
+            assert gradient.dtype == run.parameters[name].dtype == torch.float32
+            expected = full.gradients[0][name]
+            atol = 0.05 * max(float(expected.abs().max()), 1e-2)  # keys' biases have but rounding
+            torch.testing.assert_close(gradient, expected, rtol=0, atol=atol, msg=name)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
     ) -> "MoETransformerLanguageModel":
         """Raises UserError for settings that cannot work, before any work starts."""
         validate(cfg)
-        fully_sharded.validate(cfg)
+        fully_sharded.prepare(cfg)
         model = cls(MoETransformerDecoder(cfg, task.source_dictionary))
         model.has_experts = mark_experts(model)
         freeze(model, str(cfg.moe_freeze))
