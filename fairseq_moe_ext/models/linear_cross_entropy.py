@@ -45,12 +45,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=exact) if needs_weight else None
         loss = torch.zeros((), dtype=exact, device=features.device)
         counted = target.ne(ignore_index)  # (N,)
-        chunk = max(1, _CHUNK // weight.size(0))
-        for start in range(0, features.size(0), chunk):
+        chunk = min(max(1, _CHUNK // weight.size(0)), features.size(0))
+        # One tensor for all chunks: on a CPU fresh memory costs more than softmax and loss.
+        logits = features.new_empty(chunk, weight.size(0))
+        for start in range(0, features.size(0), chunk or 1):
             part = slice(start, start + chunk)
             x, keep = features[part], counted[part]  # (C, D), (C,)
             index = target[part].where(keep, 0).unsqueeze(1)  # (C, 1)
-            z = (x @ weight.t()).to(exact)  # (C, V)
+            z = torch.mm(x, weight.t(), out=logits[: len(x)]).to(exact)  # (C, V)
             at_target = z.gather(1, index).squeeze(1)
             top = z.amax(dim=1, keepdim=True)
             z.sub_(top).exp_()
@@ -79,8 +81,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> Tuple[Tensor, Tensor, None, None]:
         grad_features, grad_weight = ctx.saved_tensors
-        if grad_features is not None:
+        # The usual case on a CPU spares a copy; on a GPU to ask would be to wait.
+        as_it_is = grad.device.type == "cpu" and grad == 1 and ctx.scale == 1
+        if grad_features is not None and not as_it_is:
             grad_features = grad_features * (grad / ctx.scale).to(grad_features.dtype)
         if grad_weight is not None:
-            grad_weight = (grad_weight * grad).to(ctx.dtype)
+            grad_weight = (grad_weight if as_it_is else grad_weight * grad).to(ctx.dtype)
         return grad_features, grad_weight, None, None

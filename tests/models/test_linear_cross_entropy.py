@@ -25,21 +25,22 @@ def reference(features, weight, target):
     return F.cross_entropy(logits, target, ignore_index=PAD, reduction="sum")
 
 
+@pytest.mark.parametrize("factor", [1, 3])
 @pytest.mark.parametrize("chunk", [29, 29 * 5, 29 * 1000])  # 1, 5 and all tokens at a time
 @pytest.mark.parametrize(
     "dtype, rtol",
     [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)],
 )
-def test_equals_torch(dtype, rtol, chunk, monkeypatch):
+def test_equals_torch(dtype, rtol, chunk, factor, monkeypatch):
     monkeypatch.setattr(module, "_CHUNK", chunk)
     features, weight, target = case(dtype)
     loss = linear_cross_entropy(features, weight, target, PAD)
-    (3 * loss).backward()
+    (factor * loss).backward()
     exact_features, exact_weight = (
         t.detach().double().requires_grad_() for t in (features, weight)
     )
     expected = reference(exact_features, exact_weight, target)
-    (3 * expected).backward()
+    (factor * expected).backward()
     assert loss.dtype == torch.promote_types(dtype, torch.float32)
     torch.testing.assert_close(loss.double(), expected, rtol=rtol, atol=0)
     for got, want in ((features.grad, exact_features.grad), (weight.grad, exact_weight.grad)):
