@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         for one in plan.runs:
             for command in one.commands:
-                print(" ".join(plans.typed(command)))
+                print(plans.typed(command))
         return
     if not args.only_result:
         _Work(plan, args.jobs).do()

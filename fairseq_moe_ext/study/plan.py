@@ -1,5 +1,6 @@
 """A study's YAML file -> the runs it names and their commands."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Sequence
@@ -202,8 +203,10 @@ def _prime(asked, settings: Dict, folder: Path) -> List[str]:
     ]
 
 
-def typed(command: Sequence[str]) -> List[str]:
-    """A command as one would type it: without the folders of the programs."""
+def typed(command: Sequence[str]) -> str:
+    """A command as one would type it: without the folders of this installation."""
+    words = [Path(command[0]).name, *command[1:]]
     if list(command[1:3]) == ["-m", "fairseq_moe_ext.cli"]:
-        return ["fairseq-moe", *command[3:]]
-    return [Path(command[0]).name, *command[1:]]
+        words = ["fairseq-moe", *command[3:]]
+    user_dir = '"$(fairseq-moe user-dir)"'
+    return " ".join(user_dir if word == str(PACKAGE) else shlex.quote(word) for word in words)

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import shlex
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
@@ -30,7 +29,7 @@ def collect(plan: Plan) -> Dict[str, Any]:
         "runs": runs,
         "factors": factors(runs),
         "commands": [
-            shlex.join(typed(command))
+            typed(command)
             for run in plan.runs[: len({(r.family, r.size) for r in plan.runs})]
             for command in run.commands
         ],
