@@ -340,8 +340,8 @@ def test_evaluation_of_a_sharded_run(data, runs, sharded_run):
 
 @pytest.mark.slow
 def test_sharded_half_precision_goes_on(data, tmp_path):
-    """--fp16: float32 pieces; --memory-efficient-fp16: float16 ones."""
-    for precision in ("--fp16", "--memory-efficient-fp16"):
+    """--fp16 and --bf16: float32 pieces; --memory-efficient-fp16: float16 ones."""
+    for precision in ("--fp16", "--memory-efficient-fp16", "--bf16"):
         folder = tmp_path / precision.strip("-")
         options = f"{SHARDED} 0 {precision} --fp16-init-scale 4"
         losses = first_run(data, folder, 2, 4, options)

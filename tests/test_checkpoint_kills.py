@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from test_checkpoint import TRAIN, expert_files, make_data, referred_files, trai
 EXPERTS = 4
 LINE = f"{TRAIN} --moe-expert-count {EXPERTS} --save-interval-updates 1 --no-epoch-checkpoints"
 LINE += " --keep-interval-updates 2"
+LIMIT = 240  # seconds, for what takes a few where nothing else runs
 
 
 def work(rank, world, meeting, line, reached, moment):
@@ -81,6 +83,9 @@ class Runs:
         self.random = random.Random(seed)
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["test_checkpoint_kills"])
+        with pytest.MonkeyPatch.context() as patch:  # Python 3.11's does not take our sys.path
+            patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+            forkserver.ensure_running()
         self.started = 0
 
     def start(self, world, updates, moment=None):
@@ -101,7 +106,7 @@ class Runs:
     def kill_at_a_random_moment(self, world):
         """Returns whether something was being written just then."""
         processes, reached = self.start(world, 10**6)
-        assert reached.wait(90), "the run did not go on from the checkpoint"
+        assert reached.wait(LIMIT), "the run did not go on from the checkpoint"
         time.sleep(self.random.uniform(0, 0.8))
         victims = self.random.choice([processes, [self.random.choice(processes)]])
         assert all(process.is_alive() for process in processes)
@@ -114,7 +119,7 @@ class Runs:
     def kill_at(self, moment, world):
         """Kills a process in the midst of it: one that writes experts, or the one that copies."""
         processes, reached = self.start(world, 10**6, moment)
-        assert reached.wait(90)
+        assert reached.wait(LIMIT)
         time.sleep(0.3)
         assert all(process.is_alive() for process in processes)
         processes[0 if moment == "copying" else -1].kill()
@@ -132,7 +137,7 @@ class Runs:
     def finish(self, world, updates):
         processes, _ = self.start(world, updates)
         for process in processes:
-            process.join(120)
+            process.join(LIMIT)
         assert [process.exitcode for process in processes] == [0] * world
 
 
@@ -198,7 +203,7 @@ def launch(world, line, name="fairseq-train"):
 
 
 def wait_for_update(folder, updates, process):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + LIMIT
     while not list(folder.glob(f"checkpoint_*_{updates}.pt")):
         assert process.poll() is None, process.communicate()[0][-3000:]
         assert time.monotonic() < deadline
