@@ -49,21 +49,43 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
+def language_model(types: int, **flags: Any) -> Any:
+    """A model built without a command line: so many types, flags as in config.py."""
+    from types import SimpleNamespace
+
+    from fairseq.data import Dictionary
+
+    from fairseq_moe_ext.config import MoETransformerLMConfig
+    from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
+
+    dictionary = Dictionary()
+    for i in range(types - len(dictionary)):
+        dictionary.add_symbol(f"w{i}")
+    settings = {"max_target_positions": None, "max_tokens": None, "batch_size": None, **flags}
+    cfg = MoETransformerLMConfig(ddp_backend="legacy_ddp", **settings)
+    task = SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
+    return MoETransformerLanguageModel.build_model(cfg, task)
+
+
 def in_turn(
-    cases: Dict[str, Callable[[], object]], rounds: int, warmup: int = 2
+    cases: Dict[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Dict[str, List[float]]:
     """Seconds of each case in each round. A round runs every case once, in an order that turns
-    from round to round, so that what disturbs the machine disturbs all alike."""
+    from round to round, so that what disturbs the machine disturbs all alike. time.process_time as
+    the clock is disturbed least by other users of the machine; for work of one thread."""
     seconds: Dict[str, List[float]] = {name: [] for name in cases}
     names = list(cases)
     for turn in range(-warmup, rounds):
         for name in names if turn % 2 == 0 else reversed(names):
             _wait()
-            start = time.perf_counter()
+            start = clock()
             cases[name]()
             _wait()
             if turn >= 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 
@@ -83,6 +105,19 @@ def copy_bandwidth(device: str = "cpu", rounds: int = 9) -> float:
     target = torch.zeros_like(source)
     seconds = in_turn({"copy": lambda: target.copy_(source)}, rounds)["copy"]
     return 2 * _COPIED / median(seconds)
+
+
+def matrix_rate(rounds: int = 9) -> float:
+    """FLOPs a second of the processor of one thread at a product of square float32 matrices of 2048
+    rows, the fastest of some: what no model's step can beat on a CPU."""
+    x, y = torch.ones(2, 2048, 2048)
+    out = torch.empty_like(x)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    product = {"product": lambda: torch.mm(x, y, out=out)}
+    seconds = in_turn(product, rounds, clock=time.process_time)["product"]
+    torch.set_num_threads(threads)
+    return 2 * 2048**3 / min(seconds)
 
 
 def peak_memory(work: Callable[[], object]) -> int:
