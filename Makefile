@@ -25,9 +25,14 @@ quickstart: install  ## train and compare a dense and a Mixture-of-Experts model
 study: install   ## train and compare three sizes a family, three seeds; an hour and more
 	$(RUN) examples/study/run.py
 
-benchmark: install  ## measure the layer against a dense one and its peers; about eight minutes
+benchmark: install  ## measure layer, training, evaluation, growth, start-up; about half an hour
 	$(RUN) -m pip install --quiet -c constraints.txt -e ".[benchmark]"
 	$(RUN) benchmarks/layer.py
+	$(RUN) benchmarks/train_step.py
+	$(RUN) benchmarks/train_step.py --shares
+	$(RUN) benchmarks/evaluate.py
+	$(RUN) benchmarks/growth.py
+	$(RUN) benchmarks/start_up.py
 
 lint: install    ## ruff, check and format
 	$(RUN) -m ruff check .
