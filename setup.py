@@ -1,0 +1,5 @@
+"""For tools that look for this file; all settings are in pyproject.toml."""
+
+from setuptools import setup
+
+setup()
