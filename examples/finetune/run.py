@@ -425,6 +425,8 @@ def gathered(
     ablation: Ablation, started: Dict[str, Dict], results: List[Dict[str, Any]]
 ) -> Dict[str, Any]:
     """The runs so far as result.json has them."""
+    from fairseq_moe_ext.study.plan import typed
+
     accuracies: Dict[str, List[float]] = {}
     for result in results:
         accuracies.setdefault(result["row"], []).append(result["accuracy"])
@@ -436,8 +438,8 @@ def gathered(
         "settings": ablation.settings,
         "before": started,
         "rows": rows,
-        "runs": results,
-        "commands": {r["row"]: r["command"] for r in results},
+        "runs": [{k: v for k, v in r.items() if k != "command"} for r in results],
+        "commands": {r["row"]: typed(r["command"]) for r in results},
     }
 
 
