@@ -11,7 +11,7 @@ install:         ## make .venv with everything in it; nothing to do the second t
 	@$(PYTHON) install_venv.py
 
 # A test file stays with one worker, because its tests share processes and ports.
-PYTEST := $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --durations 20
+PYTEST := $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 20
 
 test: install lint  ## install, lint, and the tests but the slow ones
 	$(PYTEST)

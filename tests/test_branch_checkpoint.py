@@ -202,7 +202,7 @@ def test_logits_are_those_of_the_weights(tmp_path, data, name):
 @pytest.mark.parametrize(
     "name, world",
     [
-        ("two ranks", 4),
+        pytest.param("two ranks", 4, marks=pytest.mark.slow),
         ("experts on two ranks each", 2),
         pytest.param("old args", 2, marks=pytest.mark.slow),
         ("top-1", 2),
@@ -330,7 +330,7 @@ def restored(rank, folder, path, flags, world, reset=False):
         pytest.param("experts on two ranks each", 2, marks=pytest.mark.slow),
         ("experts on two ranks each", 1),
         ("FSDP", 1),
-        ("FSDP", 2),
+        pytest.param("FSDP", 2, marks=pytest.mark.slow),
         ("FSDP, one module, experts on two ranks each", 2),
         ("FSDP, weights too", 2),
         pytest.param("old args", 1, marks=pytest.mark.slow),

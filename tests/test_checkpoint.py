@@ -173,12 +173,11 @@ def referred_files(folder):
 @pytest.mark.parametrize(
     "experts, first, then",
     [
-        (4, 1, 2),
         (4, 2, 4),
         (2, 4, 2),
         *(
             pytest.param(*numbers, marks=pytest.mark.slow)
-            for numbers in [(4, 2, 1), (4, 2, 2), (2, 4, 4), (2, 4, 1), (2, 1, 4)]
+            for numbers in [(4, 1, 2), (4, 2, 1), (4, 2, 2), (2, 4, 4), (2, 4, 1), (2, 1, 4)]
         ),
     ],
 )
@@ -212,6 +211,7 @@ def goes_on(data, runs, experts, first, then):
         assert resumed == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_pytorch_ddp_goes_on(data, tmp_path):
     """From two processes to one and to four."""
     losses = first_run(data, tmp_path, 2, 4, "--ddp-backend pytorch_ddp")

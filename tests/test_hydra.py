@@ -313,6 +313,7 @@ def finish(process: subprocess.Popen) -> str:
     return out
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_each_job_by_itself_from_relative_paths(workplace, tmp_path):
     os.symlink(workplace / "data", tmp_path / "data")
     conf = os.path.relpath(CONF, tmp_path)

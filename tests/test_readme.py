@@ -125,6 +125,10 @@ def test_commands(trained):
     output = run(trained, sys.executable, "-c", blocks("Evaluate", "python"))
     assert re.search(r"tensor\(\[-[\d.]+", output)
 
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_commands_on_a_trained_model(trained):
     output = script(trained, "Scale out")
     assert re.search(r"training on 2 devices", output)
     assert (trained / "runs" / "two" / "experts").is_dir()
@@ -133,10 +137,6 @@ def test_commands(trained):
     assert output.count("experts a sparse layer") == 4
     assert len(list((trained / "spread" / "experts").glob("*.pt"))) == 4
 
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_commands_on_a_trained_model(trained):
     output = script(trained, "Study", slice(2))
     assert "GPT-3 175B" in output
     assert re.search(r"^letters +", output, flags=re.M) and "capacity" in output

@@ -380,6 +380,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, documents):
     assert large - small < 5, (small, large)
 
 
+@pytest.mark.slow
 def test_the_command_line_is_the_console_scripts(tmp_path):
     """As `fairseq-moe`, in a process of its own, with workers and without a terminal."""
     (tmp_path / "a.txt").write_text("one two\n\nthree four\n" * 500, encoding="utf-8")

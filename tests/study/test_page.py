@@ -79,6 +79,7 @@ def test_a_missing_result(tmp_path, capsys):
 BROWSER = next(filter(None, map(shutil.which, page.BROWSERS)), None)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not BROWSER, reason="no chromium or google-chrome on PATH")
 def test_chromium_opens_it_on_a_phone_and_draws_png(tmp_path, monkeypatch):
     made_result(tmp_path)

@@ -108,14 +108,12 @@ def test_priming_is_a_command_of_the_study(folder):
         folder, lambda text: text + f"priming: {{folder: {folder}, shots: [0, 8], tasks: copa}}\n"
     )
     typed = [plan.typed(one.prime) for one in plan.read(path).runs]
-    assert (
-        typed[0]
-        == (
-            f"fairseq-moe priming {folder} --path {folder}/out/dense-s-1/checkpoint_best.pt "
-            f"--data {folder}/data --tasks copa --shots 0,8 --draws 25 "
-            f"--json {folder}/out/dense-s-1/priming.json --cpu"
-        ).split()
+    assert typed[0] == (
+        f"fairseq-moe priming {folder} --path {folder}/out/dense-s-1/checkpoint_best.pt "
+        f"--data {folder}/data --tasks copa --shots 0,8 --draws 25 "
+        f"--json {folder}/out/dense-s-1/priming.json --cpu"
     )
+    assert '--user-dir "$(fairseq-moe user-dir)" ' in plan.typed(plan.read(path).runs[0].train)
     assert not plan.read(write(folder)).runs[0].prime
 
 
