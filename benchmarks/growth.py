@@ -11,12 +11,12 @@ Writes results/growth.json and .md, and docs/growth_*.svg with the fitted expone
 
 from __future__ import annotations
 
-import math
 import tempfile
 import time
 from pathlib import Path
 from typing import Callable, Dict, List, Tuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -74,10 +74,8 @@ def sweep(kind: str, values: List[int]) -> Dict[int, Tuple[float, float]]:
 
 def exponent(points: Dict[int, float]) -> float:
     """The slope of log y over log x, by least squares: 1 is linear."""
-    xs, ys = [math.log(x) for x in points], [math.log(y) for y in points.values()]
-    mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
-    across = sum((x - mean_x) ** 2 for x in xs)
-    return sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys)) / across
+    x, y = np.log(list(points)), np.log(list(points.values()))
+    return float(np.polyfit(x, y, 1)[0])
 
 
 def _process(rank: int, processes: int, store: str, results) -> None:

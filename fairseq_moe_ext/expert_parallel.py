@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import time
-from typing import List, NamedTuple, Optional, Tuple
+from typing import Any, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.distributed as dist
@@ -182,6 +182,20 @@ def mark_experts(model: nn.Module) -> bool:
 def process_count() -> int:
     """Processes that train together; 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def process_rank() -> int:
+    """This process's number among them; 0 without torch.distributed."""
+    return dist.get_rank() if process_count() > 1 else 0
+
+
+def all_gather(value: Any) -> List[Any]:
+    """An object of each process, on all of them."""
+    if process_count() == 1:
+        return [value]
+    values: List[Any] = [None] * process_count()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def collective_device() -> torch.device:

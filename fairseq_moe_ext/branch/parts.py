@@ -6,10 +6,8 @@ import os
 import re
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-import torch.distributed as dist
-
 from ..errors import UserError
-from ..expert_parallel import placement, process_count
+from ..expert_parallel import placement, process_count, process_rank
 from ..moe.experts import TensorPerExpert
 from .files import BranchFiles, State, flat_settings, load
 from .flat import Pieces, whole_model
@@ -61,8 +59,7 @@ def expert_parts(files: BranchFiles, shared: State) -> List[Part]:
             f"{files.ranks[min(left)]} is left unread, as are all -rank- files from {needed} on: "
             f"{files.base} has {experts} experts, {local} in each file"
         )
-    world_size, rank = process_count(), _rank()
-    place = placement(experts, world_size, rank)
+    place = placement(experts, process_count(), process_rank())
     parts = []
     for number in range(place.first // local, -(-(place.first + place.local) // local)):
         path = files.ranks[number]
@@ -113,10 +110,6 @@ def _opened(path: Optional[str], part: str, files: BranchFiles, other: State) ->
     state = load(path)
     _check_one_run(files.shared, other, path, state)
     return state
-
-
-def _rank() -> int:
-    return dist.get_rank() if process_count() > 1 else 0
 
 
 def _local_experts(state: State) -> int:

@@ -8,7 +8,6 @@ import os
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
-import torch.distributed as dist
 from fairseq import checkpoint_utils
 from fairseq.trainer import Trainer
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch import Tensor
 from .. import fully_sharded
 from ..compat import load_weights_only
 from ..errors import UserError
-from ..expert_parallel import Placement, placement, process_count
+from ..expert_parallel import Placement, placement, process_count, process_rank
 from .experts import (
     FOLDER,
     FORMAT,
@@ -90,17 +89,16 @@ def _with_own_experts(path: str, state: Dict[str, Any]) -> Dict[str, Any]:
     copy = _copy
     if wanted and fully_sharded.is_sharded(_loading.trainer.get_model()):
         copy = _itself  # FSDP copies the pieces that it takes
-    rank = dist.get_rank() if process_count() > 1 else 0
     if manifest is not None:
         num_experts, indices = manifest["num_experts"], manifest["indices"]
-        place = placement(num_experts, process_count(), rank)
+        place = placement(num_experts, process_count(), process_rank())
         pieces = open_pieces(path, manifest, place)
     else:
         whole = {name: value for name, value in state["model"].items() if is_expert(name)}
         if process_count() == 1 or not whole:
             return {**state, "last_optimizer_state": copy(optimizer)} if wanted else state
         num_experts = len(next(iter(whole.values())))
-        place = placement(num_experts, process_count(), rank)
+        place = placement(num_experts, process_count(), process_rank())
         indices = _indices_in(optimizer, path) if wanted else {}
         saved = optimizer["state"] if wanted else {}
         by_name = {name: saved[i] for name, i in indices.items() if i in saved}

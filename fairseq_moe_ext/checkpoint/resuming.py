@@ -10,10 +10,10 @@ from fairseq.trainer import Trainer
 
 from .. import fully_sharded
 from ..errors import UserError
-from ..expert_parallel import process_count
+from ..expert_parallel import all_gather, process_count
 from .experts import saves_together
 from .loading import loading
-from .together import all_gather, check_code_versions
+from .together import check_code_versions
 
 
 def apply() -> None:

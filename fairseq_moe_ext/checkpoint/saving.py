@@ -16,7 +16,7 @@ from fairseq.trainer import Trainer
 
 from .. import fully_sharded
 from ..errors import UserError
-from ..expert_parallel import placement, process_count
+from ..expert_parallel import all_gather, placement, process_count
 from .experts import (
     FOLDER,
     FORMAT,
@@ -26,7 +26,7 @@ from .experts import (
     saves_together,
 )
 from .removing import remove_unused_files
-from .together import all_gather, broadcast, code_version
+from .together import broadcast, code_version
 from .writing import cannot_write, write
 
 logger = logging.getLogger(__name__)

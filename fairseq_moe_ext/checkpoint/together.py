@@ -7,13 +7,13 @@ import functools
 import glob
 import hashlib
 import os
-from typing import Any, Iterator, List
+from typing import Any, Iterator
 
 import torch
 import torch.distributed as dist
 
 from ..errors import UserError
-from ..expert_parallel import process_count
+from ..expert_parallel import all_gather
 
 
 def broadcast(word: Any) -> Any:
@@ -21,13 +21,6 @@ def broadcast(word: Any) -> Any:
     box = [word]
     dist.broadcast_object_list(box, src=0)
     return box[0]
-
-
-def all_gather(value: Any) -> List[Any]:
-    """Of all ranks, on all ranks."""
-    values = [None] * process_count()
-    dist.all_gather_object(values, value)
-    return values
 
 
 @contextlib.contextmanager

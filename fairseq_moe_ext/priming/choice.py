@@ -7,8 +7,8 @@ from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 import numpy as np
 
 from ..errors import UserError
+from ..expert_parallel import process_rank
 from .formats import TASKS, Item, find_file, read_items
-from .model import rank
 from .protocol import Job, Loaded, Result, Settings
 from .scoring import Row, Scorer, cut, rows_of, value
 from .shots import Pool, draw, fitting, joined, spread
@@ -59,7 +59,7 @@ def prepare(name: str, folder: Path, settings: Settings, vocabulary: Vocabulary)
             head = f"{name}, {shots} shots"
             pool, scorer = Pool(examples, vocabulary.encode), loaded.scorer(head)
             found = evaluate(rule, questions, pool, shots, settings, scorer, loaded.context)
-            if rank() == 0:
+            if process_rank() == 0:
                 _say(head, found, loaded.context)
             results.append({"task": name, **found})
         return results

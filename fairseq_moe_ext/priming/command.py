@@ -8,6 +8,7 @@ from typing import Callable, Dict, List, Optional, Tuple
 from ..errors import UserError
 from ..evaluation.cost_table import markdown, plain
 from ..evaluation.expert_use import write_json
+from ..expert_parallel import process_rank
 from . import bias, choice, formats, generative, model, scoring
 from .protocol import Loaded, Result, Settings
 from .vocabulary import Vocabulary
@@ -95,9 +96,9 @@ def run(args: argparse.Namespace) -> None:
         results: Results = []
         for name, job in jobs:
             results += [(name, result) for result in job(loaded)]
-            if model.rank() == 0 and args.json is not None:  # so far, should the rest fail
+            if process_rank() == 0 and args.json is not None:  # so far, should the rest fail
                 _write(args, context, results)
-        if model.rank() == 0:
+        if process_rank() == 0:
             print(_tables(results, markdown if args.markdown else plain))
 
 

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from ..expert_parallel import collective_device, process_count
-from .model import all_gather, quiet, rank
+from ..expert_parallel import all_gather, collective_device, process_count, process_rank
+from .model import quiet
 from .vocabulary import EOS, PAD
 
 Done = Callable[[Sequence[int]], bool]  # whether new tokens, the last one included, are an end
@@ -57,7 +57,7 @@ class Generator:
     def __call__(self, prompts: Sequence[Prompt]) -> List[List[int]]:
         """The same prompts on all processes, in any order -> new tokens of each."""
         batches = self._batches(prompts)
-        own = batches[rank() :: process_count()]
+        own = batches[process_rank() :: process_count()]
         steps = -(-len(batches) // process_count())
         found: Dict[int, List[int]] = {}
         bar = tqdm(total=steps, desc=self.progress, unit="batch", leave=False, disable=quiet())

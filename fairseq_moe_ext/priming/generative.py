@@ -15,9 +15,9 @@ from typing import Callable, Dict, List, NamedTuple, Sequence, Tuple
 import numpy as np
 
 from ..errors import UserError
+from ..expert_parallel import process_rank
 from .formats import find_file
 from .generation import Generator, Prompt
-from .model import rank
 from .protocol import Job, Loaded, Result, Settings
 from .records import read_jsonl
 from .shots import draw, fitting, joined, spread
@@ -134,7 +134,7 @@ def _evaluate(
         "too_long": too_long,
         "answers": answers,
     }
-    if rank() == 0:
+    if process_rank() == 0:
         _say(head, result, room)
     return result
 

@@ -6,6 +6,7 @@ import sys
 from typing import List
 
 from ..errors import UserError
+from ..expert_parallel import process_rank
 from . import model
 
 MODEL = "fairseq-moe"
@@ -29,8 +30,8 @@ def run(argv: List[str]) -> None:
         argv = ["run", *([] if named else ["--model", MODEL]), *words]
     sys.argv = ["lm-eval", *argv]
     with model.processes(cpu="cpu" in argv):
-        if model.rank():
+        if process_rank():
             # each process has all results; lm-eval writes those of local rank 0
             # (evaluator.py:385@0.4.13), of which each machine has one
-            os.environ["LOCAL_RANK"] = str(model.rank())
+            os.environ["LOCAL_RANK"] = str(process_rank())
         cli_evaluate()

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ..data_bin import DICTIONARY
 from ..errors import UserError
 from ..evaluation.loading import check_path, language_modeling_task, set_gates
-from ..expert_parallel import process_count
+from ..expert_parallel import all_gather, process_count, process_rank
 from ..models.language_model import MoETransformerLanguageModel
 from .scoring import Row
 from .vocabulary import PAD
@@ -71,10 +71,6 @@ def processes(cpu: bool) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-
-
-def rank() -> int:
-    return dist.get_rank() if process_count() > 1 else 0
 
 
 def load(
@@ -152,7 +148,7 @@ class ModelScorer:
     def with_likeliest(self, rows: Sequence[Row]) -> List[Tuple[np.ndarray, np.ndarray]]:
         """Likewise, and (tokens - start,) bool, whether no token is likelier than the one there."""
         batches = self._batches(rows)
-        own = batches[rank() :: process_count()]
+        own = batches[process_rank() :: process_count()]
         steps = -(-len(batches) // process_count())
         share = any(rows[batch[0]].shared for batch in batches)
         found: Dict[int, Tuple[np.ndarray, np.ndarray]] = {}
@@ -233,12 +229,4 @@ class ModelScorer:
 
 def quiet() -> Optional[bool]:
     """For tqdm: no bar on other processes than the first, and none without a terminal."""
-    return True if rank() else None
-
-
-def all_gather(value: Any) -> List[Any]:
-    if process_count() == 1:
-        return [value]
-    values: List[Any] = [None] * process_count()
-    dist.all_gather_object(values, value)
-    return values
+    return True if process_rank() else None
