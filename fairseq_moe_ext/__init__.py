@@ -36,10 +36,11 @@ from . import (  # noqa: E402, F401
     optim,
 )
 from .branch import hooks as branch_hooks  # noqa: E402
-from .models import architectures, language_model  # noqa: E402, F401
+from .models import architectures, language_model, unfilled  # noqa: E402, F401
 from .tasks import mixture_language_modeling, multiple_choice  # noqa: E402, F401
 
 distributed_training.apply()
 fully_sharded.apply()
+unfilled.apply()
 checkpoint.apply()
 branch_hooks.apply()  # behind checkpoint's: it answers first, for files that it knows

@@ -24,6 +24,8 @@ from test_branch_checkpoint import (
 from test_checkpoint import SAVED, TRAIN, expert_files, make_data, settings, train_on
 
 from fairseq_moe_ext.branch.files import find
+from fairseq_moe_ext.branch.settings import translated_settings
+from fairseq_moe_ext.branch.writing import branch_settings
 from fairseq_moe_ext.cli import main
 from fairseq_moe_ext.convert.archive import Lazy, read_safetensors, write_torch
 from fairseq_moe_ext.moe.experts import TensorPerExpert
@@ -190,8 +192,16 @@ def test_the_branch_s_own_files(tmp_path):
         ours = load(tmp_path / f"x-{part}.pt")
         for key in ("model", "last_optimizer_state"):
             assert same(ours[key], theirs[key]), (part, key)
-        assert ours["cfg"]["model"].keys() == theirs["cfg"]["model"].keys()
         assert ours["extra_state"]["train_iterator"] == theirs["extra_state"]["train_iterator"]
+
+
+@needs_reference
+def test_the_settings_are_the_branch_s():
+    """It takes no other."""
+    path = str(REFERENCE / "branch_moe_2ranks" / "checkpoint_last-shared.pt")
+    theirs = load(path)["cfg"]["model"]
+    ours = branch_settings(path, translated_settings(path, theirs))
+    assert ours.keys() == theirs.keys()
 
 
 def test_from_the_branch_s_fsdp(tmp_path):

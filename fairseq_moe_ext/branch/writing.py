@@ -44,10 +44,13 @@ _BRANCH_DEFAULTS: Dict[str, Any] = {
 }
 _NOT_THE_BRANCH_S = {
     "bf16",
+    "compile",
     "max_tokens",
     "moe_capacity_factor",
     "moe_dropless",
+    "moe_expert_dropout",
     "moe_experts_on_disk",
+    "moe_freeze",
     "moe_routing_scope",
 }
 

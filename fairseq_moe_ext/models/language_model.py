@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..expert_parallel import mark_experts
 from .decoder import MoETransformerDecoder
 from .linear_cross_entropy import linear_cross_entropy
+from .unfilled import unfilled_where_loaded
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,8 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
         """Raises UserError for settings that cannot work, before any work starts."""
         validate(cfg)
         fully_sharded.prepare(cfg)
-        model = cls(MoETransformerDecoder(cfg, task.source_dictionary))
+        with unfilled_where_loaded():
+            model = cls(MoETransformerDecoder(cfg, task.source_dictionary))
         model.has_experts = mark_experts(model)
         freeze(model, str(cfg.moe_freeze))
         return fully_sharded.to_wrapping_precision(model)
