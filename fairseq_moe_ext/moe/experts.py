@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Callable, List, Optional, Tuple
+from typing import Callable, List
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from .side_by_side import for_each_expert
+from .feed_forward import Weights, by_expert, grouped, grouped_serves
 
 
 class TensorPerExpert(list):
@@ -23,7 +22,7 @@ class TensorPerExpert(list):
 
 
 class GroupedLinear(nn.Module):
-    """E linear layers side by side; the rows of expert e go through weight[e] and bias[e].
+    """The parameters of E linear layers, weight (E, out, in) and bias (E, out).
 
     Initialised as E separate `nn.Linear`, each from a seed of its own, so that an expert starts
     the same wherever it lives.
@@ -66,26 +65,6 @@ class GroupedLinear(nn.Module):
                 weight.uniform_(-bound, bound, generator=generator)
                 bias.uniform_(-bound, bound, generator=generator)
 
-    def forward(self, x: Tensor, counts: List[int], grad_scale: float = 1.0) -> Tensor:
-        """x (N, in) in expert order, counts[e] rows of expert e -> (N, out).
-
-        The gradients of weight and bias are multiplied by grad_scale, x's is not.
-        """
-        if self.in_files:
-            return self._forward_from_files(x, counts)
-        # Under FSDP with --fp16 experts stay in float32, as their optimizer wants them.
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return _GroupedLinear.apply(x, weight, bias, counts, grad_scale)
-
-    def _forward_from_files(self, x: Tensor, counts: List[int]) -> Tensor:
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise RuntimeError("experts that are read from files (in_files) cannot be trained")
-        out = x.new_empty(x.size(0), len(self.bias[0]))
-        for rows, x_e, w_e, b_e in zip(out.split(counts), x.split(counts), self.weight, self.bias):
-            if len(rows) > 0:
-                torch.addmm(b_e.to(x), x_e, w_e.to(x).t(), out=rows)
-        return out
-
     def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
         """As PyTorch's, but takes a TensorPerExpert too, from which each expert is copied by
         itself; with in_files none is copied."""
@@ -108,52 +87,6 @@ class GroupedLinear(nn.Module):
     def extra_repr(self) -> str:
         in_features, out_features = self.weight[0].shape[::-1]
         return f"experts={len(self.bias)}, in_features={in_features}, out_features={out_features}"
-
-
-class _GroupedLinear(torch.autograd.Function):
-    # Matrix products that read one expert's weight and write into place. Under autograd each
-    # weight[e] would make a gradient of all experts' size; here it is written once.
-    @staticmethod
-    def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor, counts: List[int], grad_scale: float
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.counts, ctx.grad_scale = counts, grad_scale
-        out = x.new_empty(x.size(0), weight.size(1))
-        outs, xs = out.split(counts), x.split(counts)
-
-        def multiply(e: int) -> None:
-            if counts[e] > 0:
-                torch.addmm(bias[e], xs[e], weight[e].t(), out=outs[e])
-
-        for_each_expert(multiply, counts, weight[0].numel(), x.device.type == "cpu")
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-        x, weight = ctx.saved_tensors
-        counts, scale = ctx.counts, ctx.grad_scale
-        for_x, for_weight, for_bias = ctx.needs_input_grad[:3]
-        grad_x = torch.empty_like(x) if for_x else None
-        grad_weight = torch.empty_like(weight) if for_weight else None
-        grad_bias = grad.new_empty(weight.shape[:2]) if for_bias else None
-        grads, xs = grad.split(counts), x.split(counts)
-        grads_x = grad_x.split(counts) if for_x else ()
-
-        def multiply(e: int) -> None:
-            g_e = grads[e]
-            if for_x and counts[e] > 0:
-                torch.mm(g_e, weight[e], out=grads_x[e])
-            if for_weight and counts[e] > 0:
-                torch.addmm(grad_weight[e], g_e.t(), xs[e], beta=0, alpha=scale, out=grad_weight[e])
-            elif for_weight:
-                grad_weight[e].zero_()
-            if for_bias:
-                torch.sum(g_e, dim=0, out=grad_bias[e])
-
-        for_each_expert(multiply, counts, 2 * weight[0].numel(), x.device.type == "cpu")
-        return grad_x, grad_weight, grad_bias.mul_(scale) if for_bias else None, None, None
 
 
 class Experts(nn.Module):
@@ -190,7 +123,12 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, counts: List[int]) -> Tensor:
         """x (N, D) in expert order, counts[e] rows of expert e -> (N, D)."""
-        hidden = self.activation(self.fc1(x, counts, self.grad_scale))  # (N, F)
-        hidden = F.dropout(hidden, self.activation_dropout, self.training)
-        out = self.fc2(hidden, counts, self.grad_scale)
+        if self.fc1.in_files and torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError("experts that are read from files (in_files) cannot be trained")
+        weights = Weights(self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        mask = None
+        if self.training and self.activation_dropout > 0:
+            mask = F.dropout(x.new_ones(x.size(0), len(self.fc1.bias[0])), self.activation_dropout)
+        compute = grouped if grouped_serves(x, weights) else by_expert
+        out = compute(x, counts, weights, self.activation, mask, self.grad_scale)
         return F.dropout(out, self.dropout, self.training)

@@ -15,7 +15,7 @@ from test_distributed_training import (  # noqa: F401
 )
 
 from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.moe.layer import MoELayer
+from fairseq_moe_ext.moe.feed_forward import by_expert
 
 ADAM = "--optimizer adam --lr 0.05 --weight-decay 0.1"
 PARTS = {
@@ -62,23 +62,26 @@ def test_a_dense_model_has_nothing_to_freeze():
         build_model(**MOE, moe_freeze="gates")
 
 
-def test_experts_have_a_dropout_of_their_own():
+def test_experts_have_a_dropout_of_their_own(monkeypatch):
     tokens = random_tokens()
     plain = build_model(**MOE, moe_dropless=True)
     model = build_model(**MOE, moe_dropless=True, moe_expert_dropout=0.5)
     for layer in model.decoder.layers:
         assert layer.activation_dropout == 0
-    zeros = []
-    for module in model.modules():
-        if isinstance(module, MoELayer):
-            module.experts.fc2.register_forward_pre_hook(
-                lambda _, args: zeros.append(float((args[0] == 0).double().mean()))
-            )
+    masks = []
+
+    def recorded(x, counts, weights, activation, mask, *rest):
+        masks.append(mask)
+        return by_expert(x, counts, weights, activation, mask, *rest)
+
+    monkeypatch.setattr("fairseq_moe_ext.moe.experts.by_expert", recorded)
     model.train()(tokens)
-    assert len(zeros) == 2 and all(0.4 < share < 0.6 for share in zeros)
-    zeros.clear()
-    assert torch.equal(model.eval()(tokens)[0], plain.eval()(tokens)[0])
-    assert zeros == [0, 0]
+    assert len(masks) == 2 and all(set(mask.unique().tolist()) == {0, 2} for mask in masks)
+    assert all(0.4 < float((mask == 0).double().mean()) < 0.6 for mask in masks)
+    masks.clear()
+    logits = model.eval()(tokens)[0]
+    assert masks == [None, None]
+    assert torch.equal(logits, plain.eval()(tokens)[0])
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.0, float("nan")])

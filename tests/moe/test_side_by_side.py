@@ -39,7 +39,7 @@ def used(monkeypatch):
 
         side_by_side.for_each_expert(one, counts, size, cpu)
 
-    monkeypatch.setattr("fairseq_moe_ext.moe.experts.for_each_expert", recorded)
+    monkeypatch.setattr("fairseq_moe_ext.moe.feed_forward.for_each_expert", recorded)
     return names
 
 
@@ -65,11 +65,13 @@ def test_threads_change_no_number(threads, used):
         assert_near(mine, one, 1e-12, "side by side")
 
 
-def test_little_work_crowded_experts_and_counters_stay_on_one_thread(threads, used):
+def test_little_work_crowded_or_filled_experts_and_counters_stay_on_one_thread(threads, used):
     torch.manual_seed(0)
     little, much = Experts(3, 8, 8), Experts(3, 256, 512)
     little(torch.randn(30, 8), [10, 10, 10])
     much(torch.randn(300, 256), [290, 5, 5])
+    enough = 128 * threads
+    much(torch.randn(3 * enough, 256), [enough] * 3)
     with FlopCounterMode(display=False) as counter:
         much(torch.randn(300, 256), [100, 100, 100])
     assert counter.get_total_flops() == 2 * 2 * 300 * 256 * 512
@@ -87,19 +89,19 @@ def test_a_helper_s_error_is_raised_and_the_threads_are_set_again(threads):
             raise ValueError("from a helper")
 
     with pytest.raises(ValueError, match="from a helper"):
-        side_by_side.for_each_expert(work, [10**6] * 50, 10, True)
+        side_by_side.for_each_expert(work, [100] * 50, 10**6, True)
     assert torch.get_num_threads() == threads
 
 
 def forked(queue):
     torch.set_num_threads(2)
     done = []
-    side_by_side.for_each_expert(done.append, [10**6] * 50, 10, True)
+    side_by_side.for_each_expert(done.append, [100] * 50, 10**6, True)
     queue.put(sorted(done))
 
 
 def test_a_forked_process_has_its_own_helpers(threads):
-    side_by_side.for_each_expert(lambda expert: None, [10**6] * 50, 10, True)
+    side_by_side.for_each_expert(lambda expert: None, [100] * 50, 10**6, True)
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     process = context.Process(target=forked, args=(queue,))

@@ -1,0 +1,112 @@
+"""Both ways to compute experts against a plain loop with autograd's own gradients, in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from closeness import assert_near
+
+from fairseq_moe_ext.moe.feed_forward import Weights, by_expert, grouped, grouped_serves
+
+COUNTS = [5, 0, 3, 1]
+D, HIDDEN = 8, 16
+needs_grouped_mm = pytest.mark.skipif(
+    not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm"
+)
+WAYS = [by_expert, pytest.param(grouped, marks=needs_grouped_mm)]
+
+
+def loop(x, counts, weights, activation, mask=None, grad_scale=1.0):
+    rows = []
+    for e, count in enumerate(counts):
+        for _ in range(count):
+            hidden = activation(weights.w1[e] @ x[len(rows)] + weights.b1[e])
+            if mask is not None:
+                hidden = hidden * mask[len(rows)]
+            rows.append(weights.w2[e] @ hidden + weights.b2[e])
+    return torch.stack(rows)
+
+
+def made(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    e = len(COUNTS)
+    weights = normal(e, HIDDEN, D), normal(e, HIDDEN), normal(e, D, HIDDEN), normal(e, D)
+    x, mask = normal(sum(COUNTS), D), normal(sum(COUNTS), HIDDEN)
+    for each in (x, *weights):
+        each.requires_grad_()
+    return x, Weights(*weights), mask
+
+
+def results(way, x, weights, *rest):
+    inputs = [each for each in (x, *weights) if each.requires_grad]
+    out = way(x, COUNTS, weights, *rest)
+    return [out, *torch.autograd.grad(out.square().sum(), inputs)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("activation", [F.gelu, torch.relu, lambda h: h])
+@pytest.mark.parametrize("masked", [False, True])
+def test_output_and_gradients(way, activation, masked):
+    # grouped_mm has no float64
+    dtype, near = (torch.float64, 1e-12) if way is by_expert else (torch.float32, 1e-5)
+    x, weights, mask = made(dtype)
+    mask = mask if masked else None
+    for mine, true in zip(
+        results(way, x, weights, activation, mask),
+        results(loop, x, weights, activation, mask),
+    ):
+        assert_near(mine, true, near, way.__name__)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_scale_is_on_the_weights_gradients_alone(way):
+    x, weights, _ = made(torch.float32)
+    out, grad_x, *grads = results(way, x, weights, F.gelu, None, 0.25)
+    expected, expected_x, *plain = results(way, x, weights, F.gelu)
+    assert torch.equal(out, expected)
+    assert_near(grad_x, expected_x, 1e-6, "x")
+    for grad, without in zip(grads, plain):
+        assert_near(grad, 0.25 * without, 1e-6, "weights")
+
+
+@pytest.mark.parametrize("frozen", ["x", "weights"])
+def test_what_is_frozen_gets_no_gradient(frozen):
+    x, weights, mask = made()
+    for each in (x,) if frozen == "x" else weights:
+        each.requires_grad_(False)
+    mine, true = results(by_expert, x, weights, F.gelu), results(loop, x, weights, F.gelu)
+    assert len(mine) == len(true) == (5 if frozen == "x" else 2)
+    for a, b in zip(mine, true):
+        assert_near(a, b, 1e-12, frozen)
+
+
+def test_without_gradients_no_hidden_numbers_are_kept():
+    x, weights, _ = made()
+    with torch.no_grad():
+        out = by_expert(x, COUNTS, weights, F.gelu)
+        listed = Weights(*(list(each) for each in weights))
+        from_list = by_expert(x, COUNTS, listed, F.gelu)
+    assert out.grad_fn is None
+    assert torch.equal(out, from_list)
+    assert_near(out, loop(x, COUNTS, weights, F.gelu), 1e-12, "evaluation")
+
+
+def test_grouped_products_serve_bfloat16_on_a_gpu_alone():
+    x, weights, _ = made(torch.bfloat16)
+    assert not grouped_serves(x, weights)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_grouped_products_on_a_gpu():
+    x, weights, mask = made(torch.bfloat16)
+    here = [each.detach().cuda().requires_grad_() for each in (x, *weights)]
+    assert grouped_serves(here[0], Weights(*here[1:]))
+    found = results(grouped, here[0], Weights(*here[1:]), F.gelu, mask.cuda())
+    exact = [each.detach().double().requires_grad_() for each in (x, *weights)]
+    true = results(loop, exact[0], Weights(*exact[1:]), F.gelu, mask.double())
+    for mine, each in zip(found, true):
+        assert_near(mine.double().cpu(), each, 0.05, "bfloat16")
