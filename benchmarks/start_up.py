@@ -8,6 +8,7 @@ Before each round the system drops the file from memory: loading it comes from t
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import tempfile
@@ -48,7 +49,8 @@ def write_checkpoint(folder: Path) -> Path:
 
 
 def forget(path: Path) -> None:
-    """Have the system drop a file from memory."""
+    """Have the system drop a file from memory; what is mapped somewhere it would keep."""
+    gc.collect()
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -2,6 +2,7 @@
 same flags, an MoE model against its dense twin, and what --optimizer fused_adam and --compile gain.
 
     python benchmarks/train_step.py [--groups dense sparse] [--context 512 2048] [--updates 4]
+    python benchmarks/train_step.py --groups dense --context 512 --tokens 8192    memory, mainly
     python benchmarks/train_step.py --shares       where the time goes
 
 The 125M shape cut to 4 layers, 50,000 types, float32, two threads of a CPU. Each case is a process
@@ -35,7 +36,7 @@ import fairseq_moe_ext
 from fairseq_moe_ext.cost import Shape, training_flops_per_token
 
 TYPES, DIM, HIDDEN = 50_000, 768, 3072
-TOKENS = 2048  # an update
+TOKENS = 2048  # an update, unless told otherwise
 SHAPE = f"""--decoder-layers 4 --decoder-embed-dim {DIM} --decoder-ffn-embed-dim {HIDDEN}
     --decoder-attention-heads 12 --activation-fn gelu --share-decoder-input-output-embed
     --dropout 0.1 --attention-dropout 0.0"""
@@ -83,9 +84,9 @@ def make_data(folder: Path, tokens: int) -> None:
         shutil.copy(folder / f"train{ending}", folder / f"valid{ending}")
 
 
-def flags(data: Path, case: str, context: int, updates: int) -> List[str]:
+def flags(data: Path, case: str, context: int, tokens: int, updates: int) -> List[str]:
     line = f"{data} {COMMON} {SHAPE} {case} --tokens-per-sample {context}"
-    return f"{line} --batch-size {TOKENS // context} --max-update {updates}".split()
+    return f"{line} --batch-size {tokens // context} --max-update {updates}".split()
 
 
 class Training:
@@ -137,7 +138,12 @@ class Training:
 
 
 def speeds(
-    data: Path, groups: Sequence[str], cases: Sequence[str], contexts: Sequence[int], updates: int
+    data: Path,
+    groups: Sequence[str],
+    cases: Sequence[str],
+    contexts: Sequence[int],
+    tokens: int,
+    updates: int,
 ) -> None:
     """Measure and keep those cases of the groups, and the first of each."""
     program = [sys.executable, str(Path(sys.executable).parent / "fairseq-train")]
@@ -148,7 +154,7 @@ def speeds(
             for name, case in GROUPS[group].items():
                 if runs and name not in cases:
                     continue
-                runs[name] = Training(program + flags(data, case, context, updates + 1))
+                runs[name] = Training(program + flags(data, case, context, tokens, updates + 1))
             for turn in range(updates):
                 for name in runs if turn % 2 == 0 else reversed(runs):
                     runs[name].update()
@@ -159,8 +165,9 @@ def speeds(
             for run in runs.values():
                 run.process.kill()
         base, *_ = runs.values()
-        flops = TOKENS * training_flops_per_token(FLOPS[group], context)
-        rows = keep("train_step", {f"{name}, context {context}": {
+        flops = tokens * training_flops_per_token(FLOPS[group], context)
+        size = f"context {context}" + (f", {tokens} tokens" if tokens != TOKENS else "")
+        rows = keep("train_step", {f"{name}, {size}": {
             "against": next(iter(runs)),
             "speed": round(median([b / a for (a, _), (b, _) in zip(run.updates, base.updates)]), 3),
             "cpu_speed": round(
@@ -174,7 +181,8 @@ def speeds(
         } for name, run in runs.items()})  # fmt: skip
     keep_table(
         "train_step",
-        f"`fairseq-train`, {TOKENS} tokens an update ({' '.join(SHAPE.split())}, {TYPES} types; "
+        f"`fairseq-train`, {TOKENS} tokens an update where nothing else is said "
+        f"({' '.join(SHAPE.split())}, {TYPES} types; "
         "sparse: every second layer). Seconds of an update by the clock and of the processor, and "
         "how many times as fast by either, and of how much memory, than the case named. Floor: "
         "the model's FLOPs at the rate of a matrix product alone, one thread, in the same run.",
@@ -194,7 +202,7 @@ def shares(data: Path, contexts: Sequence[int], updates: int) -> None:
     cases = {"dense": GROUPS["dense"]["ours, fused_adam"], "8 experts": MOE}
     for case, context in [(case, context) for case in cases for context in contexts]:
         inside = [sys.executable, __file__, "--inside"]
-        run = Training(inside + flags(data, cases[case], context, updates + 1))
+        run = Training(inside + flags(data, cases[case], context, TOKENS, updates + 1))
         rows = keep("train_step_shares", {f"{case}, context {context}": json.loads(run.finish())})
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     keep_table(
@@ -292,17 +300,18 @@ def main() -> None:
     every = [name for cases in GROUPS.values() for name in cases]
     parser.add_argument("--cases", nargs="+", choices=every, default=every)
     parser.add_argument("--context", type=int, nargs="+", default=[512, 2048])
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="an update; not with --shares")
     parser.add_argument("--updates", type=int, default=4)
     parser.add_argument("--shares", action="store_true", help="where the time goes, in its place")
     args = parser.parse_args()
     torch.set_num_threads(2)
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder)
-        make_data(data, TOKENS * (args.updates + 2))
+        make_data(data, args.tokens * (args.updates + 2))
         if args.shares:
             shares(data, args.context, args.updates)
         else:
-            speeds(data, args.groups, args.cases, args.context, args.updates)
+            speeds(data, args.groups, args.cases, args.context, args.tokens, args.updates)
 
 
 if __name__ == "__main__":

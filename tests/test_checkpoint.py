@@ -271,14 +271,17 @@ def test_dense_models_are_sharded_too(data, tmp_path):
         assert resumed == pytest.approx(losses[SAVED:], rel=1e-5)
 
 
-def assert_alike(one, other):
-    """Files of two backends: the same names, shapes and, but for rounding, numbers."""
+def assert_alike(one, other, name=""):
+    """Files of two backends: the same names, shapes and, but for rounding, numbers. The gradient of
+    a bias of keys is nothing but rounding, of which Adam makes what it makes."""
     if isinstance(one, dict):
         assert one.keys() == other.keys()
         for key in one:
-            assert_alike(one[key], other[key])
+            assert_alike(one[key], other[key], f"{name}/{key}")
+    elif name.endswith("k_proj.bias"):
+        assert one.shape == other.shape
     elif isinstance(one, torch.Tensor):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5, msg=lambda m: f"{name}: {m}")
     else:
         assert one == other
 
