@@ -22,6 +22,8 @@ class Shape(NamedTuple):
     expert_ffn_dim: Optional[int] = None  # default: ffn_dim
     alternate_ffn_dim: int = 0  # > 0: MoE layers are dense, of this width
     tied: bool = True  # input and output embeddings are one
+    learned_positions: int = 0  # rows of a table of positions; 0: sinusoidal, or none
+    norms: int = 1  # LayerNorms outside the layers: behind the last one, over the embedding
 
     @property
     def picked_layers(self) -> int:
@@ -47,16 +49,16 @@ class Parameters(NamedTuple):
 
 
 def parameters(shape: Shape) -> Parameters:
-    """Parameters of a model with sinusoidal positions, biases and a final norm."""
+    """Parameters of a model with biases, as all of ours have."""
     s = shape
     norm = 2 * s.dim
     attention = 4 * (s.dim * s.dim + s.dim)
-    embeddings = s.types * s.dim * (1 if s.tied else 2)
+    embeddings = (s.types * (1 if s.tied else 2) + s.learned_positions) * s.dim
     dense_ffns = (s.layers - s.picked_layers) * _ffn_parameters(s.dim, s.ffn_dim)
     if s.alternate_ffn_dim > 0:
         dense_ffns += s.picked_layers * _ffn_parameters(s.dim, s.alternate_ffn_dim)
     gates = s.moe_layers * s.dim * s.experts
-    shared = embeddings + s.layers * (attention + 2 * norm) + norm + dense_ffns + gates
+    shared = embeddings + s.layers * (attention + 2 * norm) + s.norms * norm + dense_ffns + gates
     one_expert = _ffn_parameters(s.dim, s.expert_ffn_dim or s.ffn_dim)
     expert = s.moe_layers * s.experts * one_expert
     return Parameters(shared, expert, shared + s.moe_layers * s.top_k * one_expert)
@@ -144,8 +146,9 @@ def memory_per_device(
         parameters  P times the precision's bytes; master, gradients, optimizer likewise
         dense layer b T (8 D + 2 F): both norms' inputs and outputs, q, k, v, attention's output,
                     the hidden layer before and behind the activation
-        MoE layer   b T (8 D + 2 K F + 2 K D) + 16 T E: K rows a token, in and out; the gate in
-                    float32
+        MoE layer   b T (8 D + K F + 2 K D) + 16 T E: K rows a token, in and out, and the hidden
+                    layer before the activation; with bfloat16, whose products on a GPU are grouped,
+                    behind it, too: 2 K F; the gate in float32
         dropout     2 T D bytes a layer, one a mask (four on a CPU)
         recompute   b T D a layer instead; the above is `working`, of one layer
         loss        2 b T D (final norm, gradient of its output) is kept; `working` has
@@ -179,7 +182,8 @@ def memory_per_device(
     picked_layer = 0
     if s.moe_layers:
         f = s.expert_ffn_dim or s.ffn_dim
-        rows = 2 * s.top_k * (f + s.dim)
+        sides = 2 if "bf16" in precision else 1  # of the activation (moe/feed_forward.py)
+        rows = s.top_k * (sides * f + 2 * s.dim)
         picked_layer = p.width * tokens * (8 * s.dim + rows) + 16 * tokens * s.experts + mask
     elif s.picked_layers:
         picked_layer = p.width * tokens * (8 * s.dim + 2 * s.alternate_ffn_dim) + mask

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from small_models import build_model
+from small_models import MOE, TYPES, build_model, make_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -145,6 +145,29 @@ def test_memory_against_what_autograd_keeps(moe, recompute):
     assert (memory.parameters, memory.optimizer) == (4 * parameters_here, 8 * parameters_here)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"decoder_learned_pos": True},
+        {"decoder_learned_pos": True, "max_target_positions": 100},
+        {"decoder_learned_pos": True, "no_token_positional_embeddings": True},
+        {"layernorm_embedding": True, "no_decoder_final_norm": True},
+        {"layernorm_embedding": True, "share_decoder_input_output_embed": True},
+        {**MOE, "moe_expert_ffn_dim": 24},
+        {**MOE, "moe_top1_expert": True, "decoder_learned_pos": True},
+        {"moe_freq": 3, "alternate_decoder_ffn_embed_dim": 48},
+    ],
+    ids=lambda flags: ",".join(flags) or "plain",
+)
+def test_parameters_are_those_of_the_model(flags):
+    settings = vars(make_config(**flags))
+    counts = parameters(cost_table.shape_of(settings, TYPES))
+    held = list(build_model(**flags).parameters())
+    assert counts.total == sum(p.numel() for p in held)
+    assert counts.expert == sum(p.numel() for p in held if hasattr(p, "expert"))
+
+
 def test_memory_is_divided_as_said():
     shape = Shape(4, 64, 256, types=400, moe_freq=2, experts=8)
     counts = parameters(shape)
@@ -189,6 +212,7 @@ def test_the_command(capsys, tmp_path):
     config = dict(decoder_layers=2, decoder_embed_dim=128, decoder_ffn_embed_dim=512, moe_freq=2)
     config.update(moe_expert_count=4, share_decoder_input_output_embed=True, dropout=0.1)
     model = {"decoder.embed_tokens.weight": torch.zeros(100, 128)}
+    config.update(_name="moe_transformer_lm")
     path = tmp_path / "checkpoint.pt"
     torch.save({"cfg": {"model": config}, "args": None, "model": model, "experts": {}}, path)
     assert cli.main(["cost", "--path", str(path), "--context", "64", "--json"]) == 0
@@ -196,3 +220,7 @@ def test_the_command(capsys, tmp_path):
 
     assert cli.main(["cost", "--paper", "--markdown"]) == 0
     assert "| 1.3B | 1,313,460,224 |  | 24 | 2048 | 32 | 3.57 |" in capsys.readouterr().out
+    assert cli.main(["cost", "--paper", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)[-1]
+    assert row["model"] == "MoE 1.1T" and row["parameters"] == 1_104_219_021_312
+    assert row["ZFLOPs"] == pytest.approx(22.27, abs=0.005)

@@ -28,6 +28,8 @@ from ..models.language_model import MODEL_NAME, MoETransformerLanguageModel
 from ..moe.experts import TensorPerExpert
 from .archive import AnyTensor
 
+_HEAD = "choice_head.weight"  # of fine-tuning with --choice-scoring head
+
 
 @dataclass
 class Optimizer:
@@ -56,6 +58,11 @@ class Source:
         if self.settings["moe_freq"] == 0 or self.settings["alternate_decoder_ffn_embed_dim"]:
             return 0
         return self.settings["moe_expert_count"]
+
+    @property
+    def head(self) -> int:
+        """Outputs of the head that scores candidates; 0: there is none."""
+        return self.model[_HEAD].shape[0] if _HEAD in self.model else 0
 
     @property
     def types(self) -> int:
@@ -100,6 +107,9 @@ def set_order(source: Source) -> None:
     """Give a model of ours the order of its keys and parameters. UserError if they do not fit its
     settings."""
     ours = build_on_meta(source.settings, source.types)
+    if source.head:
+        with torch.device("meta"):
+            ours.add_choice_head(source.head)
     expected = ours.state_dict()
     missing = [n for n in expected if n not in source.model and ".output_projection." not in n]
     unknown = [name for name in source.model if name not in expected]

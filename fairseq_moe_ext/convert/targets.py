@@ -192,6 +192,11 @@ def _rows_of_state(
 def branch_jobs(source: Source, path: str, ranks: int) -> List[Job]:
     """X-rank-0.pt, ..., and X-shared.pt, the last job, of X.pt."""
     local = _share(source, "--rank-files", ranks)
+    if source.head:
+        raise UserError(
+            f"--to branch: {source.path} has a head that scores candidates, which the branch does "
+            "not know: tune with --choice-scoring sum or mean, or convert without --to"
+        )
     model = branch_settings(source.path, source.settings)
     base = path[: -len(".pt")]
     rest = branch_rest(source.rest, model, ranks)

@@ -49,6 +49,8 @@ def xglm_jobs(source: Source, folder: str) -> List[Job]:
             lacking.append("--" + name.replace("_", "-"))
     if str(s["activation_fn"]) not in _ACTIVATIONS:
         lacking.append(f"--activation-fn {s['activation_fn']}")
+    if source.head:
+        lacking.append("a head that scores candidates (--choice-scoring head)")
     if lacking:
         raise UserError(f"--to xglm: {source.path} has what XGLM has not: {', '.join(lacking)}")
     tied = s["share_decoder_input_output_embed"]

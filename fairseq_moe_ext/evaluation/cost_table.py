@@ -53,10 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: Namespace) -> None:
     """Print what is asked for. Raises UserError for flags that contradict."""
     if args.paper:
-        rows = table_1()
-        print(
-            _form(args, [dict(zip(TABLE_1_HEAD, row)) for row in rows], [list(TABLE_1_HEAD), *rows])
-        )
+        print(_form(args, paper_models(), [list(TABLE_1_HEAD), *table_1()]))
         return
     for name in ("types", "context", "batch_size", "world_size"):
         value = getattr(args, name)
@@ -122,6 +119,9 @@ def checkpoint_settings(path: Path) -> Tuple[Dict[str, Any], int]:
     by its path as fairseq-eval-lm's --path. Weights stay on disk."""
     from .. import compat
     from ..branch.files import find, flat_settings
+    from ..branch.settings import translated_settings
+    from ..models.architectures import ARCHITECTURES
+    from ..models.language_model import MODEL_NAME
 
     branch = find(str(path))
     file = Path(branch.shared) if branch else path
@@ -132,7 +132,9 @@ def checkpoint_settings(path: Path) -> Tuple[Dict[str, Any], int]:
     embedding = state.get("model", {}).get("decoder.embed_tokens.weight")
     if embedding is None or "decoder_embed_dim" not in settings:
         raise UserError(f"--path {path}: not a language model of this package or of the branch")
-    return dict(settings), embedding.size(0)
+    if str(settings.get("_name") or settings.get("arch")) in (MODEL_NAME, *ARCHITECTURES):
+        return dict(settings), embedding.size(0)
+    return translated_settings(str(path), dict(settings)), embedding.size(0)
 
 
 def shape_of(settings: Mapping[str, Any], types: int) -> cost.Shape:
@@ -149,7 +151,17 @@ def shape_of(settings: Mapping[str, Any], types: int) -> cost.Shape:
         expert_ffn_dim=settings.get("moe_expert_ffn_dim") or None,
         alternate_ffn_dim=settings.get("alternate_decoder_ffn_embed_dim") or 0,
         tied=bool(settings.get("share_decoder_input_output_embed")),
+        learned_positions=_learned_positions(settings),
+        norms=(not settings.get("no_decoder_final_norm"))
+        + bool(settings.get("layernorm_embedding")),
     )
+
+
+def _learned_positions(settings: Mapping[str, Any]) -> int:
+    if not settings.get("decoder_learned_pos") or settings.get("no_token_positional_embeddings"):
+        return 0
+    # the first two rows are those of padding (fairseq/modules/positional_embedding.py@0.12.2)
+    return (settings.get("max_target_positions") or settings["tokens_per_sample"]) + 2
 
 
 def costs(args: Namespace, shape: cost.Shape, context: int, dropout: bool) -> Dict[str, Any]:
@@ -209,10 +221,10 @@ def _table(found: Dict[str, Any]) -> List[List[str]]:
 TABLE_1_HEAD = ("model", "parameters", "experts", "layers", "hidden", "heads", "ZFLOPs")
 
 
-def table_1() -> List[List[str]]:
-    """The paper's Table 1, computed: parameters with 51,200 types, ZFLOPs of 300e9 tokens with
-    activation recomputation and 50,000 types, by which the printed figures come out."""
-    rows = []
+def paper_models() -> List[Dict[str, Any]]:
+    """The models of the paper's Table 1, computed: parameters with 51,200 types, ZFLOPs of 300e9
+    tokens with activation recomputation and 50,000 types, by which the printed figures come out."""
+    found = []
     for row in paper.TABLE_1:
         shape = cost.Shape(
             row.layers,
@@ -225,18 +237,24 @@ def table_1() -> List[List[str]]:
         flops = cost.training_flops_per_token(
             shape._replace(types=paper.TYPES_OF_TABLE_1), paper.CONTEXT, recompute=True
         )
-        rows.append(
-            [
-                row.name,
-                f"{cost.parameters(shape).total:,}",
-                str(row.experts or ""),
-                str(row.layers),
-                str(row.dim),
-                str(row.heads),
-                f"{paper.TOKENS * flops / 1e21:.2f}",
-            ]
-        )
-    return rows
+        counts = cost.parameters(shape).total, row.experts, row.layers, row.dim, row.heads
+        zflops = paper.TOKENS * flops / 1e21
+        found.append(dict(zip(TABLE_1_HEAD, (row.name, *counts, zflops))))
+    return found
+
+
+def table_1() -> List[List[str]]:
+    """Rows of text, in the digits of the paper's Table 1."""
+    return [
+        [
+            one["model"],
+            f"{one['parameters']:,}",
+            str(one["experts"] or ""),
+            *(str(one[name]) for name in ("layers", "hidden", "heads")),
+            f"{one['ZFLOPs']:.2f}",
+        ]
+        for one in paper_models()
+    ]
 
 
 def _form(args: Namespace, value: Any, rows: Sequence[Sequence[str]]) -> str:

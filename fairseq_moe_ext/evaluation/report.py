@@ -47,8 +47,8 @@ table { border-collapse: collapse; width: 100%;
   font-variant-numeric: tabular-nums; font-size: .95rem; }
 th, td { padding: 6px 10px; border-bottom: 1px solid var(--rule); text-align: right;
   vertical-align: top; } th:first-child, td:first-child { text-align: left; padding-left: 2px; }
-table.words td, table.words th { text-align: left; }
 td, thead th { white-space: nowrap; }
+table.words td, table.words th { text-align: left; white-space: normal; }
 thead th { border-bottom: 2px solid var(--soft); font-weight: 600; }
 tbody th { font-weight: 400; } tr.group th { font-weight: 600; padding-top: 1rem; text-align: left;
   color: var(--soft); font-size: .86rem; } tr.total > * { font-weight: 650; }

@@ -183,12 +183,26 @@ def html(result: Dict[str, Any], charts: Dict[str, Chart], use: Any, tuned: Any)
     if runs[0]["priming"]["tasks"]:
         parts += [report.heading("Priming"), report.table(*tables.priming(runs))]
         parts += [report.paragraph("Accuracy in %, mean over seeds and draws.", "soft")]
+    parts += [report.heading("Bias")]
+    if tables.bias(runs)[1]:
+        parts += [report.table(*tables.bias(runs))]
+        parts += [report.paragraph("All domains, mean over seeds.", "soft")]
+    parts += [report.folded("The paper's StereoSet", report.table(*tables.paper_stereoset()))]
     if use is not None:
         parts += [report.heading("Which expert takes which text"), _use(use)]
     parts += [report.heading("Fine-tuning")]
     if tuned is not None:
         parts += [report.table(*tables.tuned(tuned))]
     parts += [report.folded("The paper's fine-tuning", report.table(*tables.paper_tuned()))]
+    parts += [
+        report.heading("What of the paper is here"),
+        report.table(*tables.contents(runs, use is not None, tuned is not None), css="words"),
+        report.paragraph(
+            "The paper's text was not at hand when this was made: its other figures and tables are "
+            "named by what they show.",
+            "soft",
+        ),
+    ]
     parts += [report.folded("The commands", report.code("\n\n".join(result["commands"])))]
     return report.page(result["title"], parts)
 

@@ -58,13 +58,18 @@ def _run(plan: Plan, run: Run) -> Dict[str, Any]:
 
 
 def _priming(path: Path) -> Dict[str, Any]:
-    """What `fairseq-moe priming` found: mean accuracies by shots, and each task's."""
+    """What `fairseq-moe priming` found: mean accuracies by shots, each task's, and of bias sets the
+    figures by domain."""
     if not path.is_file():
-        return {"mean": {}, "tasks": []}
+        return {"mean": {}, "tasks": [], "bias": []}
     found = json.loads(path.read_text(encoding="utf-8"))
     tasks = [one for one in found["results"] if "accuracy" in one]
     keys = ("task", "shots", "accuracy", "spread", "questions")
-    return {"mean": found["mean"], "tasks": [{key: one[key] for key in keys} for one in tasks]}
+    return {
+        "mean": found["mean"],
+        "tasks": [{key: one[key] for key in keys} for one in tasks],
+        "bias": [one for one in found["results"] if "domains" in one],
+    }
 
 
 def _seconds(log: Path) -> float:

@@ -86,6 +86,65 @@ def priming(runs: Runs) -> Table:
     return ["", *by_model], rows
 
 
+def bias(runs: Runs) -> Table:
+    """Each bias set's figures over all domains by model, mean over seeds; no rows if there is no
+    such set."""
+    by_model = _by_model(runs)
+    found: Dict[str, Dict[str, List[float]]] = {}
+    for name, mine in by_model.items():
+        for run in mine:
+            for one in run["priming"].get("bias", []):  # older files lack it
+                for key, value in one["domains"]["overall"].items():
+                    if key != "questions":
+                        row = found.setdefault(f"{one['task']}, {key}", {})
+                        row.setdefault(name, []).append(value)
+    rows = [
+        [label, *(f"{sum(v) / len(v):.1f}" if (v := row.get(n)) else "" for n in by_model)]
+        for label, row in found.items()
+    ]
+    return ["", *by_model], rows
+
+
+def paper_stereoset() -> Table:
+    """Of the released models' card, over all domains."""
+    rows = [[name, *(f"{x:.1f}" for x in three)] for name, three in paper.STEREOSET.items()]
+    return ["", "LMS", "SS", "ICAT"], rows
+
+
+def contents(runs: Runs, use: bool, fine_tuning: bool) -> Table:
+    """What the paper shows, and where it is on the page, in our numbers and in the paper's."""
+    shots = [int(n) for n in runs[0]["priming"]["mean"]]
+    few = ", ".join(str(n) for n in shots if n)
+    primed = "not measured: `priming` in the study's file"
+    absent = "numbers not at hand"
+    rows = [
+        ["Speed-up factors, figure 1", "drawn", "drawn, read off"],
+        ["Perplexity against compute, figure 2", "drawn", "drawn, read off"],
+        ["Speed-up on single sets", f"drawn, {len(runs[0]['sets'])} sets", absent],
+        [
+            "Zero-shot accuracy against compute",
+            "drawn" if 0 in shots else primed,
+            "drawn, mean of six tasks, as remembered",
+        ],
+        ["Zero-shot accuracy of each task", "table" if 0 in shots else primed, "with fine-tuning"],
+        ["Few-shot accuracy", f"drawn and table, {few} shots" if few else primed, absent],
+        ["Models, table 1", "table", "table"],
+        [
+            "Fine-tuning",
+            "table" if fine_tuning else "not given: --fine-tuning",
+            "table",
+        ],
+        ["StereoSet", "table" if bias(runs)[1] else primed, "table, of the models' card"],
+        [
+            "Use of experts by layer and set",
+            "drawn" if use else "not given: --expert-use",
+            "",
+        ],
+        ["Choices dropped for capacity", "table, with every set", ""],
+    ]
+    return ["In the paper or beside it", "This study", "The paper's numbers"], rows
+
+
 def paper_tuned() -> Table:
     """The paper's accuracies before and after fine-tuning, and the mean of the latter."""
     rows = [

@@ -16,6 +16,7 @@ import torch
 from fairseq.data import Dictionary
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.tasks import FairseqTask, register_task
+from fairseq.tasks.language_modeling import LanguageModelingTask
 from omegaconf import II
 
 from ..errors import UserError
@@ -77,6 +78,7 @@ class MultipleChoiceTask(FairseqTask):
 
     def __init__(self, cfg: MultipleChoiceTaskConfig, dictionary: Dictionary) -> None:
         super().__init__(cfg)
+        self.args = cfg  # which is what LanguageModelingTask calls it
         self.dictionary = dictionary
         self.scoring = str(cfg.choice_scoring)
         self.files = ChoiceFiles(Path(cfg.choice_data), cfg.choice_task, cfg.choice_valid_share)
@@ -114,6 +116,10 @@ class MultipleChoiceTask(FairseqTask):
                 )
             )
         return cls(cfg, Dictionary.load(str(Path(cfg.data) / "dict.txt")))
+
+    # from_pretrained scores and samples by the language model, whatever the task.
+    build_dataset_for_inference = LanguageModelingTask.build_dataset_for_inference
+    inference_step = LanguageModelingTask.inference_step
 
     @property
     def source_dictionary(self) -> Dictionary:
