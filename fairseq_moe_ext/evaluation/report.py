@@ -19,13 +19,6 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --paper: #14181d; --ink: #e8ecf1; --soft: #a4afbc;
   --rule: #343c46; --panel: #1c2229; --good: #5fd3a8; --bad: #f0a070; --heat: #9fd0f5;
   --onheat: #0d1115; --s0: #56b4e9; --s1: #f0a030; --s2: #2bc79a; --s3: #d99cc3; } }
-@media print { :root { color-scheme: light; --paper: #fff; --ink: #000; --soft: #444;
-  --rule: #bbb; --panel: #fff; --good: #00563f; --bad: #8a3200; --heat: #0b4f8a; --onheat: #fff;
-  --s0: #0072b2; --s1: #d55e00; --s2: #007a5a; --s3: #a3588a; }
-  body { print-color-adjust: exact; -webkit-print-color-adjust: exact; font-size: 10.5pt; }
-  main { max-width: none; padding: 0; } h2 { break-after: avoid; }
-  table, .chart, .cards > div, figcaption { break-inside: avoid; }
-  .grid { grid-template-columns: repeat(2, 1fr); }  }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", "Helvetica Neue", Arial, sans-serif; }
@@ -50,13 +43,16 @@ th, td { padding: 6px 10px; border-bottom: 1px solid var(--rule); text-align: ri
 td, thead th { white-space: nowrap; }
 table.words td, table.words th { text-align: left; white-space: normal; }
 thead th { border-bottom: 2px solid var(--soft); font-weight: 600; }
-tbody th { font-weight: 400; } tr.group th { font-weight: 600; padding-top: 1rem; text-align: left;
+tbody th { font-weight: 400; min-width: 7em; }
+tbody tr:not(.group) th { position: sticky; left: 0; background: var(--paper); }
+tr.group th { font-weight: 600; padding-top: 1rem; text-align: left;
   color: var(--soft); font-size: .86rem; } tr.total > * { font-weight: 650; }
 .good { color: var(--good); } .bad { color: var(--bad); }
 .pair { display: grid; gap: 0 48px;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); }
 td small, th small { display: block; color: var(--soft); font-weight: 400; }
-figure { margin: 0; } figcaption { font-size: .9rem; max-width: 72ch; margin: .2rem 0 .9rem; }
+figure { margin: 1.2rem 0 0; }
+figcaption { font-size: .9rem; max-width: 72ch; margin: .2rem 0 .9rem; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr));
   gap: 18px 22px; }
 .legend { margin: .2rem 0 .8rem; } .legend span { margin-right: 1.4rem; white-space: nowrap; }
@@ -76,6 +72,16 @@ summary { cursor: pointer; font-weight: 600; margin: .6rem 0; }
 @media (max-width: 520px) { body { font-size: 15px; } th, td { padding: 6px 5px;
   font-size: .88rem; }
   .cards { grid-template-columns: 1fr 1fr; } .cards b { font-size: 1.3rem; } }
+@media print { :root { color-scheme: light; --paper: #fff; --ink: #000; --soft: #444;
+  --rule: #bbb; --panel: #fff; --good: #00563f; --bad: #8a3200; --heat: #0b4f8a; --onheat: #fff;
+  --s0: #0072b2; --s1: #d55e00; --s2: #007a5a; --s3: #a3588a; }
+  body { print-color-adjust: exact; -webkit-print-color-adjust: exact; font-size: 10.5pt; }
+  main { max-width: none; padding: 0; } h2 { break-after: avoid; }
+  table, .chart, .cards > div, figcaption { break-inside: avoid; }
+  .grid { grid-template-columns: repeat(2, 1fr); }
+  .scroll { overflow: visible; } table { font-size: .72rem; }
+  th, td { padding: 3px 4px; }
+  details::details-content { content-visibility: visible; } }
 """
 
 

@@ -17,7 +17,7 @@ from .plan import FAMILIES
 from .tables import LABELS, TITLES
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-_OURS, _PAPER = 0, 1  # styles of factors
+_OURS, _PAPER = 2, 3  # styles of factors, beside 0 and 1, the families'
 _PIXELS = 420  # width of a figure as PNG
 
 
@@ -81,7 +81,7 @@ def _read(path: Path, remedy: str) -> Any:
 class Chart(NamedTuple):
     """A figure, and the part of the page that it belongs to."""
 
-    part: str  # "speedup", "performance" or "sets"
+    part: str  # "speedup", "performance", "sets" or "set speedups"
     svg: str
 
 
@@ -100,9 +100,9 @@ def _charts(result: Dict[str, Any]) -> Dict[str, Chart]:
         )
         curve = [(p["dense_flops"], p["factor"]) for p in result["factors"][group]["curve"]]
         charts[f"speedup-{group}"] = Chart(
-            "sets" if single else "speedup",
+            "set speedups" if single else "speedup",
             _speedup(
-                TITLES.get(group, group) + (", speed-up" if single else ""),
+                TITLES.get(group, group),
                 curve,
                 "this study",
                 _OURS,
@@ -178,7 +178,8 @@ def html(result: Dict[str, Any], charts: Dict[str, Chart], use: Any, tuned: Any)
         report.folded("The paper's models (its table 1)", report.table(*tables.paper_models())),
         report.heading("Every set"),
         report.table(*tables.perplexities(runs)),
-        report.grid(of_part["sets"], "Perplexity and speed-up factor of each set.", legend),
+        report.grid(of_part["sets"], "Perplexity of each set.", legend),
+        report.grid(of_part["set speedups"], "Speed-up factor on each set."),
     ]
     if runs[0]["priming"]["tasks"]:
         parts += [report.heading("Priming"), report.table(*tables.priming(runs))]
@@ -187,12 +188,18 @@ def html(result: Dict[str, Any], charts: Dict[str, Chart], use: Any, tuned: Any)
     if tables.bias(runs)[1]:
         parts += [report.table(*tables.bias(runs))]
         parts += [report.paragraph("All domains, mean over seeds.", "soft")]
-    parts += [report.folded("The paper's StereoSet", report.table(*tables.paper_stereoset()))]
+    else:
+        parts += [report.paragraph("This study measured none.", "soft")]
+    parts += [
+        report.folded("StereoSet of the released models", report.table(*tables.paper_stereoset()))
+    ]
     if use is not None:
         parts += [report.heading("Which expert takes which text"), _use(use)]
     parts += [report.heading("Fine-tuning")]
     if tuned is not None:
         parts += [report.table(*tables.tuned(tuned))]
+    else:
+        parts += [report.paragraph("None was given.", "soft")]
     parts += [report.folded("The paper's fine-tuning", report.table(*tables.paper_tuned()))]
     parts += [
         report.heading("What of the paper is here"),

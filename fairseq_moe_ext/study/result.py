@@ -139,7 +139,7 @@ def factors(runs: List[Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
 
 def table(result: Dict[str, Any]) -> List[List[str]]:
     """Speed-up factors by group: geometric mean over seeds, its range, the range of the curve."""
-    rows = [["speed-up factor", "mean", "seeds", "along the curve", "perplexity or %"]]
+    rows = [["speed-up factor", "mean", "seeds", "along the curve", "overlap"]]
     for group, found in result["factors"].items():
         curve, seeds = found["curve"], list(found["by_seed"].values())
         along = [point["factor"] for point in curve]

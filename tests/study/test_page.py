@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from fairseq_moe_ext import cli
-from fairseq_moe_ext.study import page, result
+from fairseq_moe_ext.study import page, result, tables
 
 
 def made_result(folder, moe=((1e12, 20.0), (4e12, 5.0))):
@@ -27,6 +27,8 @@ def made_result(folder, moe=((1e12, 20.0), (4e12, 5.0))):
                 copa = {"task": "copa", "shots": 0, "spread": None, "questions": 9}
                 copa["accuracy"] = 0.25 + 0.1 * seed
                 run["priming"] = {"mean": {"0": 0.25 + 0.1 * seed}, "tasks": [copa]}
+                overall = {"questions": 9, "lms": 80.0 + seed, "ss": 50.0, "icat": 81.0 + seed}
+                run["priming"]["bias"] = [{"task": "stereoset", "domains": {"overall": overall}}]
                 means = {"in_domain": one, "out_of_domain": one}
                 runs.append({**run, "sets": {"near": one, "far": one}, "mean": means})
     whole = {"title": "T <b>", "context": 32, "tokens_per_update": 128, "planned": len(runs)}
@@ -53,6 +55,8 @@ def test_the_page_shows_the_numbers_and_nothing_from_outside(tmp_path, capsys):
     assert "30.15 ± 0.05" in html and "<td>2.00</td>" in html, "perplexity over seeds, dropped"
     assert "Layer 1:" in html and "paper: 8 to 16" in html
     assert "<td>40.0</td>" in html, "accuracy of copa, mean of 35 and 45"
+    assert "stereoset, icat" in html and "<td>82.5</td>" in html, "mean of 82 and 83"
+    assert "<td>77.4</td>" in html, "ICAT of the paper's 125M"
     assert "MoE, frozen gate" in html and "<td>61.2</td>" in html and "<td>−1.5</td>" in html
     for mean in ("71.3", "75.1", "79.1", "84.3", "65.5", "68.8", "67.4"):  # shared/paper.md
         assert f"<td>{mean}</td>" in html, "the paper's mean of eight tasks"
@@ -60,6 +64,22 @@ def test_the_page_shows_the_numbers_and_nothing_from_outside(tmp_path, capsys):
     assert {"speedup-in_domain.svg", "performance-far.svg", "paper-speedup-0-shot.svg"} <= names
     for path in (tmp_path / "figures").iterdir():
         assert ElementTree.parse(path).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+
+
+def test_what_of_the_paper_is_not_on_the_page_is_said(tmp_path):
+    found = made_result(tmp_path)
+    rows = {row[0]: row[1:] for row in tables.contents(found["runs"], False, True)[1]}
+    assert rows["Zero-shot accuracy against compute"][0] == rows["Speed-up factors, figure 1"][0]
+    assert rows["Few-shot accuracy"][0].startswith("not measured")
+    assert rows["Use of experts by layer and set"][0] == "not given: --expert-use"
+    assert rows["Fine-tuning"] == ["table", "table"]
+    for run in found["runs"]:
+        run["priming"] = {"mean": {}, "tasks": []}  # as older files have it
+    found["factors"] = result.factors(found["runs"])
+    (tmp_path / "result.json").write_text(json.dumps(found))
+    assert cli.main(["report", str(tmp_path)]) == 0
+    html = (tmp_path / "report.html").read_text()
+    assert "not measured: `priming` in the study" in html and "This study measured none." in html
 
 
 def test_a_family_of_one_point_is_drawn_and_said(tmp_path):
@@ -76,6 +96,12 @@ def test_a_missing_result(tmp_path, capsys):
     assert "run `fairseq-moe study` first" in capsys.readouterr().err
 
 
+FRAME = """<iframe src="report.html" style="width: 375px; height: 800px; border: 0"></iframe><p></p>
+<script>onload = () => {
+  const page = document.querySelector("iframe").contentDocument.documentElement;
+  page.querySelectorAll("details").forEach(part => part.open = true);
+  document.querySelector("p").textContent = `width ${page.scrollWidth} of ${page.clientWidth}`;
+}</script>"""
 BROWSER = next(filter(None, map(shutil.which, page.BROWSERS)), None)
 
 
@@ -89,6 +115,13 @@ def test_chromium_opens_it_on_a_phone_and_draws_png(tmp_path, monkeypatch):
     command += [f"--screenshot={tmp_path / 'page.png'}", f"file://{tmp_path / 'report.html'}"]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     assert (tmp_path / "page.png").stat().st_size > 10_000
+    # Only tables scroll sideways. A window of Chromium is 500 wide at least, a frame is not.
+    (tmp_path / "frame.html").write_text(FRAME)
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command += ["--allow-file-access-from-files", f"file://{tmp_path / 'frame.html'}"]
+    dom = subprocess.run(command, check=True, capture_output=True, timeout=120, text=True).stdout
+    width, room = map(int, re.search(r"width (\d+) of (\d+)", dom).groups())
+    assert 300 < width <= room <= 375
     drawn = list((tmp_path / "figures").glob("*.png"))
     assert len(drawn) == len(list((tmp_path / "figures").glob("*.svg"))) >= 8
     for path in drawn:
