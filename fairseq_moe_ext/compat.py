@@ -333,6 +333,10 @@ def _checkpoint_types() -> list:
     ]
 
 
+# In torch's RuntimeErrors about a zip file that is cut short, or is something else.
+_OF_ZIP_FILES = ("PytorchStreamReader", "inline_container", "hasRecord")
+
+
 def load_weights_only(file, map_location=None, mmap: bool = False):
     """torch.load of data alone; what is wrong with the file is told in one line (UserError).
 
@@ -363,7 +367,8 @@ def load_weights_only(file, map_location=None, mmap: bool = False):
     except (EOFError, OSError, RuntimeError) as error:
         if isinstance(error, FileNotFoundError):
             raise
-        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+        of_file = any(word in str(error) for word in _OF_ZIP_FILES)
+        if isinstance(error, RuntimeError) and not of_file:
             raise
         raise UserError(
             f"{name}: truncated or not a checkpoint ({_size(name)}; {_first_line(error)}); {remedy}"

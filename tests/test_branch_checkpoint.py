@@ -1,6 +1,7 @@
 """Checkpoints in the layout of fairseq's `moe` branch: one that it wrote, and synthetic ones."""
 
 import copy
+import json
 import os
 import re
 import shutil
@@ -28,6 +29,7 @@ from test_distributed_training import (
 )
 
 import fairseq_moe_ext
+from fairseq_moe_ext import cli
 from fairseq_moe_ext.branch.files import find
 from fairseq_moe_ext.branch.reading import read
 from fairseq_moe_ext.branch.settings import translated_settings
@@ -197,6 +199,15 @@ def test_logits_are_those_of_the_weights(tmp_path, data, name):
     for overrides in (AS_SAVED, {**AS_SAVED, "moe_experts_on_disk": True}):
         logits = loaded_logits(0, str(tmp_path / "run"), data, overrides)
         assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_the_cost_is_that_of_the_model(tmp_path, name, capsys):
+    model = write_small(tmp_path / "run", name)
+    assert cli.main(["cost", "--path", str(tmp_path / "run" / "model.pt"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["parameters"]["total"] == sum(p.numel() for p in model.parameters())
+    assert found["context"] == SMALL["tokens_per_sample"]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Costs against the paper and built models; memory against what autograd keeps."""
 
 import json
+import os
 
+import numpy as np
 import pytest
 import torch
 from small_models import MOE, TYPES, build_model, make_config
@@ -190,12 +192,19 @@ def test_memory_is_divided_as_said():
         ("--arch moe_lm_16b", "--arch moe_lm_16b: use one of dense_lm_tiny"),
         ("--arch moe_lm_15b --world-size 3", "--world-size 3: one of it and the 512 experts"),
         ("--path nowhere.pt", "--path nowhere.pt: no such checkpoint"),
+        ("--path other.zip", "other.zip: truncated or not a checkpoint"),
+        ("--path list.pt", "--path list.pt: not a language model"),
+        ("--arch moe_lm_15b --tokens inf", "--tokens inf: use a number above 0"),
         ("--path nowhere.pt --moe-freq 2", "--path with --moe-freq"),
         ("--arch dense_lm_tiny --moe-freq 9", "--moe-freq 9 picks no layer"),
         ("--arch dense_lm_tiny --types 0", "--types 0: use 1 or more"),
     ],
 )
-def test_mistakes_are_told_in_one_line(line, words, capsys):
+def test_mistakes_are_told_in_one_line(line, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.savez("other.npz", np.zeros(3))
+    os.rename("other.npz", "other.zip")
+    torch.save([1, 2], "list.pt")
     assert cli.main(["cost", *line.split()]) == 1
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Sequence, Tuple
@@ -12,6 +13,8 @@ from .. import cost
 from ..config import MoETransformerLMConfig, validate
 from ..errors import UserError
 from . import paper
+
+_EMBEDDING = "decoder.embed_tokens.weight"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +62,7 @@ def run(args: Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: use 1 or more")
-    if not args.tokens > 0:
+    if not 0 < args.tokens < math.inf:
         raise UserError(f"--tokens {args.tokens}: use a number above 0")
     settings, types = _settings(args)
     shape = shape_of(settings, types)
@@ -119,6 +122,7 @@ def checkpoint_settings(path: Path) -> Tuple[Dict[str, Any], int]:
     by its path as fairseq-eval-lm's --path. Weights stay on disk."""
     from .. import compat
     from ..branch.files import find, flat_settings
+    from ..branch.reading import read
     from ..branch.settings import translated_settings
     from ..models.architectures import ARCHITECTURES
     from ..models.language_model import MODEL_NAME
@@ -128,8 +132,11 @@ def checkpoint_settings(path: Path) -> Tuple[Dict[str, Any], int]:
     if not file.is_file():
         raise UserError(f"--path {path}: no such checkpoint")
     state = compat.load_weights_only(str(file), mmap=True)
-    settings = flat_settings(state)
-    embedding = state.get("model", {}).get("decoder.embed_tokens.weight")
+    if branch and _EMBEDDING not in state.get("model", {}):  # FSDP has made one tensor of many
+        state = read(branch, None, None)
+    model = state.get("model") if isinstance(state, dict) else None
+    embedding = model.get(_EMBEDDING) if isinstance(model, dict) else None
+    settings = {} if embedding is None else flat_settings(state)
     if embedding is None or "decoder_embed_dim" not in settings:
         raise UserError(f"--path {path}: not a language model of this package or of the branch")
     if str(settings.get("_name") or settings.get("arch")) in (MODEL_NAME, *ARCHITECTURES):
@@ -207,14 +214,11 @@ def _table(found: Dict[str, Any]) -> List[List[str]]:
         (f"ZFLOPs of {found['tokens']:.3g} tokens", "zflops", 1),
     ):
         rows.append([label, f"{plain[key] / digits:,.4g}", f"{again[key] / digits:,.4g}"])
+    whole = plain["bytes_per_device"]["total"]
+    unit, size = ("GB", 1e9) if whole >= 1e9 else ("MB", 1e6)
     for name in plain["bytes_per_device"]:
-        rows.append(
-            [
-                f"GB a device, {name}",
-                f"{plain['bytes_per_device'][name] / 1e9:,.2f}",
-                f"{again['bytes_per_device'][name] / 1e9:,.2f}",
-            ]
-        )
+        sizes = (each["bytes_per_device"][name] / size for each in (plain, again))
+        rows.append([f"{unit} a device, {name}", *(f"{value:,.2f}" for value in sizes)])
     return rows
 
 
