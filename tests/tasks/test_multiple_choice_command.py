@@ -64,7 +64,10 @@ def test_it_learns_stops_early_and_validates_alike(data, classes, pretrained, tm
     assert "test_accuracy_low" in records(tested, "test")[-1]
 
 
-def test_a_checkpoint_in_the_branchs_layout(data, classes, tmp_path):
+@pytest.fixture(scope="module")
+def of_branch(data, tmp_path_factory):
+    """A checkpoint as two processes of fairseq's moe branch write it."""
+    folder = tmp_path_factory.mktemp("branch")
     settings = dict(
         branch_files.RELEASED_15B,
         decoder_layers=2,
@@ -78,10 +81,14 @@ def test_a_checkpoint_in_the_branchs_layout(data, classes, tmp_path):
     types = len(Dictionary.load(str(data / "dict.txt")))
     generator = torch.Generator().manual_seed(0)
     branch_files.write(
-        tmp_path, settings, types, 2, lambda _, shape: torch.randn(shape, generator=generator) / 9
+        folder, settings, types, 2, lambda _, shape: torch.randn(shape, generator=generator) / 9
     )
+    return folder / "model.pt"
+
+
+def test_a_checkpoint_in_the_branchs_layout(data, classes, of_branch, tmp_path):
     done = finetune(
-        data, classes, tmp_path / "new", "--finetune-from-model", tmp_path / "model.pt",
+        data, classes, tmp_path / "new", "--finetune-from-model", of_branch,
         "--max-update", 2, "--use-moe-pad-mask",
     )  # fmt: skip
     assert "Loaded checkpoint" in done.stdout and "the head that scores candidates is new" in (
@@ -93,12 +100,14 @@ def test_a_checkpoint_in_the_branchs_layout(data, classes, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scoring", ["head", "sum"])
-def test_two_processes_train_as_one(data, choices, pretrained, tmp_path, scoring):
+@pytest.mark.parametrize(
+    "scoring, start", [("head", "pretrained"), ("sum", "pretrained"), ("sum", "of_branch")]
+)
+def test_two_processes_train_as_one(data, choices, tmp_path, scoring, start, request):
     """The same batches, an uneven number of them; no figure of the gates in the loss, as those
     count each batch's padding."""
-    flags = ["--finetune-from-model", pretrained, "--moe-dropless", "--dropout", 0]
-    flags += ["--attention-dropout", 0, "--moe-gate-loss-wt", 0, "--max-epoch", 2]
+    flags = ["--finetune-from-model", request.getfixturevalue(start), "--moe-dropless"]
+    flags += ["--dropout", 0, "--attention-dropout", 0, "--moe-gate-loss-wt", 0, "--max-epoch", 2]
     flags += ["--choice-scoring", scoring, "--moe-normalize-expert-grad", "world_size"]
     one = finetune(data, choices, tmp_path / "one", *flags, "--update-freq", 2)
     two = finetune(data, choices, tmp_path / "two", *flags, processes=2)
