@@ -171,7 +171,7 @@ def bootstrap(nll: np.ndarray, units: np.ndarray, draws: int, seed: int = 1) -> 
     found = np.empty(draws)
     for i in range(draws):
         drawn = np.bincount(rng.integers(len(units), size=len(units)), minlength=len(units))
-        found[i] = math.exp((drawn @ sums) / (drawn @ sizes))
+        found[i] = _perplexity((drawn @ sums) / (drawn @ sizes))
     return found
 
 
@@ -196,7 +196,7 @@ def evaluate(
         sets[text.name] = {
             "in_domain": text.trained,
             "tokens": count,
-            "perplexity": math.exp(total / count),
+            "perplexity": _perplexity(total / count),
             "interval": _interval(drawn[text.name]),
             "units": len(text.units),
             "bits_per_byte": total / math.log(2) / text.bytes if text.bytes else None,
@@ -212,6 +212,13 @@ def evaluate(
                 "interval": _interval(np.mean([drawn[name] for name in names], axis=0)),
             }
     return {"sets": sets, "mean": means}
+
+
+def _perplexity(nats: float) -> float:
+    try:
+        return math.exp(nats)
+    except OverflowError:  # of a training that went wrong
+        return math.inf
 
 
 def _interval(draws: np.ndarray) -> List[float]:

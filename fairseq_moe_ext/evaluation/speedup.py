@@ -78,8 +78,12 @@ def overlap(dense: Points, moe: Points) -> str:
             f"no overlap: dense models reach {_range(dense)}, MoE models {_range(moe)}, and "
             "nothing is extrapolated; train larger dense or smaller MoE models"
         )
-    return f"{low:.2f} to {high:.2f}"
+    return _between(low, high)
 
 
 def _range(points: Points) -> str:
-    return f"{min(t for _, t in points):.2f} to {max(t for _, t in points):.2f}"
+    return _between(min(t for _, t in points), max(t for _, t in points))
+
+
+def _between(low: float, high: float) -> str:
+    return " to ".join(f"{t:.2f}" if t < 1e6 else f"{t:.3g}" for t in (low, high))

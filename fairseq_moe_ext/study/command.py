@@ -47,6 +47,8 @@ def run(args: argparse.Namespace) -> None:
     found = results.collect(plan)
     write_json(plan.out / "result.json", found)
     print(plain(results.table(found)))
+    for line in results.remarks(found):
+        print(f"no factor for {line}")
     print(f"{len(found['runs'])} of {found['planned']} runs. All figures: {plan.out}/result.json")
 
 

@@ -158,7 +158,8 @@ def html(result: Dict[str, Any], charts: Dict[str, Chart], use: Any, tuned: Any)
             "linear in it and in the logarithm of compute between neighbouring models, nothing "
             "extrapolated. Mean: geometric, over the observed points and over seeds."
         ),
-        report.table([table[0][0], *table[0][1:]], table[1:]),
+        report.table(table[0], table[1:]),
+        *(report.paragraph(f"No factor for {line}.") for line in results.remarks(result)),
         report.grid(
             of_part["speedup"],
             "Figure 1 of the paper in this study's numbers, over the compute of the dense model; "
@@ -227,8 +228,7 @@ def _summary(result: Dict[str, Any]) -> str:
                 f"{of_paper})"
             )
         else:
-            remark = result["factors"].get(group, {}).get("remark", "not measured")
-            words.append(f"{where} no factor: {remark}")
+            words.append(f"{where} there is no factor")
     text = "; ".join(words)
     done = len(result["runs"])
     left = "" if done == result["planned"] else f" {done} of {result['planned']} runs are finished."

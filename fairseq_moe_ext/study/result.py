@@ -138,7 +138,8 @@ def factors(runs: List[Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
 
 
 def table(result: Dict[str, Any]) -> List[List[str]]:
-    """Speed-up factors by group: geometric mean over seeds, its range, the range of the curve."""
+    """Speed-up factors by group: geometric mean over seeds, its range, the range of the curve, and
+    the performance that both families show."""
     rows = [["speed-up factor", "mean", "seeds", "along the curve", "overlap"]]
     for group, found in result["factors"].items():
         curve, seeds = found["curve"], list(found["by_seed"].values())
@@ -150,7 +151,16 @@ def table(result: Dict[str, Any]) -> List[List[str]]:
                 f"{mean:.2f}" if seeds else "-",
                 f"{min(seeds):.2f} to {max(seeds):.2f} (n = {len(seeds)})" if seeds else "-",
                 f"{min(along):.2f} to {max(along):.2f}" if along else "-",
-                found["remark"],
+                found["remark"] if along else "none",
             ]
         )
     return rows
+
+
+def remarks(result: Dict[str, Any]) -> List[str]:
+    """Why groups have no factor, a line each reason."""
+    reasons: Dict[str, List[str]] = {}
+    for group, found in result["factors"].items():
+        if not found["curve"]:
+            reasons.setdefault(found["remark"], []).append(group.replace("_", " "))
+    return [f"{', '.join(groups)}: {reason}" for reason, groups in reasons.items()]

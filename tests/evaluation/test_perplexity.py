@@ -73,6 +73,11 @@ def test_the_bootstrap_knows_how_much_units_differ():
     assert drawn.std() == pytest.approx(nll[::10].std() / 20, rel=0.15), "sd / sqrt(units)"
 
 
+def test_a_model_that_is_beyond_hope_has_no_finite_perplexity():
+    hopeless = np.full(20, 1000.0)
+    assert np.isinf(perplexity.bootstrap(hopeless, np.arange(0, 20, 10), 3)).all()
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """(data folder, checkpoint) of a few updates of an MoE model."""

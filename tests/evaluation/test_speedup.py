@@ -65,3 +65,4 @@ def test_too_few_points_and_no_overlap():
     assert speedup_factors([(1, 9.0), (2, 8.0)], [(1, 7.0), (2, 6.0)]) == []
     words = overlap([(1, 9.0), (2, 8.0)], [(1, 7.0), (2, 6.0)])
     assert words.startswith("no overlap: dense models reach 8.00 to 9.00, MoE models 6.00 to 7.00")
+    assert "MoE models 1e+30 to 2e+40" in overlap([(1, 9.0), (2, 8.0)], [(1, 2e40), (2, 1e30)])

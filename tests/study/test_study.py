@@ -123,6 +123,10 @@ def test_one_point_and_no_overlap_are_said():
     found = result.factors(runs_of({"dense": [(1, 30), (4, 20)], "moe": [(1, 9), (4, 8)]}))
     assert found["a"]["remark"].startswith("no overlap") and not found["a"]["by_seed"]
     assert result.table({"factors": found})[1][1] == "-"
+    (line,) = result.remarks({"factors": found})
+    assert line.startswith("in domain, a: no overlap: dense models reach 20.02 to 30.03, MoE ")
+    found = result.factors(runs_of({"dense": [(1, 30), (4, 20)], "moe": [(1, 1e9), (4, math.inf)]}))
+    assert "performance inf: give" in found["a"]["remark"] and not found["a"]["curve"]
 
 
 @pytest.mark.slow
