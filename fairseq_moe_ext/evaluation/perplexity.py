@@ -273,6 +273,9 @@ def run(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: use 1 or more")
+    for flag, file in (("--json", args.json), ("--figure", args.figure)):
+        if file is not None and not file.parent.is_dir():
+            raise UserError(f"{flag} {file}: no folder {file.parent}; make it first")
     check_path(args.path)
     first = next(iter(data_bin.find_corpora(args.data[0]).values()), None)
     if first is None:

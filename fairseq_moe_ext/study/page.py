@@ -6,7 +6,7 @@ import math
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Sequence
+from typing import Any, Dict, List, NamedTuple, Sequence, Set
 
 from ..errors import UserError
 from ..evaluation import expert_use, figures, paper, report
@@ -40,13 +40,15 @@ def run(args: argparse.Namespace) -> None:
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if args.png and browser is None:
         raise UserError(f"--png: none of {', '.join(BROWSERS)} is on PATH: install one")
-    result = _read(args.folder / "result.json", "run `fairseq-moe study` first")
+    result = _read(args.folder / "result.json", {"runs", "factors"}, "run `fairseq-moe study`")
     use = None
     if args.expert_use is not None:
-        use = _read(args.expert_use, "make it with evaluation.expert_use --json")
+        use = _read(
+            args.expert_use, {"layer", "share"}, "make it with evaluation.expert_use --json"
+        )
     tuned = None
     if args.fine_tuning is not None:
-        tuned = _read(args.fine_tuning, "make it with examples/finetune/run.py")
+        tuned = _read(args.fine_tuning, {"rows", "before"}, "make it with examples/finetune/run.py")
     charts = _charts(result)
     folder = args.folder / "figures"
     folder.mkdir(exist_ok=True)
@@ -71,11 +73,17 @@ def _photograph(browser: str, svg: Path) -> None:
         raise UserError(f"--png: {browser} could not draw {svg}: {' '.join(words)}")
 
 
-def _read(path: Path, remedy: str) -> Any:
+def _read(path: Path, keys: Set[str], remedy: str) -> Any:
+    """A JSON file: an object with the keys, or a list of such."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}): {remedy}") from None
+        words = error.strerror if isinstance(error, OSError) else f"not JSON: {error}"
+        raise UserError(f"{path}: cannot be read ({words}): {remedy}") from None
+    parts = found if isinstance(found, list) else [found]
+    if not parts or not all(isinstance(part, dict) and keys <= set(part) for part in parts):
+        raise UserError(f"{path}: lacks {' and '.join(sorted(keys))}: {remedy}")
+    return found
 
 
 class Chart(NamedTuple):

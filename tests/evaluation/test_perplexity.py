@@ -157,6 +157,8 @@ def test_it_gives_what_fairseq_eval_lm_gives(trained, caplog, capsys, tmp_path):
         ("--sweep-capacity 0.1,x", "--sweep-capacity x: use shares"),
         ("--context 64", "--context 64: the model takes 32 at most"),
         ("--stride 33", "--stride 33 is above --context 32"),
+        ("--json no/x.json", "--json no/x.json: no folder no; make it first"),
+        ("--sweep-capacity 1 --figure no/x.html", "--figure no/x.html: no folder no"),
         ("--subset nothing", "no data-bin nothing"),
         ("--bootstrap 0", "--bootstrap 0: use 1 or more"),
     ],

@@ -91,9 +91,37 @@ def test_a_family_of_one_point_is_drawn_and_said(tmp_path):
     assert len(re.findall(r'class="m s1"', svg)) == 1
 
 
-def test_a_missing_result(tmp_path, capsys):
-    assert cli.main(["report", str(tmp_path)]) == 1
-    assert "run `fairseq-moe study` first" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "flags, content, words",
+    [
+        (
+            [],
+            None,
+            "result.json: cannot be read (No such file or directory): run `fairseq-moe stud",
+        ),
+        ([], "{", "result.json: cannot be read (not JSON: "),
+        ([], "{}", "result.json: lacks factors and runs: run `fairseq-moe study`"),
+        (
+            ["--expert-use"],
+            "[]",
+            "other.json: lacks layer and share: make it with evaluation.exper",
+        ),
+        (
+            ["--fine-tuning"],
+            '{"rows": 1}',
+            "other.json: lacks before and rows: make it with exampl",
+        ),
+    ],
+)
+def test_files_that_are_others(tmp_path, flags, content, words, capsys):
+    if flags:
+        made_result(tmp_path)
+    file = tmp_path / ("other.json" if flags else "result.json")
+    if content is not None:
+        file.write_text(content)
+    assert cli.main(["report", str(tmp_path), *flags, *([str(file)] if flags else [])]) == 1
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
 
 
 FRAME = """<iframe src="report.html" style="width: 375px; height: 800px; border: 0"></iframe><p></p>
