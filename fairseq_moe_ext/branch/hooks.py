@@ -141,7 +141,8 @@ def _restore_from_the_branch() -> None:
 
 
 def _finetune_from_the_branch() -> None:
-    """fairseq/checkpoint_utils.py:229 wants --finetune-from-model to exist."""
+    """fairseq/checkpoint_utils.py:223 wants --finetune-from-model to exist, and tells with a
+    traceback when it does not."""
     stock = checkpoint_utils.load_checkpoint
 
     @functools.wraps(stock)
@@ -150,6 +151,12 @@ def _finetune_from_the_branch() -> None:
             files = find(cfg.finetune_from_model)
             if files is not None:
                 cfg.finetune_from_model = files.shared
-        return stock(cfg, *args, **kwargs)
+        try:
+            return stock(cfg, *args, **kwargs)
+        except ValueError as error:
+            words = str(error).split(": {")[0]  # all settings follow
+            if not words.startswith("--finetune-from-model"):
+                raise
+            raise UserError(words) from error
 
     checkpoint_utils.load_checkpoint = load_checkpoint
