@@ -382,12 +382,29 @@ def test_training_goes_on_with_the_optimizer_state(tmp_path, data, world, name):
     [
         ("--memory-efficient-fp16", "MemoryEfficientFP16Optimizer"),
         ("--fp16 --fp16-no-flatten-grads", "FP16Optimizer"),
+        ("--bf16", "FP16Optimizer"),
     ],
 )
 def test_training_goes_on_in_half_precision(tmp_path, data, flags, optimizer):
     write_small(tmp_path / "run", optimizer=remembered, optimizer_name=optimizer)
     updates, found = restored(0, data, str(tmp_path / "run" / "model.pt"), flags, 1)
     assert updates == 10 and all(state is not None for _, state in found.values())
+
+
+def restored_sharded(rank, folder, path):
+    trainer = make_trainer(configure(folder, f"{ADAM} --fp16"), "fully_sharded", 2, torch.float32)
+    trainer.load_checkpoint(path)
+    state = trainer.optimizer.state_dict()["state"]
+    return trainer.get_num_updates(), [float(s["exp_avg"].abs().sum()) for s in state.values()]
+
+
+def test_training_goes_on_in_half_precision_sharded(tmp_path, data):
+    """With the flags of a run of the branch with --fp16 --ddp-backend fully_sharded."""
+    name = "MemoryEfficientFP16Optimizer"
+    write_small(tmp_path / "run", optimizer=remembered, optimizer_name=name)
+    path = str(tmp_path / "run" / "model.pt")
+    for updates, sums in run_processes(2, restored_sharded, data, path):
+        assert updates == 10 and sums and all(value > 0 for value in sums)
 
 
 RUN = f"{ADAM} {WORLD} --moe-dropless --adam-eps 1e-4"  # rounding in gradients does not show

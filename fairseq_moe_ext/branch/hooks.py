@@ -9,7 +9,7 @@ from fairseq import checkpoint_utils, trainer
 
 from ..config import check_overrides
 from ..errors import UserError
-from ..fully_sharded import places
+from ..fully_sharded import is_sharded, places
 from .files import find
 from .optimizer import unfit
 from .reading import read
@@ -115,13 +115,10 @@ def _restore_from_the_branch() -> None:
             return stock(self, filename, reset_optimizer, *args, **kwargs)
         path = PathForTraining(files.shared)
         if not reset_optimizer:
-            common = self.cfg.common
-            halves = common.fp16 or common.bf16
-            lean = common.memory_efficient_fp16 or common.memory_efficient_bf16
-            if halves and not lean and not common.fp16_no_flatten_grads:
+            if _joins_parameters(self):
                 raise unfit(
                     files,
-                    "--fp16 and --bf16 keep one flat tensor for all parameters unless "
+                    "--fp16 keeps one flat tensor for all parameters unless "
                     "--fp16-no-flatten-grads is given; give it",
                 )
             path.parameters = {  # shapes
@@ -138,6 +135,14 @@ def _restore_from_the_branch() -> None:
             settings.load_checkpoint_on_all_dp_ranks = before
 
     trainer.Trainer.load_checkpoint = load_checkpoint
+
+
+def _joins_parameters(of: trainer.Trainer) -> bool:
+    """Whether the optimizer has one tensor for all parameters (fairseq/optim/fp16_optimizer.py:293
+    @0.12.2); with FSDP it never has (fairseq/trainer.py:298@0.12.2)."""
+    common = of.cfg.common
+    apart = common.memory_efficient_fp16 or common.fp16_no_flatten_grads or common.bf16
+    return common.fp16 and not apart and not is_sharded(of.get_model())
 
 
 def _finetune_from_the_branch() -> None:
