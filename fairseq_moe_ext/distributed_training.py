@@ -16,6 +16,7 @@ from fairseq import trainer, utils
 from fairseq.data import Dictionary
 from fairseq.data.lm_context_window_dataset import LMContextWindowDataset
 from fairseq.sequence_scorer import SequenceScorer
+from fairseq.tasks import FairseqTask
 from torch import Tensor
 
 from .checkpoint.together import check_code_versions
@@ -37,6 +38,7 @@ def apply() -> None:
     _count_experts_in_the_gradient_norm()
     _leave_dummy_batches_empty()
     _give_each_batch_its_context()
+    _validate_on_any_share()
     for name in (_EVAL_LM, "__main__"):  # the latter with `python -m`
         module = sys.modules.get(name)
         if getattr(getattr(module, "__spec__", None), "name", "") == _EVAL_LM:
@@ -178,6 +180,33 @@ def _give_each_batch_its_context() -> None:
     LMContextWindowDataset.collater = collater
 
 
+def _validate_on_any_share() -> None:
+    """fairseq_cli/validate.py:119 gives a process whose share has a batch less than others' nothing
+    at all, over which the criterion trips; here it joins with no sentences. (Trainers have seen to
+    that before.)"""
+    stock = FairseqTask.valid_step
+
+    @functools.wraps(stock)
+    def valid_step(self, sample, model, criterion):
+        if sample:
+            self.last_sample = sample
+        elif getattr(self, "last_sample", None):
+            sample = _no_sentences(self.last_sample)  # of the kind that this task has
+        else:
+            sample = _nothing(next(model.parameters()).device)
+        return stock(self, sample, model, criterion)
+
+    FairseqTask.valid_step = valid_step
+
+
+def _nothing(device: Optional[torch.device] = None) -> Dict[str, Any]:
+    """A batch of language modelling with no sentences."""
+    none = torch.zeros(0, 1, dtype=torch.long, device=device)
+    inputs = {"src_tokens": none, "src_lengths": none[:, 0]}
+    counts = {"ntokens": 0, "nsentences": 0}
+    return {"id": none[:, 0], "net_input": inputs, "target": none, **counts}
+
+
 def _evaluate_the_whole_set(eval_lm) -> None:
     """fairseq_cli/eval_lm.py:61 adds up scores in float32, and gives each process the loss of its
     own share of the batches, of which it passes a missing last one over. Here the sums are in
@@ -209,11 +238,7 @@ def _evaluate_the_whole_set(eval_lm) -> None:
 def _with_empty_batches(batches: Iterable[Dict[str, Any]]) -> Iterator[Dict[str, Any]]:
     """Batches, with one of no sentences where a share has none."""
     for batch in batches:
-        if "net_input" not in batch:
-            none = torch.zeros(0, 1, dtype=torch.long)
-            inputs = {"src_tokens": none, "src_lengths": none[:, 0]}
-            batch = {"id": none[:, 0], "net_input": inputs, "target": none, "ntokens": 0}
-        yield batch
+        yield batch if "net_input" in batch else _nothing()
 
 
 class _Sums:
