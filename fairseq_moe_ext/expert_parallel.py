@@ -55,13 +55,10 @@ class Placement(NamedTuple):
 def placement(num_experts: int, world_size: int, rank: int) -> Placement:
     """Raises UserError when neither number divides the other."""
     if num_experts % world_size != 0 and world_size % num_experts != 0:
-        fitting = [
-            n for n in range(1, 4 * world_size + 1) if n % world_size == 0 or world_size % n == 0
-        ]
-        nearest = sorted(fitting, key=lambda n: abs(n - num_experts))[:3]
         raise UserError(
             f"--moe-expert-count {num_experts} cannot be spread over {world_size} processes: one "
-            f"must divide the other; {', '.join(map(str, sorted(nearest)))} experts would do"
+            f"must divide the other; {_nearest(num_experts, world_size)} experts would do, or "
+            f"{_nearest(world_size, num_experts)} processes"
         )
     holders = min(num_experts, world_size)
     local = num_experts // holders
@@ -72,6 +69,12 @@ def placement(num_experts: int, world_size: int, rank: int) -> Placement:
         tuple(range(start, start + holders)),
         tuple(range(rank % holders, world_size, holders)),
     )
+
+
+def _nearest(number: int, other: int) -> str:
+    """The three numbers next to one, of which each divides another or is divided by it."""
+    fitting = [n for n in range(1, number + 2 * other + 1) if n % other == 0 or other % n == 0]
+    return ", ".join(map(str, sorted(sorted(fitting, key=lambda n: abs(n - number))[:3])))
 
 
 class ExpertParallel:

@@ -14,8 +14,10 @@ from fairseq.data import Dictionary, indexed_dataset, iterators
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.distributed import fsdp_enable_wrap, fsdp_wrap
 from fairseq.distributed import utils as distributed_utils
+from fairseq.logging import progress_bar
 from fairseq.trainer import Trainer
 from fairseq_cli import train as fairseq_train
+from fairseq_cli import validate as fairseq_validate
 from processes import run_processes
 
 import fairseq_moe_ext
@@ -416,6 +418,7 @@ def test_an_optimizer_state_that_does_not_fit_is_told_in_one_line(data, runs):
     line = f"{data} {TRAIN} --moe-expert-count 4 --save-dir {folder} --no-save"
     assert "--reset-optimizer" in error_of(0, train, 1, f"{line} --optimizer sgd")
     assert "--reset-optimizer" in error_of(0, train, 1, f"{line} --fp16")
+    assert "--moe-freeze" in error_of(0, train, 1, f"{line} --moe-freeze experts")
     for message in run_processes(2, error_of, train, 2, f"{line} --optimizer sgd"):
         assert "--reset-optimizer" in message
 
@@ -542,6 +545,35 @@ def test_validation_is_of_the_whole_set(data, tmp_path, backend):
         assert many == pytest.approx([one] * world, rel=1e-6)
 
 
+def validated_by_command(rank, world, line):
+    """What fairseq-validate prints at the end."""
+    printed = []
+    parser = options.get_validation_parser()
+    line += f" --distributed-world-size {world} --distributed-rank {rank}"
+    sys.argv[1:] = line.split()
+    cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, line.split()))
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(
+            progress_bar.NoopProgressBar, "print", lambda self, stats, **kw: printed.append(stats)
+        )
+        fairseq_validate.main(cfg)
+    return float(printed[0]["inner_loss"]), float(printed[0]["ppl"])
+
+
+@pytest.mark.parametrize("model", ["--moe-expert-count 4", "--arch dense_lm_tiny --moe-freq 0"])
+def test_fairseq_validate_is_of_the_whole_set(data, tmp_path, model):
+    """In three batches, so that some processes have one less, or none."""
+    line = f"{data} {TRAIN} {model} --max-update 1 --moe-eval-capacity-token-fraction 1.0"
+    train_on(1, f"{line} --save-dir {tmp_path}")
+    line = f"{data} {EVAL.replace('--gen-subset', '--valid-subset')}"
+    line = line.replace("--tokens-per-sample 8", "--task language_modeling")
+    line += f" --path {tmp_path}/checkpoint_last.pt"
+    one = validated_by_command(0, 1, line)
+    for world in (2, 4):
+        many = run_processes(world, validated_by_command, world, line)
+        assert many == [pytest.approx(one, rel=1e-3)] * world  # as printed
+
+
 def files_read(rank, world, line):
     """Names of the files that an evaluation loads, in this process."""
     names, stock = [], torch.load
@@ -579,6 +611,8 @@ def test_from_pretrained(data, runs):
     for name in manifest["indices"]:
         assert torch.equal(state[name], torch.cat([file["model"][name] for file in files]))
     assert hub.score("w1 w2 w3")["positional_scores"].shape == (3,)
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        type(hub.models[0]).from_pretrained("nowhere")
 
 
 @pytest.mark.parametrize(
@@ -721,6 +755,44 @@ def test_damaged_expert_files_are_told_in_one_line(data, runs, tmp_path, harm):
         assert words in message and "\n" not in message
 
 
+@pytest.mark.parametrize("what", ["a tensor", "no model", "experts", "a folder"])
+def test_what_is_no_checkpoint_is_told_in_one_line(data, runs, tmp_path, what):
+    path, files = copy_of(runs, tmp_path)
+    words = "there is no model in it"
+    if what == "a tensor":
+        torch.save(torch.zeros(3), path)
+    elif what == "no model":
+        torch.save({"weights": 1}, path)
+    elif what == "experts":
+        path, words = files[0], "holds experts alone"
+    else:
+        path, words = path.parent, "is a folder"
+    line = f"{data} {TRAIN} --moe-expert-count 4 --restore-file {path} --no-save"
+    messages = [error_of(0, train, 1, line), *run_processes(2, error_of, train, 2, line)]
+    messages.append(error_of(0, perplexity, 1, f"{data} {EVAL} --path {path}"))
+    for message in messages:
+        assert message.startswith(f"{path}: ") and words in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--finetune-from-model none.pt", "none.pt: no such file"),
+        ("--finetune-from-model none.pt --reset-optimizer", "--reset-optimizer"),
+        ("--finetune-from-model dict.txt --restore-file x.pt", "--restore-file"),
+        ("--save-dir dict.txt", "--save-dir dict.txt: cannot be written to"),
+        ("--save-dir dict.txt/run", "--save-dir dict.txt/run: cannot be written to"),
+    ],
+)
+def test_flags_that_cannot_be_followed_end_in_one_line(data, tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(data)
+    line = f"{data} {TRAIN} --moe-expert-count 4 --save-dir {tmp_path}/run {flags}"
+    message = error_of(0, train, 1, line)
+    assert message.startswith(flags.split()[0]) and words in message
+    assert "\n" not in message and len(message) < 250
+    assert not list(tmp_path.rglob("*.pt"))
+
+
 def test_a_newer_format_is_refused(data, runs, tmp_path):
     path, _ = copy_of(runs, tmp_path)
     state = torch.load(path, weights_only=True)
@@ -793,6 +865,12 @@ def test_trouble_on_one_rank_ends_all_with_one_line(data, tmp_path, patch, words
         assert words in message and "\n" not in message
     assert not list(tmp_path.rglob("*.tmp"))
     assert expert_files(tmp_path) == referred_files(tmp_path)
+
+
+def test_dense_models_want_the_same_code_too(data, tmp_path):
+    line = f"{data} {TRAIN} --arch dense_lm_tiny --moe-freq 0 --save-dir {tmp_path}"
+    for message in run_processes(2, error_of, train_with, other_code, line):
+        assert "process 1 runs version 1, process 0 version 0" in message
 
 
 def any_error_of(rank, *args):

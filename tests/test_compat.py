@@ -331,6 +331,17 @@ def test_a_truncated_checkpoint_is_named(tmp_path, length):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("content", [b"hello\n", b"12 lines\n", b"a\nb\n", b"(dp0\n.", b"u" * 50])
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content):
+    path = tmp_path / "notes.pt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(f"{path}: ")) as caught:
+        checkpoint_utils.load_checkpoint_to_cpu(str(path))
+    message = str(caught.value)
+    assert "not a checkpoint" in message and f"{len(content)} bytes" in message
+    assert "\n" not in message and "weights_only" not in message and len(message) < 300
+
+
 def test_torch_load_itself_is_untouched(tmp_path):
     assert torch.load.__module__ == "torch.serialization"
     buffer = io.BytesIO()

@@ -21,7 +21,7 @@ from test_branch_checkpoint import (
     remembered,
     write_small,
 )
-from test_checkpoint import SAVED, TRAIN, expert_files, make_data, settings, train_on
+from test_checkpoint import SAVED, TRAIN, RunsCode, expert_files, make_data, settings, train_on
 
 from fairseq_moe_ext.branch.files import find
 from fairseq_moe_ext.branch.settings import translated_settings
@@ -441,6 +441,47 @@ def test_a_missing_part_is_named(run, tmp_path, capsys):
     assert "missing; it holds experts" in mistake(capsys, tmp_path / "x.pt", tmp_path / "y.pt")
     assert "no such checkpoint" in mistake(capsys, tmp_path / "z.pt", tmp_path / "y.pt")
     assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "y.pt").exists()
+
+
+def test_sources_that_are_none(run, tmp_path, capsys):
+    source, _ = run(MOE)
+    convert(source, tmp_path / "x.pt", "--expert-files", 2)
+    part = sorted((tmp_path / "experts").iterdir())[0]
+    text, folder = tmp_path / "text.pt", tmp_path / "hf"
+    text.write_text("12 lines\n")
+    cases = [
+        (tmp_path, [], f"{tmp_path}: is a folder"),
+        (part, [], f"{part}: holds experts alone"),
+        (text, [], f"{text}: not a checkpoint"),
+        (folder, ["--from", "xglm"], f"{folder / 'config.json'}: cannot be read"),
+    ]
+    for path, flags, words in cases:
+        assert words in mistake(capsys, path, tmp_path / "y.pt", *flags)
+    assert not (tmp_path / "y.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("config.json", "[]", "config.json: model_type is nowhere"),
+        ("config.json", '{"model_type": "xglm", "vocab_size": "8"}', "missing"),
+        ("model.safetensors.index.json", "{}", "there is no weight_map in it"),
+        ("model.safetensors.index.json", "{", "there is no weight_map in it"),
+        ("pytorch_model.bin", [1], "has no tensors by name"),
+        ("pytorch_model.bin", {"model.embed_tokens.weight": RunsCode()}, "refused"),
+    ],
+)
+def test_an_xglm_whose_files_are_none(run, tmp_path, capsys, name, content, words):
+    source, _ = run(DENSE)
+    folder = tmp_path / "hf"
+    convert(source, folder, "--to", "xglm")
+    (folder / "model.safetensors").unlink()
+    if isinstance(content, str):
+        (folder / name).write_text(content)
+    else:
+        torch.save(content, folder / name)
+    assert words in mistake(capsys, folder, tmp_path / "x.pt", "--from", "xglm")
+    assert not (tmp_path / "x.pt").exists()
 
 
 def test_values_too_large_for_float16(run, tmp_path, capsys):

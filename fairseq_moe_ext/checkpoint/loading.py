@@ -63,18 +63,37 @@ def apply() -> None:
 
     def read_mapped(file, map_location=None):
         try:
-            return torch.load(file.name, map_location=map_location, mmap=True, weights_only=True)
+            state = torch.load(file.name, map_location=map_location, mmap=True, weights_only=True)
         except Exception:  # of an old format, or not a checkpoint: `read` knows
-            return read(file, map_location=map_location)
+            state = read(file, map_location=map_location)
+        check_kind(file.name, state)
+        return state
 
     @functools.wraps(stock)
     def load_checkpoint_to_cpu(path, *args, **kwargs):
+        refuse_folder(path)
         together = _loading is not None and saves_together(_loading.trainer)
         with same_error_on_all_ranks() if together else contextlib.nullcontext():
             return _with_own_experts(path, stock(path, *args, **kwargs))
 
     checkpoint_utils.torch.load = read_mapped
     checkpoint_utils.load_checkpoint_to_cpu = load_checkpoint_to_cpu
+
+
+def refuse_folder(path: str) -> None:
+    """Raise UserError for a folder where a checkpoint is wanted."""
+    if os.path.isdir(path):
+        raise UserError(f"{path}: is a folder; name a checkpoint in it, *.pt")
+
+
+def check_kind(path: str, state: Any) -> None:
+    """Raise UserError for what is no checkpoint, or a part of one."""
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+        raise UserError(f"{path}: not a checkpoint of fairseq: there is no model in it")
+    if {"save", "first", "count"} <= state.keys():
+        raise UserError(
+            f"{path}: holds experts alone; name the checkpoint beside the folder {FOLDER}"
+        )
 
 
 def _with_own_experts(path: str, state: Dict[str, Any]) -> Dict[str, Any]:

@@ -6,13 +6,14 @@ import functools
 import os
 from typing import Any
 
+from fairseq import checkpoint_utils
 from fairseq.trainer import Trainer
 
 from .. import fully_sharded
 from ..errors import UserError
 from ..expert_parallel import all_gather, process_count
 from .experts import saves_together
-from .loading import loading
+from .loading import loading, refuse_folder
 from .together import check_code_versions
 
 
@@ -22,13 +23,16 @@ def apply() -> None:
 
     @functools.wraps(stock)
     def load_checkpoint(self, filename, reset_optimizer=False, *args, **kwargs):
+        refuse_folder(filename)
         settings = self.cfg.checkpoint
         on_all_ranks = settings.load_checkpoint_on_all_dp_ranks
         if fully_sharded.is_sharded(self.get_model()):
             _refuse_optimizers_that_join_numbers(self)
+        if process_count() > 1:
+            check_code_versions()
         if saves_together(self):
             _refuse_what_cannot_be_saved(self.cfg)
-            _check_ranks(filename)
+            _check_that_all_see(filename)
             settings.load_checkpoint_on_all_dp_ranks = True
         try:
             with loading(self, optimizer=not reset_optimizer):
@@ -39,14 +43,38 @@ def apply() -> None:
                 raise UserError(f"{filename}: {text}") from error
             if "optimizer" in text and "parameter group" in text:  # torch.optim.Optimizer
                 raise UserError(
-                    f"{filename}: its optimizer state does not fit ({text}): use the precision "
-                    "flags (--fp16 and the like) that wrote it, or add --reset-optimizer"
+                    f"{filename}: its optimizer state does not fit ({text}): use the flags of "
+                    "precision (--fp16 and the like) and the --moe-freeze that wrote it, or add "
+                    "--reset-optimizer"
                 ) from error
             raise
         finally:
             settings.load_checkpoint_on_all_dp_ranks = on_all_ranks
 
     Trainer.load_checkpoint = load_checkpoint
+    _tell_what_cannot_be_finetuned()
+
+
+def _tell_what_cannot_be_finetuned() -> None:
+    """fairseq/checkpoint_utils.py:206, :239 and :249 raise ValueError for --finetune-from-model of
+    a file that is not there or with flags that contradict it, the last with all settings."""
+    stock = checkpoint_utils.load_checkpoint
+
+    @functools.wraps(stock)
+    def load_checkpoint(cfg, *args, **kwargs):
+        try:
+            return stock(cfg, *args, **kwargs)
+        except ValueError as error:
+            text = str(error).split(": {")[0]
+            if isinstance(error, UserError) or not text.startswith("--finetune-from-model"):
+                raise
+            if text.endswith("does not exist"):
+                text = f"--finetune-from-model {cfg.finetune_from_model}: no such file"
+            else:
+                text += "; drop one of them"
+            raise UserError(text) from error
+
+    checkpoint_utils.load_checkpoint = load_checkpoint
 
 
 def _refuse_what_cannot_be_saved(cfg: Any) -> None:
@@ -77,9 +105,8 @@ def _refuse_optimizers_that_join_numbers(trainer: Trainer) -> None:
         ) from error
 
 
-def _check_ranks(filename: str) -> None:
-    """All ranks must run the same code and see the same checkpoint."""
-    check_code_versions()
+def _check_that_all_see(filename: str) -> None:
+    """All ranks must see the same checkpoint."""
     seen = all_gather(os.path.isfile(filename))
     for rank, there in enumerate(seen):
         if there != seen[0]:

@@ -36,6 +36,7 @@ _saving: Optional[Trainer] = None  # while all processes save together
 
 def apply() -> None:
     """Put the wrappers in place."""
+    _tell_what_cannot_hold_checkpoints()
     _write_for_good()
     _save_experts_apart()
     _gather_what_is_sharded()
@@ -88,6 +89,24 @@ def _save_experts_apart() -> None:
             _saving = None
 
     checkpoint_utils.save_checkpoint = save_checkpoint
+
+
+def _tell_what_cannot_hold_checkpoints() -> None:
+    """fairseq/checkpoint_utils.py:841 makes --save-dir and writes a file there, when training
+    starts."""
+    stock = checkpoint_utils.verify_checkpoint_directory
+
+    @functools.wraps(stock)
+    def verify_checkpoint_directory(save_dir):
+        try:
+            stock(save_dir)
+        except OSError as error:
+            raise UserError(
+                f"--save-dir {save_dir}: cannot be written to ({error.strerror or error}); choose "
+                "another folder"
+            ) from error
+
+    checkpoint_utils.verify_checkpoint_directory = verify_checkpoint_directory
 
 
 def _gather_what_is_sharded() -> None:

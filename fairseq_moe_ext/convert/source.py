@@ -18,7 +18,7 @@ from ..branch.files import BranchFiles, find, flat_settings
 from ..branch.optimizer import is_parameter
 from ..branch.reading import BARE, read
 from ..branch.settings import ONE_PROCESS, translated_settings
-from ..checkpoint.loading import Piece, open_pieces
+from ..checkpoint.loading import Piece, check_kind, open_pieces, refuse_folder
 from ..compat import load_weights_only
 from ..config import MoETransformerLMConfig
 from ..errors import UserError
@@ -75,11 +75,11 @@ def open_checkpoint(path: str, weights_only: bool) -> Source:
     files = find(path)
     if files is not None:
         return _of_branch(files, weights_only)
+    refuse_folder(path)
     if not os.path.isfile(path):
         raise UserError(f"{path}: there is no such checkpoint; check the path")
     state = load_weights_only(path, map_location="cpu", mmap=True)
-    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        raise UserError(f"{path}: not a checkpoint of fairseq: there is no model in it")
+    check_kind(path, state)
     model, manifest = state.pop("model"), state.pop("experts", None)
     optimizer = state.pop("last_optimizer_state", None)
     flat = flat_settings({"args": state.get("args"), "cfg": state.get("cfg")})

@@ -145,8 +145,9 @@ def open_xglm(folder: str) -> Source:
 
 
 def _settings(path: str, config: Dict[str, Any]) -> Dict[str, Any]:
-    if config.get("model_type") != "xglm":
-        raise UserError(f"{path}: model_type is {config.get('model_type')}, not xglm")
+    kind = config.get("model_type") if isinstance(config, dict) else "nowhere"
+    if kind != "xglm":
+        raise UserError(f"{path}: model_type is {kind}, not xglm")
     needed = (
         *("vocab_size", "max_position_embeddings", "d_model", "ffn_dim", "num_layers"),
         *("attention_heads", "activation_function"),
@@ -154,6 +155,9 @@ def _settings(path: str, config: Dict[str, Any]) -> Dict[str, Any]:
     missing = [name for name in needed if name not in config]
     if missing:
         raise UserError(f"{path}: {', '.join(missing)} missing")
+    for name in needed[:-1]:
+        if not isinstance(config[name], int):
+            raise UserError(f"{path}: {name} is {config[name]!r}, not a whole number")
     wanted = {**_SPECIAL, "add_cross_attention": False}
     for name, value in wanted.items():
         if config.get(name, value) != value:
@@ -194,8 +198,11 @@ def _weights(folder: str) -> Dict[str, Tensor]:
             return _read(path)
         index = path + ".index.json"
         if os.path.isfile(index):
-            with open(index, encoding="utf-8") as stream:
-                parts = sorted(set(json.load(stream)["weight_map"].values()))
+            try:
+                with open(index, encoding="utf-8") as stream:
+                    parts = sorted(set(json.load(stream)["weight_map"].values()))
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise UserError(f"{index}: there is no weight_map in it; copy it again") from error
             found: Dict[str, Tensor] = {}
             for part in parts:
                 file = os.path.join(folder, os.path.basename(part))
@@ -209,4 +216,7 @@ def _weights(folder: str) -> Dict[str, Tensor]:
 def _read(path: str) -> Dict[str, Tensor]:
     if path.endswith(".safetensors"):
         return read_safetensors(path)
-    return load_weights_only(path, map_location="cpu", mmap=True)
+    state = load_weights_only(path, map_location="cpu", mmap=True)
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: has no tensors by name; copy it again")
+    return state

@@ -1,6 +1,7 @@
 """The registered model: dense and Mixture-of-Experts language models."""
 
 import logging
+import os
 from typing import Any, Dict, Optional, Tuple
 
 import torch
@@ -65,6 +66,8 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
         No token is dropped unless moe_eval_capacity_token_fraction says so: the branch's quarter
         of a batch is meant for long ones, and a sentence's score should not hang on its company.
         """
+        if "://" not in model_name_or_path and not os.path.exists(model_name_or_path):
+            raise UserError(f"{model_name_or_path}: no such folder; it should have the checkpoint")
         kwargs.setdefault("moe_eval_capacity_token_fraction", 1.0)
         return super().from_pretrained(
             model_name_or_path, checkpoint_file, data_name_or_path, **kwargs
