@@ -36,6 +36,10 @@ class FairseqFusedAdam(FairseqAdam):
         self._optimizer = FusedAdam(params, **self.optimizer_config)
 
 
+# fairseq goes on from a state whose optimizer has this name (fairseq/trainer.py:597@0.12.2).
+FairseqFusedAdam.__name__ = FairseqAdam.__name__
+
+
 class FusedAdam(torch.optim.AdamW):
     """PyTorch's fused AdamW with fairseq's place of epsilon and fairseq's state: `step` a whole
     number, `exp_avg`, `exp_avg_sq`."""

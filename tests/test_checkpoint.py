@@ -431,6 +431,14 @@ def test_adafactor_goes_on_where_its_factors_span_the_same_experts(data, tmp_pat
     assert "--reset-optimizer" in error_of(0, train, 1, line)
 
 
+def test_a_run_goes_on_with_either_adam(data, runs, tmp_path):
+    folder, losses = runs(2, 4)
+    resumed = resume(data, folder, 2, 4, "--optimizer fused_adam")
+    assert resumed == pytest.approx(losses[SAVED:], rel=1e-5)
+    assert first_run(data, tmp_path, 1, 4, "--optimizer fused_adam") == pytest.approx(losses, 1e-5)
+    assert resume(data, tmp_path, 1, 4) == pytest.approx(losses[SAVED:], rel=1e-5)
+
+
 def test_one_process_writes_the_file_of_stock(data, runs):
     folder, _ = runs(1, 4)
     state = torch.load(folder / "checkpoint_last.pt", weights_only=True)
