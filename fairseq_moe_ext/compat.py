@@ -19,6 +19,7 @@ import datetime
 import difflib
 import functools
 import importlib.util
+import logging
 import os
 import pickle
 import re
@@ -869,6 +870,7 @@ def one_line_errors() -> None:
             if mistake is None:
                 raise
         print(f"error: {mistake}", file=sys.stderr, flush=True)
+        _end_at_once_where_others_wait()
         raise SystemExit(1)
 
     def excepthook(kind, error, traceback):
@@ -890,6 +892,17 @@ def one_line_errors() -> None:
     utils.call_main = call_main
     if os.path.basename(sys.argv[0] if sys.argv else "").startswith("fairseq-"):
         sys.excepthook = excepthook
+
+
+def _end_at_once_where_others_wait() -> None:
+    """End one of many processes with status 1. Python's own end takes Gloo's threads down in the
+    midst of an exchange, and they abort (terminate called without an active exception, 134)."""
+    import torch.distributed
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(1)
 
 
 def _mistake_to_print(error: BaseException) -> Optional[str]:
