@@ -1,7 +1,8 @@
 """What evaluations of a checkpoint have in common before they begin."""
 
+import ast
 from pathlib import Path
-from typing import Any
+from typing import Any, Dict, Optional
 
 import torch
 
@@ -12,6 +13,19 @@ def check_path(path: Path) -> None:
     """Raise UserError unless --path is a file, or the stem of the branch's files."""
     if not path.is_file() and not list(path.parent.glob(path.stem + "-*")):
         raise UserError(f"--path {path}: no such checkpoint")
+
+
+def parse_overrides(text: Optional[str]) -> Dict[str, Any]:
+    """--model-overrides, a Python dictionary. Raises UserError for what is none."""
+    if not text:
+        return {}
+    try:
+        found = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"--model-overrides {text}: not a Python dictionary, as \"{{'a': 1}}\"")
+    return found
 
 
 def language_modeling_task(folder: Path, tokens_per_sample: int):

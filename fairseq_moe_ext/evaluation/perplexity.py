@@ -23,7 +23,7 @@ from ..errors import UserError
 from . import capacity
 from .cost_table import markdown, plain
 from .expert_use import write_json
-from .loading import check_path, language_modeling_task
+from .loading import check_path, language_modeling_task, parse_overrides
 
 _LOGITS = 2**24  # that exist at a time
 
@@ -257,6 +257,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="page to draw --sweep-capacity on (default: capacity.html)",
     )
     parser.add_argument("--cpu", action="store_true", help="no GPU, though there is one")
+    parser.add_argument(
+        "--model-overrides", metavar="DICT", help="settings of the model, as fairseq-eval-lm's"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here, too")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
 
@@ -276,6 +279,7 @@ def run(args: argparse.Namespace) -> None:
     for flag, file in (("--json", args.json), ("--figure", args.figure)):
         if file is not None and not file.parent.is_dir():
             raise UserError(f"{flag} {file}: no folder {file.parent}; make it first")
+    overrides = parse_overrides(args.model_overrides)
     check_path(args.path)
     first = next(iter(data_bin.find_corpora(args.data[0]).values()), None)
     if first is None:
@@ -284,7 +288,9 @@ def run(args: argparse.Namespace) -> None:
         corpora = data_bin.find_corpora(data)
         data_bin.check_dictionaries(first, corpora)
     task = language_modeling_task(first, args.context or 1)
-    models, cfg = checkpoint_utils.load_model_ensemble([str(args.path)], task=task)
+    models, _ = checkpoint_utils.load_model_ensemble(
+        [str(args.path)], arg_overrides=overrides, task=task
+    )
     model = models[0].eval()
     if torch.cuda.is_available() and not args.cpu:
         model = model.cuda()

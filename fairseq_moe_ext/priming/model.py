@@ -6,7 +6,6 @@ numbers do not depend on its company, nor on the number of processes, but for ro
 """
 
 import argparse
-import ast
 import contextlib
 import os
 from pathlib import Path
@@ -20,7 +19,12 @@ from tqdm import tqdm
 
 from ..data_bin import DICTIONARY
 from ..errors import UserError
-from ..evaluation.loading import check_path, language_modeling_task, set_gates
+from ..evaluation.loading import (
+    check_path,
+    language_modeling_task,
+    parse_overrides,
+    set_gates,
+)
 from ..expert_parallel import all_gather, process_count, process_rank
 from ..models.language_model import MoETransformerLanguageModel
 from .scoring import Row
@@ -89,7 +93,7 @@ def load(
 
     check_files(path, data)
     models, _ = checkpoint_utils.load_model_ensemble(
-        [str(path)], arg_overrides=_overrides(overrides), task=language_modeling_task(data, 1)
+        [str(path)], arg_overrides=parse_overrides(overrides), task=language_modeling_task(data, 1)
     )
     model = models[0].eval()
     if not isinstance(model, MoETransformerLanguageModel):
@@ -112,18 +116,6 @@ def load_in_context(
     if context is not None and context > longest:
         raise UserError(f"--context {context}: the model takes {longest} at most")
     return model, context or longest
-
-
-def _overrides(text: Optional[str]) -> Dict[str, Any]:
-    if not text:
-        return {}
-    try:
-        found = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        found = None
-    if not isinstance(found, dict):
-        raise UserError(f"--model-overrides {text}: not a Python dictionary, as \"{{'a': 1}}\"")
-    return found
 
 
 class ModelScorer:

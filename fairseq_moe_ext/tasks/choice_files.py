@@ -47,7 +47,7 @@ class ChoiceFiles:
             UserError: no such folder or data set, or a labels.txt that names no classes.
         """
         if not folder.is_dir():
-            raise UserError(f"--choice-data {folder}: no such folder")
+            raise UserError(f"--choice-data {folder}: no such folder; name that of the questions")
         if name is not None and name not in NAMES:
             raise UserError(
                 f"--choice-task {name}: unknown; there are {', '.join(NAMES)}; for files of one's "

@@ -137,6 +137,12 @@ def test_it_gives_what_fairseq_eval_lm_gives(trained, caplog, capsys, tmp_path):
     both = [one["perplexity"] for one in found["sets"].values()]
     assert found["mean"]["all"]["perplexity"] == pytest.approx(sum(both) / 2)
 
+    overrides = "{'moe_experts_on_disk':True}"
+    assert cli.main([*line.split(), "--model-overrides", overrides]) == 0
+    again = json.loads(out.read_text())
+    for name, one in found["sets"].items():
+        assert again["sets"][name]["perplexity"] == pytest.approx(one["perplexity"], rel=1e-5)
+
     page = tmp_path / "page.html"
     line += f" --sweep-capacity 0.02,1.0 --stride 16 --figure {page}"
     assert cli.main(line.split()) == 0
@@ -157,6 +163,7 @@ def test_it_gives_what_fairseq_eval_lm_gives(trained, caplog, capsys, tmp_path):
         ("--sweep-capacity 0.1,x", "--sweep-capacity x: use shares"),
         ("--context 64", "--context 64: the model takes 32 at most"),
         ("--stride 33", "--stride 33 is above --context 32"),
+        ("--model-overrides 5", "--model-overrides 5: not a Python dictionary"),
         ("--json no/x.json", "--json no/x.json: no folder no; make it first"),
         ("--sweep-capacity 1 --figure no/x.html", "--figure no/x.html: no folder no"),
         ("--subset nothing", "no data-bin nothing"),
