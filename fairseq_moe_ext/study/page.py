@@ -212,7 +212,7 @@ def html(result: Dict[str, Any], charts: Dict[str, Chart], use: Any, tuned: Any)
     parts += [report.folded("The paper's fine-tuning", report.table(*tables.paper_tuned()))]
     parts += [
         report.heading("What of the paper is here"),
-        report.table(*tables.contents(runs, use is not None, tuned is not None), css="words"),
+        report.table(*tables.contents(result, use is not None, tuned is not None), css="words"),
         report.paragraph(
             "The paper's text was not at hand when this was made: its other figures and tables are "
             "named by what they show.",

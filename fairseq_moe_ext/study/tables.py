@@ -96,7 +96,8 @@ def bias(runs: Runs) -> Table:
             for one in run["priming"].get("bias", []):  # older files lack it
                 for key, value in one["domains"]["overall"].items():
                     if key != "questions":
-                        row = found.setdefault(f"{one['task']}, {key}", {})
+                        label = key.upper() if key in ("lms", "ss", "icat") else key
+                        row = found.setdefault(f"{one['task']}, {label}", {})
                         row.setdefault(name, []).append(value)
     rows = [
         [label, *(f"{sum(v) / len(v):.1f}" if (v := row.get(n)) else "" for n in by_model)]
@@ -111,16 +112,23 @@ def paper_stereoset() -> Table:
     return ["", "LMS", "SS", "ICAT"], rows
 
 
-def contents(runs: Runs, use: bool, fine_tuning: bool) -> Table:
+def contents(result: Dict[str, Any], use: bool, fine_tuning: bool) -> Table:
     """What the paper shows, and where it is on the page, in our numbers and in the paper's."""
+    runs = result["runs"]
+    curves = {group for group, found in result["factors"].items() if found["curve"]}
+    sets = len(curves & set(runs[0]["sets"]))
     shots = [int(n) for n in runs[0]["priming"]["mean"]]
     few = ", ".join(str(n) for n in shots if n)
     primed = "not measured: `priming` in the study's file"
     absent = "numbers not at hand"
     rows = [
-        ["Speed-up factors, figure 1", "drawn", "drawn, read off"],
+        [
+            "Speed-up factors, figure 1",
+            "drawn" if curves & set(results.GROUPS) else "no factor",
+            "drawn, read off",
+        ],
         ["Perplexity against compute, figure 2", "drawn", "drawn, read off"],
-        ["Speed-up on single sets", f"drawn, {len(runs[0]['sets'])} sets", absent],
+        ["Speed-up on single sets", f"drawn, {sets} of {len(runs[0]['sets'])} sets", absent],
         [
             "Zero-shot accuracy against compute",
             "drawn" if 0 in shots else primed,

@@ -55,7 +55,7 @@ def test_the_page_shows_the_numbers_and_nothing_from_outside(tmp_path, capsys):
     assert "30.15 ± 0.05" in html and "<td>2.00</td>" in html, "perplexity over seeds, dropped"
     assert "Layer 1:" in html and "paper: 8 to 16" in html
     assert "<td>40.0</td>" in html, "accuracy of copa, mean of 35 and 45"
-    assert "stereoset, icat" in html and "<td>82.5</td>" in html, "mean of 82 and 83"
+    assert "stereoset, ICAT" in html and "<td>82.5</td>" in html, "mean of 82 and 83"
     assert "<td>77.4</td>" in html, "ICAT of the paper's 125M"
     assert "MoE, frozen gate" in html and "<td>61.2</td>" in html and "<td>−1.5</td>" in html
     for mean in ("71.3", "75.1", "79.1", "84.3", "65.5", "68.8", "67.4"):  # shared/paper.md
@@ -68,7 +68,7 @@ def test_the_page_shows_the_numbers_and_nothing_from_outside(tmp_path, capsys):
 
 def test_what_of_the_paper_is_not_on_the_page_is_said(tmp_path):
     found = made_result(tmp_path)
-    rows = {row[0]: row[1:] for row in tables.contents(found["runs"], False, True)[1]}
+    rows = {row[0]: row[1:] for row in tables.contents(found, False, True)[1]}
     assert rows["Zero-shot accuracy against compute"][0] == rows["Speed-up factors, figure 1"][0]
     assert rows["Few-shot accuracy"][0].startswith("not measured")
     assert rows["Use of experts by layer and set"][0] == "not given: --expert-use"
@@ -86,6 +86,7 @@ def test_a_family_of_one_point_is_drawn_and_said(tmp_path):
     made_result(tmp_path, moe=((1e12, 20.0),))
     assert cli.main(["report", str(tmp_path)]) == 0
     html = (tmp_path / "report.html").read_text()
+    assert "<td>no factor</td>" in html and "<td>drawn, 0 of 2 sets</td>" in html
     assert "the MoE family has 1 point" in html and "no measurements" in html
     svg = (tmp_path / "figures" / "performance-near.svg").read_text()
     assert len(re.findall(r'class="m s1"', svg)) == 1
