@@ -146,8 +146,7 @@ def _joins_parameters(of: trainer.Trainer) -> bool:
 
 
 def _finetune_from_the_branch() -> None:
-    """fairseq/checkpoint_utils.py:223 wants --finetune-from-model to exist, and tells with a
-    traceback when it does not."""
+    """fairseq/checkpoint_utils.py:229 wants --finetune-from-model to exist."""
     stock = checkpoint_utils.load_checkpoint
 
     @functools.wraps(stock)
@@ -156,12 +155,6 @@ def _finetune_from_the_branch() -> None:
             files = find(cfg.finetune_from_model)
             if files is not None:
                 cfg.finetune_from_model = files.shared
-        try:
-            return stock(cfg, *args, **kwargs)
-        except ValueError as error:
-            words = str(error).split(": {")[0]  # all settings follow
-            if not words.startswith("--finetune-from-model"):
-                raise
-            raise UserError(words) from error
+        return stock(cfg, *args, **kwargs)
 
     checkpoint_utils.load_checkpoint = load_checkpoint

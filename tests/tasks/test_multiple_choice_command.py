@@ -64,12 +64,6 @@ def test_it_learns_stops_early_and_validates_alike(data, classes, pretrained, tm
     assert "test_accuracy_low" in records(tested, "test")[-1]
 
 
-def test_nothing_to_tune_is_one_line(data, choices, tmp_path):
-    done = finetune(data, choices, tmp_path, "--finetune-from-model", "no.pt", check=False)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1] == "error: --finetune-from-model no.pt does not exist"
-
-
 @pytest.fixture(scope="module")
 def of_branch(data, tmp_path_factory):
     """A checkpoint as two processes of fairseq's moe branch write it."""
