@@ -38,6 +38,19 @@ def test_figure_2_gives_figure_1(where):
     assert (paper.DENSE_ZFLOPS, paper.MOE_ZFLOPS) == (DENSE_COST, MOE_COST)
 
 
+def test_zero_shot_means_give_their_curve_of_figure_1():
+    """paper.md, "Priming protocol" and "Speed-up factor"."""
+    dense, moe = [53.6, 60.4, 66.8, 69.6, 72.2, 74.2], [62.4, 68.2, 70.8, 75.0]
+    printed = [(1.55, 3.6), (5.05, 3.9), (7.1, 2.8), (17.1, 2.3), (32.7, 2.05)]
+    found = speedup_factors(list(zip(DENSE_COST, dense)), list(zip(MOE_COST, moe)))
+    for cost, factor in printed:
+        nearest = min(found, key=lambda f: abs(math.log(f.dense_cost / cost)))
+        assert nearest.dense_cost == pytest.approx(cost, rel=0.04)
+        assert nearest.factor == pytest.approx(factor, rel=0.04)
+    assert paper.ZERO_SHOT == {"dense": dense, "moe": moe}
+    assert paper.FIGURE_1["0-shot"] == printed
+
+
 def test_half_way_in_performance_is_half_way_in_the_logarithm_of_cost():
     family = [(1.0, 30.0), (100.0, 10.0)]
     assert cost_to_reach(family, 20.0) == pytest.approx(10.0)
