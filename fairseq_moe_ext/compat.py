@@ -213,6 +213,32 @@ def data_bins_beyond_2_gib() -> None:
     MMapIndexedDatasetBuilder.finalize = finalize
 
 
+def named_dictionaries() -> None:
+    """Tell of a dict.txt that is none in one line with its name (UserError).
+
+    Breaks: a traceback that ends in the line that is wrong, without the file.
+    Where: fairseq/data/dictionary.py:229.
+    Ends: never.
+    """
+    from fairseq.data import Dictionary
+
+    stock = Dictionary.add_from_file
+
+    @functools.wraps(stock)
+    def add_from_file(self, f):
+        try:
+            return stock(self, f)
+        except (RuntimeError, ValueError) as error:
+            if not isinstance(f, str):  # stock calls itself with the open file
+                raise
+            twice = re.search(r"loading Dictionary: ('.*')\. Duplicate", str(error))
+            reason = f"{twice[1]} stands in it twice" if twice else _first_line(error)
+            remedy = "use the dict.txt that the model was trained with"
+            raise UserError(f"{f}: {reason}; {remedy}") from error
+
+    Dictionary.add_from_file = add_from_file
+
+
 def checked_data_bins() -> None:
     """Refuse a data-bin with a missing, truncated or foreign file, naming it and both sizes.
 
@@ -992,6 +1018,7 @@ PATCHES = (
     Patch(numpy_aliases, needed=lambda: _numpy_is((1, 24))),
     Patch(data_bins_beyond_2_gib, needed=lambda: _numpy_is((2, 0))),
     Patch(checked_data_bins, needed=_always),
+    Patch(named_dictionaries, needed=_always),
     Patch(checkpoints_without_code, needed=_always),
     Patch(whole_checkpoint_copies, needed=lambda: importlib.util.find_spec("iopath") is None),
     Patch(broadcast_of_objects, needed=lambda: _torch_is((2, 6))),

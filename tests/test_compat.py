@@ -20,7 +20,7 @@ import numpy
 import pytest
 import torch
 from fairseq import checkpoint_utils, utils
-from fairseq.data import TokenBlockDataset, data_utils, indexed_dataset
+from fairseq.data import Dictionary, TokenBlockDataset, data_utils, indexed_dataset
 from fairseq.distributed import utils as distributed_utils
 
 from fairseq_moe_ext import compat
@@ -724,3 +724,19 @@ def test_the_header_of_an_index_is_as_check_data_bin_reads_it(work):
 def test_user_dir_of_an_imported_package_is_accepted():
     package = Path(compat.__file__).parent
     utils.import_user_module(argparse.Namespace(user_dir=str(package)))
+
+
+@pytest.mark.parametrize(
+    "lines, words",
+    [
+        ("5 1\n6 1\n5 1\n", "dict.txt: '5' stands in it twice; use the dict.txt that the model"),
+        ("5 1\nsix\n", "dict.txt: Incorrect dictionary format, expected"),
+    ],
+)
+def test_a_dictionary_that_is_none_is_named(tmp_path, lines, words):
+    (tmp_path / "dict.txt").write_text(lines)
+    with pytest.raises(UserError) as error:
+        Dictionary.load(str(tmp_path / "dict.txt"))
+    assert f"{tmp_path}/{words}" in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(FileNotFoundError):
+        Dictionary.load(str(tmp_path / "none.txt"))
