@@ -355,7 +355,8 @@ def peak_memory(corpus, dest):
     """Peak memory in MB of preparing one file of text, in a process of its own."""
     script = (
         "import sys, resource; from fairseq_moe_ext import cli; "
-        "from fairseq_moe_ext.prepare import encode; encode.CHUNK_CHARACTERS = 1 << 17; "
+        "from fairseq_moe_ext.prepare import binarize, encode; "
+        "encode.CHUNK_CHARACTERS = 1 << 17; binarize._BLOCK = 1 << 14; "
         "status = cli.main(sys.argv[1:]); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(status)"
     )
