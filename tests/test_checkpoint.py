@@ -256,6 +256,15 @@ def test_sharded_runs_go_on_under_any_backend(data, runs, sharded_run, then, opt
     assert resume(data, folder, then, 4, options) == pytest.approx(losses[SAVED:], rel=1e-5)
 
 
+def test_bfloat16_goes_on_sharded_and_back(data, tmp_path):
+    """Whose optimizer states are the same, but for the name that fairseq gives the optimizer."""
+    runs = [(2, f"{SHARDED} 0"), (1, "")]
+    for (first, backend), (then, other) in (runs, runs[::-1]):
+        losses = first_run(data, tmp_path / str(first), first, 4, f"--bf16 {backend}")
+        resumed = resume(data, tmp_path / str(first), then, 4, f"--bf16 {other}")
+        assert resumed == pytest.approx(losses[SAVED:], rel=0.02)
+
+
 @pytest.mark.parametrize("first", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_other_runs_go_on_sharded(data, runs, first):
     folder, losses = runs(first, 4)

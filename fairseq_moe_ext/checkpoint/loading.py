@@ -74,10 +74,31 @@ def apply() -> None:
         refuse_folder(path)
         together = _loading is not None and saves_together(_loading.trainer)
         with same_error_on_all_ranks() if together else contextlib.nullcontext():
-            return _with_own_experts(path, stock(path, *args, **kwargs))
+            state = _with_own_experts(path, stock(path, *args, **kwargs))
+        if _loading is not None and _loading.optimizer:
+            _name_the_optimizer_as_here(state, _loading.trainer)
+        return state
 
     checkpoint_utils.torch.load = read_mapped
     checkpoint_utils.load_checkpoint_to_cpu = load_checkpoint_to_cpu
+
+
+def _name_the_optimizer_as_here(state: Dict[str, Any], trainer: Trainer) -> None:
+    """With --bf16 fairseq's FP16Optimizer keeps float32 parameters for an optimizer, and its state
+    is that of the optimizer; FSDP has them itself, and the optimizer no wrapper. A run goes on with
+    either, though fairseq/trainer.py:597@0.12.2 compares names."""
+    history = state.get("optimizer_history")
+    if not history or state.get("last_optimizer_state") is None:
+        return
+    saved, own, wrapper = history[-1]["optimizer_name"], trainer.optimizer, "FP16Optimizer"
+    if type(own).__name__ == wrapper and trainer.cfg.common.bf16:
+        same = saved == type(own.fp32_optimizer).__name__
+    else:
+        kind = ((state.get("cfg") or {}).get("optimizer") or {}).get("_name")
+        same = saved == wrapper and kind == trainer.cfg.optimizer._name
+        same = same and fully_sharded.is_sharded(trainer.get_model())
+    if same:
+        history[-1] = {**history[-1], "optimizer_name": type(own).__name__}
 
 
 def refuse_folder(path: str) -> None:
