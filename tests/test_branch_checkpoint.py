@@ -510,6 +510,14 @@ def test_an_optimizer_state_that_does_not_fit(tmp_path, data):
     with pytest.raises(UserError, match="--fp16-no-flatten-grads is given.*--reset-optimizer"):
         restored(0, data, path, "--fp16", 1)
 
+    def cut(state):
+        of_first = next(iter(state["last_optimizer_state"]["state"].values()))
+        of_first["exp_avg"] = of_first["exp_avg"][:-1].clone()
+
+    change(tmp_path / "run" / "model-rank-1.pt", cut)
+    with pytest.raises(UserError, match="same shape for all experts; add --reset-optimizer"):
+        restored(0, data, path, "", 1)
+
     def flat(state):
         state["last_optimizer_state"]["param_groups"][0]["params"] = [0]
 

@@ -432,6 +432,28 @@ def test_an_optimizer_state_that_does_not_fit_is_told_in_one_line(data, runs):
         assert "--reset-optimizer" in message
 
 
+@pytest.mark.parametrize("part", ["shared", "experts"])
+def test_an_optimizer_state_of_other_shapes_is_told_in_one_line(data, runs, tmp_path, part):
+    path, files = copy_of(runs, tmp_path)
+    if part == "shared":
+        state = torch.load(path, weights_only=True)
+        next(iter(state["last_optimizer_state"]["state"].values()))["exp_avg"] = torch.zeros(3, 3)
+        torch.save(state, path)
+    else:
+        content = torch.load(files[1], weights_only=True)
+        of_first = next(iter(content["optimizer"].values()))
+        of_first["exp_avg"] = of_first["exp_avg"][:, :-1].clone()
+        torch.save(content, files[1])
+        state = torch.load(path, weights_only=True)
+        state["experts"]["files"][1]["bytes"] = files[1].stat().st_size
+        torch.save(state, path)
+    line = f"{data} {TRAIN} --moe-expert-count 4 --save-dir {path.parent} --no-save"
+    messages = [error_of(0, train, 1, line), *run_processes(2, error_of, train, 2, line)]
+    for message in messages:
+        assert f"{path}: " in message and "optimizer" in message and "\n" not in message
+        assert "--reset-optimizer" in message
+
+
 def test_adafactor_goes_on_where_its_factors_span_the_same_experts(data, tmp_path):
     options = "--optimizer adafactor"
     losses = first_run(data, tmp_path, 2, 4, options)

@@ -150,6 +150,8 @@ def _merged(
     for key, first in entries[0].items():
         values = [entry[key] for entry in entries]
         if isinstance(first, Tensor) and first.dim() > 0:
+            if any(value.shape != first.shape for value in values):
+                raise unfit(files, f"{key} of {name} has not the same shape for all experts")
             merged[key] = first.clone() if stack is None else stack(values)
         elif all(value == first for value in values):
             merged[key] = first

@@ -94,7 +94,7 @@ def _name_the_optimizer_as_here(state: Dict[str, Any], trainer: Trainer) -> None
     if type(own).__name__ == wrapper and trainer.cfg.common.bf16:
         same = saved == type(own.fp32_optimizer).__name__
     else:
-        kind = ((state.get("cfg") or {}).get("optimizer") or {}).get("_name")
+        kind = getattr((state.get("cfg") or {}).get("optimizer"), "_name", None)
         same = saved == wrapper and kind == trainer.cfg.optimizer._name
         same = same and fully_sharded.is_sharded(trainer.get_model())
     if same:
@@ -226,15 +226,19 @@ def _own_optimizer_state(
     same_experts = len(pieces) == 1 and pieces[0].count == place.local
     own = {}
     for key, value in states[0].items():
-        if isinstance(value, Tensor) and value.shape == pieces[0].model[name].shape:
+        of_each = [
+            isinstance(s.get(key), Tensor) and s[key].shape == piece.model[name].shape
+            for piece, s in zip(pieces, states)
+        ]
+        if all(of_each):
             own[key] = _rows(place, [(piece, s[key]) for piece, s in zip(pieces, states)])
         elif not isinstance(value, Tensor) or value.numel() == 1 or same_experts:
             own[key] = _copy(value)
         else:
             raise UserError(
-                f"{path}: the optimizer's {key} of {name} joins several experts and cannot be "
-                "spread over another number of processes: use as many as wrote it, or "
-                "--reset-optimizer"
+                f"{path}: the optimizer's {key} of {name} joins several experts, or is damaged, "
+                "and cannot be spread over another number of processes: use as many as wrote it, "
+                "or --reset-optimizer"
             )
     return own
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from typing import Any
 
 from fairseq import checkpoint_utils
 from fairseq.trainer import Trainer
+from torch import Tensor
 
 from .. import fully_sharded
 from ..errors import UserError
 from ..expert_parallel import all_gather, process_count
 from .experts import saves_together
 from .loading import loading, refuse_folder
-from .together import check_code_versions
+from .together import check_code_versions, same_error_on_all_ranks
 
 
 def apply() -> None:
@@ -36,7 +38,10 @@ def apply() -> None:
             settings.load_checkpoint_on_all_dp_ranks = True
         try:
             with loading(self, optimizer=not reset_optimizer):
-                return stock(self, filename, reset_optimizer, *args, **kwargs)
+                extra_state = stock(self, filename, reset_optimizer, *args, **kwargs)
+            if extra_state is not None and not reset_optimizer:
+                _check_optimizer_state(self, filename)
+            return extra_state
         except (AssertionError, ValueError) as error:
             text = str(error)
             if "please reset the optimizer" in text:  # fairseq/trainer.py:580
@@ -53,6 +58,23 @@ def apply() -> None:
 
     Trainer.load_checkpoint = load_checkpoint
     _tell_what_cannot_be_finetuned()
+
+
+def _check_optimizer_state(trainer: Trainer, filename: str) -> None:
+    """Raises UserError, on all ranks, where what the optimizer remembers of each number of a
+    parameter has not the parameter's shape; PyTorch finds that at the first update."""
+    with same_error_on_all_ranks() if process_count() > 1 else contextlib.nullcontext():
+        for parameter, state in getattr(trainer.optimizer.optimizer, "state", {}).items():
+            for key in _OF_EACH_NUMBER & state.keys():
+                if isinstance(state[key], Tensor) and state[key].shape != parameter.shape:
+                    raise UserError(
+                        f"{filename}: its optimizer state does not fit: {key} is of shape "
+                        f"{tuple(state[key].shape)} for a parameter of {tuple(parameter.shape)}; "
+                        "copy the checkpoint again, or add --reset-optimizer"
+                    )
+
+
+_OF_EACH_NUMBER = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}
 
 
 def _tell_what_cannot_be_finetuned() -> None:
