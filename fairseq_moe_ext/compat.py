@@ -13,6 +13,7 @@ condition stands beside it in the table. Functions of fairseq are wrapped, never
 """
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import datetime
@@ -709,7 +710,9 @@ def processes_that_meet_and_part() -> None:
         start = functools.partial(torch.distributed.init_process_group, **limit)
         utils.dist = _View(torch.distributed, init_process_group=start)
         try:
-            return stock(cfg)
+            rank = stock(cfg)
+            atexit.register(_part)
+            return rank
         except RuntimeError as error:
             where = settings.distributed_init_method
             if where == "env://":
@@ -730,6 +733,14 @@ def processes_that_meet_and_part() -> None:
             utils.dist = torch.distributed
 
     utils.distributed_init = distributed_init
+
+
+def _part() -> None:
+    """End Gloo's threads before Python ends; or now and then they abort a process that is done."""
+    from torch import distributed
+
+    if distributed.is_initialized() and distributed.get_backend() == "gloo":
+        distributed.destroy_process_group()
 
 
 _LOST = re.compile(  # what Gloo, NCCL and the meeting point say when a process has gone
