@@ -27,6 +27,7 @@ import re
 import shutil
 import struct
 import sys
+import time
 import types
 import warnings
 import zipfile
@@ -736,11 +737,13 @@ def processes_that_meet_and_part() -> None:
 
 
 def _part() -> None:
-    """End Gloo's threads before Python ends; or now and then they abort a process that is done."""
+    """Let Gloo's threads finish before Python ends. One that lets go of a tensor after that asks
+    for the interpreter's lock, and aborts a process that is done."""
     from torch import distributed
 
     if distributed.is_initialized() and distributed.get_backend() == "gloo":
         distributed.destroy_process_group()
+        time.sleep(0.1)  # a model under DDP may keep them
 
 
 _LOST = re.compile(  # what Gloo, NCCL and the meeting point say when a process has gone
