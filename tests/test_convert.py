@@ -192,6 +192,7 @@ def test_the_branch_s_own_files(tmp_path):
         ours = load(tmp_path / f"x-{part}.pt")
         for key in ("model", "last_optimizer_state"):
             assert same(ours[key], theirs[key]), (part, key)
+        assert ours["cfg"]["model"].keys() == theirs["cfg"]["model"].keys()
         assert ours["extra_state"]["train_iterator"] == theirs["extra_state"]["train_iterator"]
 
 

@@ -1,7 +1,6 @@
 """No random numbers for a model that a checkpoint fills in the next moment.
 
-A model of 1.3 GB spends 15 times as long on being initialised as its file takes to read
-(benchmarks/start_up.py).
+Initialising a model takes longer than reading its file (benchmarks/start_up.py measures loading).
 """
 
 import contextlib

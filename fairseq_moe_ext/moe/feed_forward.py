@@ -16,7 +16,7 @@ from .side_by_side import for_each_expert
 
 
 class Weights(NamedTuple):
-    """Of E experts; stacked, or a sequence of each expert's."""
+    """Of E experts; stacked, or a sequence of each expert's, in any precision and place."""
 
     w1: Sequence[Tensor]  # (E, F, D)
     b1: Sequence[Tensor]  # (E, F)
@@ -101,9 +101,9 @@ def _compute(
         if counts[e] == 0:
             return
         room = None if hidden_of is None else hidden_of[e]
-        h = torch.addmm(b1[e].to(x.dtype), x_of[e], w1[e].to(x.dtype).t(), out=room)
+        h = torch.addmm(b1[e].to(x), x_of[e], w1[e].to(x).t(), out=room)
         h = _activated(activation, h, mask_of, e)
-        torch.addmm(b2[e].to(x.dtype), h, w2[e].to(x.dtype).t(), out=out_of[e])
+        torch.addmm(b2[e].to(x), h, w2[e].to(x).t(), out=out_of[e])
 
     for_each_expert(compute, counts, 2 * w1[0].numel(), x.device.type == "cpu")
     return out

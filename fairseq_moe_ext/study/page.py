@@ -40,7 +40,9 @@ def run(args: argparse.Namespace) -> None:
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if args.png and browser is None:
         raise UserError(f"--png: none of {', '.join(BROWSERS)} is on PATH: install one")
-    result = _read(args.folder / "result.json", {"runs", "factors"}, "run `fairseq-moe study`")
+    result = _read(
+        args.folder / "result.json", {"runs", "factors"}, "run `fairseq-moe study` first"
+    )
     use = None
     if args.expert_use is not None:
         use = _read(

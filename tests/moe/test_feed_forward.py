@@ -94,6 +94,13 @@ def test_without_gradients_no_hidden_numbers_are_kept():
     assert_near(out, loop(x, COUNTS, weights, F.gelu), 1e-12, "evaluation")
 
 
+def test_listed_weights_come_to_where_the_rows_are():
+    x, weights, _ = made()
+    listed = Weights(*([part.detach() for part in each] for each in weights))
+    out = by_expert(x.detach().to("meta", torch.float32), COUNTS, listed, F.gelu)
+    assert (out.device.type, out.dtype, out.shape) == ("meta", torch.float32, x.shape)
+
+
 def test_grouped_products_serve_bfloat16_on_a_gpu_alone():
     x, weights, _ = made(torch.bfloat16)
     assert not grouped_serves(x, weights)

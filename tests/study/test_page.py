@@ -98,10 +98,11 @@ def test_a_family_of_one_point_is_drawn_and_said(tmp_path):
         (
             [],
             None,
-            "result.json: cannot be read (No such file or directory): run `fairseq-moe stud",
+            "result.json: cannot be read (No such file or directory): "
+            "run `fairseq-moe study` first",
         ),
         ([], "{", "result.json: cannot be read (not JSON: "),
-        ([], "{}", "result.json: lacks factors and runs: run `fairseq-moe study`"),
+        ([], "{}", "result.json: lacks factors and runs: run `fairseq-moe study` first"),
         (
             ["--expert-use"],
             "[]",

@@ -8,6 +8,7 @@ import torch
 from choice_data import batch_of
 from fairseq import checkpoint_utils
 from test_command_line import PACKAGE
+from test_convert import load, same
 
 from fairseq_moe_ext import cli
 from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
@@ -41,22 +42,8 @@ def tuned(request, data, choices, classes, tmp_path_factory):
     return scoring, folder / "checkpoint_best.pt"
 
 
-def load(path):
-    return torch.load(path, weights_only=True)
-
-
 def convert(*arguments):
     return cli.main(["convert", *map(str, arguments)])
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b) and a.dtype == b.dtype
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def scores(path):
