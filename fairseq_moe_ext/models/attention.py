@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from fairseq.incremental_decoding_utils import with_incremental_state
 from torch import Tensor, nn
 
+from ..products import Linear
+
 IncrementalState = Dict[str, Dict[str, Optional[Tensor]]]
 
 
@@ -19,10 +21,10 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.dropout = dropout
-        self.k_proj = nn.Linear(dim, dim)
-        self.v_proj = nn.Linear(dim, dim)
-        self.q_proj = nn.Linear(dim, dim)
-        self.out_proj = nn.Linear(dim, dim)
+        self.k_proj = Linear(dim, dim)
+        self.v_proj = Linear(dim, dim)
+        self.q_proj = Linear(dim, dim)
+        self.out_proj = Linear(dim, dim)
         # fairseq/modules/multihead_attention.py:167@0.12.2
         for proj in (self.k_proj, self.v_proj, self.q_proj):
             nn.init.xavier_uniform_(proj.weight, gain=1 / math.sqrt(2))

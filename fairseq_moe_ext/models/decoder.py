@@ -24,6 +24,7 @@ from ..fully_sharded import wrap_layer
 from ..moe.gate import GateSettings
 from ..moe.layer import MoELayer, MoEOutput
 from ..moe.pool import PROCESS
+from ..products import Linear
 from .attention import CausalSelfAttention, IncrementalState
 from .compiled import compiled
 
@@ -62,8 +63,8 @@ class DecoderLayer(nn.Module):
                 self.moe_layer = self._build_moe_layer(cfg)
                 return
             ffn_dim = cfg.alternate_decoder_ffn_embed_dim
-        self.fc1 = nn.Linear(dim, ffn_dim)
-        self.fc2 = nn.Linear(ffn_dim, dim)
+        self.fc1 = Linear(dim, ffn_dim)
+        self.fc2 = Linear(ffn_dim, dim)
 
     def _build_moe_layer(self, cfg: MoETransformerLMConfig) -> MoELayer:
         settings = GateSettings(
@@ -184,7 +185,7 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
         self.layernorm_embedding = LayerNorm(dim) if cfg.layernorm_embedding else None
         self.layers = nn.ModuleList(_build_layer(cfg, i) for i in range(cfg.decoder_layers))
         self.layer_norm = None if cfg.no_decoder_final_norm else LayerNorm(dim)
-        self.output_projection = nn.Linear(dim, len(dictionary), bias=False)
+        self.output_projection = Linear(dim, len(dictionary), bias=False)
         if self.share_input_output_embed:
             self.output_projection.weight = self.embed_tokens.weight
         else:

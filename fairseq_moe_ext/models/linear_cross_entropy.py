@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..products import add_product, product, write_product
+
 # Logits that exist at a time: 64 MB in float32, and matrix products still large enough.
 _CHUNK = 2**24
 # In float16 a probability of 1/50,000 is below the smallest normal number; gradients of the logits
@@ -52,7 +54,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = slice(start, start + chunk)
             x, keep = features[part], counted[part]  # (C, D), (C,)
             index = target[part].where(keep, 0).unsqueeze(1)  # (C, 1)
-            z = torch.mm(x, weight.t(), out=logits[: len(x)]).to(exact)  # (C, V)
+            z = logits[: len(x)]  # (C, V)
+            write_product(z, x, weight.t())
+            z = z.to(exact)
             at_target = z.gather(1, index).squeeze(1)
             top = z.amax(dim=1, keepdim=True)
             z.sub_(top).exp_()
@@ -66,10 +70,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             z.scatter_add_(1, index, keep.unsqueeze(1) * -torch.full_like(total, scale))
             z = z.to(features.dtype)
             if needs_features:
-                torch.mm(z, weight, out=grad_features[part])
+                grad_features[part] = product(z, weight)
             if needs_weight:
                 if exact == features.dtype:
-                    grad_weight.addmm_(z.t(), x)
+                    add_product(grad_weight, z.t(), x)
                 else:
                     grad_weight += z.t() @ (x / scale)
         ctx.scale = scale

@@ -1,9 +1,9 @@
 """Work on many experts, side by side on the cores of a CPU.
 
 A matrix product of few rows does not fill several cores: the threads that PyTorch splits it over
-wait for each other more than they compute. So each core takes the next expert and computes it
-alone. Of many rows it does, and is left to PyTorch, whose threads keep a core busy for some
-milliseconds after each work that they share, in wait of the next, at the cost of ours.
+wait for each other more than they compute. So each core takes the next expert, or block of experts,
+and computes it alone. Of many rows it does, and is left to PyTorch, whose threads keep a core busy
+for some milliseconds after each work that they share, in wait of the next, at the cost of ours.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ _WORTH = 2**22  # multiplications, about 0.1 ms; handing work to threads costs s
 _ENOUGH = 128  # rows that keep a core busy
 
 
-def for_each_expert(
-    work: Callable[[int], None], counts: Sequence[int], size: int, cpu: bool
-) -> None:
-    """Call work(e) for every expert e, each writing where no other does; without autograd.
+def side_by_side(work: Callable[[int], None], counts: Sequence[int], size: int, cpu: bool) -> None:
+    """Call work(i) for every expert or block of experts i, each writing where no other does;
+    without autograd.
 
     Args:
-        counts: rows of each expert.
+        counts: rows of each.
         size: multiplications a row takes.
         cpu: whether the work is on a CPU; elsewhere it goes one by one, as kernels are queued.
     """
@@ -38,16 +37,16 @@ def for_each_expert(
     # A dispatch mode, as torch's FLOP counter, sees its own thread alone.
     watched = torch._C._len_torch_dispatch_stack() > 0
     if threads == 1 or not shared or not few or watched or rows * size < _WORTH:
-        for expert in range(len(counts)):
-            work(expert)
+        for i in range(len(counts)):
+            work(i)
         return
     # The largest first, so that all end at about the same time; drawing the next one is atomic.
-    experts = iter(sorted(range(len(counts)), key=counts.__getitem__, reverse=True))
+    order = iter(sorted(range(len(counts)), key=counts.__getitem__, reverse=True))
 
     def share() -> None:
         with torch.no_grad():  # of each thread its own
-            for expert in experts:
-                work(expert)
+            for i in order:
+                work(i)
 
     pool = _Helpers.get(threads - 1)
     torch.set_num_threads(1)

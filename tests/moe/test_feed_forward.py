@@ -8,6 +8,7 @@ from closeness import assert_near
 from fairseq_moe_ext.moe.feed_forward import Weights, by_expert, grouped, grouped_serves
 
 COUNTS = [5, 0, 3, 1]
+MANY = [2, 0, 1, 3, 1, 0, 4] * 8  # few rows each: several experts make a block
 D, HIDDEN = 8, 16
 needs_grouped_mm = pytest.mark.skipif(
     not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm"
@@ -26,37 +27,38 @@ def loop(x, counts, weights, activation, mask=None, grad_scale=1.0):
     return torch.stack(rows)
 
 
-def made(dtype=torch.float64):
+def made(dtype=torch.float64, counts=COUNTS):
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    e = len(COUNTS)
+    e = len(counts)
     weights = normal(e, HIDDEN, D), normal(e, HIDDEN), normal(e, D, HIDDEN), normal(e, D)
-    x, mask = normal(sum(COUNTS), D), normal(sum(COUNTS), HIDDEN)
+    x, mask = normal(sum(counts), D), normal(sum(counts), HIDDEN)
     for each in (x, *weights):
         each.requires_grad_()
     return x, Weights(*weights), mask
 
 
-def results(way, x, weights, *rest):
+def results(way, x, weights, *rest, counts=COUNTS):
     inputs = [each for each in (x, *weights) if each.requires_grad]
-    out = way(x, COUNTS, weights, *rest)
+    out = way(x, counts, weights, *rest)
     return [out, *torch.autograd.grad(out.square().sum(), inputs)]
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("activation", [F.gelu, torch.relu, lambda h: h])
 @pytest.mark.parametrize("masked", [False, True])
-def test_output_and_gradients(way, activation, masked):
+@pytest.mark.parametrize("counts", [COUNTS, MANY], ids=["few", "many"])
+def test_output_and_gradients(way, activation, masked, counts):
     # grouped_mm has no float64
     dtype, near = (torch.float64, 1e-12) if way is by_expert else (torch.float32, 1e-5)
-    x, weights, mask = made(dtype)
+    x, weights, mask = made(dtype, counts)
     mask = mask if masked else None
     for mine, true in zip(
-        results(way, x, weights, activation, mask),
-        results(loop, x, weights, activation, mask),
+        results(way, x, weights, activation, mask, counts=counts),
+        results(loop, x, weights, activation, mask, counts=counts),
     ):
         assert_near(mine, true, near, way.__name__)
 

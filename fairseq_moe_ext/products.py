@@ -1,0 +1,158 @@
+"""Matrix products of float32 on a CPU, by the faster of the two libraries that PyTorch has.
+
+PyTorch gives them to MKL, which on AMD's processors does without AVX-512. oneDNN, which PyTorch has
+for convolutions and bfloat16, uses it, and takes half the time. Elsewhere, in other precisions, and
+under `torch.backends.mkldnn.flags(enabled=False)`, all is as PyTorch has it.
+"""
+
+import platform
+from pathlib import Path
+from typing import Iterator, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+_PART = 2**21  # numbers of a product that is to be copied
+
+
+class Linear(nn.Linear):
+    """torch.nn.Linear, whose second derivatives are not there where oneDNN computes it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+    """x (..., I), weight (O, I), bias (O,) -> (..., O), as torch.nn.functional.linear."""
+    if not _by_onednn(x, weight):
+        return F.linear(x, weight, bias)
+    out = _Linear.apply(x.reshape(-1, x.size(-1)), weight, bias)
+    return out.view(*x.shape[:-1], -1)
+
+
+def product(a: Tensor, b: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+    """a (N, K) @ b (K, M) + bias (M,) -> (N, M); without autograd."""
+    if _by_onednn(a, b):
+        return _onednn(a, b.t(), bias)
+    return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+
+
+def write_product(out: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
+    """out (N, M) = scale * a (N, K) @ b (K, M); without autograd."""
+    if not _by_onednn(a, b):
+        torch.addmm(out, a, b, beta=0, alpha=scale, out=out)  # with beta=0 out is not read
+    elif a.size(1) < 16 and a.size(0) % 16 == 0 and out.is_contiguous():
+        # Of so few terms a product is little more than its writing. MKL writes into place, and in
+        # strips of 16 rows up to twice as fast as at once.
+        strips = a.unflatten(0, (-1, 16))
+        b = b.expand(len(strips), *b.shape)
+        out = out.view(len(strips), 16, -1)
+        torch.baddbmm(out, strips, b, beta=0, alpha=scale, out=out)
+    else:
+        for room, part in _in_parts(out, a, b):
+            torch.mul(part, scale, out=room)
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out (N, M) += a (N, K) @ b (K, M); without autograd."""
+    if not _by_onednn(a, b):
+        out.addmm_(a, b)
+        return
+    for room, part in _in_parts(out, a, b):
+        room += part
+
+
+def _in_parts(out: Tensor, a: Tensor, b: Tensor) -> Iterator[Tuple[Tensor, Tensor]]:
+    """Parts of out, and of a @ b what belongs there: oneDNN cannot write into place, and a small
+    part is copied while the processor has it at hand."""
+    rows = out.size(0) >= out.size(1)
+    step = max(1, _PART // min(out.shape))
+    for start in range(0, max(out.shape), step):
+        part = slice(start, start + step)
+        if rows:
+            yield out[part], _onednn(a[part], b.t())
+        else:
+            yield out[:, part], _onednn(a, b[:, part].t())
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _onednn(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+        x, weight = ctx.saved_tensors
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        return (
+            _onednn(grad, weight.t()) if for_x else None,
+            _onednn(grad.t(), x.t()) if for_weight else None,
+            grad.sum(dim=0) if for_bias else None,
+        )
+
+
+def _by_onednn(a: Tensor, b: Tensor) -> bool:
+    return (
+        a.dtype == b.dtype == torch.float32
+        and a.device.type == b.device.type == "cpu"
+        and torch.backends.mkldnn.enabled
+        and _ONEDNN_IS_FASTER
+        and a.numel() > 0
+        and b.numel() > 0
+        and not _watched()
+    )
+
+
+def _watched() -> bool:
+    """Whether there is a dispatch mode, as torch's FLOP counter, which knows PyTorch's own products
+    alone. torch.compile has modes of its own, and knows this one."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+
+
+def _is_onednn_faster() -> bool:
+    return (
+        torch.backends.mkl.is_available()
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        and "AuthenticAMD" in _processor()
+    )
+
+
+def _processor() -> str:
+    """What the system says of its processor."""
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        return platform.processor()
+
+
+_ONEDNN_IS_FASTER = _is_onednn_faster()
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+    """x (N, I), weight (O, I), bias (O,) -> (N, O)"""
+    x, weight = _dense(x), _dense(weight)
+    if torch.compiler.is_compiling():
+        return _compiled_onednn(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+
+
+@torch.library.custom_op("fairseq_moe_ext::linear", mutates_args=())
+def _compiled_onednn(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    # torch.compile takes PyTorch's own operator with constant weights alone.
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+
+
+@_compiled_onednn.register_fake
+def _(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    return x.new_empty(x.size(0), weight.size(0))
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x (N, M) such that its numbers, or those of x.t(), follow each other in memory."""
+    return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()

@@ -1,0 +1,125 @@
+"""Products by oneDNN and as PyTorch has them, against sums in float64."""
+
+import pytest
+import torch
+from closeness import assert_near
+from torch.utils.flop_counter import FlopCounterMode
+
+from fairseq_moe_ext import products
+from fairseq_moe_ext.models.linear_cross_entropy import linear_cross_entropy
+from fairseq_moe_ext.moe.experts import Experts
+
+has_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+needs_onednn = pytest.mark.skipif(not has_onednn, reason="this PyTorch has no oneDNN")
+
+
+@pytest.fixture(params=[False, pytest.param(True, marks=needs_onednn)], ids=["mkl", "onednn"])
+def onednn(request, monkeypatch):
+    monkeypatch.setattr(products, "_ONEDNN_IS_FASTER", request.param)
+    return request.param
+
+
+LAYOUTS = {
+    "rows": lambda n, m: torch.randn(n, m),
+    "columns": lambda n, m: torch.randn(m, n).t(),
+    "a part": lambda n, m: torch.randn(n, m + 3)[:, :m],
+    "expanded": lambda n, m: torch.randn(n, 1).expand(n, m),
+}
+
+
+@pytest.mark.parametrize("n, k, m", [(1, 1, 1), (7, 65, 2), (32, 3, 17), (2, 16, 64), (33, 5, 1)])
+@pytest.mark.parametrize("b_layout", LAYOUTS)
+@pytest.mark.parametrize("a_layout", LAYOUTS)
+def test_every_shape_and_layout(n, k, m, a_layout, b_layout, onednn, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(products, "_PART", 16)
+    a, b, bias = LAYOUTS[a_layout](n, k), LAYOUTS[b_layout](k, m), torch.randn(m)
+    true = torch.einsum("nk,km->nm", a.double(), b.double())
+    assert_near(products.product(a, b), true, 1e-5, "product")
+    assert_near(products.product(a, b, bias), true + bias, 1e-5, "with bias")
+    for out in (torch.full((n, m), torch.nan), torch.full((n, m + 2), torch.nan)[:, :m]):
+        products.write_product(out, a, b, 0.5)
+        assert_near(out, 0.5 * true, 1e-5, "written")
+        products.add_product(out, a, b)
+        assert_near(out, 1.5 * true, 1e-5, "added")
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("frozen", [None, "x", "weight"])
+def test_linear_and_its_gradients(bias, frozen, onednn):
+    torch.manual_seed(0)
+    layer, x = products.Linear(5, 7, bias=bias), torch.randn(2, 3, 5)
+    layer.weight.requires_grad_(frozen != "weight")
+    x.requires_grad_(frozen != "x")
+
+    def results(compute, *inputs):
+        out = compute(*inputs)
+        wanted = [each for each in inputs if each is not None and each.requires_grad]
+        # The gradient of a sum is one number everywhere, without memory of its own.
+        return [out, *torch.autograd.grad(out.sum() + out.square().sum(), wanted)]
+
+    parameters = (layer.weight, layer.bias)
+    exact = [p if p is None else p.detach().double().requires_grad_(p.requires_grad)
+             for p in (x, *parameters)]  # fmt: skip
+    found = results(lambda x, *_: layer(x), x, *parameters)
+    true = results(
+        lambda x, w, b: torch.einsum("bti,oi->bto", x, w) + (0 if b is None else b), *exact
+    )
+    assert len(found) == len(true)
+    for mine, each in zip(found, true):
+        assert_near(mine, each, 1e-5)
+
+
+def test_no_rows(onednn):
+    layer = products.Linear(5, 7)
+    out = layer(torch.ones(0, 5))
+    out.sum().backward()
+    assert out.shape == (0, 7) and not layer.weight.grad.any()
+
+
+def test_experts_and_loss_in_float32(onednn, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(products, "_PART", 2**10)
+    experts, x = Experts(4, 32, 64, grad_scale=0.5), torch.randn(60, 32, requires_grad=True)
+    weight = torch.randn(200, 32, requires_grad=True)
+    target = torch.randint(200, (60,))
+
+    def results(experts, x, weight):
+        loss = linear_cross_entropy(experts(x, [40, 0, 3, 17]), weight, target, -1)
+        return [loss, *torch.autograd.grad(loss, [x, weight, *experts.parameters()])]
+
+    found = results(experts, x, weight)
+    exact = (each.detach().double().requires_grad_() for each in (x, weight))
+    for mine, true in zip(found, results(experts.double(), *exact)):
+        assert_near(mine, true, 1e-5)
+
+
+@needs_onednn
+def test_where_onednn_is_not_asked(monkeypatch):
+    asked = []
+    compute = products._onednn
+    monkeypatch.setattr(products, "_onednn", lambda *rest: asked.append(1) or compute(*rest))
+    monkeypatch.setattr(products, "_ONEDNN_IS_FASTER", True)
+    layer, x = products.Linear(5, 7), torch.ones(3, 5)
+    layer(x)
+    assert asked.pop() and not asked
+    products.Linear(5, 7).double()(x.double())
+    with torch.backends.mkldnn.flags(enabled=False):
+        layer(x)
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    assert counter.get_total_flops() == 2 * 3 * 5 * 7
+    assert not asked
+
+
+@pytest.mark.parametrize(
+    "capability, processor, faster",
+    [("AVX512", "AuthenticAMD", True), ("AVX2", "AuthenticAMD", False),
+     ("AVX512", "GenuineIntel", False)],
+)  # fmt: skip
+@needs_onednn
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this PyTorch has no MKL")
+def test_which_processors(capability, processor, faster, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(products, "_processor", lambda: f"vendor_id : {processor}\n")
+    assert products._is_onednn_faster() is faster
