@@ -25,9 +25,12 @@ quickstart: install  ## train and compare a dense and a Mixture-of-Experts model
 study: install   ## train and compare three sizes a family, three seeds; an hour and more
 	$(RUN) examples/study/run.py
 
+# glibc keeps what is freed: the gradients of many experts come from pages cleared before.
+KEEP_FREED := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
+
 benchmark: install  ## measure layer, training, evaluation, growth, start-up; about half an hour
 	$(RUN) -m pip install --quiet -c constraints.txt -e ".[benchmark]"
-	$(RUN) benchmarks/layer.py
+	$(KEEP_FREED) $(RUN) benchmarks/layer.py
 	$(RUN) benchmarks/train_step.py
 	$(RUN) benchmarks/train_step.py --shares
 	$(RUN) benchmarks/evaluate.py

@@ -39,42 +39,52 @@ def product(a: Tensor, b: Tensor, bias: Optional[Tensor] = None) -> Tensor:
     return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
 
 
-def write_product(out: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
-    """out (N, M) = scale * a (N, K) @ b (K, M); without autograd."""
+def write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out (N, M) = a (N, K) @ b (K, M); without autograd."""
     if not _by_onednn(a, b):
-        torch.addmm(out, a, b, beta=0, alpha=scale, out=out)  # with beta=0 out is not read
-    elif a.size(1) < 16 and a.size(0) % 16 == 0 and out.is_contiguous():
+        torch.mm(a, b, out=out)
+        return
+    step = max(1, _PART // len(a))
+    for start in range(0, b.size(1), step):
+        part = slice(start, start + step)
+        out[:, part] = _onednn(a, b[:, part].t())
+
+
+def write_outer(out: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
+    """out (N, M) = scale * the sum over k of a[k] (N,) outer b[k] (M,); without autograd.
+
+    a (K, N), b (K, M)."""
+    if not _by_onednn(a, b):
+        torch.addmm(out, a.t(), b, beta=0, alpha=scale, out=out)  # with beta=0 out is not read
+    elif len(a) < 16 and a.size(1) % 16 == 0 and out.is_contiguous():
         # Of so few terms a product is little more than its writing. MKL writes into place, and in
         # strips of 16 rows up to twice as fast as at once.
-        strips = a.unflatten(0, (-1, 16))
+        strips = a.t().unflatten(0, (-1, 16))
         b = b.expand(len(strips), *b.shape)
         out = out.view(len(strips), 16, -1)
         torch.baddbmm(out, strips, b, beta=0, alpha=scale, out=out)
     else:
-        for room, part in _in_parts(out, a, b):
+        for room, part in _outer_parts(out, a, b):
             torch.mul(part, scale, out=room)
 
 
-def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out (N, M) += a (N, K) @ b (K, M); without autograd."""
+def add_outer(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out (N, M) += the sum over k of a[k] (N,) outer b[k] (M,); without autograd."""
     if not _by_onednn(a, b):
-        out.addmm_(a, b)
+        out.addmm_(a.t(), b)
         return
-    for room, part in _in_parts(out, a, b):
+    for room, part in _outer_parts(out, a, b):
         room += part
 
 
-def _in_parts(out: Tensor, a: Tensor, b: Tensor) -> Iterator[Tuple[Tensor, Tensor]]:
-    """Parts of out, and of a @ b what belongs there: oneDNN cannot write into place, and a small
-    part is copied while the processor has it at hand."""
-    rows = out.size(0) >= out.size(1)
-    step = max(1, _PART // min(out.shape))
-    for start in range(0, max(out.shape), step):
+def _outer_parts(out: Tensor, a: Tensor, b: Tensor) -> Iterator[Tuple[Tensor, Tensor]]:
+    """Rows of out, and what belongs there: oneDNN cannot write into place, and a small part is
+    copied while the processor has it at hand."""
+    a, b = _padded(a), _padded(b)
+    step = max(1, _PART // out.size(1))
+    for start in range(0, len(out), step):
         part = slice(start, start + step)
-        if rows:
-            yield out[part], _onednn(a[part], b.t())
-        else:
-            yield out[:, part], _onednn(a, b[:, part].t())
+        yield out[part], _compute(a[:, part].t(), b.t(), None)
 
 
 class _Linear(torch.autograd.Function):
@@ -90,7 +100,7 @@ class _Linear(torch.autograd.Function):
         for_x, for_weight, for_bias = ctx.needs_input_grad
         return (
             _onednn(grad, weight.t()) if for_x else None,
-            _onednn(grad.t(), x.t()) if for_weight else None,
+            _compute(_padded(grad).t(), _padded(x).t(), None) if for_weight else None,
             grad.sum(dim=0) if for_bias else None,
         )
 
@@ -136,6 +146,20 @@ _ONEDNN_IS_FASTER = _is_onednn_faster()
 
 def _onednn(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
     """x (N, I), weight (O, I), bias (O,) -> (N, O)"""
+    return _compute(_padded(x), weight, bias)[: len(x)]
+
+
+def _padded(x: Tensor) -> Tensor:
+    """x (N, M) with rows of zeros up to one of eight sizes between two powers of two.
+
+    For each size oneDNN writes a program, in some 0.3 ms, and keeps it; what it keeps lies between
+    what is freed, so that memory would grow with every new number of an expert's rows."""
+    rows = len(x)
+    step = max(4, 2 ** (rows.bit_length() - 4)) if rows > 8 else 4
+    return F.pad(x, (0, 0, 0, -rows % step)) if rows % step else x
+
+
+def _compute(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     x, weight = _dense(x), _dense(weight)
     if torch.compiler.is_compiling():
         return _compiled_onednn(x, weight, bias)

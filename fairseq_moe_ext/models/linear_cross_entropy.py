@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..products import add_product, product, write_product
+from ..products import add_outer, product, write_product
 
 # Logits that exist at a time: 64 MB in float32, and matrix products still large enough.
 _CHUNK = 2**24
@@ -73,7 +73,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_features[part] = product(z, weight)
             if needs_weight:
                 if exact == features.dtype:
-                    add_product(grad_weight, z.t(), x)
+                    add_outer(grad_weight, z, x)
                 else:
                     grad_weight += z.t() @ (x / scale)
         ctx.scale = scale

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..products import product, write_product
+from ..products import product, write_outer
 from .side_by_side import side_by_side
 
 
@@ -218,7 +218,7 @@ class _ByExpert(torch.autograd.Function):
                     room.copy_(product(its_grad, w1[e]))
 
         def write_gradients(grad_out: Tensor, given: Tensor, w: Tensor, b: Tensor) -> None:
-            write_product(w, grad_out.t(), given, scale)
+            write_outer(w, grad_out, given, scale)
             torch.sum(grad_out, dim=0, out=b)
 
         _for_each(blocks, compute, 4 * w1[0].numel(), x)

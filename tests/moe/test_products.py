@@ -38,9 +38,11 @@ def test_every_shape_and_layout(n, k, m, a_layout, b_layout, onednn, monkeypatch
     assert_near(products.product(a, b), true, 1e-5, "product")
     assert_near(products.product(a, b, bias), true + bias, 1e-5, "with bias")
     for out in (torch.full((n, m), torch.nan), torch.full((n, m + 2), torch.nan)[:, :m]):
-        products.write_product(out, a, b, 0.5)
-        assert_near(out, 0.5 * true, 1e-5, "written")
-        products.add_product(out, a, b)
+        products.write_product(out, a, b)
+        assert_near(out, true, 1e-5, "written")
+        products.write_outer(out, a.t(), b, 0.5)
+        assert_near(out, 0.5 * true, 1e-5, "outer products")
+        products.add_outer(out, a.t(), b)
         assert_near(out, 1.5 * true, 1e-5, "added")
 
 
@@ -95,10 +97,28 @@ def test_experts_and_loss_in_float32(onednn, monkeypatch):
 
 
 @needs_onednn
+def test_few_sizes(monkeypatch):
+    sizes = set()
+    compute = products._compute
+    monkeypatch.setattr(
+        products, "_compute", lambda x, *rest: sizes.add(tuple(x.shape)) or compute(x, *rest)
+    )
+    monkeypatch.setattr(products, "_ONEDNN_IS_FASTER", True)
+    weight = torch.ones(3, 5)
+    for rows in range(1, 257):
+        assert products.product(torch.ones(rows, 5), weight.t()).shape == (rows, 3)
+        products.write_outer(torch.empty(3, 5), torch.ones(rows, 3), torch.ones(rows, 5))
+    given = sorted(size[0] for size in sizes if size[1] == 5)
+    assert given[:4] == [4, 8, 12, 16] and given[-1] == 256 and len(given) == 32
+    assert len(sizes) == 2 * len(given)
+    assert all(products._padded(torch.ones(n, 1)).size(0) < 1.13 * n + 4 for n in range(1, 257))
+
+
+@needs_onednn
 def test_where_onednn_is_not_asked(monkeypatch):
     asked = []
-    compute = products._onednn
-    monkeypatch.setattr(products, "_onednn", lambda *rest: asked.append(1) or compute(*rest))
+    compute = products._compute
+    monkeypatch.setattr(products, "_compute", lambda *rest: asked.append(1) or compute(*rest))
     monkeypatch.setattr(products, "_ONEDNN_IS_FASTER", True)
     layer, x = products.Linear(5, 7), torch.ones(3, 5)
     layer(x)
