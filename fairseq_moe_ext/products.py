@@ -91,7 +91,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _onednn(x, weight, bias)
+        return _linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -99,10 +99,44 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
         return (
-            _onednn(grad, weight.t()) if for_x else None,
-            _compute(_padded(grad).t(), _padded(x).t(), None) if for_weight else None,
+            _linear(grad, weight.t(), None) if for_x else None,
+            _outer(grad, x) if for_weight else None,
             grad.sum(dim=0) if for_bias else None,
         )
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    compiling = torch.compiler.is_compiling()
+    return _opaque_linear(x, weight, bias) if compiling else _onednn(x, weight, bias)
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    """The sum over k of a[k] (N,) outer b[k] (M,); a (K, N), b (K, M) -> (N, M)"""
+    if torch.compiler.is_compiling():
+        return _opaque_outer(a, b)
+    return _compute(_padded(a).t(), _padded(b).t(), None)
+
+
+# torch.compile takes oneDNN's operator with constant weights alone, and would compile anew for each
+# number of rows that is padded: it is not to look into these.
+@torch.library.custom_op("fairseq_moe_ext::linear", mutates_args=())
+def _opaque_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    return _onednn(x, weight, bias)
+
+
+@_opaque_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    return x.new_empty(x.size(0), weight.size(0))
+
+
+@torch.library.custom_op("fairseq_moe_ext::outer", mutates_args=())
+def _opaque_outer(a: Tensor, b: Tensor) -> Tensor:
+    return _compute(_padded(a).t(), _padded(b).t(), None)
+
+
+@_opaque_outer.register_fake
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(a.size(1), b.size(1))
 
 
 def _by_onednn(a: Tensor, b: Tensor) -> bool:
@@ -161,20 +195,7 @@ def _padded(x: Tensor) -> Tensor:
 
 def _compute(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     x, weight = _dense(x), _dense(weight)
-    if torch.compiler.is_compiling():
-        return _compiled_onednn(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
-
-
-@torch.library.custom_op("fairseq_moe_ext::linear", mutates_args=())
-def _compiled_onednn(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
-    # torch.compile takes PyTorch's own operator with constant weights alone.
-    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
-
-
-@_compiled_onednn.register_fake
-def _(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
-    return x.new_empty(x.size(0), weight.size(0))
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from closeness import assert_near
+from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
 from fairseq_moe_ext import products
@@ -112,6 +113,24 @@ def test_few_sizes(monkeypatch):
     assert given[:4] == [4, 8, 12, 16] and given[-1] == 256 and len(given) == 32
     assert len(sizes) == 2 * len(given)
     assert all(products._padded(torch.ones(n, 1)).size(0) < 1.13 * n + 4 for n in range(1, 257))
+
+
+@needs_onednn
+def test_compiled_twice_for_all_lengths(monkeypatch):
+    monkeypatch.setattr(products, "_ONEDNN_IS_FASTER", True)
+    torch.manual_seed(0)
+    layer, counter = products.Linear(8, 16), CompileCounter()
+    compiled = torch.compile(lambda x: layer(x), backend=counter)
+    for rows in (20, 24, 33, 50, 57, 101):
+        x = torch.randn(rows, 8, requires_grad=True)
+        found, true = compiled(x), layer(x)
+        assert_near(found, true, 1e-5)
+        for mine, each in zip(
+            torch.autograd.grad(found.square().sum(), [x, layer.weight, layer.bias]),
+            torch.autograd.grad(true.square().sum(), [x, layer.weight, layer.bias]),
+        ):
+            assert_near(mine, each, 1e-5)
+    assert counter.frame_count <= 2  # one for the first, one for any other
 
 
 @needs_onednn
