@@ -283,15 +283,13 @@ def inside(arguments: List[str]) -> None:
 def kind(operator: str, shapes: Sequence[Sequence[int]]) -> str:
     """What an operator on tensors of these shapes is for."""
     sizes = {size for shape in shapes for size in shape}
-    if operator == "mkldnn::_linear_pointwise" and not sizes & {HIDDEN, TYPES}:
-        # of the vocabulary only a part at a time
+    if operator in ("aten::mm", "aten::addmm", "aten::addmm_", "mkldnn::_linear_pointwise"):
+        if HIDDEN in sizes:
+            return "feed-forward products"
+        # of the vocabulary, in whole or a part at a time
         return (
             "attention's projections" if sizes <= {DIM, TOKENS} else "products with the vocabulary"
         )
-    if operator in ("aten::mm", "aten::addmm", "aten::addmm_", "mkldnn::_linear_pointwise"):
-        if TYPES in sizes:
-            return "products with the vocabulary"
-        return "feed-forward products" if HIDDEN in sizes else "attention's projections"
     if "attention" in operator:
         return "attention's core"
     if "adam" in operator or "vector_norm" in operator or "foreach" in operator:

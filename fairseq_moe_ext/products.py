@@ -21,15 +21,10 @@ class Linear(nn.Linear):
     """torch.nn.Linear, whose second derivatives are not there where oneDNN computes it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
-    """x (..., I), weight (O, I), bias (O,) -> (..., O), as torch.nn.functional.linear."""
-    if not _by_onednn(x, weight):
-        return F.linear(x, weight, bias)
-    out = _Linear.apply(x.reshape(-1, x.size(-1)), weight, bias)
-    return out.view(*x.shape[:-1], -1)
+        if not _by_onednn(x, self.weight):
+            return super().forward(x)
+        out = _Linear.apply(x.reshape(-1, x.size(-1)), self.weight, self.bias)
+        return out.view(*x.shape[:-1], -1)
 
 
 def product(a: Tensor, b: Tensor, bias: Optional[Tensor] = None) -> Tensor:
@@ -84,59 +79,28 @@ def _outer_parts(out: Tensor, a: Tensor, b: Tensor) -> Iterator[Tuple[Tensor, Te
     step = max(1, _PART // out.size(1))
     for start in range(0, len(out), step):
         part = slice(start, start + step)
-        yield out[part], _compute(a[:, part].t(), b.t(), None)
+        yield out[part], _outer(a[:, part], b)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _linear(x, weight, bias)
+        return (_opaque_onednn if torch.compiler.is_compiling() else _onednn)(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
+        onednn, outer = _onednn, _outer
+        if torch.compiler.is_compiling():
+            onednn, outer = _opaque_onednn, _opaque_outer
         return (
-            _linear(grad, weight.t(), None) if for_x else None,
-            _outer(grad, x) if for_weight else None,
+            onednn(grad, weight.t()) if for_x else None,
+            outer(grad, x) if for_weight else None,
             grad.sum(dim=0) if for_bias else None,
         )
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
-    compiling = torch.compiler.is_compiling()
-    return _opaque_linear(x, weight, bias) if compiling else _onednn(x, weight, bias)
-
-
-def _outer(a: Tensor, b: Tensor) -> Tensor:
-    """The sum over k of a[k] (N,) outer b[k] (M,); a (K, N), b (K, M) -> (N, M)"""
-    if torch.compiler.is_compiling():
-        return _opaque_outer(a, b)
-    return _compute(_padded(a).t(), _padded(b).t(), None)
-
-
-# torch.compile takes oneDNN's operator with constant weights alone, and would compile anew for each
-# number of rows that is padded: it is not to look into these.
-@torch.library.custom_op("fairseq_moe_ext::linear", mutates_args=())
-def _opaque_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
-    return _onednn(x, weight, bias)
-
-
-@_opaque_linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
-    return x.new_empty(x.size(0), weight.size(0))
-
-
-@torch.library.custom_op("fairseq_moe_ext::outer", mutates_args=())
-def _opaque_outer(a: Tensor, b: Tensor) -> Tensor:
-    return _compute(_padded(a).t(), _padded(b).t(), None)
-
-
-@_opaque_outer.register_fake
-def _(a: Tensor, b: Tensor) -> Tensor:
-    return a.new_empty(a.size(1), b.size(1))
 
 
 def _by_onednn(a: Tensor, b: Tensor) -> bool:
@@ -147,13 +111,13 @@ def _by_onednn(a: Tensor, b: Tensor) -> bool:
         and _ONEDNN_IS_FASTER
         and a.numel() > 0
         and b.numel() > 0
-        and not _watched()
+        and not watched()
     )
 
 
-def _watched() -> bool:
+def watched() -> bool:
     """Whether there is a dispatch mode, as torch's FLOP counter, which knows PyTorch's own products
-    alone. torch.compile has modes of its own, and knows this one."""
+    alone, and of those its own thread's. torch.compile has modes of its own, and needs neither."""
     return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
 
 
@@ -183,6 +147,11 @@ def _onednn(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
     return _compute(_padded(x), weight, bias)[: len(x)]
 
 
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    """The sum over k of a[k] (N,) outer b[k] (M,); a (K, N), b (K, M) -> (N, M)"""
+    return _compute(_padded(a).t(), _padded(b).t(), None)
+
+
 def _padded(x: Tensor) -> Tensor:
     """x (N, M) with rows of zeros up to one of eight sizes between two powers of two.
 
@@ -201,3 +170,19 @@ def _compute(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
 def _dense(x: Tensor) -> Tensor:
     """x (N, M) such that its numbers, or those of x.t(), follow each other in memory."""
     return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()
+
+
+# torch.compile takes oneDNN's operator with constant weights alone, and would compile anew for each
+# number of rows that is padded: it is not to look into these.
+_opaque_onednn = torch.library.custom_op("fairseq_moe_ext::linear", _onednn, mutates_args=())
+_opaque_outer = torch.library.custom_op("fairseq_moe_ext::outer", _outer, mutates_args=())
+
+
+@_opaque_onednn.register_fake
+def _(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+    return x.new_empty(x.size(0), weight.size(0))
+
+
+@_opaque_outer.register_fake
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(a.size(1), b.size(1))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..products import add_outer, product, write_product
+from ..products import add_outer, write_product
 
 # Logits that exist at a time: 64 MB in float32, and matrix products still large enough.
 _CHUNK = 2**24
@@ -70,7 +70,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             z.scatter_add_(1, index, keep.unsqueeze(1) * -torch.full_like(total, scale))
             z = z.to(features.dtype)
             if needs_features:
-                grad_features[part] = product(z, weight)
+                write_product(grad_features[part], z, weight)
             if needs_weight:
                 if exact == features.dtype:
                     add_outer(grad_weight, z, x)

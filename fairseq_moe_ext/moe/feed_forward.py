@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..products import product, write_outer
+from ..products import product, write_outer, write_product
 from .side_by_side import side_by_side
 
 
@@ -215,7 +215,7 @@ class _ByExpert(torch.autograd.Function):
                     write_gradients(its_grad, given, grad_w1[e], grad_b1[e])
             if grad_x is not None:
                 for e, its_grad, room in zip(experts, grad_h, grad_x[rows].split(counts)):
-                    room.copy_(product(its_grad, w1[e]))
+                    write_product(room, its_grad, w1[e])
 
         def write_gradients(grad_out: Tensor, given: Tensor, w: Tensor, b: Tensor) -> None:
             write_outer(w, grad_out, given, scale)

@@ -15,6 +15,8 @@ from typing import Callable, Optional, Sequence
 
 import torch
 
+from ..products import watched
+
 _WORTH = 2**22  # multiplications, about 0.1 ms; handing work to threads costs some 0.05
 _ENOUGH = 128  # rows that keep a core busy
 
@@ -34,9 +36,7 @@ def side_by_side(work: Callable[[int], None], counts: Sequence[int], size: int, 
     # An expert with much more than a core's share would keep the others waiting.
     shared = 2 * threads * max(counts, default=0) <= 3 * rows
     few = rows < _ENOUGH * threads * len(counts)
-    # A dispatch mode, as torch's FLOP counter, sees its own thread alone.
-    watched = torch._C._len_torch_dispatch_stack() > 0
-    if threads == 1 or not shared or not few or watched or rows * size < _WORTH:
+    if threads == 1 or not shared or not few or watched() or rows * size < _WORTH:
         for i in range(len(counts)):
             work(i)
         return
