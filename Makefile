@@ -2,7 +2,7 @@
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 RUN := .venv/bin/python
 
-.PHONY: help install test test-all quickstart study benchmark lint clean
+.PHONY: help install check test test-all quickstart study benchmark lint clean
 
 help:            ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' Makefile | expand -t 20
@@ -12,6 +12,11 @@ install:         ## make .venv with everything in it; nothing to do the second t
 
 # A test file stays with one worker, because its tests share processes and ports.
 PYTEST := $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 20
+
+# The mathematics and what is told of settings: no process is started.
+check: install lint  ## lint and the tests of the mathematics, under a minute
+	$(RUN) -m pytest -q --numprocesses auto --maxprocesses 4 tests/moe tests/test_cost.py \
+		tests/test_imports.py
 
 test: install lint  ## install, lint, and the tests but the slow ones
 	$(PYTEST)

@@ -1,7 +1,9 @@
-"""setuptools, plus one file in every wheel: the .pth line that starts fairseq_moe_ext_hook.
+"""setuptools, plus what it has no simple way to put into a wheel.
 
-setuptools has no way to put a .pth file into an editable install, and only roundabout ways for a
-wheel; so the finished wheel (PEP 427), editable (PEP 660) or not, gets it added here.
+- Into every wheel (PEP 427), editable (PEP 660) or not: the .pth line that starts
+  fairseq_moe_ext_hook.
+- Into a wheel that is not editable: hydra_conf/, which lies beside the package in the repository
+  and inside the package where it is installed.
 """
 
 import base64
@@ -10,6 +12,7 @@ import hashlib
 import io
 import os
 import zipfile
+from pathlib import Path
 
 from setuptools import build_meta
 from setuptools.build_meta import (  # noqa: F401  (PEP 517: the backend's other functions)
@@ -22,29 +25,35 @@ from setuptools.build_meta import (  # noqa: F401  (PEP 517: the backend's other
 )
 
 # site-packages' .pth files are read in alphabetical order: after __editable__.*.pth.
-PTH_NAME = "fairseq_moe_ext.pth"
-PTH_LINE = b"import fairseq_moe_ext_hook\n"
+HOOK = {"fairseq_moe_ext.pth": b"import fairseq_moe_ext_hook\n"}
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
-    """Build a wheel with the hook; return its file name."""
+    """Build a wheel with the hook and hydra_conf/; return its file name."""
     name = build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
-    add_pth(os.path.join(wheel_directory, name))
+    configs = {f"fairseq_moe_ext/{path}": path.read_bytes() for path in _configs()}
+    add_files(os.path.join(wheel_directory, name), {**configs, **HOOK})
     return name
 
 
 def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
     """Build an editable wheel with the hook; return its file name."""
     name = build_meta.build_editable(wheel_directory, config_settings, metadata_directory)
-    add_pth(os.path.join(wheel_directory, name))
+    add_files(os.path.join(wheel_directory, name), HOOK)
     return name
 
 
-def add_pth(wheel):
-    """Add the .pth file to the wheel at this path, and its row to the wheel's RECORD."""
-    digest = base64.urlsafe_b64encode(hashlib.sha256(PTH_LINE).digest()).rstrip(b"=").decode()
-    row = io.StringIO()
-    csv.writer(row, lineterminator="\n").writerow([PTH_NAME, f"sha256={digest}", len(PTH_LINE)])
+def _configs():
+    return sorted(Path("hydra_conf").rglob("*.yaml"))
+
+
+def add_files(wheel, files):
+    """Add files, name -> content, to the wheel at this path, and their rows to its RECORD."""
+    rows = io.StringIO()
+    for name, content in files.items():
+        digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+        row = [name, f"sha256={digest}", len(content)]
+        csv.writer(rows, lineterminator="\n").writerow(row)
     with (
         zipfile.ZipFile(wheel) as old,
         zipfile.ZipFile(wheel + ".tmp", "w", zipfile.ZIP_DEFLATED) as new,
@@ -52,7 +61,8 @@ def add_pth(wheel):
         for item in old.infolist():
             content = old.read(item)
             if item.filename.endswith(".dist-info/RECORD"):
-                content = row.getvalue().encode() + content
+                content = rows.getvalue().encode() + content
             new.writestr(item, content)
-        new.writestr(PTH_NAME, PTH_LINE)
+        for name, content in files.items():
+            new.writestr(name, content)
     os.replace(wheel + ".tmp", wheel)

@@ -57,6 +57,11 @@ def _parser(chosen: Optional[str]) -> argparse.ArgumentParser:
     user_dir = commands.add_parser("user-dir", help="print the folder for fairseq's --user-dir")
     user_dir.set_defaults(run=lambda args: print(Path(__file__).resolve().parent))
 
+    config_dir = commands.add_parser(
+        "config-dir", help="print the folder for fairseq-hydra-train's --config-dir"
+    )
+    config_dir.set_defaults(run=lambda args: print(_config_dir()))
+
     lm_eval = commands.add_parser(_LM_EVAL, help="EleutherAI's lm-eval on our models")
     if chosen == _LM_EVAL:
         command = importlib.import_module("fairseq_moe_ext.priming.lm_eval_command")
@@ -69,6 +74,18 @@ def _parser(chosen: Optional[str]) -> argparse.ArgumentParser:
             command.add_arguments(sub)
             sub.set_defaults(run=command.run)
     return parser
+
+
+def _config_dir() -> Path:
+    """hydra_conf/: inside the installed package, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "hydra_conf", package.parent / "hydra_conf"):
+        if folder.is_dir():
+            return folder
+    raise UserError(
+        f"{package}: has no hydra_conf, inside or beside it: install the package again, or copy "
+        "hydra_conf from its source"
+    )
 
 
 if __name__ == "__main__":

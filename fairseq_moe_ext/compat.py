@@ -660,6 +660,15 @@ def processes_that_can_start() -> None:
         one_machine = settings.distributed_init_method is None
         alone = os.environ["WORLD_SIZE"] == "1" if launched else size == 1 and spawns
         trains = cfg.common_eval.path is None
+        wants_fairscale = {
+            "--ddp-backend fully_sharded": settings.ddp_backend == "fully_sharded",
+            "--zero-sharding os": settings.zero_sharding == "os",
+        }
+        for flag, wanted in wants_fairscale.items():
+            if wanted and importlib.util.find_spec("fairscale") is None:
+                raise UserError(
+                    f"{flag}: needs fairscale, which is not installed: pip install fairscale"
+                )
         if settings.ddp_backend == "fully_sharded" and trains and alone:
             raise UserError(
                 "--ddp-backend fully_sharded: one process has nothing to shard; use legacy_ddp, "

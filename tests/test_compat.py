@@ -5,6 +5,7 @@ Only stock models are used here; ours have their own tests.
 
 import argparse
 import dataclasses
+import importlib.util
 import io
 import os
 import pickle
@@ -21,7 +22,9 @@ import pytest
 import torch
 from fairseq import checkpoint_utils, utils
 from fairseq.data import Dictionary, TokenBlockDataset, data_utils, indexed_dataset
+from fairseq.dataclass.configs import FairseqConfig
 from fairseq.distributed import utils as distributed_utils
+from omegaconf import OmegaConf
 
 from fairseq_moe_ext import compat
 from fairseq_moe_ext.errors import UserError
@@ -712,6 +715,16 @@ def test_two_processes_train_and_resume(work, tmp_path, backend):
     output = succeeded(run(f"{line} --max-update 4", work))
     assert re.search(r"Loaded checkpoint .*@ 2 updates", output)
     assert "num_updates 4" in output
+
+
+@pytest.mark.parametrize("flag", ["--ddp-backend fully_sharded", "--zero-sharding os"])
+def test_missing_fairscale_is_named_before_any_work(flag, monkeypatch):
+    cfg = OmegaConf.structured(FairseqConfig)
+    cfg.distributed_training.ddp_backend = "fully_sharded" if "ddp" in flag else "legacy_ddp"
+    cfg.distributed_training.zero_sharding = "os" if "zero" in flag else "none"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None)
+    with pytest.raises(UserError, match=f"{flag}: needs fairscale, .*pip install fairscale"):
+        distributed_utils.call_main(cfg, lambda cfg: None)
 
 
 # --- What the other tests lean on ---------------------------------------------------------------

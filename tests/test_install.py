@@ -23,7 +23,7 @@ HOOK = "fairseq_moe_ext.pth"
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """A folder with the wheel, the editable wheel and the source, built without isolation."""
-    pytest.importorskip("setuptools", minversion="70.1")  # has bdist_wheel of its own
+    pytest.importorskip("setuptools", minversion="77")  # knows licences by their SPDX names
     source = tmp_path_factory.mktemp("source") / "project"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*LEFT_OUT))
     target = tmp_path_factory.mktemp("built")
@@ -68,19 +68,46 @@ def test_an_editable_install_is_a_plain_path_read_before_the_hook(built):
     assert list(lines) != [HOOK] and sorted(lines)[-1] == HOOK  # .pth files are read in this order
 
 
-def test_the_wheel_holds_the_package_and_the_hook_alone(built):
+def test_the_wheel_holds_the_package_its_configs_and_the_hook_alone(built):
     with zipfile.ZipFile(only_file(built / "build_wheel")) as wheel:
         names = wheel.namelist()
         metadata = wheel.read(next(n for n in names if n.endswith("/METADATA"))).decode()
         entry_points = wheel.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
     tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
-    assert tops - {"hydra_plugins"} == {"fairseq_moe_ext", "fairseq_moe_ext_hook.py", HOOK}
+    assert tops == {"fairseq_moe_ext", "fairseq_moe_ext_hook.py", HOOK}
     for path in (ROOT / "fairseq_moe_ext").rglob("*.py"):
         assert path.relative_to(ROOT).as_posix() in names
+    for path in (ROOT / "hydra_conf").rglob("*.yaml"):
+        assert f"fairseq_moe_ext/{path.relative_to(ROOT).as_posix()}" in names
+    assert "fairseq_moe_ext/py.typed" in names
     required = re.findall(r"^Requires-Dist: ([\w-]+)", metadata, flags=re.M)
     assert "torch" in required and "hydra-core" in required
     assert "fairseq" not in required  # its own metadata are what new pip refuses
     assert "fairseq-moe = fairseq_moe_ext.cli:main" in entry_points
+    assert re.search("^License-Expression: MIT$", metadata, flags=re.M)
+    # A package index shows the README, where links into the repository lead nowhere.
+    links = re.findall(r"\]\(([^)]+)\)", metadata)
+    assert links and all(link.startswith("https://") for link in links)
+
+
+def test_config_dir_is_found_in_an_installed_package_and_in_a_checkout(built, tmp_path):
+    with zipfile.ZipFile(only_file(built / "build_wheel")) as wheel:
+        wheel.extractall(tmp_path)
+    command = [sys.executable, "-m", "fairseq_moe_ext.cli", "config-dir"]
+    for folder, expected in (
+        (tmp_path, tmp_path / "fairseq_moe_ext" / "hydra_conf"),
+        (ROOT, ROOT / "hydra_conf"),
+    ):
+        result = subprocess.run(
+            command,
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(folder)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert result.stdout.strip() == str(expected), result.stderr[-2000:]
+        assert (expected / "moe_lm_15b.yaml").is_file()
 
 
 def test_the_source_archive_is_complete(built):

@@ -5,7 +5,6 @@ import json
 import os
 import random
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -82,7 +81,6 @@ def folder(tmp_path_factory):
     for split, count in (("train", 30), ("dev", 5)):
         rows = "".join(f"word{i} word{i + 1}\t{i % 2}\n" for i in range(count))
         (path / "tasks" / "sst2" / f"{split}.tsv").write_text("sentence\tlabel\n" + rows)
-    shutil.copytree(REPOSITORY / "hydra_conf", path / "hydra_conf")
     return path
 
 
