@@ -19,6 +19,7 @@
     priming/       zero- and few-shot tasks, bias sets, generated answers
     cost.py        parameters and FLOPs
     evaluation/    what trained models are asked: expert use, reports
+    locks.py       one worker for one output
     cli.py         the command fairseq-moe
     compat.py      what stock fairseq 0.12.2 needs to run on today's Python and PyTorch
     errors.py      the exception for a user's mistake

@@ -188,18 +188,23 @@ def test_another_recipe_or_a_foreign_folder_is_refused(finished, tmp_path, capsy
 def test_two_at_once_in_one_folder_are_refused(tmp_path):
     one, two = (quickstart.Run(tmp_path / "a", 6, 20000, progress.Screen()) for _ in range(2))
     one.open()
-    with pytest.raises(UserError, match="is being worked on by another"):
+    with pytest.raises(UserError, match=f"is being worked on by PID {os.getpid()} on"):
         two.open()
-    # A command that a killed run left behind still holds the folder.
+    # A command that a killed run left behind (its PID has another process now) holds the folder.
     child = one.start([sys.executable, "-c", "input()"], tmp_path / "log")
     sleeper = one.start([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log")
-    os.close(one.lock)
+    lock = tmp_path / "a" / "lock"
+    lock.write_text(json.dumps({**json.loads(lock.read_text()), "start": "0"}))
+    os.close(one.lock.descriptor)
+    one.lock = None
     child.wait()
-    with pytest.raises(UserError, match="is being worked on by another"):
+    with pytest.raises(UserError, match="left behind by PID"):
         two.open()
     one.stop()
     assert sleeper.poll() is not None
     two.open()
+    two.stop()
+    assert not lock.exists()
 
 
 def test_the_readme_gives_the_same_commands(tmp_path, monkeypatch):

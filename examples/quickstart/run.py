@@ -8,7 +8,6 @@ start the same command again and it goes on where it stopped.
 
 import argparse
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -58,7 +57,7 @@ class Run:
         self.screen = screen
         self.commands: Dict[str, List[List[str]]] = {}
         self.children: List[subprocess.Popen] = []
-        self.lock = -1
+        self.lock = None
 
     @property
     def settings(self) -> Dict[str, object]:
@@ -83,23 +82,17 @@ class Run:
     def open(self) -> None:
         """Make the folder, or check that it is this run's; raise UserError if it is not."""
         from fairseq_moe_ext.errors import UserError
+        from fairseq_moe_ext.locks import Lock
 
         path = self.out / "settings.json"
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            self.lock = os.open(self.out / "lock", os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise UserError(
                 f"--out {self.out} cannot be written ({error.strerror}): name another folder"
             ) from None
-        try:
-            # The children inherit the lock, so that one left behind by a killed run holds it too.
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"--out {self.out} is being worked on by another quickstart or a training it left "
-                "behind: wait for it, or end it"
-            ) from None
+        # The children inherit the lock, so that one left behind by a killed run holds it too.
+        self.lock = Lock(self.out / "lock", f"--out {self.out}")
         if path.exists():
             found = read_json(path)
             for key, value in self.settings.items():
@@ -110,7 +103,6 @@ class Run:
                     )
             return
         if any(entry.name != "lock" for entry in self.out.iterdir()):
-            (self.out / "lock").unlink()
             raise UserError(
                 f"--out {self.out} is not empty and holds no quickstart run: name a new folder"
             )
@@ -142,7 +134,7 @@ class Run:
         """Start a command; what it prints is appended to the log."""
         from fairseq_moe_ext.study import child as children
 
-        child = children.start(command, log, threads, keep=(self.lock,))
+        child = children.start(command, log, threads, keep=(self.lock.descriptor,))
         self.children.append(child)
         return child
 
@@ -166,6 +158,8 @@ class Run:
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
+        if self.lock is not None:
+            self.lock.release()
 
 
 def read_json(path: Path) -> Dict:

@@ -1,7 +1,6 @@
 """`fairseq-moe study FILE.yaml`: train and evaluate what the file names; what is done is kept."""
 
 import argparse
-import fcntl
 import json
 import os
 import re
@@ -15,6 +14,7 @@ from typing import List, Sequence
 from ..errors import UserError
 from ..evaluation.cost_table import plain
 from ..evaluation.expert_use import write_json
+from ..locks import Lock
 from . import plan as plans
 from . import result as results
 from .child import failure, start
@@ -62,17 +62,16 @@ class _Work:
         self.stopping = threading.Event()
         self.done = 0
         plan.out.mkdir(parents=True, exist_ok=True)
-        self.lock = os.open(plan.out / "lock", os.O_RDWR | os.O_CREAT)
-        try:  # children inherit it, so that one left behind by a killed study holds it too
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"{plan.out}: another study works on it: wait for it, or end it"
-            ) from None
-        for one in plan.runs:
-            _check_same(one)
 
     def do(self) -> None:
+        with Lock(self.plan.out / "lock", f"out: {self.plan.out}") as lock:
+            # children inherit it, so that one left behind by a killed study holds it too
+            self.keep = (lock.descriptor,)
+            for one in self.plan.runs:
+                _check_same(one)
+            self._do()
+
+    def _do(self) -> None:
         self._say(f"{len(self.plan.runs)} runs, {self.jobs} at once, in {self.plan.out}")
         with ThreadPoolExecutor(self.jobs) as pool:
             waiting = [pool.submit(self._one, one) for one in self.plan.runs]
@@ -86,7 +85,6 @@ class _Work:
                 for child in self.children:
                     child.terminate()
                 raise
-        os.close(self.lock)
 
     def _one(self, one: Run) -> None:
         one.folder.mkdir(exist_ok=True)
@@ -104,7 +102,7 @@ class _Work:
 
     def _call(self, one: Run, command: Sequence[str], log: Path) -> None:
         threads = max(1, (os.cpu_count() or 1) // self.jobs)
-        child = start(command, log, threads, keep=(self.lock,))
+        child = start(command, log, threads, keep=self.keep)
         self.children.append(child)
         said = time.monotonic()
         while True:

@@ -1,0 +1,205 @@
+"""One worker for one output: a lock file that says who works on it.
+
+    with Lock(folder / "lock", f"--save-dir {folder}"):
+        ...
+
+The file is made with O_EXCL, which is atomic on NFS too, holds its owner as JSON, and goes when the
+work is done. One that a killed process left is taken over: on its machine, when that process is
+gone. Who holds the file also has it flocked. That tells what a PID cannot, an owner in another
+container of this machine or a child that outlived its parent (where `descriptor` was passed on).
+"""
+
+import atexit
+import contextlib
+import fcntl
+import json
+import os
+import shlex
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any, Dict, Optional, Set, Union
+
+from .errors import UserError
+
+_held: Set[int] = set()  # descriptors; a forked child must not hold them beyond its parent's end
+
+
+def _close_in_child() -> None:
+    for descriptor in _held:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
+def beside(path: Union[str, Path]) -> Path:
+    """Where the lock of an output lies that is a file, or a folder that appears when all is done:
+    the same under all its names."""
+    return Path(os.path.realpath(path) + ".lock")
+
+
+class Lock:
+    """Held from the start until `release` or the end of `with`. Raises UserError if somebody else
+    has it; `what` is the flag and value to name then."""
+
+    def __init__(self, path: Path, what: str) -> None:
+        self.path = path
+        self.what = what
+        self.process = os.getpid()
+        try:
+            self.descriptor = self._take()
+        except OSError as error:
+            raise UserError(
+                f"{what} cannot be written to ({path}: {error.strerror}); choose another place"
+            ) from error
+        _held.add(self.descriptor)
+        atexit.register(self.release)
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let others have it. A second time does nothing."""
+        if self.descriptor not in _held or os.getpid() != self.process:
+            return
+        with contextlib.suppress(OSError):
+            if _is(self.path, self.descriptor):
+                os.unlink(self.path)
+        _held.remove(self.descriptor)
+        os.close(self.descriptor)
+        atexit.unregister(self.release)
+
+    def _take(self) -> int:
+        """The descriptor of the file, which is ours from now on."""
+        while True:
+            descriptor, is_new = _open(self.path)
+            try:
+                self._claim(descriptor, is_new)
+                if _is(self.path, descriptor):
+                    return descriptor
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)  # its owner has just removed it
+
+    def _claim(self, descriptor: int, is_new: bool) -> None:
+        """Write us into the file. Raises UserError if it has an owner."""
+        if not is_new:
+            _owner_in(descriptor)  # who has just made it must be able to flock it
+        flocked = _flock(descriptor)
+        if not flocked or not is_new:
+            owner = _owner_in(descriptor)
+            if not flocked or _is_alive(owner, os.fstat(descriptor).st_mtime):
+                if _is(self.path, descriptor):
+                    raise UserError(self._held_by(owner))
+                return
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(_ourselves()).encode(), 0)
+            os.fsync(descriptor)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
+            raise
+
+    def _held_by(self, owner: Optional[Dict[str, Any]]) -> str:
+        who = "another process"
+        if owner:
+            who = f"PID {owner['pid']} on {owner['host']} since {owner['since']}"
+            who += f" ({owner['command']})"
+            if not _is_alive(owner, 0):
+                who = f"a process that was left behind by {who}"
+        return (
+            f"{self.what} is being worked on by {who}; wait for it, end it, or choose another "
+            f"place; if it is surely gone, delete {self.path}"
+        )
+
+
+def _open(path: Path) -> tuple:
+    """(descriptor, whether the file is new)."""
+    while True:
+        with contextlib.suppress(FileExistsError):
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644), True
+        with contextlib.suppress(FileNotFoundError):  # gone in between
+            # O_NONBLOCK: a FIFO of that name must not let us wait
+            return os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW), False
+
+
+def _is(path: Path, descriptor: int) -> bool:
+    """Whether the path still names the open file."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _flock(descriptor: int) -> bool:
+    """False if another has it; True where the file system knows no such thing."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _ourselves() -> Dict[str, Any]:
+    return {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "boot": _boot(),
+        "start": _start_of(os.getpid()),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "command": " ".join(map(shlex.quote, [os.path.basename(sys.argv[0]), *sys.argv[1:]]))[:80],
+    }
+
+
+def _owner_in(descriptor: int) -> Optional[Dict[str, Any]]:
+    """Who wrote the file. None: nobody, in two seconds, or the file is no lock of ours."""
+    while True:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            found = json.loads(os.pread(descriptor, 10_000, 0))
+            return {key: found[key] for key in ("pid", "host", "boot", "start", "since", "command")}
+        if time.time() - os.fstat(descriptor).st_mtime > 2:
+            return None
+        time.sleep(0.1)
+
+
+def _is_alive(owner: Optional[Dict[str, Any]], written: float) -> bool:
+    """Whether the owner works; yes if in doubt."""
+    if owner is None:  # killed before it had written who it was, or an older version's lock
+        return time.time() - written < 60
+    if owner["host"] != socket.gethostname():
+        return True
+    if owner["boot"] != _boot():
+        return False
+    try:
+        os.kill(owner["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # another user's
+    return _start_of(owner["pid"]) == owner["start"]
+
+
+def _boot() -> Optional[str]:
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return None
+
+
+def _start_of(pid: int) -> Optional[str]:
+    """When a process was started, in the kernel's ticks; None if it has ended or nobody knows."""
+    with contextlib.suppress(OSError, IndexError):
+        # the name of the program, in brackets, may hold anything; state is 3rd, start 22nd
+        rest = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        return None if rest[0] in "ZX" else rest[19]
+    return None
