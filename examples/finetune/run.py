@@ -217,10 +217,10 @@ def before(ablation: Ablation, model: str) -> Dict[str, Any]:
     from fairseq import checkpoint_utils, utils
 
     import fairseq_moe_ext  # noqa: F401
+    from fairseq_moe_ext.accuracy import wilson_interval
     from fairseq_moe_ext.criterions.multiple_choice import (
         MultipleChoiceConfig,
         MultipleChoiceCriterion,
-        wilson_interval,
     )
     from fairseq_moe_ext.tasks.multiple_choice import MultipleChoiceTask, MultipleChoiceTaskConfig
 

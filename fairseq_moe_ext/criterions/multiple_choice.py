@@ -11,10 +11,9 @@ from fairseq.criterions import register_criterion
 from fairseq.dataclass import ChoiceEnum
 from torch import Tensor
 
+from ..accuracy import wilson_interval
 from ..errors import UserError
 from .moe_cross_entropy import MoECrossEntropyConfig, MoECrossEntropyCriterion, log_gates
-
-_Z_95 = 1.959963984540054  # standard normal quantile of 97.5 %
 
 
 @dataclass
@@ -69,6 +68,8 @@ class MultipleChoiceCriterion(MoECrossEntropyCriterion):
         logging_output = {
             "inner_loss": inner_loss.detach(),
             "correct": scores.argmax(dim=1).eq(right).sum(),
+            "chance": (1 / sample["place"].ge(0).sum(dim=1)).sum(),
+            "cut": sample["cut"].sum(),
             "ntokens": sample["ntokens"],
             "nsentences": sample_size,
             "sample_size": sample_size,
@@ -92,7 +93,8 @@ class MultipleChoiceCriterion(MoECrossEntropyCriterion):
     def reduce_metrics(logging_outputs: List[Dict[str, Any]]) -> None:
         """Log the loss (base 2 per example, with the gates' share), inner_loss (without), accuracy
         in percent with the ends of its 95 % interval (Wilson 1927), accuracy_low and accuracy_high,
-        and what the gates report."""
+        and what a guess among the candidates gets, chance; cut, the percentage of examples whose
+        beginning was left out; and what the gates report."""
 
         def total(key):
             return sum(log.get(key, 0) for log in logging_outputs)
@@ -104,22 +106,9 @@ class MultipleChoiceCriterion(MoECrossEntropyCriterion):
         metrics.log_scalar("accuracy", 100.0 * total("correct") / examples, examples, round=2)
         for end, name in enumerate(("accuracy_low", "accuracy_high")):
             metrics.log_derived(name, lambda meters, end=end: _ends(meters["accuracy"])[end])
+        metrics.log_scalar("chance", 100.0 * total("chance") / examples, examples, round=2)
+        metrics.log_scalar("cut", 100.0 * total("cut") / examples, examples, round=2)
         log_gates(logging_outputs)
-
-
-def wilson_interval(correct: float, examples: float) -> Tuple[float, float]:
-    """Ends of the 95 % confidence interval of a share of which `correct` of `examples` were seen
-    (Wilson 1927): between 0 and 1, also where none or all were right."""
-    if examples == 0:
-        return 0.0, 1.0
-    share, z2 = correct / examples, _Z_95**2 / examples
-    middle = (share + z2 / 2) / (1 + z2)
-    half = math.sqrt(share * (1 - share) * z2 + z2**2 / 4) / (1 + z2)
-    # By rounding the ends of none and all would be a little off 0 and 1.
-    return (
-        0.0 if correct == 0 else middle - half,
-        1.0 if correct == examples else middle + half,
-    )
 
 
 def _ends(accuracy) -> Tuple[float, float]:

@@ -6,9 +6,10 @@ from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
+from .. import accuracy
 from ..errors import UserError
 from ..expert_parallel import process_rank
-from .formats import TASKS, Item, find_file, read_items
+from .formats import CLASSES, TASKS, Item, find_file, read_counted, read_items
 from .protocol import Job, Loaded, Result, Settings
 from .scoring import Row, Scorer, cut, rows_of, value
 from .shots import Pool, draw, fitting, joined, spread
@@ -32,6 +33,7 @@ class Outcome(NamedTuple):
     accuracy: float
     left_out: List[int]  # examples that did not fit before each question
     too_long: int  # candidates longer than the context, of which the beginning was cut off
+    cut: int  # questions with such a candidate
 
 
 def prepare(name: str, folder: Path, settings: Settings, vocabulary: Vocabulary) -> Job:
@@ -39,7 +41,8 @@ def prepare(name: str, folder: Path, settings: Settings, vocabulary: Vocabulary)
     task = TASKS[name]
     rule = settings.rule or task.rule
     path = find_file(folder, task.evaluated, task.origin)
-    items = read_items(task, path)[: settings.limit]
+    items, unanswered = read_counted(task, path)
+    items, total = items[: settings.limit], len(items) + unanswered
     if rule == "unconditional" and not items[0].alone:
         raise UserError(f"--rule unconditional: not for {name}, only for openbookqa")
     questions = in_tokens(items, vocabulary.encode)
@@ -61,6 +64,9 @@ def prepare(name: str, folder: Path, settings: Settings, vocabulary: Vocabulary)
             found = evaluate(rule, questions, pool, shots, settings, scorer, loaded.context)
             if process_rank() == 0:
                 _say(head, found, loaded.context)
+            best = accuracy.majority([min(item.right) for item in items])
+            found["majority"] = best if name in CLASSES else None
+            found["questions_left_out"] = total - len(items)
             results.append({"task": name, **found})
         return results
 
@@ -69,7 +75,8 @@ def prepare(name: str, folder: Path, settings: Settings, vocabulary: Vocabulary)
 
 def table(results: Sequence[Result]) -> List[List[str]]:
     """Rows of text, the head first, and the mean over tasks last."""
-    rows = [["task", "rule", "shots", "questions", "accuracy %", "sd of draws", "left out"]]
+    head = ["task", "rule", "shots", "questions", "cut", "not asked", "accuracy %"]
+    rows = [[*head, "95 % interval", "chance %", "sd of draws", "left out"]]
     for one in results:
         spread, draws = one["spread"], len(one["draws"])
         rows.append(
@@ -78,23 +85,53 @@ def table(results: Sequence[Result]) -> List[List[str]]:
                 one["rule"],
                 str(one["shots"]),
                 f"{one['questions']:,}",
+                f"{one['questions_cut']:,}",
+                f"{one['questions_left_out']:,}",
                 f"{100 * one['accuracy']:.1f}",
+                accuracy.in_percent(*one["interval"]),
+                guessing(one),
                 "" if spread is None else f"{100 * spread:.1f} of {draws}",
                 f"{one['left_out']:.1f}" if one["shots"] else "",
             ]
         )
     if len({one["task"] for one in results}) > 1:
         for shots, mean in means(results).items():
-            rows.append(["mean", "", shots, "", f"{100 * mean:.1f}", "", ""])
+            cells = [f"{100 * mean['accuracy']:.1f}", accuracy.in_percent(*mean["interval"])]
+            cells += [f"{100 * mean['chance']:.1f}"]
+            rows.append(["mean", "", shots, "", "", "", *cells, "", ""])
     return rows
 
 
-def means(results: Sequence[Result]) -> Dict[str, float]:
-    """Number of shots -> the plain mean of the tasks' accuracies."""
-    found: Dict[str, List[float]] = {}
+def guessing(one: Result) -> str:
+    """Chance in percent, with the most frequent answer's accuracy where all questions have the
+    same answers."""
+    said = f"{100 * one['chance']:.1f}"
+    return said if one["majority"] is None else f"{said} ({100 * one['majority']:.1f})"
+
+
+def notes(results: Sequence[Result]) -> List[str]:
+    """What stands below the table."""
+    said = "95 % interval: over questions, not over draws. chance: a guess among the candidates"
+    if any(one["majority"] is not None for one in results):
+        said += "; in brackets, always the most frequent answer"
+    return [said]
+
+
+def means(results: Sequence[Result]) -> Dict[str, Result]:
+    """Number of shots -> the plain means of the tasks' accuracies and chances, with the interval of
+    the former."""
+    by_shots: Dict[str, List[Result]] = {}
     for one in results:
-        found.setdefault(str(one["shots"]), []).append(one["accuracy"])
-    return {shots: float(np.mean(accuracies)) for shots, accuracies in found.items()}
+        by_shots.setdefault(str(one["shots"]), []).append(one)
+    found = {}
+    for shots, tasks in by_shots.items():
+        shares = [one["accuracy"] for one in tasks]
+        found[shots] = {
+            "accuracy": float(np.mean(shares)),
+            "interval": list(accuracy.mean_interval(shares, [one["questions"] for one in tasks])),
+            "chance": float(np.mean([one["chance"] for one in tasks])),
+        }
+    return found
 
 
 def in_tokens(items: Sequence[Item], encode: Any) -> List[Question]:
@@ -126,15 +163,20 @@ def evaluate(
             answer(rule, questions, base, [pool[i] for i in drawn], scorer, context),
         )
     found = [outcome.accuracy for outcome in outcomes]
+    number, share = len(questions), float(np.mean(found))
+    right = [len(question.right) for question in questions]
     return {
         "rule": rule,
         "shots": shots,
-        "questions": len(questions),
-        "accuracy": float(np.mean(found)),
+        "questions": number,
+        "accuracy": share,
+        "interval": list(accuracy.wilson_interval(share * number, number)),
+        "chance": accuracy.chance(right, [len(question.candidates) for question in questions]),
         "spread": spread(found),
         "draws": found,
         "left_out": float(np.mean([outcome.left_out for outcome in outcomes])),
         "too_long": max(outcome.too_long for outcome in outcomes),
+        "questions_cut": max(outcome.cut for outcome in outcomes),
     }
 
 
@@ -161,11 +203,11 @@ def answer(
         prompts.append([before + candidate for candidate in question.candidates])
         left_out.append(len(examples) - count)
         shared.append(len(before))
-    too_long = sum(len(row) > context for rows in prompts for row in rows)
+    long = [sum(len(row) > context for row in rows) for rows in prompts]
     found = scores(rule, prompts, scorer, context, shared)
     chosen = [int(np.argmax(one - less)) for one, less in zip(found, base)]
     right = [choice in question.right for choice, question in zip(chosen, questions)]
-    return Outcome(chosen, float(np.mean(right)), left_out, too_long)
+    return Outcome(chosen, float(np.mean(right)), left_out, sum(long), sum(map(bool, long)))
 
 
 def scores(
@@ -189,7 +231,12 @@ def scores(
 
 def _say(head: str, found: Result, context: int) -> None:
     """One line on stderr, and one more for prompts that do not fit."""
-    print(f"{head}: {100 * found['accuracy']:.1f} %", file=sys.stderr, flush=True)
+    print(
+        f"{head}: {100 * found['accuracy']:.1f} % (95 % interval "
+        f"{accuracy.in_percent(*found['interval'])}, chance {100 * found['chance']:.1f})",
+        file=sys.stderr,
+        flush=True,
+    )
     if found["left_out"]:
         print(
             f"{head}: prompts are longer than the context of {context} tokens; "

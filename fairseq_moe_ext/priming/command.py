@@ -136,13 +136,14 @@ def _languages(text: Optional[str]) -> Optional[Tuple[str, str]]:
 
 
 def _write(args: argparse.Namespace, context: int, results: Results) -> None:
-    accuracies = [result for name, result in results if _KINDS[name] is choice]
+    means = choice.means([result for name, result in results if _KINDS[name] is choice])
     whole = {
         "path": str(args.path),
         "context": context,
         "seed": args.seed,
         "results": [result for _, result in results],
-        "mean": choice.means(accuracies),
+        "mean": {shots: mean.pop("accuracy") for shots, mean in means.items()},
+        "mean_of": means,  # its interval, and the mean of chance
     }
     write_json(args.json, whole)
 
@@ -153,6 +154,6 @@ def _tables(results: Results, form: Callable[[List[List[str]]], str]) -> str:
     for kind in dict.fromkeys(_KINDS[name] for name, _ in results):
         found = [result for name, result in results if _KINDS[name] is kind]
         parts.append(form(kind.table(found)))
-        if kind is generative:
-            parts.append("\n".join(generative.notes(found)))
+        if kind is not bias:
+            parts.append("\n".join(kind.notes(found)))
     return "\n\n".join(parts)

@@ -19,7 +19,7 @@ class Item(NamedTuple):
     """One question."""
 
     candidates: Tuple[str, ...]  # the whole prompt with each candidate in it
-    right: FrozenSet[int]
+    right: FrozenSet[int]  # empty: no candidate is, and the question is left out
     alone: Tuple[str, ...] = ()  # each candidate after "Answer: ", for the rule that wants it
 
     @property
@@ -59,12 +59,18 @@ def find_file(folder: Path, names: Tuple[str, ...], origin: str) -> Path:
 
 
 def read_items(task: Task, path: Path) -> List[Item]:
-    """All questions of a file, in order. Raises UserError for a line that is not as published, and
-    for a file without any."""
-    found = [item for record in task.read[path.suffix](path) for item in task.items(record)]
+    """All questions of a file that have a right answer, in order. Raises UserError for a line that
+    is not as published, and for a file without any."""
+    return read_counted(task, path)[0]
+
+
+def read_counted(task: Task, path: Path) -> Tuple[List[Item], int]:
+    """As `read_items`, and how many questions have no right answer and are left out."""
+    every = [item for record in task.read[path.suffix](path) for item in task.items(record)]
+    found = [item for item in every if item.right]
     if not found:
         raise UserError(f"{path}: no question in it; take the file as it was published")
-    return found
+    return found, len(every) - len(found)
 
 
 def _hellaswag(line: Record) -> List[Item]:
@@ -127,9 +133,8 @@ def _record(line: Record) -> List[Item]:
         query = question.text("query")
         answers = {_plain(line.part(a).text("text")) for a in question.items("answers")}
         right = frozenset(i for i, name in enumerate(names) if _plain(name) in answers)
-        if right:  # else no candidate is an answer, and none is wrong
-            filled = (query.replace("@placeholder", name) for name in names)
-            found.append(Item(tuple(f"{context}\n- {text}" for text in filled), right))
+        filled = (query.replace("@placeholder", name) for name in names)
+        found.append(Item(tuple(f"{context}\n- {text}" for text in filled), right))
     return found
 
 
@@ -164,12 +169,10 @@ def _mnli(line: Record) -> List[Item]:
     """Lines without a gold label ("-": the annotators disagreed) are left out, as is usual."""
     words = {"entailment": 0, "contradiction": 1, "neutral": 2, "-": -1}
     label = line.among("gold_label", words)
-    if label < 0:
-        return []
     premise, hypothesis = line.text("sentence1").strip(), line.text("sentence2").strip()
     prompt = f"{premise}\nQuestion: {hypothesis} True, False, or Neither?\nAnswer:"
     candidates = tuple(f"{prompt} {word}" for word in ("True", "False", "Neither"))
-    return [Item(candidates, frozenset({label}))]
+    return [Item(candidates, frozenset({label} if label >= 0 else ()))]
 
 
 def _sst2(line: Record) -> List[Item]:
@@ -284,5 +287,11 @@ TASKS: Dict[str, Task] = {
             f"SST-2 in {_GLUE}",
         ),
     )
+}
+# Every question has the same answers: what they are called, in the order of the candidates.
+CLASSES: Dict[str, Tuple[str, ...]] = {
+    "boolq": ("yes", "no"),
+    "mnli": ("entailment", "contradiction", "neutral"),
+    "sst2": ("negative", "positive"),
 }
 PAPER = ("record", "hellaswag", "piqa", "winogrande", "storycloze", "openbookqa")

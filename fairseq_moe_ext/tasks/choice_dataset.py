@@ -20,6 +20,7 @@ class Item(NamedTuple):
     scored: List[int]  # how many positions at each one's end count
     targets: List[Tensor]  # (T,) int64 each, the tokens that follow; [] for the head
     label: int  # the right choice
+    cut: bool = False  # longer than the context: its beginning was left out
 
 
 class ChoiceDataset(FairseqDataset):
@@ -68,6 +69,7 @@ class ChoiceDataset(FairseqDataset):
         place       (B, C) int64: where each candidate's score is among all scores of the
                     sequences, -1 where an example has fewer candidates
         target      (B,) int64: the right candidate
+        cut         (B,) bool: the example lost its beginning
         """
         if not samples:  # a process without a batch
             return {}
@@ -96,6 +98,7 @@ class ChoiceDataset(FairseqDataset):
             "net_input": net_input,
             "place": place,
             "target": torch.tensor([item.label for item in items]),
+            "cut": torch.tensor([item.cut for item in items]),
             "ntokens": int(lengths.sum()),
             "nsentences": len(items),
         }

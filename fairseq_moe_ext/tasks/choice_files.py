@@ -15,16 +15,10 @@ from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 
 from ..errors import UserError
-from ..priming.formats import TASKS, Item, find_file, read_items
+from ..priming.formats import CLASSES, TASKS, Item, find_file, read_items
 from ..priming.records import Record, read_jsonl
 
 LABELS_FILE = "labels.txt"
-# Every question has the same answers: what they are called, in the order of the candidates.
-_CLASSES: Dict[str, Tuple[str, ...]] = {
-    "boolq": ("yes", "no"),
-    "mnli": ("entailment", "contradiction", "neutral"),
-    "sst2": ("negative", "positive"),
-}
 NAMES = sorted(set(TASKS) - {"record"})  # of whose questions some have several right answers
 # Published validation sets beside the one that the paper evaluates on.
 _VALID: Dict[str, Tuple[str, ...]] = {"openbookqa": ("dev.jsonl",)}
@@ -57,7 +51,7 @@ class ChoiceFiles:
         self.name = name
         self.valid_share = valid_share
         self.suffix = name is not None and TASKS[name].rule == "suffix"
-        self.classes = _own_classes(folder) if name is None else _CLASSES.get(name)
+        self.classes = _own_classes(folder) if name is None else CLASSES.get(name)
 
     def path(self, split: str) -> Path:
         """The file of a split. Raises UserError if it is missing."""

@@ -19,6 +19,7 @@ from fairseq.tasks import FairseqTask, register_task
 from fairseq.tasks.language_modeling import LanguageModelingTask
 from omegaconf import II
 
+from .. import accuracy
 from ..errors import UserError
 from ..priming import scoring
 from ..priming.formats import Item as Question
@@ -155,22 +156,23 @@ class MultipleChoiceTask(FairseqTask):
         logger.info(f"{split}: encoding {len(questions):,} questions of {path}")
         tokens = [[vocabulary.encode(text) for text in each.candidates] for each in questions]
         vocabulary.check((row for rows in tokens for row in rows), str(path))
-        items, cut = [], 0
+        items = []
         for number, (question, rows) in enumerate(zip(questions, tokens), start=1):
             sequences = self._sequences(rows)
             limit = self.cfg.tokens_per_sample - (2 if self.scoring == "head" else 0)
             fitting = [scoring.cut(row, limit) for row in sequences]
-            cut += fitting != sequences
             if [_scored(row) for row in fitting] != [_scored(row) for row in sequences]:
                 raise UserError(
                     f"{path}, question {number}: a choice is longer than --tokens-per-sample "
                     f"{self.cfg.tokens_per_sample}: shorten it, or raise that"
                 )
-            items.append(self._item(fitting, min(question.right)))
+            item = self._item(fitting, min(question.right))
+            items.append(item._replace(cut=fitting != sequences))
         self.datasets[split] = ChoiceDataset(
             items, self.dictionary.pad(), self.outputs, shuffle=split == self.cfg.train_subset
         )
         logger.info(f"{split}: {describe(questions, self.files.classes)}")
+        cut = sum(item.cut for item in items)
         if cut:
             logger.warning(
                 f"{split}: {cut:,} of {len(items):,} questions are longer than --tokens-per-sample "
@@ -203,18 +205,15 @@ def _scored(row: scoring.Row) -> int:
 
 def describe(questions: List[Question], classes: Optional[Sequence[str]]) -> str:
     """One line: how many, how the right answers are spread, and what guessing gives."""
-    counts = Counter(min(question.right) for question in questions)
-    chance = sum(1 / len(question.candidates) for question in questions)
+    labels = [min(question.right) for question in questions]
+    counts = Counter(labels)
+    chance = accuracy.chance([1] * len(questions), [len(q.candidates) for q in questions])
     shares = ", ".join(
-        f"{classes[label] if classes else label} {_percent(counts[label], questions)}"
+        f"{classes[label] if classes else label} {100 * counts[label] / len(labels):.1f} %"
         for label in sorted(counts)
     )
     return (
         f"{len(questions):,} questions; right answer: {shares}; accuracy of the most frequent "
-        f"answer {_percent(max(counts.values()), questions)}, of chance "
-        f"{_percent(chance, questions)}"
+        f"answer {100 * accuracy.majority(labels):.1f} %, of chance "
+        f"{100 * chance:.1f} %"
     )
-
-
-def _percent(part: float, questions: List[Question]) -> str:
-    return f"{100 * part / len(questions):.1f} %"

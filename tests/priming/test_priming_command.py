@@ -47,10 +47,25 @@ def test_all_tasks_without_examples(command, tmp_path, capsys):
         assert one["accuracy"] * one["questions"] == pytest.approx(
             round(one["accuracy"] * one["questions"])
         )
+    by = {one["task"]: one for one in found["results"]}
+    for name, one in by.items():
+        items = CASES[name][1]
+        shares = [len(right) / len(candidates) for candidates, right, _ in items]
+        assert one["chance"] == pytest.approx(sum(shares) / len(shares)), name
+        low, high = one["interval"]
+        assert 0 <= low <= one["accuracy"] <= high <= 1 and low < high
+        assert (one["majority"] is not None) == (name in ("boolq", "mnli", "sst2"))
+        assert 0 <= one["questions_cut"] <= one["questions"]
+    assert by["record"]["questions_cut"] == 1 and by["copa"]["questions_cut"] == 0
+    assert by["mnli"]["questions_left_out"] == 1, "without a gold label"
     accuracies = [one["accuracy"] for one in found["results"]]
     assert found["mean"]["0"] == pytest.approx(sum(accuracies) / len(accuracies))
     out, err = capsys.readouterr()
     assert all(name in out for name in TASKS) and "mean" in out
+    for one in found["results"]:
+        row = next(line for line in out.splitlines() if line.startswith(one["task"]))
+        low, high = (f"{100 * end:.1f}" for end in one["interval"])
+        assert f"{low} to {high}" in row and f"{100 * one['chance']:.1f}" in row
     assert "record, 0 shots: " in err and "longer than the context of 64 tokens even" in err
 
 
@@ -78,6 +93,7 @@ def test_two_processes_equal_one(command, tmp_path):
 def test_another_rule_and_a_limit(command, tmp_path):
     found = priming(0, f"{command} --tasks copa --rule mean --limit 1", tmp_path / "out.json")
     assert found["results"][0]["rule"] == "mean" and found["results"][0]["questions"] == 1
+    assert found["results"][0]["questions_left_out"] == len(CASES["copa"][1]) - 1
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from fairseq import metrics
 from processes import run_processes
 from small_models import MOE
 
-from fairseq_moe_ext.criterions.multiple_choice import MultipleChoiceCriterion, wilson_interval
+from fairseq_moe_ext.criterions.multiple_choice import MultipleChoiceCriterion
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.priming.records import read_jsonl
 
@@ -165,7 +165,8 @@ def test_the_gates_losses_are_added_for_each_question(data, choices):
 
 def test_accuracy_and_its_interval():
     log = {"sample_size": 40, "correct": 30, "loss": 1.0, "inner_loss": 1.0, "batch_count": 1}
-    rest = {**log, "sample_size": 60, "correct": 60}
+    log.update(chance=20.0, cut=1)
+    rest = {**log, "sample_size": 60, "correct": 60, "chance": 15.0, "cut": 0}
     with metrics.aggregate() as meters:  # in two steps, as a validation goes
         MultipleChoiceCriterion.reduce_metrics([log])
         MultipleChoiceCriterion.reduce_metrics([rest])
@@ -173,8 +174,7 @@ def test_accuracy_and_its_interval():
     assert logged["accuracy"] == 90.0
     # 90 of 100 (Wilson 1927), as computed by hand: (p + z^2/2n -+ ...) / (1 + z^2/n)
     assert (logged["accuracy_low"], logged["accuracy_high"]) == (82.56, 94.48)
-    assert wilson_interval(0, 10)[0] == 0 and 0.25 < wilson_interval(0, 10)[1] < 0.31
-    assert wilson_interval(10, 10)[1] == 1
+    assert (logged["chance"], logged["cut"]) == (35.0, 1.0)
 
 
 @pytest.mark.parametrize("scoring", ["head", "mean"])
@@ -234,6 +234,7 @@ def test_a_process_without_questions(data, choices):
     )
     loss.backward()
     assert (float(loss), size, int(log["correct"])) == (0, 0, 0)
+    assert (float(log["chance"]), int(log["cut"])) == (0, 0)
 
 
 # ---- The data
@@ -256,6 +257,14 @@ def test_long_questions_lose_their_beginning(data, choices, caplog, vocabulary):
         short = load(make_choice_task(data, choices, tokens_per_sample=limit))
     assert f"are longer than --tokens-per-sample {limit}; their beginning was left" in caplog.text
     assert short.sizes.max() == limit
+    lost = sum(item.cut for item in short.items)
+    assert f" {lost} of " in caplog.text and not any(item.cut for item in dataset.items)
+    criterion = make_criterion(make_choice_task(data, choices))
+    model = make_choice_model(criterion.task, **DROPLESS)
+    log = criterion(model, batch_of(short, range(len(short))))[2]
+    assert int(log["cut"]) == lost > 0
+    guesses = [1 / len(item.inputs) for item in short.items]
+    assert float(log["chance"]) == pytest.approx(sum(guesses))
     for whole, cut in zip(dataset.items, short.items):
         for a, b in zip(whole.inputs, cut.inputs):
             assert b[1:].tolist() == a[1:].tolist()[-(limit - 1) :] and b[0] == 2
