@@ -611,28 +611,63 @@ def bf16_without_tpu() -> None:
     options.parse_args_and_arch = parse_args_and_arch
 
 
-def fresh_jobs() -> None:
-    """Begin every job of one process (`fairseq-hydra-train --multirun`) with a clean record.
+def resumed_patience() -> None:
+    """Begin every job with a clean record of its best loss, and a resumed one with its own.
 
-    Breaks: the best validation loss is kept on the functions save_checkpoint and should_stop_early:
-    the second job compares with the first's, saves no checkpoint_best.pt and may stop early.
-    Where: fairseq/checkpoint_utils.py:42, fairseq_cli/train.py:227.
-    Ends: with a fairseq that keeps it in the trainer.
+    Breaks: the best validation loss, and how many validations were no better, are kept on the
+    functions save_checkpoint and should_stop_early. The second job of a process
+    (`fairseq-hydra-train --multirun`) compares with the first's, saves no checkpoint_best.pt and
+    may stop early; a resumed run counts --patience from 0. Checkpoints from before this patch have
+    the best loss alone.
+    Where: fairseq/checkpoint_utils.py:42 and :258, fairseq_cli/train.py:227.
+    Ends: with a fairseq that keeps both in the trainer.
     """
     from fairseq import checkpoint_utils
-    from fairseq.distributed import utils
+    from fairseq.trainer import Trainer
 
-    stock = utils.call_main
+    stock, save, load = (
+        checkpoint_utils.load_checkpoint,
+        Trainer.save_checkpoint,
+        Trainer.load_checkpoint,
+    )
+
+    def record() -> dict:
+        for name in ("fairseq_cli.train", "__main__"):
+            stop = getattr(sys.modules.get(name), "should_stop_early", None)
+            if stop is not None:
+                return vars(stop)
+        return {}
 
     @functools.wraps(stock)
-    def call_main(cfg, main, **kwargs):
+    def load_checkpoint(cfg, trainer, **kwargs):
         vars(checkpoint_utils.save_checkpoint).pop("best", None)
-        train = sys.modules.get("fairseq_cli.train")
-        if train is not None:
-            vars(train.should_stop_early).clear()
-        return stock(cfg, main, **kwargs)
+        record().clear()
+        return stock(cfg, trainer, **kwargs)
 
-    utils.call_main = call_main
+    @functools.wraps(save)
+    def save_with_record(self, filename, extra_state):
+        return save(self, filename, {**extra_state, "should_stop_early": dict(record())})
+
+    @functools.wraps(load)
+    def load_with_record(
+        self,
+        filename,
+        reset_optimizer=False,
+        reset_lr_scheduler=False,
+        optimizer_overrides=None,
+        reset_meters=False,
+    ):
+        state = load(
+            self, filename, reset_optimizer, reset_lr_scheduler, optimizer_overrides, reset_meters
+        )
+        if state is not None and not reset_optimizer and not reset_meters:
+            best = state.get("best")
+            before = {} if best is None else {"best": best, "num_runs": 0}
+            record().update(state.get("should_stop_early") or before)
+        return state
+
+    checkpoint_utils.load_checkpoint = load_checkpoint
+    Trainer.save_checkpoint, Trainer.load_checkpoint = save_with_record, load_with_record
 
 
 def processes_that_can_start() -> None:
@@ -1050,7 +1085,7 @@ PATCHES = (
     Patch(fsdp_on_cpu, needed=lambda: _no_gpu() and importlib.util.find_spec("fairscale")),
     Patch(fp16_on_cpu, needed=_always),
     Patch(bf16_without_tpu, needed=lambda: importlib.util.find_spec("torch_xla") is None),
-    Patch(fresh_jobs, needed=_always),
+    Patch(resumed_patience, needed=_always),
     Patch(processes_that_can_start, needed=_always),
     Patch(processes_that_meet_and_part, needed=_always),
     Patch(hydra_command, needed=_new_resolvers),

@@ -103,6 +103,20 @@ def test_branch_flags_train(command, data, tmp_path, options):
     assert len(losses(log)) >= 6
 
 
+def test_sentences_that_begin_with_bos(command, data, tmp_path):
+    line = f"{data} {TRAIN} {MOE} --add-bos-token --save-dir {tmp_path}"
+    assert command("train", line)[0] == 0
+    line = f"{data} {EVAL} --add-bos-token --path {tmp_path / 'checkpoint_last.pt'}"
+    status, log, _, _ = command("eval_lm", line)
+    assert status == 0 and "Evaluated 107 tokens" in log  # 100, and <s> in 7 blocks
+    line = f"{data} {TRAIN} --arch dense_lm_tiny --add-bos-token --save-dir {tmp_path / 'no'}"
+    status, _, _, err = command("train", f"{line} --decoder-learned-pos")
+    assert status == 1 and "--max-target-positions 16" in err and "Traceback" not in err
+    assert not list(tmp_path.glob("no/*"))
+    flags = "--decoder-learned-pos --max-target-positions 17"
+    assert command("train", f"{line} {flags}")[0] == 0
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(command, data, tmp_path):
     line = f"{data} {TRAIN} {MOE} --save-interval-updates 3"
     _, whole, _, _ = command("train", f"{line} --save-dir {tmp_path / 'whole'}")

@@ -10,6 +10,7 @@ import io
 import os
 import pickle
 import re
+import shutil
 import socket
 import struct
 import subprocess
@@ -431,6 +432,40 @@ def test_a_second_job_knows_nothing_of_the_first(command, work, tmp_path):
     import fairseq_cli.train
 
     assert fairseq_cli.train.should_stop_early.best == best[1]["best"]
+
+
+def test_patience_goes_on_where_it_was(command, work, tmp_path):
+    """Nothing is learned, so no validation after the first, at update 2, is better: with
+    --patience 3 the run ends at update 8, also when it was killed after update 4."""
+    flags = "--lr 1e-30 --max-update 20 --save-interval-updates 2 --batch-size 1 --patience 3"
+    line = f"bin {TRAIN} {flags} --save-dir"
+
+    def updates(folder):
+        assert command("train", f"{line} {folder}")[0] == 0
+        state = torch.load(folder / "checkpoint_last.pt", weights_only=True)
+        return state["optimizer_history"][-1]["num_updates"], state["extra_state"]
+
+    whole, last = updates(tmp_path / "whole")
+    (tmp_path / "killed").mkdir()
+    shutil.copy(
+        tmp_path / "whole" / "checkpoint_1_4.pt", tmp_path / "killed" / "checkpoint_last.pt"
+    )
+    killed, resumed = updates(tmp_path / "killed")
+    assert whole == killed == 8
+    assert last["should_stop_early"] == resumed["should_stop_early"]
+    assert last["should_stop_early"] == {"best": last["best"], "num_runs": 3}
+    # of before, with the best loss alone: updates 6, 8 and 10 are no better
+    old = torch.load(tmp_path / "whole" / "checkpoint_1_4.pt", weights_only=True)
+    del old["extra_state"]["should_stop_early"]
+    (tmp_path / "old").mkdir()
+    torch.save(old, tmp_path / "old" / "checkpoint_last.pt")
+    assert updates(tmp_path / "old")[0] == 10
+    # without the meters: update 6 is the best anew
+    killed = tmp_path / "whole" / "checkpoint_1_4.pt"
+    new = f"{line} {tmp_path / 'new'} --reset-meters --restore-file {killed}"
+    assert command("train", new)[0] == 0
+    state = torch.load(tmp_path / "new" / "checkpoint_last.pt", weights_only=True)
+    assert state["optimizer_history"][-1]["num_updates"] == 12
 
 
 # --- Errors -------------------------------------------------------------------------------------

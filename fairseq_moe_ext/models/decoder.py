@@ -255,7 +255,7 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
 
     def _embed(self, tokens: Tensor, new: int) -> Tensor:
         """tokens (B, T) -> (B, new, D) of the last positions."""
-        positions = None
+        positions, length = None, tokens.size(1)
         if self.embed_positions is not None:
             # Padding has no position, so a row padded on the left counts from its first token.
             positions = utils.make_positions(tokens, self.padding_idx)[:, -new:]  # (B, new)
@@ -269,18 +269,22 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
                 "was made with, or make the data-bin anew"
             ) from error
         if positions is not None:
-            x = x + self._embed_positions(positions)
+            x = x + self._embed_positions(positions, length)
         if self.layernorm_embedding is not None:
             x = self.layernorm_embedding(x)
         return F.dropout(x, self.dropout, self.training)
 
-    def _embed_positions(self, positions: Tensor) -> Tensor:
-        """positions (B, T) -> (B, T, D). Stock's modules take tokens and, token by token, assume
-        that no row is padded (sinusoidal_positional_embedding.py:83@0.12.2)."""
+    def _embed_positions(self, positions: Tensor, length: int) -> Tensor:
+        """positions (B, T), of rows of `length` -> (B, T, D). Stock's modules take tokens and,
+        token by token, assume that no row is padded (sinusoidal_positional_embedding.py:83@0.12.2).
+
+        A row may be longer than its limit, as --add-bos-token makes it: computed positions grow."""
         table = self.embed_positions
         if not isinstance(table, SinusoidalPositionalEmbedding):
+            if length > self.max_target_positions:
+                raise too_few_positions(length, self.max_target_positions)
             return F.embedding(positions, table.weight, table.padding_idx)
-        needed = self.padding_idx + 1 + self.max_target_positions
+        needed = self.padding_idx + 1 + max(length, self.max_target_positions)
         if table.weights.size(0) < needed:
             table.weights = table.get_embedding(needed, table.embedding_dim, self.padding_idx)
         table.weights = table.weights.to(table._float_tensor)
@@ -307,6 +311,15 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
                 state_dict[projection] = state_dict[f"{name}.embed_tokens.weight"]
             elif f"{name}.embed_out" in state_dict:
                 state_dict[projection] = state_dict.pop(f"{name}.embed_out")
+
+
+def too_few_positions(length: int, learned: int) -> UserError:
+    """What to raise where a row is longer than the learned positions."""
+    return UserError(
+        f"a row of {length} tokens for --max-target-positions {learned} with --decoder-learned-pos:"
+        f" learned positions do not grow; train with --max-target-positions {length}, or without "
+        "--decoder-learned-pos (--add-bos-token makes rows one longer than --tokens-per-sample)"
+    )
 
 
 def _build_layer(cfg: MoETransformerLMConfig, index: int) -> nn.Module:

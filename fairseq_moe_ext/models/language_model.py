@@ -17,7 +17,7 @@ from .. import fully_sharded
 from ..config import MoETransformerLMConfig, validate
 from ..errors import UserError
 from ..expert_parallel import mark_experts
-from .decoder import MoETransformerDecoder
+from .decoder import MoETransformerDecoder, too_few_positions
 from .linear_cross_entropy import linear_cross_entropy
 from .unfilled import unfilled_where_loaded
 
@@ -45,6 +45,11 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
     ) -> "MoETransformerLanguageModel":
         """Raises UserError for settings that cannot work, before any work starts."""
         validate(cfg)
+        adds_bos = getattr(getattr(task, "args", None), "add_bos_token", False)
+        longest = cfg.tokens_per_sample + bool(adds_bos)
+        learned = cfg.max_target_positions or cfg.tokens_per_sample
+        if cfg.decoder_learned_pos and longest > learned == cfg.tokens_per_sample:
+            raise too_few_positions(longest, learned)
         fully_sharded.prepare(cfg)
         with unfilled_where_loaded():
             model = cls(MoETransformerDecoder(cfg, task.source_dictionary))

@@ -4,6 +4,8 @@ import pytest
 import torch
 from small_models import build_model, build_stock_model, random_tokens
 
+from fairseq_moe_ext.errors import UserError
+
 
 @pytest.fixture
 def tokens():
@@ -60,3 +62,24 @@ def test_gradients_are_as_stock(tokens):
     expected = dict(stock.named_parameters())
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-9, atol=1e-9)
+
+
+def test_positions_grow_as_stocks():
+    """--add-bos-token makes rows one longer than --tokens-per-sample, 64 here."""
+    stock = build_stock_model(0, activation_fn="gelu")
+    ours = build_model(seed=1).double().eval()
+    ours.load_state_dict(stock.state_dict())
+    for length in (65, 64, 70):
+        tokens = random_tokens(length=length)
+        torch.testing.assert_close(ours(tokens)[0], stock(tokens)[0], rtol=1e-12, atol=1e-12)
+    state, found = {}, []
+    for end in range(1, 71):
+        found.append(ours.decoder(tokens[:, :end], incremental_state=state)[0])
+    torch.testing.assert_close(torch.cat(found, 1), stock(tokens)[0], rtol=1e-9, atol=1e-9)
+
+
+def test_learned_positions_do_not_grow():
+    ours = build_model(decoder_learned_pos=True)
+    ours(random_tokens(length=64))
+    with pytest.raises(UserError, match="65 tokens for --max-target-positions 64"):
+        ours(random_tokens(length=65))
