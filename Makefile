@@ -2,7 +2,7 @@
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 RUN := .venv/bin/python
 
-.PHONY: help install check test test-all quickstart study benchmark lint clean
+.PHONY: help install check test test-all quickstart study benchmark docs lint clean
 
 help:            ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' Makefile | expand -t 20
@@ -41,6 +41,11 @@ benchmark: install  ## measure layer, training, evaluation, growth, start-up; ab
 	$(RUN) benchmarks/evaluate.py
 	$(RUN) benchmarks/growth.py
 	$(RUN) benchmarks/start_up.py
+
+docs: install    ## build the site of docs/ into build/site; needs Python 3.11
+	$(RUN) -m pip install --quiet -c constraints.txt -e ".[docs]"
+	$(RUN) -m sphinx -W --keep-going -q docs build/site
+	@echo "build/site/index.html"
 
 lint: install    ## ruff, check and format
 	$(RUN) -m ruff check .

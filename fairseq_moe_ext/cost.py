@@ -141,7 +141,7 @@ def memory_per_device(
     """Memory of training on `tokens` tokens a device at a time.
 
     P parameters are on a device: the shared ones and E / W of the experts (one where there are more
-    processes than experts). With b bytes a number, D, F, K, E, V as elsewhere, l layers, T tokens:
+    processes than experts). With b bytes a number, D, F, K, E, V as elsewhere, l layers, T tokens::
 
         parameters  P times the precision's bytes; master, gradients, optimizer likewise
         dense layer b T (8 D + 2 F): both norms' inputs and outputs, q, k, v, attention's output,

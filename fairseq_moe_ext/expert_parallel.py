@@ -1,10 +1,10 @@
 """Experts spread over processes: rank arithmetic, process groups, the exchange of tokens.
 
-With E experts and W processes of which one divides the other,
+With E experts and W processes, one of which divides the other:
 
-    E >= W   each process holds E / W experts, process r those from r * E / W on;
-    E <  W   E consecutive processes hold one expert each, and W / E such sets are replicas of each
-             other, whose experts' gradients are summed.
+- E >= W: each process holds E / W experts, process r those from r * E / W on;
+- E < W: E consecutive processes hold one expert each. W / E such sets are replicas of each other,
+  whose experts' gradients are summed.
 
 Every process joins every collective, also with no token of its own.
 """

@@ -29,11 +29,11 @@ FIGURES = ("entropy_gating",) + tuple(
 def routing_stats(routing: Routing, pool: Pool = PROCESS) -> Dict[str, Tensor]:
     """FIGURES of one routing, scalars without gradient, over the pool's tokens:
 
-    entropy_gating: mean entropy of the router's probabilities, in nats.
-    overflow_expert1, _expert2: percentage of routed first, second choices beyond capacity.
-    expertK_balance_top, _bottom: percentage of tokens whose K-th choice is among the most, least
-        chosen fifth of the experts (padding included, as in the branch).
-    unused_expertK_count: experts that are no token's K-th choice.
+    - entropy_gating: mean entropy of the router's probabilities, in nats.
+    - overflow_expert1, _expert2: percentage of routed first, second choices beyond capacity.
+    - expertK_balance_top, _bottom: percentage of tokens whose K-th choice is among the most, least
+      chosen fifth of the experts (padding included, as in the branch).
+    - unused_expertK_count: experts that are no token's K-th choice.
 
     The top-1 gate yields the keys of the first choice only.
     """

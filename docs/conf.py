@@ -1,0 +1,69 @@
+"""Sphinx's settings, and the page of all flags, written from the dataclasses that define them.
+
+`make docs` builds the site into build/site; a warning is an error.
+"""
+
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any, Iterator
+
+project = "fairseq_moe_ext"
+copyright = "the fairseq_moe_ext authors; MIT licence"
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+html_theme = "furo"
+html_title = "fairseq_moe_ext"
+exclude_patterns = ["*_two_cores"]
+myst_heading_anchors = 3
+myst_enable_extensions = ["colon_fence"]
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_default_options = {"members": True, "undoc-members": False, "show-inheritance": True}
+napoleon_numpy_docstring = False
+
+FLAGS = Path(__file__).with_name("flags.md")
+FLAGS_HEAD = """# Flags
+
+This page is generated. A flag `--moe-freq` is `model.moe_freq` in a Hydra override; the other
+groups are `criterion.` and `task.`. `fairseq-train --help` lists the flags of stock fairseq.
+"""
+
+
+def setup(app: Any) -> None:
+    """Sphinx calls this first."""
+    FLAGS.write_text("\n".join(flags_page()), encoding="utf-8")
+
+
+def flags_page() -> Iterator[str]:
+    """The lines of flags.md."""
+    import fairseq_moe_ext  # noqa: F401  (registers with fairseq)
+    from fairseq_moe_ext.config import MoETransformerLMConfig
+    from fairseq_moe_ext.criterions.moe_cross_entropy import MoECrossEntropyConfig
+    from fairseq_moe_ext.criterions.multiple_choice import MultipleChoiceConfig
+    from fairseq_moe_ext.tasks.mixture_language_modeling import MixtureLanguageModelingConfig
+    from fairseq_moe_ext.tasks.multiple_choice import MultipleChoiceTaskConfig
+
+    yield FLAGS_HEAD
+    for title, dataclass in {
+        "Models": MoETransformerLMConfig,
+        "Criterion moe_cross_entropy": MoECrossEntropyConfig,
+        "Criterion multiple_choice": MultipleChoiceConfig,
+        "Task mixture_language_modeling": MixtureLanguageModelingConfig,
+        "Task multiple_choice": MultipleChoiceTaskConfig,
+    }.items():
+        yield f"## {title}\n\n| flag | default | meaning |\n|---|---|---|"
+        for flag in fields(dataclass):
+            text = flag.metadata.get("help")
+            if text is not None and not flag.name.startswith("_"):
+                yield flag_row(flag, text)
+        yield ""
+
+
+def flag_row(flag: Any, text: str) -> str:
+    """One flag as a row of its table."""
+    default = flag.default if flag.default is not MISSING else flag.default_factory()
+    choices = getattr(flag.type, "__members__", ())
+    if 0 < len(choices) < 8:
+        text += ". One of " + ", ".join(f"`{name}`" for name in choices)
+    shown = "" if default in (False, None) else f"`{getattr(default, 'value', default)}`"
+    text = text.replace("%%", "%").replace("|", "\\|").replace("<", "\\<")
+    return f"| `--{flag.name.replace('_', '-')}` | {shown} | {text} |"

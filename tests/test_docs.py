@@ -1,0 +1,47 @@
+"""The site of docs/: its list of flags, its pages, and the build itself."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from fairseq_moe_ext.config import MoETransformerLMConfig
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+def conf():
+    spec = importlib.util.spec_from_file_location("docs_conf", DOCS / "conf.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_flags_has_every_flag_that_has_a_help_text():
+    page = "\n".join(conf().flags_page()).split("## Criterion")[0]
+    for flag in fields(MoETransformerLMConfig):
+        shown = f"| `--{flag.name.replace('_', '-')}` |" in page
+        assert shown == ("help" in flag.metadata), flag.name
+    assert re.search(r"^\| `--moe-expert-count` \| `0` \| ", page, flags=re.M)
+
+
+def test_every_page_is_in_the_table_of_contents():
+    index = (DOCS / "index.md").read_text(encoding="utf-8")
+    listed = set("\n".join(re.findall(r"```{toctree}\n(.*?)```", index, flags=re.S)).split())
+    pages = {path.stem for path in DOCS.glob("*.md")} - {"index"}
+    assert pages | {"flags"} == {name for name in listed if name[0] != ":"} - {"How", "to"} - {
+        "Reference"
+    }
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("furo")
+    command = [sys.executable, "-m", "sphinx", "-W", "-q", str(DOCS), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "moe.routing" in (tmp_path / "api.html").read_text(encoding="utf-8")
