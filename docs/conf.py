@@ -64,6 +64,6 @@ def flag_row(flag: Any, text: str) -> str:
     choices = getattr(flag.type, "__members__", ())
     if 0 < len(choices) < 8:
         text += ". One of " + ", ".join(f"`{name}`" for name in choices)
-    shown = "" if default in (False, None) else f"`{getattr(default, 'value', default)}`"
+    shown = "" if default is None or default is False else f"`{getattr(default, 'value', default)}`"
     text = text.replace("%%", "%").replace("|", "\\|").replace("<", "\\<")
     return f"| `--{flag.name.replace('_', '-')}` | {shown} | {text} |"
