@@ -23,6 +23,8 @@
     cli.py         the command fairseq-moe
     compat.py      what stock fairseq 0.12.2 needs to run on today's Python and PyTorch
     errors.py      the exception for a user's mistake
+    files.py       what a user names to read: regular files
+    outputs.py     what a user names to write
 """
 
 from . import compat

@@ -172,9 +172,9 @@ def read_json(path: Path) -> Dict:
 
 
 def write_json(path: Path, value: object) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    from fairseq_moe_ext import outputs
+
+    outputs.write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def console_script(name: str) -> str:
@@ -241,7 +241,7 @@ def expert_use_command(run: Run, names: Sequence[str]) -> List[str]:
     for name in names:
         command += ["--bin", f"{name}={run.out / 'data' / name}"]
     command += ["--subset", "test", "--tokens-per-sample", str(CONTEXT)]
-    return command + ["--json", str(run.out / "expert_use.json")]
+    return command + ["--json", str(run.out / "expert_use.json"), "--overwrite"]
 
 
 def gather_text(run: Run) -> str:
@@ -494,6 +494,7 @@ def work(run: Run) -> None:
     from fairseq_moe_ext.evaluation import report
 
     run.open()
+    report.check_renewable(run.out / "report.html")
     held_out = {domain.name: domain.held_out for domain in corpora.DOMAINS}
     preparing = prepare_command(run, held_out)
     training = {model: train_command(run, model) for model in MODELS}

@@ -10,13 +10,13 @@ makes two in each MoE layer.
 import argparse
 import json
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Sequence
 
 import torch
 
+from .. import outputs
 from ..errors import UserError
 from .loading import language_modeling_task
 
@@ -118,6 +118,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     )
     parser.add_argument("--batch-size", type=int, default=8, help="blocks a pass (default: 8)")
     parser.add_argument("--json", type=Path, help="write the result here instead of printing it")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file of --json")
     args = parser.parse_args(argv)
     try:
         bins = {}
@@ -132,6 +133,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         ):
             if value < 1:
                 raise UserError(f"{flag} {value}: use 1 or more")
+        outputs.check([("--json", args.json)], args.overwrite, [args.checkpoint, *bins.values()])
         found = expert_use(
             args.checkpoint, bins, args.subset, args.tokens_per_sample, args.batch_size
         )
@@ -146,10 +148,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write under a temporary name, then rename it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    """Write the file, whole or not at all."""
+    outputs.write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 if __name__ == "__main__":

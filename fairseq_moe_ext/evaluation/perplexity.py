@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import data_bin
+from .. import data_bin, outputs
 from ..errors import UserError
 from . import capacity
 from .cost_table import markdown, plain
@@ -253,7 +253,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--figure",
         type=Path,
         metavar="FILE",
-        default=Path("capacity.html"),
         help="page to draw --sweep-capacity on (default: capacity.html)",
     )
     parser.add_argument("--cpu", action="store_true", help="no GPU, though there is one")
@@ -261,6 +260,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model-overrides", metavar="DICT", help="settings of the model, as fairseq-eval-lm's"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here, too")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the files of --json and --figure"
+    )
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
 
 
@@ -276,9 +278,12 @@ def run(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: use 1 or more")
-    for flag, file in (("--json", args.json), ("--figure", args.figure)):
-        if file is not None and not file.parent.is_dir():
-            raise UserError(f"{flag} {file}: no folder {file.parent}; make it first")
+    if args.figure is not None and args.sweep_capacity is None:
+        raise UserError(f"--figure {args.figure}: only --sweep-capacity draws; give it too")
+    figure = (args.figure or Path("capacity.html")) if args.sweep_capacity else None
+    outputs.check(
+        [("--json", args.json), ("--figure", figure)], args.overwrite, [args.path, *args.data]
+    )
     overrides = parse_overrides(args.model_overrides)
     check_path(args.path)
     first = next(iter(data_bin.find_corpora(args.data[0]).values()), None)
@@ -321,8 +326,8 @@ def run(args: argparse.Namespace) -> None:
     form = markdown if args.markdown else plain
     print(form(capacity.table(results) if args.sweep_capacity else _table(results[0])))
     if args.sweep_capacity:
-        capacity.write_page(args.figure, args.path, results)
-        print(f"drawn in {args.figure}")
+        capacity.write_page(figure, args.path, results)
+        print(f"drawn in {figure}")
 
 
 def _table(found: Dict[str, Any]) -> List[List[str]]:

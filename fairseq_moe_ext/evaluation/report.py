@@ -5,10 +5,12 @@ and numbers to HTML strings; whoever writes a report puts them together and call
 escaped here, except where an argument is called `html`.
 """
 
-import os
 from html import escape
 from pathlib import Path
 from typing import List, Sequence, Tuple
+
+from .. import files, outputs
+from ..errors import UserError
 
 # Series colours: blue and vermilion (and two more) of Okabe and Ito's palette, which stay apart
 # for the colour-blind; lighter ones of the same palette on dark.
@@ -161,18 +163,30 @@ def code(text: str) -> str:
     return f"<pre>{escape(text)}</pre>"
 
 
+_START = (
+    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+    '<meta name="viewport" content="width=device-width, initial-scale=1">'
+)
+
+
 def page(title: str, parts_html: Sequence[str]) -> str:
     """The whole document."""
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>\n"
+        f"{_START}<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>\n"
         f"<h1>{escape(title)}</h1>\n" + "\n".join(parts_html) + "\n</main></body></html>\n"
     )
 
 
+def check_renewable(path: Path) -> None:
+    """For a page that its command makes anew each time: raise UserError before the work if it
+    cannot be written, or another's page is there."""
+    outputs.check([("", path)], overwrite=True)
+    if path.exists():
+        with files.open_binary(path) as file:
+            if file.read(len(_START)) != _START.encode():
+                raise UserError(f"{path}: is not a page of this command; move it elsewhere")
+
+
 def write(path: Path, html: str) -> None:
-    """Write the page under a temporary name, then rename it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(html, encoding="utf-8")
-    os.replace(partial, path)
+    """Write the page, whole or not at all."""
+    outputs.write_text(path, html)

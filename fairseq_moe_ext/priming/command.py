@@ -5,6 +5,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Callable, Dict, List, Optional, Tuple
 
+from .. import outputs
 from ..errors import UserError
 from ..evaluation.cost_table import markdown, plain
 from ..evaluation.expert_use import write_json
@@ -55,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     model.add_arguments(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here, too")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file of --json")
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
 
 
@@ -67,8 +69,7 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} {number}: use 1 or more")
     if args.seed < 0:
         raise UserError(f"--seed {args.seed}: use 0 or more")
-    if args.json is not None and not args.json.parent.is_dir():
-        raise UserError(f"--json {args.json}: no folder {args.json.parent}; make it first")
+    outputs.check([("--json", args.json)], args.overwrite, [args.folder, args.path, args.data])
     settings = Settings(
         _shots(args.shots),
         args.draws,

@@ -1,7 +1,6 @@
 """`fairseq-moe study FILE.yaml`: train and evaluate what the file names; what is done is kept."""
 
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -11,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import List, Sequence
 
+from .. import files, outputs
 from ..errors import UserError
 from ..evaluation.cost_table import plain
 from ..evaluation.expert_use import write_json
@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> None:
             for command in one.commands:
                 print(plans.typed(command))
         return
+    _check_result(plan.out)
     if not args.only_result:
         _Work(plan, args.jobs).do()
     found = results.collect(plan)
@@ -124,10 +125,30 @@ class _Work:
         print(f"{time.strftime('%H:%M:%S')} [{self.done}/{total}] {text}", flush=True)
 
 
+def _check_result(out: Path) -> None:
+    """Raise UserError before any work unless result.json can be made anew: it is missing, or a
+    study's."""
+    path = out / "result.json"
+    if not os.path.lexists(out):
+        return
+    if not out.is_dir():
+        raise UserError(f"{out}: `out` is not a folder; name another")
+    outputs.check([("", path)], overwrite=True)
+    if path.exists():
+        found = files.read_json(path)
+        if not isinstance(found, dict) or not {"runs", "planned"} <= set(found):
+            raise UserError(f"{path}: is not a study's result; move it elsewhere")
+
+
 def _check_same(one: Run) -> None:
     """Raise UserError if the run's folder was begun with another command."""
+    if os.path.lexists(one.folder) and not one.folder.is_dir():
+        raise UserError(f"{one.folder}: not a folder; move it elsewhere")
     path = one.folder / "command.json"
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8"))[1:] != one.train[1:]:
+    if not os.path.lexists(path):
+        return
+    found = files.read_json(path)
+    if not isinstance(found, list) or found[1:] != one.train[1:]:
         raise UserError(
             f"{one.folder}: holds a run with other settings than the file now asks for: set "
             "another `out`, or delete this folder"

@@ -1,13 +1,13 @@
 """`fairseq-moe report FOLDER`: a study's result.json as one HTML page and SVG figures."""
 
 import argparse
-import json
 import math
 import shutil
 import subprocess
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Sequence, Set
 
+from .. import files, outputs
 from ..errors import UserError
 from ..evaluation import expert_use, figures, paper, report
 from ..evaluation.speedup import Points
@@ -43,6 +43,8 @@ def run(args: argparse.Namespace) -> None:
     result = _read(
         args.folder / "result.json", {"runs", "factors"}, "run `fairseq-moe study` first"
     )
+    if not result["runs"]:
+        raise UserError(f"{args.folder / 'result.json'}: no run in it: run `fairseq-moe study`")
     use = None
     if args.expert_use is not None:
         use = _read(
@@ -51,9 +53,15 @@ def run(args: argparse.Namespace) -> None:
     tuned = None
     if args.fine_tuning is not None:
         tuned = _read(args.fine_tuning, {"rows", "before"}, "make it with examples/finetune/run.py")
-    charts = _charts(result)
     folder = args.folder / "figures"
-    folder.mkdir(exist_ok=True)
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made: {files.reason(error)}") from None
+    report.check_renewable(args.folder / "report.html")
+    charts = _charts(result)
+    drawn = [folder / f"{name}{suffix}" for name in charts for suffix in (".svg", ".png")]
+    outputs.check([("", path) for path in drawn], overwrite=True)
     for name, chart in charts.items():
         report.write(folder / f"{name}.svg", figures.standalone(chart.svg, report.STYLE))
     report.write(args.folder / "report.html", html(result, charts, use, tuned))
@@ -78,10 +86,9 @@ def _photograph(browser: str, svg: Path) -> None:
 def _read(path: Path, keys: Set[str], remedy: str) -> Any:
     """A JSON file: an object with the keys, or a list of such."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        words = error.strerror if isinstance(error, OSError) else f"not JSON: {error}"
-        raise UserError(f"{path}: cannot be read ({words}): {remedy}") from None
+        found = files.read_json(path)
+    except UserError as error:
+        raise UserError(f"{error}: {remedy}") from None
     parts = found if isinstance(found, list) else [found]
     if not parts or not all(isinstance(part, dict) and keys <= set(part) for part in parts):
         raise UserError(f"{path}: lacks {' and '.join(sorted(keys))}: {remedy}")

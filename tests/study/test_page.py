@@ -101,7 +101,7 @@ def test_a_family_of_one_point_is_drawn_and_said(tmp_path):
             "result.json: cannot be read (No such file or directory): "
             "run `fairseq-moe study` first",
         ),
-        ([], "{", "result.json: cannot be read (not JSON: "),
+        ([], "{", "result.json: not JSON: "),
         ([], "{}", "result.json: lacks factors and runs: run `fairseq-moe study` first"),
         (
             ["--expert-use"],

@@ -1,0 +1,94 @@
+"""Files that a user names, to read: regular files only, as a FIFO would make its reader wait."""
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO, Union
+
+from fairseq_moe_ext.errors import UserError
+
+Name = Union[str, Path]
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISLNK, "a symbolic link"),
+    (stat.S_ISFIFO, "a FIFO (named pipe)"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def kind_of(status: os.stat_result) -> str:
+    """What a file is that is no regular one, in words; "" for a regular one."""
+    return next((words for is_kind, words in _KINDS if is_kind(status.st_mode)), "")
+
+
+def reason(error: Exception) -> str:
+    """Why a file cannot be opened, without its name."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+def check(path: Name, where: str = "") -> None:
+    """Raise UserError unless `path` is a regular file or a link to one. `where`: what the message
+    begins with, as "--dict x"; by default the path."""
+    where = where or str(path)
+    try:
+        kind = kind_of(os.stat(path))
+    except (OSError, ValueError) as error:  # ValueError: a null byte in a name from a file
+        raise UserError(f"{where}: cannot be read ({reason(error)})") from None
+    if kind:
+        raise UserError(f"{where}: {kind}, not a file; name a regular file")
+
+
+def open_binary(path: Name, where: str = "") -> BinaryIO:
+    """Raises UserError for what is no regular file or cannot be opened."""
+    check(path, where)
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise UserError(f"{where or path}: cannot be read ({reason(error)})") from None
+
+
+def read_text(path: Name, where: str = "", encoding: str = "utf-8") -> str:
+    """A whole file; newlines become "\\n". Raises UserError, for text that is not UTF-8 with the
+    byte, too."""
+    with open_binary(path, where) as file:
+        try:
+            text = file.read().decode(encoding)
+        except UnicodeDecodeError as error:
+            found = f"byte {error.start} (0x{error.object[error.start]:02x})"
+            raise UserError(
+                f"{where or path}: not UTF-8 at {found}; convert it to UTF-8, or take the right "
+                "file"
+            ) from None
+        except OSError as error:
+            raise UserError(f"{where or path}: cannot be read ({reason(error)})") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def parse_json(text: str) -> Any:
+    """Raises ValueError for what is no JSON, for what is nested too deep to be read, too, and for
+    text that cannot be written as UTF-8 (half of a surrogate pair)."""
+    try:
+        found = json.loads(text)
+        if "\\u" in text:
+            json.dumps(found, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    except UnicodeEncodeError:
+        raise ValueError(
+            "half of a surrogate pair (\\ud800 to \\udfff), which is no text"
+        ) from None
+    return found
+
+
+def read_json(path: Name, where: str = "", encoding: str = "utf-8") -> Any:
+    """Raises UserError for a file that cannot be read or is no JSON."""
+    try:
+        return parse_json(read_text(path, where, encoding))
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{where or path}: not JSON: {error}") from None

@@ -1,0 +1,78 @@
+"""Files that a flag names, to write: judged before the work, written whole or not at all."""
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Dict, Iterable, Optional, Tuple
+
+from fairseq_moe_ext import files
+from fairseq_moe_ext.errors import UserError
+
+
+def check(
+    outputs: Iterable[Tuple[str, Optional[Path]]], overwrite: bool, inputs: Iterable[Path] = ()
+) -> None:
+    """Raise UserError unless every output can be written without a loss.
+
+    Args:
+        outputs: (flag, file); a file that is None is not written.
+        overwrite: existing files may be replaced.
+        inputs: files and folders that the command reads; no output may be one of them, or replace
+            a file in one of the folders.
+    """
+    read = [os.path.realpath(path) for path in inputs]
+    taken: Dict[str, str] = {}
+    for flag, path in outputs:
+        if path is None:
+            continue
+        where = f"{flag} {path}".strip()
+        there = _check_place(path, where)
+        real = os.path.realpath(path)
+        if real in taken:
+            raise UserError(f"{where}: {taken[real]} is the same file; name another")
+        taken[real] = flag
+        if not there:
+            continue
+        for name in read:
+            if real == name or real.startswith(name + os.sep):
+                raise UserError(f"{where}: is read by this command; name another file")
+        if not overwrite:
+            raise UserError(f"{where}: exists; name another file or give --overwrite")
+
+
+def _check_place(path: Path, where: str) -> bool:
+    """Whether there is a regular file that can be replaced. UserError for a place where nothing can
+    be written, or something else is."""
+    try:
+        kind = files.kind_of(os.lstat(path))
+    except FileNotFoundError:
+        folder = path.parent
+        if not os.path.isdir(folder):
+            raise UserError(f"{where}: no folder {folder}; make it first") from None
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"{where}: the folder {folder} cannot be written to") from None
+        return False
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: cannot be written: {files.reason(error)}") from None
+    if kind:
+        raise UserError(f"{where}: {kind}, not a file; name a regular file or a new one")
+    if not os.access(path, os.W_OK):
+        raise UserError(f"{where}: is read-only; name another file")
+    return True
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write under a temporary name of this process, then rename it. Raises UserError where the
+    place has become unfit since `check`."""
+    partial = path.with_name(f".{path.name[:60]}.{os.getpid()}.tmp")
+    try:
+        _check_place(path, str(path))
+        # a path in the text may have bytes that are no UTF-8
+        with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {files.reason(error)}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(partial)

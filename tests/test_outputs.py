@@ -1,0 +1,135 @@
+"""Nothing but a regular file is written over, and that only if told; known before the work."""
+
+import json
+import os
+import socket
+import stat
+
+import pytest
+
+from fairseq_moe_ext import cli, outputs
+from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.evaluation import expert_use, report
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """A folder with one of each kind that is no new file."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old.json").write_text("kept", encoding="utf-8")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("old.json")
+    (tmp_path / "broken").symlink_to("nowhere")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dict.txt").write_text("0 1\n", encoding="utf-8")
+    os.mkfifo(tmp_path / "fifo")
+    bound = socket.socket(socket.AF_UNIX)
+    bound.bind("socket")
+    yield tmp_path
+    bound.close()
+
+
+UNFIT = [
+    ("/dev/full", "a device, not a file"),
+    ("/dev/null", "a device, not a file"),
+    ("fifo", r"a FIFO \(named pipe\), not a file"),
+    ("socket", "a socket, not a file"),
+    ("link", "a symbolic link, not a file"),
+    ("broken", "a symbolic link, not a file"),
+    ("folder", "a folder, not a file"),
+    (".", "a folder, not a file"),
+    ("none/new.json", "no folder none; make it first"),
+    ("old.json/new.json", "cannot be written: Not a directory"),
+    ("x" * 300, "cannot be written: File name too long"),
+    ("old.json", "exists; name another file or give --overwrite"),
+]
+
+
+@pytest.mark.parametrize("name, message", UNFIT)
+def test_a_place_that_is_unfit_is_named_and_stays(places, name, message):
+    before = sorted(os.listdir(places))
+    with pytest.raises(UserError, match=f"^--json {name}: {message}"):
+        outputs.check([("--json", places.__class__(name))], overwrite=False)
+    assert sorted(os.listdir(places)) == before
+    assert (places / "old.json").read_text() == "kept"
+
+
+@pytest.mark.parametrize("name, message", UNFIT[:-1])
+def test_overwriting_is_for_regular_files_alone(places, name, message):
+    with pytest.raises(UserError, match=message):
+        outputs.check([("--json", places.__class__(name))], overwrite=True)
+    outputs.check([("--json", places / "old.json"), ("--figure", None)], overwrite=True)
+
+
+def test_an_output_is_neither_an_input_nor_another_output(places):
+    old, new, data = places / "old.json", places / "new.json", places / "data"
+    with pytest.raises(UserError, match="old.json: is read by this command"):
+        outputs.check([("--json", old)], overwrite=True, inputs=[places / "link"])
+    with pytest.raises(UserError, match="dict.txt: is read by this command"):
+        outputs.check([("--json", data / "dict.txt")], overwrite=True, inputs=[data])
+    outputs.check([("--json", data / "new.json")], overwrite=False, inputs=[data])
+    with pytest.raises(UserError, match="--figure .*: --json is the same file"):
+        outputs.check([("--json", new), ("--figure", data / ".." / "new.json")], overwrite=True)
+
+
+def test_a_file_is_written_whole_or_not_at_all(places, monkeypatch):
+    outputs.write_text(places / "old.json", "renewed \udcff")
+    assert (places / "old.json").read_text() == "renewed \\udcff"
+    before = sorted(os.listdir(places))
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(UserError, match="old.json: cannot be written: No space left on device"):
+        outputs.write_text(places / "old.json", "lost")
+    assert (places / "old.json").read_text() == "renewed \\udcff"
+    assert sorted(os.listdir(places)) == before  # and no temporary file
+
+
+COMMANDS = {
+    "evaluate --json": "evaluate data --path x.pt --json",
+    "evaluate --figure": "evaluate data --path x.pt --sweep-capacity 1 --figure",
+    "priming --json": "priming data --path x.pt --data data --json",
+    "expert_use --json": "x.pt --bin a=data --json",
+}
+
+
+@pytest.mark.parametrize("name, message", UNFIT)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_refuses_before_it_reads_a_model(places, capsys, command, name, message):
+    """x.pt does not exist: a command that began with it would say so."""
+    main = expert_use.main if command.startswith("expert_use") else cli.main
+    assert main([*COMMANDS[command].split(), name]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and errors[0].startswith(f"error: {command.split()[1]} {name}: ")
+    assert stat.S_ISCHR(os.stat("/dev/full").st_mode) and stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    assert (places / "old.json").read_text() == "kept"
+
+
+def test_a_figure_that_nothing_is_drawn_in_is_refused(places, capsys):
+    assert cli.main("evaluate data --path x.pt --figure new.html".split()) == 1
+    assert "--figure new.html: only --sweep-capacity draws" in capsys.readouterr().err
+
+
+def test_a_page_is_renewed_only_if_it_is_ours(places):
+    page = places / "report.html"
+    report.check_renewable(page)
+    report.write(page, report.page("Title", []))
+    report.check_renewable(page)
+    page.write_text("<html>mine", encoding="utf-8")
+    with pytest.raises(UserError, match="report.html: is not a page of this command"):
+        report.check_renewable(page)
+
+
+def test_a_report_leaves_what_is_not_its_own(places, capsys):
+    result = {"runs": [{}], "factors": {}}
+    (places / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    (places / "figures").write_text("mine", encoding="utf-8")
+    assert cli.main(["report", "."]) == 1
+    assert "error: figures: cannot be made: File exists" in capsys.readouterr().err
+    (places / "figures").unlink()
+    (places / "report.html").symlink_to("old.json")
+    assert cli.main(["report", "."]) == 1
+    assert "error: report.html: a symbolic link" in capsys.readouterr().err
+    assert (places / "old.json").read_text() == "kept"
