@@ -137,6 +137,7 @@ def test_it_gives_what_fairseq_eval_lm_gives(trained, caplog, capsys, tmp_path):
     both = [one["perplexity"] for one in found["sets"].values()]
     assert found["mean"]["all"]["perplexity"] == pytest.approx(sum(both) / 2)
 
+    line += " --overwrite"
     overrides = "{'moe_experts_on_disk':True}"
     assert cli.main([*line.split(), "--model-overrides", overrides]) == 0
     again = json.loads(out.read_text())

@@ -83,7 +83,7 @@ def test_examples_that_do_not_fit_are_counted(command, tmp_path, capsys):
 
 def test_two_processes_equal_one(command, tmp_path):
     line = f"{command} --tasks sst2,mnli,record,openbookqa,winogrande"
-    few = f"{command} --tasks sst2 --shots 2 --draws 3"
+    few = f"{command} --tasks sst2 --shots 2 --draws 3 --overwrite"
     for text in (line, few):
         one = priming(0, text, tmp_path / "out.json")
         (tmp_path / "out.json").unlink()
