@@ -5,6 +5,7 @@ import math
 from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 from ..errors import UserError
+from ..wording import count
 
 Points = Sequence[Tuple[float, float]]  # (training cost, performance) of each model of a family
 
@@ -51,7 +52,7 @@ def speedup_factors(dense: Points, moe: Points) -> List[Factor]:
     for name, points in (("dense", dense), ("MoE", moe)):
         if len(points) < 2:
             raise UserError(
-                f"the {name} family has {len(points)} point{'s' * (len(points) != 1)}: a speed-up "
+                f"the {name} family has {count(len(points), 'point')}: a speed-up "
                 "factor is interpolated between at least two; train another size"
             )
         for cost, performance in points:
@@ -66,6 +67,14 @@ def speedup_factors(dense: Points, moe: Points) -> List[Factor]:
         if a is not None and b is not None:
             found.add(Factor(performance, a, b))
     return sorted(found, key=lambda factor: factor.dense_cost)
+
+
+def in_words(factor: float) -> str:
+    """What MoE needs for the same performance: "1.30 times less compute than", dense."""
+    shown = f"{max(factor, 1 / factor):.2f}"
+    if shown == "1.00":
+        return "as much compute as"
+    return f"{shown} times {'less' if factor > 1 else 'more'} compute than"
 
 
 def overlap(dense: Points, moe: Points) -> str:
@@ -86,4 +95,5 @@ def _range(points: Points) -> str:
 
 
 def _between(low: float, high: float) -> str:
-    return " to ".join(f"{t:.2f}" if t < 1e6 else f"{t:.3g}" for t in (low, high))
+    ends = (f"{t:.2f}" if t < 1e6 else f"{t:.3g}" for t in (low, high))
+    return " to ".join(dict.fromkeys(ends))

@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..evaluation.cost_table import plain
 from ..evaluation.expert_use import write_json
 from ..locks import Lock
+from ..wording import count
 from . import plan as plans
 from . import result as results
 from .child import failure, start
@@ -50,7 +51,8 @@ def run(args: argparse.Namespace) -> None:
     print(plain(results.table(found)))
     for line in results.remarks(found):
         print(f"no factor for {line}")
-    print(f"{len(found['runs'])} of {found['planned']} runs. All figures: {plan.out}/result.json")
+    done = f"{len(found['runs'])} of {count(found['planned'], 'run')}"
+    print(f"{done}. All figures: {plan.out}/result.json")
 
 
 class _Work:
@@ -73,7 +75,7 @@ class _Work:
             self._do()
 
     def _do(self) -> None:
-        self._say(f"{len(self.plan.runs)} runs, {self.jobs} at once, in {self.plan.out}")
+        self._say(f"{count(len(self.plan.runs), 'run')}, {self.jobs} at once, in {self.plan.out}")
         with ThreadPoolExecutor(self.jobs) as pool:
             waiting = [pool.submit(self._one, one) for one in self.plan.runs]
             try:

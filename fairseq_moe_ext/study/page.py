@@ -1,7 +1,6 @@
 """`fairseq-moe report FOLDER`: a study's result.json as one HTML page and SVG figures."""
 
 import argparse
-import math
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any, Dict, List, NamedTuple, Sequence, Set
 from .. import files, outputs
 from ..errors import UserError
 from ..evaluation import expert_use, figures, paper, report
-from ..evaluation.speedup import Points
+from ..evaluation.speedup import Points, in_words
+from ..wording import count
 from . import result as results
 from . import tables
 from .plan import FAMILIES
@@ -18,6 +18,13 @@ from .tables import LABELS, TITLES
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 _OURS, _PAPER = 2, 3  # styles of factors, beside 0 and 1, the families'
+_PRIMING = (
+    "Accuracy in %, mean over seeds and draws, in brackets the 95 % interval over questions. "
+    "Chance: a guess among the candidates; in brackets what the most frequent answer gets, where "
+    "all questions have the same ones and it is more. Cut: questions longer than the context, "
+    "whose beginning is left out. Not asked: without a right answer among the candidates, or "
+    "beyond a limit."
+)
 _PIXELS = 420  # width of a figure as PNG
 
 
@@ -154,7 +161,7 @@ def _speedup(title: str, curve: Points, label: str, style: int) -> str:
         title,
         [figures.Series(label, curve, style)],
         "training FLOPs of the dense model",
-        "times less compute",
+        "dense : MoE compute",
         log_x=True,
     )
 
@@ -171,9 +178,12 @@ def html(result: Dict[str, Any], charts: Dict[str, Chart], use: Any, tuned: Any)
         report.paragraph(_summary(result), "lead"),
         report.heading("Speed-up factors"),
         report.paragraph(
-            "How many times more training compute the dense family needs for the same performance; "
-            "linear in it and in the logarithm of compute between neighbouring models, nothing "
-            "extrapolated. Mean: geometric, over the observed points and over seeds."
+            "The dense family's training compute divided by that which MoE needs for the same "
+            "performance: above 1 MoE needs less, below 1 more. Linear in performance and in the "
+            "logarithm of compute between neighbouring models, nothing extrapolated. Mean: "
+            "geometric, over the observed points and over seeds. A model is its checkpoint with "
+            "the best in-domain validation perplexity; its compute is that of the whole training. "
+            "Accuracies count where their 95 % interval is above chance."
         ),
         report.table(table[0], table[1:]),
         *(report.paragraph(f"No factor for {line}.") for line in results.remarks(result)),
@@ -196,12 +206,15 @@ def html(result: Dict[str, Any], charts: Dict[str, Chart], use: Any, tuned: Any)
         report.folded("The paper's models (its table 1)", report.table(*tables.paper_models())),
         report.heading("Every set"),
         report.table(*tables.perplexities(runs)),
+        report.paragraph(
+            "Mean over seeds ± half their range. Without ± it is of one seed: no interval.", "soft"
+        ),
         report.grid(of_part["sets"], "Perplexity of each set.", legend),
         report.grid(of_part["set speedups"], "Speed-up factor on each set."),
     ]
     if runs[0]["priming"]["tasks"]:
         parts += [report.heading("Priming"), report.table(*tables.priming(runs))]
-        parts += [report.paragraph("Accuracy in %, mean over seeds and draws.", "soft")]
+        parts += [report.paragraph(_PRIMING, "soft")]
     parts += [report.heading("Bias")]
     if tables.bias(runs)[1]:
         parts += [report.table(*tables.bias(runs))]
@@ -216,6 +229,7 @@ def html(result: Dict[str, Any], charts: Dict[str, Chart], use: Any, tuned: Any)
     parts += [report.heading("Fine-tuning")]
     if tuned is not None:
         parts += [report.table(*tables.tuned(tuned))]
+        parts += [report.paragraph("In brackets: 95 % interval over questions.", "soft")]
     else:
         parts += [report.paragraph("None was given.", "soft")]
     parts += [report.folded("The paper's fine-tuning", report.table(*tables.paper_tuned()))]
@@ -235,20 +249,25 @@ def html(result: Dict[str, Any], charts: Dict[str, Chart], use: Any, tuned: Any)
 def _summary(result: Dict[str, Any]) -> str:
     words = []
     for group, of_paper in (("in_domain", "8 to 16"), ("out_of_domain", "2 to 4")):
-        seeds = list(result["factors"].get(group, {}).get("by_seed", {}).values())
+        found = result["factors"].get(group)
         where = group.replace("_", " ")
-        if seeds:
-            mean = math.exp(sum(map(math.log, seeds)) / len(seeds))
-            words.append(
-                f"{where} MoE needs {mean:.2f} times less compute than dense for the same "
-                f"perplexity ({min(seeds):.2f} to {max(seeds):.2f} over {len(seeds)} seeds; paper: "
-                f"{of_paper})"
-            )
-        else:
+        if found is None:
+            words.append(f"{where} nothing was measured")
+        elif not found["by_seed"]:
             words.append(f"{where} there is no factor")
+        else:
+            seeds = found["by_seed"].values()
+            torn = min(seeds) < 1 < max(seeds)
+            words.append(
+                f"{where} MoE needs {in_words(results.seeds_mean(found))} dense for the same "
+                f"perplexity (factor {results.over_seeds(found)}"
+                f"{', which do not agree on which family needs less' * torn}; paper: {of_paper})"
+            )
     text = "; ".join(words)
     done = len(result["runs"])
-    left = "" if done == result["planned"] else f" {done} of {result['planned']} runs are finished."
+    left = ""
+    if done != result["planned"]:
+        left = f" {done} of {count(result['planned'], 'run')} finished."
     return text[0].upper() + text[1:] + "." + left
 
 

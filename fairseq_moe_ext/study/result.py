@@ -4,16 +4,22 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-from .. import cost
+from .. import accuracy, cost
 from ..errors import UserError
 from ..evaluation.cost_table import checkpoint_settings, shape_of
-from ..evaluation.speedup import overlap, speedup_factors
+from ..evaluation.speedup import Factor, overlap, speedup_factors
 from .plan import FAMILIES, Plan, Run, typed
 
 GROUPS = ("in_domain", "out_of_domain")
+PRIMED = (
+    *("task", "shots", "accuracy", "interval", "spread", "questions"),
+    *("chance", "majority", "questions_cut", "questions_left_out"),  # older files lack these
+)
 SHOT = "-shot"  # behind a number of examples: the group of mean accuracies
+
+Runs = Sequence[Dict[str, Any]]
 
 
 def collect(plan: Plan) -> Dict[str, Any]:
@@ -64,10 +70,9 @@ def _priming(path: Path) -> Dict[str, Any]:
         return {"mean": {}, "tasks": [], "bias": []}
     found = json.loads(path.read_text(encoding="utf-8"))
     tasks = [one for one in found["results"] if "accuracy" in one]
-    keys = ("task", "shots", "accuracy", "spread", "questions")
     return {
         "mean": found["mean"],
-        "tasks": [{key: one[key] for key in keys} for one in tasks],
+        "tasks": [{key: one.get(key) for key in PRIMED} for one in tasks],
         "bias": [one for one in found["results"] if "domains" in one],
     }
 
@@ -92,44 +97,56 @@ def performance(run: Dict[str, Any], group: str) -> float:
     return 100 * run["priming"]["mean"].get(shots, math.nan)
 
 
-def points(runs: List[Dict[str, Any]], family: str, group: str) -> List[Tuple[float, float]]:
-    """(FLOPs, perplexity, mean over seeds) of each size of a family."""
-    sizes: Dict[str, List[Tuple[float, float]]] = {}
+def mean_performance(runs: Runs, group: str) -> float:
+    """Over the seeds of one model."""
+    return sum(performance(run, group) for run in runs) / len(runs)
+
+
+def points(runs: Runs, family: str, group: str) -> List[Tuple[float, float]]:
+    """(FLOPs, performance, mean over seeds) of each size of a family."""
+    return sorted(
+        (mine[0]["flops"], mean_performance(mine, group)) for mine in _sizes(runs, family)
+    )
+
+
+def _sizes(runs: Runs, family: str) -> List[List[Dict[str, Any]]]:
+    """The runs of each size of a family."""
+    found: Dict[str, List[Dict[str, Any]]] = {}
     for run in runs:
         if run["family"] == family:
-            sizes.setdefault(run["size"], []).append((run["flops"], performance(run, group)))
-    return sorted((found[0][0], sum(p for _, p in found) / len(found)) for found in sizes.values())
+            found.setdefault(run["size"], []).append(run)
+    return list(found.values())
 
 
-def groups(runs: List[Dict[str, Any]]) -> List[str]:
+def groups(runs: Runs) -> List[str]:
     """What was measured: means of perplexity, accuracies by shots, all sets."""
-    shots = [f"{number}{SHOT}" for number in runs[0]["priming"]["mean"]]
-    return [g for g in GROUPS if g in runs[0]["mean"]] + shots + list(runs[0]["sets"])
+    shots = dict.fromkeys(f"{number}{SHOT}" for run in runs for number in run["priming"]["mean"])
+    means = {group for run in runs for group in run["mean"]}
+    sets = dict.fromkeys(name for run in runs for name in run["sets"])
+    return [group for group in GROUPS if group in means] + list(shots) + list(sets)
 
 
-def factors(runs: List[Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
+def factors(runs: Runs) -> Dict[str, Dict[str, Any]]:
     """For each group: the factors of the families' means over seeds, the geometric mean of each
     seed's factors, and a remark: the overlap, or why there is no factor."""
     found: Dict[str, Dict[str, Any]] = {}
     for group in groups(runs):
-        every = {family: points(runs, family, group) for family in FAMILIES}
         entry: Dict[str, Any] = {"curve": [], "by_seed": {}, "remark": ""}
         found[group] = entry
         try:
-            curve = speedup_factors(*every.values())
+            curve = _factors(runs, group)
         except UserError as error:
             entry["remark"] = str(error)
             continue
-        entry["remark"] = overlap(*every.values())
+        entry["remark"] = overlap(*(points(runs, family, group) for family in FAMILIES))
         entry["curve"] = [
             {"performance": f.performance, "dense_flops": f.dense_cost, "factor": f.factor}
             for f in curve
         ]
         for seed in sorted({run["seed"] for run in runs}):
-            mine = [run for run in runs if run["seed"] == seed]
             try:
-                of_seed = speedup_factors(*(points(mine, family, group) for family in FAMILIES))
-            except UserError:  # not all of its sizes are trained yet
+                of_seed = _factors([run for run in runs if run["seed"] == seed], group)
+            except UserError:  # not all of its sizes are trained yet, or all are near chance
                 continue
             if of_seed:
                 logs = [math.log(f.factor) for f in of_seed]
@@ -137,20 +154,103 @@ def factors(runs: List[Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
     return found
 
 
+def _factors(runs: Runs, group: str) -> List[Factor]:
+    """Along the curve. Raises UserError where there is none to be had."""
+    if len({measured_on(run, group) for run in runs}) > 1:
+        raise UserError("not measured on the same text or questions in every run")
+    found = speedup_factors(*(points(runs, family, group) for family in FAMILIES))
+    if not group.endswith(SHOT) or group in runs[0]["sets"]:
+        return found
+    above = set()
+    for mine in (size for family in FAMILIES for size in _sizes(runs, family)):
+        mean = mean_accuracy(mine, group[: -len(SHOT)])
+        if mean.floor is None:
+            raise UserError("its chance level is not in priming.json: prime again")
+        if mean.low > mean.floor:
+            above.add(mean_performance(mine, group))
+    kept = [factor for factor in found if factor.performance in above]
+    if not above or (found and not kept):
+        raise UserError(
+            f"{'no model is' if not above else 'where both families are, none is'} above chance "
+            f"({100 * mean.floor:.1f} %) by more than the noise of its "
+            "questions (95 % interval)"
+        )
+    return kept
+
+
+def measured_on(run: Dict[str, Any], group: str) -> Tuple:
+    """What a group's figure of a run is the mean of: all runs' must be of the same."""
+    if group in run["mean"]:
+        inside = group == "in_domain"
+        every = run["sets"].items()
+        names = sorted(name for name, one in every if one.get("in_domain", inside) == inside)
+    elif group in run["sets"]:
+        names = [group]
+    else:
+        tasks = [one for one in run["priming"]["tasks"] if f"{one['shots']}{SHOT}" == group]
+        return tuple(sorted((one["task"], one["questions"]) for one in tasks))
+    return tuple((name, run["sets"][name].get("tokens")) for name in names)
+
+
+class Accuracy(NamedTuple):
+    """Shares; low and high are the ends of the 95 % interval over questions."""
+
+    mean: float
+    low: float
+    high: float
+    chance: Optional[float]  # None: of a file that does not say
+    floor: Optional[float]  # accuracy.floor
+
+
+def mean_accuracy(runs: Runs, shots: str, task: Optional[str] = None) -> Accuracy:
+    """Of a model, its runs being its seeds: of a task, or the plain mean of all. The interval is
+    that of one run: other seeds answer the same questions."""
+    tasks: Dict[str, List[Dict[str, Any]]] = {}
+    for run in runs:
+        for one in run["priming"]["tasks"]:
+            if str(one["shots"]) == shots and task in (None, one["task"]):
+                tasks.setdefault(one["task"], []).append(one)
+    shares = [sum(one["accuracy"] for one in every) / len(every) for every in tasks.values()]
+    firsts = [every[0] for every in tasks.values()]
+    if not firsts:
+        return Accuracy(math.nan, math.nan, math.nan, None, None)
+    ends = accuracy.mean_interval(shares, [one["questions"] for one in firsts])
+    floors = [accuracy.floor(one) for one in firsts]
+    mean = sum(shares) / len(shares)
+    if None in floors:
+        return Accuracy(mean, *ends, None, None)
+    chance = sum(one["chance"] for one in firsts) / len(firsts)
+    return Accuracy(mean, *ends, chance, sum(floors) / len(floors))
+
+
+def over_seeds(found: Dict[str, Any]) -> str:
+    """The range of a group's factors over seeds, in words."""
+    seeds = found["by_seed"].values()
+    if len(seeds) < 2:
+        return "one seed, no interval" if seeds else "no seed is complete"
+    return f"{min(seeds):.2f} to {max(seeds):.2f} over {len(seeds)} seeds"
+
+
+def seeds_mean(found: Dict[str, Any]) -> float:
+    """The geometric mean of a group's factors over seeds; NaN of none."""
+    logs = [math.log(factor) for factor in found["by_seed"].values()]
+    return math.exp(sum(logs) / len(logs)) if logs else math.nan
+
+
 def table(result: Dict[str, Any]) -> List[List[str]]:
     """Speed-up factors by group: geometric mean over seeds, its range, the range of the curve, and
     the performance that both families show."""
     rows = [["speed-up factor", "mean", "seeds", "along the curve", "overlap"]]
     for group, found in result["factors"].items():
-        curve, seeds = found["curve"], list(found["by_seed"].values())
-        along = [point["factor"] for point in curve]
-        mean = math.exp(sum(map(math.log, seeds)) / len(seeds)) if seeds else math.nan
+        along = [point["factor"] for point in found["curve"]]
+        ends = f"{min(along):.2f} to {max(along):.2f}" if len(along) > 1 else ""
+        mean = seeds_mean(found)
         rows.append(
             [
                 group.replace("_", " "),
-                f"{mean:.2f}" if seeds else "-",
-                f"{min(seeds):.2f} to {max(seeds):.2f} (n = {len(seeds)})" if seeds else "-",
-                f"{min(along):.2f} to {max(along):.2f}" if along else "-",
+                "-" if math.isnan(mean) else f"{mean:.2f}",
+                over_seeds(found) if along else "-",
+                ends or (f"{along[0]:.2f}, one point" if along else "-"),
                 found["remark"] if along else "none",
             ]
         )

@@ -1,9 +1,12 @@
 """The tables of a study's page: (head, rows) of text each."""
 
-from typing import Any, Dict, List, Sequence, Tuple
+import math
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
+from ..accuracy import in_percent, wilson_interval
 from ..evaluation import figures, paper
 from ..evaluation.cost_table import TABLE_1_HEAD, table_1
+from ..wording import count, signed, small
 from . import result as results
 
 LABELS = {"dense": "Dense", "moe": "MoE"}
@@ -51,14 +54,16 @@ def perplexities(runs: Runs) -> Table:
         row = [TITLES.get(group, group)]
         for mine in by_model.values():
             values = [results.performance(run, group) for run in mine]
-            half = (max(values) - min(values)) / 2
-            row.append(f"{sum(values) / len(values):.2f} ± {half:.2f}")
+            cell = f"{sum(values) / len(values):.2f}"
+            if len(values) > 1:
+                cell += f" ± {small((max(values) - min(values)) / 2)}"
+            row.append("" if math.isnan(sum(values)) else cell)
         rows.append(row)
     row = ["Choices dropped, %"]
     for mine in by_model.values():
         lost = [s["dropped"] for run in mine for s in run["sets"].values() if s["dropped"]]
         shares = [sum(choices) / len(choices) for choices in lost]
-        row.append(f"{100 * sum(shares) / len(shares):.2f}" if shares else "")
+        row.append(small(100 * sum(shares) / len(shares)) if shares else "")
     return ["", *by_model], [*rows, row]
 
 
@@ -68,22 +73,35 @@ def paper_models() -> Table:
 
 
 def priming(runs: Runs) -> Table:
-    """Accuracy of each task and number of shots by model, then the means."""
+    """Accuracy of each task and number of shots by model with its interval, then the means; what
+    chance gives, and how many questions there were."""
     by_model = _by_model(runs)
-    found: Dict[Tuple[str, int], Dict[str, List[float]]] = {}
-    for name, mine in by_model.items():
-        for run in mine:
-            measured = [(t["task"], t["shots"], t["accuracy"]) for t in run["priming"]["tasks"]]
-            measured += [("mean", int(n), mean) for n, mean in run["priming"]["mean"].items()]
-            for task, shots, accuracy in measured:
-                row = found.setdefault((task, shots), {})
-                row.setdefault(name, []).append(100 * accuracy)
+    tasks = [one for run in runs for one in run["priming"]["tasks"]]
     rows = []
-    for (task, shots), values in sorted(found.items(), key=lambda one: one[0][1]):
-        cells = [values.get(name, []) for name in by_model]
-        means = [f"{sum(cell) / len(cell):.1f}" if cell else "" for cell in cells]
-        rows.append([f"{task}, {shots} shots", *means])
-    return ["", *by_model], rows
+    for shots in sorted({one["shots"] for one in tasks}):
+        of_shots = {one["task"]: one for one in tasks if one["shots"] == shots}
+        for task in [*of_shots, None]:
+            found = [results.mean_accuracy(mine, str(shots), task) for mine in by_model.values()]
+            cells = [_accuracy(one) for one in found]
+            numbers = ["", "", ""] if task is None else _questions(of_shots[task])
+            guess = next((one for one in found if one.chance is not None), None)
+            level = "not known" if guess is None else f"{100 * guess.chance:.1f}"
+            if guess is not None and guess.floor > guess.chance:
+                level += f" ({100 * guess.floor:.1f})"
+            label = f"{task or 'mean'}, {count(shots, 'shot')}"
+            rows.append([label, *numbers, level, *cells])
+    return ["", "Questions", "Cut", "Not asked", "Chance", *by_model], rows
+
+
+def _accuracy(one: "results.Accuracy") -> str:
+    if math.isnan(one.mean):
+        return ""
+    return f"{100 * one.mean:.1f} ({in_percent(one.low, one.high)})"
+
+
+def _questions(task: Dict[str, Any]) -> List[str]:
+    keys = ("questions", "questions_cut", "questions_left_out")
+    return ["not known" if task.get(key) is None else f"{task[key]:,}" for key in keys]
 
 
 def bias(runs: Runs) -> Table:
@@ -167,18 +185,36 @@ def paper_tuned() -> Table:
 
 
 def tuned(result: Dict[str, Any]) -> Table:
-    """What examples/finetune/run.py found: accuracies in %, mean over seeds."""
+    """What examples/finetune/run.py found: accuracies in %, mean over seeds, with the 95 % interval
+    over questions."""
     rows = []
+    questions = result.get("settings", {}).get("questions", {}).get("test")
     for name, entry in result["rows"].items():
-        model = "dense" if name == "dense" else "moe"
-        spread, difference = entry["deviation"], entry.get("difference")
+        before = result["before"]["dense" if name == "dense" else "moe"]
+        spread, difference, chance = (
+            entry["deviation"],
+            entry.get("difference"),
+            before.get("chance"),
+        )
+        interval = None
+        if questions:
+            low, high = wilson_interval(entry["mean"] / 100 * questions, questions)
+            interval = [100 * low, 100 * high]
         rows.append(
             [
                 "Dense" if name == "dense" else f"MoE, {name}",
-                f"{result['before'][model]['accuracy']:.1f}",
-                f"{entry['mean']:.1f}",
-                "" if spread is None else f"± {spread:.1f}",
-                "" if difference is None else f"{difference:+.1f}".replace("-", "−"),
+                "not known" if chance is None else f"{chance:.1f}",
+                _with_interval(before["accuracy"], before.get("interval")),
+                _with_interval(entry["mean"], interval),
+                "one seed" if spread is None else f"± {spread:.1f}",
+                "" if difference is None else signed(difference),
             ]
         )
-    return ["", "Before", "Fine-tuned, %", "sd of seeds", "Against plain MoE"], rows
+    head = ["", "Chance", "Before, %", "Fine-tuned, %", "sd of seeds", "Against plain MoE"]
+    return head, rows
+
+
+def _with_interval(percent: float, interval: Optional[Sequence[float]]) -> str:
+    """In per cent, as examples/finetune has them."""
+    ends = "interval not known" if interval is None else f"{interval[0]:.1f} to {interval[1]:.1f}"
+    return f"{percent:.1f} ({ends})"

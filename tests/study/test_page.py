@@ -24,7 +24,8 @@ def made_result(folder, moe=((1e12, 20.0), (4e12, 5.0))):
                     one["dropped"] = [0.01, 0.03]
                 run = {"family": family, "size": size, "seed": seed, "flops": flops}
                 run.update(parameters=1000, active=500, tokens=10**6, seconds=60.0)
-                copa = {"task": "copa", "shots": 0, "spread": None, "questions": 9}
+                copa = {"task": "copa", "shots": 0, "spread": None, "questions": 10_000}
+                copa.update(chance=0.25, majority=None, questions_cut=3, questions_left_out=0)
                 copa["accuracy"] = 0.25 + 0.1 * seed
                 run["priming"] = {"mean": {"0": 0.25 + 0.1 * seed}, "tasks": [copa]}
                 overall = {"questions": 9, "lms": 80.0 + seed, "ss": 50.0, "icat": 81.0 + seed}
@@ -44,7 +45,9 @@ def test_the_page_shows_the_numbers_and_nothing_from_outside(tmp_path, capsys):
     rows = {"dense": {"mean": 61.23, "deviation": 0.5}, "plain": {"mean": 50, "deviation": None}}
     rows["frozen gate"] = {"mean": 51.5, "deviation": 0.25, "difference": -1.5}
     before = {"dense": {"accuracy": 33.0}, "moe": {"accuracy": 34.0}}
-    (tmp_path / "tuned.json").write_text(json.dumps({"rows": rows, "before": before}))
+    before["dense"].update(interval=[30.0, 36.0], chance=50.0)
+    tuned = {"rows": rows, "before": before, "settings": {"questions": {"test": 400}}}
+    (tmp_path / "tuned.json").write_text(json.dumps(tuned))
     line = ["report", str(tmp_path), "--expert-use", str(tmp_path / "use.json")]
     line += ["--fine-tuning", str(tmp_path / "tuned.json")]
     assert cli.main(line) == 0, capsys.readouterr().err
@@ -54,10 +57,14 @@ def test_the_page_shows_the_numbers_and_nothing_from_outside(tmp_path, capsys):
         assert f"<td>{row[1]}</td>" in html and f"<td>{row[2]}</td>" in html
     assert "30.15 ± 0.05" in html and "<td>2.00</td>" in html, "perplexity over seeds, dropped"
     assert "Layer 1:" in html and "paper: 8 to 16" in html
-    assert "<td>40.0</td>" in html, "accuracy of copa, mean of 35 and 45"
+    # accuracy of copa, mean of 35 and 45; 1.96 standard errors are 0.96
+    row = "<td>10,000</td><td>3</td><td>0</td><td>25.0</td><td>40.0 (39.0 to 41.0)</td>"
+    assert "copa, 0 shots" in html and row in html
     assert "stereoset, ICAT" in html and "<td>82.5</td>" in html, "mean of 82 and 83"
     assert "<td>77.4</td>" in html, "ICAT of the paper's 125M"
-    assert "MoE, frozen gate" in html and "<td>61.2</td>" in html and "<td>−1.5</td>" in html
+    assert "MoE, frozen gate" in html and "<td>−1.5</td>" in html
+    assert "<td>50.0</td><td>33.0 (30.0 to 36.0)</td><td>61.2 (56.4 to 65.9)</td>" in html
+    assert "<td>34.0 (interval not known)</td>" in html and "<td>one seed</td>" in html
     for mean in ("71.3", "75.1", "79.1", "84.3", "65.5", "68.8", "67.4"):  # shared/paper.md
         assert f"<td>{mean}</td>" in html, "the paper's mean of eight tasks"
     names = {path.name for path in (tmp_path / "figures").iterdir()}

@@ -7,8 +7,9 @@ import random
 import pytest
 
 from fairseq_moe_ext import cli
+from fairseq_moe_ext.evaluation.speedup import in_words
 from fairseq_moe_ext.prepare.command import Options, parse_corpora, prepare
-from fairseq_moe_ext.study import plan, result
+from fairseq_moe_ext.study import page, plan, result, tables
 
 SMALL = """
 data: {folder}/data
@@ -90,13 +91,96 @@ def test_factors_and_their_spread():
     expected = math.sqrt(4 * 16 / 4 ** (2 / 3))
     assert found["a"]["by_seed"] == {str(s): pytest.approx(expected) for s in (1, 2, 3)}
     rows = result.table({"factors": found})
-    assert rows[1][:2] == ["in domain", f"{expected:.2f}"] and "n = 3" in rows[1][2]
+    assert rows[1][:2] == ["in domain", f"{expected:.2f}"]
+    assert rows[1][2] == f"{expected:.2f} to {expected:.2f} over 3 seeds"
+
+
+def prime(run, accuracy, questions=10_000, chance=0.25, majority=None, shots=0):
+    """Give a run the accuracy of a task."""
+    task = {"task": "copa", "shots": shots, "questions": questions, "accuracy": accuracy}
+    task.update(chance=chance, majority=majority, questions_cut=0, questions_left_out=0)
+    run["priming"] = {"mean": {str(shots): accuracy}, "tasks": [task]}
+
+
+def test_no_factor_where_both_families_are_within_noise_of_chance():
+    costs = {"dense": [(1, 30), (4, 20), (16, 10)], "moe": [(1, 20), (4, 5)]}
+    runs = runs_of(costs)
+
+    def zero_shot(*accuracies, **task):
+        for run, accuracy in zip(runs, accuracies):
+            prime(run, accuracy, **task)
+        return result.factors(runs)["0-shot"]
+
+    # 200 questions, chance 50 %: up to 56.9 % right is within the interval of a coin (binomial).
+    noise = zero_shot(0.47, 0.5, 0.54, 0.48, 0.56, questions=200, chance=0.5)
+    assert not noise["curve"] and not noise["by_seed"]
+    assert "no model is above chance (50.0 %) by more than the noise" in noise["remark"]
+    assert result.table({"factors": {"0-shot": noise}})[1][1:] == ["-", "-", "-", "none"]
+    assert zero_shot(0.47, 0.5, 0.54, 0.48, 0.56, questions=20_000, chance=0.5)["curve"]
+    # one family beyond it, but where the two meet all is noise
+    noise = zero_shot(0.47, 0.5, 0.54, 0.48, 0.9, questions=200, chance=0.5)
+    assert not noise["curve"] and "where both families are, none is" in noise["remark"]
+    # of those where they meet, the ones above chance alone
+    some = zero_shot(0.47, 0.5, 0.7, 0.48, 0.9, questions=200, chance=0.5)
+    assert [point["performance"] for point in some["curve"]] == [70.0]
+    # the most frequent answer gets 62 %
+    noise = zero_shot(0.5, 0.55, 0.62, 0.55, 0.6, chance=0.5, majority=0.62)
+    assert not noise["curve"] and "(62.0 %)" in noise["remark"]
+    assert "prime again" in zero_shot(0.5, 0.6, 0.7, 0.5, 0.6, chance=None)["remark"]
+
+
+def test_runs_that_were_measured_on_different_things_are_not_compared():
+    runs = runs_of({"dense": [(1, 30), (4, 20), (16, 10)], "moe": [(1, 20), (4, 5)]})
+    for run in runs:
+        prime(run, 0.6)
+        value = {"tokens": 9, "in_domain": True}
+        run["sets"] = {"a": {**value, "perplexity": run["sets"]["a"]["perplexity"]}}
+    prime(runs[1], 0.7, questions=9_999)
+    runs[2]["sets"]["b"] = {**value, "perplexity": 9.0}
+    found = result.factors(runs)
+    for group in ("0-shot", "in_domain", "b"):
+        assert "not measured on the same text" in found[group]["remark"], group
+    assert found["a"]["curve"]
+
+
+def test_words_for_factors_and_seeds():
+    assert in_words(1.3) == "1.30 times less compute than"
+    assert in_words(0.93) == "1.08 times more compute than"
+    assert in_words(0.996) == in_words(1.004) == "as much compute as"
+    # 20: dense 4, MoE 8; 10: dense 16, MoE 8 * 8 ** (10 / 11); so 1 / 1.97 in the geometric mean
+    runs = runs_of({"dense": [(1, 30), (4, 20), (16, 10)], "moe": [(8, 20), (64, 9)]}, (7,))
+    mean = math.sqrt(4 / 8 * 16 / (8 * 8 ** (10 / 11)))
+    found = {"runs": runs, "factors": result.factors(runs), "planned": 6}
+    said = page._summary(found)
+    assert f"In domain MoE needs {1 / mean:.2f} times more compute than dense" in said
+    assert "one seed, no interval" in said and "out of domain nothing was measured" in said
+    assert "seeds" not in said and said.endswith("5 of 6 runs finished.")
+    assert result.table(found)[1][2] == "one seed, no interval"
+    runs = runs_of({"dense": [(1, 30), (4, 20), (16, 10)], "moe": [(1, 30), (16, 9)]}, (1, 2))
+    for run in runs:
+        run["flops"] *= {("moe", 1): 0.5, ("moe", 2): 3}.get((run["family"], run["seed"]), 1)
+    found = {"runs": runs, "factors": result.factors(runs), "planned": 10}
+    assert "which do not agree on which family needs less" in page._summary(found)
+
+
+def test_no_interval_of_one_seed():
+    runs = runs_of({"dense": [(1, 30)], "moe": [(1, 20)]}, (0,))
+    for run in runs:
+        run["sets"]["a"]["dropped"] = None
+    (row, *_) = tables.perplexities(runs)[1]
+    assert row == ["In domain, mean", "30.00", "20.00"]
+    runs = runs_of({"dense": [(1, 40)], "moe": [(1, 1)]}, (1, 2))
+    for run in runs:
+        run["sets"]["a"]["dropped"] = [0.00001] if run["family"] == "moe" else None
+    rows = tables.perplexities(runs)[1]
+    assert rows[0][1:] == ["40.06 ± 0.02", "1.00 ± < 0.01"], "half of 40.04 to 40.08"
+    assert rows[-1] == ["Choices dropped, %", "", "< 0.01"], "not 0.00"
 
 
 def test_accuracies_have_factors_too():
     runs = runs_of({"dense": [(1, 30), (4, 20), (16, 10)], "moe": [(1, 20), (4, 5)]})
     for run, accuracy in zip(runs, (0.4, 0.5, 0.6, 0.5, 0.7)):
-        run["priming"]["mean"] = {"0": accuracy}
+        prime(run, accuracy)
     found = result.factors(runs)
     assert list(found) == ["in_domain", "0-shot", "a"]
     # 50 % costs dense 4, MoE 1; 60 % dense 16, MoE half-way in ln from 1 to 4

@@ -1,0 +1,18 @@
+"""Numbers in sentences and tables."""
+
+
+def count(number: int, noun: str) -> str:
+    """(1, "seed") -> "1 seed", (2000, "seed") -> "2,000 seeds"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def signed(value: float, digits: int = 1) -> str:
+    """With its sign, but for what is shown as 0."""
+    shown = f"{value:+.{digits}f}".replace("-", "−")
+    return shown[1:] if not float(shown[1:]) else shown
+
+
+def small(value: float, digits: int = 2) -> str:
+    """A figure that is not below 0, and is shown as 0 only if it is."""
+    shown = f"{value:.{digits}f}"
+    return f"< {10**-digits:.{digits}f}" if value > 0 and not float(shown) else shown
