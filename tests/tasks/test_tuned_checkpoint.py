@@ -109,7 +109,7 @@ def test_other_commands_take_it(data, tuned, tmp_path, capsys):
     found = []
     for one in (path, tmp_path / "bare.pt"):
         out = tmp_path / "out.json"
-        assert cli.main(f"evaluate {data} --path {one} --cpu --json {out}".split()) == 0
+        assert cli.main(f"evaluate {data} --path {one} --cpu --json {out} --overwrite".split()) == 0
         sets = json.loads(out.read_text())["sets"]
         found.append({name: entry["perplexity"] for name, entry in sets.items()})
         capsys.readouterr()
