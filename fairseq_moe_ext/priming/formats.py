@@ -9,7 +9,7 @@ each.
 import re
 import string
 from pathlib import Path
-from typing import Callable, Dict, FrozenSet, List, NamedTuple, Tuple
+from typing import Callable, Dict, FrozenSet, List, NamedTuple, Optional, Tuple
 
 from ..errors import UserError
 from .records import Reader, Record, read_csv, read_jsonl, read_jsonl_and_labels, read_tsv
@@ -21,11 +21,18 @@ class Item(NamedTuple):
     candidates: Tuple[str, ...]  # the whole prompt with each candidate in it
     right: FrozenSet[int]  # empty: no candidate is, and the question is left out
     alone: Tuple[str, ...] = ()  # each candidate after "Answer: ", for the rule that wants it
+    shared: Tuple[str, ...] = ()  # passage, ...: questions with one in common belong together
+    place: str = ""  # in its file, as "line 3"
 
     @property
     def example(self) -> str:
         """The prompt with the right answer, as it stands before another question."""
         return self.candidates[min(self.right)]
+
+    @property
+    def keys(self) -> Tuple[str, ...]:
+        """What tells that two questions belong together: `shared`, or that they are the same."""
+        return (*self.shared, group_key("same", *sorted(self.candidates)))
 
 
 class Task(NamedTuple):
@@ -38,6 +45,7 @@ class Task(NamedTuple):
     evaluated: Tuple[str, ...]  # names of the published file; the first that is there is read
     examples: Tuple[str, ...]  # likewise, of what shots are drawn from
     origin: str
+    published: Optional[Callable[[Record], List[Item]]] = None  # `items` of the text as published
 
 
 def find_file(folder: Path, names: Tuple[str, ...], origin: str) -> Path:
@@ -50,6 +58,8 @@ def find_file(folder: Path, names: Tuple[str, ...], origin: str) -> Path:
         found = sorted(folder.rglob(name))
         if len(found) > 1:
             raise UserError(f"{found[0]} and {found[1]}: which {name}? Remove or rename one")
+        if found and not found[0].is_file():
+            raise UserError(f"{found[0]}: not a regular file; put the one of {origin} there")
         if found:
             return found[0]
     raise UserError(
@@ -58,49 +68,92 @@ def find_file(folder: Path, names: Tuple[str, ...], origin: str) -> Path:
     )
 
 
-def read_items(task: Task, path: Path) -> List[Item]:
-    """All questions of a file that have a right answer, in order. Raises UserError for a line that
-    is not as published, and for a file without any."""
-    return read_counted(task, path)[0]
+def read_items(task: Task, path: Path, published: bool = False) -> List[Item]:
+    """All questions of a file that have a right answer, in order. `published`: in the text as
+    published, where the task changes it. Raises UserError for a line that is not as published, and
+    for a file without any question."""
+    return read_counted(task, path, published)[0]
 
 
-def read_counted(task: Task, path: Path) -> Tuple[List[Item], int]:
+def read_counted(task: Task, path: Path, published: bool = False) -> Tuple[List[Item], int]:
     """As `read_items`, and how many questions have no right answer and are left out."""
-    every = [item for record in task.read[path.suffix](path) for item in task.items(record)]
+    items = task.published if published and task.published else task.items
+    every = []
+    for record in task.read[path.suffix](path):
+        for item in items(record):
+            if not all(item.candidates):
+                raise record.mistake("a candidate without any text")
+            every.append(item._replace(place=record.place))
     found = [item for item in every if item.right]
     if not found:
         raise UserError(f"{path}: no question in it; take the file as it was published")
     return found, len(every) - len(found)
 
 
+def group_key(kind: str, *texts: str) -> str:
+    """Equal for texts that differ in case and space alone."""
+    return " ".join(f"{kind}: {' '.join(texts)}".lower().split())
+
+
+def given_keys(line: Record, *names: str) -> Tuple[str, ...]:
+    """A key of each field that the line has: some releases lack it."""
+    return tuple(group_key(name, str(line.values[name])) for name in names if line.values.get(name))
+
+
+def _without_markers(text: str) -> str:
+    """By lm-eval's rule: WikiHow's [header], [title], [step], ... are no part of the text."""
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
 def _hellaswag(line: Record) -> List[Item]:
+    """lm-eval's prompt, letter for letter (lm_eval/tasks/hellaswag/utils.py)."""
+    context = f"{line.text('ctx_a')} {line.text('ctx_b').capitalize()}"
+    prompt = _without_markers(f"{line.text('activity_label')}: {context}")
+    return [_of_hellaswag(line, prompt, list(map(_without_markers, line.texts("endings"))))]
+
+
+def _hellaswag_as_published(line: Record) -> List[Item]:
     begun = line.text("ctx_b").strip()
     context = f"{line.text('ctx_a').strip()} {begun[:1].upper()}{begun[1:]}"
     prompt = " ".join(f"{line.text('activity_label')}: {context}".split())
-    endings = line.items("endings")
+    return [_of_hellaswag(line, prompt, [end.strip() for end in line.texts("endings")])]
+
+
+def _of_hellaswag(line: Record, prompt: str, endings: List[str]) -> Item:
     label = line.among("label", {str(i): i for i in range(len(endings))})
-    return [Item(tuple(f"{prompt} {str(end).strip()}" for end in endings), frozenset({label}))]
+    shared = (*given_keys(line, "source_id"), group_key("prompt", prompt))
+    candidates = tuple(f"{prompt} {end}" for end in endings)
+    return Item(candidates, frozenset({label}), shared=shared)
 
 
 def _piqa(line: Record) -> List[Item]:
     goal = line.text("goal").strip()
     candidates = tuple(f"{goal} {line.text(name).strip()}" for name in ("sol1", "sol2"))
-    return [Item(candidates, frozenset({line.among("label", {"0": 0, "1": 1})}))]
+    right = line.among("label", {"0": 0, "1": 1})
+    return [Item(candidates, frozenset({right}), shared=(group_key("goal", goal),))]
 
 
 def _winogrande(line: Record) -> List[Item]:
+    """Twins, of which one word differs, have a qID in common but for its last part. Releases
+    without it are held together by the two options."""
     sentence = line.text("sentence")
     if sentence.count("_") != 1:
         raise line.mistake(f"field 'sentence' has {sentence.count('_')} blanks '_', not one")
-    candidates = tuple(sentence.replace("_", line.text(name)) for name in ("option1", "option2"))
-    return [Item(candidates, frozenset({line.among("answer", {"1": 0, "2": 1})}))]
+    options = [line.text(name) for name in ("option1", "option2")]
+    stem = str(line.values.get("qID") or "").rpartition("-")[0]
+    shared = group_key("qID", stem) if stem else group_key("options", *sorted(options))
+    candidates = tuple(sentence.replace("_", option) for option in options)
+    right = line.among("answer", {"1": 0, "2": 1})
+    return [Item(candidates, frozenset({right}), shared=(shared,))]
 
 
 def _storycloze(line: Record) -> List[Item]:
     story = " ".join(line.text(f"InputSentence{i}").strip() for i in range(1, 5))
     endings = (line.text(f"RandomFifthSentenceQuiz{i}").strip() for i in (1, 2))
     candidates = tuple(f"{story} {ending}" for ending in endings)
-    return [Item(candidates, frozenset({line.among("AnswerRightEnding", {"1": 0, "2": 1})}))]
+    right = line.among("AnswerRightEnding", {"1": 0, "2": 1})
+    return [Item(candidates, frozenset({right}), shared=(group_key("story", story),))]
 
 
 def _openbookqa(line: Record) -> List[Item]:
@@ -114,19 +167,24 @@ def _openbookqa(line: Record) -> List[Item]:
             tuple(f"{stem} {text}" for text in texts),
             frozenset({label}),
             tuple(f"Answer: {text}" for text in texts),
+            (*given_keys(line, "fact1"), group_key("stem", stem)),
         )
     ]
 
 
 def _record(line: Record) -> List[Item]:
-    """A passage, its highlights as bullets, and the query as one more, with an entity in it."""
+    """A passage, its highlights as bullets, and the query as one more, with an entity in it. Where
+    no entity is an answer, none is wrong, and the question has no right one."""
     passage = line.text("passage", "text")
     context = "\n".join(part.strip() for part in passage.split("@highlight") if part.strip())
     context = context.replace("\n", "\n- ")
     names: Dict[str, None] = {}  # in order, each once
     for entity in line.items("passage", "entities"):
         place = line.part(entity)
-        names[passage[place.get("start") : place.get("end") + 1]] = None  # `end` is the last one
+        start, end = place.number("start"), place.number("end")  # `end` is the last one
+        if not 0 <= start <= end < len(passage):
+            raise line.mistake(f"an entity from {start} to {end}; the passage has {len(passage)}")
+        names[passage[start : end + 1]] = None
     found = []
     for part in line.items("qas"):
         question = line.part(part)
@@ -134,7 +192,8 @@ def _record(line: Record) -> List[Item]:
         answers = {_plain(line.part(a).text("text")) for a in question.items("answers")}
         right = frozenset(i for i, name in enumerate(names) if _plain(name) in answers)
         filled = (query.replace("@placeholder", name) for name in names)
-        found.append(Item(tuple(f"{context}\n- {text}" for text in filled), right))
+        candidates = tuple(f"{context}\n- {text}" for text in filled)
+        found.append(Item(candidates, right, shared=(group_key("passage", passage),)))
     return found
 
 
@@ -153,35 +212,50 @@ def _copa(line: Record) -> List[Item]:
         first, space, rest = line.text(name).strip().partition(" ")
         choices.append((first if first == "I" else first.lower()) + space + rest)
     candidates = tuple(f"{premise} {link} {choice}" for choice in choices)
-    return [Item(candidates, frozenset({line.among("label", {"0": 0, "1": 1})}))]
+    shared = (group_key("premise", premise), group_key("choices", *sorted(choices)))
+    right = line.among("label", {"0": 0, "1": 1})
+    return [Item(candidates, frozenset({right}), shared=shared)]
 
 
 def _boolq(line: Record) -> List[Item]:
     """SuperGLUE's file has the answer in "label", the original one in "answer"."""
     question = line.text("question").strip().rstrip("?")
-    prompt = f"{line.text('passage').strip()}\nQuestion: {question}?\nAnswer:"
+    passage = line.text("passage").strip()
+    prompt = f"{passage}\nQuestion: {question}?\nAnswer:"
     key = "answer" if "answer" in line.values else "label"
     right = line.among(key, {"True": 0, "False": 1})
-    return [Item((f"{prompt} yes", f"{prompt} no"), frozenset({right}))]
+    shared = (group_key("passage", passage),)
+    return [Item((f"{prompt} yes", f"{prompt} no"), frozenset({right}), shared=shared)]
 
 
 def _mnli(line: Record) -> List[Item]:
-    """Lines without a gold label ("-": the annotators disagreed) are left out, as is usual."""
-    words = {"entailment": 0, "contradiction": 1, "neutral": 2, "-": -1}
-    label = line.among("gold_label", words)
+    """Lines without a gold label ("-": the annotators disagreed) have no right answer."""
+    words = {"entailment": {0}, "contradiction": {1}, "neutral": {2}, "-": set()}
+    right = frozenset(line.among("gold_label", words))
     premise, hypothesis = line.text("sentence1").strip(), line.text("sentence2").strip()
     prompt = f"{premise}\nQuestion: {hypothesis} True, False, or Neither?\nAnswer:"
     candidates = tuple(f"{prompt} {word}" for word in ("True", "False", "Neither"))
-    return [Item(candidates, frozenset({label} if label >= 0 else ()))]
+    return [
+        Item(
+            candidates, right, shared=(*given_keys(line, "promptID"), group_key("premise", premise))
+        )
+    ]
 
 
 def _sst2(line: Record) -> List[Item]:
-    prompt = f"{line.text('sentence').strip()} All in all, it was"
+    """Training lines are phrases of sentences: those with five words in a row in common are taken
+    to be of one sentence."""
+    sentence = line.text("sentence").strip()
+    prompt = f"{sentence} All in all, it was"
     right = line.among("label", {"0": 0, "1": 1})
-    return [Item((f"{prompt} bad", f"{prompt} good"), frozenset({right}))]
+    words = sentence.split()
+    shared = tuple(group_key("words", *words[i : i + 5]) for i in range(len(words) - 4))
+    return [Item((f"{prompt} bad", f"{prompt} good"), frozenset({right}), shared=shared)]
 
 
 _JSONL = {".jsonl": read_jsonl}
+_VALID = ("val.jsonl", "dev.jsonl", "valid.jsonl", "validation.jsonl")  # by all names in use
+_TRAIN = ("train.jsonl",)
 _SUPERGLUE = "SuperGLUE, https://super.gluebenchmark.com/tasks"
 _GLUE = "GLUE, https://gluebenchmark.com/tasks"
 
@@ -193,8 +267,8 @@ TASKS: Dict[str, Task] = {
             "sum",
             _record,
             _JSONL,
-            ("val.jsonl",),
-            ("train.jsonl",),
+            _VALID,
+            _TRAIN,
             f"ReCoRD in {_SUPERGLUE}",
         ),
         Task(
@@ -202,17 +276,18 @@ TASKS: Dict[str, Task] = {
             "mean",
             _hellaswag,
             _JSONL,
-            ("hellaswag_val.jsonl",),
-            ("hellaswag_train.jsonl",),
+            ("hellaswag_val.jsonl", *_VALID),
+            ("hellaswag_train.jsonl", *_TRAIN),
             "HellaSwag, https://github.com/rowanz/hellaswag (data/)",
+            _hellaswag_as_published,
         ),
         Task(
             "piqa",
             "mean",
             _piqa,
             {".jsonl": read_jsonl_and_labels},
-            ("valid.jsonl",),
-            ("train.jsonl",),
+            ("valid.jsonl", "dev.jsonl", "val.jsonl", "validation.jsonl"),
+            _TRAIN,
             "PIQA, https://yonatanbisk.com/piqa",
         ),
         Task(
@@ -220,8 +295,9 @@ TASKS: Dict[str, Task] = {
             "suffix",
             _winogrande,
             _JSONL,
-            ("dev.jsonl",),
-            ("train_xl.jsonl",),
+            ("dev.jsonl", "val.jsonl", "valid.jsonl", "validation.jsonl"),
+            # by size: 40,398, 10,234, 9,248, 2,558, 640 and 160 questions
+            tuple(f"train_{size}.jsonl" for size in ("xl", "l", "debiased", "m", "s", "xs")),
             "WinoGrande 1.1, https://winogrande.allenai.org",
         ),
         Task(
@@ -246,17 +322,17 @@ TASKS: Dict[str, Task] = {
             "unconditional",
             _openbookqa,
             _JSONL,
-            ("test.jsonl",),
-            ("train.jsonl",),
-            "OpenBookQA, https://allenai.org/data/open-book-qa (Data/Main/)",
+            ("test.jsonl", "test_complete.jsonl"),
+            ("train_complete.jsonl", "train.jsonl"),  # the first tells which share a fact
+            "OpenBookQA, https://allenai.org/data/open-book-qa (Data/)",
         ),
         Task(
             "copa",
             "sum",
             _copa,
             _JSONL,
-            ("val.jsonl",),
-            ("train.jsonl",),
+            _VALID,
+            _TRAIN,
             f"COPA in {_SUPERGLUE}",
         ),
         Task(
@@ -264,8 +340,8 @@ TASKS: Dict[str, Task] = {
             "sum",
             _boolq,
             _JSONL,
-            ("val.jsonl", "dev.jsonl"),
-            ("train.jsonl",),
+            _VALID,
+            _TRAIN,
             f"BoolQ in {_SUPERGLUE}",
         ),
         Task(
@@ -273,7 +349,12 @@ TASKS: Dict[str, Task] = {
             "sum",
             _mnli,
             {".tsv": read_tsv, ".jsonl": read_jsonl},
-            ("dev_matched.tsv", "multinli_1.0_dev_matched.jsonl"),
+            (
+                "dev_matched.tsv",
+                "multinli_1.0_dev_matched.jsonl",
+                "dev_mismatched.tsv",
+                "multinli_1.0_dev_mismatched.jsonl",
+            ),
             ("train.tsv", "multinli_1.0_train.jsonl"),
             f"MNLI in {_GLUE}",
         ),

@@ -6,7 +6,7 @@ Files are read as UTF-8, with or without a byte order mark.
 import csv
 import json
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Mapping, NamedTuple, TypeVar
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Tuple, TypeVar
 
 from ..errors import UserError
 
@@ -19,9 +19,15 @@ class Record(NamedTuple):
     path: Path
     place: str  # "line 3", counted from 1
     values: Mapping[str, Any]
+    header: Tuple[str, ...] = ()  # of a table
 
     def get(self, *keys: str) -> Any:
         """The value at values[key][key]...; UserError with file and place where there is none."""
+        if self.header and keys[0] not in self.header:
+            raise UserError(
+                f"{self.path}, line 1: the header is missing, or has no column {keys[0]!r}: it "
+                f"reads {', '.join(self.header)[:80]!r}; take the file as it was published"
+            )
         found: Any = self.values
         for key in keys:
             if not isinstance(found, Mapping) or found.get(key) is None:
@@ -33,6 +39,14 @@ class Record(NamedTuple):
         found = self.get(*keys)
         if not isinstance(found, str):
             raise self.mistake(f"field {'.'.join(keys)!r} is {found!r}, not text")
+        if any("\ud800" <= character <= "\udfff" for character in found):
+            raise self.mistake(f"field {'.'.join(keys)!r} has half a surrogate pair in it")
+        return found
+
+    def number(self, key: str) -> int:
+        found = self.get(key)
+        if not isinstance(found, int) or isinstance(found, bool):
+            raise self.mistake(f"field {key!r} is {found!r}, not a whole number")
         return found
 
     def items(self, *keys: str) -> list:
@@ -40,6 +54,10 @@ class Record(NamedTuple):
         if not isinstance(found, list) or not found:
             raise self.mistake(f"field {'.'.join(keys)!r} is {found!r}, not a list with something")
         return found
+
+    def texts(self, *keys: str) -> List[str]:
+        found = [self.part({keys[-1]: one}) for one in self.items(*keys)]
+        return [one.text(keys[-1]) for one in found]
 
     def among(self, key: str, meaning: Mapping[str, Value]) -> Value:
         """What the field's value stands for; UserError for one that stands for nothing."""
@@ -69,36 +87,40 @@ def read_jsonl(path: Path) -> Iterator[Record]:
 
 
 def read_jsonl_and_labels(path: Path) -> Iterator[Record]:
-    """NAME.jsonl, and beside it NAME-labels.lst with a label a line, which becomes the field
-    "label"."""
+    """NAME.jsonl, and beside it NAME-labels.lst with a label a line, 0 or 1, which becomes the
+    field "label"; a release that has the field needs no such file."""
     labels_path = path.with_name(f"{path.stem}-labels.lst")
+    records = list(read_jsonl(path))
+    if not labels_path.exists() and all("label" in record.values for record in records):
+        yield from records
+        return
     try:
-        labels = labels_path.read_text(encoding="utf-8-sig").split()
+        lines = labels_path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError):
         raise UserError(
             f"{labels_path}: missing or not text; it has the answers to {path.name}, a line each"
         ) from None
-    records = list(read_jsonl(path))
+    labels = [(i, line.strip()) for i, line in enumerate(lines, start=1) if line.strip()]
+    for i, label in labels:
+        if label not in ("0", "1"):
+            raise UserError(f"{labels_path}, line {i}: {label!r}; 0 or 1 is needed")
     if len(labels) != len(records):
         raise UserError(
             f"{labels_path}: {len(labels)} labels for the {len(records)} lines of {path.name}; "
             "take both from the same release"
         )
-    for record, label in zip(records, labels):
+    for record, (_, label) in zip(records, labels):
         yield record._replace(values={**record.values, "label": label})
 
 
 def read_csv(path: Path) -> Iterator[Record]:
-    """Comma-separated, quoted, with a head."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        yield from _rows(csv.DictReader(_decoded(file, path)), path)
+    """Comma-separated, quoted, with a header."""
+    return _read_table(path)
 
 
 def read_tsv(path: Path) -> Iterator[Record]:
-    """Tab-separated with a head, as GLUE's files: a quotation mark is a character as any."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(_decoded(file, path), delimiter="\t", quoting=csv.QUOTE_NONE)
-        yield from _rows(rows, path)
+    """Tab-separated with a header, as GLUE's files: a quotation mark is a character as any."""
+    return _read_table(path, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
 def read_json(path: Path) -> Record:
@@ -110,18 +132,34 @@ def read_json(path: Path) -> Record:
     return Record(path, "line 1", _json(text, path, 1))
 
 
-def _rows(rows: csv.DictReader, path: Path) -> Iterator[Record]:
-    try:
-        for values in rows:
-            yield Record(path, f"line {rows.line_num}", values)
-    except csv.Error as error:
-        raise UserError(f"{path}, line {rows.line_num}: {error}") from None
+def _read_table(path: Path, **form: Any) -> Iterator[Record]:
+    """A row each, which begins on the line that is named; blank lines are passed over."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        rows = csv.reader(_decoded(file, path), strict=True, **form)
+        header: Tuple[str, ...] = ()
+        line = 1
+        try:
+            for cells in rows:
+                record = Record(path, f"line {line}", dict(zip(header, cells)), header)
+                line = rows.line_num + 1
+                if header and len(cells) > len(header):
+                    raise record.mistake(
+                        f"{len(cells)} columns; the header has {len(header)}; take the file as it "
+                        "was published"
+                    )
+                if header and cells:
+                    yield record
+                header = header or tuple(cells)
+        except csv.Error as error:
+            raise UserError(
+                f"{path}, line {line}: {error}; take the file as it was published"
+            ) from None
 
 
 def _json(text: str, path: Path, line: int) -> Dict[str, Any]:
     try:
         found = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}, line {line}: not JSON ({error})") from None
     if not isinstance(found, dict):
         raise UserError(f"{path}, line {line}: not a JSON object")

@@ -4,6 +4,8 @@ The paper's eight data sets (section 3.3) and COPA, as published, below FOLDER/N
 
     FOLDER/{train,valid,test}.jsonl    {"context": "...", "choices": ["...", "..."], "label": 0}
 
+(and "group": "..." where questions of several contexts belong together)
+
 or, with the same classes for all examples,
 
     FOLDER/labels.txt                  a class a line
@@ -11,17 +13,28 @@ or, with the same classes for all examples,
 """
 
 import hashlib
+import logging
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 from ..errors import UserError
-from ..priming.formats import CLASSES, TASKS, Item, find_file, read_items
+from ..priming.formats import (
+    CLASSES,
+    TASKS,
+    Item,
+    find_file,
+    given_keys,
+    group_key,
+    read_counted,
+)
 from ..priming.records import Record, read_jsonl
+
+logger = logging.getLogger(__name__)
 
 LABELS_FILE = "labels.txt"
 NAMES = sorted(set(TASKS) - {"record"})  # of whose questions some have several right answers
 # Published validation sets beside the one that the paper evaluates on.
-_VALID: Dict[str, Tuple[str, ...]] = {"openbookqa": ("dev.jsonl",)}
+_VALID: Dict[str, Tuple[str, ...]] = {"openbookqa": ("dev.jsonl", "dev_complete.jsonl")}
 
 
 class ChoiceFiles:
@@ -31,11 +44,14 @@ class ChoiceFiles:
     suffix: the language model is to score what follows the candidates, not the candidates.
     """
 
-    def __init__(self, folder: Path, name: Optional[str], valid_share: float) -> None:
+    def __init__(
+        self, folder: Path, name: Optional[str], valid_share: float, published: bool = False
+    ) -> None:
         """
         Args:
             name: of a published data set; None: one's own files.
-            valid_share: of the training set, by a hash of the question, for the split valid.
+            valid_share: of the training set for the split valid; what belongs together stays so.
+            published: leave the text as published, where priming does not.
 
         Raises:
             UserError: no such folder or data set, or a labels.txt that names no classes.
@@ -50,6 +66,7 @@ class ChoiceFiles:
         self.folder = folder
         self.name = name
         self.valid_share = valid_share
+        self.published = published
         self.suffix = name is not None and TASKS[name].rule == "suffix"
         self.classes = _own_classes(folder) if name is None else CLASSES.get(name)
 
@@ -77,24 +94,88 @@ class ChoiceFiles:
         is not what it must be."""
         path = self.path(split)
         if self.name is not None:
-            items = read_items(TASKS[self.name], path)
+            items, unanswered = read_counted(TASKS[self.name], path, self.published)
+            if unanswered:
+                logger.info(
+                    f"{split}: {unanswered:,} of {len(items) + unanswered:,} questions "
+                    f"of {path} have no right answer and are left out"
+                )
         elif self.classes is None:
             items = [_own_choices(line) for line in read_jsonl(path)]
         else:
             items = [_own_text(line, self.classes) for line in read_jsonl(path)]
-        if self.valid_share and split in ("train", "valid"):
-            held_out = split == "valid"
-            items = [item for item in items if (_draw(item) < self.valid_share) == held_out]
         if not items:
             raise UserError(f"{path}: no example for the split {split} in it")
+        if self.valid_share and split in ("train", "valid"):
+            return self._share(items, split, path)
         return items
+
+    def _share(self, items: Sequence[Item], split: str, path: Path) -> List[Item]:
+        """What valid or train gets of the training set. Raises UserError if either had nothing."""
+        groups = grouped(items)
+        taken = hold_out(items, groups, self.valid_share)
+        if not taken or len(taken) == len(groups):
+            raise UserError(
+                f"--choice-valid-share {self.valid_share}: the {len(items)} questions of {path} "
+                f"cannot be split so, as those that belong together make {len(groups)} groups of "
+                f"{min(map(len, groups))} or more; use another share, or a file for valid"
+            )
+        valid = {i for group in taken for i in group}
+        chosen = [item for i, item in enumerate(items) if (i in valid) == (split == "valid")]
+        count = len(taken) if split == "valid" else len(groups) - len(taken)
+        logger.info(
+            f"{split}: {len(chosen):,} of the {len(items):,} questions of {path} "
+            f"({100 * len(chosen) / len(items):.1f} %; --choice-valid-share {self.valid_share}), "
+            f"in {count:,} of the {len(groups):,} groups of questions that belong together"
+        )
+        return chosen
+
+
+def grouped(items: Sequence[Item]) -> List[List[int]]:
+    """Numbers of the questions that have a key in common, be it through others; in order."""
+    parent = list(range(len(items)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    first: Dict[str, int] = {}
+    for i, item in enumerate(items):
+        for key in item.keys:
+            parent[root(i)] = root(first.setdefault(key, i))
+    groups: Dict[int, List[int]] = {}
+    for i in range(len(items)):
+        groups.setdefault(root(i), []).append(i)
+    return list(groups.values())
+
+
+def hold_out(items: Sequence[Item], groups: Sequence[List[int]], share: float) -> List[List[int]]:
+    """Whole groups with about that share of all questions. They are drawn by a hash of their text:
+    every process and every run draws the same, in whatever order the file has them."""
+    room = share * len(items)
+    taken, left = [], []
+    for group in sorted(groups, key=lambda group: min(_hash(items[i]) for i in group)):
+        (taken if len(group) <= room else left).append(group)
+        room -= len(group) if len(group) <= room else 0
+    smallest = min(left, key=len, default=[])
+    if smallest and len(smallest) < 2 * room:  # nearer to the share with it than without
+        taken.append(smallest)
+    return taken
+
+
+def _hash(item: Item) -> bytes:
+    return hashlib.sha256("\0".join(item.candidates).encode()).digest()
 
 
 def _own_classes(folder: Path) -> Optional[Tuple[str, ...]]:
     path = folder / LABELS_FILE
     if not path.is_file():
         return None
-    lines = path.read_text(encoding="utf-8").split("\n")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, ValueError):
+        raise UserError(f"{path}: not UTF-8, or cannot be read; write a class a line") from None
     classes = tuple(line.strip() for line in lines if line.strip())
     if len(set(classes)) < max(2, len(classes)):
         raise UserError(f"{path}: has to name two or more different classes, one a line")
@@ -103,20 +184,19 @@ def _own_classes(folder: Path) -> Optional[Tuple[str, ...]]:
 
 def _own_choices(line: Record) -> Item:
     context = line.text("context")
-    choices = line.items("choices")
-    if len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices):
+    choices = line.texts("choices")
+    if len(choices) < 2 or not all(choice.strip() for choice in choices):
         raise line.mistake(f"field 'choices' is {choices!r}; two or more texts are needed")
     label = line.among("label", {str(i): i for i in range(len(choices))})
-    return Item(tuple(context + choice for choice in choices), frozenset({label}))
+    return _own(line, context, [context + choice for choice in choices], label)
 
 
 def _own_text(line: Record, classes: Tuple[str, ...]) -> Item:
     text = line.text("text")
     label = line.among("label", {name: i for i, name in enumerate(classes)})
-    return Item(tuple(f"{text}\n{name}" for name in classes), frozenset({label}))
+    return _own(line, text, [f"{text}\n{name}" for name in classes], label)
 
 
-def _draw(item: Item) -> float:
-    """A number from 0 to below 1 that depends on the question's text alone."""
-    digest = hashlib.sha256("\0".join(item.candidates).encode()).digest()
-    return int.from_bytes(digest[:7], "big") / 2**56
+def _own(line: Record, text: str, candidates: List[str], label: int) -> Item:
+    shared = (*given_keys(line, "group"), *([group_key("text", text)] if text.strip() else []))
+    return Item(tuple(candidates), frozenset({label}), shared=shared, place=line.place)

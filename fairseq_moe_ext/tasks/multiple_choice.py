@@ -10,7 +10,7 @@ import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import List, Optional, Sequence
+from typing import List, Optional, Sequence, Set
 
 import torch
 from fairseq.data import Dictionary
@@ -51,7 +51,15 @@ class MultipleChoiceTaskConfig(FairseqDataclass):
         default=0.0,
         metadata={
             "help": "share of the training set that is the split valid instead, so that the "
-            "published validation set (split test) chooses no checkpoint"
+            "published validation set (split test) chooses no checkpoint; questions that belong "
+            "together (of one passage, premise, pair of twins, ...) stay together"
+        },
+    )
+    choice_published_text: bool = field(
+        default=False,
+        metadata={
+            "help": "the text as published: HellaSwag's with WikiHow's markers ([header], [title], "
+            "[step]), which are taken out otherwise, as lm-eval does"
         },
     )
     choice_scoring: ChoiceEnum(["head", "sum", "mean"]) = field(
@@ -69,6 +77,8 @@ class MultipleChoiceTaskConfig(FairseqDataclass):
         default=None, metadata={"help": "max number of tokens in the target sequence"}
     )
     train_subset: str = II("dataset.train_subset")
+    valid_subset: str = II("dataset.valid_subset")
+    disable_validation: bool = II("dataset.disable_validation")
     best_checkpoint_metric: str = II("checkpoint.best_checkpoint_metric")
     maximize_best_checkpoint_metric: bool = II("checkpoint.maximize_best_checkpoint_metric")
 
@@ -82,7 +92,13 @@ class MultipleChoiceTask(FairseqTask):
         self.args = cfg  # which is what LanguageModelingTask calls it
         self.dictionary = dictionary
         self.scoring = str(cfg.choice_scoring)
-        self.files = ChoiceFiles(Path(cfg.choice_data), cfg.choice_task, cfg.choice_valid_share)
+        self.files = ChoiceFiles(
+            Path(cfg.choice_data),
+            cfg.choice_task,
+            cfg.choice_valid_share,
+            cfg.choice_published_text,
+        )
+        self._train_keys: Set[str] = set()  # of the training questions, once they are read
         # One sequence with a score a class, or a sequence for each candidate.
         one_sequence = self.scoring == "head" and self.files.classes is not None
         self.outputs = len(self.files.classes) if one_sequence else 1
@@ -134,8 +150,13 @@ class MultipleChoiceTask(FairseqTask):
         return self.cfg.tokens_per_sample
 
     def build_model(self, cfg: FairseqDataclass, from_checkpoint: bool = False):
-        """As stock's, with a head where it is to score. Raises UserError for a model that cannot
-        have one."""
+        """As stock's, with a head where it is to score. Before training, all questions are read,
+        which stock would do after the weights. Raises UserError for a model that cannot have a
+        head, and as load_dataset."""
+        if not from_checkpoint:
+            wanted = "" if self.cfg.disable_validation else self.cfg.valid_subset
+            for split in [self.cfg.train_subset, *filter(None, wanted.split(","))]:
+                self.load_dataset(split)
         model = super().build_model(cfg, from_checkpoint)
         if not hasattr(model, "add_choice_head"):
             raise UserError(
@@ -151,19 +172,21 @@ class MultipleChoiceTask(FairseqTask):
         as it should be, a tokenizer that is not the model's, a choice that is too long."""
         from ..priming.vocabulary import Vocabulary  # needs the package tokenizers
 
+        if split in self.datasets:
+            return
         vocabulary = Vocabulary(Path(self.cfg.data))
         path, questions = self.files.path(split), self.files.read(split)
         logger.info(f"{split}: encoding {len(questions):,} questions of {path}")
         tokens = [[vocabulary.encode(text) for text in each.candidates] for each in questions]
         vocabulary.check((row for rows in tokens for row in rows), str(path))
         items = []
-        for number, (question, rows) in enumerate(zip(questions, tokens), start=1):
+        for question, rows in zip(questions, tokens):
             sequences = self._sequences(rows)
             limit = self.cfg.tokens_per_sample - (2 if self.scoring == "head" else 0)
             fitting = [scoring.cut(row, limit) for row in sequences]
             if [_scored(row) for row in fitting] != [_scored(row) for row in sequences]:
                 raise UserError(
-                    f"{path}, question {number}: a choice is longer than --tokens-per-sample "
+                    f"{path}, {question.place}: a choice is longer than --tokens-per-sample "
                     f"{self.cfg.tokens_per_sample}: shorten it, or raise that"
                 )
             item = self._item(fitting, min(question.right))
@@ -173,10 +196,23 @@ class MultipleChoiceTask(FairseqTask):
         )
         logger.info(f"{split}: {describe(questions, self.files.classes)}")
         cut = sum(item.cut for item in items)
+        self._compare_with_train(split, questions)
         if cut:
             logger.warning(
                 f"{split}: {cut:,} of {len(items):,} questions are longer than --tokens-per-sample "
                 f"{self.cfg.tokens_per_sample}; their beginning was left out"
+            )
+
+    def _compare_with_train(self, split: str, questions: Sequence[Question]) -> None:
+        """Say how much of what is validated on belongs to what is trained on."""
+        if split == self.cfg.train_subset:
+            self._train_keys.update(key for question in questions for key in question.keys)
+            return
+        count = sum(not self._train_keys.isdisjoint(question.keys) for question in questions)
+        if count:
+            logger.warning(
+                f"{split}: {count:,} of {len(questions):,} questions belong to one of training: "
+                "the same passage, premise, twin, ... or the same question"
             )
 
     def _sequences(self, candidates: List[List[int]]) -> List[scoring.Row]:

@@ -2,11 +2,12 @@
 
 import csv
 import json
+import os
 
 import pytest
 
 from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.priming.formats import PAPER, TASKS, find_file, read_items
+from fairseq_moe_ext.priming.formats import PAPER, TASKS, find_file, read_counted, read_items
 
 
 def jsonl(*lines):
@@ -352,14 +353,172 @@ def test_a_table_without_a_column_or_with_a_short_line(tmp_path):
     with pytest.raises(UserError, match="line 3: no field 'label'"):
         read_items(TASKS["sst2"], path)
     path.write_text("text\tlabel\nfine\t1\n")
-    with pytest.raises(UserError, match="line 2: no field 'sentence'"):
+    with pytest.raises(UserError, match="line 1: the header is missing, or has no column 'sente"):
         read_items(TASKS["sst2"], path)
+    path.write_text("fine\t1\nbad\t0\n")
+    with pytest.raises(UserError, match="line 1: the header is missing, .* reads 'fine, 1'"):
+        read_items(TASKS["sst2"], path)
+    path.write_text("sentence\tlabel\nfine\t1\nfine\tstray\t1\n")
+    with pytest.raises(UserError, match="line 3: 3 columns; the header has 2"):
+        read_items(TASKS["sst2"], path)
+    path = tmp_path / "cloze.csv"
+    (content,) = CASES["storycloze"][0].values()
+    header, row, _ = content.split("\r\n")
+    path.write_text(f"{header}\n{row}\n{row.replace('He ran.', chr(34) + 'He ran.')}\n")
+    with pytest.raises(UserError, match="cloze.csv, line 3: "):  # where the quote was opened
+        read_items(TASKS["storycloze"], path)
+    path.write_text(f"{header}\n{row.replace('twice.', 'one' + chr(10) + 'two.')}\n{row}5\n")
+    with pytest.raises(UserError, match="cloze.csv, line 4: field 'AnswerRightEnding' is '25'"):
+        read_items(TASKS["storycloze"], path)
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+def test_blank_lines_and_line_ends_change_nothing(ends, tmp_path):
+    lines = ["sentence\tlabel", 'a "fine" film \t1', "", "bad\t0", ""]
+    path = tmp_path / "dev.tsv"
+    path.write_bytes(b"\xef\xbb\xbf" + ends.join(lines).encode())
+    items = read_items(TASKS["sst2"], path)
+    assert [item.place for item in items] == ["line 2", "line 4"]
+    assert items[0].example == 'a "fine" film All in all, it was good'
+    path = tmp_path / "val.jsonl"
+    path.write_bytes(ends.join([json.dumps(BOOLQ), "", json.dumps(BOOLQ), ""]).encode())
+    assert [item.place for item in read_items(TASKS["boolq"], path)] == ["line 1", "line 3"]
+
+
+def test_lines_without_a_right_answer_are_counted(tmp_path):
+    write(tmp_path, CASES["mnli"][0])
+    assert read_counted(TASKS["mnli"], tmp_path / "dev_matched.tsv")[1] == 1
+    lines = [without(RECORD, "qas", 0), RECORD]
+    lines[0]["qas"][0]["answers"] = [{"text": "Paris"}]
+    (tmp_path / "val.jsonl").write_text(jsonl(*lines))
+    items, unanswered = read_counted(TASKS["record"], tmp_path / "val.jsonl")
+    assert (len(items), unanswered) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    "name, files, chosen",
+    [
+        ("winogrande", ["train_xs.jsonl"], "train_xs.jsonl"),
+        ("winogrande", ["train_xs.jsonl", "train_s.jsonl"], "train_s.jsonl"),
+        ("winogrande", ["train_s.jsonl", "train_m.jsonl"], "train_m.jsonl"),
+        ("winogrande", ["train_m.jsonl", "train_debiased.jsonl"], "train_debiased.jsonl"),
+        ("winogrande", ["train_debiased.jsonl", "train_l.jsonl"], "train_l.jsonl"),
+        ("winogrande", ["train_l.jsonl", "train_xl.jsonl"], "train_xl.jsonl"),
+        ("openbookqa", ["Main/train.jsonl", "Additional/train_complete.jsonl"],
+         "train_complete.jsonl"),
+        ("hellaswag", ["train.jsonl"], "train.jsonl"),
+    ],
+)  # fmt: skip
+def test_of_several_training_files_the_largest_is_taken(name, files, chosen, tmp_path):
+    write(tmp_path, {file: "" for file in files})
+    assert find_file(tmp_path, TASKS[name].examples, "").name == chosen
+
+
+@pytest.mark.parametrize(
+    "name, file",
+    [
+        ("mnli", "dev_mismatched.tsv"),
+        ("mnli", "multinli_1.0_dev_mismatched.jsonl"),
+        ("piqa", "dev.jsonl"),
+        ("hellaswag", "validation.jsonl"),
+        ("copa", "dev.jsonl"),
+        ("record", "dev.jsonl"),
+        ("openbookqa", "Additional/test_complete.jsonl"),
+    ],
+)
+def test_other_names_of_evaluated_files(name, file, tmp_path):
+    write(tmp_path, {file: ""})
+    assert find_file(tmp_path, TASKS[name].evaluated, "") == tmp_path / file
+
+
+WIKIHOW = {
+    "activity_label": "Personal Care and Style",
+    "ctx_a": "[header] How to dye hair [title] Find a brush. [step] Take one  that is narrow.",
+    "ctx_b": "",
+    "source_id": "wikihow~3",
+    "endings": [
+        "[substeps] Ask at Boots [brackets in text] for it.",
+        "You know. [title] Mix. [step] Stir well.",
+        "[title] Wait.",
+        "Rinse it.",
+    ],
+    "label": "1",
+}
+
+
+def test_hellaswag_is_lm_evals_prompt_by_letter(tmp_path):
+    path = tmp_path / "hellaswag_val.jsonl"
+    video = {**HELLASWAG, "ctx_b": "the Man in Rome"}
+    path.write_text(jsonl(WIKIHOW, video))
+    wikihow, found = read_items(TASKS["hellaswag"], path)
+    # by hand, after lm_eval/tasks/hellaswag/utils.py: query + " " + choice
+    context = "Personal Care and Style: How to dye hair. Find a brush. Take one that is narrow."
+    assert wikihow.candidates == (
+        f"{context}  Ask at Boots for it.",
+        f"{context} You know.. Mix. Stir well.",  # two points are what the rule gives
+        f"{context}  Wait.",
+        f"{context} Rinse it.",
+    )
+    assert found.candidates[0] == (
+        "Roof shingle removal: A man is sitting on a roof. The man in rome is using wrap."
+    )
+    published = read_items(TASKS["hellaswag"], path, published=True)
+    assert published[0].candidates[2] == (
+        "Personal Care and Style: [header] How to dye hair [title] Find a brush. [step] Take one "
+        "that is narrow. [title] Wait."
+    )
+    assert published[1].candidates[0].endswith("on a roof. The Man in Rome is using wrap.")
+    assert published[0].right == wikihow.right == {1}
+
+
+@pytest.mark.slow
+def test_hellaswag_against_lm_eval_itself(tmp_path):
+    pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
+    datasets = pytest.importorskip("datasets")
+    from lm_eval.tasks.hellaswag import utils
+
+    lines = [WIKIHOW, {**HELLASWAG, "source_id": "activitynet~v_1", "label": "3"}]
+    fields = list(WIKIHOW)
+    (tmp_path / "val.jsonl").write_text(jsonl(*lines))
+    items = read_items(TASKS["hellaswag"], tmp_path / "val.jsonl")
+    given = datasets.Dataset.from_list([{name: line[name] for name in fields} for line in lines])
+    for item, doc in zip(items, utils.process_docs(given)):
+        assert item.candidates == tuple(f"{doc['query']} {choice}" for choice in doc["choices"])
+        assert item.right == {doc["gold"]}
+
+
+def test_what_is_not_text_or_a_number_is_said(tmp_path):
+    path = tmp_path / "file.jsonl"
+    for name, line, words in (
+        ("hellaswag", {**HELLASWAG, "endings": ["a", 5]}, "field 'endings' is 5, not text"),
+        ("boolq", {**BOOLQ, "passage": "\ud800"}, "field 'passage' has half a surrogate pair"),
+        ("winogrande", {"sentence": "_", "option1": "", "option2": "a", "answer": "1"},
+         "a candidate without any text"),
+    ):  # fmt: skip
+        path.write_text(jsonl(line))
+        with pytest.raises(UserError, match=f"file.jsonl, line 1: {words}"):
+            read_items(TASKS[name], path)
+    entity = RECORD["passage"]["entities"][0]
+    for start, words in (("0", "field 'start' is '0', not a whole number"), (900, "from 900 to 2")):
+        line = {
+            **RECORD,
+            "passage": {**RECORD["passage"], "entities": [{**entity, "start": start}]},
+        }
+        path.write_text(jsonl(line))
+        with pytest.raises(UserError, match=words):
+            read_items(TASKS["record"], path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(UserError, match="line 1: not JSON"):
+        read_items(TASKS["boolq"], path)
 
 
 def test_files_that_are_not_whole(tmp_path):
     path = tmp_path / "valid.jsonl"
     path.write_text(jsonl({"goal": "a", "sol1": "b", "sol2": "c"}))
     with pytest.raises(UserError, match="valid-labels.lst: missing"):
+        read_items(TASKS["piqa"], path)
+    (tmp_path / "valid-labels.lst").write_text("\n2\n")
+    with pytest.raises(UserError, match="valid-labels.lst, line 2: '2'; 0 or 1 is needed"):
         read_items(TASKS["piqa"], path)
     (tmp_path / "valid-labels.lst").write_text("0\n1\n")
     with pytest.raises(UserError, match="2 labels for the 1 lines of valid.jsonl"):
@@ -379,3 +538,9 @@ def test_two_files_of_one_name(tmp_path):
     write(tmp_path / "sst2", {"a/dev.tsv": "", "b/dev.tsv": ""})
     with pytest.raises(UserError, match="which dev.tsv"):
         find_file(tmp_path / "sst2", TASKS["sst2"].evaluated, "GLUE")
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "dev.tsv")
+    with pytest.raises(UserError, match="dev.tsv: not a regular file"):
+        find_file(tmp_path, TASKS["sst2"].evaluated, "GLUE")

@@ -18,6 +18,7 @@ from choice_data import (
     make_choice_task,
 )
 from fairseq import metrics
+from fairseq.tasks import FairseqTask
 from processes import run_processes
 from small_models import MOE
 
@@ -301,7 +302,37 @@ def test_a_share_of_the_training_set_can_be_held_out(data, choices):
     assert len(task.files.read("test")) == SIZES["test"]
 
 
+def test_what_validation_shares_with_training_is_said(data, tmp_path, caplog):
+    lines = [{"context": f"big{i}", "choices": [" big2", " mid2"], "label": 0} for i in range(9)]
+    for split, some in (("train", lines[:6]), ("valid", lines[4:])):
+        text = "".join(json.dumps(line) + "\n" for line in some)
+        (tmp_path / f"{split}.jsonl").write_text(text)
+    task = make_choice_task(data, tmp_path)
+    load(task, "train")
+    assert "belong to one of training" not in caplog.text
+    load(task, "valid")
+    assert "valid: 2 of 5 questions belong to one of training: the same passage" in caplog.text
+
+
 # ---- Mistakes
+
+
+@pytest.mark.parametrize("missing", ["train", "valid"])
+def test_questions_are_read_before_a_model_is_made(data, choices, missing, tmp_path, monkeypatch):
+    for split in {"train", "valid"} - {missing}:
+        (tmp_path / f"{split}.jsonl").write_bytes((choices / f"{split}.jsonl").read_bytes())
+    flags = {"valid_subset": "valid", "disable_validation": False}
+    monkeypatch.setattr(FairseqTask, "build_model", lambda *_: pytest.fail("a model was made"))
+    with pytest.raises(UserError, match=f"{missing}.jsonl: missing"):
+        make_choice_task(data, tmp_path, **flags).build_model(None)
+    monkeypatch.setattr(FairseqTask, "build_model", lambda *_: SimpleNamespace(add_choice_head=int))
+    flags["disable_validation"] = missing == "valid"
+    task = make_choice_task(data, tmp_path, **flags)
+    task.build_model(None, from_checkpoint=missing == "train")  # as fairseq-validate does
+    if missing == "valid":
+        dataset = task.dataset("train")
+        assert load(task, "train") is dataset  # and not read again
+
 
 LINES = [
     ('{"context": "a", "choices": ["b", "c"]}', "line 2: no field 'label'"),
@@ -362,7 +393,7 @@ def test_other_mistakes(data, choices, tmp_path):
     with pytest.raises(UserError, match="valid.jsonl: no example for the split valid"):
         load(make_choice_task(data, tmp_path))
     with pytest.raises(
-        UserError, match="question 1: a choice is longer than --tokens-per-sample 2"
+        UserError, match="valid.jsonl, line 1: a choice is longer than --tokens-per-sample 2"
     ):
         load(make_choice_task(data, choices, choice_scoring="sum", tokens_per_sample=2))
     task = make_choice_task(data, choices)
