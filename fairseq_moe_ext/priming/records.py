@@ -4,10 +4,10 @@ Files are read as UTF-8, with or without a byte order mark.
 """
 
 import csv
-import json
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Tuple, TypeVar
 
+from .. import files
 from ..errors import UserError
 
 Value = TypeVar("Value")
@@ -39,8 +39,6 @@ class Record(NamedTuple):
         found = self.get(*keys)
         if not isinstance(found, str):
             raise self.mistake(f"field {'.'.join(keys)!r} is {found!r}, not text")
-        if any("\ud800" <= character <= "\udfff" for character in found):
-            raise self.mistake(f"field {'.'.join(keys)!r} has half a surrogate pair in it")
         return found
 
     def number(self, key: str) -> int:
@@ -91,15 +89,12 @@ def read_jsonl_and_labels(path: Path) -> Iterator[Record]:
     field "label"; a release that has the field needs no such file."""
     labels_path = path.with_name(f"{path.stem}-labels.lst")
     records = list(read_jsonl(path))
-    if not labels_path.exists() and all("label" in record.values for record in records):
-        yield from records
-        return
-    try:
-        lines = labels_path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, ValueError):
-        raise UserError(
-            f"{labels_path}: missing or not text; it has the answers to {path.name}, a line each"
-        ) from None
+    if not labels_path.exists():
+        if all("label" in record.values for record in records):
+            yield from records
+            return
+        raise UserError(f"{labels_path}: missing; it has the answers to {path.name}, a line each")
+    lines = files.read_text(labels_path, encoding="utf-8-sig").split("\n")
     labels = [(i, line.strip()) for i, line in enumerate(lines, start=1) if line.strip()]
     for i, label in labels:
         if label not in ("0", "1"):
@@ -125,10 +120,7 @@ def read_tsv(path: Path) -> Iterator[Record]:
 
 def read_json(path: Path) -> Record:
     """One JSON object for the whole file."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except ValueError:
-        raise UserError(f"{path}: not UTF-8; take the file as it was published") from None
+    text = files.read_text(path, encoding="utf-8-sig")
     return Record(path, "line 1", _json(text, path, 1))
 
 
@@ -158,8 +150,8 @@ def _read_table(path: Path, **form: Any) -> Iterator[Record]:
 
 def _json(text: str, path: Path, line: int) -> Dict[str, Any]:
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        found = files.parse_json(text)
+    except ValueError as error:
         raise UserError(f"{path}, line {line}: not JSON ({error})") from None
     if not isinstance(found, dict):
         raise UserError(f"{path}, line {line}: not a JSON object")

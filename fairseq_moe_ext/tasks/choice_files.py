@@ -17,6 +17,7 @@ import logging
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Tuple
 
+from .. import files
 from ..errors import UserError
 from ..priming.formats import (
     CLASSES,
@@ -170,12 +171,9 @@ def _hash(item: Item) -> bytes:
 
 def _own_classes(folder: Path) -> Optional[Tuple[str, ...]]:
     path = folder / LABELS_FILE
-    if not path.is_file():
+    if not path.exists():
         return None
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, ValueError):
-        raise UserError(f"{path}: not UTF-8, or cannot be read; write a class a line") from None
+    lines = files.read_text(path, encoding="utf-8-sig").split("\n")
     classes = tuple(line.strip() for line in lines if line.strip())
     if len(set(classes)) < max(2, len(classes)):
         raise UserError(f"{path}: has to name two or more different classes, one a line")

@@ -491,7 +491,7 @@ def test_what_is_not_text_or_a_number_is_said(tmp_path):
     path = tmp_path / "file.jsonl"
     for name, line, words in (
         ("hellaswag", {**HELLASWAG, "endings": ["a", 5]}, "field 'endings' is 5, not text"),
-        ("boolq", {**BOOLQ, "passage": "\ud800"}, "field 'passage' has half a surrogate pair"),
+        ("boolq", {**BOOLQ, "passage": "\ud800"}, "not JSON .half of a surrogate pair"),
         ("winogrande", {"sentence": "_", "option1": "", "option2": "a", "answer": "1"},
          "a candidate without any text"),
     ):  # fmt: skip
