@@ -15,7 +15,7 @@ PYTEST := $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile 
 
 # The mathematics and what is told of settings: no process is started.
 check: install lint  ## lint and the tests of the mathematics, under a minute
-	$(RUN) -m pytest -q --numprocesses auto --maxprocesses 4 tests/moe tests/test_cost.py \
+	$(RUN) -m pytest -q --numprocesses auto --maxprocesses 4 tests/moe tests/kernels tests/test_cost.py \
 		tests/test_imports.py
 
 test: install lint  ## install, lint, and the tests but the slow ones

@@ -24,10 +24,10 @@ import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from fairseq_moe_ext.kernels.matmul import Linear  # noqa: E402
 from fairseq_moe_ext.moe import layer as layer_module  # noqa: E402
 from fairseq_moe_ext.moe.gate import GateSettings  # noqa: E402
 from fairseq_moe_ext.moe.layer import MoELayer  # noqa: E402
-from fairseq_moe_ext.products import Linear  # noqa: E402
 
 
 class Shape(NamedTuple):
@@ -56,7 +56,7 @@ GPU_SHAPES = [
 
 
 def dense_ffn(shape: Shape, linear: Callable[..., nn.Module] = nn.Linear) -> nn.Sequential:
-    """The dense layer that every time is a multiple of; with products.Linear that of our models."""
+    """The dense layer that every time is a multiple of; with kernels.matmul.Linear, our models'."""
     return nn.Sequential(
         linear(shape.dim, shape.hidden), nn.GELU(), linear(shape.hidden, shape.dim)
     )

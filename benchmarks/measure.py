@@ -12,7 +12,7 @@ from typing import Any, Callable, Dict, List, Sequence
 
 import torch
 
-from fairseq_moe_ext.products import product
+from fairseq_moe_ext.kernels.matmul import product
 
 RESULTS = Path(__file__).resolve().parent / "results"
 _COPIED = 256 * 2**20  # bytes: far beyond any cache

@@ -6,6 +6,7 @@
     config.py      every flag of the model, and the checks across flags
     models/        the decoder, the registered model, the paper's sizes
     moe/           the mathematics of a Mixture-of-Experts layer, torch only
+    kernels/       fast ways to compute it, each with its plain twin
     expert_parallel.py       experts spread over processes
     distributed_training.py  what fairseq's trainer and eval-lm must know of that
     fully_sharded.py         shared parameters sharded over processes
@@ -17,14 +18,18 @@
     prepare/       text to data-bins
     convert/       checkpoints to other layouts and precisions
     priming/       zero- and few-shot tasks, bias sets, generated answers
+    study/         a YAML file to trained, evaluated and compared models
     cost.py        parameters and FLOPs
     evaluation/    what trained models are asked: expert use, reports
+    accuracy.py    chance level and interval of an accuracy
+    data_bin.py    folders of data-bins: what lies where
     locks.py       one worker for one output
     cli.py         the command fairseq-moe
     compat.py      what stock fairseq 0.12.2 needs to run on today's Python and PyTorch
     errors.py      the exception for a user's mistake
     files.py       what a user names to read: regular files
     outputs.py     what a user names to write
+    wording.py     counts and remedies in messages
 """
 
 from . import compat

@@ -108,7 +108,7 @@ PRECISIONS: Dict[str, Precision] = {
 # or float16 with --fp16-adam-stats.
 OPTIMIZERS = {"adam": 8, "adam-fp16-stats": 4, "sgd": 0}
 SHARDINGS = ("none", "optimizer", "full")
-_LOGITS = 2**24  # that exist at a time (models/linear_cross_entropy.py)
+_LOGITS = 2**24  # that exist at a time (kernels/linear_cross_entropy.py)
 
 
 class Memory(NamedTuple):
@@ -182,7 +182,7 @@ def memory_per_device(
     picked_layer = 0
     if s.moe_layers:
         f = s.expert_ffn_dim or s.ffn_dim
-        sides = 2 if "bf16" in precision else 1  # of the activation (moe/feed_forward.py)
+        sides = 2 if "bf16" in precision else 1  # of the activation (kernels/expert_ffn.py)
         rows = s.top_k * (sides * f + 2 * s.dim)
         picked_layer = p.width * tokens * (8 * s.dim + rows) + 16 * tokens * s.experts + mask
     elif s.picked_layers:

@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Files go to workers one by one (--dist loadfile): the longest first, or one worker is left with
@@ -11,3 +13,17 @@ LONGEST = ("test_quickstart.py", "test_readme.py")
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(request):
+    """In tests of the mathematics: tensors of a few hundred numbers are faster on one thread."""
+    if request.path.parent.name not in ("moe", "kernels"):
+        yield
+        return
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -8,11 +8,12 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "fairseq_moe_ext"
 
 # what the mathematics may have of the standard library
-STANDARD = {"__future__", "concurrent", "math", "os", "threading", "typing"}
+STANDARD = {"__future__", "concurrent", "math", "os", "pathlib", "platform", "threading", "typing"}
+
+EVERYWHERE = {"errors", "files", "locks", "outputs", "wording"}
 
 # A part of the package -> the parts that it may import. A part is a module or a subpackage; "moe.x"
-# only where a part may not have all of moe. errors, files, locks and outputs may be imported by
-# all but moe.
+# only where a part may not have all of moe. All but moe and kernels may import EVERYWHERE.
 ALLOWED = {
     "__init__": {
         "branch",
@@ -25,8 +26,8 @@ ALLOWED = {
         "optim",
         "tasks",
     },
-    "moe": {"moe", "expert_parallel", "products"},
-    "products": set(),
+    "moe": {"moe", "expert_parallel", "kernels"},
+    "kernels": {"kernels"},
     "config": set(),
     "accuracy": set(),
     "cost": set(),
@@ -51,7 +52,7 @@ ALLOWED = {
         "models",
         "moe",
     },
-    "models": {"config", "expert_parallel", "fully_sharded", "models", "moe", "products"},
+    "models": {"config", "expert_parallel", "fully_sharded", "kernels", "models", "moe"},
     "criterions": {"criterions", "accuracy", "moe.stats"},
     "tasks": {"tasks", "accuracy", "data_bin", "priming"},
     "prepare": {"prepare", "data_bin"},
@@ -121,13 +122,17 @@ def test_import_directions(path):
     part = path.relative_to(PACKAGE).with_suffix("").parts[0]
     if part == "cli":  # a command may call anything
         return
-    everywhere = {"errors", "files", "locks", "outputs", "wording"}
-    allowed = ALLOWED[part] | (everywhere if part != "moe" else set())
+    allowed = ALLOWED[part] | (EVERYWHERE if part not in ("moe", "kernels") else set())
     for module in own_imports(path):
         assert module in allowed or part_of(module) in allowed, f"{path.name} imports {module}"
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "moe").glob("*.py")), ids=lambda p: p.name)
+MATHEMATICS = [
+    path for room in ("moe", "kernels") for path in sorted((PACKAGE / room).glob("*.py"))
+]
+
+
+@pytest.mark.parametrize("path", MATHEMATICS, ids=lambda p: p.name)
 def test_the_mathematics_is_torch_only(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = []
@@ -142,3 +147,17 @@ def test_the_mathematics_is_torch_only(path):
 def test_the_rules_would_notice():
     imports = list(own_imports(PACKAGE / "models" / "decoder.py"))
     assert {"config", "moe.gate", "moe.layer", "models.attention"} <= set(imports)
+
+
+def test_the_map_of_the_package_is_complete():
+    text = ast.get_docstring(ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8")))
+    named = {line.split()[0] for line in text.splitlines() if line.startswith("    ")}
+    there = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py"}
+    there |= {path.parent.name + "/" for path in PACKAGE.glob("*/__init__.py")}
+    assert named == there
+
+
+def test_every_part_has_its_rule():
+    assert set(ALLOWED) >= {part.relative_to(PACKAGE).parts[0].split(".")[0] for part in FILES} - {
+        "cli"
+    }

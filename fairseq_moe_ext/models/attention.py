@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from fairseq.incremental_decoding_utils import with_incremental_state
 from torch import Tensor, nn
 
-from ..products import Linear
+from ..kernels.matmul import Linear
 
 IncrementalState = Dict[str, Dict[str, Optional[Tensor]]]
 

@@ -21,10 +21,10 @@ from ..config import MoETransformerLMConfig, is_moe_layer
 from ..errors import UserError, not_finite
 from ..expert_parallel import ExpertParallel, WorldPool, process_count, traffic
 from ..fully_sharded import wrap_layer
+from ..kernels.matmul import Linear
 from ..moe.gate import GateSettings
 from ..moe.layer import MoELayer, MoEOutput
 from ..moe.pool import PROCESS
-from ..products import Linear
 from .attention import CausalSelfAttention, IncrementalState
 from .compiled import compiled
 

@@ -17,8 +17,8 @@ from .. import fully_sharded
 from ..config import MoETransformerLMConfig, validate
 from ..errors import UserError
 from ..expert_parallel import mark_experts
+from ..kernels.linear_cross_entropy import linear_cross_entropy
 from .decoder import MoETransformerDecoder, too_few_positions
-from .linear_cross_entropy import linear_cross_entropy
 from .unfilled import unfilled_where_loaded
 
 logger = logging.getLogger(__name__)

@@ -7,9 +7,7 @@ token, N rows (kept choices) in expert order.
     routing.py   router logits -> Routing: which experts, with what weight, in which slot
     balance.py   the losses on a routing
     dispatch.py  tokens -> rows in expert order, and back
-    experts.py   the feed-forward networks as stacked weights
-    feed_forward.py  rows in expert order through those, forward and backward
-    side_by_side.py  one expert a core, where each has few rows
+    experts.py   the feed-forward networks as stacked weights, and the plain loop through them
     pool.py      the processes whose tokens are routed together
     stats.py     a Routing -> named figures
     layer.py     MoELayer: the order of the above

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Callable, List
+from typing import Callable, List, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .feed_forward import Weights, by_expert, grouped, grouped_serves
+from ..kernels.expert_ffn import Weights, kernel_for, scale_gradient
 
 
 class TensorPerExpert(list):
@@ -129,6 +129,35 @@ class Experts(nn.Module):
         mask = None
         if self.training and self.activation_dropout > 0:
             mask = F.dropout(x.new_ones(x.size(0), len(self.fc1.bias[0])), self.activation_dropout)
-        compute = grouped if grouped_serves(x, weights) else by_expert
+        compute = kernel_for(x, weights) or plain_expert_ffn
         out = compute(x, counts, weights, self.activation, mask, self.grad_scale)
         return F.dropout(out, self.dropout, self.training)
+
+
+def plain_expert_ffn(
+    x: Tensor,
+    counts: List[int],
+    weights: Weights,
+    activation: Callable[[Tensor], Tensor],
+    mask: Optional[Tensor] = None,
+    grad_scale: float = 1.0,
+) -> Tensor:
+    """What every kernel computes: each row through the network of its expert.
+
+    Args:
+        x: (N, D) in expert order, counts[e] rows of expert e.
+        activation: elementwise.
+        mask: (N, F), a factor on what the activation yields, for dropout.
+        grad_scale: factor on the gradients of the weights, not on x's.
+
+    Returns:
+        (N, D)
+    """
+    out = []
+    factors = x.new_ones(x.size(0), 1) if mask is None else mask
+    stacks = (scale_gradient(w, grad_scale) if isinstance(w, Tensor) else w for w in weights)
+    for rows, factor, *of_expert in zip(x.split(counts), factors.split(counts), *stacks):
+        w1, b1, w2, b2 = (w.to(x) for w in of_expert)
+        hidden = activation(F.linear(rows, w1, b1)) * factor  # (n, F)
+        out.append(F.linear(hidden, w2, b2))  # (n, D)
+    return torch.cat(out)

@@ -15,7 +15,7 @@ from test_distributed_training import (  # noqa: F401
 )
 
 from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.moe.feed_forward import by_expert
+from fairseq_moe_ext.kernels.expert_ffn import by_expert
 
 ADAM = "--optimizer adam --lr 0.05 --weight-decay 0.1"
 PARTS = {
@@ -74,7 +74,7 @@ def test_experts_have_a_dropout_of_their_own(monkeypatch):
         masks.append(mask)
         return by_expert(x, counts, weights, activation, mask, *rest)
 
-    monkeypatch.setattr("fairseq_moe_ext.moe.experts.by_expert", recorded)
+    monkeypatch.setattr("fairseq_moe_ext.kernels.expert_ffn.by_expert", recorded)
     model.train()(tokens)
     assert len(masks) == 2 and all(set(mask.unique().tolist()) == {0, 2} for mask in masks)
     assert all(0.4 < float((mask == 0).double().mean()) < 0.6 for mask in masks)

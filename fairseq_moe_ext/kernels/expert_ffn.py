@@ -1,6 +1,7 @@
 """Linear, activation, linear, each row through the expert that it belongs to.
 
-Two ways, with the same numbers: expert by expert, and by PyTorch's grouped matrix products.
+Two ways, with the numbers of the plain loop in moe/experts.py: expert by expert, and by PyTorch's
+grouped matrix products.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..products import product, write_outer, write_product
-from .side_by_side import side_by_side
+from .matmul import product, write_outer, write_product
+from .threads import side_by_side
 
 
 class Weights(NamedTuple):
@@ -23,6 +24,16 @@ class Weights(NamedTuple):
     b1: Sequence[Tensor]  # (E, F)
     w2: Sequence[Tensor]  # (E, D, F)
     b2: Sequence[Tensor]  # (E, D)
+
+
+Kernel = Callable[..., Tensor]  # with the parameters of by_expert
+
+
+def kernel_for(x: Tensor, weights: Weights) -> Optional[Kernel]:
+    """The fast way to compute experts on these rows; None: the plain loop serves."""
+    if grouped_serves(x, weights):
+        return grouped
+    return by_expert if x.device.type in ("cpu", "cuda", "meta") else None
 
 
 def by_expert(
@@ -59,7 +70,7 @@ def grouped(
     grad_scale: float = 1.0,
 ) -> Tensor:
     """As by_expert, in few kernels whatever the number of experts."""
-    w1, b1, w2, b2 = (_ScaleGradient.apply(each.to(x.dtype), grad_scale) for each in weights)
+    w1, b1, w2, b2 = (scale_gradient(each.to(x.dtype), grad_scale) for each in weights)
     rows = torch.tensor(counts, device=x.device)
     ends = rows.cumsum(0, dtype=torch.int32)
     expert = torch.arange(len(counts), device=x.device)
@@ -226,6 +237,11 @@ class _ByExpert(torch.autograd.Function):
             grad_b1.mul_(scale)
             grad_b2.mul_(scale)
         return grad_x, grad_w1, grad_b1, grad_w2, grad_b2, None, None, None, None
+
+
+def scale_gradient(x: Tensor, scale: float) -> Tensor:
+    """x, whose gradient is multiplied by scale."""
+    return _ScaleGradient.apply(x, scale)
 
 
 class _ScaleGradient(torch.autograd.Function):

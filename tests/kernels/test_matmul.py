@@ -6,8 +6,8 @@ from closeness import assert_near
 from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
-from fairseq_moe_ext import products
-from fairseq_moe_ext.models.linear_cross_entropy import linear_cross_entropy
+from fairseq_moe_ext.kernels import matmul
+from fairseq_moe_ext.kernels.linear_cross_entropy import linear_cross_entropy
 from fairseq_moe_ext.moe.experts import Experts
 
 has_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -16,7 +16,7 @@ needs_onednn = pytest.mark.skipif(not has_onednn, reason="this PyTorch has no on
 
 @pytest.fixture(params=[False, pytest.param(True, marks=needs_onednn)], ids=["mkl", "onednn"])
 def onednn(request, monkeypatch):
-    monkeypatch.setattr(products, "_ONEDNN_IS_FASTER", request.param)
+    monkeypatch.setattr(matmul, "_ONEDNN_IS_FASTER", request.param)
     return request.param
 
 
@@ -33,17 +33,17 @@ LAYOUTS = {
 @pytest.mark.parametrize("a_layout", LAYOUTS)
 def test_every_shape_and_layout(n, k, m, a_layout, b_layout, onednn, monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(products, "_PART", 16)
+    monkeypatch.setattr(matmul, "_PART", 16)
     a, b, bias = LAYOUTS[a_layout](n, k), LAYOUTS[b_layout](k, m), torch.randn(m)
     true = torch.einsum("nk,km->nm", a.double(), b.double())
-    assert_near(products.product(a, b), true, 1e-5, "product")
-    assert_near(products.product(a, b, bias), true + bias, 1e-5, "with bias")
+    assert_near(matmul.product(a, b), true, 1e-5, "product")
+    assert_near(matmul.product(a, b, bias), true + bias, 1e-5, "with bias")
     for out in (torch.full((n, m), torch.nan), torch.full((n, m + 2), torch.nan)[:, :m]):
-        products.write_product(out, a, b)
+        matmul.write_product(out, a, b)
         assert_near(out, true, 1e-5, "written")
-        products.write_outer(out, a.t(), b, 0.5)
+        matmul.write_outer(out, a.t(), b, 0.5)
         assert_near(out, 0.5 * true, 1e-5, "outer products")
-        products.add_outer(out, a.t(), b)
+        matmul.add_outer(out, a.t(), b)
         assert_near(out, 1.5 * true, 1e-5, "added")
 
 
@@ -51,7 +51,7 @@ def test_every_shape_and_layout(n, k, m, a_layout, b_layout, onednn, monkeypatch
 @pytest.mark.parametrize("frozen", [None, "x", "weight"])
 def test_linear_and_its_gradients(bias, frozen, onednn):
     torch.manual_seed(0)
-    layer, x = products.Linear(5, 7, bias=bias), torch.randn(2, 3, 5)
+    layer, x = matmul.Linear(5, 7, bias=bias), torch.randn(2, 3, 5)
     layer.weight.requires_grad_(frozen != "weight")
     x.requires_grad_(frozen != "x")
 
@@ -74,7 +74,7 @@ def test_linear_and_its_gradients(bias, frozen, onednn):
 
 
 def test_no_rows(onednn):
-    layer = products.Linear(5, 7)
+    layer = matmul.Linear(5, 7)
     out = layer(torch.ones(0, 5))
     out.sum().backward()
     assert out.shape == (0, 7) and not layer.weight.grad.any()
@@ -82,7 +82,7 @@ def test_no_rows(onednn):
 
 def test_experts_and_loss_in_float32(onednn, monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(products, "_PART", 2**10)
+    monkeypatch.setattr(matmul, "_PART", 2**10)
     experts, x = Experts(4, 32, 64, grad_scale=0.5), torch.randn(60, 32, requires_grad=True)
     weight = torch.randn(200, 32, requires_grad=True)
     target = torch.randint(200, (60,))
@@ -100,26 +100,26 @@ def test_experts_and_loss_in_float32(onednn, monkeypatch):
 @needs_onednn
 def test_few_sizes(monkeypatch):
     sizes = set()
-    compute = products._compute
+    compute = matmul._compute
     monkeypatch.setattr(
-        products, "_compute", lambda x, *rest: sizes.add(tuple(x.shape)) or compute(x, *rest)
+        matmul, "_compute", lambda x, *rest: sizes.add(tuple(x.shape)) or compute(x, *rest)
     )
-    monkeypatch.setattr(products, "_ONEDNN_IS_FASTER", True)
+    monkeypatch.setattr(matmul, "_ONEDNN_IS_FASTER", True)
     weight = torch.ones(3, 5)
     for rows in range(1, 257):
-        assert products.product(torch.ones(rows, 5), weight.t()).shape == (rows, 3)
-        products.write_outer(torch.empty(3, 5), torch.ones(rows, 3), torch.ones(rows, 5))
+        assert matmul.product(torch.ones(rows, 5), weight.t()).shape == (rows, 3)
+        matmul.write_outer(torch.empty(3, 5), torch.ones(rows, 3), torch.ones(rows, 5))
     given = sorted(size[0] for size in sizes if size[1] == 5)
     assert given[:4] == [4, 8, 12, 16] and given[-1] == 256 and len(given) == 32
     assert len(sizes) == 2 * len(given)
-    assert all(products._padded(torch.ones(n, 1)).size(0) < 1.13 * n + 4 for n in range(1, 257))
+    assert all(matmul._padded(torch.ones(n, 1)).size(0) < 1.13 * n + 4 for n in range(1, 257))
 
 
 @needs_onednn
 def test_compiled_twice_for_all_lengths(monkeypatch):
-    monkeypatch.setattr(products, "_ONEDNN_IS_FASTER", True)
+    monkeypatch.setattr(matmul, "_ONEDNN_IS_FASTER", True)
     torch.manual_seed(0)
-    layer, counter = products.Linear(8, 16), CompileCounter()
+    layer, counter = matmul.Linear(8, 16), CompileCounter()
     compiled = torch.compile(lambda x: layer(x), backend=counter)
     for rows in (20, 24, 33, 50, 57, 101):
         x = torch.randn(rows, 8, requires_grad=True)
@@ -136,13 +136,13 @@ def test_compiled_twice_for_all_lengths(monkeypatch):
 @needs_onednn
 def test_where_onednn_is_not_asked(monkeypatch):
     asked = []
-    compute = products._compute
-    monkeypatch.setattr(products, "_compute", lambda *rest: asked.append(1) or compute(*rest))
-    monkeypatch.setattr(products, "_ONEDNN_IS_FASTER", True)
-    layer, x = products.Linear(5, 7), torch.ones(3, 5)
+    compute = matmul._compute
+    monkeypatch.setattr(matmul, "_compute", lambda *rest: asked.append(1) or compute(*rest))
+    monkeypatch.setattr(matmul, "_ONEDNN_IS_FASTER", True)
+    layer, x = matmul.Linear(5, 7), torch.ones(3, 5)
     layer(x)
     assert asked.pop() and not asked
-    products.Linear(5, 7).double()(x.double())
+    matmul.Linear(5, 7).double()(x.double())
     with torch.backends.mkldnn.flags(enabled=False):
         layer(x)
     with FlopCounterMode(display=False) as counter:
@@ -160,5 +160,5 @@ def test_where_onednn_is_not_asked(monkeypatch):
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this PyTorch has no MKL")
 def test_which_processors(capability, processor, faster, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(products, "_processor", lambda: f"vendor_id : {processor}\n")
-    assert products._is_onednn_faster() is faster
+    monkeypatch.setattr(matmul, "_processor", lambda: f"vendor_id : {processor}\n")
+    assert matmul._is_onednn_faster() is faster

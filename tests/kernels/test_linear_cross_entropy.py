@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fairseq_moe_ext.models import linear_cross_entropy as module
-from fairseq_moe_ext.models.linear_cross_entropy import linear_cross_entropy
+from fairseq_moe_ext.kernels import linear_cross_entropy as module
+from fairseq_moe_ext.kernels.linear_cross_entropy import linear_cross_entropy
 
 PAD = 1
 

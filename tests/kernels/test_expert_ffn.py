@@ -1,11 +1,18 @@
-"""Both ways to compute experts against a plain loop with autograd's own gradients, in float64."""
+"""Every way to compute experts against a loop over rows with autograd's own gradients."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from closeness import assert_near
 
-from fairseq_moe_ext.moe.feed_forward import Weights, by_expert, grouped, grouped_serves
+from fairseq_moe_ext.kernels.expert_ffn import (
+    Weights,
+    by_expert,
+    grouped,
+    grouped_serves,
+    kernel_for,
+)
+from fairseq_moe_ext.moe.experts import plain_expert_ffn
 
 COUNTS = [5, 0, 3, 1]
 MANY = [2, 0, 1, 3, 1, 0, 4] * 8  # few rows each: several experts make a block
@@ -13,7 +20,7 @@ D, HIDDEN = 8, 16
 needs_grouped_mm = pytest.mark.skipif(
     not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm"
 )
-WAYS = [by_expert, pytest.param(grouped, marks=needs_grouped_mm)]
+WAYS = [by_expert, plain_expert_ffn, pytest.param(grouped, marks=needs_grouped_mm)]
 
 
 def loop(x, counts, weights, activation, mask=None, grad_scale=1.0):
@@ -53,7 +60,7 @@ def results(way, x, weights, *rest, counts=COUNTS):
 @pytest.mark.parametrize("counts", [COUNTS, MANY], ids=["few", "many"])
 def test_output_and_gradients(way, activation, masked, counts):
     # grouped_mm has no float64
-    dtype, near = (torch.float64, 1e-12) if way is by_expert else (torch.float32, 1e-5)
+    dtype, near = (torch.float64, 1e-12) if way is not grouped else (torch.float32, 1e-5)
     x, weights, mask = made(dtype, counts)
     mask = mask if masked else None
     for mine, true in zip(
@@ -103,9 +110,14 @@ def test_listed_weights_come_to_where_the_rows_are():
     assert (out.device.type, out.dtype, out.shape) == ("meta", torch.float32, x.shape)
 
 
-def test_grouped_products_serve_bfloat16_on_a_gpu_alone():
+def test_which_way_is_taken():
     x, weights, _ = made(torch.bfloat16)
-    assert not grouped_serves(x, weights)
+    assert not grouped_serves(x, weights) and kernel_for(x, weights) is by_expert
+
+    class OfAnotherKind:
+        device, is_cuda = torch.device("mps"), False
+
+    assert kernel_for(OfAnotherKind(), weights) is None
 
 
 @pytest.mark.gpu

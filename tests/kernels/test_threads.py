@@ -8,7 +8,7 @@ import torch
 from closeness import assert_near
 from torch.utils.flop_counter import FlopCounterMode
 
-from fairseq_moe_ext.moe import side_by_side
+from fairseq_moe_ext.kernels.threads import side_by_side
 from fairseq_moe_ext.moe.experts import Experts
 
 COUNTS = [40, 0, 31, 1, 50, 6]
@@ -37,9 +37,9 @@ def used(monkeypatch):
                 ready.set()
             work(expert)
 
-        side_by_side.side_by_side(one, counts, size, cpu)
+        side_by_side(one, counts, size, cpu)
 
-    monkeypatch.setattr("fairseq_moe_ext.moe.feed_forward.side_by_side", recorded)
+    monkeypatch.setattr("fairseq_moe_ext.kernels.expert_ffn.side_by_side", recorded)
     return names
 
 
@@ -89,19 +89,19 @@ def test_a_helper_s_error_is_raised_and_the_threads_are_set_again(threads):
             raise ValueError("from a helper")
 
     with pytest.raises(ValueError, match="from a helper"):
-        side_by_side.side_by_side(work, [100] * 50, 10**6, True)
+        side_by_side(work, [100] * 50, 10**6, True)
     assert torch.get_num_threads() == threads
 
 
 def forked(queue):
     torch.set_num_threads(2)
     done = []
-    side_by_side.side_by_side(done.append, [100] * 50, 10**6, True)
+    side_by_side(done.append, [100] * 50, 10**6, True)
     queue.put(sorted(done))
 
 
 def test_a_forked_process_has_its_own_helpers(threads):
-    side_by_side.side_by_side(lambda expert: None, [100] * 50, 10**6, True)
+    side_by_side(lambda expert: None, [100] * 50, 10**6, True)
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     process = context.Process(target=forked, args=(queue,))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..products import add_outer, write_product
+from .matmul import add_outer, write_product
 
 # Logits that exist at a time: 64 MB in float32, and matrix products still large enough.
 _CHUNK = 2**24

@@ -15,7 +15,7 @@ from typing import Callable, Optional, Sequence
 
 import torch
 
-from ..products import watched
+from .matmul import watched
 
 _WORTH = 2**22  # multiplications, about 0.1 ms; handing work to threads costs some 0.05
 _ENOUGH = 128  # rows that keep a core busy
