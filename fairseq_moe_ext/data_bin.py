@@ -18,15 +18,23 @@ from typing import Dict, List
 from fairseq_moe_ext.errors import UserError
 
 DICTIONARY = "dict.txt"
+COUNTS = "counts.json"  # of `fairseq-moe prepare`
+TOKENIZER = ("encoder.json", "vocab.bpe")
 SPLITS = ("train", "valid", "test")
 PLAIN = "data"  # the corpus that a plain data-bin is
+
+_MAX_NAME = 100  # characters; a file's name has 255 bytes at most, and metrics and flags have more
 
 # A name is a folder, part of log keys (<corpus>_ppl), of flags (a=0.5,b=0.5) and of subset names
 # (valid/docs): nothing that any of these would read differently.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 # in_domain_ppl and out_of_domain_ppl are the means in the log; a folder called valid1 makes
-# fairseq/data/data_utils.py:577@0.12.2 believe in a forgotten validation set.
-_RESERVED = re.compile(r"best|in_domain|out_of_domain|(train|valid*|test)[0-9]*(\..*)?")
+# fairseq/data/data_utils.py:577@0.12.2 believe in a forgotten validation set. The others are files
+# of the data folder.
+_RESERVED = re.compile(
+    r"best|in_domain|out_of_domain|(train|valid*|test)[0-9]*(\..*)?"
+    r"|" + "|".join(map(re.escape, (DICTIONARY, COUNTS, *TOKENIZER)))
+)
 
 
 def check_corpus_name(name: str, where: str) -> None:
@@ -36,9 +44,13 @@ def check_corpus_name(name: str, where: str) -> None:
             f"{where}: a corpus cannot be called {name!r}; use letters, digits, '_', '-' and '.', "
             "beginning with a letter or a digit"
         )
+    if len(name) > _MAX_NAME:
+        raise UserError(
+            f"{where}: the name {name[:20]}... has {len(name)} characters; use {_MAX_NAME} at most"
+        )
     if _RESERVED.fullmatch(name):
         raise UserError(
-            f"{where}: the name {name!r} is taken (splits and means are called so); "
+            f"{where}: the name {name!r} is taken (splits, means and files are called so); "
             "choose another name for the corpus"
         )
 

@@ -14,7 +14,6 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -262,9 +261,8 @@ def gather_text(run: Run) -> str:
 
 def prepare(run: Run, command: List[str]) -> str:
     log = run.out / "prepare.log"
-    # What a killed run left: a folder half-written, or whole but not yet written down as done.
-    for left in [*run.out.glob(".data.*"), *run.out.glob("data")]:
-        shutil.rmtree(left)
+    if (run.out / "data").exists():  # a killed run's, whole but not yet written down as done
+        command = [*command, "--overwrite"]
     child = run.start(command, log)
     started = time.monotonic()
     while child.poll() is None:

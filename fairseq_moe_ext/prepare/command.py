@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fairseq_moe_ext import data_bin
 from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.prepare import dictionary
+from fairseq_moe_ext.prepare import dictionary, place
 from fairseq_moe_ext.prepare.binarize import SplitWriter, dtype_of
 from fairseq_moe_ext.prepare.documents import (
     FORMATS,
@@ -32,8 +32,6 @@ from fairseq_moe_ext.prepare.tokenizer import (
     ByteLevelBPE,
     train_bpe,
 )
-
-COUNTS_FILE = "counts.json"
 
 DESCRIPTION = """\
 Turn your own text into a data folder for fairseq: byte-level BPE as GPT-2's, one data-bin per
@@ -164,7 +162,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     run.add_argument(
         "--overwrite", action="store_true",
-        help="replace DATA, if it is a folder that this command made",
+        help="replace DATA, if there is nothing in it but what this command wrote",
     )  # fmt: skip
 
 
@@ -249,31 +247,25 @@ def prepare(dest: Path, options: Options) -> Report:
     Raises:
         UserError: see the flags; `dest` is then as it was before.
     """
-    _check(dest, options)
-    place = Path(os.path.abspath(dest))
-    scratch = place.parent / f".{place.name}.{os.getpid()}.tmp"
-    shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed and had this number
-    try:
-        scratch.mkdir(parents=True)
-        report = _prepare(scratch, options)
-        _put_in_place(scratch, place)
-    except OSError as error:  # reading has errors of its own
-        raise UserError(f"{dest}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return report
+    _check(options)
+    _check_inputs_outside(dest, options)
+    with place.new_folder(dest, options.overwrite) as scratch:
+        return _prepare(scratch, options)
 
 
-def _check(dest: Path, options: Options) -> None:
-    """Everything that can be wrong before any text is read."""
-    if dest.exists():
-        if not options.overwrite:
-            raise UserError(f"{dest}: exists; choose another folder or give --overwrite")
-        if not (dest / COUNTS_FILE).is_file() and (not dest.is_dir() or any(dest.iterdir())):
-            raise UserError(
-                f"{dest}: --overwrite replaces only folders that fairseq-moe prepare made (with a "
-                f"{COUNTS_FILE}); choose another folder"
-            )
+def _check_inputs_outside(dest: Path, options: Options) -> None:
+    inside = os.path.realpath(dest) + os.sep
+    for corpus in options.corpora:
+        for path in (path for paths in corpus.files.values() for path in paths):
+            if os.path.realpath(path).startswith(inside):
+                raise UserError(
+                    f"{path}: text of corpus {corpus.name}, but in the folder {dest} that is to "
+                    "be made; move it elsewhere"
+                )
+
+
+def _check(options: Options) -> None:
+    """Everything that can be wrong with the flags alone."""
     given = (options.gpt2_encoder_json, options.gpt2_vocab_bpe)
     if options.train_bpe is None and None in given:
         raise UserError(
@@ -343,12 +335,12 @@ def _prepare(folder: Path, options: Options) -> Report:
             "held_out": corpus.held_out,
             **{split: _counts(writer, table) for split, writer in writers[corpus.name].items()},
         }
-    for place in [folder, *(folder / name for name in writers)]:
+    for at in [folder, *(folder / name for name in writers)]:
         if options.dict is not None:
-            shutil.copyfile(options.dict, place / data_bin.DICTIONARY)
+            shutil.copyfile(options.dict, at / data_bin.DICTIONARY)
         else:
-            dictionary.write(lines, place / data_bin.DICTIONARY)
-    (folder / COUNTS_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            dictionary.write(lines, at / data_bin.DICTIONARY)
+    (folder / data_bin.COUNTS).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
 
 
@@ -484,17 +476,6 @@ def format_table(report: Report) -> str:
         right = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:])]
         lines.append("  ".join(left + right).rstrip())
     return "\n".join(lines)
-
-
-def _put_in_place(scratch: Path, dest: Path) -> None:
-    """Rename `scratch` to `dest`; what was there goes away only after that."""
-    if not dest.exists():
-        os.rename(scratch, dest)
-        return
-    old = dest.parent / f".{dest.name}.{os.getpid()}.old"
-    os.rename(dest, old)
-    os.rename(scratch, dest)
-    shutil.rmtree(old)
 
 
 def _progress(what: str, total: int) -> tqdm:

@@ -6,10 +6,13 @@ not depend on the number of workers, and no more than a few chunks are in memory
 """
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections import deque
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import connection
 from pathlib import Path
 from typing import Callable, Deque, Dict, Iterable, Iterator, List, Optional, Tuple
 
@@ -136,7 +139,17 @@ _worker_bpe: List[ByteLevelBPE] = []  # one, in a worker process
 
 def _start_worker(encoder_json: Path, vocab_bpe: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the main process ends the workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker_bpe.append(ByteLevelBPE.from_files(encoder_json, vocab_bpe))
+
+
+def _end_with_parent() -> None:
+    """End this worker when the main process has been killed: the queues between them do not tell,
+    since the workers hold both ends."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def _work(chunk: Chunk) -> EncodedChunk:
