@@ -23,7 +23,8 @@ class FairseqFinder:
 
         spec = importlib.util.find_spec("fairseq")
         if spec is not None and spec.loader is not None:
-            load("errors")  # compat needs it, and must not import the package to get it
+            for name in ("errors", "finding"):
+                load(name)  # compat needs it, and must not import the package to get it
             load("compat").wrap_loader(spec)
         return spec
 

@@ -25,6 +25,7 @@
     data_bin.py    folders of data-bins: what lies where
     locks.py       one worker for one output
     cli.py         the command fairseq-moe
+    finding.py     the plugin for command lines and checkpoints that name it
     compat.py      what stock fairseq 0.12.2 needs to run on today's Python and PyTorch
     errors.py      the exception for a user's mistake
     files.py       what a user names to read: regular files

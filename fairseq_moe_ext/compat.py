@@ -35,7 +35,9 @@ from pathlib import Path
 from typing import Callable, Iterator, List, NamedTuple, Optional
 
 from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.finding import plugin_by_itself
 
+_LOADED_BY_HOOK = "fairseq_moe_ext" not in sys.modules  # so it is installed
 applied: List[str] = []  # names of the patches in force, in order
 
 
@@ -82,7 +84,7 @@ def wrap_loader(spec) -> None:
 def _complete_package() -> None:
     """Give the package its submodules that the hook loaded by path, before there was a package."""
     package = sys.modules.get("fairseq_moe_ext")
-    for name in ("errors", "compat"):
+    for name in ("errors", "finding", "compat"):
         module = sys.modules.get("fairseq_moe_ext." + name)
         if package is not None and module is not None:
             setattr(package, name, module)
@@ -611,6 +613,45 @@ def bf16_without_tpu() -> None:
     options.parse_args_and_arch = parse_args_and_arch
 
 
+def validation_without_task() -> None:
+    """Let `fairseq-validate` run without --task, whose task is that of the checkpoint.
+
+    Breaks: `KeyError: None`, as its parser has no default task to ask for flags.
+    Where: fairseq/options.py:42 and :158, fairseq_cli/validate.py:56.
+    Ends: with a fairseq that has a default there.
+    """
+    from fairseq import options
+
+    stock = options.get_validation_parser
+
+    @functools.wraps(stock)
+    def get_validation_parser(default_task=None):
+        return stock(default_task or "language_modeling")
+
+    options.get_validation_parser = get_validation_parser
+
+
+def settings_of_old_checkpoints() -> None:
+    """Read the flat settings of a checkpoint from before --use-plasma-view as if it were off.
+
+    Breaks: the text `${common.use_plasma_view}` that stands for a missing value is taken for true,
+    and every command that reads data by the checkpoint's settings (`fairseq-validate`) wants
+    pyarrow (AssertionError).
+    Where: fairseq/dataclass/utils.py:244, fairseq/tasks/language_modeling.py:105.
+    Ends: with a fairseq that leaves missing values out.
+    """
+    from fairseq import checkpoint_utils
+
+    stock = checkpoint_utils.convert_namespace_to_omegaconf
+
+    @functools.wraps(stock)
+    def convert_namespace_to_omegaconf(args):
+        args.use_plasma_view = getattr(args, "use_plasma_view", False)
+        return stock(args)
+
+    checkpoint_utils.convert_namespace_to_omegaconf = convert_namespace_to_omegaconf
+
+
 def resumed_patience() -> None:
     """Begin every job with a clean record of its best loss, and a resumed one with its own.
 
@@ -1085,9 +1126,12 @@ PATCHES = (
     Patch(fsdp_on_cpu, needed=lambda: _no_gpu() and importlib.util.find_spec("fairscale")),
     Patch(fp16_on_cpu, needed=_always),
     Patch(bf16_without_tpu, needed=lambda: importlib.util.find_spec("torch_xla") is None),
+    Patch(validation_without_task, needed=_always),
+    Patch(settings_of_old_checkpoints, needed=_always),
     Patch(resumed_patience, needed=_always),
     Patch(processes_that_can_start, needed=_always),
     Patch(processes_that_meet_and_part, needed=_always),
+    Patch(plugin_by_itself, needed=lambda: _LOADED_BY_HOOK),
     Patch(hydra_command, needed=_new_resolvers),
     Patch(one_line_errors, needed=_always),
 )

@@ -116,7 +116,7 @@ def parameters(settings, vocabulary):
         for projection in ("k_proj", "v_proj", "q_proj", "out_proj"):
             found += linear(f"{layer}.self_attn.{projection}", dim, dim)
         found += norm(f"{layer}.self_attn_layer_norm")
-        if (index + 1) % s["moe_freq"] == 0:
+        if s["moe_freq"] and (index + 1) % s["moe_freq"] == 0:
             experts = f"{layer}.moe_layer.experts"
             found += [(f"{layer}.moe_layer.gate.wg.weight", (s["moe_expert_count"], dim))]
             for expert in range(s["moe_expert_count"]):
@@ -194,6 +194,13 @@ def write(
             content["last_optimizer_state"] = {"state": state, "param_groups": [group_of]}
         path = os.path.join(folder, f"{name}-{part}.pt")
         torch.save(content, path, _use_new_zipfile_serialization=zipped)
+
+
+def write_dense(folder, settings, vocabulary, tensor_of, name="model", **how):
+    """NAME.pt, the one file of a dense model; arguments as write's."""
+    write(folder, {**settings, "moe_freq": 0}, vocabulary, 1, tensor_of, name=name, **how)
+    os.remove(os.path.join(folder, f"{name}-rank-0.pt"))
+    os.rename(os.path.join(folder, f"{name}-shared.pt"), os.path.join(folder, f"{name}.pt"))
 
 
 def _of(settings, ranks, values, states):

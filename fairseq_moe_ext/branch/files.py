@@ -1,5 +1,6 @@
 """Which files are one checkpoint of the branch."""
 
+import functools
 import glob
 import os
 import re
@@ -23,8 +24,9 @@ class BranchFiles(NamedTuple):
 
 
 def find(path: str) -> Optional[BranchFiles]:
-    """The files for which `path` stands: X.pt, or one of the parts. None if it is no checkpoint of
-    the branch, as is any X.pt that has experts itself. UserError if the shared file is missing."""
+    """The files for which `path` stands: X.pt, or one of the parts; a dense X.pt, which is all in
+    one file, is its own. None if it is no checkpoint of the branch, as is any X.pt that has experts
+    itself. UserError if the shared file is missing."""
     if not path.endswith(".pt"):
         return None
     part = _PART.fullmatch(path)
@@ -41,7 +43,7 @@ def find(path: str) -> Optional[BranchFiles]:
         else:
             shared = file
     if not ranks:
-        return None
+        return BranchFiles(path, path, {0: path}, {}) if _is_dense(path) else None
     whole = base + ".pt"
     if part is None and os.path.exists(whole):
         if not _lacks_experts(whole):
@@ -73,6 +75,30 @@ def _lacks_experts(path: str) -> bool:
     """Whether a checkpoint has neither experts nor, as checkpoint/'s, names of their files."""
     state = load(path)
     return "experts" not in state and not any(".experts." in name for name in state["model"])
+
+
+def _is_dense(path: str) -> bool:
+    """Whether a file has a dense model of the branch and its settings, which stock fairseq does not
+    have. Files that cannot be read are left to those that will say why."""
+    if not os.path.isfile(path):
+        return False
+    status = os.stat(path)
+    return _has_dense(path, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=16)
+def _has_dense(path: str, changed: int, size: int) -> bool:
+    """Once for each file as it is now: one of before torch 1.6 has to be read whole."""
+    try:
+        state = load(path)
+    except UserError:
+        return False
+    settings = flat_settings(state)
+    name = str(settings.get("_name") or settings.get("arch"))
+    ours_too = "experts" in state or any(".experts." in key for key in state["model"])
+    task = (state.get("cfg") or {}).get("task") or {}
+    extended = "moe_freq" in settings or "max_source_positions" in task
+    return name.startswith("transformer_lm") and extended and not ours_too
 
 
 def flat_settings(state: State) -> Dict[str, Any]:

@@ -88,6 +88,8 @@ def translated_settings(path: str, saved: Dict[str, Any]) -> Dict[str, Any]:
     settings["moe_eval_capacity_token_fraction"] = min(fraction, 1.0) if fraction > 0 else -1.0
     if str(settings["moe_normalize_expert_grad"]) not in [str(x.value) for x in EXPERT_GRAD_SCALES]:
         settings["moe_normalize_expert_grad"] = "world_size"  # what the branch does with others
+    if not settings["moe_freq"]:  # a dense model, whatever its command line said of experts
+        settings["moe_freq"] = settings["moe_expert_count"] = 0
     settings.setdefault("tokens_per_sample", 1024)
     settings.setdefault("max_target_positions", None)
     settings["_name"] = MODEL_NAME

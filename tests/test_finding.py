@@ -1,0 +1,145 @@
+"""The plugin is found by itself where a command line or a checkpoint names it, and only there."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from branch_files import random_tensors, write, write_dense
+from fairseq.data import Dictionary, indexed_dataset
+from test_branch_checkpoint import SMALL
+
+from fairseq_moe_ext import finding
+
+ROOT = Path(__file__).resolve().parent.parent
+CODE = """
+import importlib, sys
+name, *arguments = sys.argv[1:]
+sys.argv = ["fairseq-" + name, *arguments]
+importlib.import_module("fairseq_cli." + name).cli_main()
+print("PLUGIN", "fairseq_moe_ext" in sys.modules)
+"""
+MODEL = "--decoder-layers 2 --decoder-embed-dim 16 --decoder-ffn-embed-dim 16"
+MODEL += " --decoder-attention-heads 2"
+TRAIN = "--task language_modeling --tokens-per-sample 16 --batch-size 4 --optimizer adam --lr 0.01"
+TRAIN += " --max-update 2 --num-workers 0 --cpu --no-progress-bar --no-epoch-checkpoints"
+EVAL = "--gen-subset valid --tokens-per-sample 16 --batch-size 4 --cpu --num-workers 0"
+
+
+def fairseq(folder, line):
+    """A command of fairseq in a process of its own: what it says, and whether it has the plugin."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", CODE, *line.split()],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout + result.stderr, "PLUGIN True" in result.stdout
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finding")
+    (folder / "bin").mkdir()
+    dictionary = Dictionary()
+    for i in range(36):
+        dictionary.add_symbol(f"w{i}")
+    dictionary.save(str(folder / "bin" / "dict.txt"))
+    for split in ("train", "valid"):
+        prefix = str(folder / "bin" / split)
+        writer = indexed_dataset.make_builder(prefix + ".bin", "mmap", len(dictionary))
+        for i in range(20):
+            writer.add_item(torch.tensor([4 + (i + j) % 30 for j in range(9)] + [2]))
+        writer.finalize(prefix + ".idx")
+    return folder
+
+
+def test_stock_lines_import_nothing_and_ours_the_plugin(work):
+    code = f"""
+import sys
+from fairseq import options
+def parse(line):
+    options.parse_args_and_arch(options.get_training_parser(), line.split())
+    return "fairseq_moe_ext" in sys.modules
+assert not parse("bin {TRAIN} --arch transformer_lm {MODEL}")
+assert parse("bin {TRAIN} --arch moe_transformer_lm {MODEL} --moe-freq 2 --moe-expert-count 2")
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], cwd=work, env=environment, check=True, timeout=60)
+
+
+@pytest.mark.slow
+def test_commands_with_and_without_the_plugin(work):
+    stock = f"train bin {TRAIN} --arch transformer_lm {MODEL} --save-dir stock"
+    assert not fairseq(work, stock)[1]
+    assert not fairseq(work, f"eval_lm bin {EVAL} --path stock/checkpoint_last.pt")[1]
+    ours = f"train bin {TRAIN} --arch=moe_transformer_lm {MODEL} --criterion moe_cross_entropy"
+    assert fairseq(work, f"{ours} --moe-freq 2 --moe-expert-count 2 --save-dir ours")[1]
+    state = torch.load(work / "ours" / "checkpoint_last.pt", weights_only=True)
+    assert state["cfg"]["common"]["user_dir"] == str(ROOT / "fairseq_moe_ext")
+    for command in (f"eval_lm bin {EVAL}", "validate bin --batch-size 4 --cpu --num-workers 0"):
+        assert fairseq(work, f"{command} --path ours/checkpoint_last.pt")[1]
+    write(str(work), SMALL, 40, 2, random_tensors(), name="sparse")
+    write_dense(str(work), SMALL, 40, random_tensors(), name="dense")
+    for name in ("sparse", "dense"):  # of the branch
+        told, found = fairseq(work, f"eval_lm bin {EVAL} --path {name}.pt")
+        assert found and "Perplexity" in told
+
+
+def test_from_pretrained_without_the_plugin(work):
+    write(str(work), SMALL, 40, 2, random_tensors(), name="sparse")
+    code = "from fairseq.models.transformer_lm import TransformerLanguageModel as Model\n"
+    code += "lm = Model.from_pretrained('.', 'sparse.pt', 'bin')\n"
+    code += "assert type(lm.models[0]).__name__ == 'MoETransformerLanguageModel'"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", code], cwd=work, env=environment, check=True, timeout=60)
+
+
+def test_the_names_are_those_that_the_plugin_registers():
+    code = """
+from fairseq.models import ARCH_MODEL_REGISTRY as models
+from fairseq.tasks import TASK_REGISTRY as tasks
+from fairseq.registry import REGISTRIES
+import fairseq.criterions, fairseq.optim, fairseq.optim.lr_scheduler
+from fairseq_moe_ext.finding import NAMES, import_plugin
+kinds = {"arch": models, "task": tasks}
+kinds.update({name: value["registry"] for name, value in REGISTRIES.items()})
+before = {kind: set(registry) for kind, registry in kinds.items()}
+import_plugin()
+for kind, registry in kinds.items():
+    new = {name for name in registry if kind in NAMES and NAMES[kind].fullmatch(name)}
+    assert new == set(registry) - before[kind], (kind, new)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    "line, named",
+    [
+        ("data --arch moe_lm_tiny", True),
+        ("data -a dense_lm_1_3b", True),
+        ("data --task=mixture_language_modeling", True),
+        ("data --criterion moe_cross_entropy", True),
+        ("data --optimizer fused_adam", True),
+        ("data --path a.pt:sparse.pt", True),
+        ("data --finetune-from-model sparse-shared.pt", True),
+        ("data --restore-file dense.pt", True),
+        ("moe_lm_tiny --arch transformer_lm --save-dir moe_lm_tiny", False),
+        ("data --path missing.pt", False),
+        ("data --path text.pt", False),
+        ("data --arch", False),
+    ],
+)
+def test_lines_that_name_it(tmp_path, monkeypatch, line, named):
+    monkeypatch.chdir(tmp_path)
+    write(".", SMALL, 40, 2, random_tensors(), name="sparse")
+    write_dense(".", SMALL, 40, random_tensors(), name="dense")
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    assert finding.line_names_it(line.split()) is named
