@@ -168,13 +168,19 @@ def sum_over_processes(x: Tensor) -> Tensor:
     return x
 
 
+def is_expert(name: str) -> bool:
+    """Whether this is the name of an expert's parameter: of one below a module called `experts`.
+    Training, saving, loading and converting all go by this."""
+    return ".experts." in name
+
+
 def mark_experts(model: nn.Module) -> bool:
     """Tell the wrappers for data-parallel training which parameters are experts', for these are not
     theirs to reduce: fairseq's by the attribute `expert` (legacy_distributed_data_parallel.py@
     0.12.2), PyTorch's by names. Returns whether there are any."""
     ignored = []
     for name, parameter in model.named_parameters():
-        if ".experts." in name:
+        if is_expert(name):
             parameter.expert = True
             ignored.append(name)
     if process_count() > 1:

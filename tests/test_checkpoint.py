@@ -6,9 +6,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from fairseq import checkpoint_utils, options, tasks
 from fairseq.data import Dictionary, indexed_dataset, iterators
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
@@ -25,6 +27,9 @@ from fairseq_moe_ext import distributed_training
 from fairseq_moe_ext.checkpoint import removing, saving, together
 from fairseq_moe_ext.checkpoint.experts import FORMAT
 from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.kernels.expert_ffn import scale_gradient
+from fairseq_moe_ext.models import language_model
+from fairseq_moe_ext.moe.experts import Experts, GroupedLinear
 
 GLOBAL_BATCH, SAVED, UPDATES = 8, 4, 14  # sentences; the updates before and after the checkpoint
 MODEL = "--task language_modeling --arch moe_lm_tiny --criterion moe_cross_entropy --cpu"
@@ -410,6 +415,49 @@ def test_every_number_is_there_again(data, tmp_path, precision):
             for key, value in state.items():
                 found, value = torch.as_tensor(seen[name][key]), torch.as_tensor(value)
                 assert torch.equal(found, value) and found.dtype == value.dtype
+
+
+class WiderExperts(Experts):
+    """Experts with a matrix more than ours."""
+
+    def __init__(self, num_experts, dim, *args, first=0, **options):
+        super().__init__(num_experts, dim, *args, first=first, **options)
+        self.fc3 = GroupedLinear(num_experts, dim, dim, first)
+
+    def forward(self, x, counts):
+        stacks = (scale_gradient(p, self.grad_scale) for p in self.fc3.parameters())
+        parts = zip(x.split(counts), *stacks)
+        return super().forward(x, counts) + torch.cat([F.linear(*part) for part in parts])
+
+
+def train_wider(rank, world, line):
+    with mock.patch("fairseq_moe_ext.moe.layer.Experts", WiderExperts):
+        return train(rank, world, line, GLOBAL_BATCH // world)
+
+
+def test_a_matrix_more_of_the_experts_is_saved_with_them(data, tmp_path):
+    """Trained, saved and loaded by one definition of what is an expert's."""
+    line = f"{data} {TRAIN} --moe-expert-count 4 --save-dir {tmp_path}"
+    often = f"--save-interval-updates {SAVED} --keep-interval-updates -1"
+    losses = run_processes(2, train_wider, 2, f"{line} {often}")[0]
+    path = tmp_path / f"checkpoint_1_{SAVED}.pt"
+    manifest = torch.load(path, weights_only=True)["experts"]
+    assert "decoder.layers.1.moe_layer.experts.fc3.weight" in manifest["indices"]
+    again = f"{line} --restore-file {path} --no-save"
+    assert run_processes(2, train_wider, 2, again)[0] == losses[SAVED:]
+    assert train_wider(0, 1, again) == pytest.approx(losses[SAVED:], rel=1e-5)
+
+
+def save_marked_wrong(rank, line):
+    with mock.patch.object(language_model, "mark_experts", lambda model: True):
+        return error_of(rank, train, 2, line)
+
+
+def test_what_is_named_and_what_is_marked_as_an_expert_s_agree(data, tmp_path):
+    line = f"{data} {TRAIN} --moe-expert-count 4 --save-dir {tmp_path} --max-update 1"
+    for error in run_processes(2, save_marked_wrong, line):
+        assert "marked as an expert's parameter or named as one, not both" in error
+    assert not list(tmp_path.glob("*.pt"))
 
 
 def test_joined_fp16_state_is_refused_by_name(data, tmp_path):

@@ -8,6 +8,7 @@ from typing import Any, Dict, NamedTuple, Optional
 
 from ..compat import load_weights_only
 from ..errors import UserError
+from ..expert_parallel import is_expert
 
 State = Dict[str, Any]
 
@@ -74,7 +75,7 @@ def load(path: str) -> State:
 def _lacks_experts(path: str) -> bool:
     """Whether a checkpoint has neither experts nor, as checkpoint/'s, names of their files."""
     state = load(path)
-    return "experts" not in state and not any(".experts." in name for name in state["model"])
+    return "experts" not in state and not any(is_expert(name) for name in state["model"])
 
 
 def _is_dense(path: str) -> bool:

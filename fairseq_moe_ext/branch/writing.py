@@ -4,6 +4,7 @@ from enum import Enum
 from typing import Any, Dict, Iterable, List
 
 from ..errors import UserError
+from ..expert_parallel import is_expert
 from .files import State
 from .settings import FIELDS, complete_cfg
 
@@ -136,7 +137,7 @@ def branch_order(names: Iterable[str]) -> List[str]:
     order: List[str] = []
     held: List[str] = []  # the final norm of the layer that is being listed
     for name in names:
-        if ".experts." in name:
+        if is_expert(name):
             continue
         if ".final_layer_norm." in name:
             held.append(name)

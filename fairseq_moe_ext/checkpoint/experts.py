@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import re
 from typing import Dict, List
 
 from fairseq.trainer import Trainer
 
 from .. import fully_sharded
-from ..expert_parallel import process_count
+from ..expert_parallel import is_expert, process_count
 
 FORMAT = 1
 FOLDER = "experts"  # beside the checkpoints
-_EXPERT_PARAMETER = re.compile(r"\.experts\.fc[12]\.(weight|bias)$")
 
 
 def expert_indices(trainer: Trainer) -> Dict[str, int]:
@@ -30,10 +28,6 @@ def trained_parameters(trainer: Trainer) -> List[str]:
         trainer.get_criterion().named_parameters(),
     )
     return [name for name, parameter in parameters if parameter.requires_grad]
-
-
-def is_expert(name: str) -> bool:
-    return _EXPERT_PARAMETER.search(name) is not None
 
 
 def saves_together(trainer: Trainer) -> bool:

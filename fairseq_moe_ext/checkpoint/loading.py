@@ -15,12 +15,11 @@ from torch import Tensor
 from .. import fully_sharded
 from ..compat import load_weights_only
 from ..errors import UserError
-from ..expert_parallel import Placement, placement, process_count, process_rank
+from ..expert_parallel import Placement, is_expert, placement, process_count, process_rank
 from .experts import (
     FOLDER,
     FORMAT,
     expert_indices,
-    is_expert,
     saves_together,
     trained_parameters,
 )

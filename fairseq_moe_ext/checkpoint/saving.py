@@ -16,15 +16,8 @@ from fairseq.trainer import Trainer
 
 from .. import fully_sharded
 from ..errors import UserError
-from ..expert_parallel import all_gather, placement, process_count
-from .experts import (
-    FOLDER,
-    FORMAT,
-    expert_indices,
-    has_spread_experts,
-    is_expert,
-    saves_together,
-)
+from ..expert_parallel import all_gather, is_expert, placement, process_count
+from .experts import FOLDER, FORMAT, expert_indices, has_spread_experts, saves_together
 from .removing import remove_unused_files
 from .together import broadcast, code_version
 from .writing import cannot_write, write
@@ -225,6 +218,10 @@ def _own_experts(trainer: Trainer) -> Dict[str, Any]:
     """The parameters of this process's experts and their optimizer state, on the CPU."""
     places = fully_sharded.places(trainer.get_model())
     own = {name: place.parameter for name, place in places.items() if is_expert(name)}
+    for name, place in places.items():
+        if hasattr(place.parameter, "expert") != (name in own):
+            # trained as one thing and saved as the other, it would be lost on all ranks but one
+            raise RuntimeError(f"{name}: marked as an expert's parameter or named as one, not both")
     state = {"model": {n: p.detach() for n, p in own.items()}, "optimizer": {}}
     if not trainer.cfg.checkpoint.no_save_optimizer_state:
         saved = trainer.optimizer.state_dict()["state"]

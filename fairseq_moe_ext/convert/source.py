@@ -22,7 +22,7 @@ from ..checkpoint.loading import Piece, check_kind, open_pieces, refuse_folder
 from ..compat import load_weights_only
 from ..config import MoETransformerLMConfig
 from ..errors import UserError
-from ..expert_parallel import Placement
+from ..expert_parallel import Placement, is_expert
 from ..models.architectures import ARCHITECTURES
 from ..models.language_model import MODEL_NAME, MoETransformerLanguageModel
 from ..moe.experts import TensorPerExpert
@@ -200,7 +200,7 @@ def _pieces(path: str, manifest: Optional[Dict[str, Any]], model: Dict[str, Tens
     if manifest is not None:
         everything = Placement(manifest["num_experts"], 0, (0,), (0,))
         return open_pieces(path, manifest, everything)
-    stacked = {name: value for name, value in model.items() if ".experts." in name}
+    stacked = {name: value for name, value in model.items() if is_expert(name)}
     if not stacked:
         return []
     return [Piece(0, len(next(iter(stacked.values()))), stacked, {})]
@@ -222,7 +222,7 @@ def _optimizer(
         if not states:
             continue
         by_name[name] = states[0]
-        if ".experts." in name:
+        if is_expert(name):
             by_name[name] = _per_expert(source.path, name, states, pieces)
     return Optimizer(rest, by_name, {})
 

@@ -16,6 +16,7 @@ from ..branch.writing import branch_order, branch_rest, branch_settings
 from ..checkpoint.experts import FOLDER, FORMAT
 from ..checkpoint.together import code_version
 from ..errors import UserError
+from ..expert_parallel import is_expert
 from ..moe.experts import TensorPerExpert
 from .archive import AnyTensor, Lazy, bytes_of, dtype_of, pieces_of, write_torch
 from .source import Source
@@ -76,7 +77,7 @@ def fairseq_jobs(source: Source, path: str, files: Optional[int]) -> List[Job]:
     position = (source.rest.get("extra_state") or {}).get("train_iterator") or {}
     epoch, updates = position.get("epoch", 1), history.get("num_updates", 0)
     save = f"{epoch}-{updates}-{secrets.token_hex(8)}"
-    names = [name for name in source.model if ".experts." in name]
+    names = [name for name in source.model if is_expert(name)]
     states = _states_of(source, names) if source.optimizer is not None else {}
     folder = os.path.dirname(path)
     jobs, listed = [], []
@@ -94,7 +95,7 @@ def fairseq_jobs(source: Source, path: str, files: Optional[int]) -> List[Job]:
         jobs.append(_job(os.path.join(folder, name), content))
         listed.append({"name": name, "first": first, "count": local})
 
-    indices = {name: number for number, name in enumerate(source.order) if ".experts." in name}
+    indices = {name: number for number, name in enumerate(source.order) if is_expert(name)}
     state = {**source.rest, "model": {n: v for n, v in source.model.items() if n not in names}}
     state["last_optimizer_state"] = _whole_optimizer(source, without=names)
 
@@ -201,7 +202,7 @@ def branch_jobs(source: Source, path: str, ranks: int) -> List[Job]:
     base = path[: -len(".pt")]
     rest = branch_rest(source.rest, model, ranks)
     shared = {n: source.model[n] for n in branch_order(source.model)}
-    names = [name for name in source.model if ".experts." in name]
+    names = [name for name in source.model if is_expert(name)]
     # The numbers of the branch's parameters are those of one process, which has `local` experts.
     one = {_of_expert(n, i): None for n in names for i in range(local)}
     numbers = parameter_numbers({**rest, "model": shared}, {"model": _by_expert(one)})
@@ -221,7 +222,7 @@ def branch_jobs(source: Source, path: str, ranks: int) -> List[Job]:
         state: Dict[int, Any] = {}
         if rank is None:
             weights = shared
-            state = {numbers[n]: s for n, s in states.items() if ".experts." not in n}
+            state = {numbers[n]: s for n, s in states.items() if not is_expert(n)}
         else:
             for index in range(local):
                 expert = rank * local + index
