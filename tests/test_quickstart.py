@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.evaluation import loading, report
+from fairseq_moe_ext.evaluation import loading, report, specialisation
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart"
 sys.path.insert(0, str(QUICKSTART))
@@ -157,6 +157,19 @@ def test_expert_use_counts_every_choice(finished):
     assert counts.sum(1).tolist() == [2 * tokens] * quickstart.LAYERS
     assert found[0]["tokens"]["maths"] == tokens
     for layer in found:
+        assert layer["among"] == [d.name for d in corpora.DOMAINS if not d.held_out]
+        for one in (layer["information"]["domain"], layer["information"]["token"]):
+            left = one["bits"] - one["bias"] - sum(one["random"]) / 5
+            assert one["left"] == pytest.approx(left) and len(one["random"]) == 5
+        # all of the text is looked at: the shares' own information is that of the choices
+        inside = [layer["share"][name] for name in layer["among"]]
+        told = specialisation.mutual_information(inside)
+        assert layer["information"]["domain"]["bits"] == pytest.approx(told)
+    html = (out / "report.html").read_text()
+    for by, words in (("domain", "domain"), ("token", "type of token")):
+        said = specialisation.verdict(found, by, words)
+        assert report.escape(said) in html and "random gates of equal scale" in said
+    for layer in found:
         share = counts[layer["layer"]] / (2 * tokens)
         torch.testing.assert_close(torch.tensor(layer["share"]["maths"]), share)
 
@@ -236,7 +249,7 @@ def test_the_readme_gives_the_same_commands(tmp_path, monkeypatch):
         quickstart.prepare_command(run, held_out),
         *(quickstart.train_command(run, model) for model in quickstart.MODELS),
         *(quickstart.eval_command(run, m, name) for m in quickstart.MODELS for name in held_out),
-        quickstart.expert_use_command(run, list(held_out)),
+        quickstart.expert_use_command(run, held_out),
     ]
     typed = [quickstart.as_typed(command) for command in expected]
     for words in typed:

@@ -234,12 +234,13 @@ def eval_command(run: Run, model: str, domain: str) -> List[str]:
     ]
 
 
-def expert_use_command(run: Run, names: Sequence[str]) -> List[str]:
+def expert_use_command(run: Run, held_out: Dict[str, bool]) -> List[str]:
     command = [sys.executable, "-m", "fairseq_moe_ext.evaluation.expert_use"]
     command += [str(run.out / "moe" / "checkpoint_best.pt")]
-    for name in names:
+    for name in held_out:
         command += ["--bin", f"{name}={run.out / 'data' / name}"]
     command += ["--subset", "test", "--tokens-per-sample", str(CONTEXT)]
+    command += ["--among", ",".join(name for name, held in held_out.items() if not held)]
     return command + ["--json", str(run.out / "expert_use.json"), "--overwrite"]
 
 
@@ -499,7 +500,7 @@ def work(run: Run) -> None:
     testing = {
         f"{model}.{name}": eval_command(run, model, name) for name in held_out for model in MODELS
     }
-    counting = expert_use_command(run, list(held_out))
+    counting = expert_use_command(run, held_out)
 
     run.stage("text", "1/5 Gather text from this Python installation", lambda: gather_text(run))
     run.stage("prepare", "2/5 Train a tokenizer and binarise", lambda: prepare(run, preparing))

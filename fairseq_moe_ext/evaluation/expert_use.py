@@ -4,34 +4,23 @@
         --bin docs=DATA/docs --bin code=DATA/code --subset test --json expert_use.json
 
 Every choice of the gates is counted, before any is dropped for capacity: with top-2 routing a token
-makes two in each MoE layer.
+makes two in each MoE layer. How many bits the choices tell about text and token stands beside what
+random gates tell (specialisation.py).
 """
 
 import argparse
 import json
-import math
 import sys
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Sequence
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
+import numpy as np
 import torch
 
 from .. import outputs
 from ..errors import UserError
+from . import specialisation
 from .loading import language_modeling_task
-
-
-def mutual_information(share: Sequence[Sequence[float]]) -> float:
-    """Bits that one choice of expert tells about the kind of text, all kinds being equally likely.
-
-    share[d][e]: how much of kind d's choices went to expert e; each row sums to 1. 0 when every
-    kind uses the experts alike, log2(number of kinds) when the expert gives the kind away.
-    """
-    kinds = len(share)
-    overall = [sum(row[e] for row in share) / kinds for e in range(len(share[0]))]
-    return sum(
-        p / kinds * math.log2(p / overall[e]) for row in share for e, p in enumerate(row) if p > 0
-    )
 
 
 def expert_use(
@@ -40,6 +29,7 @@ def expert_use(
     subset: str,
     tokens_per_sample: int,
     batch_size: int = 8,
+    among: Sequence[str] = (),
 ) -> List[Dict]:
     """The share of each expert in the choices made on each data-bin, for each MoE layer.
 
@@ -49,9 +39,11 @@ def expert_use(
         subset: valid, test, ...
         tokens_per_sample: length of the blocks the text is cut into.
         batch_size: blocks a forward pass.
+        among: data-bins over which to take the information; all, if empty.
 
     Returns one dictionary per MoE layer: {"layer": its number from 0, "tokens": {name: tokens},
-    "share": {name: list of E shares that sum to 1}}. Raises UserError for a model without experts.
+    "share": {name: list of E shares that sum to 1}, "information": of the first TOKENS tokens as
+    specialisation.information has it}. Raises UserError for a model without experts.
     """
     from fairseq import checkpoint_utils
 
@@ -60,14 +52,22 @@ def expert_use(
     counts: Dict[int, Dict[str, torch.Tensor]] = {}
     tokens: Dict[str, int] = {}
     model = None
+    watched = list(among) or list(bins)
+    seen = _Seen()
     for name, folder in bins.items():
         task = language_modeling_task(folder, tokens_per_sample)
         if model is None:
             models, _ = checkpoint_utils.load_model_ensemble([str(checkpoint)], task=task)
             model = models[0].eval()
+            watches = _watch(model)
         task.load_dataset(subset)
         tokens[name] = 0
         for batch in _batches(task.dataset(subset), batch_size):
+            looking = name in watched and tokens[name] < specialisation.TOKENS // len(watched)
+            for watch in watches.values():
+                watch.on = looking
+            if looking:
+                seen.add(name, batch)
             with torch.no_grad():
                 _, extra = model.decoder(batch, features_only=True)  # batch (B, L)
             if not extra["moe"]:
@@ -81,9 +81,44 @@ def expert_use(
             "layer": layer,
             "tokens": tokens,
             "share": {name: (c / c.sum()).tolist() for name, c in counts[layer].items()},
+            "among": watched,
+            "information": specialisation.information(
+                watches[layer].choices(), watches[layer].experts, *seen.arrays()
+            ),
         }
         for layer in sorted(counts)
     ]
+
+
+def _watch(model: torch.nn.Module) -> Dict[int, specialisation.Watch]:
+    """Number of a layer -> who looks at its gate."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        index: specialisation.Watch(layer.moe_layer.gate, generator)
+        for index, layer in enumerate(model.decoder.layers)
+        if layer.moe_layer is not None
+    }
+
+
+class _Seen:
+    """The tokens that are looked at, and the blocks and kinds of text that they are of."""
+
+    def __init__(self) -> None:
+        self.types: List[np.ndarray] = []
+        self.lengths: List[int] = []  # of the blocks
+        self.kinds: List[int] = []  # of the blocks
+        self.names: Dict[str, int] = {}  # of the kinds
+
+    def add(self, name: str, batch: torch.Tensor) -> None:
+        """Blocks (B, L) of one kind."""
+        self.types.append(batch.flatten().numpy())
+        self.lengths += [batch.size(1)] * batch.size(0)
+        self.kinds += [self.names.setdefault(name, len(self.names))] * batch.size(0)
+
+    def arrays(self) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """As specialisation.information takes them."""
+        blocks = np.repeat(np.arange(len(self.lengths)), self.lengths)
+        return np.concatenate(self.types), blocks, np.array(self.kinds)
 
 
 def _batches(dataset, batch_size: int) -> Iterator[torch.Tensor]:
@@ -117,6 +152,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         "--tokens-per-sample", type=int, default=1024, help="block length (default: 1024)"
     )
     parser.add_argument("--batch-size", type=int, default=8, help="blocks a pass (default: 8)")
+    parser.add_argument(
+        "--among",
+        metavar="NAME,NAME,...",
+        help="take the bits that choices tell over these data-bins (default: all)",
+    )
     parser.add_argument("--json", type=Path, help="write the result here instead of printing it")
     parser.add_argument("--overwrite", action="store_true", help="replace the file of --json")
     args = parser.parse_args(argv)
@@ -127,6 +167,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             if not equals or not name or not Path(folder).is_dir():
                 raise UserError(f"--bin {text}: give NAME=FOLDER with an existing data-bin")
             bins[name] = Path(folder)
+        among = args.among.split(",") if args.among else []
+        for name in among:
+            if name not in bins:
+                raise UserError(
+                    f"--among {args.among}: no --bin {name}; there are {', '.join(bins)}"
+                )
         for flag, value in (
             ("--tokens-per-sample", args.tokens_per_sample),
             ("--batch-size", args.batch_size),
@@ -135,7 +181,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                 raise UserError(f"{flag} {value}: use 1 or more")
         outputs.check([("--json", args.json)], args.overwrite, [args.checkpoint, *bins.values()])
         found = expert_use(
-            args.checkpoint, bins, args.subset, args.tokens_per_sample, args.batch_size
+            args.checkpoint, bins, args.subset, args.tokens_per_sample, args.batch_size, among
         )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -144,6 +190,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         sys.stdout.write(json.dumps(found, indent=1) + "\n")
     else:
         write_json(args.json, found)
+        print(specialisation.verdict(found, "domain", "kind of text"))
+        print(specialisation.verdict(found, "token", "type of token"))
     return 0
 
 

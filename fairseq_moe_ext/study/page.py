@@ -8,7 +8,7 @@ from typing import Any, Dict, List, NamedTuple, Sequence, Set
 
 from .. import files, outputs
 from ..errors import UserError
-from ..evaluation import expert_use, figures, paper, report
+from ..evaluation import figures, paper, report, specialisation
 from ..evaluation.speedup import Points, in_words
 from ..wording import count
 from . import result as results
@@ -274,14 +274,20 @@ def _summary(result: Dict[str, Any]) -> str:
 def _use(layers: Sequence[Dict[str, Any]]) -> str:
     names = list(layers[0]["share"])
     highest = max(max(share) for layer in layers for share in layer["share"].values())
-    charts = []
-    for layer in layers:
-        shares = [layer["share"][name] for name in names]
-        bits = expert_use.mutual_information(shares)
-        title = f"Layer {layer['layer']}: {bits:.2f} bits"
-        charts.append(figures.heatmap(title, names, shares, "expert", highest))
-    return report.grid(
-        charts,
-        "Each expert's share of a set's choices, in per cent. Bits: what one choice of expert "
-        "tells about the set that a token is from.",
+    charts = [
+        figures.heatmap(
+            specialisation.heading(layer),
+            names,
+            [layer["share"][name] for name in names],
+            "expert",
+            highest,
+        )
+        for layer in layers
+    ]
+    said = [
+        specialisation.verdict(layers, "domain", "set"),
+        specialisation.verdict(layers, "token", "type of token"),
+    ]
+    return report.bullets(said) + report.grid(
+        charts, "Each expert's share of a set's choices, in per cent. " + specialisation.MEANING
     )

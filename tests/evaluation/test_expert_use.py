@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from fairseq_moe_ext.evaluation.expert_use import main, mutual_information
+from fairseq_moe_ext.evaluation.expert_use import main
+from fairseq_moe_ext.evaluation.specialisation import mutual_information
 
 
 def test_an_expert_per_kind_gives_the_kind_away():
@@ -27,6 +28,7 @@ def test_a_half_known_kind():
         (["missing.pt", "--bin", "a=."], "missing.pt does not exist"),
         (["x.pt", "--bin", "a"], "--bin a: give NAME=FOLDER"),
         (["x.pt", "--bin", "a=no/such/folder"], "--bin a=no/such/folder"),
+        (["x.pt", "--bin", "a=.", "--among", "b"], "--among b: no --bin b; there are a"),
         (["x.pt", "--bin", "a=.", "--batch-size", "0"], "--batch-size 0: use 1 or more"),
     ],
 )

@@ -41,6 +41,10 @@ def made_result(folder, moe=((1e12, 20.0), (4e12, 5.0))):
 def test_the_page_shows_the_numbers_and_nothing_from_outside(tmp_path, capsys):
     found = made_result(tmp_path)
     use = [{"layer": 1, "tokens": {"near": 9}, "share": {"near": [0.25, 0.75], "far": [1.0, 0.0]}}]
+    told = {"bits": 0.55, "bias": 0.05, "random": [0.61, 0.63], "random_mean": 0.62}
+    told.update(random_sd=0.014, left=-0.12, above=False)
+    use.append({**use[0], "layer": 2})
+    use[0]["information"] = {"domain": told, "token": told}
     (tmp_path / "use.json").write_text(json.dumps(use))
     rows = {"dense": {"mean": 61.23, "deviation": 0.5}, "plain": {"mean": 50, "deviation": None}}
     rows["frozen gate"] = {"mean": 51.5, "deviation": 0.25, "difference": -1.5}
@@ -56,7 +60,9 @@ def test_the_page_shows_the_numbers_and_nothing_from_outside(tmp_path, capsys):
     for row in result.table(found)[1:]:
         assert f"<td>{row[1]}</td>" in html and f"<td>{row[2]}</td>" in html
     assert "30.15 ± 0.05" in html and "<td>2.00</td>" in html, "perplexity over seeds, dropped"
-    assert "Layer 1:" in html and "paper: 8 to 16" in html
+    assert "paper: 8 to 16" in html
+    assert "Layer 1: 0.50 bits, random 0.62 ± 0.01" in html and "Layer 2</text>" in html
+    assert "By set nothing is said" in html, "of the second layer there is no control"
     # accuracy of copa, mean of 35 and 45; 1.96 standard errors are 0.96
     row = "<td>10,000</td><td>3</td><td>0</td><td>25.0</td><td>40.0 (39.0 to 41.0)</td>"
     assert "copa, 0 shots" in html and row in html

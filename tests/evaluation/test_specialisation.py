@@ -1,0 +1,105 @@
+"""What gates tell about text, beside random gates and the bias of finite counts."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fairseq_moe_ext.evaluation import specialisation as s
+from fairseq_moe_ext.moe.gate import Gate, GateSettings
+
+KINDS, EXPERTS, BLOCKS, LENGTH = 3, 4, 60, 20
+
+
+def text(seed=0):
+    """types (T,), blocks (T,), kinds (blocks,): kinds have the same types."""
+    rng = np.random.default_rng(seed)
+    blocks = np.repeat(np.arange(BLOCKS), LENGTH)
+    return rng.integers(50, size=BLOCKS * LENGTH), blocks, np.arange(BLOCKS) % KINDS
+
+
+def at_random(seed=1):
+    """Choices that know nothing, two different ones a token: (T, 1 + RANDOM, 2)."""
+    rng = np.random.default_rng(seed)
+    return rng.random((BLOCKS * LENGTH, 1 + s.RANDOM, EXPERTS)).argsort(-1)[..., :2]
+
+
+def test_of_choices_at_random_nothing_is_left():
+    types, blocks, kinds = text()
+    found = s.information(at_random(), EXPERTS, types, blocks, kinds)
+    for by, rows in (("domain", KINDS), ("token", 50)):
+        one = found[by]
+        # Miller and Madow: degrees of freedom / (2 n ln 2). Two different choices of a token go
+        # against each other, by the factor (E - K) / (E - 1) of sampling without replacement.
+        n = 2 * BLOCKS * LENGTH
+        bias = (rows - 1) * (EXPERTS - 1) / (2 * n * math.log(2)) * (EXPERTS - 2) / (EXPERTS - 1)
+        assert one["bias"] == pytest.approx(bias, rel=0.5)
+        assert one["bits"] < 4 * one["bias"] and abs(one["left"]) < 3 * bias
+        assert len(one["random"]) == s.RANDOM
+        assert one["random_mean"] == pytest.approx(sum(one["random"]) / s.RANDOM)
+    every = [s.information(at_random(seed), EXPERTS, types, blocks, kinds) for seed in range(12)]
+    assert sum(found["domain"]["above"] for found in every) <= 2, "of twelve"
+    below = [{"layer": 0, "information": f} for f in every if not f["domain"]["above"]]
+    said = s.verdict(below, "domain", "domain")
+    assert said.startswith("By domain nothing is above the control: 0.00 bits by layer, random")
+
+
+def test_a_gate_that_knows_the_kind_is_above_the_control():
+    types, blocks, kinds = text()
+    choices = at_random()
+    choices[:, 0] = np.stack([kinds[blocks], np.full(len(blocks), 3)], axis=1)
+    found = s.information(choices, EXPERTS, types, blocks, kinds)
+    # half of the choices give the kind away, half say nothing
+    assert found["domain"]["bits"] == pytest.approx(math.log2(KINDS) / 2)
+    assert found["domain"]["above"] and not found["token"]["above"]
+    assert found["domain"]["left"] == pytest.approx(math.log2(KINDS) / 2, abs=0.02)
+    layers = [{"layer": i, "information": found} for i in range(2)]
+    said = s.verdict(layers, "domain", "domain")
+    assert "By domain 2 of 2 layers are above the control, by 0.7" in said
+    assert "random gates of equal scale" in said and "0.77 bits, random 0.00 ± 0.00" in s.heading(
+        layers[0]
+    )
+
+
+def test_types_and_one_kind_alone():
+    types, blocks, kinds = text()
+    choices = at_random()
+    choices[:, 0] = np.stack([types % 2, 2 + types % 2], axis=1)
+    found = s.information(choices, EXPERTS, types, blocks, np.zeros_like(kinds))
+    assert set(found) == {"token"} and found["token"]["above"]
+    assert found["token"]["bits"] == pytest.approx(1, abs=0.02), "odd or even"
+    assert "nothing is said" in s.verdict([{"layer": 0, "information": found}], "domain", "set")
+    assert s.heading({"layer": 4, "information": found}) == "Layer 4"
+
+
+def test_random_gates_have_the_scale_of_the_learnt_one_and_its_inputs():
+    torch.manual_seed(0)
+    gate = Gate(8, 4, GateSettings(dropless=True)).eval()
+    with torch.no_grad():
+        gate.wg.weight *= torch.tensor([[1.0], [2.0], [3.0], [4.0]])
+    watch = s.Watch(gate, torch.Generator().manual_seed(1))
+    x = torch.randn(30, 8)
+    routed = gate(x, None)[1].experts
+    watch.on = False
+    gate(x, None)
+    choices = watch.choices()
+    assert choices.shape == (30, 1 + s.RANDOM, 2)
+    assert choices[:, 0].tolist() == routed.tolist()
+    lengths = watch.random.view(s.RANDOM, 4, 8).norm(dim=-1)
+    torch.testing.assert_close(lengths, gate.wg.weight.norm(dim=-1).expand(s.RANDOM, 4))
+    for i, row in enumerate(watch.random.view(s.RANDOM, 4, 8)):
+        for token, chosen in zip(x, choices[:, 1 + i]):
+            assert chosen.tolist() == (row @ token).argsort(descending=True)[:2].tolist()
+
+
+def test_a_gate_that_was_not_trained_is_not_above_random_ones():
+    torch.manual_seed(3)
+    types, blocks, kinds = text()
+    means = torch.randn(KINDS, 8)  # hidden states differ by kind, as in any model
+    x = means[torch.from_numpy(kinds[blocks])] + torch.randn(len(blocks), 8)
+    gate = Gate(8, EXPERTS, GateSettings(dropless=True)).eval()
+    watch = s.Watch(gate, torch.Generator().manual_seed(1))
+    gate(x, None)
+    found = s.information(watch.choices(), EXPERTS, types, blocks, kinds)["domain"]
+    assert found["bits"] > 0.05 and not found["above"], "bits, but none that were learnt"
