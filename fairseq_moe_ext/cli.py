@@ -7,18 +7,18 @@ import sys
 from pathlib import Path
 from typing import List, Optional
 
-from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.errors import OneLineParser, UserError
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the command line; returns the exit status (0, 1 for a user's mistake, 130 for Ctrl-C).
 
-    argparse itself exits with 2 for flags it does not know.
+    The parser itself exits with 2 for flags that it does not know, with one line.
     """
     argv = sys.argv[1:] if argv is None else argv
     # fairseq says on import that a package of its speech tasks is missing
     logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)
-    parser = _parser(argv[0] if argv else None)
+    parser = _parser(next((word for word in argv if not word.startswith("-")), None))
     # lm-eval parses what follows by itself
     handed_on = argv[1:] if argv[:1] == [_LM_EVAL] else None
     args = parser.parse_args(argv if handed_on is None else argv[:1])
@@ -49,7 +49,7 @@ _LM_EVAL = "lm-eval"
 
 
 def _parser(chosen: Optional[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="fairseq-moe", description="Mixture-of-experts language models for fairseq 0.12.2."
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)

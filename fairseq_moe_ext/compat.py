@@ -34,7 +34,7 @@ import zipfile
 from pathlib import Path
 from typing import Callable, Iterator, List, NamedTuple, Optional
 
-from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.errors import OneLineParser, UserError
 from fairseq_moe_ext.finding import plugin_by_itself
 
 _LOADED_BY_HOOK = "fairseq_moe_ext" not in sys.modules  # so it is installed
@@ -1010,7 +1010,7 @@ def one_line_errors() -> None:
     @functools.wraps(stock_parse)
     def parse_args_and_arch(parser, *args, **kwargs):
         # argparse prints some 160 lines of usage before what is wrong
-        parser.error = lambda message: parser.exit(2, f"error: {message} (flags: --help)\n")
+        parser.error = functools.partial(OneLineParser.error, parser)
         return stock_parse(parser, *args, **kwargs)
 
     options.parse_args_and_arch = parse_args_and_arch

@@ -1,4 +1,9 @@
-"""The one exception for a user's mistake."""
+"""The one exception for a user's mistake, and the one line for a flag that argparse refuses."""
+
+import argparse
+import difflib
+import re
+from typing import List
 
 
 class UserError(ValueError):
@@ -16,3 +21,41 @@ def not_finite(layer: int, training: bool = True) -> UserError:
     if not training:
         remedy = "the checkpoint is damaged or its training diverged; use an earlier one"
     return UserError(f"the router of layer {layer} (from 0) yields NaN or infinity: {remedy}")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser that tells of a mistake in one line instead of two to forty; its
+    subcommands' parsers do, too."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"error: {flag_mistake(self, message)}\n")
+
+
+def flag_mistake(parser: argparse.ArgumentParser, message: str) -> str:
+    """What argparse has against a command line, in one line, with the flag or choice meant."""
+    message = " ".join(message.split())
+    wanted, there = None, []
+    refused = re.search(r"invalid choice: '?(.+?)'? \(choose from (.+)\)", message)
+    unknown = re.search(r"unrecognized arguments: (?:(?!--)\S+ )*(--[\w-]+)", message)
+    if message.endswith("required: COMMAND"):
+        message = f"no command given; there are {', '.join(_commands(parser))}"
+    elif refused:
+        wanted, there = refused[1], re.findall(r"[^',\s]+", refused[2])
+    elif unknown:
+        wanted, there = unknown[1], _flags(parser)
+    close = difflib.get_close_matches(wanted or "", there, n=1)
+    return message + (f"; did you mean {close[0]}?" if close else "") + " (flags: --help)"
+
+
+def _commands(parser: argparse.ArgumentParser) -> List[str]:
+    return [name for action in parser._actions for name in getattr(action, "choices", None) or ()]
+
+
+def _flags(parser: argparse.ArgumentParser) -> List[str]:
+    """The flags of a parser and of its subcommands."""
+    found = list(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                found += _flags(command)
+    return found

@@ -8,7 +8,6 @@ makes two in each MoE layer. How many bits the choices tell about text and token
 random gates tell (specialisation.py).
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 
 from .. import outputs
-from ..errors import UserError
+from ..errors import OneLineParser, UserError
 from . import specialisation
 from .loading import language_modeling_task
 
@@ -135,7 +134,7 @@ def _batches(dataset, batch_size: int) -> Iterator[torch.Tensor]:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m fairseq_moe_ext.evaluation.expert_use",
         description="Which expert takes which text, layer by layer.",
     )

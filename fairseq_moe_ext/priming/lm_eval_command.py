@@ -1,11 +1,12 @@
 """`fairseq-moe lm-eval`: EleutherAI's lm-eval, with our models known to it."""
 
+import argparse
 import importlib.util
 import os
 import sys
 from typing import List
 
-from ..errors import UserError
+from ..errors import OneLineParser, UserError
 from ..expert_parallel import process_rank
 from . import model
 
@@ -29,6 +30,7 @@ def run(argv: List[str]) -> None:
         named = any(word.split("=")[0] in ("--model", "-M") for word in words)
         argv = ["run", *([] if named else ["--model", MODEL]), *words]
     sys.argv = ["lm-eval", *argv]
+    argparse.ArgumentParser.error = OneLineParser.error  # of lm-eval's own parsers
     with model.processes(cpu="cpu" in argv):
         if process_rank():
             # each process has all results; lm-eval writes those of local rank 0
