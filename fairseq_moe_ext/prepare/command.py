@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple, Union
 
@@ -15,14 +15,9 @@ from tqdm import tqdm
 
 from fairseq_moe_ext import data_bin
 from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.prepare import dictionary, place
+from fairseq_moe_ext.prepare import dictionary, kinds, place
 from fairseq_moe_ext.prepare.binarize import SplitWriter, dtype_of
-from fairseq_moe_ext.prepare.documents import (
-    FORMATS,
-    SEPARATORS,
-    Source,
-    list_files,
-)
+from fairseq_moe_ext.prepare.documents import SEPARATORS, Source, list_files
 from fairseq_moe_ext.prepare.encode import Deal, Encoders, chunks, training_documents
 from fairseq_moe_ext.prepare.splits import SplitRule
 from fairseq_moe_ext.prepare.tokenizer import (
@@ -41,8 +36,10 @@ corpus, split by document into train, valid and test.
       --heldout mail=mail.jsonl.gz --train-bpe 8000
 
 The text: a text file has one paragraph a line and a blank line between documents (--documents
-says otherwise); a .jsonl file has one document a line in the field "text" (--field). A folder
-stands for all files below it. Files may be gzipped (.gz) and must be UTF-8.
+says otherwise); JSON Lines have one document a line in the field "text" (--field). Which of the
+two a file is, its content tells (--format says otherwise); other kinds are refused by name. A
+folder stands for all files below it, without those that begin with a dot. Files may be packed
+with gzip, bzip2 or xz and must be UTF-8.
 
 What the model sees: every newline becomes </s>, a blank line stands between documents; lines are
 otherwise kept as they are.
@@ -60,6 +57,12 @@ class Corpus:
     name: str
     held_out: bool = False
     files: Dict[Optional[str], List[Path]] = field(default_factory=dict)
+    groups: List[List[Path]] = field(default_factory=list)  # by the path, folder or glob
+    format: Optional[str] = None  # of its files; None: as for all
+
+    @property
+    def flag(self) -> str:
+        return f"{'--heldout' if self.held_out else '--corpus'} {self.name}"
 
 
 @dataclass
@@ -108,8 +111,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "test; may be repeated",
     )  # fmt: skip
     text.add_argument(
-        "--format", choices=FORMATS, default="auto",
-        help="auto: JSONL for *.jsonl and *.ndjson (and .gz), text for the rest (default: auto)",
+        "--format", action="append", default=[], metavar="[NAME=]KIND",
+        help="text or jsonl, whatever the files look like; NAME=KIND says so of one corpus; may "
+        "be repeated (default: auto, what the content tells)",
     )  # fmt: skip
     text.add_argument(
         "--documents", choices=SEPARATORS, default="blank-line",
@@ -168,9 +172,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """The command: prepare and print the table of counts."""
+    corpora = parse_corpora(args.corpus, args.heldout)
     options = Options(
-        corpora=parse_corpora(args.corpus, args.heldout),
-        source=Source(args.format, args.documents, args.field),
+        corpora=corpora,
+        source=Source(parse_formats(args.format, corpora), args.documents, args.field),
         valid_fraction=args.valid_fraction,
         test_fraction=args.test_fraction,
         split_seed=args.split_seed,
@@ -222,7 +227,9 @@ def parse_corpora(corpora: List[str], heldout: List[str]) -> List[Corpus]:
                     f"{flag} {name}: given with and without a split; "
                     f"write {name}:train=..., {name}:valid=... for all of it"
                 )
-            corpus.files[key] = list_files(paths.split(","), f"{flag} {name_and_split}")
+            groups = [list_files(path, f"{flag} {name_and_split}") for path in paths.split(",")]
+            corpus.groups += groups
+            corpus.files[key] = [path for group in groups for path in group]
     for corpus in found.values():
         if not corpus.held_out and not {None, "train"} & corpus.files.keys():
             raise UserError(
@@ -230,6 +237,23 @@ def parse_corpora(corpora: List[str], heldout: List[str]) -> List[Corpus]:
                 "--heldout for a corpus that is only evaluated"
             )
     return list(found.values())
+
+
+def parse_formats(words: List[str], corpora: List[Corpus]) -> str:
+    """The format of all files; those of single corpora are noted there. Raises UserError."""
+    by_name = {corpus.name: corpus for corpus in corpora}
+    of_all = "auto"
+    for word in words:
+        name, equals, form = word.rpartition("=")
+        if form not in kinds.FORMATS:
+            raise UserError(f"--format {word}: not one of {', '.join(kinds.FORMATS)}")
+        if not equals:
+            of_all = form
+        elif name in by_name:
+            by_name[name].format = form
+        else:
+            raise UserError(f"--format {word}: no corpus {name!r}; there are {', '.join(by_name)}")
+    return of_all
 
 
 Report = Dict[str, Union[int, Dict]]
@@ -249,6 +273,12 @@ def prepare(dest: Path, options: Options) -> Report:
     """
     _check(options)
     _check_inputs_outside(dest, options)
+    for corpus in options.corpora:
+        source = _source(corpus, options)
+        found = kinds.check_corpus(
+            corpus.groups, source.format, source.field, corpus.flag, corpus.name
+        )
+        print(f"{corpus.name}: {found}", file=sys.stderr)
     with place.new_folder(dest, options.overwrite) as scratch:
         return _prepare(scratch, options)
 
@@ -344,20 +374,26 @@ def _prepare(folder: Path, options: Options) -> Report:
     return report
 
 
-def _deals(corpus: Corpus, options: Options) -> List[Tuple[List[Path], Deal]]:
+Parts = List[Tuple[List[Path], Source, Deal]]
+
+
+def _source(corpus: Corpus, options: Options) -> Source:
+    return replace(options.source, format=corpus.format or options.source.format)
+
+
+def _deals(corpus: Corpus, options: Options) -> Parts:
     """A corpus's files, each list with the rule that deals its documents out."""
+    source = _source(corpus, options)
     rule = SplitRule(
         options.valid_fraction, options.test_fraction, options.split_seed, corpus.held_out
     )
     return [
-        (files, rule if split is None else WholeSplit(split))
+        (files, source, rule if split is None else WholeSplit(split))
         for split, files in sorted(corpus.files.items(), key=lambda item: str(item[0]))
     ]
 
 
-def _tokenizer(
-    folder: Path, options: Options, todo: Dict[str, List[Tuple[List[Path], Deal]]]
-) -> ByteLevelBPE:
+def _tokenizer(folder: Path, options: Options, todo: Dict[str, Parts]) -> ByteLevelBPE:
     """The tokenizer, read or trained; its two files are in `folder` afterwards."""
     encoder_json, vocab_bpe = folder / ENCODER_FILE, folder / MERGES_FILE
     if options.train_bpe is None:
@@ -371,12 +407,12 @@ def _tokenizer(
         for corpus in options.corpora
         if not corpus.held_out
         for part in todo[corpus.name]
-        if part[1] != WholeSplit("valid") and part[1] != WholeSplit("test")
+        if part[2] != WholeSplit("valid") and part[2] != WholeSplit("test")
     ]
-    size = sum(_size(files) for files, _ in sources)
+    size = sum(_size(files) for files, _, _ in sources)
     share = min(1.0, options.train_bpe_bytes / max(1, size))
     with _progress("reading for the BPE", size) as bar:
-        documents = training_documents(sources, options.source, share, bar.update)
+        documents = training_documents(sources, share, bar.update)
         types = train_bpe(documents, options.train_bpe, folder)
     if types < options.train_bpe:
         print(
@@ -389,7 +425,7 @@ def _tokenizer(
 
 def _encode(
     corpus: Corpus,
-    todo: Dict[str, List[Tuple[List[Path], Deal]]],
+    todo: Dict[str, Parts],
     folder: Path,
     newline: int,
     encoders: Encoders,
@@ -398,9 +434,9 @@ def _encode(
     """Encode one corpus; its splits, each with at least one document."""
     found: Dict[str, SplitWriter] = {}
     parts = todo[corpus.name]
-    with _progress(f"encoding {corpus.name}", sum(_size(files) for files, _ in parts)) as bar:
-        for files, deal in parts:
-            for encoded in encoders.encode(chunks(files, options.source, deal)):
+    with _progress(f"encoding {corpus.name}", sum(_size(files) for files, _, _ in parts)) as bar:
+        for files, source, deal in parts:
+            for encoded in encoders.encode(chunks(files, source, deal)):
                 for split, part in encoded.splits.items():
                     if split not in found:
                         found[split] = SplitWriter(folder / corpus.name / split, newline)
@@ -414,7 +450,7 @@ def _encode(
 
 def _check_splits(corpus: Corpus, found: Dict[str, SplitWriter], options: Options) -> None:
     """Raise UserError for a corpus or a split that was asked for and has no document."""
-    flag = f"{'--heldout' if corpus.held_out else '--corpus'} {corpus.name}"
+    flag = corpus.flag
     documents = sum(writer.documents for writer in found.values())
     if not documents:
         number = sum(len(files) for files in corpus.files.values())

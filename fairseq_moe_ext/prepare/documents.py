@@ -1,30 +1,28 @@
 """Files to documents, one after another, never a file whole in memory."""
 
 import glob
-import gzip
-import json
 import os
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Iterator, List, Tuple
 
+from fairseq_moe_ext import files
 from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.prepare import kinds
+from fairseq_moe_ext.prepare.kinds import BYTE_ORDER_MARK
 
-FORMATS = ("auto", "text", "jsonl")
 SEPARATORS = ("blank-line", "line", "file")
 # The largest document held in memory; a file whose documents are not told apart is the usual way
 # to meet it.
 MAX_DOCUMENT_BYTES = 1 << 30
-_JSONL_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
-_BYTE_ORDER_MARK = "\ufeff"
+_JSON_TYPES = {type(None): "null", bool: "true or false", list: "a list", dict: "an object"}
 
 
 @dataclass(frozen=True)
 class Source:
     """How files are read.
 
-    format: "text", "jsonl", or "auto" (JSONL for *.jsonl and *.ndjson, also with .gz; else text).
+    format: "text", "jsonl", or "auto" (told by the content: kinds.py).
     separator: what ends a document of a text file: "blank-line", "line" (every line is a
         document) or "file".
     field: the JSONL field that holds the document.
@@ -35,27 +33,26 @@ class Source:
     field: str = "text"
 
 
-def list_files(patterns: List[str], where: str) -> List[Path]:
-    """The files that paths, folders and globs name, in that order; a folder's files sorted.
+def list_files(pattern: str, where: str) -> List[Path]:
+    """The files that a path, folder or glob names, sorted.
 
     Folders are walked through to the bottom; names that begin with a dot are left out.
 
     Raises:
         UserError: a pattern that names no file. `where` tells the flag, as "--corpus docs".
     """
-    files: List[Path] = []
-    for pattern in patterns:
-        if os.path.isfile(pattern):
-            found = [Path(pattern)]
-        elif os.path.isdir(pattern):
-            found = _walk(Path(pattern))
-        else:
-            found = sorted(Path(p) for p in glob.glob(pattern, recursive=True))
-            found = [path for path in found if path.is_file()]
-        if not found:
-            raise UserError(f"{where}: {pattern}: no such file, or a folder or glob without files")
-        files.extend(found)
-    return files
+    if os.path.isdir(pattern):
+        found = _walk(Path(pattern))
+    elif os.path.lexists(pattern):
+        found = [Path(pattern)]
+    else:
+        found = sorted(Path(p) for p in glob.glob(pattern, recursive=True))
+        found = [path for path in found if not path.is_dir()]
+    if not found:
+        raise UserError(f"{where}: {pattern}: no such file, or a folder or glob without files")
+    for path in found:
+        files.check(path, f"{where}: {path}")
+    return found
 
 
 def read_documents(path: Path, source: Source) -> Iterator[Tuple[str, int]]:
@@ -67,17 +64,14 @@ def read_documents(path: Path, source: Source) -> Iterator[Tuple[str, int]]:
 
     Raises:
         UserError: text that is not UTF-8 (file and byte offset), a bad JSONL line (file and
-            line), a document above MAX_DOCUMENT_BYTES, a broken .gz file, an unreadable file.
+            line), a document above MAX_DOCUMENT_BYTES, a broken packed file, an unreadable file,
+            a kind that is not read.
     """
-    is_jsonl = source.format == "jsonl" or (
-        source.format == "auto" and path.name.lower().endswith(_JSONL_SUFFIXES)
-    )
+    packing, form = kinds.kind_of(path, source.format, source.field)
     try:
-        with open(path, "rb") as raw:
-            stream: BinaryIO = raw
-            if path.suffix == ".gz":
-                stream = gzip.GzipFile(fileobj=raw)  # type: ignore[assignment]
-            if is_jsonl:
+        with files.open_binary(path) as raw:
+            stream = kinds.unpacked(raw, packing)
+            if form == "jsonl":
                 texts = _jsonl(stream, path, source.field)
             else:
                 texts = _text(stream, path, source.separator)
@@ -85,24 +79,26 @@ def read_documents(path: Path, source: Source) -> Iterator[Tuple[str, int]]:
                 text = text.replace("\r\n", "\n").replace("\r", "\n").strip("\n")
                 if text and not text.isspace():
                     yield text, raw.tell()
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path}: broken gzip file ({error}); copy or compress it again") from None
+    except kinds.BROKEN as error:
+        raise kinds.broken(path, packing, error) from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+        if error.errno is None:  # bz2's for a damaged file
+            raise kinds.broken(path, packing, error) from None
+        raise UserError(f"{path}: cannot be read ({files.reason(error)})") from None
 
 
 def _walk(folder: Path) -> List[Path]:
     found = []
-    for root, names, files in os.walk(folder):
-        names[:] = sorted(name for name in names if not name.startswith("."))
-        found += [Path(root, name) for name in sorted(files) if not name.startswith(".")]
+    for root, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(root, name) for name in sorted(names) if not name.startswith(".")]
     return found
 
 
 def _text(stream: BinaryIO, path: Path, separator: str) -> Iterator[str]:
     for data, offset in _pieces(stream, path, separator):
         text = _decode(data, path, offset)
-        yield text[1:] if offset == 0 and text.startswith(_BYTE_ORDER_MARK) else text
+        yield text[1:] if offset == 0 and text.startswith(BYTE_ORDER_MARK) else text
 
 
 def _pieces(stream: BinaryIO, path: Path, separator: str) -> Iterator[Tuple[bytes, int]]:
@@ -147,9 +143,12 @@ def _jsonl(stream: BinaryIO, path: Path, field: str) -> Iterator[str]:
         if not text.strip():
             continue
         try:
-            record = json.loads(text.lstrip(_BYTE_ORDER_MARK) if number == 1 else text)
+            record = files.parse_json(text.lstrip(BYTE_ORDER_MARK) if number == 1 else text)
         except ValueError as error:
-            raise UserError(f"{path}, line {number}: not JSON: {error}") from None
+            raise UserError(
+                f"{path}, line {number}: not JSON: {error}; correct the line, or read the file as "
+                "text with --format text"
+            ) from None
         if not isinstance(record, dict) or field not in record:
             keys = ", ".join(sorted(map(str, record))[:8]) if isinstance(record, dict) else "none"
             raise UserError(
@@ -157,30 +156,20 @@ def _jsonl(stream: BinaryIO, path: Path, field: str) -> Iterator[str]:
                 "name the field with --field"
             )
         if not isinstance(record[field], str):
-            kind = type(record[field]).__name__
-            raise UserError(f"{path}, line {number}: field {field!r} is {kind}, not a string")
-        document = record[field]
-        if not _is_unicode(document):
+            kind = _JSON_TYPES.get(type(record[field]), "a number")
             raise UserError(
-                f"{path}, line {number}: field {field!r} has half of a surrogate pair (\\ud800 to "
-                "\\udfff), which is no text; correct the line"
+                f"{path}, line {number}: field {field!r} is {kind}, not a string; correct the "
+                "line or take it out"
             )
-        yield document
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+        yield record[field]
 
 
 def _decode(data: bytes, path: Path, offset: int) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        unpacked = " of the unpacked text" if path.suffix == ".gz" else ""
+        packed = path.suffix.lower() in (".gz", ".bz2", ".xz")
+        unpacked = " of the unpacked text" if packed else ""
         raise UserError(
             f"{path}: not UTF-8 at byte {offset + error.start}{unpacked} "
             f"(0x{data[error.start]:02x}); convert the file to UTF-8 or leave it out"

@@ -157,14 +157,13 @@ def _work(chunk: Chunk) -> EncodedChunk:
 
 
 def training_documents(
-    sources: Iterable[Tuple[Iterable[Path], Deal]],
-    source: Source,
+    parts: Iterable[Tuple[Iterable[Path], Source, Deal]],
     share: float,
     progress: Callable[[int], object],
 ) -> Iterator[str]:
     """The train documents of several corpora to learn a BPE from, evenly thinned to `share`."""
     due = 0.0
-    for files, deal in sources:
+    for files, source, deal in parts:
         for chunk in chunks(files, source, deal):
             for document in chunk.documents:
                 if deal(document) == "train":

@@ -88,8 +88,13 @@ def test_jsonl_that_is_not_utf8_is_refused_with_its_byte_offset(tmp_path):
     [
         ('{"body": "x"}', r"line 3: no field 'text' \(fields there: body\).*--field"),
         ('["text"]', "line 3: no field 'text'"),
-        ('{"text": 1}', "line 3: field 'text' is int, not a string"),
-        ('{"text": ', "line 3: not JSON"),
+        ('{"text": 1}', "line 3: field 'text' is a number, not a string"),
+        ('{"text": null}', "line 3: field 'text' is null, not a string"),
+        ('{"text": ["a"]}', "line 3: field 'text' is a list, not a string"),
+        ('{"text": ', "line 3: not JSON.*--format text"),
+        ("plain text", "line 3: not JSON.*--format text"),
+        ("[" * 100_000, "line 3: not JSON: nested too deep"),
+        ('{"text": "x", "other": "\\udfff"}', "line 3: .*surrogate"),
         ('{"text": "\\ud800"}', "line 3: .*surrogate"),
     ],
 )
@@ -111,9 +116,10 @@ def test_a_document_too_large_for_memory_is_refused(tmp_path, monkeypatch, separ
 
 def test_broken_gzip_files_are_refused(tmp_path):
     path = tmp_path / "a.txt.gz"
-    path.write_bytes(b"not gzip at all")
-    with pytest.raises(UserError, match=r"a\.txt\.gz: broken gzip file"):
-        read(path)
+    for data in (b"not gzip at all", b""):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=r"a\.txt\.gz: broken gzip file"):
+            read(path)
     path.write_bytes(gzip.compress(b"text " * 1000)[:-10])
     with pytest.raises(UserError, match=r"a\.txt\.gz: broken gzip file"):
         read(path)
@@ -125,8 +131,8 @@ def test_paths_folders_and_globs(tmp_path):
         (tmp_path / name).touch()
 
     def names(*patterns):
-        found = list_files([str(tmp_path / pattern) for pattern in patterns], "--corpus x")
-        return [str(path.relative_to(tmp_path)) for path in found]
+        found = [list_files(str(tmp_path / pattern), "--corpus x") for pattern in patterns]
+        return [str(path.relative_to(tmp_path)) for paths in found for path in paths]
 
     assert names("b", "a.txt") == ["b/1.txt", "b/2.txt", "b/c/3.txt", "a.txt"]
     assert names("**/*.txt") == ["a.txt", "b/1.txt", "b/2.txt", "b/c/3.txt"]

@@ -1,0 +1,245 @@
+"""What kind of file an input is, told by its content: what is read, and what is refused by name.
+
+Packed with gzip, bzip2 or xz, or not; below that, text or JSON Lines. A name counts only where it
+promises what the content breaks.
+"""
+
+import bz2
+import gzip
+import json
+import lzma
+import re
+import zlib
+from pathlib import Path
+from typing import BinaryIO, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
+
+from fairseq_moe_ext import files
+from fairseq_moe_ext.errors import UserError
+
+FORMATS = ("auto", "text", "jsonl")
+BYTE_ORDER_MARK = "\ufeff"
+_HEAD = 1 << 16  # bytes that are looked at
+_LINE = 1 << 26  # bytes of a first line of JSON that are looked at
+
+_OPENERS: Dict[str, Callable] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
+_SUFFIXES = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz"}
+_PACKED = ((b"\x1f\x8b", "gzip"), (b"BZh", "bzip2"), (b"\xfd7zXZ\0", "xz"))
+# what a damaged file makes those three raise, beside an OSError without a number
+BROKEN = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
+
+_AS_LINES = "convert it to JSON Lines (.jsonl.gz: an object with the text on each line)"
+_UNPACK = "unpack it and name the files"
+_TO_UTF8 = "convert it to UTF-8 (iconv -t UTF-8)"
+_NO_TEXT = "leave it out; a glob names files of one kind ('docs/**/*.txt')"
+# offset, bytes there, what such a file is, what to do
+_REFUSED: Tuple[Tuple[int, bytes, str, str], ...] = (
+    (0, b"\x28\xb5\x2f\xfd", "packed with Zstandard", "unpack it (zstd -d), or pack it with gzip"),
+    (1, b"\x2aM\x18", "packed with Zstandard", "unpack it (zstd -d), or pack it with gzip"),
+    (0, b"\x04\x22M\x18", "packed with LZ4", "unpack it (lz4 -d), or pack it with gzip"),
+    (0, b"LZIP", "packed with lzip", "unpack it, or pack it with gzip"),
+    (0, b"\x1f\x9d", "packed with compress", "unpack it, or pack it with gzip"),
+    (0, b"\x1f\x8b", "packed twice", "unpack it once (gzip -d)"),
+    (0, b"BZh91AY&SY", "packed twice", "unpack it once"),
+    (0, b"\xfd7zXZ\0", "packed twice", "unpack it once"),
+    (257, b"ustar", "a tar archive", _UNPACK + " (tar xf)"),
+    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
+    (0, b"Rar!\x1a\x07", "a RAR archive", _UNPACK),
+    (0, b"PK\x05\x06", "an empty zip archive", _NO_TEXT),
+    (0, b"PAR1", "a Parquet table", _AS_LINES),
+    (0, b"ARROW1", "an Arrow table", _AS_LINES),
+    (0, b"\xff\xff\xff\xff", "an Arrow table", _AS_LINES),
+    (0, b"FEA1", "a Feather table", _AS_LINES),
+    (0, b"ORC", "an ORC table", _AS_LINES),
+    (0, b"Obj\x01", "an Avro file", _AS_LINES),
+    (0, b"SQLite format 3\0", "an SQLite database", _AS_LINES),
+    (0, b"\x89HDF", "an HDF5 file", _AS_LINES),
+    (0, b"WARC/", "a web archive (WARC)", "take the text out of its records; " + _AS_LINES),
+    (0, b"%PDF-", "a PDF", "convert it to text (pdftotext)"),
+    (0, b"{\\rtf", "a document (RTF)", "save it as plain text"),
+    (0, b"\xd0\xcf\x11\xe0", "an Office document", "save it as plain text"),
+    (0, b"\x89PNG", "an image (PNG)", _NO_TEXT),
+    (0, b"\xff\xd8\xff", "an image (JPEG)", _NO_TEXT),
+    (0, b"GIF8", "an image (GIF)", _NO_TEXT),
+    (0, b"\x7fELF", "a program", _NO_TEXT),
+    (0, b"\xff\xfe\0\0", "UTF-32 text", _TO_UTF8),
+    (0, b"\0\0\xfe\xff", "UTF-32 text", _TO_UTF8),
+    (0, b"\xff\xfe", "UTF-16 text", _TO_UTF8),
+    (0, b"\xfe\xff", "UTF-16 text", _TO_UTF8),
+)
+_TABLES = (".csv", ".tsv")
+_LINES = (".jsonl", ".ndjson")
+_JSON_OBJECT = re.compile(r'\{\s*("[^"\n]*"\s*:|\}\s*$)')
+_JSON_ARRAY = re.compile(r'\[\s*\{\s*"')
+
+
+class Kind(NamedTuple):
+    """packing: "gzip", "bzip2", "xz" or ""; format: "text", "jsonl", or "" for an empty file."""
+
+    packing: str
+    format: str
+
+
+def kind_of(path: Path, form: str, field: str) -> Kind:
+    """The kind of one file. `form`: of FORMATS, what the user says of it.
+
+    Raises:
+        UserError: a kind that is not read, an unreadable file.
+    """
+    with files.open_binary(path) as raw:
+        packing = _packing(raw, path)
+        try:
+            stream = unpacked(raw, packing)
+            head = stream.read(_HEAD)
+            _refuse(head, path, form)
+            return Kind(packing, _format(head, stream, path, form, field))
+        except BROKEN as error:
+            raise broken(path, packing, error) from None
+        except OSError as error:
+            if error.errno is None:
+                raise broken(path, packing, error) from None
+            raise UserError(f"{path}: cannot be read ({files.reason(error)})") from None
+
+
+def unpacked(raw: BinaryIO, packing: str) -> BinaryIO:
+    return _OPENERS[packing](raw) if packing else raw
+
+
+def broken(path: Path, packing: str, error: Exception) -> UserError:
+    return UserError(f"{path}: broken {packing} file ({error}); copy or compress it again")
+
+
+def check_one_kind(found: Iterable[Tuple[Path, Kind]], where: str) -> None:
+    """Raise UserError if what one folder or glob names is partly text and partly JSON Lines: a
+    README would be training text."""
+    first: Dict[str, Path] = {}
+    for path, kind in found:
+        if kind.format:
+            first.setdefault(kind.format, path)
+    if len(first) > 1:
+        raise UserError(
+            f"{where}: {first['jsonl']} is JSON Lines, {first['text']} is text; name files of one "
+            "kind, by a glob ('folder/**/*.jsonl') or one by one"
+        )
+
+
+def count(kinds: Iterable[Kind]) -> str:
+    """In words, as "3 files of text, 1 of JSON Lines"."""
+    words = {"text": "text", "jsonl": "JSON Lines", "": "nothing (empty)"}
+    formats = [kind.format for kind in kinds]
+    parts = [f"{formats.count(f)} of {words[f]}" for f in words if f in formats]
+    return ", ".join(parts).replace(" of", " file(s) of", 1)
+
+
+def _packing(raw: BinaryIO, path: Path) -> str:
+    head = raw.read(6)
+    raw.seek(0)
+    found = next((name for magic, name in _PACKED if head.startswith(magic)), "")
+    if found == "bzip2" and not re.match(rb"BZh[1-9][1\x17]", head):
+        found = ""
+    promised = _SUFFIXES.get(path.suffix.lower(), "")
+    if promised and not found and not _refusal(head):
+        raise UserError(
+            f"{path}: broken {promised} file (it does not begin as one); copy or compress it "
+            "again, or rename it if it is not packed"
+        )
+    return found
+
+
+def _refusal(head: bytes) -> Optional[Tuple[str, str]]:
+    """(what it is, what to do) for bytes that begin no text."""
+    for offset, magic, what, remedy in _REFUSED:
+        if head.startswith(magic, offset):
+            return what, remedy
+    if head.startswith(b"PK\x03\x04"):
+        if b"[Content_Types].xml" in head or b"word/" in head or head[30:38] == b"mimetype":
+            return "a document (.docx, .xlsx, .odt, .epub or the like)", "save it as plain text"
+        return "a zip archive", _UNPACK
+    return None
+
+
+def _refuse(head: bytes, path: Path, form: str) -> None:
+    found = _refusal(head)
+    if found is None and b"\0" in head:
+        zeros = [head[i::2].count(0) for i in (0, 1)]
+        if max(zeros) > len(head) // 8 and min(zeros) < max(zeros) // 8:
+            found = "UTF-16 text", _TO_UTF8
+        else:
+            found = f"binary (a null at byte {head.index(0)})", _NO_TEXT
+    if found is None and form == "auto" and _suffix(path) in _TABLES:
+        found = "a table", f"{_AS_LINES}, or read it as text with --format {{corpus}}=text"
+    if found is not None:
+        raise UserError(f"{path}: {found[0]}, which is not read; {found[1]}")
+
+
+def _suffix(path: Path) -> str:
+    """The ending of the name, without that of the packing."""
+    name = path.with_suffix("") if path.suffix.lower() in _SUFFIXES else path
+    return name.suffix.lower()
+
+
+def _format(head: bytes, stream: BinaryIO, path: Path, form: str, field: str) -> str:
+    text = head.decode("utf-8", "replace").lstrip(BYTE_ORDER_MARK).lstrip()
+    if not text:
+        return "" if len(head) < _HEAD else "text"
+    if form != "auto":
+        return form
+    if _suffix(path) in _LINES:
+        return "jsonl"
+    is_json = _suffix(path) == ".json"
+    if _JSON_ARRAY.match(text) or (is_json and text.startswith("[")):
+        raise _not_lines(path, "one JSON array", "jq -c '.[]'")
+    if not text.startswith("{"):
+        return "text"
+    record = _first_object(head, stream)
+    if record is None:
+        if is_json or _JSON_OBJECT.match(text):
+            raise _not_lines(path, "JSON, but no object on line 1", "jq -c .")
+        return "text"
+    if field not in record:
+        keys = ", ".join(sorted(record)[:8])
+        raise UserError(
+            f"{path}: JSON without a field {field!r} (fields on line 1: {keys}); name the field "
+            "with --field, or read it as text with --format {corpus}=text"
+        )
+    return "jsonl"
+
+
+def _first_object(head: bytes, stream: BinaryIO) -> Optional[dict]:
+    """The JSON object that the first line with anything on it is; None if it is none."""
+    line, newline, _ = head.decode("utf-8-sig", "surrogateescape").lstrip().partition("\n")
+    if not newline and len(head) == _HEAD:
+        line += stream.readline(_LINE).decode("utf-8", "surrogateescape")
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _not_lines(path: Path, what: str, jq: str) -> UserError:
+    return UserError(
+        f"{path}: {what}; write an object a line ({jq} {path.name} > lines.jsonl), or read it as "
+        "text with --format {corpus}=text"
+    )
+
+
+def check_corpus(groups: List[List[Path]], form: str, field: str, where: str, name: str) -> str:
+    """Look at all files of a corpus before any is read; what they are, in words.
+
+    Args:
+        groups: the files that each path, folder or glob named.
+        where: flag and corpus, for the message.
+
+    Raises:
+        UserError: a file of a kind that is not read, or a folder or glob with two kinds.
+    """
+    kinds = []
+    try:
+        for group in groups:
+            found = [(path, kind_of(path, form, field)) for path in group]
+            if form == "auto":
+                check_one_kind(found, where)
+            kinds += [kind for _, kind in found]
+    except UserError as error:
+        raise UserError(str(error).replace("{corpus}", name)) from None
+    return count(kinds)
