@@ -90,6 +90,8 @@ def made_up(**rows):
     for entry in summed.values():
         entry["overflow"] = None
     before = {"dense": {"accuracy": 55.0}, "moe": {"accuracy": 56.0}}
+    for entry in before.values():
+        entry.update(chance=50.0)
     return {"rows": summed, "before": before, "settings": {"questions": {"test": 800}}}
 
 
@@ -99,7 +101,9 @@ def test_the_table_says_what_was_found():
     )
     assert result["rows"]["good"]["difference"] == 4 and result["rows"]["good"]["beyond"]
     said = example.table(result)
-    assert "| dense | 55.0 | 71.0 | ± 1.0 | +5.0 * |  |" in said
+    # Wilson 1927: of 440 of 800, and of 568
+    cells = "50.0 | 55.0 (51.5 to 58.4) | 71.0 (67.8 to 74.0) | ± 1.0 | +5.0 * |  |"
+    assert f"| dense | {cells}" in said and "Not above chance" not in said
     assert "the dense one is 5.0 points ahead, more than twice" in said
     assert "Better than plain by more than that (*): good (+4.0)." in said
     assert "Worse than plain by more than that (*): bad (−6.0)." in said
@@ -112,7 +116,12 @@ def test_the_table_says_if_it_was_nothing():
     assert "So the paper's gap between sparse and dense does not show here." in said
     assert "Better than plain by more than that (*): none." in said
     one = example.table(made_up(dense=[65.0], plain=[66.0]))
-    assert "±  " not in one and "Seeds: 1;" in one
+    assert "±  " not in one and "Seeds: 1;" in one and "| one seed |" in one
+    assert "1.0 points ahead, of one seed, so nothing is said about noise." in one
+    assert "than plain" not in one, "which one seed cannot say"
+    said = example.table(made_up(dense=[53.0, 53.2], plain=[60.0, 60.1]))
+    assert "Not above chance (50.0 %) by more than noise: dense." in said
+    assert example.signed(-0.04) == "0.0"
 
 
 def test_rows_that_there_are_not():
@@ -137,6 +146,8 @@ def test_all_of_it_in_small_and_again(tmp_path):
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert set(result["rows"]) == {"dense", "plain", "frozen gate"}
     assert all(0 <= e["accuracy"][0] <= 100 for e in result["rows"].values())
+    assert all(run["chance"] == 50 for run in [*result["before"].values(), *result["runs"]])
+    assert all(e["interval"][0] <= e["mean"] <= e["interval"][1] for e in result["rows"].values())
     assert (tmp_path / "out" / "result.md").read_text() in first.stdout
     logs = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/runs/*/*.log")}
     again = subprocess.run(command, check=True, capture_output=True, text=True)

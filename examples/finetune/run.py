@@ -169,6 +169,8 @@ class Ablation:
             "seed": seed,
             "accuracy": float(tested["test_accuracy"]),
             "interval": [float(tested["test_accuracy_low"]), float(tested["test_accuracy_high"])],
+            "chance": float(tested["test_chance"]),
+            "cut": float(tested["test_cut"]),
             "valid": figures(folder / "train.log", "valid", "valid_accuracy"),
             "train": figures(folder / "train.log", "train", "train_accuracy"),
             "overflow": figures(folder / "train.log", "train", "train_overflow_expert1"),
@@ -226,8 +228,8 @@ def before(ablation: Ablation, model: str) -> Dict[str, Any]:
 
     utils.import_user_module(argparse.Namespace(user_dir=str(quickstart.PACKAGE)))
     path = ablation.out / f"before_{model}.json"
-    if path.exists():
-        return quickstart.read_json(path)
+    if path.exists() and "chance" in (found := quickstart.read_json(path)):
+        return found
     cfg = MultipleChoiceTaskConfig(
         data=str(ablation.base / "data"),
         choice_data=str(ablation.out / "questions"),
@@ -251,7 +253,13 @@ def before(ablation: Ablation, model: str) -> Dict[str, Any]:
         right = torch.tensor([dataset.items[i].label for i in batch])
         correct += int(scores.argmax(dim=1).eq(right).sum())
     low, high = wilson_interval(correct, len(dataset))
-    result = {"accuracy": 100 * correct / len(dataset), "interval": [100 * low, 100 * high]}
+    chances = [1 / len(item.inputs) for item in dataset.items]
+    result = {
+        "accuracy": 100 * correct / len(dataset),
+        "interval": [100 * low, 100 * high],
+        "chance": 100 * statistics.mean(chances),
+        "cut": 100 * statistics.mean(item.cut for item in dataset.items),
+    }
     quickstart.write_json(path, result)
     return result
 
@@ -278,27 +286,41 @@ def summary(rows: Dict[str, List[float]]) -> Dict[str, Dict[str, Any]]:
 
 
 def table(result: Dict[str, Any]) -> str:
-    """The result as Markdown: accuracies in percent."""
+    """The result as Markdown: accuracies in percent, with their 95 % intervals over questions."""
     lines = [
-        "| | before | after | spread over seeds | against plain | dropped in training |",
-        "|---|---|---|---|---|---|",
+        "| | chance | before | after | spread over seeds | against plain | dropped in training |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row, entry in result["rows"].items():
-        first = result["before"]["dense" if row == "dense" else "moe"]["accuracy"]
-        deviation = "" if entry["deviation"] is None else f"± {entry['deviation']:.1f}"
+        first = result["before"]["dense" if row == "dense" else "moe"]
+        deviation = "one seed" if entry["deviation"] is None else f"± {entry['deviation']:.1f}"
         difference = signed(entry["difference"]) if "difference" in entry else ""
         difference += " *" if entry.get("beyond") else ""
         dropped = "" if entry["overflow"] is None else f"{entry['overflow']:.1f}"
         name = row if row == "dense" else f"MoE, {row}"
         lines.append(
-            f"| {name} | {first:.1f} | {entry['mean']:.1f} | {deviation} | {difference} "
-            f"| {dropped} |"
+            f"| {name} | {first['chance']:.1f} | {with_interval(first['accuracy'], result)} "
+            f"| {with_interval(entry['mean'], result)} | {deviation} | {difference} | {dropped} |"
         )
     return "\n".join(lines) + "\n\n" + findings(result) + "\n"
 
 
+def with_interval(percent: float, result: Dict[str, Any]) -> str:
+    """An accuracy on the test questions, with its interval over them."""
+    low, high = interval(percent, result["settings"]["questions"]["test"])
+    return f"{percent:.1f} ({low:.1f} to {high:.1f})"
+
+
+def interval(percent: float, asked: int) -> List[float]:
+    from fairseq_moe_ext.accuracy import wilson_interval
+
+    return [100 * end for end in wilson_interval(percent / 100 * asked, asked)]
+
+
 def signed(points: float) -> str:
-    return f"{points:+.1f}".replace("-", "−")
+    from fairseq_moe_ext import wording
+
+    return wording.signed(points)
 
 
 def findings(result: Dict[str, Any]) -> str:
@@ -308,25 +330,33 @@ def findings(result: Dict[str, Any]) -> str:
     if not dense or not plain:
         return "Not all of dense and plain are there, so there is no gap to speak of."
     gap = dense["mean"] - plain["mean"]
+    seeds = len(plain["accuracy"])
+    error = f"{'' if dense.get('beyond') else 'not '}more than twice the standard error"
+    if "beyond" not in dense:
+        error = "of one seed, so nothing is said about noise"
     said = [
         f"Fine-tuning takes the dense model from {started['dense']['accuracy']:.1f} to "
         f"{dense['mean']:.1f} % and the plain MoE from {started['moe']['accuracy']:.1f} to "
         f"{plain['mean']:.1f} %: the {'dense' if gap > 0 else 'sparse'} one is {abs(gap):.1f} "
-        f"points ahead, {'' if dense.get('beyond') else 'not '}more than twice the standard error."
+        f"points ahead, {error}."
     ]
+    asked = result["settings"]["questions"]["test"]
+    chance = started["moe"]["chance"]
+    near = [row for row, entry in rows.items() if interval(entry["mean"], asked)[0] <= chance]
+    if near:
+        said.append(f"Not above chance ({chance:.1f} %) by more than noise: {', '.join(near)}.")
     if gap <= 0:
         said.append("So the paper's gap between sparse and dense does not show here.")
-    for word, sign in (("Better", 1), ("Worse", -1)):
+    for word, sign in (("Better", 1), ("Worse", -1)) if seeds > 1 else ():
         named = [
             f"{row} ({signed(entry['difference'])})"
             for row, entry in rows.items()
             if row != "dense" and entry.get("beyond") and sign * entry["difference"] > 0
         ]
         said.append(f"{word} than plain by more than that (*): {', '.join(named) or 'none'}.")
-    questions_asked = result["settings"]["questions"]["test"]
     said.append(
-        f"Seeds: {len(plain['accuracy'])}; test questions: {questions_asked}, so the 95 % interval "
-        f"of one accuracy is about ± {196 * math.sqrt(0.25 / questions_asked):.1f} points."
+        f"Seeds: {seeds}; test questions: {asked}, so the 95 % interval of one accuracy is about "
+        f"± {196 * math.sqrt(0.25 / asked):.1f} points."
     )
     return " ".join(said)
 
@@ -393,7 +423,9 @@ def run_all(ablation: Ablation, rows: List[str]) -> Dict[str, Any]:
     """Every row and seed, seed by seed; the result so far is on disk after each. Returns it."""
     started = {model: before(ablation, model) for model in quickstart.MODELS}
     for model, found in started.items():
-        print(f"before: {model} {found['accuracy']:.1f} %", flush=True)
+        ends = "{:.1f} to {:.1f}".format(*found["interval"])
+        chance = f"chance {found['chance']:.1f}"
+        print(f"before: {model} {found['accuracy']:.1f} % ({ends}, {chance})", flush=True)
     plan = [(row, seed) for seed in range(1, ablation.args.seeds + 1) for row in rows]
     results: List[Dict[str, Any]] = []
     begun = time.monotonic()
@@ -409,8 +441,8 @@ def run_all(ablation: Ablation, rows: List[str]) -> Dict[str, Any]:
                 left = (time.monotonic() - begun) / done * (len(plan) - done)
                 print(
                     f"{done}/{len(plan)} {last['row']}, seed {last['seed']}: "
-                    f"{last['accuracy']:.1f} % ({clock(last['seconds'])} min), about "
-                    f"{clock(left)} left",
+                    f"{with_interval(last['accuracy'], found)} %, {clock(last['seconds'])} min; "
+                    f"about {clock(left)} left",
                     flush=True,
                 )
         except BaseException:
@@ -434,6 +466,7 @@ def gathered(
     for row, entry in rows.items():
         dropped = [share for r in results if r["row"] == row for share in r["overflow"]]
         entry["overflow"] = statistics.mean(dropped) if dropped else None
+        entry["interval"] = interval(entry["mean"], ablation.sizes["test"])
     return {
         "settings": ablation.settings,
         "before": started,

@@ -7,6 +7,7 @@ from typing import Any, Dict, List, Sequence
 import torch
 
 from ..errors import UserError
+from ..wording import small
 from . import figures, report
 from .loading import set_gates
 
@@ -52,7 +53,7 @@ def table(results: Sequence[Dict[str, Any]]) -> List[List[str]]:
     """A row a capacity, below a row of headings."""
     rows = [list(COLUMNS)]
     for one in map(summary, results):
-        lost = "" if one["dropped"] is None else f"{100 * one['dropped']:.2f}"
+        lost = "" if one["dropped"] is None else small(100 * one["dropped"])
         speed = f"{one['tokens_per_second']:,.0f}"
         rows.append([f"{one['capacity']:g}", f"{one['perplexity']:.2f}", lost, speed])
     return rows

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import data_bin, outputs
 from ..errors import UserError
+from ..wording import small
 from . import capacity
 from .cost_table import markdown, plain
 from .expert_use import write_json
@@ -197,7 +198,7 @@ def evaluate(
             "in_domain": text.trained,
             "tokens": count,
             "perplexity": _perplexity(total / count),
-            "interval": _interval(drawn[text.name]),
+            "interval": _interval(drawn[text.name]) if len(text.units) > 1 else None,
             "units": len(text.units),
             "bits_per_byte": total / math.log(2) / text.bytes if text.bytes else None,
             "dropped": scores.dropped,
@@ -207,9 +208,12 @@ def evaluate(
     for label, wanted in (("in_domain", (True,)), ("out_of_domain", (False,)), ("all", (1, 0))):
         names = [name for name, found in sets.items() if found["in_domain"] in wanted]
         if names:
+            known = all(sets[name]["interval"] for name in names)
             means[label] = {
                 "perplexity": float(np.mean([sets[name]["perplexity"] for name in names])),
-                "interval": _interval(np.mean([drawn[name] for name in names], axis=0)),
+                "interval": _interval(np.mean([drawn[name] for name in names], axis=0))
+                if known
+                else None,
             }
     return {"sets": sets, "mean": means}
 
@@ -333,24 +337,25 @@ def run(args: argparse.Namespace) -> None:
 def _table(found: Dict[str, Any]) -> List[List[str]]:
     rows = [["set", "tokens", "perplexity", "95 % interval", "bits a byte", "dropped %"]]
     for name, one in found["sets"].items():
-        low, high = one["interval"]
         rows.append(
             [
                 name + ("" if one["in_domain"] else " (held out)"),
                 f"{one['tokens']:,}",
                 f"{one['perplexity']:.2f}",
-                f"{low:.2f} to {high:.2f}",
+                _ends(one["interval"]),
                 f"{one['bits_per_byte']:.3f}" if one["bits_per_byte"] else "",
                 _percent(one["dropped"]),
             ]
         )
     for label, one in found["mean"].items():
-        low, high = one["interval"]
-        interval = f"{low:.2f} to {high:.2f}"
         label = "mean, " + label.replace("_", " ")
-        rows.append([label, "", f"{one['perplexity']:.2f}", interval, "", ""])
+        rows.append([label, "", f"{one['perplexity']:.2f}", _ends(one["interval"]), "", ""])
     return rows
 
 
+def _ends(interval: Optional[Sequence[float]]) -> str:
+    return "one unit, none" if interval is None else "{:.2f} to {:.2f}".format(*interval)
+
+
 def _percent(dropped: Optional[Sequence[float]]) -> str:
-    return "" if dropped is None else f"{100 * sum(dropped) / len(dropped):.2f}"
+    return "" if dropped is None else small(100 * sum(dropped) / len(dropped))

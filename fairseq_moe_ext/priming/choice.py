@@ -9,6 +9,7 @@ import numpy as np
 from .. import accuracy
 from ..errors import UserError
 from ..expert_parallel import process_rank
+from ..wording import count
 from .formats import CLASSES, TASKS, Item, find_file, read_counted, read_items
 from .protocol import Job, Loaded, Result, Settings
 from .scoring import Row, Scorer, cut, rows_of, value
@@ -59,7 +60,7 @@ def prepare(name: str, folder: Path, settings: Settings, vocabulary: Vocabulary)
     def job(loaded: Loaded) -> List[Result]:
         results = []
         for shots in settings.shots:
-            head = f"{name}, {shots} shots"
+            head = f"{name}, {count(shots, 'shot')}"
             pool, scorer = Pool(examples, vocabulary.encode), loaded.scorer(head)
             found = evaluate(rule, questions, pool, shots, settings, scorer, loaded.context)
             if process_rank() == 0:

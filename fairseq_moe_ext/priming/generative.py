@@ -16,6 +16,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..expert_parallel import process_rank
+from ..wording import count
 from .formats import find_file
 from .generation import Generator, Prompt
 from .protocol import Job, Loaded, Result, Settings
@@ -102,7 +103,7 @@ def _evaluate(
     """Scores of one number of shots, over draws; the answers of the first draw."""
     max_new = settings.max_new_tokens or min(128, loaded.context // 2)
     room = loaded.context - max_new
-    head = f"{name}, {shots} shots"
+    head = f"{name}, {count(shots, 'shot')}"
     generator = Generator(loaded.model, settings.beam, loaded.max_tokens, head)
     found, answers, left_out = [], [], []
     too_long = sum(len(question) > room for question in questions)
@@ -111,9 +112,9 @@ def _evaluate(
         before = [loaded.vocabulary.encode("".join(examples[i])) for i in drawn]
         prompts = []
         for question in questions:
-            count = fitting(before, len(question), room)
-            left_out.append(shots - count)
-            tokens = joined(before[len(before) - count :], EOS) + tuple(question)
+            fit = fitting(before, len(question), room)
+            left_out.append(shots - fit)
+            tokens = joined(before[len(before) - fit :], EOS) + tuple(question)
             prompts.append(Prompt(tokens[-room:], max_new, _ends_the_line))
         written = [loaded.vocabulary.decode(new).strip() for new in generator(prompts)]
         answers = answers or written

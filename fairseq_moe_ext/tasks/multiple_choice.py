@@ -23,6 +23,7 @@ from .. import accuracy
 from ..errors import UserError
 from ..priming import scoring
 from ..priming.formats import Item as Question
+from ..wording import count
 from .choice_dataset import ChoiceDataset, Item
 from .choice_files import NAMES, ChoiceFiles
 
@@ -176,7 +177,7 @@ class MultipleChoiceTask(FairseqTask):
             return
         vocabulary = Vocabulary(Path(self.cfg.data))
         path, questions = self.files.path(split), self.files.read(split)
-        logger.info(f"{split}: encoding {len(questions):,} questions of {path}")
+        logger.info(f"{split}: encoding {count(len(questions), 'question')} of {path}")
         tokens = [[vocabulary.encode(text) for text in each.candidates] for each in questions]
         vocabulary.check((row for rows in tokens for row in rows), str(path))
         items = []
@@ -249,7 +250,7 @@ def describe(questions: List[Question], classes: Optional[Sequence[str]]) -> str
         for label in sorted(counts)
     )
     return (
-        f"{len(questions):,} questions; right answer: {shares}; accuracy of the most frequent "
-        f"answer {100 * accuracy.majority(labels):.1f} %, of chance "
+        f"{count(len(questions), 'question')}; right answer: {shares}; accuracy of the most "
+        f"frequent answer {100 * accuracy.majority(labels):.1f} %, of chance "
         f"{100 * chance:.1f} %"
     )

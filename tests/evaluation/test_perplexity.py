@@ -176,3 +176,21 @@ def test_mistakes(trained, flags, words, capsys):
     line = f"evaluate {data} --path {checkpoint} --cpu {flags}"
     assert cli.main(line.split()) == 1
     assert words in capsys.readouterr().err
+
+
+def test_of_one_unit_there_is_no_interval(monkeypatch, tmp_path):
+    nll = np.linspace(1, 3, 40)
+    monkeypatch.setattr(perplexity, "score", lambda *_: perplexity.Scores(nll, (1e-6, 0.0), 1.0))
+    none = np.zeros(1, dtype=np.int64)
+    texts = [
+        perplexity.Text(name, tmp_path, True, torch.zeros(40, dtype=torch.long), units, None)
+        for name, units in (("one", none[:1]), ("many", np.arange(0, 40, 4)))
+    ]
+    found = perplexity.evaluate(None, texts, 2, 8, 8, 4, 100)
+    assert found["sets"]["one"]["interval"] is None and found["mean"]["all"]["interval"] is None
+    low, high = found["sets"]["many"]["interval"]
+    assert found["sets"]["many"]["perplexity"] == pytest.approx(math.exp(2))
+    assert low < math.exp(2) < high
+    rows = perplexity._table(found)
+    assert rows[1][3] == rows[-1][3] == "one unit, none" and " to " in rows[2][3]
+    assert rows[1][5] == "< 0.01", "some were dropped"
