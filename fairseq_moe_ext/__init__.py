@@ -9,6 +9,8 @@
     kernels/       fast ways to compute it, each with its plain twin
     expert_parallel.py       experts spread over processes
     distributed_training.py  what fairseq's trainer and eval-lm must know of that
+    ranges.py      what numbers a flag takes
+    starting.py    what is checked before a run starts
     fully_sharded.py         shared parameters sharded over processes
     branch/        checkpoints of fairseq's `moe` branch, Meta's released models
     checkpoint/    saving and loading experts on any number of processes
@@ -43,12 +45,14 @@ from . import (  # noqa: E402, F401
     distributed_training,
     fully_sharded,
     optim,
+    starting,
 )
 from .branch import hooks as branch_hooks  # noqa: E402
 from .models import architectures, language_model, unfilled  # noqa: E402, F401
 from .tasks import mixture_language_modeling, multiple_choice  # noqa: E402, F401
 
 distributed_training.apply()
+starting.apply()
 fully_sharded.apply()
 unfilled.apply()
 checkpoint.apply()

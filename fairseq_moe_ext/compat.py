@@ -981,6 +981,7 @@ def one_line_errors() -> None:
     Ends: never.
     """
     from fairseq import options
+    from fairseq.dataclass import utils as dataclass_utils
     from fairseq.distributed import utils
 
     stock = utils.call_main
@@ -989,6 +990,8 @@ def one_line_errors() -> None:
     @functools.wraps(stock)
     def call_main(cfg, main, **kwargs):
         try:
+            if main is getattr(sys.modules.get("fairseq_cli.hydra_train"), "pre_main", None):
+                _check_run(cfg)
             return stock(cfg, main, **kwargs)
         except (Exception, KeyboardInterrupt) as error:  # the latter by --heartbeat-timeout, too
             mistake = _mistake_to_print(error)
@@ -1009,14 +1012,53 @@ def one_line_errors() -> None:
 
     @functools.wraps(stock_parse)
     def parse_args_and_arch(parser, *args, **kwargs):
-        # argparse prints some 160 lines of usage before what is wrong
-        parser.error = functools.partial(OneLineParser.error, parser)
-        return stock_parse(parser, *args, **kwargs)
+        try:
+            found = stock_parse(parser, *args, **kwargs)
+            starting = sys.modules.get("fairseq_moe_ext.starting")  # where the plugin is in use
+            if starting is not None:
+                starting.check_command_line(found[0] if isinstance(found, tuple) else found)
+            return found
+        except UserError as error:
+            mistake = str(error)
+        except RuntimeError as error:  # fairseq/options.py:153
+            if str(error):
+                raise
+            mistake = "--arch is not given: name an architecture (moe_lm_tiny, ...; flags: --help)"
+        parser.exit(1, f"error: {mistake}\n")
 
+    options.argparse = _View(argparse, ArgumentParser=OneLineParser)
+    dataclass_utils.eval_str_list = _whole_lists(dataclass_utils.eval_str_list)
     options.parse_args_and_arch = parse_args_and_arch
     utils.call_main = call_main
     if os.path.basename(sys.argv[0] if sys.argv else "").startswith("fairseq-"):
         sys.excepthook = excepthook
+
+
+def _whole_lists(stock: Callable) -> Callable:
+    """fairseq/dataclass/utils.py:26 makes [1] of --update-freq 1.5."""
+
+    @functools.wraps(stock)
+    def eval_str_list(x, x_type=float):
+        try:
+            found = stock(x, x_type)
+        except (SyntaxError, TypeError, ValueError) as error:
+            raise argparse.ArgumentTypeError(f"{x!r} is no number or list of numbers") from error
+        if x_type is int and found is not None and found != stock(x, float):
+            raise argparse.ArgumentTypeError(f"{x!r} is no whole number or list of such")
+        return found
+
+    return eval_str_list
+
+
+def _check_run(cfg) -> None:
+    """Raise UserError for settings of fairseq-hydra-train that cannot be, where the plugin is in
+    use."""
+    from fairseq import utils
+
+    utils.import_user_module(cfg.common)  # as fairseq_cli/train.py:48 does first
+    starting = sys.modules.get("fairseq_moe_ext.starting")
+    if starting is not None:
+        starting.check_run(cfg)
 
 
 def _end_at_once_where_others_wait() -> None:
@@ -1046,12 +1088,31 @@ def _mistake_to_print(error: BaseException) -> Optional[str]:
     while error is not None and id(error) not in seen:
         if isinstance(error, UserError):
             return str(error)
-        lost = _lost_process(error)
-        if lost is not None:
-            return lost
+        told = _lost_process(error) or _out_of_memory(error) or _not_installed(error)
+        if told is not None:
+            return told
         seen.add(id(error))
         error = error.__cause__ or error.__context__
     return None
+
+
+def _out_of_memory(error: BaseException) -> Optional[str]:
+    """One line where a tensor did not fit, else None."""
+    full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    text = str(error)
+    if not full and not (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in text):
+        return None
+    asked = re.search(r"tried to allocate ([\d.]+ \w+)", text, re.I)
+    return (
+        f"out of memory{f', {asked[1]} were asked for' if asked else ''}: lower --batch-size, "
+        "--max-tokens or --tokens-per-sample, or take a smaller model"
+    )
+
+
+def _not_installed(error: BaseException) -> Optional[str]:
+    """What fairseq says of a package that a flag needs, else None."""
+    wanted = isinstance(error, ImportError) and re.search(r"\binstall\b", str(error))
+    return _first_line(error) if wanted else None
 
 
 def _missing_file(error: OSError) -> Optional[str]:
@@ -1061,7 +1122,11 @@ def _missing_file(error: OSError) -> Optional[str]:
         path = Path(text[len("Model file not found: ") :])
         return f"{path}: no such checkpoint; {_there_are(path.parent, '.pt')}"
     if not isinstance(error, FileNotFoundError):
-        return None
+        if error.filename is None:
+            return None
+        name = os.fsdecode(error.filename)
+        shown = name if len(name) < 200 else f"{name[:100]}...{name[-20:]}"
+        return f"{shown}: {error.strerror}"
     dataset = re.match(r"Dataset not found: .+ \((.+)\)$", text)
     if dataset:  # fairseq/tasks/language_modeling.py:219
         path = Path(dataset.group(1))

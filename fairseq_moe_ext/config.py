@@ -13,6 +13,7 @@ from fairseq import utils
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import II, DictConfig
 
+from . import ranges
 from .errors import UserError
 
 SECOND_EXPERT_POLICIES = ChoiceEnum(["sampling", "all", "random"])
@@ -203,6 +204,12 @@ class MoETransformerLMConfig(FairseqDataclass):
     bf16: bool = II("common.bf16")
 
 
+# The model's own numbers, and how long its inputs are; others' batches are no business of its.
+_NUMBERS = sorted(
+    {field.name for field in fields(MoETransformerLMConfig)}
+    & ranges.RANGES.keys() - {"max_tokens", "batch_size"}
+)
+
 # Backends that leave the experts' gradients to us.
 _DDP_BACKENDS = ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d", "fully_sharded")
 
@@ -245,11 +252,6 @@ def validate(cfg: MoETransformerLMConfig) -> None:
             f"--moe-freq {cfg.moe_freq} picks no layer of --decoder-layers {cfg.decoder_layers}: "
             f"use 1 (all) to {cfg.decoder_layers} (the last), or 0 for a dense model"
         )
-    if cfg.alternate_decoder_ffn_embed_dim < 0:
-        raise UserError(
-            f"--alternate-decoder-ffn-embed-dim {cfg.alternate_decoder_ffn_embed_dim} is negative: "
-            "use a width, or 0 for experts"
-        )
     if cfg.alternate_decoder_ffn_embed_dim == 0:
         _validate_experts(cfg)
 
@@ -277,22 +279,12 @@ def check_overrides(overrides: Mapping[str, Any], saved: Mapping[str, Any]) -> N
 
 
 def _validate_shape(cfg: MoETransformerLMConfig) -> None:
-    for name in (
-        "decoder_embed_dim",
-        "decoder_ffn_embed_dim",
-        "decoder_layers",
-        "decoder_attention_heads",
-    ):
-        if getattr(cfg, name) < 1:
-            raise UserError(f"{_flag(name)} {getattr(cfg, name)} is not positive: use 1 or more")
+    ranges.check({name: getattr(cfg, name) for name in _NUMBERS})
     if cfg.decoder_embed_dim % cfg.decoder_attention_heads != 0:
         raise UserError(
             f"--decoder-embed-dim {cfg.decoder_embed_dim} is no multiple of "
             f"--decoder-attention-heads {cfg.decoder_attention_heads}: change either"
         )
-    for name in ("dropout", "attention_dropout", "activation_dropout"):
-        if not 0 <= getattr(cfg, name) < 1:
-            raise UserError(f"{_flag(name)} {getattr(cfg, name)} is out of range: use 0 to below 1")
 
 
 def _validate_experts(cfg: MoETransformerLMConfig) -> None:
@@ -310,20 +302,14 @@ def _validate_experts(cfg: MoETransformerLMConfig) -> None:
         # the command line and hydra check it themselves, --model-overrides do not
         if str(getattr(cfg, name)) not in choices:
             raise UserError(
-                f"{_flag(name)} {getattr(cfg, name)} is unknown: use {', '.join(choices)}"
+                f"{ranges.flag(name)} {getattr(cfg, name)} is unknown: use {', '.join(choices)}"
             )
-    if cfg.moe_expert_ffn_dim is not None and cfg.moe_expert_ffn_dim < 1:
-        raise UserError(f"--moe-expert-ffn-dim {cfg.moe_expert_ffn_dim}: use 1 or more")
-    if cfg.moe_expert_dropout is not None and not 0 <= cfg.moe_expert_dropout < 1:
-        raise UserError(
-            f"--moe-expert-dropout {cfg.moe_expert_dropout} is out of range: use 0 to below 1"
-        )
     if cfg.moe_batch_prioritized_routing and cfg.moe_top1_expert:
         raise UserError(
             "--moe-batch-prioritized-routing has no effect with --moe-top1-expert: drop either"
         )
     fraction = cfg.moe_eval_capacity_token_fraction
-    if fraction == 0 or fraction > 1 or math.isnan(fraction):
+    if fraction == 0:
         raise UserError(
             f"--moe-eval-capacity-token-fraction {fraction} is out of range: use a share of the "
             "batch above 0 up to 1, or a negative number for training's rule"
@@ -339,11 +325,6 @@ def _validate_capacity_factor(cfg: MoETransformerLMConfig) -> None:
         raise UserError(
             f"--moe-capacity-factor {factor} contradicts --moe-dropless, which knows no capacity: "
             "drop either"
-        )
-    if not factor > 0 or math.isinf(factor):
-        raise UserError(
-            f"--moe-capacity-factor {factor} is not a positive number: 2 is usual, --moe-dropless "
-            "sets no limit"
         )
     tokens = max(cfg.max_tokens or 0, (cfg.batch_size or 0) * cfg.tokens_per_sample)
     if tokens > 0 and int(factor * math.ceil(tokens / cfg.moe_expert_count)) < 1:
@@ -374,7 +355,3 @@ def validate_processes(cfg: MoETransformerLMConfig, processes: int) -> None:
             "--moe-batch-prioritized-routing orders the tokens of one process: use "
             "--moe-routing-scope process"
         )
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -13,7 +13,8 @@ from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import II
 from torch import Tensor
 
-from ..errors import UserError, not_finite
+from .. import ranges
+from ..errors import not_finite
 from ..moe.stats import FIGURES
 
 _TRAFFIC = ("all_to_all_mb", "all_to_all_cpu_time_ms")
@@ -58,12 +59,7 @@ class MoECrossEntropyCriterion(FairseqCriterion):
         sentence_avg,
     ) -> None:
         super().__init__(task)
-        for name, weight in (
-            ("--moe-gate-loss-wt", moe_gate_loss_wt),
-            ("--moe-z-loss-wt", moe_z_loss_wt),
-        ):
-            if not 0 <= weight < math.inf:
-                raise UserError(f"{name} {weight} is no weight: use 0 (off) or a positive number")
+        ranges.check({"moe_gate_loss_wt": moe_gate_loss_wt, "moe_z_loss_wt": moe_z_loss_wt})
         self.gate_loss_weight = moe_gate_loss_wt
         self.combine = torch.sum if str(moe_gate_loss_combine_method) == "sum" else torch.mean
         self.neg_log = str(moe_gate_loss_transform) == "neg_log"
@@ -162,6 +158,13 @@ class MoECrossEntropyCriterion(FairseqCriterion):
         return figures
 
     @staticmethod
+    def logged(cfg, sparse: bool) -> List[str]:
+        """Names of what is logged for a model with experts (sparse) or without."""
+        return ["loss", "inner_loss", *(["nll_loss"] if cfg.sentence_avg else []), "ppl"] + (
+            logged_of_gates(cfg) if sparse else []
+        )
+
+    @staticmethod
     def reduce_metrics(logging_outputs: List[Dict[str, Any]]) -> None:
         """Log the loss (base 2, with the gates' share), inner_loss (base 2, the language model's
         alone), ppl, moe_gate_loss and moe_z_loss (natural, unweighted), and the mean over batches
@@ -185,6 +188,11 @@ class MoECrossEntropyCriterion(FairseqCriterion):
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:
         return True
+
+
+def logged_of_gates(cfg) -> List[str]:
+    """What log_gates logs of every model with experts; not what --moe-log-per-layer adds."""
+    return ["moe_gate_loss", *(["moe_z_loss"] if cfg.moe_z_loss_wt > 0 else []), *FIGURES]
 
 
 def log_gates(logging_outputs: List[Dict[str, Any]]) -> None:

@@ -13,7 +13,12 @@ from torch import Tensor
 
 from ..accuracy import wilson_interval
 from ..errors import UserError
-from .moe_cross_entropy import MoECrossEntropyConfig, MoECrossEntropyCriterion, log_gates
+from .moe_cross_entropy import (
+    MoECrossEntropyConfig,
+    MoECrossEntropyCriterion,
+    log_gates,
+    logged_of_gates,
+)
 
 
 @dataclass
@@ -43,6 +48,11 @@ class MultipleChoiceCriterion(MoECrossEntropyCriterion):
             cfg.moe_log_per_layer,
             cfg.sentence_avg,
         )
+        if not hasattr(task, "scoring"):
+            raise UserError(
+                "--criterion multiple_choice goes with --task multiple_choice: for language "
+                "modelling use moe_cross_entropy"
+            )
         self.mean = task.scoring == "mean"
         self.likelihood = str(cfg.choice_loss) == "likelihood"
         if self.likelihood and task.scoring == "head":
@@ -88,6 +98,12 @@ class MultipleChoiceCriterion(MoECrossEntropyCriterion):
         place = sample["place"]  # (B, C)
         flat = torch.cat([found.flatten(), found.new_full((1,), -math.inf)])  # -1: no candidate
         return flat[place], extra
+
+    @staticmethod
+    def logged(cfg: MultipleChoiceConfig, sparse: bool) -> List[str]:
+        """As the base class's."""
+        names = ["loss", "inner_loss", "accuracy", "accuracy_low", "accuracy_high"]
+        return names + (logged_of_gates(cfg) if sparse else [])
 
     @staticmethod
     def reduce_metrics(logging_outputs: List[Dict[str, Any]]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from .pool import PROCESS, Pool
-from .routing import Routing, route_top1, route_top2, token_capacity
+from .routing import SECOND_EXPERT_POLICIES, Routing, route_top1, route_top2, token_capacity
 
 
 class GateSettings(NamedTuple):
@@ -23,6 +24,22 @@ class GateSettings(NamedTuple):
     eval_token_fraction: float = 0.25  # evaluation; <= 0: training's rule
     dropless: bool = False  # no capacity, in training and at evaluation
 
+    def check(self) -> None:
+        """Raise ValueError for a setting that would silently be another."""
+        if self.top_k not in (1, 2):
+            raise ValueError(f"top_k {self.top_k}: a token goes to 1 or 2 experts")
+        if self.second_expert_policy not in SECOND_EXPERT_POLICIES:
+            policies = ", ".join(SECOND_EXPERT_POLICIES)
+            raise ValueError(f"second_expert_policy {self.second_expert_policy!r}: use {policies}")
+        factor, fraction = self.capacity_factor, self.eval_token_fraction
+        if factor is not None and not 0 < factor < math.inf:
+            raise ValueError(f"capacity_factor {factor}: use a number above 0, or None")
+        if not -math.inf < fraction <= 1:
+            raise ValueError(
+                f"eval_token_fraction {fraction}: use a share of the batch, above 0 up to 1, or a "
+                "negative number for training's rule"
+            )
+
 
 class Gate(nn.Module):
     """Routes tokens by a linear layer without bias."""
@@ -31,6 +48,9 @@ class Gate(nn.Module):
         self, dim: int, num_experts: int, settings: GateSettings, pool: Pool = PROCESS
     ) -> None:
         super().__init__()
+        settings.check()
+        if num_experts < settings.top_k:
+            raise ValueError(f"{num_experts} experts: top_k {settings.top_k} needs as many")
         self.pool = pool
         self.wg = nn.Linear(dim, num_experts, bias=False)
         self.settings = settings

@@ -22,7 +22,7 @@ from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 from omegaconf import II
 
-from .. import data_bin
+from .. import data_bin, ranges
 from ..errors import UserError
 from .mixture_dataset import MixtureDataset, SeparateCorporaDataset, apportion, release
 
@@ -68,6 +68,7 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
         super().__init__(args, dictionary, output_dictionary, targets)
         self._train_iterator: Optional[EpochBatchIterator] = None
         self.corpora: Dict[str, Path] = {}
+        self._given: Dict[str, List[str]] = {}  # by subset
         if args.data:
             data = Path(args.data)
             self.corpora = data_bin.find_corpora(data)
@@ -106,9 +107,7 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
             )
         _names(args.train_corpora)
         _weights(args.corpus_weights)
-        temperature = args.corpus_temperature
-        if temperature is not None and not 0 < temperature < math.inf:
-            raise UserError(f"--corpus-temperature {temperature}: must be above 0 and finite")
+        ranges.check({"corpus_temperature": args.corpus_temperature})
         return super().setup_task(args, **kwargs)
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs) -> None:
@@ -123,8 +122,10 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
         training = split == self.args.train_subset
         if training:
             chosen = self._to_train_on(chosen)
-        elif self.trained:
-            self._check_metric(split, chosen)
+        else:
+            self._given[split] = self._perplexities(chosen)
+            if self.trained:
+                self._check_metric(split)
         parts = {corpus: self._load_part(corpus, name, epoch, combine) for corpus in chosen}
         if training:
             counts = self._blocks_per_epoch(parts)
@@ -176,21 +177,33 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
                 )
         return [name for name in having if name in chosen]
 
-    def _check_metric(self, subset: str, chosen: List[str]) -> None:
+    def _check_metric(self, subset: str) -> None:
         """Raise UserError if checkpoints are chosen by a perplexity that `subset` does not give.
 
         fairseq_cli/train.py:534@0.12.2 would fail only after the first validation, by a KeyError.
         """
-        metric = self.args.best_checkpoint_metric
-        given = {f"{name}_ppl": True for name in chosen}
-        given[f"{IN_DOMAIN}_ppl"] = any(name in self.trained for name in chosen)
-        given[f"{OUT_OF_DOMAIN}_ppl"] = any(name not in self.trained for name in chosen)
+        metric, given = self.args.best_checkpoint_metric, self._given[subset]
         ours = {f"{name}_ppl" for name in [*self.corpora, IN_DOMAIN, OUT_OF_DOMAIN]}
-        if metric in ours and not given.get(metric, False):
+        if metric in ours and metric not in given:
             raise UserError(
                 f"--best-checkpoint-metric {metric}: the subset {subset} does not give it; "
-                f"it gives {', '.join(key for key, there in given.items() if there)}"
+                f"it gives {', '.join(given)}"
             )
+
+    def _perplexities(self, corpora: List[str]) -> List[str]:
+        """Names of those that validation on these corpora logs."""
+        trained = [name in self.trained for name in corpora]
+        means = {IN_DOMAIN: any(trained), OUT_OF_DOMAIN: not all(trained)}
+        return [f"{name}_ppl" for name in [*corpora, *(mean for mean in means if means[mean])]]
+
+    def validation_metrics(self, subset: str) -> List[str]:
+        """Names of what validation on a loaded subset logs beside what the criterion does."""
+        return self._given.get(subset, [])
+
+    def check_training(self) -> None:
+        """Raise UserError for corpora to train on that are not there, before any is loaded."""
+        split, _, corpus = self.args.train_subset.partition("/")
+        self._to_train_on(self._with_split(split, corpus))
 
     def _load_part(self, corpus: str, split: str, epoch: int, combine: bool) -> FairseqDataset:
         """One corpus's split, as the stock task makes it."""

@@ -19,7 +19,7 @@ from fairseq.tasks import FairseqTask, register_task
 from fairseq.tasks.language_modeling import LanguageModelingTask
 from omegaconf import II
 
-from .. import accuracy
+from .. import accuracy, ranges
 from ..errors import UserError
 from ..priming import scoring
 from ..priming.formats import Item as Question
@@ -114,10 +114,7 @@ class MultipleChoiceTask(FairseqTask):
             )
         if cfg.choice_data is None:
             raise UserError("--choice-data is not given: name the folder with the questions")
-        if not 0 <= cfg.choice_valid_share < 1:
-            raise UserError(
-                f"--choice-valid-share {cfg.choice_valid_share}: use a share from 0 to below 1"
-            )
+        ranges.check({"choice_valid_share": cfg.choice_valid_share})
         metric, maximize = cfg.best_checkpoint_metric, cfg.maximize_best_checkpoint_metric
         if metric not in _METRICS:
             raise UserError(
@@ -167,6 +164,16 @@ class MultipleChoiceTask(FairseqTask):
         if self.scoring == "head":
             model.add_choice_head(self.outputs)
         return model
+
+    def build_criterion(self, cfg: FairseqDataclass, **kwargs):
+        """As stock's. Raises UserError for a criterion that scores tokens, not candidates."""
+        criterion = super().build_criterion(cfg, **kwargs)
+        if not hasattr(criterion, "scores"):
+            raise UserError(
+                f"--criterion {getattr(cfg, '_name', '')}: does not score candidates; with --task "
+                "multiple_choice use --criterion multiple_choice"
+            )
+        return criterion
 
     def load_dataset(self, split: str, combine: bool = False, **kwargs) -> None:
         """Read and encode a split, and say what is in it. Raises UserError for a file that is not

@@ -201,3 +201,25 @@ def test_gradients_are_those_of_finite_differences(top_k):
 
     parameters = [p.detach().clone().requires_grad_() for p in layer.parameters()]
     assert torch.autograd.gradcheck(function, (x, *parameters))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(top_k=0),
+        dict(top_k=3),
+        dict(second_expert_policy="smapling"),
+        dict(capacity_factor=0),
+        dict(capacity_factor=math.nan),
+        dict(eval_token_fraction=1.5),
+        dict(eval_token_fraction=math.nan),
+    ],
+)
+def test_settings_that_would_be_others_are_refused(changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        layer_of_factors(4, GateSettings(**changes))
+
+
+def test_a_token_needs_as_many_experts_as_it_goes_to():
+    with pytest.raises(ValueError, match="1 experts: top_k 2"):
+        layer_of_factors(1, GateSettings())

@@ -267,8 +267,11 @@ MISTAKES = [
     (["--corpus-weights", "big=1,mid=1"], r"no weight for 'small'; give it one, or leave"),
     (["--corpus-weights", "big=1,mid=1,small=1,far=1"], r"'far' is not a corpus that is trained"),
     (["--corpus-weights", "big=1,mid=1,small=1e-9"], r"the share of 'small' is less than one bl"),
-    (["--corpus-temperature", "0"], r"--corpus-temperature 0\.0: must be above 0"),
-    (["--corpus-temperature", "nan"], r"--corpus-temperature nan: must be above 0"),
+    (
+        ["--corpus-temperature", "0"],
+        r"--corpus-temperature 0\.0 is out of range: use a number above 0",
+    ),
+    (["--corpus-temperature", "nan"], r"--corpus-temperature nan is out of range"),
     (
         ["--corpus-weights", "big=1,mid=1,small=1", "--corpus-temperature", "2"],
         r"--corpus-weights and --corpus-temperature: give one",

@@ -1,0 +1,332 @@
+"""What is checked before a run starts, so that no mistake in a flag ends it after hours.
+
+`check_command_line` and `check_run` see the flags of fairseq's commands, as soon as they are parsed
+(compat.one_line_errors calls them); the wrappers of stock's functions, put in place by `apply()`,
+see the rest. Each names the place in fairseq 0.12.2 that it wraps.
+"""
+
+import ast
+import functools
+import importlib.util
+from typing import Any, Callable, Dict, List, Mapping
+
+import torch
+from fairseq import optim, tasks, trainer
+from fairseq.criterions import CRITERION_REGISTRY
+from fairseq.data import data_utils
+from fairseq.models import ARCH_MODEL_REGISTRY
+from fairseq.optim import OPTIMIZER_REGISTRY, lr_scheduler
+from fairseq.tasks import TASK_REGISTRY
+
+from . import ranges
+from .errors import UserError
+
+Spell = Callable[[str], str]
+
+
+def apply() -> None:
+    """Put the wrappers in place, once."""
+    if hasattr(trainer.Trainer.__init__, "checks_validation"):
+        return
+    _leave_validation_out()
+    _tell_of_batches_that_cannot_be()
+    _tell_of_schedules_that_cannot_be()
+    _check_validation_before_training()
+
+
+def check_command_line(args: Any) -> None:
+    """Raise UserError for flags of a command of fairseq's that cannot be.
+
+    Training without anything of ours is left alone.
+    """
+    given = vars(args)
+    if "arch" in given and not _is_ours(given):
+        return
+    check(given, ranges.flag, "save_dir" in given and "arch" in given)
+
+
+def check_run(cfg: Mapping[str, Any]) -> None:
+    """As check_command_line, for the settings of fairseq-hydra-train, by group."""
+    names = {"arch" if g == "model" else g: _name_of(inner) for g, inner in cfg.items()}
+    if not _is_ours(names):
+        return
+    groups = {name: group for group, name, _ in ranges.flatten(cfg)}
+    for group, name, value in ranges.flatten(cfg):
+        ranges.check({name: value}, lambda name, group=group: f"{group}.{name}")
+    given = {name: value for _, name, value in ranges.flatten(cfg)}
+    check({**given, **names}, lambda name: f"{groups.get(name, '')}.{name}", True)
+
+
+def _name_of(group: Any) -> Any:
+    return group.get("_name") if isinstance(group, Mapping) else None
+
+
+def _is_ours(names: Mapping[str, Any]) -> bool:
+    registries = {
+        "arch": ARCH_MODEL_REGISTRY,
+        "task": TASK_REGISTRY,
+        "criterion": CRITERION_REGISTRY,
+        "optimizer": OPTIMIZER_REGISTRY,
+    }
+    found = [registry.get(names.get(kind)) for kind, registry in registries.items()]
+    return any(one.__module__.startswith(f"{__package__}.") for one in found if one is not None)
+
+
+def check(given: Mapping[str, Any], spell: Spell, training: bool) -> None:
+    """Raise UserError for settings, by name, that cannot be, alone or together."""
+    ranges.check(given, spell)
+    for name in ("model_overrides", "optimizer_overrides"):
+        _check_overrides(given.get(name), spell(name))
+    _check_what_is_not_here(given, spell)
+    evaluating = "context_window" in given or "beam" in given  # not fairseq-validate
+    batch = given.get("batch_size"), given.get("max_tokens")
+    if (training or not evaluating) and batch == (None, None):
+        raise UserError(
+            f"{spell('batch_size')} and {spell('max_tokens')} are both not given: say how many "
+            "samples or tokens make a batch"
+        )
+    checks = [_check_window, _check_shards, _check_hypotheses, _check_pieces, _check_checkpoint]
+    for one in [_check_validation, _check_schedule] if training else checks:
+        one(given, spell)
+
+
+def _check_overrides(value: Any, spelled: str) -> None:
+    """fairseq runs it as Python (fairseq_cli/eval_lm.py:207, fairseq/checkpoint_utils.py:237)."""
+    if value is None or isinstance(value, Mapping):
+        return
+    try:
+        found = ast.literal_eval(value)
+    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(
+            f"{spelled} {value!r}: not names and values, as \"{{'dropout': 0.1}}\", without any "
+            "computing"
+        )
+    ranges.check(found, lambda name: f"{spelled} {name!r}:")
+
+
+_NOT_FOR_US = {
+    "tpu": "these models run on GPUs and CPUs",
+    "self_target": "these models predict the next token",
+    "past_target": "these models predict the next token",
+    "pipeline_model_parallel": "these models are not split so; see --ddp-backend fully_sharded",
+}
+
+
+def _check_what_is_not_here(given: Mapping[str, Any], spell: Spell) -> None:
+    for name, reason in _NOT_FOR_US.items():
+        if given.get(name):
+            raise UserError(f"{spell(name)}: {reason}: drop it")
+    if given.get("profile") and not torch.cuda.is_available():
+        raise UserError(f"{spell('profile')} needs a GPU, and there is none here: drop it")
+    # fairseq_cli/train.py:77 logs it and ends with status 0
+    later = given.get("write_checkpoints_asynchronously")
+    if later and importlib.util.find_spec("iopath") is None:
+        raise UserError(
+            f"{spell('write_checkpoints_asynchronously')} needs the package iopath: pip install "
+            "iopath, or drop it"
+        )
+
+
+def _check_window(given: Mapping[str, Any], spell: Spell) -> None:
+    window, block = given.get("context_window"), given.get("tokens_per_sample")
+    if window and block and window >= block:
+        raise UserError(
+            f"{spell('context_window')} {window} leaves no token to score of "
+            f"{spell('tokens_per_sample')} {block}: use less than that"
+        )
+
+
+def _check_shards(given: Mapping[str, Any], spell: Spell) -> None:
+    shard, shards = given.get("shard_id"), given.get("num_shards")
+    if shard is not None and shards is not None and shard >= shards:
+        raise UserError(
+            f"{spell('shard_id')} {shard} is not one of {spell('num_shards')} {shards}: use 0 to "
+            f"{shards - 1}"
+        )
+
+
+def _check_hypotheses(given: Mapping[str, Any], spell: Spell) -> None:
+    best, beam = given.get("nbest"), given.get("beam")
+    if best is None or beam is None:
+        return
+    if best > beam:
+        raise UserError(f"{spell('nbest')} {best} is more than {spell('beam')} {beam}: raise that")
+    if given.get("sampling") and best != beam:
+        raise UserError(
+            f"{spell('sampling')} draws {spell('beam')} {beam} hypotheses, and {spell('nbest')} is "
+            f"{best}: give both the same"
+        )
+    if given.get("constraints") is not None:
+        raise UserError(
+            f"{spell('constraints')}: language models are not searched with constraints"
+        )
+
+
+def _check_pieces(given: Mapping[str, Any], spell: Spell) -> None:
+    """fairseq_cli/eval_lm.py:103 knows one kind, fairseq/data/data_utils.py:368 more."""
+    kind = given.get("post_process")
+    kinds = ["subword_nmt"]
+    if "beam" in given:
+        kinds += ["sentencepiece", "wordpiece", "letter", "silence", "_EOW", "none"]
+    if kind is not None and kind not in [*kinds, "@@ ", "@@"][: None if "beam" in given else 2]:
+        raise UserError(f"--remove-bpe {kind}: unknown; use {', '.join(kinds)}, or leave it out")
+
+
+def _check_checkpoint(given: Mapping[str, Any], spell: Spell) -> None:
+    if "path" in given and not given["path"]:
+        raise UserError("--path is not given: name the checkpoint")
+
+
+def _check_validation(given: Mapping[str, Any], spell: Spell) -> None:
+    if not given.get("disable_validation"):
+        return
+    for name in ("patience", "keep_best_checkpoints"):
+        if (given.get(name) or 0) > 0:
+            raise UserError(
+                f"{spell(name)} {given[name]} goes by validation, which "
+                f"{spell('disable_validation')} leaves out: drop either"
+            )
+
+
+def _check_schedule(given: Mapping[str, Any], spell: Spell) -> None:
+    """What the schedules assert (fairseq/optim/lr_scheduler/polynomial_decay_schedule.py:46,
+    inverse_square_root_schedule.py:66)."""
+    schedule = given.get("lr_scheduler")
+    total = given.get("total_num_update")
+    if schedule == "polynomial_decay" and not given.get("max_update"):
+        if total is None or isinstance(total, str):
+            raise UserError(
+                f"{spell('lr_scheduler')} polynomial_decay ends at {spell('total_num_update')}, "
+                f"which is not given, nor is {spell('max_update')}: give either"
+            )
+    if schedule == "inverse_sqrt" and given.get("warmup_updates") == 0:
+        raise UserError(
+            f"{spell('warmup_updates')} 0: {spell('lr_scheduler')} inverse_sqrt needs 1 or more"
+        )
+
+
+def _leave_validation_out() -> None:
+    """fairseq_cli/train.py:118 loads the validation data with --disable-validation, too; and tells
+    by a plain exception of data-bins valid1, valid2, ... that would not be used."""
+    stock, stock_check = tasks.setup_task, data_utils.raise_if_valid_subsets_unintentionally_ignored
+
+    @functools.wraps(stock)
+    def setup_task(cfg, *args, **kwargs):
+        task = stock(cfg, *args, **kwargs)
+        whole = cfg._get_parent() if hasattr(cfg, "_get_parent") else None
+        dataset = whole.get("dataset") if isinstance(whole, Mapping) else None
+        if dataset is not None and dataset.get("disable_validation"):
+            unused = {"valid", *dataset.valid_subset.split(",")} - {dataset.train_subset}
+            load = task.load_dataset
+
+            def load_dataset(split, *args, **kwargs):
+                return None if split in unused else load(split, *args, **kwargs)
+
+            task.load_dataset = load_dataset
+        return task
+
+    @functools.wraps(stock_check)
+    def check(cfg):
+        try:
+            stock_check(cfg)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    tasks.setup_task = setup_task
+    data_utils.raise_if_valid_subsets_unintentionally_ignored = check
+
+
+def _tell_of_batches_that_cannot_be() -> None:
+    """fairseq/data/data_utils_fast.pyx:51 asserts that each sample fits into --max-tokens."""
+    stock = data_utils.batch_by_size
+
+    @functools.wraps(stock)
+    def batch_by_size(indices, num_tokens_fn, *args, **kwargs):
+        try:
+            return stock(indices, num_tokens_fn, *args, **kwargs)
+        except AssertionError as error:
+            longest = max(num_tokens_fn(index) for index in indices)
+            raise UserError(
+                f"--max-tokens is less than the longest sample, of {longest} tokens: raise it (and "
+                "--max-tokens-valid) to that, or lower --tokens-per-sample"
+            ) from error
+
+    data_utils.batch_by_size = batch_by_size
+
+
+def _tell_of_schedules_that_cannot_be() -> None:
+    """The constructors assert, or divide by zero (fairseq/trainer.py:330)."""
+    for module, name in ((optim, "build_optimizer"), (lr_scheduler, "build_lr_scheduler")):
+        setattr(module, name, _telling(getattr(module, name), name[len("build_") :]))
+
+
+def _telling(stock: Callable, kind: str) -> Callable:
+    @functools.wraps(stock)
+    def build(cfg, *args, **kwargs):
+        try:
+            return stock(cfg, *args, **kwargs)
+        except (AssertionError, ArithmeticError, TypeError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            reason = str(error).partition("\n")[0] or "its settings contradict each other"
+            name = getattr(cfg, "_name", kind)
+            raise UserError(f"{ranges.flag(kind)} {name} does not go so: {reason}") from error
+
+    return build
+
+
+def _check_validation_before_training() -> None:
+    """fairseq_cli/train.py:472 divides the validation data into batches and :534 asks for the
+    metric of the best checkpoint when the first part of the training is done, and not saved."""
+    stock = trainer.Trainer.__init__
+
+    @functools.wraps(stock)
+    def __init__(self, cfg, task, model, criterion, *args, **kwargs):
+        getattr(task, "check_training", lambda: None)()
+        sharding = str(cfg.distributed_training.zero_sharding)
+        if sharding != "none" and not torch.distributed.is_initialized():
+            raise UserError(
+                f"--zero-sharding {sharding} is for several processes, and this is one: drop it"
+            )
+        validates = not cfg.dataset.disable_validation
+        if validates:
+            _check_metric(cfg, task, model)
+        stock(self, cfg, task, model, criterion, *args, **kwargs)
+        for subset in cfg.dataset.valid_subset.split(",") if validates else ():
+            if subset in task.datasets:
+                self.get_valid_iterator(subset)
+
+    __init__.checks_validation = True
+    trainer.Trainer.__init__ = __init__
+
+
+def _check_metric(cfg: Any, task: Any, model: Any) -> None:
+    metric = cfg.checkpoint.best_checkpoint_metric
+    logged = _logged(cfg.criterion, bool(getattr(model, "has_experts", False)))
+    for subset in cfg.dataset.valid_subset.split(",") if logged else ():
+        given = logged + getattr(task, "validation_metrics", lambda subset: [])(subset)
+        if metric not in given:
+            raise UserError(
+                f"--best-checkpoint-metric {metric}: validation on {subset} does not give it; it "
+                f"gives {', '.join(given)}"
+            )
+
+
+def _logged(criterion: Any, sparse: bool) -> List[str]:
+    """Names of what a criterion logs; none if that is not known here."""
+    if not isinstance(criterion, Mapping):
+        return []
+    name = _name_of(criterion)
+    by_sentence = ["nll_loss"] if criterion.get("sentence_avg") else []
+    stock: Dict[str, List[str]] = {
+        "cross_entropy": ["loss", *by_sentence, "ppl"],
+        "label_smoothed_cross_entropy": ["loss", "nll_loss", "ppl"],
+        "adaptive_loss": ["loss", *by_sentence, "ppl"],
+    }
+    if name in stock:
+        report = name.startswith("label") and criterion.get("report_accuracy")
+        return stock[name] + (["accuracy"] if report else [])
+    kind = CRITERION_REGISTRY.get(name)
+    return kind.logged(criterion, sparse) if hasattr(kind, "logged") else []

@@ -1,0 +1,191 @@
+"""Flags that cannot be, or would silently do something else, end a command before it starts."""
+
+import sys
+from argparse import Namespace
+from dataclasses import MISSING
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+import fairseq_moe_ext
+from fairseq_moe_ext import ranges, starting
+from fairseq_moe_ext.config import MoETransformerLMConfig
+from fairseq_moe_ext.errors import UserError
+
+OURS = dict(arch="moe_lm_tiny", save_dir="x", train_subset="train", batch_size=4, max_tokens=None)
+
+
+@pytest.mark.parametrize(
+    "name, good, bad",
+    [
+        ("batch_size", (1, 8, None), (0, -3, 1.5, float("nan"), "x", True)),
+        ("max_update", (0, 10**9), (-1, float("inf"))),
+        ("clip_norm", (0, 0.1), (-1, float("nan"), float("inf"))),
+        ("lr", ([0.1], [0, 0.1]), ([], [-1], [0.1, float("nan")])),
+        ("update_freq", ([1], [2, 4]), ([0], [], [1.5])),
+        ("adam_betas", ("(0.9, 0.98)", [0.9, 0.98], (0, 0)), ("(0.9, 1)", "0.9", "", [0.9])),
+        ("patience", (-1, 1), (0, -2)),
+        ("keep_last_epochs", (-1, 3), (0, -5)),
+        ("sampling_topp", (-1, 1, 0.5), (0, -0.5, 7)),
+        ("warmup_init_lr", (-1, 0), (-0.5,)),
+        ("dropout", (0, 0.99), (1, -0.1, float("nan"))),
+        ("tokens_per_sample", (1, 2048, "${x}"), (0, 10**13)),
+        ("seed", (0, 2**32 - 1), (-1, 2**32)),
+        ("moe_eval_capacity_token_fraction", (-1.0, 0.25, 1), (1.5, float("nan"), "x")),
+    ],
+)
+def test_numbers_in_and_out_of_range(name, good, bad):
+    for value in good:
+        ranges.check({name: value})
+    for value in bad:
+        with pytest.raises(UserError, match=f"^{ranges.flag(name)} .*: use "):
+            ranges.check({name: value})
+
+
+def test_every_number_of_ours_has_a_range():
+    """And the default is in it; the twin of a flag of stock's has stock's default."""
+    from fairseq_moe_ext.criterions.multiple_choice import MultipleChoiceConfig
+    from fairseq_moe_ext.tasks.mixture_language_modeling import MixtureLanguageModelingConfig
+    from fairseq_moe_ext.tasks.multiple_choice import MultipleChoiceTaskConfig
+
+    kinds = MoETransformerLMConfig, MultipleChoiceConfig, MixtureLanguageModelingConfig
+    for kind in (*kinds, MultipleChoiceTaskConfig):
+        for name, field in kind.__dataclass_fields__.items():
+            if any(word in str(field.type) for word in ("int", "float")):
+                assert name in ranges.RANGES, name
+                ranges.check({name: field.default})
+
+
+def test_stocks_defaults_are_in_range():
+    from fairseq.dataclass.configs import FairseqConfig
+    from fairseq.optim import OPTIMIZER_REGISTRY  # noqa: F401  (registers)
+    from fairseq.registry import REGISTRIES
+
+    groups = [field.type for field in FairseqConfig.__dataclass_fields__.values()]
+    for name in ("optimizer", "lr_scheduler", "criterion"):
+        groups += REGISTRIES[name]["dataclass_registry"].values()
+    seen = set()
+    for group in groups:
+        for name, field in getattr(group, "__dataclass_fields__", {}).items():
+            if field.default not in ("???", MISSING):
+                ranges.check({name: field.default})
+                seen.add(name)
+    assert len(seen & ranges.RANGES.keys()) > 90
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(batch_size=None), "--batch-size and --max-tokens are both not given"),
+        (dict(disable_validation=True, patience=3), "--patience 3 goes by validation"),
+        (dict(optimizer_overrides="{"), "--optimizer-overrides '{': not names and values"),
+        (dict(optimizer_overrides="{'lr': [-1]}"), "--optimizer-overrides 'lr': [-1] is out of"),
+        (dict(lr_scheduler="polynomial_decay", max_update=0), "--total-num-update, which is not"),
+        (dict(lr_scheduler="inverse_sqrt", warmup_updates=0), "--warmup-updates 0"),
+        (dict(self_target=True), "--self-target: these models predict the next token"),
+        (dict(write_checkpoints_asynchronously=True), "iopath"),
+    ],
+)
+def test_flags_that_contradict_in_training(changes, words, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError) as error:
+        starting.check_command_line(Namespace(**{**OURS, **changes}))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_training_without_anything_of_ours_is_left_alone():
+    given = dict(OURS, arch="transformer_lm", task="language_modeling", batch_size=0)
+    starting.check_command_line(Namespace(**given))
+    with pytest.raises(UserError):
+        starting.check_command_line(Namespace(**dict(given, task="mixture_language_modeling")))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(context_window=32), "--context-window 32 leaves no token to score"),
+        (dict(shard_id=2, num_shards=2), "--shard-id 2 is not one of --num-shards 2: use 0 to 1"),
+        (dict(post_process="unknown"), "--remove-bpe unknown: unknown; use subword_nmt"),
+        (dict(path=None), "--path is not given"),
+        (dict(model_overrides="[]"), "--model-overrides '[]': not names and values"),
+        (dict(model_overrides="{'dropout': 7}"), "--model-overrides 'dropout': 7 is out of range"),
+        (dict(beam=2, nbest=3), "--nbest 3 is more than --beam 2"),
+    ],
+)
+def test_flags_that_contradict_in_evaluation(changes, words):
+    given = dict(path="x.pt", context_window=0, tokens_per_sample=32, model_overrides="{}")
+    starting.check_command_line(Namespace(**given))
+    with pytest.raises(UserError) as error:
+        starting.check_command_line(Namespace(**{**given, **changes}))
+    assert words in str(error.value)
+
+
+def test_hydra_spells_group_and_key():
+    settings = {"model": {"_name": "moe_transformer_lm"}, "dataset": {"batch_size": 0}}
+    with pytest.raises(UserError, match="^dataset.batch_size 0 is out of range"):
+        starting.check_run(OmegaConf.create(settings))
+    starting.check_run(OmegaConf.create({**settings, "model": {"_name": "transformer_lm"}}))
+
+
+def train(capsys, line):
+    small = f"--user-dir {Path(fairseq_moe_ext.__file__).parent} --cpu --num-workers 0"
+    small += " --decoder-layers 2 --decoder-embed-dim 16 --decoder-ffn-embed-dim 32"
+    small += " --decoder-attention-heads 2 --tokens-per-sample 32 --optimizer adam --lr 0.01"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["fairseq-train", *small.split(), *line.split()])
+        try:
+            __import__("fairseq_cli.train", fromlist=["cli_main"]).cli_main()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    return status, errors
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    sys.path.append(str(Path(__file__).parent / "tasks"))
+    from mixture_data import make_data
+
+    return make_data(tmp_path_factory.mktemp("prepared") / "data", tmp_path_factory.mktemp("text"))
+
+
+MIXTURE = "--task mixture_language_modeling --arch moe_lm_tiny --criterion moe_cross_entropy"
+MIXTURE += " --moe-expert-count 2 --batch-size 4 --max-update 1"
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--batch-size 0", "--batch-size 0 is out of range: use a whole number from 1"),
+        ("--lr -1", "--lr [-1.0] is out of range: use one or more of them, each a number from 0"),
+        ("--update-freq 1.5", "argument --update-freq: '1.5' is no whole number"),
+        ("--batch-size-valid 1.5", "--batch-size-valid 1.5 is out of range"),
+        ("--best-checkpoint-metric los", "los: validation on valid does not give it; it gives"),
+        ("--best-checkpoint-metric big_pppl", "in_domain_ppl, out_of_domain_ppl"),
+        ("--best-checkpoint-metric nll_loss", "loss, inner_loss, ppl, moe_gate_loss"),
+        ("--max-tokens-valid 8", "--max-tokens is less than the longest sample, of 32 tokens"),
+        ("--valid-subset vaild", "subset vaild: no such data-bin"),
+        ("--zero-sharding os", "--zero-sharding os is for several processes"),
+    ],
+)
+def test_before_training(capsys, data, tmp_path, flags, words):
+    status, errors = train(capsys, f"{data} {MIXTURE} --save-dir {tmp_path / 'run'} {flags}")
+    assert status in (1, 2) and len(errors) == 1 and words in errors[0]
+    assert not list(tmp_path.glob("run/*.pt"))
+
+
+@pytest.mark.parametrize("metric", ["big_ppl", "out_of_domain_ppl", "ppl", "entropy_gating"])
+def test_metrics_that_validation_gives(capsys, data, tmp_path, metric):
+    line = f"{data} {MIXTURE} --save-dir {tmp_path} --best-checkpoint-metric {metric}"
+    assert train(capsys, line) == (0, [])
+    assert (tmp_path / "checkpoint_best.pt").exists()
+
+
+@pytest.mark.parametrize("task", ["language_modeling", "mixture_language_modeling"])
+def test_without_validation_no_valid_split_is_needed(capsys, data, tmp_path, task):
+    place = data / "big" if task == "language_modeling" else data
+    line = f"{place} {MIXTURE} --task {task} --save-dir {tmp_path} --valid-subset none"
+    assert train(capsys, f"{line} --disable-validation --best-checkpoint-metric x") == (0, [])
+    assert (tmp_path / "checkpoint_last.pt").exists()
