@@ -11,5 +11,6 @@ model.py       a checkpoint, on any number of processes, gives log-probabilities
 generation.py  greedy and beam search
 generative.py  translation and summarisation
 protocol.py    what all kinds of tasks are asked for, and given
+progress.py    the file of results, from which the same command goes on
 command.py     `fairseq-moe priming`
 """

@@ -24,7 +24,7 @@ import numpy as np
 
 from ..errors import UserError
 from .formats import find_file
-from .protocol import Job, Loaded, Result, Settings
+from .protocol import Job, Loaded, Result, Settings, say
 from .records import Record, read_csv, read_json
 from .scoring import Row, common_prefix, cut
 from .vocabulary import Vocabulary
@@ -115,7 +115,7 @@ def crows_pairs_scores(pairs: Sequence[Pair], scores: np.ndarray) -> Dict[str, D
     return found
 
 
-def prepare(name: str, folder: Path, settings: Settings, vocabulary: Vocabulary) -> Job:
+def prepare(name: str, folder: Path, settings: Settings, vocabulary: Vocabulary) -> List[Job]:
     """Read the file of a set. Raises UserError for what is missing or not as published."""
     names, origin = FILES[name]
     path = find_file(folder, names, origin)
@@ -129,15 +129,21 @@ def prepare(name: str, folder: Path, settings: Settings, vocabulary: Vocabulary)
         rows = [_row("", text, vocabulary) for pair in pairs for text in (pair.more, pair.less)]
     vocabulary.check((row.tokens for row in rows), str(path))
 
-    def job(loaded: Loaded) -> List[Result]:
+    def job(loaded: Loaded) -> Result:
+        cut_off = sum(len(row.tokens) > loaded.context for row in rows)
+        if cut_off:
+            say(
+                f"{name}: {cut_off:,} of {len(rows):,} texts are longer than the context of "
+                f"{loaded.context} tokens; their beginning is cut off"
+            )
         log_probs = loaded.scorer(name)([cut(row, loaded.context) for row in rows])
         if name == "stereoset":
             scores = np.array([p.mean() for p in log_probs]).reshape(-1, 3)
-            return [{"task": name, "domains": stereoset_scores(triples, scores)}]
+            return {"task": name, "domains": stereoset_scores(triples, scores)}
         scores = np.array([p.sum() for p in log_probs]).reshape(-1, 2)
-        return [{"task": name, "domains": crows_pairs_scores(pairs, scores)}]
+        return {"task": name, "domains": crows_pairs_scores(pairs, scores)}
 
-    return job
+    return [job]
 
 
 def table(results: Sequence[Result]) -> List[List[str]]:

@@ -1,6 +1,6 @@
 """Tasks of choice: accuracy, zero-shot and over draws of examples."""
 
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
@@ -8,12 +8,11 @@ import numpy as np
 
 from .. import accuracy
 from ..errors import UserError
-from ..expert_parallel import process_rank
-from ..wording import count
+from ..wording import count, small
 from .formats import CLASSES, TASKS, Item, find_file, read_counted, read_items
-from .protocol import Job, Loaded, Result, Settings
+from .protocol import Job, Loaded, Result, Settings, say
 from .scoring import Row, Scorer, cut, rows_of, value
-from .shots import Pool, draw, fitting, joined, spread
+from .shots import Pool, draw, fitting, joined, shortage, shortage_in_words, spread
 from .vocabulary import EOS, Vocabulary
 
 _MANY = 8  # candidates of one question, from which on their common prefix is computed once
@@ -37,41 +36,56 @@ class Outcome(NamedTuple):
     cut: int  # questions with such a candidate
 
 
-def prepare(name: str, folder: Path, settings: Settings, vocabulary: Vocabulary) -> Job:
+def prepare(name: str, folder: Path, settings: Settings, vocabulary: Vocabulary) -> List[Job]:
     """Read the files of a task. Raises UserError for what is missing or not as published."""
     task = TASKS[name]
     rule = settings.rule or task.rule
     path = find_file(folder, task.evaluated, task.origin)
-    items, unanswered = read_counted(task, path)
+    items, unanswered = read_counted(task, path, settings.published_text)
     items, total = items[: settings.limit], len(items) + unanswered
     if rule == "unconditional" and not items[0].alone:
         raise UserError(f"--rule unconditional: not for {name}, only for openbookqa")
     questions = in_tokens(items, vocabulary.encode)
     vocabulary.check((row for question in questions for row in question.candidates), str(path))
-    examples: List[str] = []
+    read, examples = str(path), []
     if any(settings.shots):
         source = find_file(folder, task.examples, task.origin)
-        examples = [item.example for item in read_items(task, source)]
+        examples = read_items(task, source, settings.published_text)
         if len(examples) < max(settings.shots):
             raise UserError(
-                f"--shots {max(settings.shots)}: {source} has {len(examples)} examples; use fewer"
+                f"--shots {max(settings.shots)}: {source} has {count(len(examples), 'example')}; "
+                "use fewer"
             )
+        read += f", examples of {source}"
+    pool = Pool([item.example for item in examples], vocabulary.encode)
+    best = accuracy.majority([min(item.right) for item in items])
 
-    def job(loaded: Loaded) -> List[Result]:
-        results = []
-        for shots in settings.shots:
-            head = f"{name}, {count(shots, 'shot')}"
-            pool, scorer = Pool(examples, vocabulary.encode), loaded.scorer(head)
-            found = evaluate(rule, questions, pool, shots, settings, scorer, loaded.context)
-            if process_rank() == 0:
-                _say(head, found, loaded.context)
-            best = accuracy.majority([min(item.right) for item in items])
-            found["majority"] = best if name in CLASSES else None
-            found["questions_left_out"] = total - len(items)
-            results.append({"task": name, **found})
-        return results
+    def job(shots: int, loaded: Loaded) -> Result:
+        head = f"{name}, {count(shots, 'shot')}"
+        say(f"{head}: {read if shots else path}")
+        found = evaluate(
+            rule, questions, pool, shots, settings, loaded.scorer(head), loaded.context
+        )
+        found["majority"] = best if name in CLASSES else None
+        found["questions_left_out"] = total - len(items)
+        found["prompts_related"] = related(items, examples, shots, settings)
+        _say(head, found, loaded.context)
+        return {"task": name, **found}
 
-    return job
+    return [partial(job, shots) for shots in settings.shots]
+
+
+def related(items: Sequence[Item], examples: Sequence[Item], shots: int, settings: Settings) -> int:
+    """How many prompts have an example that belongs to the question: the same passage, ..."""
+    if not shots:
+        return 0
+    keys = [item.keys for item in items]
+    found = 0
+    for number in range(settings.draws):
+        drawn = draw(len(examples), shots, settings.seed, number)
+        before = {key for i in drawn for key in examples[i].keys}
+        found += sum(not before.isdisjoint(own) for own in keys)
+    return found
 
 
 def table(results: Sequence[Result]) -> List[List[str]]:
@@ -92,7 +106,7 @@ def table(results: Sequence[Result]) -> List[List[str]]:
                 accuracy.in_percent(*one["interval"]),
                 guessing(one),
                 "" if spread is None else f"{100 * spread:.1f} of {draws}",
-                f"{one['left_out']:.1f}" if one["shots"] else "",
+                small(one["left_out"], 1) if one["shots"] else "",
             ]
         )
     if len({one["task"] for one in results}) > 1:
@@ -175,7 +189,7 @@ def evaluate(
         "chance": accuracy.chance(right, [len(question.candidates) for question in questions]),
         "spread": spread(found),
         "draws": found,
-        "left_out": float(np.mean([outcome.left_out for outcome in outcomes])),
+        **shortage([number for outcome in outcomes for number in outcome.left_out]),
         "too_long": max(outcome.too_long for outcome in outcomes),
         "questions_cut": max(outcome.cut for outcome in outcomes),
     }
@@ -231,22 +245,24 @@ def scores(
 
 
 def _say(head: str, found: Result, context: int) -> None:
-    """One line on stderr, and one more for prompts that do not fit."""
-    print(
+    """One line, and one more each for prompts that do not fit and for examples that belong to the
+    question."""
+    say(
         f"{head}: {100 * found['accuracy']:.1f} % (95 % interval "
-        f"{accuracy.in_percent(*found['interval'])}, chance {100 * found['chance']:.1f})",
-        file=sys.stderr,
-        flush=True,
+        f"{accuracy.in_percent(*found['interval'])}, chance {100 * found['chance']:.1f})"
     )
     if found["left_out"]:
-        print(
-            f"{head}: prompts are longer than the context of {context} tokens; "
-            f"{found['left_out']:.1f} of {found['shots']} examples are left out (mean)",
-            file=sys.stderr,
-        )
+        say(f"{head}: {shortage_in_words(found)}, as the context has {context} tokens")
     if found["too_long"]:
-        print(
-            f"{head}: {found['too_long']} candidates are longer than the context of {context} "
-            "tokens even without examples; their beginning is cut off",
-            file=sys.stderr,
+        say(
+            f"{head}: {count(found['too_long'], 'candidate')} of "
+            f"{count(found['questions_cut'], 'question')} (of {found['questions']:,}) "
+            f"{'is' if found['too_long'] == 1 else 'are'} longer than the context of {context} "
+            "tokens even without examples; the beginning is cut off"
+        )
+    if found["prompts_related"]:
+        say(
+            f"{head}: in {found['prompts_related']:,} of {count(found['prompts'], 'prompt')}, an "
+            "example belongs to the question: the same passage, premise, twin, ..., or the same "
+            "question"
         )

@@ -3,15 +3,16 @@
 import argparse
 from pathlib import Path
 from types import ModuleType
-from typing import Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from .. import outputs
 from ..errors import UserError
 from ..evaluation.cost_table import markdown, plain
 from ..evaluation.expert_use import write_json
-from ..expert_parallel import process_rank
-from . import bias, choice, formats, generative, model, scoring
-from .protocol import Loaded, Result, Settings
+from ..expert_parallel import all_gather, process_rank
+from ..wording import count
+from . import bias, choice, formats, generative, model, progress, scoring
+from .protocol import Loaded, Result, Settings, say
 from .vocabulary import Vocabulary
 
 # task -> the module with prepare(name, folder, settings, vocabulary) and table(results)
@@ -20,8 +21,6 @@ _KINDS: Dict[str, ModuleType] = {
     **dict.fromkeys(bias.FILES, bias),
     **dict.fromkeys(generative.NAMES, generative),
 }
-
-Results = List[Tuple[str, Result]]  # with the task's name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rule", choices=scoring.RULES, help="score all tasks so (default: each by its own rule)"
     )
+    parser.add_argument(
+        "--published-text",
+        action="store_true",
+        help="HellaSwag with WikiHow's markers ([header], [title], [step]), as published (default: "
+        "without, as lm-eval)",
+    )
     parser.add_argument("--languages", metavar="A-B", help="of translation, as en-fr")
     parser.add_argument(
         "--beam", type=int, default=1, help="of generated answers (default: 1, greedy)"
@@ -55,7 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of a generated answer (default: 128, or half the context)",
     )
     model.add_arguments(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here, too")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write all figures here, too, after each task and number of shots; the same command "
+        "goes on from there",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the file of --json")
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
 
@@ -63,14 +74,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Evaluate and print. Raises UserError for flags or files that cannot be, before the model is
     loaded where it can be known by then."""
+    settings = _settings(args)
+    names = _chosen(args.folder, args.tasks, settings)
+    model.check_files(args.path, args.data)
+    asked = progress.asked(args, settings, names)
+    results = progress.begun(args.json, asked, args.overwrite)
+    if not results:
+        inputs = [args.folder, args.path, args.data]
+        outputs.check([("--json", args.json)], args.overwrite, inputs)
+    vocabulary = Vocabulary(args.data)
+    jobs = [
+        job
+        for name in names
+        for job in _KINDS[name].prepare(name, args.folder / name, settings, vocabulary)
+    ]
+    with model.processes(args.cpu):
+        results = all_gather(results)[0]  # the first process has the file
+        if results:
+            done = f"{len(results):,} of {count(len(jobs), 'result')}"
+            say(f"--json {args.json}: has {done} of this command; going on from there")
+        if len(results) < len(jobs):
+            loaded = _load(args, settings, names, vocabulary)
+        for job in jobs[len(results) :]:
+            results.append(job(loaded))
+            if process_rank() == 0 and args.json is not None:  # so far, should the rest fail
+                _write(args, loaded.context, results, asked, len(results) == len(jobs))
+        if process_rank() == 0:
+            print(_tables(results, markdown if args.markdown else plain))
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    """Raises UserError for a flag that cannot be."""
     for name in ("draws", "limit", "context", "max_tokens", "beam", "max_new_tokens"):
         number = getattr(args, name)
         if number is not None and number < 1:
             raise UserError(f"--{name.replace('_', '-')} {number}: use 1 or more")
     if args.seed < 0:
         raise UserError(f"--seed {args.seed}: use 0 or more")
-    outputs.check([("--json", args.json)], args.overwrite, [args.folder, args.path, args.data])
-    settings = Settings(
+    if args.overwrite and args.json is None:
+        raise UserError("--overwrite: without --json there is nothing to replace; leave it out")
+    return Settings(
         _shots(args.shots),
         args.draws,
         args.seed,
@@ -79,28 +122,19 @@ def run(args: argparse.Namespace) -> None:
         _languages(args.languages),
         args.beam,
         args.max_new_tokens,
+        args.published_text,
     )
-    names = _chosen(args.folder, args.tasks, settings)
-    model.check_files(args.path, args.data)
-    vocabulary = Vocabulary(args.data)
-    jobs = [
-        (name, _KINDS[name].prepare(name, args.folder / name, settings, vocabulary))
-        for name in names
-    ]
-    with model.processes(args.cpu):
-        found, context = model.load_in_context(
-            args.path, args.data, args.context, args.cpu, args.fp16, args.model_overrides
-        )
-        if any(_KINDS[name] is generative for name in names):
-            generative.check_room(settings, context)
-        loaded = Loaded(found, context, vocabulary, args.max_tokens)
-        results: Results = []
-        for name, job in jobs:
-            results += [(name, result) for result in job(loaded)]
-            if process_rank() == 0 and args.json is not None:  # so far, should the rest fail
-                _write(args, context, results)
-        if process_rank() == 0:
-            print(_tables(results, markdown if args.markdown else plain))
+
+
+def _load(
+    args: argparse.Namespace, settings: Settings, names: List[str], vocabulary: Vocabulary
+) -> Loaded:
+    found, context = model.load_in_context(
+        args.path, args.data, args.context, args.cpu, args.fp16, args.model_overrides
+    )
+    if any(_KINDS[name] is generative for name in names):
+        generative.check_room(settings, context)
+    return Loaded(found, context, vocabulary, args.max_tokens)
 
 
 def _chosen(folder: Path, names: Optional[str], settings: Settings) -> List[str]:
@@ -136,24 +170,32 @@ def _languages(text: Optional[str]) -> Optional[Tuple[str, str]]:
     return source, target
 
 
-def _write(args: argparse.Namespace, context: int, results: Results) -> None:
-    means = choice.means([result for name, result in results if _KINDS[name] is choice])
+def _write(
+    args: argparse.Namespace,
+    context: int,
+    results: List[Result],
+    asked: Dict[str, Any],
+    complete: bool,
+) -> None:
+    means = choice.means([one for one in results if _KINDS[one["task"]] is choice])
     whole = {
         "path": str(args.path),
         "context": context,
         "seed": args.seed,
-        "results": [result for _, result in results],
+        "complete": complete,
+        "results": results,
         "mean": {shots: mean.pop("accuracy") for shots, mean in means.items()},
         "mean_of": means,  # its interval, and the mean of chance
+        "settings": asked,
     }
     write_json(args.json, whole)
 
 
-def _tables(results: Results, form: Callable[[List[List[str]]], str]) -> str:
+def _tables(results: List[Result], form: Callable[[List[List[str]]], str]) -> str:
     """A table for each kind of task, and what stands below it."""
     parts = []
-    for kind in dict.fromkeys(_KINDS[name] for name, _ in results):
-        found = [result for name, result in results if _KINDS[name] is kind]
+    for kind in dict.fromkeys(_KINDS[one["task"]] for one in results):
+        found = [one for one in results if _KINDS[one["task"]] is kind]
         parts.append(form(kind.table(found)))
         if kind is not bias:
             parts.append("\n".join(kind.notes(found)))

@@ -6,6 +6,7 @@ have GPT-3's formats, MNLI that of GPT-3's NLI tasks, SST-2 a cloze. docs/primin
 each.
 """
 
+import hashlib
 import re
 import string
 from pathlib import Path
@@ -21,7 +22,7 @@ class Item(NamedTuple):
     candidates: Tuple[str, ...]  # the whole prompt with each candidate in it
     right: FrozenSet[int]  # empty: no candidate is, and the question is left out
     alone: Tuple[str, ...] = ()  # each candidate after "Answer: ", for the rule that wants it
-    shared: Tuple[str, ...] = ()  # passage, ...: questions with one in common belong together
+    shared: Tuple[bytes, ...] = ()  # passage, ...: questions with one in common belong together
     place: str = ""  # in its file, as "line 3"
 
     @property
@@ -30,7 +31,7 @@ class Item(NamedTuple):
         return self.candidates[min(self.right)]
 
     @property
-    def keys(self) -> Tuple[str, ...]:
+    def keys(self) -> Tuple[bytes, ...]:
         """What tells that two questions belong together: `shared`, or that they are the same."""
         return (*self.shared, group_key("same", *sorted(self.candidates)))
 
@@ -90,12 +91,13 @@ def read_counted(task: Task, path: Path, published: bool = False) -> Tuple[List[
     return found, len(every) - len(found)
 
 
-def group_key(kind: str, *texts: str) -> str:
-    """Equal for texts that differ in case and space alone."""
-    return " ".join(f"{kind}: {' '.join(texts)}".lower().split())
+def group_key(kind: str, *texts: str) -> bytes:
+    """Equal for texts that differ in case and space alone; short, as there are millions."""
+    text = " ".join(f"{kind}: {' '.join(texts)}".lower().split())
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
-def given_keys(line: Record, *names: str) -> Tuple[str, ...]:
+def given_keys(line: Record, *names: str) -> Tuple[bytes, ...]:
     """A key of each field that the line has: some releases lack it."""
     return tuple(group_key(name, str(line.values[name])) for name in names if line.values.get(name))
 

@@ -8,20 +8,19 @@ tasks; the formats are those that later models of its authors (XGLM, Lin et al. 
 primed with.
 """
 
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Callable, Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
 from ..errors import UserError
-from ..expert_parallel import process_rank
-from ..wording import count
+from ..wording import count, small
 from .formats import find_file
 from .generation import Generator, Prompt
-from .protocol import Job, Loaded, Result, Settings
+from .protocol import Job, Loaded, Result, Settings, say
 from .records import read_jsonl
-from .shots import draw, fitting, joined, spread
+from .shots import draw, fitting, joined, shortage, shortage_in_words, spread
 from .vocabulary import EOS, Vocabulary
 
 
@@ -68,7 +67,7 @@ def read_summarization(folder: Path, settings: Settings, split: int) -> List[Tex
     return found
 
 
-def prepare(name: str, folder: Path, settings: Settings, vocabulary: Vocabulary) -> Job:
+def prepare(name: str, folder: Path, settings: Settings, vocabulary: Vocabulary) -> List[Job]:
     """Read the files of a task. Raises UserError for what is missing or not as published."""
     texts = _READ[name](folder, settings, 0)[: settings.limit]
     questions = [vocabulary.encode(text.prompt) for text in texts]
@@ -82,13 +81,11 @@ def prepare(name: str, folder: Path, settings: Settings, vocabulary: Vocabulary)
                 "from; use fewer"
             )
 
-    def job(loaded: Loaded) -> List[Result]:
-        return [
-            {"task": name, **_evaluate(name, shots, texts, questions, examples, settings, loaded)}
-            for shots in settings.shots
-        ]
+    def job(shots: int, loaded: Loaded) -> Result:
+        found = _evaluate(name, shots, texts, questions, examples, settings, loaded)
+        return {"task": name, **found}
 
-    return job
+    return [partial(job, shots) for shots in settings.shots]
 
 
 def _evaluate(
@@ -131,12 +128,11 @@ def _evaluate(
             }
             for metric in found[0]
         },
-        "left_out": float(np.mean(left_out)),
+        **shortage(left_out),
         "too_long": too_long,
         "answers": answers,
     }
-    if process_rank() == 0:
-        _say(head, result, room)
+    _say(head, result, room)
     return result
 
 
@@ -169,7 +165,7 @@ def table(results: Sequence[Result]) -> List[List[str]]:
         for score in one["scores"].values():
             spread = score["spread"]
             cells.append(f"{score['mean']:.2f}" + ("" if spread is None else f" sd {spread:.2f}"))
-        left = f"{one['left_out']:.1f}" if one["shots"] else ""
+        left = small(one["left_out"], 1) if one["shots"] else ""
         rows.append([one["task"], str(one["shots"]), f"{one['questions']:,}", *cells, left])
     return rows
 
@@ -188,20 +184,15 @@ def _ends_the_line(new: Sequence[int]) -> bool:
 
 
 def _say(head: str, found: Result, room: int) -> None:
-    """Lines on stderr for prompts that do not fit."""
+    """Lines for prompts that do not fit."""
+    whose = f"the {room} tokens that --max-new-tokens leaves of the context"
     if found["left_out"]:
-        print(
-            f"{head}: prompts are longer than the {room} tokens that --max-new-tokens leaves of "
-            f"the context; {found['left_out']:.1f} of {found['shots']} examples are left out "
-            "(mean)",
-            file=sys.stderr,
-        )
+        say(f"{head}: {shortage_in_words(found)}, as they have {whose}")
     if found["too_long"]:
-        print(
-            f"{head}: {found['too_long']} prompts are longer than the {room} tokens that "
-            "--max-new-tokens leaves of the context even without examples; their beginning is cut "
-            "off",
-            file=sys.stderr,
+        say(
+            f"{head}: {found['too_long']:,} of {count(found['questions'], 'question')} "
+            f"{'is' if found['too_long'] == 1 else 'are'} longer than {whose}, even without "
+            "examples; the beginning is cut off"
         )
 
 

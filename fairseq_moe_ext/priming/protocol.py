@@ -1,12 +1,20 @@
 """What all kinds of tasks are asked for, and what they are given."""
 
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+import sys
+from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
 
 import torch
 
+from ..expert_parallel import process_rank
 from . import model
 from .scoring import Scorer
 from .vocabulary import Vocabulary
+
+
+def say(words: str) -> None:
+    """A line on stderr, of the first process."""
+    if process_rank() == 0:
+        print(words, file=sys.stderr, flush=True)
 
 
 class Settings(NamedTuple):
@@ -20,6 +28,7 @@ class Settings(NamedTuple):
     languages: Optional[Tuple[str, str]] = None  # of translation
     beam: int = 1
     max_new_tokens: Optional[int] = None  # of a generated answer; None: 128, or half the context
+    published_text: bool = False  # HellaSwag with WikiHow's markers
 
 
 class Loaded(NamedTuple):
@@ -35,4 +44,4 @@ class Loaded(NamedTuple):
 
 
 Result = Dict[str, Any]
-Job = Callable[[Loaded], List[Result]]  # a task whose files are read
+Job = Callable[[Loaded], Result]  # a task with one number of shots, whose files are read

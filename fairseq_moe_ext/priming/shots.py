@@ -1,9 +1,10 @@
 """Examples before the question: their draws, and how many fit into the context."""
 
-from typing import Callable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
+from .. import wording
 from ..errors import UserError
 
 
@@ -33,6 +34,27 @@ def fitting(examples: Sequence[Sequence[int]], question: int, context: int) -> i
 def joined(examples: Sequence[Sequence[int]], newline: int) -> Tuple[int, ...]:
     """The examples as the beginning of a prompt, one newline behind each."""
     return tuple(token for example in examples for token in (*example, newline))
+
+
+def shortage(left_out: Sequence[int]) -> Dict[str, Any]:
+    """Figures of how many examples did not fit, of each prompt."""
+    return {
+        "left_out": float(np.mean(left_out)),
+        "left_out_most": int(max(left_out)),
+        "prompts": len(left_out),
+        "prompts_short": sum(map(bool, left_out)),
+    }
+
+
+def shortage_in_words(found: Dict[str, Any]) -> str:
+    """As "in 1 of 180 prompts, 1 example was left out"."""
+    short, most, shots = found["prompts_short"], found["left_out_most"], found["shots"]
+    said = f"in {short:,} of {wording.count(found['prompts'], 'prompt')}, "
+    if round(found["left_out"] * found["prompts"]) == short * most:
+        each = "1 example was" if most == 1 else f"{most} of {shots} examples were"
+        return f"{said}{each} left out"
+    mean = wording.small(found["left_out"], 1)
+    return f"{said}up to {most} of {shots} examples were left out (mean of all: {mean})"
 
 
 def spread(values: Sequence[float]) -> Optional[float]:

@@ -10,6 +10,7 @@ from .. import accuracy, cost
 from ..errors import UserError
 from ..evaluation.cost_table import checkpoint_settings, shape_of
 from ..evaluation.speedup import Factor, overlap, speedup_factors
+from ..priming.progress import complete
 from .plan import FAMILIES, Plan, Run, typed
 
 GROUPS = ("in_domain", "out_of_domain")
@@ -66,7 +67,7 @@ def _run(plan: Plan, run: Run) -> Dict[str, Any]:
 def _priming(path: Path) -> Dict[str, Any]:
     """What `fairseq-moe priming` found: mean accuracies by shots, each task's, and of bias sets the
     figures by domain."""
-    if not path.is_file():
+    if not complete(path):
         return {"mean": {}, "tasks": [], "bias": []}
     found = json.loads(path.read_text(encoding="utf-8"))
     tasks = [one for one in found["results"] if "accuracy" in one]

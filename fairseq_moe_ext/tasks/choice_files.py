@@ -141,7 +141,7 @@ def grouped(items: Sequence[Item]) -> List[List[int]]:
             parent[i] = i = parent[parent[i]]
         return i
 
-    first: Dict[str, int] = {}
+    first: Dict[bytes, int] = {}
     for i, item in enumerate(items):
         for key in item.keys:
             parent[root(i)] = root(first.setdefault(key, i))

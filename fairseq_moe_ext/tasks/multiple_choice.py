@@ -99,7 +99,7 @@ class MultipleChoiceTask(FairseqTask):
             cfg.choice_valid_share,
             cfg.choice_published_text,
         )
-        self._train_keys: Set[str] = set()  # of the training questions, once they are read
+        self._train_keys: Set[bytes] = set()  # of the training questions, once they are read
         # One sequence with a score a class, or a sequence for each candidate.
         one_sequence = self.scoring == "head" and self.files.classes is not None
         self.outputs = len(self.files.classes) if one_sequence else 1

@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 
 import pytest
 from processes import run_processes
-from test_formats import CASES, write
+from test_formats import BOOLQ, CASES, jsonl, write
 
 from fairseq_moe_ext import cli
+from fairseq_moe_ext.priming import choice, model, progress
 from fairseq_moe_ext.priming.formats import TASKS
 
 
@@ -78,7 +80,93 @@ def test_examples_that_do_not_fit_are_counted(command, tmp_path, capsys):
     assert by["sst2", 1]["spread"] is not None and by["sst2", 1]["left_out"] == 0
     out, err = capsys.readouterr()
     assert 0 < by["sst2", 6]["left_out"] < 6
-    assert f"{by['sst2', 6]['left_out']:.1f} of 6 examples are left out (mean)" in err
+    # two questions, three draws
+    assert by["sst2", 6]["prompts"] == 6 == by["sst2", 6]["prompts_short"]
+    assert "sst2, 6 shots: in 6 of 6 prompts, " in err and "of 6 examples were left out" in err
+    assert "sst2, 1 shot: in" not in err and "examples of " in err
+
+
+def without_times(found):
+    """Of a file of results, what does not tell when its inputs were written."""
+    return {key: value for key, value in found.items() if key != "settings"}
+
+
+def test_a_command_that_was_ended_goes_on(command, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out.json"
+    line = f"{command} --tasks sst2,storycloze --shots 0,1 --draws 2"
+    whole = priming(0, line, out)
+    assert whole["complete"] and len(whole["results"]) == 4
+    printed = capsys.readouterr().out
+    out.unlink()
+
+    evaluate, calls = choice.evaluate, []
+
+    def ending(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return evaluate(*args)
+
+    monkeypatch.setattr(choice, "evaluate", ending)
+    assert cli.main(line.split()) != 0
+    partial = json.loads(out.read_text())
+    assert not partial["complete"] and partial["results"] == whole["results"][:3]
+    assert not progress.complete(out)
+    capsys.readouterr()
+    # with other flags it is neither taken for their result nor replaced
+    for flags, words in (
+        ("--draws 3", "draws: 2, now 3"),
+        ("--shots 0,2", "shots: [0, 1], now [0, 2]"),
+        ("--seed 2", "seed: 1, now 2"),
+        ("--tasks sst2", "tasks: ['sst2', 'storycloze'], now ['sst2']"),
+        ("--context 60", "context: None, now 60"),
+        ("--published-text", "published_text: False, now True"),
+    ):
+        assert cli.main(f"{line} {flags}".split()) == 1
+        said = f"error: --json {out}: holds results of another command ({words}); name another"
+        assert said in capsys.readouterr().err, flags
+        assert json.loads(out.read_text()) == partial
+    assert priming(0, f"{line} --max-tokens 500", out) == whole  # which changes no result
+    assert len(calls) == 5
+    found = capsys.readouterr()
+    assert found.out == printed
+    assert f"--json {out}: has 3 of 4 results of this command; going on from there" in found.err
+    monkeypatch.setattr(model, "load_in_context", lambda *_: pytest.fail("nothing is left to do"))
+    assert priming(0, line, out) == whole
+    assert capsys.readouterr().out == printed and len(calls) == 5
+
+
+def test_results_of_other_files_are_not_taken(trained, tasks, tmp_path, capsys):
+    data, checkpoint = trained
+    out, folder = tmp_path / "out.json", tmp_path / "tasks"
+    shutil.copytree(tasks / "copa", folder / "copa")
+    shutil.copy(checkpoint, tmp_path / "m.pt")
+    line = f"priming {folder} --path {tmp_path / 'm.pt'} --data {data} --cpu --json {out}"
+    first = priming(0, line, out)
+    os.utime(tmp_path / "m.pt", (1, 1))
+    assert cli.main(line.split()) == 1
+    assert "(checkpoint: other files, or changed ones); name another" in capsys.readouterr().err
+    assert without_times(priming(0, f"{line} --overwrite", out)) == without_times(first)
+    (folder / "copa" / "val.jsonl").write_text(CASES["copa"][0]["val.jsonl"] * 2)
+    assert cli.main(line.split()) == 1
+    assert "(files: other files, or changed ones); name another" in capsys.readouterr().err
+    for content in ("", "{}", "[1]", "words"):
+        out.write_text(content)
+        assert cli.main(line.split()) == 1
+        assert f"--json {out}: exists; name another file or give" in capsys.readouterr().err
+        assert out.read_text() == content
+
+
+def test_examples_that_belong_to_a_question_are_counted(trained, tmp_path, capsys):
+    data, checkpoint = trained
+    questions = [{**BOOLQ, "passage": f"w{i}.", "question": "it"} for i in (1, 2, 3)]
+    examples = [{**BOOLQ, "passage": f"w{i}."} for i in (2, 3)]
+    files = {"val.jsonl": jsonl(*questions), "train.jsonl": jsonl(*examples)}
+    write(tmp_path / "boolq", files)
+    line = f"priming {tmp_path} --path {checkpoint} --data {data} --cpu --shots 2 --draws 5"
+    assert cli.main(line.split()) == 0
+    err = capsys.readouterr().err
+    assert "boolq, 2 shots: in 10 of 15 prompts, an example belongs to the question" in err
 
 
 def test_two_processes_equal_one(command, tmp_path):
@@ -110,6 +198,7 @@ def test_another_rule_and_a_limit(command, tmp_path):
         ("--data .", "--data .: no dict.txt in it"),
         ("--rule unconditional", "--rule unconditional: not for record"),
         ("--json no/out.json", "--json no/out.json: no folder no; make it first"),
+        ("--overwrite --json /dev/null", "--json /dev/null: a device, not a file"),
         ("--model-overrides 5", "--model-overrides 5: not a Python dictionary"),
     ],
 )

@@ -1,7 +1,7 @@
 import pytest
 
 from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.priming.shots import draw, fitting, joined
+from fairseq_moe_ext.priming.shots import draw, fitting, joined, shortage, shortage_in_words
 
 
 def test_draws_differ_are_reproducible_and_have_no_example_twice():
@@ -26,3 +26,18 @@ def test_only_whole_examples_fit():
     )
     assert joined(examples[1:], 2) == (8, 8, 2, 9, 9, 9, 2)
     assert joined([], 2) == ()
+
+
+def test_examples_left_out_in_words():
+    def said(left_out, shots=4):
+        return shortage_in_words({"shots": shots, **shortage(left_out)})
+
+    assert said([0] * 179 + [1]) == "in 1 of 180 prompts, 1 example was left out"
+    assert said([1, 0, 1]) == "in 2 of 3 prompts, 1 example was left out"
+    assert said([2]) == "in 1 of 1 prompt, 2 of 4 examples were left out"
+    assert said([0] * 99 + [1, 3]) == (
+        "in 2 of 101 prompts, up to 3 of 4 examples were left out (mean of all: < 0.1)"
+    )
+    assert said([2, 3]) == (
+        "in 2 of 2 prompts, up to 3 of 4 examples were left out (mean of all: 2.5)"
+    )

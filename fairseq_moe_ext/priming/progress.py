@@ -1,0 +1,77 @@
+"""The file of --json: what was asked, and what was found so far.
+
+It is written anew after every result, so that a command that was ended goes on from there when it
+is given again. Results of another command, or of other files, are not taken for its own.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional
+
+from .. import files, outputs
+from ..errors import UserError
+
+if TYPE_CHECKING:  # loads torch, which a study has no need of
+    from .protocol import Result, Settings
+
+# Flags that are not in protocol.Settings and change what is found.
+_FLAGS = ("context", "fp16", "model_overrides")
+
+
+def asked(args: Any, settings: "Settings", tasks: List[str]) -> Dict[str, Any]:
+    """All that the results depend on, as it is in the file: settings, and the size and time of
+    every file that is read."""
+    told = {name: getattr(args, name) for name in _FLAGS}
+    checkpoint = [args.path, *args.path.parent.glob(args.path.stem + "-*")]
+    data = [args.data / name for name in ("dict.txt", "encoder.json", "vocab.bpe")]
+    own = None if args.json is None else os.path.realpath(args.json)
+    found = {
+        "tasks": tasks,
+        **settings._asdict(),
+        **told,
+        "checkpoint": _stamps(args.path.parent, checkpoint),
+        "data": _stamps(args.data, data),
+        "files": {
+            name: _stamps(args.folder / name, (args.folder / name).rglob("[!.]*"), own)
+            for name in tasks
+        },
+    }
+    return json.loads(json.dumps(found))
+
+
+def _stamps(folder: Path, paths: Iterable[Path], but: Optional[str] = None) -> Dict[str, List[int]]:
+    found = {}
+    for path in sorted(paths):
+        if path.is_file() and os.path.realpath(path) != but:
+            status = path.stat()
+            found[str(path.relative_to(folder))] = [status.st_size, status.st_mtime_ns]
+    return found
+
+
+def begun(path: Optional[Path], now: Dict[str, Any], overwrite: bool) -> List["Result"]:
+    """The results that the same command has left. Raises UserError for those of another one."""
+    if path is None or overwrite or not os.path.lexists(path):
+        return []
+    outputs.check([("--json", path)], overwrite=True)  # no device, FIFO or the like
+    try:
+        found = files.read_json(path)
+    except UserError:
+        found = None
+    if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
+        return []  # which outputs.check refuses to replace
+    for name, value in now.items():
+        before = found["settings"].get(name)
+        if before != value:
+            plain = not isinstance(value, dict)
+            said = f"{before}, now {value}" if plain else "other files, or changed ones"
+            raise UserError(
+                f"--json {path}: holds results of another command ({name}: {said}); name another "
+                "file or give --overwrite"
+            )
+    return found["results"]
+
+
+def complete(path: Path) -> bool:
+    """Whether a file has all results that were asked for; older ones do not say."""
+    return path.is_file() and files.read_json(path).get("complete", True)
