@@ -13,8 +13,10 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
 from ..errors import UserError
+from ..wording import count
 from . import lm_eval_command, model
 from .generation import Generator, Prompt
+from .protocol import say
 from .scoring import Row, cut
 from .vocabulary import EOS, Vocabulary
 
@@ -58,7 +60,9 @@ class FairseqMoELM(LM):
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> List[Tuple[float, bool]]:
         """(log-probability of the continuation in nats, whether it is what greedy search finds)."""
-        rows = [self._row(*request.args) for request in requests]
+        whole = [self._row(*request.args) for request in requests]
+        rows = [cut(row, self.context) for row in whole]
+        self._say_cut([len(row.tokens) - self.context for row in whole])
         scored = [i for i, row in enumerate(rows) if row.start < len(row.tokens)]
         scorer = model.ModelScorer(self.model, self.batch_tokens, "loglikelihood")
         found = [(0.0, True)] * len(rows)  # of nothing
@@ -70,7 +74,17 @@ class FairseqMoELM(LM):
         """Spaces at the end of the context belong to the word behind them."""
         bare = context.rstrip(" ")
         whole = self.vocabulary.encode(context + continuation)
-        return cut(Row(tuple(whole), len(self.vocabulary.encode(bare))), self.context)
+        return Row(tuple(whole), len(self.vocabulary.encode(bare)))
+
+    @staticmethod
+    def _say_cut(beyond: Sequence[int]) -> None:
+        """Say how many requests lose their beginning, given each one's tokens beyond its room."""
+        cut_off = sum(more > 0 for more in beyond)
+        if cut_off:
+            say(
+                f"{cut_off:,} of {count(len(beyond), 'request')} do not fit into the context; the "
+                "beginning is cut off"
+            )
 
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
@@ -103,7 +117,7 @@ class FairseqMoELM(LM):
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> List[str]:
         """Greedy search up to one of the texts in `until`, or to a blank line, which is where a
         document ends. Raises UserError for sampling, which is not offered."""
-        prompts, stops = [], []
+        prompts, stops, beyond = [], [], []
         for context, settings in (request.args for request in requests):
             if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
                 raise UserError("do_sample: true in a task's generation_kwargs: only greedy search")
@@ -116,10 +130,12 @@ class FairseqMoELM(LM):
                     f"max_gen_toks {max_new}: leaves no room for a prompt in the context of "
                     f"{self.context} tokens; set --gen_kwargs max_gen_toks=..."
                 )
-            tokens = tuple(self.vocabulary.encode(context))[-room:]
+            tokens = tuple(self.vocabulary.encode(context))
+            beyond.append(len(tokens) - room)
             stop = _Stop(self.vocabulary, [*filter(None, until), "\n\n"])
-            prompts.append(Prompt(tokens, max_new, stop))
+            prompts.append(Prompt(tokens[-room:], max_new, stop))
             stops.append(stop)
+        self._say_cut(beyond)
         generator = Generator(self.model, 1, self.batch_tokens, "generate_until")
         return [stop.cut(new) for stop, new in zip(stops, generator(prompts))]
 

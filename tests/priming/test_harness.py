@@ -94,9 +94,10 @@ PAIRS = [
 ]
 
 
-def test_loglikelihood_equals_a_plain_loop(lm):
+def test_loglikelihood_equals_a_plain_loop(lm, capsys):
     encode = lm.vocabulary.encode
     got = lm.loglikelihood([request(*pair) for pair in PAIRS])
+    assert f"1 of {len(PAIRS)} requests do not fit into the context" in capsys.readouterr().err
     assert encode("\n") == [EOS]
     for (context, continuation), (nats, greedy) in zip(PAIRS, got):
         whole = encode(context + continuation)
@@ -130,7 +131,7 @@ def test_rolling_equals_a_plain_loop(lm):
         assert nats == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
-def test_generation_stops_where_it_is_told(lm):
+def test_generation_stops_where_it_is_told(lm, capsys):
     decode, encode = lm.vocabulary.decode, lm.vocabulary.encode
 
     def plain(prompt, until, count):
@@ -153,6 +154,7 @@ def test_generation_stops_where_it_is_told(lm):
     ]
     requests = [request(p, {"until": until, "max_gen_toks": n}) for p, until, n in cases]
     assert lm.generate_until(requests) == [plain(*case) for case in cases]
+    assert "1 of 4 requests do not fit into the context" in capsys.readouterr().err
 
 
 def test_sampling_and_a_full_context_are_refused(lm):

@@ -9,6 +9,7 @@ import pytest
 from fairseq_moe_ext import cli
 from fairseq_moe_ext.evaluation.speedup import in_words
 from fairseq_moe_ext.prepare.command import Options, parse_corpora, prepare
+from fairseq_moe_ext.priming.progress import complete
 from fairseq_moe_ext.study import page, plan, result, tables
 
 SMALL = """
@@ -235,3 +236,13 @@ def test_a_study_from_file_to_factors_and_again(folder, capsys):
     assert "holds a run with other settings" in capsys.readouterr().err
     assert cli.main(["report", str(folder / "out")]) == 0
     assert "of 4 runs" not in (folder / "out" / "report.html").read_text()
+
+
+def test_priming_that_was_ended_is_not_taken_for_finished(tmp_path):
+    path = tmp_path / "priming.json"
+    assert not complete(path)
+    found = {"mean": {"0": 0.5}, "results": [{"task": "copa", "shots": 0, "accuracy": 0.5}]}
+    for said, finished in (({}, True), ({"complete": True}, True), ({"complete": False}, False)):
+        path.write_text(json.dumps({**found, **said}))
+        assert complete(path) == finished
+        assert result._priming(path)["mean"] == (found["mean"] if finished else {})
