@@ -70,8 +70,3 @@ def begun(path: Optional[Path], now: Dict[str, Any], overwrite: bool) -> List["R
                 "file or give --overwrite"
             )
     return found["results"]
-
-
-def complete(path: Path) -> bool:
-    """Whether a file has all results that were asked for; older ones do not say."""
-    return path.is_file() and files.read_json(path).get("complete", True)

@@ -15,7 +15,6 @@ from ..errors import UserError
 from ..evaluation.cost_table import plain
 from ..evaluation.expert_use import write_json
 from ..locks import Lock
-from ..priming.progress import complete
 from ..wording import count
 from . import plan as plans
 from . import result as results
@@ -100,7 +99,7 @@ class _Work:
                 (one.folder / "trained").touch()
             self._call(one, one.evaluate, one.folder / "evaluation.log")
             self._say(f"{one.name}: {(time.monotonic() - started) / 60:.1f} min")
-        if one.prime and not complete(one.folder / "priming.json"):
+        if one.prime and not results.primed(one.folder / "priming.json"):
             self._call(one, one.prime, one.folder / "priming.log")
         self.done += 1
 

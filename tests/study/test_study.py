@@ -9,7 +9,6 @@ import pytest
 from fairseq_moe_ext import cli
 from fairseq_moe_ext.evaluation.speedup import in_words
 from fairseq_moe_ext.prepare.command import Options, parse_corpora, prepare
-from fairseq_moe_ext.priming.progress import complete
 from fairseq_moe_ext.study import page, plan, result, tables
 
 SMALL = """
@@ -240,9 +239,9 @@ def test_a_study_from_file_to_factors_and_again(folder, capsys):
 
 def test_priming_that_was_ended_is_not_taken_for_finished(tmp_path):
     path = tmp_path / "priming.json"
-    assert not complete(path)
+    assert not result.primed(path)
     found = {"mean": {"0": 0.5}, "results": [{"task": "copa", "shots": 0, "accuracy": 0.5}]}
     for said, finished in (({}, True), ({"complete": True}, True), ({"complete": False}, False)):
         path.write_text(json.dumps({**found, **said}))
-        assert complete(path) == finished
+        assert result.primed(path) == finished
         assert result._priming(path)["mean"] == (found["mean"] if finished else {})
