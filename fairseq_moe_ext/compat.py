@@ -36,6 +36,7 @@ from typing import Callable, Iterator, List, NamedTuple, Optional
 
 from fairseq_moe_ext.errors import OneLineParser, UserError
 from fairseq_moe_ext.finding import plugin_by_itself
+from fairseq_moe_ext.generation import overlong_lines, prompts_with_ends, repeated_ngrams
 
 _LOADED_BY_HOOK = "fairseq_moe_ext" not in sys.modules  # so it is installed
 applied: List[str] = []  # names of the patches in force, in order
@@ -84,7 +85,7 @@ def wrap_loader(spec) -> None:
 def _complete_package() -> None:
     """Give the package its submodules that the hook loaded by path, before there was a package."""
     package = sys.modules.get("fairseq_moe_ext")
-    for name in ("errors", "finding", "compat"):
+    for name in ("errors", "finding", "generation", "compat"):
         module = sys.modules.get("fairseq_moe_ext." + name)
         if package is not None and module is not None:
             setattr(package, name, module)
@@ -1191,6 +1192,9 @@ PATCHES = (
     Patch(fsdp_on_cpu, needed=lambda: _no_gpu() and importlib.util.find_spec("fairscale")),
     Patch(fp16_on_cpu, needed=_always),
     Patch(bf16_without_tpu, needed=lambda: importlib.util.find_spec("torch_xla") is None),
+    Patch(repeated_ngrams, needed=_always),
+    Patch(prompts_with_ends, needed=_always),
+    Patch(overlong_lines, needed=_always),
     Patch(validation_without_task, needed=_always),
     Patch(settings_of_old_checkpoints, needed=_always),
     Patch(resumed_patience, needed=_always),
