@@ -14,6 +14,7 @@ from typing import Callable, Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
+from .. import files
 from ..errors import UserError
 from ..wording import count, small
 from .formats import find_file
@@ -42,16 +43,21 @@ def read_translation(folder: Path, settings: Settings, split: int) -> List[Text]
         paths.append(find_file(folder, names, _TRANSLATION_ORIGIN))
     sides = []
     for path in paths:
-        try:
-            sides.append(path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n"))
-        except ValueError:
-            raise UserError(f"{path}: not UTF-8; take the file as it was published") from None
+        text = files.read_text(path, encoding="utf-8-sig").rstrip("\n")
+        sides.append([line.strip() for line in text.split("\n")])
     if len(sides[0]) != len(sides[1]):
         raise UserError(
-            f"{paths[0]} has {len(sides[0])} lines, {paths[1]} {len(sides[1])}: "
+            f"{paths[0]} has {count(len(sides[0]), 'line')}, {paths[1]} {len(sides[1]):,}: "
             "they must be translations of each other, line by line"
         )
-    return [Text(f"{a.strip()} =", f" {b.strip()}") for a, b in zip(*sides)]
+    for number, pair in enumerate(zip(*sides), start=1):
+        if any(pair) and not all(pair):
+            path = paths[0] if pair[1] else paths[1]
+            raise UserError(f"{path}, line {number}: blank, but not so in the other language")
+    found = [Text(f"{a} =", f" {b}") for a, b in zip(*sides) if a]
+    if not found:
+        raise UserError(f"{paths[0]}: no sentence in it; take the file as it was published")
+    return found
 
 
 def read_summarization(folder: Path, settings: Settings, split: int) -> List[Text]:

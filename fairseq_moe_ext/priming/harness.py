@@ -41,7 +41,7 @@ class FairseqMoELM(LM):
         model_overrides: Any = None,
     ) -> None:
         super().__init__()
-        if not str(batch_size).isdigit() or int(batch_size) < 1:
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise UserError(f"--batch_size {batch_size}: use a whole number from 1 on")
         folder = Path(data)
         self.vocabulary = Vocabulary(folder)

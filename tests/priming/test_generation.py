@@ -165,3 +165,25 @@ def test_files_that_do_not_belong_together(folder):
     path.write_text("one line\n")
     with pytest.raises(UserError, match="fra.devtest 1: they must be translations"):
         generative.read_translation(folder / "translation", Settings(languages=("eng", "fra")), 0)
+
+
+def test_blank_lines_and_empty_files(folder):
+    def read():
+        languages = Settings(languages=("eng", "fra"))
+        texts = generative.read_translation(folder / "translation", languages, 0)
+        return [text.prompt for text in texts]
+
+    english, french = (folder / "translation" / f"{name}.devtest" for name in ("eng", "fra"))
+    english.write_bytes(b"\xef\xbb\xbfw1\r\n\r\nw2\r\n")
+    french.write_bytes(b"it 1\n \nit 2\n\n")
+    assert read() == ["w1 =", "w2 ="]
+    french.write_bytes(b"it 1\nit\nit 2\n")
+    with pytest.raises(UserError, match="eng.devtest, line 2: blank, but not so in the other"):
+        read()
+    for path in (english, french):
+        path.write_bytes(b"\n")
+    with pytest.raises(UserError, match="eng.devtest: no sentence in it"):
+        read()
+    french.write_bytes(b"\xff\n")
+    with pytest.raises(UserError, match="fra.devtest: not UTF-8"):
+        read()

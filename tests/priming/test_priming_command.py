@@ -190,6 +190,7 @@ def test_another_rule_and_a_limit(command, tmp_path):
         ("--tasks copa --shots 1", "train.jsonl: missing; it is a file of COPA in SuperGLUE"),
         ("--tasks sst2 --shots 10", "--shots 10: "),
         ("--shots 1,x", "--shots 1,x: use whole numbers"),
+        ("--shots \u00b2", "--shots \u00b2: use whole numbers"),
         ("--draws 0", "--draws 0: use 1 or more"),
         ("--seed -1", "--seed -1: use 0 or more"),
         ("--context 65", "--context 65: the model takes 64 at most"),
