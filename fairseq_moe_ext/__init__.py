@@ -12,6 +12,7 @@
     ranges.py      what numbers a flag takes
     starting.py    what is checked before a run starts
     fully_sharded.py         shared parameters sharded over processes
+    counted.py     how much of the data a figure is over
     branch/        checkpoints of fairseq's `moe` branch, Meta's released models
     checkpoint/    saving and loading experts on any number of processes
     criterions/    cross-entropy, of tokens or of candidates, with the gates' losses
@@ -42,6 +43,7 @@ compat.apply()  # before anything imports fairseq
 
 from . import (  # noqa: E402, F401
     checkpoint,
+    counted,
     criterions,
     distributed_training,
     fully_sharded,
@@ -54,6 +56,7 @@ from .tasks import mixture_language_modeling, multiple_choice  # noqa: E402, F40
 
 distributed_training.apply()
 starting.apply()
+counted.apply()
 fully_sharded.apply()
 unfilled.apply()
 checkpoint.apply()

@@ -9,7 +9,7 @@ import importlib.util
 import inspect
 import math
 import sys
-from typing import Any, Dict, Iterable, Iterator, List, Optional
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import torch
 from fairseq import trainer, utils
@@ -21,6 +21,8 @@ from torch import Tensor
 
 from .checkpoint.together import check_code_versions
 from .config import validate_processes
+from .counted import check_offered, what_was_counted
+from .errors import DAMAGED, UserError
 from .expert_parallel import (
     collective_device,
     process_count,
@@ -210,7 +212,8 @@ def _nothing(device: Optional[torch.device] = None) -> Dict[str, Any]:
 def _evaluate_the_whole_set(eval_lm) -> None:
     """fairseq_cli/eval_lm.py:61 adds up scores in float32, and gives each process the loss of its
     own share of the batches, of which it passes a missing last one over. Here the sums are in
-    float64 and of the whole set, and each process takes as many steps as any."""
+    float64 and of the whole set, and each process takes as many steps as any. A figure over a part
+    says so, and over nothing there is none."""
     stock = eval_lm.eval_lm
     signature = inspect.signature(stock)
 
@@ -219,6 +222,9 @@ def _evaluate_the_whole_set(eval_lm) -> None:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         call = bound.arguments
+        offered = getattr(getattr(call["batch_iterator"], "iterable", None), "offered", None)
+        if offered is not None:
+            check_offered(offered, call["models"][0])
         if process_count() > 1:
             check_code_versions()
             call["batch_iterator"] = _with_empty_batches(call["batch_iterator"])
@@ -229,7 +235,10 @@ def _evaluate_the_whole_set(eval_lm) -> None:
             stock(**call)
         finally:
             eval_lm.SequenceScorer = SequenceScorer
-        loss = sums.loss()
+        loss, tokens = sums.result()
+        told = what_was_counted(offered, tokens) if offered is not None else ""
+        if told:
+            eval_lm.logger.warning(told)
         return {"loss": loss, "perplexity": 2**loss}
 
     eval_lm.eval_lm = whole
@@ -251,7 +260,8 @@ class _Sums:
             without_bos: the first token is not scored.
         """
         self.scores = 0.0
-        self.count = 0
+        self.count = 0  # of words, where pieces are joined
+        self.tokens = 0
         self.first = 1 if without_bos else 0
         pieces = []
         if post_process is not None:
@@ -262,18 +272,26 @@ class _Sums:
     def add(self, tokens: Tensor, scores: Tensor) -> None:
         """tokens (T,), and the logarithms of their probabilities (T,)."""
         tokens, scores = tokens[self.first :].cpu(), scores[self.first :].cpu()
-        finite = ~scores.isinf()  # stock skips the others
-        self.scores += float(scores[finite].sum(dtype=torch.float64))
-        self.count += int(finite.sum()) - int(torch.isin(tokens[:-1], self.pieces).sum())
+        if not scores.isfinite().all():  # stock leaves out infinity, and goes on with NaN
+            raise UserError(
+                "the model gives a token the log-probability "
+                f"{float(scores[~scores.isfinite()][0])}: {DAMAGED}"
+            )
+        self.scores += float(scores.sum(dtype=torch.float64))
+        self.tokens += len(tokens)
+        self.count += len(tokens) - int(torch.isin(tokens[:-1], self.pieces).sum())
 
-    def loss(self) -> float:
-        """In bits a word, over all processes; 0 where nothing is scored, as stock's."""
-        sums = torch.tensor([self.scores, self.count], dtype=torch.float64)
+    def result(self) -> Tuple[float, int]:
+        """Bits a word, and how many tokens were scored, over all processes. Raises UserError if
+        there was none."""
+        sums = torch.tensor([self.scores, self.count, self.tokens], dtype=torch.float64)
         if process_count() > 1:
             sums = sums.to(collective_device())
             torch.distributed.all_reduce(sums)
-        scores, count = sums.tolist()
-        return -scores / count / math.log(2) if count > 0 else 0.0
+        scores, count, tokens = sums.tolist()
+        if not count > 0:
+            raise UserError("no token was scored: the subset or this share of it is empty")
+        return -scores / count / math.log(2), int(tokens)
 
 
 class _AddingScorer(SequenceScorer):

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import data_bin, outputs
-from ..errors import UserError
+from ..errors import DAMAGED, UserError
 from ..wording import small
 from . import capacity
 from .cost_table import markdown, plain
@@ -192,6 +192,10 @@ def evaluate(
     for i, text in enumerate(texts):
         print(f"{i + 1}/{len(texts)} {text.name}", file=sys.stderr, flush=True)
         scores = score(model, text, eos, context, stride, batch_size)
+        if not np.isfinite(scores.nll).all():
+            raise UserError(
+                f"{text.name}: the model gives a token a probability that is no number: {DAMAGED}"
+            )
         total, count = float(scores.nll.sum()), len(scores.nll)
         drawn[text.name] = bootstrap(scores.nll, text.units, draws, seed=i + 1)
         sets[text.name] = {

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import MoETransformerLMConfig, is_moe_layer
-from ..errors import UserError, not_finite
+from ..errors import DAMAGED, UserError, not_finite
 from ..expert_parallel import ExpertParallel, WorldPool, process_count, traffic
 from ..fully_sharded import wrap_layer
 from ..kernels.matmul import Linear
@@ -291,8 +291,14 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
         return F.embedding(positions, table.weights)
 
     def output_layer(self, features: Tensor, **unused: Any) -> Tensor:
-        """features (..., D) -> logits (..., V)."""
-        return self.output_projection(features)
+        """features (..., D) -> logits (..., V). Raises UserError at evaluation for NaN or infinity,
+        of which a search would take no notice."""
+        logits = self.output_projection(features)
+        if not self.training and logits.numel():
+            low, high = logits.aminmax()
+            if not (low.isfinite() & high.isfinite()):
+                raise UserError(f"the model yields NaN or infinity: {DAMAGED}")
+        return logits
 
     def max_positions(self) -> int:
         """Longest sequence that the model takes."""

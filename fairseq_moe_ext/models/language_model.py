@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import fully_sharded
 from ..config import MoETransformerLMConfig, validate
-from ..errors import UserError
+from ..errors import DAMAGED, UserError
 from ..expert_parallel import mark_experts
 from ..kernels.linear_cross_entropy import linear_cross_entropy
 from .decoder import MoETransformerDecoder, too_few_positions
@@ -221,6 +221,8 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
             )
         tied = self.decoder.share_input_output_embed
         if tied and not torch.equal(state_dict[embedding], state_dict[projection]):
+            if not state_dict[embedding].isfinite().all():  # NaN is equal to nothing
+                raise UserError(f"{embedding} of the checkpoint holds NaN or infinity: {DAMAGED}")
             raise UserError(
                 "the checkpoint has an output projection of its own, and the model shares that of "
                 "its embedding (--share-decoder-input-output-embed, as our sizes do): use --arch "

@@ -1,0 +1,194 @@
+"""Every figure says how much of the data it is over; over nothing, or NaN, there is none."""
+
+import re
+import sys
+
+import fairseq_cli.eval_lm  # noqa: F401 - sets up logging, outside of capsys
+import numpy as np
+import pytest
+import torch
+from fairseq.data.indexed_dataset import MMapIndexedDataset
+from mixture_data import tokens_of
+
+import fairseq_moe_ext
+from fairseq_moe_ext import cli
+from fairseq_moe_ext.errors import UserError
+
+CONTEXT = 32
+SHAPE = f"""--arch moe_lm_tiny --moe-expert-count 2 --decoder-layers 2 --decoder-embed-dim 16
+    --decoder-ffn-embed-dim 32 --decoder-attention-heads 2 --tokens-per-sample {CONTEXT}
+    --criterion moe_cross_entropy --optimizer adam --lr 0.01 --batch-size 8"""
+
+
+def command(capsys, caplog, name, line):
+    """Status, standard error and log of a command of fairseq within this process."""
+    module = __import__(f"fairseq_cli.{name}", fromlist=["cli_main"])
+    line += f" --user-dir {fairseq_moe_ext.__path__[0]} --cpu --num-workers 0"
+    capsys.readouterr()
+    caplog.clear()
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level("INFO"):
+        patch.setattr(sys, "argv", [f"fairseq-{name}", *line.split()])
+        try:
+            module.cli_main()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+    return status, capsys.readouterr().err, caplog.text
+
+
+@pytest.fixture
+def fairseq(capsys, caplog):
+    return lambda name, line: command(capsys, caplog, name, line)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("counted")
+    line = f"""fairseq-train {data} --task mixture_language_modeling {SHAPE} --max-update 2
+        --user-dir {fairseq_moe_ext.__path__[0]} --cpu --num-workers 0 --save-dir {folder}"""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", line.split())
+        __import__("fairseq_cli.train", fromlist=["cli_main"]).cli_main()
+    return folder / "checkpoint_last.pt"
+
+
+@pytest.fixture(scope="module")
+def broken(checkpoint, tmp_path_factory):
+    """The same with NaN behind the last router."""
+    state = torch.load(checkpoint, weights_only=False)
+    state["model"]["decoder.layer_norm.weight"][0] = float("nan")
+    path = tmp_path_factory.mktemp("broken") / "nan.pt"
+    torch.save(state, path)
+    return path
+
+
+def eval_lm(data, checkpoint, corpus="big", flags=""):
+    return (
+        f"{data / corpus} --path {checkpoint} --gen-subset valid --tokens-per-sample {CONTEXT} "
+        f"--batch-size 4 {flags}"
+    )
+
+
+def sizes_of(data):
+    stored = MMapIndexedDataset(str(data / "big" / "valid"))  # `sizes` lives only as long as it
+    return stored.sizes.copy()
+
+
+def one_line(err):
+    lines = [line for line in err.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1 and "UserError" not in err, err
+    return errors[0]
+
+
+def blocks(sizes, limit):
+    """What --sample-break-mode complete makes of sentences, by a plain loop."""
+    found, now = [], 0
+    for size in sizes:
+        if now and now + size > limit:
+            found.append(now)
+            now = 0
+        now += size
+    return [*found, now] if now else found
+
+
+def test_all_tokens_are_counted_without_a_word(fairseq, data, checkpoint):
+    for flags in ("", "--context-window 8", "--add-bos-token", "--sample-break-mode complete"):
+        status, _, log = fairseq("eval_lm", eval_lm(data, checkpoint, flags=flags))
+        assert status == 0 and "Perplexity" in log, flags
+        assert not re.search(r"counted [\d,]+ of", log), flags
+
+
+@pytest.mark.parametrize("mode", ["none", "complete", "eos", "complete_doc"])
+def test_eval_lm_refuses_samples_too_long_or_counts_them(fairseq, data, checkpoint, mode):
+    sizes = sizes_of(data)
+    whole = tokens_of(data, "big", "valid")
+    asked, override = 3 * CONTEXT, ""
+    if mode == "none":
+        made = [asked] * (whole // asked) + ([whole % asked] if whole % asked else [])
+    elif mode == "eos":
+        made = list(sizes)
+    elif mode == "complete":
+        made = blocks(sizes, asked)
+    else:
+        made = None
+    takes = CONTEXT
+    if mode == "eos":  # of a model that takes less than some lines have
+        takes = int(np.sort(sizes)[-3])
+        override = f" --model-overrides {{'max_target_positions':{takes}}}"
+    line = eval_lm(data, checkpoint).replace(f"sample {CONTEXT}", f"sample {asked}")
+    line += f" --sample-break-mode {mode}{override}"
+    status, err, log = fairseq("eval_lm", line)
+    assert status == 1 and "Perplexity" not in log
+    assert f"longer than {takes}" in one_line(err) and "--tokens-per-sample" in err
+    if made is None:
+        return
+    fitting = sum(int(size) for size in made if size <= takes)
+    if not fitting:
+        assert "none is left" in err
+        return
+    assert f"{fitting:,} of {whole:,} tokens would be counted" in err
+    status, err, log = fairseq("eval_lm", line + " --skip-invalid-size-inputs-valid-test")
+    assert status == 0
+    assert f"counted {fitting:,} of {whole:,} tokens" in log
+    assert f"Evaluated {fitting:,} tokens" in log
+
+
+def test_nothing_left_is_refused_though_asked_to_skip(fairseq, data, checkpoint):
+    line = eval_lm(data, checkpoint, "small").replace(f"sample {CONTEXT}", "sample 100000")
+    status, err, log = fairseq("eval_lm", line + " --skip-invalid-size-inputs-valid-test")
+    assert status == 1 and "none is left" in one_line(err) and "Perplexity" not in log
+
+
+def test_blank_lines_that_complete_doc_leaves_out_and_shares_are_told(fairseq, data, checkpoint):
+    sizes = sizes_of(data)
+    line = eval_lm(data, checkpoint, flags="--sample-break-mode complete_doc")
+    line += " --skip-invalid-size-inputs-valid-test"
+    status, _, log = fairseq("eval_lm", line)
+    counted = int(re.search(r"Evaluated ([\d,]+) tokens", log)[1].replace(",", ""))
+    assert status == 0 and counted <= int(sizes[sizes > 1].sum())
+    assert f"counted {counted:,} of {int(sizes.sum()):,} tokens" in log
+    status, _, log = fairseq("eval_lm", eval_lm(data, checkpoint, flags="--num-shards 2"))
+    assert status == 0 and re.search(r"counted [\d,]+ of .*other shares", log)
+    line = eval_lm(data, checkpoint, "small", flags="--num-shards 64 --shard-id 63")
+    status, err, _ = fairseq("eval_lm", line)
+    assert status == 1 and "no token was scored" in one_line(err)
+
+
+def test_a_context_window_counts_as_context(fairseq, data, checkpoint):
+    line = eval_lm(data, checkpoint).replace(f"sample {CONTEXT}", f"sample {CONTEXT + 4}")
+    status, err, _ = fairseq("eval_lm", line + " --context-window 8")
+    assert status == 1 and f"use --tokens-per-sample {CONTEXT}" in one_line(err)
+
+
+def test_validate_refuses_or_counts(fairseq, data, checkpoint):
+    sizes = sizes_of(data)
+    takes = int(np.sort(sizes)[-3])
+    fitting = int(sizes[sizes <= takes].sum())
+    line = f"{data} --path {checkpoint} --valid-subset valid/big --batch-size 4"
+    line += " --task mixture_language_modeling --sample-break-mode eos --model-overrides "
+    few = line + f"{{'max_target_positions':{takes}}}"
+    status, err, _ = fairseq("validate", few)
+    assert status == 1 and f"{fitting:,} of {sizes.sum():,} tokens" in one_line(err)
+    status, err, log = fairseq("validate", few + " --skip-invalid-size-inputs-valid-test")
+    assert status == 0 and f"counted {fitting:,} of {sizes.sum():,} tokens" in log
+
+
+@pytest.mark.parametrize("name", ["eval_lm", "validate", "evaluate", "generate"])
+def test_nan_is_one_line(fairseq, data, broken, capsys, name):
+    if name == "evaluate":
+        status = cli.main(f"evaluate {data} --path {broken} --cpu --subset valid".split())
+        err, log = capsys.readouterr()[::-1]
+    elif name == "eval_lm":
+        status, err, log = fairseq(name, eval_lm(data, broken))
+    elif name == "generate":
+        line = f"{data / 'small'} --path {broken} --gen-subset valid --task language_modeling"
+        with pytest.raises(UserError, match="use an earlier one"):
+            fairseq(name, line + " --sample-break-mode eos --beam 2 --max-len-b 8 --batch-size 4")
+        return
+    else:
+        line = f"{data} --path {broken} --valid-subset valid --batch-size 4"
+        line += " --task mixture_language_modeling"
+        status, err, log = fairseq(name, line)
+    assert status == 1 and "use an earlier one" in one_line(err)
+    assert "Perplexity: nan" not in log
