@@ -7,15 +7,18 @@ import functools
 import inspect
 import logging
 import math
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple, Sequence
 
 import numpy as np
-from fairseq.data import FairseqDataset, TokenBlockDataset
+from fairseq.data import FairseqDataset, TokenBlockDataset, data_utils
 from fairseq.models import BaseFairseqModel
 from fairseq.tasks import FairseqTask
 from fairseq.tasks.language_modeling import LanguageModelingTask
 from fairseq.trainer import Trainer
 
+from . import data_bin
 from .errors import DAMAGED, UserError
 
 logger = logging.getLogger(__name__)
@@ -29,6 +32,7 @@ def apply() -> None:
     _say_which_samples_are_too_long()
     _count_what_eval_lm_is_given()
     _say_what_max_valid_steps_leaves_out()
+    _find_forgotten_validation_sets()
     _refuse_a_loss_that_is_no_number()
 
 
@@ -171,24 +175,77 @@ def what_was_counted(offered: Offered, counted: int) -> str:
 
 def _say_what_max_valid_steps_leaves_out() -> None:
     """fairseq_cli/train.py:434 ends a validation after --max-valid-steps batches, and one more, of
-    each process, without a word. Batches go from the shortest samples to the longest."""
+    each process, without a word; of several corpora it would see the first alone. There that many
+    batches of each are what the iterator has, however many processes share them."""
     stock = Trainer.get_valid_iterator
 
     @functools.wraps(stock)
     def get_valid_iterator(self, subset, *args, **kwargs):
         iterator = stock(self, subset, *args, **kwargs)
-        steps = self.cfg.dataset.max_valid_steps
-        if steps is not None:
-            batches = list(iterator.frozen_batches)
+        of_each = getattr(self, "valid_batches_of_each", None)
+        steps = self.cfg.dataset.max_valid_steps if of_each is None else of_each
+        if steps is None:
+            return iterator
+        if not hasattr(iterator, "batches_in_all"):  # it is used again in later validations
+            iterator.batches_in_all = iterator.frozen_batches
+        batches = iterator.batches_in_all
+        if of_each is None:
             taken = batches[: (steps + 1) * iterator.num_shards]
-            if len(taken) < len(batches):
-                logger.warning(
-                    f"--max-valid-steps {steps}: {sum(map(len, taken)):,} of "
-                    f"{sum(map(len, batches)):,} samples of {subset} are counted"
-                )
+        else:
+            taken = iterator.dataset.first_of_each(batches, steps)
+            iterator._frozen_batches = tuple(taken)
+        if len(taken) < len(batches):
+            logger.warning(
+                f"--max-valid-steps {steps}: {sum(map(len, taken)):,} of "
+                f"{sum(map(len, batches)):,} samples of {subset} are counted"
+                + ("" if of_each is None else ", of each corpus some")
+            )
         return iterator
 
     Trainer.get_valid_iterator = get_valid_iterator
+
+
+def _find_forgotten_validation_sets() -> None:
+    """fairseq/data/data_utils.py:586 raises a plain ValueError for valid1 and the like that
+    --valid-subset does not name, and does not look into the folders of corpora."""
+    stock = data_utils.raise_if_valid_subsets_unintentionally_ignored
+
+    @functools.wraps(stock)
+    def raise_if_valid_subsets_unintentionally_ignored(cfg):
+        data = where = getattr(cfg.task, "data", None)
+        try:
+            stock(cfg)
+            if getattr(cfg.task, "_name", None) == "mixture_language_modeling" and data:
+                for name, where in data_bin.find_corpora(Path(data)).items():
+                    subsets = cfg.dataset.valid_subset.replace(f"/{name}", "")
+                    dataset = SimpleNamespace(**{**cfg.dataset, "valid_subset": subsets})
+                    stock(SimpleNamespace(dataset=dataset, task=SimpleNamespace(data=str(where))))
+        except ValueError as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{where}: {error}") from error
+
+    data_utils.raise_if_valid_subsets_unintentionally_ignored = (
+        raise_if_valid_subsets_unintentionally_ignored
+    )
+
+
+def validate_every_corpus(train: ModuleType) -> None:
+    """Wrap fairseq_cli/train.py:379, which is to end no validation of several corpora by itself."""
+    stock = train.validate
+
+    @functools.wraps(stock)
+    def validate(cfg, trainer, task, *args, **kwargs):
+        steps = cfg.dataset.max_valid_steps
+        if steps is None or not getattr(task, "has_corpora", False):
+            return stock(cfg, trainer, task, *args, **kwargs)
+        trainer.valid_batches_of_each, cfg.dataset.max_valid_steps = steps, None
+        try:
+            return stock(cfg, trainer, task, *args, **kwargs)
+        finally:
+            trainer.valid_batches_of_each, cfg.dataset.max_valid_steps = None, steps
+
+    train.validate = validate
 
 
 def _refuse_a_loss_that_is_no_number() -> None:

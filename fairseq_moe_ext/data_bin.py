@@ -4,16 +4,17 @@
     DATA/<corpus>/dict.txt                      the same bytes as DATA/dict.txt
     DATA/<corpus>/{train,valid,test}.{bin,idx}  one data-bin of fairseq's mmap format per split
 
-Every DATA/<corpus> is by itself an ordinary fairseq data-bin. A corpus without a train split is
-held out: out of domain. `fairseq-moe prepare` writes this layout and the task
-`mixture_language_modeling` reads it; this module needs neither fairseq nor torch.
+Every DATA/<corpus> is by itself an ordinary fairseq data-bin. A corpus that a model was not trained
+on, as it has no train split or --train-corpora leaves it out, is out of domain. `fairseq-moe
+prepare` writes this layout and the task `mixture_language_modeling` reads it; this module needs
+neither fairseq nor torch.
 """
 
 import filecmp
 import os
 import re
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Optional, Sequence
 
 from fairseq_moe_ext.errors import UserError
 
@@ -22,6 +23,7 @@ COUNTS = "counts.json"  # of `fairseq-moe prepare`
 TOKENIZER = ("encoder.json", "vocab.bpe")
 SPLITS = ("train", "valid", "test")
 PLAIN = "data"  # the corpus that a plain data-bin is
+TRAINED = "trained_corpora"  # key of the state of the task in a checkpoint
 
 _MAX_NAME = 100  # characters; a file's name has 255 bytes at most, and metrics and flags have more
 
@@ -110,6 +112,23 @@ def check_dictionaries(data: Path, corpora: Dict[str, Path]) -> None:
                 f"({_count_lines(expected)} types); prepare all corpora with one dictionary "
                 "(`fairseq-moe prepare --dict`)"
             )
+
+
+def trained_on(corpora: Dict[str, Path], names: Optional[Sequence[str]]) -> List[str]:
+    """Which corpora are in domain: what a model was trained on.
+
+    Args:
+        names: of the corpora that it was trained on, as its checkpoint tells; None where it does
+            not: those with a train split are then.
+    """
+    if names is None or list(names) == [PLAIN]:
+        return [name for name, folder in corpora.items() if has_split(folder, "train")]
+    return [name for name, folder in corpora.items() if own_name(name, folder) in names]
+
+
+def own_name(corpus: str, folder: Path) -> str:
+    """A corpus's name; a plain data-bin has that of its folder."""
+    return folder.resolve().name if corpus == PLAIN else corpus
 
 
 def splits_of(folder: Path) -> List[str]:

@@ -9,7 +9,8 @@ import importlib.util
 import inspect
 import math
 import sys
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
+from types import ModuleType
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import torch
 from fairseq import trainer, utils
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from .checkpoint.together import check_code_versions
 from .config import validate_processes
-from .counted import check_offered, what_was_counted
+from .counted import check_offered, validate_every_corpus, what_was_counted
 from .errors import DAMAGED, UserError
 from .expert_parallel import (
     collective_device,
@@ -41,22 +42,26 @@ def apply() -> None:
     _leave_dummy_batches_empty()
     _give_each_batch_its_context()
     _validate_on_any_share()
-    for name in (_EVAL_LM, "__main__"):  # the latter with `python -m`
-        module = sys.modules.get(name)
-        if getattr(getattr(module, "__spec__", None), "name", "") == _EVAL_LM:
-            _evaluate_the_whole_set(module)
-    if _EVAL_LM not in sys.modules:
-        sys.meta_path.insert(0, EvalLmFinder())
+    for command, wrap in (
+        ("fairseq_cli.eval_lm", _evaluate_the_whole_set),
+        ("fairseq_cli.train", validate_every_corpus),
+    ):
+        for name in (command, "__main__"):  # the latter with `python -m`
+            module = sys.modules.get(name)
+            if getattr(getattr(module, "__spec__", None), "name", "") == command:
+                wrap(module)
+        if command not in sys.modules:
+            sys.meta_path.insert(0, CommandFinder(command, wrap))
 
 
-_EVAL_LM = "fairseq_cli.eval_lm"
+class CommandFinder:
+    """Finds nothing itself: wraps a module, once, when it is imported."""
 
-
-class EvalLmFinder:
-    """Finds nothing itself: wraps that module, once, when it is imported."""
+    def __init__(self, command: str, wrap: Callable[[ModuleType], None]) -> None:
+        self.command, self.wrap = command, wrap
 
     def find_spec(self, name, path=None, target=None):
-        if name != _EVAL_LM:
+        if name != self.command:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -64,7 +69,7 @@ class EvalLmFinder:
 
         def exec_module(module):
             stock(module)
-            _evaluate_the_whole_set(module)
+            self.wrap(module)
 
         spec.loader.exec_module = exec_module
         return spec
@@ -78,6 +83,9 @@ def _refuse_what_cannot_be_trained() -> None:
     def __init__(self, cfg, task, model, *args, **kwargs):
         if process_count() > 1 and getattr(model, "has_experts", False):
             validate_processes(cfg.model, process_count())
+        steps = cfg.dataset.max_valid_steps
+        if steps is not None and steps < 1:
+            raise UserError(f"--max-valid-steps {steps}: use 1 or more, or drop it to validate all")
         if getattr(cfg.model, "compile", False):
             compiled.check()
         stock(self, cfg, task, model, *args, **kwargs)

@@ -1,11 +1,13 @@
 """What evaluations of a checkpoint have in common before they begin."""
 
 import ast
+import os
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 
+from .. import data_bin
 from ..errors import UserError
 
 
@@ -46,6 +48,30 @@ def language_modeling_task(folder: Path, tokens_per_sample: int):
         plasma_path="",
     )
     return LanguageModelingTask.setup_task(config)
+
+
+def corpora_of(saved: Any, task: Any, folders: Sequence[Path]) -> Optional[List[str]]:
+    """Names of the corpora that a model was trained on; None where its checkpoint does not tell.
+
+    Args:
+        saved: settings of the task in the checkpoint.
+        task: into which its state was loaded.
+        folders: of the sets to evaluate on.
+    """
+    from fairseq.utils import split_paths
+
+    found = task.state_dict().get(data_bin.TRAINED)
+    if found is not None:
+        return found
+    if saved.get("train_corpora") is not None:  # of before it was recorded
+        return [name.strip() for name in saved.train_corpora.split(",")]
+    if saved.get("_name") == "language_modeling" and saved.get("data"):
+        # one data-bin, which has the name of its folder, if that has not been renamed
+        names = [os.path.basename(os.path.abspath(path)) for path in split_paths(saved.data)]
+        there = [data_bin.find_corpora(folder).items() for folder in folders]
+        if any(data_bin.own_name(*corpus) in names for corpora in there for corpus in corpora):
+            return names
+    return None
 
 
 def set_gates(model: torch.nn.Module, **settings: Any) -> None:

@@ -24,7 +24,7 @@ from ..wording import small
 from . import capacity
 from .cost_table import markdown, plain
 from .expert_use import write_json
-from .loading import check_path, language_modeling_task, parse_overrides
+from .loading import check_path, corpora_of, language_modeling_task, parse_overrides
 
 _LOGITS = 2**24  # that exist at a time
 
@@ -34,7 +34,7 @@ class Text(NamedTuple):
 
     name: str
     folder: Path
-    trained: bool  # the corpus has a train split: in domain
+    trained: bool  # the model was trained on the corpus: in domain
     tokens: Tensor  # (N,) int64
     units: np.ndarray  # (U,) first token of each unit that the bootstrap draws
     bytes: Optional[int]  # UTF-8, as `fairseq-moe prepare` counted; None: not known
@@ -48,9 +48,19 @@ class Scores(NamedTuple):
     seconds: float
 
 
-def read_texts(folders: Sequence[Path], subset: str, context: int, eos: int) -> List[Text]:
+def read_texts(
+    folders: Sequence[Path],
+    subset: str,
+    context: int,
+    eos: int,
+    trained_on: Optional[Sequence[str]] = None,
+) -> List[Text]:
     """The test sets below the folders, each a data-bin or a folder of data-bins. Raises UserError
-    for a set that is missing, empty or there twice."""
+    for a set that is missing, empty or there twice.
+
+    Args:
+        trained_on: names of corpora that the model was trained on, as far as they are known.
+    """
     from fairseq.data import indexed_dataset
 
     texts: Dict[str, Text] = {}
@@ -59,8 +69,12 @@ def read_texts(folders: Sequence[Path], subset: str, context: int, eos: int) -> 
         having = {n: f for n, f in corpora.items() if data_bin.has_split(f, subset)}
         if not having:
             raise UserError(f"{data}: no data-bin {subset} in it or its folders (--subset)")
-        for name, folder in having.items():
-            name = data.name if name == data_bin.PLAIN else name
+        missing = sorted(corpora.keys() - having.keys())
+        if missing:
+            where = f"{', '.join(missing)} of {data}"
+            print(f"{where}: no {subset} split, so in no figure", file=sys.stderr)
+        for corpus, folder in having.items():
+            name = data_bin.own_name(corpus, folder)
             prefix = str(folder / subset)
             if name in texts:
                 raise UserError(f"{folder}: a second set called {name!r}; rename its folder")
@@ -70,7 +84,7 @@ def read_texts(folders: Sequence[Path], subset: str, context: int, eos: int) -> 
             tokens = np.fromfile(prefix + ".bin", dtype=index.dtype).astype(np.int64)
             if not len(tokens):
                 raise UserError(f"{prefix}.bin: empty; take the set out of {data}")
-            trained = data_bin.has_split(folder, "train")
+            trained = corpus in data_bin.trained_on(corpora, trained_on)
             texts[name] = Text(
                 name,
                 folder,
@@ -301,7 +315,7 @@ def run(args: argparse.Namespace) -> None:
         corpora = data_bin.find_corpora(data)
         data_bin.check_dictionaries(first, corpora)
     task = language_modeling_task(first, args.context or 1)
-    models, _ = checkpoint_utils.load_model_ensemble(
+    models, cfg = checkpoint_utils.load_model_ensemble(
         [str(args.path)], arg_overrides=overrides, task=task
     )
     model = models[0].eval()
@@ -314,7 +328,7 @@ def run(args: argparse.Namespace) -> None:
     if stride > context:
         raise UserError(f"--stride {stride} is above --context {context}: tokens would be left out")
     eos = task.source_dictionary.eos()
-    texts = read_texts(args.data, args.subset, context, eos)
+    texts = read_texts(args.data, args.subset, context, eos, corpora_of(cfg.task, task, args.data))
     results = []
     for fraction in capacities:
         capacity.set_capacity(model, fraction)

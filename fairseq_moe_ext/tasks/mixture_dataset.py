@@ -1,7 +1,7 @@
 """The data of `mixture_language_modeling`: several corpora, drawn from or one after the other."""
 
 import zlib
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
 from fairseq.data import BaseWrapperDataset, ConcatDataset, FairseqDataset
@@ -143,6 +143,17 @@ class SeparateCorporaDataset(BaseWrapperDataset):
             if len(mine):  # not all left out for their length
                 batches += FairseqDataset.batch_by_size(self, mine, **limits)
         return batches
+
+    def first_of_each(self, batches: Sequence[Sequence[int]], count: int) -> List[Sequence[int]]:
+        """The first `count` batches of every corpus (--max-valid-steps)."""
+        seen: Dict[int, int] = {}
+        kept = []
+        for batch in batches:
+            part = int(self._part(batch[0]))
+            seen[part] = seen.get(part, 0) + 1
+            if seen[part] <= count:
+                kept.append(batch)
+        return kept
 
     filter_indices_by_size = FairseqDataset.filter_indices_by_size
 

@@ -64,6 +64,8 @@ class MixtureLanguageModelingConfig(LanguageModelingConfig):
 class MixtureLanguageModelingTask(LanguageModelingTask):
     """See the module; `corpora` are the folders by name, `trained` the names trained on."""
 
+    has_corpora = True  # of which a validation looks at every one
+
     def __init__(self, args, dictionary, output_dictionary=None, targets=None):
         super().__init__(args, dictionary, output_dictionary, targets)
         self._train_iterator: Optional[EpochBatchIterator] = None
@@ -75,12 +77,7 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
             data_bin.check_dictionaries(data, self.corpora)
         # in domain; --train-corpora may name corpora that this folder does not have when a trained
         # model is loaded with other data, so it is checked only when training data are loaded
-        chosen = _names(args.train_corpora)
-        self.trained = [
-            name
-            for name, folder in self.corpora.items()
-            if data_bin.has_split(folder, "train") and (chosen is None or name in chosen)
-        ]
+        self.trained = data_bin.trained_on(self.corpora, _names(args.train_corpora))
 
     @classmethod
     def setup_task(cls, args, **kwargs):
@@ -109,6 +106,16 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
         _weights(args.corpus_weights)
         ranges.check({"corpus_temperature": args.corpus_temperature})
         return super().setup_task(args, **kwargs)
+
+    def state_dict(self) -> Dict[str, Any]:
+        """As stock's, with what a checkpoint has to tell of its training: the corpora."""
+        return {**super().state_dict(), data_bin.TRAINED: self.trained}
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        """As stock's; which only evaluations call (fairseq/checkpoint_utils.py:439@0.12.2)."""
+        super().load_state_dict(state_dict)
+        if data_bin.TRAINED in state_dict:
+            self.trained = data_bin.trained_on(self.corpora, state_dict[data_bin.TRAINED])
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs) -> None:
         """Load a subset: SPLIT, of all corpora that have it, or SPLIT/CORPUS.
@@ -154,6 +161,9 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
             for name, folder in self.corpora.items()
             if corpus in ("", name) and data_bin.has_split(folder, split)
         ]
+        if found and not corpus and len(found) < len(self.corpora) and split != "train":
+            missing = ", ".join(name for name in self.corpora if name not in found)
+            logger.warning(f"subset {split}: {missing} have none and are not in its figures")
         if not found:
             there = "; ".join(
                 f"{name}: {', '.join(data_bin.splits_of(folder))}"

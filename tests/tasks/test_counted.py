@@ -1,14 +1,22 @@
 """Every figure says how much of the data it is over; over nothing, or NaN, there is none."""
 
+import math
 import re
+import shutil
 import sys
+from collections import Counter, defaultdict
+from types import SimpleNamespace
 
 import fairseq_cli.eval_lm  # noqa: F401 - sets up logging, outside of capsys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from fairseq import tasks
 from fairseq.data.indexed_dataset import MMapIndexedDataset
-from mixture_data import tokens_of
+from fairseq.trainer import Trainer
+from fairseq_cli import train
+from mixture_data import configure, make_task, tokens_of
 
 import fairseq_moe_ext
 from fairseq_moe_ext import cli
@@ -27,6 +35,8 @@ def command(capsys, caplog, name, line):
     capsys.readouterr()
     caplog.clear()
     with pytest.MonkeyPatch.context() as patch, caplog.at_level("INFO"):
+        # fairseq-validate sets up logging anew, on what capsys will have closed
+        patch.setattr(module, "reset_logging", lambda: None, raising=False)
         patch.setattr(sys, "argv", [f"fairseq-{name}", *line.split()])
         try:
             module.cli_main()
@@ -192,3 +202,85 @@ def test_nan_is_one_line(fairseq, data, broken, capsys, name):
         status, err, log = fairseq(name, line)
     assert status == 1 and "use an earlier one" in one_line(err)
     assert "Perplexity: nan" not in log
+
+
+def test_max_valid_steps_takes_that_many_batches_of_every_corpus(data, tmp_path):
+    """The figures are those of the first two batches of each corpus, by the task's own steps."""
+    cfg = configure(data, "--best-checkpoint-metric", "in_domain_ppl")
+    task = tasks.setup_task(cfg.task)
+    task.load_dataset("valid")
+    torch.manual_seed(1)
+    model = task.build_model(cfg.model)
+    trainer = Trainer(cfg, task, model, task.build_criterion(cfg.criterion))
+    every = list(trainer.get_valid_iterator("valid").next_epoch_itr(shuffle=False))
+    nll, counts = defaultdict(float), defaultdict(int)
+    taken = Counter()
+    model.eval()
+    for batch in every:
+        name = list(task.corpora)[batch["corpus"]]
+        taken[name] += 1
+        if taken[name] <= 2:
+            with torch.no_grad():
+                logits = model(**batch["net_input"])[0].double()
+            flat = F.cross_entropy(logits.flatten(0, 1), batch["target"].flatten(), ignore_index=1)
+            nll[name] += float(flat) * batch["ntokens"]
+            counts[name] += batch["ntokens"]
+    assert max(taken.values()) > 3
+    expected = {name: math.exp(nll[name] / counts[name]) for name in task.corpora}
+
+    cfg.dataset.max_valid_steps = 2
+    seen = []
+    for processes in (1, 2, 3):  # of several, all shares are gone through one after the other
+        task.dataset_to_epoch_iter.clear()
+        figures = []
+        for rank in range(processes):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Trainer, "data_parallel_world_size", processes)
+                patch.setattr(Trainer, "data_parallel_rank", rank)
+                trainer.valid_batches_of_each = 2
+                iterator = trainer.get_valid_iterator("valid").next_epoch_itr(shuffle=False)
+                figures += [batch["id"].tolist() for batch in iterator if batch]
+                trainer.valid_batches_of_each = None
+            task.dataset_to_epoch_iter.clear()
+        seen.append(sorted(figures))
+    assert seen[0] == seen[1] == seen[2] and len(seen[0]) == 2 * len(task.corpora)
+
+    for _ in range(2):  # the second time from the iterator that is kept
+        (valid_loss,) = train.validate(cfg, trainer, task, SimpleNamespace(epoch=1), ["valid"])
+    inside = [expected[name] for name in task.trained]
+    assert valid_loss == pytest.approx(sum(inside) / len(inside), rel=1e-5)
+    assert cfg.dataset.max_valid_steps == 2, "as it was, for the checkpoint"
+
+
+def test_other_tasks_say_how_much_max_valid_steps_takes(fairseq, data, tmp_path):
+    line = f"{data / 'big'} --task language_modeling {SHAPE} --max-update 1 --no-save"
+    status, _, log = fairseq("train", f"{line} --save-dir {tmp_path} --max-valid-steps 1")
+    samples = -(-tokens_of(data, "big", "valid") // CONTEXT)
+    assert status == 0
+    assert f"--max-valid-steps 1: 16 of {samples} samples of valid are counted" in log
+    status, err, log = fairseq("train", f"{line} --save-dir {tmp_path} --max-valid-steps 0")
+    assert status == 1 and "--max-valid-steps 0: use 1 or more" in one_line(err)
+    mixture = line.replace(str(data / "big"), str(data)).replace("language_m", "mixture_language_m")
+    status, _, log = fairseq("train", f"{mixture} --save-dir {tmp_path} --max-valid-steps 1")
+    assert status == 0 and re.search(r"--max-valid-steps 1: [\d,]+ of [\d,]+ samples of valid", log)
+    for name in ("big", "mid", "small", "far", "further"):
+        assert f"valid_{name}_ppl" in log or f"{name}_ppl" in log
+
+
+def test_forgotten_validation_sets_of_a_corpus_are_refused_or_combined(fairseq, data, tmp_path):
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    for suffix in (".bin", ".idx"):
+        shutil.copyfile(data / "mid" / f"test{suffix}", copy / "mid" / f"valid1{suffix}")
+    line = f"{copy} --task mixture_language_modeling {SHAPE} --max-update 1 --no-save"
+    status, err, _ = fairseq("train", f"{line} --save-dir {tmp_path}")
+    assert status == 1 and "mid: Valid paths ['valid1'] will be ignored" in one_line(err)
+    status, _, log = fairseq("train", f"{line} --save-dir {tmp_path} --combine-valid-subsets")
+    assert status == 0
+    task = make_task(copy)
+    task.load_dataset("valid", combine=True)
+    mid = list(task.corpora).index("mid")
+    tokens = int(task.dataset("valid").dataset.datasets[mid].sizes.sum())
+    assert tokens == tokens_of(data, "mid", "valid") + tokens_of(data, "mid", "test")
+    status, _, _ = fairseq("train", f"{line} --save-dir {tmp_path} --valid-subset valid,valid1/mid")
+    assert status == 0
