@@ -22,7 +22,7 @@ from processes import run_processes
 from small_models import PAD, TYPES, make_task
 
 import fairseq_moe_ext
-from fairseq_moe_ext.distributed_training import EvalLmFinder
+from fairseq_moe_ext.distributed_training import CommandFinder, _evaluate_the_whole_set
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.expert_parallel import placement, traffic
 from fairseq_moe_ext.fully_sharded import is_sharded, places
@@ -370,8 +370,9 @@ def test_eval_lm_may_be_imported_later(monkeypatch):
     """As a notebook may; it counts the whole set all the same."""
     monkeypatch.delitem(sys.modules, "fairseq_cli.eval_lm", raising=False)
     monkeypatch.setattr(fairseq_cli, "eval_lm", None, raising=False)
-    others = [finder for finder in sys.meta_path if not isinstance(finder, EvalLmFinder)]
-    monkeypatch.setattr(sys, "meta_path", [EvalLmFinder(), *others])
+    others = [finder for finder in sys.meta_path if not isinstance(finder, CommandFinder)]
+    finder = CommandFinder("fairseq_cli.eval_lm", _evaluate_the_whole_set)
+    monkeypatch.setattr(sys, "meta_path", [finder, *others])
     module = importlib.import_module("fairseq_cli.eval_lm")
     assert module.eval_lm.__name__ == "eval_lm"
     assert not hasattr(module.eval_lm.__wrapped__, "__wrapped__")  # once
