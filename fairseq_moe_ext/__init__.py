@@ -12,6 +12,7 @@
     ranges.py      what numbers a flag takes
     starting.py    what is checked before a run starts
     fully_sharded.py         shared parameters sharded over processes
+    fingerprint.py which dictionary a checkpoint is of
     counted.py     how much of the data a figure is over
     branch/        checkpoints of fairseq's `moe` branch, Meta's released models
     checkpoint/    saving and loading experts on any number of processes
@@ -46,6 +47,7 @@ from . import (  # noqa: E402, F401
     counted,
     criterions,
     distributed_training,
+    fingerprint,
     fully_sharded,
     optim,
     starting,
@@ -61,3 +63,4 @@ fully_sharded.apply()
 unfilled.apply()
 checkpoint.apply()
 branch_hooks.apply()  # behind checkpoint's: it answers first, for files that it knows
+fingerprint.apply()
