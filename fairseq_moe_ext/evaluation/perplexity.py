@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import data_bin, outputs
+from .. import compat, data_bin, outputs
 from ..errors import DAMAGED, UserError
 from ..wording import small
 from . import capacity
@@ -52,7 +52,7 @@ def read_texts(
     folders: Sequence[Path],
     subset: str,
     context: int,
-    eos: int,
+    dictionary: Any,
     trained_on: Optional[Sequence[str]] = None,
 ) -> List[Text]:
     """The test sets below the folders, each a data-bin or a folder of data-bins. Raises UserError
@@ -61,8 +61,6 @@ def read_texts(
     Args:
         trained_on: names of corpora that the model was trained on, as far as they are known.
     """
-    from fairseq.data import indexed_dataset
-
     texts: Dict[str, Text] = {}
     for data in folders:
         corpora = data_bin.find_corpora(data)
@@ -78,19 +76,17 @@ def read_texts(
             prefix = str(folder / subset)
             if name in texts:
                 raise UserError(f"{folder}: a second set called {name!r}; rename its folder")
-            if indexed_dataset.infer_dataset_impl(prefix) != "mmap":
-                raise UserError(f"{prefix}.idx: not of fairseq's mmap format; prepare it again")
-            index = indexed_dataset.MMapIndexedDataset.Index(prefix + ".idx")
-            tokens = np.fromfile(prefix + ".bin", dtype=index.dtype).astype(np.int64)
-            if not len(tokens):
-                raise UserError(f"{prefix}.bin: empty; take the set out of {data}")
+            dtype = compat.check_data_bin(prefix)
+            tokens = np.fromfile(f"{prefix}.bin", dtype=dtype)
+            compat.check_tokens(f"{prefix}.bin", tokens, dictionary)
+            tokens = tokens.astype(np.int64)
             trained = corpus in data_bin.trained_on(corpora, trained_on)
             texts[name] = Text(
                 name,
                 folder,
                 trained,
                 torch.from_numpy(tokens),
-                unit_starts(tokens, eos, context),
+                unit_starts(tokens, dictionary.eos(), context),
                 _bytes(folder, subset, len(tokens)),
             )
     return list(texts.values())
@@ -115,9 +111,16 @@ def _bytes(folder: Path, subset: str, tokens: int) -> Optional[int]:
     path = folder.parent / "counts.json"
     if not path.is_file():
         return None
-    counts = json.loads(path.read_text(encoding="utf-8")).get("corpora", {})
-    counted = counts.get(folder.name, {}).get(subset, {})
-    return counted.get("bytes") if counted.get("tokens") == tokens else None
+    try:
+        counted = json.loads(path.read_text(encoding="utf-8"))["corpora"][folder.name][subset]
+        return counted["bytes"] if counted["tokens"] == tokens else None
+    except KeyError:
+        return None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{path}: not what `fairseq-moe prepare` writes ({type(error).__name__}); prepare the "
+            "data again, or move the file away"
+        ) from None
 
 
 def windows(length: int, context: int, stride: int) -> List[Tuple[int, int, int]]:
@@ -327,8 +330,11 @@ def run(args: argparse.Namespace) -> None:
     stride = args.stride or context
     if stride > context:
         raise UserError(f"--stride {stride} is above --context {context}: tokens would be left out")
-    eos = task.source_dictionary.eos()
-    texts = read_texts(args.data, args.subset, context, eos, corpora_of(cfg.task, task, args.data))
+    dictionary = task.source_dictionary
+    eos = dictionary.eos()
+    texts = read_texts(
+        args.data, args.subset, context, dictionary, corpora_of(cfg.task, task, args.data)
+    )
     results = []
     for fraction in capacities:
         capacity.set_capacity(model, fraction)

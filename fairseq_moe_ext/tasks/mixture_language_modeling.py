@@ -16,13 +16,15 @@ from typing import Any, Dict, List, Optional
 import numpy as np
 import torch
 from fairseq import metrics
-from fairseq.data import FairseqDataset, indexed_dataset
+from fairseq.data import FairseqDataset
 from fairseq.data.iterators import EpochBatchIterator
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 from omegaconf import II
 
 from .. import data_bin, ranges
+from .. import data_bin
+from ..compat import check_data_bin
 from ..errors import UserError
 from .mixture_dataset import MixtureDataset, SeparateCorporaDataset, apportion, release
 
@@ -219,16 +221,7 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
         """One corpus's split, as the stock task makes it."""
         folder = self.corpora[corpus]
         prefix = folder / split
-        if indexed_dataset.infer_dataset_impl(str(prefix)) != "mmap":
-            raise UserError(
-                f"{prefix}.idx: not of fairseq's mmap format; make the data-bin with "
-                "`fairseq-moe prepare` or `fairseq-preprocess --dataset-impl mmap`"
-            )
-        if os.path.getsize(f"{prefix}.bin") == 0:
-            raise UserError(
-                f"{prefix}.bin: empty; the corpus {corpus!r} has no text in it: give it some or "
-                "take it out of the data folder"
-            )
+        check_data_bin(str(prefix))
         key = os.path.relpath(prefix, self.args.data)
         super().load_dataset(key, epoch=epoch, combine=combine)
         return self.datasets.pop(key)

@@ -231,10 +231,10 @@ def break_data(copy, how):
         MMapIndexedDatasetBuilder(str(small / "train.bin"), np.uint16).finalize(
             str(small / "train.idx")
         )
-        return r"small/train\.bin: empty; the corpus 'small'"
+        return r"small/train\.bin: holds no tokens"
     if how == "another format":
         (small / "train.idx").write_bytes(b"TNTIDX\x00\x00" + bytes(100))
-        return r"small/train\.idx: not of fairseq's mmap format"
+        return r"small/train\.idx: not an index of fairseq's mmap format"
     if how == "nothing in it":
         for name in ALL:
             shutil.rmtree(copy / name)

@@ -1,0 +1,184 @@
+"""Every reader of data-bins refuses what is not whole, in the same words."""
+
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fairseq.data import Dictionary, data_utils
+from fairseq.data.indexed_dataset import MMapIndexedDataset
+from mixture_data import make_task
+
+from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.evaluation.perplexity import read_texts
+
+HEADER = "<9sQBQ"
+MAGIC = b"MMIDIDX\x00\x00"
+
+
+def write(
+    folder, sentences, dtype=np.uint16, code=8, version=1, sizes=None, offsets=None, more=b""
+):
+    """A data-bin by the format alone: header, sizes, offsets; the tokens."""
+    sizes = [len(sentence) for sentence in sentences] if sizes is None else sizes
+    lengths = [len(sentence) * np.dtype(dtype).itemsize for sentence in sentences]
+    starts = np.cumsum([0, *lengths])[:-1] if offsets is None else offsets
+    (folder / "test.idx").write_bytes(
+        struct.pack(HEADER, MAGIC, version, code, len(sentences))
+        + more
+        + np.array(sizes, "<i4").tobytes()
+        + np.array(starts, "<i8").tobytes()
+    )
+    flat = [token for sentence in sentences for token in sentence]
+    (folder / "test.bin").write_bytes(np.array(flat, dtype).tobytes())
+
+
+GOOD = [[5, 6, 7, 2], [2], [8, 2]]
+
+
+def cut(folder, name, count):
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[:count] if count < 0 else content + bytes(count))
+
+
+def spoil(folder, how):
+    write(folder, GOOD)
+    if how == "cut .bin":
+        cut(folder, "test.bin", -4)
+        return r"test\.bin: 10 bytes, expected 14 by its \.idx"
+    if how == "long .bin":
+        cut(folder, "test.bin", 2)
+        return r"test\.bin: 16 bytes, expected 14 by its \.idx"
+    if how == "empty .bin":
+        (folder / "test.bin").write_bytes(b"")
+        return r"test\.bin: 0 bytes, expected 14"
+    if how == "nothing in both":
+        write(folder, [])
+        return r"test\.bin: holds no tokens"
+    if how == "cut .idx":
+        cut(folder, "test.idx", -4)
+        return r"test\.idx: 58 bytes, expected 62 \(3 sentences\)"
+    if how == "empty .idx":
+        (folder / "test.idx").write_bytes(b"")
+        return r"test\.idx: "
+    if how == "torch's .idx":
+        (folder / "test.idx").write_bytes(b"TNTIDX\x00\x00" + bytes(40))
+        return r"test\.idx: not an index of fairseq's mmap format"
+    if how == "Megatron's .idx":  # the number of documents, and where they begin
+        write(folder, GOOD, more=struct.pack("<Q", 2))
+        cut(folder, "test.idx", 16)
+        return r"test\.idx: 86 bytes, expected 62 .*Megatron"
+    if how == "text":
+        (folder / "test.idx").write_text("once upon a time there was no index\n")
+        return r"test\.idx: not an index of fairseq's mmap format"
+    if how == "negative size":
+        write(folder, GOOD, sizes=[4, -1, 4])
+        return r"test\.idx: its sentences do not follow one another"
+    if how == "offsets that wrap":
+        write(folder, GOOD, offsets=[0, -8, 10])
+        return r"test\.idx: its sentences do not follow one another"
+    if how == "sizes that overlap":
+        write(folder, GOOD, sizes=[5, 1, 2])
+        return r"test\.idx: its sentences do not follow one another"
+    if how == "version 2":
+        write(folder, GOOD, version=2)
+        return r"test\.idx: of version 2"
+    if how == "unknown type":
+        write(folder, GOOD, code=77)
+        return r"test\.idx: of version 1, tokens of type 77"
+    if how == "no whole numbers":
+        write(folder, GOOD, dtype=np.float64, code=6)
+        return r"test\.idx: of version 1, tokens of type 6"
+    if how == "beyond the dictionary":
+        write(folder, [*GOOD, [60000, 2]])
+        return r"test\.bin: has the token 60000, and the dictionary 12 types"
+    if how == "negative token":
+        write(folder, [*GOOD, [-3, 2]], dtype=np.int32, code=4)
+        return r"test\.bin: has the token -3, and the dictionary 12 types"
+    raise AssertionError(how)
+
+
+KINDS = [
+    "cut .bin", "long .bin", "empty .bin", "nothing in both", "cut .idx", "empty .idx",
+    "torch's .idx", "Megatron's .idx", "text", "negative size", "offsets that wrap",
+    "sizes that overlap", "version 2", "unknown type", "no whole numbers",
+    "beyond the dictionary", "negative token",
+]  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Of one corpus."""
+    for where in (tmp_path, tmp_path / "c"):
+        where.mkdir(exist_ok=True)
+        (where / "dict.txt").write_text("".join(f"w{i} 1\n" for i in range(8)))
+    return tmp_path / "c"
+
+
+def readers(folder):
+    dictionary = Dictionary.load(str(folder / "dict.txt"))
+    data = folder.parent
+    return {
+        "evaluate": lambda: read_texts([data], "test", 4, dictionary),
+        "stock's task": lambda: make_task(folder, task="language_modeling").load_dataset("test"),
+        "our task": lambda: make_task(data).load_dataset("test/c"),
+        "load_indexed_dataset": lambda: data_utils.load_indexed_dataset(
+            str(folder / "test"), dictionary, "mmap"
+        ),
+    }
+
+
+@pytest.mark.parametrize("how", KINDS)
+def test_every_reader_refuses_it(folder, how):
+    message = spoil(folder, how)
+    for name, read in readers(folder).items():
+        if name == "stock's task" and how in ("torch's .idx", "text", "empty .idx"):
+            continue  # it takes other formats than mmap, too
+        with pytest.raises(UserError, match=message) as error:
+            read()
+        assert "\n" not in str(error.value), name
+
+
+@pytest.mark.parametrize("dtype, code", [(np.uint16, 8), (np.int32, 4), (np.int64, 5)])
+def test_what_is_whole_is_read_whole(folder, dtype, code):
+    write(folder, [*GOOD, [], [11, 2]], dtype=dtype, code=code)
+    read = readers(folder)
+    (text,) = read["evaluate"]()
+    assert text.tokens.tolist() == [5, 6, 7, 2, 2, 8, 2, 11, 2]
+    stored = read["load_indexed_dataset"]()
+    assert [sentence.tolist() for sentence in stored] == [*GOOD, [], [11, 2]]
+    read["our task"]()
+    read["stock's task"]()
+
+
+def test_an_index_of_many_sentences_is_checked_to_its_end(folder):
+    sizes = np.full(1_200_000, 2)
+    offsets = 4 * np.arange(len(sizes))
+    write(folder, [[5, 2]] * len(sizes), offsets=offsets)
+    assert len(MMapIndexedDataset(str(folder / "test"))) == len(sizes)
+    offsets[-2] += 2
+    write(folder, [[5, 2]] * len(sizes), offsets=offsets)
+    with pytest.raises(UserError, match="do not follow one another"):
+        MMapIndexedDataset(str(folder / "test"))
+
+
+def test_a_damaged_counts_file_is_named(folder):
+    write(folder, GOOD)
+    for content in ("{", "[]", '{"corpora": 3}'):
+        (folder.parent / "counts.json").write_text(content)
+        with pytest.raises(UserError, match=r"counts\.json: not what `fairseq-moe prepare`"):
+            readers(folder)["evaluate"]()
+    (folder.parent / "counts.json").write_text('{"corpora": {}}')
+    (text,) = readers(folder)["evaluate"]()
+    assert text.bytes is None
+
+
+def test_a_half_data_bin(folder):
+    for missing in ("test.idx", "test.bin"):
+        write(folder, GOOD)
+        Path(folder / missing).unlink()
+        for read in readers(folder).values():
+            with pytest.raises(UserError, match=rf"{missing}: missing"):
+                read()
+        shutil.rmtree(folder / missing, ignore_errors=True)
