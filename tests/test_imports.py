@@ -69,9 +69,7 @@ ALLOWED = {
     },
     "models": {"config", "expert_parallel", "fully_sharded", "kernels", "models", "moe"},
     "criterions": {"criterions", "accuracy", "moe.stats", "ranges"},
-    "tasks": {"tasks", "accuracy", "data_bin", "priming", "ranges"},
-    "criterions": {"criterions", "accuracy", "moe.stats"},
-    "tasks": {"tasks", "accuracy", "compat", "data_bin", "priming"},
+    "tasks": {"tasks", "accuracy", "compat", "data_bin", "priming", "ranges"},
     "prepare": {"prepare", "data_bin"},
     "priming": {
         "priming",

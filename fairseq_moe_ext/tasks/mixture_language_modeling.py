@@ -23,7 +23,6 @@ from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageMode
 from omegaconf import II
 
 from .. import data_bin, ranges
-from .. import data_bin
 from ..compat import check_data_bin
 from ..errors import UserError
 from .mixture_dataset import MixtureDataset, SeparateCorporaDataset, apportion, release
