@@ -182,23 +182,21 @@ def _say_what_max_valid_steps_leaves_out() -> None:
     @functools.wraps(stock)
     def get_valid_iterator(self, subset, *args, **kwargs):
         iterator = stock(self, subset, *args, **kwargs)
-        of_each = getattr(self, "valid_batches_of_each", None)
-        steps = self.cfg.dataset.max_valid_steps if of_each is None else of_each
+        steps = getattr(self, "max_valid_steps", None) or self.cfg.dataset.max_valid_steps
         if steps is None:
             return iterator
         if not hasattr(iterator, "batches_in_all"):  # it is used again in later validations
             iterator.batches_in_all = iterator.frozen_batches
         batches = iterator.batches_in_all
-        if of_each is None:
-            taken = batches[: (steps + 1) * iterator.num_shards]
-        else:
+        if hasattr(iterator.dataset, "first_of_each"):
             taken = iterator.dataset.first_of_each(batches, steps)
             iterator._frozen_batches = tuple(taken)
+        else:
+            taken = batches[: (steps + 1) * iterator.num_shards]
         if len(taken) < len(batches):
             logger.warning(
                 f"--max-valid-steps {steps}: {sum(map(len, taken)):,} of "
                 f"{sum(map(len, batches)):,} samples of {subset} are counted"
-                + ("" if of_each is None else ", of each corpus some")
             )
         return iterator
 
@@ -206,24 +204,22 @@ def _say_what_max_valid_steps_leaves_out() -> None:
 
 
 def _find_forgotten_validation_sets() -> None:
-    """fairseq/data/data_utils.py:586 raises a plain ValueError for valid1 and the like that
-    --valid-subset does not name, and does not look into the folders of corpora."""
+    """fairseq/data/data_utils.py:586 refuses valid1 and the like that --valid-subset does not name,
+    but does not look into the folders of corpora."""
     stock = data_utils.raise_if_valid_subsets_unintentionally_ignored
 
     @functools.wraps(stock)
     def raise_if_valid_subsets_unintentionally_ignored(cfg):
-        data = where = getattr(cfg.task, "data", None)
-        try:
-            stock(cfg)
-            if getattr(cfg.task, "_name", None) == "mixture_language_modeling" and data:
-                for name, where in data_bin.find_corpora(Path(data)).items():
-                    subsets = cfg.dataset.valid_subset.replace(f"/{name}", "")
-                    dataset = SimpleNamespace(**{**cfg.dataset, "valid_subset": subsets})
-                    stock(SimpleNamespace(dataset=dataset, task=SimpleNamespace(data=str(where))))
-        except ValueError as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{where}: {error}") from error
+        stock(cfg)
+        if getattr(cfg.task, "_name", None) != "mixture_language_modeling" or not cfg.task.data:
+            return
+        for name, folder in data_bin.find_corpora(Path(cfg.task.data)).items():
+            subsets = cfg.dataset.valid_subset.replace(f"/{name}", "")
+            dataset = SimpleNamespace(**{**cfg.dataset, "valid_subset": subsets})
+            try:
+                stock(SimpleNamespace(dataset=dataset, task=SimpleNamespace(data=str(folder))))
+            except ValueError as error:
+                raise UserError(f"{folder}: {error}") from error
 
     data_utils.raise_if_valid_subsets_unintentionally_ignored = (
         raise_if_valid_subsets_unintentionally_ignored
@@ -239,11 +235,11 @@ def validate_every_corpus(train: ModuleType) -> None:
         steps = cfg.dataset.max_valid_steps
         if steps is None or not getattr(task, "has_corpora", False):
             return stock(cfg, trainer, task, *args, **kwargs)
-        trainer.valid_batches_of_each, cfg.dataset.max_valid_steps = steps, None
+        trainer.max_valid_steps, cfg.dataset.max_valid_steps = steps, None
         try:
             return stock(cfg, trainer, task, *args, **kwargs)
         finally:
-            trainer.valid_batches_of_each, cfg.dataset.max_valid_steps = None, steps
+            trainer.max_valid_steps, cfg.dataset.max_valid_steps = None, steps
 
     train.validate = validate
 

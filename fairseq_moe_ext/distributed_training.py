@@ -83,9 +83,6 @@ def _refuse_what_cannot_be_trained() -> None:
     def __init__(self, cfg, task, model, *args, **kwargs):
         if process_count() > 1 and getattr(model, "has_experts", False):
             validate_processes(cfg.model, process_count())
-        steps = cfg.dataset.max_valid_steps
-        if steps is not None and steps < 1:
-            raise UserError(f"--max-valid-steps {steps}: use 1 or more, or drop it to validate all")
         if getattr(cfg.model, "compile", False):
             compiled.check()
         stock(self, cfg, task, model, *args, **kwargs)

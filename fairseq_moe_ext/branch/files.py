@@ -4,6 +4,7 @@ import functools
 import glob
 import os
 import re
+import stat
 from typing import Any, Dict, NamedTuple, Optional
 
 from ..compat import load_weights_only
@@ -81,10 +82,11 @@ def _lacks_experts(path: str) -> bool:
 def _is_dense(path: str) -> bool:
     """Whether a file has a dense model of the branch and its settings, which stock fairseq does not
     have. Files that cannot be read are left to those that will say why."""
-    if not os.path.isfile(path):
+    try:
+        status = os.stat(path)
+    except OSError:
         return False
-    status = os.stat(path)
-    return _has_dense(path, status.st_mtime_ns, status.st_size)
+    return stat.S_ISREG(status.st_mode) and _has_dense(path, status.st_mtime_ns, status.st_size)
 
 
 @functools.lru_cache(maxsize=16)
