@@ -28,6 +28,7 @@ import shutil
 import struct
 import sys
 import time
+import traceback
 import types
 import warnings
 import zipfile
@@ -1044,10 +1045,10 @@ def one_line_errors() -> None:
         _end_at_once_where_others_wait()
         raise SystemExit(1)
 
-    def excepthook(kind, error, traceback):
+    def excepthook(kind, error, trace):
         mistake = _mistake_to_print(error)
         if mistake is None:
-            stock_hook(kind, error, traceback)
+            stock_hook(kind, error, trace)
         else:
             print(f"error: {mistake}", file=sys.stderr, flush=True)
 
@@ -1132,6 +1133,7 @@ def _mistake_to_print(error: BaseException) -> Optional[str]:
         if isinstance(error, UserError):
             return str(error)
         told = _lost_process(error) or _out_of_memory(error) or _not_installed(error)
+        told = told or _said_by_fairseq(error)
         if told is not None:
             return told
         seen.add(id(error))
@@ -1152,6 +1154,27 @@ def _out_of_memory(error: BaseException) -> Optional[str]:
     )
 
 
+_PLAIN = (AssertionError, Exception, NotImplementedError, RuntimeError, TypeError, ValueError)
+
+
+def _said_by_fairseq(error: BaseException) -> Optional[str]:
+    """What a `raise` or `assert` in fairseq's own files says, in one line, and where; else None.
+
+    These are fairseq's words for a user's mistake, as far as nothing of ours has better ones; an
+    exception that Python or torch raises within fairseq keeps its traceback.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    if "fairseq_moe_ext.starting" not in sys.modules or type(error) not in _PLAIN or not frames:
+        return None  # without the plugin, fairseq is as it was
+    last = frames[-1]
+    found = re.search(r"\bsite-packages/(fairseq(_cli)?/.+)", last.filename)
+    deliberate = isinstance(error, AssertionError) or (last.line or "").startswith("raise")
+    if found is None or not deliberate:
+        return None
+    said = _in_one_line(str(error)) or last.line
+    return f"{said} ({found[1]}:{last.lineno}; LOGLEVEL=DEBUG tells more)"
+
+
 def _not_installed(error: BaseException) -> Optional[str]:
     """What fairseq says of a package that a flag needs, else None."""
     wanted = isinstance(error, ImportError) and re.search(r"\binstall\b", str(error))
@@ -1164,6 +1187,9 @@ def _missing_file(error: OSError) -> Optional[str]:
     if text.startswith("Model file not found: "):  # fairseq/checkpoint_utils.py:423
         path = Path(text[len("Model file not found: ") :])
         return f"{path}: no such checkpoint; {_there_are(path.parent, '.pt')}"
+    unfound = re.match(r"file (.+) not found$", text)
+    if unfound:  # fairseq/file_utils.py:75
+        return f"{unfound[1]}: no such file or folder"
     if not isinstance(error, FileNotFoundError):
         if error.filename is None:
             return None

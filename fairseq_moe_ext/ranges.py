@@ -42,7 +42,9 @@ class Range(NamedTuple):
         words = "a whole number" if self.whole else "a number"
         if self.low > -math.inf:
             words += f" above {_short(self.low)}" if self.open else f" from {_short(self.low)}"
-        if self.high < _ANY:
+        if self.low == self.high:
+            words = _short(self.low)
+        elif self.high < _ANY:
             words += f" to below {_short(self.high)}" if self.below else f" to {_short(self.high)}"
         elif self.low > -math.inf and not self.open:
             words += " on"
@@ -152,12 +154,13 @@ _GROUPS = {
     "phase_ratio": SHARE._replace(items=3),
     # tasks
     "tokens_per_sample max_target_positions max_source_positions": SIZE,
-    "output_dictionary_size": _or(-1, "the dictionary's"),
+    "output_dictionary_size": Range(-1, -1, whole=True, meaning="these models predict all types"),
     "corpus_temperature": POSITIVE,
     "choice_valid_share": BELOW_1,
     # criterions
     "moe_gate_loss_wt moe_z_loss_wt": WEIGHT._replace(meaning="0: off"),
     "label_smoothing": BELOW_1,
+    "ignore_prefix_size": COUNT,
     # the model
     "decoder_embed_dim decoder_ffn_embed_dim decoder_attention_heads moe_expert_ffn_dim": SIZE,
     "decoder_layers": Range(1, 10_000, whole=True),

@@ -14,7 +14,7 @@ import torch
 from fairseq import optim, tasks, trainer
 from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.data import data_utils
-from fairseq.models import ARCH_MODEL_REGISTRY
+from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY, FairseqLanguageModel
 from fairseq.optim import OPTIMIZER_REGISTRY, lr_scheduler
 from fairseq.tasks import TASK_REGISTRY
 
@@ -32,6 +32,7 @@ def apply() -> None:
     _tell_of_batches_that_cannot_be()
     _tell_of_schedules_that_cannot_be()
     _check_validation_before_training()
+    _check_sampling_by_the_dictionary()
 
 
 def check_command_line(args: Any) -> None:
@@ -40,9 +41,9 @@ def check_command_line(args: Any) -> None:
     Training without anything of ours is left alone.
     """
     given = vars(args)
-    if "arch" in given and not _is_ours(given):
-        return
-    check(given, ranges.flag, "save_dir" in given and "arch" in given)
+    training = "max_update" in given
+    if not training or _is_ours(given):
+        check(given, ranges.flag, training)
 
 
 def check_run(cfg: Mapping[str, Any]) -> None:
@@ -85,8 +86,9 @@ def check(given: Mapping[str, Any], spell: Spell, training: bool) -> None:
             f"{spell('batch_size')} and {spell('max_tokens')} are both not given: say how many "
             "samples or tokens make a batch"
         )
-    checks = [_check_window, _check_shards, _check_hypotheses, _check_pieces, _check_checkpoint]
-    for one in [_check_validation, _check_schedule] if training else checks:
+    of_training = [_check_kinds, _check_validation, _check_schedule]
+    others = [_check_window, _check_shards, _check_hypotheses, _check_pieces, _check_checkpoint]
+    for one in of_training if training else others:
         one(given, spell)
 
 
@@ -158,10 +160,50 @@ def _check_hypotheses(given: Mapping[str, Any], spell: Spell) -> None:
             f"{spell('sampling')} draws {spell('beam')} {beam} hypotheses, and {spell('nbest')} is "
             f"{best}: give both the same"
         )
-    if given.get("constraints") is not None:
+    groups, least, most = (given.get(k) for k in ("diverse_beam_groups", "min_len", "max_len_b"))
+    if groups is not None and groups > 0 and beam % groups:
         raise UserError(
-            f"{spell('constraints')}: language models are not searched with constraints"
+            f"{spell('diverse_beam_groups')} {groups} does not divide {spell('beam')} {beam}"
         )
+    if not given.get("max_len_a") and None not in (least, most) and least > most:
+        raise UserError(
+            f"{spell('min_len')} {least} is more than {spell('max_len_b')} {most}: raise that"
+        )
+    for name in ("sampling_topk", "sampling_topp"):
+        if (given.get(name) or -1) > 0 and not given.get("sampling"):
+            raise UserError(f"{spell(name)} {given[name]} is for {spell('sampling')}: add that")
+    if given.get("score_reference") and "buffer_size" in given:  # fairseq-interactive
+        raise UserError(f"{spell('score_reference')} is for fairseq-generate: drop it")
+    for name, reason in _NOT_IN_GENERATION.items():
+        if given.get(name):
+            raise UserError(f"{spell(name)}: {reason}: drop it")
+
+
+_NOT_IN_GENERATION = {
+    "constraints": "language models are not searched with constraints",
+    "print_alignment": "language models have no source to align with",
+    "match_source_len": "language models have no source",
+}
+_CRITERIONS = (  # of stock's, those of language models
+    "cross_entropy",
+    "label_smoothed_cross_entropy",
+    "label_smoothed_cross_entropy_with_rdrop",
+)
+
+
+def _check_kinds(given: Mapping[str, Any], spell: Spell) -> None:
+    """Other criterions and models of stock's end in an exception at the first batch."""
+    name = given.get("criterion")
+    kind = CRITERION_REGISTRY.get(name)
+    if kind is not None and kind.__module__.startswith("fairseq.") and name not in _CRITERIONS:
+        raise UserError(
+            f"{spell('criterion')} {name} is not for these models: use moe_cross_entropy, or "
+            f"{', '.join(_CRITERIONS)}"
+        )
+    name = given.get("arch")
+    kind = ARCH_MODEL_REGISTRY.get(name) or MODEL_REGISTRY.get(name)
+    if kind is not None and not issubclass(kind, FairseqLanguageModel):
+        raise UserError(f"{spell('arch')} {name} is no language model: use moe_lm_tiny, ...")
 
 
 def _check_pieces(given: Mapping[str, Any], spell: Spell) -> None:
@@ -193,7 +235,12 @@ def _check_validation(given: Mapping[str, Any], spell: Spell) -> None:
 def _check_schedule(given: Mapping[str, Any], spell: Spell) -> None:
     """What the schedules assert (fairseq/optim/lr_scheduler/polynomial_decay_schedule.py:46,
     inverse_square_root_schedule.py:66)."""
-    schedule = given.get("lr_scheduler")
+    schedule, floor, rates = (given.get(k) for k in ("lr_scheduler", "stop_min_lr", "lr"))
+    if floor is not None and rates and floor >= max(rates):
+        raise UserError(
+            f"{spell('stop_min_lr')} {floor} is not below {spell('lr')} {max(rates)}, so nothing "
+            "would be trained: lower it"
+        )
     total = given.get("total_num_update")
     if schedule == "polynomial_decay" and not given.get("max_update"):
         if total is None or isinstance(total, str):
@@ -302,6 +349,20 @@ def _check_validation_before_training() -> None:
     trainer.Trainer.__init__ = __init__
 
 
+def _check_sampling_by_the_dictionary() -> None:
+    """fairseq/search.py:696 takes as many types as --sampling-topk says."""
+    stock = tasks.FairseqTask.build_generator
+
+    @functools.wraps(stock)
+    def build_generator(self, models, args, *rest, **kwargs):
+        most, types = getattr(args, "sampling_topk", -1), len(self.target_dictionary)
+        if most > types:
+            raise UserError(f"--sampling-topk {most}: the dictionary has {types} types: lower it")
+        return stock(self, models, args, *rest, **kwargs)
+
+    tasks.FairseqTask.build_generator = build_generator
+
+
 def _check_metric(cfg: Any, task: Any, model: Any) -> None:
     metric = cfg.checkpoint.best_checkpoint_metric
     logged = _logged(cfg.criterion, bool(getattr(model, "has_experts", False)))
@@ -323,7 +384,6 @@ def _logged(criterion: Any, sparse: bool) -> List[str]:
     stock: Dict[str, List[str]] = {
         "cross_entropy": ["loss", *by_sentence, "ppl"],
         "label_smoothed_cross_entropy": ["loss", "nll_loss", "ppl"],
-        "adaptive_loss": ["loss", *by_sentence, "ppl"],
     }
     if name in stock:
         report = name.startswith("label") and criterion.get("report_accuracy")

@@ -13,7 +13,7 @@ from fairseq_moe_ext import ranges, starting
 from fairseq_moe_ext.config import MoETransformerLMConfig
 from fairseq_moe_ext.errors import UserError
 
-OURS = dict(arch="moe_lm_tiny", save_dir="x", train_subset="train", batch_size=4, max_tokens=None)
+OURS = dict(arch="moe_lm_tiny", max_update=9, batch_size=4, max_tokens=None)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +83,8 @@ def test_stocks_defaults_are_in_range():
         (dict(optimizer_overrides="{'lr': [-1]}"), "--optimizer-overrides 'lr': [-1] is out of"),
         (dict(lr_scheduler="polynomial_decay", max_update=0), "--total-num-update, which is not"),
         (dict(lr_scheduler="inverse_sqrt", warmup_updates=0), "--warmup-updates 0"),
+        (dict(criterion="ctc"), "--criterion ctc is not for these models: use moe_cross_entropy"),
+        (dict(stop_min_lr=1.0, lr=[0.1]), "--stop-min-lr 1.0 is not below --lr 0.1"),
         (dict(self_target=True), "--self-target: these models predict the next token"),
         (dict(write_checkpoints_asynchronously=True), "iopath"),
     ],
@@ -92,6 +94,31 @@ def test_flags_that_contradict_in_training(changes, words, monkeypatch):
     with pytest.raises(UserError) as error:
         starting.check_command_line(Namespace(**{**OURS, **changes}))
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("arch, task", [("transformer", "mixture_language_modeling")])
+def test_a_model_of_another_kind(arch, task):
+    with pytest.raises(UserError, match="--arch transformer is no language model"):
+        starting.check_command_line(Namespace(**{**OURS, "arch": arch, "task": task}))
+
+
+def test_what_fairseq_itself_says_is_one_line():
+    from fairseq.optim.lr_scheduler.polynomial_decay_schedule import PolynomialDecayLRSchedule
+    from fairseq.tasks.fairseq_task import FairseqTask
+
+    from fairseq_moe_ext import compat
+
+    with pytest.raises(NotImplementedError) as raised:
+        FairseqTask(None).source_dictionary  # noqa: B018
+    line = raised.traceback[-1].lineno + 1
+    told = compat._mistake_to_print(raised.value)
+    assert told == (
+        f"raise NotImplementedError (fairseq/tasks/fairseq_task.py:{line}; LOGLEVEL=DEBUG tells "
+        "more)"
+    )
+    with pytest.raises(AttributeError) as raised:  # Python's own, within fairseq
+        PolynomialDecayLRSchedule(None, None)
+    assert compat._mistake_to_print(raised.value) is None
 
 
 def test_training_without_anything_of_ours_is_left_alone():
@@ -111,6 +138,11 @@ def test_training_without_anything_of_ours_is_left_alone():
         (dict(model_overrides="[]"), "--model-overrides '[]': not names and values"),
         (dict(model_overrides="{'dropout': 7}"), "--model-overrides 'dropout': 7 is out of range"),
         (dict(beam=2, nbest=3), "--nbest 3 is more than --beam 2"),
+        (dict(beam=2, nbest=1, sampling=True), "--sampling draws --beam 2 hypotheses"),
+        (dict(beam=2, nbest=1, sampling_topk=3), "--sampling-topk 3 is for --sampling"),
+        (dict(beam=3, nbest=1, diverse_beam_groups=2), "2 does not divide --beam 3"),
+        (dict(beam=3, nbest=1, min_len=9, max_len_b=4), "--min-len 9 is more than --max-len-b 4"),
+        (dict(beam=3, nbest=1, constraints="ordered"), "--constraints: language models"),
     ],
 )
 def test_flags_that_contradict_in_evaluation(changes, words):
