@@ -928,7 +928,7 @@ def hydra_command() -> None:
         if (
             group == "task"
             and "data" in cfg
-            and (OmegaConf.is_missing(cfg, "data") or cfg.data is None)
+            and (OmegaConf.is_missing(cfg, "data") or cfg.data in (None, ""))
         ):
             raise UserError("task.data is not set: add task.data=FOLDER, with your data-bin")
         try:
@@ -1171,7 +1171,8 @@ def _said_by_fairseq(error: BaseException) -> Optional[str]:
     deliberate = isinstance(error, AssertionError) or (last.line or "").startswith("raise")
     if found is None or not deliberate:
         return None
-    said = _in_one_line(str(error)) or last.line
+    said = _in_one_line(str(error)) or str(last.line)
+    said = said if len(said) < 400 else f"{said[:200]} ... {said[-200:]}"
     return f"{said} ({found[1]}:{last.lineno}; LOGLEVEL=DEBUG tells more)"
 
 

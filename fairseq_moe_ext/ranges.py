@@ -193,9 +193,14 @@ def check(settings: Mapping[str, Any], spell: Callable[[str], str] = flag) -> No
         range = RANGES.get(name)
         if range is None or value is None or (isinstance(value, str) and "${" in value):
             continue  # the last: another setting's
-        if not _fits(range, value):
-            shown = repr(value) if value == "" else str(value)
-            raise UserError(f"{spell(name)} {shown[:60]} is out of range: use {range}")
+        require(range, value, spell(name))
+
+
+def require(range: Range, value: Any, spelled: str) -> None:
+    """Raise UserError unless a value is in the range."""
+    if not _fits(range, value):
+        shown = repr(value) if value == "" else str(value)
+        raise UserError(f"{spelled} {shown[:60]} is out of range: use {range}")
 
 
 def _fits(range: Range, value: Any) -> bool:

@@ -80,7 +80,7 @@ ALLOWED = {
         "expert_parallel",
         "models",
     },
-    "study": {"accuracy", "cost", "data_bin", "evaluation", "study"},
+    "study": {"accuracy", "cost", "data_bin", "evaluation", "ranges", "study"},
     "convert": {
         "convert",
         "branch",

@@ -266,7 +266,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--capacity",
         type=float,
-        default=1.0,
         help="share of a batch that an expert takes (default: 1.0, nothing is dropped)",
     )
     parser.add_argument(
@@ -296,7 +295,10 @@ def run(args: argparse.Namespace) -> None:
     from fairseq import checkpoint_utils
 
     if args.sweep_capacity is None:
-        capacities = capacity.parse("--capacity", [str(args.capacity)])
+        share = 1.0 if args.capacity is None else args.capacity
+        capacities = capacity.parse("--capacity", [str(share)])
+    elif args.capacity is not None:
+        raise UserError("--capacity and --sweep-capacity: give one of them")
     else:
         capacities = capacity.parse("--sweep-capacity", args.sweep_capacity.split(","))
     for name in ("context", "stride", "batch_size", "bootstrap"):

@@ -37,6 +37,8 @@ def run(args: argparse.Namespace) -> None:
     """Do the study. Raises UserError for what cannot be."""
     if args.jobs < 1:
         raise UserError(f"--jobs {args.jobs}: use 1 or more")
+    if args.dry_run and args.only_result:
+        raise UserError("--dry-run and --only-result: give one of them")
     plan = plans.read(args.file)
     if args.dry_run:
         for one in plan.runs:

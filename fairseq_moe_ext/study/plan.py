@@ -7,7 +7,7 @@ from typing import Any, Dict, List, NamedTuple, Sequence
 
 import yaml
 
-from .. import data_bin
+from .. import data_bin, ranges
 from ..errors import UserError
 from .child import console_script
 
@@ -81,11 +81,14 @@ def read(path: Path) -> Plan:
     seeds = asked["seeds"]
     if not seeds or not all(isinstance(seed, int) for seed in seeds) or len({*seeds}) < len(seeds):
         raise UserError(f"{path}: seeds {seeds}: give different whole numbers, as [1, 2, 3]")
-    for key in ("context", "updates"):
-        if asked[key] < 1:
-            raise UserError(f"{path}: {key} {asked[key]}: use 1 or more")
-    for flag in asked["train"]:
-        _check_flag(flag, f"{path}: train")
+    for key, range in (
+        ("seeds", ranges.SEED._replace(items=None)),
+        ("context", ranges.SIZE),
+        ("updates", ranges.POSITIVE_COUNT),
+    ):
+        ranges.require(range, asked[key], f"{path}: {key}")
+    for flag, value in asked["train"].items():
+        _check_flag(flag, value, f"{path}: train")
     batch = asked["train"].get("batch-size")
     if not isinstance(batch, int) or batch < 1:
         raise UserError(f"{path}: train: batch-size {batch}: say how many blocks an update has")
@@ -96,7 +99,13 @@ def read(path: Path) -> Plan:
                 f"{path}: {folder}: no data-bin in it; make them with fairseq-moe prepare"
             )
     evaluation = _checked(asked["evaluate"], _EVALUATE, f"{path}: evaluate")
+    for key in _EVALUATE:
+        range = ranges.COUNT if key == "stride" else ranges.POSITIVE_COUNT  # 0: as the context
+        ranges.require(range, evaluation[key], f"{path}: evaluate: {key}")
     priming = _checked(asked["priming"], _PRIMING, f"{path}: priming")
+    ranges.require(ranges.POSITIVE_COUNT, priming["draws"], f"{path}: priming: draws")
+    shots = ranges.COUNT._replace(items=None)
+    ranges.require(shots, priming["shots"], f"{path}: priming: shots")
     if asked["priming"] and not Path(priming["folder"]).is_dir():
         raise UserError(
             f"{path}: priming: folder {priming['folder'] or 'missing'}: name a folder that holds "
@@ -112,8 +121,9 @@ def read(path: Path) -> Plan:
                 raise UserError(f"{where}: {flags!r} is not a mapping of flags to values")
             flags = {**asked["train"], **found["flags"], **flags}
             updates = flags.pop("updates", asked["updates"])
-            for flag in flags:
-                _check_flag(flag, where)
+            ranges.require(ranges.POSITIVE_COUNT, updates, f"{where}: updates")
+            for flag, value in flags.items():
+                _check_flag(flag, value, where)
             sizes.append((family, str(size), found["arch"], flags, updates))
     runs = []
     for seed in seeds:
@@ -144,11 +154,12 @@ def _checked(found: Any, keys: Dict[str, Any], where: str) -> Dict[str, Any]:
     return values
 
 
-def _check_flag(flag: Any, where: str) -> None:
+def _check_flag(flag: Any, value: Any, where: str) -> None:
     if not isinstance(flag, str) or flag.startswith("-") or "_" in flag:
         raise UserError(f"{where}: {flag!r}: write flags without dashes before, as batch-size")
     if flag in _OURS:
         raise UserError(f"{where}: {flag}: the study sets this itself (arch, seeds, updates, ...)")
+    ranges.check({flag.replace("-", "_"): value}, lambda name: f"{where}: {flag}")
 
 
 def _words(flags: Dict[str, Any]) -> List[str]:
