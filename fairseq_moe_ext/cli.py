@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import List, Optional
 
+from fairseq_moe_ext import files
 from fairseq_moe_ext.errors import OneLineParser, UserError
 
 
@@ -22,10 +23,18 @@ def main(argv: Optional[List[str]] = None) -> int:
     # lm-eval parses what follows by itself
     handed_on = argv[1:] if argv[:1] == [_LM_EVAL] else None
     args = parser.parse_args(argv if handed_on is None else argv[:1])
+    if hasattr(sys.stdout, "reconfigure"):  # a file's name may have bytes that are no UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        files.check_named(vars(args), argv)
         args.run(args if handed_on is None else handed_on)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {files.reason(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -4,7 +4,7 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Any, BinaryIO, Union
+from typing import Any, BinaryIO, Mapping, Sequence, Union
 
 from fairseq_moe_ext.errors import UserError
 
@@ -40,6 +40,32 @@ def check(path: Name, where: str = "") -> None:
         raise UserError(f"{where}: cannot be read ({reason(error)})") from None
     if kind:
         raise UserError(f"{where}: {kind}, not a file; name a regular file")
+
+
+def check_named(settings: Mapping[str, Any], argv: Sequence[str] = ()) -> None:
+    """Raise UserError if a setting names something to wait at or without an end: a FIFO, a socket
+    or a device.
+
+    Args:
+        settings: flag, without dashes and with "_", -> value or list of values.
+        argv: the command line, which tells flags from arguments without a name.
+    """
+    for key, value in settings.items():
+        flag = "--" + key.replace("_", "-")
+        is_flag = any(word.partition("=")[0] == flag for word in argv)
+        for one in value if isinstance(value, (list, tuple)) else [value]:
+            kind = _waits(one) if isinstance(one, (str, Path)) else ""
+            if kind:
+                where = f"{flag} {one}" if is_flag else str(one)
+                raise UserError(f"{where}: {kind}, not a file; name a regular file")
+
+
+def _waits(path: Name) -> str:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return ""
+    return "" if stat.S_ISDIR(status.st_mode) else kind_of(status)
 
 
 def open_binary(path: Name, where: str = "") -> BinaryIO:

@@ -22,6 +22,8 @@ def places(tmp_path, monkeypatch):
     (tmp_path / "broken").symlink_to("nowhere")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "dict.txt").write_text("0 1\n", encoding="utf-8")
+    (tmp_path / "data" / "copa").mkdir()
+    (tmp_path / "x.pt").write_text("no checkpoint", encoding="utf-8")
     os.mkfifo(tmp_path / "fifo")
     bound = socket.socket(socket.AF_UNIX)
     bound.bind("socket")
@@ -30,7 +32,7 @@ def places(tmp_path, monkeypatch):
 
 
 UNFIT = [
-    ("/dev/full", "a device, not a file"),
+    ("/dev/zero", "a device, not a file"),
     ("/dev/null", "a device, not a file"),
     ("fifo", r"a FIFO \(named pipe\), not a file"),
     ("socket", "a socket, not a file"),
@@ -98,12 +100,12 @@ COMMANDS = {
 @pytest.mark.parametrize("name, message", UNFIT)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_refuses_before_it_reads_a_model(places, capsys, command, name, message):
-    """x.pt does not exist: a command that began with it would say so."""
+    """x.pt is no checkpoint: a command that began with it would say so."""
     main = expert_use.main if command.startswith("expert_use") else cli.main
     assert main([*COMMANDS[command].split(), name]) == 1
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1 and errors[0].startswith(f"error: {command.split()[1]} {name}: ")
-    assert stat.S_ISCHR(os.stat("/dev/full").st_mode) and stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    assert stat.S_ISCHR(os.stat("/dev/zero").st_mode) and stat.S_ISCHR(os.stat("/dev/null").st_mode)
     assert (places / "old.json").read_text() == "kept"
 
 

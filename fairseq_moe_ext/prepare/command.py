@@ -22,11 +22,14 @@ from fairseq_moe_ext.prepare.encode import Deal, Encoders, chunks, training_docu
 from fairseq_moe_ext.prepare.splits import SplitRule
 from fairseq_moe_ext.prepare.tokenizer import (
     ENCODER_FILE,
+    MAX_TYPES,
     MERGES_FILE,
     NUM_BYTES,
     ByteLevelBPE,
     train_bpe,
 )
+
+MAX_WORKERS = 1024  # each takes 265 MB
 
 DESCRIPTION = """\
 Turn your own text into a data folder for fairseq: byte-level BPE as GPT-2's, one data-bin per
@@ -315,12 +318,16 @@ def _check(options: Options) -> None:
                 f"--train-bpe {options.train_bpe}: the {NUM_BYTES} bytes come first; more than "
                 f"{NUM_BYTES} types are needed"
             )
+        if options.train_bpe > MAX_TYPES:
+            raise UserError(f"--train-bpe {options.train_bpe}: {MAX_TYPES} types at most")
         if all(corpus.held_out for corpus in options.corpora):
             raise UserError("--train-bpe: there is no --corpus to train it on")
         if options.train_bpe_bytes <= 0:
             raise UserError(f"--train-bpe-bytes {options.train_bpe_bytes}: must be above 0")
     if options.dict is not None and options.dict_size is not None:
         raise UserError("--dict-size: not together with --dict, which has its own size")
+    if options.dict_size is not None:  # and of the tokenizer, when it is known
+        dictionary.check_types(options.dict_size, NUM_BYTES)
     if options.dict is None and all(corpus.held_out for corpus in options.corpora):
         raise UserError(
             "--dict: missing; without a --corpus to train on, give the model's dict.txt"
@@ -336,8 +343,8 @@ def _check(options: Options) -> None:
         raise UserError(f"--valid-fraction and --test-fraction: together {total}, must be below 1")
     if total == 0 and any(c.held_out and None in c.files for c in options.corpora):
         raise UserError("--heldout: --valid-fraction and --test-fraction cannot both be 0")
-    if options.workers < 1:
-        raise UserError(f"--workers {options.workers}: must be at least 1")
+    if not 1 <= options.workers <= MAX_WORKERS:
+        raise UserError(f"--workers {options.workers}: must be at least 1, at most {MAX_WORKERS}")
     if not -(2**63) <= options.split_seed < 2**63:
         raise UserError(f"--split-seed {options.split_seed}: must fit into 64 bits")
 

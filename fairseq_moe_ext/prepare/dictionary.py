@@ -10,7 +10,9 @@ from typing import List, Optional, Tuple
 
 import numpy as np
 
+from fairseq_moe_ext import files
 from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.prepare.tokenizer import MAX_TYPES
 
 NUM_SPECIAL = 4
 EOS = 2
@@ -19,6 +21,7 @@ PADDING_FACTOR = 8  # fairseq-preprocess --padding-factor
 
 Lines = List[Tuple[str, int]]  # (symbol, count)
 
+_BPE_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 _MADE_UP = re.compile(r"madeupword[0-9]+")
 
 
@@ -48,6 +51,8 @@ def build(counts: np.ndarray, types: Optional[int]) -> Lines:
 
 def check_types(types: int, bpe_types: int) -> None:
     """Raise UserError unless `types` symbols hold `bpe_types` BPE ids and the special symbols."""
+    if types > MAX_TYPES:
+        raise UserError(f"--dict-size {types}: {MAX_TYPES} types at most")
     if types < NUM_SPECIAL + bpe_types:
         raise UserError(
             f"--dict-size {types}: too small for {bpe_types} BPE types and {NUM_SPECIAL} special "
@@ -61,22 +66,19 @@ def read(path: Path, bpe_types: int) -> Lines:
     Raises:
         UserError: not a dictionary, or not one of BPE ids below `bpe_types`.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--dict {path}: cannot be read: {error}") from None
+    text = files.read_text(path, f"--dict {path}")
     lines: Lines = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], start=1):
         symbol, _, count = line.rstrip().rpartition(" ")
-        if not symbol or not count.isdigit():
+        if not symbol or not (count.isascii() and count.isdigit() and len(count) < 20):
             raise UserError(f"--dict {path}, line {number}: {line!r} is not '<symbol> <count>'")
         lines.append((symbol, int(count)))
-        if symbol.isdigit() and int(symbol) >= bpe_types:
+        if _BPE_ID.fullmatch(symbol) and int(symbol) >= bpe_types:
             raise UserError(
                 f"--dict {path}, line {number}: BPE id {symbol}, but the tokenizer has only "
                 f"{bpe_types} types; give the encoder.json and vocab.bpe that belong to it"
             )
-        if not symbol.isdigit() and not _MADE_UP.fullmatch(symbol):
+        if not _BPE_ID.fullmatch(symbol) and not _MADE_UP.fullmatch(symbol):
             raise UserError(
                 f"--dict {path}, line {number}: {symbol!r} is not a BPE id; a dictionary for "
                 "--bpe gpt2 is needed"

@@ -10,6 +10,7 @@ of Python source on one core.
 
 import json
 import os
+import re
 import tempfile
 from itertools import chain
 from pathlib import Path
@@ -18,17 +19,20 @@ from typing import Dict, Iterable, List, Tuple
 import regex
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from fairseq_moe_ext import files
+from fairseq_moe_ext.data_bin import TOKENIZER
 from fairseq_moe_ext.errors import UserError
 
-ENCODER_FILE = "encoder.json"
-MERGES_FILE = "vocab.bpe"
+ENCODER_FILE, MERGES_FILE = TOKENIZER
 NUM_BYTES = 256
+MAX_TYPES = 1 << 20  # four times the largest published vocabularies; much more is no vocabulary
 
 # The pattern of fairseq/data/encoders/gpt2_bpe_utils.py:66@0.12.2, which is applied line by line,
 # for many lines at once: a newline is a word of its own, and white space never runs across it.
 _WORD = regex.compile(
     r"\n|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|[^\S\n]+(?!\S)|[^\S\n]+"
 )
+_SPECIAL = re.compile(r"[<\[].*[>\]]")  # tokens that no text becomes
 _MAX_REMEMBERED_WORDS = 1 << 18
 _MAX_REMEMBERED_LENGTH = 64
 
@@ -45,6 +49,9 @@ def byte_symbols() -> List[str]:
         symbols.append(chr(byte) if printable else "")
     free = iter(range(NUM_BYTES, 2 * NUM_BYTES))
     return [symbol or chr(next(free)) for symbol in symbols]
+
+
+_SYMBOLS = frozenset(byte_symbols())
 
 
 class ByteLevelBPE:
@@ -68,19 +75,23 @@ class ByteLevelBPE:
             UserError: a file that cannot be read or is not of GPT-2's format, or two files that do
                 not belong together.
         """
-        try:
-            encoder = json.loads(encoder_json.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"--gpt2-encoder-json {encoder_json}: {_reason(error)}") from None
-        try:
-            # fairseq drops the first line and what follows the last newline (gpt2_bpe_utils.py:134)
-            lines = vocab_bpe.read_text(encoding="utf-8").split("\n")[1:-1]
-        except (OSError, ValueError) as error:
-            raise UserError(f"--gpt2-vocab-bpe {vocab_bpe}: {_reason(error)}") from None
-        if not isinstance(encoder, dict) or set(encoder.values()) != set(range(len(encoder))):
+        encoder = files.read_json(encoder_json, f"--gpt2-encoder-json {encoder_json}")
+        # fairseq drops the first line and what follows the last newline (gpt2_bpe_utils.py:134)
+        lines = files.read_text(vocab_bpe, f"--gpt2-vocab-bpe {vocab_bpe}").split("\n")[1:-1]
+        if (
+            not isinstance(encoder, dict)
+            or not all(type(i) is int for i in encoder.values())
+            or set(encoder.values()) != set(range(len(encoder)))
+        ):
             raise UserError(
                 f"--gpt2-encoder-json {encoder_json}: not GPT-2's format: an object that gives "
                 "each token an id from 0 on, without a gap"
+            )
+        others = [token for token in encoder if not token or not set(token) <= _SYMBOLS]
+        if others:
+            raise UserError(
+                f"--gpt2-encoder-json {encoder_json}: the token {others[0]!r} is not of GPT-2's "
+                "symbols for bytes; it is not a byte-level vocabulary"
             )
         missing = [symbol for symbol in byte_symbols() if symbol not in encoder]
         if missing:
@@ -97,6 +108,7 @@ class ByteLevelBPE:
                     f"tokens of {encoder_json}; take both files from the same tokenizer"
                 )
             merges.append((pair[0], pair[1]))
+        _check_complete(encoder, merges, encoder_json, vocab_bpe)
         return cls(encoder, merges)
 
     def __len__(self) -> int:
@@ -118,6 +130,21 @@ class ByteLevelBPE:
             return (self.newline,)
         symbols = word.encode("utf-8").decode("latin-1").translate(self._table)
         return tuple(token.id for token in self._model.tokenize(symbols))
+
+
+def _check_complete(
+    encoder: Dict[str, int], merges: List[Tuple[str, str]], encoder_json: Path, vocab_bpe: Path
+) -> None:
+    """Raise UserError unless every token is a byte, comes from a merge, or is a special one, as
+    <|endoftext|>: of a vocab.bpe that was cut short the last merges are missing."""
+    made = {"".join(pair) for pair in merges}.union(byte_symbols())
+    orphans = [token for token in encoder if token not in made and not _SPECIAL.fullmatch(token)]
+    if orphans:
+        raise UserError(
+            f"--gpt2-vocab-bpe {vocab_bpe}: {len(merges)} merges, but {len(orphans)} more tokens "
+            f"of {encoder_json} come from none ({orphans[0]!r}); the file is cut short, lacks its "
+            "first line (#version) or its last newline, or belongs to another encoder.json"
+        )
 
 
 class _Words(Dict[str, Tuple[int, ...]]):
@@ -160,7 +187,8 @@ def train_bpe(documents: Iterable[str], vocabulary_size: int, folder: Path) -> i
         show_progress=False,
     )
     tokenizer.train_from_iterator(documents, trainer)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    # not below `folder`, as tokenizers takes no path that is not UTF-8
+    with tempfile.TemporaryDirectory() as scratch:
         tokenizer.model.save(scratch)
         encoder = json.loads(Path(scratch, "vocab.json").read_text(encoding="utf-8"))
         merges = Path(scratch, "merges.txt").read_text(encoding="utf-8").splitlines()
@@ -176,9 +204,3 @@ def _write(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    return f"not JSON or not UTF-8: {error}"

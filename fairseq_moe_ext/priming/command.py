@@ -156,7 +156,7 @@ def _chosen(folder: Path, names: Optional[str], settings: Settings) -> List[str]
 
 def _shots(text: str) -> Tuple[int, ...]:
     words = text.split(",")
-    if not all(word.isdecimal() for word in words):
+    if not all(word.isdecimal() and len(word) < 7 for word in words):
         raise UserError(f"--shots {text}: use whole numbers from 0 on, as 0,1,32")
     return tuple(dict.fromkeys(map(int, words)))
 

@@ -4,8 +4,21 @@ Files are read as UTF-8, with or without a byte order mark.
 """
 
 import csv
+import io
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Tuple, TypeVar
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    TextIO,
+    Tuple,
+    TypeVar,
+)
 
 from .. import files
 from ..errors import UserError
@@ -78,7 +91,7 @@ Reader = Callable[[Path], Iterator[Record]]
 
 def read_jsonl(path: Path) -> Iterator[Record]:
     """A JSON object a line; blank lines are passed over."""
-    with open(path, encoding="utf-8-sig") as file:
+    with _open(path) as file:
         for number, line in enumerate(_decoded(file, path), start=1):
             if line.strip():
                 yield Record(path, f"line {number}", _json(line, path, number))
@@ -126,7 +139,7 @@ def read_json(path: Path) -> Record:
 
 def _read_table(path: Path, **form: Any) -> Iterator[Record]:
     """A row each, which begins on the line that is named; blank lines are passed over."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
+    with _open(path, newline="") as file:
         rows = csv.reader(_decoded(file, path), strict=True, **form)
         header: Tuple[str, ...] = ()
         line = 1
@@ -146,6 +159,10 @@ def _read_table(path: Path, **form: Any) -> Iterator[Record]:
             raise UserError(
                 f"{path}, line {line}: {error}; take the file as it was published"
             ) from None
+
+
+def _open(path: Path, newline: Optional[str] = None) -> TextIO:
+    return io.TextIOWrapper(files.open_binary(path), encoding="utf-8-sig", newline=newline)
 
 
 def _json(text: str, path: Path, line: int) -> Dict[str, Any]:

@@ -1,13 +1,13 @@
 """Text to the model's tokens and back, as `fairseq-moe prepare` made them: GPT-2's byte-level BPE,
 line by line, and </s> for every newline, which these models never see as a character."""
 
-import json
 from pathlib import Path
 from typing import Callable, Iterable, List, TypeVar
 
 import numpy as np
 
 from ..errors import UserError
+from ..files import read_json
 from ..prepare import dictionary
 from ..prepare.tokenizer import ENCODER_FILE, MERGES_FILE, ByteLevelBPE, byte_symbols
 
@@ -37,7 +37,7 @@ class Vocabulary:
         self._bpe = _read(lambda: ByteLevelBPE.from_files(files[1], files[2]))
         lines = _read(lambda: dictionary.read(files[0], len(self._bpe)))
         self._table = dictionary.lookup(lines, len(self._bpe)).tolist()  # BPE id -> token
-        symbols = json.loads(files[1].read_text(encoding="utf-8"))
+        symbols = read_json(files[1])
         byte_of = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
         self._bytes = {
             self._table[i]: bytes(byte_of[c] for c in symbol) for symbol, i in symbols.items()

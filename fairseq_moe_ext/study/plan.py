@@ -1,14 +1,14 @@
 """A study's YAML file -> the runs it names and their commands."""
 
+import re
 import shlex
 import sys
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Sequence
 
-import yaml
-
 from .. import data_bin, ranges
 from ..errors import UserError
+from . import yaml_file
 from .child import console_script
 
 FAMILIES = ("dense", "moe")
@@ -33,6 +33,7 @@ _FAMILY = {"arch": (str, None), "flags": (dict, {}), "sizes": (dict, None)}
 _EVALUATE = {"stride": (int, 0), "batch-size": (int, 16), "bootstrap": (int, 1000)}
 # of `fairseq-moe priming`; without a folder there is none
 _PRIMING = {"folder": (str, ""), "tasks": (str, ""), "shots": (list, [0]), "draws": (int, 25)}
+_SIZE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # a part of a folder's name
 # flags that the study sets itself
 _OURS = ("arch", "seed", "max-update", "total-num-update", "save-dir", "tokens-per-sample", "task")
 
@@ -71,13 +72,7 @@ class Plan(NamedTuple):
 def read(path: Path) -> Plan:
     """Read and check a study's file; paths in it are relative to the folder one is in. Raises
     UserError, before any work, for an unknown or missing key, or a corpus that is not there."""
-    try:
-        asked = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
-    asked = _checked(asked, _TOP, str(path))
+    asked = _checked(yaml_file.read(path), _TOP, str(path))
     seeds = asked["seeds"]
     if not seeds or not all(isinstance(seed, int) for seed in seeds) or len({*seeds}) < len(seeds):
         raise UserError(f"{path}: seeds {seeds}: give different whole numbers, as [1, 2, 3]")
@@ -92,6 +87,11 @@ def read(path: Path) -> Plan:
     batch = asked["train"].get("batch-size")
     if not isinstance(batch, int) or batch < 1:
         raise UserError(f"{path}: train: batch-size {batch}: say how many blocks an update has")
+    freq = asked["train"].get("update-freq", 1)
+    if type(freq) is not int or freq < 1:
+        raise UserError(f"{path}: train: update-freq {freq}: use 1 or more")
+    if not all(isinstance(folder, str) for folder in asked["test"]):
+        raise UserError(f"{path}: test {asked['test']}: not a list of folders")
     folders = [Path(asked["data"]), *map(Path, asked["test"])]
     for folder in folders:
         if not data_bin.find_corpora(folder):
@@ -124,6 +124,8 @@ def read(path: Path) -> Plan:
             ranges.require(ranges.POSITIVE_COUNT, updates, f"{where}: updates")
             for flag, value in flags.items():
                 _check_flag(flag, value, where)
+            if not _SIZE.fullmatch(str(size)):
+                raise UserError(f"{where}: call it by letters, digits, '_', '-' and '.'")
             sizes.append((family, str(size), found["arch"], flags, updates))
     runs = []
     for seed in seeds:
@@ -133,8 +135,7 @@ def read(path: Path) -> Plan:
             test = _evaluate(asked, evaluation, folder)
             prime = _prime(asked, priming, folder)
             runs.append(Run(family, size, seed, updates, folder, train, test, prime))
-    freq = asked["train"].get("update-freq", 1)
-    return Plan(asked["title"], out, asked["context"], asked["context"] * batch * int(freq), runs)
+    return Plan(asked["title"], out, asked["context"], asked["context"] * batch * freq, runs)
 
 
 def _checked(found: Any, keys: Dict[str, Any], where: str) -> Dict[str, Any]:

@@ -1,6 +1,5 @@
 """A study's files -> result.json: cost, perplexity and accuracy of every run, speed-up factors."""
 
-import json
 import math
 import re
 from pathlib import Path
@@ -43,7 +42,7 @@ def collect(plan: Plan) -> Dict[str, Any]:
 
 
 def _run(plan: Plan, run: Run) -> Dict[str, Any]:
-    found = json.loads((run.folder / "evaluation.json").read_text(encoding="utf-8"))
+    found = files.read_json(run.folder / "evaluation.json")
     settings, types = checkpoint_settings(run.folder / "checkpoint_best.pt")
     shape = shape_of(settings, types)
     tokens = run.updates * plan.tokens_per_update
@@ -73,7 +72,7 @@ def _priming(path: Path) -> Dict[str, Any]:
     figures by domain."""
     if not primed(path):
         return {"mean": {}, "tasks": [], "bias": []}
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = files.read_json(path)
     tasks = [one for one in found["results"] if "accuracy" in one]
     return {
         "mean": found["mean"],

@@ -283,6 +283,16 @@ GOOD = ["--corpus", "a=a.txt", "--train-bpe", "300", "--valid-fraction", "0.1"]
             [*GOOD, "--heldout", "h=a.txt", "--valid-fraction", "0", "--test-fraction", "0"],
             r"--heldout: .* cannot both be 0",
         ),
+        ([*GOOD, "--train-bpe", "10000000000000"], r"--train-bpe 10{13}: 1048576 types at most"),
+        ([*GOOD, "--train-bpe", "-1"], r"--train-bpe -1: .*more than 256"),
+        ([*GOOD, "--dict-size", "10000000000000"], r"--dict-size 10{13}: 1048576 types at most"),
+        ([*GOOD, "--dict-size", "0"], r"--dict-size 0: too small"),
+        ([*GOOD, "--dict-size", "-8"], r"--dict-size -8: too small"),
+        ([*GOOD, "--workers", "100000"], r"--workers 100000: must be .* at most 1024"),
+        ([*GOOD, "--corpus", "f=fifo"], r"--corpus f: fifo: a FIFO"),
+        ([*GOOD, "--corpus", "f=fifos"], r"--corpus f: fifos/fifo: a FIFO"),
+        ([*GOOD, "--corpus", "f=/dev/null"], r"--corpus f: /dev/null: a device"),
+        ([*GOOD, "--corpus", "f=" + "x" * 300], r"--corpus f: x+: no such file"),
         ([*GOOD, "--workers", "0"], r"--workers 0: must be at least 1"),
         ([*GOOD, "--dict-size", "100"], r"--dict-size 100: too small for .* at least"),
         (["--corpus", "e=empty.txt", "--train-bpe", "300"], r"--corpus e: empty; no document"),
@@ -301,6 +311,9 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(
     (text / "small.txt").write_text("one\n\ntwo", encoding="utf-8")
     (text / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
     (text / "j.jsonl").write_text('{"text": "x"}\n{"body": "x"}\n', encoding="utf-8")
+    (text / "fifos").mkdir()
+    os.mkfifo(text / "fifo")
+    os.mkfifo(text / "fifos" / "fifo")
     before = contents(text)
     assert run("data", *arguments) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]

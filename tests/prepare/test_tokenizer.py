@@ -1,6 +1,7 @@
 """Byte-level BPE: the ids are those of fairseq's own `--bpe gpt2`, on any text."""
 
 import json
+import os
 import random
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.prepare import tokenizer
+from fairseq_moe_ext.prepare import dictionary, tokenizer
 from fairseq_moe_ext.prepare.tokenizer import ByteLevelBPE, byte_symbols, train_bpe
 
 
@@ -125,12 +126,24 @@ def test_files_of_another_format_are_refused(tmp_path, bpe_folder):
     rng = random.Random(0)
     last = rng.choice(sorted(set(encoder) - set(byte_symbols())))
     cases = {
-        "encoder.json: No such file": {"e": None},
-        "vocab.bpe: No such file": {"m": None},
+        r"encoder.json: cannot be read \(No such file": {"e": None},
+        r"vocab.bpe: cannot be read \(No such file": {"m": None},
         "encoder.json: not JSON": {"e": "{"},
         "encoder.json: not GPT-2's format": {"e": json.dumps({**encoder, "zzzz": 4000})},
         "1 of the 256 bytes": {
             "e": json.dumps({("zz" if k == "A" else k): v for k, v in encoder.items()})
+        },
+        "not JSON: nested too deep": {"e": "[" * 100_000},
+        "not JSON: half of a surrogate": {"e": json.dumps({**encoder, "\ud800": 400})},
+        "encoder.json: not GPT-2's format: an": {"e": json.dumps({**encoder, "A": [1]})},
+        "encoder.json: not GPT-2's format: an o": {"e": json.dumps({**encoder, "A": 1.0})},
+        "token '日本' is not of GPT-2's symbols": {"e": json.dumps({**encoder, "日本": 400})},
+        "vocab.bpe: 72 merges, but 72 more tokens .* come from none": {
+            "m": "\n".join(merges.split("\n")[:73]) + "\n"
+        },
+        "vocab.bpe: 143 merges, but 1 more tokens": {"m": merges.rstrip("\n")},
+        "vocab.bpe: 143 merges, but 1 more tokens .*first line": {
+            "m": merges.replace("#version: 0.2\n", "")
         },
         "line 146: 'x' is not a merge": {"m": merges + "x\n"},
         "line 2: .* is not a merge": {"m": f"#version: 0.2\n{last} qqqq\n"},
@@ -143,3 +156,38 @@ def test_files_of_another_format_are_refused(tmp_path, bpe_folder):
                 (tmp_path / name).write_text(text, encoding="utf-8")
         with pytest.raises(UserError, match=message):
             ByteLevelBPE.from_files(tmp_path / "encoder.json", tmp_path / "vocab.bpe")
+
+
+def test_special_tokens_need_no_merge(tmp_path, bpe_folder):
+    encoder = json.loads((bpe_folder / "encoder.json").read_text())
+    encoder.update({"<|endoftext|>": 400, "[PAD]": 401})
+    (tmp_path / "encoder.json").write_text(json.dumps(encoder), encoding="utf-8")
+    assert len(ByteLevelBPE.from_files(tmp_path / "encoder.json", bpe_folder / "vocab.bpe")) == 402
+
+
+def test_a_fifo_is_refused(tmp_path, bpe_folder):
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(UserError, match="--gpt2-vocab-bpe .*fifo: a FIFO"):
+        ByteLevelBPE.from_files(bpe_folder / "encoder.json", tmp_path / "fifo")
+    with pytest.raises(UserError, match="--gpt2-encoder-json .*fifo: a FIFO"):
+        ByteLevelBPE.from_files(tmp_path / "fifo", bpe_folder / "vocab.bpe")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"0 1\n1 \xe9\n", r"not UTF-8 at byte 6 \(0xe9\)"),
+        (b"0 1\n1 \xc2\xb2\n", "line 2: .* is not '<symbol> <count>'"),
+        (b"0 1\n\xc2\xb2 1\n", "line 2: .* is not a BPE id"),
+        (b"0 1\n00 1\n", "line 2: '00' is not a BPE id"),
+        (b"0 1\n1 " + b"9" * 5000, "line 2: "),
+        (b"9" * 5000 + b" 1", "is not a BPE id"),
+        (b"0 1\n\n", "line 2: '' is not"),
+        (b"", "empty"),
+        (b"0 1\n0 1\n", "stands in it twice"),
+    ],
+)
+def test_a_dictionary_that_is_none_is_refused(tmp_path, content, message):
+    (tmp_path / "dict.txt").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        dictionary.read(tmp_path / "dict.txt", 400)

@@ -1,0 +1,46 @@
+"""A YAML file that a user wrote, as data of a size that its text can account for."""
+
+from pathlib import Path
+from typing import Any, Dict
+
+import yaml
+
+from .. import files
+from ..errors import UserError
+
+_MOST = 100_000  # values, aliases written out
+
+
+def read(path: Path) -> Any:
+    """Raises UserError for a file that cannot be read, is not YAML, is nested too deep, or is small
+    only because its aliases stand for ever more aliases."""
+    text = files.read_text(path, encoding="utf-8-sig")
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _size(node, {}) > _MOST:
+            raise UserError(f"{path}: more than {_MOST} values, its aliases written out")
+        return loader.construct_document(node)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deep, or within itself") from None
+    except UserError:
+        raise
+    except (ValueError, OverflowError) as error:  # a date or number that is none
+        raise UserError(f"{path}: not YAML ({error})") from None
+
+
+def _size(node: yaml.Node, known: Dict[int, int]) -> int:
+    """How many values a node stands for; RecursionError for one within itself."""
+    if id(node) not in known:
+        parts = [] if isinstance(node, yaml.ScalarNode) else node.value
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in parts for part in pair]
+        known[id(node)] = -1  # at work
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    elif known[id(node)] < 0:
+        raise RecursionError
+    return known[id(node)]

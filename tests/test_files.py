@@ -1,0 +1,99 @@
+"""What a command is told to read is a regular file: nothing waits for a FIFO, in no command."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fairseq_moe_ext import cli, files
+from fairseq_moe_ext.errors import UserError
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("fifo")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dict.txt").write_text("0 1\n", encoding="utf-8")
+    return tmp_path
+
+
+LINES = [
+    "evaluate fifo --path x.pt",
+    "evaluate data --path fifo",
+    "priming fifo --path x.pt --data data",
+    "priming data --path fifo --data data",
+    "priming data --path x.pt --data fifo",
+    "study fifo",
+    "report fifo",
+    "report . --expert-use fifo",
+    "report . --fine-tuning=fifo",
+    "convert fifo new.pt",
+    "cost --path fifo",
+    "prepare new --corpus a=data/dict.txt --gpt2-encoder-json fifo --gpt2-vocab-bpe x",
+    "prepare new --corpus a=data/dict.txt --gpt2-encoder-json x --gpt2-vocab-bpe fifo",
+    "prepare new --corpus a=fifo --train-bpe 300",
+    "prepare fifo --corpus a=data/dict.txt --train-bpe 300",
+]
+
+
+@pytest.mark.parametrize("line", LINES)
+@pytest.mark.parametrize("name", ["fifo", "/dev/zero"])
+def test_no_command_waits_for_a_fifo_or_a_device(place, capsys, line, name):
+    line = line.replace("fifo", name)
+    assert cli.main(line.split()) == 1
+    error = capsys.readouterr().err
+    kind = "a FIFO (named pipe)" if name == "fifo" else "a device"
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert f"{name}: {kind}, not a f" in error
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_name_that_is_too_long_is_one_line(place, capsys, line):
+    assert cli.main(line.replace("fifo", "x" * 300).split()) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if "file(s) of" not in line]
+    assert len(errors) == 1 and errors[0].startswith("error: ")
+
+
+def test_a_name_that_is_no_utf8_can_be_printed(place):
+    """In a process of its own, whose output is strict."""
+    name = b"\xff"
+    command = [sys.executable, "-m", "fairseq_moe_ext.cli", "prepare", name]
+    (place / "a.txt").write_text("text\n\n" * 9, encoding="utf-8")
+    command += ["--corpus", "a:train=a.txt", "--train-bpe", "257", "--workers", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "\\udcff: written in" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"\xff\xfe{\0}\0", r"not UTF-8 at byte 0 \(0xff\)"),
+        (b"{", "not JSON: "),
+        (b"[" * 100_000, "not JSON: nested too deep"),
+        (b'["\\ud800"]', "not JSON: half of a surrogate pair"),
+        (b'{"\\udfff": 1}', "not JSON: half of a surrogate pair"),
+        (b"9" * 5000, "" if sys.version_info < (3, 11) else "not JSON: "),
+    ],
+)
+def test_json_that_is_none_is_one_line(tmp_path, content, message):
+    (tmp_path / "a.json").write_bytes(content)
+    if message:
+        with pytest.raises(UserError, match=f"a.json: {message}"):
+            files.read_json(tmp_path / "a.json")
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf["\\ud83d\\ude00"]\r\n')
+    assert files.read_json(tmp_path / "a.json", encoding="utf-8-sig") == ["😀"]
+
+
+def test_what_cannot_be_opened_is_named(tmp_path):
+    for name, message in (
+        ("none", "No such file"),
+        ("x" * 300, "File name too long"),
+        ("a\0b", "null"),
+    ):
+        with pytest.raises(UserError, match=message):
+            files.read_text(tmp_path / name)
+    with pytest.raises(UserError, match="--dict .*: a folder, not a file"):
+        files.read_text(tmp_path, f"--dict {tmp_path}")
