@@ -22,7 +22,6 @@ from fairseq_moe_ext.prepare.encode import Deal, Encoders, chunks, training_docu
 from fairseq_moe_ext.prepare.splits import SplitRule
 from fairseq_moe_ext.prepare.tokenizer import (
     ENCODER_FILE,
-    MAX_TYPES,
     MERGES_FILE,
     NUM_BYTES,
     ByteLevelBPE,
@@ -318,8 +317,10 @@ def _check(options: Options) -> None:
                 f"--train-bpe {options.train_bpe}: the {NUM_BYTES} bytes come first; more than "
                 f"{NUM_BYTES} types are needed"
             )
-        if options.train_bpe > MAX_TYPES:
-            raise UserError(f"--train-bpe {options.train_bpe}: {MAX_TYPES} types at most")
+        if options.train_bpe > dictionary.MAX_TYPES:
+            raise UserError(
+                f"--train-bpe {options.train_bpe}: {dictionary.MAX_TYPES} types at most"
+            )
         if all(corpus.held_out for corpus in options.corpora):
             raise UserError("--train-bpe: there is no --corpus to train it on")
         if options.train_bpe_bytes <= 0:

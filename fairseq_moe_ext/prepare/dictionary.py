@@ -12,9 +12,9 @@ import numpy as np
 
 from fairseq_moe_ext import files
 from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.prepare.tokenizer import MAX_TYPES
 
 NUM_SPECIAL = 4
+MAX_TYPES = 1 << 20  # four times the largest published vocabularies; much more is no vocabulary
 EOS = 2
 UNK = 3
 PADDING_FACTOR = 8  # fairseq-preprocess --padding-factor

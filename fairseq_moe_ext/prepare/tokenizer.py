@@ -25,7 +25,6 @@ from fairseq_moe_ext.errors import UserError
 
 ENCODER_FILE, MERGES_FILE = TOKENIZER
 NUM_BYTES = 256
-MAX_TYPES = 1 << 20  # four times the largest published vocabularies; much more is no vocabulary
 
 # The pattern of fairseq/data/encoders/gpt2_bpe_utils.py:66@0.12.2, which is applied line by line,
 # for many lines at once: a newline is a word of its own, and white space never runs across it.
