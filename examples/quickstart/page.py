@@ -271,7 +271,9 @@ def findings(result: Dict) -> List[str]:
         f"{clock(dense['training_seconds'])} min. It also holds "
         f"{moe['parameters'] / dense['parameters']:.1f} times the parameters in memory.",
         f"One run, one seed, about {tested / 1e3:.0f} kB of test text a domain: a difference of a "
-        "per cent on a single domain may be noise.",
+        "per cent on a single domain may be noise. On another processor the MoE model's figures "
+        "come out different, by up to 0.3 % so far: rounding decides where a token goes that is "
+        "near a tie of two experts.",
         f"Both models are far from trained out after {big(moe['training_tokens'])} tokens; what a "
         "longer training would give, these numbers do not say.",
         "Perplexities are per token of this run's own tokenizer on this installation's text: they "

@@ -22,7 +22,8 @@ DEVIATIONS = 3  # above the random gates' mean; of five about the end of the 95 
 MEANING = (
     "Bits: what one choice of expert tells about where a token is from, without the bias of finite "
     f"counts; random: the mean and standard deviation of the same over {RANDOM} random gates of "
-    "equal scale on the same inputs. Only what is above them was learnt."
+    "equal scale on the same inputs. Only what is above them was learnt. Of the type of token the "
+    "first choice tells."
 )
 
 
@@ -70,8 +71,9 @@ def information(
     blocks: np.ndarray,
     kinds: np.ndarray,
 ) -> Dict[str, Dict[str, Any]]:
-    """What choices (T, 1 + RANDOM, K) of gates tell, "domain": about the kind of text, all kinds
-    being equally likely (left out where there is one only), "token": about the token's type.
+    """What choices (T, 1 + RANDOM, K) of gates tell, "domain": any of them about the kind of text,
+    all kinds being equally likely (left out where there is one only), "token": a token's first one
+    about its type.
 
     types (T,): the tokens. blocks (T,): the block of text, from 0, that a token is in. kinds
     (blocks,): of each.
@@ -91,7 +93,7 @@ def information(
         found["domain"] = _beside_controls(of_kinds, every, kinds, rng)
 
     def of_types(gate: int, labels: np.ndarray) -> float:
-        return mutual_information(_counts(labels, choices[:, gate], types.max() + 1, experts))
+        return mutual_information(_counts(labels, choices[:, gate, :1], types.max() + 1, experts))
 
     found["token"] = _beside_controls(of_types, every, types, rng)
     return found
@@ -131,12 +133,14 @@ def _beside_controls(
 
 def verdict(layers: Sequence[Dict[str, Any]], by: str, words: str) -> str:
     """A sentence on what all layers tell by "domain" or "token", beside the controls."""
-    found = [layer.get("information", {}).get(by) for layer in layers]
-    if None in found:
+    if not all("information" in layer for layer in layers):
         return (
-            f"By {words} nothing is said: one kind of text, or a file without controls (older ones "
-            "lack them; count again with evaluation.expert_use)."
+            f"By {words} nothing is said: the file has no controls, as older ones have none; count "
+            "again with evaluation.expert_use."
         )
+    found = [layer["information"].get(by) for layer in layers]
+    if None in found:
+        return f"By {words} there is nothing to tell: all text is of one kind."
     bits = _range([one["bits"] - one["bias"] for one in found])
     random = _range([value for one in found for value in one["random"]])
     against = f"{bits} by layer, random gates of equal scale {random}"

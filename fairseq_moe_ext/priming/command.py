@@ -197,6 +197,5 @@ def _tables(results: List[Result], form: Callable[[List[List[str]]], str]) -> st
     for kind in dict.fromkeys(_KINDS[one["task"]] for one in results):
         found = [one for one in results if _KINDS[one["task"]] is kind]
         parts.append(form(kind.table(found)))
-        if kind is not bias:
-            parts.append("\n".join(kind.notes(found)))
+        parts.append("\n".join(kind.notes(found)))
     return "\n\n".join(parts)

@@ -218,7 +218,7 @@ def html(result: Dict[str, Any], charts: Dict[str, Chart], use: Any, tuned: Any)
     parts += [report.heading("Bias")]
     if tables.bias(runs)[1]:
         parts += [report.table(*tables.bias(runs))]
-        parts += [report.paragraph("All domains, mean over seeds.", "soft")]
+        parts += [report.paragraph("All domains, mean over seeds. A guess gives 50.", "soft")]
     else:
         parts += [report.paragraph("This study measured none.", "soft")]
     parts += [
@@ -288,6 +288,9 @@ def _use(layers: Sequence[Dict[str, Any]]) -> str:
         specialisation.verdict(layers, "domain", "set"),
         specialisation.verdict(layers, "token", "type of token"),
     ]
-    return report.bullets(said) + report.grid(
-        charts, "Each expert's share of a set's choices, in per cent. " + specialisation.MEANING
-    )
+    caption = "Each expert's share of a set's choices, in per cent."
+    if "information" in layers[0]:
+        caption += " " + specialisation.MEANING
+    else:
+        said = said[:1]
+    return report.bullets(said) + report.grid(charts, caption)

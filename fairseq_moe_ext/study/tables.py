@@ -113,7 +113,7 @@ def bias(runs: Runs) -> Table:
         for run in mine:
             for one in run["priming"].get("bias", []):  # older files lack it
                 for key, value in one["domains"]["overall"].items():
-                    if key != "questions":
+                    if key not in ("questions", "intervals"):
                         label = key.upper() if key in ("lms", "ss", "icat") else key
                         row = found.setdefault(f"{one['task']}, {label}", {})
                         row.setdefault(name, []).append(value)

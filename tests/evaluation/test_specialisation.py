@@ -30,10 +30,12 @@ def test_of_choices_at_random_nothing_is_left():
     found = s.information(at_random(), EXPERTS, types, blocks, kinds)
     for by, rows in (("domain", KINDS), ("token", 50)):
         one = found[by]
-        # Miller and Madow: degrees of freedom / (2 n ln 2). Two different choices of a token go
-        # against each other, by the factor (E - K) / (E - 1) of sampling without replacement.
-        n = 2 * BLOCKS * LENGTH
-        bias = (rows - 1) * (EXPERTS - 1) / (2 * n * math.log(2)) * (EXPERTS - 2) / (EXPERTS - 1)
+        # Miller and Madow: degrees of freedom / (2 n ln 2); of two choices a token n is twice that,
+        # and as they differ the factor (E - K) / (E - 1) of drawing without replacement comes in
+        n = BLOCKS * LENGTH
+        bias = (rows - 1) * (EXPERTS - 1) / (2 * n * math.log(2))
+        if by == "domain":
+            bias *= (EXPERTS - 2) / (EXPERTS - 1) / 2
         assert one["bias"] == pytest.approx(bias, rel=0.5)
         assert one["bits"] < 4 * one["bias"] and abs(one["left"]) < 3 * bias
         assert len(one["random"]) == s.RANDOM
@@ -65,11 +67,13 @@ def test_a_gate_that_knows_the_kind_is_above_the_control():
 def test_types_and_one_kind_alone():
     types, blocks, kinds = text()
     choices = at_random()
-    choices[:, 0] = np.stack([types % 2, 2 + types % 2], axis=1)
+    choices[:, 0] = np.stack([types % 2, np.full(len(types), 3)], axis=1)
     found = s.information(choices, EXPERTS, types, blocks, np.zeros_like(kinds))
     assert set(found) == {"token"} and found["token"]["above"]
     assert found["token"]["bits"] == pytest.approx(1, abs=0.02), "odd or even"
-    assert "nothing is said" in s.verdict([{"layer": 0, "information": found}], "domain", "set")
+    assert "all text is of one kind" in s.verdict(
+        [{"layer": 0, "information": found}], "domain", "set"
+    )
     assert s.heading({"layer": 4, "information": found}) == "Layer 4"
 
 

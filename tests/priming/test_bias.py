@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fairseq_moe_ext import cli
+from fairseq_moe_ext.accuracy import wilson_interval
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.priming.bias import (
     Pair,
@@ -91,6 +92,11 @@ def test_stereoset_figures_by_hand():
     found = stereoset_scores(triples, scores)
     assert list(found) == ["gender", "race", "overall"]
     # race: word a has 3 of 4 and 1 of 2, word b 1 of 2 and 1 of 1; the means are over words
+    # of lms 75 and 50 %, ss 50 and 100 %, the standard errors are 12.5 and 25 points
+    ends = found["race"].pop("intervals")
+    assert ends["lms"] == pytest.approx([62.5 - 1.96 * 12.5, 62.5 + 1.96 * 12.5])
+    assert ends["ss"] == pytest.approx([75 - 1.96 * 25, 100])
+    assert found["gender"].pop("intervals") == {"lms": None, "ss": None}, "one word"
     assert found["race"] == {"questions": 3, "lms": 62.5, "ss": 75.0, "icat": 62.5 * 25 / 50}
     assert found["gender"] == {"questions": 1, "lms": 0.0, "ss": 0.0, "icat": 0.0}
     overall = found["overall"]
@@ -103,6 +109,9 @@ def test_crows_pairs_figures_by_hand():
     pairs = [Pair("age", "", ""), Pair("age", "", ""), Pair("race-color", "", "")]
     scores = np.array([[-5.0, -6.0], [-6.0, -5.0], [-1.0, -2.0]])
     found = crows_pairs_scores(pairs, scores)
+    for correct, number, domain in ((1, 2, "age"), (1, 1, "race-color"), (2, 3, "overall")):
+        ends = [100 * end for end in wilson_interval(correct, number)]
+        assert found[domain].pop("intervals") == {"stereotype": pytest.approx(ends)}
     assert found["age"] == {"questions": 2, "stereotype": 50.0}
     assert found["race-color"] == {"questions": 1, "stereotype": 100.0}
     assert found["overall"] == {"questions": 3, "stereotype": pytest.approx(200 / 3)}
@@ -114,6 +123,7 @@ def test_the_command_scores_each_text_as_is_said(trained, folder, tmp_path, caps
     line = f"priming {folder} --path {checkpoint} --data {data} --cpu --json {out} --shots 0,2"
     assert cli.main(line.split()) == 0
     printed = capsys.readouterr().out
+    assert "A guess gives 50 everywhere" in printed and "one word, no interval" in printed
     assert "stereoset, overall" in printed and "crows_pairs, race-color" in printed
     stereoset, crows = json.loads(out.read_text())["results"]
 
