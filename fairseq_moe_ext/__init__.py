@@ -31,6 +31,7 @@
     cli.py         the command fairseq-moe
     finding.py     the plugin for command lines and checkpoints that name it
     generation.py  faults of stock fairseq in generating text
+    literals.py    settings that are Python expressions, read as values
     compat.py      what stock fairseq 0.12.2 needs to run on today's Python and PyTorch
     errors.py      the exception for a user's mistake
     files.py       what a user names to read: regular files

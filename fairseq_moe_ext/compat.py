@@ -19,6 +19,7 @@ import dataclasses
 import datetime
 import difflib
 import functools
+import importlib
 import importlib.util
 import logging
 import os
@@ -38,6 +39,7 @@ from typing import Callable, Iterator, List, NamedTuple, Optional
 from fairseq_moe_ext.errors import OneLineParser, UserError
 from fairseq_moe_ext.finding import plugin_by_itself
 from fairseq_moe_ext.generation import overlong_lines, prompts_with_ends, repeated_ngrams
+from fairseq_moe_ext.literals import literal
 
 _LOADED_BY_HOOK = "fairseq_moe_ext" not in sys.modules  # so it is installed
 applied: List[str] = []  # names of the patches in force, in order
@@ -86,7 +88,7 @@ def wrap_loader(spec) -> None:
 def _complete_package() -> None:
     """Give the package its submodules that the hook loaded by path, before there was a package."""
     package = sys.modules.get("fairseq_moe_ext")
-    for name in ("errors", "finding", "generation", "compat"):
+    for name in ("errors", "finding", "generation", "literals", "compat"):
         module = sys.modules.get("fairseq_moe_ext." + name)
         if package is not None and module is not None:
             setattr(package, name, module)
@@ -377,6 +379,41 @@ def checkpoints_without_code() -> None:
 
     torch.serialization.add_safe_globals(_checkpoint_types())
     checkpoint_utils.torch = _View(torch, load=load_weights_only)
+
+
+def settings_without_code() -> None:
+    """Read settings that are Python expressions as values; never run them.
+
+    Breaks: nothing; but settings stand in checkpoints, and building a model, criterion or optimizer
+    from one runs any code in them. Expressions of values mean what they meant.
+    Where: each `eval(` in the modules of _EVALUATING, fairseq/models/fconv_lm.py:78 for one. A name
+    of a module hides Python's own of that name from its functions.
+    Ends: with a fairseq that says ast.literal_eval.
+    """
+    for name in _EVALUATING:
+        importlib.import_module(name).eval = literal
+
+
+_EVALUATING = (
+    "fairseq.utils",  # eval_str_list, eval_str_dict, eval_bool
+    "fairseq.criterions.ctc",
+    "fairseq.data.audio.raw_audio_dataset",
+    "fairseq.data.codedataset",
+    "fairseq.models.fconv",
+    "fairseq.models.fconv_lm",
+    "fairseq.models.fconv_self_att",
+    "fairseq.models.hubert.hubert",
+    "fairseq.models.lightconv_lm",
+    "fairseq.models.speech_to_text.s2t_wav_transformer",
+    "fairseq.models.transformer_lm",
+    "fairseq.models.wav2vec.wav2vec",
+    "fairseq.models.wav2vec.wav2vec2",
+    "fairseq.optim.adafactor",
+    "fairseq.optim.adam",
+    "fairseq.optim.adamax",
+    "fairseq.optim.cpu_adam",
+    "fairseq.optim.fused_lamb",
+)
 
 
 def _checkpoint_types() -> list:
@@ -1128,6 +1165,10 @@ def _mistake_to_print(error: BaseException) -> Optional[str]:
     if type(error).__name__ == "ProcessRaisedException":
         found = re.findall(r"^(?:[\w.]+\.UserError|FileNotFoundError): (.+)$", str(error), re.M)
         return found[-1] if found else None
+    # fairseq_cli/score.py:42, though "--sys -" is fine
+    absent = re.fullmatch(r"(?:System output|Reference) file (.+) does not exist", str(error))
+    if absent and isinstance(error, AssertionError):
+        return f"{absent[1]}: no such file (--sys, --ref)"
     seen = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, UserError):
@@ -1254,6 +1295,7 @@ PATCHES = (
     Patch(checked_data_bins, needed=_always),
     Patch(named_dictionaries, needed=_always),
     Patch(checkpoints_without_code, needed=_always),
+    Patch(settings_without_code, needed=_always),
     Patch(whole_checkpoint_copies, needed=lambda: importlib.util.find_spec("iopath") is None),
     Patch(broadcast_of_objects, needed=lambda: _torch_is((2, 6))),
     Patch(gather_on_cpu, needed=_no_gpu),

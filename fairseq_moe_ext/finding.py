@@ -141,6 +141,9 @@ def _groups(args: Dict[str, Any]) -> Dict[str, Any]:
 def _settings_name_it(cfg: Any) -> bool:
     """Whether a group of settings has a name of the plugin, or the model has the branch's."""
 
+    if not hasattr(cfg, "get"):  # what is damaged, loading tells
+        return False
+
     def names() -> Iterator[bool]:
         for flag, name in NAMES.items():
             group = cfg.get("model" if flag == "arch" else flag)

@@ -7,6 +7,7 @@ import re
 import stat
 from typing import Any, Dict, NamedTuple, Optional
 
+from ..checkpoint.settings import check_settings
 from ..compat import load_weights_only
 from ..errors import UserError
 from ..expert_parallel import is_expert
@@ -70,6 +71,7 @@ def load(path: str) -> State:
     state = load_weights_only(path, map_location="cpu", mmap=True)
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise UserError(f"{path}: not a checkpoint of fairseq: there is no model in it")
+    check_settings(path, state)
     return state
 
 

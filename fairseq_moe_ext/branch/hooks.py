@@ -146,15 +146,17 @@ def _joins_parameters(of: trainer.Trainer) -> bool:
 
 
 def _finetune_from_the_branch() -> None:
-    """fairseq/checkpoint_utils.py:229 wants --finetune-from-model to exist."""
+    """fairseq/checkpoint_utils.py:229 wants --finetune-from-model to exist, and checkpoint/
+    starting.py each file that is named."""
     stock = checkpoint_utils.load_checkpoint
 
     @functools.wraps(stock)
     def load_checkpoint(cfg, *args, **kwargs):
-        if cfg.finetune_from_model is not None:
-            files = find(cfg.finetune_from_model)
+        for name in ("restore_file", "continue_once", "finetune_from_model"):
+            named = getattr(cfg, name, None)
+            files = None if named in (None, "checkpoint_last.pt") else find(named)
             if files is not None:
-                cfg.finetune_from_model = files.shared
+                setattr(cfg, name, files.shared)
         return stock(cfg, *args, **kwargs)
 
     checkpoint_utils.load_checkpoint = load_checkpoint

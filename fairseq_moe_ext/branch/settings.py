@@ -10,6 +10,7 @@ from fairseq.models.transformer_lm import TransformerLanguageModelConfig
 from fairseq.tasks import TASK_DATACLASS_REGISTRY
 from omegaconf import OmegaConf
 
+from ..checkpoint.settings import check_fields
 from ..config import EXPERT_GRAD_SCALES, MoETransformerLMConfig
 from ..errors import UserError
 from ..models.language_model import MODEL_NAME
@@ -92,6 +93,7 @@ def translated_settings(path: str, saved: Dict[str, Any]) -> Dict[str, Any]:
         settings["moe_freq"] = settings["moe_expert_count"] = 0
     settings.setdefault("tokens_per_sample", 1024)
     settings.setdefault("max_target_positions", None)
+    check_fields(path, "model", settings, MoETransformerLMConfig)
     settings["_name"] = MODEL_NAME
     return settings
 

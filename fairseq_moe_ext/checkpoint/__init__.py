@@ -19,7 +19,9 @@ them any more.
     writing.py    one file, there whole or not at all
     saving.py     all processes together: the expert files, then rank 0's
     removing.py   expert files to which nothing refers
+    settings.py   what a file may ask to be built, checked before
     loading.py    the files -> the experts of this process, whoever wrote them
+    starting.py   the files that a training names, and its folder, held for it alone
     resuming.py   trainers that load, and what they are refused
     position.py   the place in the data, for any number of processes
     together.py   what processes tell each other
@@ -29,7 +31,7 @@ They wrap stock's functions, put in place by `apply()`. Each names the place in 
 
 from fairseq import checkpoint_utils
 
-from . import loading, position, resuming, saving
+from . import loading, position, resuming, saving, starting
 
 
 def apply() -> None:
@@ -40,4 +42,5 @@ def apply() -> None:
     loading.apply()
     resuming.apply()
     position.apply()
+    starting.apply()
     checkpoint_utils.save_checkpoint.spreads_experts = True

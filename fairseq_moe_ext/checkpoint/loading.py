@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 from fairseq import checkpoint_utils
 from fairseq.trainer import Trainer
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
-from .. import fully_sharded
+from .. import files, fully_sharded
 from ..compat import load_weights_only
 from ..errors import UserError
 from ..expert_parallel import Placement, is_expert, placement, process_count, process_rank
@@ -23,6 +25,7 @@ from .experts import (
     saves_together,
     trained_parameters,
 )
+from .settings import check_buildable, check_settings
 from .together import same_error_on_all_ranks
 
 
@@ -32,6 +35,7 @@ class _Loading(NamedTuple):
 
 
 _loading: Optional[_Loading] = None
+_building: Optional[bool] = None  # while a model is built from a file: whether its task is, too
 
 
 @contextlib.contextmanager
@@ -66,6 +70,9 @@ def apply() -> None:
         except Exception:  # of an old format, or not a checkpoint: `read` knows
             state = read(file, map_location=map_location)
         check_kind(file.name, state)
+        check_settings(file.name, state)
+        if _building is not None:
+            check_buildable(file.name, state, with_task=_building)
         return state
 
     @functools.wraps(stock)
@@ -73,13 +80,42 @@ def apply() -> None:
         refuse_folder(path)
         together = _loading is not None and saves_together(_loading.trainer)
         with same_error_on_all_ranks() if together else contextlib.nullcontext():
-            state = _with_own_experts(path, stock(path, *args, **kwargs))
+            state = _with_own_experts(path, _with_settings(path, stock, *args, **kwargs))
         if _loading is not None and _loading.optimizer:
             _name_the_optimizer_as_here(state, _loading.trainer)
         return state
 
     checkpoint_utils.torch.load = read_mapped
     checkpoint_utils.load_checkpoint_to_cpu = load_checkpoint_to_cpu
+    _say_what_is_built()
+
+
+def _say_what_is_built() -> None:
+    """fairseq/checkpoint_utils.py:393 builds what the files name: the model, and where no task is
+    given, the task."""
+    stock = checkpoint_utils.load_model_ensemble_and_task
+
+    @functools.wraps(stock)
+    def load_model_ensemble_and_task(filenames, arg_overrides=None, task=None, *args, **kwargs):
+        global _building
+        _building = task is None
+        try:
+            return stock(filenames, arg_overrides, task, *args, **kwargs)
+        finally:
+            _building = None
+
+    checkpoint_utils.load_model_ensemble_and_task = load_model_ensemble_and_task
+
+
+def _with_settings(path: str, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A state with its settings as omegaconf's; UserError if they cannot be."""
+    try:
+        return stock(path, *args, **kwargs)
+    except (HydraException, OmegaConfBaseException, AttributeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: its settings cannot be read ({str(error).splitlines()[0]}): it is damaged or "
+            "of another version of fairseq"
+        ) from error
 
 
 def _name_the_optimizer_as_here(state: Dict[str, Any], trainer: Trainer) -> None:
@@ -101,9 +137,11 @@ def _name_the_optimizer_as_here(state: Dict[str, Any], trainer: Trainer) -> None
 
 
 def refuse_folder(path: str) -> None:
-    """Raise UserError for a folder where a checkpoint is wanted."""
+    """Raise UserError for a folder, FIFO, ... where a checkpoint is wanted."""
     if os.path.isdir(path):
         raise UserError(f"{path}: is a folder; name a checkpoint in it, *.pt")
+    if os.path.exists(path):
+        files.check(path)
 
 
 def check_kind(path: str, state: Any) -> None:

@@ -19,6 +19,7 @@ from ..branch.optimizer import is_parameter
 from ..branch.reading import BARE, read
 from ..branch.settings import ONE_PROCESS, translated_settings
 from ..checkpoint.loading import Piece, check_kind, open_pieces, refuse_folder
+from ..checkpoint.settings import check_fields, check_settings
 from ..compat import load_weights_only
 from ..config import MoETransformerLMConfig
 from ..errors import UserError
@@ -80,6 +81,7 @@ def open_checkpoint(path: str, weights_only: bool) -> Source:
         raise UserError(f"{path}: there is no such checkpoint; check the path")
     state = load_weights_only(path, map_location="cpu", mmap=True)
     check_kind(path, state)
+    check_settings(path, state)
     model, manifest = state.pop("model"), state.pop("experts", None)
     optimizer = state.pop("last_optimizer_state", None)
     flat = flat_settings({"args": state.get("args"), "cfg": state.get("cfg")})
@@ -164,6 +166,7 @@ def _settings(path: str, flat: Dict[str, Any]) -> Dict[str, Any]:
     settings.update({key: flat[key] for key in settings if key in flat})
     # How a run was started is no matter for converting what it left.
     settings.update(ONE_PROCESS)
+    check_fields(path, "model", settings, MoETransformerLMConfig)
     return {**settings, "_name": MODEL_NAME}
 
 

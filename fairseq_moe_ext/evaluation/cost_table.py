@@ -124,6 +124,8 @@ def checkpoint_settings(path: Path) -> Tuple[Dict[str, Any], int]:
     from ..branch.files import find, flat_settings
     from ..branch.reading import read
     from ..branch.settings import translated_settings
+    from ..checkpoint.loading import check_kind
+    from ..checkpoint.settings import check_settings
     from ..models.architectures import ARCHITECTURES
     from ..models.language_model import MODEL_NAME
 
@@ -132,10 +134,11 @@ def checkpoint_settings(path: Path) -> Tuple[Dict[str, Any], int]:
     if not file.is_file():
         raise UserError(f"--path {path}: no such checkpoint")
     state = compat.load_weights_only(str(file), mmap=True)
+    check_kind(str(file), state)
+    check_settings(str(file), state)
     if branch and _EMBEDDING not in state.get("model", {}):  # FSDP has made one tensor of many
         state = read(branch, None, None)
-    model = state.get("model") if isinstance(state, dict) else None
-    embedding = model.get(_EMBEDDING) if isinstance(model, dict) else None
+    embedding = state["model"].get(_EMBEDDING)
     settings = {} if embedding is None else flat_settings(state)
     if embedding is None or "decoder_embed_dim" not in settings:
         raise UserError(f"--path {path}: not a language model of this package or of the branch")

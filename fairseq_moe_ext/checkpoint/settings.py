@@ -1,0 +1,258 @@
+"""The settings in a checkpoint, checked before anything is built from them.
+
+A file that holds no code may still ask for it: by an architecture that runs what its settings say,
+by a task or a tokenizer that fetches what they name. So a file may name what our commands are for,
+and each setting must be of the type that its dataclass says. What a user's own code registers, who
+chose to import it, is not judged.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import enum
+import math
+import re
+import typing
+from argparse import Namespace
+from numbers import Number
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+from fairseq.dataclass.configs import FairseqConfig
+from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
+from fairseq.models.transformer_lm import TransformerLanguageModel
+from fairseq.registry import REGISTRIES
+from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY
+from fairseq.tasks.language_modeling import LanguageModelingTask
+
+from ..errors import UserError
+from ..literals import literal
+
+_CRITERIA = {
+    "adaptive_loss",
+    "cross_entropy",
+    "label_smoothed_cross_entropy",
+    "label_smoothed_cross_entropy_with_rdrop",
+}
+# Texts that transformer_lm evaluates (fairseq/models/transformer_lm.py:283, :295,
+# transformer/transformer_decoder.py:147, modules/multihead_attention.py:96, all @0.12.2)
+_EXPRESSIONS = {
+    "adaptive_input_cutoff",
+    "adaptive_softmax_cutoff",
+    "character_filters",
+    "decoder_xformers_att_config",
+}
+_BUILT = {"model", "task", "criterion"} | {
+    field.name
+    for field in dataclasses.fields(FairseqConfig)
+    if dataclasses.is_dataclass(field.type)
+}
+_READING = {"bpe", "tokenizer", "scoring", "task"}  # groups whose settings name files to be read
+_RESOLVER = re.compile(r"\$\{[^}]*:")  # omegaconf's, as ${oc.env:HOME}
+
+
+def check_settings(path: str, state: Dict[str, Any]) -> None:
+    """Raise UserError for a setting of another type than its dataclass says."""
+    args, cfg = state.get("args"), state.get("cfg")
+    for kind, value in ((Namespace, args), (dict, cfg)):
+        if value is not None and not isinstance(value, kind):
+            raise UserError(f"{path}: its settings are no settings, but {_short(value)}; {_REMEDY}")
+    for group, settings in (cfg or {}).items():
+        if group in _BUILT and not isinstance(settings, (dict, Namespace, type(None))):
+            raise _misfit(path, "", group, settings, "a group of settings")
+    for group, settings in _groups(state):
+        for name, value in settings.items():
+            if not isinstance(name, str) or not _is_plain(value):
+                raise _misfit(path, group, name, value, "a setting")
+    if args is not None:
+        kinds = _flat_kinds(vars(args))
+        for name, value in vars(args).items():
+            if not any(_fits(value, kind) for kind in kinds.get(name, [Any])):
+                raise _misfit(path, "", name, value, kinds[name][0])
+    for group, settings in _groups({"cfg": cfg}):
+        kind = _dataclass_of(group, settings.get("_name"))
+        if kind is not None:
+            check_fields(path, group, settings, kind)
+    for group, settings in _groups(state):
+        for name in _EXPRESSIONS & settings.keys() if group in ("", "model") else ():
+            _check_expression(path, group, name, settings[name])
+        places = settings.keys() if group in _READING else ()
+        if group == "":
+            places = settings.keys() & _flat_kinds(settings, _READING).keys()
+        for name in places:
+            _check_place(path, group, name, settings)
+
+
+def check_fields(path: str, group: str, settings: Dict[str, Any], kind: type) -> None:
+    """Raise UserError for a setting that is not what a dataclass says."""
+    kinds = _kinds(kind)
+    for name, value in settings.items():
+        if name in kinds and not _fits(value, kinds[name]):
+            raise _misfit(path, group, name, value, kinds[name])
+
+
+def check_buildable(path: str, state: Dict[str, Any], with_task: bool) -> None:
+    """Raise UserError unless the model, and the task and criterion where they are built from the
+    file, too, are some that our commands are for."""
+    model = _named(state, "model", "arch")
+    found = ARCH_MODEL_REGISTRY.get(model) or MODEL_REGISTRY.get(model)
+    if not _is_good(found, {TransformerLanguageModel}):
+        raise UserError(
+            f"{path}: is of the architecture {_short(model)}; with this plugin, models of its own "
+            "and stock's transformer_lm are loaded: run others without --user-dir"
+        )
+    if not with_task:
+        return
+    task = _named(state, "task", "task")
+    if not _is_good(TASK_REGISTRY.get(task), {LanguageModelingTask}):
+        raise UserError(
+            f"{path}: is of the task {_short(task)}; with this plugin, its own tasks and "
+            "stock's language_modeling are set up: run others without --user-dir"
+        )
+    criteria = REGISTRIES["criterion"]["registry"]
+    criterion = _named(state, "criterion", "criterion")
+    if criterion is not None and criterion not in _CRITERIA:
+        if not _is_good(criteria.get(criterion), set()):
+            raise UserError(
+                f"{path}: is of the criterion {_short(criterion)}; with this plugin, its own "
+                f"criterions and {', '.join(sorted(_CRITERIA))} are built"
+            )
+
+
+def _is_good(found: Optional[type], good: set) -> bool:
+    """Whether a class is one of `good`, or not stock's."""
+    if found is None or found in good:
+        return found is not None
+    return found.__module__.partition(".")[0] not in ("fairseq", "fairseq_cli")
+
+
+def _named(state: Dict[str, Any], group: str, of_args: str) -> Any:
+    """The name under which something is registered, None if there is none."""
+    if state.get("args") is not None:
+        name = getattr(state["args"], of_args, None)
+    else:
+        settings = (state.get("cfg") or {}).get(group)
+        name = dict(_groups({"cfg": {group: settings}})).get(group, {}).get("_name")
+    return name if isinstance(name, str) else None
+
+
+def _groups(state: Dict[str, Any]) -> Iterator[Tuple[str, Dict[str, Any]]]:
+    """Name of a group of settings, "" for flat ones, and the settings."""
+    if state.get("args") is not None:
+        yield "", vars(state["args"])
+    for group, settings in (state.get("cfg") or {}).items():
+        settings = vars(settings) if isinstance(settings, Namespace) else settings
+        yield str(group), settings if isinstance(settings, dict) else {"_name": settings}
+
+
+def _dataclass_of(group: str, name: Any) -> Optional[type]:
+    if not isinstance(name, (str, type(None))):
+        return None
+    if group == "model":
+        return getattr(ARCH_MODEL_REGISTRY.get(name), "__dataclass", None)
+    if group == "task":
+        return TASK_DATACLASS_REGISTRY.get(name)
+    if group in REGISTRIES:
+        return REGISTRIES[group]["dataclass_registry"].get(name)
+    kind = _kinds(FairseqConfig).get(group)
+    return kind if dataclasses.is_dataclass(kind) else None
+
+
+def _flat_kinds(flat: Dict[str, Any], groups: Any = None) -> Dict[str, List[Any]]:
+    """Name of a flat setting -> the types that it may be of, in one group or another."""
+    kinds: Dict[str, List[Any]] = {}
+    for group in {*_kinds(FairseqConfig), *REGISTRIES} if groups is None else groups:
+        kind = _dataclass_of(group, flat.get("arch" if group == "model" else group))
+        for name, type_of in _kinds(kind).items() if kind is not None else ():
+            kinds.setdefault(name, []).append(type_of)
+            if name == "data":  # a list in old files (fairseq/checkpoint_utils.py:690@0.12.2)
+                kinds[name].append(List[str])
+    return kinds
+
+
+def _kinds(kind: type) -> Dict[str, Any]:
+    return {field.name: field.type for field in dataclasses.fields(kind)}
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a saved value is of a type; with a list or number also as text, as old files have
+    them."""
+    if value is None or kind is Any:
+        return True
+    if isinstance(value, str) and value.startswith("${"):  # another setting's
+        return True
+    if typing.get_origin(kind) is typing.Union:
+        return any(_fits(value, one) for one in typing.get_args(kind) if one is not type(None))
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return isinstance(value, (str, int, kind))
+    if kind is str:
+        return isinstance(value, (str, Number))
+    if dataclasses.is_dataclass(kind):
+        inner = vars(value) if isinstance(value, Namespace) else value
+        kinds = _kinds(kind)
+        return isinstance(inner, dict) and all(
+            _fits(item, kinds.get(name, Any)) for name, item in inner.items()
+        )
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return False
+    if typing.get_origin(kind) is list:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return all(_fits(item, *typing.get_args(kind)) for item in items)
+    if typing.get_origin(kind) is dict or kind is dict:
+        return isinstance(value, (dict, Namespace))
+    if kind is float or kind is bool:
+        return isinstance(value, Number)
+    if kind is int:
+        return isinstance(value, Number) and math.isfinite(value) and value % 1 == 0
+    return True
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value holds nothing but numbers and texts, none of which asks a resolver."""
+    if isinstance(value, str):
+        return _RESOLVER.search(value) is None
+    if isinstance(value, Namespace):
+        value = vars(value)
+    if isinstance(value, dict):
+        return all(isinstance(key, (str, int)) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, (list, tuple, set)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (Number, enum.Enum))
+
+
+def _check_expression(path: str, group: str, name: str, value: Any) -> None:
+    if isinstance(value, str):
+        try:
+            literal(value)
+        except UserError:
+            raise _misfit(path, group, name, value, "a list of numbers") from None
+
+
+def _check_place(path: str, group: str, name: str, settings: Dict[str, Any]) -> None:
+    """Raise UserError for a place in the net that the file names, other than stock's own."""
+    value = settings[name]
+    if not isinstance(value, str) or "://" not in value:
+        return
+    for one in (group,) if group else _READING:
+        kind = _dataclass_of(one, settings.get("_name" if group else one))
+        if kind is not None and getattr(kind(), name, None) == value:
+            return
+    raise _misfit(path, group, name, value, "a file of this machine")
+
+
+_REMEDY = "it is damaged, or made to harm: use another checkpoint"
+
+
+def _misfit(path: str, group: str, name: Any, value: Any, kind: Any) -> UserError:
+    if not isinstance(kind, str):
+        kind = getattr(kind, "__name__", None) or str(kind).replace("typing.", "")
+    name = f"{group}.{name}" if group else name
+    return UserError(f"{path}: its setting {name} is {_short(value)}, not {kind}; {_REMEDY}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else text[:77] + "..."

@@ -1,0 +1,90 @@
+"""What a training names to begin from, and the folder it saves to, before it begins."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from pathlib import Path
+from typing import Any, Optional
+
+from fairseq import checkpoint_utils
+from fairseq.distributed import utils as distributed_utils
+from fairseq.file_io import PathManager
+
+from .. import files
+from ..errors import UserError
+from ..expert_parallel import process_count, process_rank
+from ..locks import Lock
+from .together import same_error_on_all_ranks
+
+_DEFAULT = "checkpoint_last.pt"  # fairseq/dataclass/configs.py:645@0.12.2
+_lock: Optional[Lock] = None  # of the --save-dir that this process trains into
+
+
+def apply() -> None:
+    """fairseq/checkpoint_utils.py:180 is where a training on all its processes first turns to
+    checkpoints; :334 of fairseq/distributed/utils.py is round it, unless the plugin comes later."""
+    stock_load, stock_call = checkpoint_utils.load_checkpoint, distributed_utils.call_main
+
+    @functools.wraps(stock_load)
+    def load_checkpoint(cfg, trainer, **passthrough_args):
+        together = process_count() > 1
+        with same_error_on_all_ranks() if together else contextlib.nullcontext():
+            check_inputs(cfg, trainer.checkpoint_suffix or "")
+            if process_rank() == 0 and not cfg.no_save:
+                _hold(cfg.save_dir)
+        return stock_load(cfg, trainer, **passthrough_args)
+
+    @functools.wraps(stock_call)
+    def call_main(cfg, main, **kwargs):
+        return stock_call(cfg, functools.partial(_then_release, main), **kwargs)
+
+    checkpoint_utils.load_checkpoint = load_checkpoint
+    distributed_utils.call_main = call_main
+
+
+def _hold(save_dir: str) -> None:
+    """Have the folder for this training alone, until it ends."""
+    _release()  # of what this process trained before
+    global _lock
+    os.makedirs(save_dir, exist_ok=True)
+    _lock = Lock(Path(save_dir) / "lock", f"--save-dir {save_dir}")
+
+
+def _release() -> None:
+    global _lock
+    if _lock is not None:
+        _lock.release()
+    _lock = None
+
+
+def _then_release(main: Any, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return main(*args, **kwargs)
+    finally:
+        _release()
+
+
+def check_inputs(cfg: Any, suffix: str = "") -> None:
+    """Raise UserError for a checkpoint to begin from that is named and is none; stock trains from
+    scratch then (fairseq/trainer.py:446@0.12.2 wants a regular file)."""
+    last = os.path.join(cfg.save_dir, f"checkpoint_last{suffix}.pt")
+    if cfg.restore_file != _DEFAULT:
+        restored = cfg.restore_file.replace(".pt", suffix + ".pt")
+        _check(f"--restore-file {cfg.restore_file}", restored)
+    elif os.path.lexists(last):
+        _check(last, last)
+    else:  # else these are of an earlier start, and are not read
+        for flag in ("continue_once", "finetune_from_model"):
+            value = getattr(cfg, flag, None)
+            if value is not None:
+                _check(f"--{flag.replace('_', '-')} {value}", value)
+
+
+def _check(where: str, path: str) -> None:
+    if PathManager.path_requires_pathmanager(path):
+        if not PathManager.isfile(path):
+            raise UserError(f"{where}: no such file")
+    else:
+        files.check(path, where)

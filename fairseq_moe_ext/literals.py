@@ -1,0 +1,75 @@
+"""Python expressions of numbers, texts, lists and the like, read without running anything."""
+
+import ast
+import operator
+from typing import Any
+
+from fairseq_moe_ext.errors import UserError
+
+_LONGEST = 10_000  # characters of an expression, and items of a list that `*` makes
+_OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+}
+
+
+def literal(text: str) -> Any:
+    """What eval gives for an expression that only names values: `[(512, 3)] * 20`.
+
+    Raises UserError for any other, and as eval does TypeError for what is no text.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"a text is wanted, not {type(text).__name__}")
+    try:
+        if len(text) > _LONGEST:
+            raise ValueError("too long")
+        return _value(ast.parse(text.strip(), mode="eval").body)
+    except (ValueError, SyntaxError, ArithmeticError, TypeError, RecursionError, MemoryError):
+        shown = text if len(text) <= 60 else text[:57] + "..."
+        raise UserError(
+            f"the setting {shown!r} is not read: only numbers, texts, lists, tuples and "
+            "dictionaries may stand there, and + - * / of them; nothing in it was run"
+        ) from None
+
+
+def _value(node: ast.AST) -> Any:
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, (ast.List, ast.Tuple, ast.Set)):
+        kind = {ast.List: list, ast.Tuple: tuple, ast.Set: set}[type(node)]
+        return kind(_value(item) for item in node.elts)
+    if isinstance(node, ast.Dict):  # a key is None in {**other}, which no value is
+        return {_value(key): _value(value) for key, value in zip(node.keys, node.values)}
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
+        value = _number(_value(node.operand))
+        return -value if isinstance(node.op, ast.USub) else +value
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+        left, right = _value(node.left), _value(node.right)
+        _check_size(type(node.op), left, right)
+        return _OPERATORS[type(node.op)](left, right)
+    raise ValueError("no value")
+
+
+def _number(value: Any) -> Any:
+    if not isinstance(value, (int, float, complex)):
+        raise ValueError("no number")
+    return value
+
+
+def _check_size(kind: type, left: Any, right: Any) -> None:
+    """Raise ValueError for an operation whose result could fill the memory."""
+    if kind is ast.Pow and (abs(_number(left)) > 1e6 or abs(_number(right)) > 1000):
+        raise ValueError("too large")
+    if kind is ast.Mod:  # of a text it would format
+        _number(left)
+    if kind is ast.Mult:
+        for one, other in ((left, right), (right, left)):
+            if hasattr(one, "__len__") and len(one) * _number(other) > _LONGEST:
+                raise ValueError("too long")
+    if isinstance(left, int) and isinstance(right, int) and left.bit_length() > 1 << 20:
+        raise ValueError("too large")

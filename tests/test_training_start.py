@@ -1,0 +1,108 @@
+"""What a training begins from, and that it has its --save-dir for itself."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+from test_commands import EVAL, MOE, TRAIN, command, data, trained  # noqa: F401
+
+from fairseq_moe_ext.checkpoint.starting import check_inputs
+from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.locks import Lock
+
+
+@pytest.fixture
+def train(command, data):  # noqa: F811
+    def run(arguments):
+        status, log, out, err = command("train", f"{data} {TRAIN} {MOE} {arguments}")
+        return status, [line for line in err.splitlines() if line.startswith("error: ")], log
+
+    return run
+
+
+def test_a_second_training_in_a_folder_is_refused(train, tmp_path):
+    with Lock(tmp_path / "lock", "it"):
+        status, errors, _ = train(f"--save-dir {tmp_path}")
+        assert status == 1 and len(errors) == 1
+        assert f"--save-dir {tmp_path} is being worked on by PID {os.getpid()} on" in errors[0]
+        assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+        assert train(f"--save-dir {tmp_path} --no-save")[0] == 0
+    for _ in range(2):  # the same process may go on
+        assert train(f"--save-dir {tmp_path}")[0] == 0
+    assert not (tmp_path / "lock").exists()
+
+
+def test_a_training_that_fails_lets_the_folder_go(train, tmp_path, monkeypatch):
+    from fairseq.trainer import Trainer
+
+    def fail(self, samples, **kwargs):
+        assert (tmp_path / "lock").exists()
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Trainer, "train_step", fail)
+    with pytest.raises(ZeroDivisionError):
+        train(f"--save-dir {tmp_path}")
+    assert not (tmp_path / "lock").exists()
+
+
+def absent(folder):
+    return folder / "typo.pt"
+
+
+def broken_link(folder):
+    (folder / "link.pt").symlink_to(folder / "nowhere.pt")
+    return folder / "link.pt"
+
+
+def fifo(folder):
+    os.mkfifo(folder / "fifo.pt")
+    return folder / "fifo.pt"
+
+
+def a_folder(folder):
+    (folder / "folder.pt").mkdir()
+    return folder / "folder.pt"
+
+
+@pytest.mark.parametrize("flag", ["--restore-file", "--finetune-from-model", "--continue-once"])
+@pytest.mark.parametrize("make", [absent, broken_link, fifo, a_folder])
+def test_a_named_file_that_is_none_stops_the_run(flag, make, train, tmp_path):
+    path = make(tmp_path)
+    status, errors, log = train(f"--save-dir {tmp_path}/run {flag} {path}")
+    assert status == 1 and len(errors) == 1 and str(path) in errors[0]
+    assert "begin training epoch" not in log
+    assert not list((tmp_path / "run").glob("*.pt"))
+
+
+@pytest.mark.parametrize("make", [broken_link, fifo, a_folder])
+def test_a_last_checkpoint_that_is_none_stops_the_run(make, train, tmp_path):
+    os.rename(make(tmp_path), tmp_path / "checkpoint_last.pt")
+    status, errors, _ = train(f"--save-dir {tmp_path}")
+    assert status == 1 and len(errors) == 1 and "checkpoint_last.pt" in errors[0]
+
+
+def test_what_is_there_is_used_and_the_default_may_be_absent(train, trained, tmp_path):  # noqa: F811
+    last = trained / "checkpoint_last.pt"
+    for number, flag in enumerate(("--restore-file", "--finetune-from-model", "--continue-once")):
+        status, _, log = train(f"--save-dir {tmp_path}/{number} {flag} {last}")
+        assert status == 0 and f"Loaded checkpoint {last}" in log
+    # a start that went on does not need what it began from
+    status, _, log = train(f"--save-dir {tmp_path}/1 --finetune-from-model {tmp_path}/removed.pt")
+    assert status == 0 and f"Loaded checkpoint {tmp_path}/1/checkpoint_last.pt" in log
+    assert train(f"--save-dir {tmp_path}/new --restore-file checkpoint_last.pt")[0] == 0
+
+
+def test_the_suffix_of_a_shard_counts(tmp_path):
+    cfg = SimpleNamespace(save_dir=str(tmp_path), restore_file=f"{tmp_path}/x.pt")
+    (tmp_path / "x-shard0.pt").touch()
+    check_inputs(cfg, "-shard0")
+    with pytest.raises(UserError, match="--restore-file .*/x.pt: cannot be read"):
+        check_inputs(cfg)
+
+
+@pytest.mark.parametrize("make", [absent, broken_link, fifo, a_folder])
+def test_evaluation_of_what_is_no_file(make, command, data, tmp_path):  # noqa: F811
+    path = make(tmp_path)
+    status, _, _, err = command("eval_lm", f"{data} {EVAL} --path {path}")
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert status == 1 and len(errors) == 1 and str(path) in errors[0]
