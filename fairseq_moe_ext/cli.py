@@ -50,6 +50,7 @@ _COMMANDS = {
     "study": ("train and compare a dense and a sparse family of models", "study.command"),
     "report": ("a study's page and figures", "study.page"),
     "convert": ("checkpoints to other layouts and precisions", "convert.command"),
+    "verify": ("whether the files of a checkpoint are undamaged", "convert.verify"),
     "cost": ("parameters, FLOPs and memory of a model", "evaluation.cost_table"),
 }
 

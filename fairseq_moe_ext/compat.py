@@ -449,14 +449,14 @@ def load_weights_only(file, map_location=None, mmap: bool = False):
     """torch.load of data alone; what is wrong with the file is told in one line (UserError).
 
     mmap: take a path, and map the file into memory instead of reading it. Files of before torch
-    1.6 cannot be mapped and are read.
+    1.6 and compressed ones cannot be mapped and are read.
     """
     import torch
 
     name = file if isinstance(file, str) else getattr(file, "name", "the checkpoint")
     remedy = "copy it again, or name another (fairseq-train: --restore-file)"
     try:
-        if mmap and zipfile.is_zipfile(file):
+        if mmap and _can_be_mapped(file):
             return torch.load(file, map_location=map_location, weights_only=True, mmap=True)
         return torch.load(file, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
@@ -481,6 +481,17 @@ def load_weights_only(file, map_location=None, mmap: bool = False):
         raise UserError(
             f"{name}: truncated or not a checkpoint ({_size(name)}; {_first_line(error)}); {remedy}"
         ) from error
+
+
+def _can_be_mapped(path: str) -> bool:
+    """Whether tensors lie in a file as in memory; torch.load takes compressed bytes for numbers."""
+    if not zipfile.is_zipfile(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist())
+    except zipfile.BadZipFile:
+        return True  # torch.load says why
 
 
 def _size(path: str) -> str:

@@ -7,7 +7,7 @@ without the experts, and each set of experts is written by one of the processes 
     experts/<save>-<first>-<count>.pt   count experts from `first` on, and their optimizer state
 
     manifest  {format, save, num_experts, world_size, code, indices, files: [{name, first, count,
-              bytes}]}; `indices`: name of an experts' parameter -> its number in the optimizer
+              bytes, sha256}]}; `indices`: an experts' parameter -> its number in the optimizer
     file      {save, first, count, model: {name: tensor (count, ...)}, optimizer: {name: {...}}}
 
 The name <save> is new for every save, so that files of two saves never mix, and the expert files
@@ -17,6 +17,7 @@ them any more.
 
     experts.py    which parameters are experts', and what numbers the optimizer gives them
     writing.py    one file, there whole or not at all
+    intact.py     whether a file is as it was written
     saving.py     all processes together: the expert files, then rank 0's
     removing.py   expert files to which nothing refers
     settings.py   what a file may ask to be built, checked before

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 from fairseq import checkpoint_utils
@@ -25,6 +25,7 @@ from .experts import (
     saves_together,
     trained_parameters,
 )
+from .intact import check_digest, check_records
 from .settings import check_buildable, check_settings
 from .together import same_error_on_all_ranks
 
@@ -62,13 +63,12 @@ def apply() -> None:
     """fairseq/checkpoint_utils.py:281 is the one way to all checkpoints: of trainers, fairseq-eval-
     lm, from_pretrained. What it returns has this process's experts, whoever wrote them."""
     stock = checkpoint_utils.load_checkpoint_to_cpu
-    read = checkpoint_utils.torch.load  # compat's, with its messages
 
     def read_mapped(file, map_location=None):
-        try:
-            state = torch.load(file.name, map_location=map_location, mmap=True, weights_only=True)
-        except Exception:  # of an old format, or not a checkpoint: `read` knows
-            state = read(file, map_location=map_location)
+        together = _loading is not None and saves_together(_loading.trainer)
+        if not together or process_rank() == 0:
+            check_records(file.name)
+        state = load_weights_only(file.name, map_location=map_location, mmap=True)
         check_kind(file.name, state)
         check_settings(file.name, state)
         if _building is not None:
@@ -186,6 +186,9 @@ def _with_own_experts(path: str, state: Dict[str, Any]) -> Dict[str, Any]:
     state = {**state, "model": model}
     if wanted:
         own = {i: s for i, s in optimizer["state"].items() if i not in set(indices.values())}
+        check_optimizer_parts(
+            path, pieces, indices if optimizer["state"] else (), "--reset-optimizer"
+        )
         own = copy(own)
         for name in pieces[0].optimizer:
             own[indices[name]] = _own_optimizer_state(path, place, name, pieces)
@@ -205,13 +208,14 @@ def open_pieces(path: str, manifest: Dict[str, Any], place: Placement) -> List[P
     folder = os.path.dirname(os.path.realpath(path))
     end = place.first + place.local
     return [
-        _open_piece(path, folder, file, manifest["save"])
+        # each file is checked by one process, that of its first expert
+        _open_piece(path, folder, file, manifest["save"], place.first <= file["first"])
         for file in manifest["files"]
         if file["first"] < end and place.first < file["first"] + file["count"]
     ]
 
 
-def _open_piece(path: str, folder: str, file: Dict[str, Any], save: str) -> Piece:
+def _open_piece(path: str, folder: str, file: Dict[str, Any], save: str, check: bool) -> Piece:
     name = os.path.join(folder, *file["name"].split("/"))
     if not os.path.isfile(name):
         raise UserError(
@@ -225,6 +229,10 @@ def _open_piece(path: str, folder: str, file: Dict[str, Any], save: str) -> Piec
             f"{name}: {size:,} bytes, expected {file['bytes']:,} by {path}; it is truncated or of "
             "another run: copy it again, or load another checkpoint"
         )
+    if check and "sha256" in file:
+        check_digest(name, file["sha256"], path)
+    elif check:  # older manifests have no digest
+        check_records(name)
     try:
         state = load_weights_only(name, map_location="cpu", mmap=True)
         found = state["save"], state["first"], state["count"]
@@ -242,6 +250,20 @@ def _open_piece(path: str, folder: str, file: Dict[str, Any], save: str) -> Piec
             f"mixed; copy a checkpoint and its folder {FOLDER} together"
         )
     return piece
+
+
+def check_optimizer_parts(path: str, pieces: List[Piece], names: Iterable[str], flag: str) -> None:
+    """Raise UserError where a file lacks what the optimizer remembers of its experts, though others
+    have theirs, or the rest of the model, of which `names` are the experts' parameters, has."""
+    wanted = set(names).union(*(piece.optimizer for piece in pieces))
+    for piece in pieces:
+        missing = sorted(wanted - piece.optimizer.keys())
+        if missing:
+            raise UserError(
+                f"{path}: the optimizer state of {missing[0]} is missing for experts {piece.first} "
+                f"to {piece.first + piece.count - 1}, and is there for others: copy the checkpoint "
+                f"again, or add {flag} to go on with none"
+            )
 
 
 def _rows(place: Placement, parts: List[Tuple[Piece, Tensor]]) -> Tensor:

@@ -18,6 +18,7 @@ from .. import fully_sharded
 from ..errors import UserError
 from ..expert_parallel import all_gather, is_expert, placement, process_count
 from .experts import FOLDER, FORMAT, expert_indices, has_spread_experts, saves_together
+from .intact import digest_of
 from .removing import remove_unused_files
 from .together import broadcast, code_version
 from .writing import cannot_write, write
@@ -203,6 +204,7 @@ def _write_own_experts(trainer: Trainer, save_dir: str, save: str) -> List[Dict[
             content.update(_own_experts(trainer))
             size = write(content, os.path.join(save_dir, name))
             entry = {"name": name, "first": place.first, "count": place.local, "bytes": size}
+            entry["sha256"] = digest_of(os.path.join(save_dir, name))
         except Exception as error:
             if not isinstance(error, UserError):
                 logger.exception("writing experts failed")

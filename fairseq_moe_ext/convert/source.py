@@ -18,7 +18,14 @@ from ..branch.files import BranchFiles, find, flat_settings
 from ..branch.optimizer import is_parameter
 from ..branch.reading import BARE, read
 from ..branch.settings import ONE_PROCESS, translated_settings
-from ..checkpoint.loading import Piece, check_kind, open_pieces, refuse_folder
+from ..checkpoint.intact import check_records
+from ..checkpoint.loading import (
+    Piece,
+    check_kind,
+    check_optimizer_parts,
+    open_pieces,
+    refuse_folder,
+)
 from ..checkpoint.settings import check_fields, check_settings
 from ..compat import load_weights_only
 from ..config import MoETransformerLMConfig
@@ -79,6 +86,7 @@ def open_checkpoint(path: str, weights_only: bool) -> Source:
     refuse_folder(path)
     if not os.path.isfile(path):
         raise UserError(f"{path}: there is no such checkpoint; check the path")
+    check_records(path)
     state = load_weights_only(path, map_location="cpu", mmap=True)
     check_kind(path, state)
     check_settings(path, state)
@@ -172,6 +180,8 @@ def _settings(path: str, flat: Dict[str, Any]) -> Dict[str, Any]:
 
 def _of_branch(files: BranchFiles, weights_only: bool) -> Source:
     parameters = None
+    for part in files_of_branch(files):
+        check_records(part)
     if not weights_only:
         model = read(files, None, None)
         settings = _settings(files.base, _flat(model))
@@ -192,6 +202,10 @@ def _of_branch(files: BranchFiles, weights_only: bool) -> Source:
         by_name = {source.order[number]: value for number, value in saved.pop("state").items()}
         source.optimizer = Optimizer(saved, by_name, {})
     return source
+
+
+def files_of_branch(files: BranchFiles) -> List[str]:
+    return sorted({files.shared, *files.ranks.values(), *files.shards.values()})
 
 
 def _flat(state: Dict[str, Any]) -> Dict[str, Any]:
@@ -216,6 +230,9 @@ def _optimizer(
     rest = {key: value for key, value in saved.items() if key != "state"}
     if sum(len(group["params"]) for group in saved["param_groups"]) != len(source.order):
         return Optimizer(rest, None, state)
+    if manifest is not None:
+        names = manifest["indices"] if state else ()
+        check_optimizer_parts(source.path, pieces, names, "--weights-only")
     by_name: Dict[str, Dict[str, Any]] = {}
     for number, name in enumerate(source.order):
         if manifest is not None and name in manifest["indices"]:

@@ -14,6 +14,7 @@ from ..branch.files import is_part
 from ..branch.optimizer import parameter_numbers
 from ..branch.writing import branch_order, branch_rest, branch_settings
 from ..checkpoint.experts import FOLDER, FORMAT
+from ..checkpoint.intact import digest_of
 from ..checkpoint.together import code_version
 from ..errors import UserError
 from ..expert_parallel import is_expert
@@ -101,8 +102,8 @@ def fairseq_jobs(source: Source, path: str, files: Optional[int]) -> List[Job]:
 
     def write(temporary: str, progress: Progress) -> None:
         entries = [
-            {**entry, "bytes": os.path.getsize(job.path + TEMPORARY)}
-            for entry, job in zip(listed, jobs)
+            {**entry, "bytes": os.path.getsize(part), "sha256": digest_of(part)}
+            for entry, part in ((entry, job.path + TEMPORARY) for entry, job in zip(listed, jobs))
         ]
         manifest = {
             "format": FORMAT,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..branch.settings import ONE_PROCESS, complete_cfg
+from ..checkpoint.intact import check_records
 from ..compat import load_weights_only
 from ..config import MoETransformerLMConfig
 from ..errors import UserError
@@ -216,6 +217,7 @@ def _weights(folder: str) -> Dict[str, Tensor]:
 def _read(path: str) -> Dict[str, Tensor]:
     if path.endswith(".safetensors"):
         return read_safetensors(path)
+    check_records(path)
     state = load_weights_only(path, map_location="cpu", mmap=True)
     if not isinstance(state, dict):
         raise UserError(f"{path}: has no tensors by name; copy it again")

@@ -1,0 +1,46 @@
+"""Whether a file is as it was written."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+import zlib
+
+from ..errors import UserError
+
+_PIECE = 1 << 24  # bytes read at a time
+_REMEDY = "it is damaged: copy it again, or use another checkpoint"
+
+
+def digest_of(path: str) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        for piece in iter(lambda: stream.read(_PIECE), b""):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def check_digest(path: str, digest: str, of: str) -> None:
+    """Raise UserError unless a file has the digest that the checkpoint `of` gives for it."""
+    if digest_of(path) != digest:
+        raise UserError(f"{path}: not the bytes that {of} was saved with; {_REMEDY}")
+
+
+def check_records(path: str) -> None:
+    """Raise UserError where bytes of a checkpoint are not those that were written: torch.save
+    leaves the CRC of each record, at which torch.load does not look. Files of before torch 1.6
+    have none."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for record in archive.infolist():
+                _check_record(archive, record)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError) as error:
+        raise UserError(f"{path}: {str(error) or 'cut short'}; {_REMEDY}") from error
+
+
+def _check_record(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> None:
+    with archive.open(record) as stream:  # raises BadZipFile at the end for another CRC
+        while stream.read(_PIECE):
+            pass

@@ -1,0 +1,198 @@
+"""Damaged, compressed and mixed files of checkpoints: told, never taken for numbers."""
+
+import shutil
+import zipfile
+
+import pytest
+import torch
+from fairseq import checkpoint_utils
+from test_commands import EVAL, TRAIN, command, data, trained  # noqa: F401
+from test_commands import MOE as SPARSE
+
+from fairseq_moe_ext.checkpoint.intact import digest_of
+from fairseq_moe_ext.cli import main
+from fairseq_moe_ext.errors import UserError
+
+
+def flip(path, record="data/0"):
+    """Change one byte in the middle of a record."""
+    with zipfile.ZipFile(path) as file:
+        name = next(n for n in file.namelist() if n.endswith("/" + record))
+        info = file.getinfo(name)
+    with open(path, "r+b") as stream:
+        stream.seek(info.header_offset + 26)
+        lengths = stream.read(4)
+        start = info.header_offset + 30 + lengths[0] + 256 * lengths[1]
+        start += lengths[2] + 256 * lengths[3]
+        stream.seek(start + info.file_size // 2)
+        byte = stream.read(1)[0]
+        stream.seek(-1, 1)
+        stream.write(bytes([byte ^ 0x40]))
+
+
+def rezip(source, target):
+    """As `unzip` and `zip` do."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+
+
+@pytest.fixture
+def one(trained, tmp_path):  # noqa: F811
+    return shutil.copy(trained / "checkpoint_last.pt", tmp_path / "one.pt")
+
+
+@pytest.fixture
+def spread(one, tmp_path):
+    assert (
+        main(["convert", str(one), str(tmp_path / "s" / "spread.pt"), "--expert-files", "4"]) == 0
+    )
+    return tmp_path / "s" / "spread.pt"
+
+
+@pytest.fixture
+def branch(one, tmp_path):
+    target = tmp_path / "b" / "branch.pt"
+    assert main(["convert", str(one), str(target), "--to", "branch", "--rank-files", "2"]) == 0
+    return target
+
+
+def pieces(spread):
+    return sorted((spread.parent / "experts").iterdir())
+
+
+def model_of(path):
+    model = checkpoint_utils.load_checkpoint_to_cpu(str(path))["model"]
+    return {name: value.clone() for name, value in model.items()}  # not the file's own memory
+
+
+def test_a_compressed_file_has_the_same_numbers(one, spread, tmp_path):
+    expected = model_of(one)
+    rezip(one, tmp_path / "zip.pt")
+    found = model_of(tmp_path / "zip.pt")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert main(["convert", str(tmp_path / "zip.pt"), str(tmp_path / "again.pt")]) == 0
+    found = model_of(tmp_path / "again.pt")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("record", ["data/0", "data/5", "data.pkl"])
+def test_a_flipped_bit_is_told(record, one, command, data, capsys):  # noqa: F811
+    flip(one, record)
+    for name, line in (
+        ("eval_lm", f"{data} {EVAL} --path {one}"),
+        ("train", f"{data} {TRAIN} {SPARSE} --no-save --save-dir {one}.d --restore-file {one}"),
+    ):
+        status, _, _, err = command(name, line)
+        errors = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert status == 1 and len(errors) == 1 and f"{one}: Bad CRC-32" in errors[0]
+    assert main(["convert", str(one), f"{one}.pt"]) == 1
+    assert "Bad CRC-32" in capsys.readouterr().err
+
+
+def test_a_flipped_bit_in_a_file_of_experts_is_told(spread, capsys):
+    flip(pieces(spread)[2])
+    with pytest.raises(UserError, match="not the bytes that .*spread.pt was saved with"):
+        model_of(spread)
+    assert main(["convert", str(spread), f"{spread}.pt"]) == 1
+    assert pieces(spread)[2].name in capsys.readouterr().err
+
+
+def without_digests(spread, change=lambda manifest: None):
+    """As older versions wrote it."""
+    state = torch.load(spread, weights_only=False)
+    for file in state["experts"]["files"]:
+        del file["sha256"]
+    change(state["experts"])
+    torch.save(state, spread)
+
+
+def test_an_older_manifest_loads_and_its_files_are_checked_by_their_crc(spread):
+    expected = model_of(spread)
+    without_digests(spread)
+    found = model_of(spread)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    flip(pieces(spread)[0])
+    with pytest.raises(UserError, match="Bad CRC-32"):
+        model_of(spread)
+
+
+def test_a_file_of_experts_without_optimizer_state_is_told(spread, command, data):  # noqa: F811
+    part = pieces(spread)[1]
+    state = torch.load(part, weights_only=False)
+    torch.save({**state, "optimizer": {}}, part)
+    without_digests(spread)
+    whole = torch.load(spread, weights_only=False)
+    for file in whole["experts"]["files"]:
+        file["bytes"] = (spread.parent / file["name"]).stat().st_size
+    torch.save(whole, spread)
+    train = f"{data} {TRAIN} {SPARSE} --no-save --save-dir {spread}.d --restore-file {spread}"
+    status, _, _, err = command("train", train)
+    assert status == 1 and "is missing for experts 2 to 3, and is there for others" in err
+    assert command("train", train + " --reset-optimizer")[0] == 0
+    assert main(["convert", str(spread), f"{spread}.1.pt"]) == 1
+    assert main(["convert", str(spread), f"{spread}.2.pt", "--weights-only"]) == 0
+
+
+def judged(path, capsys):
+    capsys.readouterr()
+    status = main(["verify", str(path)])
+    out, err = capsys.readouterr()
+    lines = dict(line.split(": ", 1) for line in out.splitlines())
+    return status, lines, err
+
+
+def test_verify_says_of_each_file_how_it_is(one, spread, branch, capsys):
+    for path, count in ((one, 1), (spread, 5), (branch, 3)):
+        status, lines, err = judged(path, capsys)
+        assert status == 0 and not err and set(lines.values()) == {"ok"} and len(lines) == count
+    flip(one)
+    assert judged(one, capsys)[:2] == (1, {str(one): judged(one, capsys)[1][str(one)]})
+    damaged = [pieces(spread)[0], pieces(spread)[3]]
+    for part in damaged:
+        flip(part)
+    status, lines, err = judged(spread, capsys)
+    assert status == 1 and [n for n, line in lines.items() if line != "ok"] == list(
+        map(str, damaged)
+    )
+    assert err.startswith("error: 2 of 5 files are damaged: ") and err.count("\n") == 1
+    flip(branch.with_name("branch-rank-1.pt"))
+    status, lines, err = judged(branch, capsys)
+    assert status == 1
+    assert [n for n, line in lines.items() if line != "ok"] == [
+        str(branch.with_name("branch-rank-1.pt"))
+    ]
+
+
+def test_verify_tells_what_is_missing_cut_short_or_of_another_save(spread, one, tmp_path, capsys):
+    other = tmp_path / "o" / "spread.pt"
+    assert main(["convert", str(one), str(other), "--expert-files", "4"]) == 0
+    part = pieces(spread)[1]
+    kept = part.read_bytes()
+    shutil.copy(pieces(other)[1], part)
+    assert judged(spread, capsys)[0] == 1
+    without_digests(spread)
+    assert "files of two runs are mixed" in judged(spread, capsys)[2]
+    part.write_bytes(kept[:-100])
+    assert judged(spread, capsys)[0] == 1
+    part.unlink()
+    status, _, err = judged(spread, capsys)
+    assert status == 1 and "missing; it holds experts 2 to 3" in err
+    with open(one, "r+b") as stream:
+        stream.truncate(1000)
+    assert judged(one, capsys)[0] == 1
+    assert judged(tmp_path / "nothing.pt", capsys)[0] == 1
+
+
+def test_verify_takes_a_folder(trained, tmp_path, capsys):  # noqa: F811
+    status, lines, _ = judged(trained, capsys)
+    assert status == 0 and len(lines) == len(list(trained.glob("*.pt"))) > 1
+    assert judged(tmp_path, capsys)[0] == 1
+
+
+def test_the_digest_is_that_of_the_bytes(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    # FIPS 180-2, appendix B.1
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert digest_of(str(tmp_path / "a")) == expected
