@@ -11,11 +11,13 @@ from typing import Any, Optional
 from fairseq import checkpoint_utils
 from fairseq.distributed import utils as distributed_utils
 from fairseq.file_io import PathManager
+from fairseq_cli import train
 
 from .. import files
 from ..errors import UserError
 from ..expert_parallel import process_count, process_rank
 from ..locks import Lock
+from .loading import refuse_folder
 from .together import same_error_on_all_ranks
 
 _DEFAULT = "checkpoint_last.pt"  # fairseq/dataclass/configs.py:645@0.12.2
@@ -24,8 +26,10 @@ _lock: Optional[Lock] = None  # of the --save-dir that this process trains into
 
 def apply() -> None:
     """fairseq/checkpoint_utils.py:180 is where a training on all its processes first turns to
-    checkpoints; :334 of fairseq/distributed/utils.py is round it, unless the plugin comes later."""
+    checkpoints. Round it are fairseq_cli/train.py:42 and fairseq/distributed/utils.py:334, unless
+    the plugin is loaded inside of them, as with Hydra: then the process's end lets go."""
     stock_load, stock_call = checkpoint_utils.load_checkpoint, distributed_utils.call_main
+    stock_main = train.main
 
     @functools.wraps(stock_load)
     def load_checkpoint(cfg, trainer, **passthrough_args):
@@ -40,6 +44,11 @@ def apply() -> None:
     def call_main(cfg, main, **kwargs):
         return stock_call(cfg, functools.partial(_then_release, main), **kwargs)
 
+    @functools.wraps(stock_main)
+    def main(cfg):
+        return _then_release(stock_main, cfg)
+
+    train.main = main
     checkpoint_utils.load_checkpoint = load_checkpoint
     distributed_utils.call_main = call_main
 
@@ -69,6 +78,11 @@ def _then_release(main: Any, *args: Any, **kwargs: Any) -> Any:
 def check_inputs(cfg: Any, suffix: str = "") -> None:
     """Raise UserError for a checkpoint to begin from that is named and is none; stock trains from
     scratch then (fairseq/trainer.py:446@0.12.2 wants a regular file)."""
+    if cfg.finetune_from_model is not None and (
+        cfg.restore_file != _DEFAULT or cfg.reset_optimizer or cfg.reset_lr_scheduler
+        or cfg.reset_meters or cfg.reset_dataloader
+    ):  # fmt: skip
+        return  # stock refuses that
     last = os.path.join(cfg.save_dir, f"checkpoint_last{suffix}.pt")
     if cfg.restore_file != _DEFAULT:
         restored = cfg.restore_file.replace(".pt", suffix + ".pt")
@@ -86,5 +100,8 @@ def _check(where: str, path: str) -> None:
     if PathManager.path_requires_pathmanager(path):
         if not PathManager.isfile(path):
             raise UserError(f"{where}: no such file")
+    elif not os.path.exists(path):
+        raise UserError(f"{where}: no such file; check the name")
     else:
+        refuse_folder(path)
         files.check(path, where)
