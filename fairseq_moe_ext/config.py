@@ -19,6 +19,7 @@ from .errors import UserError
 SECOND_EXPERT_POLICIES = ChoiceEnum(["sampling", "all", "random"])
 ROUTING_SCOPES = ChoiceEnum(["process", "world"])
 EXPERT_GRAD_SCALES = ChoiceEnum(["world_size", "sqrt_world_size", "sqrt_num_experts"])
+PAD_RULES = ChoiceEnum(["real", "counted", "branch"])
 FROZEN_PARTS = ChoiceEnum(["none", "gate", "experts", "gate_and_experts"])
 
 
@@ -112,6 +113,16 @@ class MoETransformerLMConfig(FairseqDataclass):
     )
     use_moe_pad_mask: bool = field(
         default=False, metadata={"help": "don't route padding tokens to any expert"}
+    )
+    moe_pad_rule: Optional[PAD_RULES] = field(
+        default=None,
+        metadata={
+            "help": "padding that --use-moe-pad-mask keeps from experts counts nowhere (real), or "
+            "in capacity, gate losses and figures (counted); branch: as in the moe branch, where "
+            "it counts, where no position looks at padding, and where the gates take a batch of "
+            "fewer than --batch-size rows for a full one (default: real; for a checkpoint, the "
+            "rule that it was trained by: branch for the branch's)"
+        },
     )
     moe_capacity_factor: Optional[float] = field(
         default=None,
@@ -218,12 +229,21 @@ _CHOICES = {
     "moe_routing_scope": ROUTING_SCOPES.__members__,
     "moe_normalize_expert_grad": EXPERT_GRAD_SCALES.__members__,
     "moe_freeze": FROZEN_PARTS.__members__,
+    "moe_pad_rule": ["None", *PAD_RULES.__members__],
 }
 
 
 def is_moe_layer(cfg: MoETransformerLMConfig, layer: int) -> bool:
     """Whether the layer, counted from 0, is one of those that moe_freq picks."""
     return cfg.moe_freq > 0 and (layer + 1) % cfg.moe_freq == 0
+
+
+def saved_pad_rule(settings: Mapping[str, Any]) -> Optional[str]:
+    """moe_pad_rule of a checkpoint with these settings of its model; None: nothing is to be told.
+    Before there was the setting, padding counted."""
+    if "moe_pad_rule" in settings:
+        return settings["moe_pad_rule"]
+    return "counted" if settings.get("use_moe_pad_mask") else None
 
 
 def validate(cfg: MoETransformerLMConfig) -> None:

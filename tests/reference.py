@@ -36,6 +36,7 @@ class Choice(NamedTuple):
 class Routes(NamedTuple):
     probs: list[Tensor]  # T rows of (E,)
     choices: list[list[Choice]]  # T rows of K
+    counts: list[bool]  # T: whether losses and statistics count the token
 
 
 class Output(NamedTuple):
@@ -73,6 +74,7 @@ def route(
     top_k: int,
     capacity: Optional[int],
     padding_mask: Optional[Sequence[bool]] = None,
+    count_padding: bool = False,
     second_expert_policy: str = "all",
     normalize_before_dropping: bool = False,
     batch_prioritized: bool = False,
@@ -80,8 +82,9 @@ def route(
 ) -> Routes:
     """Choose experts, weights and slots for every token.
 
-    logits (T, E). capacity None drops nothing. noise is (T, E) Gumbel numbers for the policy
-    "sampling" and (T,) uniform numbers for "random".
+    logits (T, E). capacity None drops nothing. count_padding is the branch's rule: padding is sent
+    nowhere, and counts in losses and statistics all the same. noise is (T, E) Gumbel numbers for
+    the policy "sampling" and (T,) uniform numbers for "random".
     """
     tokens, experts = logits.shape
     padding = [False] * tokens if padding_mask is None else [bool(p) for p in padding_mask]
@@ -145,43 +148,51 @@ def route(
                 for k in range(top_k)
             ]
         )
-    return Routes(probs, choices)
+    return Routes(probs, choices, [count_padding or not p for p in padding])
 
 
 def balance_loss(routes: Routes) -> Tensor:
     """E^2 * mean over experts of (mean gate) * (share of tokens whose first choice it is).
 
-    Shares are those before dropping. Padding counts in the mean gate and in the number of tokens,
-    and not as a first choice.
+    Shares are those before dropping. Tokens that do not count are as if they were not there;
+    padding that does counts in the mean gate and in the number of tokens, and not as a first
+    choice.
     """
-    tokens, experts = len(routes.probs), len(routes.probs[0])
-    loss = 0.0
+    experts = len(routes.probs[0])
+    counted = [gates for gates, counts in zip(routes.probs, routes.counts) if counts]
+    tokens = max(len(counted), 1)
+    loss = 0.0 * routes.probs[0].sum()
     for e in range(experts):
-        mean_gate = sum(gates[e] for gates in routes.probs) / tokens
+        mean_gate = sum(gates[e] for gates in counted) / tokens
         share = sum(c[0].routed and c[0].expert == e for c in routes.choices) / tokens
         loss = loss + mean_gate * share
     return loss / experts * experts**2
 
 
-def z_loss(logits: Tensor) -> Tensor:
-    """Mean over tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, equation 5)."""
-    total = 0.0
-    for row in logits:
-        highest = row.max().detach()
-        total = total + (highest + torch.log(torch.exp(row - highest).sum())) ** 2
-    return total / len(logits)
+def z_loss(logits: Tensor, counts: Sequence[bool]) -> Tensor:
+    """Mean over the tokens that count of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, equation
+    5)."""
+    total = 0.0 * logits.sum()
+    for row, counted in zip(logits, counts):
+        if counted:
+            highest = row.max().detach()
+            total = total + (highest + torch.log(torch.exp(row - highest).sum())) ** 2
+    return total / max(sum(counts), 1)
 
 
 def statistics(routes: Routes) -> dict[str, float]:
     """The branch's figures, in percent, nats and experts.
 
-    Balance, unused and entropy count every token, padding included, and every second choice, also
+    Balance, unused and entropy are of the tokens that count, and count every second choice, also
     one that the policy "random" sampled away; overflow is a percentage of what was routed.
     """
-    tokens, experts = len(routes.probs), len(routes.probs[0])
+    experts = len(routes.probs[0])
+    counted = [t for t, counts in enumerate(routes.counts) if counts]
+    tokens = max(len(counted), 1)
     stats = {}
     entropy = 0.0
-    for gates in routes.probs:
+    for t in counted:
+        gates = routes.probs[t]
         entropy += sum(-p * math.log(p) for p in gates.tolist() if p > 0)
     stats["entropy_gating"] = entropy / tokens
     group = math.ceil(0.2 * experts)
@@ -191,8 +202,8 @@ def statistics(routes: Routes) -> dict[str, float]:
         dropped = sum(choices[k].routed and not choices[k].kept for choices in routes.choices)
         stats[f"overflow_{name}"] = 100 * dropped / sent if sent else 0.0
         share = [0.0] * experts  # % of tokens
-        for choices in routes.choices:
-            share[choices[k].expert] += 100 / tokens
+        for t in counted:
+            share[routes.choices[t][k].expert] += 100 / tokens
         stats[f"unused_{name}_count"] = share.count(0.0)
         share = sorted(percent + FLOAT32_TINY for percent in share)
         stats[f"{name}_balance_top"] = sum(share[-group:])
@@ -235,7 +246,7 @@ def moe_layer(
     return Output(
         torch.stack(rows),
         balance_loss(routes),
-        z_loss(logits),
+        z_loss(logits, routes.counts),
         statistics(routes),
         expert_counts(routes),
     )

@@ -29,6 +29,7 @@ from fairseq_moe_ext.fully_sharded import is_sharded, places
 
 BACKENDS = ["legacy_ddp", "pytorch_ddp", "fully_sharded"]
 ROWS, LENGTH, UPDATES = 8, 6, 5
+LENGTHS = (6, 3, 6, 6, 5, 4, 3, 2)  # so 2 and 4 processes pad their rows to different lengths
 FLAGS = "--task language_modeling --arch moe_lm_tiny --criterion moe_cross_entropy --cpu"
 FLAGS += " --decoder-layers 2 --decoder-embed-dim 8 --decoder-ffn-embed-dim 12"
 FLAGS += " --decoder-attention-heads 2 --tokens-per-sample 8 --dropout 0 --attention-dropout 0"
@@ -72,19 +73,22 @@ def batches():
     generator = torch.Generator().manual_seed(2)
     for _ in range(UPDATES):
         tokens = torch.randint(4, TYPES, (ROWS, LENGTH + 1), generator=generator)
-        tokens[1, 4:] = PAD  # in rows of the first process, whatever their number
+        for row, length in zip(tokens, LENGTHS):
+            row[length + 1 :] = PAD
         yield tokens
 
 
 def as_sample(tokens):
+    """As a task collates it: no longer than its longest row."""
+    tokens = tokens[:, : int(tokens.ne(PAD).sum(dim=1).max())]
     target = tokens[:, 1:].contiguous()
     return {
         "id": torch.arange(len(tokens)),
         "nsentences": len(tokens),
         "ntokens": int(target.ne(PAD).sum()),
         "net_input": {
-            "src_tokens": tokens[:, :-1].contiguous(),
-            "src_lengths": torch.full((len(tokens),), LENGTH),
+            "src_tokens": tokens[:, :-1].where(target.ne(PAD), PAD),
+            "src_lengths": target.ne(PAD).sum(dim=1),
         },
         "target": target,
     }
@@ -109,6 +113,7 @@ def train(rank, cfg, backend, world_size, parts=1, idle=None, updates=UPDATES, d
     figures, gradients = record(trainer)
     traffic.take()  # what earlier tests in this process have sent
     trainer.reset_dummy_batch(as_sample(next(batches())))
+    trainer.task.args.batch_size = ROWS // parts // world_size  # full ones, by the branch's rule
     for update, tokens in zip(range(updates), batches()):
         samples = [as_sample(part.chunk(world_size)[rank]) for part in tokens.chunk(parts)]
         if update == idle:
@@ -140,7 +145,7 @@ def record(trainer):
         count = total.pop("batch_count", 1)  # of the batches of all processes
         for key in total.keys() - {"ntokens", "nsentences", "sample_size"}:
             total[key] /= float(sample_size) if key in LOSSES else count
-        figures.append({**total, "gnorm": float(grad_norm)})
+        figures.append({**total, "gnorm": float(grad_norm or 0)})
         return log(outputs, sample_size, grad_norm)
 
     trainer.clip_grad_norm, trainer._reduce_and_log_stats = clip_grad_norm, reduce_and_log_stats
@@ -288,6 +293,9 @@ def test_world_scope_equals_one_process_in_float32(folder, backend, world, exper
         "--moe-normalize-expert-grad sqrt_num_experts",
         "--moe-z-loss-wt 0.1 --moe-log-per-layer",
         "--use-moe-pad-mask --moe-gate-loss-transform neg_log",
+        "--use-moe-pad-mask --moe-pad-rule counted --moe-z-loss-wt 0.1",
+        "--use-moe-pad-mask --moe-pad-rule branch --moe-capacity-factor 1",
+        "--moe-pad-rule branch --moe-capacity-factor 1",
     ],
 )
 def test_other_settings_equal_one_process(folder, options):
@@ -384,7 +392,7 @@ def test_exchanges_are_counted(folder):
     flags = "--moe-expert-count 2 --moe-dropless --record-a2a-perf-stats"
     run, _ = processes(2, folder, flags, "legacy_ddp", 1, None, 3)
     forward_only, *both = [figures["all_to_all_mb"] for figures in run.figures]  # averaged
-    tokens, rows = ROWS // 2 * LENGTH, 2
+    tokens, rows = ROWS // 2 * (LENGTHS[0] + LENGTHS[4]) / 2, 2  # of the mean process, with padding
     one_way = tokens * rows * 8 * 8 / 2 / 1e6  # either of two experts is elsewhere
     assert forward_only == pytest.approx(2 * one_way)
     assert both == pytest.approx([4 * one_way] * 2)

@@ -78,7 +78,15 @@ ALLOWED = {
     },
     "models": {"config", "expert_parallel", "fully_sharded", "kernels", "models", "moe"},
     "criterions": {"criterions", "accuracy", "moe.stats", "ranges"},
-    "tasks": {"tasks", "accuracy", "compat", "data_bin", "priming", "ranges"},
+    "tasks": {
+        "tasks",
+        "accuracy",
+        "compat",
+        "data_bin",
+        "expert_parallel",
+        "priming",
+        "ranges",
+    },
     "prepare": {"prepare", "data_bin"},
     "priming": {
         "priming",

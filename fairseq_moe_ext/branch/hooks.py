@@ -10,6 +10,7 @@ from fairseq import checkpoint_utils, trainer
 from ..config import check_overrides
 from ..errors import UserError
 from ..fully_sharded import is_sharded, places
+from . import pad_rule
 from .files import find
 from .optimizer import unfit
 from .reading import read
@@ -33,6 +34,7 @@ def apply() -> None:
     _train_no_experts_on_disk()
     _restore_from_the_branch()
     _finetune_from_the_branch()
+    pad_rule.apply()
 
 
 def _name_an_existing_file() -> None:
@@ -58,6 +60,7 @@ def _read_the_branch() -> None:
             state = stock(path, arg_overrides, *args, **kwargs)
         else:
             state = read(files, arg_overrides, getattr(path, "parameters", None))
+        pad_rule.note(state, arg_overrides or {})
         check_overrides(arg_overrides or {}, state.get("cfg") or {})
         return state
 
@@ -66,22 +69,21 @@ def _read_the_branch() -> None:
 
 
 def _measure_as_the_branch() -> None:
-    """fairseq-eval-lm goes by the task's settings on its own command line. Where the branch padded
-    the last block to full length, that gives the experts more capacity and the padding takes some
-    of it, so it has to be padded here, too, for the same perplexity. `--model-overrides
-    "{'pad_to_fixed_length': False}"` leaves it as it is. (fairseq/checkpoint_utils.py:393)"""
+    """The branch's eval_lm pads every block to its full length; fairseq-eval-lm does by the task's
+    settings on its own command line. That gives the experts more capacity, of which padding takes
+    some, so blocks are padded here, too, for the same perplexity. `--model-overrides
+    "{'pad_to_fixed_length': False}"` leaves them as they are. (fairseq/checkpoint_utils.py:393)"""
     stock = checkpoint_utils.load_model_ensemble_and_task
 
     @functools.wraps(stock)
-    def load_model_ensemble_and_task(filenames, *args, **kwargs):
-        models, cfg, task = stock(filenames, *args, **kwargs)
-        wanted = cfg.task.get("pad_to_fixed_length", False)
+    def load_model_ensemble_and_task(filenames, arg_overrides=None, *args, **kwargs):
+        models, cfg, task = stock(filenames, arg_overrides, *args, **kwargs)
+        wanted = (arg_overrides or {}).get("pad_to_fixed_length", True)
         settings = getattr(task, "args", None)
-        if wanted and not getattr(settings, "pad_to_fixed_length", True) and find(filenames[-1]):
+        pads = getattr(settings, "pad_to_fixed_length", True)
+        if wanted and not pads and find(filenames[-1]) and cfg.model.moe_freq > 0:
             settings.pad_to_fixed_length = True
-            logger.info(
-                "blocks are padded to their full length, as when the checkpoint was trained"
-            )
+            logger.info("blocks are padded to their full length, as the branch evaluates")
         return models, cfg, task
 
     checkpoint_utils.load_model_ensemble_and_task = load_model_ensemble_and_task

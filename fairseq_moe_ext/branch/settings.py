@@ -52,6 +52,7 @@ _OWN_SETTINGS: Dict[str, Any] = {
     "moe_dropless": False,
     "moe_routing_scope": "process",
     "moe_experts_on_disk": False,
+    "moe_pad_rule": "branch",
 }
 
 

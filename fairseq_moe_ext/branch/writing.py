@@ -52,6 +52,7 @@ _NOT_THE_BRANCH_S = {
     "moe_expert_dropout",
     "moe_experts_on_disk",
     "moe_freeze",
+    "moe_pad_rule",
     "moe_routing_scope",
 }
 

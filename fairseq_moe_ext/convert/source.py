@@ -28,7 +28,7 @@ from ..checkpoint.loading import (
 )
 from ..checkpoint.settings import check_fields, check_settings
 from ..compat import load_weights_only
-from ..config import MoETransformerLMConfig
+from ..config import MoETransformerLMConfig, saved_pad_rule
 from ..errors import UserError
 from ..expert_parallel import Placement, is_expert
 from ..models.architectures import ARCHITECTURES
@@ -172,6 +172,7 @@ def _settings(path: str, flat: Dict[str, Any]) -> Dict[str, Any]:
     defaults = {f.name: f.default for f in fields(MoETransformerLMConfig) if f.default != MISSING}
     settings = {**defaults, **ARCHITECTURES.get(name, {})}
     settings.update({key: flat[key] for key in settings if key in flat})
+    settings["moe_pad_rule"] = saved_pad_rule(flat)
     # How a run was started is no matter for converting what it left.
     settings.update(ONE_PROCESS)
     check_fields(path, "model", settings, MoETransformerLMConfig)

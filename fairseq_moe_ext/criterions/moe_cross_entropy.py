@@ -97,8 +97,10 @@ class MoECrossEntropyCriterion(FairseqCriterion):
             logging_output["moe_loss"] = sample_size * gate_loss.detach()
             if self.z_loss_weight > 0:
                 logging_output["moe_z_loss"] = sample_size * z_loss.detach()
-            logging_output.update(self._figures(records))
-            logging_output.update(extra.get("traffic", {}))
+            # Those of a batch that several processes have together count once.
+            share = logging_output["batch_count"] = extra["share"]
+            figures = {**self._figures(records), **extra.get("traffic", {})}
+            logging_output.update({name: share * value for name, value in figures.items()})
         logging_output["loss"] = loss.detach()
         return loss
 

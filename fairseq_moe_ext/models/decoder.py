@@ -27,6 +27,7 @@ from ..moe.layer import MoELayer, MoEOutput
 from ..moe.pool import PROCESS
 from .attention import CausalSelfAttention, IncrementalState
 from .compiled import compiled
+from .padding import PadRule
 
 
 class LayerRecord(NamedTuple):
@@ -54,7 +55,6 @@ class DecoderLayer(nn.Module):
         self.self_attn_layer_norm = LayerNorm(dim)
         self.final_layer_norm = LayerNorm(dim)
         self.moe_layer: Optional[MoELayer] = None
-        self.route_padding = not cfg.use_moe_pad_mask
         self.checkpoint_activations = cfg.checkpoint_activations
         self.compiled = cfg.compile
         ffn_dim = cfg.decoder_ffn_embed_dim
@@ -76,6 +76,7 @@ class DecoderLayer(nn.Module):
             capacity_factor=cfg.moe_capacity_factor,
             eval_token_fraction=cfg.moe_eval_capacity_token_fraction,
             dropless=cfg.moe_dropless,
+            count_padding=cfg.moe_pad_rule not in (None, "real"),
         )
         spread = process_count() > 1
         return MoELayer(
@@ -98,23 +99,23 @@ class DecoderLayer(nn.Module):
         self,
         x: Tensor,
         attn_mask: Optional[Tensor],
-        padding_mask: Optional[Tensor],
+        unrouted: Optional[Tensor],
         incremental_state: Optional[IncrementalState] = None,
     ) -> Tuple[Tensor, Optional[MoEOutput]]:
-        """x (B, T, D), attn_mask as CausalSelfAttention's, padding_mask (B, T) bool -> the same
+        """x (B, T, D), attn_mask as CausalSelfAttention's, unrouted as PadRule's -> the same
         shape, and what the MoE layer yields (None from a dense one).
 
         Recomputation (checkpoint_activations) is within: FSDP, which may wrap the layer, has the
         parameters there by then."""
         if self.checkpoint_activations and self.training and incremental_state is None:
-            return checkpoint(self._forward, x, attn_mask, padding_mask, use_reentrant=False)
-        return self._forward(x, attn_mask, padding_mask, incremental_state)
+            return checkpoint(self._forward, x, attn_mask, unrouted, use_reentrant=False)
+        return self._forward(x, attn_mask, unrouted, incremental_state)
 
     def _forward(
         self,
         x: Tensor,
         attn_mask: Optional[Tensor],
-        padding_mask: Optional[Tensor],
+        unrouted: Optional[Tensor],
         incremental_state: Optional[IncrementalState] = None,
     ) -> Tuple[Tensor, Optional[MoEOutput]]:
         # Not at evaluation, whose batches differ in shape; nor experts, whose numbers of rows do.
@@ -126,12 +127,12 @@ class DecoderLayer(nn.Module):
         x, y = attend(self, x, attn_mask, incremental_state)
         # Token by token, a batch is one position of unrelated sequences: a capacity over it would
         # let them push each other out of experts.
-        moe = self.moe_layer(
-            y,
-            padding_mask=None if self.route_padding else padding_mask,
-            dropless=incremental_state is not None,
-        )
-        return x + moe.out, moe
+        y = y.flatten(0, 1)
+        tokens = len(y)
+        if unrouted is not None:
+            y = F.pad(y, (0, 0, 0, len(unrouted) - tokens))
+        moe = self.moe_layer(y, unrouted, dropless=incremental_state is not None)
+        return x + moe.out[:tokens].view_as(x), moe
 
     def _attend(
         self,
@@ -166,6 +167,7 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
         self.register_buffer("version", torch.tensor([3.0]))
         dim = cfg.decoder_embed_dim
         self.padding_idx = dictionary.pad()
+        self.pad_rule = PadRule(cfg, self.padding_idx)
         self.dropout = cfg.dropout
         self.record_traffic = cfg.record_a2a_perf_stats
         self.share_input_output_embed = cfg.share_decoder_input_output_embed
@@ -207,8 +209,9 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
 
         Returns:
             logits (B, T, V), or features (B, T, D) with features_only (T counts the computed
-            positions), and a dict with "moe": a LayerRecord for each MoE layer, and on
-            request "traffic": figures of the exchanges since the last call, backward included.
+            positions), and a dict with "moe": a LayerRecord for each MoE layer, "share" as
+            padding.Filled has it, and on request "traffic": figures of the exchanges since the last
+            call, backward included.
         """
         x, extra = self.extract_features(prev_output_tokens, incremental_state=incremental_state)
         return (x if features_only else self.output_layer(x)), extra
@@ -221,21 +224,24 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
         **unused: Any,
     ) -> Tuple[Tensor, Dict[str, Any]]:
         """As `forward` with features_only."""
-        padding = prev_output_tokens.eq(self.padding_idx)  # (B, T)
-        new = prev_output_tokens.size(1) - self.layers[0].self_attn.known(incremental_state)
-        attn_mask = _attention_mask(padding, new)
-        x = self._embed(prev_output_tokens, new)
-        padding = padding[:, -new:]
+        tokens, missing, share = prev_output_tokens, 0, 1.0
+        if incremental_state is None:
+            tokens, missing, share = self.pad_rule.fill(tokens)
+        new = tokens.size(1) - self.layers[0].self_attn.known(incremental_state)
+        unrouted = self.pad_rule.unrouted(tokens[:, -new:], missing)
+        attn_mask = self.pad_rule.attention_mask(tokens.eq(self.padding_idx), new)
+        x = self._embed(tokens, new)
 
         records: List[LayerRecord] = []
         for index, layer in enumerate(self.layers):
-            x, moe = layer(x, attn_mask, padding, incremental_state)
+            x, moe = layer(x, attn_mask, unrouted, incremental_state)
             if moe is not None:
                 records.append(LayerRecord(index, *moe[1:]))
         self._check_routers(records)
         if self.layer_norm is not None:
             x = self.layer_norm(x)
-        extra = {"attn": [None], "moe": records}
+        x = x[:, : prev_output_tokens.size(1)]
+        extra = {"attn": [None], "moe": records, "share": share}
         if self.record_traffic:
             sent, seconds = traffic.take()
             extra["traffic"] = {
@@ -344,25 +350,3 @@ def expert_grad_scale(cfg: MoETransformerLMConfig, world_size: int) -> float:
         "sqrt_world_size": 1 / math.sqrt(world_size),
         "sqrt_num_experts": 1 / world_size / math.sqrt(cfg.moe_expert_count),
     }[str(cfg.moe_normalize_expert_grad)]
-
-
-def _attention_mask(padding: Tensor, new: int) -> Optional[Tensor]:
-    """The mask that the last `new` positions need: for a batch with padding on the left, and for
-    several positions after earlier ones; None for any other, as behind a causal mask padding on the
-    right is out of sight.
-
-    padding (B, T) bool -> (B, 1, new, T) bool. A position may always look at itself, so that
-    padding has something to look at and no row becomes NaN.
-    """
-    length = padding.size(1)
-    if new == 1:
-        if not padding.any():
-            return None
-        mask = ~padding
-        mask[:, -1] = True
-        return mask[:, None, None, :]
-    if new == length and not (padding[:, :-1] & ~padding[:, 1:]).any():
-        return None
-    causal = torch.ones(length, length, dtype=torch.bool, device=padding.device).tril()
-    itself = torch.eye(length, dtype=torch.bool, device=padding.device)
-    return ((causal & ~padding[:, None, None, :]) | itself)[:, :, -new:]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Optional, Tuple
+
 import torch
 from torch import Tensor
 
@@ -14,24 +16,32 @@ def balance_loss(routing: Routing, pool: Pool = PROCESS) -> Tensor:
     both are uniform, E when all goes to one expert (arXiv 2006.16668, algorithm 1; the paper,
     section 2). The gradient flows through the probabilities alone.
 
-    First choices count before dropping and without padding; probabilities count with padding, as
-    in the branch. Means are over the pool's tokens. Returns a scalar.
+    First choices count before dropping. Means are over the pool's tokens that count
+    (`routing.counted`); padding that counts is nobody's first choice. Returns a scalar.
     """
     num_experts = routing.probs.size(1)
     # float32 at least: a count may exceed float16's 65504
     probs = routing.probs.to(torch.promote_types(routing.probs.dtype, torch.float32))
-    summed = torch.cat(
-        [probs.sum(dim=0), routing.counts[0].to(probs), probs.new_ones(1) * len(probs)]
-    )
+    probs, tokens = counted_rows(probs, routing.counted)
+    summed = torch.cat([probs.sum(dim=0), routing.counts[0].to(probs), tokens.to(probs).view(1)])
     prob, first, tokens = pool.total(summed).split([num_experts, num_experts, 1])
     tokens = tokens.clamp(min=1)  # of no tokens: 0, not 0/0
     return (prob / tokens * (first / tokens)).mean() * num_experts**2
 
 
-def z_loss(logits: Tensor, pool: Pool = PROCESS) -> Tensor:
+def z_loss(logits: Tensor, counted: Optional[Tensor] = None, pool: Pool = PROCESS) -> Tensor:
     """Router z-loss, mean over tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, eq. 5),
-    computed in float32 at least. logits (T, E); returns a scalar."""
+    computed in float32 at least. logits (T, E), counted (T,) bool, None: all; returns a scalar."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    squares = torch.logsumexp(logits, dim=-1).square().sum()
-    total, tokens = pool.total(torch.stack([squares, squares.new_tensor(len(logits))]))
+    squares, tokens = counted_rows(torch.logsumexp(logits, dim=-1, keepdim=True).square(), counted)
+    squares = squares.sum()
+    total, tokens = pool.total(torch.stack([squares, tokens.to(squares)]))
     return total / tokens.clamp(min=1)  # 0 of no tokens
+
+
+def counted_rows(rows: Tensor, counted: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
+    """rows (T, N) with zeros for what does not count, and how many count, a scalar int64; counted
+    (T,) bool, None: all."""
+    if counted is None:
+        return rows, torch.tensor(len(rows), device=rows.device)
+    return rows.masked_fill(~counted.unsqueeze(1), 0), counted.sum()

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from .pool import PROCESS, Pool
-from .routing import SECOND_EXPERT_POLICIES, Routing, route_top1, route_top2, token_capacity
+from .routing import (
+    SECOND_EXPERT_POLICIES,
+    Routing,
+    counted_tokens,
+    route_top1,
+    route_top2,
+    token_capacity,
+)
 
 
 class GateSettings(NamedTuple):
@@ -23,6 +30,7 @@ class GateSettings(NamedTuple):
     capacity_factor: Optional[float] = None  # training; None: top_k
     eval_token_fraction: float = 0.25  # evaluation; <= 0: training's rule
     dropless: bool = False  # no capacity, in training and at evaluation
+    count_padding: bool = False  # that is routed nowhere: in capacity, losses and figures
 
     def check(self) -> None:
         """Raise ValueError for a setting that would silently be another."""
@@ -55,13 +63,14 @@ class Gate(nn.Module):
         self.wg = nn.Linear(dim, num_experts, bias=False)
         self.settings = settings
 
-    def capacity(self, tokens: int) -> Optional[int]:
+    def capacity(self, tokens: int, padding_mask: Optional[Tensor] = None) -> Optional[int]:
         """Slots an expert has for a pool with this process's number of tokens, by the present
         mode; None: no limit."""
         s = self.settings
         if s.dropless:
             return None
-        tokens = self.pool.tokens(tokens)
+        counted = counted_tokens(padding_mask, s.count_padding)
+        tokens = self.pool.tokens(tokens if counted is None else int(counted.sum()))
         if not self.training and s.eval_token_fraction > 0:
             return token_capacity(tokens, self.wg.out_features, fraction=s.eval_token_fraction)
         factor = s.top_k if s.capacity_factor is None else s.capacity_factor
@@ -77,7 +86,11 @@ class Gate(nn.Module):
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if s.top_k == 1:
             return logits, route_top1(
-                logits, capacity=capacity, padding_mask=padding_mask, pool=self.pool
+                logits,
+                capacity=capacity,
+                padding_mask=padding_mask,
+                count_padding=s.count_padding,
+                pool=self.pool,
             )
         # The noise is a means of exploration: at evaluation the runner-up is taken as it is.
         policy = s.second_expert_policy if self.training else "all"
@@ -85,6 +98,7 @@ class Gate(nn.Module):
             logits,
             capacity=capacity,
             padding_mask=padding_mask,
+            count_padding=s.count_padding,
             second_expert_policy=policy,
             normalize_before_dropping=s.normalize_before_dropping,
             batch_prioritized=s.batch_prioritized,

@@ -68,7 +68,7 @@ class MoELayer(nn.Module):
         tokens = x.reshape(-1, x.size(-1))  # (T, D)
         if padding_mask is not None:
             padding_mask = padding_mask.reshape(-1)
-        capacity = None if dropless else self.gate.capacity(tokens.size(0))
+        capacity = None if dropless else self.gate.capacity(len(tokens), padding_mask)
         logits, routing = self.gate(tokens, capacity, padding_mask)
         rows = lay_out(routing)
         y = permute(tokens, rows)  # (N, D)
@@ -81,7 +81,7 @@ class MoELayer(nn.Module):
         return MoEOutput(
             out.view_as(x),
             balance_loss(routing, self.pool),
-            z_loss(logits, self.pool),
+            z_loss(logits, routing.counted, self.pool),
             routing_stats(routing, self.pool),
             routing.counts,
         )

@@ -28,6 +28,7 @@ class Routing(NamedTuple):
     routed: Tensor  # (T, K) bool: sent to the expert (not padding, not sampled away)
     kept: Tensor  # (T, K) bool: routed, and within the expert's capacity
     counts: Tensor  # (K, E) int64: routed choices of each rank an expert gets, before dropping
+    counted: Optional[Tensor] = None  # (T,) bool: tokens that losses and figures count; None: all
 
 
 def token_capacity(
@@ -52,6 +53,7 @@ def route_top1(
     *,
     capacity: Optional[int] = None,
     padding_mask: Optional[Tensor] = None,
+    count_padding: bool = False,
     pool: Pool = PROCESS,
 ) -> Routing:
     """Switch-style routing: each token to its best expert, weighted by that probability.
@@ -60,6 +62,7 @@ def route_top1(
         logits: (T, E) router logits.
         capacity: slots an expert has; None keeps every choice (dropless).
         padding_mask: (T,) bool, True where a token is padding and is routed nowhere.
+        count_padding: losses and figures count it all the same, as in the branch.
         pool: the processes whose tokens queue before the same experts, those of lower rank first.
     """
     probs = torch.softmax(logits, dim=-1)  # (T, E)
@@ -68,7 +71,8 @@ def route_top1(
     counts, places, slots = _queue(experts, routed, logits.size(-1), pool)
     kept = _within(slots, routed, capacity)
     weights = probs.gather(1, experts) * kept
-    return Routing(probs, experts, weights, slots, places, routed, kept, counts)
+    counted = counted_tokens(padding_mask, count_padding)
+    return Routing(probs, experts, weights, slots, places, routed, kept, counts, counted)
 
 
 def route_top2(
@@ -76,6 +80,7 @@ def route_top2(
     *,
     capacity: Optional[int] = None,
     padding_mask: Optional[Tensor] = None,
+    count_padding: bool = False,
     second_expert_policy: str = "all",
     normalize_before_dropping: bool = False,
     batch_prioritized: bool = False,
@@ -88,6 +93,7 @@ def route_top2(
         logits: (T, E) router logits, E >= 2.
         capacity: slots an expert has; None keeps every choice (dropless).
         padding_mask: (T,) bool, True where a token is padding and is routed nowhere.
+        count_padding: losses and figures count it all the same, as in the branch.
         second_expert_policy: "all": the runner-up; "sampling": the runner-up under Gumbel noise;
             "random": the runner-up, kept when 2 * its weight exceeds a uniform number.
         normalize_before_dropping: divide by the sum of the two weights before choices are dropped
@@ -129,7 +135,13 @@ def route_top2(
     weights = weights * kept
     if not normalize_before_dropping:
         weights = _normalize(weights)
-    return Routing(probs, experts, weights, slots, places, routed, kept, counts)
+    counted = counted_tokens(padding_mask, count_padding)
+    return Routing(probs, experts, weights, slots, places, routed, kept, counts, counted)
+
+
+def counted_tokens(padding_mask: Optional[Tensor], count_padding: bool) -> Optional[Tensor]:
+    """padding_mask (T,) bool -> which tokens capacity, losses and figures count (T,); None: all."""
+    return None if padding_mask is None or count_padding else ~padding_mask.bool()
 
 
 def _not_padding(experts: Tensor, padding_mask: Optional[Tensor]) -> Tensor:

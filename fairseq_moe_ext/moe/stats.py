@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Dict
+from typing import Dict, Optional
 
 import torch
 from torch import Tensor
 
+from .balance import counted_rows
 from .pool import PROCESS, Pool
 from .routing import Routing
 
@@ -27,27 +28,28 @@ FIGURES = ("entropy_gating",) + tuple(
 
 
 def routing_stats(routing: Routing, pool: Pool = PROCESS) -> Dict[str, Tensor]:
-    """FIGURES of one routing, scalars without gradient, over the pool's tokens:
+    """FIGURES of one routing, scalars without gradient, over the pool's tokens that count:
 
     - entropy_gating: mean entropy of the router's probabilities, in nats.
     - overflow_expert1, _expert2: percentage of routed first, second choices beyond capacity.
     - expertK_balance_top, _bottom: percentage of tokens whose K-th choice is among the most, least
-      chosen fifth of the experts (padding included, as in the branch).
+      chosen fifth of the experts.
     - unused_expertK_count: experts that are no token's K-th choice.
 
     The top-1 gate yields the keys of the first choice only.
     """
-    (tokens, num_experts), k = routing.probs.shape, routing.experts.size(1)
+    num_experts, k = routing.probs.size(1), routing.experts.size(1)
     with torch.no_grad():
         # summed in double precision: float16 ends at 65504
-        entropy = torch.special.entr(routing.probs).sum(dtype=torch.float64)
+        entropy, tokens = counted_rows(torch.special.entr(routing.probs), routing.counted)
+        entropy = entropy.sum(dtype=torch.float64)
         sums = pool.total(
             torch.cat(
                 [
-                    torch.stack([entropy, entropy.new_tensor(tokens)]),
+                    torch.stack([entropy, tokens.to(entropy)]),
                     (routing.routed & ~routing.kept).sum(dim=0),
                     routing.counts.sum(dim=1),
-                    _histogram(routing.experts, num_experts).flatten(),
+                    _histogram(routing.experts, routing.counted, num_experts).flatten(),
                 ]
             )
         )
@@ -69,7 +71,8 @@ def routing_stats(routing: Routing, pool: Pool = PROCESS) -> Dict[str, Tensor]:
     return stats
 
 
-def _histogram(experts: Tensor, num_experts: int) -> Tensor:
+def _histogram(experts: Tensor, counted: Optional[Tensor], num_experts: int) -> Tensor:
     """experts (T, K) -> (K, E) int64: how many tokens' K-th choice an expert is."""
     counts = experts.new_zeros(experts.size(1), num_experts)
-    return counts.scatter_add_(1, experts.t(), torch.ones_like(experts.t()))
+    ones, _ = counted_rows(torch.ones_like(experts), counted)
+    return counts.scatter_add_(1, experts.t(), ones.t())

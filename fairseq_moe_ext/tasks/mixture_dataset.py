@@ -7,6 +7,8 @@ import numpy as np
 from fairseq.data import BaseWrapperDataset, ConcatDataset, FairseqDataset
 from fairseq.data.iterators import EpochBatchIterator
 
+from ..expert_parallel import process_count
+
 
 class MixtureDataset(BaseWrapperDataset):
     """A fixed number of blocks of every corpus each epoch.
@@ -141,21 +143,23 @@ class SeparateCorporaDataset(BaseWrapperDataset):
         for part in range(len(self._ends)):
             mine = indices[self._part(indices) == part]
             if len(mine):  # not all left out for their length
-                batches += FairseqDataset.batch_by_size(self, mine, **limits)
+                batches += _whole_steps(FairseqDataset.batch_by_size(self, mine, **limits))
         return batches
 
     def first_of_each(self, batches: Sequence[Sequence[int]], count: int) -> List[Sequence[int]]:
         """The first `count` batches of every corpus (--max-valid-steps)."""
-        seen: Dict[int, int] = {}
-        kept = []
-        for batch in batches:
-            part = int(self._part(batch[0]))
-            seen[part] = seen.get(part, 0) + 1
-            if seen[part] <= count:
-                kept.append(batch)
-        return kept
+        kept: Dict[int, List[Sequence[int]]] = {}
+        for batch in filter(len, batches):
+            kept.setdefault(int(self._part(batch[0])), []).append(batch)
+        return [batch for each in kept.values() for batch in _whole_steps(each[:count])]
 
     filter_indices_by_size = FairseqDataset.filter_indices_by_size
+
+
+def _whole_steps(batches: List[Sequence[int]]) -> List[Sequence[int]]:
+    """Batches of a corpus, and empty ones up to a step of all processes: none begins a corpus while
+    another ends the one before, as what they route together would not be what one process does."""
+    return batches + [[]] * (-len(batches) % process_count())
 
 
 def release(iterator: EpochBatchIterator) -> None:

@@ -36,6 +36,7 @@ class Example(NamedTuple):
     w2: Tensor  # (E, D, F)
     b2: Tensor  # (E, D)
     padding_mask: Optional[Tensor]  # (T,)
+    count_padding: bool
     capacity: Optional[int]
     top_k: int
     policy: str
@@ -50,6 +51,7 @@ class Example(NamedTuple):
             "top_k": self.top_k,
             "capacity": self.capacity,
             "padding_mask": self.padding_mask,
+            "count_padding": self.count_padding,
             "second_expert_policy": self.policy,
             "normalize_before_dropping": self.normalize_before_dropping,
             "batch_prioritized": self.batch_prioritized,
@@ -89,12 +91,14 @@ def examples(draw):
     if padding != "none":
         share = {"some": 0.4, "all": 1.0}[padding]
         mask = torch.rand(tokens, generator=generator) < share
+    count_padding = draw(st.booleans())
+    counted = tokens if mask is None or count_padding else int((~mask).sum())
     limit = draw(st.sampled_from(["dropless", "one", "training", "evaluation", "any"]))
     capacity = {
         "dropless": None,
         "one": 1,
-        "training": reference.train_capacity(tokens, experts, top_k),
-        "evaluation": reference.eval_capacity(tokens, 0.25),
+        "training": max(1, reference.train_capacity(counted, experts, top_k)),
+        "evaluation": max(1, reference.eval_capacity(counted, 0.25)),
         "any": draw(st.integers(1, tokens)),
     }[limit]
     policy = draw(st.sampled_from(POLICIES)) if top_k == 2 else "all"
@@ -112,6 +116,7 @@ def examples(draw):
         w2=torch.randn(experts, dim, hidden, generator=generator).double(),
         b2=torch.randn(experts, dim, generator=generator).double(),
         padding_mask=mask,
+        count_padding=count_padding,
         capacity=capacity,
         top_k=top_k,
         policy=policy,
@@ -167,7 +172,11 @@ def test_routing(dtype, example):
     note_kind(example, routes)
 
     logits = truth.detach().to(dtype).requires_grad_()
-    common = {"capacity": example.capacity, "padding_mask": example.padding_mask}
+    common = {
+        "capacity": example.capacity,
+        "padding_mask": example.padding_mask,
+        "count_padding": example.count_padding,
+    }
     if example.top_k == 1:
         routing = route_top1(logits, **common)
     else:
@@ -192,8 +201,9 @@ def test_routing(dtype, example):
     assert_near(routing.probs, torch.stack(routes.probs), rtol, "probs")
     assert_stats_near(routing_stats(routing), reference.statistics(routes), rtol)
 
-    balance, z = balance_loss(routing), z_loss(logits)
-    true_balance, true_z = reference.balance_loss(routes), reference.z_loss(truth)
+    balance, z = balance_loss(routing), z_loss(logits, routing.counted)
+    true_balance = reference.balance_loss(routes)
+    true_z = reference.z_loss(truth, routes.counts)
     assert_near(balance, true_balance, rtol, "balance loss")
     assert_near(z, true_z, rtol, "z-loss", scale=max(1.0, float(true_z.detach())))
 
@@ -268,7 +278,11 @@ def layer_of(example, activation, dtype):
     experts, hidden, dim = example.w1.shape
     # An evaluation fraction is the way to an arbitrary capacity; the layer is in evaluation mode.
     tokens = len(example.x)
-    fraction = 1.0 if example.capacity is None else (example.capacity - 0.5) / tokens
+    if example.padding_mask is not None and not example.count_padding:
+        tokens = max(1, int((~example.padding_mask).sum()))
+    fraction = 1.0
+    if example.capacity is not None:  # beyond all tokens it is no limit
+        fraction = min(1.0, (example.capacity - 0.5) / tokens)
     layer = MoELayer(
         dim,
         hidden,
@@ -279,6 +293,7 @@ def layer_of(example, activation, dtype):
             normalize_before_dropping=example.normalize_before_dropping,
             batch_prioritized=example.batch_prioritized,
             eval_token_fraction=fraction,
+            count_padding=example.count_padding,
             dropless=example.capacity is None,
         ),
         activation=activation,

@@ -18,6 +18,7 @@ def gate_settings(case):
         second_expert_policy=case.settings.get("second_expert_policy", "all"),
         normalize_before_dropping=case.normalize_before_dropping,
         batch_prioritized=case.batch_prioritized,
+        count_padding=True,
         eval_token_fraction=-1.0 if case.eval_fraction is None else case.eval_fraction,
     )
 

@@ -25,7 +25,9 @@ def branch_noise(policy, tokens, experts):
 @pytest.mark.parametrize("policy", ["sampling", "random"])
 def test_a_seed_gives_the_noise_it_gave_the_branch(policy, normalize):
     torch.manual_seed(0)
-    settings = GateSettings(second_expert_policy=policy, normalize_before_dropping=normalize)
+    settings = GateSettings(
+        second_expert_policy=policy, normalize_before_dropping=normalize, count_padding=True
+    )
     layer = MoELayer(6, 5, 4, settings)
     x = 3 * torch.randn(3, 7, 6)  # a gate so sure of itself that `random` drops some choices
     mask = torch.zeros(3, 7, dtype=torch.bool)
@@ -46,6 +48,7 @@ def test_a_seed_gives_the_noise_it_gave_the_branch(policy, normalize):
         top_k=2,
         capacity=reference.train_capacity(21, 4, 2),
         padding_mask=mask.view(21).tolist(),
+        count_padding=True,
         second_expert_policy=policy,
         normalize_before_dropping=normalize,
         noise=noise,

@@ -21,6 +21,7 @@ def routing_options(case, tokens):
         "top_k": case.top_k,
         "capacity": capacity,
         "padding_mask": None if mask is None else mask.reshape(-1).tolist(),
+        "count_padding": True,
         "normalize_before_dropping": case.normalize_before_dropping,
         "batch_prioritized": case.batch_prioritized,
     }
@@ -147,7 +148,9 @@ def test_losses_and_statistics_by_hand():
 
     logits = torch.tensor([[0.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
     log2 = math.log(2)
-    assert float(reference.z_loss(logits)) == pytest.approx((log2**2 + (1 + log2) ** 2) / 2)
+    assert float(reference.z_loss(logits, [True] * 2)) == pytest.approx(
+        (log2**2 + (1 + log2) ** 2) / 2
+    )
 
 
 def test_padding_is_sent_nowhere_and_takes_no_slot():
@@ -156,10 +159,24 @@ def test_padding_is_sent_nowhere_and_takes_no_slot():
     assert [choices[0].slot for choices in routes.choices] == [-1, 0, -1, 1]
     assert [float(choices[0].weight) for choices in routes.choices] == [0.0, 0.5, 0.0, 0.0]
     assert reference.statistics(routes)["overflow_expert1"] == 50.0
-    assert float(reference.balance_loss(routes)) == pytest.approx(4 * (0.5 * 0.5) / 2)
+    assert float(reference.balance_loss(routes)) == 1.0  # of a perfectly balanced gate
+    counts = [False, True, False, True]
+    assert routes.counts == counts
+    assert float(reference.z_loss(torch.tensor([[9.0], [1], [9], [2]]), counts)) == 2.5
     nothing = reference.route(logits, top_k=2, capacity=1, padding_mask=[True] * 4)
     assert float(reference.balance_loss(nothing)) == 0.0
     assert reference.statistics(nothing)["overflow_expert1"] == 0.0
+    assert float(reference.z_loss(logits, nothing.counts)) == 0.0
+
+
+def test_padding_counts_by_the_rule_of_the_branch():
+    """In the mean gate and in the number of tokens, but not as a first choice."""
+    logits = torch.zeros(4, 2, dtype=torch.float64)
+    mask = [True, False, True, False]
+    routes = reference.route(logits, top_k=2, capacity=1, padding_mask=mask, count_padding=True)
+    assert routes.counts == [True] * 4
+    assert float(reference.balance_loss(routes)) == pytest.approx(4 * (0.5 * 0.5) / 2)
+    assert reference.statistics(routes)["expert1_balance_top"] == pytest.approx(100.0)
 
 
 def test_experts_that_scale_their_input():

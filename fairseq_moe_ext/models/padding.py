@@ -1,0 +1,107 @@
+"""What padding does in a model with experts, by --moe-pad-rule (config.py)."""
+
+from typing import NamedTuple, Optional
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import MoETransformerLMConfig
+from ..expert_parallel import collective_device, process_count
+from ..moe.gate import Gate
+
+
+class Filled(NamedTuple):
+    """A batch with what its rule adds to it."""
+
+    tokens: Tensor  # (B, T)
+    missing: int  # tokens up to a full batch
+    share: float  # of this process in the batch's figures: they are of all processes, or its own
+
+
+class PadRule:
+    """How the decoder that has it pads and masks its batches."""
+
+    def __init__(self, cfg: MoETransformerLMConfig, padding_idx: int) -> None:
+        self.padding_idx = padding_idx
+        self.rule = str(cfg.moe_pad_rule or "real")
+        self.masked = cfg.use_moe_pad_mask
+        self.experts = cfg.moe_freq > 0 and cfg.alternate_decoder_ffn_embed_dim == 0
+        self.together = self.experts and process_count() > 1 and cfg.moe_routing_scope == "world"
+        # Rows of a full batch, in a step of training or validation; None: as many tokens as any
+        # process has; 0: not in such a step.
+        self.full_rows: Optional[int] = 0
+
+    def fill(self, tokens: Tensor) -> Filled:
+        """Tokens (B, T), by all processes at once; where these route together, all get the length
+        of the longest."""
+        rows, length = tokens.shape
+        branch = self.experts and self.rule == "branch"
+        active, largest = 1, rows * length
+        if self.together or (branch and self.full_rows is None and process_count() > 1):
+            everyone = _all_gather(rows, length)  # (processes, 2)
+            largest = int(everyone.prod(dim=1).max())
+            if self.together:
+                # Padding takes slots: as of one process that has the rows of all.
+                length = int(everyone[:, 1].max())
+                tokens = F.pad(tokens, (0, length - tokens.size(1)), value=self.padding_idx)
+                active = max(1, int((everyone[:, 0] > 0).sum()))
+        missing = 0
+        if branch and self.full_rows != 0:
+            full = largest if self.full_rows is None else self.full_rows * length
+            missing = max(0, full - rows * length)
+        return Filled(tokens, missing, (rows > 0) / active)
+
+    def unrouted(self, tokens: Tensor, missing: int = 0) -> Optional[Tensor]:
+        """What goes to no expert of tokens (B, T) and of those missing, which go to none: (B T +
+        missing,) bool; None: all go."""
+        if not self.masked and missing == 0:
+            return None
+        mask = tokens.eq(self.padding_idx).flatten()
+        if not self.masked:
+            mask = torch.zeros_like(mask)
+        return F.pad(mask, (0, missing), value=True)
+
+    def attention_mask(self, padding: Tensor, new: int) -> Optional[Tensor]:
+        """The mask that the last `new` positions need: for a batch with padding on the left, and
+        for several positions after earlier ones; None for any other, as behind a causal mask
+        padding on the right is out of sight, but for padding itself. By the branch's rule that does
+        not look at padding either, and is so routed otherwise.
+
+        padding (B, T) bool -> (B, 1, new, T) bool. A position may always look at itself, so that
+        padding has something to look at and no row becomes NaN.
+        """
+        length = padding.size(1)
+        branch = self.experts and self.rule == "branch"
+        if new == 1:
+            if not padding.any():
+                return None
+            mask = ~padding
+            mask[:, -1] = True
+            return mask[:, None, None, :]
+        on_the_left = (padding[:, :-1] & ~padding[:, 1:]).any()
+        if new == length and not on_the_left and not (branch and padding.any()):
+            return None
+        causal = torch.ones(length, length, dtype=torch.bool, device=padding.device).tril()
+        itself = torch.eye(length, dtype=torch.bool, device=padding.device)
+        seen = causal & ~padding[:, None, None, :]
+        if branch:
+            itself = itself & ~seen.any(dim=-1, keepdim=True)
+        return (seen | itself)[:, :, -new:]
+
+
+def set_pad_rule(model: nn.Module, rule: str) -> None:
+    """Go by this rule from now on."""
+    model.decoder.pad_rule.rule = rule
+    for module in model.modules():
+        if isinstance(module, Gate):
+            module.settings = module.settings._replace(count_padding=rule != "real")
+
+
+def _all_gather(*numbers: int) -> Tensor:
+    """Numbers of each process: (processes, numbers) int64, on the CPU."""
+    mine = torch.tensor(numbers, device=collective_device())
+    everyone = [torch.empty_like(mine) for _ in range(process_count())]
+    dist.all_gather(everyone, mine)
+    return torch.stack(everyone).cpu()
