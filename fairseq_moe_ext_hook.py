@@ -23,7 +23,7 @@ class FairseqFinder:
 
         spec = importlib.util.find_spec("fairseq")
         if spec is not None and spec.loader is not None:
-            for name in ("errors", "finding", "generation", "literals"):
+            for name in ("errors", "files", "finding", "generation", "literals"):
                 load(name)  # compat needs it, and must not import the package to get it
             load("compat").wrap_loader(spec)
         return spec

@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Callable, Iterator, List, NamedTuple, Optional
 
 from fairseq_moe_ext.errors import OneLineParser, UserError
+from fairseq_moe_ext.files import read_text
 from fairseq_moe_ext.finding import plugin_by_itself
 from fairseq_moe_ext.generation import overlong_lines, prompts_with_ends, repeated_ngrams
 from fairseq_moe_ext.literals import literal
@@ -88,7 +89,7 @@ def wrap_loader(spec) -> None:
 def _complete_package() -> None:
     """Give the package its submodules that the hook loaded by path, before there was a package."""
     package = sys.modules.get("fairseq_moe_ext")
-    for name in ("errors", "finding", "generation", "literals", "compat"):
+    for name in ("errors", "files", "finding", "generation", "literals", "compat"):
         module = sys.modules.get("fairseq_moe_ext." + name)
         if package is not None and module is not None:
             setattr(package, name, module)
@@ -234,6 +235,8 @@ def named_dictionaries() -> None:
 
     @functools.wraps(stock)
     def add_from_file(self, f):
+        if isinstance(f, str) and os.path.exists(f):
+            read_text(f)  # a FIFO would make stock wait; of another encoding it says no name
         try:
             return stock(self, f)
         except (RuntimeError, ValueError) as error:

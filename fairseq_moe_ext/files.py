@@ -4,7 +4,7 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Any, BinaryIO, Mapping, Sequence, Union
+from typing import Any, BinaryIO, Mapping, Optional, Sequence, Union
 
 from fairseq_moe_ext.errors import UserError
 
@@ -42,17 +42,18 @@ def check(path: Name, where: str = "") -> None:
         raise UserError(f"{where}: {kind}, not a file; name a regular file")
 
 
-def check_named(settings: Mapping[str, Any], argv: Sequence[str] = ()) -> None:
+def check_named(settings: Mapping[str, Any], argv: Optional[Sequence[str]] = None) -> None:
     """Raise UserError if a setting names something to wait at or without an end: a FIFO, a socket
     or a device.
 
     Args:
         settings: flag, without dashes and with "_", -> value or list of values.
-        argv: the command line, which tells flags from arguments without a name.
+        argv: the command line, which tells flags from arguments without a name. None: all are
+            flags.
     """
     for key, value in settings.items():
         flag = "--" + key.replace("_", "-")
-        is_flag = any(word.partition("=")[0] == flag for word in argv)
+        is_flag = argv is None or any(word.partition("=")[0] == flag for word in argv)
         for one in value if isinstance(value, (list, tuple)) else [value]:
             kind = _waits(one) if isinstance(one, (str, Path)) else ""
             if kind:

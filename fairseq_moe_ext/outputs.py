@@ -3,7 +3,7 @@
 import contextlib
 import os
 from pathlib import Path
-from typing import Dict, Iterable, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Mapping, Optional, Tuple
 
 from fairseq_moe_ext import files
 from fairseq_moe_ext.errors import UserError
@@ -38,6 +38,34 @@ def check(
                 raise UserError(f"{where}: is read by this command; name another file")
         if not overwrite:
             raise UserError(f"{where}: exists; name another file or give --overwrite")
+
+
+_FOLDERS = ("save_dir", "tensorboard_logdir", "results_path")
+
+
+def check_of_fairseq(given: Mapping[str, Any], spell: Callable[[str], str]) -> None:
+    """Raise UserError for flags of fairseq's, by name, that name a place where nothing can be
+    written. --log-file is appended to, and may be a device (/dev/stderr)."""
+    for name in _FOLDERS:
+        path = given.get(name)
+        while path and not os.path.lexists(path):
+            path = os.path.dirname(path)
+        if path and not os.path.isdir(path):
+            raise UserError(f"{spell(name)} {given[name]}: {path} is not a folder; name another")
+    log = given.get("log_file")
+    if not log:
+        return
+    where = f"{spell('log_file')} {log}"
+    if os.path.exists(log):
+        kind = files.kind_of(os.stat(log))
+        if kind and kind != "a device":
+            raise UserError(f"{where}: {kind}, not a file; name a regular file or a new one")
+        others = {name: value for name, value in given.items() if name != "log_file"}
+        for name, value in others.items():
+            if isinstance(value, str) and os.path.isfile(value) and os.path.samefile(log, value):
+                raise UserError(f"{where}: {spell(name)} is the same file; name another")
+    elif not os.path.isdir(os.path.dirname(log) or "."):
+        raise UserError(f"{where}: no folder {os.path.dirname(log)}; make it first")
 
 
 def _check_place(path: Path, where: str) -> bool:

@@ -18,7 +18,7 @@ from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY, FairseqLanguageM
 from fairseq.optim import OPTIMIZER_REGISTRY, lr_scheduler
 from fairseq.tasks import TASK_REGISTRY
 
-from . import ranges
+from . import files, outputs, ranges
 from .errors import UserError
 
 Spell = Callable[[str], str]
@@ -76,6 +76,9 @@ def _is_ours(names: Mapping[str, Any]) -> bool:
 def check(given: Mapping[str, Any], spell: Spell, training: bool) -> None:
     """Raise UserError for settings, by name, that cannot be, alone or together."""
     ranges.check(given, spell)
+    # fairseq-interactive may read its --input from a pipe
+    files.check_named({k: v for k, v in given.items() if k not in ("log_file", "input")})
+    outputs.check_of_fairseq(given, spell)
     for name in ("model_overrides", "optimizer_overrides"):
         _check_overrides(given.get(name), spell(name))
     _check_what_is_not_here(given, spell)

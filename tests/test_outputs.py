@@ -4,10 +4,12 @@ import json
 import os
 import socket
 import stat
+from argparse import Namespace
 
 import pytest
+from fairseq.data import Dictionary
 
-from fairseq_moe_ext import cli, outputs
+from fairseq_moe_ext import cli, outputs, starting
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.evaluation import expert_use, report
 
@@ -135,3 +137,47 @@ def test_a_report_leaves_what_is_not_its_own(places, capsys):
     assert cli.main(["report", "."]) == 1
     assert "error: report.html: a symbolic link" in capsys.readouterr().err
     assert (places / "old.json").read_text() == "kept"
+
+
+def made(**given):
+    """A command line of training, parsed."""
+    ours = {"task": "mixture_language_modeling", "max_update": 1, "batch_size": 1}
+    return Namespace(**ours, **given)
+
+
+@pytest.mark.parametrize(
+    "flag, name, message",
+    [
+        ("save_dir", "old.json", "old.json is not a folder"),
+        ("save_dir", "old.json/run/1", "old.json is not a folder"),
+        ("save_dir", "broken", "broken is not a folder"),
+        ("save_dir", "fifo", "a FIFO"),
+        ("tensorboard_logdir", "old.json", "old.json is not a folder"),
+        ("results_path", "old.json", "old.json is not a folder"),
+        ("log_file", "fifo", "a FIFO"),
+        ("log_file", "folder", "a folder"),
+        ("log_file", "none/log", "no folder none"),
+        ("log_file", "old.json", "--restore-file is the same file"),
+        ("restore_file", "fifo", "a FIFO"),
+        ("data", "fifo", "a FIFO"),
+    ],
+)
+def test_places_of_fairseqs_flags_are_judged_before_the_work(places, flag, name, message):
+    given = {"restore_file": "old.json", flag: name}
+    with pytest.raises(UserError) as error:
+        starting.check_command_line(made(**given))
+    assert str(error.value).startswith(f"--{flag.replace('_', '-')} {name}: ")
+    assert message in str(error.value)
+
+
+def test_places_of_fairseqs_flags_that_can_be_written(places):
+    given = {"save_dir": "a/b", "tensorboard_logdir": "folder", "log_file": "/dev/stderr"}
+    starting.check_command_line(made(**given, results_path=None))
+    starting.check_command_line(made(log_file="new.log", save_dir="folder/new"))
+
+
+def test_a_dictionary_is_a_file_of_utf8(places):
+    (places / "latin.txt").write_bytes(b"caf\xe9 1\n")
+    for name, message in (("fifo", "fifo: a FIFO"), ("latin.txt", "latin.txt: not UTF-8 at byte")):
+        with pytest.raises(UserError, match=message):
+            Dictionary.load(name)
