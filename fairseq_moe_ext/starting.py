@@ -246,7 +246,8 @@ def _check_schedule(given: Mapping[str, Any], spell: Spell) -> None:
         )
     total = given.get("total_num_update")
     if schedule == "polynomial_decay" and not given.get("max_update"):
-        if total is None or isinstance(total, str):
+        # the command line gives it as text, and its default as a reference to --max-update
+        if total is None or str(total).startswith("${"):
             raise UserError(
                 f"{spell('lr_scheduler')} polynomial_decay ends at {spell('total_num_update')}, "
                 f"which is not given, nor is {spell('max_update')}: give either"

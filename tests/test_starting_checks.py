@@ -96,6 +96,16 @@ def test_flags_that_contradict_in_training(changes, words, monkeypatch):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+def test_the_end_of_a_schedule_may_be_its_own():
+    """fairseq's parser gives --total-num-update as text (II default)."""
+    given = {**OURS, "lr_scheduler": "polynomial_decay", "max_update": 0}
+    starting.check_command_line(Namespace(**given, total_num_update="100"))
+    with pytest.raises(UserError, match="nor is --max-update: give either"):
+        starting.check_command_line(
+            Namespace(**given, total_num_update="${optimization.max_update}")
+        )
+
+
 @pytest.mark.parametrize("arch, task", [("transformer", "mixture_language_modeling")])
 def test_a_model_of_another_kind(arch, task):
     with pytest.raises(UserError, match="--arch transformer is no language model"):
