@@ -48,6 +48,18 @@ _BUILT = {"model", "task", "criterion"} | {
     if dataclasses.is_dataclass(field.type)
 }
 _READING = {"bpe", "tokenizer", "scoring", "task"}  # groups whose settings name files to be read
+_MOST = 2**20  # layers, experts, width of a layer
+_SIZES = {
+    "decoder_attention_heads",
+    "decoder_embed_dim",
+    "decoder_ffn_embed_dim",
+    "decoder_input_dim",
+    "decoder_layers",
+    "decoder_output_dim",
+    "moe_expert_count",
+    "moe_expert_ffn_dim",
+}
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.self_attn\.")
 _RESOLVER = re.compile(r"\$\{[^}]*:")  # omegaconf's, as ${oc.env:HOME}
 
 
@@ -69,6 +81,7 @@ def check_settings(path: str, state: Dict[str, Any]) -> None:
         for name, value in vars(args).items():
             if not any(_fits(value, kind) for kind in kinds.get(name, [Any])):
                 raise _misfit(path, "", name, value, kinds[name][0])
+    _check_sizes(path, state)
     for group, settings in _groups({"cfg": cfg}):
         kind = _dataclass_of(group, settings.get("_name"))
         if kind is not None:
@@ -81,6 +94,21 @@ def check_settings(path: str, state: Dict[str, Any]) -> None:
             places = settings.keys() & _flat_kinds(settings, _READING).keys()
         for name in places:
             _check_place(path, group, name, settings)
+
+
+def _check_sizes(path: str, state: Dict[str, Any]) -> None:
+    """Raise UserError for sizes that would fill the memory when the model is built, and that the
+    file's own tensors do not have."""
+    weights = state.get("model")
+    found = [_LAYER.match(str(name)) for name in weights] if isinstance(weights, dict) else []
+    layers = max((int(match[1]) + 1 for match in found if match), default=None)
+    for group, settings in _groups(state):
+        for name in _SIZES & settings.keys() if group in ("", "model") else ():
+            value = settings[name]
+            most = layers if name == "decoder_layers" and layers is not None else _MOST
+            if isinstance(value, int) and value > most:
+                kind = f"{most} at most" if most == _MOST else f"{most} as its tensors"
+                raise _misfit(path, group, name, value, kind)
 
 
 def check_fields(path: str, group: str, settings: Dict[str, Any], kind: type) -> None:
