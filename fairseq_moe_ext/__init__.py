@@ -54,7 +54,7 @@ from . import (  # noqa: E402, F401
     starting,
 )
 from .branch import hooks as branch_hooks  # noqa: E402
-from .models import architectures, language_model, unfilled  # noqa: E402, F401
+from .models import architectures, hub, language_model, unfilled  # noqa: E402, F401
 from .tasks import mixture_language_modeling, multiple_choice  # noqa: E402, F401
 
 distributed_training.apply()
@@ -62,6 +62,7 @@ starting.apply()
 counted.apply()
 fully_sharded.apply()
 unfilled.apply()
+hub.apply()
 checkpoint.apply()
 branch_hooks.apply()  # behind checkpoint's: it answers first, for files that it knows
 fingerprint.apply()

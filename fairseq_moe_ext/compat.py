@@ -39,7 +39,12 @@ from typing import Callable, Iterator, List, NamedTuple, Optional
 from fairseq_moe_ext.errors import OneLineParser, UserError
 from fairseq_moe_ext.files import read_text
 from fairseq_moe_ext.finding import plugin_by_itself
-from fairseq_moe_ext.generation import overlong_lines, prompts_with_ends, repeated_ngrams
+from fairseq_moe_ext.generation import (
+    overlong_lines,
+    prompts_with_ends,
+    repeated_ngrams,
+    topk_of_a_small_dictionary,
+)
 from fairseq_moe_ext.literals import literal
 
 _LOADED_BY_HOOK = "fairseq_moe_ext" not in sys.modules  # so it is installed
@@ -1319,6 +1324,7 @@ PATCHES = (
     Patch(bf16_without_tpu, needed=lambda: importlib.util.find_spec("torch_xla") is None),
     Patch(repeated_ngrams, needed=_always),
     Patch(prompts_with_ends, needed=_always),
+    Patch(topk_of_a_small_dictionary, needed=_always),
     Patch(overlong_lines, needed=_always),
     Patch(validation_without_task, needed=_always),
     Patch(settings_of_old_checkpoints, needed=_always),

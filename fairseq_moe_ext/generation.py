@@ -127,6 +127,24 @@ def _row(sample: Dict[str, Any], row: int) -> Dict[str, Any]:
     return {"net_input": inputs, **({"id": of(sample["id"])} if "id" in sample else {})}
 
 
+def topk_of_a_small_dictionary() -> None:
+    """Take all tokens where --sampling-topk asks for more than there are.
+
+    Breaks: `selected index k out of range`, a RuntimeError.
+    Where: fairseq/search.py:696.
+    Ends: with a fairseq that takes the smaller number.
+    """
+    from fairseq.search import Sampling
+
+    stock = Sampling.__init__
+
+    @functools.wraps(stock)
+    def __init__(self, tgt_dict, sampling_topk=-1, sampling_topp=-1.0):
+        stock(self, tgt_dict, min(sampling_topk, len(tgt_dict)), sampling_topp)
+
+    Sampling.__init__ = __init__
+
+
 def overlong_lines() -> None:
     """Leave out a line of fairseq-interactive that the model cannot take, and say so.
 

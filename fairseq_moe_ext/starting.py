@@ -91,6 +91,7 @@ def check(given: Mapping[str, Any], spell: Spell, training: bool) -> None:
         )
     of_training = [_check_kinds, _check_validation, _check_schedule]
     others = [_check_window, _check_shards, _check_hypotheses, _check_pieces, _check_checkpoint]
+    others.append(_check_search)
     for one in of_training if training else others:
         one(given, spell)
 
@@ -186,6 +187,13 @@ _NOT_IN_GENERATION = {
     "constraints": "language models are not searched with constraints",
     "print_alignment": "language models have no source to align with",
     "match_source_len": "language models have no source",
+    "replace_unk": "language models have no source to copy from",
+    "print_step": "language models write token by token",
+    "retain_iter_history": "language models write token by token",
+    "decoding_format": "language models write token by token",
+    "iter_decode_with_external_reranker": "language models write token by token",
+    "iter_decode_force_max_iter": "language models write token by token",
+    "eos_token": "language models end at </s>",
 }
 _CRITERIONS = (  # of stock's, those of language models
     "cross_entropy",
@@ -207,6 +215,32 @@ def _check_kinds(given: Mapping[str, Any], spell: Spell) -> None:
     kind = ARCH_MODEL_REGISTRY.get(name) or MODEL_REGISTRY.get(name)
     if kind is not None and not issubclass(kind, FairseqLanguageModel):
         raise UserError(f"{spell('arch')} {name} is no language model: use moe_lm_tiny, ...")
+
+
+def _check_search(given: Mapping[str, Any], spell: Spell) -> None:
+    """What fairseq/tasks/fairseq_task.py:410 and fairseq_cli/interactive.py:126 assert, or what
+    would do nothing without another flag."""
+    if given.get("beam") is None:
+        return
+    groups = given.get("diverse_beam_groups") or -1
+    kinds = groups > 0, (given.get("diversity_rate") or -1) > 0, bool(given.get("sampling"))
+    if sum(kinds) > 1:
+        raise UserError(
+            f"{spell('sampling')}, {spell('diverse_beam_groups')} and {spell('diversity_rate')} "
+            "are searches of different kinds: give one of them"
+        )
+    strength = given.get("diverse_beam_strength")
+    if groups < 1 and strength not in (None, 0.5):
+        raise UserError(
+            f"{spell('diverse_beam_strength')} {strength} is for {spell('diverse_beam_groups')}, "
+            "which is not given: add that"
+        )
+    batch, buffer = given.get("batch_size"), given.get("buffer_size")
+    if batch and buffer is not None and batch > max(buffer, 1):
+        raise UserError(
+            f"{spell('batch_size')} {batch} is more than {spell('buffer_size')} {buffer}, the "
+            "lines that are read at a time: raise that"
+        )
 
 
 def _check_pieces(given: Mapping[str, Any], spell: Spell) -> None:

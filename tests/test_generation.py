@@ -106,6 +106,7 @@ def test_text_goes_on_behind_newlines_in_prompts(model):
         {"beam_size": 3},
         {"beam_size": 4, "search_strategy": search.DiverseBeamSearch(DICTIONARY, 2, 0.5)},
         {"beam_size": 2, "search_strategy": search.Sampling(DICTIONARY, 5)},
+        {"beam_size": 2, "search_strategy": search.Sampling(DICTIONARY, 10**6)},
         {"beam_size": 2, "search_strategy": search.Sampling(DICTIONARY, -1, 0.8)},
         {"beam_size": 3, "max_len_b": 3},
         {"beam_size": 3, "max_len_b": 2},

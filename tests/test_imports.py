@@ -76,7 +76,16 @@ ALLOWED = {
         "models",
         "moe",
     },
-    "models": {"config", "expert_parallel", "fully_sharded", "kernels", "models", "moe"},
+    "models": {
+        "config",
+        "expert_parallel",
+        "fully_sharded",
+        "generation",
+        "kernels",
+        "models",
+        "moe",
+        "starting",
+    },
     "criterions": {"criterions", "accuracy", "moe.stats", "ranges"},
     "tasks": {
         "tasks",

@@ -153,6 +153,12 @@ def test_training_without_anything_of_ours_is_left_alone():
         (dict(beam=3, nbest=1, diverse_beam_groups=2), "2 does not divide --beam 3"),
         (dict(beam=3, nbest=1, min_len=9, max_len_b=4), "--min-len 9 is more than --max-len-b 4"),
         (dict(beam=3, nbest=1, constraints="ordered"), "--constraints: language models"),
+        (dict(beam=2, arch="wav2vec2", save_dir="x", temperature=0.0), "--temperature 0.0"),
+        (dict(beam=4, diverse_beam_strength=1.0), "--diverse-beam-strength 1.0 is for"),
+        (dict(beam=4, nbest=4, sampling=True, diversity_rate=0.5), "different kinds"),
+        (dict(beam=4, buffer_size=0, batch_size=2), "--batch-size 2 is more than --buffer-size 0"),
+        (dict(beam=4, nbest=1, print_step=True), "--print-step: language models write token by"),
+        (dict(beam=4, nbest=1, replace_unk="x"), "--replace-unk: language models have no source"),
     ],
 )
 def test_flags_that_contradict_in_evaluation(changes, words):

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
 
 import torch
@@ -19,6 +20,7 @@ from ..errors import DAMAGED, UserError
 from ..expert_parallel import mark_experts
 from ..kernels.linear_cross_entropy import linear_cross_entropy
 from .decoder import MoETransformerDecoder, too_few_positions
+from .hub import LanguageModelHub, find_tokenizer
 from .unfilled import unfilled_where_loaded
 
 logger = logging.getLogger(__name__)
@@ -66,7 +68,8 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
         **kwargs: Any,
     ) -> GeneratorHubInterface:
         """As stock's (fairseq/models/fairseq_model.py@0.12.2): a folder, a checkpoint in it, a
-        data-bin, and overrides of settings -> an interface with `score` and `sample`.
+        data-bin, and overrides of settings -> an interface with `score` and `sample`, which takes
+        the tokenizer in the data's folder unless `bpe` is given.
 
         No token is dropped unless moe_eval_capacity_token_fraction says so: the branch's quarter
         of a batch is meant for long ones, and a sentence's score should not hang on its company.
@@ -74,9 +77,20 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
         if "://" not in model_name_or_path and not os.path.exists(model_name_or_path):
             raise UserError(f"{model_name_or_path}: no such folder; it should have the checkpoint")
         kwargs.setdefault("moe_eval_capacity_token_fraction", 1.0)
-        return super().from_pretrained(
+        if "bpe" not in kwargs:
+            data = Path(data_name_or_path)  # relative to the model where it begins with a dot
+            beside = data_name_or_path.startswith(".")
+            kwargs.update(find_tokenizer(model_name_or_path / data if beside else data) or {})
+        found = super().from_pretrained(
             model_name_or_path, checkpoint_file, data_name_or_path, **kwargs
         )
+        return LanguageModelHub(found.cfg, found.task, list(found.models))
+
+    def prepare_for_inference_(self, cfg: DictConfig) -> None:
+        """As stock's; the decoder has no dropout to keep (fairseq/models/fairseq_model.py:206)."""
+        if cfg.generation.retain_dropout:
+            raise UserError("--retain-dropout: these models have none in inference: drop it")
+        super().prepare_for_inference_(cfg)
 
     def forward(
         self,

@@ -1,0 +1,120 @@
+"""`from_pretrained`: text to scores and to text, with the tokenizer in the data's folder."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fairseq import checkpoint_utils
+
+import fairseq_moe_ext
+from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
+from fairseq_moe_ext.prepare.command import Options, parse_corpora, prepare
+from fairseq_moe_ext.priming.vocabulary import Vocabulary
+
+USER_DIR = Path(fairseq_moe_ext.__file__).parent
+TEXT = "the cat sat on the mat\nand saw a dog\n\n" * 20
+SHAPE = "--decoder-layers 2 --decoder-embed-dim 16 --decoder-ffn-embed-dim 16"
+SHAPE += " --decoder-attention-heads 2 --moe-freq 2 --moe-expert-count 2"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A prepared corpus `a` in `data`, and a model in `run`."""
+    folder = tmp_path_factory.mktemp("hub")
+    (folder / "a.txt").write_text(TEXT)
+    specs = [f"a:{split}={folder / 'a.txt'}" for split in ("train", "valid", "test")]
+    prepare(folder / "data", Options(corpora=parse_corpora(specs, []), train_bpe=280))
+    line = f"{folder / 'data' / 'a'} --user-dir {USER_DIR} --task language_modeling --cpu"
+    line += f" --arch moe_transformer_lm {SHAPE} --tokens-per-sample 32 --batch-size 4 --lr 0.01"
+    line += " --optimizer adam --criterion moe_cross_entropy --max-update 5 --num-workers 0"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["fairseq-train", *line.split(), "--save-dir", f"{folder}/run"])
+        __import__("fairseq_cli.train", fromlist=["cli_main"]).cli_main()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lm(folder):
+    return load(folder, folder / "data")
+
+
+def load(folder, data):
+    return MoETransformerLanguageModel.from_pretrained(
+        str(folder / "run"), "checkpoint_last.pt", str(data)
+    )
+
+
+@pytest.mark.parametrize("text", ["the cat", "the cat\nsat", "cat\n", " a  b\n\nc ", "é 木\n\n"])
+def test_scores_are_those_of_the_tokens(folder, lm, text):
+    """The model's log-probability of each token, as priming encodes the text: newlines are </s>."""
+    tokens = Vocabulary(folder / "data").encode(text)
+    assert lm.encode(text).tolist() == [*tokens, 2]
+    assert lm.decode(lm.encode(text)) == text
+    with torch.no_grad():
+        scores = lm.models[0](torch.tensor([[2, *tokens[:-1]]]))[0].log_softmax(-1)[0]
+    expected = scores[torch.arange(len(tokens)), torch.tensor(tokens)]
+    for found in (lm.score(text), lm.score(["the", text, "a dog sat"])[1]):
+        torch.testing.assert_close(found["positional_scores"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_tokenizer_is_found_in_the_corpus_above_it_and_by_a_relative_path(folder, lm):
+    for data in (folder / "data" / "a", "../data"):
+        same = load(folder, data)
+        assert torch.equal(same.encode("the cat sat"), lm.encode("the cat sat"))
+
+
+def test_prompts_go_on_behind_their_newlines(lm):
+    """Greedily, token by token, until </s>."""
+    prompts = ["the cat", "", "the\ncat", "the cat\n"]
+    for prompt, text in zip(prompts, lm.sample(prompts, beam=1, max_len_b=12)):
+        tokens = lm.encode(prompt).tolist()[:-1]
+        while len(tokens) < 12:
+            with torch.no_grad():
+                scores = lm.models[0](torch.tensor([[2, *tokens]]))[0][0, -1]
+            scores[1] = -torch.inf  # no padding
+            if not tokens:
+                scores[2] = -torch.inf  # --min-len 1
+            tokens.append(int(scores.argmax()))
+            if tokens[-1] == 2:
+                tokens.pop()
+                break
+        assert text == lm.decode([*tokens, 2]) and text.startswith(prompt)
+    assert lm.sample(prompts, beam=3, max_len_b=12)[2].startswith("the\ncat")
+    assert lm.sample([]) == lm.score([]) == []
+
+
+def test_text_that_cannot_be_scored_is_told(folder, lm):
+    for texts, words in (
+        ("", "text is empty"),
+        (["a", " \t"], "text 2 of 2 is empty"),
+        (["a", "the " * 40], "text 2 of 2 has 41 tokens; the model takes 31"),
+    ):
+        with pytest.raises(UserError, match=words):
+            lm.score(texts)
+    with pytest.raises(UserError, match="beam 0 is out of range"):
+        lm.sample("a", beam=0)
+    (folder / "words").mkdir()
+    (folder / "words" / "dict.txt").write_bytes((folder / "data" / "dict.txt").read_bytes())
+    without = load(folder, folder / "words")
+    for call in (without.score, without.sample):
+        with pytest.raises(UserError, match="nothing but <unk>; there is no encoder.json"):
+            call("the cat")
+
+
+@pytest.mark.parametrize("flags", ["", "--bpe gpt2"])
+def test_interactive_takes_the_same_tokenizer(folder, lm, monkeypatch, capsys, flags):
+    (folder / "input").write_text("the cat\n" + "the " * 40 + "\ndog\n")
+    monkeypatch.setattr(
+        checkpoint_utils, "load_model_ensemble", lambda *args, **kwargs: (list(lm.models), None)
+    )
+    line = f"{folder / 'data' / 'a'} --task language_modeling --path x.pt --beam 1 --cpu {flags}"
+    line += f" --max-len-b 12 --input {folder / 'input'} --user-dir {USER_DIR}"
+    monkeypatch.setattr(sys, "argv", ["fairseq-interactive", *line.split()])
+    __import__("fairseq_cli.interactive", fromlist=["cli_main"]).cli_main()
+    out, err = capsys.readouterr()
+    found = {row.split("\t")[0]: row.split("\t")[-1] for row in out.splitlines()}
+    assert found["D-0"] == lm.sample("the cat", beam=1, max_len_b=12)
+    assert found["D-2"] == lm.sample("dog", beam=1, max_len_b=12)
+    assert "error: line 2 is left out: 41 tokens; the model takes 32" in err and "D-1" not in found
