@@ -47,7 +47,10 @@ def _say_which_samples_are_too_long() -> None:
         self, indices, dataset, max_positions=None, ignore_invalid_inputs=False
     ):
         kept = stock(self, indices, dataset, max_positions, True)
-        if len(kept) == len(indices):
+        by_line = hasattr(
+            self, "next_line"
+        )  # fairseq-interactive's, told one by one (generation.py)
+        if len(kept) == len(indices) or by_line:
             return kept
         counted, whole = _tokens(dataset, kept), _tokens(dataset, indices)
         told = (
