@@ -11,7 +11,9 @@ from test_commands import MOE as SPARSE
 
 from fairseq_moe_ext.checkpoint.intact import digest_of
 from fairseq_moe_ext.cli import main
+from fairseq_moe_ext.convert import command as convert
 from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.locks import Lock, beside
 
 
 def flip(path, record="data/0"):
@@ -196,3 +198,39 @@ def test_the_digest_is_that_of_the_bytes(tmp_path):
     # FIPS 180-2, appendix B.1
     expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert digest_of(str(tmp_path / "a")) == expected
+
+
+def test_two_converts_do_not_mix(one, tmp_path, capsys):
+    target = tmp_path / "t" / "x.pt"
+    target.parent.mkdir()
+    with Lock(beside(target), "it"):
+        assert main(["convert", str(one), str(target)]) == 1
+        assert f"{target} is being worked on by PID" in capsys.readouterr().err
+        assert main(["convert", str(one), str(target.with_name("y.pt"))]) == 0
+    assert [path.name for path in target.parent.iterdir()] == ["y.pt"]
+    assert main(["convert", str(one), str(tmp_path / "no" / "folder" / "x.txt")]) == 1
+    assert main(["convert", str(tmp_path / "none.pt"), str(tmp_path / "no" / "x.pt")]) == 1
+    assert not (tmp_path / "no").exists()
+
+
+def test_what_another_convert_wrote_meanwhile_stays(one, tmp_path, monkeypatch, capsys):
+    target = tmp_path / "x.pt"
+    stock = convert._check
+
+    def check(args):
+        stock(args)
+        target.write_text("another's")
+
+    monkeypatch.setattr(convert, "_check", check)
+    assert main(["convert", str(one), str(target)]) == 1
+    assert "exists; choose another name" in capsys.readouterr().err
+    assert target.read_text() == "another's"
+
+
+def test_files_of_experts_are_not_put_into_the_folder_of_a_running_training(one, tmp_path, capsys):
+    with Lock(tmp_path / "lock", "it"):
+        line = ["convert", str(one), str(tmp_path / "x.pt")]
+        assert main([*line, "--expert-files", "2"]) == 1
+        assert f"{tmp_path} is being worked on by PID" in capsys.readouterr().err
+        assert not (tmp_path / "experts").exists()
+        assert main(line) == 0

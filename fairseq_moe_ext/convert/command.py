@@ -3,12 +3,15 @@
 import argparse
 import contextlib
 import os
-from typing import List
+import time
+from pathlib import Path
+from typing import ContextManager, Iterator, List
 
 import torch
 from tqdm import tqdm
 
 from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.locks import Lock, beside
 
 DESCRIPTION = """\
 Convert a checkpoint: into one file, into files of experts, to half precision, to its weights alone,
@@ -77,6 +80,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Raises UserError for what cannot be converted, with nothing written."""
     _check(args)
+    with _alone(args.dest):
+        _refuse_existing(args)  # another convert may have written it since
+        _convert(args)
+
+
+def _convert(args: argparse.Namespace) -> None:
     from fairseq_moe_ext.convert import source as reading
     from fairseq_moe_ext.convert import targets, upcycle, xglm
 
@@ -96,11 +105,16 @@ def run(args: argparse.Namespace) -> None:
     else:
         jobs = targets.fairseq_jobs(source, args.dest, args.expert_files)
     stale = [path for path in _existing(args) if path not in {job.path for job in jobs}]
-    _write(jobs, stale)
+    folder = os.path.dirname(args.dest) or "."
+    shares = args.to is None and (args.overwrite or args.expert_files is not None)
+    with _experts_alone(folder) if shares else contextlib.nullcontext():
+        pass  # a training is told of before the work
+    _write(jobs, stale, _experts_alone(folder) if shares else contextlib.nullcontext())
     if args.to is None and args.overwrite:
         from fairseq_moe_ext.checkpoint.removing import remove_unused_files
 
-        remove_unused_files(os.path.dirname(args.dest) or ".")
+        with _experts_alone(folder):
+            remove_unused_files(folder)
     print(_told(args, source, jobs))
 
 
@@ -136,12 +150,16 @@ def _check(args: argparse.Namespace) -> None:
             f"{args.dest}: exists, and would be read in place of the -rank- and -shared files "
             "beside it: choose another name, or move it away"
         )
-    existing = _existing(args)
-    if existing and not args.overwrite:
-        raise UserError(f"{existing[0]}: exists; choose another name, or add --overwrite")
+    _refuse_existing(args)
     folder = args.dest if args.to == "xglm" else os.path.dirname(args.dest)
     if os.path.isfile(folder):
         raise UserError(f"{folder}: is a file, not a folder")
+
+
+def _refuse_existing(args: argparse.Namespace) -> None:
+    existing = _existing(args)
+    if existing and not args.overwrite:
+        raise UserError(f"{existing[0]}: exists; choose another name, or add --overwrite")
 
 
 def _existing(args: argparse.Namespace) -> List[str]:
@@ -165,9 +183,51 @@ def _is_weights(name: str) -> bool:
     )
 
 
-def _write(jobs, stale: List[str]) -> None:
+@contextlib.contextmanager
+def _alone(dest: str) -> Iterator[None]:
+    """Hold DST against another convert; folders that it needs are made, and go if they stay
+    empty."""
+    folder = Path(os.path.realpath(dest)).parent
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{dest}: cannot be written ({error.strerror}); choose another DST"
+        ) from None
+    try:
+        with Lock(beside(dest), dest):
+            yield
+    finally:
+        for one in made:
+            with contextlib.suppress(OSError):
+                one.rmdir()
+
+
+@contextlib.contextmanager
+def _experts_alone(folder: str, seconds: float = 5) -> Iterator[None]:
+    """Hold a folder, of which checkpoints share the experts' files, against a training into it, and
+    for the moment that it takes against other converts."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            lock = Lock(Path(folder) / "lock", folder)
+            break
+        except UserError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
+    with lock:
+        yield
+
+
+def _write(jobs, stale: List[str], alone: ContextManager) -> None:
     """Write all files under temporary names, then rename them; the last, by which the set is found,
-    last. What it replaces goes first, so that no mixture of two sets can be read."""
+    last. What it replaces goes first, so that no mixture of two sets can be read.
+
+    Args:
+        alone: entered for the renaming.
+    """
     from fairseq_moe_ext.checkpoint.writing import sync_folder
     from fairseq_moe_ext.convert.targets import TEMPORARY
 
@@ -181,12 +241,13 @@ def _write(jobs, stale: List[str]) -> None:
                 made.append(job.path + TEMPORARY)
                 job.write(made[-1], bar.update)
         replaced = [job.path for job in jobs[:-1] if os.path.exists(job.path)]
-        if replaced or stale:
-            for path in [jobs[-1].path, *stale]:
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(path)
-        for job in jobs:
-            os.replace(job.path + TEMPORARY, job.path)
+        with alone:
+            if replaced or stale:
+                for path in [jobs[-1].path, *stale]:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.remove(path)
+            for job in jobs:
+                os.replace(job.path + TEMPORARY, job.path)
         for folder in {os.path.dirname(job.path) or "." for job in jobs}:
             sync_folder(folder)
     except OSError as error:
