@@ -54,7 +54,7 @@ class Lock:
             self.descriptor = self._take()
         except OSError as error:
             raise UserError(
-                f"{what} cannot be written to ({path}: {error.strerror}); choose another place"
+                f"{what}: cannot be written ({error.strerror}); choose another place"
             ) from error
         _held.add(self.descriptor)
         atexit.register(self.release)

@@ -510,13 +510,18 @@ def test_overwriting(run, tmp_path):
 def test_a_full_disk_leaves_nothing(run, tmp_path, capsys, monkeypatch):
     source, _ = run(MOE)
 
-    def fsync(descriptor):
-        raise OSError(28, "No space left on device")
+    stock = os.fsync
+    for suffix in (".tmp", ".lock"):
 
-    monkeypatch.setattr(os, "fsync", fsync)
-    error = mistake(capsys, source, tmp_path / "x.pt", "--expert-files", 2)
-    assert "cannot be written (No space left on device)" in error
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+        def fsync(descriptor, suffix=suffix):
+            if os.readlink(f"/proc/self/fd/{descriptor}").endswith(suffix):
+                raise OSError(28, "No space left on device")
+            stock(descriptor)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        error = mistake(capsys, source, tmp_path / "x.pt", "--expert-files", 2)
+        assert "cannot be written (No space left on device)" in error
+        assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_the_archive_is_what_torch_reads(tmp_path):

@@ -86,13 +86,13 @@ def test_an_empty_file_of_an_older_version_is_taken_over_when_nobody_has_it(path
 
 def test_what_is_no_file_is_refused(path, tmp_path):
     os.symlink(tmp_path / "nowhere", path)
-    with pytest.raises(UserError, match="it cannot be written to"):
+    with pytest.raises(UserError, match="it: cannot be written"):
         Lock(path, "it")
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(UserError, match="it cannot be written to"):
+    with pytest.raises(UserError, match="it: cannot be written"):
         Lock(path, "it")
-    with pytest.raises(UserError, match="it cannot be written to"):
+    with pytest.raises(UserError, match="it: cannot be written"):
         Lock(tmp_path / "no folder" / "lock", "it")
 
 
