@@ -21,6 +21,7 @@ import difflib
 import functools
 import importlib
 import importlib.util
+import inspect
 import logging
 import os
 import pickle
@@ -253,6 +254,43 @@ def named_dictionaries() -> None:
             raise UserError(f"{f}: {reason}; {remedy}") from error
 
     Dictionary.add_from_file = add_from_file
+
+
+def named_inputs() -> None:
+    """Tell of a --user-dir that is no package, and of a tokenizer that is none, with the name.
+
+    Breaks: ModuleNotFoundError, UnicodeDecodeError or JSONDecodeError without the file.
+    Where: fairseq/utils.py:491, fairseq/data/encoders/gpt2_bpe.py:34.
+    Ends: never.
+    """
+    from fairseq import utils
+    from fairseq.data.encoders import gpt2_bpe
+
+    stock_import, stock_encoder = utils.import_user_module, gpt2_bpe.get_encoder
+
+    @functools.wraps(stock_import)
+    def import_user_module(args):
+        folder = getattr(args, "user_dir", None)
+        try:
+            return stock_import(args)
+        except (ModuleNotFoundError, ValueError) as error:
+            name = os.path.basename(os.path.abspath(folder))
+            if getattr(error, "name", "") not in ("", name) or os.path.isdir(folder) and name:
+                raise
+            raise UserError(f"--user-dir {folder}: no folder of a Python package") from error
+
+    @functools.wraps(stock_encoder)
+    def get_encoder(encoder_json_path, vocab_bpe_path):
+        try:
+            return stock_encoder(encoder_json_path, vocab_bpe_path)
+        except (ValueError, AttributeError) as error:  # of Unicode and JSON, too
+            raise UserError(
+                f"{encoder_json_path} and {vocab_bpe_path}: no byte-level BPE "
+                f"({_first_line(error)}); copy both again from where the model was made"
+            ) from error
+
+    utils.import_user_module = import_user_module
+    gpt2_bpe.get_encoder = get_encoder
 
 
 def checked_data_bins() -> None:
@@ -961,6 +999,7 @@ def hydra_command() -> None:
     Ends: never.
     """
     from fairseq.dataclass import initialize, utils
+    from hydra._internal import utils as hydra_utils
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -968,8 +1007,6 @@ def hydra_command() -> None:
 
     @functools.wraps(stock_init)
     def hydra_init(cfg_name="config"):
-        from hydra._internal import utils as hydra_utils
-
         command = sys.modules.get("fairseq_cli.hydra_train")  # else another program with Hydra
         if command is not None:
             _check_config_name(cfg_name)
@@ -994,10 +1031,31 @@ def hydra_command() -> None:
                 raise
             raise UserError(f"{group}.{_describe_setting(error)}") from error
 
+    hydra_utils.get_args_parser = _one_line_once(hydra_utils.get_args_parser)
     initialize.hydra_init = hydra_init
     utils.merge_with_parent = merge_with_parent
     folder = os.path.dirname(os.path.abspath(__file__))
     OmegaConf.register_new_resolver("fairseq_moe_ext.user_dir", lambda: folder, replace=True)
+
+
+def _one_line_once(stock: Callable) -> Callable:
+    """For hydra's parser, which fairseq_cli/hydra_train.py:80 asks twice, once in vain."""
+    told = set()
+
+    @functools.wraps(stock)
+    def get_args_parser():
+        parser = stock()
+
+        def error(message):
+            if message in told:
+                parser.exit(2)
+            told.add(message)
+            OneLineParser.error(parser, message)
+
+        parser.error = error
+        return parser
+
+    return get_args_parser
 
 
 def _check_config_name(name: str) -> None:
@@ -1043,6 +1101,8 @@ def _hydra_mistake_to_print(error: BaseException) -> Optional[str]:
         return None
     if isinstance(error, InterpolationResolutionError):
         return _describe_setting(error)
+    if isinstance(error, ValueError) and "override must be" in str(error):
+        return _in_one_line(str(error))
     if not isinstance(error, HydraException):
         return None
     if isinstance(error.__cause__, OmegaConfBaseException):
@@ -1090,7 +1150,7 @@ def one_line_errors() -> None:
     @functools.wraps(stock)
     def call_main(cfg, main, **kwargs):
         try:
-            if main is getattr(sys.modules.get("fairseq_cli.hydra_train"), "pre_main", None):
+            if _is_hydras(main):
                 _check_run(cfg)
             return stock(cfg, main, **kwargs)
         except (Exception, KeyboardInterrupt) as error:  # the latter by --heartbeat-timeout, too
@@ -1150,6 +1210,14 @@ def _whole_lists(stock: Callable) -> Callable:
     return eval_str_list
 
 
+def _is_hydras(main: Callable) -> bool:
+    """Whether it is what fairseq-hydra-train calls, as it is or wrapped."""
+    hydras = getattr(sys.modules.get("fairseq_cli.hydra_train"), "pre_main", None)
+    while isinstance(main, functools.partial) and main.args:
+        main = main.args[0]
+    return hydras is not None and inspect.unwrap(main) is inspect.unwrap(hydras)
+
+
 def _check_run(cfg) -> None:
     """Raise UserError for settings of fairseq-hydra-train that cannot be, where the plugin is in
     use."""
@@ -1193,7 +1261,7 @@ def _mistake_to_print(error: BaseException) -> Optional[str]:
         if isinstance(error, UserError):
             return str(error)
         told = _lost_process(error) or _out_of_memory(error) or _not_installed(error)
-        told = told or _said_by_fairseq(error)
+        told = told or _not_text(error) or _said_by_fairseq(error)
         if told is not None:
             return told
         seen.add(id(error))
@@ -1234,6 +1302,16 @@ def _said_by_fairseq(error: BaseException) -> Optional[str]:
     said = _in_one_line(str(error)) or str(last.line)
     said = said if len(said) < 400 else f"{said[:200]} ... {said[-200:]}"
     return f"{said} ({found[1]}:{last.lineno}; LOGLEVEL=DEBUG tells more)"
+
+
+def _not_text(error: BaseException) -> Optional[str]:
+    """One line for an --input of another encoding (fairseq_cli/interactive.py:45), else None."""
+    if isinstance(error, UnicodeDecodeError):
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if frame.f_code.co_filename.endswith("fileinput.py"):
+                name = frame.f_locals["self"].filename()
+                return f"{name}: not UTF-8 ({error.reason}); write it in that encoding"
+    return None
 
 
 def _not_installed(error: BaseException) -> Optional[str]:
@@ -1313,6 +1391,7 @@ PATCHES = (
     Patch(data_bins_beyond_2_gib, needed=lambda: _numpy_is((2, 0))),
     Patch(checked_data_bins, needed=_always),
     Patch(named_dictionaries, needed=_always),
+    Patch(named_inputs, needed=_always),
     Patch(checkpoints_without_code, needed=_always),
     Patch(settings_without_code, needed=_always),
     Patch(whole_checkpoint_copies, needed=lambda: importlib.util.find_spec("iopath") is None),

@@ -51,11 +51,11 @@ def check_run(cfg: Mapping[str, Any]) -> None:
     names = {"arch" if g == "model" else g: _name_of(inner) for g, inner in cfg.items()}
     if not _is_ours(names):
         return
-    groups = {name: group for group, name, _ in ranges.flatten(cfg)}
+    groups = {name: [group] for group, name, _ in ranges.flatten(cfg)}
     for group, name, value in ranges.flatten(cfg):
         ranges.check({name: value}, lambda name, group=group: f"{group}.{name}")
     given = {name: value for _, name, value in ranges.flatten(cfg)}
-    check({**given, **names}, lambda name: f"{groups.get(name, '')}.{name}", True)
+    check({**given, **names}, lambda name: ".".join([*groups.get(name, []), name]), True)
 
 
 def _name_of(group: Any) -> Any:

@@ -1,11 +1,14 @@
 """Flags that cannot be, or would silently do something else, end a command before it starts."""
 
+import functools
 import sys
 from argparse import Namespace
 from dataclasses import MISSING
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from fairseq.distributed import utils as distributed_utils
 from omegaconf import OmegaConf
 
 import fairseq_moe_ext
@@ -237,3 +240,27 @@ def test_without_validation_no_valid_split_is_needed(capsys, data, tmp_path, tas
     line = f"{place} {MIXTURE} --task {task} --save-dir {tmp_path} --valid-subset none"
     assert train(capsys, f"{line} --disable-validation --best-checkpoint-metric x") == (0, [])
     assert (tmp_path / "checkpoint_last.pt").exists()
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_hydras_settings_are_checked_however_its_main_is_wrapped(wrapped, monkeypatch, capsys):
+    def pre_main(cfg):
+        raise AssertionError("called")
+
+    command = SimpleNamespace(pre_main=pre_main)
+    monkeypatch.setitem(sys.modules, "fairseq_cli.hydra_train", command)
+    main = functools.partial(lambda main, cfg: main(cfg), pre_main) if wrapped else pre_main
+    settings = {"model": {"_name": "moe_transformer_lm"}, "optimization": {"lr": [-1]}}
+    settings["common"] = {"user_dir": None}
+    with pytest.raises(SystemExit):
+        distributed_utils.call_main(OmegaConf.create(settings), main)
+    assert capsys.readouterr().err.startswith("error: optimization.lr [-1] is out of range")
+
+
+def test_a_user_dir_that_is_no_package(tmp_path):
+    from fairseq import utils
+
+    (tmp_path / "file").write_text("x")
+    for folder in (tmp_path / "file", "/"):
+        with pytest.raises(UserError, match=f"^--user-dir {folder}: no folder of a Python package"):
+            utils.import_user_module(Namespace(user_dir=str(folder)))
