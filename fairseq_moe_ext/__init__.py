@@ -13,6 +13,7 @@
     starting.py    what is checked before a run starts
     fully_sharded.py         shared parameters sharded over processes
     fingerprint.py which dictionary a checkpoint is of
+    diverging.py   NaN in training: one line, and no weights saved
     counted.py     how much of the data a figure is over
     branch/        checkpoints of fairseq's `moe` branch, Meta's released models
     checkpoint/    saving and loading experts on any number of processes
@@ -48,6 +49,7 @@ from . import (  # noqa: E402, F401
     counted,
     criterions,
     distributed_training,
+    diverging,
     fingerprint,
     fully_sharded,
     optim,
@@ -66,3 +68,4 @@ hub.apply()
 checkpoint.apply()
 branch_hooks.apply()  # behind checkpoint's: it answers first, for files that it knows
 fingerprint.apply()
+diverging.apply()

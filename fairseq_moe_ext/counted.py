@@ -19,7 +19,7 @@ from fairseq.tasks.language_modeling import LanguageModelingTask
 from fairseq.trainer import Trainer
 
 from . import data_bin
-from .errors import DAMAGED, UserError
+from .errors import DAMAGED, NotFinite, UserError
 
 logger = logging.getLogger(__name__)
 SKIP = "--skip-invalid-size-inputs-valid-test"
@@ -255,7 +255,7 @@ def _refuse_a_loss_that_is_no_number() -> None:
     def valid_step(self, sample, model, criterion):
         loss, sample_size, logging_output = stock(self, sample, model, criterion)
         if not math.isfinite(float(loss.sum())):
-            raise UserError(f"the validation loss is {float(loss.sum())}: {DAMAGED}")
+            raise NotFinite(f"the validation loss is {float(loss.sum())}: {DAMAGED}")
         return loss, sample_size, logging_output
 
     FairseqTask.valid_step = valid_step

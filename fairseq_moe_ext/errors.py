@@ -14,17 +14,21 @@ class UserError(ValueError):
     """
 
 
+class NotFinite(UserError):
+    """NaN or infinity where a number should be."""
+
+
 # The remedy where a trained model gives NaN or infinity.
 DAMAGED = "the checkpoint is damaged or its training diverged; use an earlier one"
 
 
-def not_finite(layer: int, training: bool = True) -> UserError:
+def not_finite(layer: int, training: bool = True) -> NotFinite:
     """What to raise when the router of a layer, counted from 0, yields NaN or infinity."""
     remedy = "training diverged; lower --lr, lengthen --warmup-updates, or use "
     remedy += "--moe-gating-use-fp32 or --moe-z-loss-wt 0.001, from the last good checkpoint"
     if not training:
         remedy = DAMAGED
-    return UserError(f"the router of layer {layer} (from 0) yields NaN or infinity: {remedy}")
+    return NotFinite(f"the router of layer {layer} (from 0) yields NaN or infinity: {remedy}")
 
 
 class OneLineParser(argparse.ArgumentParser):

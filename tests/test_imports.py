@@ -22,6 +22,7 @@ ALLOWED = {
         "counted",
         "criterions",
         "distributed_training",
+        "diverging",
         "fingerprint",
         "fully_sharded",
         "models",
@@ -49,6 +50,7 @@ ALLOWED = {
     "expert_parallel": {"moe.pool"},
     "counted": {"data_bin"},
     "fingerprint": {"data_bin"},
+    "diverging": set(),
     "distributed_training": {
         "checkpoint",
         "config",
@@ -61,6 +63,7 @@ ALLOWED = {
     "checkpoint": {
         "checkpoint",
         "compat",
+        "diverging",
         "expert_parallel",
         "files",
         "fully_sharded",

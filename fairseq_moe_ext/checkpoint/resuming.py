@@ -12,6 +12,7 @@ from fairseq.trainer import Trainer
 from torch import Tensor
 
 from .. import fully_sharded
+from ..diverging import check_weights
 from ..errors import UserError
 from ..expert_parallel import all_gather, process_count
 from .experts import saves_together
@@ -39,8 +40,11 @@ def apply() -> None:
         try:
             with loading(self, optimizer=not reset_optimizer):
                 extra_state = stock(self, filename, reset_optimizer, *args, **kwargs)
-            if extra_state is not None and not reset_optimizer:
-                _check_optimizer_state(self, filename)
+            if extra_state is not None:
+                with same_error_on_all_ranks() if process_count() > 1 else contextlib.nullcontext():
+                    check_weights(self.get_model().named_parameters(), filename, saving=False)
+                if not reset_optimizer:
+                    _check_optimizer_state(self, filename)
             return extra_state
         except (AssertionError, ValueError) as error:
             text = str(error)

@@ -15,6 +15,7 @@ from fairseq.file_io import PathManager
 from fairseq.trainer import Trainer
 
 from .. import fully_sharded
+from ..diverging import check_weights
 from ..errors import UserError
 from ..expert_parallel import all_gather, is_expert, placement, process_count
 from .experts import FOLDER, FORMAT, expert_indices, has_spread_experts, saves_together
@@ -46,6 +47,7 @@ def _write_for_good() -> None:
     def torch_persistent_save(obj, filename, async_write=False):
         if async_write or PathManager.path_requires_pathmanager(filename):
             return stock(obj, filename, async_write)
+        check_weights(obj.get("model", {}).items(), filename, saving=True)
         if _saving is not None and has_spread_experts(_saving):
             obj = _with_experts_apart(_saving, obj, filename)
         write(obj, filename)
@@ -202,6 +204,7 @@ def _write_own_experts(trainer: Trainer, save_dir: str, save: str) -> List[Dict[
             os.makedirs(os.path.join(save_dir, FOLDER), exist_ok=True)
             content = {"save": save, "first": place.first, "count": place.local}
             content.update(_own_experts(trainer))
+            check_weights(content["model"].items(), os.path.join(save_dir, "experts"), saving=True)
             size = write(content, os.path.join(save_dir, name))
             entry = {"name": name, "first": place.first, "count": place.local, "bytes": size}
             entry["sha256"] = digest_of(os.path.join(save_dir, name))

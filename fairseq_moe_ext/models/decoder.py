@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import MoETransformerLMConfig, is_moe_layer
-from ..errors import DAMAGED, UserError, not_finite
+from ..errors import DAMAGED, NotFinite, UserError, not_finite
 from ..expert_parallel import ExpertParallel, WorldPool, process_count, traffic
 from ..fully_sharded import wrap_layer
 from ..kernels.matmul import Linear
@@ -303,7 +303,7 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
         if not self.training and logits.numel():
             low, high = logits.aminmax()
             if not (low.isfinite() & high.isfinite()):
-                raise UserError(f"the model yields NaN or infinity: {DAMAGED}")
+                raise NotFinite(f"the model yields NaN or infinity: {DAMAGED}")
         return logits
 
     def max_positions(self) -> int:
