@@ -37,7 +37,7 @@ SHAPE = dict(
 def loop_over_experts(self: MoELayer, x: Tensor, **_) -> MoEOutput:
     """MoELayer.forward, as it is often written."""
     tokens = x.reshape(-1, x.size(-1))  # (T, D)
-    _, routing = self.gate(tokens, self.gate.capacity(len(tokens)))
+    _, routing = self.gate(tokens)
     out = torch.zeros_like(tokens)
     fc1, fc2 = self.experts.fc1, self.experts.fc2
     for expert in range(len(fc1.bias)):

@@ -26,8 +26,8 @@ from torch import Tensor, nn  # noqa: E402
 
 from fairseq_moe_ext.kernels.matmul import Linear  # noqa: E402
 from fairseq_moe_ext.moe import layer as layer_module  # noqa: E402
-from fairseq_moe_ext.moe.gate import GateSettings  # noqa: E402
 from fairseq_moe_ext.moe.layer import MoELayer  # noqa: E402
+from fairseq_moe_ext.moe.router import GateSettings  # noqa: E402
 
 
 class Shape(NamedTuple):
@@ -65,7 +65,7 @@ def dense_ffn(shape: Shape, linear: Callable[..., nn.Module] = nn.Linear) -> nn.
 def ours(shape: Shape, dropless: bool) -> MoELayer:
     """Capacity factor 2, or dropless."""
     settings = GateSettings(second_expert_policy="all", dropless=dropless)
-    return MoELayer(shape.dim, shape.hidden, shape.experts, settings)
+    return MoELayer.build(shape.dim, shape.hidden, shape.experts, settings)
 
 
 class OneHotLayer(nn.Module):
@@ -188,7 +188,7 @@ def step(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
 def plain_loop(layer: MoELayer, x: Tensor) -> Tensor:
     """Evaluation as it is often written: for each expert, ask each token by .item() whether it is
     the expert's, then compute those together."""
-    _, routing = layer.gate(x, None)
+    _, routing = layer.gate(x, dropless=True)
     out = torch.zeros_like(x)
     fc1, fc2 = layer.experts.fc1, layer.experts.fc2
     for expert in range(layer.gate.wg.out_features):

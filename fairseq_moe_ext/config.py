@@ -89,8 +89,15 @@ class MoETransformerLMConfig(FairseqDataclass):
         default=None,
         metadata={"help": "hidden width of an expert (default: decoder_ffn_embed_dim)"},
     )
+    moe_router: str = field(
+        default="topk",
+        metadata={"help": "how tokens choose experts: topk, or the name that a plugin registers"},
+    )
+    moe_top_k: Optional[int] = field(
+        default=None, metadata={"help": "experts a token goes to (default: 2)"}
+    )
     moe_top1_expert: bool = field(
-        default=False, metadata={"help": "each token to one expert instead of two"}
+        default=False, metadata={"help": "each token to one expert: --moe-top-k 1"}
     )
     moe_gating_use_fp32: bool = field(
         default=False, metadata={"help": "softmax and weights of the gate in float32"}
@@ -109,7 +116,9 @@ class MoETransformerLMConfig(FairseqDataclass):
     )
     moe_batch_prioritized_routing: bool = field(
         default=False,
-        metadata={"help": "fill experts in the order of gate probability; top-2 only"},
+        metadata={
+            "help": "fill experts in the order of gate probability; not with one expert a token"
+        },
     )
     use_moe_pad_mask: bool = field(
         default=False, metadata={"help": "don't route padding tokens to any expert"}
@@ -128,7 +137,7 @@ class MoETransformerLMConfig(FairseqDataclass):
         default=None,
         metadata={
             "help": "in training an expert takes int(factor * ceil(tokens / experts)) tokens of a "
-            "batch (default: 2 for top-2, 1 for top-1)"
+            "batch (default: the experts a token goes to)"
         },
     )
     moe_eval_capacity_token_fraction: float = field(
@@ -233,6 +242,15 @@ _CHOICES = {
 }
 
 
+def top_k(cfg: Any) -> int:
+    """Experts a token goes to, by settings of a model, in an object or a mapping; 2 where nothing
+    is said."""
+    settings = cfg if isinstance(cfg, Mapping) else vars(cfg)
+    if settings.get("moe_top_k") is not None:
+        return settings["moe_top_k"]
+    return 1 if settings.get("moe_top1_expert") else 2
+
+
 def is_moe_layer(cfg: MoETransformerLMConfig, layer: int) -> bool:
     """Whether the layer, counted from 0, is one of those that moe_freq picks."""
     return cfg.moe_freq > 0 and (layer + 1) % cfg.moe_freq == 0
@@ -313,10 +331,20 @@ def _validate_experts(cfg: MoETransformerLMConfig) -> None:
             f"--moe-expert-count {cfg.moe_expert_count} with --moe-freq {cfg.moe_freq}: use 1 or "
             "more experts, or --moe-freq 0 for a dense model"
         )
-    if cfg.moe_expert_count < 2 and not cfg.moe_top1_expert:
+    if cfg.moe_top1_expert and cfg.moe_top_k not in (None, 1):
         raise UserError(
-            f"--moe-expert-count {cfg.moe_expert_count} is too few for top-2 routing: use 2 or "
-            "more, or --moe-top1-expert"
+            f"--moe-top-k {cfg.moe_top_k} contradicts --moe-top1-expert, which is --moe-top-k 1: "
+            "drop either"
+        )
+    if cfg.moe_expert_count < top_k(cfg):
+        raise UserError(
+            f"--moe-expert-count {cfg.moe_expert_count} is too few for top-{top_k(cfg)} "
+            f"routing: use {top_k(cfg)} or more, or a lower --moe-top-k"
+        )
+    if top_k(cfg) > 2 and str(cfg.moe_second_expert_policy) == "random":
+        raise UserError(
+            f"--moe-second-expert-policy random is a rule for the second of two experts: use all "
+            f"or sampling with --moe-top-k {cfg.moe_top_k}"
         )
     for name, choices in _CHOICES.items():
         # the command line and hydra check it themselves, --model-overrides do not
@@ -324,9 +352,10 @@ def _validate_experts(cfg: MoETransformerLMConfig) -> None:
             raise UserError(
                 f"{ranges.flag(name)} {getattr(cfg, name)} is unknown: use {', '.join(choices)}"
             )
-    if cfg.moe_batch_prioritized_routing and cfg.moe_top1_expert:
+    if cfg.moe_batch_prioritized_routing and top_k(cfg) == 1:
         raise UserError(
-            "--moe-batch-prioritized-routing has no effect with --moe-top1-expert: drop either"
+            "--moe-batch-prioritized-routing has no effect with one expert a token "
+            "(--moe-top1-expert, --moe-top-k 1): drop either"
         )
     fraction = cfg.moe_eval_capacity_token_fraction
     if fraction == 0:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .errors import UserError
+from .moe.exchange import Arrival
 from .moe.pool import Pool
 
 _replicas = 1  # processes that hold the same experts
@@ -78,7 +79,8 @@ def _nearest(number: int, other: int) -> str:
 
 
 class ExpertParallel:
-    """The exchange of one layer's rows between the processes that hold its experts.
+    """The exchange (moe/exchange.py) of one layer's rows between the processes that hold its
+    experts.
 
     Built by all processes at once, in the same order, as it makes process groups.
     """
@@ -89,6 +91,10 @@ class ExpertParallel:
         self.holders, self.replicas = _groups(num_experts, world_size, rank)
         global _replicas
         _replicas = len(self.place.replicas)
+
+    def held(self, num_experts: int) -> range:
+        """The experts that this process holds."""
+        return range(self.place.first, self.place.first + self.place.local)
 
     def join_gradients(self, experts: nn.Module) -> None:
         """Make the gradients of these experts the sum over their replicas."""
@@ -120,21 +126,13 @@ class ExpertParallel:
         x = _AllToAll.apply(x, *splits, self.holders)
         order = _by_expert(received)
         x = _Reorder.apply(x, order, order.argsort())
-        return x, Arrival(received.sum(dim=0).tolist(), splits, order)
+        return x, Arrival(received.sum(dim=0).tolist(), (splits, order))
 
     def send_back(self, y: Tensor, arrival: Arrival) -> Tensor:
         """Rows (N', D) that `send` brought here -> those (N, D) that it sent away, in its order."""
-        y = _Reorder.apply(y, arrival.order.argsort(), arrival.order)
-        sent, received = arrival.splits
+        (sent, received), order = arrival.way
+        y = _Reorder.apply(y, order.argsort(), order)
         return _AllToAll.apply(y, received, sent, self.holders)
-
-
-class Arrival(NamedTuple):
-    """Rows as `send` left them."""
-
-    counts: List[int]  # of each of this process's experts
-    splits: Tuple[List[int], List[int]]  # rows sent to, received from each holder
-    order: Tensor  # (N',) int64: the received row that stands at each place
 
 
 class WorldPool(Pool):

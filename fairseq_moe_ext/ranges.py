@@ -167,6 +167,7 @@ _GROUPS = {
     "dropout attention_dropout activation_dropout moe_expert_dropout": BELOW_1,
     "moe_freq": Range(0, 10_000, whole=True, meaning="0: a dense model"),
     "moe_expert_count": Range(0, _SIZE, whole=True, meaning="0: a dense model"),
+    "moe_top_k": SIZE,
     "moe_capacity_factor": POSITIVE._replace(meaning="2 is usual, --moe-dropless sets no limit"),
     "moe_eval_capacity_token_fraction": Range(-math.inf, 1, meaning="negative: training's rule"),
     "alternate_decoder_ffn_embed_dim": Range(0, _SIZE, whole=True, meaning="0: experts"),

@@ -8,7 +8,7 @@ Semantics: GShard (arXiv 2006.16668, algorithm 1) as published with fairseq's `m
 own numbers (`tests/data/gates_and_layers.npz`) this file is held against in
 `tests/moe/test_reference.py`.
 
-Letters: T tokens, D model, F hidden, E experts, K choices per token (1 or 2).
+Letters: T tokens, D model, F hidden, E experts, K choices per token.
 """
 
 import math
@@ -75,6 +75,8 @@ def route(
     capacity: Optional[int],
     padding_mask: Optional[Sequence[bool]] = None,
     count_padding: bool = False,
+    score: str = "softmax",
+    bias: Optional[Sequence[float]] = None,
     second_expert_policy: str = "all",
     normalize_before_dropping: bool = False,
     batch_prioritized: bool = False,
@@ -83,7 +85,8 @@ def route(
     """Choose experts, weights and slots for every token.
 
     logits (T, E). capacity None drops nothing. count_padding is the branch's rule: padding is sent
-    nowhere, and counts in losses and statistics all the same. noise is (T, E) Gumbel numbers for
+    nowhere, and counts in losses and statistics all the same. bias (E,) is added to the scores for
+    the choice alone. noise is (T, E) Gumbel numbers for
     the policy "sampling" and (T,) uniform numbers for "random".
     """
     tokens, experts = logits.shape
@@ -93,39 +96,41 @@ def route(
 
     # 1. what every token wants
     probs: list[Tensor] = []
+    scores: list[Tensor] = []
     wanted: list[list[int]] = []  # T rows of K experts
     routed: list[list[bool]] = []
     weights: list[list[Tensor]] = []
     for t in range(tokens):
-        gates = softmax(logits[t])
-        probs.append(gates)
-        first = argmax(gates)
-        if top_k == 1:
-            wanted.append([first])
-            weights.append([gates[first]])
-            routed.append([not padding[t]])
-            continue
-
-        score = logits[t].detach().clone()
+        gates = softmax(logits[t]) if score == "softmax" else 1 / (1 + torch.exp(-logits[t]))
+        scores.append(gates)
+        probs.append(gates if score == "softmax" else gates / gates.sum())
+        liked = gates.detach().clone()
+        rivals = logits[t].detach().clone()
+        if bias is not None:
+            for e in range(experts):
+                liked[e] = liked[e] + bias[e]
+            rivals = liked.clone()
+        chosen = [argmax(liked)]
         if second_expert_policy == "sampling":
-            score = score + noise[t]
-        score[first] = -math.inf
-        second = argmax(score)
-        g1, g2 = gates[first], gates[second]
+            rivals = rivals + noise[t]
+        while len(chosen) < top_k:
+            rivals[chosen[-1]] = -math.inf
+            chosen.append(argmax(rivals))
+        given = [gates[e] for e in chosen]
         if normalize_before_dropping:
-            total = torch.clamp(g1 + g2, min=eps)
-            g1, g2 = g1 / total, g2 / total
-        take_second = True
-        if second_expert_policy == "random":
-            take_second = bool(2 * g2.detach() > noise[t])
-        wanted.append([first, second])
-        weights.append([g1, g2])
-        routed.append([not padding[t], take_second and not padding[t]])
+            total = torch.clamp(sum(given), min=eps)
+            given = [weight / total for weight in given]
+        sent = [not padding[t]] * top_k
+        if second_expert_policy == "random" and top_k == 2:
+            sent[1] = sent[1] and bool(2 * given[1].detach() > noise[t])
+        wanted.append(chosen)
+        weights.append(given)
+        routed.append(sent)
 
-    # 2. who stands where in which queue: all first choices, then all second choices
+    # 2. who stands where in which queue: all first choices, then all second ones, ...
     order = list(range(tokens))
-    if batch_prioritized and top_k == 2:
-        order.sort(key=lambda t: -max(probs[t].tolist()))  # stable: ties stay in token order
+    if batch_prioritized:
+        order.sort(key=lambda t: -max(scores[t].tolist()))  # stable: ties stay in token order
     queue = [0] * experts
     slots = [[-1] * top_k for _ in range(tokens)]
     for k in range(top_k):
@@ -139,8 +144,8 @@ def route(
     for t in range(tokens):
         kept = [routed[t][k] and (capacity is None or slots[t][k] < capacity) for k in range(top_k)]
         final = [weights[t][k] if kept[k] else zero for k in range(top_k)]
-        if top_k == 2 and not normalize_before_dropping:
-            total = torch.clamp(final[0] + final[1], min=eps)
+        if top_k > 1 and not normalize_before_dropping:
+            total = torch.clamp(sum(final), min=eps)
             final = [weight / total for weight in final]
         choices.append(
             [
@@ -154,7 +159,8 @@ def route(
 def balance_loss(routes: Routes) -> Tensor:
     """E^2 * mean over experts of (mean gate) * (share of tokens whose first choice it is).
 
-    Shares are those before dropping. Tokens that do not count are as if they were not there;
+    With more than two choices a token, the share is of all choices. Shares are those before
+    dropping. Tokens that do not count are as if they were not there;
     padding that does counts in the mean gate and in the number of tokens, and not as a first
     choice.
     """
@@ -164,7 +170,11 @@ def balance_loss(routes: Routes) -> Tensor:
     loss = 0.0 * routes.probs[0].sum()
     for e in range(experts):
         mean_gate = sum(gates[e] for gates in counted) / tokens
-        share = sum(c[0].routed and c[0].expert == e for c in routes.choices) / tokens
+        if len(routes.choices[0]) <= 2:
+            share = sum(c[0].routed and c[0].expert == e for c in routes.choices) / tokens
+        else:
+            sent = [c.expert for choices in routes.choices for c in choices if c.routed]
+            share = sent.count(e) / max(len(sent), 1)
         loss = loss + mean_gate * share
     return loss / experts * experts**2
 
@@ -181,7 +191,8 @@ def z_loss(logits: Tensor, counts: Sequence[bool]) -> Tensor:
 
 
 def statistics(routes: Routes) -> dict[str, float]:
-    """The branch's figures, in percent, nats and experts.
+    """The branch's figures, in percent, nats and experts, of the first two choices; overflow and
+    the largest load over the mean load, of all.
 
     Balance, unused and entropy are of the tokens that count, and count every second choice, also
     one that the policy "random" sampled away; overflow is a percentage of what was routed.
@@ -195,8 +206,13 @@ def statistics(routes: Routes) -> dict[str, float]:
         gates = routes.probs[t]
         entropy += sum(-p * math.log(p) for p in gates.tolist() if p > 0)
     stats["entropy_gating"] = entropy / tokens
+    everything = [choice for choices in routes.choices for choice in choices if choice.routed]
+    dropped = sum(not choice.kept for choice in everything)
+    loads = [sum(choice.expert == e for choice in everything) for e in range(experts)]
+    stats["overflow"] = 100 * dropped / max(len(everything), 1)
+    stats["load_max"] = max(loads) * experts / max(len(everything), 1)
     group = math.ceil(0.2 * experts)
-    for k in range(len(routes.choices[0])):
+    for k in range(min(len(routes.choices[0]), 2)):
         name = f"expert{k + 1}"
         sent = sum(choices[k].routed for choices in routes.choices)
         dropped = sum(choices[k].routed and not choices[k].kept for choices in routes.choices)

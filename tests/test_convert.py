@@ -28,6 +28,7 @@ from fairseq_moe_ext.branch.settings import translated_settings
 from fairseq_moe_ext.branch.writing import branch_settings
 from fairseq_moe_ext.cli import main
 from fairseq_moe_ext.convert.archive import Lazy, read_safetensors, write_torch
+from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.moe.experts import TensorPerExpert
 
 ALL = "{'moe_eval_capacity_token_fraction': 1.0}"
@@ -289,6 +290,15 @@ def test_noise_and_seed_of_upcycling(data, run, tmp_path):
         )
         biases = a[name + "moe_layer.experts.fc1.bias"]
         assert torch.equal(biases, dense[name + "fc1.bias"].expand(4, -1))
+
+
+def test_upcycled_with_three_experts_a_token_starts_as_the_dense_model(data, run, tmp_path):
+    source, _ = run(DENSE)
+    up = "--upcycle", "--moe-expert-count", 4, "--moe-top-k", 3
+    convert(source, tmp_path / "x.pt", *up)
+    torch.testing.assert_close(logits(tmp_path / "x.pt", data), logits(source, data))
+    with pytest.raises(UserError, match="3 experts a token; the branch has top-1 and top-2 gates"):
+        branch_settings("x.pt", torch.load(tmp_path / "x.pt", weights_only=True)["cfg"]["model"])
 
 
 def test_upcycled_with_one_expert_a_token_says_that_it_differs(data, run, tmp_path, capsys):

@@ -86,8 +86,8 @@ def counted_flops(tokens, **flags):
     return counter.get_total_flops() / data[0].numel()
 
 
-@pytest.mark.parametrize("moe", [False, True])
-def test_a_counting_run_agrees_with_the_formula(moe):
+@pytest.mark.parametrize("k", [0, 1, 2, 4])
+def test_a_counting_run_agrees_with_the_formula(k):
     """To the last product: the formula leaves the router out, and PyTorch's recomputation stops
     before a dense layer's last product, whose result nothing needs."""
     dim, ffn, experts, context = 64, 256, 8, 32
@@ -96,11 +96,15 @@ def test_a_counting_run_agrees_with_the_formula(moe):
     )
     shape = Shape(4, dim, ffn, types=400)
     router = 0
-    if moe:
+    if k:
         flags.update(
-            moe_freq=2, moe_expert_count=experts, moe_dropless=True, moe_second_expert_policy="all"
+            moe_freq=2,
+            moe_expert_count=experts,
+            moe_top_k=k,
+            moe_dropless=True,
+            moe_second_expert_policy="all",
         )
-        shape = shape._replace(moe_freq=2, experts=experts)
+        shape = shape._replace(moe_freq=2, experts=experts, top_k=k)
         router = shape.moe_layers * 2 * dim * experts  # one pass
     formula = training_flops_per_token(shape, context)
     counted = counted_flops((3, context), **flags)
@@ -158,6 +162,7 @@ def test_memory_against_what_autograd_keeps(moe, recompute):
         {"layernorm_embedding": True, "share_decoder_input_output_embed": True},
         {**MOE, "moe_expert_ffn_dim": 24},
         {**MOE, "moe_top1_expert": True, "decoder_learned_pos": True},
+        {**MOE, "moe_top_k": 3},
         {"moe_freq": 3, "alternate_decoder_ffn_embed_dim": 48},
     ],
     ids=lambda flags: ",".join(flags) or "plain",

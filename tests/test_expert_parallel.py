@@ -7,8 +7,9 @@ from processes import run_processes
 
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.expert_parallel import ExpertParallel, WorldPool, placement
-from fairseq_moe_ext.moe.gate import GateSettings
+from fairseq_moe_ext.moe.exchange import HERE
 from fairseq_moe_ext.moe.layer import MoELayer
+from fairseq_moe_ext.moe.router import GateSettings
 
 DIM, FFN, TOKENS = 6, 10, 24
 
@@ -42,10 +43,10 @@ def sizes_of(world, uneven):
     return sizes
 
 
-def build(experts, settings, parallel=None, **options):
+def build(experts, settings, exchange=HERE, **options):
     torch.manual_seed(5)
     options = {"grad_scale": 1.0, **options}
-    return MoELayer(DIM, FFN, experts, settings, parallel=parallel, **options).double()
+    return MoELayer.build(DIM, FFN, experts, settings, exchange=exchange, **options).double()
 
 
 def inputs():
@@ -110,6 +111,7 @@ SETTINGS = {
     "capacity": GateSettings(capacity_factor=1.0, second_expert_policy="all"),
     "tight": GateSettings(capacity_factor=0.5, second_expert_policy="all"),
     "top1": GateSettings(top_k=1),
+    "top4": GateSettings(top_k=4, capacity_factor=2.0, second_expert_policy="all"),
 }
 
 
@@ -118,6 +120,7 @@ SETTINGS = {
 @pytest.mark.parametrize("world, experts", [(2, 8), (2, 2), (4, 8), (4, 4), (4, 2)])
 def test_world_pool_equals_one_process(world, experts, name, uneven):
     settings, sizes = SETTINGS[name], sizes_of(world, uneven)
+    settings = settings._replace(top_k=min(settings.top_k, experts))
     one = step(build(experts, settings), *inputs())
     results = run_processes(world, in_a_process, experts, settings, sizes, "world")
     assert_same(one, combined(results, experts))

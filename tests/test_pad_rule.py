@@ -14,7 +14,7 @@ from test_branch_checkpoint import ADAM, change, make_data_bin, perplexities, wr
 from test_branch_checkpoint import SMALL as BRANCH_SMALL
 from test_distributed_training import as_sample, batches, configure, make_trainer, record
 
-from fairseq_moe_ext.moe.gate import Gate
+from fairseq_moe_ext.moe.router import TopKRouter
 
 
 def padded_tokens(lengths=(9, 4, 1, 7)):
@@ -171,7 +171,7 @@ def test_a_checkpoint_of_the_branch_is_evaluated_as_there(tmp_path, data):
 def rule_of(trainer):
     """Of the model, its gates and the checkpoints to come, which agree."""
     rule = trainer.get_model().decoder.pad_rule.rule
-    gates = [m for m in trainer.get_model().modules() if isinstance(m, Gate)]
+    gates = [m for m in trainer.get_model().modules() if isinstance(m, TopKRouter)]
     assert gates and {gate.settings.count_padding for gate in gates} == {rule != "real"}
     assert str(trainer.cfg.model.moe_pad_rule or "real") == rule
     return rule

@@ -3,6 +3,7 @@
 from enum import Enum
 from typing import Any, Dict, Iterable, List
 
+from ..config import top_k
 from ..errors import UserError
 from ..expert_parallel import is_expert
 from .files import State
@@ -53,7 +54,9 @@ _NOT_THE_BRANCH_S = {
     "moe_experts_on_disk",
     "moe_freeze",
     "moe_pad_rule",
+    "moe_router",
     "moe_routing_scope",
+    "moe_top_k",
 }
 
 
@@ -67,6 +70,11 @@ def branch_settings(path: str, settings: Dict[str, Any]) -> Dict[str, Any]:
             f"and its dense layers {ffn_dim}; the branch gives both one width, so there is no such "
             "model in its layout"
         )
+    if settings["moe_freq"] and (settings["moe_router"] != "topk" or top_k(settings) > 2):
+        raise UserError(
+            f"{path}: --moe-router {settings['moe_router']}, {top_k(settings)} experts a token; "
+            "the branch has top-1 and top-2 gates alone, so there is no such model in its layout"
+        )
     kept = {
         key: str(value) if isinstance(value, Enum) else value
         for key, value in settings.items()
@@ -75,6 +83,7 @@ def branch_settings(path: str, settings: Dict[str, Any]) -> Dict[str, Any]:
     dim = settings["decoder_embed_dim"]
     made = {**_BRANCH_DEFAULTS, "decoder_input_dim": dim, "decoder_output_dim": dim, **kept}
     made.update(_name="transformer_lm_gpt", moe_expert_ffn_dim=None)
+    made["moe_top1_expert"] = top_k(settings) == 1
     if settings["moe_dropless"]:
         made["moe_eval_capacity_token_fraction"] = 1.0
     if made["max_target_positions"] is None:

@@ -61,14 +61,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     up = parser.add_argument_group("dense to sparse (--upcycle)")
     up.add_argument(
         "--upcycle", action="store_true",
-        help="make experts of the feed-forward networks, and a fresh gate. With top-2 routing and "
-        "no noise the logits are the dense model's as long as nothing is dropped: DST says "
-        "moe_dropless, and fairseq-train needs --moe-dropless for it. With --moe-top1-expert they "
-        "are not, as a token's expert is then weighted by the gate's probability",
+        help="make experts of the feed-forward networks, and a fresh gate. With two or more "
+        "experts a token and no noise the logits are the dense model's as long as nothing is "
+        "dropped: DST says moe_dropless, and fairseq-train needs --moe-dropless for it. With "
+        "--moe-top1-expert they are not, as a token's expert is then weighted by the gate's "
+        "probability",
     )  # fmt: skip
     up.add_argument("--moe-freq", type=int, help="every N-th layer becomes sparse (default: 2)")
     up.add_argument("--moe-expert-count", type=int, help="experts in a sparse layer")
-    up.add_argument("--moe-top1-expert", action="store_true", help="one expert a token, not two")
+    up.add_argument("--moe-top-k", type=int, help="experts a token goes to (default: 2)")
+    up.add_argument("--moe-top1-expert", action="store_true", help="the same as --moe-top-k 1")
     up.add_argument(
         "--noise", type=float, default=0.0, metavar="S",
         help="add Gaussian noise to the experts' matrices, of S times their standard deviation "
@@ -86,6 +88,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
+    from fairseq_moe_ext.config import top_k
     from fairseq_moe_ext.convert import source as reading
     from fairseq_moe_ext.convert import targets, upcycle, xglm
 
@@ -94,7 +97,7 @@ def _convert(args: argparse.Namespace) -> None:
     else:
         source = reading.open_checkpoint(args.source, args.weights_only or args.upcycle)
     if args.upcycle:
-        shape = args.moe_freq or 2, args.moe_expert_count, args.moe_top1_expert
+        shape = args.moe_freq or 2, args.moe_expert_count, top_k(args)
         source = upcycle.upcycle(source, *shape, args.noise, args.seed)
     if args.dtype is not None:
         source.model = targets.cast(source.model, DTYPES[args.dtype])
@@ -129,6 +132,7 @@ def _check(args: argparse.Namespace) -> None:
         ("--moe-expert-count", args.moe_expert_count is not None, "--upcycle", args.upcycle),
         ("--moe-freq", args.moe_freq is not None, "--upcycle", args.upcycle),
         ("--moe-top1-expert", args.moe_top1_expert, "--upcycle", args.upcycle),
+        ("--moe-top-k", args.moe_top_k is not None, "--upcycle", args.upcycle),
         ("--noise", args.noise != 0, "--upcycle", args.upcycle),
     ):
         if given and not there:
@@ -267,7 +271,7 @@ def _told(args, source, jobs) -> str:
     kind = f"{source.experts} experts a sparse layer" if source.experts else "dense"
     optimizer = "with" if source.optimizer is not None and args.to != "xglm" else "without"
     text = f"{args.dest}: {kind}, {files}, {size:,} bytes, {optimizer} optimizer state"
-    if args.upcycle and args.moe_top1_expert:
+    if args.upcycle and source.settings["moe_top1_expert"]:
         text += (
             "\nwith --moe-top1-expert the logits are not the dense model's: an expert's output is "
             "weighted by the gate's probability"

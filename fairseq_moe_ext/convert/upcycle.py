@@ -1,7 +1,7 @@
 """A sparse model out of a dense one: every expert starts as the layer's feed-forward network.
 
-Komatsuzaki et al., arXiv 2212.05055, section 3: the experts are copies, the router is new. With
-top-2 routing the two weights of a token sum to 1, so while nothing is dropped (--moe-dropless) the
+Komatsuzaki et al., arXiv 2212.05055, section 3: the experts are copies, the router is new. With two
+or more experts a token its weights sum to 1, so while nothing is dropped (--moe-dropless) the
 sparse model computes what the dense one does. With top-1 a token's one weight is the gate's
 probability, so there it does not.
 """
@@ -28,7 +28,7 @@ from .source import Source, build_on_meta, set_order, with_settings
 
 
 def upcycle(
-    source: Source, moe_freq: int, experts: int, top1: bool, noise: float, seed: int
+    source: Source, moe_freq: int, experts: int, top_k: int, noise: float, seed: int
 ) -> Source:
     """
     Args:
@@ -47,7 +47,8 @@ def upcycle(
         "_name": MODEL_NAME,
         "moe_freq": moe_freq,
         "moe_expert_count": experts,
-        "moe_top1_expert": top1,
+        "moe_top_k": top_k,
+        "moe_top1_expert": top_k == 1,
         "moe_dropless": True,
         "moe_capacity_factor": None,
         "moe_second_expert_policy": "all",

@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Mapping, Sequence, Tuple
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 
 from .. import cost
-from ..config import MoETransformerLMConfig, validate
+from ..config import MoETransformerLMConfig, top_k, validate
 from ..errors import UserError
 from . import paper
 
@@ -157,7 +157,7 @@ def shape_of(settings: Mapping[str, Any], types: int) -> cost.Shape:
         types=types,
         moe_freq=settings.get("moe_freq") or 0,
         experts=settings.get("moe_expert_count") or 0,
-        top_k=1 if settings.get("moe_top1_expert") else 2,
+        top_k=top_k(settings),
         expert_ffn_dim=settings.get("moe_expert_ffn_dim") or None,
         alternate_ffn_dim=settings.get("alternate_decoder_ffn_embed_dim") or 0,
         tied=bool(settings.get("share_decoder_input_output_embed")),

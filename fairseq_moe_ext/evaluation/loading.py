@@ -75,7 +75,7 @@ def corpora_of(saved: Any, task: Any, folders: Sequence[Path]) -> Optional[List[
 
 
 def set_gates(model: torch.nn.Module, **settings: Any) -> None:
-    """Change settings (moe/gate.py: GateSettings) of all gates, from now on."""
+    """Change settings (moe/router.py: GateSettings) of all gates, from now on."""
     for layer in model.decoder.layers:
         moe = getattr(layer, "moe_layer", None)
         if moe is not None:

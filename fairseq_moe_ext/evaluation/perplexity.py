@@ -44,7 +44,8 @@ class Scores(NamedTuple):
     """What one pass over a set gives."""
 
     nll: np.ndarray  # (N,) nats
-    dropped: Optional[Tuple[float, ...]]  # share of first (and second) choices; None: no experts
+    # Share of first, and of second, choices; of all where there are more; None: no experts.
+    dropped: Optional[Tuple[float, ...]]
     seconds: float
 
 
@@ -159,7 +160,9 @@ def score(
             nll[new:b] = row[new - a :]
         positions += rows.numel()
         for record in extra.get("moe") or []:
-            shares = [v for k, v in sorted(record.stats.items()) if k.startswith("overflow")]
+            choices = len(record.expert_counts)
+            names = [f"overflow_expert{i + 1}" for i in range(choices)]
+            shares = [record.stats[k] for k in (names if choices <= 2 else ["overflow"])]
             dropped.append(torch.stack(shares).cpu() * rows.numel() / 100)
     seconds = time.monotonic() - started
     if not dropped:

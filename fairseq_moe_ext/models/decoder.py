@@ -17,14 +17,15 @@ from fairseq.modules import LayerNorm, PositionalEmbedding, SinusoidalPositional
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..config import MoETransformerLMConfig, is_moe_layer
+from ..config import MoETransformerLMConfig, is_moe_layer, top_k
 from ..errors import DAMAGED, NotFinite, UserError, not_finite
 from ..expert_parallel import ExpertParallel, WorldPool, process_count, traffic
 from ..fully_sharded import wrap_layer
 from ..kernels.matmul import Linear
-from ..moe.gate import GateSettings
+from ..moe.exchange import HERE
 from ..moe.layer import MoELayer, MoEOutput
 from ..moe.pool import PROCESS
+from ..moe.router import ROUTERS, GateSettings
 from .attention import CausalSelfAttention, IncrementalState
 from .compiled import compiled
 from .padding import PadRule
@@ -68,7 +69,7 @@ class DecoderLayer(nn.Module):
 
     def _build_moe_layer(self, cfg: MoETransformerLMConfig) -> MoELayer:
         settings = GateSettings(
-            top_k=1 if cfg.moe_top1_expert else 2,
+            top_k=top_k(cfg),
             use_fp32=cfg.moe_gating_use_fp32,
             second_expert_policy=str(cfg.moe_second_expert_policy),
             normalize_before_dropping=cfg.moe_normalize_gate_prob_before_dropping,
@@ -79,12 +80,18 @@ class DecoderLayer(nn.Module):
             count_padding=cfg.moe_pad_rule not in (None, "real"),
         )
         spread = process_count() > 1
-        return MoELayer(
+        if cfg.moe_router not in ROUTERS:
+            raise UserError(
+                f"--moe-router {cfg.moe_router} is unknown: use {', '.join(ROUTERS)}, or name the "
+                "folder of the plugin that registers it (--user-dir)"
+            )
+        return MoELayer.build(
             cfg.decoder_embed_dim,
             cfg.moe_expert_ffn_dim or cfg.decoder_ffn_embed_dim,
             cfg.moe_expert_count,
             settings,
-            parallel=ExpertParallel(cfg.moe_expert_count) if spread else None,
+            router=cfg.moe_router,
+            exchange=ExpertParallel(cfg.moe_expert_count) if spread else HERE,
             pool=WorldPool() if spread and cfg.moe_routing_scope == "world" else PROCESS,
             activation=self.activation,
             activation_dropout=(

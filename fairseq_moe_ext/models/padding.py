@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..config import MoETransformerLMConfig
 from ..expert_parallel import collective_device, process_count
-from ..moe.gate import Gate
+from ..moe.router import TopKRouter
 
 
 class Filled(NamedTuple):
@@ -95,7 +95,7 @@ def set_pad_rule(model: nn.Module, rule: str) -> None:
     """Go by this rule from now on."""
     model.decoder.pad_rule.rule = rule
     for module in model.modules():
-        if isinstance(module, Gate):
+        if isinstance(module, TopKRouter):
             module.settings = module.settings._replace(count_padding=rule != "real")
 
 

@@ -16,17 +16,20 @@ def balance_loss(routing: Routing, pool: Pool = PROCESS) -> Tensor:
     both are uniform, E when all goes to one expert (arXiv 2006.16668, algorithm 1; the paper,
     section 2). The gradient flows through the probabilities alone.
 
-    First choices count before dropping. Means are over the pool's tokens that count
-    (`routing.counted`); padding that counts is nobody's first choice. Returns a scalar.
+    Means are over the pool's tokens that count (`routing.counted`); padding that counts is nobody's
+    first choice. With more than two choices a token their share is of all choices (DeepSeekMoE,
+    arXiv 2401.06066, equation 13). Choices count before dropping. Returns a scalar.
     """
     num_experts = routing.probs.size(1)
     # float32 at least: a count may exceed float16's 65504
     probs = routing.probs.to(torch.promote_types(routing.probs.dtype, torch.float32))
     probs, tokens = counted_rows(probs, routing.counted)
-    summed = torch.cat([probs.sum(dim=0), routing.counts[0].to(probs), tokens.to(probs).view(1)])
-    prob, first, tokens = pool.total(summed).split([num_experts, num_experts, 1])
+    chosen = routing.counts[0] if len(routing.counts) <= 2 else routing.counts.sum(dim=0)
+    summed = torch.cat([probs.sum(dim=0), chosen.to(probs), tokens.to(probs).view(1)])
+    prob, chosen, tokens = pool.total(summed).split([num_experts, num_experts, 1])
     tokens = tokens.clamp(min=1)  # of no tokens: 0, not 0/0
-    return (prob / tokens * (first / tokens)).mean() * num_experts**2
+    choices = tokens if len(routing.counts) <= 2 else chosen.sum().clamp(min=1)
+    return (prob / tokens * (chosen / choices)).mean() * num_experts**2
 
 
 def z_loss(logits: Tensor, counted: Optional[Tensor] = None, pool: Pool = PROCESS) -> Tensor:

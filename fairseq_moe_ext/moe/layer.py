@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Dict, NamedTuple, Optional
+from typing import Any, Dict, NamedTuple, Optional
 
 from torch import Tensor, nn
 
-from ..expert_parallel import ExpertParallel
 from .balance import balance_loss, z_loss
 from .dispatch import lay_out, permute, unpermute
+from .exchange import HERE, Exchange
 from .experts import Experts
-from .gate import Gate, GateSettings
 from .pool import PROCESS, Pool
+from .router import ROUTERS, GateSettings, TopKRouter
 from .stats import routing_stats
 
 
@@ -31,30 +31,44 @@ class MoELayer(nn.Module):
 
     def __init__(
         self,
+        router: TopKRouter,
+        experts: nn.Module,
+        exchange: Exchange = HERE,
+        shared: Optional[nn.Module] = None,
+    ) -> None:
+        """
+        Args:
+            router: (T, D) -> logits (T, E), Routing; its `pool` are the processes whose tokens are
+                routed together.
+            experts: rows (N, D) in expert order and the rows of each -> (N, D).
+            exchange: between the processes that share the experts.
+            shared: (T, D) -> (T, D), an expert that every token uses beside the chosen ones.
+        """
+        super().__init__()
+        self.gate = router
+        self.experts = experts
+        self.exchange = exchange
+        self.shared = shared
+        exchange.join_gradients(experts)
+
+    @classmethod
+    def build(
+        cls,
         dim: int,
         ffn_dim: int,
         num_experts: int,
         settings: GateSettings,
-        parallel: Optional[ExpertParallel] = None,
+        *,
+        router: str = "topk",
+        exchange: Exchange = HERE,
         pool: Pool = PROCESS,
-        **expert_options,
-    ) -> None:
-        """
-        Args:
-            parallel: the processes that share the experts; None: all are here.
-            pool: the processes whose tokens are routed together.
-            expert_options: go to `Experts`.
-        """
-        super().__init__()
-        self.gate = Gate(dim, num_experts, settings, pool)
-        self.parallel = parallel
-        self.pool = pool
-        local, first = num_experts, 0
-        if parallel is not None:
-            local, first = parallel.place.local, parallel.place.first
-        self.experts = Experts(local, dim, ffn_dim, first=first, **expert_options)
-        if parallel is not None:
-            parallel.join_gradients(self.experts)
+        **expert_options: Any,
+    ) -> MoELayer:
+        """A layer with a registered router and `Experts`, which get `expert_options`."""
+        gate = ROUTERS[router](dim, num_experts, settings, pool)
+        held = exchange.held(num_experts)
+        experts = Experts(len(held), dim, ffn_dim, first=held.start, **expert_options)
+        return cls(gate, experts, exchange)
 
     def forward(
         self, x: Tensor, padding_mask: Optional[Tensor] = None, dropless: bool = False
@@ -68,20 +82,19 @@ class MoELayer(nn.Module):
         tokens = x.reshape(-1, x.size(-1))  # (T, D)
         if padding_mask is not None:
             padding_mask = padding_mask.reshape(-1)
-        capacity = None if dropless else self.gate.capacity(len(tokens), padding_mask)
-        logits, routing = self.gate(tokens, capacity, padding_mask)
+        logits, routing = self.gate(tokens, padding_mask, dropless)
         rows = lay_out(routing)
         y = permute(tokens, rows)  # (N, D)
-        if self.parallel is None:
-            y = self.experts(y, rows.counts)
-        else:
-            y, arrival = self.parallel.send(y, rows.counts)  # (N', D)
-            y = self.parallel.send_back(self.experts(y, arrival.counts), arrival)  # (N, D)
+        y, arrival = self.exchange.send(y, rows.counts)  # (N', D)
+        y = self.exchange.send_back(self.experts(y, arrival.counts), arrival)  # (N, D)
         out = unpermute(y, routing.weights.to(y.dtype), rows)  # (T, D)
+        if self.shared is not None:
+            out = out + self.shared(tokens)
+        pool = self.gate.pool
         return MoEOutput(
             out.view_as(x),
-            balance_loss(routing, self.pool),
-            z_loss(logits, routing.counted, self.pool),
-            routing_stats(routing, self.pool),
+            balance_loss(routing, pool),
+            z_loss(logits, routing.counted, pool),
+            routing_stats(routing, pool),
             routing.counts,
         )

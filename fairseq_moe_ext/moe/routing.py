@@ -1,31 +1,40 @@
 """From router logits to a routing: which experts a token goes to, with what weight, in which slot.
 
-The semantics are those of fairseq's `moe` branch (top-1 and top-2 gates; GShard, arXiv
-2006.16668, algorithm 1), computed by index: nothing here is larger than tokens x experts.
+For one and two experts a token the numbers are those of fairseq's `moe` branch. All is computed by
+index: nothing here is larger than tokens x experts.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Optional
+from typing import Callable, Dict, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
 from .pool import PROCESS, Pool
 
-SECOND_EXPERT_POLICIES = ("all", "sampling", "random")
+SCORES: Dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits: torch.softmax(logits, dim=-1),
+    "sigmoid": torch.sigmoid,
+}
+RUNNER_UP_POLICIES = ("all", "sampling", "random")
 
 
 class Routing(NamedTuple):
-    """The decision of a gate for T tokens, E experts and K choices a token."""
+    """The decision of a router for T tokens, E experts and at most K choices per token.
 
-    probs: Tensor  # (T, E) softmax of the logits, differentiable
+    A token may have fewer than K choices: `routed` is False for the others. So a routing of
+    variable width (a threshold on scores), or one where experts choose tokens, is a Routing with
+    K = E: experts (T, E) ranks all of them, and `routed` is the mask of what goes where.
+    """
+
+    probs: Tensor  # (T, E) scores that sum to 1, differentiable: what balances and is logged
     experts: Tensor  # (T, K) int64: the chosen experts, best first
     weights: Tensor  # (T, K) combine weights, differentiable; 0 where the choice is dropped
     slots: Tensor  # (T, K) int64: place in the expert's queue; meaningful where `routed`
     places: Tensor  # (T, K) int64: the same among this process's choices alone
-    routed: Tensor  # (T, K) bool: sent to the expert (not padding, not sampled away)
+    routed: Tensor  # (T, K) bool: sent to the expert
     kept: Tensor  # (T, K) bool: routed, and within the expert's capacity
     counts: Tensor  # (K, E) int64: routed choices of each rank an expert gets, before dropping
     counted: Optional[Tensor] = None  # (T,) bool: tokens that losses and figures count; None: all
@@ -48,95 +57,108 @@ def token_capacity(
     return max(1, int(factor * math.ceil(tokens / experts)))
 
 
-def route_top1(
+def route(
     logits: Tensor,
+    k: int,
     *,
+    score: str = "softmax",
+    bias: Optional[Tensor] = None,
+    runner_up: str = "all",
+    normalize: Optional[str] = "after",
+    prioritized: bool = False,
     capacity: Optional[int] = None,
     padding_mask: Optional[Tensor] = None,
     count_padding: bool = False,
-    pool: Pool = PROCESS,
-) -> Routing:
-    """Switch-style routing: each token to its best expert, weighted by that probability.
-
-    Args:
-        logits: (T, E) router logits.
-        capacity: slots an expert has; None keeps every choice (dropless).
-        padding_mask: (T,) bool, True where a token is padding and is routed nowhere.
-        count_padding: losses and figures count it all the same, as in the branch.
-        pool: the processes whose tokens queue before the same experts, those of lower rank first.
-    """
-    probs = torch.softmax(logits, dim=-1)  # (T, E)
-    experts = probs.argmax(dim=-1, keepdim=True)  # (T, 1)
-    routed = _not_padding(experts, padding_mask)
-    counts, places, slots = _queue(experts, routed, logits.size(-1), pool)
-    kept = _within(slots, routed, capacity)
-    weights = probs.gather(1, experts) * kept
-    counted = counted_tokens(padding_mask, count_padding)
-    return Routing(probs, experts, weights, slots, places, routed, kept, counts, counted)
-
-
-def route_top2(
-    logits: Tensor,
-    *,
-    capacity: Optional[int] = None,
-    padding_mask: Optional[Tensor] = None,
-    count_padding: bool = False,
-    second_expert_policy: str = "all",
-    normalize_before_dropping: bool = False,
-    batch_prioritized: bool = False,
     noise: Optional[Tensor] = None,
     pool: Pool = PROCESS,
 ) -> Routing:
-    """GShard-style routing: each token to its two best experts, weights renormalised over them.
+    """Send each token to its k best experts.
+
+    With k = 1 and `normalize` None it is Switch's top-1 gate (arXiv 2101.03961, section 2.1), with
+    k = 2 GShard's top-2 gate (arXiv 2006.16668, algorithm 1).
 
     Args:
-        logits: (T, E) router logits, E >= 2.
+        logits: (T, E) router logits, E >= k.
+        score: what an expert is chosen and weighted by: "softmax" over experts, or "sigmoid" of its
+            own logit (DeepSeek-V3, arXiv 2412.19437, equation 15).
+        bias: (E,), added to the scores for the choice alone, not for the weights (Wang et al.,
+            arXiv 2408.15664, equation 3).
+        runner_up: "all": the best of the rest follow the first; "sampling": those under Gumbel
+            noise; "random", for k = 2: the runner-up, kept when 2 * its weight exceeds a uniform
+            number.
+        normalize: divide a token's weights by their sum "before" choices are dropped (a dropped
+            weight is lost), "after" (the survivors share it), or None: leave them as they are.
+        prioritized: fill slots in the order of the tokens' best score (Riquelme et al., arXiv
+            2106.05974, section 4.1), not of their position.
         capacity: slots an expert has; None keeps every choice (dropless).
         padding_mask: (T,) bool, True where a token is padding and is routed nowhere.
         count_padding: losses and figures count it all the same, as in the branch.
-        second_expert_policy: "all": the runner-up; "sampling": the runner-up under Gumbel noise;
-            "random": the runner-up, kept when 2 * its weight exceeds a uniform number.
-        normalize_before_dropping: divide by the sum of the two weights before choices are dropped
-            (a dropped weight is then lost) rather than after (the survivor gets it all).
-        batch_prioritized: fill slots in the order of the tokens' best probability (Riquelme et
-            al., arXiv 2106.05974, section 4.1), not of their position.
         noise: (T, E) Gumbel samples for "sampling", (T,) uniform ones for "random"; drawn when
             None.
         pool: the processes whose tokens queue before the same experts, those of lower rank first;
-            with batch_prioritized, this one alone.
+            with `prioritized`, this one alone.
     """
-    if batch_prioritized and pool is not PROCESS:
-        raise ValueError("batch_prioritized orders the tokens of one process only")
-    if second_expert_policy not in SECOND_EXPERT_POLICIES:
-        raise ValueError(
-            f"second_expert_policy {second_expert_policy!r} is none of {SECOND_EXPERT_POLICIES}"
-        )
-    if logits.size(-1) < 2:
-        raise ValueError(f"top-2 routing needs at least 2 experts, not {logits.size(-1)}")
-    probs = torch.softmax(logits, dim=-1)  # (T, E)
-    first = probs.argmax(dim=-1, keepdim=True)  # (T, 1)
-    rivals = logits.detach()
-    if second_expert_policy == "sampling":
-        rivals = rivals + (_gumbel_like(rivals) if noise is None else noise)
-    second = rivals.scatter(1, first, -math.inf).argmax(dim=-1, keepdim=True)
-    experts = torch.cat([first, second], dim=1)  # (T, 2)
+    num_experts = logits.size(-1)
+    check_routing(k, num_experts, score, runner_up, normalize)
+    if prioritized and pool is not PROCESS:
+        raise ValueError("prioritized orders the tokens of one process only")
+    scores = SCORES[score](logits)  # (T, E)
+    probs = scores if score == "softmax" else scores / scores.sum(dim=-1, keepdim=True)
 
-    weights = probs.gather(1, experts)  # (T, 2)
-    if normalize_before_dropping:
+    liked = scores.detach() if bias is None else scores.detach() + bias
+    experts = liked.argmax(dim=-1, keepdim=True)  # (T, 1)
+    if k > 1:
+        # Logits tell apart what float32 probabilities, near 0 or 1, do not.
+        rivals = logits.detach() if bias is None else liked
+        if runner_up == "sampling":
+            rivals = rivals + (_gumbel_like(rivals) if noise is None else noise)
+        rivals = rivals.scatter(1, experts, -math.inf)
+        experts = torch.cat([experts, _best(rivals, k - 1)], dim=1)  # (T, K)
+
+    weights = scores.gather(1, experts)  # (T, K)
+    if normalize == "before":
         weights = _normalize(weights)
     routed = _not_padding(experts, padding_mask)
-    if second_expert_policy == "random":
+    if runner_up == "random" and k == 2:
         uniform = torch.rand_like(weights[:, 1]) if noise is None else noise
         lucky = 2 * weights[:, 1].detach() > uniform
         routed = torch.stack([routed[:, 0], routed[:, 1] & lucky], dim=1)
-    order = probs.amax(dim=-1).argsort(descending=True, stable=True) if batch_prioritized else None
-    counts, places, slots = _queue(experts, routed, logits.size(-1), pool, order)
-    kept = _within(slots, routed, capacity)
+    order = scores.amax(dim=-1).argsort(descending=True, stable=True) if prioritized else None
+    counts, places, slots = queue(experts, routed, num_experts, pool, order)
+    kept = within(slots, routed, capacity)
     weights = weights * kept
-    if not normalize_before_dropping:
+    if normalize == "after":
         weights = _normalize(weights)
     counted = counted_tokens(padding_mask, count_padding)
     return Routing(probs, experts, weights, slots, places, routed, kept, counts, counted)
+
+
+def check_routing(
+    k: int,
+    num_experts: int,
+    score: str = "softmax",
+    runner_up: str = "all",
+    normalize: Optional[str] = None,
+) -> None:
+    """Raise ValueError for what `route` cannot do."""
+    if not 1 <= k <= num_experts:
+        raise ValueError(f"k = {k}: a token takes from 1 to all {num_experts} experts")
+    if score not in SCORES:
+        raise ValueError(f"score {score!r} is none of {tuple(SCORES)}")
+    if runner_up not in RUNNER_UP_POLICIES:
+        raise ValueError(f"runner_up {runner_up!r} is none of {RUNNER_UP_POLICIES}")
+    if runner_up == "random" and k > 2:
+        raise ValueError(f"runner_up 'random' is a rule for the second of 2 experts, not for {k}")
+    if normalize not in (None, "before", "after"):
+        raise ValueError(f"normalize {normalize!r} is none of None, 'before', 'after'")
+
+
+def _best(scores: Tensor, count: int) -> Tensor:
+    """scores (T, E) -> (T, count): the experts of the largest ones, best first; of equals the one
+    with the lower number."""
+    if count == 1:
+        return scores.argmax(dim=-1, keepdim=True)
+    return scores.argsort(dim=-1, descending=True, stable=True)[:, :count]
 
 
 def counted_tokens(padding_mask: Optional[Tensor], count_padding: bool) -> Optional[Tensor]:
@@ -151,40 +173,44 @@ def _not_padding(experts: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
 
 
 def _normalize(weights: Tensor) -> Tensor:
-    """(T, 2) -> (T, 2), each row divided by its sum; a row of zeros stays zero."""
+    """(T, K) -> (T, K), each row divided by its sum; a row of zeros stays zero."""
     eps = torch.finfo(weights.dtype).eps
     return weights / weights.sum(dim=1, keepdim=True).clamp(min=eps)
 
 
-def _within(slots: Tensor, routed: Tensor, capacity: Optional[int]) -> Tensor:
+def within(slots: Tensor, routed: Tensor, capacity: Optional[int]) -> Tensor:
     return routed if capacity is None else routed & (slots < capacity)
 
 
-def _queue(
+def queue(
     experts: Tensor,
     routed: Tensor,
     num_experts: int,
     pool: Pool,
     order: Optional[Tensor] = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queue the routed choices up before their experts: every first choice before any second
-    one, and within those by process, and by token, or by `order` (T,), the tokens from first to
-    last.
+    """Give each routed choice its position in its expert's queue.
 
-    Returns counts (K, E), the choices of each rank an expert gets here, places (T, K) among those,
-    and slots (T, K) among the pool's.
+    First choices precede second choices, and so on; within each, lower process ranks come first,
+    then tokens in order, or in `order` (T,). For example, of three tokens with the choices
+    [[0, 1], [1, 0], [0, 1]] expert 0 has the queue token 0, token 2 (first choices), token 1
+    (second), and expert 1 the queue token 1, token 0, token 2.
+
+    Returns:
+        counts (K, E): choices of each rank an expert gets here; places (T, K): the position among
+        this process's choices; slots (T, K): the position among the pool's.
     """
     tokens, k = experts.shape
     counts = experts.new_zeros(k, num_experts)
     counts.scatter_add_(1, experts.t(), routed.t().to(counts.dtype))
     # Choices that go nowhere queue before expert number E, behind all others.
-    queue = experts.masked_fill(~routed, num_experts)  # (T, K)
+    line = experts.masked_fill(~routed, num_experts)  # (T, K)
     if order is not None:
-        queue = queue[order]
-    queue, choice = queue.t().reshape(-1).sort(stable=True)  # (K T,), by expert, in slot order
+        line = line[order]
+    line, choice = line.t().reshape(-1).sort(stable=True)  # (K T,), by expert, in slot order
     starts = counts.new_zeros(num_experts + 1)
     torch.cumsum(counts.sum(dim=0), dim=0, out=starts[1:])
-    place = torch.arange(tokens * k, device=experts.device) - starts[queue]
+    place = torch.arange(tokens * k, device=experts.device) - starts[line]
     places = torch.empty_like(place).scatter_(0, choice, place).view(k, tokens).t()
     if order is not None:
         places = torch.empty_like(places).index_copy_(0, order, places)

@@ -1,4 +1,4 @@
-"""Figures that say what a router does, under the names the branch logs them by."""
+"""Metrics that say what a router does; those of the branch under its names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .routing import Routing
 # Experts counted as the most and as the least used: a fifth of them.
 BALANCE_SHARE = 0.2
 
-FIGURES = ("entropy_gating",) + tuple(
+FIGURES = ("entropy_gating", "overflow", "load_max") + tuple(
     figure
     for expert in ("expert1", "expert2")
     for figure in (
@@ -31,12 +31,14 @@ def routing_stats(routing: Routing, pool: Pool = PROCESS) -> Dict[str, Tensor]:
     """FIGURES of one routing, scalars without gradient, over the pool's tokens that count:
 
     - entropy_gating: mean entropy of the router's probabilities, in nats.
+    - overflow: percentage of routed choices beyond capacity.
+    - load_max: choices of the most chosen expert, before dropping, over the mean of all experts.
     - overflow_expert1, _expert2: percentage of routed first, second choices beyond capacity.
     - expertK_balance_top, _bottom: percentage of tokens whose K-th choice is among the most, least
       chosen fifth of the experts.
     - unused_expertK_count: experts that are no token's K-th choice.
 
-    The top-1 gate yields the keys of the first choice only.
+    Of one choice a token there are the keys of the first only, of more than two those of two.
     """
     num_experts, k = routing.probs.size(1), routing.experts.size(1)
     with torch.no_grad():
@@ -48,12 +50,13 @@ def routing_stats(routing: Routing, pool: Pool = PROCESS) -> Dict[str, Tensor]:
                 [
                     torch.stack([entropy, tokens.to(entropy)]),
                     (routing.routed & ~routing.kept).sum(dim=0),
-                    routing.counts.sum(dim=1),
+                    routing.counts.flatten(),
                     _histogram(routing.experts, routing.counted, num_experts).flatten(),
                 ]
             )
         )
-        entropy, tokens, dropped, routed, histogram = sums.split([1, 1, k, k, k * num_experts])
+        each = k * num_experts
+        entropy, tokens, dropped, loads, histogram = sums.split([1, 1, k, each, each])
         tokens = tokens.clamp(min=1)  # of no tokens the figures are 0, not 0/0
         histogram = histogram.view(k, num_experts)
         # The branch adds float32's smallest normal number to each share; so do we, to meet its
@@ -61,8 +64,14 @@ def routing_stats(routing: Routing, pool: Pool = PROCESS) -> Dict[str, Tensor]:
         share = 100.0 * histogram / tokens + torch.finfo(torch.float32).tiny
         share = share.sort(dim=1, descending=True).values
         fifth = max(math.ceil(num_experts * BALANCE_SHARE), 1)
-        stats = {"entropy_gating": (entropy / tokens)[0]}
-        for i in range(k):
+        load = loads.view(k, num_experts).sum(dim=0)
+        stats = {
+            "entropy_gating": (entropy / tokens)[0],
+            "overflow": 100.0 * dropped.sum() / load.sum().clamp(min=1),
+            "load_max": num_experts * load.max() / load.sum().clamp(min=1),
+        }
+        routed = loads.view(k, num_experts).sum(dim=1)
+        for i in range(min(k, 2)):
             name = f"expert{i + 1}"
             stats[f"overflow_{name}"] = 100.0 * dropped[i] / routed[i].clamp(min=1)
             stats[f"unused_{name}_count"] = (histogram[i] == 0).sum().to(share.dtype)

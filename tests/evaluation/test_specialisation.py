@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fairseq_moe_ext.evaluation import specialisation as s
-from fairseq_moe_ext.moe.gate import Gate, GateSettings
+from fairseq_moe_ext.moe.router import GateSettings, TopKRouter
 
 KINDS, EXPERTS, BLOCKS, LENGTH = 3, 4, 60, 20
 
@@ -79,7 +79,7 @@ def test_types_and_one_kind_alone():
 
 def test_random_gates_have_the_scale_of_the_learnt_one_and_its_inputs():
     torch.manual_seed(0)
-    gate = Gate(8, 4, GateSettings(dropless=True)).eval()
+    gate = TopKRouter(8, 4, GateSettings(dropless=True)).eval()
     with torch.no_grad():
         gate.wg.weight *= torch.tensor([[1.0], [2.0], [3.0], [4.0]])
     watch = s.Watch(gate, torch.Generator().manual_seed(1))
@@ -102,7 +102,7 @@ def test_a_gate_that_was_not_trained_is_not_above_random_ones():
     types, blocks, kinds = text()
     means = torch.randn(KINDS, 8)  # hidden states differ by kind, as in any model
     x = means[torch.from_numpy(kinds[blocks])] + torch.randn(len(blocks), 8)
-    gate = Gate(8, EXPERTS, GateSettings(dropless=True)).eval()
+    gate = TopKRouter(8, EXPERTS, GateSettings(dropless=True)).eval()
     watch = s.Watch(gate, torch.Generator().manual_seed(1))
     gate(x, None)
     found = s.information(watch.choices(), EXPERTS, types, blocks, kinds)["domain"]

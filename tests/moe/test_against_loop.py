@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fairseq_moe_ext.moe.balance import balance_loss, z_loss
-from fairseq_moe_ext.moe.gate import GateSettings
 from fairseq_moe_ext.moe.layer import MoELayer
-from fairseq_moe_ext.moe.routing import route_top1, route_top2, token_capacity
+from fairseq_moe_ext.moe.router import GateSettings
+from fairseq_moe_ext.moe.routing import route, token_capacity
 from fairseq_moe_ext.moe.stats import routing_stats
 
 # The same examples on every run; the loop is slow by design, so there is no deadline.
@@ -39,6 +39,7 @@ class Example(NamedTuple):
     count_padding: bool
     capacity: Optional[int]
     top_k: int
+    score: str
     policy: str
     normalize_before_dropping: bool
     batch_prioritized: bool
@@ -49,6 +50,7 @@ class Example(NamedTuple):
         """Keyword arguments of `reference.route`."""
         return {
             "top_k": self.top_k,
+            "score": self.score,
             "capacity": self.capacity,
             "padding_mask": self.padding_mask,
             "count_padding": self.count_padding,
@@ -68,8 +70,9 @@ def on_grid(generator, *shape, steps, scale=1.0):
 
 @st.composite
 def examples(draw):
-    top_k = draw(st.sampled_from([2, 1, 2]))
+    top_k = draw(st.sampled_from([2, 1, 2, 3, 4]))
     experts = draw(st.integers(top_k, 9))
+    score = draw(st.sampled_from(["softmax", "softmax", "sigmoid"]))
     tokens = draw(st.integers(1, 40))
     dim = draw(st.integers(1, 8))
     hidden = draw(st.integers(1, 8))
@@ -101,7 +104,7 @@ def examples(draw):
         "evaluation": max(1, reference.eval_capacity(counted, 0.25)),
         "any": draw(st.integers(1, tokens)),
     }[limit]
-    policy = draw(st.sampled_from(POLICIES)) if top_k == 2 else "all"
+    policy = draw(st.sampled_from(POLICIES if top_k == 2 else ["all", "all", "sampling"]))
     noise = None
     if policy == "sampling":
         uniform = torch.rand(tokens, experts, generator=generator).double().clamp_min(1e-6)
@@ -119,9 +122,10 @@ def examples(draw):
         count_padding=count_padding,
         capacity=capacity,
         top_k=top_k,
+        score=score,
         policy=policy,
-        normalize_before_dropping=top_k == 2 and draw(st.booleans()),
-        batch_prioritized=top_k == 2 and draw(st.booleans()),
+        normalize_before_dropping=top_k > 1 and draw(st.booleans()),
+        batch_prioritized=draw(st.booleans()),
         noise=noise,
         seed=seed,
     )
@@ -133,15 +137,20 @@ def is_decided(example, logits, routes):
     The grid makes ties of logits exact. Two other comparisons are of rounded numbers: the priority
     of tokens, which must differ clearly unless the rows of logits are the same, and the uniform
     number of the policy "random"."""
+    scores = (logits.sigmoid() if example.score == "sigmoid" else logits.softmax(-1)).detach()
+    if example.score == "sigmoid" and example.top_k < logits.size(1):
+        firsts = scores.topk(2).values
+        if ((firsts[:, 0] - firsts[:, 1]) < 1e-5).any():
+            return False
     if example.batch_prioritized:
-        order = sorted(range(len(logits)), key=lambda t: float(routes.probs[t].detach().max()))
+        order = sorted(range(len(logits)), key=lambda t: float(scores[t].max()))
         for a, b in zip(order, order[1:]):
-            gap = float(routes.probs[b].detach().max() - routes.probs[a].detach().max())
+            gap = float(scores[b].max() - scores[a].max())
             if gap < 1e-5 and not torch.equal(logits[a], logits[b]):
                 return False
     if example.policy == "random":
         for t, choices in enumerate(routes.choices):
-            first, second = (routes.probs[t][choice.expert].detach() for choice in choices)
+            first, second = (scores[t][choice.expert] for choice in choices)
             total = first + second if example.normalize_before_dropping else 1.0
             if abs(2 * second / total - example.noise[t]) < 1e-5:
                 return False
@@ -150,7 +159,7 @@ def is_decided(example, logits, routes):
 
 def note_kind(example, routes):
     """What the grid covers, shown by `pytest --hypothesis-show-statistics`."""
-    event(f"top-{example.top_k} {example.policy}")
+    event(f"top-{example.top_k} {example.score} {example.policy}")
     choices = [choice for choices in routes.choices for choice in choices]
     event("a choice is dropped", any(c.routed and not c.kept for c in choices))
     event("an expert is empty", 0 in reference.expert_counts(routes)[0])
@@ -172,22 +181,19 @@ def test_routing(dtype, example):
     note_kind(example, routes)
 
     logits = truth.detach().to(dtype).requires_grad_()
-    common = {
-        "capacity": example.capacity,
-        "padding_mask": example.padding_mask,
-        "count_padding": example.count_padding,
-    }
-    if example.top_k == 1:
-        routing = route_top1(logits, **common)
-    else:
-        routing = route_top2(
-            logits,
-            **common,
-            second_expert_policy=example.policy,
-            normalize_before_dropping=example.normalize_before_dropping,
-            batch_prioritized=example.batch_prioritized,
-            noise=None if example.noise is None else example.noise.to(dtype),
-        )
+    normalize = "before" if example.normalize_before_dropping else "after"
+    routing = route(
+        logits,
+        example.top_k,
+        score=example.score,
+        runner_up=example.policy,
+        normalize=normalize if example.top_k > 1 else None,
+        prioritized=example.batch_prioritized,
+        capacity=example.capacity,
+        padding_mask=example.padding_mask,
+        count_padding=example.count_padding,
+        noise=None if example.noise is None else example.noise.to(dtype),
+    )
 
     rtol = RTOL[dtype]
     routed = column(routes, "routed")
@@ -230,7 +236,8 @@ def test_routing(dtype, example):
 @given(example=examples(), activation=st.sampled_from([F.relu, F.gelu]))
 def test_layer(dtype, example, activation):
     """Outputs, losses, statistics, counts and the gradients of everything."""
-    example = example._replace(policy="all", noise=None)  # the layer draws its own: test_noise.py
+    # The layer draws its own noise (test_noise.py), and its router scores by softmax.
+    example = example._replace(policy="all", noise=None, score="softmax")
     names = ["x", "gate", "w1", "b1", "w2", "b2"]
     truth = {name: getattr(example, name).clone().requires_grad_() for name in names}
     expected = reference.moe_layer(**truth, activation=activation, **example.options())
@@ -269,6 +276,40 @@ def test_layer(dtype, example, activation):
             assert not ours[name].grad[idle].any()
 
 
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("k", [1, 2, 3, 6])
+def test_a_bias_enters_the_choice_and_not_the_weights(k, score):
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        logits = torch.randn(30, 6, generator=generator).double().requires_grad_()
+        bias = 0.3 * torch.randn(6, generator=generator).double()
+        routes = reference.route(logits, top_k=k, capacity=8, score=score, bias=bias.tolist())
+        normalize = "after" if k > 1 else None
+        routing = route(logits, k, score=score, bias=bias, capacity=8, normalize=normalize)
+        assert torch.equal(routing.experts, column(routes, "expert"))
+        assert torch.equal(routing.kept, column(routes, "kept"))
+        weights = [torch.stack([c.weight for c in choices]) for choices in routes.choices]
+        assert_near(routing.weights, torch.stack(weights), 1e-12, "weights", scale=1.0)
+        plain = route(logits, k, score=score, capacity=8, normalize=normalize)
+        assert k == 6 or not torch.equal(routing.experts, plain.experts)
+
+
+@pytest.mark.parametrize(
+    "k, options, words",
+    [
+        (0, {}, "k = 0"),
+        (5, {}, "from 1 to all 4"),
+        (2, {"score": "cosine"}, "score 'cosine'"),
+        (2, {"runner_up": "some"}, "runner_up 'some'"),
+        (3, {"runner_up": "random"}, "for the second of 2 experts, not for 3"),
+        (2, {"normalize": "never"}, "normalize 'never'"),
+    ],
+)
+def test_what_cannot_be_routed(k, options, words):
+    with pytest.raises(ValueError, match=words):
+        route(torch.zeros(3, 4), k, **options)
+
+
 def max_abs(tensor):
     return float(tensor.detach().abs().max())
 
@@ -283,7 +324,7 @@ def layer_of(example, activation, dtype):
     fraction = 1.0
     if example.capacity is not None:  # beyond all tokens it is no limit
         fraction = min(1.0, (example.capacity - 0.5) / tokens)
-    layer = MoELayer(
+    layer = MoELayer.build(
         dim,
         hidden,
         experts,

@@ -7,8 +7,8 @@ import torch
 from closeness import assert_near
 
 from fairseq_moe_ext.moe.experts import Experts
-from fairseq_moe_ext.moe.gate import GateSettings
 from fairseq_moe_ext.moe.layer import MoELayer
+from fairseq_moe_ext.moe.router import GateSettings
 
 COUNTS = [5, 0, 3]
 
@@ -31,9 +31,9 @@ def test_experts_start_as_linear_layers_each_from_its_own_seed():
 
 def test_gradient_scale_is_on_the_experts_parameters_alone():
     torch.manual_seed(0)
-    plain = MoELayer(6, 5, 3, GateSettings(second_expert_policy="all")).double()
+    plain = MoELayer.build(6, 5, 3, GateSettings(second_expert_policy="all")).double()
     options = {"grad_scale": 0.25}
-    scaled = MoELayer(6, 5, 3, GateSettings(second_expert_policy="all"), **options).double()
+    scaled = MoELayer.build(6, 5, 3, GateSettings(second_expert_policy="all"), **options).double()
     scaled.load_state_dict(plain.state_dict())
     x = torch.randn(9, 6, dtype=torch.float64)
     grads = []

@@ -5,8 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fairseq_moe_ext.moe.gate import GateSettings
 from fairseq_moe_ext.moe.layer import MoELayer
+from fairseq_moe_ext.moe.router import GateSettings
 
 
 class Ledger(TorchDispatchMode):
@@ -37,7 +37,7 @@ def tensor(value):
 def measure(tokens, experts, dim=16, hidden=16, **settings):
     """Numbers in the largest tensor and in all tensors made by a forward and backward pass."""
     torch.manual_seed(0)
-    layer = MoELayer(dim, hidden, experts, GateSettings(**settings))
+    layer = MoELayer.build(dim, hidden, experts, GateSettings(**settings))
     x = torch.randn(tokens, dim, requires_grad=True)
     mask = torch.rand(tokens) < 0.1
     with Ledger() as ledger:

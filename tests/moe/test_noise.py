@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from closeness import assert_near
 
-from fairseq_moe_ext.moe.gate import GateSettings
 from fairseq_moe_ext.moe.layer import MoELayer
-from fairseq_moe_ext.moe.routing import route_top2
+from fairseq_moe_ext.moe.router import GateSettings
+from fairseq_moe_ext.moe.routing import route
 
 
 def branch_noise(policy, tokens, experts):
@@ -28,7 +28,7 @@ def test_a_seed_gives_the_noise_it_gave_the_branch(policy, normalize):
     settings = GateSettings(
         second_expert_policy=policy, normalize_before_dropping=normalize, count_padding=True
     )
-    layer = MoELayer(6, 5, 4, settings)
+    layer = MoELayer.build(6, 5, 4, settings)
     x = 3 * torch.randn(3, 7, 6)  # a gate so sure of itself that `random` drops some choices
     mask = torch.zeros(3, 7, dtype=torch.bool)
     mask[1, 3:] = True
@@ -56,15 +56,15 @@ def test_a_seed_gives_the_noise_it_gave_the_branch(policy, normalize):
     assert output.expert_counts.tolist() == expected.expert_counts
     assert_near(output.out.view(21, 6), expected.out, 1e-5, "out")
 
-    plain = route_top2(layer.gate.wg(x.view(21, 6)), padding_mask=mask.view(21))
+    plain = route(layer.gate.wg(x.view(21, 6)), 2, padding_mask=mask.view(21))
     assert plain.counts.tolist() != expected.expert_counts, "the noise changed nothing"
 
 
 @pytest.mark.parametrize("policy", ["sampling", "random"])
 def test_evaluation_is_without_noise(policy):
     torch.manual_seed(0)
-    noisy = MoELayer(6, 5, 4, GateSettings(second_expert_policy=policy))
-    plain = MoELayer(6, 5, 4, GateSettings(second_expert_policy="all"))
+    noisy = MoELayer.build(6, 5, 4, GateSettings(second_expert_policy=policy))
+    plain = MoELayer.build(6, 5, 4, GateSettings(second_expert_policy="all"))
     plain.load_state_dict(noisy.state_dict())
     x = torch.randn(21, 6)
     expected = plain.eval()(x).out
@@ -84,7 +84,7 @@ def test_sampling_takes_the_second_expert_by_its_probability():
     """Gumbel noise makes the largest of the others a sample from their softmax."""
     torch.manual_seed(0)
     logits = PROBABILITIES.log().expand(TOKENS, 4)
-    second = route_top2(logits, second_expert_policy="sampling").experts[:, 1]
+    second = route(logits, 2, runner_up="sampling").experts[:, 1]
     share = torch.bincount(second, minlength=4) / TOKENS
     assert share.tolist() == pytest.approx([0.0, 0.6, 0.3, 0.1], abs=0.015)
 
@@ -93,7 +93,7 @@ def test_sampling_takes_the_second_expert_by_its_probability():
 def test_random_keeps_the_second_expert_by_twice_its_weight(normalize, share):
     torch.manual_seed(0)
     logits = PROBABILITIES.log().expand(TOKENS, 4)
-    routing = route_top2(logits, second_expert_policy="random", normalize_before_dropping=normalize)
+    routing = route(logits, 2, runner_up="random", normalize="before" if normalize else "after")
     assert (routing.experts == torch.tensor([0, 1])).all()
     assert routing.routed[:, 0].all()
     assert float(routing.routed[:, 1].float().mean()) == pytest.approx(share, abs=0.015)

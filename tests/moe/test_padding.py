@@ -12,9 +12,9 @@ from processes import run_processes
 
 from fairseq_moe_ext.expert_parallel import WorldPool
 from fairseq_moe_ext.moe.balance import balance_loss
-from fairseq_moe_ext.moe.gate import GateSettings
 from fairseq_moe_ext.moe.layer import MoELayer
-from fairseq_moe_ext.moe.routing import route_top1, route_top2
+from fairseq_moe_ext.moe.router import GateSettings
+from fairseq_moe_ext.moe.routing import route
 from fairseq_moe_ext.moe.stats import routing_stats
 
 EXPERTS = 4
@@ -36,7 +36,7 @@ def layer_of(settings, fraction, pool=None):
     settings = GateSettings(
         **{"second_expert_policy": "all", "eval_token_fraction": fraction, **settings}
     )
-    layer = MoELayer(6, 5, EXPERTS, settings, **more).double()
+    layer = MoELayer.build(6, 5, EXPERTS, settings, **more).double()
     return layer.train(fraction == TRAINING)
 
 
@@ -84,9 +84,9 @@ def test_nor_with_noise(policy):
     x, mask = batch()
     logits, real = layer_of({}, TRAINING).gate.wg(x.flatten(0, 1)), ~mask.flatten()
     noise = torch.rand(logits.shape if policy == "sampling" else logits.shape[:1]).double()
-    options = {"second_expert_policy": policy, "capacity": 5}
-    masked = route_top2(logits, padding_mask=~real, noise=noise, **options)
-    alone = route_top2(logits[real], noise=noise[real], **options)
+    options = {"runner_up": policy, "capacity": 5}
+    masked = route(logits, 2, padding_mask=~real, noise=noise, **options)
+    alone = route(logits[real], 2, noise=noise[real], **options)
     assert torch.equal(masked.weights[real], alone.weights)
     assert_near(balance_loss(masked), balance_loss(alone), 1e-12)
     expected = {k: float(v) for k, v in routing_stats(alone).items()}
@@ -94,18 +94,18 @@ def test_nor_with_noise(policy):
 
 
 @pytest.mark.parametrize("padding", [0, 1, 90, 4000])
-@pytest.mark.parametrize("route", [route_top1, route_top2])
-def test_a_perfectly_balanced_gate_shows_one(route, padding):
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_a_perfectly_balanced_gate_shows_one(k, padding):
     logits = 9 * torch.eye(EXPERTS).repeat(3, 1)
     logits = torch.cat([logits, torch.randn(padding, EXPERTS)])
     mask = torch.arange(len(logits)) >= 12
-    routing = route(logits, padding_mask=mask)
+    routing = route(logits, k, padding_mask=mask)
     assert float(balance_loss(routing)) == pytest.approx(1.0)
     figures = routing_stats(routing)
     assert figures["expert1_balance_top"] == pytest.approx(25.0)
     assert figures["unused_expert1_count"] == 0
-    if padding:
-        counted = balance_loss(route(logits, padding_mask=mask, count_padding=True))
+    if padding and k <= 2:  # with more, shares are of the choices, and padding has none
+        counted = balance_loss(route(logits, k, padding_mask=mask, count_padding=True))
         assert float(counted) < 0.95
 
 

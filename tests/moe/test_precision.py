@@ -6,8 +6,8 @@ import pytest
 import torch
 from closeness import assert_near
 
-from fairseq_moe_ext.moe.gate import GateSettings
 from fairseq_moe_ext.moe.layer import MoELayer
+from fairseq_moe_ext.moe.router import GateSettings
 
 PLAIN = {"second_expert_policy": "all", "dropless": True}
 
@@ -23,14 +23,16 @@ def run(layer, x, mask=None):
 @pytest.mark.parametrize("dtype, rtol", [(torch.float16, 4e-3), (torch.bfloat16, 3e-2)], ids=str)
 def test_half_precision_stays_near_double(dtype, rtol, use_fp32, top_k):
     torch.manual_seed(0)
-    layer = MoELayer(16, 24, 4, GateSettings(top_k=top_k, use_fp32=use_fp32, **PLAIN)).to(dtype)
+    layer = MoELayer.build(16, 24, 4, GateSettings(top_k=top_k, use_fp32=use_fp32, **PLAIN)).to(
+        dtype
+    )
     with torch.no_grad():  # logits far apart: rounding turns no choice
         layer.gate.wg.weight.copy_(8 * torch.eye(4, 16))
     x = torch.randn(40, 16)
     # Distances between a token's logits of at least 0.5, by construction of its first 4 numbers.
     x[:, :4] = torch.stack([torch.randperm(4) / 8.0 for _ in range(40)])
     x = x.to(dtype).requires_grad_()
-    double = MoELayer(16, 24, 4, GateSettings(top_k=top_k, **PLAIN)).double()
+    double = MoELayer.build(16, 24, 4, GateSettings(top_k=top_k, **PLAIN)).double()
     double.load_state_dict(layer.state_dict())
     exact_x = x.detach().double().requires_grad_()
     exact = run(double, exact_x)
@@ -51,7 +53,7 @@ def test_half_precision_stays_near_double(dtype, rtol, use_fp32, top_k):
 def test_gate_in_float32_inside_a_half_precision_layer():
     """The softmax is taken in float32; the output is in the model's precision again."""
     torch.manual_seed(0)
-    layer = MoELayer(8, 8, 4, GateSettings(use_fp32=True, **PLAIN)).to(torch.bfloat16)
+    layer = MoELayer.build(8, 8, 4, GateSettings(use_fp32=True, **PLAIN)).to(torch.bfloat16)
     output = layer(torch.randn(5, 8, dtype=torch.bfloat16))
     assert output.out.dtype == torch.bfloat16
     assert output.balance_loss.dtype == output.z_loss.dtype == torch.float32
@@ -64,7 +66,7 @@ def test_gate_in_float32_inside_a_half_precision_layer():
 
 def test_autocast():
     torch.manual_seed(0)
-    layer = MoELayer(16, 16, 4, GateSettings(**PLAIN))
+    layer = MoELayer.build(16, 16, 4, GateSettings(**PLAIN))
     x = torch.randn(20, 16, requires_grad=True)
     exact = layer(x).out
     with torch.autocast("cpu", torch.bfloat16):
@@ -76,7 +78,7 @@ def test_autocast():
 
 def test_many_tokens_in_float16():
     """Sums over tokens would overflow float16 (65504) where means do not."""
-    layer = MoELayer(2, 2, 8, GateSettings(top_k=1, dropless=True)).half()
+    layer = MoELayer.build(2, 2, 8, GateSettings(top_k=1, dropless=True)).half()
     with torch.no_grad():
         layer.gate.wg.weight.zero_()  # every probability 1/8; entropy log 8, z-loss log(8)^2
         output = layer(torch.ones(600_000, 2, dtype=torch.float16))
@@ -88,7 +90,7 @@ def test_many_tokens_in_float16():
 
 def test_extreme_logits_give_finite_losses_and_gradients():
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        layer = MoELayer(4, 4, 3, GateSettings(**PLAIN)).to(dtype)
+        layer = MoELayer.build(4, 4, 3, GateSettings(**PLAIN)).to(dtype)
         with torch.no_grad():
             layer.gate.wg.weight.fill_(0.0)[0] = 60.0
         x = torch.tensor([[1.0, 2.0, 3.0, 4.0], [-1.0, -2.0, -3.0, -4.0]], dtype=dtype)
@@ -103,7 +105,7 @@ def test_extreme_logits_give_finite_losses_and_gradients():
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_layouts_of_the_input(top_k):
     torch.manual_seed(0)
-    layer = MoELayer(6, 5, 3, GateSettings(top_k=top_k, second_expert_policy="all")).double()
+    layer = MoELayer.build(6, 5, 3, GateSettings(top_k=top_k, second_expert_policy="all")).double()
     x = torch.randn(7, 2, 6, dtype=torch.float64)
     mask = torch.rand(7, 2) < 0.3
     for transform in (
@@ -125,7 +127,7 @@ def test_layouts_of_the_input(top_k):
 def test_gradient_of_the_output_may_be_expanded(top_k):
     """`out.sum()` hands a stride-0 gradient to the backward pass."""
     torch.manual_seed(0)
-    layer = MoELayer(6, 5, 3, GateSettings(top_k=top_k, second_expert_policy="all")).double()
+    layer = MoELayer.build(6, 5, 3, GateSettings(top_k=top_k, second_expert_policy="all")).double()
     x = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
     (expanded,) = torch.autograd.grad(layer(x).out.sum(), x)
     out = layer(x).out
@@ -139,7 +141,7 @@ def test_deterministic_algorithms(top_k, padding):
     """They are supported, and change nothing, although they fill new memory with NaN: nothing is
     read that was not written."""
     torch.manual_seed(0)
-    layer = MoELayer(6, 5, 8, GateSettings(top_k=top_k, second_expert_policy="all"))
+    layer = MoELayer.build(6, 5, 8, GateSettings(top_k=top_k, second_expert_policy="all"))
     x = torch.randn(30, 6, requires_grad=True)
     mask = {"none": None, "some": torch.rand(30) < 0.5, "all": torch.ones(30).bool()}[padding]
 
@@ -165,7 +167,7 @@ def test_deterministic_algorithms(top_k, padding):
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_no_tokens_at_all(settings, mode):
     """A rank or a batch may have nothing: empty output, losses 0, gradients 0 and not NaN."""
-    layer = MoELayer(6, 5, 3, GateSettings(**settings)).train(mode == "train")
+    layer = MoELayer.build(6, 5, 3, GateSettings(**settings)).train(mode == "train")
     x = torch.zeros(0, 6, requires_grad=True)
     output = run(layer, x, torch.zeros(0, dtype=torch.bool))
     assert output.out.shape == (0, 6)
@@ -178,7 +180,7 @@ def test_no_tokens_at_all(settings, mode):
 
 
 def test_without_gradients_nothing_is_kept():
-    layer = MoELayer(6, 5, 3, GateSettings())
+    layer = MoELayer.build(6, 5, 3, GateSettings())
     with torch.no_grad():
         output = layer(torch.randn(4, 6))
     assert not output.out.requires_grad
@@ -190,7 +192,7 @@ def test_without_gradients_nothing_is_kept():
 def test_frozen_parts():
     """Gradients are computed for what asks for them, and for the rest not."""
     torch.manual_seed(0)
-    layer = MoELayer(6, 5, 3, GateSettings(second_expert_policy="all")).double()
+    layer = MoELayer.build(6, 5, 3, GateSettings(second_expert_policy="all")).double()
     x = torch.randn(9, 6, dtype=torch.float64)
     run(layer, x)
     expected = {name: p.grad.clone() for name, p in layer.named_parameters()}

@@ -1,0 +1,57 @@
+"""How rows reach the experts that they are for, and how the results come back."""
+
+from __future__ import annotations
+
+from typing import Any, List, NamedTuple, Protocol, Tuple
+
+from torch import Tensor, nn
+
+
+class Arrival(NamedTuple):
+    """Rows as `send` left them."""
+
+    counts: List[int]  # of each of this process's experts
+    way: Any = None  # what `send_back` needs
+
+
+class Exchange(Protocol):
+    """What a layer asks of it. Every process joins every call, also with no row of its own."""
+
+    def held(self, num_experts: int) -> range:
+        """The experts that this process holds."""
+
+    def join_gradients(self, experts: nn.Module) -> None:
+        """Make the gradients of these experts those of all processes' rows."""
+
+    def send(self, x: Tensor, counts: List[int]) -> Tuple[Tensor, Arrival]:
+        """Rows to the processes that hold their experts.
+
+        Args:
+            x: (N, D), in the order of all experts.
+            counts: rows of each of the E experts, summing to N.
+
+        Returns:
+            rows (N', D) in the order of this process's experts, and how they came.
+        """
+
+    def send_back(self, y: Tensor, arrival: Arrival) -> Tensor:
+        """Rows (N', D) that `send` brought here -> those (N, D) that it sent away, in its order."""
+
+
+class Here:
+    """The exchange of one process, which holds all experts."""
+
+    def held(self, num_experts: int) -> range:
+        return range(num_experts)
+
+    def join_gradients(self, experts: nn.Module) -> None:
+        pass
+
+    def send(self, x: Tensor, counts: List[int]) -> Tuple[Tensor, Arrival]:
+        return x, Arrival(counts)
+
+    def send_back(self, y: Tensor, arrival: Arrival) -> Tensor:
+        return y
+
+
+HERE = Here()

@@ -1,0 +1,143 @@
+"""Routers: from tokens to a routing. A new one is a subclass under a name of its own:
+
+    @register_router("mine")
+    class MyRouter(TopKRouter):
+        def logits(self, x): ...      # (T, D) -> (T, E), and, or
+        def route(self, logits, ...): ...
+
+`--moe-router mine` takes it. examples/add_a_router is such a plugin, whole.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Callable, Dict, NamedTuple, Optional, Tuple, Type
+
+import torch
+from torch import Tensor, nn
+
+from .pool import PROCESS, Pool
+from .routing import (
+    RUNNER_UP_POLICIES,
+    Routing,
+    check_routing,
+    counted_tokens,
+    route,
+    token_capacity,
+)
+
+
+class GateSettings(NamedTuple):
+    """How a router routes; the flag of each field is in config.py."""
+
+    top_k: int = 2  # experts a token
+    use_fp32: bool = False  # scores and weights in float32 at least
+    second_expert_policy: str = "sampling"
+    normalize_before_dropping: bool = False
+    batch_prioritized: bool = False
+    capacity_factor: Optional[float] = None  # training; None: top_k
+    eval_token_fraction: float = 0.25  # evaluation; <= 0: training's rule
+    dropless: bool = False  # no capacity, in training and at evaluation
+    count_padding: bool = False  # that is routed nowhere: in capacity, losses and figures
+
+    def check(self, num_experts: int) -> None:
+        """Raise ValueError for a setting that would silently be another."""
+        if not 1 <= self.top_k <= num_experts:
+            raise ValueError(f"top_k {self.top_k}: a token goes to 1 to all {num_experts} experts")
+        if self.second_expert_policy not in RUNNER_UP_POLICIES:
+            policies = ", ".join(RUNNER_UP_POLICIES)
+            raise ValueError(f"second_expert_policy {self.second_expert_policy!r}: use {policies}")
+        check_routing(self.top_k, num_experts, runner_up=self.second_expert_policy)
+        factor, fraction = self.capacity_factor, self.eval_token_fraction
+        if factor is not None and not 0 < factor < math.inf:
+            raise ValueError(f"capacity_factor {factor}: use a number above 0, or None")
+        if not -math.inf < fraction <= 1:
+            raise ValueError(
+                f"eval_token_fraction {fraction}: use a share of the batch, above 0 up to 1, or a "
+                "negative number for training's rule"
+            )
+
+
+ROUTERS: Dict[str, Type[TopKRouter]] = {}
+
+
+def register_router(name: str) -> Callable[[Type[TopKRouter]], Type[TopKRouter]]:
+    """Make a class known as `--moe-router NAME`. Raises ValueError for a name that is taken."""
+
+    def register(cls: Type[TopKRouter]) -> Type[TopKRouter]:
+        known = ROUTERS.setdefault(name, cls)
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"a router called {name!r} is registered already: {known}")
+        ROUTERS[name] = cls  # the same again: its module was imported anew
+        return cls
+
+    return register
+
+
+@register_router("topk")
+class TopKRouter(nn.Module):
+    """Each token to the top_k experts that a linear layer without bias scores best."""
+
+    def __init__(
+        self, dim: int, num_experts: int, settings: GateSettings, pool: Pool = PROCESS
+    ) -> None:
+        """Raises ValueError for settings that cannot be."""
+        super().__init__()
+        settings.check(num_experts)
+        self.pool = pool
+        self.wg = nn.Linear(dim, num_experts, bias=False)
+        self.settings = settings
+
+    def forward(
+        self, x: Tensor, padding_mask: Optional[Tensor] = None, dropless: bool = False
+    ) -> Tuple[Tensor, Routing]:
+        """
+        Args:
+            x: (T, D).
+            padding_mask: (T,) bool, True where x is padding and is to be routed nowhere.
+            dropless: set the capacity aside for this call.
+
+        Returns:
+            logits (T, E) and their routing.
+        """
+        logits = self.logits(x)
+        if self.settings.use_fp32:
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        capacity = None if dropless else self.capacity(len(x), padding_mask)
+        return logits, self.route(logits, capacity, padding_mask)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x (T, D) -> (T, E)."""
+        return self.wg(x)
+
+    def route(
+        self, logits: Tensor, capacity: Optional[int], padding_mask: Optional[Tensor]
+    ) -> Routing:
+        """logits (T, E) -> which token goes to which expert, by the present mode."""
+        s = self.settings
+        normalize = "before" if s.normalize_before_dropping else "after"
+        return route(
+            logits,
+            s.top_k,
+            # The noise is a means of exploration: at evaluation the runner-up is taken as it is.
+            runner_up=s.second_expert_policy if self.training else "all",
+            normalize=normalize if s.top_k > 1 else None,
+            prioritized=s.batch_prioritized,
+            capacity=capacity,
+            padding_mask=padding_mask,
+            count_padding=s.count_padding,
+            pool=self.pool,
+        )
+
+    def capacity(self, tokens: int, padding_mask: Optional[Tensor] = None) -> Optional[int]:
+        """Slots an expert has for a pool with this process's number of tokens, by the present
+        mode; None: no limit."""
+        s = self.settings
+        if s.dropless:
+            return None
+        counted = counted_tokens(padding_mask, s.count_padding)
+        tokens = self.pool.tokens(tokens if counted is None else int(counted.sum()))
+        if not self.training and s.eval_token_fraction > 0:
+            return token_capacity(tokens, self.wg.out_features, fraction=s.eval_token_fraction)
+        factor = s.top_k if s.capacity_factor is None else s.capacity_factor
+        return token_capacity(tokens, self.wg.out_features, factor=factor)
