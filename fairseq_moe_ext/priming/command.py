@@ -23,6 +23,16 @@ _KINDS: Dict[str, ModuleType] = {
 }
 
 
+_RANGES = {
+    "draws": (1, 100_000),
+    "limit": (1, 2**31),
+    "context": (2, 2**20),
+    "max_tokens": (1, 2**31),
+    "beam": (1, 1024),
+    "max_new_tokens": (1, 2**20),
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Zero- and few-shot priming by the paper's protocol, from the data sets' own files: "
@@ -76,6 +86,11 @@ def run(args: argparse.Namespace) -> None:
     loaded where it can be known by then."""
     settings = _settings(args)
     names = _chosen(args.folder, args.tasks, settings)
+    if settings.languages is not None and "translation" not in names:
+        raise UserError(
+            f"--languages {args.languages}: without the task translation there is nothing to "
+            "translate; add it to --tasks, or leave --languages out"
+        )
     model.check_files(args.path, args.data)
     asked = progress.asked(args, settings, names)
     results = progress.begun(args.json, asked, args.overwrite)
@@ -105,10 +120,11 @@ def run(args: argparse.Namespace) -> None:
 
 def _settings(args: argparse.Namespace) -> Settings:
     """Raises UserError for a flag that cannot be."""
-    for name in ("draws", "limit", "context", "max_tokens", "beam", "max_new_tokens"):
+    for name, (low, high) in _RANGES.items():
         number = getattr(args, name)
-        if number is not None and number < 1:
-            raise UserError(f"--{name.replace('_', '-')} {number}: use 1 or more")
+        if number is not None and not low <= number <= high:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} {number}: use a whole number from {low} to {high:,}")
     if args.seed < 0:
         raise UserError(f"--seed {args.seed}: use 0 or more")
     if args.overwrite and args.json is None:
@@ -164,10 +180,10 @@ def _shots(text: str) -> Tuple[int, ...]:
 def _languages(text: Optional[str]) -> Optional[Tuple[str, str]]:
     if text is None:
         return None
-    source, dash, target = text.partition("-")
-    if not (source and target):
+    languages = text.split("-")
+    if len(languages) != 2 or not all(languages):
         raise UserError(f"--languages {text}: use two with a dash between, as en-fr")
-    return source, target
+    return languages[0], languages[1]
 
 
 def _write(
