@@ -1256,17 +1256,15 @@ def _mistake_to_print(error: BaseException) -> Optional[str]:
     absent = re.fullmatch(r"(?:System output|Reference) file (.+) does not exist", str(error))
     if absent and isinstance(error, AssertionError):
         return f"{absent[1]}: no such file (--sys, --ref)"
-    seen = set()
-    while error is not None and id(error) not in seen:
-        if isinstance(error, UserError):
-            return str(error)
-        told = _lost_process(error) or _out_of_memory(error) or _not_installed(error)
-        told = told or _not_text(error) or _said_by_fairseq(error)
-        if told is not None:
-            return told
-        seen.add(id(error))
+    chain = []
+    while error is not None and error not in chain:
+        chain.append(error)
         error = error.__cause__ or error.__context__
-    return None
+    # fairseq/trainer.py:581 raises "Cannot load model parameters" over the one that knows why
+    ours = [str(error) for error in chain if isinstance(error, UserError)]
+    others = (_lost_process, _out_of_memory, _not_installed, _not_text, _said_by_fairseq)
+    said = (tell(error) for error in chain for tell in others)
+    return next(filter(None, [*ours, *said]), None)
 
 
 def _out_of_memory(error: BaseException) -> Optional[str]:

@@ -129,6 +129,12 @@ def test_what_fairseq_itself_says_is_one_line():
         f"raise NotImplementedError (fairseq/tasks/fairseq_task.py:{line}; LOGLEVEL=DEBUG tells "
         "more)"
     )
+    with pytest.raises(NotImplementedError) as raised:
+        try:
+            raise UserError("why")
+        except UserError:
+            FairseqTask(None).source_dictionary  # noqa: B018
+    assert compat._mistake_to_print(raised.value) == "why"
     with pytest.raises(AttributeError) as raised:  # Python's own, within fairseq
         PolynomialDecayLRSchedule(None, None)
     assert compat._mistake_to_print(raised.value) is None
