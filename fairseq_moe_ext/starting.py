@@ -293,8 +293,12 @@ def _check_schedule(given: Mapping[str, Any], spell: Spell) -> None:
 
 
 def _leave_validation_out() -> None:
-    """fairseq_cli/train.py:118 loads the validation data with --disable-validation, too; and tells
-    by a plain exception of data-bins valid1, valid2, ... that would not be used."""
+    """fairseq_cli/train.py:130 loads the validation data with --disable-validation, too; and tells
+    by a plain exception of data-bins valid1, valid2, ... that would not be used.
+
+    A checkpoint keeps the setting, and fairseq-validate sets up the task by it: there the data is
+    loaded. Only training asks for it by `combine`, without `task_cfg` (fairseq_cli/validate.py:87).
+    """
     stock, stock_check = tasks.setup_task, data_utils.raise_if_valid_subsets_unintentionally_ignored
 
     @functools.wraps(stock)
@@ -307,7 +311,8 @@ def _leave_validation_out() -> None:
             load = task.load_dataset
 
             def load_dataset(split, *args, **kwargs):
-                return None if split in unused else load(split, *args, **kwargs)
+                in_training = "combine" in kwargs and "task_cfg" not in kwargs
+                return None if in_training and split in unused else load(split, *args, **kwargs)
 
             task.load_dataset = load_dataset
         return task
