@@ -47,9 +47,10 @@ docs: install    ## build the site of docs/ into build/site; needs Python 3.11
 	$(RUN) -m sphinx -W --keep-going -q docs build/site
 	@echo "build/site/index.html"
 
-lint: install    ## ruff, check and format
+lint: install    ## ruff, check and format; mypy where there is one (Python 3.10 and later)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	@if $(RUN) -c "import mypy" 2> /dev/null; then $(RUN) -m mypy; fi
 
 clean:           ## remove .venv and what builds and tests leave
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -6,7 +6,7 @@ grouped matrix products.
 
 from __future__ import annotations
 
-from typing import Callable, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +16,16 @@ from torch.autograd.function import once_differentiable
 from .matmul import product, write_outer, write_product
 from .threads import side_by_side
 
+Stack = Union[Tensor, Sequence[Tensor]]
+
 
 class Weights(NamedTuple):
     """Of E experts; stacked, or a sequence of each expert's, in any precision and place."""
 
-    w1: Sequence[Tensor]  # (E, F, D)
-    b1: Sequence[Tensor]  # (E, F)
-    w2: Sequence[Tensor]  # (E, D, F)
-    b2: Sequence[Tensor]  # (E, D)
+    w1: Stack  # (E, F, D)
+    b1: Stack  # (E, F)
+    w2: Stack  # (E, D, F)
+    b2: Stack  # (E, D)
 
 
 Kernel = Callable[..., Tensor]  # with the parameters of by_expert
@@ -54,10 +56,10 @@ def by_expert(
     Returns:
         (N, D)
     """
-    if not isinstance(weights.w1, Tensor):
-        return _compute(x, _blocks(counts), weights, activation, mask)
     # Under FSDP with --fp16 experts stay in float32, as their optimizer wants them.
-    same = (each.to(x.dtype) for each in weights)
+    same = [each.to(x.dtype) for each in weights if isinstance(each, Tensor)]
+    if len(same) < len(weights):  # a sequence, to be read expert by expert
+        return _compute(x, _blocks(counts), weights, activation, mask)
     return _ByExpert.apply(x, *same, mask, counts, activation, grad_scale)
 
 
@@ -70,7 +72,8 @@ def grouped(
     grad_scale: float = 1.0,
 ) -> Tensor:
     """As by_expert, in few kernels whatever the number of experts."""
-    w1, b1, w2, b2 = (scale_gradient(each.to(x.dtype), grad_scale) for each in weights)
+    stacks = (each for each in weights if isinstance(each, Tensor))
+    w1, b1, w2, b2 = (scale_gradient(each.to(x.dtype), grad_scale) for each in stacks)
     rows = torch.tensor(counts, device=x.device)
     ends = rows.cumsum(0, dtype=torch.int32)
     expert = torch.arange(len(counts), device=x.device)
@@ -175,7 +178,7 @@ class _ByExpert(torch.autograd.Function):
     # pass, which costs less than to keep it.
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         x: Tensor,
         w1: Tensor,
         b1: Tensor,
@@ -187,7 +190,9 @@ class _ByExpert(torch.autograd.Function):
         grad_scale: float,
     ) -> Tensor:
         blocks = _blocks(counts)
-        hidden = [None] * len(blocks) if any(ctx.needs_input_grad) else None
+        hidden: Optional[List[Optional[Tensor]]] = None
+        if any(ctx.needs_input_grad):
+            hidden = [None] * len(blocks)
         out = _compute(x, blocks, Weights(w1, b1, w2, b2), activation, mask, hidden)
         ctx.save_for_backward(x, w1, w2, mask, *(hidden or ()))
         ctx.blocks, ctx.activation, ctx.grad_scale = blocks, activation, grad_scale
@@ -196,17 +201,17 @@ class _ByExpert(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         x, w1, w2, mask, *hidden = ctx.saved_tensors
         blocks, scale = ctx.blocks, ctx.grad_scale
         for_x, for_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:5])
         grad_x = torch.empty_like(x) if for_x else None
-        grad_w1 = grad_b1 = grad_w2 = grad_b2 = None
+        grads: Optional[Tuple[Tensor, ...]] = None
         if for_weights:
-            grad_w1, grad_w2 = torch.empty_like(w1), torch.empty_like(w2)
-            grad_b1, grad_b2 = w1.new_empty(w1.shape[:2]), w2.new_empty(w2.shape[:2])
+            b1, b2 = w1.new_empty(w1.shape[:2]), w2.new_empty(w2.shape[:2])
+            grads = torch.empty_like(w1), b1, torch.empty_like(w2), b2
             for e in ctx.empty:
-                for each in (grad_w1, grad_b1, grad_w2, grad_b2):
+                for each in grads:
                     each[e].zero_()
 
         def compute(index: int) -> None:
@@ -215,15 +220,15 @@ class _ByExpert(torch.autograd.Function):
                 before = hidden[index].detach().requires_grad_()
                 after = _activated(ctx.activation, before, mask, rows)
             grad_out = grad[rows].split(counts)
-            if for_weights:
+            if grads is not None:
                 for e, given, its_grad in zip(experts, after.detach().split(counts), grad_out):
-                    write_gradients(its_grad, given, grad_w2[e], grad_b2[e])
+                    write_gradients(its_grad, given, grads[2][e], grads[3][e])
             grad_after = _joined(product(each, w2[e]) for e, each in zip(experts, grad_out))
             (grad_h,) = torch.autograd.grad(after, before, grad_after)
             grad_h = grad_h.split(counts)
-            if for_weights:
+            if grads is not None:
                 for e, given, its_grad in zip(experts, x[rows].split(counts), grad_h):
-                    write_gradients(its_grad, given, grad_w1[e], grad_b1[e])
+                    write_gradients(its_grad, given, grads[0][e], grads[1][e])
             if grad_x is not None:
                 for e, its_grad, room in zip(experts, grad_h, grad_x[rows].split(counts)):
                     write_product(room, its_grad, w1[e])
@@ -233,10 +238,10 @@ class _ByExpert(torch.autograd.Function):
             torch.sum(grad_out, dim=0, out=b)
 
         _for_each(blocks, compute, 4 * w1[0].numel(), x)
-        if for_weights:
-            grad_b1.mul_(scale)
-            grad_b2.mul_(scale)
-        return grad_x, grad_w1, grad_b1, grad_w2, grad_b2, None, None, None, None
+        if grads is not None:
+            for bias in (grads[1], grads[3]):
+                bias.mul_(scale)
+        return grad_x, *(grads or [None] * 4), None, None, None, None
 
 
 def scale_gradient(x: Tensor, scale: float) -> Tensor:
@@ -246,10 +251,10 @@ def scale_gradient(x: Tensor, scale: float) -> Tensor:
 
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
         ctx.scale = scale
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None]:
         return grad * ctx.scale, None

@@ -6,7 +6,7 @@ made at once while its logits are there; the backward pass only scales them. No 
 twice.
 """
 
-from typing import Tuple
+from typing import Any, Tuple
 
 import torch
 from torch import Tensor
@@ -39,7 +39,9 @@ def linear_cross_entropy(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, features: Tensor, weight: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    def forward(
+        ctx: Any, features: Tensor, weight: Tensor, target: Tensor, ignore_index: int
+    ) -> Tensor:
         exact = torch.promote_types(features.dtype, torch.float32)
         scale = _FP16_SCALE if features.dtype == torch.float16 else 1.0
         needs_features, needs_weight = ctx.needs_input_grad[:2]
@@ -69,9 +71,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             z.mul_(keep.unsqueeze(1) * scale / total)
             z.scatter_add_(1, index, keep.unsqueeze(1) * -torch.full_like(total, scale))
             z = z.to(features.dtype)
-            if needs_features:
+            if grad_features is not None:
                 write_product(grad_features[part], z, weight)
-            if needs_weight:
+            if grad_weight is not None:
                 if exact == features.dtype:
                     add_outer(grad_weight, z, x)
                 else:
@@ -83,7 +85,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> Tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, Tensor, None, None]:
         grad_features, grad_weight = ctx.saved_tensors
         # The usual case on a CPU spares a copy; on a GPU to ask would be to wait.
         as_it_is = grad.device.type == "cpu" and grad == 1 and ctx.scale == 1

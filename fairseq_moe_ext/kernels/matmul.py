@@ -7,7 +7,7 @@ under `torch.backends.mkldnn.flags(enabled=False)`, all is as PyTorch has it.
 
 import platform
 from pathlib import Path
-from typing import Iterator, Optional, Tuple
+from typing import Any, Iterator, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -84,13 +84,13 @@ def _outer_parts(out: Tensor, a: Tensor, b: Tensor) -> Iterator[Tuple[Tensor, Te
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
         ctx.save_for_backward(x, weight)
         return (_opaque_onednn if torch.compiler.is_compiling() else _onednn)(x, weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
         onednn, outer = _onednn, _outer
@@ -107,7 +107,7 @@ def _by_onednn(a: Tensor, b: Tensor) -> bool:
     return (
         a.dtype == b.dtype == torch.float32
         and a.device.type == b.device.type == "cpu"
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and _ONEDNN_IS_FASTER
         and a.numel() > 0
         and b.numel() > 0

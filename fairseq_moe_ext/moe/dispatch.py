@@ -6,7 +6,7 @@ token is one read and one write of its D numbers; there is no tensor over tokens
 
 from __future__ import annotations
 
-from typing import List, NamedTuple, Tuple
+from typing import Any, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -65,26 +65,28 @@ class _Permute(torch.autograd.Function):
     # Autograd's own backward of index_select adds row by row; gathering is faster and, on a GPU,
     # deterministic.
     @staticmethod
-    def forward(ctx, x: Tensor, row: Tensor, kept: Tensor, token: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, row: Tensor, kept: Tensor, token: Tensor) -> Tensor:
         ctx.save_for_backward(row, kept)
         return x.index_select(0, token)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> Tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None, None, None]:
         row, kept = ctx.saved_tensors
         return _weighted_sum(grad, kept.to(grad.dtype), row), None, None, None
 
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y: Tensor, weights: Tensor, row: Tensor, kept: Tensor, token: Tensor):
+    def forward(
+        ctx: Any, y: Tensor, weights: Tensor, row: Tensor, kept: Tensor, token: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(y, weights, row, kept, token)
         return _weighted_sum(y, weights, row)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         y, weights, row, kept, token = ctx.saved_tensors
         grad_y = grad_weights = None
         if ctx.needs_input_grad[0]:

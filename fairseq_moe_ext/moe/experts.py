@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Callable, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..kernels.expert_ffn import Weights, kernel_for, scale_gradient
 
 
-class TensorPerExpert(list):
+class TensorPerExpert(List[Tensor]):
     """A stacked tensor as the list of its parts, which may lie in different files; a state dict may
     hold it in place of the stacked one."""
 
@@ -65,7 +65,7 @@ class GroupedLinear(nn.Module):
                 weight.uniform_(-bound, bound, generator=generator)
                 bias.uniform_(-bound, bound, generator=generator)
 
-    def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *rest: Any) -> None:
         """As PyTorch's, but takes a TensorPerExpert too, from which each expert is copied by
         itself; with in_files none is copied."""
         rest_of_state = dict(state_dict)  # for PyTorch's function, which wants whole tensors

@@ -50,11 +50,11 @@ def token_capacity(
     """Slots an expert has: ``int(factor * ceil(tokens / experts))``, the rule of training, or
     ``ceil(fraction * tokens)``, the branch's rule of evaluation. At least 1, so that a short batch
     under a factor below 1 still reaches some expert."""
-    if (factor is None) == (fraction is None):
-        raise ValueError("token_capacity takes one of factor and fraction")
-    if fraction is not None:
+    if fraction is not None and factor is None:
         return max(1, math.ceil(fraction * tokens))
-    return max(1, int(factor * math.ceil(tokens / experts)))
+    if factor is not None and fraction is None:
+        return max(1, int(factor * math.ceil(tokens / experts)))
+    raise ValueError("token_capacity takes one of factor and fraction")
 
 
 def route(
