@@ -15,6 +15,16 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
+@pytest.fixture(scope="session")
+def device():
+    """A device for a wrong command line: one at fault cannot damage it, even as root, since nobody
+    can replace or remove the files of /dev/pts."""
+    ends = os.openpty()
+    yield os.ttyname(ends[1])
+    for end in ends:
+        os.close(end)
+
+
 @pytest.fixture(autouse=True)
 def one_thread(request):
     """In tests of the mathematics: tensors of a few hundred numbers are faster on one thread."""

@@ -1,5 +1,6 @@
 """Checkpoints on any number of processes: training goes on as if nothing had happened."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -492,9 +493,7 @@ def test_an_optimizer_state_of_other_shapes_is_told_in_one_line(data, runs, tmp_
         of_first = next(iter(content["optimizer"].values()))
         of_first["exp_avg"] = of_first["exp_avg"][:, :-1].clone()
         torch.save(content, files[1])
-        state = torch.load(path, weights_only=True)
-        state["experts"]["files"][1]["bytes"] = files[1].stat().st_size
-        torch.save(state, path)
+        fit_manifest(path, files)
     line = f"{data} {TRAIN} --moe-expert-count 4 --save-dir {path.parent} --no-save"
     messages = [error_of(0, train, 1, line), *run_processes(2, error_of, train, 2, line)]
     for message in messages:
@@ -798,6 +797,21 @@ def copy_of(runs, tmp_path, world=2, experts=4):
     return path, [path.parent / file["name"] for file in manifest["files"]]
 
 
+def fit_manifest(path, files):
+    """Let the checkpoint's entry for files[1] be of that file as it is now."""
+    state = torch.load(path, weights_only=True)
+    size, digest = files[1].stat().st_size, hashlib.sha256(files[1].read_bytes()).hexdigest()
+    state["experts"]["files"][1].update(bytes=size, sha256=digest)
+    torch.save(state, path)
+
+
+def rot(files):
+    content = bytearray(files[1].read_bytes())
+    content[len(content) // 2] ^= 1
+    files[1].write_bytes(content)
+    return f"{files[1]}: not the bytes that {files[1].parent.parent}"
+
+
 def remove(files):
     files[1].unlink()
     return f"{files[1]}: missing; it holds experts 2 to 3"
@@ -820,13 +834,10 @@ class RunsCode:
 
 
 def poison(files):
-    """By code in a pickle; a size that fits, as its writer would see to."""
+    """By code in a pickle; a size and digest that fit, as its writer would see to."""
     content = torch.load(files[1], weights_only=True)
     torch.save({**content, "more": RunsCode()}, files[1])
-    path = files[1].parent.parent / "checkpoint_last.pt"
-    state = torch.load(path, weights_only=True)
-    state["experts"]["files"][1]["bytes"] = files[1].stat().st_size
-    torch.save(state, path)
+    fit_manifest(files[1].parent.parent / "checkpoint_last.pt", files)
     return f"{files[1]}: refused, since loading it would run"
 
 
@@ -835,7 +846,7 @@ def mix(files):
     return "files of two runs are mixed"
 
 
-@pytest.mark.parametrize("harm", [remove, truncate, damage, mix, poison])
+@pytest.mark.parametrize("harm", [remove, truncate, damage, rot, mix, poison])
 def test_damaged_expert_files_are_told_in_one_line(data, runs, tmp_path, harm):
     path, files = copy_of(runs, tmp_path)
     words = harm(files)

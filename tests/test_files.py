@@ -39,12 +39,13 @@ LINES = [
 
 
 @pytest.mark.parametrize("line", LINES)
-@pytest.mark.parametrize("name", ["fifo", "/dev/zero"])
-def test_no_command_waits_for_a_fifo_or_a_device(place, capsys, line, name):
+@pytest.mark.parametrize("name", ["fifo", "device"])
+def test_no_command_waits_for_a_fifo_or_a_device(place, device, capsys, line, name):
+    kind = "a FIFO (named pipe)" if name == "fifo" else "a device"
+    name = {"fifo": name, "device": device}[name]
     line = line.replace("fifo", name)
     assert cli.main(line.split()) == 1
     error = capsys.readouterr().err
-    kind = "a FIFO (named pipe)" if name == "fifo" else "a device"
     assert error.startswith("error: ") and error.count("\n") == 1
     assert f"{name}: {kind}, not a f" in error
 

@@ -229,10 +229,6 @@ def _open_piece(path: str, folder: str, file: Dict[str, Any], save: str, check: 
             f"{name}: {size:,} bytes, expected {file['bytes']:,} by {path}; it is truncated or of "
             "another run: copy it again, or load another checkpoint"
         )
-    if check and "sha256" in file:
-        check_digest(name, file["sha256"], path)
-    elif check:  # older manifests have no digest
-        check_records(name)
     try:
         state = load_weights_only(name, map_location="cpu", mmap=True)
         found = state["save"], state["first"], state["count"]
@@ -249,6 +245,11 @@ def _open_piece(path: str, folder: str, file: Dict[str, Any], save: str, check: 
             f"{name}: of save {found[0]}, but {path} is of save {save}: files of two runs are "
             f"mixed; copy a checkpoint and its folder {FOLDER} together"
         )
+    # after what says more of a file of another run, or with code in it
+    if check and "sha256" in file:
+        check_digest(name, file["sha256"], path)
+    elif check:  # older manifests have no digest
+        check_records(name)
     return piece
 
 

@@ -276,10 +276,10 @@ VALUES = {
         "--bootstrap": ["-3", "1.5", *HUGE],
         "--capacity": ["0", "-1", "2", "nan", "x"],
         "--sweep-capacity": ["", "0", "nan", "0.5,", "1,2"],
-        "--figure": ["{folder}", "{missing}/x.html", "/dev/full", "{fifo}"],
+        "--figure": ["{folder}", "{missing}/x.html", "{device}", "{fifo}"],
         "--subset": ["vaild", ""],
         "--model-overrides": EVALUATION["--model-overrides"],
-        "--json": ["{folder}", "{missing}/x.json", "/dev/full", "{fifo}", "{file}", ""],
+        "--json": ["{folder}", "{missing}/x.json", "{device}", "{fifo}", "{file}", ""],
     },
     "priming": {
         "--tasks": ["", "none", "copa,copa", "copa,", "translation"],
@@ -295,7 +295,7 @@ VALUES = {
         "--languages": ["", "en", "en-en-fr"],
         "--data": ["{missing}", "{file}", "{empty_folder}", "{corpus}"],
         "--model-overrides": ["{", "[]", "x"],
-        "--json": ["{folder}", "{missing}/x.json", "/dev/full", "{fifo}", ""],
+        "--json": ["{folder}", "{missing}/x.json", "{device}", "{fifo}", ""],
     },
     "study": {"--jobs": ["0", "-3", "1.5", "nan"]},
     "report": {
@@ -472,9 +472,7 @@ def _mutations() -> Iterator[Mutation]:
             if word.startswith("{") and words[index - 1] != "--user-dir":
                 yield from _places(command, words, index)
             if word.startswith("{out}/") and words[index - 1] != "--json":
-                for place in ("file", "/dev/full", "file/x", "fifo", "empty"):
-                    path = place if place.startswith("/") else "{" + place.replace("/", "}/", 1)
-                    path += "" if "/" in place else "}"
+                for path in ("{file}", "{device}", "{file}/x", "{fifo}", "{empty}"):
                     yield Mutation(command, f"{word} -> {path}", _put(words, index, path))
         yield from _dropped(command, words)
         for flag, values in VALUES.get(command, {}).items():

@@ -25,8 +25,8 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def places(commands, root):
-    return workplace.make(root, commands)
+def places(commands, root, device):
+    return workplace.make(root, commands, device)
 
 
 def complaint(mutation, status, err):

@@ -27,8 +27,8 @@ moe: {{arch: moe_lm_tiny, sizes: {{s: {{decoder-embed-dim: 8}}, m: {{decoder-emb
 """
 
 
-def make(root: Path, commands) -> dict:
-    """Makes it in a new folder -> paths by name."""
+def make(root: Path, commands, device: str) -> dict:
+    """Makes it in a new folder -> paths by name; `device` is one of them."""
     (root / "text").mkdir(parents=True)
     data = make_data(root / "data", root / "text")
     (root / "choices").mkdir()
@@ -55,6 +55,7 @@ def make(root: Path, commands) -> dict:
         "empty": root / "empty",
         "empty_folder": root / "empty_folder",
         "fifo": root / "fifo",
+        "device": device,
         "garbage": root / "garbage",
         "binary": root / "garbage",
         "truncated": root / "truncated.pt",

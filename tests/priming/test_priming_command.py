@@ -202,11 +202,12 @@ def test_another_rule_and_a_limit(command, tmp_path):
         ("--data .", "--data .: no dict.txt in it"),
         ("--rule unconditional", "--rule unconditional: not for record"),
         ("--json no/out.json", "--json no/out.json: no folder no; make it first"),
-        ("--overwrite --json /dev/null", "--json /dev/null: a device, not a file"),
+        ("--overwrite --json DEVICE", "--json DEVICE: a device, not a file"),
         ("--model-overrides 5", "--model-overrides 5: not a Python dictionary"),
     ],
 )
-def test_mistakes(command, flags, words, capsys, tmp_path):
+def test_mistakes(command, device, flags, words, capsys, tmp_path):
+    flags, words = (text.replace("DEVICE", device) for text in (flags, words))
     assert cli.main(f"{command} {flags}".split()) == 1
     err = capsys.readouterr().err
     assert words in err and "Traceback" not in err
