@@ -26,7 +26,7 @@ from processes import run_processes
 import fairseq_moe_ext
 from fairseq_moe_ext import distributed_training, fingerprint
 from fairseq_moe_ext.checkpoint import removing, saving, together
-from fairseq_moe_ext.checkpoint.experts import FORMAT
+from fairseq_moe_ext.checkpoint.format import VERSION
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.kernels.expert_ffn import scale_gradient
 from fairseq_moe_ext.models import language_model
@@ -898,7 +898,7 @@ def test_flags_that_cannot_be_followed_end_in_one_line(data, tmp_path, monkeypat
 def test_a_newer_format_is_refused(data, runs, tmp_path):
     path, _ = copy_of(runs, tmp_path)
     state = torch.load(path, weights_only=True)
-    state["experts"]["format"] = FORMAT + 1
+    state["experts"]["format"] = VERSION + 1
     torch.save(state, path)
     assert "install the version" in error_of(0, perplexity, 1, f"{data} {EVAL} --path {path}")
 

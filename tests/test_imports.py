@@ -71,6 +71,7 @@ ALLOWED = {
     },
     "branch": {
         "branch",
+        "checkpoint.format",
         "checkpoint.settings",
         "compat",
         "config",

@@ -7,6 +7,7 @@ import re
 import stat
 from typing import Any, Dict, NamedTuple, Optional
 
+from ..checkpoint.format import MANIFEST
 from ..checkpoint.settings import check_settings
 from ..compat import load_weights_only
 from ..errors import UserError
@@ -78,7 +79,7 @@ def load(path: str) -> State:
 def _lacks_experts(path: str) -> bool:
     """Whether a checkpoint has neither experts nor, as checkpoint/'s, names of their files."""
     state = load(path)
-    return "experts" not in state and not any(is_expert(name) for name in state["model"])
+    return MANIFEST not in state and not any(is_expert(name) for name in state["model"])
 
 
 def _is_dense(path: str) -> bool:
@@ -100,7 +101,7 @@ def _has_dense(path: str, changed: int, size: int) -> bool:
         return False
     settings = flat_settings(state)
     name = str(settings.get("_name") or settings.get("arch"))
-    ours_too = "experts" in state or any(".experts." in key for key in state["model"])
+    ours_too = MANIFEST in state or any(".experts." in key for key in state["model"])
     task = (state.get("cfg") or {}).get("task") or {}
     extended = "moe_freq" in settings or "max_source_positions" in task
     return name.startswith("transformer_lm") and extended and not ours_too

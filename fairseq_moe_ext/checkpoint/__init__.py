@@ -6,15 +6,12 @@ without the experts, and each set of experts is written by one of the processes 
     checkpoint_last.pt             all but the experts, and "experts": the manifest
     experts/<save>-<first>-<count>.pt   count experts from `first` on, and their optimizer state
 
-    manifest  {format, save, num_experts, world_size, code, indices, files: [{name, first, count,
-              bytes, sha256}]}; `indices`: an experts' parameter -> its number in the optimizer
-    file      {save, first, count, model: {name: tensor (count, ...)}, optimizer: {name: {...}}}
-
 The name <save> is new for every save, so that files of two saves never mix, and the expert files
 come first: a file checkpoint*.pt refers to nothing that is not whole on disk. Its copies
 (checkpoint_best.pt) refer to the same expert files, which go when no *.pt of the folder refers to
 them any more.
 
+    format.py     the keys and names in these files, read and written
     experts.py    which parameters are experts', and what numbers the optimizer gives them
     writing.py    one file, there whole or not at all
     intact.py     whether a file is as it was written

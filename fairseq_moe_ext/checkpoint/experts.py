@@ -1,4 +1,4 @@
-"""Which parameters are experts', their numbers in the optimizer, and the format of their files."""
+"""Which parameters are experts', and their numbers in the optimizer."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from fairseq.trainer import Trainer
 
 from .. import fully_sharded
 from ..expert_parallel import is_expert, process_count
-
-FORMAT = 1
-FOLDER = "experts"  # beside the checkpoints
 
 
 def expert_indices(trainer: Trainer) -> Dict[str, int]:

@@ -18,13 +18,8 @@ from .. import files, fully_sharded
 from ..compat import load_weights_only
 from ..errors import UserError
 from ..expert_parallel import Placement, is_expert, placement, process_count, process_rank
-from .experts import (
-    FOLDER,
-    FORMAT,
-    expert_indices,
-    saves_together,
-    trained_parameters,
-)
+from .experts import expert_indices, saves_together, trained_parameters
+from .format import FOLDER, ExpertFile, Manifest, Piece, is_piece
 from .intact import check_digest, check_records
 from .settings import check_buildable, check_settings
 from .together import same_error_on_all_ranks
@@ -48,15 +43,6 @@ def loading(trainer: Trainer, optimizer: bool) -> Iterator[None]:
         yield
     finally:
         _loading = None
-
-
-class Piece(NamedTuple):
-    """Some experts, as one file has them; the tensors are mapped."""
-
-    first: int
-    count: int
-    model: Dict[str, Tensor]  # (count, ...)
-    optimizer: Dict[str, Dict[str, Any]]  # by parameter; {} where none was saved
 
 
 def apply() -> None:
@@ -148,7 +134,7 @@ def check_kind(path: str, state: Any) -> None:
     """Raise UserError for what is no checkpoint, or a part of one."""
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise UserError(f"{path}: not a checkpoint of fairseq: there is no model in it")
-    if {"save", "first", "count"} <= state.keys():
+    if is_piece(state):
         raise UserError(
             f"{path}: holds experts alone; name the checkpoint beside the folder {FOLDER}"
         )
@@ -160,15 +146,15 @@ def _with_own_experts(path: str, state: Dict[str, Any]) -> Dict[str, Any]:
     space of a file that is removed."""
     kept = {"model", "last_optimizer_state"}
     state = {key: value if key in kept else _copy(value) for key, value in state.items()}
-    manifest = state.get("experts")
+    manifest = Manifest.read(path, state)
     optimizer = state.get("last_optimizer_state")
     wanted = optimizer is not None and _loading is not None and _loading.optimizer
     copy = _copy
     if wanted and fully_sharded.is_sharded(_loading.trainer.get_model()):
         copy = _itself  # FSDP copies the pieces that it takes
     if manifest is not None:
-        num_experts, indices = manifest["num_experts"], manifest["indices"]
-        place = placement(num_experts, process_count(), process_rank())
+        indices = manifest.indices
+        place = placement(manifest.num_experts, process_count(), process_rank())
         pieces = open_pieces(path, manifest, place)
     else:
         whole = {name: value for name, value in state["model"].items() if is_expert(name)}
@@ -179,7 +165,7 @@ def _with_own_experts(path: str, state: Dict[str, Any]) -> Dict[str, Any]:
         indices = _indices_in(optimizer, path) if wanted else {}
         saved = optimizer["state"] if wanted else {}
         by_name = {name: saved[i] for name, i in indices.items() if i in saved}
-        pieces = [Piece(0, num_experts, whole, by_name)]
+        pieces = [Piece("", 0, num_experts, whole, by_name)]
     model = {n: t for n, t in state["model"].items() if not is_expert(n)}
     for name in pieces[0].model:
         model[name] = _rows(place, [(piece, piece.model[name]) for piece in pieces])
@@ -198,41 +184,33 @@ def _with_own_experts(path: str, state: Dict[str, Any]) -> Dict[str, Any]:
     return state
 
 
-def open_pieces(path: str, manifest: Dict[str, Any], place: Placement) -> List[Piece]:
+def open_pieces(path: str, manifest: Manifest, place: Placement) -> List[Piece]:
     """The expert files that hold experts of this process."""
-    if manifest["format"] > FORMAT:
-        raise UserError(
-            f"{path}: of format {manifest['format']}, and this fairseq_moe_ext reads {FORMAT} at "
-            "most: install the version that wrote it"
-        )
-    folder = os.path.dirname(os.path.realpath(path))
     end = place.first + place.local
     return [
         # each file is checked by one process, that of its first expert
-        _open_piece(path, folder, file, manifest["save"], place.first <= file["first"])
-        for file in manifest["files"]
-        if file["first"] < end and place.first < file["first"] + file["count"]
+        _open_piece(path, file, manifest.save, place.first <= file.first)
+        for file in manifest.files
+        if file.first < end and place.first < file.end
     ]
 
 
-def _open_piece(path: str, folder: str, file: Dict[str, Any], save: str, check: bool) -> Piece:
-    name = os.path.join(folder, *file["name"].split("/"))
+def _open_piece(path: str, file: ExpertFile, save: str, check: bool) -> Piece:
+    """A file of experts; its tensors are mapped."""
+    name = file.path(path)
     if not os.path.isfile(name):
         raise UserError(
-            f"{name}: missing; it holds experts {file['first']} to "
-            f"{file['first'] + file['count'] - 1} of {path}: copy the folder {FOLDER} with the "
-            "checkpoint, or load another one"
+            f"{name}: missing; it holds experts {file.first} to {file.end - 1} of {path}: copy the "
+            f"folder {FOLDER} with the checkpoint, or load another one"
         )
     size = os.path.getsize(name)
-    if size != file["bytes"]:
+    if size != file.bytes:
         raise UserError(
-            f"{name}: {size:,} bytes, expected {file['bytes']:,} by {path}; it is truncated or of "
+            f"{name}: {size:,} bytes, expected {file.bytes:,} by {path}; it is truncated or of "
             "another run: copy it again, or load another checkpoint"
         )
     try:
-        state = load_weights_only(name, map_location="cpu", mmap=True)
-        found = state["save"], state["first"], state["count"]
-        piece = Piece(state["first"], state["count"], state["model"], state["optimizer"])
+        piece = Piece.read(load_weights_only(name, map_location="cpu", mmap=True))
     except UserError:
         raise
     except Exception as error:
@@ -240,15 +218,15 @@ def _open_piece(path: str, folder: str, file: Dict[str, Any], save: str, check: 
             f"{name}: damaged or not a file of experts ({str(error).splitlines()[0]}); copy it "
             "again, or load another checkpoint"
         ) from error
-    if found != (save, file["first"], file["count"]):
+    if (piece.save, piece.first, piece.count) != (save, file.first, file.count):
         raise UserError(
-            f"{name}: of save {found[0]}, but {path} is of save {save}: files of two runs are "
+            f"{name}: of save {piece.save}, but {path} is of save {save}: files of two runs are "
             f"mixed; copy a checkpoint and its folder {FOLDER} together"
         )
     # after what says more of a file of another run, or with code in it
-    if check and "sha256" in file:
-        check_digest(name, file["sha256"], path)
-    elif check:  # older manifests have no digest
+    if check and file.sha256 is not None:
+        check_digest(name, file.sha256, path)
+    elif check:
         check_records(name)
     return piece
 

@@ -7,16 +7,13 @@ import functools
 import glob
 import logging
 import os
-import re
 from typing import Tuple
 
 import torch
 
-from .experts import FOLDER
+from .format import FILE_NAME, FOLDER, Manifest
 
 logger = logging.getLogger(__name__)
-
-_EXPERT_FILE = re.compile(r"\d+-\d+-[0-9a-f]{16}-\d+-\d+\.pt(\.tmp)?")
 
 
 def remove_unused_files(save_dir: str, suffix: str = "") -> None:
@@ -40,7 +37,7 @@ def remove_unused_files(save_dir: str, suffix: str = "") -> None:
             logger.warning(f"{path} cannot be read, so no file of {folder} is removed: {error}")
             return
     for name in os.listdir(folder):
-        if _EXPERT_FILE.fullmatch(name) and f"{FOLDER}/{name}" not in used:
+        if FILE_NAME.fullmatch(name) and f"{FOLDER}/{name}" not in used:
             _remove(os.path.join(folder, name))
 
 
@@ -48,7 +45,8 @@ def remove_unused_files(save_dir: str, suffix: str = "") -> None:
 def _files_of(path: str, *identity: int) -> Tuple[str, ...]:
     """Names of the expert files that a checkpoint refers to; it is mapped, not read whole."""
     state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    return tuple(file["name"] for file in state.get("experts", {}).get("files", ()))
+    manifest = Manifest.read(path, state)
+    return tuple(file.name for file in manifest.files) if manifest is not None else ()
 
 
 def _remove(path: str) -> None:

@@ -6,8 +6,7 @@ import contextlib
 import functools
 import logging
 import os
-import secrets
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch.distributed as dist
 from fairseq import checkpoint_utils, utils
@@ -18,8 +17,17 @@ from .. import fully_sharded
 from ..diverging import check_weights
 from ..errors import UserError
 from ..expert_parallel import all_gather, is_expert, placement, process_count
-from .experts import FOLDER, FORMAT, expert_indices, has_spread_experts, saves_together
-from .intact import digest_of
+from .experts import expert_indices, has_spread_experts, saves_together
+from .format import (
+    FOLDER,
+    MANIFEST,
+    ExpertFile,
+    Manifest,
+    Piece,
+    describe,
+    file_name,
+    new_save,
+)
 from .removing import remove_unused_files
 from .together import broadcast, code_version
 from .writing import cannot_write, write
@@ -167,9 +175,7 @@ def _follow(trainer: Trainer, save_dir: str) -> None:
 
 def _with_experts_apart(trainer: Trainer, state: Dict[str, Any], filename: str) -> Dict[str, Any]:
     """On rank 0: have the experts written, and replace them in the state by the manifest."""
-    history = state["optimizer_history"][-1]
-    epoch = state["extra_state"]["train_iterator"]["epoch"]
-    save = f"{epoch}-{history['num_updates']}-{secrets.token_hex(8)}"
+    save = new_save(state)
     broadcast(("write", save))
     files = _write_own_experts(trainer, os.path.dirname(filename), save)
     indices = expert_indices(trainer)
@@ -178,36 +184,26 @@ def _with_experts_apart(trainer: Trainer, state: Dict[str, Any], filename: str) 
         kept = {i: s for i, s in optimizer["state"].items() if i not in set(indices.values())}
         optimizer = {**optimizer, "state": kept}
         state = {**state, "last_optimizer_state": optimizer}
-    return {
-        **state,
-        "model": {n: t for n, t in state["model"].items() if not is_expert(n)},
-        "experts": {
-            "format": FORMAT,
-            "save": save,
-            "num_experts": trainer.cfg.model.moe_expert_count,
-            "world_size": process_count(),
-            "code": code_version(),
-            "indices": indices,
-            "files": files,
-        },
-    }
+    experts = trainer.cfg.model.moe_expert_count
+    manifest = Manifest(save, experts, indices, files, process_count(), code_version())
+    model = {n: t for n, t in state["model"].items() if not is_expert(n)}
+    return {**state, "model": model, MANIFEST: manifest.write()}
 
 
-def _write_own_experts(trainer: Trainer, save_dir: str, save: str) -> List[Dict[str, Any]]:
+def _write_own_experts(trainer: Trainer, save_dir: str, save: str) -> List[ExpertFile]:
     """On all ranks at once. Returns the manifest's list of files; raises UserError, on rank 0 only
     as the others hear it from there, if one could not be written."""
     place = placement(trainer.cfg.model.moe_expert_count, process_count(), dist.get_rank())
     entry, failure = None, None
     if dist.get_rank() == place.replicas[0]:
-        name = f"{FOLDER}/{save}-{place.first}-{place.local}.pt"
+        name = file_name(save, place.first, place.local)
+        path = os.path.join(save_dir, name)
         try:
-            os.makedirs(os.path.join(save_dir, FOLDER), exist_ok=True)
-            content = {"save": save, "first": place.first, "count": place.local}
-            content.update(_own_experts(trainer))
-            check_weights(content["model"].items(), os.path.join(save_dir, "experts"), saving=True)
-            size = write(content, os.path.join(save_dir, name))
-            entry = {"name": name, "first": place.first, "count": place.local, "bytes": size}
-            entry["sha256"] = digest_of(os.path.join(save_dir, name))
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            piece = Piece(save, place.first, place.local, *_own_experts(trainer))
+            check_weights(piece.model.items(), os.path.join(save_dir, FOLDER), saving=True)
+            write(piece.write(), path)
+            entry = describe(name, place.first, place.local, path)
         except Exception as error:
             if not isinstance(error, UserError):
                 logger.exception("writing experts failed")
@@ -216,10 +212,10 @@ def _write_own_experts(trainer: Trainer, save_dir: str, save: str) -> List[Dict[
     failures = [failure for _, failure in outcomes if failure is not None]
     if failures and dist.get_rank() == 0:
         raise UserError(failures[0])
-    return sorted((entry for entry, _ in outcomes if entry), key=lambda entry: entry["first"])
+    return sorted((entry for entry, _ in outcomes if entry), key=lambda entry: entry.first)
 
 
-def _own_experts(trainer: Trainer) -> Dict[str, Any]:
+def _own_experts(trainer: Trainer) -> Tuple[Dict[str, Any], Dict[str, Any]]:
     """The parameters of this process's experts and their optimizer state, on the CPU."""
     places = fully_sharded.places(trainer.get_model())
     own = {name: place.parameter for name, place in places.items() if is_expert(name)}
@@ -227,9 +223,10 @@ def _own_experts(trainer: Trainer) -> Dict[str, Any]:
         if hasattr(place.parameter, "expert") != (name in own):
             # trained as one thing and saved as the other, it would be lost on all ranks but one
             raise RuntimeError(f"{name}: marked as an expert's parameter or named as one, not both")
-    state = {"model": {n: p.detach() for n, p in own.items()}, "optimizer": {}}
+    optimizer = {}
     if not trainer.cfg.checkpoint.no_save_optimizer_state:
         saved = trainer.optimizer.state_dict()["state"]
         numbers = fully_sharded.optimizer_numbers(trainer.get_model())
-        state["optimizer"] = {n: saved[numbers[p]] for n, p in own.items() if numbers[p] in saved}
-    return utils.move_to_cpu(state)
+        optimizer = {n: saved[numbers[p]] for n, p in own.items() if numbers[p] in saved}
+    model = {name: parameter.detach() for name, parameter in own.items()}
+    return utils.move_to_cpu(model), utils.move_to_cpu(optimizer)

@@ -18,9 +18,9 @@ from ..branch.files import BranchFiles, find, flat_settings
 from ..branch.optimizer import is_parameter
 from ..branch.reading import BARE, read
 from ..branch.settings import ONE_PROCESS, translated_settings
+from ..checkpoint.format import MANIFEST, Manifest, Piece
 from ..checkpoint.intact import check_records
 from ..checkpoint.loading import (
-    Piece,
     check_kind,
     check_optimizer_parts,
     open_pieces,
@@ -90,7 +90,8 @@ def open_checkpoint(path: str, weights_only: bool) -> Source:
     state = load_weights_only(path, map_location="cpu", mmap=True)
     check_kind(path, state)
     check_settings(path, state)
-    model, manifest = state.pop("model"), state.pop("experts", None)
+    manifest = Manifest.read(path, state)
+    model, _ = state.pop("model"), state.pop(MANIFEST, None)
     optimizer = state.pop("last_optimizer_state", None)
     flat = flat_settings({"args": state.get("args"), "cfg": state.get("cfg")})
     settings = _settings(path, flat)
@@ -213,30 +214,30 @@ def _flat(state: Dict[str, Any]) -> Dict[str, Any]:
     return vars(state["args"]) if state.get("args") is not None else dict(state["cfg"]["model"])
 
 
-def _pieces(path: str, manifest: Optional[Dict[str, Any]], model: Dict[str, Tensor]) -> List[Piece]:
+def _pieces(path: str, manifest: Optional[Manifest], model: Dict[str, Tensor]) -> List[Piece]:
     """The experts' files; of a single file, its experts as one."""
     if manifest is not None:
-        everything = Placement(manifest["num_experts"], 0, (0,), (0,))
+        everything = Placement(manifest.num_experts, 0, (0,), (0,))
         return open_pieces(path, manifest, everything)
     stacked = {name: value for name, value in model.items() if is_expert(name)}
     if not stacked:
         return []
-    return [Piece(0, len(next(iter(stacked.values()))), stacked, {})]
+    return [Piece("", 0, len(next(iter(stacked.values()))), stacked, {})]
 
 
 def _optimizer(
-    source: Source, saved: Dict[str, Any], pieces: List[Any], manifest: Optional[Dict[str, Any]]
+    source: Source, saved: Dict[str, Any], pieces: List[Piece], manifest: Optional[Manifest]
 ) -> Optimizer:
     state = saved["state"]
     rest = {key: value for key, value in saved.items() if key != "state"}
     if sum(len(group["params"]) for group in saved["param_groups"]) != len(source.order):
         return Optimizer(rest, None, state)
     if manifest is not None:
-        names = manifest["indices"] if state else ()
+        names = manifest.indices if state else ()
         check_optimizer_parts(source.path, pieces, names, "--weights-only")
     by_name: Dict[str, Dict[str, Any]] = {}
     for number, name in enumerate(source.order):
-        if manifest is not None and name in manifest["indices"]:
+        if manifest is not None and name in manifest.indices:
             states = [piece.optimizer[name] for piece in pieces if name in piece.optimizer]
         else:
             states = [state[number]] if number in state else []

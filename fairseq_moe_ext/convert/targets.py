@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import os
-import secrets
 from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
 import torch
@@ -13,8 +12,7 @@ from torch import Tensor
 from ..branch.files import is_part
 from ..branch.optimizer import parameter_numbers
 from ..branch.writing import branch_order, branch_rest, branch_settings
-from ..checkpoint.experts import FOLDER, FORMAT
-from ..checkpoint.intact import digest_of
+from ..checkpoint.format import MANIFEST, Manifest, Piece, describe, file_name, new_save
 from ..checkpoint.together import code_version
 from ..errors import UserError
 from ..expert_parallel import is_expert
@@ -74,47 +72,28 @@ def fairseq_jobs(source: Source, path: str, files: Optional[int]) -> List[Job]:
         state["last_optimizer_state"] = _whole_optimizer(source)
         return [_job(path, state)]
     local = _share(source, "--expert-files", files)
-    history = (source.rest.get("optimizer_history") or [{}])[-1]
-    position = (source.rest.get("extra_state") or {}).get("train_iterator") or {}
-    epoch, updates = position.get("epoch", 1), history.get("num_updates", 0)
-    save = f"{epoch}-{updates}-{secrets.token_hex(8)}"
+    save = new_save(source.rest)
     names = [name for name in source.model if is_expert(name)]
     states = _states_of(source, names) if source.optimizer is not None else {}
     folder = os.path.dirname(path)
     jobs, listed = [], []
-    for number in range(files):
-        first = number * local
+    for first in range(0, source.experts, local):
         rows = slice(first, first + local)
-        name = f"{FOLDER}/{save}-{first}-{local}.pt"
-        content = {
-            "save": save,
-            "first": first,
-            "count": local,
-            "model": {n: TensorPerExpert(source.model[n][rows]) for n in names},
-            "optimizer": {n: _rows_of_state(source, n, states[n], rows, files) for n in states},
-        }
+        model = {n: TensorPerExpert(source.model[n][rows]) for n in names}
+        optimizer = {n: _rows_of_state(source, n, states[n], rows, files) for n in states}
+        name = file_name(save, first, local)
+        content = Piece(save, first, local, model, optimizer).write()
         jobs.append(_job(os.path.join(folder, name), content))
-        listed.append({"name": name, "first": first, "count": local})
+        listed.append((name, first, local))
 
     indices = {name: number for number, name in enumerate(source.order) if is_expert(name)}
     state = {**source.rest, "model": {n: v for n, v in source.model.items() if n not in names}}
     state["last_optimizer_state"] = _whole_optimizer(source, without=names)
 
     def write(temporary: str, progress: Progress) -> None:
-        entries = [
-            {**entry, "bytes": os.path.getsize(part), "sha256": digest_of(part)}
-            for entry, part in ((entry, job.path + TEMPORARY) for entry, job in zip(listed, jobs))
-        ]
-        manifest = {
-            "format": FORMAT,
-            "save": save,
-            "num_experts": source.experts,
-            "world_size": files,
-            "code": code_version(),
-            "indices": indices,
-            "files": entries,
-        }
-        write_torch({**state, "experts": manifest}, temporary, progress)
+        entries = [describe(*entry, job.path + TEMPORARY) for entry, job in zip(listed, jobs)]
+        manifest = Manifest(save, source.experts, indices, entries, files, code_version())
+        write_torch({**state, MANIFEST: manifest.write()}, temporary, progress)
 
     return [*jobs, Job(path, _size(state), write)]
 

@@ -94,6 +94,7 @@ def _files(path: str) -> List[Tuple[str, Optional[str]]]:
     is no file."""
     from fairseq_moe_ext import files
     from fairseq_moe_ext.branch.files import find
+    from fairseq_moe_ext.checkpoint.format import Manifest
     from fairseq_moe_ext.compat import load_weights_only
 
     from .source import files_of_branch
@@ -104,12 +105,9 @@ def _files(path: str) -> List[Tuple[str, Optional[str]]]:
     files.check(path)
     found: List[Tuple[str, Optional[str]]] = [(path, None)]
     try:
-        manifest = load_weights_only(path, map_location="cpu", mmap=True).get("experts") or {}
-        folder = os.path.dirname(os.path.realpath(path))
-        for entry in manifest.get("files", ()):
-            file = os.path.join(folder, *entry["name"].split("/"))
-            if os.path.isfile(file):  # else opening says that it is missing
-                found.append((file, entry.get("sha256")))
-    except (UserError, AttributeError, KeyError, TypeError):
-        pass  # said when it is judged
-    return found
+        manifest = Manifest.read(path, load_weights_only(path, map_location="cpu", mmap=True))
+    except (UserError, TypeError):
+        return found  # said when it is judged
+    entries = manifest.files if manifest is not None else []
+    there = [(entry.path(path), entry.sha256) for entry in entries]
+    return found + [entry for entry in there if os.path.isfile(entry[0])]  # opening names others
