@@ -10,7 +10,7 @@ import pytest
 from fairseq_moe_ext import cli
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.locks import Lock, beside
-from fairseq_moe_ext.prepare import binarize, command, encode, place
+from fairseq_moe_ext.prepare import binarize, command, encode, pipeline, place
 
 LIMIT = 60  # seconds, for what takes one or two
 
@@ -30,11 +30,11 @@ def line(tmp_path, documents, bpe_folder):
 
 # stage -> what is about to be called, or has been called
 STAGES = {
-    "folder made": ("before", command, "_prepare"),
-    "tokenizer read": ("after", command, "_tokenizer"),
+    "folder made": ("before", pipeline, "_prepare"),
+    "tokenizer read": ("after", pipeline, "_tokenizer"),
     "a document read": ("after", encode, "encode_chunk"),
     "a split half-written": ("before", binarize, "_blocks"),
-    "dictionary written": ("after", command.dictionary, "write"),
+    "dictionary written": ("after", pipeline.dictionary, "write"),
     "all written": ("before", place, "_put_in_place"),
     "before the exchange": ("before", place, "exchange"),
     "after the exchange": ("after", place, "exchange"),

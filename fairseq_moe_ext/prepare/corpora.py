@@ -1,0 +1,86 @@
+"""Which files each corpus has, as --corpus, --heldout and --format say."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Dict, List, Optional
+
+from fairseq_moe_ext import data_bin
+from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.prepare import kinds
+from fairseq_moe_ext.prepare.documents import list_files
+
+
+@dataclass
+class Corpus:
+    """One corpus: its files per split, or under None those to be dealt out by document."""
+
+    name: str
+    held_out: bool = False
+    files: Dict[Optional[str], List[Path]] = field(default_factory=dict)
+    groups: List[List[Path]] = field(default_factory=list)  # by the path, folder or glob
+    format: Optional[str] = None  # of its files; None: as for all
+
+    @property
+    def flag(self) -> str:
+        return f"{'--heldout' if self.held_out else '--corpus'} {self.name}"
+
+
+def parse_corpora(corpora: List[str], heldout: List[str]) -> List[Corpus]:
+    """The corpora that the flags --corpus and --heldout describe, their files listed.
+
+    Raises:
+        UserError: a flag that cannot be read, a name used twice, a path without files.
+    """
+    if not corpora and not heldout:
+        raise UserError("--corpus: missing; give at least one, as --corpus NAME=PATH")
+    found: Dict[str, Corpus] = {}
+    for flag, specs in (("--corpus", corpora), ("--heldout", heldout)):
+        for spec in specs:
+            name_and_split, equals, paths = spec.partition("=")
+            name, colon, split = name_and_split.partition(":")
+            if not equals or not name or not paths:
+                raise UserError(f"{flag} {spec}: not of the form NAME=PATH[,PATH...]")
+            data_bin.check_corpus_name(name, flag)
+            held_out = flag == "--heldout"
+            allowed = data_bin.SPLITS[1:] if held_out else data_bin.SPLITS
+            if colon and split not in allowed:
+                raise UserError(
+                    f"{flag} {name_and_split}: the split {split!r} is not one of "
+                    f"{', '.join(allowed)}"
+                )
+            corpus = found.setdefault(name, Corpus(name, held_out))
+            key = split if colon else None
+            if corpus.held_out != held_out or key in corpus.files or (None in corpus.files):
+                raise UserError(f"{flag} {name_and_split}: the corpus is given twice")
+            if key is None and corpus.files:
+                raise UserError(
+                    f"{flag} {name}: given with and without a split; "
+                    f"write {name}:train=..., {name}:valid=... for all of it"
+                )
+            groups = [list_files(path, f"{flag} {name_and_split}") for path in paths.split(",")]
+            corpus.groups += groups
+            corpus.files[key] = [path for group in groups for path in group]
+    for corpus in found.values():
+        if not corpus.held_out and not {None, "train"} & corpus.files.keys():
+            raise UserError(
+                f"--corpus {corpus.name}: no train split; give {corpus.name}:train=..., or use "
+                "--heldout for a corpus that is only evaluated"
+            )
+    return list(found.values())
+
+
+def parse_formats(words: List[str], corpora: List[Corpus]) -> str:
+    """The format of all files; those of single corpora are noted there. Raises UserError."""
+    by_name = {corpus.name: corpus for corpus in corpora}
+    of_all = "auto"
+    for word in words:
+        name, equals, form = word.rpartition("=")
+        if form not in kinds.FORMATS:
+            raise UserError(f"--format {word}: not one of {', '.join(kinds.FORMATS)}")
+        if not equals:
+            of_all = form
+        elif name in by_name:
+            by_name[name].format = form
+        else:
+            raise UserError(f"--format {word}: no corpus {name!r}; there are {', '.join(by_name)}")
+    return of_all

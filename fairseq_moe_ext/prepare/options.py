@@ -1,0 +1,95 @@
+"""What `prepare` does, and what can be wrong with it before any text is read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import List, Optional
+
+from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.prepare import dictionary
+from fairseq_moe_ext.prepare.corpora import Corpus
+from fairseq_moe_ext.prepare.documents import Source
+from fairseq_moe_ext.prepare.tokenizer import NUM_BYTES
+
+MAX_WORKERS = 1024  # each takes 265 MB
+
+
+@dataclass
+class Options:
+    """What `prepare` does; the flags of the same names explain the fields."""
+
+    corpora: List[Corpus]
+    source: Source = Source()
+    valid_fraction: float = 0.01
+    test_fraction: float = 0.01
+    split_seed: int = 1
+    gpt2_encoder_json: Optional[Path] = None
+    gpt2_vocab_bpe: Optional[Path] = None
+    train_bpe: Optional[int] = None
+    train_bpe_bytes: int = 2_000_000_000
+    dict: Optional[Path] = None
+    dict_size: Optional[int] = None
+    workers: int = 1
+    overwrite: bool = False
+
+
+def check(options: Options) -> None:
+    """Raise UserError for flags that cannot be, alone or together."""
+    if options.train_bpe is not None:
+        _check_training(options)
+    elif None in (options.gpt2_encoder_json, options.gpt2_vocab_bpe):
+        raise UserError(
+            "tokenizer: give --gpt2-encoder-json and --gpt2-vocab-bpe, or --train-bpe TYPES to "
+            "train one"
+        )
+    _check_dictionary(options)
+    _check_splits(options)
+    if not 1 <= options.workers <= MAX_WORKERS:
+        raise UserError(f"--workers {options.workers}: must be at least 1, at most {MAX_WORKERS}")
+    if not -(2**63) <= options.split_seed < 2**63:
+        raise UserError(f"--split-seed {options.split_seed}: must fit into 64 bits")
+
+
+def _check_training(options: Options) -> None:
+    if options.gpt2_encoder_json or options.gpt2_vocab_bpe:
+        raise UserError("--train-bpe: not together with --gpt2-encoder-json, --gpt2-vocab-bpe")
+    if options.dict is not None:
+        raise UserError(
+            "--dict: not together with --train-bpe; a dictionary belongs to the tokenizer it "
+            "was made with: give its --gpt2-encoder-json and --gpt2-vocab-bpe"
+        )
+    if options.train_bpe <= NUM_BYTES:
+        raise UserError(
+            f"--train-bpe {options.train_bpe}: the {NUM_BYTES} bytes come first; more than "
+            f"{NUM_BYTES} types are needed"
+        )
+    if options.train_bpe > dictionary.MAX_TYPES:
+        raise UserError(f"--train-bpe {options.train_bpe}: {dictionary.MAX_TYPES} types at most")
+    if all(corpus.held_out for corpus in options.corpora):
+        raise UserError("--train-bpe: there is no --corpus to train it on")
+    if options.train_bpe_bytes <= 0:
+        raise UserError(f"--train-bpe-bytes {options.train_bpe_bytes}: must be above 0")
+
+
+def _check_dictionary(options: Options) -> None:
+    if options.dict is not None and options.dict_size is not None:
+        raise UserError("--dict-size: not together with --dict, which has its own size")
+    if options.dict_size is not None:  # and of the tokenizer, when it is known
+        dictionary.check_types(options.dict_size, NUM_BYTES)
+    if options.dict is None and all(corpus.held_out for corpus in options.corpora):
+        raise UserError(
+            "--dict: missing; without a --corpus to train on, give the model's dict.txt"
+        )
+
+
+def _check_splits(options: Options) -> None:
+    for flag, value in (
+        ("--valid-fraction", options.valid_fraction),
+        ("--test-fraction", options.test_fraction),
+    ):
+        if not 0 <= value < 1:
+            raise UserError(f"{flag} {value}: must be at least 0 and below 1")
+    total = options.valid_fraction + options.test_fraction
+    if total >= 1:
+        raise UserError(f"--valid-fraction and --test-fraction: together {total}, must be below 1")
+    if total == 0 and any(c.held_out and None in c.files for c in options.corpora):
+        raise UserError("--heldout: --valid-fraction and --test-fraction cannot both be 0")

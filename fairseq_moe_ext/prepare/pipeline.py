@@ -1,0 +1,230 @@
+"""The steps of `prepare`, in their order: text files -> a data folder."""
+
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Dict, List, Tuple, Union
+
+import numpy as np
+from tqdm import tqdm
+
+from fairseq_moe_ext import data_bin
+from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.prepare import dictionary, kinds, place
+from fairseq_moe_ext.prepare.binarize import SplitWriter, dtype_of
+from fairseq_moe_ext.prepare.corpora import Corpus
+from fairseq_moe_ext.prepare.documents import Source
+from fairseq_moe_ext.prepare.encode import Deal, Encoders, chunks, training_documents
+from fairseq_moe_ext.prepare.options import Options, check
+from fairseq_moe_ext.prepare.splits import SplitRule
+from fairseq_moe_ext.prepare.tokenizer import ENCODER_FILE, MERGES_FILE, ByteLevelBPE, train_bpe
+
+
+@dataclass(frozen=True)
+class WholeSplit:
+    """Deals every document to one split."""
+
+    split: str
+
+    def __call__(self, document: str) -> str:
+        return self.split
+
+
+Report = Dict[str, Union[int, Dict]]
+
+
+def prepare(dest: Path, options: Options) -> Report:
+    """Make the data folder `dest`.
+
+    Returns:
+        What is written to counts.json: the number of BPE types and of dictionary types, and per
+        corpus and split the documents, lines, tokens (each line's `</s>` counted), `<unk>` tokens
+        and bytes (UTF-8, each line's newline counted, so tokens and bytes belong together in bits
+        per byte).
+
+    Raises:
+        UserError: see the flags; `dest` is then as it was before.
+    """
+    check(options)
+    _check_inputs_outside(dest, options)
+    for corpus in options.corpora:
+        source = _source(corpus, options)
+        found = kinds.check_corpus(
+            corpus.groups, source.format, source.field, corpus.flag, corpus.name
+        )
+        print(f"{corpus.name}: {found}", file=sys.stderr)
+    with place.new_folder(dest, options.overwrite) as scratch:
+        return _prepare(scratch, options)
+
+
+def _check_inputs_outside(dest: Path, options: Options) -> None:
+    inside = os.path.realpath(dest) + os.sep
+    for corpus in options.corpora:
+        for path in (path for paths in corpus.files.values() for path in paths):
+            if os.path.realpath(path).startswith(inside):
+                raise UserError(
+                    f"{path}: text of corpus {corpus.name}, but in the folder {dest} that is to "
+                    "be made; move it elsewhere"
+                )
+
+
+def _prepare(folder: Path, options: Options) -> Report:
+    todo = {corpus.name: _deals(corpus, options) for corpus in options.corpora}
+    bpe = _tokenizer(folder, options, todo)
+    given = None if options.dict is None else dictionary.read(options.dict, len(bpe))
+    if options.dict_size is not None:
+        dictionary.check_types(options.dict_size, len(bpe))
+    writers: Dict[str, Dict[str, SplitWriter]] = {}
+    files = (folder / ENCODER_FILE, folder / MERGES_FILE)
+    with Encoders(*files, options.workers) as encoders:
+        for corpus in options.corpora:
+            (folder / corpus.name).mkdir()
+            writers[corpus.name] = _encode(corpus, todo, folder, bpe.newline, encoders, options)
+    lines = given or dictionary.build(_training_counts(writers, bpe), options.dict_size)
+    table = dictionary.lookup(lines, len(bpe))
+    types = dictionary.NUM_SPECIAL + len(lines)
+    report: Report = {"bpe_types": len(bpe), "types": types, "corpora": {}}
+    for corpus in options.corpora:
+        for writer in writers[corpus.name].values():
+            writer.finish(table, dtype_of(types))
+        report["corpora"][corpus.name] = {
+            "held_out": corpus.held_out,
+            **{split: _counts(writer, table) for split, writer in writers[corpus.name].items()},
+        }
+    for at in [folder, *(folder / name for name in writers)]:
+        if options.dict is not None:
+            shutil.copyfile(options.dict, at / data_bin.DICTIONARY)
+        else:
+            dictionary.write(lines, at / data_bin.DICTIONARY)
+    (folder / data_bin.COUNTS).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+Parts = List[Tuple[List[Path], Source, Deal]]
+
+
+def _source(corpus: Corpus, options: Options) -> Source:
+    return replace(options.source, format=corpus.format or options.source.format)
+
+
+def _deals(corpus: Corpus, options: Options) -> Parts:
+    """A corpus's files, each list with the rule that deals its documents out."""
+    source = _source(corpus, options)
+    rule = SplitRule(
+        options.valid_fraction, options.test_fraction, options.split_seed, corpus.held_out
+    )
+    return [
+        (files, source, rule if split is None else WholeSplit(split))
+        for split, files in sorted(corpus.files.items(), key=lambda item: str(item[0]))
+    ]
+
+
+def _tokenizer(folder: Path, options: Options, todo: Dict[str, Parts]) -> ByteLevelBPE:
+    """The tokenizer, read or trained; its two files are in `folder` afterwards."""
+    encoder_json, vocab_bpe = folder / ENCODER_FILE, folder / MERGES_FILE
+    if options.train_bpe is None:
+        assert options.gpt2_encoder_json is not None and options.gpt2_vocab_bpe is not None
+        bpe = ByteLevelBPE.from_files(options.gpt2_encoder_json, options.gpt2_vocab_bpe)
+        shutil.copyfile(options.gpt2_encoder_json, encoder_json)
+        shutil.copyfile(options.gpt2_vocab_bpe, vocab_bpe)
+        return bpe
+    sources = [
+        part
+        for corpus in options.corpora
+        if not corpus.held_out
+        for part in todo[corpus.name]
+        if part[2] != WholeSplit("valid") and part[2] != WholeSplit("test")
+    ]
+    size = sum(_size(files) for files, _, _ in sources)
+    share = min(1.0, options.train_bpe_bytes / max(1, size))
+    with _progress("reading for the BPE", size) as bar:
+        documents = training_documents(sources, share, bar.update)
+        types = train_bpe(documents, options.train_bpe, folder)
+    if types < options.train_bpe:
+        print(
+            f"--train-bpe {options.train_bpe}: {types} types learned; no other pair of tokens "
+            "occurs twice in the text",
+            file=sys.stderr,
+        )
+    return ByteLevelBPE.from_files(encoder_json, vocab_bpe)
+
+
+def _encode(
+    corpus: Corpus,
+    todo: Dict[str, Parts],
+    folder: Path,
+    newline: int,
+    encoders: Encoders,
+    options: Options,
+) -> Dict[str, SplitWriter]:
+    """Encode one corpus; its splits, each with at least one document."""
+    found: Dict[str, SplitWriter] = {}
+    parts = todo[corpus.name]
+    with _progress(f"encoding {corpus.name}", sum(_size(files) for files, _, _ in parts)) as bar:
+        for files, source, deal in parts:
+            for encoded in encoders.encode(chunks(files, source, deal)):
+                for split, part in encoded.splits.items():
+                    if split not in found:
+                        found[split] = SplitWriter(folder / corpus.name / split, newline)
+                    found[split].add(part)
+                bar.update(encoded.read)
+    for writer in found.values():
+        writer.close()
+    _check_splits(corpus, found, options)
+    return {split: found[split] for split in data_bin.SPLITS if split in found}
+
+
+def _check_splits(corpus: Corpus, found: Dict[str, SplitWriter], options: Options) -> None:
+    """Raise UserError for a corpus or a split that was asked for and has no document."""
+    flag = corpus.flag
+    documents = sum(writer.documents for writer in found.values())
+    if not documents:
+        number = sum(len(files) for files in corpus.files.values())
+        raise UserError(f"{flag}: empty; no document in its {number} file(s)")
+    for split in corpus.files:
+        if split is not None and split not in found:
+            raise UserError(f"{flag}:{split}: empty; no document in its files")
+    if None not in corpus.files:
+        return
+    if not corpus.held_out and "train" not in found:
+        raise UserError(f"{flag}: none of its {documents} document(s) fell into train; add text")
+    for split, fraction in (("valid", options.valid_fraction), ("test", options.test_fraction)):
+        if fraction > 0 and split not in found:
+            raise UserError(
+                f"{flag}: none of its {documents} document(s) fell into {split}; raise "
+                f"--{split}-fraction ({fraction}), try another --split-seed, or set it to 0 to do "
+                f"without; if the corpus has more documents than that, see --documents"
+            )
+
+
+def _training_counts(writers: Dict[str, Dict[str, SplitWriter]], bpe: ByteLevelBPE) -> np.ndarray:
+    """(N,) occurrences of every BPE id in the train splits."""
+    counts = np.zeros(len(bpe), dtype=np.int64)
+    for splits in writers.values():
+        if "train" in splits:
+            counts += splits["train"].counts[:-1]
+    return counts
+
+
+def _counts(writer: SplitWriter, table: np.ndarray) -> Dict[str, int]:
+    return {
+        "documents": writer.documents,
+        "lines": writer.lines,
+        "tokens": writer.tokens,
+        "unknown": int(writer.counts[table == dictionary.UNK].sum()),
+        "bytes": writer.bytes,
+    }
+
+
+def _progress(what: str, total: int) -> tqdm:
+    # shown on a terminal only: in a log file it would be one line after the other
+    if not sys.stderr.isatty():
+        print(f"{what}: {total / 1e6:.1f} MB", file=sys.stderr, flush=True)
+    return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None)
+
+
+def _size(files: List[Path]) -> int:
+    return sum(path.stat().st_size for path in files)
