@@ -22,6 +22,7 @@
     optim.py       fairseq's Adam, fused
     prepare/       text to data-bins
     convert/       checkpoints to other layouts and precisions
+    questions/     questions with candidates, and the vocabulary that spells them
     priming/       zero- and few-shot tasks, bias sets, generated answers
     study/         a YAML file to trained, evaluated and compared models
     cost.py        parameters and FLOPs

@@ -97,14 +97,15 @@ ALLOWED = {
         "compat",
         "data_bin",
         "expert_parallel",
-        "priming",
+        "questions",
         "ranges",
     },
     "prepare": {"prepare", "data_bin"},
+    "questions": {"questions", "prepare"},
     "priming": {
         "priming",
+        "questions",
         "accuracy",
-        "prepare",
         "data_bin",
         "evaluation",
         "expert_parallel",
@@ -173,6 +174,59 @@ def test_import_directions(path):
         assert module in allowed or part_of(module) in allowed, f"{path.name} imports {module}"
 
 
+def name_of(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def circles(graph):
+    """Sets of nodes that lead to each other."""
+
+    def reached(node):
+        seen, todo = set(), [node]
+        while todo:
+            new = graph.get(todo.pop(), set()) - seen
+            seen |= new
+            todo += new
+        return seen
+
+    reach = {node: reached(node) for node in graph}
+    return {frozenset(n for n in reach[node] if node in reach.get(n, ())) for node in graph} - {
+        frozenset()
+    }
+
+
+# of modules that the start-up hook loads one by one
+KNOWN_CIRCLES = {frozenset({"compat", "finding"})}
+
+
+def test_no_modules_import_each_other():
+    """Also not in functions; and no two parts do by different modules."""
+    modules = {name_of(path): set(own_imports(path)) - {name_of(path)} for path in FILES}
+    parts = {}
+    for module, imported in modules.items():
+        others = {part_of(name) for name in imported} - {part_of(module)}
+        parts.setdefault(part_of(module), set()).update(others)
+    assert circles(modules) <= KNOWN_CIRCLES and circles(parts) <= KNOWN_CIRCLES
+
+
+def test_circles_are_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == {frozenset("bc")}
+    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == set()
+
+
+def test_nothing_is_allowed_that_is_not_used():
+    for part, allowed in ALLOWED.items():
+        used = {
+            name for path in FILES if part_of(name_of(path)) == part for name in own_imports(path)
+        }
+        assert {a for a in allowed - {part} if not any(_is_in(u, a) for u in used)} == set(), part
+
+
+def _is_in(module, part):
+    return module == part or module.startswith(part + ".")
+
+
 MATHEMATICS = [
     path for room in ("moe", "kernels") for path in sorted((PACKAGE / room).glob("*.py"))
 ]
@@ -207,3 +261,16 @@ def test_every_part_has_its_rule():
     assert set(ALLOWED) >= {part.relative_to(PACKAGE).parts[0].split(".")[0] for part in FILES} - {
         "cli"
     }
+
+
+ROOMS = [path for path in sorted(PACKAGE.glob("*/__init__.py"))]
+
+
+@pytest.mark.parametrize("path", ROOMS, ids=lambda p: p.parent.name)
+def test_the_map_of_a_room_is_complete(path):
+    """Where a room has one."""
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    words = {word.strip(",;:()") for word in text.split() if "/" not in word}
+    named = {word for word in words if word.endswith(".py")}
+    if named:
+        assert named == {p.name for p in path.parent.glob("*.py")} - {"__init__.py"}

@@ -24,11 +24,11 @@ import numpy as np
 
 from .. import accuracy
 from ..errors import UserError
-from .formats import find_file
+from ..questions.formats import find_file
+from ..questions.records import Record, read_csv, read_json
+from ..questions.scoring import Row, common_prefix, cut
+from ..questions.vocabulary import Vocabulary
 from .protocol import Job, Loaded, Result, Settings, say
-from .records import Record, read_csv, read_json
-from .scoring import Row, common_prefix, cut
-from .vocabulary import Vocabulary
 
 _KINDS = ("stereotype", "anti-stereotype", "unrelated")
 

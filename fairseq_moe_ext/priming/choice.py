@@ -8,12 +8,12 @@ import numpy as np
 
 from .. import accuracy
 from ..errors import UserError
+from ..questions.formats import CLASSES, TASKS, Item, find_file, read_counted, read_items
+from ..questions.scoring import Row, Scorer, cut, rows_of, value
+from ..questions.vocabulary import EOS, Vocabulary
 from ..wording import count, small
-from .formats import CLASSES, TASKS, Item, find_file, read_counted, read_items
 from .protocol import Job, Loaded, Result, Settings, say
-from .scoring import Row, Scorer, cut, rows_of, value
 from .shots import Pool, draw, fitting, joined, shortage, shortage_in_words, spread
-from .vocabulary import EOS, Vocabulary
 
 _MANY = 8  # candidates of one question, from which on their common prefix is computed once
 

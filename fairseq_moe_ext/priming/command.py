@@ -10,10 +10,11 @@ from ..errors import UserError
 from ..evaluation.cost_table import markdown, plain
 from ..evaluation.expert_use import write_json
 from ..expert_parallel import all_gather, process_rank
+from ..questions import formats, scoring
+from ..questions.vocabulary import Vocabulary
 from ..wording import count
-from . import bias, choice, formats, generative, model, progress, scoring
+from . import bias, choice, generative, model, progress
 from .protocol import Loaded, Result, Settings, say
-from .vocabulary import Vocabulary
 
 # task -> the module with prepare(name, folder, settings, vocabulary) and table(results)
 _KINDS: Dict[str, ModuleType] = {

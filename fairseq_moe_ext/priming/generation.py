@@ -13,8 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..expert_parallel import all_gather, collective_device, process_count, process_rank
+from ..questions.vocabulary import EOS, PAD
 from .model import quiet
-from .vocabulary import EOS, PAD
 
 Done = Callable[[Sequence[int]], bool]  # whether new tokens, the last one included, are an end
 

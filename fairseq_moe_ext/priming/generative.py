@@ -16,13 +16,13 @@ import numpy as np
 
 from .. import files
 from ..errors import UserError
+from ..questions.formats import find_file
+from ..questions.records import read_jsonl
+from ..questions.vocabulary import EOS, Vocabulary
 from ..wording import count, small
-from .formats import find_file
 from .generation import Generator, Prompt
 from .protocol import Job, Loaded, Result, Settings, say
-from .records import read_jsonl
 from .shots import draw, fitting, joined, shortage, shortage_in_words, spread
-from .vocabulary import EOS, Vocabulary
 
 
 class Text(NamedTuple):

@@ -13,15 +13,17 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
 from ..errors import UserError
+from ..questions.scoring import Row, cut
+from ..questions.vocabulary import EOS, Vocabulary
 from ..wording import count
-from . import lm_eval_command, model
+from . import model
 from .generation import Generator, Prompt
 from .protocol import say
-from .scoring import Row, cut
-from .vocabulary import EOS, Vocabulary
+
+MODEL = "fairseq-moe"  # lm-eval's --model
 
 
-@register_model(lm_eval_command.MODEL)
+@register_model(MODEL)
 class FairseqMoELM(LM):
     """Built by lm-eval from `--model_args path=...,data=...` and its own flags.
 

@@ -10,7 +10,6 @@ from ..errors import OneLineParser, UserError
 from ..expert_parallel import process_rank
 from . import model
 
-MODEL = "fairseq-moe"
 _OTHERS = ("ls", "validate", "-h", "--help")  # lm-eval's commands that load no model
 
 
@@ -23,12 +22,12 @@ def run(argv: List[str]) -> None:
         )
     from lm_eval.__main__ import cli_evaluate
 
-    from . import harness  # noqa: F401 - registers the model
+    from . import harness
 
     if argv and argv[0] not in _OTHERS:
         words = argv[1:] if argv[0] == "run" else argv
         named = any(word.split("=")[0] in ("--model", "-M") for word in words)
-        argv = ["run", *([] if named else ["--model", MODEL]), *words]
+        argv = ["run", *([] if named else ["--model", harness.MODEL]), *words]
     sys.argv = ["lm-eval", *argv]
     argparse.ArgumentParser.error = OneLineParser.error  # of lm-eval's own parsers
     with model.processes(cpu="cpu" in argv):

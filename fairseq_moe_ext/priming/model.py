@@ -27,8 +27,8 @@ from ..evaluation.loading import (
 )
 from ..expert_parallel import all_gather, process_count, process_rank
 from ..models.language_model import MoETransformerLanguageModel
-from .scoring import Row
-from .vocabulary import PAD
+from ..questions.scoring import Row
+from ..questions.vocabulary import PAD
 
 _LOGITS = 2**24  # that exist at a time
 

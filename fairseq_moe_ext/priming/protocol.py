@@ -6,9 +6,9 @@ from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
 import torch
 
 from ..expert_parallel import process_rank
+from ..questions.scoring import Scorer
+from ..questions.vocabulary import Vocabulary
 from . import model
-from .scoring import Scorer
-from .vocabulary import Vocabulary
 
 
 def say(words: str) -> None:

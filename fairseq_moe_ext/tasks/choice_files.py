@@ -19,7 +19,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 
 from .. import files
 from ..errors import UserError
-from ..priming.formats import (
+from ..questions.formats import (
     CLASSES,
     TASKS,
     Item,
@@ -28,7 +28,7 @@ from ..priming.formats import (
     group_key,
     read_counted,
 )
-from ..priming.records import Record, read_jsonl
+from ..questions.records import Record, read_jsonl
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from omegaconf import II
 
 from .. import accuracy, ranges
 from ..errors import UserError
-from ..priming import scoring
-from ..priming.formats import Item as Question
+from ..questions import scoring
+from ..questions.formats import Item as Question
 from ..wording import count
 from .choice_dataset import ChoiceDataset, Item
 from .choice_files import NAMES, ChoiceFiles
@@ -178,7 +178,7 @@ class MultipleChoiceTask(FairseqTask):
     def load_dataset(self, split: str, combine: bool = False, **kwargs) -> None:
         """Read and encode a split, and say what is in it. Raises UserError for a file that is not
         as it should be, a tokenizer that is not the model's, a choice that is too long."""
-        from ..priming.vocabulary import Vocabulary  # needs the package tokenizers
+        from ..questions.vocabulary import Vocabulary  # needs the package tokenizers
 
         if split in self.datasets:
             return

@@ -11,7 +11,7 @@ import fairseq_moe_ext
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
 from fairseq_moe_ext.prepare.command import Options, parse_corpora, prepare
-from fairseq_moe_ext.priming.vocabulary import Vocabulary
+from fairseq_moe_ext.questions.vocabulary import Vocabulary
 
 USER_DIR = Path(fairseq_moe_ext.__file__).parent
 TEXT = "the cat sat on the mat\nand saw a dog\n\n" * 20

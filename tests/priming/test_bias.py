@@ -17,8 +17,8 @@ from fairseq_moe_ext.priming.bias import (
     stereoset_scores,
 )
 from fairseq_moe_ext.priming.model import ModelScorer, load
-from fairseq_moe_ext.priming.scoring import Row
-from fairseq_moe_ext.priming.vocabulary import Vocabulary
+from fairseq_moe_ext.questions.scoring import Row
+from fairseq_moe_ext.questions.vocabulary import Vocabulary
 
 
 def element(domain, target, context, stereotype, contrary, unrelated):

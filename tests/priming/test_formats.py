@@ -7,7 +7,7 @@ import os
 import pytest
 
 from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.priming.formats import PAPER, TASKS, find_file, read_counted, read_items
+from fairseq_moe_ext.questions.formats import PAPER, TASKS, find_file, read_counted, read_items
 
 
 def jsonl(*lines):

@@ -15,7 +15,7 @@ from fairseq_moe_ext.priming import generative
 from fairseq_moe_ext.priming.generation import Generator, Prompt
 from fairseq_moe_ext.priming.model import load
 from fairseq_moe_ext.priming.protocol import Settings
-from fairseq_moe_ext.priming.vocabulary import EOS, PAD, Vocabulary
+from fairseq_moe_ext.questions.vocabulary import EOS, PAD, Vocabulary
 
 MODELS = {"dense": {}, "moe": dict(MOE, moe_dropless=True)}
 

@@ -14,9 +14,9 @@ from processes import run_processes
 
 from fairseq_moe_ext import cli
 from fairseq_moe_ext.priming import choice, lm_eval_command
-from fairseq_moe_ext.priming.formats import Item
 from fairseq_moe_ext.priming.model import ModelScorer
-from fairseq_moe_ext.priming.vocabulary import EOS, PAD
+from fairseq_moe_ext.questions.formats import Item
+from fairseq_moe_ext.questions.vocabulary import EOS, PAD
 
 QUESTIONS = [
     {"q": "w1 it was.\nw2 it", "choices": ["was.", "w3 it was w4.", "it"], "label": 1},

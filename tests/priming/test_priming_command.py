@@ -10,7 +10,7 @@ from test_formats import BOOLQ, CASES, jsonl, write
 
 from fairseq_moe_ext import cli
 from fairseq_moe_ext.priming import choice, model
-from fairseq_moe_ext.priming.formats import TASKS
+from fairseq_moe_ext.questions.formats import TASKS
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from small_models import MOE, TYPES, build_model, build_stock_model
 
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.priming.model import ModelScorer, load
-from fairseq_moe_ext.priming.scoring import Row
-from fairseq_moe_ext.priming.vocabulary import EOS, Vocabulary
+from fairseq_moe_ext.questions.scoring import Row
+from fairseq_moe_ext.questions.vocabulary import EOS, Vocabulary
 
 MODELS = {"dense": {}, "moe": dict(MOE, moe_dropless=True)}
 

@@ -13,7 +13,7 @@ from test_formats import CASES, write
 
 from fairseq_moe_ext import cli
 from fairseq_moe_ext.priming import bias, formats, generative
-from fairseq_moe_ext.priming.scoring import RULES
+from fairseq_moe_ext.questions.scoring import RULES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "priming.md").read_text(encoding="utf-8")
 TORCHRUN = ["torchrun", "--nproc_per_node", "2", "$(which fairseq-moe)"]

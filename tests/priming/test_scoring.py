@@ -8,9 +8,9 @@ import pytest
 from test_imports import PACKAGE, own_imports
 
 from fairseq_moe_ext.priming import choice
-from fairseq_moe_ext.priming.formats import Item
 from fairseq_moe_ext.priming.protocol import Settings
-from fairseq_moe_ext.priming.scoring import Row, common_prefix, cut, rows_of, value
+from fairseq_moe_ext.questions.formats import Item
+from fairseq_moe_ext.questions.scoring import Row, common_prefix, cut, rows_of, value
 
 LOG_PROBS = {
     # who: "it is a long one" against "it is short"
@@ -145,12 +145,12 @@ def test_the_spread_is_that_of_the_draws():
 
 def test_formats_and_rules_need_no_tokenizer():
     """The task multiple_choice imports them wherever the plugin is, also without `tokenizers`."""
-    seen, todo = set(), ["priming.scoring", "priming.formats"]
+    seen, todo = set(), ["questions.scoring", "questions.formats"]
     while todo:
         module = todo.pop()
         path = PACKAGE.joinpath(*module.split(".")).with_suffix(".py")
         found = set(own_imports(path)) if path.is_file() else set()
         todo += found - seen
         seen |= found
-    assert "prepare.dictionary" in seen and "priming.records" in seen
+    assert "prepare.dictionary" in seen and "questions.records" in seen
     assert "prepare.tokenizer" not in seen

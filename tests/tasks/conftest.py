@@ -2,7 +2,7 @@ import pytest
 from choice_data import write_choices, write_classes
 from mixture_data import make_data
 
-from fairseq_moe_ext.priming.vocabulary import Vocabulary
+from fairseq_moe_ext.questions.vocabulary import Vocabulary
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ from small_models import MOE
 
 from fairseq_moe_ext.criterions.multiple_choice import MultipleChoiceCriterion
 from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.priming.records import read_jsonl
+from fairseq_moe_ext.questions.records import read_jsonl
 
 DROPLESS = {**MOE, "moe_dropless": True}
 FOUR = [3, 0, 7, 12]  # of different lengths and numbers of candidates
