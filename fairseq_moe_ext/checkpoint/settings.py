@@ -65,17 +65,8 @@ _RESOLVER = re.compile(r"\$\{[^}]*:")  # omegaconf's, as ${oc.env:HOME}
 
 def check_settings(path: str, state: Dict[str, Any]) -> None:
     """Raise UserError for a setting of another type than its dataclass says."""
+    _check_form(path, state)
     args, cfg = state.get("args"), state.get("cfg")
-    for kind, value in ((Namespace, args), (dict, cfg)):
-        if value is not None and not isinstance(value, kind):
-            raise UserError(f"{path}: its settings are no settings, but {_short(value)}; {_REMEDY}")
-    for group, settings in (cfg or {}).items():
-        if group in _BUILT and not isinstance(settings, (dict, Namespace, type(None))):
-            raise _misfit(path, "", group, settings, "a group of settings")
-    for group, settings in _groups(state):
-        for name, value in settings.items():
-            if not isinstance(name, str) or not _is_plain(value):
-                raise _misfit(path, group, name, value, "a setting")
     if args is not None:
         kinds = _flat_kinds(vars(args))
         for name, value in vars(args).items():
@@ -87,13 +78,33 @@ def check_settings(path: str, state: Dict[str, Any]) -> None:
         if kind is not None:
             check_fields(path, group, settings, kind)
     for group, settings in _groups(state):
-        for name in _EXPRESSIONS & settings.keys() if group in ("", "model") else ():
-            _check_expression(path, group, name, settings[name])
-        places = settings.keys() if group in _READING else ()
-        if group == "":
-            places = settings.keys() & _flat_kinds(settings, _READING).keys()
-        for name in places:
-            _check_place(path, group, name, settings)
+        _check_values(path, group, settings)
+
+
+def _check_form(path: str, state: Dict[str, Any]) -> None:
+    """Raise UserError unless the settings are groups of plain values by name."""
+    args, cfg = state.get("args"), state.get("cfg")
+    for kind, value in ((Namespace, args), (dict, cfg)):
+        if value is not None and not isinstance(value, kind):
+            raise UserError(f"{path}: its settings are no settings, but {_short(value)}; {_REMEDY}")
+    for group, settings in (cfg or {}).items():
+        if group in _BUILT and not isinstance(settings, (dict, Namespace, type(None))):
+            raise _misfit(path, "", group, settings, "a group of settings")
+    for group, settings in _groups(state):
+        for name, value in settings.items():
+            if not isinstance(name, str) or not _is_plain(value):
+                raise _misfit(path, group, name, value, "a setting")
+
+
+def _check_values(path: str, group: str, settings: Dict[str, Any]) -> None:
+    """Raise UserError for an expression that is none, or a place in the net."""
+    for name in _EXPRESSIONS & settings.keys() if group in ("", "model") else ():
+        _check_expression(path, group, name, settings[name])
+    places = settings.keys() if group in _READING else ()
+    if group == "":
+        places = settings.keys() & _flat_kinds(settings, _READING).keys()
+    for name in places:
+        _check_place(path, group, name, settings)
 
 
 def _check_sizes(path: str, state: Dict[str, Any]) -> None:
