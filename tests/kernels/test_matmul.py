@@ -16,7 +16,7 @@ needs_onednn = pytest.mark.skipif(not has_onednn, reason="this PyTorch has no on
 
 @pytest.fixture(params=[False, pytest.param(True, marks=needs_onednn)], ids=["mkl", "onednn"])
 def onednn(request, monkeypatch):
-    monkeypatch.setattr(matmul, "_ONEDNN_IS_FASTER", request.param)
+    monkeypatch.setattr(matmul, "onednn_is_faster", lambda: request.param)
     return request.param
 
 
@@ -104,7 +104,7 @@ def test_few_sizes(monkeypatch):
     monkeypatch.setattr(
         matmul, "_compute", lambda x, *rest: sizes.add(tuple(x.shape)) or compute(x, *rest)
     )
-    monkeypatch.setattr(matmul, "_ONEDNN_IS_FASTER", True)
+    monkeypatch.setattr(matmul, "onednn_is_faster", lambda: True)
     weight = torch.ones(3, 5)
     for rows in range(1, 257):
         assert matmul.product(torch.ones(rows, 5), weight.t()).shape == (rows, 3)
@@ -117,7 +117,7 @@ def test_few_sizes(monkeypatch):
 
 @needs_onednn
 def test_compiled_twice_for_all_lengths(monkeypatch):
-    monkeypatch.setattr(matmul, "_ONEDNN_IS_FASTER", True)
+    monkeypatch.setattr(matmul, "onednn_is_faster", lambda: True)
     torch.manual_seed(0)
     layer, counter = matmul.Linear(8, 16), CompileCounter()
     compiled = torch.compile(lambda x: layer(x), backend=counter)
@@ -138,7 +138,7 @@ def test_where_onednn_is_not_asked(monkeypatch):
     asked = []
     compute = matmul._compute
     monkeypatch.setattr(matmul, "_compute", lambda *rest: asked.append(1) or compute(*rest))
-    monkeypatch.setattr(matmul, "_ONEDNN_IS_FASTER", True)
+    monkeypatch.setattr(matmul, "onednn_is_faster", lambda: True)
     layer, x = matmul.Linear(5, 7), torch.ones(3, 5)
     layer(x)
     assert asked.pop() and not asked
@@ -152,13 +152,17 @@ def test_where_onednn_is_not_asked(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "capability, processor, faster",
-    [("AVX512", "AuthenticAMD", True), ("AVX2", "AuthenticAMD", False),
-     ("AVX512", "GenuineIntel", False)],
-)  # fmt: skip
+    "capability, speed, faster",
+    [("AVX512", 2.3, True), ("AVX512", 1.1, False), ("AVX2", 2.3, False)],
+)
 @needs_onednn
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this PyTorch has no MKL")
-def test_which_processors(capability, processor, faster, monkeypatch):
+def test_oneDNN_is_taken_where_it_is_clearly_faster(capability, speed, faster, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(matmul, "_processor", lambda: f"vendor_id : {processor}\n")
-    assert matmul._is_onednn_faster() is faster
+    monkeypatch.setattr(matmul, "_speed_over_mkl", lambda: speed)
+    assert matmul.onednn_is_faster.__wrapped__() is faster
+
+
+@needs_onednn
+def test_its_speed_is_measured():
+    assert 0.05 < matmul._speed_over_mkl() < 50
