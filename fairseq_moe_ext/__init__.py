@@ -38,6 +38,7 @@
     errors.py      the exception for a user's mistake
     files.py       what a user names to read: regular files
     outputs.py     what a user names to write
+    text_table.py  tables for a terminal and in Markdown
     wording.py     counts and remedies in messages
 """
 

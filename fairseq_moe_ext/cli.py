@@ -45,7 +45,7 @@ def main(argv: Optional[List[str]] = None) -> int:
 # name -> what it does, and the module with its add_arguments(parser) and run(args)
 _COMMANDS = {
     "prepare": ("turn your own text into data-bins", "prepare.command"),
-    "evaluate": ("perplexity of a model on many test sets", "evaluation.perplexity"),
+    "evaluate": ("perplexity of a model on many test sets", "evaluation.evaluate_command"),
     "priming": ("zero- and few-shot accuracy on the paper's tasks", "priming.command"),
     "study": ("train and compare a dense and a sparse family of models", "study.command"),
     "report": ("a study's page and figures", "study.page"),

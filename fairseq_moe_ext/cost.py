@@ -8,6 +8,8 @@ the router left out.
 import math
 from typing import Dict, NamedTuple, Optional
 
+from .kernels.linear_cross_entropy import LOGITS_AT_A_TIME
+
 
 class Shape(NamedTuple):
     """What the cost of a decoder-only language model depends on."""
@@ -108,7 +110,6 @@ PRECISIONS: Dict[str, Precision] = {
 # or float16 with --fp16-adam-stats.
 OPTIMIZERS = {"adam": 8, "adam-fp16-stats": 4, "sgd": 0}
 SHARDINGS = ("none", "optimizer", "full")
-_LOGITS = 2**24  # that exist at a time (kernels/linear_cross_entropy.py)
 
 
 class Memory(NamedTuple):
@@ -191,7 +192,7 @@ def memory_per_device(
     kept = dense_layers * dense_layer + s.picked_layers * picked_layer
     if recompute:
         kept = s.layers * p.width * tokens * s.dim
-    loss = 4 * min(tokens * s.types, _LOGITS) + 4 * s.types * s.dim
+    loss = 4 * min(tokens * s.types, LOGITS_AT_A_TIME) + 4 * s.types * s.dim
     one_layer = 4 * (s.dim**2 + s.dim) + _ffn_parameters(s.dim, max(s.ffn_dim, s.alternate_ffn_dim))
     return Memory(
         parameters=sharded(p.parameter, full),

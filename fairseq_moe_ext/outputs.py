@@ -1,6 +1,7 @@
 """Files that a flag names, to write: judged before the work, written whole or not at all."""
 
 import contextlib
+import json
 import os
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Mapping, Optional, Tuple
@@ -104,3 +105,8 @@ def write_text(path: Path, text: str) -> None:
     finally:
         with contextlib.suppress(OSError):
             os.unlink(partial)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write the file, whole or not at all."""
+    write_text(path, json.dumps(value, indent=1) + "\n")

@@ -212,11 +212,11 @@ def figures(log: Path, tag: str, key: str) -> List[float]:
     return [float(line[key]) for line in json_lines(log, tag) if key in line]
 
 
-def before(ablation: Ablation, model: str) -> Dict[str, Any]:
+def before(ablation: Ablation, family: str) -> Dict[str, Any]:
     """Accuracy of the pretrained model on the test questions, by the mean log-probability of an
     ending's tokens."""
     import torch
-    from fairseq import checkpoint_utils, utils
+    from fairseq import utils
 
     import fairseq_moe_ext  # noqa: F401
     from fairseq_moe_ext.accuracy import wilson_interval
@@ -224,10 +224,11 @@ def before(ablation: Ablation, model: str) -> Dict[str, Any]:
         MultipleChoiceConfig,
         MultipleChoiceCriterion,
     )
+    from fairseq_moe_ext.evaluation.loading import load_model
     from fairseq_moe_ext.tasks.multiple_choice import MultipleChoiceTask, MultipleChoiceTaskConfig
 
     utils.import_user_module(argparse.Namespace(user_dir=str(quickstart.PACKAGE)))
-    path = ablation.out / f"before_{model}.json"
+    path = ablation.out / f"before_{family}.json"
     if path.exists() and "chance" in (found := quickstart.read_json(path)):
         return found
     cfg = MultipleChoiceTaskConfig(
@@ -240,16 +241,15 @@ def before(ablation: Ablation, model: str) -> Dict[str, Any]:
         maximize_best_checkpoint_metric=False,
     )
     task = MultipleChoiceTask.setup_task(cfg)
-    checkpoint = str(ablation.base / model / "checkpoint_best.pt")
-    (loaded,), _ = checkpoint_utils.load_model_ensemble([checkpoint], task=task)
-    loaded.eval()
+    checkpoint = ablation.base / family / "checkpoint_best.pt"
+    model, _ = load_model(checkpoint, task)
     task.load_dataset("test")
     dataset = task.dataset("test")
     criterion = MultipleChoiceCriterion(MultipleChoiceConfig(sentence_avg=False), task)
     correct = 0
     for batch in dataset.batch_by_size(dataset.ordered_indices(), max_sentences=64):
         with torch.no_grad():
-            scores, _ = criterion.scores(loaded, dataset.collater([dataset[i] for i in batch]))
+            scores, _ = criterion.scores(model, dataset.collater([dataset[i] for i in batch]))
         right = torch.tensor([dataset.items[i].label for i in batch])
         correct += int(scores.argmax(dim=1).eq(right).sum())
     low, high = wilson_interval(correct, len(dataset))

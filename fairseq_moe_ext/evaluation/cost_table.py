@@ -12,6 +12,7 @@ from fairseq.dataclass.utils import gen_parser_from_dataclass
 from .. import cost
 from ..config import MoETransformerLMConfig, top_k, validate
 from ..errors import UserError
+from ..text_table import markdown, plain
 from . import paper
 
 _EMBEDDING = "decoder.embed_tokens.weight"
@@ -208,7 +209,7 @@ def costs(args: Namespace, shape: cost.Shape, context: int, dropout: bool) -> Di
 
 
 def _table(found: Dict[str, Any]) -> List[List[str]]:
-    plain, again = found["plain"], found["recompute"]
+    without, again = found["plain"], found["recompute"]
     rows = [["", "plain", "recomputing"]]
     for name, value in found["parameters"].items():
         rows.append([f"parameters, {name}", f"{value:,}", f"{value:,}"])
@@ -216,11 +217,11 @@ def _table(found: Dict[str, Any]) -> List[List[str]]:
         ("GFLOPs a token", "flops_per_token", 1e9),
         (f"ZFLOPs of {found['tokens']:.3g} tokens", "zflops", 1),
     ):
-        rows.append([label, f"{plain[key] / digits:,.4g}", f"{again[key] / digits:,.4g}"])
-    whole = plain["bytes_per_device"]["total"]
+        rows.append([label, f"{without[key] / digits:,.4g}", f"{again[key] / digits:,.4g}"])
+    whole = without["bytes_per_device"]["total"]
     unit, size = ("GB", 1e9) if whole >= 1e9 else ("MB", 1e6)
-    for name in plain["bytes_per_device"]:
-        sizes = (each["bytes_per_device"][name] / size for each in (plain, again))
+    for name in without["bytes_per_device"]:
+        sizes = (each["bytes_per_device"][name] / size for each in (without, again))
         rows.append([f"{unit} a device, {name}", *(f"{value:,.2f}" for value in sizes)])
     return rows
 
@@ -268,19 +269,3 @@ def _form(args: Namespace, value: Any, rows: Sequence[Sequence[str]]) -> str:
     if args.json:
         return json.dumps(value, indent=1)
     return markdown(rows) if args.markdown else plain(rows)
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first row is its head, the first column text, the others numbers."""
-    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
-    rule = "|---" + "|---:" * (len(rows[0]) - 1) + "|"
-    return "\n".join([head, rule, *body])
-
-
-def plain(rows: Sequence[Sequence[str]]) -> str:
-    """A table in fixed width, likewise."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        row[0].ljust(widths[0]) + "".join(c.rjust(w + 2) for c, w in zip(row[1:], widths[1:]))
-        for row in rows
-    )

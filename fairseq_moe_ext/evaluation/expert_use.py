@@ -19,7 +19,7 @@ import torch
 from .. import outputs
 from ..errors import OneLineParser, UserError
 from . import specialisation
-from .loading import language_modeling_task
+from .loading import language_modeling_task, load_model
 
 
 def expert_use(
@@ -44,8 +44,6 @@ def expert_use(
     "share": {name: list of E shares that sum to 1}, "information": of the first TOKENS tokens as
     specialisation.information has it}. Raises UserError for a model without experts.
     """
-    from fairseq import checkpoint_utils
-
     if not checkpoint.is_file():
         raise UserError(f"checkpoint {checkpoint} does not exist: give a file fairseq-train wrote")
     counts: Dict[int, Dict[str, torch.Tensor]] = {}
@@ -56,8 +54,7 @@ def expert_use(
     for name, folder in bins.items():
         task = language_modeling_task(folder, tokens_per_sample)
         if model is None:
-            models, _ = checkpoint_utils.load_model_ensemble([str(checkpoint)], task=task)
-            model = models[0].eval()
+            model, _ = load_model(checkpoint, task)
             watches = _watch(model)
         task.load_dataset(subset)
         tokens[name] = 0
@@ -188,15 +185,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if args.json is None:
         sys.stdout.write(json.dumps(found, indent=1) + "\n")
     else:
-        write_json(args.json, found)
+        outputs.write_json(args.json, found)
         print(specialisation.verdict(found, "domain", "kind of text"))
         print(specialisation.verdict(found, "token", "type of token"))
     return 0
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write the file, whole or not at all."""
-    outputs.write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import ast
 import os
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 
@@ -48,6 +48,29 @@ def language_modeling_task(folder: Path, tokens_per_sample: int):
         plasma_path="",
     )
     return LanguageModelingTask.setup_task(config)
+
+
+def load_model(
+    path: Path, task: Any, overrides: Optional[Dict[str, Any]] = None
+) -> Tuple[torch.nn.Module, Any]:
+    """The model of a checkpoint, for evaluation, and its saved settings.
+
+    Args:
+        path: as fairseq-eval-lm's --path.
+        task: whose state is loaded, too.
+        overrides: settings of the model that replace the saved ones.
+    """
+    from fairseq import checkpoint_utils
+
+    (model,), saved = checkpoint_utils.load_model_ensemble(
+        [str(path)], arg_overrides=overrides, task=task
+    )
+    return model.eval(), saved
+
+
+def on_device(model: torch.nn.Module, cpu: bool) -> torch.nn.Module:
+    """The model on the GPU, if there is one and `cpu` does not forbid it."""
+    return model.cuda() if torch.cuda.is_available() and not cpu else model
 
 
 def corpora_of(saved: Any, task: Any, folders: Sequence[Path]) -> Optional[List[str]]:

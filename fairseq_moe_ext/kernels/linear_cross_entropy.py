@@ -14,8 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from .matmul import add_outer, write_product
 
-# Logits that exist at a time: 64 MB in float32, and matrix products still large enough.
-_CHUNK = 2**24
+# 64 MB in float32, and matrix products still large enough.
+LOGITS_AT_A_TIME = 2**24
 # In float16 a probability of 1/50,000 is below the smallest normal number; gradients of the logits
 # are made that many times larger, as loss scaling would.
 _FP16_SCALE = 128.0
@@ -49,7 +49,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=exact) if needs_weight else None
         loss = torch.zeros((), dtype=exact, device=features.device)
         counted = target.ne(ignore_index)  # (N,)
-        chunk = min(max(1, _CHUNK // weight.size(0)), features.size(0))
+        chunk = min(max(1, LOGITS_AT_A_TIME // weight.size(0)), features.size(0))
         # One tensor for all chunks: on a CPU fresh memory costs more than softmax and loss.
         logits = features.new_empty(chunk, weight.size(0))
         for start in range(0, features.size(0), chunk or 1):

@@ -1,5 +1,6 @@
 """The registered model: dense and Mixture-of-Experts language models."""
 
+import functools
 import logging
 import os
 from pathlib import Path
@@ -21,12 +22,12 @@ from ..expert_parallel import mark_experts
 from ..kernels.linear_cross_entropy import linear_cross_entropy
 from .decoder import MoETransformerDecoder, too_few_positions
 from .hub import LanguageModelHub, find_tokenizer
+from .token_scores import in_chunks, log_probs
 from .unfilled import unfilled_where_loaded
 
 logger = logging.getLogger(__name__)
 
 MODEL_NAME = "moe_transformer_lm"
-_LOGITS = 2**24  # that exist at a time, where tokens are scored
 
 
 @register_model(MODEL_NAME, dataclass=MoETransformerLMConfig)
@@ -133,21 +134,10 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
     def _log_likelihood(self, x: Tensor, target: Tensor, scored: Tensor) -> Tensor:
         """x (B, T, D), target (B, T), scored (B, T) bool -> (B, 1) in float32 at least."""
         rows = scored.nonzero()[:, 0]  # (N,)
-        chunk = max(1, _LOGITS // self.decoder.output_projection.weight.size(0))
-        total = x.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
-        for row, features, goal in zip(
-            rows.split(chunk), x[scored].split(chunk), target[scored].split(chunk)
-        ):
-            # Logits are made anew in the backward pass, or all chunks' would exist at once.
-            found = checkpoint(self._token_scores, features, goal, use_reentrant=False)
-            total = total.index_add(0, row, found)
-        return total.unsqueeze(1)
-
-    def _token_scores(self, features: Tensor, target: Tensor) -> Tensor:
-        """features (N, D), target (N,) -> (N,) log-probabilities in nats."""
-        logits = self.decoder.output_layer(features)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return -F.cross_entropy(logits, target, reduction="none")
+        # Logits are made anew in the backward pass, or all chunks' would exist at once.
+        score = functools.partial(checkpoint, log_probs, use_reentrant=False)
+        scores = torch.cat(in_chunks(score, self.decoder, x[scored], target[scored]))
+        return scores.new_zeros(len(x)).index_add(0, rows, scores).unsqueeze(1)
 
     def add_choice_head(self, outputs: int) -> None:
         """Add the linear layer that scores a candidate by the features of its final position

@@ -7,11 +7,10 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from .. import outputs
 from ..errors import UserError
-from ..evaluation.cost_table import markdown, plain
-from ..evaluation.expert_use import write_json
 from ..expert_parallel import all_gather, process_rank
 from ..questions import formats, scoring
 from ..questions.vocabulary import Vocabulary
+from ..text_table import markdown, plain
 from ..wording import count
 from . import bias, choice, generative, model, progress
 from .protocol import Loaded, Result, Settings, say
@@ -205,7 +204,7 @@ def _write(
         "mean_of": means,  # its interval, and the mean of chance
         "settings": asked,
     }
-    write_json(args.json, whole)
+    outputs.write_json(args.json, whole)
 
 
 def _tables(results: List[Result], form: Callable[[List[List[str]]], str]) -> str:

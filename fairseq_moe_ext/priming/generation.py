@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..expert_parallel import all_gather, collective_device, process_count, process_rank
+from ..models.token_scores import exact_logits
 from ..questions.vocabulary import EOS, PAD
 from .model import quiet
 
@@ -139,8 +140,7 @@ class Generator:
 
     def _log_probs(self, x: Tensor) -> Tensor:
         """(N, D) -> (N, V) in float32 at least; padding is never generated."""
-        logits = self.model.decoder.output_layer(x)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = exact_logits(self.model.decoder, x)
         logits[:, PAD] = -torch.inf
         return logits.log_softmax(-1)
 

@@ -14,7 +14,6 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from tqdm import tqdm
 
 from ..data_bin import DICTIONARY
@@ -22,15 +21,16 @@ from ..errors import UserError
 from ..evaluation.loading import (
     check_path,
     language_modeling_task,
+    load_model,
+    on_device,
     parse_overrides,
     set_gates,
 )
 from ..expert_parallel import all_gather, process_count, process_rank
 from ..models.language_model import MoETransformerLanguageModel
+from ..models.token_scores import in_chunks, log_probs_and_likeliest
 from ..questions.scoring import Row
 from ..questions.vocabulary import PAD
-
-_LOGITS = 2**24  # that exist at a time
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,13 +89,9 @@ def load(
     Raises:
         UserError: a file that is missing or does not fit.
     """
-    from fairseq import checkpoint_utils
-
     check_files(path, data)
-    models, _ = checkpoint_utils.load_model_ensemble(
-        [str(path)], arg_overrides=parse_overrides(overrides), task=language_modeling_task(data, 1)
-    )
-    model = models[0].eval()
+    task = language_modeling_task(data, 1)
+    model, _ = load_model(path, task, parse_overrides(overrides))
     if not isinstance(model, MoETransformerLanguageModel):
         raise UserError(
             f"--path {path}: a {type(model).__name__} of fairseq's own; make it one of ours first, "
@@ -104,7 +100,7 @@ def load(
     set_gates(model, dropless=True)
     if fp16:
         model = model.half()
-    return model.cuda() if torch.cuda.is_available() and not cpu else model
+    return on_device(model, cpu)
 
 
 def load_in_context(
@@ -197,26 +193,15 @@ class ModelScorer:
             return []
         wanted = [x[i, r.start - shared : len(r.tokens) - shared] for i, r in enumerate(rows)]
         targets = [token for row in rows for token in row.tokens[row.start :]]
-        nats, likeliest = self._log_probs(
-            torch.cat(wanted), torch.tensor(targets, device=device)
-        )  # (N,)
+        scored = in_chunks(
+            log_probs_and_likeliest,
+            self.model.decoder,
+            torch.cat(wanted),
+            torch.tensor(targets, device=device),
+        )
+        nats, likeliest = (torch.cat(parts).cpu() for parts in zip(*scored))  # (N,)
         ends = np.cumsum([len(row.tokens) - row.start for row in rows])[:-1]
-        return list(zip(np.split(nats, ends), np.split(likeliest, ends)))
-
-    def _log_probs(self, x: Tensor, targets: Tensor) -> Tuple[np.ndarray, np.ndarray]:
-        """(N, D) and (N,) -> (N,) computed in float32 at least, logits a chunk at a time; and (N,)
-        bool, whether it is the highest."""
-        types = self.model.decoder.embed_tokens.num_embeddings
-        chunk = max(1, _LOGITS // types)
-        nats, likeliest = [], []
-        for some, goal in zip(x.split(chunk), targets.split(chunk)):
-            logits = self.model.decoder.output_layer(some)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            log_probs = logits.log_softmax(-1)  # (n, V)
-            chosen = log_probs.gather(1, goal[:, None])[:, 0]
-            nats.append(chosen)
-            likeliest.append(chosen == log_probs.amax(-1))
-        return torch.cat(nats).cpu().double().numpy(), torch.cat(likeliest).cpu().numpy()
+        return list(zip(np.split(nats.double().numpy(), ends), np.split(likeliest.numpy(), ends)))
 
 
 def quiet() -> Optional[bool]:

@@ -12,9 +12,8 @@ from typing import List, Sequence
 
 from .. import files, outputs
 from ..errors import UserError
-from ..evaluation.cost_table import plain
-from ..evaluation.expert_use import write_json
 from ..locks import Lock
+from ..text_table import plain
 from ..wording import count
 from . import plan as plans
 from . import result as results
@@ -49,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.only_result:
         _Work(plan, args.jobs).do()
     found = results.collect(plan)
-    write_json(plan.out / "result.json", found)
+    outputs.write_json(plan.out / "result.json", found)
     print(plain(results.table(found)))
     for line in results.remarks(found):
         print(f"no factor for {line}")
@@ -95,7 +94,7 @@ class _Work:
         one.folder.mkdir(exist_ok=True)
         if not (one.folder / "evaluation.json").exists():
             started = time.monotonic()
-            write_json(one.folder / "command.json", one.train)
+            outputs.write_json(one.folder / "command.json", one.train)
             if not (one.folder / "trained").exists():
                 self._call(one, one.train, one.folder / "train.log")
                 (one.folder / "trained").touch()

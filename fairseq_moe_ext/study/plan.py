@@ -4,7 +4,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Sequence
+from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
 from .. import data_bin, ranges
 from ..errors import UserError
@@ -98,6 +98,22 @@ def read(path: Path) -> Plan:
             raise UserError(
                 f"{path}: {folder}: no data-bin in it; make them with fairseq-moe prepare"
             )
+    evaluation, priming = _evaluations(asked, path)
+    sizes = _sizes(asked, path)
+    out = Path(asked["out"])
+    runs = []
+    for seed in seeds:
+        for size in sizes:
+            folder = out / f"{size.family}-{size.name}-{seed}"
+            train = _train(asked, folder, size, seed)
+            test = _evaluate(asked, evaluation, folder)
+            prime = _prime(asked, priming, folder)
+            runs.append(Run(size.family, size.name, seed, size.updates, folder, train, test, prime))
+    return Plan(asked["title"], out, asked["context"], asked["context"] * batch * freq, runs)
+
+
+def _evaluations(asked: Dict[str, Any], path: Path) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+    """The settings of `fairseq-moe evaluate` and of `fairseq-moe priming`."""
     evaluation = _checked(asked["evaluate"], _EVALUATE, f"{path}: evaluate")
     for key in _EVALUATE:
         range = ranges.COUNT if key == "stride" else ranges.POSITIVE_COUNT  # 0: as the context
@@ -111,8 +127,21 @@ def read(path: Path) -> Plan:
             f"{path}: priming: folder {priming['folder'] or 'missing'}: name a folder that holds "
             "a folder for each task (docs/priming.md)"
         )
-    out = Path(asked["out"])
-    sizes: List[Any] = []
+    return evaluation, priming
+
+
+class _Size(NamedTuple):
+    """A model of a family."""
+
+    family: str
+    name: str
+    arch: str
+    flags: Dict[str, Any]
+    updates: int
+
+
+def _sizes(asked: Dict[str, Any], path: Path) -> List[_Size]:
+    sizes: List[_Size] = []
     for family in FAMILIES:
         found = _checked(asked[family], _FAMILY, f"{path}: {family}")
         for size, flags in found["sizes"].items():
@@ -126,16 +155,8 @@ def read(path: Path) -> Plan:
                 _check_flag(flag, value, where)
             if not _SIZE.fullmatch(str(size)):
                 raise UserError(f"{where}: call it by letters, digits, '_', '-' and '.'")
-            sizes.append((family, str(size), found["arch"], flags, updates))
-    runs = []
-    for seed in seeds:
-        for family, size, arch, flags, updates in sizes:
-            folder = out / f"{family}-{size}-{seed}"
-            train = _train(asked, folder, arch, flags, updates, seed)
-            test = _evaluate(asked, evaluation, folder)
-            prime = _prime(asked, priming, folder)
-            runs.append(Run(family, size, seed, updates, folder, train, test, prime))
-    return Plan(asked["title"], out, asked["context"], asked["context"] * batch * freq, runs)
+            sizes.append(_Size(family, str(size), found["arch"], flags, updates))
+    return sizes
 
 
 def _checked(found: Any, keys: Dict[str, Any], where: str) -> Dict[str, Any]:
@@ -172,13 +193,14 @@ def _words(flags: Dict[str, Any]) -> List[str]:
     return words
 
 
-def _train(asked, folder: Path, arch: str, flags: Dict, updates: int, seed: int) -> List[str]:
+def _train(asked: Dict[str, Any], folder: Path, size: _Size, seed: int) -> List[str]:
+    flags, updates = size.flags, size.updates
     every = max(1, updates // 5)
     scheduler = flags.get("lr-scheduler")  # of fairseq's, this one alone wants to know the end
     return [
         console_script("fairseq-train"),
         asked["data"],
-        *("--user-dir", str(PACKAGE), "--task", "mixture_language_modeling", "--arch", arch),
+        *("--user-dir", str(PACKAGE), "--task", "mixture_language_modeling", "--arch", size.arch),
         *("--tokens-per-sample", str(asked["context"]), "--criterion", "moe_cross_entropy"),
         *("--max-update", str(updates), "--seed", str(seed)),
         *(["--total-num-update", str(updates)] if scheduler == "polynomial_decay" else []),
@@ -190,7 +212,7 @@ def _train(asked, folder: Path, arch: str, flags: Dict, updates: int, seed: int)
     ]
 
 
-def _evaluate(asked, settings: Dict, folder: Path) -> List[str]:
+def _evaluate(asked: Dict[str, Any], settings: Dict[str, Any], folder: Path) -> List[str]:
     stride = ["--stride", str(settings["stride"])] if settings["stride"] else []
     cpu = ["--cpu"] if asked["train"].get("cpu") else []
     return [
@@ -202,7 +224,7 @@ def _evaluate(asked, settings: Dict, folder: Path) -> List[str]:
     ]
 
 
-def _prime(asked, settings: Dict, folder: Path) -> List[str]:
+def _prime(asked: Dict[str, Any], settings: Dict[str, Any], folder: Path) -> List[str]:
     if not settings["folder"]:
         return []
     return [

@@ -13,7 +13,7 @@ from small_models import MOE, build_model
 
 import fairseq_moe_ext
 from fairseq_moe_ext import cli
-from fairseq_moe_ext.evaluation import capacity, perplexity
+from fairseq_moe_ext.evaluation import capacity, evaluate_command, perplexity, texts
 from fairseq_moe_ext.prepare.command import Options, parse_corpora, prepare
 
 EOS = 2
@@ -21,7 +21,7 @@ EOS = 2
 
 def text_of(length=45):
     torch.manual_seed(3)
-    return perplexity.Text("t", None, True, torch.randint(4, 40, (length,)), np.array([0]), None)
+    return texts.Text("t", None, True, torch.randint(4, 40, (length,)), np.array([0]), None)
 
 
 @pytest.mark.parametrize("length, context, stride", [(45, 16, 16), (45, 16, 5), (7, 16, 16)])
@@ -59,8 +59,8 @@ def test_dropped_choices_are_counted():
 
 def test_units_end_at_blank_lines_and_are_not_too_short():
     tokens = np.array([5, 6, EOS, EOS, 7, EOS, EOS, 8, 9, EOS, 7, EOS, EOS, 4, EOS])
-    assert perplexity.unit_starts(tokens, EOS, 1).tolist() == [0, 4, 7, 13]
-    assert perplexity.unit_starts(tokens, EOS, 5).tolist() == [0, 7, 13]
+    assert texts.unit_starts(tokens, EOS, 1).tolist() == [0, 4, 7, 13]
+    assert texts.unit_starts(tokens, EOS, 5).tolist() == [0, 7, 13]
 
 
 def test_the_bootstrap_knows_how_much_units_differ():
@@ -182,15 +182,15 @@ def test_of_one_unit_there_is_no_interval(monkeypatch, tmp_path):
     nll = np.linspace(1, 3, 40)
     monkeypatch.setattr(perplexity, "score", lambda *_: perplexity.Scores(nll, (1e-6, 0.0), 1.0))
     none = np.zeros(1, dtype=np.int64)
-    texts = [
-        perplexity.Text(name, tmp_path, True, torch.zeros(40, dtype=torch.long), units, None)
+    both = [
+        texts.Text(name, tmp_path, True, torch.zeros(40, dtype=torch.long), units, None)
         for name, units in (("one", none[:1]), ("many", np.arange(0, 40, 4)))
     ]
-    found = perplexity.evaluate(None, texts, 2, 8, 8, 4, 100)
+    found = perplexity.evaluate(None, both, 2, 8, 8, 4, 100)
     assert found["sets"]["one"]["interval"] is None and found["mean"]["all"]["interval"] is None
     low, high = found["sets"]["many"]["interval"]
     assert found["sets"]["many"]["perplexity"] == pytest.approx(math.exp(2))
     assert low < math.exp(2) < high
-    rows = perplexity._table(found)
+    rows = evaluate_command.table(found)
     assert rows[1][3] == rows[-1][3] == "one unit, none" and " to " in rows[2][3]
     assert rows[1][5] == "< 0.01", "some were dropped"

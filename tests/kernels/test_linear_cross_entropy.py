@@ -32,7 +32,7 @@ def reference(features, weight, target):
     [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)],
 )
 def test_equals_torch(dtype, rtol, chunk, factor, monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK", chunk)
+    monkeypatch.setattr(module, "LOGITS_AT_A_TIME", chunk)
     features, weight, target = case(dtype)
     loss = linear_cross_entropy(features, weight, target, PAD)
     (factor * loss).backward()
@@ -78,7 +78,7 @@ def test_float16_keeps_gradients_of_unlikely_types():
 
 def test_no_tensor_of_all_logits(monkeypatch):
     n, v, chunk = 64, 1000, 4
-    monkeypatch.setattr(module, "_CHUNK", chunk * v)
+    monkeypatch.setattr(module, "LOGITS_AT_A_TIME", chunk * v)
     largest = 0
 
     class Watch(TorchDispatchMode):

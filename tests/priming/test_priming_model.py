@@ -64,7 +64,7 @@ def test_two_processes_equal_one(kind):
 
 def test_the_loss_of_logits_in_chunks(monkeypatch):
     whole = scores(0, {}, 100)
-    monkeypatch.setattr("fairseq_moe_ext.priming.model._LOGITS", 3 * TYPES)
+    monkeypatch.setattr("fairseq_moe_ext.models.token_scores.LOGITS_AT_A_TIME", 3 * TYPES)
     for got, want in zip(scores(0, {}, 100), whole):
         np.testing.assert_allclose(got, want, rtol=1e-9)
 

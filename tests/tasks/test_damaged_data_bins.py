@@ -11,7 +11,7 @@ from fairseq.data.indexed_dataset import MMapIndexedDataset
 from mixture_data import make_task
 
 from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.evaluation.perplexity import read_texts
+from fairseq_moe_ext.evaluation.texts import read_texts
 
 HEADER = "<9sQBQ"
 MAGIC = b"MMIDIDX\x00\x00"

@@ -1,0 +1,178 @@
+"""`fairseq-moe evaluate`: perplexity of one model on many test sets, with one load of the model."""
+
+import argparse
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+
+from .. import data_bin, outputs
+from ..errors import UserError
+from ..text_table import markdown, plain
+from ..wording import small
+from . import capacity
+from .loading import (
+    check_path,
+    corpora_of,
+    language_modeling_task,
+    load_model,
+    on_device,
+    parse_overrides,
+)
+from .perplexity import evaluate
+from .texts import read_texts
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Perplexity of a model on every test set of the given folders."
+    parser.add_argument("data", type=Path, nargs="+", help="data-bins, or folders of data-bins")
+    parser.add_argument("--path", type=Path, required=True, help="checkpoint, as fairseq-eval-lm's")
+    parser.add_argument("--subset", default="test", help="split to read (default: test)")
+    parser.add_argument("--context", type=int, help="tokens a block (default: as trained)")
+    parser.add_argument(
+        "--stride",
+        type=int,
+        help="sliding window: new tokens a pass; default: as the context, each block on its own",
+    )
+    parser.add_argument("--batch-size", type=int, default=16, help="blocks a pass (default: 16)")
+    parser.add_argument("--bootstrap", type=int, default=1000, help="draws (default: 1000)")
+    parser.add_argument(
+        "--capacity",
+        type=float,
+        help="share of a batch that an expert takes (default: 1.0, nothing is dropped)",
+    )
+    parser.add_argument(
+        "--sweep-capacity",
+        metavar="F,F,...",
+        help="evaluate with each of these capacities, and draw perplexity and speed",
+    )
+    parser.add_argument(
+        "--figure",
+        type=Path,
+        metavar="FILE",
+        help="page to draw --sweep-capacity on (default: capacity.html)",
+    )
+    parser.add_argument("--cpu", action="store_true", help="no GPU, though there is one")
+    parser.add_argument(
+        "--model-overrides", metavar="DICT", help="settings of the model, as fairseq-eval-lm's"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here, too")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the files of --json and --figure"
+    )
+    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
+
+
+class _Asked(NamedTuple):
+    """What the flags come to."""
+
+    capacities: List[float]
+    figure: Optional[Path]  # None: no page
+    overrides: Dict[str, Any]
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate and print. Raises UserError for flags or files that cannot be."""
+    asked = _check_flags(args)
+    task = language_modeling_task(_first_data_bin(args.data), args.context or 1)
+    model, saved = load_model(args.path, task, asked.overrides)
+    model = on_device(model, args.cpu)
+    context = args.context or model.max_positions()
+    if context > model.max_positions():
+        raise UserError(f"--context {context}: the model takes {model.max_positions()} at most")
+    stride = args.stride or context
+    if stride > context:
+        raise UserError(f"--stride {stride} is above --context {context}: tokens would be left out")
+    dictionary = task.source_dictionary
+    trained_on = corpora_of(saved.task, task, args.data)
+    texts = read_texts(args.data, args.subset, context, dictionary, trained_on)
+    how = (dictionary.eos(), context, stride, args.batch_size, args.bootstrap)
+    results = []
+    for fraction in asked.capacities:
+        capacity.set_capacity(model, fraction)
+        results.append({"capacity": fraction, **evaluate(model, texts, *how)})
+    head = {
+        "path": str(args.path),
+        "subset": args.subset,
+        "protocol": "blocks" if stride == context else "sliding",
+        "context": context,
+        "stride": stride,
+        "batch_size": args.batch_size,
+    }
+    _give_out(args, asked.figure, head, results)
+
+
+def _check_flags(args: argparse.Namespace) -> _Asked:
+    if args.sweep_capacity is None:
+        share = 1.0 if args.capacity is None else args.capacity
+        capacities = capacity.parse("--capacity", [str(share)])
+    elif args.capacity is not None:
+        raise UserError("--capacity and --sweep-capacity: give one of them")
+    else:
+        capacities = capacity.parse("--sweep-capacity", args.sweep_capacity.split(","))
+    for name in ("context", "stride", "batch_size", "bootstrap"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: use 1 or more")
+    if args.figure is not None and args.sweep_capacity is None:
+        raise UserError(f"--figure {args.figure}: only --sweep-capacity draws; give it too")
+    figure = (args.figure or Path("capacity.html")) if args.sweep_capacity else None
+    outputs.check(
+        [("--json", args.json), ("--figure", figure)], args.overwrite, [args.path, *args.data]
+    )
+    overrides = parse_overrides(args.model_overrides)
+    check_path(args.path)
+    return _Asked(capacities, figure, overrides)
+
+
+def _first_data_bin(folders: Sequence[Path]) -> Path:
+    """The first data-bin below the folders, whose dictionary all of them must have."""
+    first = next(iter(data_bin.find_corpora(folders[0]).values()), None)
+    if first is None:
+        raise UserError(f"{folders[0]}: no data-bin in it; make some with `fairseq-moe prepare`")
+    for folder in folders:
+        data_bin.check_dictionaries(first, data_bin.find_corpora(folder))
+    return first
+
+
+def _give_out(
+    args: argparse.Namespace,
+    figure: Optional[Path],
+    head: Dict[str, Any],
+    results: Sequence[Dict[str, Any]],
+) -> None:
+    """Write and print what was found at each capacity."""
+    sweep = bool(args.sweep_capacity)
+    if args.json is not None:
+        outputs.write_json(args.json, {**head, **({"sweep": results} if sweep else results[0])})
+    form = markdown if args.markdown else plain
+    print(form(capacity.table(results) if sweep else table(results[0])))
+    if figure is not None:
+        capacity.write_page(figure, args.path, results)
+        print(f"drawn in {figure}")
+
+
+def table(found: Dict[str, Any]) -> List[List[str]]:
+    """A row a set and a mean, below a row of headings."""
+    rows = [["set", "tokens", "perplexity", "95 % interval", "bits a byte", "dropped %"]]
+    for name, one in found["sets"].items():
+        rows.append(
+            [
+                name + ("" if one["in_domain"] else " (held out)"),
+                f"{one['tokens']:,}",
+                f"{one['perplexity']:.2f}",
+                _ends(one["interval"]),
+                f"{one['bits_per_byte']:.3f}" if one["bits_per_byte"] else "",
+                _percent(one["dropped"]),
+            ]
+        )
+    for label, one in found["mean"].items():
+        label = "mean, " + label.replace("_", " ")
+        rows.append([label, "", f"{one['perplexity']:.2f}", _ends(one["interval"]), "", ""])
+    return rows
+
+
+def _ends(interval: Optional[Sequence[float]]) -> str:
+    return "one unit, none" if interval is None else "{:.2f} to {:.2f}".format(*interval)
+
+
+def _percent(dropped: Optional[Sequence[float]]) -> str:
+    return "" if dropped is None else small(100 * sum(dropped) / len(dropped))

@@ -1,0 +1,99 @@
+"""The test sets of `fairseq-moe evaluate`: their tokens, and the units that the bootstrap draws."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import compat, data_bin
+from ..errors import UserError
+
+
+class Text(NamedTuple):
+    """One test set."""
+
+    name: str
+    folder: Path
+    trained: bool  # the model was trained on the corpus: in domain
+    tokens: Tensor  # (N,) int64
+    units: np.ndarray  # (U,) first token of each unit that the bootstrap draws
+    bytes: Optional[int]  # UTF-8, as `fairseq-moe prepare` counted; None: not known
+
+
+def read_texts(
+    folders: Sequence[Path],
+    subset: str,
+    context: int,
+    dictionary: Any,
+    trained_on: Optional[Sequence[str]] = None,
+) -> List[Text]:
+    """The test sets below the folders, each a data-bin or a folder of data-bins. Raises UserError
+    for a set that is missing, empty or there twice.
+
+    Args:
+        trained_on: names of corpora that the model was trained on, as far as they are known.
+    """
+    texts: Dict[str, Text] = {}
+    for data in folders:
+        corpora = data_bin.find_corpora(data)
+        having = {n: f for n, f in corpora.items() if data_bin.has_split(f, subset)}
+        if not having:
+            raise UserError(f"{data}: no data-bin {subset} in it or its folders (--subset)")
+        missing = sorted(corpora.keys() - having.keys())
+        if missing:
+            where = f"{', '.join(missing)} of {data}"
+            print(f"{where}: no {subset} split, so in no figure", file=sys.stderr)
+        for corpus, folder in having.items():
+            name = data_bin.own_name(corpus, folder)
+            prefix = str(folder / subset)
+            if name in texts:
+                raise UserError(f"{folder}: a second set called {name!r}; rename its folder")
+            dtype = compat.check_data_bin(prefix)
+            tokens = np.fromfile(f"{prefix}.bin", dtype=dtype)
+            compat.check_tokens(f"{prefix}.bin", tokens, dictionary)
+            tokens = tokens.astype(np.int64)
+            trained = corpus in data_bin.trained_on(corpora, trained_on)
+            texts[name] = Text(
+                name,
+                folder,
+                trained,
+                torch.from_numpy(tokens),
+                unit_starts(tokens, dictionary.eos(), context),
+                _bytes(folder, subset, len(tokens)),
+            )
+    return list(texts.values())
+
+
+def unit_starts(tokens: np.ndarray, eos: int, least: int) -> np.ndarray:
+    """Where the units of the bootstrap begin: (U,) positions, the first 0.
+
+    Documents end at a blank line (two </s>), and a document with blank lines in it looks like
+    several. So stretches are joined until a unit has at least `least` tokens: text that hangs
+    together stays so.
+    """
+    ends = np.flatnonzero((tokens[1:] == eos) & (tokens[:-1] == eos)) + 2
+    starts = [0]
+    for end in ends:
+        if end - starts[-1] >= least and end < len(tokens):
+            starts.append(int(end))
+    return np.array(starts)
+
+
+def _bytes(folder: Path, subset: str, tokens: int) -> Optional[int]:
+    path = folder.parent / "counts.json"
+    if not path.is_file():
+        return None
+    try:
+        counted = json.loads(path.read_text(encoding="utf-8"))["corpora"][folder.name][subset]
+        return counted["bytes"] if counted["tokens"] == tokens else None
+    except KeyError:
+        return None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{path}: not what `fairseq-moe prepare` writes ({type(error).__name__}); prepare the "
+            "data again, or move the file away"
+        ) from None

@@ -1,0 +1,47 @@
+"""Log-probabilities of tokens from a decoder's features, without ever holding all logits."""
+
+from typing import Callable, List, Tuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels.linear_cross_entropy import LOGITS_AT_A_TIME
+
+Score = TypeVar("Score")
+
+
+def exact_logits(decoder: nn.Module, features: Tensor) -> Tensor:
+    """features (N, D) -> (N, V) in float32 at least."""
+    logits = decoder.output_layer(features)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def log_probs(decoder: nn.Module, features: Tensor, target: Tensor) -> Tensor:
+    """features (N, D), target (N,) -> (N,) in nats, of all tokens at once."""
+    return -F.cross_entropy(exact_logits(decoder, features), target, reduction="none")
+
+
+def log_probs_and_likeliest(
+    decoder: nn.Module, features: Tensor, target: Tensor
+) -> Tuple[Tensor, Tensor]:
+    """Likewise, and (N,) bool, whether no token is likelier."""
+    every = exact_logits(decoder, features).log_softmax(-1)  # (N, V)
+    chosen = every.gather(1, target[:, None])[:, 0]
+    return chosen, chosen == every.amax(-1)
+
+
+def in_chunks(
+    score: Callable[[nn.Module, Tensor, Tensor], Score],
+    decoder: nn.Module,
+    features: Tensor,
+    target: Tensor,
+) -> List[Score]:
+    """What `score` gives for one chunk of tokens after another, as many as LOGITS_AT_A_TIME allows.
+
+    Args:
+        features: (N, D).
+        target: (N,).
+    """
+    chunk = max(1, LOGITS_AT_A_TIME // decoder.output_projection.weight.size(0))
+    return [score(decoder, x, y) for x, y in zip(features.split(chunk), target.split(chunk))]
