@@ -2,7 +2,8 @@
 
 command.py     the flags, and the order of the steps
 verify.py      `fairseq-moe verify`: whether files are as they were written
-source.py      reading any of the layouts into one view, in which nothing is read yet
+source.py      a checkpoint as one view, whatever its layout, in which nothing is read yet
+readers.py     the layouts that are read: ours, and that of fairseq's moe branch
 targets.py     that view as files: ours, or those of fairseq's moe branch
 upcycle.py     a dense view as a sparse one
 xglm.py        Hugging Face's XGLM, both ways

@@ -89,13 +89,12 @@ def run(args: argparse.Namespace) -> None:
 
 def _convert(args: argparse.Namespace) -> None:
     from fairseq_moe_ext.config import top_k
-    from fairseq_moe_ext.convert import source as reading
-    from fairseq_moe_ext.convert import targets, upcycle, xglm
+    from fairseq_moe_ext.convert import readers, targets, upcycle, xglm
 
     if args.layout == "xglm":
         source = xglm.open_xglm(args.source)
     else:
-        source = reading.open_checkpoint(args.source, args.weights_only or args.upcycle)
+        source = readers.open_checkpoint(args.source, args.weights_only or args.upcycle)
     if args.upcycle:
         shape = args.moe_freq or 2, args.moe_expert_count, top_k(args)
         source = upcycle.upcycle(source, *shape, args.noise, args.seed)

@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import Dict, Iterator, Optional, Tuple
 
 from fairseq_moe_ext.errors import UserError
 
@@ -46,15 +46,14 @@ def _checkpoints(path: str) -> Iterator[str]:
     if not os.path.isdir(path):
         yield path
         return
-    from fairseq_moe_ext.branch.files import find
+    from .readers import reader_of
 
     seen = set()
     for name in sorted(os.listdir(path)):
         file = os.path.join(path, name)
         if not name.endswith(".pt"):
             continue
-        files = find(file)
-        base = files.base if files is not None else file
+        base = reader_of(file).base(file)
         if base not in seen:
             seen.add(base)
             yield base
@@ -66,10 +65,10 @@ def _judged(path: str, done: Dict[str, Optional[str]]) -> Iterator[Tuple[str, Op
     """Each file of a checkpoint that was not judged before, and what is wrong with it."""
     from fairseq_moe_ext.checkpoint.intact import check_digest, check_records
 
-    from .source import open_checkpoint
+    from .readers import reader_of
 
-    wrong = False
-    for file, digest in _files(path):
+    reader, wrong = reader_of(path), False
+    for file, digest in reader.files(path):
         if file not in done:
             done[file] = None
             try:
@@ -83,31 +82,7 @@ def _judged(path: str, done: Dict[str, Optional[str]]) -> Iterator[Tuple[str, Op
     if wrong:
         return
     try:
-        open_checkpoint(path, weights_only=False)
+        reader.open(path, False)
     except UserError as error:
         done[path] = str(error)
         yield path, str(error)
-
-
-def _files(path: str) -> List[Tuple[str, Optional[str]]]:
-    """The files of a checkpoint, as far as they are there, and their digests. UserError for what
-    is no file."""
-    from fairseq_moe_ext import files
-    from fairseq_moe_ext.branch.files import find
-    from fairseq_moe_ext.checkpoint.format import Manifest
-    from fairseq_moe_ext.compat import load_weights_only
-
-    from .source import files_of_branch
-
-    branch = find(path)
-    if branch is not None:
-        return [(file, None) for file in files_of_branch(branch)]
-    files.check(path)
-    found: List[Tuple[str, Optional[str]]] = [(path, None)]
-    try:
-        manifest = Manifest.read(path, load_weights_only(path, map_location="cpu", mmap=True))
-    except (UserError, TypeError):
-        return found  # said when it is judged
-    entries = manifest.files if manifest is not None else []
-    there = [(entry.path(path), entry.sha256) for entry in entries]
-    return found + [entry for entry in there if os.path.isfile(entry[0])]  # opening names others
