@@ -271,7 +271,7 @@ def evaluation(shape: Shape, rounds: int) -> Dict[str, float]:
     plain = step(capacity.train(), x, torch.randn_like(x))
 
     def without() -> None:
-        with mock.patch.object(layer_module, "routing_stats", lambda routing, pool: {}):
+        with mock.patch.object(layer_module, "routing_stats", lambda routing, scope: {}):
             plain()
 
     both = measure.in_turn({"with": plain, "without": without}, 3 * rounds)

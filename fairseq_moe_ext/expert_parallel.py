@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from .errors import UserError
 from .moe.exchange import Arrival
-from .moe.pool import Pool
+from .moe.scope import RoutingScope
 
 _replicas = 1  # processes that hold the same experts
 
@@ -135,7 +135,7 @@ class ExpertParallel:
         return _AllToAll.apply(y, received, sent, self.holders)
 
 
-class WorldPool(Pool):
+class WorldScope(RoutingScope):
     """The tokens of all processes: capacity, loss and figures as if one process had them."""
 
     def tokens(self, here: int) -> int:
@@ -144,7 +144,7 @@ class WorldPool(Pool):
     def total(self, x: Tensor) -> Tensor:
         return _Sum.apply(x)
 
-    def ranks(self, counts: Tensor) -> Tuple[Tensor, Tensor]:
+    def before_and_total(self, counts: Tensor) -> Tuple[Tensor, Tensor]:
         everyone = [torch.empty_like(counts) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, counts.contiguous())
         stacked = torch.stack(everyone)  # (W, K, E)

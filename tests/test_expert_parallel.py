@@ -6,7 +6,7 @@ import torch.distributed as dist
 from processes import run_processes
 
 from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.expert_parallel import ExpertParallel, WorldPool, placement
+from fairseq_moe_ext.expert_parallel import ExpertParallel, WorldScope, placement
 from fairseq_moe_ext.moe.exchange import HERE
 from fairseq_moe_ext.moe.layer import MoELayer
 from fairseq_moe_ext.moe.router import GateSettings
@@ -57,7 +57,7 @@ def inputs():
 
 
 def step(layer, x, weight, padding, share=1.0):
-    """Forward and backward; `share` is this process's share of the pool's loss."""
+    """Forward and backward; `share` is this process's share of the scope's loss."""
     x = x.clone().requires_grad_()
     result = layer(x, padding)
     loss = (result.out * weight).sum() + share * (result.balance_loss + 0.1 * result.z_loss)
@@ -74,13 +74,13 @@ def step(layer, x, weight, padding, share=1.0):
     }
 
 
-def in_a_process(rank, experts, settings, sizes, pool):
+def in_a_process(rank, experts, settings, sizes, scope):
     parallel = ExpertParallel(experts)
-    options = {"pool": WorldPool()} if pool == "world" else {}
+    options = {"scope": WorldScope()} if scope == "world" else {}
     layer = build(experts, settings, parallel, **options)
     mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     # Data-parallel training sums the processes' losses; each has its tokens' share of the world's.
-    share = sizes[rank] / TOKENS if pool == "world" else 1.0
+    share = sizes[rank] / TOKENS if scope == "world" else 1.0
     result = step(layer, *(t[mine] for t in inputs()), share=share)
     dist.all_reduce(result["gate"])
     return result

@@ -48,7 +48,7 @@ ALLOWED = {
     "compat": {"finding", "generation", "literals"},
     "generation": set(),
     "finding": {"compat"},
-    "expert_parallel": {"moe.exchange", "moe.pool"},
+    "expert_parallel": {"moe.exchange", "moe.scope"},
     "counted": {"data_bin"},
     "fingerprint": {"data_bin"},
     "diverging": set(),

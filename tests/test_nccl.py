@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from test_expert_parallel import SETTINGS, TOKENS, assert_same, build, combined, inputs, step
 
-from fairseq_moe_ext.expert_parallel import ExpertParallel, WorldPool, sum_of_experts
+from fairseq_moe_ext.expert_parallel import ExpertParallel, WorldScope, sum_of_experts
 
 pytestmark = pytest.mark.gpu
 
@@ -19,7 +19,7 @@ def on_gpu(rank, world, experts, name, folder):
     dist.init_process_group(
         "nccl", init_method=f"file://{folder}/meeting", world_size=world, rank=rank
     )
-    layer = build(experts, SETTINGS[name], ExpertParallel(experts), pool=WorldPool()).cuda()
+    layer = build(experts, SETTINGS[name], ExpertParallel(experts), scope=WorldScope()).cuda()
     mine = slice(rank * TOKENS // world, (rank + 1) * TOKENS // world)
     result = step(layer, *(t[mine].cuda() for t in inputs()), share=1 / world)
     dist.all_reduce(result["gate"])

@@ -19,13 +19,13 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import MoETransformerLMConfig, is_moe_layer, top_k
 from ..errors import DAMAGED, NotFinite, UserError, not_finite
-from ..expert_parallel import ExpertParallel, WorldPool, process_count, traffic
+from ..expert_parallel import ExpertParallel, WorldScope, process_count, traffic
 from ..fully_sharded import wrap_layer
 from ..kernels.matmul import Linear
 from ..moe.exchange import HERE
 from ..moe.layer import MoELayer, MoEOutput
-from ..moe.pool import PROCESS
 from ..moe.router import ROUTERS, GateSettings
+from ..moe.scope import PROCESS
 from .attention import CausalSelfAttention, IncrementalState
 from .compiled import compiled
 from .padding import PadRule
@@ -92,7 +92,7 @@ class DecoderLayer(nn.Module):
             settings,
             router=cfg.moe_router,
             exchange=ExpertParallel(cfg.moe_expert_count) if spread else HERE,
-            pool=WorldPool() if spread and cfg.moe_routing_scope == "world" else PROCESS,
+            scope=WorldScope() if spread and cfg.moe_routing_scope == "world" else PROCESS,
             activation=self.activation,
             activation_dropout=(
                 cfg.activation_dropout if cfg.moe_expert_dropout is None else cfg.moe_expert_dropout

@@ -9,7 +9,7 @@ token, N rows (kept choices) in expert order.
     dispatch.py  tokens -> rows in expert order, and back
     experts.py   the feed-forward networks as stacked weights, and the plain loop through them
     exchange.py  rows to the processes that hold their experts, and back
-    pool.py      the processes whose tokens are routed together
+    scope.py     the processes whose tokens are routed together
     stats.py     a Routing -> named figures
     layer.py     MoELayer: the order of the above
 """

@@ -7,18 +7,18 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
-from .pool import PROCESS, Pool
 from .routing import Routing
+from .scope import PROCESS, RoutingScope
 
 
-def balance_loss(routing: Routing, pool: Pool = PROCESS) -> Tensor:
+def balance_loss(routing: Routing, scope: RoutingScope = PROCESS) -> Tensor:
     """GShard's balancing loss, E^2 * mean_e(mean probability_e * share of first choices_e): 1 when
     both are uniform, E when all goes to one expert (arXiv 2006.16668, algorithm 1; the paper,
     section 2). The gradient flows through the probabilities alone.
 
-    Means are over the pool's tokens that count (`routing.counted`); padding that counts is nobody's
-    first choice. With more than two choices a token their share is of all choices (DeepSeekMoE,
-    arXiv 2401.06066, equation 13). Choices count before dropping. Returns a scalar.
+    Means are over the tokens in scope that count (`routing.counted`); padding that counts is
+    nobody's first choice. With more than two choices a token their share is of all choices
+    (DeepSeekMoE, arXiv 2401.06066, equation 13). Choices count before dropping. Returns a scalar.
     """
     num_experts = routing.probs.size(1)
     # float32 at least: a count may exceed float16's 65504
@@ -26,19 +26,21 @@ def balance_loss(routing: Routing, pool: Pool = PROCESS) -> Tensor:
     probs, tokens = counted_rows(probs, routing.counted)
     chosen = routing.counts[0] if len(routing.counts) <= 2 else routing.counts.sum(dim=0)
     summed = torch.cat([probs.sum(dim=0), chosen.to(probs), tokens.to(probs).view(1)])
-    prob, chosen, tokens = pool.total(summed).split([num_experts, num_experts, 1])
+    prob, chosen, tokens = scope.total(summed).split([num_experts, num_experts, 1])
     tokens = tokens.clamp(min=1)  # of no tokens: 0, not 0/0
     choices = tokens if len(routing.counts) <= 2 else chosen.sum().clamp(min=1)
     return (prob / tokens * (chosen / choices)).mean() * num_experts**2
 
 
-def z_loss(logits: Tensor, counted: Optional[Tensor] = None, pool: Pool = PROCESS) -> Tensor:
+def z_loss(
+    logits: Tensor, counted: Optional[Tensor] = None, scope: RoutingScope = PROCESS
+) -> Tensor:
     """Router z-loss, mean over tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, eq. 5),
     computed in float32 at least. logits (T, E), counted (T,) bool, None: all; returns a scalar."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     squares, tokens = counted_rows(torch.logsumexp(logits, dim=-1, keepdim=True).square(), counted)
     squares = squares.sum()
-    total, tokens = pool.total(torch.stack([squares, tokens.to(squares)]))
+    total, tokens = scope.total(torch.stack([squares, tokens.to(squares)]))
     return total / tokens.clamp(min=1)  # 0 of no tokens
 
 

@@ -10,8 +10,8 @@ from .balance import balance_loss, z_loss
 from .dispatch import lay_out, permute, unpermute
 from .exchange import HERE, Exchange
 from .experts import Experts
-from .pool import PROCESS, Pool
 from .router import ROUTERS, GateSettings, TopKRouter
+from .scope import PROCESS, RoutingScope
 from .stats import routing_stats
 
 
@@ -38,7 +38,7 @@ class MoELayer(nn.Module):
     ) -> None:
         """
         Args:
-            router: (T, D) -> logits (T, E), Routing; its `pool` are the processes whose tokens are
+            router: (T, D) -> logits (T, E), Routing; its `scope` are the processes whose tokens are
                 routed together.
             experts: rows (N, D) in expert order and the rows of each -> (N, D).
             exchange: between the processes that share the experts.
@@ -61,11 +61,11 @@ class MoELayer(nn.Module):
         *,
         router: str = "topk",
         exchange: Exchange = HERE,
-        pool: Pool = PROCESS,
+        scope: RoutingScope = PROCESS,
         **expert_options: Any,
     ) -> MoELayer:
         """A layer with a registered router and `Experts`, which get `expert_options`."""
-        gate = ROUTERS[router](dim, num_experts, settings, pool)
+        gate = ROUTERS[router](dim, num_experts, settings, scope)
         held = exchange.held(num_experts)
         experts = Experts(len(held), dim, ffn_dim, first=held.start, **expert_options)
         return cls(gate, experts, exchange)
@@ -90,11 +90,11 @@ class MoELayer(nn.Module):
         out = unpermute(y, routing.weights.to(y.dtype), rows)  # (T, D)
         if self.shared is not None:
             out = out + self.shared(tokens)
-        pool = self.gate.pool
+        scope = self.gate.scope
         return MoEOutput(
             out.view_as(x),
-            balance_loss(routing, pool),
-            z_loss(logits, routing.counted, pool),
-            routing_stats(routing, pool),
+            balance_loss(routing, scope),
+            z_loss(logits, routing.counted, scope),
+            routing_stats(routing, scope),
             routing.counts,
         )

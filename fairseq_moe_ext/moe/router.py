@@ -16,7 +16,6 @@ from typing import Callable, Dict, NamedTuple, Optional, Tuple, Type
 import torch
 from torch import Tensor, nn
 
-from .pool import PROCESS, Pool
 from .routing import (
     RUNNER_UP_POLICIES,
     Routing,
@@ -25,6 +24,7 @@ from .routing import (
     route,
     token_capacity,
 )
+from .scope import PROCESS, RoutingScope
 
 
 class GateSettings(NamedTuple):
@@ -79,12 +79,12 @@ class TopKRouter(nn.Module):
     """Each token to the top_k experts that a linear layer without bias scores best."""
 
     def __init__(
-        self, dim: int, num_experts: int, settings: GateSettings, pool: Pool = PROCESS
+        self, dim: int, num_experts: int, settings: GateSettings, scope: RoutingScope = PROCESS
     ) -> None:
         """Raises ValueError for settings that cannot be."""
         super().__init__()
         settings.check(num_experts)
-        self.pool = pool
+        self.scope = scope
         self.wg = nn.Linear(dim, num_experts, bias=False)
         self.settings = settings
 
@@ -126,17 +126,17 @@ class TopKRouter(nn.Module):
             capacity=capacity,
             padding_mask=padding_mask,
             count_padding=s.count_padding,
-            pool=self.pool,
+            scope=self.scope,
         )
 
     def capacity(self, tokens: int, padding_mask: Optional[Tensor] = None) -> Optional[int]:
-        """Slots an expert has for a pool with this process's number of tokens, by the present
-        mode; None: no limit."""
+        """Slots an expert has for this process's number of tokens, by the present mode; None: no
+        limit."""
         s = self.settings
         if s.dropless:
             return None
         counted = counted_tokens(padding_mask, s.count_padding)
-        tokens = self.pool.tokens(tokens if counted is None else int(counted.sum()))
+        tokens = self.scope.tokens(tokens if counted is None else int(counted.sum()))
         if not self.training and s.eval_token_fraction > 0:
             return token_capacity(tokens, self.wg.out_features, fraction=s.eval_token_fraction)
         factor = s.top_k if s.capacity_factor is None else s.capacity_factor

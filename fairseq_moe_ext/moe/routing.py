@@ -12,7 +12,7 @@ from typing import Callable, Dict, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from .pool import PROCESS, Pool
+from .scope import PROCESS, RoutingScope
 
 SCORES: Dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits: torch.softmax(logits, dim=-1),
@@ -70,7 +70,7 @@ def route(
     padding_mask: Optional[Tensor] = None,
     count_padding: bool = False,
     noise: Optional[Tensor] = None,
-    pool: Pool = PROCESS,
+    scope: RoutingScope = PROCESS,
 ) -> Routing:
     """Send each token to its k best experts.
 
@@ -95,12 +95,12 @@ def route(
         count_padding: losses and figures count it all the same, as in the branch.
         noise: (T, E) Gumbel samples for "sampling", (T,) uniform ones for "random"; drawn when
             None.
-        pool: the processes whose tokens queue before the same experts, those of lower rank first;
+        scope: the processes whose tokens queue before the same experts, those of lower rank first;
             with `prioritized`, this one alone.
     """
     num_experts = logits.size(-1)
     check_routing(k, num_experts, score, runner_up, normalize)
-    if prioritized and pool is not PROCESS:
+    if prioritized and scope is not PROCESS:
         raise ValueError("prioritized orders the tokens of one process only")
     scores = SCORES[score](logits)  # (T, E)
     probs = scores if score == "softmax" else scores / scores.sum(dim=-1, keepdim=True)
@@ -124,7 +124,7 @@ def route(
         lucky = 2 * weights[:, 1].detach() > uniform
         routed = torch.stack([routed[:, 0], routed[:, 1] & lucky], dim=1)
     order = scores.amax(dim=-1).argsort(descending=True, stable=True) if prioritized else None
-    counts, places, slots = queue(experts, routed, num_experts, pool, order)
+    counts, places, slots = queue(experts, routed, num_experts, scope, order)
     kept = within(slots, routed, capacity)
     weights = weights * kept
     if normalize == "after":
@@ -186,7 +186,7 @@ def queue(
     experts: Tensor,
     routed: Tensor,
     num_experts: int,
-    pool: Pool,
+    scope: RoutingScope,
     order: Optional[Tensor] = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Give each routed choice its position in its expert's queue.
@@ -198,7 +198,7 @@ def queue(
 
     Returns:
         counts (K, E): choices of each rank an expert gets here; places (T, K): the position among
-        this process's choices; slots (T, K): the position among the pool's.
+        this process's choices; slots (T, K): the position among all in scope.
     """
     tokens, k = experts.shape
     counts = experts.new_zeros(k, num_experts)
@@ -214,8 +214,8 @@ def queue(
     places = torch.empty_like(place).scatter_(0, choice, place).view(k, tokens).t()
     if order is not None:
         places = torch.empty_like(places).index_copy_(0, order, places)
-    before, total = pool.ranks(counts)  # (K, E) each
-    # Ahead in the pool's queue: all choices of better rank, and those of this rank elsewhere.
+    before, total = scope.before_and_total(counts)  # (K, E) each
+    # Ahead in the queue: all choices of better rank, and those of this rank elsewhere.
     ahead = before + (total - counts).cumsum(dim=0) - (total - counts)
     return counts, places, places + ahead.gather(1, experts.t()).t()
 

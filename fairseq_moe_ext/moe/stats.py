@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .balance import counted_rows
-from .pool import PROCESS, Pool
 from .routing import Routing
+from .scope import PROCESS, RoutingScope
 
 # Experts counted as the most and as the least used: a fifth of them.
 BALANCE_SHARE = 0.2
@@ -27,8 +27,8 @@ FIGURES = ("entropy_gating", "overflow", "load_max") + tuple(
 )
 
 
-def routing_stats(routing: Routing, pool: Pool = PROCESS) -> Dict[str, Tensor]:
-    """FIGURES of one routing, scalars without gradient, over the pool's tokens that count:
+def routing_stats(routing: Routing, scope: RoutingScope = PROCESS) -> Dict[str, Tensor]:
+    """FIGURES of one routing, scalars without gradient, over the tokens in scope that count:
 
     - entropy_gating: mean entropy of the router's probabilities, in nats.
     - overflow: percentage of routed choices beyond capacity.
@@ -45,7 +45,7 @@ def routing_stats(routing: Routing, pool: Pool = PROCESS) -> Dict[str, Tensor]:
         # summed in double precision: float16 ends at 65504
         entropy, tokens = counted_rows(torch.special.entr(routing.probs), routing.counted)
         entropy = entropy.sum(dtype=torch.float64)
-        sums = pool.total(
+        sums = scope.total(
             torch.cat(
                 [
                     torch.stack([entropy, tokens.to(entropy)]),

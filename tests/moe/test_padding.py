@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from closeness import assert_near, assert_stats_near
 from processes import run_processes
 
-from fairseq_moe_ext.expert_parallel import WorldPool
+from fairseq_moe_ext.expert_parallel import WorldScope
 from fairseq_moe_ext.moe.balance import balance_loss
 from fairseq_moe_ext.moe.layer import MoELayer
 from fairseq_moe_ext.moe.router import GateSettings
@@ -30,9 +30,9 @@ SETTINGS = {
 TRAINING = -1.0
 
 
-def layer_of(settings, fraction, pool=None):
+def layer_of(settings, fraction, scope=None):
     torch.manual_seed(0)
-    more = {} if pool is None else {"pool": pool}
+    more = {} if scope is None else {"scope": scope}
     settings = GateSettings(
         **{"second_expert_policy": "all", "eval_token_fraction": fraction, **settings}
     )
@@ -133,7 +133,7 @@ def test_the_layer_takes_its_capacity_by_the_rule(rule, fraction):
 def of_a_share(rank, settings, fraction):
     """Of the rows of this process, padded to another length than the other's."""
     x, mask = batch()
-    layer = layer_of(settings, fraction, WorldPool())
+    layer = layer_of(settings, fraction, WorldScope())
     rows, length = (slice(0, 1), 9) if rank == 0 else (slice(1, 5), 7)
     x, mask = x[rows, :length], mask[rows, :length]
     with torch.no_grad():

@@ -1,0 +1,30 @@
+"""Which tokens are routed together (--moe-routing-scope)."""
+
+from __future__ import annotations
+
+from typing import Tuple
+
+import torch
+from torch import Tensor
+
+
+class RoutingScope:
+    """The tokens over which capacity, balancing loss and figures are taken: those of one process.
+
+    expert_parallel.WorldScope takes those of all processes.
+    """
+
+    def tokens(self, here: int) -> int:
+        """Tokens in scope, of which `here` are this process's."""
+        return here
+
+    def total(self, x: Tensor) -> Tensor:
+        """Sum over the processes in scope, differentiable; x has the same shape on each."""
+        return x
+
+    def before_and_total(self, counts: Tensor) -> Tuple[Tensor, Tensor]:
+        """Sums of counts over the processes of lower rank, and over all in scope."""
+        return torch.zeros_like(counts), counts
+
+
+PROCESS = RoutingScope()
