@@ -23,10 +23,12 @@ from test_branch_checkpoint import (
 )
 from test_checkpoint import SAVED, TRAIN, RunsCode, expert_files, make_data, settings, train_on
 
-from fairseq_moe_ext.branch.files import find
+from fairseq_moe_ext.branch.files import BranchFiles, find
+from fairseq_moe_ext.branch.optimizer import unfit
 from fairseq_moe_ext.branch.settings import translated_settings
 from fairseq_moe_ext.branch.writing import branch_settings
 from fairseq_moe_ext.cli import main
+from fairseq_moe_ext.convert import readers
 from fairseq_moe_ext.convert.archive import Lazy, read_safetensors, write_torch
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.moe.experts import TensorPerExpert
@@ -592,3 +594,17 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     status, megabytes = done.stdout.splitlines()[-1].split()
     assert status == "0" and size > 250e6
     assert float(megabytes) < 100
+
+
+def test_an_optimizer_state_of_the_branch_that_cannot_be_had_names_this_commands_flag(monkeypatch):
+    files = BranchFiles("x.pt", "x-shared.pt", {}, {})
+
+    def read(files, *args, **kwargs):
+        raise unfit(files, "it is flat")
+
+    monkeypatch.setattr(readers, "find", lambda path: files)
+    monkeypatch.setattr(readers, "read", read)
+    with pytest.raises(UserError) as error:
+        readers.open_checkpoint("x.pt", weights_only=True)
+    words = "x.pt: its optimizer state cannot be continued: it is flat; add --weights-only"
+    assert str(error.value) == words

@@ -160,9 +160,14 @@ def _merged(
     return merged
 
 
-def unfit(files: BranchFiles, why: str) -> UserError:
-    """What to raise where an optimizer state is there and cannot be had."""
-    return UserError(
-        f"{files.base}: its optimizer state cannot be continued: {why}; add --reset-optimizer to "
-        "train on with a fresh one"
-    )
+class Unfit(UserError):
+    """An optimizer state that is there and cannot be had. `reason` is without the remedy."""
+
+    reason: str
+
+
+def unfit(files: BranchFiles, why: str) -> Unfit:
+    reason = f"{files.base}: its optimizer state cannot be continued: {why}"
+    error = Unfit(f"{reason}; add --reset-optimizer to train on with a fresh one")
+    error.reason = reason
+    return error

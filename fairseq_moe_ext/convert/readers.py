@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import files as own_files
 from ..branch.files import BranchFiles, find, flat_settings
-from ..branch.optimizer import is_parameter
+from ..branch.optimizer import Unfit, is_parameter
 from ..branch.reading import read
 from ..branch.settings import ONE_PROCESS, translated_settings
 from ..checkpoint.format import MANIFEST, Manifest, Piece
@@ -179,9 +179,8 @@ def _open_branch(path: str, weights_only: bool) -> Source:
         parameters = dict(build_on_meta(settings, types).named_parameters())
     try:
         state = read(files, None, parameters, stack=TensorPerExpert)
-    except UserError as error:
-        remedy = "add --reset-optimizer to train on with a fresh one"
-        raise UserError(str(error).replace(remedy, "add --weights-only")) from error
+    except Unfit as error:
+        raise UserError(f"{error.reason}; add --weights-only") from error
     settings = _settings(files.base, _flat(state))
     model, saved = state.pop("model"), state.pop("last_optimizer_state", None)
     if state["cfg"] is not None:
