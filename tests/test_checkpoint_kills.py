@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from fairseq import checkpoint_utils
 from fairseq.trainer import Trainer
-from test_checkpoint import TRAIN, expert_files, make_data, referred_files, train
+from training import TRAIN, expert_files, make_data, referred_files, train
 
 EXPERTS = 4
 LINE = f"{TRAIN} --moe-expert-count {EXPERTS} --save-interval-updates 1 --no-epoch-checkpoints"

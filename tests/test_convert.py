@@ -12,6 +12,7 @@ import pytest
 import torch
 from fairseq import checkpoint_utils
 from fairseq_cli import train as fairseq_train
+from pickles import RunsCode
 from small_models import TYPES, build_model
 from test_branch_checkpoint import (
     REFERENCE,
@@ -21,7 +22,7 @@ from test_branch_checkpoint import (
     remembered,
     write_small,
 )
-from test_checkpoint import SAVED, TRAIN, RunsCode, expert_files, make_data, settings, train_on
+from training import SAVED, TRAIN, expert_files, make_data, settings, train_on
 
 from fairseq_moe_ext.branch.files import BranchFiles, find
 from fairseq_moe_ext.branch.optimizer import unfit
@@ -481,7 +482,11 @@ def test_sources_that_are_none(run, tmp_path, capsys):
         ("model.safetensors.index.json", "{}", "there is no weight_map in it"),
         ("model.safetensors.index.json", "{", "there is no weight_map in it"),
         ("pytorch_model.bin", [1], "has no tensors by name"),
-        ("pytorch_model.bin", {"model.embed_tokens.weight": RunsCode()}, "refused"),
+        (
+            "pytorch_model.bin",
+            {"model.embed_tokens.weight": RunsCode(os.system, "true")},
+            "refused",
+        ),
     ],
 )
 def test_an_xglm_whose_files_are_none(run, tmp_path, capsys, name, content, words):

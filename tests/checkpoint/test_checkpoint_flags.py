@@ -1,0 +1,74 @@
+"""fairseq's flags of checkpoints: followed on two processes as on one, or refused by name."""
+
+import re
+
+import pytest
+import torch
+from processes import run_processes
+from training import TRAIN, error_of, expert_files, referred_files, train, train_on
+
+
+@pytest.mark.parametrize(
+    "flags, names",
+    [
+        ("--save-interval-updates 4 --keep-interval-updates 1", "1 2 2_28 best last"),
+        ("--keep-last-epochs 1", "2 best last"),
+        ("--no-epoch-checkpoints", "best last"),
+        ("--no-last-checkpoints", "1 2 best"),
+        ("--keep-best-checkpoints 1 --best-checkpoint-metric loss", "1 2 best .best_loss last"),
+        ("--no-save", ""),
+        ("--no-save-optimizer-state --no-epoch-checkpoints", "best last"),
+    ],
+)
+def test_flags_of_checkpoints_mean_what_they_mean(data, tmp_path, flags, names):
+    """On two processes as on one; and no expert file stays that nothing refers to."""
+    line = f"{data} {TRAIN} --moe-expert-count 4 {flags} --max-update 32"
+    line = line.replace(" --disable-validation", "")
+    found = {}
+    for world in (1, 2):
+        folder = tmp_path / str(world)
+        train_on(world, f"{line} --save-dir {folder}")
+        found[world] = sorted(re.sub(r"_\d+\.\d+", "", p.stem)[10:] for p in folder.glob("*.pt"))
+        assert not list(folder.rglob("*.tmp"))
+    assert found[2] == found[1]
+    assert [name.strip("_") for name in found[2]] == sorted(names.split())
+    assert expert_files(tmp_path / "2") == referred_files(tmp_path / "2")
+    if "--no-save-optimizer-state" in flags:
+        path = str(tmp_path / "2" / "checkpoint_last.pt")
+        for file in torch.load(path, weights_only=True)["experts"]["files"]:
+            assert torch.load(tmp_path / "2" / file["name"], weights_only=True)["optimizer"] == {}
+        rest = [
+            train_on(1, f"{line} --save-dir {tmp_path / str(w)} --max-update 2") for w in (1, 2)
+        ]
+        assert rest[1] == pytest.approx(rest[0], rel=1e-4)  # from parameters equal but for rounding
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--finetune-from-model none.pt", "none.pt: no such file"),
+        ("--finetune-from-model none.pt --reset-optimizer", "--reset-optimizer"),
+        ("--finetune-from-model dict.txt --restore-file x.pt", "--restore-file"),
+        ("--save-dir dict.txt", "--save-dir dict.txt: dict.txt is not a folder"),
+        ("--save-dir dict.txt/run", "--save-dir dict.txt/run: dict.txt is not a folder"),
+    ],
+)
+def test_flags_that_cannot_be_followed_end_in_one_line(
+    data, tmp_path, monkeypatch, capsys, flags, words
+):
+    monkeypatch.chdir(data)
+    line = f"{data} {TRAIN} --moe-expert-count 4 --save-dir {tmp_path}/run {flags}"
+    try:
+        message = error_of(0, train, 1, line)
+    except SystemExit:  # while the command line is read
+        message = capsys.readouterr().err[len("error: ") : -1]
+    assert message.startswith(flags.split()[0]) and words in message
+    assert "\n" not in message and len(message) < 250
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+@pytest.mark.parametrize("flag", ["--store-ema", "--zero-sharding os", "--use-bmuf"])
+def test_what_cannot_be_saved_is_refused_by_name(data, tmp_path, flag):
+    line = f"{data} {TRAIN} --moe-expert-count 4 --save-dir {tmp_path} {flag}"
+    for message in run_processes(2, error_of, train, 2, line):
+        assert flag in message and "2 processes" in message

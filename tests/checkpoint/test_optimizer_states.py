@@ -1,0 +1,99 @@
+"""The optimizer's state of each parameter: there again to the bit, or refused by name."""
+
+import pytest
+import torch
+from fairseq import tasks
+from fairseq.trainer import Trainer
+from processes import run_processes
+from training import TRAIN, copy_of, error_of, fit_manifest, settings, train, train_on
+
+
+def loaded(rank, world, line, path):
+    """Name -> parameter and what the optimizer remembers of it, after loading a checkpoint."""
+    cfg = settings(f"{line} --batch-size 1", rank, world)
+    task = tasks.setup_task(cfg.task)
+    trainer = Trainer(cfg, task, task.build_model(cfg.model), task.build_criterion(cfg.criterion))
+    assert trainer.load_checkpoint(path) is not None
+    state = trainer.optimizer.state_dict()["state"]
+    parameters = trainer.get_model().named_parameters()
+    found = {name: {"": p.detach(), **state[i]} for i, (name, p) in enumerate(parameters)}
+    return {
+        **found,
+        "scale": {"": torch.tensor(trainer.optimizer.state_dict().get("loss_scale", 0))},
+    }
+
+
+def joined(states, experts):
+    """What all processes loaded, as one process has it."""
+    whole = {}
+    for name, of_first in states[0].items():
+        whole[name] = {}
+        for key, value in of_first.items():
+            values = [state[name][key] for state in states]
+            if ".experts." in name and isinstance(value, torch.Tensor) and value.numel() > 1:
+                value = torch.cat(values[: min(experts, len(states))])
+            else:
+                assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(value)) for v in values)
+            whole[name][key] = value
+    return whole
+
+
+PRECISIONS = ["--memory-efficient-fp16", "--fp16 --fp16-no-flatten-grads", "--bf16"]
+
+
+@pytest.mark.parametrize("precision", ["", *PRECISIONS])
+def test_every_number_is_there_again(data, tmp_path, precision):
+    """Parameters, optimizer state and loss scale; written by 1 and 2, loaded on 1, 2 and 4."""
+    line = f"{data} {TRAIN} --moe-expert-count 4 {precision} --fp16-init-scale 4"
+    for writers, readers in ((1, 2), (2, 4)):
+        folder = tmp_path / str(writers)
+        train_on(writers, f"{line} --max-update 2 --save-dir {folder}")
+        path = str(folder / "checkpoint_last.pt")
+        one = joined([loaded(0, 1, line, path)], 4)
+        assert torch.all(one["decoder.layers.1.moe_layer.experts.fc1.bias"]["exp_avg"] != 0)
+        seen = joined(run_processes(readers, loaded, readers, line, path), 4)
+        assert seen.keys() == one.keys()
+        for name, state in one.items():
+            for key, value in state.items():
+                found, value = torch.as_tensor(seen[name][key]), torch.as_tensor(value)
+                assert torch.equal(found, value) and found.dtype == value.dtype
+
+
+def test_joined_fp16_state_is_refused_by_name(data, tmp_path):
+    line = f"{data} {TRAIN} --moe-expert-count 4 --fp16"
+    train_on(1, f"{line} --max-update 2 --save-dir {tmp_path}")
+    line += f" --fp16-no-flatten-grads --save-dir {tmp_path} --no-save"
+    for message in run_processes(2, error_of, train, 2, line):
+        assert "optimizer state is of 1 tensors" in message
+        assert "--reset-optimizer" in message
+    assert len(train_on(2, f"{line} --reset-optimizer --max-update 4")) == 4
+
+
+def test_an_optimizer_state_that_does_not_fit_is_told_in_one_line(data, runs):
+    folder, _ = runs(2, 4)
+    line = f"{data} {TRAIN} --moe-expert-count 4 --save-dir {folder} --no-save"
+    assert "--reset-optimizer" in error_of(0, train, 1, f"{line} --optimizer sgd")
+    assert "--reset-optimizer" in error_of(0, train, 1, f"{line} --fp16")
+    assert "--moe-freeze" in error_of(0, train, 1, f"{line} --moe-freeze experts")
+    for message in run_processes(2, error_of, train, 2, f"{line} --optimizer sgd"):
+        assert "--reset-optimizer" in message
+
+
+@pytest.mark.parametrize("part", ["shared", "experts"])
+def test_an_optimizer_state_of_other_shapes_is_told_in_one_line(data, runs, tmp_path, part):
+    path, files = copy_of(runs, tmp_path)
+    if part == "shared":
+        state = torch.load(path, weights_only=True)
+        next(iter(state["last_optimizer_state"]["state"].values()))["exp_avg"] = torch.zeros(3, 3)
+        torch.save(state, path)
+    else:
+        content = torch.load(files[1], weights_only=True)
+        of_first = next(iter(content["optimizer"].values()))
+        of_first["exp_avg"] = of_first["exp_avg"][:, :-1].clone()
+        torch.save(content, files[1])
+        fit_manifest(path, files)
+    line = f"{data} {TRAIN} --moe-expert-count 4 --save-dir {path.parent} --no-save"
+    messages = [error_of(0, train, 1, line), *run_processes(2, error_of, train, 2, line)]
+    for message in messages:
+        assert f"{path}: " in message and "optimizer" in message and "\n" not in message
+        assert "--reset-optimizer" in message

@@ -1,0 +1,129 @@
+"""Checkpoints on any number of processes: training goes on as if nothing had happened."""
+
+import pytest
+import torch
+from fairseq.data import iterators
+from training import GLOBAL_BATCH, SAVED, TRAIN, error_of, first_run, resume, train, train_on
+
+
+@pytest.mark.parametrize(
+    "experts, first, then",
+    [
+        (4, 2, 4),
+        (2, 4, 2),
+        *(
+            pytest.param(*numbers, marks=pytest.mark.slow)
+            for numbers in [(4, 1, 2), (4, 2, 1), (4, 2, 2), (2, 4, 4), (2, 4, 1), (2, 1, 4)]
+        ),
+    ],
+)
+def test_a_resumed_run_equals_the_uninterrupted_one(data, runs, experts, first, then):
+    """experts < processes: with replicas."""
+    goes_on(data, runs, experts, first, then)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "experts, first, then",
+    [
+        *((8, 8, then) for then in (1, 2, 4, 8)),
+        *((8, first, 8) for first in (1, 2, 4)),
+        *((4, 8, then) for then in (2, 8)),
+        (2, 8, 1),
+    ],
+)
+def test_eight_processes_too(data, runs, experts, first, then):
+    goes_on(data, runs, experts, first, then)
+
+
+def goes_on(data, runs, experts, first, then):
+    folder, losses = runs(first, experts)
+    resumed = resume(data, folder, then, experts)
+    expected = losses[SAVED:]
+    assert len(resumed) == len(expected) == 10
+    if first == then:
+        assert resumed == expected
+    else:
+        assert resumed == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_pytorch_ddp_goes_on(data, tmp_path):
+    """From two processes to one and to four."""
+    losses = first_run(data, tmp_path, 2, 4, "--ddp-backend pytorch_ddp")
+    for then in (1, 4):
+        resumed = resume(data, tmp_path, then, 4, "--ddp-backend pytorch_ddp")
+        assert resumed == pytest.approx(losses[SAVED:], rel=1e-5)
+
+
+def test_with_update_freq_instead_of_processes(data, runs, tmp_path):
+    """Half the processes, twice the batches each: the place in the data is that of all."""
+    options = "--moe-dropless --moe-gate-loss-wt 0"  # which treat each micro-batch by itself
+    losses = first_run(data, tmp_path, 2, 4, options)
+    resumed = resume(data, tmp_path, 1, 4, f"{options} --update-freq 2", batch=GLOBAL_BATCH // 2)
+    assert resumed == pytest.approx(losses[SAVED:], rel=1e-5)
+
+
+def test_adafactor_goes_on_where_its_factors_span_the_same_experts(data, tmp_path):
+    options = "--optimizer adafactor"
+    losses = first_run(data, tmp_path, 2, 4, options)
+    assert resume(data, tmp_path, 2, 4, options) == losses[SAVED:]
+    line = f"{data} {TRAIN} --moe-expert-count 4 {options} --no-save --save-dir {tmp_path}"
+    assert "--reset-optimizer" in error_of(0, train, 1, line)
+
+
+def test_a_run_goes_on_with_either_adam(data, runs, tmp_path):
+    folder, losses = runs(2, 4)
+    resumed = resume(data, folder, 2, 4, "--optimizer fused_adam")
+    assert resumed == pytest.approx(losses[SAVED:], rel=1e-5)
+    assert first_run(data, tmp_path, 1, 4, "--optimizer fused_adam") == pytest.approx(losses, 1e-5)
+    assert resume(data, tmp_path, 1, 4) == pytest.approx(losses[SAVED:], rel=1e-5)
+
+
+def test_finetune_and_reset(data, runs, tmp_path):
+    folder, losses = runs(2, 4)
+    line = f"{data} {TRAIN} --moe-expert-count 4 --no-save --max-update 2 --save-dir {tmp_path}"
+    last = f"{folder}/checkpoint_1_{SAVED}.pt"
+    tuned = {w: train_on(w, f"{line} --finetune-from-model {last}") for w in (1, 2)}
+    assert len(tuned[2]) == 2  # updates are counted from 0
+    assert tuned[2] == pytest.approx(tuned[1], rel=1e-5)
+    assert tuned[2][0] < losses[0]
+    reset = "--reset-optimizer --reset-lr-scheduler --reset-meters --reset-dataloader"
+    again = train_on(2, f"{line} --restore-file {last} {reset}")
+    assert again == tuned[2]
+
+
+class Rows(torch.utils.data.Dataset):
+    def __getitem__(self, index):
+        return index
+
+
+def test_other_place_in_the_data_for_other_batches():
+    def iterator(size, shards):
+        rows = Rows()
+        batches = [list(range(i, min(i + size, 100))) for i in range(0, 100, size)]
+        return iterators.EpochBatchIterator(
+            rows, list, batches, seed=1, num_shards=shards, disable_shuffling=True
+        )
+
+    def next_rows(size, shards, state):
+        itr = iterator(size, shards)
+        itr.load_state_dict(state)
+        return next(itr.next_epoch_itr(shuffle=False))
+
+    first = iterator(4, 2)
+    batches = first.next_epoch_itr(shuffle=False)
+    for _ in range(6):
+        next(batches)
+    state = first.state_dict()  # 6 batches of 4 on 2 processes: 48 rows
+    for size, shards, row in (
+        (4, 2, 48),
+        (8, 1, 48),
+        (2, 4, 48),
+        (4, 4, 48),
+        (4, 5, 40),
+        (7, 1, 42),
+    ):
+        assert next_rows(size, shards, state)[0] == row
+    stock = {key: value for key, value in state.items() if key != "all_processes"}
+    assert next_rows(4, 1, stock)[0] == 24  # what stock does, and what its own files still do

@@ -1,0 +1,112 @@
+"""Trouble on one process, or a full disk, ends all processes in one line and loses nothing."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+from processes import run_processes
+from training import TRAIN, UPDATES, error_of, expert_files, referred_files, train, train_on
+
+from fairseq_moe_ext.checkpoint import saving, together
+
+
+def train_with(rank, patch, line):
+    """Training in which rank 1, or another, is not as it should be."""
+    with pytest.MonkeyPatch.context() as context:
+        patch(rank, context)
+        train(rank, 2, line)
+
+
+def other_code(rank, context):
+    context.setattr(together, "code_version", lambda: f"version {rank}")
+
+
+def other_files(rank, context):
+    stock = os.path.isfile
+    context.setattr(os.path, "isfile", lambda path: rank == 1 and "last" in path or stock(path))
+
+
+def full_disk_of_rank_1(rank, context):
+    def fsync(descriptor):
+        raise OSError(28, "No space left on device")
+
+    if rank == 1:
+        context.setattr(os, "fsync", fsync)
+
+
+def failing_copy(rank, context):
+    def copyfile(*args):
+        raise OSError(28, "No space left on device")
+
+    context.setattr(shutil, "copyfile", copyfile)
+
+
+def unexpected_error(rank, context):
+    context.setattr(saving, "code_version", lambda: 1 / 0)
+
+
+@pytest.mark.parametrize(
+    "patch, words",
+    [
+        (other_code, "process 1 runs version 1, process 0 version 0"),
+        (other_files, "process 1 sees it, process 0 does not"),
+        (full_disk_of_rank_1, "bytes) cannot be written (No space left on device)"),
+        (failing_copy, "No space left on device"),
+    ],
+)
+def test_trouble_on_one_rank_ends_all_with_one_line(data, tmp_path, patch, words):
+    line = f"{data} {TRAIN} --moe-expert-count 4 --save-interval-updates 1 --save-dir {tmp_path}"
+    for message in run_processes(2, error_of, train_with, patch, line):
+        assert words in message and "\n" not in message
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert expert_files(tmp_path) == referred_files(tmp_path)
+
+
+def test_dense_models_want_the_same_code_too(data, tmp_path):
+    line = f"{data} {TRAIN} --arch dense_lm_tiny --moe-freq 0 --save-dir {tmp_path}"
+    for message in run_processes(2, error_of, train_with, other_code, line):
+        assert "process 1 runs version 1, process 0 version 0" in message
+
+
+def any_error_of(rank, *args):
+    try:
+        train_with(rank, *args)
+    except Exception as error:
+        return type(error).__name__, str(error)
+
+
+def test_an_unexpected_error_on_rank_0_leaves_nobody_waiting(data, tmp_path):
+    line = f"{data} {TRAIN} --moe-expert-count 4 --max-update 2 --save-dir {tmp_path}"
+    outcomes = run_processes(2, any_error_of, unexpected_error, line)
+    assert outcomes[0] == ("ZeroDivisionError", "division by zero")
+    assert outcomes[1] == ("UserError", "division by zero")
+    assert expert_files(tmp_path) == set()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of 400 KiB."""
+    command = ["mount", "-t", "tmpfs", "-o", "size=400k", "none", str(tmp_path)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("cannot mount a tmpfs here")
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_full_disk_leaves_the_last_checkpoint(data, small_disk, world):
+    line = f"{data} {TRAIN} --moe-expert-count 4 --save-dir {small_disk} --save-interval-updates 1"
+    if world == 1:
+        messages = [error_of(0, train, 1, line)]
+    else:
+        messages = run_processes(2, error_of, train, 2, line)
+    for message in messages:
+        assert "cannot be written (No space left on device); make room" in message
+        assert "\n" not in message and str(small_disk) in message
+    assert not list(small_disk.rglob("*.tmp"))
+    updates = len(list(small_disk.glob("checkpoint_1_*.pt")))
+    assert updates >= 2
+    # The last checkpoint is whole, and training goes on from it.
+    resumed = train_on(2, f"{line} --no-save")
+    assert UPDATES - updates <= len(resumed) <= UPDATES - updates + 1
