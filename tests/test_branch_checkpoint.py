@@ -20,7 +20,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.trainer import Trainer
 from processes import run_processes
 from small_models import PAD, TYPES, build_model, make_task
-from test_distributed_training import (
+from updates import (
     WORLD,
     as_sample,
     batches,

@@ -12,7 +12,7 @@ from fairseq.data.indexed_dataset import MMapIndexedDataset
 from small_models import MOE, PAD, TYPES, build_model, build_stock_model, make_task, random_tokens
 from test_branch_checkpoint import ADAM, change, make_data_bin, perplexities, write_small
 from test_branch_checkpoint import SMALL as BRANCH_SMALL
-from test_distributed_training import as_sample, batches, configure, make_trainer, record
+from updates import as_sample, batches, configure, make_trainer, record
 
 from fairseq_moe_ext.moe.router import TopKRouter
 

@@ -5,14 +5,7 @@ import pytest
 import torch
 from processes import run_processes
 from small_models import MOE, build_model, random_tokens
-from test_distributed_training import (  # noqa: F401
-    UPDATES,
-    WORLD,
-    assert_same,
-    configure,
-    folder,
-    train,
-)
+from updates import UPDATES, WORLD, assert_same, configure, save_dictionary, train
 
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.kernels.expert_ffn import by_expert
@@ -26,12 +19,17 @@ PARTS = {
 }
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_dictionary(tmp_path_factory.mktemp("data"))
+
+
 def part_of(name):
     return "experts" if ".experts." in name else "gate" if ".gate." in name else "rest"
 
 
 @pytest.mark.parametrize("choice", PARTS)
-def test_what_is_frozen_stays_and_all_else_moves(folder, choice):  # noqa: F811
+def test_what_is_frozen_stays_and_all_else_moves(folder, choice):
     cfg = configure(folder, f"--moe-expert-count 4 {ADAM} --moe-freeze {choice}")
     # float32, as stock's gradient norm, without experts, takes no float64
     start, end = (
@@ -48,7 +46,7 @@ def test_what_is_frozen_stays_and_all_else_moves(folder, choice):  # noqa: F811
 
 @pytest.mark.parametrize("choice", ["gate", "experts"])
 @pytest.mark.parametrize("backend", ["legacy_ddp", "pytorch_ddp"])
-def test_two_processes_equal_one(folder, choice, backend):  # noqa: F811
+def test_two_processes_equal_one(folder, choice, backend):
     cfg = configure(folder, f"--moe-expert-count 4 {WORLD} --moe-freeze {choice}")
     one = train(0, cfg, backend, 1, dtype=torch.float32)
     many = run_processes(2, train, cfg, backend, 2, 1, None, UPDATES, torch.float32)

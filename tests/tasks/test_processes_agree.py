@@ -13,7 +13,7 @@ from mixture_data import configure
 from omegaconf import OmegaConf
 from processes import run_processes
 from small_models import make_config
-from test_distributed_training import joined, whole_parameters
+from updates import joined, whole_parameters
 
 from fairseq_moe_ext.criterions.moe_cross_entropy import MoECrossEntropyCriterion
 from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
