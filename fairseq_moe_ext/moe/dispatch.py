@@ -30,7 +30,7 @@ def lay_out(routing: Routing) -> Rows:
     # Kept choices have the first places of their expert, without gaps.
     counts = torch.zeros_like(routing.counts[0])  # (E,)
     counts.scatter_add_(0, routing.experts.reshape(-1), routing.kept.reshape(-1).to(counts.dtype))
-    row = (counts.cumsum(0) - counts)[routing.experts] + routing.places
+    row = (counts.cumsum(0) - counts)[routing.experts] + routing.local_slots
     spare = tokens * k  # dropped choices write here, behind all rows
     token = row.new_empty(spare + 1)
     index = torch.arange(tokens, device=row.device).unsqueeze(1).expand(tokens, k)

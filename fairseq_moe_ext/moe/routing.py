@@ -32,8 +32,8 @@ class Routing(NamedTuple):
     probs: Tensor  # (T, E) scores that sum to 1, differentiable: what balances and is logged
     experts: Tensor  # (T, K) int64: the chosen experts, best first
     weights: Tensor  # (T, K) combine weights, differentiable; 0 where the choice is dropped
-    slots: Tensor  # (T, K) int64: place in the expert's queue; meaningful where `routed`
-    places: Tensor  # (T, K) int64: the same among this process's choices alone
+    slots: Tensor  # (T, K) int64: position in the expert's queue; meaningful where `routed`
+    local_slots: Tensor  # (T, K) int64: the same among this process's choices alone
     routed: Tensor  # (T, K) bool: sent to the expert
     kept: Tensor  # (T, K) bool: routed, and within the expert's capacity
     counts: Tensor  # (K, E) int64: routed choices of each rank an expert gets, before dropping
@@ -124,13 +124,13 @@ def route(
         lucky = 2 * weights[:, 1].detach() > uniform
         routed = torch.stack([routed[:, 0], routed[:, 1] & lucky], dim=1)
     order = scores.amax(dim=-1).argsort(descending=True, stable=True) if prioritized else None
-    counts, places, slots = queue(experts, routed, num_experts, scope, order)
+    counts, local_slots, slots = queue(experts, routed, num_experts, scope, order)
     kept = within(slots, routed, capacity)
     weights = weights * kept
     if normalize == "after":
         weights = _normalize(weights)
     counted = counted_tokens(padding_mask, count_padding)
-    return Routing(probs, experts, weights, slots, places, routed, kept, counts, counted)
+    return Routing(probs, experts, weights, slots, local_slots, routed, kept, counts, counted)
 
 
 def check_routing(
@@ -197,8 +197,8 @@ def queue(
     (second), and expert 1 the queue token 1, token 0, token 2.
 
     Returns:
-        counts (K, E): choices of each rank an expert gets here; places (T, K): the position among
-        this process's choices; slots (T, K): the position among all in scope.
+        counts (K, E): choices of each rank an expert gets here; local_slots (T, K): the position
+        among this process's choices; slots (T, K): the position among all in scope.
     """
     tokens, k = experts.shape
     counts = experts.new_zeros(k, num_experts)
@@ -210,14 +210,14 @@ def queue(
     line, choice = line.t().reshape(-1).sort(stable=True)  # (K T,), by expert, in slot order
     starts = counts.new_zeros(num_experts + 1)
     torch.cumsum(counts.sum(dim=0), dim=0, out=starts[1:])
-    place = torch.arange(tokens * k, device=experts.device) - starts[line]
-    places = torch.empty_like(place).scatter_(0, choice, place).view(k, tokens).t()
+    position = torch.arange(tokens * k, device=experts.device) - starts[line]
+    local_slots = torch.empty_like(position).scatter_(0, choice, position).view(k, tokens).t()
     if order is not None:
-        places = torch.empty_like(places).index_copy_(0, order, places)
+        local_slots = torch.empty_like(local_slots).index_copy_(0, order, local_slots)
     before, total = scope.before_and_total(counts)  # (K, E) each
     # Ahead in the queue: all choices of better rank, and those of this rank elsewhere.
     ahead = before + (total - counts).cumsum(dim=0) - (total - counts)
-    return counts, places, places + ahead.gather(1, experts.t()).t()
+    return counts, local_slots, local_slots + ahead.gather(1, experts.t()).t()
 
 
 def _gumbel_like(logits: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from fairseq_moe_ext import data_bin
 from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.prepare import dictionary, kinds, place
+from fairseq_moe_ext.prepare import data_folder, dictionary, kinds
 from fairseq_moe_ext.prepare.binarize import SplitWriter, dtype_of
 from fairseq_moe_ext.prepare.corpora import Corpus
 from fairseq_moe_ext.prepare.documents import Source
@@ -56,7 +56,7 @@ def prepare(dest: Path, options: Options) -> Report:
             corpus.groups, source.format, source.field, corpus.flag, corpus.name
         )
         print(f"{corpus.name}: {found}", file=sys.stderr)
-    with place.new_folder(dest, options.overwrite) as scratch:
+    with data_folder.new_folder(dest, options.overwrite) as scratch:
         return _prepare(scratch, options)
 
 

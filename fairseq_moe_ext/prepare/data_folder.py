@@ -31,18 +31,18 @@ def new_folder(dest: Path, overwrite: bool) -> Iterator[Path]:
         UserError: `dest` is there (without `overwrite`), is not what prepare made, cannot be
             written, or another prepare makes it. `dest` is then as it was before.
     """
-    place = Path(os.path.realpath(dest))  # what a link names is replaced, the link stays
-    parents = _make_parents(place.parent, dest)
+    target = Path(os.path.realpath(dest))  # what a link names is replaced, the link stays
+    parents = _make_parents(target.parent, dest)
     try:
-        with Lock(beside(place), str(dest)):
+        with Lock(beside(target), str(dest)):
             try:
-                _remove_remains(place)
+                _remove_remains(target)
                 check(dest, overwrite)
-                scratch = _beside(place, "tmp")
+                scratch = _beside(target, "tmp")
                 scratch.mkdir()
                 try:
                     yield scratch
-                    _put_in_place(scratch, place, overwrite)
+                    _put_in_place(scratch, target, overwrite)
                 finally:
                     if scratch.is_dir():
                         remove(scratch)
@@ -144,40 +144,40 @@ def _make_parents(folder: Path, dest: Path) -> List[Path]:
     return missing
 
 
-def _stem(place: Path) -> str:
+def _stem(target: Path) -> str:
     """What the names beside DATA begin with: they may be longer than a name can be."""
-    name = os.fsencode(place.name)
-    short = place.name if len(name) <= 200 else hashlib.sha256(name).hexdigest()
+    name = os.fsencode(target.name)
+    short = target.name if len(name) <= 200 else hashlib.sha256(name).hexdigest()
     return f".{short}."
 
 
-def _beside(place: Path, kind: str) -> Path:
-    return place.parent / f"{_stem(place)}{os.getpid()}.{kind}"
+def _beside(target: Path, kind: str) -> Path:
+    return target.parent / f"{_stem(target)}{os.getpid()}.{kind}"
 
 
-def _remove_remains(place: Path) -> None:
+def _remove_remains(target: Path) -> None:
     """Put back or remove what killed processes left; the lock says that nobody works on it."""
-    pattern = re.compile(re.escape(_stem(place)) + r"[0-9]+\.(tmp|old)")
-    for path in sorted(place.parent.iterdir()):
+    pattern = re.compile(re.escape(_stem(target)) + r"[0-9]+\.(tmp|old)")
+    for path in sorted(target.parent.iterdir()):
         if pattern.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
             is_whole = (path / data_bin.COUNTS).exists()
-            if path.suffix == ".old" and is_whole and not os.path.lexists(place):
-                path.rename(place)
+            if path.suffix == ".old" and is_whole and not os.path.lexists(target):
+                path.rename(target)
             else:
                 remove(path)
 
 
-def _put_in_place(scratch: Path, place: Path, overwrite: bool) -> None:
-    """Give `scratch` the name `place`; what had it before is removed after that."""
-    if not os.path.lexists(place):
-        os.rename(scratch, place)
+def _put_in_place(scratch: Path, target: Path, overwrite: bool) -> None:
+    """Give `scratch` the name `target`; what had it before is removed after that."""
+    if not os.path.lexists(target):
+        os.rename(scratch, target)
         return
-    check(place, overwrite)  # hours may have passed
-    if exchange(scratch, place):
+    check(target, overwrite)  # hours may have passed
+    if exchange(scratch, target):
         return  # whoever made `scratch` removes it, and with it the old data
-    old = _beside(place, "old")
-    os.rename(place, old)
-    os.rename(scratch, place)
+    old = _beside(target, "old")
+    os.rename(target, old)
+    os.rename(scratch, target)
     remove(old)
 
 

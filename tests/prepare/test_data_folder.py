@@ -10,7 +10,7 @@ import pytest
 from fairseq_moe_ext import cli
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.locks import Lock, beside
-from fairseq_moe_ext.prepare import binarize, command, encode, pipeline, place
+from fairseq_moe_ext.prepare import binarize, command, data_folder, encode, pipeline
 
 LIMIT = 60  # seconds, for what takes one or two
 
@@ -35,22 +35,22 @@ STAGES = {
     "a document read": ("after", encode, "encode_chunk"),
     "a split half-written": ("before", binarize, "_blocks"),
     "dictionary written": ("after", pipeline.dictionary, "write"),
-    "all written": ("before", place, "_put_in_place"),
-    "before the exchange": ("before", place, "exchange"),
-    "after the exchange": ("after", place, "exchange"),
-    "old data half-removed": ("after", place.Path, "unlink"),
-    "old data removed": ("after", place, "remove"),
+    "all written": ("before", data_folder, "_put_in_place"),
+    "before the exchange": ("before", data_folder, "exchange"),
+    "after the exchange": ("after", data_folder, "exchange"),
+    "old data half-removed": ("after", data_folder.Path, "unlink"),
+    "old data removed": ("after", data_folder, "remove"),
 }
 RENAMES = {
     "between the renames": ("after", os, "rename"),
-    "after the renames": ("before", place, "remove"),
+    "after the renames": ("before", data_folder, "remove"),
 }
 
 
 def killed_at(stage, line, no_exchange):
     """In a process of its own: the command, killed at the stage."""
     if no_exchange:
-        place.exchange = lambda one, other: False
+        data_folder.exchange = lambda one, other: False
     when, owner, name = {**STAGES, **RENAMES}[stage]
     stock = getattr(owner, name)
 
@@ -163,13 +163,13 @@ def test_another_counts_json_does_not_make_a_folder_ours(tmp_path, line, counts)
 
 def test_files_that_come_during_the_work_are_not_lost(tmp_path, line, monkeypatch, capsys):
     assert cli.main(line.split()) == 0
-    stock = place.exchange
+    stock = data_folder.exchange
 
     def late(*paths):
         (tmp_path / "data" / "late.txt").write_text("mine", encoding="utf-8")
         return stock(*paths)
 
-    monkeypatch.setattr(place, "exchange", late)
+    monkeypatch.setattr(data_folder, "exchange", late)
     assert cli.main([*line.split(), "--overwrite", "--split-seed", "2"]) == 0
     assert "kept, as prepare did not write all that is in it" in capsys.readouterr().err
     assert [path.read_text() for path in tmp_path.rglob("late.txt")] == ["mine"]
@@ -229,7 +229,7 @@ def test_two_at_once_are_one_line_for_the_second(tmp_path, line, capsys):
 def test_without_a_step_of_the_kernel_there_are_two_renames(tmp_path, line, monkeypatch):
     assert cli.main(line.split()) == 0
     old = contents(tmp_path / "data")
-    monkeypatch.setattr(place, "exchange", lambda one, other: False)
+    monkeypatch.setattr(data_folder, "exchange", lambda one, other: False)
     assert cli.main([*line.split(), "--overwrite", "--split-seed", "2"]) == 0
     assert contents(tmp_path / "data") != old
     assert sorted(os.listdir(tmp_path)) == ["a.txt", "data"]
