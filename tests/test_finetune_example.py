@@ -77,7 +77,7 @@ def test_every_recipe_becomes_flags_that_fairseq_train_takes(tmp_path):
         flags = example.recipe_flags(names)
         assert bool(flags) == (row != "plain")
         command = f"{tmp_path} --task multiple_choice --arch moe_lm_tiny".split()
-        command += ["--criterion", "multiple_choice", "--lr", "0.1", *flags]
+        command += ["--criterion", "multiple_choice", "--lr", "0.1", "--batch-size", "32", *flags]
         args = options.parse_args_and_arch(options.get_training_parser(), command)
         assert args.moe_freeze == {"frozen experts": "experts"}.get(
             row, "gate" if "freeze_gate" in names else "none"
