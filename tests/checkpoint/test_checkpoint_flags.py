@@ -51,6 +51,7 @@ def test_flags_of_checkpoints_mean_what_they_mean(data, tmp_path, flags, names):
         ("--finetune-from-model dict.txt --restore-file x.pt", "--restore-file"),
         ("--save-dir dict.txt", "--save-dir dict.txt: dict.txt is not a folder"),
         ("--save-dir dict.txt/run", "--save-dir dict.txt/run: dict.txt is not a folder"),
+        ("--save-dir /proc/run", "--save-dir /proc/run: cannot be written to"),
     ],
 )
 def test_flags_that_cannot_be_followed_end_in_one_line(
