@@ -19,6 +19,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_default_options = {"members": True, "undoc-members": False, "show-inheritance": True}
 napoleon_numpy_docstring = False
+suppress_warnings = ["ref.python"]  # several NamedTuples have a field of the same name
 
 FLAGS = Path(__file__).with_name("flags.md")
 FLAGS_HEAD = """# Flags

@@ -1,10 +1,11 @@
-"""The README's commands and Python, as they stand there, on a little text and in small."""
+"""The commands and Python of README and docs/, as they stand there, on little text and in small."""
 
 import gzip
 import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,6 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 # The commands are run as printed, with these flags behind them, of which the last count.
 SMALL = """
@@ -22,6 +22,13 @@ fairseq-train() { command fairseq-train "$@" $SIZE --cpu --num-workers 0; }
 fairseq-eval-lm() { command fairseq-eval-lm "$@" --tokens-per-sample 32 --cpu --num-workers 0; }
 fairseq-validate() { command fairseq-validate "$@" --cpu --num-workers 0; }
 torchrun() { command torchrun "$@" $SIZE --cpu --num-workers 0; }
+fairseq-interactive() { command fairseq-interactive "$@" --cpu; }
+python() {
+    case "$*" in
+        *stdlib*) test -d "$(command python "$@")/email" && echo lib ;;
+        *) command python "$@" ;;
+    esac
+}
 fairseq-moe() {
     case "$1" in
         evaluate) command fairseq-moe "$@" --cpu ;;
@@ -38,21 +45,27 @@ fairseq-hydra-train() {
 """
 
 
-def section(title):
-    """The text of a section, without its heading."""
-    assert f"\n## {title}\n" in README, title
-    return re.split(r"^## ", README.split(f"\n## {title}\n")[1], flags=re.M)[0]
+def text_of(page):
+    return (REPOSITORY / page).read_text(encoding="utf-8")
 
 
-def blocks(title, language, part=slice(None)):
-    found = re.findall(rf"^```{language}\n(.*?)^```", section(title), flags=re.M | re.S)[part]
-    assert found, (title, language)
+def section(page, title):
+    """The text of a section of a page, without its heading."""
+    assert f"\n## {title}\n" in text_of(page), (page, title)
+    return re.split(r"^## ", text_of(page).split(f"\n## {title}\n")[1], flags=re.M)[0]
+
+
+def blocks(page, language="bash", title=None):
+    """The code blocks of a page, or of one of its sections."""
+    text = section(page, title) if title else text_of(page)
+    found = re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.M | re.S)
+    assert found, (page, language, title)
     return "".join(found)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with the text that the README speaks of, and the repository's configs."""
+    """A folder with the files that README and docs name."""
     path = tmp_path_factory.mktemp("readme")
     rng = random.Random(0)
 
@@ -94,61 +107,90 @@ def run(folder, *command):
     return output
 
 
-def script(folder, title, part=slice(None)):
-    """Run a section's commands; what they print."""
-    return run(folder, "bash", "-euo", "pipefail", "-c", SMALL + blocks(title, "bash", part))
+def script(folder, page, title=None):
+    """Run a page's commands, or those of one of its sections; what they print."""
+    return run(folder, "bash", "-euo", "pipefail", "-c", SMALL + blocks(page, "bash", title))
 
 
 @pytest.fixture(scope="module")
 def trained(folder):
-    """What the sections after these two start from."""
-    output = script(folder, "Prepare your own text")
+    """What the pages after these two start from."""
+    output = script(folder, "docs/prepare.md")
     assert re.search(r"mail \(held out\) +test +\d+", output)
     assert (folder / "more" / "letters" / "test.bin").stat().st_size > 0
 
-    output = script(folder, "Train")
+    output = script(folder, "docs/train.md")
     assert len(re.findall(r"done training", output)) == 2
     return folder
 
 
+@pytest.mark.timeout(900)
+def test_the_readme(folder):
+    """Its lines run, log the metrics that it shows, and print the table that it shows."""
+    (folder / "readme").mkdir()
+    (folder / "readme" / "lib").symlink_to(folder / "text" / "code")
+    (folder / "text" / "code" / "email").mkdir()
+    for i in range(10):
+        shutil.copy(folder / "text" / "code" / f"{i}.py", folder / "text" / "code" / "email")
+    output = script(folder / "readme", "README.md")
+    shown, table, _ = re.findall(r"^```text\n(.*?)^```", section("README.md", "Train a model") +
+                                 "```text\n```", flags=re.M | re.S)  # fmt: skip
+    metrics = set(re.findall(r"(\w+)=", shown))
+    assert {"inner_loss", "moe_gate_loss", "ppl"} < metrics
+    logged = re.search(r"\| train \| (.*)", output)[1]
+    assert metrics <= {part.split()[0] for part in logged.split(" | ")}
+    assert table.split("\n")[0].split() in [line.split() for line in output.splitlines()]
+
+
 @pytest.mark.timeout(900)  # some two minutes on two cores
 def test_commands(trained):
-    """Section by section, each on what the one before left behind."""
-    output = script(trained, "A mixture of corpora")
+    """Page by page, each on what the one before left behind."""
+    output = script(trained, "docs/mixture.md")
     for key in ("stories_ppl", "code_ppl", "mail_ppl", "in_domain_ppl", "out_of_domain_ppl"):
         assert re.search(rf"\b{key} [\d.]+", output), key
 
-    output = script(trained, "Evaluate")
+    output = script(trained, "docs/evaluate.md", "One set")
     assert re.search(r"Loss \(base 2\): [\d.]+, Perplexity: [\d.]+", output)
-    output = run(trained, sys.executable, "-c", blocks("Evaluate", "python"))
+    output = run(trained, sys.executable, "-c", blocks("docs/generate.md", "python"))
     assert re.search(r"tensor\(\[-[\d.]+", output)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_commands_on_a_trained_model(trained):
-    output = script(trained, "Scale out")
+    output = script(trained, "docs/scaling.md")
     assert re.search(r"training on 2 devices", output)
     assert (trained / "runs" / "two" / "experts").is_dir()
 
-    output = script(trained, "Convert")
+    output = script(trained, "docs/convert.md")
     assert output.count("experts a sparse layer") == 4
-    assert len(list((trained / "spread" / "experts").glob("*.pt"))) == 4
+    assert len(list((trained / "sharded" / "experts").glob("*.pt"))) == 4
 
-    output = script(trained, "Study", slice(2))
-    assert "GPT-3 175B" in output
+    assert len(re.findall(r"loops?, best of", script(trained, "docs/performance.md"))) == 2
+    assert "GPT-3 175B" in script(trained, "docs/study.md", "Cost")
+    output = script(trained, "docs/evaluate.md", "Many sets at once")
     assert re.search(r"^letters +", output, flags=re.M) and "capacity" in output
     assert (trained / "capacity.html").is_file()
 
-    output = script(trained, "Fine-tune")
+    output = script(trained, "docs/finetuning.md")
     assert output.count("20 questions; right answer: 0 50.0 %, 1 50.0 %") == 3
     assert re.search(r"test \| .*accuracy [\d.]+", output)
 
-    output = script(trained, "Prime")
+    output = script(trained, "docs/priming.md")
     assert re.search(r"sst2 +sum +4 +5 +[\d.]+ +[\d.]+ of 25 +[\d.]+", output)
 
-    script(trained, "Hydra")
+    assert re.search(r"^H-\d+", script(trained, "docs/generate.md"), flags=re.M)
+
+    script(trained, "docs/hydra.md")
     assert list((trained / "outputs").rglob("checkpoint_best.pt"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_router_of_the_example(trained):
+    (trained / "examples").symlink_to(REPOSITORY / "examples")
+    output = script(trained, "examples/add_a_router/README.md")
+    assert re.search(r"Perplexity: [\d.]+", output)
 
 
 STUDY = """
@@ -169,16 +211,47 @@ moe: {arch: moe_lm_tiny, sizes: {s: {decoder-embed-dim: 8}, m: {decoder-embed-di
 def test_the_study(trained):
     """`fairseq-moe study`, with a smaller file than the one named, and `fairseq-moe report`."""
     (trained / "small.yaml").write_text(STUDY)
-    output = script(trained, "Study", slice(2, None))
+    output = script(trained, "docs/study.md", "Compare two families")
     assert "4 of 4 runs" in output
     assert (trained / "runs" / "study" / "report.html").is_file()
 
 
-def test_the_page_on_fine_tuning_shows_the_same_commands():
-    page = (REPOSITORY / "docs" / "finetuning.md").read_text(encoding="utf-8")
-    assert re.findall(r"^```bash\n(.*?)^```", page, flags=re.M | re.S) == [
-        blocks("Fine-tune", "bash")
-    ]
+RUN = {"README.md", "examples/add_a_router/README.md", "examples/quickstart/README.md"} | {
+    f"docs/{name}.md"
+    for name in ("convert", "evaluate", "finetuning", "generate", "hydra", "mixture", "prepare")
+    + ("performance", "priming", "scaling", "study", "train")
+}
+NOT_RUN = {"docs/released_models.md"}  # commands on downloads of 29 GB
+PAGES = [
+    path.relative_to(REPOSITORY).as_posix()
+    for pattern in ("*.md", "docs/*.md", "examples/*/README.md")
+    for path in sorted(REPOSITORY.glob(pattern))
+]
+
+
+def test_every_page_with_commands_is_run():
+    """Here, or in test_quickstart.py."""
+    assert {page for page in PAGES if "```bash\n" in text_of(page)} == RUN | NOT_RUN
+
+
+def test_the_readme_is_short():
+    assert len(text_of("README.md").splitlines()) <= 200
+
+
+def anchors(page):
+    """The names by which links reach the headings of a page, as GitHub and MyST make them."""
+    headings = re.findall(r"^#+ (.*)", re.sub(r"```.*?```", "", text_of(page), flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    """flags.md is written when the site is built."""
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text_of(page)):
+        path, _, anchor = link.partition("#")
+        target = (REPOSITORY / page).parent / path if path else REPOSITORY / page
+        assert target.exists() or target.name == "flags.md", link
+        assert not anchor or anchor in anchors(target.resolve().relative_to(REPOSITORY)), link
 
 
 def test_flags_of_the_tables_exist():
@@ -186,7 +259,7 @@ def test_flags_of_the_tables_exist():
     from fairseq_moe_ext.criterions.moe_cross_entropy import MoECrossEntropyConfig
 
     known = {*vars(MoETransformerLMConfig())} | {*vars(MoECrossEntropyConfig())}
-    named = re.findall(r"`--([a-z0-9-]+)", section("Train"))
+    named = re.findall(r"`--([a-z0-9-]+)", text_of("docs/train.md"))
     stock = {"arch", "task", "fp16", "memory-efficient-fp16", "bf16", "update-freq"}
     stock |= {"best-checkpoint-metric", "optimizer"}
     assert len(named) > 15
@@ -197,24 +270,39 @@ def test_flags_of_the_tables_exist():
 def test_architectures_of_the_table_exist():
     from fairseq_moe_ext.models.architectures import ARCHITECTURES
 
-    assert set(re.findall(r"^\| `(\w+)`", section("Architectures"), flags=re.M)) == set(
-        ARCHITECTURES
-    )
+    table = section("docs/train.md", "Architectures")
+    assert set(re.findall(r"^\| `(\w+)`", table, flags=re.M)) == set(ARCHITECTURES)
 
 
-def test_make_has_the_targets_that_are_named():
-    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
-    for target in set(re.findall(r"(?:`|^)(?:\w+=\S+ )?make ([a-z-]+)", README, flags=re.M)):
+@pytest.mark.parametrize("page", PAGES)
+def test_make_has_the_targets_that_are_named(page):
+    makefile = text_of("Makefile")
+    for target in set(re.findall(r"(?:`|^)(?:\w+=\S+ )?make\s([a-z-]+)", text_of(page), re.M)):
         assert re.search(rf"^{target}:", makefile, flags=re.M), target
 
 
-def test_the_map_names_files_that_exist():
-    tree = re.search(r"```text\n(fairseq_moe_ext/.*?)```", section("The map of the code"), re.S)
+def test_the_map_is_complete_and_names_what_exists():
+    tree = section("README.md", "The map of the code").split("```text\n")[1].split("```")[0]
+    named = {"": set()}
     folder = ""
-    for line in tree.group(1).splitlines():
+    for line in tree.splitlines():
         name = line.split()[0]
-        if line.startswith("  "):
-            assert (REPOSITORY / folder / name).exists(), name
-        else:
+        if not line.startswith("  "):
             folder = name
-            assert (REPOSITORY / name).exists(), name
+            named[""].add(name)
+            named[folder] = set()
+        else:
+            named[folder].add(name)
+        assert (REPOSITORY / (folder + name if line.startswith("  ") else name)).exists(), name
+
+    def visible(folder, *hidden):
+        return {
+            path.name + "/" * path.is_dir()
+            for path in folder.iterdir()
+            if path.name[0] not in "._" and path.name not in hidden
+        }
+
+    assert named["fairseq_moe_ext/"] == visible(REPOSITORY / "fairseq_moe_ext", "py.typed")
+    listed = run(REPOSITORY, "git", "ls-files") if (REPOSITORY / ".git").exists() else ""
+    folders = {line.split("/")[0] + "/" for line in listed.splitlines() if "/" in line}
+    assert {name for name in folders if name[0] != "."} <= named[""]

@@ -1,11 +1,11 @@
-"""Routers: from tokens to a routing. A new one is a subclass under a name of its own:
+"""Routers: from tokens to a routing. To add one, register a subclass under a name::
 
     @register_router("mine")
     class MyRouter(TopKRouter):
         def logits(self, x): ...      # (T, D) -> (T, E), and, or
         def route(self, logits, ...): ...
 
-`--moe-router mine` takes it. examples/add_a_router is such a plugin, whole.
+`--moe-router mine` selects it. examples/add_a_router is a complete plugin of this kind.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ class GateSettings(NamedTuple):
     def check(self, num_experts: int) -> None:
         """Raise ValueError for a setting that would silently be another."""
         if not 1 <= self.top_k <= num_experts:
-            raise ValueError(f"top_k {self.top_k}: a token goes to 1 to all {num_experts} experts")
+            raise ValueError(
+                f"top_k {self.top_k}: a token can go to 1 to all {num_experts} experts"
+            )
         if self.second_expert_policy not in RUNNER_UP_POLICIES:
             policies = ", ".join(RUNNER_UP_POLICIES)
             raise ValueError(f"second_expert_policy {self.second_expert_policy!r}: use {policies}")
@@ -54,7 +56,7 @@ class GateSettings(NamedTuple):
         if not -math.inf < fraction <= 1:
             raise ValueError(
                 f"eval_token_fraction {fraction}: use a share of the batch, above 0 up to 1, or a "
-                "negative number for training's rule"
+                "negative number for the rule of training"
             )
 
 
