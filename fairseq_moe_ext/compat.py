@@ -469,26 +469,33 @@ def _checkpoint_types() -> list:
     import numpy
     from fairseq.data import Dictionary
 
-    rebuild = numpy.float64(0).__reduce__()[0]  # numpy's function that makes a scalar again
-
-    def rebuild_renamed(*args):
-        return rebuild(*args)
-
-    # numpy 1 called it numpy.core.multiarray.scalar, numpy 2 numpy._core.multiarray.scalar; a file
-    # may come from the other.
-    core = "numpy.core" if rebuild.__module__.startswith("numpy._core") else "numpy._core"
-    rebuild_renamed.__module__ = core + ".multiarray"
-    rebuild_renamed.__name__ = rebuild_renamed.__qualname__ = "scalar"
+    # numpy's functions that make a scalar and an array again: logged values, such as the counts of
+    # stock's --eval-bleu
+    rebuilding = [value.__reduce__()[0] for value in (numpy.float64(0), numpy.zeros(1))]
     dtypes = {type(numpy.dtype(code)) for code in "?bBhHiIlLqQefd"}
     return [
         argparse.Namespace,  # args of models without a dataclass, and of all before fairseq 0.10
         Dictionary,  # task_state of some published models
         numpy.dtype,
+        numpy.ndarray,
         *dtypes,
-        rebuild,  # logged values that are numpy scalars
-        rebuild_renamed,
+        *rebuilding,
+        *map(_under_the_other_name, rebuilding),
         _codecs.encode,
     ]
+
+
+def _under_the_other_name(function):
+    """The function as numpy 1 (numpy.core.multiarray) and 2 (numpy._core.multiarray) call it: a
+    file may come from the other."""
+
+    def renamed(*args):
+        return function(*args)
+
+    core = "numpy.core" if function.__module__.startswith("numpy._core") else "numpy._core"
+    renamed.__module__ = core + ".multiarray"
+    renamed.__name__ = renamed.__qualname__ = function.__name__
+    return renamed
 
 
 def load_weights_only(file, map_location=None, mmap: bool = False):

@@ -7,7 +7,9 @@ see the rest. Each names the place in fairseq 0.12.2 that it wraps.
 
 import ast
 import functools
+import glob
 import importlib.util
+import re
 from typing import Any, Callable, Dict, List, Mapping
 
 import torch
@@ -79,6 +81,9 @@ def check(given: Mapping[str, Any], spell: Spell, training: bool) -> None:
     # fairseq-interactive may read its --input from a pipe
     files.check_named({k: v for k, v in given.items() if k not in ("log_file", "input")})
     outputs.check_of_fairseq(given, spell)
+    for name in ("quantization_config_path", "ema_seed_model", "lm_path"):
+        if given.get(name) is not None:
+            _check_is_there(given[name], f"{spell(name)} {given[name]}")
     for name in ("model_overrides", "optimizer_overrides"):
         _check_overrides(given.get(name), spell(name))
     _check_what_is_not_here(given, spell)
@@ -110,6 +115,12 @@ def _check_overrides(value: Any, spelled: str) -> None:
             "computing"
         )
     ranges.check(found, lambda name: f"{spelled} {name!r}:")
+
+
+def _check_is_there(path: str, where: str) -> None:
+    """fairseq opens it late (fairseq/trainer.py:262), without naming the flag."""
+    if not glob.glob(f"{glob.escape(re.sub('[.]pt$', '', path))}-*.pt"):  # written in parts
+        files.check(path, where)
 
 
 _NOT_FOR_US = {
@@ -206,7 +217,9 @@ def _check_kinds(given: Mapping[str, Any], spell: Spell) -> None:
     """Other criterions and models of stock's end in an exception at the first batch."""
     name = given.get("criterion")
     kind = CRITERION_REGISTRY.get(name)
-    if kind is not None and kind.__module__.startswith("fairseq.") and name not in _CRITERIONS:
+    adaptive = name == "adaptive_loss" and given.get("adaptive_softmax_cutoff")  # stock's models
+    known = name in _CRITERIONS or adaptive
+    if kind is not None and kind.__module__.startswith("fairseq.") and not known:
         raise UserError(
             f"{spell('criterion')} {name} is not for these models: use moe_cross_entropy, or "
             f"{', '.join(_CRITERIONS)}"
@@ -333,14 +346,16 @@ def _tell_of_batches_that_cannot_be() -> None:
     stock = data_utils.batch_by_size
 
     @functools.wraps(stock)
-    def batch_by_size(indices, num_tokens_fn, *args, **kwargs):
+    def batch_by_size(
+        indices, num_tokens_fn, num_tokens_vec=None, max_tokens=None, *args, **kwargs
+    ):
         try:
-            return stock(indices, num_tokens_fn, *args, **kwargs)
+            return stock(indices, num_tokens_fn, num_tokens_vec, max_tokens, *args, **kwargs)
         except AssertionError as error:
             longest = max(num_tokens_fn(index) for index in indices)
             raise UserError(
-                f"--max-tokens is less than the longest sample, of {longest} tokens: raise it (and "
-                "--max-tokens-valid) to that, or lower --tokens-per-sample"
+                f"--max-tokens (--max-tokens-valid) {max_tokens} is less than the longest sample, "
+                f"of {longest} tokens: raise it to that, or lower --tokens-per-sample"
             ) from error
 
     data_utils.batch_by_size = batch_by_size

@@ -282,10 +282,19 @@ def test_a_checkpoint_with_settings_and_numpy_numbers_loads(tmp_path):
     path = str(tmp_path / "x.pt")
     args = argparse.Namespace(arch="transformer_lm", lr=[0.1])
     best = [numpy.float64(1.5), numpy.float32(2.5), numpy.int64(3)]
-    torch.save(state(note=args, best=best, names=OrderedDict(a=1)), path)
+    counts = numpy.array([3, 2, 1, 0])  # stock's --eval-bleu logs such
+    torch.save(state(note=args, best=best, counts=counts, names=OrderedDict(a=1)), path)
     loaded = checkpoint_utils.load_checkpoint_to_cpu(path)
     assert loaded["note"] == args
     assert loaded["best"] == best
+    assert (loaded["counts"] == counts).all()
+
+
+def test_an_array_of_objects_is_refused(tmp_path):
+    torch.save(state(best=numpy.array([Touch(str(tmp_path / "made"))])), tmp_path / "x.pt")
+    with pytest.raises(UserError, match="x.pt: "):
+        checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / "x.pt"))
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])

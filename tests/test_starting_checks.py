@@ -90,6 +90,8 @@ def test_stocks_defaults_are_in_range():
         (dict(stop_min_lr=1.0, lr=[0.1]), "--stop-min-lr 1.0 is not below --lr 0.1"),
         (dict(self_target=True), "--self-target: these models predict the next token"),
         (dict(write_checkpoints_asynchronously=True), "iopath"),
+        (dict(ema_seed_model="no/x.pt"), "--ema-seed-model no/x.pt: cannot be read (No such file"),
+        (dict(quantization_config_path="/"), "--quantization-config-path /: a folder, not a file"),
     ],
 )
 def test_flags_that_contradict_in_training(changes, words, monkeypatch):
@@ -97,6 +99,14 @@ def test_flags_that_contradict_in_training(changes, words, monkeypatch):
     with pytest.raises(UserError) as error:
         starting.check_command_line(Namespace(**{**OURS, **changes}))
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_stocks_adaptive_softmax_is_trained_with_its_criterion():
+    ours = {**OURS, "arch": "transformer_lm", "task": "mixture_language_modeling"}
+    given = {**ours, "criterion": "adaptive_loss"}
+    starting.check_command_line(Namespace(**given, adaptive_softmax_cutoff="50,100"))
+    with pytest.raises(UserError, match="--criterion adaptive_loss is not for these"):
+        starting.check_command_line(Namespace(**given))
 
 
 def test_the_end_of_a_schedule_may_be_its_own():
@@ -222,7 +232,7 @@ MIXTURE += " --moe-expert-count 2 --batch-size 4 --max-update 1"
         ("--best-checkpoint-metric los", "los: validation on valid does not give it; it gives"),
         ("--best-checkpoint-metric big_pppl", "in_domain_ppl, out_of_domain_ppl"),
         ("--best-checkpoint-metric nll_loss", "loss, inner_loss, ppl, moe_gate_loss"),
-        ("--max-tokens-valid 8", "--max-tokens is less than the longest sample, of 32 tokens"),
+        ("--max-tokens-valid 8", "--max-tokens-valid) 8 is less than the longest sample, of 32"),
         ("--valid-subset vaild", "subset vaild: no such data-bin"),
         ("--zero-sharding os", "--zero-sharding os is for several processes"),
     ],
