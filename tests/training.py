@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from processes import run_processes
 
 import fairseq_moe_ext
 from fairseq_moe_ext import distributed_training
+from fairseq_moe_ext.checkpoint.format import MANIFEST, Manifest
 from fairseq_moe_ext.errors import UserError
 
 GLOBAL_BATCH, SAVED, UPDATES = 8, 4, 14  # sentences; the updates before and after the checkpoint
@@ -109,9 +111,13 @@ def referred_files(folder):
     """Expert files that the checkpoints of a folder refer to."""
     found = set()
     for path in Path(folder).glob("*.pt"):
-        manifest = torch.load(path, weights_only=True).get("experts", {"files": ()})
-        found |= {file["name"].split("/")[1] for file in manifest["files"]}
+        manifest = manifest_of(path)
+        found |= {Path(file.name).name for file in manifest.files} if manifest else set()
     return found
+
+
+def manifest_of(path):
+    return Manifest.read(str(path), torch.load(path, weights_only=True))
 
 
 SHARDED = "--ddp-backend fully_sharded --min-params-to-wrap"
@@ -144,13 +150,13 @@ def copy_of(runs, tmp_path, world=2, experts=4):
     folder, _ = runs(world, experts)
     shutil.copytree(folder, tmp_path / "copy")
     path = tmp_path / "copy" / "checkpoint_last.pt"
-    manifest = torch.load(path, weights_only=True)["experts"]
-    return path, [path.parent / file["name"] for file in manifest["files"]]
+    return path, [path.parent / file.name for file in manifest_of(path).files]
 
 
 def fit_manifest(path, files):
     """Let the checkpoint's entry for files[1] be of that file as it is now."""
-    state = torch.load(path, weights_only=True)
+    manifest = manifest_of(path)
     size, digest = files[1].stat().st_size, hashlib.sha256(files[1].read_bytes()).hexdigest()
-    state["experts"]["files"][1].update(bytes=size, sha256=digest)
-    torch.save(state, path)
+    manifest.files[1] = replace(manifest.files[1], bytes=size, sha256=digest)
+    state = torch.load(path, weights_only=True)
+    torch.save({**state, MANIFEST: manifest.write()}, path)

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from processes import run_processes
-from training import TRAIN, error_of, expert_files, referred_files, train, train_on
+from training import TRAIN, error_of, expert_files, manifest_of, referred_files, train, train_on
 
 
 @pytest.mark.parametrize(
@@ -34,9 +34,8 @@ def test_flags_of_checkpoints_mean_what_they_mean(data, tmp_path, flags, names):
     assert [name.strip("_") for name in found[2]] == sorted(names.split())
     assert expert_files(tmp_path / "2") == referred_files(tmp_path / "2")
     if "--no-save-optimizer-state" in flags:
-        path = str(tmp_path / "2" / "checkpoint_last.pt")
-        for file in torch.load(path, weights_only=True)["experts"]["files"]:
-            assert torch.load(tmp_path / "2" / file["name"], weights_only=True)["optimizer"] == {}
+        for file in manifest_of(tmp_path / "2" / "checkpoint_last.pt").files:
+            assert torch.load(tmp_path / "2" / file.name, weights_only=True)["optimizer"] == {}
         rest = [
             train_on(1, f"{line} --save-dir {tmp_path / str(w)} --max-update 2") for w in (1, 2)
         ]

@@ -14,6 +14,7 @@ from training import (
     copy_of,
     error_of,
     expert_files,
+    manifest_of,
     perplexity,
     referred_files,
     train,
@@ -21,7 +22,7 @@ from training import (
 )
 
 from fairseq_moe_ext.checkpoint import removing
-from fairseq_moe_ext.checkpoint.format import VERSION
+from fairseq_moe_ext.checkpoint.format import MANIFEST, VERSION, Manifest, Piece
 from fairseq_moe_ext.kernels.expert_ffn import scale_gradient
 from fairseq_moe_ext.models import language_model
 from fairseq_moe_ext.moe.experts import Experts, GroupedLinear
@@ -51,8 +52,7 @@ def test_a_matrix_more_of_the_experts_is_saved_with_them(data, tmp_path):
     often = f"--save-interval-updates {SAVED} --keep-interval-updates -1"
     losses = run_processes(2, train_wider, 2, f"{line} {often}")[0]
     path = tmp_path / f"checkpoint_1_{SAVED}.pt"
-    manifest = torch.load(path, weights_only=True)["experts"]
-    assert "decoder.layers.1.moe_layer.experts.fc3.weight" in manifest["indices"]
+    assert "decoder.layers.1.moe_layer.experts.fc3.weight" in manifest_of(path).indices
     again = f"{line} --restore-file {path} --no-save"
     assert run_processes(2, train_wider, 2, again)[0] == losses[SAVED:]
     assert train_wider(0, 1, again) == pytest.approx(losses[SAVED:], rel=1e-5)
@@ -82,22 +82,22 @@ def test_each_process_writes_its_own_experts_once(data, runs):
         folder, _ = runs(world, experts)
         state = torch.load(folder / "checkpoint_last.pt", weights_only=True)
         assert not any(".experts." in name for name in state["model"])
-        manifest = state["experts"]
-        assert len(manifest["files"]) == files and manifest["world_size"] == world
+        manifest = Manifest.read("", state)
+        assert len(manifest.files) == files and manifest.world_size == world
         saved = state["last_optimizer_state"]
-        assert not set(manifest["indices"].values()) & set(saved["state"])
-        for i, file in enumerate(manifest["files"]):
-            assert (file["first"], file["count"]) == (i * experts // 2, experts // 2)
-            content = torch.load(folder / file["name"], weights_only=True)
-            assert content["model"].keys() == content["optimizer"].keys()
-            assert {len(value) for value in content["model"].values()} == {experts // 2}
+        assert not set(manifest.indices.values()) & set(saved["state"])
+        for i, file in enumerate(manifest.files):
+            assert (file.first, file.count) == (i * experts // 2, experts // 2)
+            piece = Piece.read(torch.load(folder / file.name, weights_only=True))
+            assert piece.model.keys() == piece.optimizer.keys()
+            assert {len(value) for value in piece.model.values()} == {experts // 2}
         assert expert_files(folder) == referred_files(folder)
 
 
 def test_a_newer_format_is_refused(data, runs, tmp_path):
     path, _ = copy_of(runs, tmp_path)
     state = torch.load(path, weights_only=True)
-    state["experts"]["format"] = VERSION + 1
+    state[MANIFEST]["format"] = VERSION + 1
     torch.save(state, path)
     assert "install the version" in error_of(0, perplexity, 1, f"{data} {EVAL} --path {path}")
 

@@ -22,6 +22,8 @@ from training import (
     train_on,
 )
 
+from fairseq_moe_ext.checkpoint.format import Manifest
+
 
 @pytest.mark.parametrize(
     "then, options",
@@ -84,15 +86,12 @@ def test_files_tell_nothing_of_sharding(runs, sharded_run):
     files = []
     for folder, _ in (runs(2, 4), sharded_run):
         state = torch.load(folder / f"checkpoint_1_{SAVED}.pt", weights_only=True)
-        experts = [
-            torch.load(folder / f["name"], weights_only=True) for f in state["experts"]["files"]
-        ]
+        manifest = Manifest.read("", state)
+        experts = [torch.load(folder / file.name, weights_only=True) for file in manifest.files]
         for content in experts:
             del content["save"]
-        indices = state["experts"]["indices"]
-        files.append(
-            (state.keys(), state["model"], state["last_optimizer_state"], indices, experts)
-        )
+        whole = state["model"], state["last_optimizer_state"], manifest.indices
+        files.append((state.keys(), *whole, experts))
     assert files[0][0] == files[1][0]
     for one, other in zip(files[0][1:4], files[1][1:4]):
         assert_alike(one, other)

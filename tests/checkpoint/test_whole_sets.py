@@ -13,7 +13,16 @@ from fairseq.trainer import Trainer
 from fairseq_cli import train as fairseq_train
 from fairseq_cli import validate as fairseq_validate
 from processes import run_processes
-from training import EVAL, TRAIN, error_of, eval_lm_command, perplexity, settings, train_on
+from training import (
+    EVAL,
+    TRAIN,
+    error_of,
+    eval_lm_command,
+    manifest_of,
+    perplexity,
+    settings,
+    train_on,
+)
 
 from fairseq_moe_ext import fingerprint
 from fairseq_moe_ext.errors import UserError
@@ -137,8 +146,8 @@ def test_each_file_is_read_once(data, runs):
     """And on two processes, no process reads the other's experts."""
     folder, _ = runs(2, 4)
     line = f"{data} {EVAL} --path {folder}/checkpoint_last.pt"
-    manifest = torch.load(folder / "checkpoint_last.pt", weights_only=True)["experts"]
-    experts = [os.path.basename(file["name"]) for file in manifest["files"]]
+    files = manifest_of(folder / "checkpoint_last.pt").files
+    experts = [os.path.basename(file.name) for file in files]
     assert files_read(0, 1, line) == sorted(["checkpoint_last.pt", *experts])
     for rank, names in enumerate(run_processes(2, files_read, 2, line)):
         assert names == sorted(["checkpoint_last.pt", experts[rank]])
@@ -151,10 +160,10 @@ def test_from_pretrained(data, runs):
     folder, _ = runs(2, 4)
     hub = MoETransformerLanguageModel.from_pretrained(str(folder), "checkpoint_last.pt", data)
     state = hub.models[0].state_dict()
-    manifest = torch.load(folder / "checkpoint_last.pt", weights_only=True)["experts"]
-    files = [torch.load(folder / f["name"], weights_only=True) for f in manifest["files"]]
-    for name in manifest["indices"]:
-        assert torch.equal(state[name], torch.cat([file["model"][name] for file in files]))
+    manifest = manifest_of(folder / "checkpoint_last.pt")
+    pieces = [torch.load(folder / file.name, weights_only=True) for file in manifest.files]
+    for name in manifest.indices:
+        assert torch.equal(state[name], torch.cat([piece["model"][name] for piece in pieces]))
     assert hub.score("w1 w2 w3")["positional_scores"].shape == (3,)
     with pytest.raises(UserError, match="nowhere: no such folder"):
         type(hub.models[0]).from_pretrained("nowhere")
