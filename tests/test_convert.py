@@ -10,11 +10,7 @@ from pathlib import Path
 import branch_files
 import pytest
 import torch
-from fairseq import checkpoint_utils
-from fairseq_cli import train as fairseq_train
-from pickles import RunsCode
-from small_models import TYPES, build_model
-from test_branch_checkpoint import (
+from branch_checkpoints import (
     REFERENCE,
     REPORTED,
     needs_reference,
@@ -22,6 +18,10 @@ from test_branch_checkpoint import (
     remembered,
     write_small,
 )
+from fairseq import checkpoint_utils
+from fairseq_cli import train as fairseq_train
+from pickles import RunsCode
+from small_models import TYPES, build_model
 from training import SAVED, TRAIN, expert_files, make_data, settings, train_on
 
 from fairseq_moe_ext.branch.files import BranchFiles, find

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from branch_checkpoints import SMALL
 from branch_files import random_tensors, write, write_dense
 from fairseq.data import Dictionary, indexed_dataset
-from test_branch_checkpoint import SMALL
 
 from fairseq_moe_ext import finding
 

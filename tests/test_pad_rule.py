@@ -7,11 +7,11 @@ import plain_decoder
 import pytest
 import reference
 import torch
+from branch_checkpoints import ADAM, change, make_data_bin, perplexities, write_small
+from branch_checkpoints import SMALL as BRANCH_SMALL
 from fairseq import checkpoint_utils
 from fairseq.data.indexed_dataset import MMapIndexedDataset
 from small_models import MOE, PAD, TYPES, build_model, build_stock_model, make_task, random_tokens
-from test_branch_checkpoint import ADAM, change, make_data_bin, perplexities, write_small
-from test_branch_checkpoint import SMALL as BRANCH_SMALL
 from updates import as_sample, batches, configure, make_trainer, record
 
 from fairseq_moe_ext.moe.router import TopKRouter

@@ -1,0 +1,69 @@
+"""The layout of the released models, from their names to perplexities."""
+
+import branch_files
+import pytest
+from branch_checkpoints import SMALL, USER_DIR, make_data_bin, perplexities, run
+from fairseq.data import Dictionary
+
+from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """A folder laid out as en_moe_lm_15b, of small width."""
+    folder = tmp_path_factory.mktemp("released")
+    settings = {
+        **branch_files.RELEASED_15B,
+        "decoder_embed_dim": 24,
+        "decoder_ffn_embed_dim": 32,
+    }
+    branch_files.write(str(folder), settings, 50264, 64, branch_files.random_tensors())
+    return folder
+
+
+def gpt2_dictionary(lines, padding=0):
+    dictionary = Dictionary()
+    for i in range(lines):
+        dictionary.add_symbol(str(i), n=1)
+    for i in range(padding):
+        dictionary.add_symbol(f"madeupword{1000 + i}", n=0)
+    return dictionary
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_released_layout_goes_all_the_way(released, tmp_path, world):
+    data = make_data_bin(tmp_path, gpt2_dictionary(50260))
+    assert len((tmp_path / "dict.txt").read_text().splitlines()) == 50260
+    results = [
+        perplexities(
+            world,
+            data,
+            *("--path", released / "model.pt", "--batch-size", "1", "--tokens-per-sample", "32"),
+            *("--sample-break-mode", "eos"),
+            "--model-overrides",
+            "{'world_size': 4, 'moe_eval_capacity_token_fraction': 1.0, "
+            f"'moe_experts_on_disk': {on_disk}}}",
+        )
+        for on_disk in (False, True)
+    ]
+    assert results[0] == results[1] and 1e3 < results[0][0] < 1e6
+
+
+def test_a_dictionary_of_another_size_is_told_with_its_remedy(
+    released, tmp_path, capsys, monkeypatch
+):
+    data = make_data_bin(tmp_path, gpt2_dictionary(50257))
+    line = f"{data} --path {released}/model.pt --user-dir {USER_DIR} --gen-subset valid --cpu"
+    status, err = run(capsys, monkeypatch, "eval_lm", line)
+    errors = [line for line in err.splitlines() if line.startswith("error:")]
+    assert status == 1 and len(errors) == 1
+    assert "50264" in errors[0] and "50261" in errors[0] and "madeupword" in errors[0]
+
+
+def test_a_padded_dictionary_fits_a_padded_vocabulary(tmp_path):
+    settings = {**SMALL, "moe_freq": 4, "memory_efficient_fp16": True}
+    branch_files.write(str(tmp_path), settings, 51200, 2, branch_files.random_tensors())
+    (tmp_path / "data").mkdir()
+    data = make_data_bin(tmp_path / "data", gpt2_dictionary(50260, 51200 - 50264))
+    lm = MoETransformerLanguageModel.from_pretrained(str(tmp_path), "model.pt", data)
+    assert len(lm.src_dict) == 51200
