@@ -5,7 +5,7 @@ import os
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-pytest.register_assert_rewrite("branch_checkpoints", "training", "updates")
+pytest.register_assert_rewrite("branch_checkpoints", "converting", "training", "updates")
 
 # Files go to workers one by one (--dist loadfile): the longest first, or one worker is left with
 # them at the end.

@@ -1,0 +1,124 @@
+"""Mistakes end in one line, and nothing is written."""
+
+import os
+import re
+
+import pytest
+import torch
+from converting import DENSE, MOE, convert, load, mistake
+from training import expert_files
+
+from fairseq_moe_ext.branch.files import BranchFiles, find
+from fairseq_moe_ext.branch.optimizer import unfit
+from fairseq_moe_ext.convert import readers
+from fairseq_moe_ext.errors import UserError
+
+MISTAKES = [
+    (MOE, "x.pt --dtype int4", "--dtype int4: not known"),
+    (MOE, "x.pt --expert-files 3", "3 does not divide the 4 experts.*1, 2, 4 would do"),
+    (MOE, "x.pt --to branch --rank-files 8", "8 does not divide the 4 experts"),
+    (MOE, "x --to xglm", "has what XGLM has not: 4 experts"),
+    (MOE, "x.pt --upcycle --moe-expert-count 2", "has 4 experts already"),
+    (MOE, "x.pt --rank-files 2", "--rank-files goes with --to branch"),
+    (MOE, "x.pt --moe-freq 2", "--moe-freq goes with --upcycle"),
+    (MOE, "x", "ends in .pt"),
+    (DENSE, "x.pt --upcycle", "add --moe-expert-count"),
+    (DENSE, "x.pt --upcycle --moe-expert-count 1", "too few for top-2"),
+    (DENSE, "x.pt --expert-files 2", "a dense model"),
+    (DENSE, "x.pt --to branch", "a dense model"),
+    (DENSE + " --decoder-learned-pos", "x --to xglm", "--decoder-learned-pos"),
+    (DENSE, "there.pt", "there.pt: exists"),
+    (MOE, "set.pt --to branch", "set-rank-0.pt: exists"),
+    (MOE + " --fp16", "x.pt --expert-files 2", "joins all parameters.*--weights-only"),
+]
+
+
+@pytest.mark.parametrize("flags, line, words", MISTAKES)
+def test_mistakes_end_in_one_line_and_nothing_is_written(run, tmp_path, capsys, flags, line, words):
+    source, _ = run(flags)
+    (tmp_path / "there.pt").write_text("kept")
+    (tmp_path / "set-rank-0.pt").write_text("kept")
+    before = sorted(tmp_path.rglob("*"))
+    dest, *rest = line.split()
+    assert re.search(words, mistake(capsys, source, tmp_path / dest, *rest))
+    assert sorted(tmp_path.rglob("*")) == before
+    assert all(path.read_text() == "kept" for path in before)
+
+
+def test_a_missing_part_is_named(run, tmp_path, capsys):
+    source, _ = run(MOE)
+    convert(source, tmp_path / "x.pt", "--expert-files", 2)
+    sorted((tmp_path / "experts").iterdir())[0].unlink()
+    assert "missing; it holds experts" in mistake(capsys, tmp_path / "x.pt", tmp_path / "y.pt")
+    assert "no such checkpoint" in mistake(capsys, tmp_path / "z.pt", tmp_path / "y.pt")
+    assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "y.pt").exists()
+
+
+def test_sources_that_are_none(run, tmp_path, capsys):
+    source, _ = run(MOE)
+    convert(source, tmp_path / "x.pt", "--expert-files", 2)
+    part = sorted((tmp_path / "experts").iterdir())[0]
+    text, folder = tmp_path / "text.pt", tmp_path / "hf"
+    text.write_text("12 lines\n")
+    cases = [
+        (tmp_path, [], f"{tmp_path}: is a folder"),
+        (part, [], f"{part}: holds experts alone"),
+        (text, [], f"{text}: not a checkpoint"),
+        (folder, ["--from", "xglm"], f"{folder / 'config.json'}: cannot be read"),
+    ]
+    for path, flags, words in cases:
+        assert words in mistake(capsys, path, tmp_path / "y.pt", *flags)
+    assert not (tmp_path / "y.pt").exists()
+
+
+def test_values_too_large_for_float16(run, tmp_path, capsys):
+    source, _ = run(DENSE)
+    state = load(source)
+    state["model"]["decoder.layer_norm.weight"][0] = 1e5
+    torch.save(state, tmp_path / "big.pt")
+    error = mistake(capsys, tmp_path / "big.pt", tmp_path / "x.pt", "--dtype", "fp16")
+    assert "decoder.layer_norm.weight has values up to 1e+05" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["big.pt"]
+
+
+def test_overwriting(run, tmp_path):
+    source, _ = run(MOE)
+    path = tmp_path / "x.pt"
+    convert(source, path, "--expert-files", 4)
+    convert(source, path, "--expert-files", 2, "--overwrite")
+    assert len(expert_files(tmp_path)) == 2  # those of the first are gone
+    convert(source, tmp_path / "set.pt", "--to", "branch", "--rank-files", 4)
+    convert(source, tmp_path / "set.pt", "--to", "branch", "--rank-files", 2, "--overwrite")
+    assert not (tmp_path / "set-rank-2.pt").exists()
+    assert find(str(tmp_path / "set.pt")).ranks.keys() == {0, 1}
+
+
+def test_a_full_disk_leaves_nothing(run, tmp_path, capsys, monkeypatch):
+    source, _ = run(MOE)
+
+    stock = os.fsync
+    for suffix in (".tmp", ".lock"):
+
+        def fsync(descriptor, suffix=suffix):
+            if os.readlink(f"/proc/self/fd/{descriptor}").endswith(suffix):
+                raise OSError(28, "No space left on device")
+            stock(descriptor)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        error = mistake(capsys, source, tmp_path / "x.pt", "--expert-files", 2)
+        assert "cannot be written (No space left on device)" in error
+        assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_an_optimizer_state_of_the_branch_that_cannot_be_had_names_this_commands_flag(monkeypatch):
+    files = BranchFiles("x.pt", "x-shared.pt", {}, {})
+
+    def read(files, *args, **kwargs):
+        raise unfit(files, "it is flat")
+
+    monkeypatch.setattr(readers, "find", lambda path: files)
+    monkeypatch.setattr(readers, "read", read)
+    with pytest.raises(UserError) as error:
+        readers.open_checkpoint("x.pt", weights_only=True)
+    words = "x.pt: its optimizer state cannot be continued: it is flat; add --weights-only"
+    assert str(error.value) == words

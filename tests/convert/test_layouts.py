@@ -1,0 +1,170 @@
+"""`fairseq-moe convert`: every layout to every other, the numbers untouched."""
+
+import re
+
+import branch_files
+import pytest
+import torch
+from branch_checkpoints import (
+    REFERENCE,
+    REPORTED,
+    needs_reference,
+    perplexities,
+    remembered,
+    write_small,
+)
+from converting import ALL, MOE, convert, evaluated, load, same
+from small_models import build_model
+from training import TRAIN, expert_files, train_on
+
+from fairseq_moe_ext.branch.settings import translated_settings
+from fairseq_moe_ext.branch.writing import branch_settings
+
+
+def next_losses(data, path, folder, world=1, flags=MOE):
+    line = f"{data} {TRAIN} {flags} --restore-file {path} --save-dir {folder}/none --no-save"
+    return train_on(world, line)
+
+
+def test_to_files_of_experts_and_back(data, run, tmp_path):
+    source, losses = run(MOE)
+    convert(source, tmp_path / "a" / "x.pt", "--expert-files", 2)
+    convert(tmp_path / "a" / "x.pt", tmp_path / "b" / "x.pt", "--expert-files", 4)
+    convert(tmp_path / "b" / "x.pt", tmp_path / "back.pt")
+    assert [len(expert_files(tmp_path / name)) for name in "ab"] == [2, 4]
+    assert same(load(tmp_path / "back.pt"), load(source))
+    assert list(load(tmp_path / "back.pt")["model"]) == list(load(source)["model"])
+    for file in (tmp_path / "a").glob("experts/*"):
+        state = load(file)
+        assert state["count"] == 2 and state["optimizer"].keys() == state["model"].keys()
+        rows = slice(state["first"], state["first"] + 2)
+        for name, value in state["model"].items():
+            assert torch.equal(value, load(source)["model"][name][rows])
+    assert next_losses(data, tmp_path / "a" / "x.pt", tmp_path) == losses
+    assert next_losses(data, tmp_path / "b" / "x.pt", tmp_path, 2) == pytest.approx(losses, 1e-5)
+
+
+def test_to_the_branch_and_back(data, run, tmp_path):
+    source, losses = run(MOE)
+    convert(source, tmp_path / "x.pt", "--to", "branch", "--rank-files", 2)
+    names = ["x-rank-0.pt", "x-rank-1.pt", "x-shared.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    convert(tmp_path / "x.pt", tmp_path / "back.pt")
+    before, after = load(source), load(tmp_path / "back.pt")
+    for part in ("model", "last_optimizer_state"):
+        assert same(after[part], before[part])
+    assert next_losses(data, tmp_path / "x.pt", tmp_path) == losses
+    assert next_losses(data, tmp_path / "back.pt", tmp_path) == losses
+    evaluate = "--model-overrides", ALL
+    assert evaluated(data, tmp_path / "x.pt", *evaluate) == evaluated(data, source, *evaluate)
+
+
+def test_written_as_the_branch_numbers_and_orders(tmp_path, run):
+    """Against tests/branch_files.py, which writes the layout by itself."""
+    source, _ = run(MOE)
+    convert(source, tmp_path / "x.pt", "--to", "branch", "--rank-files", 2)
+    state = load(source)
+    settings = load(tmp_path / "x-shared.pt")["cfg"]["model"]
+    remembered = {}
+    numbers = iter(range(1000))
+    model = build_model(0, **{k: settings[k] for k in OF_MODEL}, types=len(numbers_of(state)))
+    for name, _ in model.named_parameters():
+        remembered[name] = state["last_optimizer_state"]["state"][next(numbers)]
+
+    def optimizer(name, shape):
+        if ".experts." not in name:
+            return remembered[name]
+        stacked = remembered[re.sub(r"\.experts\.\d+", ".experts", name)]
+        number = int(name.split(".experts.")[1].split(".")[0])
+        return {k: v[number] if torch.is_tensor(v) and v.dim() else v for k, v in stacked.items()}
+
+    (tmp_path / "by").mkdir()
+    branch_files.write(
+        str(tmp_path / "by"),
+        settings,
+        len(numbers_of(state)),
+        2,
+        lambda name, shape: branch_files.part_of(state["model"], name),
+        name="x",
+        optimizer=optimizer,
+    )
+    for part in ("shared", "rank-0", "rank-1"):
+        ours, theirs = (load(folder / f"x-{part}.pt") for folder in (tmp_path, tmp_path / "by"))
+        assert same(ours["model"], theirs["model"])
+        assert list(ours["model"]) == list(theirs["model"])
+        ours, theirs = (s["last_optimizer_state"] for s in (ours, theirs))
+        assert same(ours["state"], theirs["state"])
+        assert ours["param_groups"][0]["params"] == theirs["param_groups"][0]["params"]
+
+
+OF_MODEL = ["decoder_layers", "decoder_embed_dim", "decoder_ffn_embed_dim", "moe_freq"]
+OF_MODEL += ["decoder_attention_heads", "share_decoder_input_output_embed", "moe_expert_count"]
+
+
+def numbers_of(state):
+    return state["model"]["decoder.embed_tokens.weight"]
+
+
+@needs_reference
+@pytest.mark.slow
+def test_the_branch_s_own_files(tmp_path):
+    source = REFERENCE / "branch_moe_2ranks" / "checkpoint_last.pt"
+    convert(source, tmp_path / "one.pt")
+    convert(source, tmp_path / "some" / "x.pt", "--expert-files", 4, "--weights-only")
+    (found,) = perplexities(
+        1,
+        REFERENCE / "wikitext2_valid_bin",
+        *("--path", tmp_path / "some" / "x.pt", "--sample-break-mode", "none"),
+        *("--tokens-per-sample", "128", "--batch-size", "1", "--model-overrides", ALL),
+    )
+    assert found == pytest.approx(REPORTED[1.0], rel=1e-5)
+    convert(tmp_path / "one.pt", tmp_path / "x.pt", "--to", "branch", "--rank-files", 2)
+    for part in ("shared", "rank-0", "rank-1"):
+        theirs = load(str(source).replace(".pt", f"-{part}.pt"))
+        ours = load(tmp_path / f"x-{part}.pt")
+        for key in ("model", "last_optimizer_state"):
+            assert same(ours[key], theirs[key]), (part, key)
+        assert ours["cfg"]["model"].keys() == theirs["cfg"]["model"].keys()
+        assert ours["extra_state"]["train_iterator"] == theirs["extra_state"]["train_iterator"]
+
+
+@needs_reference
+def test_the_settings_are_the_branch_s():
+    """It takes no other."""
+    path = str(REFERENCE / "branch_moe_2ranks" / "checkpoint_last-shared.pt")
+    theirs = load(path)["cfg"]["model"]
+    ours = branch_settings(path, translated_settings(path, theirs))
+    assert ours.keys() == theirs.keys()
+
+
+def test_from_the_branch_s_fsdp(tmp_path):
+    """Sharded files and others of the same model become the same file."""
+    states = []
+    for case in ("two ranks", "FSDP", "FSDP, one module, experts on two ranks each"):
+        folder = tmp_path / str(len(states))
+        write_small(folder, case, optimizer=remembered)
+        convert(folder / "model.pt", folder / "one.pt")
+        states.append(load(folder / "one.pt"))
+    assert len(states[0]["last_optimizer_state"]["state"]) > 0
+    for state in states[1:]:
+        assert state.keys() == states[0].keys()
+        for key in ("model", "last_optimizer_state"):
+            assert same(state[key], states[0][key])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bf16"])
+def test_half_precision(data, run, tmp_path, dtype):
+    source, _ = run(MOE)
+    convert(source, tmp_path / "x.pt", "--dtype", dtype, "--expert-files", 2)
+    convert(tmp_path / "x.pt", tmp_path / "y.pt", "--weights-only")
+    before, after = load(source), load(tmp_path / "y.pt")
+    half = {"float16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    for name, value in before["model"].items():
+        wanted = value if name == "decoder.version" else value.to(half)
+        assert same(after["model"][name], wanted)
+    assert after["last_optimizer_state"] is None
+    convert(tmp_path / "x.pt", tmp_path / "z.pt")
+    assert same(load(tmp_path / "z.pt")["last_optimizer_state"], before["last_optimizer_state"])
+    evaluate = "--model-overrides", ALL
+    (expected,) = evaluated(data, source, *evaluate)
+    assert evaluated(data, tmp_path / "y.pt", *evaluate)[0] == pytest.approx(expected, rel=1e-2)
