@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_expert_parallel import SETTINGS, TOKENS, assert_same, build, combined, inputs, step
+from expert_layers import SETTINGS, TOKENS, assert_same, build, combined, inputs, step
 
 from fairseq_moe_ext.expert_parallel import ExpertParallel, WorldScope, sum_of_experts
 

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_checkpoint_kills import launch
-from training import EVAL, TRAIN, make_data
+from training import EVAL, TRAIN, launch, make_data
 
 BIN = Path(sys.executable).parent
 LINE = f"{TRAIN} --moe-expert-count 4 --max-update 4 --batch-size 4"

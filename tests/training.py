@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +94,18 @@ def resume(data, folder, world, experts, options="", batch=None, save_dir=None):
     line = f"{data} {TRAIN} --moe-expert-count {experts} {options} --save-dir {save_dir or folder}"
     line += f" --restore-file {folder}/checkpoint_1_{SAVED}.pt --no-save"
     return train_on(world, line, batch)
+
+
+def launch(world, line, name="fairseq-train"):
+    """A command of fairseq, as a user starts it."""
+    command = Path(sys.executable).parent / name
+    start = f"-m torch.distributed.run --standalone --nproc_per_node {world}".split()
+    return subprocess.Popen(
+        [sys.executable, *start, str(command), *line.split(), "--distributed-backend", "gloo"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def error_of(rank, function, *args):

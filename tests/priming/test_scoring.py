@@ -5,7 +5,7 @@ A word's log-probability hangs on the word before it alone; the first one's on n
 
 import numpy as np
 import pytest
-from test_imports import PACKAGE, own_imports
+from own_imports import PACKAGE, own_imports
 
 from fairseq_moe_ext.priming import choice
 from fairseq_moe_ext.priming.protocol import Settings

@@ -1,29 +1,10 @@
 """The task through fairseq-train and fairseq-eval-lm as they are, with our model and criterion."""
 
-import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from console import fairseq, records
 from mixture_data import CORPORA, HELD_OUT, tokens_of
-
-PACKAGE = Path(__file__).parents[2] / "fairseq_moe_ext"
-
-
-def fairseq(command, *flags, check=True, processes=1):
-    """Run a fairseq console script, with `torchrun` if in several processes; its output."""
-    run = [sys.executable, "-W", "ignore"]
-    if processes > 1:
-        run += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        flags += ("--distributed-backend", "gloo", "--ddp-backend", "legacy_ddp")
-    flags = [*map(str, flags), "--user-dir", str(PACKAGE), "--cpu"]
-    done = subprocess.run(
-        [*run, "-m", f"fairseq_cli.{command}", *flags], capture_output=True, text=True
-    )
-    assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done
 
 
 def train(data, folder, *flags, **kwargs):
@@ -37,11 +18,6 @@ def train(data, folder, *flags, **kwargs):
         "--best-checkpoint-metric", "in_domain_ppl", "--no-epoch-checkpoints",
         "--log-format", "json", "--log-interval", 1, "--save-dir", folder, *flags, **kwargs,
     )  # fmt: skip
-
-
-def records(done, tag):
-    found = re.findall(rf"\| {re.escape(tag)} \| (\{{.*\}})", done.stdout)
-    return [json.loads(record) for record in found]
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import branch_files
 import pytest
 import torch
 from choice_data import SIZES
+from console import fairseq, records
 from fairseq.data import Dictionary
-from test_command_line import fairseq, records
 
 SHAPE = (
     "--arch", "moe_lm_tiny", "--moe-expert-count", 4, "--decoder-layers", 2, "--moe-freq", 2,

@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 from choice_data import batch_of
+from console import PACKAGE
 from converting import load, same
 from fairseq import checkpoint_utils
-from test_command_line import PACKAGE
 
 from fairseq_moe_ext import cli
 from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel

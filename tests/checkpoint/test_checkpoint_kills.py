@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from datetime import timedelta
@@ -17,7 +16,7 @@ import torch
 import torch.distributed as dist
 from fairseq import checkpoint_utils
 from fairseq.trainer import Trainer
-from training import TRAIN, expert_files, make_data, referred_files, train
+from training import TRAIN, expert_files, launch, make_data, referred_files, train
 
 EXPERTS = 4
 LINE = f"{TRAIN} --moe-expert-count {EXPERTS} --save-interval-updates 1 --no-epoch-checkpoints"
@@ -188,18 +187,6 @@ def test_a_kill_in_the_midst_of(tmp_path, moment, world):
 @pytest.mark.timeout(1500)
 def test_fifty_kills(tmp_path):
     assert kill_and_resume(tmp_path, 50, [1, 2, 2, 4], seed=2) >= 10
-
-
-def launch(world, line, name="fairseq-train"):
-    """A command of fairseq, as a user starts it."""
-    command = Path(sys.executable).parent / name
-    start = f"-m torch.distributed.run --standalone --nproc_per_node {world}".split()
-    return subprocess.Popen(
-        [sys.executable, *start, str(command), *line.split(), "--distributed-backend", "gloo"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
 
 
 def wait_for_update(folder, updates, process):
