@@ -9,7 +9,7 @@ from choice_data import write_choices
 from command_lines import GOOD, filled
 from forked_commands import PACKAGE
 from mixture_data import make_data
-from test_formats import CASES, write
+from task_files import CASES, write
 from test_page import made_result
 
 TASKS = ("sst2", "copa", "winogrande")

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 from processes import run_processes
-from test_formats import BOOLQ, CASES, jsonl, write
+from task_files import BOOLQ, CASES, jsonl, write
 
 from fairseq_moe_ext import cli
 from fairseq_moe_ext.priming import choice, model

@@ -7,9 +7,9 @@ import shlex
 from pathlib import Path
 
 import pytest
+from bias_files import CROWS, STEREOSET
 from processes import run_processes
-from test_bias import CROWS, STEREOSET
-from test_formats import CASES, write
+from task_files import CASES, write
 
 from fairseq_moe_ext import cli
 from fairseq_moe_ext.priming import bias, formats, generative
