@@ -8,7 +8,7 @@ from pathlib import Path
 import fairseq
 import pytest
 import torch
-from test_commands import EVAL, MODEL, MOE, TRAIN, USER_DIR, command, data, trained  # noqa: F401
+from command_runs import EVAL, MOE, TRAIN, USER_DIR
 
 from fairseq_moe_ext import compat
 from fairseq_moe_ext.cli import main
@@ -67,7 +67,7 @@ OUT_OF_MODEL = [
 ]
 
 
-def entries(command, trained, data, capsys):  # noqa: F811
+def entries(command, trained, data, capsys):
     """Name -> what opens a file and returns (status, lines beginning with error)."""
 
     def fairseq_command(name, line):
@@ -118,7 +118,7 @@ def entries(command, trained, data, capsys):  # noqa: F811
     }
 
 
-def write(trained, path, change):  # noqa: F811
+def write(trained, path, change):
     state = torch.load(trained / "checkpoint_last.pt", weights_only=False)
     change(state)
     torch.save(state, path)
@@ -126,7 +126,7 @@ def write(trained, path, change):  # noqa: F811
 
 
 @pytest.fixture
-def opened(command, trained, data, capsys, tmp_path):  # noqa: F811
+def opened(command, trained, data, capsys, tmp_path):
     """Write a checkpoint with a change and open it."""
     runs = entries(command, trained, data, capsys)
 

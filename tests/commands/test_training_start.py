@@ -4,7 +4,7 @@ import os
 from types import SimpleNamespace
 
 import pytest
-from test_commands import EVAL, MOE, TRAIN, command, data, trained  # noqa: F401
+from command_runs import EVAL, MOE, TRAIN
 
 from fairseq_moe_ext.checkpoint.starting import check_inputs
 from fairseq_moe_ext.errors import UserError
@@ -12,7 +12,7 @@ from fairseq_moe_ext.locks import Lock
 
 
 @pytest.fixture
-def train(command, data):  # noqa: F811
+def train(command, data):
     def run(arguments):
         status, log, out, err = command("train", f"{data} {TRAIN} {MOE} {arguments}")
         return status, [line for line in err.splitlines() if line.startswith("error: ")], log
@@ -81,7 +81,7 @@ def test_a_last_checkpoint_that_is_none_stops_the_run(make, train, tmp_path):
     assert status == 1 and len(errors) == 1 and "checkpoint_last.pt" in errors[0]
 
 
-def test_what_is_there_is_used_and_the_default_may_be_absent(train, trained, tmp_path):  # noqa: F811
+def test_what_is_there_is_used_and_the_default_may_be_absent(train, trained, tmp_path):
     last = trained / "checkpoint_last.pt"
     for number, flag in enumerate(("--restore-file", "--finetune-from-model", "--continue-once")):
         status, _, log = train(f"--save-dir {tmp_path}/{number} {flag} {last}")
@@ -102,7 +102,7 @@ def test_the_suffix_of_a_shard_counts(tmp_path):
 
 
 @pytest.mark.parametrize("make", [absent, broken_link, fifo, a_folder])
-def test_evaluation_of_what_is_no_file(make, command, data, tmp_path):  # noqa: F811
+def test_evaluation_of_what_is_no_file(make, command, data, tmp_path):
     path = make(tmp_path)
     status, _, _, err = command("eval_lm", f"{data} {EVAL} --path {path}")
     errors = [line for line in err.splitlines() if line.startswith("error: ")]

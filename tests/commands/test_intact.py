@@ -5,9 +5,9 @@ import zipfile
 
 import pytest
 import torch
+from command_runs import EVAL, TRAIN
+from command_runs import MOE as SPARSE
 from fairseq import checkpoint_utils
-from test_commands import EVAL, TRAIN, command, data, trained  # noqa: F401
-from test_commands import MOE as SPARSE
 
 from fairseq_moe_ext.checkpoint.intact import digest_of
 from fairseq_moe_ext.cli import main
@@ -40,7 +40,7 @@ def rezip(source, target):
 
 
 @pytest.fixture
-def one(trained, tmp_path):  # noqa: F811
+def one(trained, tmp_path):
     return shutil.copy(trained / "checkpoint_last.pt", tmp_path / "one.pt")
 
 
@@ -80,7 +80,7 @@ def test_a_compressed_file_has_the_same_numbers(one, spread, tmp_path):
 
 
 @pytest.mark.parametrize("record", ["data/0", "data/5", "data.pkl"])
-def test_a_flipped_bit_is_told(record, one, command, data, capsys):  # noqa: F811
+def test_a_flipped_bit_is_told(record, one, command, data, capsys):
     flip(one, record)
     for name, line in (
         ("eval_lm", f"{data} {EVAL} --path {one}"),
@@ -120,7 +120,7 @@ def test_an_older_manifest_loads_and_its_files_are_checked_by_their_crc(spread):
         model_of(spread)
 
 
-def test_a_file_of_experts_without_optimizer_state_is_told(spread, command, data):  # noqa: F811
+def test_a_file_of_experts_without_optimizer_state_is_told(spread, command, data):
     part = pieces(spread)[1]
     state = torch.load(part, weights_only=False)
     torch.save({**state, "optimizer": {}}, part)
@@ -187,7 +187,7 @@ def test_verify_tells_what_is_missing_cut_short_or_of_another_save(spread, one, 
     assert judged(tmp_path / "nothing.pt", capsys)[0] == 1
 
 
-def test_verify_takes_a_folder(trained, tmp_path, capsys):  # noqa: F811
+def test_verify_takes_a_folder(trained, tmp_path, capsys):
     status, lines, _ = judged(trained, capsys)
     assert status == 0 and len(lines) == len(list(trained.glob("*.pt"))) > 1
     assert judged(tmp_path, capsys)[0] == 1

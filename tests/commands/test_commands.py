@@ -1,76 +1,13 @@
 """Dense and MoE models through fairseq's own commands, as a user types them."""
 
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from fairseq.data import Dictionary, indexed_dataset
+from command_runs import EVAL, MODEL, MOE, TRAIN, USER_DIR
 
-import fairseq_moe_ext
 from fairseq_moe_ext.models import compiled
 from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
-
-USER_DIR = str(Path(fairseq_moe_ext.__file__).parent)
-MODEL = "--decoder-layers 2 --decoder-embed-dim 16 --decoder-ffn-embed-dim 32"
-MODEL += " --decoder-attention-heads 2 --tokens-per-sample 16"
-TRAIN = f"--user-dir {USER_DIR} --task language_modeling --criterion moe_cross_entropy {MODEL}"
-TRAIN += " --optimizer adam --lr 0.01 --batch-size 4 --max-update 6 --num-workers 0 --cpu"
-TRAIN += " --no-progress-bar --log-format json --log-interval 1 --seed 1"
-TRAIN += " --best-checkpoint-metric inner_loss"
-MOE = "--arch moe_lm_tiny --moe-gate-loss-wt 0.01"
-EVAL = f"--user-dir {USER_DIR} --gen-subset valid --tokens-per-sample 16 --batch-size 4 --cpu"
-EVAL += " --num-workers 0"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """A data-bin of 40 sentences over 20 words, each word likely followed by the next one."""
-    folder = tmp_path_factory.mktemp("data")
-    dictionary = Dictionary()
-    for i in range(20):
-        dictionary.add_symbol(f"w{i}", n=100 - i)
-    dictionary.save(str(folder / "dict.txt"))
-    for split, sentences in (("train", 40), ("valid", 10)):
-        writer = indexed_dataset.make_builder(str(folder / f"{split}.bin"), "mmap", len(dictionary))
-        for i in range(sentences):
-            words = " ".join(f"w{(i + j) % 20}" for j in range(9))
-            writer.add_item(dictionary.encode_line(words, add_if_not_exist=False))
-        writer.finalize(str(folder / f"{split}.idx"))
-    return folder
-
-
-@pytest.fixture
-def command(monkeypatch, caplog, capsys):
-    """Run a command of fairseq in this process; its log and status."""
-
-    def run(name, line):
-        module = __import__(f"fairseq_cli.{name}", fromlist=["cli_main"])
-        monkeypatch.setattr(sys, "argv", [f"fairseq-{name}", *line.split()])
-        caplog.clear()
-        with caplog.at_level("INFO"):
-            try:
-                module.cli_main()
-                status = 0
-            except SystemExit as stop:
-                status = stop.code or 0
-        out, err = capsys.readouterr()
-        return status, caplog.text, out, err
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def trained(data, tmp_path_factory):
-    """A folder with checkpoints of a small MoE model."""
-    folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            sys, "argv", f"fairseq-train {data} {TRAIN} {MOE} --save-dir {folder}".split()
-        )
-        __import__("fairseq_cli.train", fromlist=["cli_main"]).cli_main()
-    return folder
 
 
 def losses(log):
