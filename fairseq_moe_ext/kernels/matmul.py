@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-_PART = 2**21  # numbers of a product that is to be copied
+# Numbers of a product that oneDNN computes at a time where it is to be copied; tests take fewer.
+PART = 2**21
 
 
 class Linear(nn.Linear):
@@ -46,7 +47,7 @@ def write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     if not _by_onednn(a, b):
         torch.mm(a, b, out=out)
         return
-    step = max(1, _PART // len(a))
+    step = max(1, PART // len(a))
     for start in range(0, b.size(1), step):
         part = slice(start, start + step)
         out[:, part] = _onednn(a, b[:, part].t())
@@ -83,7 +84,7 @@ def _outer_parts(out: Tensor, a: Tensor, b: Tensor) -> Iterator[Tuple[Tensor, Te
     """Rows of out, and what belongs there: oneDNN cannot write into place, and a small part is
     copied while the processor has it at hand."""
     a, b = _padded(a), _padded(b)
-    step = max(1, _PART // out.size(1))
+    step = max(1, PART // out.size(1))
     for start in range(0, len(out), step):
         part = slice(start, start + step)
         yield out[part], _outer(a[:, part], b)
@@ -137,11 +138,11 @@ def onednn_is_faster() -> bool:
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-        and _speed_over_mkl() > 1.4
+        and speed_over_mkl() > 1.4
     )
 
 
-def _speed_over_mkl() -> float:
+def speed_over_mkl() -> float:
     """Time of a product by MKL over that by oneDNN: the best of some rounds in turn, on one thread,
     as other processes disturb that least (15 ms)."""
     x, weight = torch.ones(128, 512), torch.ones(512, 512)

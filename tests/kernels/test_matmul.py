@@ -33,7 +33,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("a_layout", LAYOUTS)
 def test_every_shape_and_layout(n, k, m, a_layout, b_layout, onednn, monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(matmul, "_PART", 16)
+    monkeypatch.setattr(matmul, "PART", 16)
     a, b, bias = LAYOUTS[a_layout](n, k), LAYOUTS[b_layout](k, m), torch.randn(m)
     true = torch.einsum("nk,km->nm", a.double(), b.double())
     assert_near(matmul.product(a, b), true, 1e-5, "product")
@@ -82,7 +82,7 @@ def test_no_rows(onednn):
 
 def test_experts_and_loss_in_float32(onednn, monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(matmul, "_PART", 2**10)
+    monkeypatch.setattr(matmul, "PART", 2**10)
     experts, x = Experts(4, 32, 64, grad_scale=0.5), torch.randn(60, 32, requires_grad=True)
     weight = torch.randn(200, 32, requires_grad=True)
     target = torch.randint(200, (60,))
@@ -97,22 +97,33 @@ def test_experts_and_loss_in_float32(onednn, monkeypatch):
         assert_near(mine, true, 1e-5)
 
 
+def given_to_onednn(work):
+    """Shapes of the first factor of each product that oneDNN computes."""
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[cpu], record_shapes=True) as profile:
+        work()
+    ours = (event for event in profile.events() if event.name == "mkldnn::_linear_pointwise")
+    return [tuple(event.input_shapes[0]) for event in ours]
+
+
 @needs_onednn
 def test_few_sizes(monkeypatch):
-    sizes = set()
-    compute = matmul._compute
-    monkeypatch.setattr(
-        matmul, "_compute", lambda x, *rest: sizes.add(tuple(x.shape)) or compute(x, *rest)
-    )
     monkeypatch.setattr(matmul, "onednn_is_faster", lambda: True)
     weight = torch.ones(3, 5)
-    for rows in range(1, 257):
-        assert matmul.product(torch.ones(rows, 5), weight.t()).shape == (rows, 3)
-        matmul.write_outer(torch.empty(3, 5), torch.ones(rows, 3), torch.ones(rows, 5))
-    given = sorted(size[0] for size in sizes if size[1] == 5)
-    assert given[:4] == [4, 8, 12, 16] and given[-1] == 256 and len(given) == 32
-    assert len(sizes) == 2 * len(given)
-    assert all(matmul._padded(torch.ones(n, 1)).size(0) < 1.13 * n + 4 for n in range(1, 257))
+
+    def products():
+        for rows in range(1, 257):
+            assert matmul.product(torch.ones(rows, 5), weight.t()).shape == (rows, 3)
+
+    def outer_products():
+        for rows in range(1, 257):
+            matmul.write_outer(torch.empty(3, 5), torch.ones(rows, 3), torch.ones(rows, 5))
+
+    padded = [rows for rows, _ in given_to_onednn(products)]
+    assert all(n <= rows < 1.13 * n + 4 for n, rows in zip(range(1, 257), padded))
+    sizes = sorted(set(padded))
+    assert sizes[:4] == [4, 8, 12, 16] and sizes[-1] == 256 and len(sizes) == 32
+    assert [rows for _, rows in given_to_onednn(outer_products)] == padded
 
 
 @needs_onednn
@@ -135,20 +146,19 @@ def test_compiled_twice_for_all_lengths(monkeypatch):
 
 @needs_onednn
 def test_where_onednn_is_not_asked(monkeypatch):
-    asked = []
-    compute = matmul._compute
-    monkeypatch.setattr(matmul, "_compute", lambda *rest: asked.append(1) or compute(*rest))
     monkeypatch.setattr(matmul, "onednn_is_faster", lambda: True)
     layer, x = matmul.Linear(5, 7), torch.ones(3, 5)
-    layer(x)
-    assert asked.pop() and not asked
-    matmul.Linear(5, 7).double()(x.double())
-    with torch.backends.mkldnn.flags(enabled=False):
-        layer(x)
-    with FlopCounterMode(display=False) as counter:
-        layer(x)
-    assert counter.get_total_flops() == 2 * 3 * 5 * 7
-    assert not asked
+    assert len(given_to_onednn(lambda: layer(x))) == 1
+
+    def elsewhere():
+        with torch.backends.mkldnn.flags(enabled=False):
+            layer(x)
+        with FlopCounterMode(display=False) as counter:
+            layer(x)
+        assert counter.get_total_flops() == 2 * 3 * 5 * 7
+        layer.double()(x.double())
+
+    assert not given_to_onednn(elsewhere)
 
 
 @pytest.mark.parametrize(
@@ -159,10 +169,10 @@ def test_where_onednn_is_not_asked(monkeypatch):
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this PyTorch has no MKL")
 def test_oneDNN_is_taken_where_it_is_clearly_faster(capability, speed, faster, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(matmul, "_speed_over_mkl", lambda: speed)
+    monkeypatch.setattr(matmul, "speed_over_mkl", lambda: speed)
     assert matmul.onednn_is_faster.__wrapped__() is faster
 
 
 @needs_onednn
 def test_its_speed_is_measured():
-    assert 0.05 < matmul._speed_over_mkl() < 50
+    assert 0.05 < matmul.speed_over_mkl() < 50

@@ -12,6 +12,7 @@ from fairseq_moe_ext.kernels.threads import side_by_side
 from fairseq_moe_ext.moe.experts import Experts
 
 COUNTS = [40, 0, 31, 1, 50, 6]
+LONG = 120  # seconds, after which a thread that has not come will not come
 
 
 @pytest.fixture(params=[2, 3])
@@ -22,25 +23,31 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-@pytest.fixture
-def used(monkeypatch):
-    """Names of the threads that worked on an expert."""
-    names = set()
-    ready = threading.Event()
+class Watched:
+    """Calls side_by_side, and notes which threads work on an expert."""
 
-    def recorded(work, counts, size, cpu):
-        def one(expert):
-            names.add(threading.current_thread().name)
-            if threading.current_thread() is threading.main_thread():
-                ready.wait(0.2)  # so that a helper gets some of these few experts
-            else:
-                ready.set()
+    def __init__(self):
+        self.threads = set()
+        self.two = threading.Event()
+        self.patience = 0  # seconds that an expert waits until a second thread works on another
+
+    def __call__(self, work, counts, size, cpu):
+        def watched(expert):
+            self.threads.add(threading.get_ident())
+            if len(self.threads) > 1:
+                self.two.set()
+            if self.patience and not self.two.wait(self.patience):
+                self.patience = 0
             work(expert)
 
-        side_by_side(one, counts, size, cpu)
+        side_by_side(watched, counts, size, cpu)
 
-    monkeypatch.setattr("fairseq_moe_ext.kernels.expert_ffn.side_by_side", recorded)
-    return names
+
+@pytest.fixture
+def watched(monkeypatch):
+    watched = Watched()
+    monkeypatch.setattr("fairseq_moe_ext.kernels.expert_ffn.side_by_side", watched)
+    return watched
 
 
 def results(experts, x):
@@ -51,21 +58,23 @@ def results(experts, x):
     return [out.detach(), x.grad, *(p.grad.clone() for p in experts.parameters())]
 
 
-def test_threads_change_no_number(threads, used):
+def test_threads_change_no_number(threads, watched):
     torch.manual_seed(0)
     experts = Experts(len(COUNTS), 160, 320, grad_scale=0.5).double()
     x = torch.randn(sum(COUNTS), 160, dtype=torch.float64)
+    watched.patience = LONG
     found = results(experts, x)
-    assert len(used) > 1 and torch.get_num_threads() == threads
+    assert watched.two.is_set() and torch.get_num_threads() == threads
     torch.set_num_threads(1)
-    used.clear()
+    watched.patience = 0
+    watched.threads.clear()
     expected = results(experts, x)
-    assert used == {"MainThread"}
+    assert watched.threads == {threading.get_ident()}
     for mine, one in zip(found, expected):
         assert_near(mine, one, 1e-12, "side by side")
 
 
-def test_little_work_crowded_or_filled_experts_and_counters_stay_on_one_thread(threads, used):
+def test_little_work_crowded_or_filled_experts_and_counters_stay_on_one_thread(threads, watched):
     torch.manual_seed(0)
     little, much = Experts(3, 8, 8), Experts(3, 256, 512)
     little(torch.randn(30, 8), [10, 10, 10])
@@ -75,15 +84,15 @@ def test_little_work_crowded_or_filled_experts_and_counters_stay_on_one_thread(t
     with FlopCounterMode(display=False) as counter:
         much(torch.randn(300, 256), [100, 100, 100])
     assert counter.get_total_flops() == 2 * 2 * 300 * 256 * 512
-    assert used == {"MainThread"}
+    assert watched.threads == {threading.get_ident()}
 
 
 def test_a_helper_s_error_is_raised_and_the_threads_are_set_again(threads):
-    raising = threading.Event()
+    raising, caller = threading.Event(), threading.get_ident()
 
     def work(expert):
-        if threading.current_thread() is threading.main_thread():
-            raising.wait(5)
+        if threading.get_ident() == caller:
+            raising.wait(LONG)
         else:
             raising.set()
             raise ValueError("from a helper")
@@ -107,7 +116,7 @@ def test_a_forked_process_has_its_own_helpers(threads):
     process = context.Process(target=forked, args=(queue,))
     process.start()
     try:
-        assert queue.get(timeout=60) == list(range(50))
+        assert queue.get(timeout=LONG) == list(range(50))
     finally:
         process.kill()
         process.join()
