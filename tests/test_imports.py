@@ -1,6 +1,7 @@
 """Who may import whom within the package; the mathematics knows no fairseq."""
 
 import ast
+from pathlib import Path
 
 import pytest
 from own_imports import PACKAGE, own_imports, part_of
@@ -249,3 +250,32 @@ def test_the_map_of_a_room_is_complete(path):
     named = {word for word in words if word.endswith(".py")}
     if named:
         assert named == {p.name for p in path.parent.glob("*.py")} - {"__init__.py"}
+
+
+TESTS = sorted(Path(__file__).parent.rglob("*.py"))
+
+
+def imported_tests(path):
+    """Test modules that a file of the tests imports; what tests share lies beside them."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or "", *(alias.name for alias in node.names)]
+        yield from (name for name in names if name.split(".")[-1].startswith("test_"))
+
+
+def test_no_test_module_is_imported():
+    found = {path.name: list(imported_tests(path)) for path in TESTS}
+    assert {name: tests for name, tests in found.items() if tests} == {}
+
+
+def test_an_import_of_a_test_module_is_seen(tmp_path):
+    path = tmp_path / "x.py"
+    path.write_text("import os\nfrom test_a import data\ndef f():\n    import moe.test_b\n")
+    assert list(imported_tests(path)) == ["test_a", "moe.test_b"]
+
+
+def test_each_module_of_the_tests_has_a_name_of_its_own():
+    """Since pytest and the processes that tests start find all of them by name alone."""
+    names = [path.name for path in TESTS if path.name != "conftest.py"]
+    assert sorted(names) == sorted(set(names))

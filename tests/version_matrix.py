@@ -34,7 +34,7 @@ MOE = "--user-dir {user_dir} --criterion moe_cross_entropy --arch moe_lm_tiny --
 MOE += " --decoder-embed-dim 16 --decoder-ffn-embed-dim 32 --decoder-attention-heads 2"
 STOCK = "--arch transformer_lm_gpt2_tiny"
 LOAD = "--task language_modeling --path"
-GLOO = "torchrun --nproc_per_node 2 --master_port 29641 {bin}/fairseq-train"
+GLOO = "torchrun --standalone --nproc_per_node 2 {bin}/fairseq-train"
 HYDRA = "fairseq-hydra-train --config-dir . --config-name tiny"
 HYDRA_MOE = "+common.user_dir={user_dir} model._name=moe_lm_tiny +model.decoder_attention_heads=2"
 FILES = "--trainpref train.txt --validpref valid.txt --testpref test.txt --destdir bin"

@@ -9,8 +9,8 @@ from choice_data import write_choices
 from command_lines import GOOD, filled
 from forked_commands import PACKAGE
 from mixture_data import make_data
+from study_results import made_result
 from task_files import CASES, write
-from test_page import made_result
 
 TASKS = ("sst2", "copa", "winogrande")
 STUDY = """

@@ -8,34 +8,10 @@ import subprocess
 from xml.etree import ElementTree
 
 import pytest
+from study_results import made_result
 
 from fairseq_moe_ext import cli
 from fairseq_moe_ext.study import page, result, tables
-
-
-def made_result(folder, moe=((1e12, 20.0), (4e12, 5.0))):
-    """A study's result.json with made-up perplexities."""
-    runs = []
-    for family, points in (("dense", [(1e12, 30.0), (4e12, 20.0), (16e12, 10.0)]), ("moe", moe)):
-        for size, (flops, perplexity) in zip("sml", points):
-            for seed in (1, 2):
-                one = {"perplexity": perplexity + 0.1 * seed, "dropped": None}
-                if family == "moe":
-                    one["dropped"] = [0.01, 0.03]
-                run = {"family": family, "size": size, "seed": seed, "flops": flops}
-                run.update(parameters=1000, active=500, tokens=10**6, seconds=60.0)
-                copa = {"task": "copa", "shots": 0, "spread": None, "questions": 10_000}
-                copa.update(chance=0.25, majority=None, questions_cut=3, questions_left_out=0)
-                copa["accuracy"] = 0.25 + 0.1 * seed
-                run["priming"] = {"mean": {"0": 0.25 + 0.1 * seed}, "tasks": [copa]}
-                overall = {"questions": 9, "lms": 80.0 + seed, "ss": 50.0, "icat": 81.0 + seed}
-                run["priming"]["bias"] = [{"task": "stereoset", "domains": {"overall": overall}}]
-                means = {"in_domain": one, "out_of_domain": one}
-                runs.append({**run, "sets": {"near": one, "far": one}, "mean": means})
-    whole = {"title": "T <b>", "context": 32, "tokens_per_update": 128, "planned": len(runs)}
-    whole.update(runs=runs, factors=result.factors(runs), commands=["fairseq-train data"])
-    (folder / "result.json").write_text(json.dumps(whole))
-    return whole
 
 
 def test_the_page_shows_the_numbers_and_nothing_from_outside(tmp_path, capsys):
