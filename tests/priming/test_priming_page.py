@@ -12,7 +12,8 @@ from processes import run_processes
 from task_files import CASES, write
 
 from fairseq_moe_ext import cli
-from fairseq_moe_ext.priming import bias, formats, generative
+from fairseq_moe_ext.priming import bias, generative
+from fairseq_moe_ext.questions import formats
 from fairseq_moe_ext.questions.scoring import RULES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "priming.md").read_text(encoding="utf-8")
