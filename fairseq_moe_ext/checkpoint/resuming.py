@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 from fairseq import checkpoint_utils
+from fairseq.optim.lr_scheduler.reduce_lr_on_plateau import ReduceLROnPlateauLRSchedule
 from fairseq.trainer import Trainer
 from torch import Tensor
 
@@ -62,15 +63,39 @@ def apply() -> None:
 
     Trainer.load_checkpoint = load_checkpoint
     _tell_what_cannot_be_finetuned()
+    _keep_the_patience_of_plateaus()
+
+
+def _keep_the_patience_of_plateaus() -> None:
+    """fairseq/optim/lr_scheduler/reduce_lr_on_plateau.py:88 keeps the best loss, and not for how
+    many validations there was none better: a resumed run would lower the rate later."""
+    stock_state = ReduceLROnPlateauLRSchedule.state_dict
+    stock_load = ReduceLROnPlateauLRSchedule.load_state_dict
+
+    @functools.wraps(stock_state)
+    def state_dict(self):
+        return {**stock_state(self), "bad_epochs": self.lr_scheduler.num_bad_epochs}
+
+    @functools.wraps(stock_load)
+    def load_state_dict(self, state):
+        stock_load(self, state)
+        self.lr_scheduler.num_bad_epochs = state.get("bad_epochs", 0)
+
+    ReduceLROnPlateauLRSchedule.state_dict = state_dict
+    ReduceLROnPlateauLRSchedule.load_state_dict = load_state_dict
 
 
 def _check_optimizer_state(trainer: Trainer, filename: str) -> None:
     """Raises UserError, on all ranks, where what the optimizer remembers of each number of a
-    parameter has not the parameter's shape; PyTorch finds that at the first update."""
+    parameter has not the parameter's shape, which PyTorch finds at the first update, or is NaN,
+    which the weights would be after it."""
     with same_error_on_all_ranks() if process_count() > 1 else contextlib.nullcontext():
         for parameter, state in getattr(trainer.optimizer.optimizer, "state", {}).items():
             for key in _OF_EACH_NUMBER & state.keys():
-                if isinstance(state[key], Tensor) and state[key].shape != parameter.shape:
+                if not isinstance(state[key], Tensor):
+                    continue
+                check_weights([(f"its optimizer state ({key})", state[key])], filename, False)
+                if state[key].shape != parameter.shape:
                     raise UserError(
                         f"{filename}: its optimizer state does not fit: {key} is of shape "
                         f"{tuple(state[key].shape)} for a parameter of {tuple(parameter.shape)}; "

@@ -65,6 +65,11 @@ def load_model(
     (model,), saved = checkpoint_utils.load_model_ensemble(
         [str(path)], arg_overrides=overrides, task=task
     )
+    if saved.task.get("add_bos_token"):
+        raise UserError(
+            f"--path {path}: trained with --add-bos-token, and this command begins no text with "
+            "<s>: evaluate it with fairseq-eval-lm"
+        )
     return model.eval(), saved
 
 

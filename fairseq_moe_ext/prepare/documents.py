@@ -88,8 +88,14 @@ def read_documents(path: Path, source: Source) -> Iterator[Tuple[str, int]]:
 
 
 def _walk(folder: Path) -> List[Path]:
-    found = []
-    for root, folders, names in os.walk(folder):
+    """Links are followed; a folder that several lead to is there once, a circle has an end."""
+    found, seen = [], set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:
+            folders[:] = []
+            continue
+        seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(root, name) for name in sorted(names) if not name.startswith(".")]
     return found

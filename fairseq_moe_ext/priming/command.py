@@ -1,13 +1,16 @@
 """`fairseq-moe priming`: a model on the paper's tasks, zero- and few-shot."""
 
 import argparse
+import contextlib
+import os
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, ContextManager, Dict, List, Optional, Tuple
 
 from .. import outputs
 from ..errors import UserError
 from ..expert_parallel import all_gather, process_rank
+from ..locks import Lock, beside
 from ..questions import formats, scoring
 from ..questions.vocabulary import Vocabulary
 from ..text_table import markdown, plain
@@ -82,6 +85,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    with _hold(args.json):
+        _run(args)
+
+
+def _run(args: argparse.Namespace) -> None:
     """Evaluate and print. Raises UserError for flags or files that cannot be, before the model is
     loaded where it can be known by then."""
     settings = _settings(args)
@@ -116,6 +124,13 @@ def run(args: argparse.Namespace) -> None:
                 _write(args, loaded.context, results, asked, len(results) == len(jobs))
         if process_rank() == 0:
             print(_tables(results, markdown if args.markdown else plain))
+
+
+def _hold(path: Optional[Path]) -> ContextManager:
+    """Have the file of --json for this command alone; where none can be, outputs.check says why."""
+    fit = path is not None and path.parent.is_dir() and (path.is_file() or not path.exists())
+    first = int(os.environ.get("RANK", 0)) == 0
+    return Lock(beside(path), f"--json {path}") if fit and first else contextlib.nullcontext()
 
 
 def _settings(args: argparse.Namespace) -> Settings:

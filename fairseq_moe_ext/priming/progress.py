@@ -43,7 +43,7 @@ def asked(args: Any, settings: "Settings", tasks: List[str]) -> Dict[str, Any]:
 def _stamps(folder: Path, paths: Iterable[Path], but: Optional[str] = None) -> Dict[str, List[int]]:
     found = {}
     for path in sorted(paths):
-        if path.is_file() and os.path.realpath(path) != but:
+        if path.is_file() and os.path.realpath(path) not in (but, f"{but}.lock"):
             status = path.stat()
             found[str(path.relative_to(folder))] = [status.st_size, status.st_mtime_ns]
     return found

@@ -60,18 +60,26 @@ def run(args: argparse.Namespace) -> None:
     tuned = None
     if args.fine_tuning is not None:
         tuned = _read(args.fine_tuning, {"rows", "before"}, "make it with examples/finetune/run.py")
+    try:
+        charts = _charts(result)
+        page = html(result, charts, use, tuned)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
+        read = filter(None, (args.folder / "result.json", args.expert_use, args.fine_tuning))
+        raise UserError(
+            f"{', '.join(map(str, read))}: not as it was written ({type(error).__name__}: {error})"
+            f": make it again"
+        ) from error
     folder = args.folder / "figures"
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be made: {files.reason(error)}") from None
     report.check_renewable(args.folder / "report.html")
-    charts = _charts(result)
     drawn = [folder / f"{name}{suffix}" for name in charts for suffix in (".svg", ".png")]
     outputs.check([("", path) for path in drawn], overwrite=True)
     for name, chart in charts.items():
         report.write(folder / f"{name}.svg", figures.standalone(chart.svg, report.STYLE))
-    report.write(args.folder / "report.html", html(result, charts, use, tuned))
+    report.write(args.folder / "report.html", page)
     if args.png:
         for name in charts:
             _photograph(browser, folder / f"{name}.svg")

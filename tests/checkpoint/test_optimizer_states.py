@@ -97,3 +97,14 @@ def test_an_optimizer_state_of_other_shapes_is_told_in_one_line(data, runs, tmp_
     for message in messages:
         assert f"{path}: " in message and "optimizer" in message and "\n" not in message
         assert "--reset-optimizer" in message
+
+
+def test_a_state_that_is_nan_is_refused(data, tmp_path):
+    line = f"{data} {TRAIN} --moe-expert-count 4"
+    train_on(1, f"{line} --max-update 1 --save-dir {tmp_path}")
+    path = tmp_path / "checkpoint_last.pt"
+    state = torch.load(path, weights_only=False)
+    state["last_optimizer_state"]["state"][0]["exp_avg"].view(-1)[0] = float("nan")
+    torch.save(state, path)
+    words = f"{path}: its optimizer state (exp_avg) holds NaN or infinity"
+    assert words in error_of(0, loaded, 1, line, str(path))

@@ -3,6 +3,11 @@
 import pytest
 import torch
 from fairseq.data import iterators
+from fairseq.optim.adam import FairseqAdam, FairseqAdamConfig
+from fairseq.optim.lr_scheduler.reduce_lr_on_plateau import (
+    ReduceLROnPlateauLRSchedule,
+    ReduceLROnPlateauLRScheduleConfig,
+)
 from training import GLOBAL_BATCH, SAVED, TRAIN, error_of, first_run, resume, train, train_on
 
 
@@ -127,3 +132,18 @@ def test_other_place_in_the_data_for_other_batches():
         assert next_rows(size, shards, state)[0] == row
     stock = {key: value for key, value in state.items() if key != "all_processes"}
     assert next_rows(4, 1, stock)[0] == 24  # what stock does, and what its own files still do
+
+
+def test_the_patience_of_reduce_lr_on_plateau_is_resumed():
+    """--lr-patience 2: the third validation that is not better lowers the rate, resumed or not."""
+
+    def schedule():
+        weight = torch.nn.Parameter(torch.zeros(1))
+        optimizer = FairseqAdam(FairseqAdamConfig(lr=[1.0], adam_betas="(0.9, 0.98)"), [weight])
+        config = ReduceLROnPlateauLRScheduleConfig(lr=[1.0], lr_patience=2, lr_shrink=0.5)
+        return ReduceLROnPlateauLRSchedule(config, optimizer)
+
+    first, resumed = schedule(), schedule()
+    rates = [first.step(epoch, loss) for epoch, loss in enumerate((3.0, 3.0, 3.0), 1)]
+    resumed.load_state_dict(first.state_dict())
+    assert rates == [1.0, 1.0, 1.0] and resumed.step(4, 3.0) == first.step(4, 3.0) == 0.5

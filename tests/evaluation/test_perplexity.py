@@ -13,7 +13,9 @@ from small_models import MOE, build_model
 
 import fairseq_moe_ext
 from fairseq_moe_ext import cli
+from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.evaluation import capacity, evaluate_command, perplexity, texts
+from fairseq_moe_ext.evaluation.loading import language_modeling_task, load_model
 from fairseq_moe_ext.prepare.command import Options, parse_corpora, prepare
 
 EOS = 2
@@ -194,3 +196,12 @@ def test_of_one_unit_there_is_no_interval(monkeypatch, tmp_path):
     rows = evaluate_command.table(found)
     assert rows[1][3] == rows[-1][3] == "one unit, none" and " to " in rows[2][3]
     assert rows[1][5] == "< 0.01", "some were dropped"
+
+
+def test_a_model_that_wants_bos_is_not_scored_without(trained, tmp_path):
+    data, checkpoint = trained
+    state = torch.load(checkpoint, weights_only=False)
+    state["cfg"]["task"]["add_bos_token"] = True
+    torch.save(state, tmp_path / "bos.pt")
+    with pytest.raises(UserError, match="bos.pt: trained with --add-bos-token"):
+        load_model(tmp_path / "bos.pt", language_modeling_task(data, 32))

@@ -142,6 +142,17 @@ def test_paths_folders_and_globs(tmp_path):
             names(pattern)
 
 
+def test_links_to_folders_are_followed_once(tmp_path):
+    for name in ("in/a.txt", "elsewhere/b.txt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    (tmp_path / "in" / "circle").symlink_to(tmp_path / "in")
+    for name in ("x", "y"):
+        (tmp_path / "in" / name).symlink_to(tmp_path / "elsewhere")
+    found = list_files(str(tmp_path / "in"), "--corpus x")
+    assert [str(path.relative_to(tmp_path)) for path in found] == ["in/a.txt", "in/x/b.txt"]
+
+
 def test_the_position_counts_bytes_on_disk(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("one\n\n" * 100_000, encoding="utf-8")

@@ -9,6 +9,7 @@ from processes import run_processes
 from task_files import BOOLQ, CASES, jsonl, write
 
 from fairseq_moe_ext import cli
+from fairseq_moe_ext.locks import Lock
 from fairseq_moe_ext.priming import choice, model
 from fairseq_moe_ext.questions.formats import TASKS
 
@@ -133,6 +134,14 @@ def test_a_command_that_was_ended_goes_on(command, tmp_path, capsys, monkeypatch
     monkeypatch.setattr(model, "load_in_context", lambda *_: pytest.fail("nothing is left to do"))
     assert priming(0, line, out) == whole
     assert capsys.readouterr().out == printed and len(calls) == 5
+
+
+def test_two_commands_do_not_share_a_file(command, tmp_path, capsys):
+    with Lock(tmp_path / "out.json.lock", "the first"):
+        assert cli.main(f"{command} --tasks sst2".split()) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --json {tmp_path / 'out.json'} is being worked on by PID")
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_results_of_other_files_are_not_taken(trained, tasks, tmp_path, capsys):

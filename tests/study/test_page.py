@@ -154,3 +154,13 @@ def test_png_without_a_browser_is_one_line(tmp_path, monkeypatch, capsys):
     assert cli.main(["report", str(tmp_path), "--png"]) == 1
     assert "--png: none of chromium" in capsys.readouterr().err
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("key, value", [("factors", 3), ("runs", ["x"]), ("runs", [{"a": 1}])])
+def test_a_result_with_something_else_in_it(tmp_path, capsys, key, value):
+    whole = {**made_result(tmp_path), key: value}
+    (tmp_path / "result.json").write_text(json.dumps(whole))
+    assert cli.main(["report", str(tmp_path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {tmp_path / 'result.json'}: not as it was written (")
+    assert not (tmp_path / "report.html").exists() and not (tmp_path / "figures").exists()
