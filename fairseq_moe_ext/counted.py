@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Sequence
 
 import numpy as np
 from fairseq.data import FairseqDataset, TokenBlockDataset, data_utils
+from fairseq.data.shorten_dataset import TruncateDataset
 from fairseq.models import BaseFairseqModel
 from fairseq.tasks import FairseqTask
 from fairseq.tasks.language_modeling import LanguageModelingTask
@@ -144,7 +145,10 @@ def _stored(dataset: FairseqDataset) -> int:
     """Tokens in the data-bins that a dataset of blocks is made of; --sample-break-mode complete_doc
     makes no block of blank lines."""
     if isinstance(dataset, TokenBlockDataset):
-        return _sum(dataset.dataset.sizes)
+        sentences = dataset.dataset
+        while isinstance(sentences, TruncateDataset):  # --shorten-method
+            sentences = sentences.dataset
+        return _sum(sentences.sizes)
     if hasattr(dataset, "datasets"):
         return sum(map(_stored, dataset.datasets))
     return _stored(dataset.dataset) if hasattr(dataset, "dataset") else _sum(dataset.sizes)
@@ -170,7 +174,8 @@ def what_was_counted(offered: Offered, counted: int) -> str:
     if offered.fitting < offered.samples:
         reasons.append(f"{offered.samples - offered.fitting:,} samples are too long for the model")
     if offered.tokens < offered.stored:
-        reasons.append(f"--sample-break-mode leaves out {offered.stored - offered.tokens:,} tokens")
+        out = f"{offered.stored - offered.tokens:,} tokens"
+        reasons.append(f"--sample-break-mode or --shorten-method leaves out {out}")
     if counted < offered.fitting_tokens:
         reasons.append("the others are in other shares (--num-shards)")
     return f"counted {counted:,} of {offered.stored:,} tokens ({'; '.join(reasons)})"

@@ -96,7 +96,7 @@ def check(given: Mapping[str, Any], spell: Spell, training: bool) -> None:
         )
     of_training = [_check_kinds, _check_validation, _check_schedule]
     others = [_check_window, _check_shards, _check_hypotheses, _check_pieces, _check_checkpoint]
-    others.append(_check_search)
+    others += [_check_search, _check_steps]
     for one in of_training if training else others:
         one(given, spell)
 
@@ -161,6 +161,14 @@ def _check_shards(given: Mapping[str, Any], spell: Spell) -> None:
         raise UserError(
             f"{spell('shard_id')} {shard} is not one of {spell('num_shards')} {shards}: use 0 to "
             f"{shards - 1}"
+        )
+
+
+def _check_steps(given: Mapping[str, Any], spell: Spell) -> None:
+    if given.get("max_valid_steps") is not None:
+        raise UserError(
+            f"{spell('max_valid_steps')} {given['max_valid_steps']} is for validation in training, "
+            "and this command takes all of the subset: drop it"
         )
 
 

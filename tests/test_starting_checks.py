@@ -161,6 +161,7 @@ def test_training_without_anything_of_ours_is_left_alone():
     "changes, words",
     [
         (dict(context_window=32), "--context-window 32 leaves no token to score"),
+        (dict(max_valid_steps=2), "--max-valid-steps 2 is for validation in training"),
         (dict(shard_id=2, num_shards=2), "--shard-id 2 is not one of --num-shards 2: use 0 to 1"),
         (dict(post_process="unknown"), "--remove-bpe unknown: unknown; use subword_nmt"),
         (dict(path=None), "--path is not given"),

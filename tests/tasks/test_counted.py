@@ -144,6 +144,16 @@ def test_eval_lm_refuses_samples_too_long_or_counts_them(fairseq, data, checkpoi
     assert f"Evaluated {fitting:,} tokens" in log
 
 
+def test_what_shorten_method_cuts_is_counted(fairseq, data, checkpoint):
+    sizes = sizes_of(data)
+    kept = int(np.minimum(sizes, 8).sum())
+    line = eval_lm(data, checkpoint).replace(f"sample {CONTEXT}", "sample 8")
+    for method in ("truncate", "random_crop"):
+        status, _, log = fairseq("eval_lm", f"{line} --shorten-method {method}")
+        assert status == 0 and f"Evaluated {kept:,} tokens" in log
+        assert f"counted {kept:,} of {int(sizes.sum()):,} tokens" in log
+
+
 def test_nothing_left_is_refused_though_asked_to_skip(fairseq, data, checkpoint):
     line = eval_lm(data, checkpoint, "small").replace(f"sample {CONTEXT}", "sample 100000")
     status, err, log = fairseq("eval_lm", line + " --skip-invalid-size-inputs-valid-test")
