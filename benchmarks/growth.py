@@ -22,8 +22,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from measure import in_turn, keep, keep_table, language_model, median, peak_memory
 
-from fairseq_moe_ext.evaluation.figures import Series, line_chart, standalone
-from fairseq_moe_ext.evaluation.report import STYLE
+from fairseq_moe_ext.evaluation.figures import Series, line_chart
 from fairseq_moe_ext.expert_parallel import traffic
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -107,7 +106,7 @@ def spread(processes: int) -> Tuple[float, float]:
 
 def draw(kind: str, title: str, y_label: str, points: Dict[int, float]) -> None:
     chart = line_chart(title, [Series("", list(points.items()), 0)], kind, y_label, zero_line=True)
-    (DOCS / f"growth_{kind}.svg").write_text(standalone(chart, STYLE) + "\n", encoding="utf-8")
+    chart.write_svg(DOCS / f"growth_{kind}.svg")
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Mapping, Optional, Tuple
+from typing import IO, Any, Callable, Dict, Iterable, Iterator, Mapping, Optional, Tuple
 
 from fairseq_moe_ext import files
 from fairseq_moe_ext.errors import UserError
@@ -90,21 +90,28 @@ def _check_place(path: Path, where: str) -> bool:
     return True
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write under a temporary name of this process, then rename it. Raises UserError where the
-    place has become unfit since `check`."""
+@contextlib.contextmanager
+def partial_file(path: Path, **how: Any) -> Iterator[IO]:
+    """A file to write under a temporary name of this process (`how`: for text, as open takes it),
+    renamed when all is there. Raises UserError where the place has become unfit since `check`."""
     partial = path.with_name(f".{path.name[:60]}.{os.getpid()}.tmp")
     try:
         _check_place(path, str(path))
-        # a path in the text may have bytes that are no UTF-8
-        with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
+        with open(partial, "w" if how else "wb", **how) as file:
+            yield file
         os.replace(partial, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {files.reason(error)}") from None
     finally:
         with contextlib.suppress(OSError):
             os.unlink(partial)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write the file, whole or not at all."""
+    # a path in the text may have bytes that are no UTF-8
+    with partial_file(path, encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
 
 
 def write_json(path: Path, value: object) -> None:

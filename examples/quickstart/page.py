@@ -3,7 +3,8 @@ terminal and report.html. Every number comes from that dictionary; nothing is me
 """
 
 import math
-from typing import Dict, List, Sequence, Tuple
+from pathlib import Path
+from typing import Dict, List, NamedTuple, Sequence, Tuple
 
 from fairseq_moe_ext import wording
 from fairseq_moe_ext.evaluation import figures, report, specialisation
@@ -151,7 +152,14 @@ def description(result: Dict) -> str:
     )
 
 
-def _learning_curves(result: Dict) -> str:
+class _Grid(NamedTuple):
+    """Charts side by side."""
+
+    charts: List[figures.Chart]
+    caption: str
+
+
+def _learning_curves(result: Dict) -> _Grid:
     per_update = result["settings"]["tokens_per_update"]
     curves = {name: result["models"][name]["validation"] for name in MODELS}
 
@@ -210,17 +218,16 @@ def _learning_curves(result: Dict) -> str:
                 log_y=True,
             )
         )
-    return report.grid(
+    return _Grid(
         charts,
         "Perplexity on the validation text while training goes on; logarithmic scale, each chart "
         "with its own range, those of single domains from a quarter of the training on. The second "
         "chart is the distance between the two lines of the first: below zero, the MoE model is "
         "ahead.",
-        figures.legend([LABELS[name] for name in MODELS], [STYLES[name] for name in MODELS]),
     )
 
 
-def _expert_use(result: Dict) -> str:
+def _expert_use(result: Dict) -> _Grid:
     layers = result["expert_use"]
     order = [d["name"] for d in domains(result, False)] + [d["name"] for d in domains(result, True)]
     titles = {domain["name"]: domain["title"] for domain in result["domains"]}
@@ -239,7 +246,7 @@ def _expert_use(result: Dict) -> str:
             )
         )
     experts = len(layers[0]["share"][order[0]])
-    return report.grid(
+    return _Grid(
         charts,
         f"How each domain's test text is shared out among the {experts} experts of each MoE layer, "
         f"in per cent of all choices ({100 / experts:.1f} is even); below the line, the held-out "
@@ -293,8 +300,45 @@ def html(result: Dict) -> str:
     inside_change = change(mean(result, DENSE, False), mean(result, MOE, False))
     outside_change = change(mean(result, DENSE, True), mean(result, MOE, True))
     dense, moe = (result["models"][name] for name in MODELS)
-    settings = result["settings"]
-    table = []
+    versions = result["environment"].items()
+    return report.render(
+        "report.html.jinja",
+        Path(__file__).resolve().parent,
+        title="MoE against dense at equal FLOPs",
+        sentence=sentence(result),
+        cards=[
+            (signed(inside_change), "MoE perplexity against dense, in domain"),
+            (signed(outside_change), "the same, out of domain"),
+            (
+                f"× {moe['flops_per_token'] / dense['flops_per_token']:.3f}",
+                "FLOPs per token, MoE against dense",
+            ),
+            (f"× {moe['parameters'] / dense['parameters']:.1f}", "parameters"),
+            (
+                f"× {moe['training_seconds'] / dense['training_seconds']:.2f}",
+                "training time on this machine",
+            ),
+        ],
+        result=_result_table(result),
+        findings=findings(result),
+        legend=figures.legend([LABELS[name] for name in MODELS], [STYLES[name] for name in MODELS]),
+        curves=_learning_curves(result),
+        use=_expert_use(result),
+        vocabulary=f"{result['settings']['vocabulary']:,}",
+        text=_text_table(result),
+        description=description(result),
+        commands=result["commands"],
+        stages=report.table(
+            ("Stage", "min:s"),
+            [(stage["title"], clock(stage["seconds"])) for stage in result["stages"]],
+        ),
+        versions="; ".join(f"{name} {version}" for name, version in versions),
+    )
+
+
+def _result_table(result: Dict) -> report.Table:
+    """`rows`, good and bad changes marked."""
+    table: List[Tuple] = []
     for row in rows(result):
         if len(row) == 1:
             table.append(row)
@@ -304,7 +348,11 @@ def html(result: Dict) -> str:
             css = {"−": "good", "+": "bad"}.get(row[3][0], "")
         first = (row[0], "total") if row[0].startswith("Mean") else row[0].strip()
         table.append((first, row[1], row[2], (row[3], css)))
-    text_rows = [
+    return report.table(("", "Dense", "MoE", "MoE : dense"), table)
+
+
+def _text_table(result: Dict) -> report.Table:
+    rows = [
         (
             f"{domain['title']}\n{domain['source']}",
             "held out"
@@ -315,50 +363,4 @@ def html(result: Dict) -> str:
         )
         for domain in result["domains"]
     ]
-    parts = [
-        f'<p class="lead">{sentence(result)}</p>',
-        report.cards(
-            [
-                (signed(inside_change), "MoE perplexity against dense, in domain"),
-                (signed(outside_change), "the same, out of domain"),
-                (
-                    f"× {moe['flops_per_token'] / dense['flops_per_token']:.3f}",
-                    "FLOPs per token, MoE against dense",
-                ),
-                (f"× {moe['parameters'] / dense['parameters']:.1f}", "parameters"),
-                (
-                    f"× {moe['training_seconds'] / dense['training_seconds']:.2f}",
-                    "training time on this machine",
-                ),
-            ]
-        ),
-        report.pair(
-            report.heading("Result") + report.table(("", "Dense", "MoE", "MoE : dense"), table),
-            report.heading("What holds, and what does not") + report.bullets(findings(result)),
-        ),
-        report.heading("Learning curves"),
-        _learning_curves(result),
-        report.heading("Which expert takes which domain"),
-        _expert_use(result),
-        report.heading("The text"),
-        report.paragraph(
-            "Taken from the Python installation, whole documents to one split each; nothing was "
-            f"downloaded. A byte-level BPE of {settings['vocabulary']:,} tokens was trained on the "
-            "training text."
-        ),
-        report.table(("Domain", "Training", "Test", "Documents"), text_rows),
-        report.heading("How it was made"),
-        report.paragraph(description(result)),
-        report.folded("The commands", report.code("\n\n".join(result["commands"]))),
-        report.folded(
-            "Time spent and versions",
-            report.table(
-                ("Stage", "min:s"),
-                [(stage["title"], clock(stage["seconds"])) for stage in result["stages"]],
-            )
-            + report.paragraph(
-                "; ".join(f"{name} {version}" for name, version in result["environment"].items())
-            ),
-        ),
-    ]
-    return report.page("MoE against dense at equal FLOPs", parts)
+    return report.table(("Domain", "Training", "Test", "Documents"), rows)

@@ -61,26 +61,34 @@ def table(results: Sequence[Dict[str, Any]]) -> List[List[str]]:
 
 def write_page(path: Path, model: Path, results: Sequence[Dict[str, Any]]) -> None:
     """One HTML page: the mean's charts of perplexity and of speed, each set's perplexity, the
-    table."""
-    means = [summary(found) for found in results]
+    table. Error bars: 95 % of the bootstrap."""
+    at = [found["capacity"] for found in results]
+    means = [found["mean"]["all"] for found in results]
+    speeds = [summary(found)["tokens_per_second"] for found in results]
+    page = report.render(
+        "capacity.html",
+        title="Perplexity and speed against capacity",
+        model=str(model),
+        whole=[
+            _perplexities("Mean perplexity", at, means),
+            _chart("Speed", "tokens a second", figures.Series("", list(zip(at, speeds)), 1)),
+        ],
+        table=report.table(COLUMNS, table(results)[1:]),
+        sets=[
+            _perplexities(name, at, [found["sets"][name] for found in results])
+            for name in results[0]["sets"]
+        ],
+    )
+    report.write(path, page)
 
-    def chart(title: str, label: str, values: Sequence[float], style: int) -> str:
-        points = [(one["capacity"], value) for one, value in zip(means, values)]
-        line = figures.Series(title, points, style)
-        return figures.line_chart(title, [line], "capacity, share of a batch", label, log_x=True)
 
-    whole = [
-        chart("Mean perplexity", "perplexity", [one["perplexity"] for one in means], 0),
-        chart("Speed", "tokens a second", [one["tokens_per_second"] for one in means], 1),
-    ]
-    each = [
-        chart(name, "perplexity", [found["sets"][name]["perplexity"] for found in results], 0)
-        for name in results[0]["sets"]
-    ]
-    parts = [
-        report.paragraph(f"{model}: an expert takes at most this share of a batch's tokens."),
-        report.grid(whole, "Mean over the sets"),
-        report.table(COLUMNS, table(results)[1:]),
-        report.grid(each, "Set by set"),
-    ]
-    report.write(path, report.page("Perplexity and speed against capacity", parts))
+def _perplexities(
+    title: str, at: Sequence[float], found: Sequence[Dict[str, Any]]
+) -> figures.Chart:
+    points = [(share, one["perplexity"]) for share, one in zip(at, found)]
+    line = figures.Series("", points, 0, [one["interval"] for one in found])
+    return _chart(title, "perplexity", line)
+
+
+def _chart(title: str, label: str, line: figures.Series) -> figures.Chart:
+    return figures.line_chart(title, [line], "capacity, share of a batch", label, log_x=True)

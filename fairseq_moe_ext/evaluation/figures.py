@@ -1,29 +1,58 @@
-"""Small charts as inline SVG: numbers in, a string out.
+"""Small charts by matplotlib: inline SVG for pages, and SVG and PNG files, without a browser.
 
 A chart is drawn 360 units wide and meant to be shown at about that many pixels; a wider page puts
-charts side by side (`report.grid`), so that text has the same size at every width. Colours are CSS
-variables of `report.STYLE`, so that one chart serves light, dark and print. Series differ in dash
-and marker as well as in colour.
+charts side by side, so that text has the same size at every width. In SVG the colours are CSS
+variables of templates/style.css, so that one chart serves light, dark and print, and text is text.
+Series differ in dash and marker as well as in colour. The same numbers give the same bytes.
 """
 
+import contextlib
+import functools
+import io
+import logging
 import math
-from dataclasses import dataclass
+import re
 from html import escape
-from typing import List, Optional, Sequence, Tuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+from .. import outputs
+from .report import style_sheet
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 WIDTH = 360  # units of every chart; about as many CSS pixels
 HEIGHT = 232  # of a line chart
-MARKERS = ("circle", "square", "diamond", "triangle")
-DASHES = ("6 4", "", "2 3", "9 3 2 3")
+PNG_SCALE = 2.5  # dots a unit
+MARKERS = ("o", "s", "D", "^")
+DASHES: Tuple[Any, ...] = ((0, (6, 4)), "-", (0, (2, 3)), (0, (9, 3, 2, 3)))
+
+# CSS variable -> its colour in a light page (templates/style.css), as PNG has it; all differ, so
+# that each can be told in an SVG. Series: blue, vermilion, green and purple after Okabe and Ito.
+COLOURS = {
+    "ink": "#1d2430",
+    "soft": "#5a6472",
+    "rule": "#d9dde3",
+    "paper": "#ffffff",
+    "heat": "#0b4f8a",
+    "onheat": "#fefefe",
+    "s0": "#0072b2",
+    "s1": "#d55e00",
+    "s2": "#007a5a",
+    "s3": "#a3588a",
+}
+_TEXT, _TITLE, _SMALLEST = 11.5, 13.5, 9.0  # units
 
 
-@dataclass(frozen=True)
-class Series:
+class Series(NamedTuple):
     """One line of a chart. `style` (0 to 3) picks its colour, dash and marker."""
 
     label: str
     points: Sequence[Tuple[float, float]]
     style: int
+    intervals: Sequence[Optional[Tuple[float, float]]] = ()  # of each point's y: an error bar
 
 
 def linear_ticks(low: float, high: float, wanted: int = 5) -> List[float]:
@@ -55,53 +84,243 @@ def log_ticks(low: float, high: float) -> List[float]:
     return linear_ticks(low, high)
 
 
-def short(value: float) -> str:
+def short(value: float, digits: int = 3) -> str:
     """A number as an axis shows it: 1500000 -> 1.5M, 0.25 -> 0.25, 3.0 -> 3."""
     if abs(value) >= 1e15:
-        return f"{value:.3g}".replace("e+", "e")
+        return f"{value:.{digits}g}".replace("e+", "e")
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"
+            return f"{value / size:.{digits}g}{letter}"
+    return f"{value:.{digits}g}"
 
 
-def _line(css: str, x1: float, y1: float, x2: float, y2: float) -> str:
-    return f'<line class="{css}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+def _labels(ticks: Sequence[float]) -> List[str]:
+    """As few digits as tell them apart."""
+    for digits in range(3, 9):
+        shown = [short(tick, digits) for tick in ticks]
+        if len(set(shown)) == len(ticks):
+            break
+    return shown
 
 
-def _marker(style: int, x: float, y: float) -> str:
-    kind = MARKERS[style % len(MARKERS)]
-    css = f'class="m s{style}"'
-    if kind == "circle":
-        return f'<circle {css} cx="{x:.1f}" cy="{y:.1f}" r="3.2"/>'
-    if kind == "square":
-        return f'<rect {css} x="{x - 3:.1f}" y="{y - 3:.1f}" width="6" height="6"/>'
-    turn = 4.2
-    corners = {
-        "diamond": ((x, y - turn), (x + turn, y), (x, y + turn), (x - turn, y)),
-        "triangle": ((x, y - turn), (x + turn, y + 3), (x - turn, y + 3)),
-    }[kind]
-    return f'<polygon {css} points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in corners)}"/>'
+class Chart:
+    """A drawn chart. A template prints it as inline SVG."""
+
+    def __init__(self, title: str, figure: "Figure", tips: Sequence[str] = ()) -> None:
+        self.title = title
+        self.figure = figure
+        self.tips = tips  # of the cells, in the order in which they were drawn
+
+    def svg(self) -> str:
+        """An <svg> element for a page that has the style sheet."""
+        with _matplotlib(f"chart {self.title}"):
+            text = io.StringIO()
+            nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+            self.figure.savefig(text, format="svg", facecolor="none", metadata=nothing)
+        return _themed(text.getvalue(), self.title, self.tips)
+
+    __html__ = svg  # what Jinja2 asks for
+
+    def write_svg(self, path: Path) -> None:
+        """A file of its own, with the style sheet that a page would give it."""
+        opening, rest = self.svg().split(">", 1)
+        opening = opening.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+        style = escape(style_sheet(), quote=False)
+        outputs.write_text(path, f"{opening}><style>{style}</style>{rest}\n")
+
+    def write_png(self, path: Path) -> None:
+        """For light paper."""
+        with _matplotlib(), outputs.partial_file(path) as file:
+            self.figure.savefig(
+                file, format="png", dpi=72 * PNG_SCALE, facecolor="white", metadata={"Software": ""}
+            )
 
 
-def legend(labels: Sequence[str], styles: Sequence[int]) -> str:
-    """The key to the lines, one for all charts of a grid, as HTML that wraps."""
-    items = []
-    for label, style in zip(labels, styles):
-        dash = DASHES[style % len(DASHES)]
-        items.append(
-            '<span><svg width="34" height="12" viewBox="0 0 34 12" aria-hidden="true">'
-            f'<line class="l s{style}" x1="0" y1="6" x2="34" y2="6" stroke-dasharray="{dash}"/>'
-            f"{_marker(style, 17, 6)}</svg> {escape(label)}</span>"
+@contextlib.contextmanager
+def _matplotlib(salt: str = "") -> Iterator[None]:
+    """matplotlib with our settings, whatever the user's are. Imported only where something is
+    drawn. It warns of a home that cannot be written, and works without."""
+    for name in ("matplotlib", "matplotlib.font_manager"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(
+            {
+                "figure.dpi": 72,  # a point is a unit
+                "savefig.dpi": 72,
+                "svg.fonttype": "none",
+                "svg.hashsalt": salt,
+                "text.parse_math": False,
+                "text.color": COLOURS["ink"],
+                "font.size": _TEXT,
+                "font.family": "DejaVu Sans",  # comes with it; wider than what a page shows
+                "lines.scale_dashes": False,
+                "axes.unicode_minus": True,
+            }
         )
-    return f'<p class="legend">{"".join(items)}</p>'
+        yield
 
 
-def standalone(svg: str, style: str) -> str:
-    """A chart as a file of its own, with the style sheet that a page would give it."""
-    opening, rest = svg.split(">", 1)
-    opening = opening.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
-    return f"{opening}><style>{escape(style)}</style>{rest}"
+def _themed(text: str, title: str, tips: Sequence[str]) -> str:
+    """matplotlib's SVG for the style sheet: CSS variables for colours, the page's font, classes in
+    place of ids that nothing refers to."""
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.S)
+    size = re.search(r'viewBox="[^"]*"', text)[0]
+    name = escape(title)
+    opening = f'<svg class="chart" {size} role="img" aria-label="{name}">'
+    text = opening + text[text.index(">") + 1 :]
+    referred = set(re.findall(r'#([\w-]+)(?=[")])', text))
+    text = re.sub(
+        r' id="([^"]*)"', lambda m: m[0] if m[1] in referred else _class(m[1]), text
+    ).replace("xlink:href", "href")
+    text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
+    text = re.sub(
+        r"font: (?:(bold|\d+) )?([\d.]+px) [^;\"]*(;? ?)",
+        lambda m: f"font-size: {m[2]}" + ("; font-weight: 650" if m[1] else "") + m[3],
+        text,
+    )
+    text = re.sub(r' transform="rotate\(-0 [^"]*"', "", text)
+    for variable, colour in COLOURS.items():
+        text = text.replace(colour, f"var(--{variable})")
+    parts = text.split('<g class="cell">')
+    assert len(parts) == len(tips) + 1
+    text = parts[0] + "".join(
+        f'<g class="cell"><title>{escape(tip)}</title>{part}' for tip, part in zip(tips, parts[1:])
+    )
+    return re.sub(r"\s*\n\s*", " ", text).replace("> <", "><").strip()
+
+
+def _class(name: str) -> str:
+    """Of an id that says what a group is, as we give it, a class; of matplotlib's own nothing."""
+    return f' class="{name[3:]}"' if name.startswith("is-") else ""
+
+
+@functools.cache
+def _renderer() -> Any:
+    from matplotlib.backends.backend_agg import RendererAgg
+
+    return RendererAgg(1, 1, 72)
+
+
+def _width(text: str, size: float, weight: str = "normal") -> float:
+    """Units across."""
+    from matplotlib.font_manager import FontProperties
+
+    font = FontProperties(family="DejaVu Sans", size=size, weight=weight)
+    return _renderer().get_text_width_height_descent(text, font, False)[0]
+
+
+def _fitted(text: str, size: float, room: float, weight: str = "normal") -> Tuple[str, float]:
+    """The text and its size so that it fits: smaller if need be, then cut."""
+    needed = _width(text, size, weight)
+    if needed <= room:
+        return text, size
+    if size * room / needed >= _SMALLEST:
+        return text, size * room / needed
+    fitting, too_long = 0, len(text)
+    while too_long - fitting > 1:
+        middle = (fitting + too_long) // 2
+        if _width(text[:middle] + "…", _SMALLEST, weight) <= room:
+            fitting = middle
+        else:
+            too_long = middle
+    return text[:fitting].rstrip() + "…", _SMALLEST
+
+
+def _canvas(height: float) -> Tuple["Figure", "Axes"]:
+    """A figure, and its whole area in units from its upper left corner, to write on."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72)
+    whole = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(height, 0))
+    whole.axis("off")
+    return figure, whole
+
+
+def _write(
+    axes: "Axes",
+    x: float,
+    y: float,
+    text: str,
+    room: float,
+    *,
+    size: float = _TEXT,
+    align: str = "left",
+    colour: str = "ink",
+    weight: str = "normal",
+    **how: Any,
+) -> None:
+    """Text on a baseline."""
+    text, size = _fitted(text, size, room, weight)
+    how = {"ha": align, "va": "baseline", "color": COLOURS[colour], **how}
+    axes.text(x, y, text, fontsize=size, fontweight=weight, **how)
+
+
+class Legend(NamedTuple):
+    """The key to one line of all charts of a grid."""
+
+    label: str
+    sample: Chart
+
+
+def legend(labels: Sequence[str], styles: Sequence[int]) -> List[Legend]:
+    return [Legend(label, _sample(style)) for label, style in zip(labels, styles)]
+
+
+def _sample(style: int) -> Chart:
+    from matplotlib.figure import Figure
+
+    with _matplotlib():
+        figure = Figure(figsize=(34 / 72, 12 / 72), dpi=72)
+        axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 34), ylim=(0, 12))
+        axes.axis("off")
+        _plot(axes, [(0, 6), (34, 6)], style, markers=False)
+        _plot(axes, [(17, 6)], style)
+    return Chart("", figure)
+
+
+def _plot(
+    axes: "Axes", points: Sequence[Tuple[float, float]], style: int, markers: bool = True
+) -> None:
+    x, y = zip(*points)
+    axes.plot(
+        x,
+        y,
+        color=COLOURS[f"s{style % 4}"],
+        linestyle=DASHES[style % 4],
+        linewidth=2.2,
+        marker=MARKERS[style % 4] if markers else "",
+        markersize=6 if style % 4 < 3 else 7,
+        markeredgecolor=COLOURS["paper"],
+        markeredgewidth=0.8,
+        clip_on=False,
+        gid=f"is-line s{style % 4}",
+    )
+
+
+class _Drawn(NamedTuple):
+    """What of a series an axis can show."""
+
+    style: int
+    points: List[Tuple[float, float]]
+    ends: List[Tuple[float, float]]  # of the error bar at each point; equal ones: none
+
+
+def _drawable(one: Series, log_x: bool, log_y: bool) -> _Drawn:
+    def shown(y: float) -> bool:
+        return math.isfinite(y) and (y > 0 or not log_y)
+
+    found = _Drawn(one.style, [], [])
+    for i, (x, y) in enumerate(one.points):
+        if shown(y) and (x > 0 or not log_x):
+            ends = one.intervals[i] if i < len(one.intervals) else None
+            found.points.append((x, y))
+            usable = ends is not None and all(map(shown, ends))
+            found.ends.append((min(ends[0], y), max(ends[1], y)) if usable else (y, y))
+    return found
 
 
 def line_chart(
@@ -115,91 +334,130 @@ def line_chart(
     y_range: Optional[Tuple[float, float]] = None,
     percent: bool = False,
     log_x: bool = False,
-) -> str:
-    """A chart of lines over one x axis, as an SVG string.
+) -> Chart:
+    """A chart of lines over one x axis.
 
     Points that are not finite (or not above 0 on a logarithmic axis) are left out. Without any
     point the chart says so. `zero_line` includes y = 0 and draws it; `y_range` fixes the axis, so
     that charts of a grid can be compared; `percent` prints y ticks with a sign and %.
     """
-    height, left, right, top, bottom = HEIGHT, 50, 14, 30, 42
-    clean = [
-        (
-            one,
-            [
-                (x, y)
-                for x, y in one.points
-                if math.isfinite(y) and (y > 0 or not log_y) and (x > 0 or not log_x)
-            ],
+    drawn = [one for one in (_drawable(s, log_x, log_y) for s in series) if one.points]
+    with _matplotlib():
+        figure, whole = _canvas(HEIGHT)
+        if not drawn:
+            _write(whole, 50, 17, title, WIDTH - 56, size=_TITLE, weight="bold")
+            _write(whole, 50, HEIGHT / 2, "no measurements yet", WIDTH - 56)
+            return Chart(title, figure)
+        x_low, x_high = _x_range([x for one in drawn for x, _ in one.points], log_x)
+        y_low, y_high = _y_range(
+            y_range or _ends_of(end for one in drawn for pair in one.ends for end in pair),
+            zero_line,
+            log_y,
         )
-        for one in series
-    ]
-    every = [point for _, points in clean for point in points]
-    name = escape(title)
-    parts = [
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{name}">',
-        f'<text class="t" x="{left}" y="17">{name}</text>',
-    ]
-    if not every:
-        parts.append(f'<text x="{left}" y="{height / 2}">no measurements yet</text></svg>')
-        return "".join(parts)
+        ticks = log_ticks(y_low, y_high) if log_y else linear_ticks(y_low, y_high, 4)
+        shown = [_percent(tick) for tick in ticks] if percent else _labels(ticks)
+        left = max(50.0, 24 + max(_width(label, _TEXT) for label in shown))
+        right, top, bottom = 14, 30, 42
+        axes = figure.add_axes(
+            (
+                left / WIDTH,
+                bottom / HEIGHT,
+                (WIDTH - left - right) / WIDTH,
+                (HEIGHT - top - bottom) / HEIGHT,
+            ),
+            xlim=(x_low, x_high),
+            ylim=(y_low, y_high),
+            xscale="log" if log_x else "linear",
+            yscale="log" if log_y else "linear",
+        )
+        _frame(axes)
+        axes.set_yticks(ticks, shown)
+        x_ticks = log_ticks(x_low, x_high) if log_x else linear_ticks(x_low, x_high, 4)
+        axes.set_xticks(x_ticks, _labels(x_ticks))
+        axes.minorticks_off()
+        _thin_out(figure, axes)
+        if zero_line:
+            axes.axhline(0, color=COLOURS["soft"], linewidth=1.5, zorder=1)
+        for one in drawn:
+            _error_bars(axes, one)
+            _plot(axes, one.points, one.style, markers or len(one.points) == 1)
+        _write(whole, left, 17, title, WIDTH - left - 4, size=_TITLE, weight="bold")
+        across = WIDTH - left - right
+        middle = left + across / 2
+        _write(whole, middle, HEIGHT - 6, x_label, across, align="center", colour="soft")
+        middle = (top + HEIGHT - bottom) / 2
+        high = HEIGHT - top - bottom
+        turned = {"align": "center", "colour": "soft", "rotation": 90, "rotation_mode": "anchor"}
+        _write(whole, 12, middle, y_label, high, **turned)
+    return Chart(title, figure)
 
-    x_low, x_high = min(0.0, min(x for x, _ in every)), max(x for x, _ in every) or 1.0
-    if log_x:
-        x_low, x_high = min(x for x, _ in every) / 1.15, x_high * 1.15
-    y_low, y_high = y_range or (min(y for _, y in every), max(y for _, y in every))
-    if zero_line:
-        y_low, y_high = min(y_low, 0.0), max(y_high, 0.0)
-    if log_y:
-        y_low, y_high = y_low / 1.06, y_high * 1.06
-    else:
-        margin = 0.06 * (y_high - y_low) or abs(y_high) * 0.05 or 1.0
-        y_low, y_high = y_low - margin, y_high + margin
 
-    right_edge, base = WIDTH - right, height - bottom
+def _ends_of(values: Iterator[float]) -> Tuple[float, float]:
+    every = list(values)
+    return min(every), max(every)
 
-    def across(x: float) -> float:
-        share = (x - x_low) / (x_high - x_low)
-        if log_x:
-            share = math.log(x / x_low) / math.log(x_high / x_low)
-        return left + share * (right_edge - left)
 
-    def up(y: float) -> float:
-        if log_y:
-            share = math.log(y / y_low) / math.log(y_high / y_low)
-        else:
-            share = (y - y_low) / (y_high - y_low)
-        return base - share * (base - top)
+def _x_range(every: Sequence[float], log: bool) -> Tuple[float, float]:
+    if log:
+        return min(every) / 1.15, max(every) * 1.15
+    return min(0.0, min(every)), max(every) or 1.0
 
-    for tick in log_ticks(y_low, y_high) if log_y else linear_ticks(y_low, y_high, 4):
-        y = up(tick)
-        label = f"{tick:+g} %".replace("+0 ", "0 ").replace("-", "−") if percent else short(tick)
-        css = "z" if zero_line and tick == 0 else "g"
-        parts.append(_line(css, left, y, right_edge, y))
-        parts.append(f'<text class="e" x="{left - 6}" y="{y + 4:.1f}">{label}</text>')
-    for tick in log_ticks(x_low, x_high)[:6] if log_x else linear_ticks(x_low, x_high, 4):
-        x = across(tick)
-        parts.append(_line("k", x, base, x, base + 4))
-        parts.append(f'<text class="c" x="{x:.1f}" y="{base + 17}">{short(tick)}</text>')
-    parts.append(_line("k", left, base, right_edge, base))
-    x, y = (left + right_edge) / 2, (top + base) / 2
-    parts.append(f'<text class="c a" x="{x:.1f}" y="{height - 6}">{escape(x_label)}</text>')
-    parts.append(
-        f'<text class="c a" transform="translate(11 {y:.1f}) rotate(-90)">{escape(y_label)}</text>'
+
+def _y_range(ends: Tuple[float, float], zero: bool, log: bool) -> Tuple[float, float]:
+    low, high = ends
+    if zero:
+        low, high = min(low, 0.0), max(high, 0.0)
+    if log:
+        return low / 1.06, high * 1.06
+    margin = 0.06 * (high - low) or abs(high) * 0.05 or 1.0
+    return low - margin, high + margin
+
+
+def _percent(value: float) -> str:
+    return f"{value:+g} %".replace("+0 ", "0 ").replace("-", "−")
+
+
+def _frame(axes: "Axes") -> None:
+    """A line below, and a grid across."""
+    for side in ("left", "right", "top"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(COLOURS["soft"])
+    axes.patch.set_visible(False)
+    axes.set_axisbelow(True)
+    axes.yaxis.grid(True, color=COLOURS["rule"], linewidth=1)
+    axes.tick_params("y", length=0, pad=6, labelcolor=COLOURS["ink"])
+    axes.tick_params("x", length=4, pad=4, color=COLOURS["soft"], labelcolor=COLOURS["ink"])
+
+
+def _thin_out(figure: "Figure", axes: "Axes") -> None:
+    """Take away labels of ticks that would overprint another, or leave the figure."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    for axis, low, high, gap in ((axes.xaxis, "x0", "x1", 7), (axes.yaxis, "y0", "y1", 2)):
+        kept: List[str] = []
+        end = -math.inf
+        for label in axis.get_ticklabels():
+            box = label.get_window_extent(renderer)
+            free = getattr(box, low) >= end + gap and box.x1 <= WIDTH
+            kept.append(label.get_text() if free else "")
+            end = getattr(box, high) if free else end
+        axis.set_ticklabels(kept)
+
+
+def _error_bars(axes: "Axes", one: _Drawn) -> None:
+    bars = [(x, y, *ends) for (x, y), ends in zip(one.points, one.ends) if ends[0] < ends[1]]
+    if not bars:
+        return
+    x, y, low, high = zip(*bars)
+    below = [b - a for a, b in zip(low, y)]
+    above = [b - a for a, b in zip(y, high)]
+    colour = COLOURS[f"s{one.style % 4}"]
+    drawn = axes.errorbar(
+        x, y, yerr=[below, above], fmt="none", ecolor=colour, elinewidth=1.4, capsize=3.5
     )
-    for one, points in clean:
-        if not points:
-            continue
-        path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in points)
-        dash = DASHES[one.style % len(DASHES)]
-        parts.append(
-            f'<polyline class="l s{one.style}" stroke-dasharray="{dash}" points="{path}"/>'
-        )
-        if markers:
-            for x, y in points:
-                parts.append(_marker(one.style, across(x), up(y)))
-    parts.append("</svg>")
-    return "".join(parts)
+    for lines in drawn.lines[2]:
+        lines.set_gid("is-error-bars")
 
 
 def heatmap(
@@ -209,8 +467,8 @@ def heatmap(
     column_label: str,
     highest: float,
     rule_before: Optional[int] = None,
-) -> str:
-    """Shares (0 to 1) as shaded cells with the percentage in each, as an SVG string.
+) -> Chart:
+    """Shares (0 to 1) as shaded cells with the percentage in each.
 
     rows: one label a row; values: one sequence a row, all of the same length (columns are
     numbered from 0); highest: the share that gets the full shade, the same for all heat maps of a
@@ -219,43 +477,62 @@ def heatmap(
     columns = len(values[0]) if values else 0
     if len(rows) != len(values) or any(len(row) != columns for row in values) or not columns:
         raise ValueError(f"{len(rows)} labels for rows of lengths {[len(row) for row in values]}")
-    left, top, cell_height = 140, 30, 25
-    cell_width = (WIDTH - left - 2) / columns
-    height = top + cell_height * len(rows) + 38
-    name = escape(title)
-    parts = [
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{name}">',
-        f'<text class="t" x="0" y="17">{name}</text>',
-    ]
-    numbers = cell_width >= 20
-    for r, (label, row) in enumerate(zip(rows, values)):
-        y = top + r * cell_height
-        parts.append(f'<text class="e" x="{left - 7}" y="{y + 17}">{escape(label)}</text>')
-        for c, value in enumerate(row):
-            x = left + c * cell_width
-            shade = min(1.0, value / highest) if highest > 0 else 0.0
-            ink = "i" if shade > 0.62 else "o"
-            parts.append(
-                f'<rect class="h" x="{x:.1f}" y="{y}" width="{cell_width - 1.5:.1f}" '
-                f'height="{cell_height - 1.5}" fill-opacity="{0.04 + 0.96 * shade:.3f}">'
-                f"<title>{escape(label)}, {escape(column_label)} {c}: {value:.1%}</title></rect>"
-            )
-            if numbers:
-                parts.append(
-                    f'<text class="c {ink}" x="{x + cell_width / 2 - 0.7:.1f}" y="{y + 16.5}">'
-                    f"{value * 100:.0f}</text>"
-                )
-    if rule_before is not None:
-        y = top + rule_before * cell_height - 0.8
-        parts.append(_line("z", 0, y, WIDTH - 2, y))
+    top, cell_height = 30, 25
     bottom = top + cell_height * len(rows)
-    every = 1 if numbers else 2 if columns <= 32 else max(1, columns // 8)
-    for c in range(0, columns, every):
-        x = left + (c + 0.5) * cell_width - 0.7
-        parts.append(f'<text class="c" x="{x:.1f}" y="{bottom + 14}">{c}</text>')
-    middle = left + (WIDTH - left) / 2
-    parts.append(
-        f'<text class="c a" x="{middle:.1f}" y="{bottom + 31}">{escape(column_label)}</text>'
+    tips = []
+    with _matplotlib():
+        figure, whole = _canvas(bottom + 38)
+        left = min(150.0, 8 + max(_width(label, _TEXT) for label in rows))
+        cell = (WIDTH - left - 2) / columns
+        numbers = all(_width(f"{v * 100:.0f}", _TEXT) <= cell - 3 for row in values for v in row)
+        _write(whole, 0, 17, title, WIDTH, size=_TITLE, weight="bold")
+        for r, (label, row) in enumerate(zip(rows, values)):
+            y = top + r * cell_height
+            _write(whole, left - 6, y + 16.5, label, left - 7, align="right")
+            for c, value in enumerate(row):
+                tips.append(f"{label}, {column_label} {c}: {value:.1%}")
+                _cell(whole, left + c * cell, y, cell, cell_height, value, highest, numbers)
+        if rule_before is not None:
+            y = top + rule_before * cell_height - 0.8
+            whole.plot([0, WIDTH - 2], [y, y], color=COLOURS["soft"], linewidth=1.5)
+        every = math.ceil((_width(str(columns - 1), _TEXT) + 4) / cell)
+        for c in range(0, columns, every):
+            x = left + (c + 0.5) * cell - 0.7
+            _write(whole, x, bottom + 14, str(c), WIDTH, align="center")
+        across = WIDTH - left
+        x = left + across / 2
+        _write(whole, x, bottom + 31, column_label, across, align="center", colour="soft")
+    return Chart(title, figure, tips)
+
+
+def _cell(
+    axes: "Axes",
+    x: float,
+    y: float,
+    width: float,
+    height: float,
+    value: float,
+    highest: float,
+    number: bool,
+) -> None:
+    from matplotlib.colors import to_rgba
+    from matplotlib.patches import Rectangle
+
+    shade = min(1.0, value / highest) if highest > 0 else 0.0
+    colour = to_rgba(COLOURS["heat"], 0.04 + 0.96 * shade)
+    gap = min(1.5, width / 4)
+    axes.add_patch(
+        Rectangle(
+            (x, y),
+            width - gap,
+            height - 1.5,
+            facecolor=colour,
+            linewidth=0,
+            gid="is-cell",
+            clip_on=False,
+        )
     )
-    parts.append("</svg>")
-    return "".join(parts)
+    if number:
+        ink = "onheat" if shade > 0.62 else "ink"
+        middle = x + (width - gap) / 2
+        _write(axes, middle, y + 16, f"{value * 100:.0f}", width, align="center", colour=ink)

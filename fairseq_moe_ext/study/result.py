@@ -113,6 +113,28 @@ def points(runs: Runs, family: str, group: str) -> List[Tuple[float, float]]:
     )
 
 
+Intervals = List[Optional[Tuple[float, float]]]
+
+
+def intervals(runs: Runs, family: str, group: str) -> Intervals:
+    """Of each of `points`: from the lowest to the highest seed, or, of one seed, the 95 % interval
+    over the text that it was tested on; of an accuracy the one over questions. None: not known."""
+    sizes = sorted(_sizes(runs, family), key=lambda mine: mine[0]["flops"])
+    return [_interval(mine, group) for mine in sizes]
+
+
+def _interval(mine: Runs, group: str) -> Optional[Tuple[float, float]]:
+    measured = [where[group] for where in (mine[0]["mean"], mine[0]["sets"]) if group in where]
+    if not measured:
+        found = mean_accuracy(mine, group[: -len(SHOT)])
+        return None if math.isnan(found.mean) else (100 * found.low, 100 * found.high)
+    if len(mine) > 1:
+        values = [performance(run, group) for run in mine]
+        return min(values), max(values)
+    interval = measured[0].get("interval")
+    return tuple(interval) if interval else None
+
+
 def _sizes(runs: Runs, family: str) -> List[List[Dict[str, Any]]]:
     """The runs of each size of a family."""
     found: Dict[str, List[Dict[str, Any]]] = {}
