@@ -42,69 +42,62 @@ def cut(folder, name, count):
     (folder / name).write_bytes(content[:count] if count < 0 else content + bytes(count))
 
 
+def put(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def resize(name, count):
+    return lambda folder: cut(folder, name, count)
+
+
+def rewrite(sentences=GOOD, **options):
+    return lambda folder: write(folder, sentences, **options)
+
+
+def as_megatron(folder):
+    """With the number of documents, and where they begin."""
+    write(folder, GOOD, more=struct.pack("<Q", 2))
+    cut(folder, "test.idx", 16)
+
+
+TEXT = b"once upon a time there was no index\n"
+NO_INDEX = r"test\.idx: not an index of fairseq's mmap format"
+NO_ORDER = r"test\.idx: its sentences do not follow one another"
+OF_TYPE = r"test\.idx: of version 1, tokens of type "
+
+# how a good data-bin is spoiled, and what is said of it
+KINDS = {
+    "cut .bin": (resize("test.bin", -4), r"test\.bin: 10 bytes, expected 14 by its \.idx"),
+    "long .bin": (resize("test.bin", 2), r"test\.bin: 16 bytes, expected 14 by its \.idx"),
+    "empty .bin": (put("test.bin", b""), r"test\.bin: 0 bytes, expected 14"),
+    "nothing in both": (rewrite([]), r"test\.bin: holds no tokens"),
+    "cut .idx": (resize("test.idx", -4), r"test\.idx: 58 bytes, expected 62 \(3 sentences\)"),
+    "empty .idx": (put("test.idx", b""), r"test\.idx: "),
+    "torch's .idx": (put("test.idx", b"TNTIDX\x00\x00" + bytes(40)), NO_INDEX),
+    "Megatron's .idx": (as_megatron, r"test\.idx: 86 bytes, expected 62 .*Megatron"),
+    "text": (put("test.idx", TEXT), NO_INDEX),
+    "negative size": (rewrite(sizes=[4, -1, 4]), NO_ORDER),
+    "offsets that wrap": (rewrite(offsets=[0, -8, 10]), NO_ORDER),
+    "sizes that overlap": (rewrite(sizes=[5, 1, 2]), NO_ORDER),
+    "version 2": (rewrite(version=2), r"test\.idx: of version 2"),
+    "unknown type": (rewrite(code=77), OF_TYPE + "77"),
+    "no whole numbers": (rewrite(dtype=np.float64, code=6), OF_TYPE + "6"),
+    "beyond the dictionary": (
+        rewrite([*GOOD, [60000, 2]]),
+        r"test\.bin: has the token 60000, and the dictionary 12 types",
+    ),
+    "negative token": (
+        rewrite([*GOOD, [-3, 2]], dtype=np.int32, code=4),
+        r"test\.bin: has the token -3, and the dictionary 12 types",
+    ),
+}
+
+
 def spoil(folder, how):
     write(folder, GOOD)
-    if how == "cut .bin":
-        cut(folder, "test.bin", -4)
-        return r"test\.bin: 10 bytes, expected 14 by its \.idx"
-    if how == "long .bin":
-        cut(folder, "test.bin", 2)
-        return r"test\.bin: 16 bytes, expected 14 by its \.idx"
-    if how == "empty .bin":
-        (folder / "test.bin").write_bytes(b"")
-        return r"test\.bin: 0 bytes, expected 14"
-    if how == "nothing in both":
-        write(folder, [])
-        return r"test\.bin: holds no tokens"
-    if how == "cut .idx":
-        cut(folder, "test.idx", -4)
-        return r"test\.idx: 58 bytes, expected 62 \(3 sentences\)"
-    if how == "empty .idx":
-        (folder / "test.idx").write_bytes(b"")
-        return r"test\.idx: "
-    if how == "torch's .idx":
-        (folder / "test.idx").write_bytes(b"TNTIDX\x00\x00" + bytes(40))
-        return r"test\.idx: not an index of fairseq's mmap format"
-    if how == "Megatron's .idx":  # the number of documents, and where they begin
-        write(folder, GOOD, more=struct.pack("<Q", 2))
-        cut(folder, "test.idx", 16)
-        return r"test\.idx: 86 bytes, expected 62 .*Megatron"
-    if how == "text":
-        (folder / "test.idx").write_text("once upon a time there was no index\n")
-        return r"test\.idx: not an index of fairseq's mmap format"
-    if how == "negative size":
-        write(folder, GOOD, sizes=[4, -1, 4])
-        return r"test\.idx: its sentences do not follow one another"
-    if how == "offsets that wrap":
-        write(folder, GOOD, offsets=[0, -8, 10])
-        return r"test\.idx: its sentences do not follow one another"
-    if how == "sizes that overlap":
-        write(folder, GOOD, sizes=[5, 1, 2])
-        return r"test\.idx: its sentences do not follow one another"
-    if how == "version 2":
-        write(folder, GOOD, version=2)
-        return r"test\.idx: of version 2"
-    if how == "unknown type":
-        write(folder, GOOD, code=77)
-        return r"test\.idx: of version 1, tokens of type 77"
-    if how == "no whole numbers":
-        write(folder, GOOD, dtype=np.float64, code=6)
-        return r"test\.idx: of version 1, tokens of type 6"
-    if how == "beyond the dictionary":
-        write(folder, [*GOOD, [60000, 2]])
-        return r"test\.bin: has the token 60000, and the dictionary 12 types"
-    if how == "negative token":
-        write(folder, [*GOOD, [-3, 2]], dtype=np.int32, code=4)
-        return r"test\.bin: has the token -3, and the dictionary 12 types"
-    raise AssertionError(how)
-
-
-KINDS = [
-    "cut .bin", "long .bin", "empty .bin", "nothing in both", "cut .idx", "empty .idx",
-    "torch's .idx", "Megatron's .idx", "text", "negative size", "offsets that wrap",
-    "sizes that overlap", "version 2", "unknown type", "no whole numbers",
-    "beyond the dictionary", "negative token",
-]  # fmt: skip
+    change, words = KINDS[how]
+    change(folder)
+    return words
 
 
 @pytest.fixture
