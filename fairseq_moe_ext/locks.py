@@ -94,9 +94,12 @@ class Lock:
         if not is_new:
             _owner_in(descriptor)  # who has just made it must be able to flock it
         flocked = _flock(descriptor)
-        if not flocked or not is_new:
+        if flocked is False or not is_new:
             owner = _owner_in(descriptor)
-            if not flocked or _is_alive(owner, os.fstat(descriptor).st_mtime):
+            # the kernel has let go of it, whatever the container's host name and PID were
+            gone = flocked and owner is not None and owner["boot"] == _boot() is not None
+            alive = not gone and _is_alive(owner, os.fstat(descriptor).st_mtime)
+            if flocked is False or alive:
                 if _is(self.path, descriptor):
                     raise UserError(self._held_by(owner))
                 return
@@ -140,14 +143,14 @@ def _is(path: Path, descriptor: int) -> bool:
         return False
 
 
-def _flock(descriptor: int) -> bool:
-    """False if another has it; True where the file system knows no such thing."""
+def _flock(descriptor: int) -> Optional[bool]:
+    """False if another has it; None where the file system knows no such thing."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
-        pass
+        return None
     return True
 
 

@@ -68,9 +68,21 @@ def test_one_of_a_process_that_nobody_waited_for_is_stale(path):
     child.wait()
 
 
-@pytest.mark.parametrize("changes", [{}, {"host": "elsewhere", "pid": 2**22 + 1}], ids=str)
-def test_another_machine_s_or_a_living_one_is_kept(path, changes):
+def test_one_of_a_container_that_was_ended_is_stale(path):
+    """Its next start has another host name and the same kernel, which has let go of the lock."""
+    owner(path, host="elsewhere", pid=1)
+    with Lock(path, "it"):
+        pass
+
+
+ELSEWHERE = {"host": "elsewhere", "boot": "another", "pid": 2**22 + 1}
+
+
+@pytest.mark.parametrize("changes, locking", [(ELSEWHERE, True), ({}, None)], ids=str)
+def test_another_machine_s_or_a_living_one_is_kept(path, changes, locking, monkeypatch):
+    """The second on a file system without locks."""
     owner(path, **changes)
+    monkeypatch.setattr(locks, "_flock", lambda descriptor: locking)
     before = path.read_bytes()
     with pytest.raises(UserError, match="is being worked on by PID"):
         Lock(path, "it")
