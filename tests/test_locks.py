@@ -146,11 +146,14 @@ while True:
 
 def test_a_forked_child_does_not_hold_it_when_its_parent_was_killed(path):
     lock = Lock(path, "it")
+    reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
+        os.write(writing, b"!")
         time.sleep(30)
         os._exit(0)
     try:
+        os.read(reading, 1)  # what a fork does in the child is done
         path.write_text(json.dumps({**json.loads(path.read_text()), "start": "1"}))
         os.close(lock.descriptor)
         locks._held.remove(lock.descriptor)
@@ -159,3 +162,5 @@ def test_a_forked_child_does_not_hold_it_when_its_parent_was_killed(path):
     finally:
         os.kill(child, 9)
         os.waitpid(child, 0)
+        os.close(reading)
+        os.close(writing)
