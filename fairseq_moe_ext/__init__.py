@@ -1,5 +1,7 @@
 """Mixture-of-Experts language models as a plugin of stock fairseq.
 
+What stock fairseq needs to run on today's Python and PyTorch is beside it, in fairseq_today/.
+
 `--user-dir` imports this package; importing it registers the model and its architectures
 (models/), the criterion (criterions/) and the task (tasks/) with fairseq. The map:
 
@@ -8,7 +10,6 @@
     moe/           the mathematics of a Mixture-of-Experts layer, torch only
     kernels/       fast ways to compute it, each with its plain twin
     expert_parallel.py       experts spread over processes
-    distributed_training.py  what fairseq's trainer and eval-lm must know of that
     ranges.py      what numbers a flag takes
     starting.py    what is checked before a run starts
     fully_sharded.py         shared parameters sharded over processes
@@ -29,12 +30,13 @@
     evaluation/    what trained models are asked: expert use, reports
     accuracy.py    chance level and interval of an accuracy
     data_bin.py    folders of data-bins: what lies where
+    data_bin_files.py  whether the files of a data-bin are whole
     locks.py       one worker for one output
     cli.py         the command fairseq-moe
-    finding.py     the plugin for command lines and checkpoints that name it
-    generation.py  faults of stock fairseq in generating text
     literals.py    settings that are Python expressions, read as values
-    compat.py      what stock fairseq 0.12.2 needs to run on today's Python and PyTorch
+    patches/       every function of fairseq that is wrapped, and why
+    patch_list.py  the command that prints them
+    context.py     what our wrappers round a function of fairseq tell those within it
     errors.py      the exception for a user's mistake
     files.py       what a user names to read: regular files
     outputs.py     what a user names to write
@@ -42,32 +44,14 @@
     wording.py     counts and remedies in messages
 """
 
-from . import compat
+import fairseq_today
 
-compat.apply()  # before anything imports fairseq
+fairseq_today.apply()  # before anything imports fairseq
 
-from . import (  # noqa: E402, F401
-    checkpoint,
-    counted,
-    criterions,
-    distributed_training,
-    diverging,
-    fingerprint,
-    fully_sharded,
-    optim,
-    starting,
-)
-from .branch import hooks as branch_hooks  # noqa: E402
-from .models import architectures, hub, language_model, unfilled  # noqa: E402, F401
+from fairseq_today import registry  # noqa: E402
+
+from . import criterions, optim, patches  # noqa: E402, F401
+from .models import architectures, language_model  # noqa: E402, F401
 from .tasks import mixture_language_modeling, multiple_choice  # noqa: E402, F401
 
-distributed_training.apply()
-starting.apply()
-counted.apply()
-fully_sharded.apply()
-unfilled.apply()
-hub.apply()
-checkpoint.apply()
-branch_hooks.apply()  # behind checkpoint's: it answers first, for files that it knows
-fingerprint.apply()
-diverging.apply()
+registry.apply(patches.PATCHES)

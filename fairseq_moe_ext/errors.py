@@ -1,17 +1,11 @@
-"""The one exception for a user's mistake, and the one line for a flag that argparse refuses."""
+"""The exception for a user's mistake, and the one line for a flag that argparse refuses."""
 
 import argparse
 import difflib
 import re
 from typing import List
 
-
-class UserError(ValueError):
-    """A mistake in a flag, a file or the data that the user can put right.
-
-    The message is one line that names the flag or file, its value and the remedy. The command line
-    prints it as ``error: <message>`` and exits with status 1, without a traceback.
-    """
+from fairseq_today.errors import UserError  # noqa: F401  (one class, with the plugin or without)
 
 
 class NotFinite(UserError):

@@ -9,35 +9,24 @@ Only the order of symbols gives ids their meaning: the counts in dict.txt are no
 the filling at its end (madeupword0000, ...), in whose place symbols may come later. A checkpoint
 without a fingerprint, of before there were any, is judged by its number of types alone.
 
-Wrappers of stock's functions, put in place by `apply()`; each names the place in fairseq 0.12.2.
+The wrappers that ask for it are in patches/ (checkpoint_io.py, tasks.py).
 """
 
-import functools
 import hashlib
 import os
 import re
 from typing import Any, Dict, Optional
 
-from fairseq import checkpoint_utils, utils
+from fairseq import utils
 from fairseq.data import Dictionary
 from fairseq.tasks import FairseqTask
-from fairseq.trainer import Trainer
 
+from . import context
 from .data_bin import DICTIONARY
 from .errors import UserError
 
 KEY = "dictionary_fingerprint"
 _FILLING = re.compile(r"madeupword\d+")  # fairseq/data/dictionary.py:177
-_restoring: Optional[FairseqTask] = None  # the task of the trainer that loads a checkpoint
-
-
-def apply() -> None:
-    """Put the wrappers in place, once."""
-    if hasattr(FairseqTask.state_dict, "has_fingerprint"):
-        return
-    _save_it()
-    _compare_where_models_are_loaded()
-    _compare_where_training_goes_on()
 
 
 def fingerprint(dictionary: Dictionary, types: Optional[int] = None) -> Dict[str, Any]:
@@ -73,61 +62,13 @@ def check(task: FairseqTask, saved: Optional[Dict[str, Any]], checkpoint: str) -
         )
 
 
-def _save_it() -> None:
-    """fairseq/trainer.py:410 saves the state of the task."""
-    stock = FairseqTask.state_dict
-
-    @functools.wraps(stock)
-    def state_dict(self):
-        state = stock(self)
-        dictionary = getattr(self, "dictionary", None)
-        if isinstance(dictionary, Dictionary):
-            state = {**state, KEY: fingerprint(dictionary)}
-        return state
-
-    state_dict.has_fingerprint = True
-    FairseqTask.state_dict = state_dict
-
-
-def _compare_where_models_are_loaded() -> None:
-    """fairseq/checkpoint_utils.py:439 gives the state to the task, before the model is built; and
-    :281, through which all checkpoints come, knows the file."""
-    stock, stock_read = FairseqTask.load_state_dict, checkpoint_utils.load_checkpoint_to_cpu
-
-    @functools.wraps(stock)
-    def load_state_dict(self, state_dict):
-        rest = dict(state_dict)
-        saved = rest.pop(KEY, None)
-        check(self, saved, (saved or {}).get("of", "the checkpoint"))
-        stock(self, rest)
-
-    @functools.wraps(stock_read)
-    def load_checkpoint_to_cpu(path, *args, **kwargs):
-        state = stock_read(path, *args, **kwargs)
-        task_state = state.get("task_state") or {}
-        saved = task_state.get(KEY)
-        if saved is not None:
-            if _restoring is not None:
-                check(_restoring, saved, path)
-            state["task_state"] = {**task_state, KEY: {**saved, "of": str(path)}}
-        return state
-
-    FairseqTask.load_state_dict = load_state_dict
-    checkpoint_utils.load_checkpoint_to_cpu = load_checkpoint_to_cpu
-
-
-def _compare_where_training_goes_on() -> None:
-    """fairseq/trainer.py:449 (--restore-file, --finetune-from-model, a run that goes on) leaves the
-    task's state alone."""
-    stock = Trainer.load_checkpoint
-
-    @functools.wraps(stock)
-    def load_checkpoint(self, *args, **kwargs):
-        global _restoring
-        _restoring = self.task
-        try:
-            return stock(self, *args, **kwargs)
-        finally:
-            _restoring = None
-
-    Trainer.load_checkpoint = load_checkpoint
+def note(state: Dict[str, Any], path: str) -> None:
+    """A checkpoint was loaded: compare, if a trainer is to go on from it, which leaves the task's
+    state alone (fairseq/trainer.py:449@0.12.2); else leave the file's name for the task."""
+    task_state = state.get("task_state") or {}
+    saved = task_state.get(KEY)
+    if saved is not None:
+        under_way = context.loading.get()
+        if under_way is not None:
+            check(under_way.trainer.task, saved, path)
+        state["task_state"] = {**task_state, KEY: {**saved, "of": str(path)}}

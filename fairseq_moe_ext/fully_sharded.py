@@ -11,7 +11,6 @@ What is saved has the names, shapes and numbers of the model without FSDP.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, Dict, List, NamedTuple, Optional
 
 import torch
@@ -21,7 +20,6 @@ from fairseq.distributed.fully_sharded_data_parallel import (
     FullyShardedDataParallel,
     has_FSDP,
 )
-from fairseq.trainer import Trainer
 from torch import Tensor, nn
 
 from .errors import UserError
@@ -31,16 +29,6 @@ if has_FSDP:
     from fairscale.nn.wrap.auto_wrap import ConfigAutoWrap
 
 _WRAPPERS = ("_fsdp_wrapped_module.", "_fpw_module.")  # what FSDP puts into names
-
-
-def apply() -> None:
-    """Give fairseq's FSDP whole models and optimizer states in the form of any other backend, and
-    bfloat16; once."""
-    if has_FSDP and FullyShardedDataParallel.load_state_dict is not _load_state_dict:
-        _leave_bfloat16_to_fsdp()
-        FullyShardedDataParallel.load_state_dict = _load_state_dict
-        FullyShardedDataParallel.gather_full_optim_state_dict = _whole_optimizer_state
-        FullyShardedDataParallel.get_shard_from_optim_state_dict = _own_optimizer_state
 
 
 # ---- Building
@@ -91,23 +79,16 @@ def prepare(cfg: Any) -> None:
             raise UserError(f"{flag} with --ddp-backend fully_sharded: {remedy}")
 
 
-def _leave_bfloat16_to_fsdp() -> None:
-    """fairseq/trainer.py:72 refuses --bf16 with FSDP. As `prepare` does it, the trainer has float32
-    parameters and gradients, and nothing to convert."""
-    stock = Trainer.__init__
-
-    @functools.wraps(stock)
-    def __init__(self, cfg, task, model, *args, **kwargs):
-        if is_sharded(model) and cfg.common.bf16:
-            if cfg.common.memory_efficient_bf16:
-                raise UserError(
-                    "--memory-efficient-bf16 with --ddp-backend fully_sharded: fairscale shards "
-                    "float32 and float16: use --bf16, of which each process keeps its share alone"
-                )
-            cfg.common.bf16 = False
-        stock(self, cfg, task, model, *args, **kwargs)
-
-    Trainer.__init__ = __init__
+def take_bfloat16(cfg: Any, model: nn.Module) -> None:
+    """fairseq/trainer.py:72@0.12.2 refuses --bf16 with FSDP. As `prepare` does it, the trainer has
+    float32 parameters and gradients, and nothing to convert."""
+    if is_sharded(model) and cfg.common.bf16:
+        if cfg.common.memory_efficient_bf16:
+            raise UserError(
+                "--memory-efficient-bf16 with --ddp-backend fully_sharded: fairscale shards "
+                "float32 and float16: use --bf16, of which each process keeps its share alone"
+            )
+        cfg.common.bf16 = False
 
 
 def to_wrapping_precision(module: nn.Module) -> nn.Module:
@@ -177,9 +158,8 @@ def _without_wrappers(name: str) -> str:
 # ---- States
 
 
-def _load_state_dict(self, state_dict, strict=True, model_cfg=None):
-    """fairseq/distributed/fully_sharded_data_parallel.py:69 sends rank 0's state to all, experts
-    included. Here each process has read the state, with its own experts. Of the model's own
+def load_state_dict(self, state_dict, strict=True):
+    """Take a state that this process has read, with its own experts. Of the model's own
     `load_state_dict`, which is not called, it does what matters."""
     model, state_dict = self.unwrapped_module, dict(state_dict)
     model.upgrade_state_dict(state_dict)
@@ -200,7 +180,7 @@ def optimizer_numbers(model: nn.Module) -> Dict[nn.Parameter, int]:
     return {p: i for i, p in enumerate(p for p in model.parameters() if p.requires_grad)}
 
 
-def _whole_optimizer_state(self, optimizer) -> Optional[Dict[str, Any]]:
+def whole_optimizer_state(self, optimizer) -> Optional[Dict[str, Any]]:
     """The optimizer's state by the model's parameters, for rank 0, None for others; in place of
     fairscale's, which wants no parameters beside its own. Gathers one tensor at a time. Of experts
     it has those of this process."""
@@ -239,7 +219,7 @@ def _gather(fsdp: FullyShardedDataParallel, piece: Tensor) -> Optional[Tensor]:
     return torch.cat([piece.cpu() for piece in pieces]) if fsdp.rank == 0 else None
 
 
-def _own_optimizer_state(self, state_dict: Dict[str, Any]) -> Dict[str, Any]:
+def own_optimizer_state(self, state_dict: Dict[str, Any]) -> Dict[str, Any]:
     """The part of this process, by its flat parameters and experts, of a whole state."""
     numbers, saved = optimizer_numbers(self), state_dict["state"]
     state: Dict[int, Dict[str, Any]] = {}

@@ -1,40 +1,25 @@
 """What is checked before a run starts, so that no mistake in a flag ends it after hours.
 
 `check_command_line` and `check_run` see the flags of fairseq's commands, as soon as they are parsed
-(compat.one_line_errors calls them); the wrappers of stock's functions, put in place by `apply()`,
-see the rest. Each names the place in fairseq 0.12.2 that it wraps.
+(patches/commands.py calls them); `check_trainer` what a trainer is made of (patches/trainer.py).
 """
 
 import ast
-import functools
 import glob
 import importlib.util
 import re
 from typing import Any, Callable, Dict, List, Mapping
 
 import torch
-from fairseq import optim, tasks, trainer
 from fairseq.criterions import CRITERION_REGISTRY
-from fairseq.data import data_utils
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY, FairseqLanguageModel
-from fairseq.optim import OPTIMIZER_REGISTRY, lr_scheduler
+from fairseq.optim import OPTIMIZER_REGISTRY
 from fairseq.tasks import TASK_REGISTRY
 
 from . import files, outputs, ranges
 from .errors import UserError
 
 Spell = Callable[[str], str]
-
-
-def apply() -> None:
-    """Put the wrappers in place, once."""
-    if hasattr(trainer.Trainer.__init__, "checks_validation"):
-        return
-    _leave_validation_out()
-    _tell_of_batches_that_cannot_be()
-    _tell_of_schedules_that_cannot_be()
-    _check_validation_before_training()
-    _check_sampling_by_the_dictionary()
 
 
 def check_command_line(args: Any) -> None:
@@ -313,120 +298,16 @@ def _check_schedule(given: Mapping[str, Any], spell: Spell) -> None:
         )
 
 
-def _leave_validation_out() -> None:
-    """fairseq_cli/train.py:130 loads the validation data with --disable-validation, too; and tells
-    by a plain exception of data-bins valid1, valid2, ... that would not be used.
-
-    A checkpoint keeps the setting, and fairseq-validate sets up the task by it: there the data is
-    loaded. Only training asks for it by `combine`, without `task_cfg` (fairseq_cli/validate.py:87).
-    """
-    stock, stock_check = tasks.setup_task, data_utils.raise_if_valid_subsets_unintentionally_ignored
-
-    @functools.wraps(stock)
-    def setup_task(cfg, *args, **kwargs):
-        task = stock(cfg, *args, **kwargs)
-        whole = cfg._get_parent() if hasattr(cfg, "_get_parent") else None
-        dataset = whole.get("dataset") if isinstance(whole, Mapping) else None
-        if dataset is not None and dataset.get("disable_validation"):
-            unused = {"valid", *dataset.valid_subset.split(",")} - {dataset.train_subset}
-            load = task.load_dataset
-
-            def load_dataset(split, *args, **kwargs):
-                in_training = "combine" in kwargs and "task_cfg" not in kwargs
-                return None if in_training and split in unused else load(split, *args, **kwargs)
-
-            task.load_dataset = load_dataset
-        return task
-
-    @functools.wraps(stock_check)
-    def check(cfg):
-        try:
-            stock_check(cfg)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-
-    tasks.setup_task = setup_task
-    data_utils.raise_if_valid_subsets_unintentionally_ignored = check
-
-
-def _tell_of_batches_that_cannot_be() -> None:
-    """fairseq/data/data_utils_fast.pyx:51 asserts that each sample fits into --max-tokens."""
-    stock = data_utils.batch_by_size
-
-    @functools.wraps(stock)
-    def batch_by_size(
-        indices, num_tokens_fn, num_tokens_vec=None, max_tokens=None, *args, **kwargs
-    ):
-        try:
-            return stock(indices, num_tokens_fn, num_tokens_vec, max_tokens, *args, **kwargs)
-        except AssertionError as error:
-            longest = max(num_tokens_fn(index) for index in indices)
-            raise UserError(
-                f"--max-tokens (--max-tokens-valid) {max_tokens} is less than the longest sample, "
-                f"of {longest} tokens: raise it to that, or lower --tokens-per-sample"
-            ) from error
-
-    data_utils.batch_by_size = batch_by_size
-
-
-def _tell_of_schedules_that_cannot_be() -> None:
-    """The constructors assert, or divide by zero (fairseq/trainer.py:330)."""
-    for module, name in ((optim, "build_optimizer"), (lr_scheduler, "build_lr_scheduler")):
-        setattr(module, name, _telling(getattr(module, name), name[len("build_") :]))
-
-
-def _telling(stock: Callable, kind: str) -> Callable:
-    @functools.wraps(stock)
-    def build(cfg, *args, **kwargs):
-        try:
-            return stock(cfg, *args, **kwargs)
-        except (AssertionError, ArithmeticError, TypeError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
-            reason = str(error).partition("\n")[0] or "its settings contradict each other"
-            name = getattr(cfg, "_name", kind)
-            raise UserError(f"{ranges.flag(kind)} {name} does not go so: {reason}") from error
-
-    return build
-
-
-def _check_validation_before_training() -> None:
-    """fairseq_cli/train.py:472 divides the validation data into batches and :534 asks for the
-    metric of the best checkpoint when the first part of the training is done, and not saved."""
-    stock = trainer.Trainer.__init__
-
-    @functools.wraps(stock)
-    def __init__(self, cfg, task, model, criterion, *args, **kwargs):
-        getattr(task, "check_training", lambda: None)()
-        sharding = str(cfg.distributed_training.zero_sharding)
-        if sharding != "none" and not torch.distributed.is_initialized():
-            raise UserError(
-                f"--zero-sharding {sharding} is for several processes, and this is one: drop it"
-            )
-        validates = not cfg.dataset.disable_validation
-        if validates:
-            _check_metric(cfg, task, model)
-        stock(self, cfg, task, model, criterion, *args, **kwargs)
-        for subset in cfg.dataset.valid_subset.split(",") if validates else ():
-            if subset in task.datasets:
-                self.get_valid_iterator(subset)
-
-    __init__.checks_validation = True
-    trainer.Trainer.__init__ = __init__
-
-
-def _check_sampling_by_the_dictionary() -> None:
-    """fairseq/search.py:696 takes as many types as --sampling-topk says."""
-    stock = tasks.FairseqTask.build_generator
-
-    @functools.wraps(stock)
-    def build_generator(self, models, args, *rest, **kwargs):
-        most, types = getattr(args, "sampling_topk", -1), len(self.target_dictionary)
-        if most > types:
-            raise UserError(f"--sampling-topk {most}: the dictionary has {types} types: lower it")
-        return stock(self, models, args, *rest, **kwargs)
-
-    tasks.FairseqTask.build_generator = build_generator
+def check_trainer(cfg: Any, task: Any, model: Any) -> None:
+    """Raise UserError for what a trainer is to be made of and cannot."""
+    getattr(task, "check_training", lambda: None)()
+    sharding = str(cfg.distributed_training.zero_sharding)
+    if sharding != "none" and not torch.distributed.is_initialized():
+        raise UserError(
+            f"--zero-sharding {sharding} is for several processes, and this is one: drop it"
+        )
+    if not cfg.dataset.disable_validation:
+        _check_metric(cfg, task, model)
 
 
 def _check_metric(cfg: Any, task: Any, model: Any) -> None:

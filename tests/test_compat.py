@@ -27,11 +27,16 @@ from fairseq.dataclass.configs import FairseqConfig
 from fairseq.distributed import utils as distributed_utils
 from omegaconf import OmegaConf
 
-from fairseq_moe_ext import compat
+import fairseq_moe_ext
+import fairseq_today
+from fairseq_moe_ext import patches
 from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.patches.messages import mistake_to_print
+from fairseq_today import imports, registry
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
+PLUGIN = ROOT / "fairseq_moe_ext"
 MODEL = "--task language_modeling --arch transformer_lm_gpt2_tiny --tokens-per-sample 32"
 TRAIN = f"{MODEL} --optimizer adam --lr 0.001 --max-tokens 256 --num-workers 0 --no-progress-bar"
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "LOGLEVEL"}
@@ -117,9 +122,8 @@ def test_without_fairseq_the_hook_loads_nothing():
     code = "import sys; before = set(sys.modules); import fairseq_moe_ext_hook as hook\n"
     code += "print(hook.FairseqFinder in sys.meta_path, sorted(set(sys.modules) - before))\n"
     code += "import dataclasses, fractions, http.client\n"  # whatever is not fairseq
-    code += (
-        "print([m for m in sys.modules if m.startswith(('fairseq_moe_ext.', 'torch', 'numpy'))])"
-    )
+    code += "late = ('fairseq_moe_ext.', 'fairseq_today', 'torch', 'numpy')\n"
+    code += "print([m for m in sys.modules if m.startswith(late)])"
     first, second = python(code, "-S").stdout.splitlines()
     assert first == "True ['fairseq_moe_ext_hook']"
     assert second == "[]"
@@ -134,10 +138,12 @@ def test_the_hook_imports_nothing_else_at_the_start():
 
 def test_the_hook_and_the_package_share_one_module_and_one_error_class():
     code = "import fairseq_moe_ext_hook, fairseq, sys\n"
-    code += "early = sys.modules['fairseq_moe_ext.compat'], sys.modules['fairseq_moe_ext.errors']\n"
-    code += "assert 'fairseq_moe_ext' not in sys.modules and early[0].applied\n"
+    code += "early, before = sys.modules['fairseq_today'], fairseq.options.parse_args_and_arch\n"
+    code += "assert 'fairseq_moe_ext' not in sys.modules and before.__wrapped__\n"
     code += "import fairseq_moe_ext, fairseq_moe_ext.errors\n"
-    code += "assert (fairseq_moe_ext.compat, fairseq_moe_ext.errors) == early\n"
+    code += "assert fairseq_moe_ext.fairseq_today is early\n"
+    code += "assert fairseq_moe_ext.errors.UserError is early.errors.UserError\n"
+    code += "assert fairseq.options.parse_args_and_arch.__wrapped__ is before\n"
     code += "assert fairseq.__spec__.loader.__class__.__name__ == 'SourceFileLoader'"
     python(code)
 
@@ -145,15 +151,15 @@ def test_the_hook_and_the_package_share_one_module_and_one_error_class():
 def test_without_the_hook_the_package_patches_fairseq_itself():
     code = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'Fairseq' not in repr(f)]\n"
     code += "import fairseq_moe_ext, fairseq.distributed.utils as u\n"
-    code += "assert 'one_line_errors' in fairseq_moe_ext.compat.applied, 'not patched'\n"
     code += "assert u.call_main.__wrapped__"
     python(code)
 
 
 def test_patches_are_applied_once():
-    before = list(compat.applied), distributed_utils.call_main
-    compat.apply()
-    assert (compat.applied, distributed_utils.call_main) == before
+    before = registry.wrapped(), distributed_utils.call_main
+    fairseq_today.apply()
+    registry.apply(patches.PATCHES)
+    assert (registry.wrapped(), distributed_utils.call_main) == before
 
 
 # --- Importing fairseq --------------------------------------------------------------------------
@@ -171,7 +177,7 @@ def test_dataclass_defaults_are_relaxed_for_fairseq_only():
 
     with pytest.raises(ValueError, match="mutable default"):
         declare("fairseq.x")  # fairseq is imported: the check is as strict as ever
-    with compat.relaxed_dataclass_defaults():
+    with imports.relaxed_dataclass_defaults():
         assert declare("fairseq.x")().inner == Inner()
         with pytest.raises(ValueError, match="mutable default"):
             declare("elsewhere")
@@ -514,7 +520,7 @@ def test_a_mistake_is_found_behind_other_exceptions():
         except Exception as error:
             return error
 
-    find = compat._mistake_to_print
+    find = mistake_to_print
     assert find(UserError("a")) == "a"
     assert find(chained(UserError("a"), explicit=True)) == "a"
     assert find(chained(FileNotFoundError("a"), explicit=True)) is None  # somebody dealt with it
@@ -523,7 +529,7 @@ def test_a_mistake_is_found_behind_other_exceptions():
 
 
 def test_what_is_missing_is_named_with_what_is_there(tmp_path):
-    find = compat._mistake_to_print
+    find = mistake_to_print
     model, data = tmp_path / "best.pt", tmp_path / "train"
     no_model = OSError(f"Model file not found: {model}")
     no_data = FileNotFoundError(f"Dataset not found: train ({data})")
@@ -543,7 +549,7 @@ def fail(rank):
 def test_a_mistake_in_a_spawned_process_is_found():
     with pytest.raises(Exception) as caught:  # noqa: B017  (its class has moved between versions)
         torch.multiprocessing.spawn(fail, nprocs=1)
-    assert compat._mistake_to_print(caught.value) == "--moe-expert-count 0: too few"
+    assert mistake_to_print(caught.value) == "--moe-expert-count 0: too few"
 
 
 def test_a_missing_dataset_is_one_line(command):
@@ -585,7 +591,7 @@ def test_generate(work, trained):
 
 
 def test_generate_tells_of_a_missing_model_in_one_line(work):
-    line = "--task language_modeling --path none.pt --gen-subset test"
+    line = f"--user-dir {PLUGIN} --task language_modeling --path none.pt --gen-subset test"
     assert "none.pt" in one_error(run(f"fairseq-generate bin {line}", work))
 
 
@@ -625,6 +631,7 @@ def test_hydra_train(work):
     assert "num_updates 3" in output
     assert (work / "hydra" / "checkpoints" / "checkpoint_best.pt").exists()
     missing = f"fairseq-hydra-train --config-dir . --config-name small task.data={work / 'none'}"
+    missing += f" common.user_dir={PLUGIN}"
     assert "none" in one_error(run(f"{missing} hydra.run.dir=hydra", work))
 
 
@@ -632,6 +639,7 @@ def test_hydra_train(work):
 def test_hydra_multirun_saves_the_best_of_every_job(work):
     (work / "small.yaml").write_text("# @package _group_\n" + HYDRA)
     line = "fairseq-hydra-train --multirun --config-dir . --config-name small"
+    line += f" common.user_dir={PLUGIN}"
     line += f" hydra.sweep.dir=sweep task.data={work / 'bin'} optimization.lr=[0.01],[0.0000001]"
     succeeded(run(line, work))
     for job in ("0", "1"):
@@ -659,7 +667,7 @@ layer = torch.nn.Linear(2, 1, bias=False)
 model = DistributedFairseqModel(args, layer, utils.get_global_group(), torch.device("cpu"))
 model(torch.full((1, 2), float(rank))).sum().backward()
 assert layer.weight.grad.tolist() == [[0.5, 0.5]], layer.weight.grad
-time.sleep(0.1)  # as compat's _part
+time.sleep(0.1)  # as commands.py's _part
 """
 
 
@@ -675,6 +683,7 @@ import torch, torch.distributed as dist
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.distributed import utils
 from omegaconf import OmegaConf
+import fairseq_moe_ext
 
 def main(cfg):
     dist.all_reduce(torch.zeros(1))
@@ -783,7 +792,7 @@ def test_the_header_of_an_index_is_as_check_data_bin_reads_it(work):
 
 
 def test_user_dir_of_an_imported_package_is_accepted():
-    package = Path(compat.__file__).parent
+    package = Path(fairseq_moe_ext.__file__).parent
     utils.import_user_module(argparse.Namespace(user_dir=str(package)))
 
 

@@ -26,8 +26,9 @@ from updates import (
     save_dictionary,
 )
 
-from fairseq_moe_ext.distributed_training import CommandFinder, _evaluate_the_whole_set
 from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.patches import eval_lm
+from fairseq_today import registry
 
 
 @pytest.fixture(scope="module")
@@ -174,9 +175,9 @@ def test_eval_lm_may_be_imported_later(monkeypatch):
     """As a notebook may; it counts the whole set all the same."""
     monkeypatch.delitem(sys.modules, "fairseq_cli.eval_lm", raising=False)
     monkeypatch.setattr(fairseq_cli, "eval_lm", None, raising=False)
-    others = [finder for finder in sys.meta_path if not isinstance(finder, CommandFinder)]
-    finder = CommandFinder("fairseq_cli.eval_lm", _evaluate_the_whole_set)
-    monkeypatch.setattr(sys, "meta_path", [finder, *others])
+    others = [finder for finder in sys.meta_path if not isinstance(finder, registry._WhenImported)]
+    monkeypatch.setattr(sys, "meta_path", others)
+    registry.apply([registry.wrap("fairseq_cli.eval_lm:eval_lm", eval_lm.eval_lm, "")])
     module = importlib.import_module("fairseq_cli.eval_lm")
     assert module.eval_lm.__name__ == "eval_lm"
     assert not hasattr(module.eval_lm.__wrapped__, "__wrapped__")  # once

@@ -11,7 +11,7 @@ from branch_checkpoints import SMALL
 from branch_files import random_tensors, write, write_dense
 from fairseq.data import Dictionary, indexed_dataset
 
-from fairseq_moe_ext import finding
+from fairseq_today import finding
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = """
@@ -107,7 +107,7 @@ from fairseq.models import ARCH_MODEL_REGISTRY as models
 from fairseq.tasks import TASK_REGISTRY as tasks
 from fairseq.registry import REGISTRIES
 import fairseq.criterions, fairseq.optim, fairseq.optim.lr_scheduler
-from fairseq_moe_ext.finding import NAMES, import_plugin
+from fairseq_today.finding import NAMES, import_plugin
 kinds = {"arch": models, "task": tasks}
 kinds.update({name: value["registry"] for name, value in REGISTRIES.items()})
 before = {kind: set(registry) for kind, registry in kinds.items()}

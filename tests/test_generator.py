@@ -11,7 +11,7 @@ from fairseq.sequence_generator import SequenceGenerator
 from small_models import MOE, PAD, build_model, make_task
 
 import fairseq_moe_ext
-from fairseq_moe_ext.generation import prompts_go_on
+from fairseq_moe_ext import context
 
 USER_DIR = Path(fairseq_moe_ext.__file__).parent
 EOS = 2
@@ -92,7 +92,7 @@ NEWLINES = [[5, EOS, 6], [EOS, EOS, 7], [8, 9], [10, EOS, 11, EOS, 12]]
 def test_text_goes_on_behind_newlines_in_prompts(model):
     found = generate(model, NEWLINES, beam_size=1)
     assert [row[0]["tokens"].tolist() for row in found] == [greedy(model, p) for p in NEWLINES]
-    with prompts_go_on():
+    with context.during(context.prompts_go_on, True):
         found = generate(model, [[5, EOS], [8]], beam_size=1)
     assert [row[0]["tokens"].tolist() for row in found] == [
         greedy(model, [5, EOS]),

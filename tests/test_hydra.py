@@ -28,7 +28,6 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 import fairseq_moe_ext
-from fairseq_moe_ext import compat
 from fairseq_moe_ext.config import MoETransformerLMConfig
 from fairseq_moe_ext.criterions.moe_cross_entropy import MoECrossEntropyConfig
 from fairseq_moe_ext.criterions.multiple_choice import MultipleChoiceConfig
@@ -37,6 +36,7 @@ from fairseq_moe_ext.models.architectures import ARCHITECTURES
 from fairseq_moe_ext.models.language_model import MODEL_NAME
 from fairseq_moe_ext.moe.layer import MoELayer
 from fairseq_moe_ext.optim import FusedAdamConfig
+from fairseq_moe_ext.patches import hydra
 from fairseq_moe_ext.tasks.mixture_language_modeling import MixtureLanguageModelingConfig
 from fairseq_moe_ext.tasks.multiple_choice import MultipleChoiceTaskConfig
 
@@ -397,7 +397,7 @@ def test_a_mistake_ends_in_one_line(workplace, tmp_path):
 def test_what_hydra_refuses_is_told_in_one_line(override, expected):
     with pytest.raises(Exception) as refused:
         composed("moe_lm_tiny", [override])
-    told = compat._hydra_mistake_to_print(refused.value)
+    told = hydra.hydra_mistake_to_print(refused.value)
     assert expected in told and "\n" not in told and "full_key" not in told
 
 

@@ -74,9 +74,10 @@ def test_the_wheel_holds_the_package_its_configs_and_the_hook_alone(built):
         metadata = wheel.read(next(n for n in names if n.endswith("/METADATA"))).decode()
         entry_points = wheel.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
     tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
-    assert tops == {"fairseq_moe_ext", "fairseq_moe_ext_hook.py", HOOK}
-    for path in (ROOT / "fairseq_moe_ext").rglob("*.py"):
-        assert path.relative_to(ROOT).as_posix() in names
+    assert tops == {"fairseq_moe_ext", "fairseq_today", "fairseq_moe_ext_hook.py", HOOK}
+    for package in ("fairseq_moe_ext", "fairseq_today"):
+        for path in (ROOT / package).rglob("*.py"):
+            assert path.relative_to(ROOT).as_posix() in names
     for path in (ROOT / "hydra_conf").rglob("*.yaml"):
         assert f"fairseq_moe_ext/{path.relative_to(ROOT).as_posix()}" in names
     assert "fairseq_moe_ext/py.typed" in names
@@ -130,7 +131,7 @@ def test_the_installed_environment_runs_the_hook():
     )
     if "FairseqFinder" not in result.stdout:
         pytest.skip("this environment uses the package from its folder alone")
-    code = "import sys, fairseq; print('fairseq_moe_ext.compat' in sys.modules)"
+    code = "import sys, fairseq; print('fairseq_today' in sys.modules)"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=os.sep, capture_output=True, text=True, timeout=120
     )

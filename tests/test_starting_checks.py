@@ -129,12 +129,12 @@ def test_what_fairseq_itself_says_is_one_line():
     from fairseq.optim.lr_scheduler.polynomial_decay_schedule import PolynomialDecayLRSchedule
     from fairseq.tasks.fairseq_task import FairseqTask
 
-    from fairseq_moe_ext import compat
+    from fairseq_moe_ext.patches.messages import mistake_to_print
 
     with pytest.raises(NotImplementedError) as raised:
         FairseqTask(None).source_dictionary  # noqa: B018
     line = raised.traceback[-1].lineno + 1
-    told = compat._mistake_to_print(raised.value)
+    told = mistake_to_print(raised.value)
     assert told == (
         f"raise NotImplementedError (fairseq/tasks/fairseq_task.py:{line}; LOGLEVEL=DEBUG tells "
         "more)"
@@ -144,10 +144,10 @@ def test_what_fairseq_itself_says_is_one_line():
             raise UserError("why")
         except UserError:
             FairseqTask(None).source_dictionary  # noqa: B018
-    assert compat._mistake_to_print(raised.value) == "why"
+    assert mistake_to_print(raised.value) == "why"
     with pytest.raises(AttributeError) as raised:  # Python's own, within fairseq
         PolynomialDecayLRSchedule(None, None)
-    assert compat._mistake_to_print(raised.value) is None
+    assert mistake_to_print(raised.value) is None
 
 
 def test_training_without_anything_of_ours_is_left_alone():

@@ -16,7 +16,6 @@ from fairseq_cli import train as fairseq_train
 from processes import run_processes
 
 import fairseq_moe_ext
-from fairseq_moe_ext import distributed_training
 from fairseq_moe_ext.checkpoint.format import MANIFEST, Manifest
 from fairseq_moe_ext.errors import UserError
 
@@ -143,10 +142,6 @@ EVAL += " --tokens-per-sample 8 --num-workers 0 --batch-size 4 --log-format none
 def eval_lm_command():
     from fairseq_cli import eval_lm
 
-    if not hasattr(
-        eval_lm.eval_lm, "__wrapped__"
-    ):  # imported after the package, as no command does
-        distributed_training._evaluate_the_whole_set(eval_lm)
     return eval_lm
 
 

@@ -7,9 +7,10 @@ import re
 import stat
 from typing import Any, Dict, NamedTuple, Optional
 
+from fairseq_today.torch_today import load_weights_only
+
 from ..checkpoint.format import MANIFEST
 from ..checkpoint.settings import check_settings
-from ..compat import load_weights_only
 from ..errors import UserError
 from ..expert_parallel import is_expert
 

@@ -8,9 +8,11 @@ import logging
 import re
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
+import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..fully_sharded import is_sharded, places
 from ..moe.experts import TensorPerExpert
 from . import flat
 from .files import BranchFiles, State, flat_settings
@@ -171,3 +173,22 @@ def unfit(files: BranchFiles, why: str) -> Unfit:
     error = Unfit(f"{reason}; add --reset-optimizer to train on with a fresh one")
     error.reason = reason
     return error
+
+
+def shapes(trainer: Any, files: BranchFiles) -> Dict[str, Tensor]:
+    """What `reading.read` wants to know of a trainer's parameters to make an optimizer state of the
+    branch's. Raises UserError where the optimizer keeps them otherwise."""
+    common = trainer.cfg.common
+    apart = common.memory_efficient_fp16 or common.fp16_no_flatten_grads or common.bf16
+    # fairseq/optim/fp16_optimizer.py:293@0.12.2; with FSDP never (fairseq/trainer.py:298@0.12.2)
+    if common.fp16 and not apart and not is_sharded(trainer.get_model()):
+        raise unfit(
+            files,
+            "--fp16 keeps one flat tensor for all parameters unless "
+            "--fp16-no-flatten-grads is given; give it",
+        )
+    return {
+        name: torch.empty(place.shape, device="meta")
+        for name, place in places(trainer.get_model()).items()
+        if place.parameter.requires_grad
+    }

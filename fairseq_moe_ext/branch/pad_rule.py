@@ -1,12 +1,9 @@
 """The rule for padding that a checkpoint was trained by (--moe-pad-rule) goes with it: evaluating
 and training on keep it, unless the command says otherwise."""
 
-import functools
 import logging
-from typing import Any, Callable, Dict
+from typing import Any, Dict, Optional
 
-from fairseq import trainer
-from fairseq.tasks import FairseqTask
 from omegaconf import DictConfig, open_dict
 
 from ..config import saved_pad_rule
@@ -15,12 +12,6 @@ from ..models.padding import set_pad_rule
 logger = logging.getLogger(__name__)
 
 _KEY = "moe_pad_rule"
-
-
-def apply() -> None:
-    """Put the wrappers in place."""
-    _train_on_by_the_rule()
-    _tell_what_a_full_batch_is()
 
 
 def note(state: Dict[str, Any], overrides: Dict[str, Any]) -> None:
@@ -40,41 +31,12 @@ def note(state: Dict[str, Any], overrides: Dict[str, Any]) -> None:
         state["extra_state"][_KEY] = str(rule)
 
 
-def _train_on_by_the_rule() -> None:
-    """fairseq/trainer.py:448 takes the weights; how padding counts is a part of the model, too."""
-    stock = trainer.Trainer.load_checkpoint
-
-    @functools.wraps(stock)
-    def load_checkpoint(self, *args, **kwargs):
-        extra_state = stock(self, *args, **kwargs)
-        rule = (extra_state or {}).pop(_KEY, None)
-        takes = hasattr(getattr(self.get_model(), "decoder", None), "pad_rule")
-        if rule is not None and takes and self.cfg.model.moe_pad_rule is None:
-            self.cfg.model.moe_pad_rule = rule  # for the checkpoints to come
-            set_pad_rule(self.get_model(), rule)
-            logger.info(f"padding counts by the checkpoint's rule: --moe-pad-rule {rule}")
-        return extra_state
-
-    trainer.Trainer.load_checkpoint = load_checkpoint
-
-
-def _tell_what_a_full_batch_is() -> None:
-    """fairseq/tasks/fairseq_task.py:488, 522: the steps of training and validation, which the
-    branch's rule fills; eval-lm takes none."""
-
-    def telling(stock: Callable, setting: str) -> Callable:
-        @functools.wraps(stock)
-        def step(self, sample, model, *args, **kwargs):
-            rule = getattr(getattr(model, "decoder", None), "pad_rule", None)
-            if rule is None:
-                return stock(self, sample, model, *args, **kwargs)
-            rule.full_rows = getattr(getattr(self, "args", None), setting, None)
-            try:
-                return stock(self, sample, model, *args, **kwargs)
-            finally:
-                rule.full_rows = 0
-
-        return step
-
-    FairseqTask.train_step = telling(FairseqTask.train_step, "batch_size")
-    FairseqTask.valid_step = telling(FairseqTask.valid_step, "batch_size_valid")
+def train_on(trainer: Any, extra_state: Optional[Dict[str, Any]]) -> None:
+    """A trainer has loaded a checkpoint: how padding counts is a part of the model, too."""
+    rule = (extra_state or {}).pop(_KEY, None)
+    model, cfg = trainer.get_model(), trainer.cfg.model
+    takes = hasattr(getattr(model, "decoder", None), "pad_rule")
+    if rule is not None and takes and cfg.moe_pad_rule is None:
+        cfg.moe_pad_rule = rule  # for the checkpoints to come
+        set_pad_rule(model, rule)
+        logger.info(f"padding counts by the checkpoint's rule: --moe-pad-rule {rule}")

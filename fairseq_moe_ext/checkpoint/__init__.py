@@ -21,24 +21,8 @@ them any more.
     loading.py    the files -> the experts of this process, whoever wrote them
     starting.py   the files that a training names, and its folder, held for it alone
     resuming.py   trainers that load, and what they are refused
-    position.py   the place in the data, for any number of processes
     together.py   what processes tell each other
 
-They wrap stock's functions, put in place by `apply()`. Each names the place in fairseq 0.12.2.
+fairseq's functions that ask for them are wrapped in patches/checkpoint_io.py and
+patches/trainer.py.
 """
-
-from fairseq import checkpoint_utils
-
-from . import loading, position, resuming, saving, starting
-
-
-def apply() -> None:
-    """Put the wrappers in place, once."""
-    if hasattr(checkpoint_utils.save_checkpoint, "spreads_experts"):
-        return
-    saving.apply()
-    loading.apply()
-    resuming.apply()
-    position.apply()
-    starting.apply()
-    checkpoint_utils.save_checkpoint.spreads_experts = True

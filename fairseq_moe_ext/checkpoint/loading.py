@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Tuple
 
 import torch
-from fairseq import checkpoint_utils
 from fairseq.trainer import Trainer
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
-from .. import files, fully_sharded
-from ..compat import load_weights_only
+from fairseq_today.torch_today import load_weights_only
+
+from .. import context, files, fully_sharded
 from ..errors import UserError
 from ..expert_parallel import Placement, is_expert, placement, process_count, process_rank
 from .experts import expert_indices, saves_together, trained_parameters
@@ -25,72 +24,31 @@ from .settings import check_buildable, check_settings
 from .together import same_error_on_all_ranks
 
 
-class _Loading(NamedTuple):
-    trainer: Trainer
-    optimizer: bool  # its state is wanted
+def read_mapped(file: Any, map_location: Any = None) -> Any:
+    """In place of torch.load in fairseq/checkpoint_utils.py: what a file holds, checked."""
+    under_way, building = context.loading.get(), context.building.get()
+    together = under_way is not None and saves_together(under_way.trainer)
+    if not together or process_rank() == 0:
+        check_records(file.name)
+    state = load_weights_only(file.name, map_location=map_location, mmap=True)
+    check_kind(file.name, state)
+    check_settings(file.name, state)
+    if building is not None:
+        check_buildable(file.name, state, with_task=building.with_task)
+    return state
 
 
-_loading: Optional[_Loading] = None
-_building: Optional[bool] = None  # while a model is built from a file: whether its task is, too
-
-
-@contextlib.contextmanager
-def loading(trainer: Trainer, optimizer: bool) -> Iterator[None]:
-    """While a trainer loads; `optimizer`: the optimizer's state, too."""
-    global _loading
-    _loading = _Loading(trainer, optimizer)
-    try:
-        yield
-    finally:
-        _loading = None
-
-
-def apply() -> None:
-    """fairseq/checkpoint_utils.py:281 is the one way to all checkpoints: of trainers, fairseq-eval-
-    lm, from_pretrained. What it returns has this process's experts, whoever wrote them."""
-    stock = checkpoint_utils.load_checkpoint_to_cpu
-
-    def read_mapped(file, map_location=None):
-        together = _loading is not None and saves_together(_loading.trainer)
-        if not together or process_rank() == 0:
-            check_records(file.name)
-        state = load_weights_only(file.name, map_location=map_location, mmap=True)
-        check_kind(file.name, state)
-        check_settings(file.name, state)
-        if _building is not None:
-            check_buildable(file.name, state, with_task=_building)
-        return state
-
-    @functools.wraps(stock)
-    def load_checkpoint_to_cpu(path, *args, **kwargs):
-        refuse_folder(path)
-        together = _loading is not None and saves_together(_loading.trainer)
-        with same_error_on_all_ranks() if together else contextlib.nullcontext():
-            state = _with_own_experts(path, _with_settings(path, stock, *args, **kwargs))
-        if _loading is not None and _loading.optimizer:
-            _name_the_optimizer_as_here(state, _loading.trainer)
-        return state
-
-    checkpoint_utils.torch.load = read_mapped
-    checkpoint_utils.load_checkpoint_to_cpu = load_checkpoint_to_cpu
-    _say_what_is_built()
-
-
-def _say_what_is_built() -> None:
-    """fairseq/checkpoint_utils.py:393 builds what the files name: the model, and where no task is
-    given, the task."""
-    stock = checkpoint_utils.load_model_ensemble_and_task
-
-    @functools.wraps(stock)
-    def load_model_ensemble_and_task(filenames, arg_overrides=None, task=None, *args, **kwargs):
-        global _building
-        _building = task is None
-        try:
-            return stock(filenames, arg_overrides, task, *args, **kwargs)
-        finally:
-            _building = None
-
-    checkpoint_utils.load_model_ensemble_and_task = load_model_ensemble_and_task
+def load(stock: Callable[..., Any], path: str, *args: Any, **kwargs: Any) -> Dict[str, Any]:
+    """What fairseq's load_checkpoint_to_cpu, `stock`, makes of a file, with this process's experts,
+    whoever wrote them."""
+    refuse_folder(path)
+    under_way = context.loading.get()
+    together = under_way is not None and saves_together(under_way.trainer)
+    with same_error_on_all_ranks() if together else contextlib.nullcontext():
+        state = _with_own_experts(path, _with_settings(path, stock, *args, **kwargs))
+    if under_way is not None and under_way.optimizer:
+        _name_the_optimizer_as_here(state, under_way.trainer)
+    return state
 
 
 def _with_settings(path: str, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -148,9 +106,10 @@ def _with_own_experts(path: str, state: Dict[str, Any]) -> Dict[str, Any]:
     state = {key: value if key in kept else _copy(value) for key, value in state.items()}
     manifest = Manifest.read(path, state)
     optimizer = state.get("last_optimizer_state")
-    wanted = optimizer is not None and _loading is not None and _loading.optimizer
+    under_way = context.loading.get()
+    wanted = optimizer is not None and under_way is not None and under_way.optimizer
     copy = _copy
-    if wanted and fully_sharded.is_sharded(_loading.trainer.get_model()):
+    if wanted and fully_sharded.is_sharded(under_way.trainer.get_model()):
         copy = _itself  # FSDP copies the pieces that it takes
     if manifest is not None:
         indices = manifest.indices
@@ -162,7 +121,7 @@ def _with_own_experts(path: str, state: Dict[str, Any]) -> Dict[str, Any]:
             return {**state, "last_optimizer_state": copy(optimizer)} if wanted else state
         num_experts = len(next(iter(whole.values())))
         place = placement(num_experts, process_count(), process_rank())
-        indices = _indices_in(optimizer, path) if wanted else {}
+        indices = _indices_in(optimizer, path, under_way.trainer) if wanted else {}
         saved = optimizer["state"] if wanted else {}
         by_name = {name: saved[i] for name, i in indices.items() if i in saved}
         pieces = [Piece("", 0, num_experts, whole, by_name)]
@@ -281,9 +240,9 @@ def _own_optimizer_state(
     return own
 
 
-def _indices_in(optimizer: Dict[str, Any], path: str) -> Dict[str, int]:
+def _indices_in(optimizer: Dict[str, Any], path: str, trainer: Trainer) -> Dict[str, int]:
     """As `expert_indices`, for the state in a single file, which does not say."""
-    names = trained_parameters(_loading.trainer)
+    names = trained_parameters(trainer)
     saved = sum(len(group["params"]) for group in optimizer["param_groups"])
     if saved != len(names):
         raise UserError(
@@ -291,7 +250,7 @@ def _indices_in(optimizer: Dict[str, Any], path: str) -> Dict[str, int]:
             "parameters (--fp16 on one process joins them all into one), so it cannot be spread "
             f"over {process_count()} processes: add --reset-optimizer"
         )
-    return expert_indices(_loading.trainer)
+    return expert_indices(trainer)
 
 
 def _itself(state: Any) -> Any:

@@ -2,58 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import os
 from pathlib import Path
 from typing import Any, Optional
 
-from fairseq import checkpoint_utils
-from fairseq.distributed import utils as distributed_utils
 from fairseq.file_io import PathManager
-from fairseq_cli import train
 
 from .. import files
 from ..errors import UserError
-from ..expert_parallel import process_count, process_rank
 from ..locks import Lock
 from .loading import refuse_folder
-from .together import same_error_on_all_ranks
 
 _DEFAULT = "checkpoint_last.pt"  # fairseq/dataclass/configs.py:645@0.12.2
 _lock: Optional[Lock] = None  # of the --save-dir that this process trains into
 
 
-def apply() -> None:
-    """fairseq/checkpoint_utils.py:180 is where a training on all its processes first turns to
-    checkpoints. Round it are fairseq_cli/train.py:42 and fairseq/distributed/utils.py:334, unless
-    the plugin is loaded inside of them, as with Hydra: then the process's end lets go."""
-    stock_load, stock_call = checkpoint_utils.load_checkpoint, distributed_utils.call_main
-    stock_main = train.main
-
-    @functools.wraps(stock_load)
-    def load_checkpoint(cfg, trainer, **passthrough_args):
-        together = process_count() > 1
-        with same_error_on_all_ranks() if together else contextlib.nullcontext():
-            check_inputs(cfg, trainer.checkpoint_suffix or "")
-            if process_rank() == 0 and not cfg.no_save:
-                _hold(cfg.save_dir)
-        return stock_load(cfg, trainer, **passthrough_args)
-
-    @functools.wraps(stock_call)
-    def call_main(cfg, main, **kwargs):
-        return stock_call(cfg, functools.partial(_then_release, main), **kwargs)
-
-    @functools.wraps(stock_main)
-    def main(cfg):
-        return _then_release(stock_main, cfg)
-
-    train.main = main
-    checkpoint_utils.load_checkpoint = load_checkpoint
-    distributed_utils.call_main = call_main
-
-
-def _hold(save_dir: str) -> None:
+def hold(save_dir: str) -> None:
     """Have the folder for this training alone, until it ends."""
     _release()  # of what this process trained before
     global _lock
@@ -68,7 +32,7 @@ def _release() -> None:
     _lock = None
 
 
-def _then_release(main: Any, *args: Any, **kwargs: Any) -> Any:
+def then_release(main: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         return main(*args, **kwargs)
     finally:

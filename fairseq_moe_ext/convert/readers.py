@@ -9,6 +9,8 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from fairseq_today.torch_today import load_weights_only
+
 from .. import files as own_files
 from ..branch.files import BranchFiles, find, flat_settings
 from ..branch.optimizer import Unfit, is_parameter
@@ -18,7 +20,6 @@ from ..checkpoint.format import MANIFEST, Manifest, Piece
 from ..checkpoint.intact import check_records
 from ..checkpoint.loading import check_kind, check_optimizer_parts, open_pieces, refuse_folder
 from ..checkpoint.settings import check_fields, check_settings
-from ..compat import load_weights_only
 from ..config import MoETransformerLMConfig, saved_pad_rule
 from ..errors import UserError
 from ..expert_parallel import Placement, is_expert

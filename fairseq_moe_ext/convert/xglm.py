@@ -12,9 +12,10 @@ from typing import Any, Dict, List
 import torch
 from torch import Tensor
 
+from fairseq_today.torch_today import load_weights_only
+
 from ..branch.settings import ONE_PROCESS, complete_cfg
 from ..checkpoint.intact import check_records
-from ..compat import load_weights_only
 from ..config import MoETransformerLMConfig
 from ..errors import UserError
 from ..models.language_model import MODEL_NAME

@@ -121,7 +121,8 @@ def _settings(args: Namespace) -> Tuple[Dict[str, Any], int]:
 def checkpoint_settings(path: Path) -> Tuple[Dict[str, Any], int]:
     """The model's settings and number of types of a checkpoint of ours or of fairseq's moe branch,
     by its path as fairseq-eval-lm's --path. Weights stay on disk."""
-    from .. import compat
+    from fairseq_today.torch_today import load_weights_only
+
     from ..branch.files import find, flat_settings
     from ..branch.reading import read
     from ..branch.settings import translated_settings
@@ -134,7 +135,7 @@ def checkpoint_settings(path: Path) -> Tuple[Dict[str, Any], int]:
     file = Path(branch.shared) if branch else path
     if not file.is_file():
         raise UserError(f"--path {path}: no such checkpoint")
-    state = compat.load_weights_only(str(file), mmap=True)
+    state = load_weights_only(str(file), mmap=True)
     check_kind(str(file), state)
     check_settings(str(file), state)
     if branch and _EMBEDDING not in state.get("model", {}):  # FSDP has made one tensor of many

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import compat, data_bin
+from .. import data_bin
+from ..data_bin_files import check_data_bin, check_tokens
 from ..errors import UserError
 
 
@@ -52,9 +53,9 @@ def read_texts(
             prefix = str(folder / subset)
             if name in texts:
                 raise UserError(f"{folder}: a second set called {name!r}; rename its folder")
-            dtype = compat.check_data_bin(prefix)
+            dtype = check_data_bin(prefix)
             tokens = np.fromfile(f"{prefix}.bin", dtype=dtype)
-            compat.check_tokens(f"{prefix}.bin", tokens, dictionary)
+            check_tokens(f"{prefix}.bin", tokens, dictionary)
             tokens = tokens.astype(np.int64)
             trained = corpus in data_bin.trained_on(corpora, trained_on)
             texts[name] = Text(

@@ -1,20 +1,16 @@
 """What `from_pretrained` gives: text to scores, and prompts to text, with the tokenizer that lies
 beside the dictionary."""
 
-import functools
-from argparse import Namespace
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
 
 import torch
 from fairseq.data.data_utils import collate_tokens
 from fairseq.hub_utils import GeneratorHubInterface
-from fairseq.tasks import FairseqTask
 from torch import Tensor
 
-from .. import starting
+from .. import context, starting
 from ..errors import UserError
-from ..generation import prompts_go_on
 
 TOKENIZER = ("encoder.json", "vocab.bpe")
 
@@ -32,24 +28,6 @@ def find_tokenizer(data: Path) -> Optional[Dict[str, str]]:
             found = dict(zip(("gpt2_encoder_json", "gpt2_vocab_bpe"), map(str, files)))
             return {"bpe": "gpt2", **found}
     return None
-
-
-def apply() -> None:
-    """fairseq/tasks/fairseq_task.py:628@0.12.2 has fairseq-interactive read text as words without
-    --bpe, and with --bpe gpt2 fetch GPT-2's tokenizer from the network."""
-    stock = FairseqTask.build_bpe
-
-    @functools.wraps(stock)
-    def build_bpe(self, args):
-        name = getattr(args, "_name", None)
-        elsewhere = name == "gpt2" and not str(args.gpt2_encoder_json).startswith("http")
-        data = getattr(getattr(self, "args", None), "data", None)
-        if name in (None, "gpt2") and not elsewhere and isinstance(data, str):
-            found = find_tokenizer(Path(data.split(":")[0]))
-            args = Namespace(**found) if found else args
-        return stock(self, args)
-
-    FairseqTask.build_bpe = build_bpe
 
 
 class LanguageModelHub(GeneratorHubInterface):
@@ -89,7 +67,7 @@ class LanguageModelHub(GeneratorHubInterface):
 
     def sample(self, sentences, beam: int = 1, verbose: bool = False, **kwargs):
         """As stock's; a prompt with newlines, at its end too, goes on behind them."""
-        with prompts_go_on():
+        with context.during(context.prompts_go_on, True):
             return super().sample(sentences, beam, verbose, **kwargs)
 
     def score(self, sentences, replace_newline_with_eos: bool = True, **kwargs):

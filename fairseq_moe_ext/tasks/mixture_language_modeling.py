@@ -23,7 +23,7 @@ from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageMode
 from omegaconf import II
 
 from .. import data_bin, ranges
-from ..compat import check_data_bin
+from ..data_bin_files import check_data_bin
 from ..errors import UserError
 from .mixture_dataset import MixtureDataset, SeparateCorporaDataset, apportion, release
 

@@ -102,9 +102,9 @@ def test_an_optimizer_state_that_does_not_fit(tmp_path, data):
 
 def told(error):
     """What a user would see of it."""
-    from fairseq_moe_ext import compat
+    from fairseq_moe_ext.patches.messages import mistake_to_print
 
-    mistake = compat._mistake_to_print(error)
+    mistake = mistake_to_print(error)
     assert mistake is not None and "\n" not in mistake, error
     return mistake
 

@@ -160,4 +160,4 @@ def test_old_args_are_left_as_they_were_saved():
     settings = translated_settings("x.pt", vars(saved))
     assert settings["moe_expert_count"] == 4 and settings["_name"] == "moe_transformer_lm"
     assert "lr" not in settings and PAD == 1
-    assert checkpoint_utils.load_checkpoint_to_cpu.reads_branch
+    assert checkpoint_utils.load_checkpoint_to_cpu.__wrapped__

@@ -10,11 +10,11 @@ import pytest
 import torch
 from command_runs import EVAL, MOE, TRAIN, USER_DIR
 
-from fairseq_moe_ext import compat
 from fairseq_moe_ext.cli import main
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.literals import literal
 from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
+from fairseq_moe_ext.patches.data import EVALUATING
 
 
 @pytest.fixture
@@ -244,7 +244,7 @@ def test_every_eval_of_fairseq_reads_values_only():
         name = ".".join(path.relative_to(folder.parent).with_suffix("").parts)
         if not name.startswith("fairseq.examples.") and calls_of_eval(path):
             found.add(name)
-    assert found == set(compat._EVALUATING)
+    assert found == set(EVALUATING)
     assert all(importlib.import_module(name).eval is literal for name in found)
 
 

@@ -58,7 +58,7 @@ class Commands:
 def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    sys.argv = ["fairseq-train"]  # else no excepthook (compat.one_line_errors)
+    sys.argv = ["fairseq-train"]  # else no excepthook (patches/commands.py)
     import torch
 
     torch.set_num_threads(1)

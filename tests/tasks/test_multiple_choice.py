@@ -226,10 +226,10 @@ def test_two_processes_add_up_to_one(data, choices, scoring):
 
 def test_a_process_without_questions(data, choices):
     """fairseq gives a process that has run out of batches an empty one."""
-    from fairseq_moe_ext.distributed_training import _no_sentences
+    from fairseq_moe_ext.patches.tasks import no_sentences
 
     task = make_choice_task(data, choices)
-    sample = _no_sentences(batch_of(load(task), FOUR))
+    sample = no_sentences(batch_of(load(task), FOUR))
     loss, size, log = make_criterion(task, moe_gate_loss_wt=0.1)(
         make_choice_model(task, **DROPLESS).train(), sample
     )

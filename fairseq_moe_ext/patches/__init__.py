@@ -1,0 +1,348 @@
+"""Every function of fairseq that the plugin wraps: the table, and why (`fairseq-moe patches`).
+
+Put in force by `import fairseq_moe_ext`, beside what stock fairseq needs to run (fairseq_today/). A
+target stands here once, so no two of our wrappers meet on it; where one of fairseq_today is on it,
+ours is round that. Each function takes what it wraps as its first argument, and says why in its
+docstring.
+
+    commands.py       a command: its flags, its processes, its one line on a mistake
+    messages.py       what that line says
+    hydra.py          fairseq-hydra-train
+    data.py           data-bins, dictionaries, batches, the place in the data
+    tasks.py          fairseq's tasks
+    trainer.py        the trainer, and what it builds
+    checkpoint_io.py  checkpoints in and out
+    eval_lm.py        fairseq-eval-lm
+    generation.py     searching for text
+
+Order matters in two places: fairseq.checkpoint_utils:torch is a view on fairseq_today's, and a row
+of fairseq_cli.* waits for the command to be imported.
+"""
+
+import importlib.util
+
+from fairseq_today import finding
+from fairseq_today.registry import NEVER, Condition, replace, wrap
+
+from . import (
+    checkpoint_io,
+    commands,
+    data,
+    eval_lm,
+    generation,
+    hydra,
+    tasks,
+    trainer,
+)
+
+NO_IOPATH = Condition("no iopath", lambda: importlib.util.find_spec("iopath") is None)
+FAIRSCALE = Condition("fairscale", lambda: importlib.util.find_spec("fairscale") is not None)
+_FSDP = "fairseq.distributed.fully_sharded_data_parallel:FullyShardedDataParallel."
+_PLATEAU = "fairseq.optim.lr_scheduler.reduce_lr_on_plateau:ReduceLROnPlateauLRSchedule."
+_TRAINER = "fairseq.trainer:Trainer."
+_TASK = "fairseq.tasks:FairseqTask."
+_IO = "fairseq.checkpoint_utils:"
+
+PATCHES = (
+    # ---- commands
+    finding.USER_DIR,
+    wrap(
+        "fairseq.options:parse_args_and_arch",
+        commands.parse_args_and_arch,
+        "fairseq/options.py:88@0.12.2",
+    ),
+    replace(
+        "fairseq.options:argparse",
+        commands.with_one_line_parsers,
+        "fairseq/options.py:236@0.12.2",
+    ),
+    wrap(
+        "fairseq.dataclass.utils:eval_str_list",
+        commands.eval_str_list,
+        "fairseq/dataclass/utils.py:26@0.12.2",
+        "a fairseq that refuses fractions",
+    ),
+    wrap(
+        "fairseq.utils:import_user_module",
+        commands.import_user_module,
+        "fairseq/utils.py:491@0.12.2",
+    ),
+    wrap(
+        "fairseq.distributed.utils:call_main",
+        commands.call_main,
+        "fairseq/distributed/utils.py:334@0.12.2",
+    ),
+    wrap(
+        "fairseq.distributed.utils:distributed_init",
+        commands.distributed_init,
+        "fairseq/distributed/utils.py:284@0.12.2",
+        "a fairseq that hands a timeout on",
+    ),
+    wrap("fairseq_cli.train:main", commands.train_main, "fairseq_cli/train.py:44@0.12.2"),
+    wrap("sys:excepthook", commands.excepthook, "fairseq_cli/generate.py:413@0.12.2"),
+    wrap(
+        "fairseq.dataclass.initialize:hydra_init",
+        hydra.hydra_init,
+        "fairseq/dataclass/initialize.py:19@0.12.2",
+        NEVER,
+        finding.NEW_RESOLVERS,
+    ),
+    wrap(
+        "fairseq.dataclass.utils:merge_with_parent",
+        hydra.merge_with_parent,
+        "fairseq/dataclass/utils.py:500@0.12.2",
+        NEVER,
+        finding.NEW_RESOLVERS,
+    ),
+    wrap(
+        "hydra._internal.utils:get_args_parser",
+        hydra.get_args_parser,
+        "fairseq_cli/hydra_train.py:80@0.12.2",
+        NEVER,
+        finding.NEW_RESOLVERS,
+    ),
+    # ---- data
+    replace(
+        tuple(f"{module}:eval" for module in data.EVALUATING),
+        data.values_only,
+        "fairseq/models/fconv_lm.py:78@0.12.2, and each `eval(` in these modules",
+        "a fairseq that says ast.literal_eval",
+    ),
+    wrap(
+        "fairseq.data:Dictionary.add_from_file",
+        data.add_from_file,
+        "fairseq/data/dictionary.py:229@0.12.2",
+    ),
+    wrap(
+        "fairseq.data.encoders.gpt2_bpe:get_encoder",
+        data.get_encoder,
+        "fairseq/data/encoders/gpt2_bpe.py:34@0.12.2",
+    ),
+    wrap(
+        "fairseq.data.indexed_dataset:make_dataset",
+        data.make_dataset,
+        "fairseq/data/indexed_dataset.py:77@0.12.2",
+        "a fairseq that checks",
+    ),
+    wrap(
+        "fairseq.data.indexed_dataset:MMapIndexedDataset.__new__",
+        data.new_dataset,
+        "fairseq/data/indexed_dataset.py:486@0.12.2",
+        "a fairseq that checks",
+    ),
+    wrap(
+        "fairseq.data.data_utils:batch_by_size",
+        data.batch_by_size,
+        "fairseq/data/data_utils.py:282@0.12.2 (data_utils_fast.pyx)",
+    ),
+    wrap(
+        "fairseq.data.data_utils:raise_if_valid_subsets_unintentionally_ignored",
+        data.raise_if_valid_subsets_unintentionally_ignored,
+        "fairseq/data/data_utils.py:586@0.12.2",
+    ),
+    wrap(
+        "fairseq.data.lm_context_window_dataset:LMContextWindowDataset.__getitem__",
+        data.item_with_index,
+        "fairseq/data/lm_context_window_dataset.py:44@0.12.2",
+    ),
+    wrap(
+        "fairseq.data.lm_context_window_dataset:LMContextWindowDataset.collater",
+        data.collate_with_context,
+        "fairseq/data/lm_context_window_dataset.py:50@0.12.2",
+        "a fairseq that looks up what stands before",
+    ),
+    wrap(
+        "fairseq.data.iterators:EpochBatchIterator.state_dict",
+        data.save_position,
+        "fairseq/data/iterators.py:437@0.12.2",
+    ),
+    wrap(
+        "fairseq.data.iterators:EpochBatchIterator.load_state_dict",
+        data.load_position,
+        "fairseq/data/iterators.py:452@0.12.2",
+    ),
+    # ---- tasks
+    wrap("fairseq.tasks:setup_task", tasks.setup_task, "fairseq_cli/train.py:130@0.12.2"),
+    wrap(_TASK + "state_dict", tasks.state_dict, "fairseq/tasks/fairseq_task.py:598@0.12.2"),
+    wrap(
+        _TASK + "load_state_dict",
+        tasks.load_state_dict,
+        "fairseq/checkpoint_utils.py:439@0.12.2",
+    ),
+    wrap(_TASK + "build_bpe", tasks.build_bpe, "fairseq/tasks/fairseq_task.py:628@0.12.2"),
+    wrap(_TASK + "build_generator", tasks.build_generator, "fairseq/search.py:696@0.12.2"),
+    wrap(
+        _TASK + "get_interactive_tokens_and_lengths",
+        tasks.get_interactive_tokens_and_lengths,
+        "fairseq/tasks/fairseq_task.py:631@0.12.2, fairseq_cli/interactive.py:89",
+        "a fairseq that asks for another line",
+    ),
+    wrap(
+        _TASK + "filter_indices_by_size",
+        tasks.filter_indices_by_size,
+        "fairseq/tasks/fairseq_task.py:167@0.12.2",
+    ),
+    wrap(_TASK + "train_step", tasks.train_step, "fairseq/tasks/fairseq_task.py:488@0.12.2"),
+    wrap(
+        _TASK + "valid_step",
+        tasks.valid_step,
+        "fairseq/tasks/fairseq_task.py:522@0.12.2, fairseq_cli/validate.py:119",
+    ),
+    # ---- the trainer
+    wrap(_TRAINER + "__init__", trainer.__init__, "fairseq/trainer.py:47@0.12.2"),
+    wrap(_TRAINER + "load_checkpoint", trainer.load_checkpoint, "fairseq/trainer.py:446@0.12.2"),
+    wrap(_TRAINER + "save_checkpoint", trainer.save_checkpoint, "fairseq/trainer.py:860@0.12.2"),
+    wrap(
+        _TRAINER + "consolidate_optimizer",
+        trainer.consolidate_optimizer,
+        "fairseq/trainer.py:860@0.12.2",
+    ),
+    wrap(_TRAINER + "state_dict", trainer.state_dict, "fairseq/checkpoint_utils.py:51@0.12.2"),
+    replace(
+        _TRAINER + "always_call_state_dict_during_save_checkpoint",
+        trainer.never,
+        "fairseq/checkpoint_utils.py:51@0.12.2",
+    ),
+    wrap(_TRAINER + "_prepare_sample", trainer._prepare_sample, "fairseq/trainer.py:1310@0.12.2"),
+    wrap(
+        (_TRAINER + "train_step", _TRAINER + "valid_step"),
+        trainer.step,
+        "fairseq/trainer.py:947 and :1100, fairseq/optim/fp16_optimizer.py:211 @0.12.2",
+    ),
+    wrap(
+        _TRAINER + "get_valid_iterator",
+        trainer.get_valid_iterator,
+        "fairseq_cli/train.py:501@0.12.2",
+    ),
+    wrap("fairseq_cli.train:validate", trainer.validate, "fairseq_cli/train.py:439@0.12.2"),
+    wrap("fairseq.utils:clip_grad_norm_", trainer.clip_grad_norm_, "fairseq/utils.py:347@0.12.2"),
+    wrap("fairseq.optim:build_optimizer", trainer.build_optimizer, "fairseq/trainer.py:330@0.12.2"),
+    wrap(
+        "fairseq.optim.lr_scheduler:build_lr_scheduler",
+        trainer.build_lr_scheduler,
+        "fairseq/trainer.py:364@0.12.2",
+    ),
+    wrap(
+        _PLATEAU + "state_dict",
+        trainer.save_plateau,
+        "fairseq/optim/lr_scheduler/reduce_lr_on_plateau.py:88@0.12.2",
+        "a fairseq that keeps it",
+    ),
+    wrap(
+        _PLATEAU + "load_state_dict",
+        trainer.load_plateau,
+        "fairseq/optim/lr_scheduler/reduce_lr_on_plateau.py:95@0.12.2",
+        "a fairseq that keeps it",
+    ),
+    wrap(
+        _FSDP + "load_state_dict",
+        trainer.load_sharded,
+        "fairseq/distributed/fully_sharded_data_parallel.py:69@0.12.2",
+        NEVER,
+        FAIRSCALE,
+    ),
+    wrap(
+        _FSDP + "gather_full_optim_state_dict",
+        trainer.gather_full_optim_state_dict,
+        "fairseq/trainer.py:382@0.12.2",
+        NEVER,
+        FAIRSCALE,
+    ),
+    wrap(
+        _FSDP + "get_shard_from_optim_state_dict",
+        trainer.get_shard_from_optim_state_dict,
+        "fairseq/trainer.py:605@0.12.2",
+        NEVER,
+        FAIRSCALE,
+    ),
+    # ---- checkpoints
+    wrap(
+        _IO + "get_maybe_sharded_checkpoint_filename",
+        checkpoint_io.get_maybe_sharded_checkpoint_filename,
+        "fairseq/checkpoint_utils.py:422@0.12.2",
+    ),
+    replace(
+        _IO + "torch",
+        checkpoint_io.reading_checked,
+        "fairseq/checkpoint_utils.py:315@0.12.2",
+    ),
+    wrap(
+        _IO + "load_checkpoint_to_cpu",
+        checkpoint_io.load_checkpoint_to_cpu,
+        "fairseq/checkpoint_utils.py:281@0.12.2",
+    ),
+    wrap(
+        _IO + "load_model_ensemble_and_task",
+        checkpoint_io.load_model_ensemble_and_task,
+        "fairseq/checkpoint_utils.py:393@0.12.2",
+    ),
+    wrap(
+        _IO + "load_checkpoint",
+        checkpoint_io.load_checkpoint,
+        "fairseq/checkpoint_utils.py:180@0.12.2 (:42, :206, :229, :239, :249, :258)",
+    ),
+    wrap(
+        _IO + "convert_namespace_to_omegaconf",
+        checkpoint_io.convert_namespace_to_omegaconf,
+        "fairseq/dataclass/utils.py:244, fairseq/tasks/language_modeling.py:105 @0.12.2",
+        "a fairseq that leaves missing values out",
+    ),
+    wrap(
+        _IO + "save_checkpoint",
+        checkpoint_io.save_checkpoint,
+        "fairseq/checkpoint_utils.py:33@0.12.2",
+    ),
+    wrap(
+        _IO + "torch_persistent_save",
+        checkpoint_io.torch_persistent_save,
+        "fairseq/checkpoint_utils.py:549@0.12.2",
+    ),
+    wrap(
+        _IO + "verify_checkpoint_directory",
+        checkpoint_io.verify_checkpoint_directory,
+        "fairseq/checkpoint_utils.py:841@0.12.2",
+    ),
+    replace(
+        _IO + "PathManager",
+        checkpoint_io.copying_whole,
+        "fairseq/checkpoint_utils.py:125@0.12.2",
+        "a fairseq that renames",
+        NO_IOPATH,
+    ),
+    # ---- evaluation and generation
+    wrap(
+        "fairseq.tasks.language_modeling:LanguageModelingTask.eval_lm_dataloader",
+        eval_lm.eval_lm_dataloader,
+        "fairseq/tasks/language_modeling.py:348@0.12.2",
+    ),
+    wrap(
+        "fairseq.models:BaseFairseqModel.prepare_for_inference_",
+        eval_lm.prepare_for_inference_,
+        "fairseq_cli/eval_lm.py:263@0.12.2",
+    ),
+    wrap("fairseq_cli.eval_lm:eval_lm", eval_lm.eval_lm, "fairseq_cli/eval_lm.py:61@0.12.2"),
+    wrap(
+        "fairseq.ngram_repeat_block:NGramRepeatBlock.forward",
+        generation.forward,
+        "fairseq/ngram_repeat_block.py:105@0.12.2",
+        "a fairseq that reads it at the current step",
+    ),
+    wrap(
+        "fairseq.sequence_generator:SequenceGenerator._generate",
+        generation.generate,
+        "fairseq/sequence_generator.py:470, :558 and :611 @0.12.2",
+        "a fairseq that reads a prompt at one go",
+    ),
+    wrap(
+        "fairseq.sequence_generator:SequenceGenerator._prefix_tokens",
+        generation.steer_prefix,
+        "fairseq/sequence_generator.py:611@0.12.2",
+        "a fairseq that reads a prompt at one go",
+    ),
+    wrap(
+        "fairseq.search:Sampling.__init__",
+        generation.sampling,
+        "fairseq/search.py:696@0.12.2",
+        "a fairseq that takes the smaller number",
+    ),
+)

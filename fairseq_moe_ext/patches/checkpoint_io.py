@@ -1,0 +1,202 @@
+"""fairseq/checkpoint_utils.py: checkpoints in and out, of any number of processes and of the
+branch."""
+
+import contextlib
+import logging
+import os
+import shutil
+import sys
+from typing import Any
+
+import torch.distributed as dist
+from fairseq.file_io import PathManager
+
+from fairseq_today.errors import UserError
+from fairseq_today.registry import View
+
+from .. import context, fingerprint
+from ..branch import pad_rule
+from ..branch.files import find
+from ..branch.reading import read
+from ..checkpoint import loading, saving, starting
+from ..checkpoint.experts import has_spread_experts, saves_together
+from ..checkpoint.removing import remove_unused_files
+from ..checkpoint.together import same_error_on_all_ranks
+from ..checkpoint.writing import cannot_write, write
+from ..config import check_overrides
+from ..context import during
+from ..diverging import check_weights
+from ..expert_parallel import process_count, process_rank
+
+logger = logging.getLogger(__name__)
+
+
+# ---- In
+
+
+def get_maybe_sharded_checkpoint_filename(stock, filename, *args, **kwargs):
+    """Stock wants the file that it is given to exist; the branch's checkpoints are several."""
+    files = find(filename)
+    return stock(filename, *args, **kwargs) if files is None else files.shared
+
+
+def reading_checked(torch: Any) -> Any:
+    """Of a checkpoint everything is believed; here its bytes and its settings are checked before
+    anything is built by them."""
+    return View(torch, load=loading.read_mapped)
+
+
+def load_checkpoint_to_cpu(stock, path, arg_overrides=None, *args, **kwargs):
+    """The one way to all checkpoints, of trainers, fairseq-eval-lm, from_pretrained, reads one
+    file. What comes back has this process's experts, whoever wrote them, the branch too."""
+    files = find(path)
+    if files is None:
+        state = loading.load(stock, path, arg_overrides, *args, **kwargs)
+    else:
+        under_way = context.loading.get()
+        state = read(files, arg_overrides, under_way and under_way.shapes)
+    pad_rule.note(state, arg_overrides or {})
+    check_overrides(arg_overrides or {}, state.get("cfg") or {})
+    fingerprint.note(state, path)
+    return state
+
+
+def load_model_ensemble_and_task(
+    stock, filenames, arg_overrides=None, task=None, strict=True, *args, **kwargs
+):
+    """Stock builds what the files name, and fills it; unless told otherwise (`strict`), it accepts
+    no missing parameter, so that none needs a random number first.
+
+    The branch's eval_lm pads every block to its full length; fairseq-eval-lm does by the task's
+    settings on its own command line. That gives the experts more capacity, of which padding takes
+    some, so blocks are padded here, too, for the same perplexity. `--model-overrides
+    "{'pad_to_fixed_length': False}"` leaves them as they are.
+    """
+    with during(context.building, context.Building(task is None, strict)):
+        models, cfg, task = stock(filenames, arg_overrides, task, strict, *args, **kwargs)
+    wanted = (arg_overrides or {}).get("pad_to_fixed_length", True)
+    settings = getattr(task, "args", None)
+    pads = getattr(settings, "pad_to_fixed_length", True)
+    if wanted and not pads and find(filenames[-1]) and cfg.model.moe_freq > 0:
+        settings.pad_to_fixed_length = True
+        logger.info("blocks are padded to their full length, as the branch evaluates")
+    return models, cfg, task
+
+
+def load_checkpoint(stock, cfg, trainer, **kwargs):
+    """Where a training on all its processes first turns to checkpoints: what it is to begin from is
+    looked for, and its folder held for it alone.
+
+    Stock trains from scratch where a named file is not there, and raises ValueError for
+    --finetune-from-model with flags that contradict it, with all settings. The best loss, and how
+    many validations were no better, are kept on functions, so that the second job of a process
+    (`fairseq-hydra-train --multirun`) compares with the first's, saves no checkpoint_best.pt and
+    may stop early: every job begins with a clean record here.
+    """
+    from fairseq import checkpoint_utils
+
+    for name in ("restore_file", "continue_once", "finetune_from_model"):
+        named = getattr(cfg, name, None)
+        files = None if named in (None, "checkpoint_last.pt") else find(named)
+        if files is not None:
+            setattr(cfg, name, files.shared)
+    with same_error_on_all_ranks() if process_count() > 1 else contextlib.nullcontext():
+        starting.check_inputs(cfg, trainer.checkpoint_suffix or "")
+        if process_rank() == 0 and not cfg.no_save:
+            starting.hold(cfg.save_dir)
+    vars(checkpoint_utils.save_checkpoint).pop("best", None)
+    patience().clear()
+    try:
+        return stock(cfg, trainer, **kwargs)
+    except ValueError as error:
+        text = str(error).split(": {")[0]
+        if isinstance(error, UserError) or not text.startswith("--finetune-from-model"):
+            raise
+        if text.endswith("does not exist"):
+            text = f"--finetune-from-model {cfg.finetune_from_model}: no such file"
+        else:
+            text += "; drop one of them"
+        raise UserError(text) from error
+
+
+def patience() -> dict:
+    """What fairseq-train remembers for --patience (fairseq_cli/train.py:227@0.12.2)."""
+    for name in ("fairseq_cli.train", "__main__"):
+        stop = getattr(sys.modules.get(name), "should_stop_early", None)
+        if stop is not None:
+            return vars(stop)
+    return {}
+
+
+def convert_namespace_to_omegaconf(stock, args):
+    """The text `${common.use_plasma_view}` that stands for a value that an old checkpoint lacks is
+    taken for true, and every command that reads data by its settings wants pyarrow."""
+    args.use_plasma_view = getattr(args, "use_plasma_view", False)
+    return stock(args)
+
+
+# ---- Out
+
+
+def save_checkpoint(stock, cfg, trainer, epoch_itr, val_loss):
+    """Rank 0 alone decides whether and under which names to save; with experts spread over
+    processes, the others wait for its word."""
+
+    def save():
+        try:
+            stock(cfg, trainer, epoch_itr, val_loss)
+        except OSError as error:  # in copying or pruning
+            raise cannot_write(error.filename2 or cfg.save_dir, error) from error
+        finally:
+            if trainer.is_data_parallel_master and not cfg.no_save:
+                remove_unused_files(cfg.save_dir, trainer.checkpoint_suffix)
+
+    if cfg.no_save or not saves_together(trainer):
+        return save()
+    with during(context.saving, trainer):
+        if dist.get_rank() == 0:
+            saving.lead(save)
+        else:
+            save()
+            saving.follow(trainer, cfg.save_dir)
+
+
+def torch_persistent_save(stock, obj, filename, async_write=False):
+    """Stock renames, but syncs nothing; and it is where rank 0 has the whole state in hand, from
+    which the experts are taken out."""
+    if async_write or PathManager.path_requires_pathmanager(filename):
+        return stock(obj, filename, async_write)
+    check_weights(obj.get("model", {}).items(), filename, saving=True)
+    trainer = context.saving.get()
+    if trainer is not None and has_spread_experts(trainer):
+        obj = saving.with_experts_apart(trainer, obj, filename)
+    write(obj, filename)
+
+
+def verify_checkpoint_directory(stock, save_dir):
+    """Stock makes --save-dir and writes a file there when training starts, and goes on if it
+    cannot."""
+    try:
+        stock(save_dir)
+    except OSError as error:
+        raise UserError(
+            f"--save-dir {save_dir}: cannot be written to ({error.strerror or error}); choose "
+            "another folder"
+        ) from error
+
+
+def copying_whole(manager: Any) -> Any:
+    """A run that is killed while checkpoint_best.pt is copied leaves a truncated
+    checkpoint_last.pt, which the next start fails to load.
+
+    So it is copied under another name first, as the file that it is copied from is written.
+    """
+
+    def copy(source, target, overwrite=False):
+        shutil.copyfile(source, target + ".tmp")
+        with open(target + ".tmp", "rb+") as copied:
+            os.fsync(copied.fileno())
+        os.replace(target + ".tmp", target)
+        return True
+
+    return type("PathManager", (manager,), {"copy": staticmethod(copy)})

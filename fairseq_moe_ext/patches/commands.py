@@ -1,0 +1,250 @@
+"""How a command of fairseq starts and ends: its flags, its processes, its one line on a mistake."""
+
+import argparse
+import atexit
+import datetime
+import functools
+import importlib.util
+import inspect
+import logging
+import os
+import sys
+import time
+import types
+from typing import Any, Callable
+
+from fairseq_today.errors import UserError, first_line
+from fairseq_today.registry import View
+
+from .. import starting
+from ..checkpoint import starting as checkpoint_starting
+from ..errors import OneLineParser
+from .messages import mistake_to_print
+
+
+def parse_args_and_arch(stock, parser, *args, **kwargs):
+    """A flag that argparse refuses, or that cannot be, ends in one line and not in two to forty.
+
+    fairseq-validate has no default task to ask for flags (fairseq/options.py:42 and :158@0.12.2);
+    its task is that of the checkpoint.
+    """
+    parser.error = types.MethodType(OneLineParser.error, parser)
+    if parser.get_default("task") is None and any(a.dest == "task" for a in parser._actions):
+        parser.set_defaults(task="language_modeling")
+    try:
+        found = stock(parser, *args, **kwargs)
+        starting.check_command_line(found[0] if isinstance(found, tuple) else found)
+        return found
+    except UserError as error:
+        mistake = str(error)
+    except RuntimeError as error:  # fairseq/options.py:153@0.12.2
+        if str(error):
+            raise
+        mistake = "--arch is not given: name an architecture (moe_lm_tiny, ...; flags: --help)"
+    parser.exit(1, f"error: {mistake}\n")
+
+
+def with_one_line_parsers(argparse_: Any) -> Any:
+    """As parse_args_and_arch, for commands that use their parser themselves
+    (fairseq-preprocess)."""
+    return View(argparse_, ArgumentParser=OneLineParser)
+
+
+def eval_str_list(stock, x, x_type=float):
+    """Stock makes [1] of --update-freq 1.5."""
+    try:
+        found = stock(x, x_type)
+    except (SyntaxError, TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{x!r} is no number or list of numbers") from error
+    if x_type is int and found is not None and found != stock(x, float):
+        raise argparse.ArgumentTypeError(f"{x!r} is no whole number or list of such")
+    return found
+
+
+def import_user_module(stock, args):
+    """Of a --user-dir that is no package stock says ModuleNotFoundError, without the folder."""
+    folder = getattr(args, "user_dir", None)
+    try:
+        return stock(args)
+    except (ModuleNotFoundError, ValueError) as error:
+        name = os.path.basename(os.path.abspath(folder))
+        if getattr(error, "name", "") not in ("", name) or os.path.isdir(folder) and name:
+            raise
+        raise UserError(f"--user-dir {folder}: no folder of a Python package") from error
+
+
+def call_main(stock, cfg, main, **kwargs):
+    """A user's mistake ends a command with one line on stderr and status 1, no traceback; what
+    cannot start is told before any work; the folder that is trained into is let go at the end.
+
+    A mistake is a UserError anywhere in the chain of causes, or a FileNotFoundError of fairseq's
+    own on top of it; LOGLEVEL=DEBUG keeps the traceback. fairseq-hydra-train catches exceptions but
+    lets SystemExit through.
+    """
+    try:
+        if _is_hydras(main):
+            _check_run(cfg)
+        check_processes(cfg)
+        return stock(cfg, functools.partial(checkpoint_starting.then_release, main), **kwargs)
+    except (Exception, KeyboardInterrupt) as error:  # the latter by --heartbeat-timeout, too
+        mistake = mistake_to_print(error)
+        if mistake is None:
+            raise
+    print(f"error: {mistake}", file=sys.stderr, flush=True)
+    _end_at_once_where_others_wait()
+    raise SystemExit(1)
+
+
+def train_main(stock, cfg):
+    """Where the plugin is imported inside of call_main, the folder is let go here."""
+    return checkpoint_starting.then_release(stock, cfg)
+
+
+def excepthook(stock, kind, error, trace):
+    """fairseq-generate and fairseq-preprocess do not use call_main."""
+    ours = os.path.basename(sys.argv[0] if sys.argv else "").startswith("fairseq-")
+    mistake = mistake_to_print(error) if ours else None
+    if mistake is None:
+        stock(kind, error, trace)
+    else:
+        print(f"error: {mistake}", file=sys.stderr, flush=True)
+
+
+def _is_hydras(main: Callable) -> bool:
+    """Whether it is what fairseq-hydra-train calls, as it is or wrapped."""
+    hydras = getattr(sys.modules.get("fairseq_cli.hydra_train"), "pre_main", None)
+    while isinstance(main, functools.partial) and main.args:
+        main = main.args[0]
+    return hydras is not None and inspect.unwrap(main) is inspect.unwrap(hydras)
+
+
+def _check_run(cfg) -> None:
+    """Raise UserError for settings of fairseq-hydra-train that cannot be."""
+    from fairseq import utils
+
+    utils.import_user_module(cfg.common)  # as fairseq_cli/train.py:48 does first
+    starting.check_run(cfg)
+
+
+def _end_at_once_where_others_wait() -> None:
+    """End one of many processes with status 1. Python's own end takes Gloo's threads down in the
+    midst of an exchange, and they abort (terminate called without an active exception, 134)."""
+    import torch.distributed
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(1)
+
+
+# ---- Processes
+
+
+def check_processes(cfg) -> None:
+    """Raise UserError for a number of processes that fairseq cannot start, before it starts none.
+
+    fairseq starts one process per GPU (fairseq/distributed/utils.py:143 and :346@0.12.2). On CPU,
+    `--distributed-world-size 2` with an init method starts none and exits with 0; without one, an
+    AssertionError. NCCL needs GPUs.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count()
+    settings = cfg.distributed_training
+    launched = {"MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK"} <= set(os.environ)
+    size = settings.distributed_world_size
+    spawns = not (launched or settings.distributed_no_spawn or settings.distributed_port > 0)
+    _check_sharding(
+        cfg, gpus, os.environ["WORLD_SIZE"] == "1" if launched else size == 1 and spawns
+    )
+    if cfg.common.tpu:
+        return
+    one_machine = settings.distributed_init_method is None
+    if spawns and size > 1 and (gpus == 0 or (one_machine and size > gpus)):
+        raise UserError(
+            f"--distributed-world-size {size}: fairseq starts one process per GPU, and there "
+            f"are {gpus} here; on CPU, start them with `torchrun --nproc_per_node {size} "
+            "$(which fairseq-train) ... --distributed-backend gloo`"
+        )
+    if (launched or size > 1) and gpus == 0 and settings.distributed_backend == "nccl":
+        raise UserError(
+            "--distributed-backend nccl: needs GPUs, and there are none here; add "
+            "--distributed-backend gloo"
+        )
+
+
+def _check_sharding(cfg, gpus: int, alone: bool) -> None:
+    """fairscale's FSDP on one process wants a module that fairscale 0.4.13 has no more, and GPUs
+    where there are any (fully_sharded_data_parallel.py:92@0.4.13)."""
+    settings = cfg.distributed_training
+    sharded = settings.ddp_backend == "fully_sharded"
+    wants_fairscale = {
+        "--ddp-backend fully_sharded": sharded,
+        "--zero-sharding os": settings.zero_sharding == "os",
+    }
+    for flag, wanted in wants_fairscale.items():
+        if wanted and importlib.util.find_spec("fairscale") is None:
+            raise UserError(
+                f"{flag}: needs fairscale, which is not installed: pip install fairscale"
+            )
+    trains = cfg.common_eval.path is None
+    if sharded and trains and alone:
+        raise UserError(
+            "--ddp-backend fully_sharded: one process has nothing to shard; use legacy_ddp, "
+            "which goes on from the same checkpoints"
+        )
+    if sharded and trains and cfg.common.cpu and gpus > 0:
+        raise UserError(
+            "--cpu with --ddp-backend fully_sharded: fairscale takes the GPUs that it sees; "
+            "hide them (CUDA_VISIBLE_DEVICES=), or use legacy_ddp"
+        )
+
+
+def distributed_init(stock, cfg):
+    """A --distributed-port in use, or a process that is missing, ends in a traceback; one that no
+    longer answers is waited for for half an hour.
+
+    That is torch's time on Gloo (a stopped machine, a broken network); --heartbeat-timeout
+    interrupts Python, which does not reach the others there. So it becomes the time after which
+    every collective fails, too.
+    """
+    import torch.distributed
+    from fairseq.distributed import utils
+
+    settings = getattr(cfg, "distributed_training", cfg)
+    seconds = getattr(settings, "heartbeat_timeout", -1)
+    limit = {"timeout": datetime.timedelta(seconds=seconds)} if seconds > 0 else {}
+    start = functools.partial(torch.distributed.init_process_group, **limit)
+    utils.dist = View(torch.distributed, init_process_group=start)
+    try:
+        rank = stock(cfg)
+        atexit.register(_part)
+        return rank
+    except RuntimeError as error:
+        where = settings.distributed_init_method
+        if where == "env://":
+            where = "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error):
+            raise UserError(
+                f"{where}: the port is in use; choose another with --distributed-port "
+                "(torchrun: --master_port), or end the run that has it"
+            ) from error
+        if isinstance(error, torch.distributed.DistError):
+            raise UserError(
+                f"{where}: not all {settings.distributed_world_size} processes met there "
+                f"({first_line(error)}); start them all, with the same address, port and "
+                "world size"
+            ) from error
+        raise
+    finally:
+        utils.dist = torch.distributed
+
+
+def _part() -> None:
+    """Let Gloo's threads finish before Python ends. One that lets go of a tensor after that asks
+    for the interpreter's lock, and aborts a process that is done."""
+    from torch import distributed
+
+    if distributed.is_initialized() and distributed.get_backend() == "gloo":
+        distributed.destroy_process_group()
+        time.sleep(0.1)  # a model under DDP may keep them

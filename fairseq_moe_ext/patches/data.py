@@ -1,0 +1,186 @@
+"""fairseq/data: files that are whole, batches that can be, and the place in the data."""
+
+import itertools
+import os
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy
+import torch
+from fairseq.data import indexed_dataset
+
+from fairseq_today.errors import UserError, first_line
+
+from .. import data_bin
+from ..data_bin_files import check_data_bin, check_tokens
+from ..files import read_text
+from ..literals import literal
+
+
+def add_from_file(stock, self, f):
+    """A dict.txt that is none ends in a traceback from the line that is wrong, without the file."""
+    if isinstance(f, str) and os.path.exists(f):
+        read_text(f)  # a FIFO would make stock wait; of another encoding it says no name
+    try:
+        return stock(self, f)
+    except (RuntimeError, ValueError) as error:
+        if not isinstance(f, str):  # stock calls itself with the open file
+            raise
+        twice = re.search(r"loading Dictionary: ('.*')\. Duplicate", str(error))
+        reason = f"{twice[1]} stands in it twice" if twice else first_line(error)
+        remedy = "use the dict.txt that the model was trained with"
+        raise UserError(f"{f}: {reason}; {remedy}") from error
+
+
+def get_encoder(stock, encoder_json_path, vocab_bpe_path):
+    """Of a tokenizer that is none UnicodeDecodeError or JSONDecodeError is told, without the
+    file."""
+    try:
+        return stock(encoder_json_path, vocab_bpe_path)
+    except (ValueError, AttributeError) as error:  # of Unicode and JSON, too
+        raise UserError(
+            f"{encoder_json_path} and {vocab_bpe_path}: no byte-level BPE "
+            f"({first_line(error)}); copy both again from where the model was made"
+        ) from error
+
+
+def values_only(stock):
+    """Settings that are Python expressions are run, and settings stand in checkpoints. Expressions
+    of values mean what they meant.
+
+    A name of a module hides Python's own of that name from its functions.
+    """
+    return literal
+
+
+# Each module of fairseq with an `eval(` of a setting.
+EVALUATING = (
+    "fairseq.utils",  # eval_str_list, eval_str_dict, eval_bool
+    "fairseq.criterions.ctc",
+    "fairseq.data.audio.raw_audio_dataset",
+    "fairseq.data.codedataset",
+    "fairseq.models.fconv",
+    "fairseq.models.fconv_lm",
+    "fairseq.models.fconv_self_att",
+    "fairseq.models.hubert.hubert",
+    "fairseq.models.lightconv_lm",
+    "fairseq.models.speech_to_text.s2t_wav_transformer",
+    "fairseq.models.transformer_lm",
+    "fairseq.models.wav2vec.wav2vec",
+    "fairseq.models.wav2vec.wav2vec2",
+    "fairseq.optim.adafactor",
+    "fairseq.optim.adam",
+    "fairseq.optim.adamax",
+    "fairseq.optim.cpu_adam",
+    "fairseq.optim.fused_lamb",
+)
+
+
+def make_dataset(stock, path, impl, fix_lua_indexing=False, dictionary=None):
+    """Of a missing file, and of tokens beyond the dictionary, stock says nothing at once.
+
+    It reads all of the .bin once (fairseq/data/indexed_dataset.py:383@0.12.2), so looking at the
+    tokens costs little.
+    """
+    files = [path + ".idx", path + ".bin"]
+    there = [os.path.isfile(file) for file in files]
+    if any(there) and not all(there):
+        raise UserError(
+            f"{files[there.index(False)]}: missing, though {files[there.index(True)]} is "
+            "there; a data-bin is both files: copy it again or make it anew"
+        )
+    if all(there) and os.path.getsize(files[0]) < 8:
+        raise UserError(f"{files[0]}: only {os.path.getsize(files[0])} bytes; it is truncated")
+    found = stock(path, impl, fix_lua_indexing, dictionary)
+    if dictionary is not None and isinstance(found, indexed_dataset.MMapIndexedDataset):
+        values = numpy.memmap(files[1], dtype=found._index.dtype, mode="r")
+        check_tokens(files[1], values, dictionary)
+    return found
+
+
+def new_dataset(stock, cls, path=None, *args, **kwargs):
+    """A cut .bin is read until a batch touches the lost part (buffer is smaller than requested
+    size), and of a cut .idx stock says only that its format is odd.
+
+    In __new__, as __del__ trips over a half-made object.
+    """
+    if path is not None:
+        check_data_bin(path)
+    return object.__new__(cls)
+
+
+def batch_by_size(
+    stock, indices, num_tokens_fn, num_tokens_vec=None, max_tokens=None, *args, **kwargs
+):
+    """Stock asserts that each sample fits into --max-tokens."""
+    try:
+        return stock(indices, num_tokens_fn, num_tokens_vec, max_tokens, *args, **kwargs)
+    except AssertionError as error:
+        longest = max(num_tokens_fn(index) for index in indices)
+        raise UserError(
+            f"--max-tokens (--max-tokens-valid) {max_tokens} is less than the longest sample, "
+            f"of {longest} tokens: raise it to that, or lower --tokens-per-sample"
+        ) from error
+
+
+def raise_if_valid_subsets_unintentionally_ignored(stock, cfg):
+    """Stock refuses valid1 and the like that --valid-subset does not name, by a plain exception,
+    and does not look into the folders of corpora."""
+    try:
+        stock(cfg)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if getattr(cfg.task, "_name", None) != "mixture_language_modeling" or not cfg.task.data:
+        return
+    for name, folder in data_bin.find_corpora(Path(cfg.task.data)).items():
+        subsets = cfg.dataset.valid_subset.replace(f"/{name}", "")
+        dataset = SimpleNamespace(**{**cfg.dataset, "valid_subset": subsets})
+        try:
+            stock(SimpleNamespace(dataset=dataset, task=SimpleNamespace(data=str(folder))))
+        except ValueError as error:
+            raise UserError(f"{folder}: {error}") from error
+
+
+def item_with_index(stock, self, index):
+    """For `collate_with_context`, which must know where a batch stands."""
+    return {**stock(self, index), "index": int(index)}
+
+
+def collate_with_context(stock, self, samples):
+    """--context-window takes for a batch's context what was collated before, which on several
+    processes, or with several workers, is not what stands before the batch; and it trips over a
+    batch of nothing."""
+    if not samples:
+        return {}
+    before, missing = samples[0]["index"], self.context_window
+    found = [torch.zeros(0, dtype=torch.long)]
+    while before > 0 and missing > 0:
+        before -= 1
+        found.insert(0, self.dataset[before]["source"])
+        missing -= len(found[0])
+    self.prev_tokens = torch.cat(found)[-self.context_window :].numpy()
+    return stock(self, samples)
+
+
+def save_position(stock, self):
+    """Stock counts the batches of one process; here those of all are saved, too."""
+    state = stock(self)
+    batches = state["iterations_in_epoch"] * self.num_shards
+    sentences = sum(map(len, self.frozen_batches[:batches])) if batches else 0
+    place = {"batches": batches, "of": len(self.frozen_batches), "sentences": sentences}
+    return {**state, "all_processes": place}
+
+
+def load_position(stock, self, state):
+    """On another number of processes, or with another batch size, the run goes on behind the
+    sentences that all have seen; where no number of updates ends there, a few are seen twice."""
+    place = state.get("all_processes")
+    if place is not None and place["batches"] > 0:
+        self.epoch = state["epoch"]  # some samplers make the batches of an epoch
+        batches = place["batches"]
+        if place["of"] != len(self.frozen_batches):
+            ends = itertools.accumulate(map(len, self.frozen_batches))
+            batches = sum(1 for _ in itertools.takewhile(place["sentences"].__ge__, ends))
+        state = {**state, "iterations_in_epoch": batches // self.num_shards}
+    stock(self, state)

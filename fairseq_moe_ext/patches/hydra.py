@@ -1,0 +1,131 @@
+"""fairseq-hydra-train: what is wrong with a command line or a YAML, in one line."""
+
+import difflib
+import os
+import sys
+from typing import Callable, Optional
+
+from fairseq_today.errors import UserError
+
+from ..errors import OneLineParser
+from .messages import in_one_line, mistake_to_print
+
+
+def hydra_init(stock, cfg_name="config"):
+    """A misspelt --config-name is no error: stock's defaults run instead, as they are stored under
+    whatever name is asked for.
+
+    Mistakes in a job's settings end it here, as Hydra tells of them over several lines or with a
+    traceback.
+    """
+    from hydra._internal import utils as hydra_utils
+
+    command = sys.modules.get("fairseq_cli.hydra_train")  # else another program with Hydra
+    if command is not None:
+        _check_config_name(cfg_name)
+        report, job = hydra_utils.run_and_report, command._hydra_main
+        hydra_utils.run_and_report = lambda task: report(lambda: _exit_on_mistake(task))
+        command._hydra_main = lambda cfg: _exit_on_mistake(lambda: job(cfg))
+    stock(cfg_name)
+
+
+def merge_with_parent(stock, dc, cfg, *args, **kwargs):
+    """A wrong key or value is told without its group and the keys that there are."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    group = cfg._key() if OmegaConf.is_config(cfg) else None
+    if (
+        group == "task"
+        and "data" in cfg
+        and (OmegaConf.is_missing(cfg, "data") or cfg.data in (None, ""))
+    ):
+        raise UserError("task.data is not set: add task.data=FOLDER, with your data-bin")
+    try:
+        return stock(dc, cfg, *args, **kwargs)
+    except OmegaConfBaseException as error:
+        if not isinstance(group, str):
+            raise
+        raise UserError(f"{group}.{_describe_setting(error)}") from error
+
+
+_told = set()
+
+
+def get_args_parser(stock):
+    """Hydra's parser, which fairseq asks twice, once in vain, tells of a mistake over many
+    lines."""
+    parser = stock()
+
+    def error(message):
+        if message in _told:
+            parser.exit(2)
+        _told.add(message)
+        OneLineParser.error(parser, message)
+
+    parser.error = error
+    return parser
+
+
+def _check_config_name(name: str) -> None:
+    """Raise UserError if neither --config-dir nor fairseq's own folder has NAME.yaml."""
+    import fairseq
+    from hydra._internal.utils import get_args
+
+    args = get_args()
+    if args.config_path is not None:
+        return
+    folders = [os.path.join(os.path.dirname(fairseq.__file__), "config")]
+    if args.config_dir is not None:
+        if not os.path.isdir(args.config_dir):
+            raise UserError(f"--config-dir {args.config_dir}: no such folder")
+        folders.insert(0, args.config_dir)
+    name = name[:-5] if name.endswith(".yaml") else name
+    if not any(os.path.isfile(os.path.join(folder, name + ".yaml")) for folder in folders):
+        there = sorted(file[:-5] for file in os.listdir(folders[0]) if file.endswith(".yaml"))
+        raise UserError(f"--config-name {name}: not in {folders[0]}; there are {', '.join(there)}")
+
+
+def _exit_on_mistake(task: Callable):
+    """Run a Hydra job or sweep; end on a mistake in its settings with one line and status 1."""
+    try:
+        return task()
+    except Exception as error:
+        mistake = mistake_to_print(error) or hydra_mistake_to_print(error)
+        if mistake is None:
+            raise
+    print(f"error: {mistake}", file=sys.stderr, flush=True)
+    raise SystemExit(1)
+
+
+def hydra_mistake_to_print(error: BaseException) -> Optional[str]:
+    """What is wrong with the command line or the YAMLs; None if it is none, or for LOGLEVEL=DEBUG.
+
+    Other errors of omegaconf are those of a programmer, who needs the traceback.
+    """
+    from hydra.errors import HydraException
+    from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+
+    if os.environ.get("LOGLEVEL", "").upper() == "DEBUG":
+        return None
+    if isinstance(error, InterpolationResolutionError):
+        return _describe_setting(error)
+    if isinstance(error, ValueError) and "override must be" in str(error):
+        return in_one_line(str(error))
+    if not isinstance(error, HydraException):
+        return None
+    if isinstance(error.__cause__, OmegaConfBaseException):
+        return _describe_setting(error.__cause__)
+    return in_one_line(str(error))
+
+
+def _describe_setting(error) -> str:
+    """What omegaconf has against a key or its value: the key, and what there is to choose from."""
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+
+    if isinstance(error, (ConfigAttributeError, ConfigKeyError)) and error.parent_node is not None:
+        there = [str(key) for key in error.parent_node if key != "_name"]
+        close = difflib.get_close_matches(str(error.key), there, n=1)
+        remedy = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(there))}"
+        return f"{error.full_key}: no such setting; {remedy}"
+    return f"{error.full_key}: {in_one_line(str(error.msg or error))}"

@@ -1,0 +1,148 @@
+"""What is wrong, in one line, for an exception of fairseq's, torch's or Python's behind which there
+is a user's mistake."""
+
+import os
+import re
+import traceback
+from pathlib import Path
+from typing import Optional
+
+from fairseq_today.errors import UserError, first_line
+
+
+def mistake_to_print(error: BaseException) -> Optional[str]:
+    """The user's mistake behind an exception, in one line; None if there is none or for DEBUG."""
+    if os.environ.get("LOGLEVEL", "").upper() == "DEBUG":
+        return None
+    if isinstance(error, OSError):
+        missing = _missing_file(error)
+        if missing is not None:
+            return missing
+    # A process that fairseq spawned for a GPU reports its exception as text.
+    if type(error).__name__ == "ProcessRaisedException":
+        found = re.findall(r"^(?:[\w.]+\.UserError|FileNotFoundError): (.+)$", str(error), re.M)
+        return found[-1] if found else None
+    # fairseq_cli/score.py:42, though "--sys -" is fine
+    absent = re.fullmatch(r"(?:System output|Reference) file (.+) does not exist", str(error))
+    if absent and isinstance(error, AssertionError):
+        return f"{absent[1]}: no such file (--sys, --ref)"
+    chain = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    # fairseq/trainer.py:581 raises "Cannot load model parameters" over the one that knows why
+    ours = [str(error) for error in chain if isinstance(error, UserError)]
+    others = (_lost_process, _out_of_memory, _not_installed, _not_text, _said_by_fairseq)
+    said = (tell(error) for error in chain for tell in others)
+    return next(filter(None, [*ours, *said]), None)
+
+
+def in_one_line(text: str) -> str:
+    """Hydra's or omegaconf's message without its notes; the options that it lists get commas."""
+    text = re.split(r"\n\s*(?:full_key|object_type|Config search path|See https)\b", text)[0]
+    text = re.sub(r"\n\t", ", ", text.strip())
+    return re.sub(r"\s*\n\s*", "; ", text).replace(":, ", ": ")
+
+
+_LOST = re.compile(  # what Gloo, NCCL and the meeting point say when a process has gone
+    r"third_party/gloo|gloo/transport|Application timeout caused pair closure|"
+    r"Connection closed by peer|ncclRemoteError|Watchdog caught collective operation timeout"
+)
+
+
+def _lost_process(error: BaseException) -> Optional[str]:
+    """One line for a collective that failed as another process is gone or silent, else None."""
+    if not isinstance(error, RuntimeError) or not _LOST.search(str(error)):
+        return None
+    cause = re.sub(r"^\[\S+\]\s*", "", first_line(error)).split(". This is")[0]
+    return (
+        f"another process has stopped or no longer answers ({cause}): its own log says why; the "
+        "same command goes on from the last checkpoint"
+    )
+
+
+def _out_of_memory(error: BaseException) -> Optional[str]:
+    """One line where a tensor did not fit, else None."""
+    full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    text = str(error)
+    if not full and not (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in text):
+        return None
+    asked = re.search(r"tried to allocate ([\d.]+ \w+)", text, re.I)
+    return (
+        f"out of memory{f', {asked[1]} were asked for' if asked else ''}: lower --batch-size, "
+        "--max-tokens or --tokens-per-sample, or take a smaller model"
+    )
+
+
+_PLAIN = (AssertionError, Exception, NotImplementedError, RuntimeError, TypeError, ValueError)
+
+
+def _said_by_fairseq(error: BaseException) -> Optional[str]:
+    """What a `raise` or `assert` in fairseq's own files says, in one line, and where; else None.
+
+    These are fairseq's words for a user's mistake, as far as nothing of ours has better ones; an
+    exception that Python or torch raises within fairseq keeps its traceback.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    if type(error) not in _PLAIN or not frames:
+        return None
+    last = frames[-1]
+    found = re.search(r"\bsite-packages/(fairseq(_cli)?/.+)", last.filename)
+    deliberate = isinstance(error, AssertionError) or (last.line or "").startswith("raise")
+    if found is None or not deliberate:
+        return None
+    said = in_one_line(str(error)) or str(last.line)
+    said = said if len(said) < 400 else f"{said[:200]} ... {said[-200:]}"
+    return f"{said} ({found[1]}:{last.lineno}; LOGLEVEL=DEBUG tells more)"
+
+
+def _not_text(error: BaseException) -> Optional[str]:
+    """One line for an --input of another encoding (fairseq_cli/interactive.py:45), else None."""
+    if isinstance(error, UnicodeDecodeError):
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if frame.f_code.co_filename.endswith("fileinput.py"):
+                name = frame.f_locals["self"].filename()
+                return f"{name}: not UTF-8 ({error.reason}); write it in that encoding"
+    return None
+
+
+def _not_installed(error: BaseException) -> Optional[str]:
+    """What fairseq says of a package that a flag needs, else None."""
+    wanted = isinstance(error, ImportError) and re.search(r"\binstall\b", str(error))
+    return first_line(error) if wanted else None
+
+
+def _missing_file(error: OSError) -> Optional[str]:
+    """A line on a file that fairseq does not find: what lies in its folder, or how to make it."""
+    text = str(error)
+    if text.startswith("Model file not found: "):  # fairseq/checkpoint_utils.py:423
+        path = Path(text[len("Model file not found: ") :])
+        return f"{path}: no such checkpoint; {_there_are(path.parent, '.pt')}"
+    unfound = re.match(r"file (.+) not found$", text)
+    if unfound:  # fairseq/file_utils.py:75
+        return f"{unfound[1]}: no such file or folder"
+    if not isinstance(error, FileNotFoundError):
+        if error.filename is None:
+            return None
+        name = os.fsdecode(error.filename)
+        shown = name if len(name) < 200 else f"{name[:100]}...{name[-20:]}"
+        return f"{shown}: {error.strerror}"
+    dataset = re.match(r"Dataset not found: .+ \((.+)\)$", text)
+    if dataset:  # fairseq/tasks/language_modeling.py:219
+        path = Path(dataset.group(1))
+        return f"{path}.idx: no such data-bin; {_there_are(path.parent, '.idx')}"
+    path = error.filename if error.filename is not None else text
+    if os.path.basename(path) == "dict.txt":
+        made = "a data folder is made by fairseq-preprocess or fairseq-moe prepare"
+        return f"{path}: no such file; {made}"
+    # fairseq/utils.py:481 says nothing but the --user-dir
+    return text if error.filename is None and " " in text else f"{path}: no such file or folder"
+
+
+def _there_are(folder: Path, suffix: str, shown: int = 5) -> str:
+    """What a folder has of a kind."""
+    names = sorted(path.name for path in folder.glob(f"*{suffix}"))
+    if not names:
+        return f"there is no *{suffix} in {folder}"
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return f"{folder} has {', '.join(names[:shown])}{more}"

@@ -1,0 +1,200 @@
+"""fairseq/tasks: what a task loads, keeps in checkpoints, leaves out, and does in a step."""
+
+import contextlib
+import logging
+import math
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, Dict, Iterator, Mapping, Optional
+
+import torch
+from fairseq.data import Dictionary
+from torch import Tensor
+
+from fairseq_today.errors import UserError
+
+from .. import counted, fingerprint
+from ..errors import DAMAGED, NotFinite
+from ..models.hub import find_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def setup_task(stock, cfg, *args, **kwargs):
+    """fairseq-train loads the validation data with --disable-validation, too.
+
+    A checkpoint keeps the setting, and fairseq-validate sets up the task by it: there the data is
+    loaded. Only training asks for it by `combine`, without `task_cfg` (fairseq_cli/validate.py:87
+    @0.12.2).
+    """
+    task = stock(cfg, *args, **kwargs)
+    whole = cfg._get_parent() if hasattr(cfg, "_get_parent") else None
+    dataset = whole.get("dataset") if isinstance(whole, Mapping) else None
+    if dataset is not None and dataset.get("disable_validation"):
+        unused = {"valid", *dataset.valid_subset.split(",")} - {dataset.train_subset}
+        load = task.load_dataset
+
+        def load_dataset(split, *args, **kwargs):
+            in_training = "combine" in kwargs and "task_cfg" not in kwargs
+            return None if in_training and split in unused else load(split, *args, **kwargs)
+
+        task.load_dataset = load_dataset
+    return task
+
+
+def state_dict(stock, self):
+    """A checkpoint keeps the state of the task; here which dictionary its token ids are of, too."""
+    state = stock(self)
+    dictionary = getattr(self, "dictionary", None)
+    if isinstance(dictionary, Dictionary):
+        state = {**state, fingerprint.KEY: fingerprint.fingerprint(dictionary)}
+    return state
+
+
+def load_state_dict(stock, self, state_dict):
+    """Stock gives the state to the task before the model is built; the dictionary is compared."""
+    rest = dict(state_dict)
+    saved = rest.pop(fingerprint.KEY, None)
+    fingerprint.check(self, saved, (saved or {}).get("of", "the checkpoint"))
+    stock(self, rest)
+
+
+def build_bpe(stock, self, args):
+    """fairseq-interactive reads text as words without --bpe, and with --bpe gpt2 fetches GPT-2's
+    tokenizer from the network; here it takes the one that lies beside the data."""
+    name = getattr(args, "_name", None)
+    elsewhere = name == "gpt2" and not str(args.gpt2_encoder_json).startswith("http")
+    data = getattr(getattr(self, "args", None), "data", None)
+    if name in (None, "gpt2") and not elsewhere and isinstance(data, str):
+        found = find_tokenizer(Path(data.split(":")[0]))
+        args = Namespace(**found) if found else args
+    return stock(self, args)
+
+
+def build_generator(stock, self, models, args, *rest, **kwargs):
+    """--sampling-topk takes as many types as it says, of a dictionary that may have fewer."""
+    most, types = getattr(args, "sampling_topk", -1), len(self.target_dictionary)
+    if most > types:
+        raise UserError(f"--sampling-topk {most}: the dictionary has {types} types: lower it")
+    return stock(self, models, args, *rest, **kwargs)
+
+
+def get_interactive_tokens_and_lengths(stock, self, lines, encode_fn):
+    """A line of which no word is in the dictionary is answered as a row of <unk>; it is noted here,
+    and left out by filter_indices_by_size."""
+    tokens, lengths = stock(self, lines, encode_fn)
+    first = getattr(self, "next_line", 1)
+    self.next_line = first + len(lines)
+    words = [row[row.ne(self.source_dictionary.eos())] for row in tokens]
+    unknown = [len(row) > 0 and bool(row.eq(self.source_dictionary.unk()).all()) for row in words]
+    self.lines_read = first, unknown
+    return tokens, lengths
+
+
+def filter_indices_by_size(
+    stock, self, indices, dataset, max_positions=None, ignore_invalid_inputs=False
+):
+    """Stock says how many samples it leaves out as too long for the model, not how much of the data
+    they are, nor minds if none is left; and raises a plain Exception where it may leave none out.
+
+    A line of fairseq-interactive that is too long ends the session; here it is told and left out.
+    """
+    if hasattr(self, "lines_read"):
+        return _lines_that_fit(self, indices, dataset, max_positions)
+    kept = stock(self, indices, dataset, max_positions, True)
+    by_line = hasattr(self, "next_line")  # fairseq-interactive's, told one by one
+    if len(kept) == len(indices) or by_line:
+        return kept
+    some, whole = counted.tokens(dataset, kept), counted.tokens(dataset, indices)
+    told = (
+        f"{len(indices) - len(kept):,} of {len(indices):,} samples are longer than "
+        f"{counted.longest(max_positions)}, which is what the model takes (or --max-tokens)"
+    )
+    if not len(kept):
+        raise UserError(f"{told}, and none is left: lower --tokens-per-sample")
+    if not ignore_invalid_inputs:
+        raise UserError(
+            f"{told}: lower --tokens-per-sample, or add {counted.SKIP}, with which {some:,} of "
+            f"{whole:,} tokens are counted"
+        )
+    logger.warning(f"{told}, and are left out: counted {some:,} of {whole:,} tokens")
+    return kept
+
+
+def _lines_that_fit(task, indices, dataset, max_positions):
+    first, unknown = task.lines_read
+    del task.lines_read
+    kept, too_long = dataset.filter_indices_by_size(indices, max_positions)
+    for index in sorted(too_long):
+        _leave_out(first + index, f"{dataset.size(index)} tokens; the model takes {max_positions}")
+    for index in sorted(i for i in kept if unknown[i]):
+        _leave_out(first + index, "nothing but <unk>: give --bpe and its files")
+    return kept[[not unknown[i] for i in kept]] if len(kept) else kept
+
+
+def _leave_out(line: int, reason: str) -> None:
+    print(f"error: line {line} is left out: {reason}", file=sys.stderr, flush=True)
+
+
+def train_step(stock, self, sample, model, *args, **kwargs):
+    """The branch's rule for padding fills batches up; a step of training tells it how many rows a
+    full one has."""
+    with full_rows(model, getattr(getattr(self, "args", None), "batch_size", None)):
+        return stock(self, sample, model, *args, **kwargs)
+
+
+def valid_step(stock, self, sample, model, criterion):
+    """fairseq-validate gives a process whose share has a batch less than others' nothing at all,
+    over which the criterion trips (here it joins with no sentences), and goes on with a loss that
+    is no number.
+
+    The branch's rule for padding is told how many rows a full batch has.
+    """
+    if sample:
+        self.last_sample = sample
+    elif getattr(self, "last_sample", None):
+        sample = no_sentences(self.last_sample)  # of the kind that this task has
+    else:
+        sample = nothing(next(model.parameters()).device)
+    with full_rows(model, getattr(getattr(self, "args", None), "batch_size_valid", None)):
+        loss, sample_size, logging_output = stock(self, sample, model, criterion)
+    if not math.isfinite(float(loss.sum())):
+        raise NotFinite(f"the validation loss is {float(loss.sum())}: {DAMAGED}")
+    return loss, sample_size, logging_output
+
+
+@contextlib.contextmanager
+def full_rows(model, rows: Optional[int]) -> Iterator[None]:
+    """While a step is taken, how many rows a full batch has; eval-lm takes none."""
+    rule = getattr(getattr(model, "decoder", None), "pad_rule", None)
+    if rule is None:
+        yield
+        return
+    rule.full_rows = rows
+    try:
+        yield
+    finally:
+        rule.full_rows = 0
+
+
+def no_sentences(sample: Dict[str, Any]) -> Dict[str, Any]:
+    """A batch of language modelling, cut to its first zero rows."""
+    empty = {
+        key: value[:0] if isinstance(value, Tensor) and value.dim() > 0 else value
+        for key, value in sample.items()
+    }
+    return {
+        **empty,
+        "net_input": {key: value[:0] for key, value in sample["net_input"].items()},
+        "ntokens": 0,
+        "nsentences": 0,
+    }
+
+
+def nothing(device: Optional[torch.device] = None) -> Dict[str, Any]:
+    """A batch of language modelling with no sentences."""
+    none = torch.zeros(0, 1, dtype=torch.long, device=device)
+    inputs = {"src_tokens": none, "src_lengths": none[:, 0]}
+    counts = {"ntokens": 0, "nsentences": 0}
+    return {"id": none[:, 0], "net_input": inputs, "target": none, **counts}

@@ -1,0 +1,264 @@
+"""fairseq/trainer.py and what it builds: optimizers, schedules, FSDP, the gradient's norm."""
+
+import contextlib
+import logging
+from typing import Any, Dict, List, Optional
+
+import torch
+from torch import Tensor
+
+from fairseq_today.errors import UserError
+
+from .. import diverging, fully_sharded, ranges, starting
+from ..branch import optimizer as branch_optimizer
+from ..branch import pad_rule
+from ..branch.files import find
+from ..checkpoint import resuming, saving
+from ..config import validate_processes
+from ..diverging import last_good
+from ..errors import NotFinite
+from ..expert_parallel import process_count, sum_of_experts, sum_over_processes
+from ..models import compiled
+from .checkpoint_io import patience
+from .tasks import no_sentences
+
+logger = logging.getLogger(__name__)
+
+
+def __init__(stock, self, cfg, task, model, criterion, *args, **kwargs):
+    """The first that fairseq-train does when it has a model to train: what cannot be trained,
+    validated or saved is told here, not when the first part of the training is done and lost.
+
+    Stock divides the validation data into batches (fairseq_cli/train.py:472@0.12.2) and asks for
+    the metric of the best checkpoint (:534) only then.
+    """
+    if getattr(cfg.model, "moe_experts_on_disk", False):
+        raise UserError(
+            "--moe-experts-on-disk: experts that stay in a checkpoint's files cannot be "
+            "trained; drop it (it is for fairseq-eval-lm's --model-overrides)"
+        )
+    fully_sharded.take_bfloat16(cfg, model)
+    starting.check_trainer(cfg, task, model)
+    if process_count() > 1 and getattr(model, "has_experts", False):
+        validate_processes(cfg.model, process_count())
+    if getattr(cfg.model, "compile", False):
+        compiled.check()
+    stock(self, cfg, task, model, criterion, *args, **kwargs)
+    validates = not cfg.dataset.disable_validation
+    for subset in cfg.dataset.valid_subset.split(",") if validates else ():
+        if subset in task.datasets:
+            self.get_valid_iterator(subset)
+
+
+def load_checkpoint(
+    stock,
+    self,
+    filename,
+    reset_optimizer=False,
+    reset_lr_scheduler=False,
+    optimizer_overrides=None,
+    reset_meters=False,
+):
+    """One process reads the file for all; with experts, each reads its own, of the branch's files,
+    too. A resumed run goes on counting --patience, and counts padding as it did.
+
+    Checkpoints of before the record of --patience was saved have the best loss alone.
+    """
+    files, shapes = find(filename), None
+    if files is not None:
+        filename = files.shared
+        shapes = None if reset_optimizer else branch_optimizer.shapes(self, files)
+    with resuming.reading(self, filename, not reset_optimizer, shapes, files is not None):
+        extra_state = stock(
+            self, filename, reset_optimizer, reset_lr_scheduler, optimizer_overrides, reset_meters
+        )
+        if extra_state is not None:
+            resuming.check(self, filename, optimizer=not reset_optimizer)
+    if extra_state is not None and not reset_optimizer and not reset_meters:
+        best = extra_state.get("best")
+        before = {} if best is None else {"best": best, "num_runs": 0}
+        patience().update(extra_state.get("should_stop_early") or before)
+    pad_rule.train_on(self, extra_state)
+    return extra_state
+
+
+def save_checkpoint(stock, self, filename, extra_state):
+    """A process in which training fails writes crash.pt. It has neither the experts of others nor
+    what is sharded, and would wait for them to join the gathering.
+
+    What is saved keeps the record for --patience.
+    """
+    if saving.takes_part(self):
+        stock(self, filename, {**extra_state, "should_stop_early": dict(patience())})
+
+
+def consolidate_optimizer(stock, self):
+    """As save_checkpoint."""
+    if saving.takes_part(self):
+        stock(self)
+
+
+def state_dict(stock, self):
+    """All processes must take part in gathering a state that FSDP has sharded, and wait for rank 0
+    to ask for it. What is saved tells nothing of FSDP."""
+    saving.call_to_gather(self)
+    state = stock(self)
+    state.pop("fsdp_metadata", None)
+    return state
+
+
+def never(stock):
+    """Stock has other ranks gather at every save, though rank 0 may have nothing to write, and then
+    hangs."""
+    return False
+
+
+def _prepare_sample(stock, self, sample, is_dummy=False):
+    """A process that has run out of batches goes through its first one again and throws the result
+    away, as it must join every collective. Its tokens would queue before other processes' experts;
+    so it goes through no sentences instead."""
+    sample, is_dummy = stock(self, sample, is_dummy)
+    if is_dummy and process_count() > 1 and getattr(self._model, "has_experts", False):
+        sample = no_sentences(sample)
+    return sample, is_dummy
+
+
+def step(stock, self, *args, **kwargs):
+    """A training that diverges ends in a traceback, and goes on with a validation loss that is no
+    number; here one line names the last good checkpoint."""
+    try:
+        return stock(self, *args, **kwargs)
+    except NotFinite as error:
+        what = str(error).replace(", from the last good checkpoint", "")
+        reason: BaseException = error
+    except FloatingPointError as error:
+        what = f"{str(error).strip().splitlines()[0].rstrip(':. ')}: {diverging.REMEDY}"
+        reason = error
+    raise UserError(f"{what}; {last_good(self.cfg.checkpoint.save_dir)}") from reason
+
+
+def get_valid_iterator(stock, self, subset, *args, **kwargs):
+    """A validation ends after --max-valid-steps batches, and one more, of each process, without a
+    word; of several corpora it would see the first alone.
+
+    There that many batches of each are what the iterator has, however many processes share them.
+    """
+    iterator = stock(self, subset, *args, **kwargs)
+    steps = getattr(self, "max_valid_steps", None) or self.cfg.dataset.max_valid_steps
+    if steps is None:
+        return iterator
+    if not hasattr(iterator, "batches_in_all"):  # it is used again in later validations
+        iterator.batches_in_all = iterator.frozen_batches
+    batches = iterator.batches_in_all
+    if hasattr(iterator.dataset, "first_of_each"):
+        taken = iterator.dataset.first_of_each(batches, steps)
+        iterator._frozen_batches = tuple(taken)
+    else:
+        taken = batches[: (steps + 1) * iterator.num_shards]
+    if len(taken) < len(batches):
+        logger.warning(
+            f"--max-valid-steps {steps}: {sum(map(len, taken)):,} of "
+            f"{sum(map(len, batches)):,} samples of {subset} are counted"
+        )
+    return iterator
+
+
+def validate(stock, cfg, trainer, task, *args, **kwargs):
+    """fairseq-train is to end no validation of several corpora by itself; see
+    get_valid_iterator."""
+    steps = cfg.dataset.max_valid_steps
+    if steps is None or not getattr(task, "has_corpora", False):
+        return stock(cfg, trainer, task, *args, **kwargs)
+    trainer.max_valid_steps, cfg.dataset.max_valid_steps = steps, None
+    try:
+        return stock(cfg, trainer, task, *args, **kwargs)
+    finally:
+        trainer.max_valid_steps, cfg.dataset.max_valid_steps = None, steps
+
+
+def clip_grad_norm_(stock, params, max_norm, aggregate_norm_fn=None) -> Tensor:
+    """Stock leaves parameters with the attribute `expert` out of the norm, though it clips them by
+    it; and where it adds up the squares of FSDP's pieces (fairseq/trainer.py:1253@0.12.2), it wants
+    a GPU and rounds to float32."""
+    params = [params] if isinstance(params, Tensor) else list(params)
+    experts = [p.grad for p in params if hasattr(p, "expert") and p.grad is not None]
+    if not experts and aggregate_norm_fn is None:
+        return stock(params, max_norm)
+    shared = [p.grad for p in params if not hasattr(p, "expert") and p.grad is not None]
+    shared_squares = _sum_of_squares(shared)
+    if aggregate_norm_fn is not None:  # FSDP's: each process has a piece of each gradient
+        shared_squares = sum_over_processes(shared_squares)
+    shared_norm = shared_squares.sqrt()
+    norm = shared_norm
+    if experts:
+        expert_norm = sum_of_experts(_sum_of_squares(experts)).sqrt()
+        norm = torch.hypot(shared_norm, expert_norm.to(shared_norm))
+    if max_norm > 0:
+        clip = (float(max_norm) / (norm + 1e-6)).clamp(max=1)
+        for grad in shared + experts:
+            grad.mul_(clip)
+    return norm
+
+
+def _sum_of_squares(grads: List[Tensor]) -> Tensor:
+    """In float32 at least, as float16 would overflow; a scalar."""
+    norms = [
+        torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32))
+        for g in grads
+    ]
+    return torch.stack(norms).square().sum() if norms else torch.zeros(())
+
+
+def build_optimizer(stock, cfg, *args, **kwargs):
+    """The constructors assert, or divide by zero."""
+    with _telling("optimizer", cfg):
+        return stock(cfg, *args, **kwargs)
+
+
+def build_lr_scheduler(stock, cfg, *args, **kwargs):
+    """The constructors assert, or divide by zero."""
+    with _telling("lr_scheduler", cfg):
+        return stock(cfg, *args, **kwargs)
+
+
+def save_plateau(stock, self):
+    """Stock keeps the best loss, and not for how many validations there was none better: a resumed
+    run would lower the rate later."""
+    return {**stock(self), "bad_epochs": self.lr_scheduler.num_bad_epochs}
+
+
+def load_plateau(stock, self, state):
+    """As save_plateau."""
+    stock(self, state)
+    self.lr_scheduler.num_bad_epochs = state.get("bad_epochs", 0)
+
+
+@contextlib.contextmanager
+def _telling(kind: str, cfg: Any):
+    try:
+        yield
+    except (AssertionError, ArithmeticError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = str(error).partition("\n")[0] or "its settings contradict each other"
+        name = getattr(cfg, "_name", kind)
+        raise UserError(f"{ranges.flag(kind)} {name} does not go so: {reason}") from error
+
+
+# ---- FSDP: whole models and optimizer states in the form of any other backend
+
+
+def load_sharded(stock, self, state_dict, strict=True, model_cfg=None):
+    """FSDP sends rank 0's state to all, experts included. Here each process has read the state,
+    with its own experts."""
+    return fully_sharded.load_state_dict(self, state_dict, strict)
+
+
+def gather_full_optim_state_dict(stock, self, optimizer) -> Optional[Dict[str, Any]]:
+    """FSDP knows no parameters that it has not sharded, as experts are."""
+    return fully_sharded.whole_optimizer_state(self, optimizer)
+
+
+def get_shard_from_optim_state_dict(stock, self, state_dict: Dict[str, Any]) -> Dict[str, Any]:
+    """FSDP knows no parameters that it has not sharded, as experts are."""
+    return fully_sharded.own_optimizer_state(self, state_dict)
