@@ -132,7 +132,10 @@ for kind, registry in kinds.items():
         ("data --finetune-from-model sparse-shared.pt", True),
         ("data --restore-file dense.pt", True),
         ("moe_lm_tiny --arch transformer_lm --save-dir moe_lm_tiny", False),
-        ("data --path missing.pt", False),
+        ("data --path missing.pt", True),  # a model of the branch is beside it
+        ("data --path elsewhere/missing.pt", False),
+        ("data --arch moe_lm_tinny", True),
+        ("data --arch=transformer_lm --moe-freq 2", True),
         ("data --path text.pt", False),
         ("data --arch", False),
     ],

@@ -12,5 +12,4 @@ to the names.
     reading.py    all of that as the one state that fairseq expects of a file
     writing.py    our settings and names -> the branch's
     pad_rule.py   how its layers treat padding, by the rule that a model was trained by
-    hooks.py      the functions of fairseq through which checkpoints are read
 """
