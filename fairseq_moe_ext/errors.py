@@ -5,7 +5,7 @@ import difflib
 import re
 from typing import List
 
-from fairseq_today.errors import UserError  # noqa: F401  (one class, with the plugin or without)
+from fairseq_today.errors import UserError as UserError  # one class, with the plugin or without
 
 
 class NotFinite(UserError):
