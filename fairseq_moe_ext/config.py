@@ -4,14 +4,13 @@ Names and meanings of the moe_* flags are those of fairseq's `moe` branch, of th
 stock `transformer_lm` (fairseq/models/transformer_lm.py@0.12.2), unless the help says otherwise.
 """
 
-import difflib
 import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Mapping, Optional
 
 from fairseq import utils
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
-from omegaconf import II, DictConfig
+from omegaconf import II
 
 from . import ranges
 from .errors import UserError
@@ -292,28 +291,6 @@ def validate(cfg: MoETransformerLMConfig) -> None:
         )
     if cfg.alternate_decoder_ffn_embed_dim == 0:
         _validate_experts(cfg)
-
-
-def check_overrides(overrides: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Raise UserError for a name in --model-overrides that begins as ours do and is none.
-
-    fairseq passes over names that it does not find (fairseq/dataclass/utils.py:453@0.12.2), so a
-    slip of the pen would evaluate with other settings than those asked for.
-
-    Args:
-        saved: the checkpoint's settings by group, whose names are good, too.
-    """
-    known = {field.name for field in fields(MoETransformerLMConfig)}
-    for group in saved.values():
-        if isinstance(group, (Mapping, DictConfig)):
-            known.update(group)
-    for name in overrides:
-        if name.startswith("moe_") and name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise UserError(
-                f"--model-overrides '{name}': no such setting"
-                + (f"; did you mean {near[0]}?" if near else ", see --help for those of the model")
-            )
 
 
 def _validate_shape(cfg: MoETransformerLMConfig) -> None:

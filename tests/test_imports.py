@@ -65,6 +65,7 @@ ALLOWED = {
     "fully_sharded": set(),
     "checkpoint": {
         "checkpoint",
+        "config",
         "diverging",
         "expert_parallel",
         "files",

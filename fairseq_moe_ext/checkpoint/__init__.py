@@ -16,12 +16,12 @@ them any more.
     writing.py    one file, there whole or not at all
     intact.py     whether a file is as it was written
     saving.py     all processes together: the expert files, then rank 0's
-    removing.py   expert files to which nothing refers
+    cleanup.py    expert files to which nothing refers
     settings.py   what a file may ask to be built, checked before
     loading.py    the files -> the experts of this process, whoever wrote them
     starting.py   the files that a training names, and its folder, held for it alone
     resuming.py   trainers that load, and what they are refused
-    together.py   what processes tell each other
+    collective.py what processes tell each other
 
 fairseq's functions that ask for them are wrapped in patches/checkpoint_io.py and
 patches/trainer.py.

@@ -17,11 +17,11 @@ from fairseq_today.torch_today import load_weights_only
 from .. import context, files, fully_sharded
 from ..errors import UserError
 from ..expert_parallel import Placement, is_expert, placement, process_count, process_rank
+from .collective import same_error_on_all_ranks
 from .experts import expert_indices, saves_together, trained_parameters
 from .format import FOLDER, ExpertFile, Manifest, Piece, is_piece
 from .intact import check_digest, check_records
 from .settings import check_buildable, check_settings
-from .together import same_error_on_all_ranks
 
 
 def read_mapped(file: Any, map_location: Any = None) -> Any:

@@ -13,9 +13,9 @@ from .. import context, fully_sharded
 from ..diverging import check_weights
 from ..errors import UserError
 from ..expert_parallel import all_gather, process_count
+from .collective import check_code_versions, same_error_on_all_ranks
 from .experts import saves_together
 from .loading import refuse_folder
-from .together import check_code_versions, same_error_on_all_ranks
 
 
 @contextlib.contextmanager

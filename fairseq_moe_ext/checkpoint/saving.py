@@ -15,6 +15,7 @@ from .. import context, fully_sharded
 from ..diverging import check_weights
 from ..errors import UserError
 from ..expert_parallel import all_gather, is_expert, placement, process_count
+from .collective import broadcast, code_version
 from .experts import expert_indices, saves_together
 from .format import (
     FOLDER,
@@ -26,7 +27,6 @@ from .format import (
     file_name,
     new_save,
 )
-from .together import broadcast, code_version
 from .writing import write
 
 logger = logging.getLogger(__name__)

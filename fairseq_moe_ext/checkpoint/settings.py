@@ -1,4 +1,4 @@
-"""The settings in a checkpoint, checked before anything is built from them.
+"""The settings in a checkpoint, and overrides of them, checked before anything is built from them.
 
 A file that holds no code may still ask for it: by an architecture that runs what its settings say,
 by a task or a tokenizer that fetches what they name. So a file may name what our commands are for,
@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import difflib
 import enum
 import math
 import re
 import typing
 from argparse import Namespace
 from numbers import Number
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
@@ -24,7 +25,9 @@ from fairseq.models.transformer_lm import TransformerLanguageModel
 from fairseq.registry import REGISTRIES
 from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY
 from fairseq.tasks.language_modeling import LanguageModelingTask
+from omegaconf import DictConfig
 
+from ..config import MoETransformerLMConfig
 from ..errors import UserError
 from ..literals import literal
 
@@ -128,6 +131,28 @@ def check_fields(path: str, group: str, settings: Dict[str, Any], kind: type) ->
     for name, value in settings.items():
         if name in kinds and not _fits(value, kinds[name]):
             raise _misfit(path, group, name, value, kinds[name])
+
+
+def check_overrides(overrides: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Raise UserError for a name in --model-overrides that begins as ours do and is none.
+
+    fairseq passes over names that it does not find (fairseq/dataclass/utils.py:453@0.12.2), so a
+    slip of the pen would evaluate with other settings than those asked for.
+
+    Args:
+        saved: the checkpoint's settings by group, whose names are good, too.
+    """
+    known = {field.name for field in dataclasses.fields(MoETransformerLMConfig)}
+    for group in saved.values():
+        if isinstance(group, (Mapping, DictConfig)):
+            known.update(group)
+    for name in overrides:
+        if name.startswith("moe_") and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise UserError(
+                f"--model-overrides '{name}': no such setting"
+                + (f"; did you mean {near[0]}?" if near else ", see --help for those of the model")
+            )
 
 
 def check_buildable(path: str, state: Dict[str, Any], with_task: bool) -> None:

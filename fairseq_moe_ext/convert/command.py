@@ -113,7 +113,7 @@ def _convert(args: argparse.Namespace) -> None:
         pass  # a training is told of before the work
     _write(jobs, stale, _experts_alone(folder) if shares else contextlib.nullcontext())
     if args.to is None and args.overwrite:
-        from fairseq_moe_ext.checkpoint.removing import remove_unused_files
+        from fairseq_moe_ext.checkpoint.cleanup import remove_unused_files
 
         with _experts_alone(folder):
             remove_unused_files(folder)

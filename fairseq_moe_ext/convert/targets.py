@@ -12,8 +12,8 @@ from torch import Tensor
 from ..branch.files import is_part
 from ..branch.optimizer import parameter_numbers
 from ..branch.writing import branch_order, branch_rest, branch_settings
+from ..checkpoint.collective import code_version
 from ..checkpoint.format import MANIFEST, Manifest, Piece, describe, file_name, new_save
-from ..checkpoint.together import code_version
 from ..errors import UserError
 from ..expert_parallel import is_expert
 from ..moe.experts import TensorPerExpert

@@ -19,11 +19,11 @@ from ..branch import pad_rule
 from ..branch.files import find
 from ..branch.reading import read
 from ..checkpoint import loading, saving, starting
+from ..checkpoint.cleanup import remove_unused_files
+from ..checkpoint.collective import same_error_on_all_ranks
 from ..checkpoint.experts import has_spread_experts, saves_together
-from ..checkpoint.removing import remove_unused_files
-from ..checkpoint.together import same_error_on_all_ranks
+from ..checkpoint.settings import check_overrides
 from ..checkpoint.writing import cannot_write, write
-from ..config import check_overrides
 from ..context import during
 from ..diverging import check_weights
 from ..expert_parallel import process_count, process_rank

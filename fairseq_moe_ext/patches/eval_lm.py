@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fairseq_today.errors import UserError
 
-from ..checkpoint.together import check_code_versions
+from ..checkpoint.collective import check_code_versions
 from ..counted import Offered, check_offered, longest, stored, total, what_was_counted
 from ..errors import DAMAGED
 from ..expert_parallel import collective_device, process_count

@@ -21,7 +21,7 @@ from training import (
     train_on,
 )
 
-from fairseq_moe_ext.checkpoint import removing
+from fairseq_moe_ext.checkpoint import cleanup
 from fairseq_moe_ext.checkpoint.format import MANIFEST, VERSION, Manifest, Piece
 from fairseq_moe_ext.kernels.expert_ffn import scale_gradient
 from fairseq_moe_ext.models import language_model
@@ -110,12 +110,12 @@ def test_stale_files_go_and_unreadable_checkpoints_keep_all(data, tmp_path, capl
     for path in (stale, stale.with_suffix(".pt.tmp"), folder / "notes.txt"):
         path.write_text("")
     (tmp_path / "other.pt").write_text("not a checkpoint")
-    removing.remove_unused_files(str(tmp_path))
+    cleanup.remove_unused_files(str(tmp_path))
     assert stale.exists()
     assert "other.pt cannot be read, so no file" in caplog.text
     (tmp_path / "other.pt").unlink()
     used = referred_files(tmp_path)
-    removing.remove_unused_files(str(tmp_path))
+    cleanup.remove_unused_files(str(tmp_path))
     assert expert_files(tmp_path) == used | {"notes.txt"} and len(used) == 2
     train_on(1, f"{line} --max-update 4")  # a single file takes the place of theirs
     assert expert_files(tmp_path) == {"notes.txt"}

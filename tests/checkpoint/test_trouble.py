@@ -8,7 +8,7 @@ import pytest
 from processes import run_processes
 from training import TRAIN, UPDATES, error_of, expert_files, referred_files, train, train_on
 
-from fairseq_moe_ext.checkpoint import saving, together
+from fairseq_moe_ext.checkpoint import collective, saving
 
 
 def train_with(rank, patch, line):
@@ -19,7 +19,7 @@ def train_with(rank, patch, line):
 
 
 def other_code(rank, context):
-    context.setattr(together, "code_version", lambda: f"version {rank}")
+    context.setattr(collective, "code_version", lambda: f"version {rank}")
 
 
 def other_files(rank, context):
