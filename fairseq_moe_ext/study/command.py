@@ -1,24 +1,21 @@
 """`fairseq-moe study FILE.yaml`: train and evaluate what the file names; what is done is kept."""
 
 import argparse
+import functools
 import os
 import re
-import subprocess
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import List, Sequence
+from typing import Sequence
 
 from .. import files, outputs
 from ..errors import UserError
-from ..locks import Lock
 from ..text_table import plain
 from ..wording import count
 from . import plan as plans
 from . import result as results
-from .child import failure, start
 from .plan import Plan, Run
+from .runner import Runner
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,33 +59,22 @@ class _Work:
     def __init__(self, plan: Plan, jobs: int) -> None:
         self.plan = plan
         self.jobs = jobs
-        self.children: List[subprocess.Popen] = []
-        self.stopping = threading.Event()
+        self.threads = max(1, (os.cpu_count() or 1) // jobs)
+        self.runner = Runner(plan.out, f"out: {plan.out}")
         self.done = 0
-        plan.out.mkdir(parents=True, exist_ok=True)
 
     def do(self) -> None:
-        with Lock(self.plan.out / "lock", f"out: {self.plan.out}") as lock:
-            # children inherit it, so that one left behind by a killed study holds it too
-            self.keep = (lock.descriptor,)
+        try:
+            self.runner.open()
             for one in self.plan.runs:
                 _check_same(one)
-            self._do()
-
-    def _do(self) -> None:
-        self._say(f"{count(len(self.plan.runs), 'run')}, {self.jobs} at once, in {self.plan.out}")
-        with ThreadPoolExecutor(self.jobs) as pool:
-            waiting = [pool.submit(self._one, one) for one in self.plan.runs]
-            try:
-                for future in waiting:
-                    future.result()
-            except BaseException:
-                self.stopping.set()
-                for future in waiting:
-                    future.cancel()
-                for child in self.children:
-                    child.terminate()
-                raise
+            number = count(len(self.plan.runs), "run")
+            self._say(f"{number}, {self.jobs} at once, in {self.plan.out}")
+            works = [functools.partial(self._one, one) for one in self.plan.runs]
+            for _ in self.runner.in_parallel(works, self.jobs):
+                pass
+        finally:
+            self.runner.stop()
 
     def _one(self, one: Run) -> None:
         one.folder.mkdir(exist_ok=True)
@@ -105,23 +91,13 @@ class _Work:
         self.done += 1
 
     def _call(self, one: Run, command: Sequence[str], log: Path) -> None:
-        threads = max(1, (os.cpu_count() or 1) // self.jobs)
-        child = start(command, log, threads, keep=self.keep)
-        self.children.append(child)
-        said = time.monotonic()
-        while True:
-            try:
-                status = child.wait(timeout=1)
-                break
-            except subprocess.TimeoutExpired:
-                if self.stopping.is_set():
-                    child.terminate()
-                if time.monotonic() - said > 60:
-                    said = time.monotonic()
-                    self._say(f"{one.name}: {_progress(one, log)}")
-        self.children.remove(child)
-        if status != 0:
-            raise UserError(f"{one.name}: {failure(command, status, log)}")
+        def say() -> None:
+            self._say(f"{one.name}: {_progress(one, log)}")
+
+        try:
+            self.runner.call(command, log, self.threads, watch=say)
+        except UserError as error:
+            raise UserError(f"{one.name}: {error}") from None
 
     def _say(self, text: str) -> None:
         total = len(self.plan.runs)
