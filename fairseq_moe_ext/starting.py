@@ -39,7 +39,8 @@ def check_run(cfg: Mapping[str, Any]) -> None:
     if not _is_ours(names):
         return
     groups = {name: [group] for group, name, _ in ranges.flatten(cfg)}
-    for group, name, value in ranges.flatten(cfg):
+    # task and model refer to settings of other groups, which are where the user has set them
+    for group, name, value in sorted(ranges.flatten(cfg), key=lambda s: s[0] in ("task", "model")):
         ranges.check({name: value}, lambda name, group=group: f"{group}.{name}")
     given = {name: value for _, name, value in ranges.flatten(cfg)}
     check({**given, **names}, lambda name: ".".join([*groups.get(name, []), name]), True)

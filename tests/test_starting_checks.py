@@ -281,3 +281,14 @@ def test_a_user_dir_that_is_no_package(tmp_path):
     for folder in (tmp_path / "file", "/"):
         with pytest.raises(UserError, match=f"^--user-dir {folder}: no folder of a Python package"):
             utils.import_user_module(Namespace(user_dir=str(folder)))
+
+
+def test_a_setting_is_named_where_it_was_set():
+    """task.batch_size of Hydra is a reference to dataset.batch_size."""
+    cfg = {
+        "task": {"batch_size": 0},
+        "model": {"_name": "moe_lm_tiny"},
+        "dataset": {"batch_size": 0},
+    }
+    with pytest.raises(UserError, match="^dataset.batch_size 0 is out of range"):
+        starting.check_run(cfg)
