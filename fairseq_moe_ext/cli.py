@@ -73,7 +73,7 @@ def _parser(chosen: Optional[str]) -> argparse.ArgumentParser:
     )
     config_dir.set_defaults(run=lambda args: print(_config_dir()))
 
-    lm_eval = commands.add_parser(_LM_EVAL, help="EleutherAI's lm-eval on our models")
+    lm_eval = commands.add_parser(_LM_EVAL, help="run EleutherAI's lm-eval on our models")
     if chosen == _LM_EVAL:
         command = importlib.import_module("fairseq_moe_ext.priming.lm_eval_command")
         lm_eval.set_defaults(run=command.run)

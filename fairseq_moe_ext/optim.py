@@ -31,7 +31,8 @@ class FairseqFusedAdam(FairseqAdam):
         for flag in ("use_old_adam", "fp16_adam_stats"):
             if getattr(cfg, flag):
                 raise UserError(
-                    f"--{flag.replace('_', '-')} belongs to --optimizer adam: drop it, or use that"
+                    f"--{flag.replace('_', '-')} belongs to --optimizer adam: remove it, or use "
+                    "that optimizer"
                 )
         self._optimizer = FusedAdam(params, **self.optimizer_config)
 

@@ -1,8 +1,8 @@
-"""What numbers a flag takes: one table, for command lines, hydra and --model-overrides alike.
+"""The range of every numeric flag: one table for command lines, Hydra and --model-overrides.
 
-Of stock's flags it has those that a run of language models can meet. A number outside would be
-taken without a word and do something else (--batch-size 0: no limit), or end in an exception of
-fairseq's far from the flag, after hours (--log-interval 0).
+It covers the flags of stock fairseq that language models can use. Without it a number out of range
+would silently do something else (--batch-size 0: no limit), or end in an exception of fairseq far
+from the flag, perhaps after hours (--log-interval 0).
 """
 
 import ast
@@ -85,7 +85,9 @@ _GROUPS = {
     "min_loss_scale threshold_loss_scale": POSITIVE,
     "amp_batch_retries empty_cache_freq": COUNT,
     "all_gather_list_size": Range(1, _TENSOR, whole=True),
-    "model_parallel_size": Range(1, 1, whole=True, meaning="these models are not split so"),
+    "model_parallel_size": Range(
+        1, 1, whole=True, meaning="these models do not support model parallelism"
+    ),
     # distributed_training
     "distributed_world_size distributed_num_procs nprocs_per_node": Range(1, _SIZE, whole=True),
     "distributed_rank device_id": Range(0, _SIZE, whole=True),
@@ -154,7 +156,9 @@ _GROUPS = {
     "phase_ratio": SHARE._replace(items=3),
     # tasks
     "tokens_per_sample max_target_positions max_source_positions": SIZE,
-    "output_dictionary_size": Range(-1, -1, whole=True, meaning="these models predict all types"),
+    "output_dictionary_size": Range(
+        -1, -1, whole=True, meaning="these models predict the whole vocabulary"
+    ),
     "corpus_temperature": POSITIVE,
     "choice_valid_share": BELOW_1,
     # criterions
@@ -169,7 +173,9 @@ _GROUPS = {
     "moe_expert_count": Range(0, _SIZE, whole=True, meaning="0: a dense model"),
     "moe_top_k": SIZE,
     "moe_capacity_factor": POSITIVE._replace(meaning="2 is usual, --moe-dropless sets no limit"),
-    "moe_eval_capacity_token_fraction": Range(-math.inf, 1, meaning="negative: training's rule"),
+    "moe_eval_capacity_token_fraction": Range(
+        -math.inf, 1, meaning="negative: the rule of training"
+    ),
     "alternate_decoder_ffn_embed_dim": Range(0, _SIZE, whole=True, meaning="0: experts"),
     "min_params_to_wrap": COUNT,
 }

@@ -1,4 +1,4 @@
-"""Cross-entropy with the losses of the MoE layers' gates, and the figures that the branch logs."""
+"""Cross-entropy with the losses of the MoE layers' gates, and the metrics that the branch logs."""
 
 import math
 import re
@@ -24,20 +24,20 @@ _LAYER_FIGURE = re.compile(r"layer\d+_")
 @dataclass
 class MoECrossEntropyConfig(FairseqDataclass):
     moe_gate_loss_wt: float = field(
-        default=1.0, metadata={"help": "weight of the gates' balancing loss"}
+        default=1.0, metadata={"help": "weight of the balancing loss of the gates"}
     )
     moe_gate_loss_combine_method: ChoiceEnum(["average", "sum"]) = field(
-        default="average", metadata={"help": "how the balancing losses of the layers combine"}
+        default="average", metadata={"help": "how to combine the balancing losses of the layers"}
     )
     moe_gate_loss_transform: ChoiceEnum(["none", "neg_log"]) = field(
-        default="none", metadata={"help": "function applied to the combined balancing loss"}
+        default="none", metadata={"help": "function to apply to the combined balancing loss"}
     )
     moe_z_loss_wt: float = field(
         default=0.0,
-        metadata={"help": "weight of the router z-loss, which combines over layers alike"},
+        metadata={"help": "weight of the router z-loss, combined over layers in the same way"},
     )
     moe_log_per_layer: bool = field(
-        default=False, metadata={"help": "log the figures of each MoE layer, too"}
+        default=False, metadata={"help": "also log the metrics of each MoE layer"}
     )
     sentence_avg: bool = II("optimization.sentence_avg")
 

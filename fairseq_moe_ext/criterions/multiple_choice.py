@@ -26,8 +26,9 @@ class MultipleChoiceConfig(MoECrossEntropyConfig):
     choice_loss: ChoiceEnum(["candidates", "likelihood"]) = field(
         default="candidates",
         metadata={
-            "help": "cross-entropy of the softmax over an example's candidates, or the negative "
-            "log-likelihood of the right one's tokens (not with --choice-scoring head)"
+            "help": "the loss: cross-entropy of the softmax over an example's candidates, or "
+            "negative log-likelihood of the right candidate's tokens (not with --choice-scoring "
+            "head)"
         },
     )
 
@@ -50,7 +51,7 @@ class MultipleChoiceCriterion(MoECrossEntropyCriterion):
         )
         if not hasattr(task, "scoring"):
             raise UserError(
-                "--criterion multiple_choice goes with --task multiple_choice: for language "
+                "--criterion multiple_choice needs --task multiple_choice; for language "
                 "modelling use moe_cross_entropy"
             )
         self.mean = task.scoring == "mean"

@@ -35,5 +35,5 @@ def check() -> None:
         reason = lines[0].strip()[:200] if lines else type(error).__name__
         raise UserError(
             f"--compile: torch.compile does not work here ({reason}): install what is missing (a "
-            "C++ compiler, g++ or that of CXX; on a GPU Triton), or drop --compile"
+            "C++ compiler, g++ or that of CXX; on a GPU Triton), or remove --compile"
         ) from error

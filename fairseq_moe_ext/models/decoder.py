@@ -82,8 +82,8 @@ class DecoderLayer(nn.Module):
         spread = process_count() > 1
         if cfg.moe_router not in ROUTERS:
             raise UserError(
-                f"--moe-router {cfg.moe_router} is unknown: use {', '.join(ROUTERS)}, or name the "
-                "folder of the plugin that registers it (--user-dir)"
+                f"--moe-router {cfg.moe_router} is unknown: use {', '.join(ROUTERS)}, or pass the "
+                "plugin that registers it (--user-dir)"
             )
         return MoELayer.build(
             cfg.decoder_embed_dim,
@@ -335,9 +335,10 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
 def too_few_positions(length: int, learned: int) -> UserError:
     """What to raise where a row is longer than the learned positions."""
     return UserError(
-        f"a row of {length} tokens for --max-target-positions {learned} with --decoder-learned-pos:"
-        f" learned positions do not grow; train with --max-target-positions {length}, or without "
-        "--decoder-learned-pos (--add-bos-token makes rows one longer than --tokens-per-sample)"
+        f"a row of {length} tokens for --max-target-positions {learned} with "
+        "--decoder-learned-pos: learned positions cannot be extended; train with "
+        f"--max-target-positions {length}, or without --decoder-learned-pos (--add-bos-token makes "
+        "rows one longer than --tokens-per-sample)"
     )
 
 

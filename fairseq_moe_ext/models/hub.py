@@ -75,7 +75,7 @@ class LanguageModelHub(GeneratorHubInterface):
         for i, text in enumerate([sentences] if isinstance(sentences, str) else sentences):
             if not text.strip(" \t"):
                 which = "" if isinstance(sentences, str) else f" {i + 1} of {len(sentences)}"
-                raise UserError(f"score: text{which} is empty: leave it out, it has no token")
+                raise UserError(f"score: text{which} is empty and has no token: leave it out")
         return super().score(sentences, replace_newline_with_eos=False, **kwargs)
 
     def generate(self, tokenized_sentences, beam: int = 5, verbose: bool = False, **kwargs):

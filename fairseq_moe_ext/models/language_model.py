@@ -76,7 +76,9 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
         of a batch is meant for long ones, and a sentence's score should not hang on its company.
         """
         if "://" not in model_name_or_path and not os.path.exists(model_name_or_path):
-            raise UserError(f"{model_name_or_path}: no such folder; it should have the checkpoint")
+            raise UserError(
+                f"{model_name_or_path}: no such folder; name the one with the checkpoint"
+            )
         kwargs.setdefault("moe_eval_capacity_token_fraction", 1.0)
         if "bpe" not in kwargs:
             data = Path(data_name_or_path)  # relative to the model where it begins with a dot
@@ -90,7 +92,9 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
     def prepare_for_inference_(self, cfg: DictConfig) -> None:
         """As stock's; the decoder has no dropout to keep (fairseq/models/fairseq_model.py:206)."""
         if cfg.generation.retain_dropout:
-            raise UserError("--retain-dropout: these models have none in inference: drop it")
+            raise UserError(
+                "--retain-dropout: these models have no dropout in inference; remove it"
+            )
         super().prepare_for_inference_(cfg)
 
     def forward(
@@ -149,8 +153,8 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
         """
         if fully_sharded.is_wrapping():
             raise UserError(
-                "--choice-scoring head with --ddp-backend fully_sharded: not for a head, whose "
-                "checkpoints FSDP would hide: use sum or mean, or pytorch_ddp"
+                "--choice-scoring head with --ddp-backend fully_sharded: FSDP would hide the "
+                "checkpoints of a head; use sum or mean, or pytorch_ddp"
             )
         # A bias that all candidates share would change nothing.
         head = nn.Linear(self.decoder.embed_tokens.embedding_dim, outputs, bias=outputs > 1)
@@ -167,7 +171,9 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
         own = {} if self.choice_head is None else self.choice_head.state_dict(prefix=prefix)
         saved = {key for key in state_dict if key.startswith(prefix)}
         if any(key not in saved or state_dict[key].shape != own[key].shape for key in own):
-            logger.info("the head that scores candidates is new: the checkpoint has none that fits")
+            logger.info(
+                "starting with a new head to score candidates: the checkpoint has none that fits"
+            )
             state_dict.update(own)
         for key in saved - set(own):
             del state_dict[key]

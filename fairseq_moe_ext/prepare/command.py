@@ -41,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument(
         "--corpus", action="append", default=[], metavar="NAME[:SPLIT]=PATH[,PATH...]",
         help="a corpus to train on: files, folders or quoted globs; may be repeated. With :train, "
-        ":valid or :test, the documents of these paths are that split; without, they are dealt "
-        "out by the fractions below",
+        ":valid or :test, the documents of these paths are that split; without, the fractions "
+        "below divide them",
     )  # fmt: skip
     text.add_argument(
         "--heldout", action="append", default=[], metavar="NAME[:SPLIT]=PATH[,PATH...]",
@@ -51,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     text.add_argument(
         "--format", action="append", default=[], metavar="[NAME=]KIND",
-        help="text or jsonl, whatever the files look like; NAME=KIND says so of one corpus; may "
-        "be repeated (default: auto, what the content tells)",
+        help="read the files as text or jsonl, whatever they look like; NAME=KIND for one corpus; "
+        "may be repeated (default: auto, by content)",
     )  # fmt: skip
     text.add_argument(
         "--documents", choices=SEPARATORS, default="blank-line",
@@ -73,7 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="share of documents for test (default: 0.01)",
     )  # fmt: skip
     splits.add_argument(
-        "--split-seed", type=int, default=1, metavar="N", help="another number, other splits"
+        "--split-seed",
+        type=int,
+        default=1,
+        metavar="N",
+        help="seed of the splits; another number gives other splits",
     )
     bpe = parser.add_argument_group("tokenizer (one of the two) and dictionary")
     bpe.add_argument(
@@ -82,21 +86,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     bpe.add_argument("--gpt2-vocab-bpe", type=Path, metavar="FILE", help="GPT-2's vocab.bpe")
     bpe.add_argument(
         "--train-bpe", type=int, metavar="TYPES",
-        help="train a byte-level BPE with this many types on the train documents; it is written "
-        "as encoder.json and vocab.bpe",
+        help="train a byte-level BPE with a vocabulary of this size on the train documents, "
+        "written as encoder.json and vocab.bpe",
     )  # fmt: skip
     bpe.add_argument(
         "--train-bpe-bytes", type=int, default=2_000_000_000, metavar="BYTES",
-        help="train it on about this much text at most, taken evenly (default: 2000000000)",
+        help="train it on at most about this many bytes of text, sampled evenly (default: "
+        "2000000000)",
     )  # fmt: skip
     bpe.add_argument(
         "--dict", type=Path, metavar="FILE",
-        help="use this dict.txt, of an existing model, instead of making one",
+        help="use the dict.txt of an existing model instead of making one",
     )  # fmt: skip
     bpe.add_argument(
         "--dict-size", type=int, metavar="TYPES",
-        help="fill the dictionary up to this many types with madeupwordNNNN, the 4 special ones "
-        "counted (the paper's models: 51200; default: the next multiple of 8)",
+        help="pad the dictionary to this size, 4 special symbols included, with madeupwordNNNN "
+        "(the paper's models: 51200; default: the next multiple of 8)",
     )  # fmt: skip
     run = parser.add_argument_group("running")
     run.add_argument(
@@ -105,7 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     run.add_argument(
         "--overwrite", action="store_true",
-        help="replace DATA, if there is nothing in it but what this command wrote",
+        help="replace DATA, if it contains only what this command wrote",
     )  # fmt: skip
 
 

@@ -54,8 +54,8 @@ def parse_corpora(corpora: List[str], heldout: List[str]) -> List[Corpus]:
                 raise UserError(f"{flag} {name_and_split}: the corpus is given twice")
             if key is None and corpus.files:
                 raise UserError(
-                    f"{flag} {name}: given with and without a split; "
-                    f"write {name}:train=..., {name}:valid=... for all of it"
+                    f"{flag} {name}: given both with and without a split; write {name}:train=..., "
+                    f"{name}:valid=... for all its text"
                 )
             groups = [list_files(path, f"{flag} {name_and_split}") for path in paths.split(",")]
             corpus.groups += groups

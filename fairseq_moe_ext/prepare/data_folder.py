@@ -60,9 +60,9 @@ def check(dest: Path, overwrite: bool) -> None:
     if not os.path.lexists(dest):
         return
     if not os.path.exists(dest):
-        raise UserError(f"{dest}: a symbolic link to nothing; remove it or name a folder")
+        raise UserError(f"{dest}: a dangling symbolic link; remove it or name a folder")
     if not overwrite:
-        raise UserError(f"{dest}: exists; choose another folder or give --overwrite")
+        raise UserError(f"{dest}: exists; choose another folder or add --overwrite")
     if os.path.ismount(dest) or os.path.samefile(dest, os.getcwd()):
         raise UserError(f"{dest}: is the current folder or a mount point; name a folder in it")
     if not dest.is_dir():
@@ -71,9 +71,9 @@ def check(dest: Path, overwrite: bool) -> None:
         other = foreign(dest)
         if other is not None:
             raise UserError(
-                f"{dest}: --overwrite replaces only folders with nothing in them but what "
-                f"fairseq-moe prepare wrote, and it did not write {other}; move that elsewhere or "
-                "choose another folder"
+                f"{dest}: --overwrite replaces only folders that contain nothing but output of "
+                f"fairseq-moe prepare, which did not write {other}; move that elsewhere or choose "
+                "another folder"
             )
 
 
@@ -131,7 +131,9 @@ def remove(folder: Path) -> None:
         (folder / data_bin.COUNTS).unlink()
         folder.rmdir()
     else:
-        print(f"{folder}: kept, as prepare did not write all that is in it", file=sys.stderr)
+        print(
+            f"{folder}: kept, because it contains files that prepare did not write", file=sys.stderr
+        )
 
 
 def _make_parents(folder: Path, dest: Path) -> List[Path]:

@@ -55,8 +55,8 @@ def check_types(types: int, bpe_types: int) -> None:
         raise UserError(f"--dict-size {types}: {MAX_TYPES} types at most")
     if types < NUM_SPECIAL + bpe_types:
         raise UserError(
-            f"--dict-size {types}: too small for {bpe_types} BPE types and {NUM_SPECIAL} special "
-            f"symbols; at least {NUM_SPECIAL + bpe_types}"
+            f"--dict-size {types}: too small for {bpe_types} BPE tokens and {NUM_SPECIAL} special "
+            f"symbols; use at least {NUM_SPECIAL + bpe_types}"
         )
 
 
@@ -85,7 +85,7 @@ def read(path: Path, bpe_types: int) -> Lines:
             )
     symbols = [symbol for symbol, _ in lines]
     if len(set(symbols)) < len(symbols):
-        raise UserError(f"--dict {path}: a symbol stands in it twice")
+        raise UserError(f"--dict {path}: a symbol occurs twice")
     if not lines:
         raise UserError(f"--dict {path}: empty")
     return lines

@@ -137,7 +137,7 @@ def _check_size(size: int, path: Path, offset: int) -> None:
     if size > MAX_DOCUMENT_BYTES:
         raise UserError(
             f"{path}: the document at byte {offset} is longer than {MAX_DOCUMENT_BYTES:,} bytes; "
-            "say with --documents what separates them (blank-line, line, file)"
+            "set what separates documents with --documents (blank-line, line, file)"
         )
 
 
@@ -158,14 +158,14 @@ def _jsonl(stream: BinaryIO, path: Path, field: str) -> Iterator[str]:
         if not isinstance(record, dict) or field not in record:
             keys = ", ".join(sorted(map(str, record))[:8]) if isinstance(record, dict) else "none"
             raise UserError(
-                f"{path}, line {number}: no field {field!r} (fields there: {keys}); "
+                f"{path}, line {number}: no field {field!r} (its fields: {keys}); "
                 "name the field with --field"
             )
         if not isinstance(record[field], str):
             kind = _JSON_TYPES.get(type(record[field]), "a number")
             raise UserError(
-                f"{path}, line {number}: field {field!r} is {kind}, not a string; correct the "
-                "line or take it out"
+                f"{path}, line {number}: field {field!r} is {kind}, not a string; correct or "
+                "remove the line"
             )
         yield record[field]
 
@@ -178,5 +178,5 @@ def _decode(data: bytes, path: Path, offset: int) -> str:
         unpacked = " of the unpacked text" if packed else ""
         raise UserError(
             f"{path}: not UTF-8 at byte {offset + error.start}{unpacked} "
-            f"(0x{data[error.start]:02x}); convert the file to UTF-8 or leave it out"
+            f"(0x{data[error.start]:02x}); convert the file to UTF-8 or remove it"
         ) from None

@@ -139,8 +139,8 @@ def _packing(raw: BinaryIO, path: Path) -> str:
     promised = _SUFFIXES.get(path.suffix.lower(), "")
     if promised and not found and not _refusal(head):
         raise UserError(
-            f"{path}: broken {promised} file (it does not begin as one); copy or compress it "
-            "again, or rename it if it is not packed"
+            f"{path}: broken {promised} file (it does not begin like one); copy or compress it "
+            "again, or rename it if it is not compressed"
         )
     return found
 
@@ -168,7 +168,7 @@ def _refuse(head: bytes, path: Path, form: str) -> None:
     if found is None and form == "auto" and _suffix(path) in _TABLES:
         found = "a table", f"{_AS_LINES}, or read it as text with --format {{corpus}}=text"
     if found is not None:
-        raise UserError(f"{path}: {found[0]}, which is not read; {found[1]}")
+        raise UserError(f"{path}: {found[0]} cannot be read; {found[1]}")
 
 
 def _suffix(path: Path) -> str:
@@ -218,8 +218,8 @@ def _first_object(head: bytes, stream: BinaryIO) -> Optional[dict]:
 
 def _not_lines(path: Path, what: str, jq: str) -> UserError:
     return UserError(
-        f"{path}: {what}; write an object a line ({jq} {path.name} > lines.jsonl), or read it as "
-        "text with --format {corpus}=text"
+        f"{path}: {what}; write one object per line ({jq} {path.name} > lines.jsonl), or read it "
+        f"as text with --format {{corpus}}=text"
     )
 
 

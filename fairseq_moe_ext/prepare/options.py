@@ -51,16 +51,18 @@ def check(options: Options) -> None:
 
 def _check_training(options: Options) -> None:
     if options.gpt2_encoder_json or options.gpt2_vocab_bpe:
-        raise UserError("--train-bpe: not together with --gpt2-encoder-json, --gpt2-vocab-bpe")
+        raise UserError(
+            "--train-bpe: cannot be combined with --gpt2-encoder-json, --gpt2-vocab-bpe"
+        )
     if options.dict is not None:
         raise UserError(
-            "--dict: not together with --train-bpe; a dictionary belongs to the tokenizer it "
-            "was made with: give its --gpt2-encoder-json and --gpt2-vocab-bpe"
+            "--dict: cannot be combined with --train-bpe, because a dictionary belongs to the "
+            "tokenizer it was made with; give its --gpt2-encoder-json and --gpt2-vocab-bpe"
         )
     if options.train_bpe <= NUM_BYTES:
         raise UserError(
-            f"--train-bpe {options.train_bpe}: the {NUM_BYTES} bytes come first; more than "
-            f"{NUM_BYTES} types are needed"
+            f"--train-bpe {options.train_bpe}: the {NUM_BYTES} bytes come first; use a vocabulary "
+            f"of more than {NUM_BYTES}"
         )
     if options.train_bpe > dictionary.MAX_TYPES:
         raise UserError(f"--train-bpe {options.train_bpe}: {dictionary.MAX_TYPES} types at most")
@@ -72,7 +74,7 @@ def _check_training(options: Options) -> None:
 
 def _check_dictionary(options: Options) -> None:
     if options.dict is not None and options.dict_size is not None:
-        raise UserError("--dict-size: not together with --dict, which has its own size")
+        raise UserError("--dict-size: cannot be combined with --dict, which has its own size")
     if options.dict_size is not None:  # and of the tokenizer, when it is known
         dictionary.check_types(options.dict_size, NUM_BYTES)
     if options.dict is None and all(corpus.held_out for corpus in options.corpora):

@@ -66,8 +66,8 @@ def _check_inputs_outside(dest: Path, options: Options) -> None:
         for path in (path for paths in corpus.files.values() for path in paths):
             if os.path.realpath(path).startswith(inside):
                 raise UserError(
-                    f"{path}: text of corpus {corpus.name}, but in the folder {dest} that is to "
-                    "be made; move it elsewhere"
+                    f"{path}: text of corpus {corpus.name}, but inside the output folder {dest}; "
+                    "move it elsewhere"
                 )
 
 
@@ -145,7 +145,7 @@ def _tokenizer(folder: Path, options: Options, todo: Dict[str, Parts]) -> ByteLe
         types = train_bpe(documents, options.train_bpe, folder)
     if types < options.train_bpe:
         print(
-            f"--train-bpe {options.train_bpe}: {types} types learned; no other pair of tokens "
+            f"--train-bpe {options.train_bpe}: {types} tokens learned; no other pair of tokens "
             "occurs twice in the text",
             file=sys.stderr,
         )

@@ -83,20 +83,20 @@ class ByteLevelBPE:
             or set(encoder.values()) != set(range(len(encoder)))
         ):
             raise UserError(
-                f"--gpt2-encoder-json {encoder_json}: not GPT-2's format: an object that gives "
-                "each token an id from 0 on, without a gap"
+                f"--gpt2-encoder-json {encoder_json}: not GPT-2's format, an object that gives "
+                "each token an id, from 0 without gaps"
             )
         others = [token for token in encoder if not token or not set(token) <= _SYMBOLS]
         if others:
             raise UserError(
-                f"--gpt2-encoder-json {encoder_json}: the token {others[0]!r} is not of GPT-2's "
-                "symbols for bytes; it is not a byte-level vocabulary"
+                f"--gpt2-encoder-json {encoder_json}: the token {others[0]!r} does not consist of "
+                "GPT-2's symbols for bytes; this is not a byte-level vocabulary"
             )
         missing = [symbol for symbol in byte_symbols() if symbol not in encoder]
         if missing:
             raise UserError(
                 f"--gpt2-encoder-json {encoder_json}: {len(missing)} of the 256 bytes have no "
-                f"token, {missing[0]!r} the first; it is not a byte-level vocabulary"
+                f"token (first: {missing[0]!r}); this is not a byte-level vocabulary"
             )
         merges = []
         for number, line in enumerate(lines, start=2):

@@ -78,7 +78,7 @@ def read_crows_pairs(path: Path) -> List[Pair]:
         for line in read_csv(path)
     ]
     if not found:
-        raise UserError(f"{path}: no pair in it; take the file as it was published")
+        raise UserError(f"{path}: contains no pair; use the file as published")
     return found
 
 

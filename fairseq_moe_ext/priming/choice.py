@@ -44,7 +44,7 @@ def prepare(name: str, folder: Path, settings: Settings, vocabulary: Vocabulary)
     items, unanswered = read_counted(task, path, settings.published_text)
     items, total = items[: settings.limit], len(items) + unanswered
     if rule == "unconditional" and not items[0].alone:
-        raise UserError(f"--rule unconditional: not for {name}, only for openbookqa")
+        raise UserError(f"--rule unconditional: only for openbookqa, not for {name}")
     questions = in_tokens(items, vocabulary.encode)
     vocabulary.check((row for question in questions for row in question.candidates), str(path))
     read, examples = str(path), []

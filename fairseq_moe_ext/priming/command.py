@@ -41,27 +41,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Zero- and few-shot priming by the paper's protocol, from the data sets' own files: "
         "FOLDER/TASK holds those of a task."
     )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="with a folder for each task")
+    parser.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="folder that contains a folder for each task"
+    )
     parser.add_argument(
         "--tasks",
         metavar="TASK,TASK,...",
-        help=f"of {', '.join(_KINDS)} (default: those that FOLDER has a folder of; "
-        "translation only with --languages)",
+        help=f"of {', '.join(_KINDS)} (default: those with a folder in FOLDER; translation only "
+        "with --languages)",
     )
     parser.add_argument(
         "--shots", default="0", metavar="N,N,...", help="examples before a question (default: 0)"
     )
     parser.add_argument("--draws", type=int, default=25, help="of examples (default: 25)")
-    parser.add_argument("--seed", type=int, default=1, help="of the draws (default: 1)")
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N questions of a task")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the draws (default: 1)")
     parser.add_argument(
-        "--rule", choices=scoring.RULES, help="score all tasks so (default: each by its own rule)"
+        "--limit", type=int, metavar="N", help="use only the first N questions of each task"
+    )
+    parser.add_argument(
+        "--rule",
+        choices=scoring.RULES,
+        help="score all tasks by this rule (default: each by its own)",
     )
     parser.add_argument(
         "--published-text",
         action="store_true",
-        help="HellaSwag with WikiHow's markers ([header], [title], [step]), as published (default: "
-        "without, as lm-eval)",
+        help="keep HellaSwag as published, with WikiHow's markers ([header], [title], [step]) "
+        "(default: remove them, as lm-eval does)",
     )
     parser.add_argument("--languages", metavar="A-B", help="of translation, as en-fr")
     parser.add_argument(
@@ -77,8 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--json",
         type=Path,
         metavar="FILE",
-        help="write all figures here, too, after each task and number of shots; the same command "
-        "goes on from there",
+        help="also write all metrics to this file, after each task and number of shots; the same "
+        "command resumes from it",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the file of --json")
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
@@ -115,7 +121,7 @@ def _run(args: argparse.Namespace) -> None:
         results = all_gather(results)[0]  # the first process has the file
         if results:
             done = f"{len(results):,} of {count(len(jobs), 'result')}"
-            say(f"--json {args.json}: has {done} of this command; going on from there")
+            say(f"--json {args.json}: has {done} of this command; resuming")
         if len(results) < len(jobs):
             loaded = _load(args, settings, names, vocabulary)
         for job in jobs[len(results) :]:
@@ -143,7 +149,7 @@ def _settings(args: argparse.Namespace) -> Settings:
     if args.seed < 0:
         raise UserError(f"--seed {args.seed}: use 0 or more")
     if args.overwrite and args.json is None:
-        raise UserError("--overwrite: without --json there is nothing to replace; leave it out")
+        raise UserError("--overwrite: without --json there is nothing to replace; remove it")
     return Settings(
         _shots(args.shots),
         args.draws,
@@ -171,24 +177,28 @@ def _load(
 def _chosen(folder: Path, names: Optional[str], settings: Settings) -> List[str]:
     """Raises UserError for a name that is none, and where there is nothing to do."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; it holds a folder for each task")
+        raise UserError(
+            f"{folder}: no such folder; name the one that contains a folder for each task"
+        )
     if names is None:
         found = [name for name in _KINDS if (folder / name).is_dir()]
         if settings.languages is None:
             found = [name for name in found if name != "translation"]
         if not found:
-            raise UserError(f"{folder}: none of its folders is a task's; {', '.join(_KINDS)} are")
+            raise UserError(
+                f"{folder}: none of its folders is a task; the tasks are {', '.join(_KINDS)}"
+            )
         return found
     for name in names.split(","):
         if name not in _KINDS:
-            raise UserError(f"--tasks {name}: no such task; there are {', '.join(_KINDS)}")
+            raise UserError(f"--tasks {name}: no such task; use one of {', '.join(_KINDS)}")
     return list(dict.fromkeys(names.split(",")))
 
 
 def _shots(text: str) -> Tuple[int, ...]:
     words = text.split(",")
     if not all(word.isdecimal() and len(word) < 7 for word in words):
-        raise UserError(f"--shots {text}: use whole numbers from 0 on, as 0,1,32")
+        raise UserError(f"--shots {text}: use whole numbers from 0, such as 0,1,32")
     return tuple(dict.fromkeys(map(int, words)))
 
 
@@ -197,7 +207,7 @@ def _languages(text: Optional[str]) -> Optional[Tuple[str, str]]:
         return None
     languages = text.split("-")
     if len(languages) != 2 or not all(languages):
-        raise UserError(f"--languages {text}: use two with a dash between, as en-fr")
+        raise UserError(f"--languages {text}: use two with a dash between them, such as en-fr")
     return languages[0], languages[1]
 
 

@@ -35,7 +35,7 @@ class Text(NamedTuple):
 def read_translation(folder: Path, settings: Settings, split: int) -> List[Text]:
     """Two files of a line each sentence. Raises UserError for files that do not belong together."""
     if settings.languages is None:
-        raise UserError("--languages: translation needs them, as --languages en-fr")
+        raise UserError("--languages: translation needs them, for example --languages en-fr")
     paths = []
     for language in settings.languages:
         names = _TRANSLATION[split]
@@ -53,10 +53,10 @@ def read_translation(folder: Path, settings: Settings, split: int) -> List[Text]
     for number, pair in enumerate(zip(*sides), start=1):
         if any(pair) and not all(pair):
             path = paths[0] if pair[1] else paths[1]
-            raise UserError(f"{path}, line {number}: blank, but not so in the other language")
+            raise UserError(f"{path}, line {number}: blank, but not in the other language")
     found = [Text(f"{a} =", f" {b}") for a, b in zip(*sides) if a]
     if not found:
-        raise UserError(f"{paths[0]}: no sentence in it; take the file as it was published")
+        raise UserError(f"{paths[0]}: contains no sentence; use the file as published")
     return found
 
 

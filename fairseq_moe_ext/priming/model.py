@@ -35,22 +35,29 @@ from ..questions.vocabulary import PAD
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that say how a model is loaded and fed."""
-    parser.add_argument("--path", type=Path, required=True, help="checkpoint, as fairseq-eval-lm's")
+    parser.add_argument(
+        "--path", type=Path, required=True, help="the checkpoint, as for fairseq-eval-lm"
+    )
     parser.add_argument(
         "--data",
         type=Path,
         required=True,
         metavar="DATA",
-        help="folder with dict.txt, encoder.json and vocab.bpe of the model",
+        help="folder with the model's dict.txt, encoder.json and vocab.bpe",
     )
-    parser.add_argument("--context", type=int, help="tokens of a prompt (default: as trained)")
     parser.add_argument(
-        "--max-tokens", type=int, default=16384, help="of a batch and process (default: 16384)"
+        "--context", type=int, help="longest prompt in tokens (default: as trained)"
     )
-    parser.add_argument("--cpu", action="store_true", help="no GPU, though there is one")
-    parser.add_argument("--fp16", action="store_true", help="weights in half precision")
     parser.add_argument(
-        "--model-overrides", metavar="DICT", help="settings of the model, as fairseq-eval-lm's"
+        "--max-tokens",
+        type=int,
+        default=16384,
+        help="tokens per batch and process (default: 16384)",
+    )
+    parser.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
+    parser.add_argument("--fp16", action="store_true", help="use half precision for the weights")
+    parser.add_argument(
+        "--model-overrides", metavar="DICT", help="settings of the model, as for fairseq-eval-lm"
     )
 
 
@@ -94,8 +101,8 @@ def load(
     model, _ = load_model(path, task, parse_overrides(overrides))
     if not isinstance(model, MoETransformerLanguageModel):
         raise UserError(
-            f"--path {path}: a {type(model).__name__} of fairseq's own; make it one of ours first, "
-            "with `fairseq-moe convert`"
+            f"--path {path}: a {type(model).__name__} of fairseq's own; convert it first, with "
+            "`fairseq-moe convert`"
         )
     set_gates(model, dropless=True)
     if fp16:

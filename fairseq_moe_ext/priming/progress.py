@@ -67,6 +67,6 @@ def begun(path: Optional[Path], now: Dict[str, Any], overwrite: bool) -> List["R
             said = f"{before}, now {value}" if plain else "other files, or changed ones"
             raise UserError(
                 f"--json {path}: holds results of another command ({name}: {said}); name another "
-                "file or give --overwrite"
+                "file or add --overwrite"
             )
     return found["results"]

@@ -87,7 +87,7 @@ def read_counted(task: Task, path: Path, published: bool = False) -> Tuple[List[
             every.append(item._replace(place=record.place))
     found = [item for item in every if item.right]
     if not found:
-        raise UserError(f"{path}: no question in it; take the file as it was published")
+        raise UserError(f"{path}: contains no question; use the file as published")
     return found, len(every) - len(found)
 
 

@@ -106,7 +106,7 @@ def read_jsonl_and_labels(path: Path) -> Iterator[Record]:
         if all("label" in record.values for record in records):
             yield from records
             return
-        raise UserError(f"{labels_path}: missing; it has the answers to {path.name}, a line each")
+        raise UserError(f"{labels_path}: missing; it has the answers to {path.name}, one per line")
     lines = files.read_text(labels_path, encoding="utf-8-sig").split("\n")
     labels = [(i, line.strip()) for i, line in enumerate(lines, start=1) if line.strip()]
     for i, label in labels:

@@ -58,11 +58,13 @@ class ChoiceFiles:
             UserError: no such folder or data set, or a labels.txt that names no classes.
         """
         if not folder.is_dir():
-            raise UserError(f"--choice-data {folder}: no such folder; name that of the questions")
+            raise UserError(
+                f"--choice-data {folder}: no such folder; name the folder with the questions"
+            )
         if name is not None and name not in NAMES:
             raise UserError(
-                f"--choice-task {name}: unknown; there are {', '.join(NAMES)}; for files of one's "
-                "own leave the flag out"
+                f"--choice-task {name}: unknown; use one of {', '.join(NAMES)}; for your own files "
+                "remove the flag"
             )
         self.folder = folder
         self.name = name
@@ -99,14 +101,14 @@ class ChoiceFiles:
             if unanswered:
                 logger.info(
                     f"{split}: {unanswered:,} of {len(items) + unanswered:,} questions "
-                    f"of {path} have no right answer and are left out"
+                    f"of {path} have no right answer and are skipped"
                 )
         elif self.classes is None:
             items = [_own_choices(line) for line in read_jsonl(path)]
         else:
             items = [_own_text(line, self.classes) for line in read_jsonl(path)]
         if not items:
-            raise UserError(f"{path}: no example for the split {split} in it")
+            raise UserError(f"{path}: contains no example for the split {split}")
         if self.valid_share and split in ("train", "valid"):
             return self._share(items, split, path)
         return items
@@ -118,7 +120,7 @@ class ChoiceFiles:
         if not taken or len(taken) == len(groups):
             raise UserError(
                 f"--choice-valid-share {self.valid_share}: the {len(items)} questions of {path} "
-                f"cannot be split so, as those that belong together make {len(groups)} groups of "
+                f"cannot be split like that, because related ones form {len(groups)} groups of "
                 f"{min(map(len, groups))} or more; use another share, or a file for valid"
             )
         valid = {i for group in taken for i in group}
@@ -176,7 +178,7 @@ def _own_classes(folder: Path) -> Optional[Tuple[str, ...]]:
     lines = files.read_text(path, encoding="utf-8-sig").split("\n")
     classes = tuple(line.strip() for line in lines if line.strip())
     if len(set(classes)) < max(2, len(classes)):
-        raise UserError(f"{path}: has to name two or more different classes, one a line")
+        raise UserError(f"{path}: must list two or more different classes, one per line")
     return classes
 
 

@@ -46,15 +46,15 @@ class MixtureLanguageModelingConfig(LanguageModelingConfig):
     corpus_weights: Optional[str] = field(
         default=None,
         metadata={
-            "help": "shares of the training tokens, as docs=0.5,code=0.3,web=0.2; they are scaled "
-            "to sum to 1 (default: in proportion to size, every block once an epoch)"
+            "help": "shares of the training tokens, such as docs=0.5,code=0.3,web=0.2; they are "
+            "scaled to sum to 1 (default: proportional to size, every block once per epoch)"
         },
     )
     corpus_temperature: Optional[float] = field(
         default=None,
         metadata={
-            "help": "shares of the training tokens in proportion to size ** (1 / temperature): 1 "
-            "is in proportion to size, larger is more even"
+            "help": "make the shares of the training tokens proportional to size ** (1 / "
+            "temperature): 1 is proportional to size, larger is more even"
         },
     )
     train_subset: str = II("dataset.train_subset")
@@ -84,8 +84,8 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
     def setup_task(cls, args, **kwargs):
         if args.data and os.pathsep in args.data:
             raise UserError(
-                f"{args.data}: mixture_language_modeling takes one data folder; put the corpora of "
-                "all folders into one"
+                f"{args.data}: mixture_language_modeling takes one data folder; put all corpora "
+                "into one folder"
             )
         if args.data:
             data_bin.find_corpora(Path(args.data))  # before the dictionary is read
@@ -101,7 +101,7 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
             )
         if args.corpus_weights is not None and args.corpus_temperature is not None:
             raise UserError(
-                "--corpus-weights and --corpus-temperature: give one of them, each sets the shares"
+                "--corpus-weights and --corpus-temperature both set the shares: remove one of them"
             )
         _names(args.train_corpora)
         _weights(args.corpus_weights)
@@ -149,7 +149,7 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
         data = self.args.data
         if not self.corpora:
             raise UserError(
-                f"{data}: no data-bin in it or in its folders (looked for *.idx); make them with "
+                f"{data}: no data-bin in it or in its folders (looked for *.idx); make some with "
                 "`fairseq-moe prepare`"
             )
         if corpus and corpus not in self.corpora:
@@ -164,7 +164,7 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
         ]
         if found and not corpus and len(found) < len(self.corpora) and split != "train":
             missing = ", ".join(name for name in self.corpora if name not in found)
-            logger.warning(f"subset {split}: {missing} have none and are not in its figures")
+            logger.warning(f"subset {split}: {missing} have none and are not in its metrics")
         if not found:
             there = "; ".join(
                 f"{name}: {', '.join(data_bin.splits_of(folder))}"
@@ -197,8 +197,8 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
         ours = {f"{name}_ppl" for name in [*self.corpora, IN_DOMAIN, OUT_OF_DOMAIN]}
         if metric in ours and metric not in given:
             raise UserError(
-                f"--best-checkpoint-metric {metric}: the subset {subset} does not give it; "
-                f"it gives {', '.join(given)}"
+                f"--best-checkpoint-metric {metric}: the subset {subset} does not log it; it logs "
+                f"{', '.join(given)}"
             )
 
     def _perplexities(self, corpora: List[str]) -> List[str]:
@@ -233,13 +233,13 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
         if weights is not None:
             for name in weights.keys() - parts.keys():
                 raise UserError(
-                    f"--corpus-weights {self.args.corpus_weights}: {name!r} is not a corpus that "
-                    f"is trained on; those are {', '.join(parts)}"
+                    f"--corpus-weights {self.args.corpus_weights}: {name!r} is not among the "
+                    f"training corpora:  {', '.join(parts)}"
                 )
             for name in parts.keys() - weights.keys():
                 raise UserError(
-                    f"--corpus-weights {self.args.corpus_weights}: no weight for {name!r}; give it "
-                    "one, or leave the corpus out with --train-corpora"
+                    f"--corpus-weights {self.args.corpus_weights}: no weight for {name!r}; add "
+                    "one, or exclude the corpus with --train-corpora"
                 )
             shares = np.array([weights[name] for name in parts])
         elif self.args.corpus_temperature is not None:
@@ -253,8 +253,8 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
                 flag = "--corpus-weights" if weights is not None else "--corpus-temperature"
                 raise UserError(
                     f"{flag}: the share of {name!r} is less than one block of "
-                    f"{self.args.tokens_per_sample} tokens an epoch; raise it, or leave the corpus "
-                    "out with --train-corpora"
+                    f"{self.args.tokens_per_sample} tokens per epoch; raise it, or exclude the "
+                    "corpus with --train-corpora"
                 )
         for name, count, size in zip(parts, counts, blocks):
             logger.info(f"mixture: {count:,} blocks of {name} an epoch, of {size:,}")
@@ -311,7 +311,9 @@ def _names(value: Optional[str]) -> Optional[List[str]]:
         return None
     names = [name.strip() for name in value.split(",")]
     if not all(names) or len(set(names)) < len(names):
-        raise UserError(f"--train-corpora {value!r}: not names of different corpora, as docs,code")
+        raise UserError(
+            f"--train-corpora {value!r}: not a list of different corpora, such as docs,code"
+        )
     return names
 
 
@@ -329,7 +331,7 @@ def _weights(value: Optional[str]) -> Optional[Dict[str, float]]:
         if not name or name in weights or not 0 < weight < math.inf:
             raise UserError(
                 f"--corpus-weights {value}: {item.strip()!r} is not NAME=WEIGHT with a weight "
-                "above 0, each corpus once; leave a corpus out with --train-corpora"
+                "above 0, each corpus once; exclude corpora with --train-corpora"
             )
         weights[name] = weight
     return weights

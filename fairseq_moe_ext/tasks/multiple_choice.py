@@ -45,37 +45,37 @@ class MultipleChoiceTaskConfig(FairseqDataclass):
         default=None,
         metadata={
             "help": "name of a published data set, whose files are in the folder of that name "
-            "below --choice-data: " + ", ".join(NAMES) + "; default: files of one's own"
+            "in --choice-data: " + ", ".join(NAMES) + "; default: your own files"
         },
     )
     choice_valid_share: float = field(
         default=0.0,
         metadata={
-            "help": "share of the training set that is the split valid instead, so that the "
-            "published validation set (split test) chooses no checkpoint; questions that belong "
-            "together (of one passage, premise, pair of twins, ...) stay together"
+            "help": "use this share of the training set as the split valid, so that the published "
+            "validation set (split test) does not choose the checkpoint; related questions "
+            "(of one passage, premise, pair of twins, ...) stay together"
         },
     )
     choice_published_text: bool = field(
         default=False,
         metadata={
-            "help": "the text as published: HellaSwag's with WikiHow's markers ([header], [title], "
-            "[step]), which are taken out otherwise, as lm-eval does"
+            "help": "keep the text as published: HellaSwag's with WikiHow's markers ([header], "
+            "[title], [step]), which are otherwise removed, as in lm-eval"
         },
     )
     choice_scoring: ChoiceEnum(["head", "sum", "mean"]) = field(
         default="head",
         metadata={
-            "help": "a candidate's score: a linear layer on its final position, or the sum or mean "
-            "of the log-probabilities of its own tokens"
+            "help": "how to score a candidate: a linear layer on its final position (head), or the "
+            "sum or mean of the log-probabilities of its own tokens"
         },
     )
     tokens_per_sample: int = field(
         default=1024,
-        metadata={"help": "longest sequence; of longer ones the beginning is left out"},
+        metadata={"help": "longest sequence; longer ones lose their beginning"},
     )
     max_target_positions: Optional[int] = field(
-        default=None, metadata={"help": "max number of tokens in the target sequence"}
+        default=None, metadata={"help": "maximum number of tokens in the target sequence"}
     )
     train_subset: str = II("dataset.train_subset")
     valid_subset: str = II("dataset.valid_subset")
@@ -109,16 +109,16 @@ class MultipleChoiceTask(FairseqTask):
         """Raises UserError for flags that cannot be."""
         if not cfg.data or not (Path(cfg.data) / "dict.txt").is_file():
             raise UserError(
-                f"{Path(cfg.data or '.') / 'dict.txt'}: missing; name the folder with the dict.txt "
-                "of the model"
+                f"{Path(cfg.data or '.') / 'dict.txt'}: missing; name the folder with the model's "
+                "dict.txt"
             )
         if cfg.choice_data is None:
-            raise UserError("--choice-data is not given: name the folder with the questions")
+            raise UserError("--choice-data is missing: name the folder with the questions")
         ranges.check({"choice_valid_share": cfg.choice_valid_share})
         metric, maximize = cfg.best_checkpoint_metric, cfg.maximize_best_checkpoint_metric
         if metric not in _METRICS:
             raise UserError(
-                f"--best-checkpoint-metric {metric}: multiple_choice does not give it; it gives "
+                f"--best-checkpoint-metric {metric}: multiple_choice does not log it; it logs "
                 + ", ".join(_METRICS)
             )
         if maximize != (metric == "accuracy"):
@@ -127,7 +127,7 @@ class MultipleChoiceTask(FairseqTask):
                 + (
                     "the best accuracy is the largest: add --maximize-best-checkpoint-metric"
                     if metric == "accuracy"
-                    else "the best loss is the smallest: drop --maximize-best-checkpoint-metric"
+                    else "the best loss is the smallest: remove --maximize-best-checkpoint-metric"
                 )
             )
         return cls(cfg, Dictionary.load(str(Path(cfg.data) / "dict.txt")))
@@ -195,7 +195,7 @@ class MultipleChoiceTask(FairseqTask):
             if [_scored(row) for row in fitting] != [_scored(row) for row in sequences]:
                 raise UserError(
                     f"{path}, {question.place}: a choice is longer than --tokens-per-sample "
-                    f"{self.cfg.tokens_per_sample}: shorten it, or raise that"
+                    f"{self.cfg.tokens_per_sample}: shorten it, or raise the limit"
                 )
             item = self._item(fitting, min(question.right))
             items.append(item._replace(cut=fitting != sequences))
@@ -208,7 +208,7 @@ class MultipleChoiceTask(FairseqTask):
         if cut:
             logger.warning(
                 f"{split}: {cut:,} of {len(items):,} questions are longer than --tokens-per-sample "
-                f"{self.cfg.tokens_per_sample}; their beginning was left out"
+                f"{self.cfg.tokens_per_sample}; they lose their beginning"
             )
 
     def _compare_with_train(self, split: str, questions: Sequence[Question]) -> None:
@@ -219,8 +219,8 @@ class MultipleChoiceTask(FairseqTask):
         count = sum(not self._train_keys.isdisjoint(question.keys) for question in questions)
         if count:
             logger.warning(
-                f"{split}: {count:,} of {len(questions):,} questions belong to one of training: "
-                "the same passage, premise, twin, ... or the same question"
+                f"{split}: {count:,} of {len(questions):,} questions are related to a training "
+                "question: the same passage, premise, twin, ... or the same question"
             )
 
     def _sequences(self, candidates: List[List[int]]) -> List[scoring.Row]:

@@ -211,7 +211,7 @@ def test_expert_gradients_are_scaled(tokens):
         ({"moe_capacity_factor": 0.0}, "--moe-capacity-factor 0.0"),
         ({"moe_capacity_factor": float("nan")}, "--moe-capacity-factor nan"),
         ({"moe_capacity_factor": 0.1, "batch_size": 1, "tokens_per_sample": 12}, "every token"),
-        ({"moe_capacity_factor": 2.0, "moe_dropless": True}, "contradicts --moe-dropless"),
+        ({"moe_capacity_factor": 2.0, "moe_dropless": True}, "conflicts with --moe-dropless"),
         ({"moe_eval_capacity_token_fraction": 0.0}, "--moe-eval-capacity-token-fraction 0.0"),
         ({"moe_eval_capacity_token_fraction": 1.5}, "--moe-eval-capacity-token-fraction 1.5"),
         ({"moe_top1_expert": True, "moe_batch_prioritized_routing": True}, "no effect"),

@@ -82,7 +82,7 @@ def test_the_dictionary_is_filled_up_to_a_multiple_of_eight_or_to_a_size():
         ("12 1\n400 5\n", "line 2: BPE id 400, but the tokenizer has only 400 types"),
         ("the 3\n", "line 1: 'the' is not a BPE id"),
         ("1 1\n2\n", "line 2: '2' is not '<symbol> <count>'"),
-        ("1 1\n1 2\n", "a symbol stands in it twice"),
+        ("1 1\n1 2\n", "a symbol occurs twice"),
         ("", "empty"),
     ],
 )

@@ -147,7 +147,7 @@ def test_what_prepare_did_not_write_is_named_and_stays(tmp_path, line, capsys, n
     before = contents(tmp_path)
     assert cli.main([*line.split(), "--overwrite"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "it did not write " in error and name.split("/")[0] in error
+    assert "which did not write " in error and name.split("/")[0] in error
     assert contents(tmp_path) == before
 
 
@@ -171,7 +171,7 @@ def test_files_that_come_during_the_work_are_not_lost(tmp_path, line, monkeypatc
 
     monkeypatch.setattr(data_folder, "exchange", late)
     assert cli.main([*line.split(), "--overwrite", "--split-seed", "2"]) == 0
-    assert "kept, as prepare did not write all that is in it" in capsys.readouterr().err
+    assert "kept, because it contains files that prepare did not write" in capsys.readouterr().err
     assert [path.read_text() for path in tmp_path.rglob("late.txt")] == ["mine"]
 
 

@@ -184,7 +184,7 @@ def test_a_fifo_is_refused(tmp_path, bpe_folder):
         (b"9" * 5000 + b" 1", "is not a BPE id"),
         (b"0 1\n\n", "line 2: '' is not"),
         (b"", "empty"),
-        (b"0 1\n0 1\n", "stands in it twice"),
+        (b"0 1\n0 1\n", "occurs twice"),
     ],
 )
 def test_a_dictionary_that_is_none_is_refused(tmp_path, content, message):

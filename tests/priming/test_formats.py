@@ -285,7 +285,7 @@ def test_files_that_are_not_whole(tmp_path):
     with pytest.raises(UserError, match="not UTF-8"):
         read_items(TASKS["hellaswag"], path)
     path.write_text("\n")
-    with pytest.raises(UserError, match="no question in it"):
+    with pytest.raises(UserError, match="contains no question"):
         read_items(TASKS["hellaswag"], path)
 
 

@@ -147,7 +147,10 @@ def test_a_beam_and_summaries(trained, folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--tasks translation", "--languages: translation needs them, as --languages en-fr"),
+        (
+            "--tasks translation",
+            "--languages: translation needs them, for example --languages en-fr",
+        ),
         ("--languages en", "--languages en: use two with a dash between"),
         ("--languages eng-deu", "test.deu: missing; it is a file of a test set of two text files"),
         ("--languages eng-fra --shots 7", "has 6 examples to draw from; use fewer"),

@@ -258,7 +258,7 @@ MISTAKES = [
     (["--train-corpora", "big,none"], r"--train-corpora big,none: .* no corpus 'none'.* big, mid"),
     (["--train-corpora", "far"], r"no corpus 'far' with a train split; those with one: big, mid"),
     (["--train-corpora", "big,,mid"], r"--train-corpora 'big,,mid': not names"),
-    (["--train-corpora", "big,big"], r"not names of different corpora"),
+    (["--train-corpora", "big,big"], r"not a list of different corpora"),
     (["--corpus-weights", "big=1,mid=1,small=0"], r"'small=0' is not NAME=WEIGHT .* above 0"),
     (["--corpus-weights", "big=1,mid=1,small=-1"], r"'small=-1' is not NAME=WEIGHT"),
     (["--corpus-weights", "big=1,mid=1,small=nan"], r"'small=nan' is not NAME=WEIGHT"),
@@ -274,7 +274,7 @@ MISTAKES = [
     (["--corpus-temperature", "nan"], r"--corpus-temperature nan is out of range"),
     (
         ["--corpus-weights", "big=1,mid=1,small=1", "--corpus-temperature", "2"],
-        r"--corpus-weights and --corpus-temperature: give one",
+        r"--corpus-weights and --corpus-temperature both set",
     ),
     (["--dataset-impl", "raw"], r"--dataset-impl raw: .* mmap"),
     (["--shorten-data-split-list", "train"], r"--shorten-data-split-list train: not possible"),

@@ -256,7 +256,7 @@ def test_long_questions_lose_their_beginning(data, choices, caplog, vocabulary):
     limit = int(dataset.sizes.max()) - 3
     with caplog.at_level(logging.WARNING):
         short = load(make_choice_task(data, choices, tokens_per_sample=limit))
-    assert f"are longer than --tokens-per-sample {limit}; their beginning was left" in caplog.text
+    assert f"are longer than --tokens-per-sample {limit}; they lose their" in caplog.text
     assert short.sizes.max() == limit
     lost = sum(item.cut for item in short.items)
     assert f" {lost} of " in caplog.text and not any(item.cut for item in dataset.items)
@@ -309,9 +309,12 @@ def test_what_validation_shares_with_training_is_said(data, tmp_path, caplog):
         (tmp_path / f"{split}.jsonl").write_text(text)
     task = make_choice_task(data, tmp_path)
     load(task, "train")
-    assert "belong to one of training" not in caplog.text
+    assert "are related to a training" not in caplog.text
     load(task, "valid")
-    assert "valid: 2 of 5 questions belong to one of training: the same passage" in caplog.text
+    assert (
+        "valid: 2 of 5 questions are related to a training question: the same passage"
+        in caplog.text
+    )
 
 
 # ---- Mistakes
@@ -365,14 +368,14 @@ def test_a_class_that_is_none(data, tmp_path):
 
 MISTAKES = [
     (dict(choice_data="/none"), "--choice-data /none: no such folder"),
-    (dict(choice_data=None), "--choice-data is not given"),
+    (dict(choice_data=None), "--choice-data is missing"),
     (dict(choice_task="hellaswagg"), "--choice-task hellaswagg: unknown; there are boolq"),
     (dict(choice_task="record"), "--choice-task record: unknown"),
     (dict(choice_valid_share=1.0), "--choice-valid-share 1.0"),
     (dict(data="/none"), "/none/dict.txt: missing"),
     (dict(best_checkpoint_metric="ppl"), "--best-checkpoint-metric ppl: multiple_choice does not"),
     (dict(maximize_best_checkpoint_metric=False), "add --maximize-best-checkpoint-metric"),
-    (dict(best_checkpoint_metric="loss"), "drop --maximize-best-checkpoint-metric"),
+    (dict(best_checkpoint_metric="loss"), "remove --maximize-best-checkpoint-metric"),
 ]
 
 

@@ -50,7 +50,7 @@ def pretrained(data, tmp_path_factory):
 def test_it_learns_stops_early_and_validates_alike(data, classes, pretrained, tmp_path):
     flags = ["--finetune-from-model", pretrained, "--moe-dropless", "--max-epoch", 30]
     done = finetune(data, classes, tmp_path, *flags, "--patience", 2)
-    assert "the head that scores candidates is new" in done.stdout
+    assert "starting with a new head to score candidates" in done.stdout
     assert f"train: {SIZES['train']} questions; right answer: big " in done.stdout
     assert "early stop since valid performance hasn't improved for last 2 runs" in done.stdout
     found = [float(line["valid_accuracy"]) for line in records(done, "valid")]
@@ -91,8 +91,9 @@ def test_a_checkpoint_in_the_branchs_layout(data, classes, of_branch, tmp_path):
         data, classes, tmp_path / "new", "--finetune-from-model", of_branch,
         "--max-update", 2, "--use-moe-pad-mask",
     )  # fmt: skip
-    assert "Loaded checkpoint" in done.stdout and "the head that scores candidates is new" in (
-        done.stdout
+    assert (
+        "Loaded checkpoint" in done.stdout
+        and "starting with a new head to score candidates" in (done.stdout)
     )
     assert re.search(r"valid: 40 questions; right answer: big [\d.]+ %, mid [\d.]+ %", done.stdout)
     saved = torch.load(tmp_path / "new" / "checkpoint_best.pt", weights_only=True)
