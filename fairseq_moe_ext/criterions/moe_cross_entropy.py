@@ -97,7 +97,7 @@ class MoECrossEntropyCriterion(FairseqCriterion):
             logging_output["moe_loss"] = sample_size * gate_loss.detach()
             if self.z_loss_weight > 0:
                 logging_output["moe_z_loss"] = sample_size * z_loss.detach()
-            # Those of a batch that several processes have together count once.
+            # Metrics of a batch that several processes share count once.
             share = logging_output["batch_count"] = extra["share"]
             figures = {**self._figures(records), **extra.get("traffic", {})}
             logging_output.update({name: share * value for name, value in figures.items()})
@@ -132,9 +132,9 @@ class MoECrossEntropyCriterion(FairseqCriterion):
         """Raise UserError if a layer's loss was not finite in the batch before: finite (layers,)
         bool, on a GPU.
 
-        That answer has come meanwhile; to ask about this batch would be to wait for it. Nothing is
-        lost, since the trainer stops at gradients that are not finite and goes through their batch
-        again (fairseq/trainer.py:964@0.12.2).
+        By now that answer has arrived; asking about this batch would synchronise. Nothing is lost,
+        because the trainer stops at gradients that are not finite and runs their batch again
+        (fairseq/trainer.py:964@0.12.2).
         """
         asked = torch.empty(finite.shape, dtype=torch.bool, pin_memory=True)
         asked.copy_(finite, non_blocking=True)
@@ -148,7 +148,7 @@ class MoECrossEntropyCriterion(FairseqCriterion):
                 raise not_finite(layers[int((~finite).nonzero()[0])])
 
     def _figures(self, records) -> Dict[str, Tensor]:
-        """Each figure averaged over MoE layers, and on request of each layer."""
+        """Each metric averaged over MoE layers, and on request those of each layer."""
         figures = {
             name: torch.stack([record.stats[name] for record in records]).mean()
             for name in records[0].stats
@@ -161,7 +161,7 @@ class MoECrossEntropyCriterion(FairseqCriterion):
 
     @staticmethod
     def logged(cfg, sparse: bool) -> List[str]:
-        """Names of what is logged for a model with experts (sparse) or without."""
+        """Names of the logged metrics, for a model with experts (sparse) or without."""
         return ["loss", "inner_loss", *(["nll_loss"] if cfg.sentence_avg else []), "ppl"] + (
             logged_of_gates(cfg) if sparse else []
         )
@@ -193,7 +193,7 @@ class MoECrossEntropyCriterion(FairseqCriterion):
 
 
 def logged_of_gates(cfg) -> List[str]:
-    """What log_gates logs of every model with experts; not what --moe-log-per-layer adds."""
+    """What log_gates logs for every model with experts, without what --moe-log-per-layer adds."""
     return ["moe_gate_loss", *(["moe_z_loss"] if cfg.moe_z_loss_wt > 0 else []), *FIGURES]
 
 

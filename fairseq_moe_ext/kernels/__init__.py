@@ -1,11 +1,11 @@
-"""Fast ways to compute what has a plain definition elsewhere; torch only.
+"""Fast kernels for operations that have a plain definition elsewhere; torch only.
 
     matmul.py                 matrix products; plain twin: torch.mm, torch.addmm
     expert_ffn.py             feed-forward networks of many experts; plain twin: the loop
                               `plain_expert_ffn` of moe/experts.py
-    threads.py                one expert a core, where each has few rows; plain twin: a for loop
-    linear_cross_entropy.py   the loss without all logits; plain twin: F.cross_entropy
+    threads.py                one expert per core, if experts have few rows; plain twin: a for loop
+    linear_cross_entropy.py   the loss without holding all logits; plain twin: F.cross_entropy
 
-Each is held to its twin in tests/kernels, in outputs and gradients. Which one computes is decided
-in one place each: `matmul._by_onednn`, `expert_ffn.kernel_for`, `threads.side_by_side`.
+tests/kernels compares each with its twin, in outputs and gradients. One place each decides which
+computes: `matmul._by_onednn`, `expert_ffn.kernel_for`, `threads.side_by_side`.
 """

@@ -1,7 +1,7 @@
-"""Linear, activation, linear, each row through the expert that it belongs to.
+"""Linear, activation, linear: each row through its own expert.
 
-Two ways, with the numbers of the plain loop in moe/experts.py: expert by expert, and by PyTorch's
-grouped matrix products.
+Two ways that give the numbers of the plain loop in moe/experts.py: expert by expert, and with
+PyTorch's grouped matrix products.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Kernel = Callable[..., Tensor]  # with the parameters of by_expert
 
 
 def kernel_for(x: Tensor, weights: Weights) -> Optional[Kernel]:
-    """The fast way to compute experts on these rows; None: the plain loop serves."""
+    """The fast way to compute experts on these rows; None: use the plain loop."""
     if grouped_serves(x, weights):
         return grouped
     return by_expert if x.device.type in ("cpu", "cuda", "meta") else None
@@ -56,7 +56,7 @@ def by_expert(
     Returns:
         (N, D)
     """
-    # Under FSDP with --fp16 experts stay in float32, as their optimizer wants them.
+    # Under FSDP with --fp16 experts stay in float32, which their optimizer needs.
     same = [each.to(x.dtype) for each in weights if isinstance(each, Tensor)]
     if len(same) < len(weights):  # a sequence, to be read expert by expert
         return _compute(x, _blocks(counts), weights, activation, mask)
@@ -71,7 +71,7 @@ def grouped(
     mask: Optional[Tensor] = None,
     grad_scale: float = 1.0,
 ) -> Tensor:
-    """As by_expert, in few kernels whatever the number of experts."""
+    """Like by_expert, with few kernel launches for any number of experts."""
     stacks = (each for each in weights if isinstance(each, Tensor))
     w1, b1, w2, b2 = (scale_gradient(each.to(x.dtype), grad_scale) for each in stacks)
     rows = torch.tensor(counts, device=x.device)
@@ -110,8 +110,8 @@ class _Block(NamedTuple):
 
 
 def _blocks(counts: List[int]) -> List[_Block]:
-    # What a block costs beside its products, some 0.1 ms, is shared by its experts; its hidden
-    # numbers stay in the processor's cache, and there is work enough for every thread.
+    # Experts in a block share its overhead of some 0.1 ms; its hidden
+    # values stay in the processor's cache, and every thread has enough work.
     enough = min(64, sum(counts) // (4 * torch.get_num_threads()))
     blocks: List[_Block] = []
     start = 0
@@ -172,10 +172,10 @@ def _for_each(blocks: List[_Block], work: Callable[[int], None], size: int, x: T
 
 
 class _ByExpert(torch.autograd.Function):
-    # An expert's weights are read once each way, its hidden numbers are used while the processor
-    # still has them at hand, and its gradients are written into place: under autograd each w1[e]
-    # would make a gradient of all experts' size. The activation is computed anew in the backward
-    # pass, which costs less than to keep it.
+    # An expert's weights are read once in each direction, its hidden values are used while they are
+    # in the cache, and its gradients are written in place: under autograd each w1[e] would make a
+    # gradient of all experts' size. The backward pass recomputes the activation, which costs less
+    # than keeping it.
     @staticmethod
     def forward(
         ctx: Any,

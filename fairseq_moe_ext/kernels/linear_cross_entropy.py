@@ -1,9 +1,9 @@
-"""Cross-entropy of a linear layer's outputs that never holds all of them.
+"""Cross-entropy of a linear layer's outputs, without ever holding all of them.
 
-For 2,048 tokens and 50,000 types the logits take 400 MB in float32, and stock's loss keeps three
-such tensors. Here logits exist for a chunk of tokens at a time, and both gradients of the chunk are
-made at once while its logits are there; the backward pass only scales them. No product is computed
-twice.
+With 2,048 tokens and a vocabulary of 50,000, logits take 400 MB in float32, and stock's loss
+keeps three such tensors. Here logits exist for one chunk of tokens at a time. Both gradients of
+the chunk are computed while its logits exist; the backward pass only scales them. No product is
+computed twice.
 """
 
 from typing import Any, Tuple
@@ -14,10 +14,10 @@ from torch.autograd.function import once_differentiable
 
 from .matmul import add_outer, write_product
 
-# 64 MB in float32, and matrix products still large enough.
+# 64 MB in float32; matrix products are still large enough.
 LOGITS_AT_A_TIME = 2**24
-# In float16 a probability of 1/50,000 is below the smallest normal number; gradients of the logits
-# are made that many times larger, as loss scaling would.
+# In float16 a probability of 1/50,000 is below the smallest normal number; so gradients of the
+# logits are scaled by this factor, like loss scaling does.
 _FP16_SCALE = 128.0
 
 
@@ -29,7 +29,7 @@ def linear_cross_entropy(
     Args:
         features: (N, D).
         weight: (V, D).
-        target: (N,) int64; tokens whose target is ignore_index count nothing.
+        target: (N,) int64; tokens whose target is ignore_index do not count.
 
     Returns:
         A scalar in float32 at least. Softmax and sum are computed in float32 at least.
@@ -50,7 +50,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=exact, device=features.device)
         counted = target.ne(ignore_index)  # (N,)
         chunk = min(max(1, LOGITS_AT_A_TIME // weight.size(0)), features.size(0))
-        # One tensor for all chunks: on a CPU fresh memory costs more than softmax and loss.
+        # One tensor for all chunks: on a CPU allocating memory costs more than softmax and loss.
         logits = features.new_empty(chunk, weight.size(0))
         for start in range(0, features.size(0), chunk or 1):
             part = slice(start, start + chunk)
@@ -87,7 +87,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, Tensor, None, None]:
         grad_features, grad_weight = ctx.saved_tensors
-        # The usual case on a CPU spares a copy; on a GPU to ask would be to wait.
+        # On a CPU the usual case saves a copy; on a GPU the question would synchronise.
         as_it_is = grad.device.type == "cpu" and grad == 1 and ctx.scale == 1
         if grad_features is not None and not as_it_is:
             grad_features = grad_features * (grad / ctx.scale).to(grad_features.dtype)

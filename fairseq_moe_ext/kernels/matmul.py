@@ -1,10 +1,10 @@
-"""Matrix products of float32 on a CPU, by the faster of the two libraries that PyTorch has.
+"""float32 matrix products on a CPU, by the faster of PyTorch's two libraries.
 
-PyTorch gives them to MKL, which on AMD's processors does without AVX-512. oneDNN, which PyTorch has
-for convolutions and bfloat16, uses it. Where the processor computes 512 bits at a time (AMD family
-26) it takes less than half the time; where it takes them in two halves (family 25) it gains
-nothing. So a product is timed once, and oneDNN is taken where it is clearly faster. Elsewhere, in
-other precisions, and under `torch.backends.mkldnn.flags(enabled=False)`, all is as PyTorch has it.
+PyTorch uses MKL, which does not use AVX-512 on AMD processors. oneDNN, which PyTorch contains for
+convolutions and bfloat16, does. On processors that compute 512 bits at a time (AMD family 26) it
+takes less than half the time; on those that split them in two halves (family 25) it gains nothing.
+So we time one product, and use oneDNN if it is clearly faster. Elsewhere, in other precisions, and
+under `torch.backends.mkldnn.flags(enabled=False)`, PyTorch's choice stays.
 """
 
 import functools
@@ -60,8 +60,8 @@ def write_outer(out: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
     if not _by_onednn(a, b):
         torch.addmm(out, a.t(), b, beta=0, alpha=scale, out=out)  # with beta=0 out is not read
     elif len(a) < 16 and a.size(1) % 16 == 0 and out.is_contiguous():
-        # Of so few terms a product is little more than its writing. MKL writes into place, and in
-        # strips of 16 rows up to twice as fast as at once.
+        # With so few terms a product is mostly writing. MKL writes in place, and in strips of 16
+        # rows up to twice as fast as all at once.
         strips = a.t().unflatten(0, (-1, 16))
         b = b.expand(len(strips), *b.shape)
         out = out.view(len(strips), 16, -1)
@@ -81,8 +81,8 @@ def add_outer(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _outer_parts(out: Tensor, a: Tensor, b: Tensor) -> Iterator[Tuple[Tensor, Tensor]]:
-    """Rows of out, and what belongs there: oneDNN cannot write into place, and a small part is
-    copied while the processor has it at hand."""
+    """Rows of out, and what belongs there: oneDNN cannot write in place, so a small part is copied
+    while it is in the cache."""
     a, b = _padded(a), _padded(b)
     step = max(1, PART // out.size(1))
     for start in range(0, len(out), step):
@@ -124,15 +124,15 @@ def _by_onednn(a: Tensor, b: Tensor) -> bool:
 
 
 def watched() -> bool:
-    """Whether there is a dispatch mode, as torch's FLOP counter, which knows PyTorch's own products
-    alone, and of those its own thread's. torch.compile has modes of its own, and needs neither."""
+    """True under a TorchDispatchMode such as FlopCounterMode, which sees neither our oneDNN
+    products nor other threads. torch.compile has modes of its own and needs neither."""
     return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
 
 
 @functools.cache
 def onednn_is_faster() -> bool:
-    """Whether float32 products go to oneDNN in this process. Decided when it is first asked; twice
-    the speed of MKL or the same was seen, so that noise does not turn the answer."""
+    """Whether float32 products use oneDNN in this process, decided at the first call. We have seen
+    either twice the speed of MKL or the same, so noise does not change the answer."""
     return (
         torch.backends.mkl.is_available()
         and torch.backends.mkldnn.is_available()
@@ -143,8 +143,8 @@ def onednn_is_faster() -> bool:
 
 
 def speed_over_mkl() -> float:
-    """Time of a product by MKL over that by oneDNN: the best of some rounds in turn, on one thread,
-    as other processes disturb that least (15 ms)."""
+    """MKL's time for a product divided by oneDNN's: the best of several rounds in turn, on one
+    thread, which other processes disturb least (15 ms)."""
     x, weight = torch.ones(128, 512), torch.ones(512, 512)
     best = [math.inf, math.inf]
     threads = torch.get_num_threads()
@@ -174,8 +174,8 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
 def _padded(x: Tensor) -> Tensor:
     """x (N, M) with rows of zeros up to one of eight sizes between two powers of two.
 
-    For each size oneDNN writes a program, in some 0.3 ms, and keeps it; what it keeps lies between
-    what is freed, so that memory would grow with every new number of an expert's rows."""
+    For each size oneDNN generates a program, in some 0.3 ms, and keeps it. These fragment the
+    heap, so memory would grow with every new number of rows."""
     rows = len(x)
     step = max(4, 2 ** (rows.bit_length() - 4)) if rows > 8 else 4
     return F.pad(x, (0, 0, 0, -rows % step)) if rows % step else x
@@ -187,12 +187,12 @@ def _compute(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """x (N, M) such that its numbers, or those of x.t(), follow each other in memory."""
+    """x (N, M), contiguous in memory itself or transposed."""
     return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()
 
 
-# torch.compile takes oneDNN's operator with constant weights alone, and would compile anew for each
-# number of rows that is padded: it is not to look into these.
+# torch.compile accepts oneDNN's operator only with constant weights, and would recompile for each
+# number of padded rows: keep it out of these.
 _opaque_onednn = torch.library.custom_op("fairseq_moe_ext::linear", _onednn, mutates_args=())
 _opaque_outer = torch.library.custom_op("fairseq_moe_ext::outer", _outer, mutates_args=())
 

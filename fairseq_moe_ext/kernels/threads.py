@@ -1,9 +1,9 @@
-"""Work on many experts, side by side on the cores of a CPU.
+"""Compute many experts side by side, one per core of a CPU.
 
-A matrix product of few rows does not fill several cores: the threads that PyTorch splits it over
-wait for each other more than they compute. So each core takes the next expert, or block of experts,
-and computes it alone. Of many rows it does, and is left to PyTorch, whose threads keep a core busy
-for some milliseconds after each work that they share, in wait of the next, at the cost of ours.
+A matrix product of few rows does not fill several cores: PyTorch's threads wait for each other more
+than they compute. So each core takes the next expert, or block of experts, and computes it alone.
+Large products do fill the cores and are left to PyTorch. The two must not alternate: PyTorch's
+threads spin for some milliseconds after each operation and would take time from ours.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ _ENOUGH = 128  # rows that keep a core busy
 
 
 def side_by_side(work: Callable[[int], None], counts: Sequence[int], size: int, cpu: bool) -> None:
-    """Call work(i) for every expert or block of experts i, each writing where no other does;
-    without autograd.
+    """Call work(i) for every expert or block of experts i, without autograd. No two may write to
+    the same place.
 
     Args:
         counts: rows of each.
-        size: multiplications a row takes.
-        cpu: whether the work is on a CPU; elsewhere it goes one by one, as kernels are queued.
+        size: multiplications per row.
+        cpu: whether the work is on a CPU; elsewhere it runs one by one, because kernels are queued.
     """
-    # Without OpenMP the number of threads cannot be changed once there are some.
+    # Without OpenMP the number of threads cannot change once threads exist.
     threads = torch.get_num_threads() if cpu and torch.backends.openmp.is_available() else 1
     rows = sum(counts)
-    # An expert with much more than a core's share would keep the others waiting.
+    # An expert with much more than one core's share would keep the others waiting.
     shared = 2 * threads * max(counts, default=0) <= 3 * rows
     few = rows < _ENOUGH * threads * len(counts)
     if threads == 1 or not shared or not few or watched() or rows * size < _WORTH:
         for i in range(len(counts)):
             work(i)
         return
-    # The largest first, so that all end at about the same time; drawing the next one is atomic.
+    # Largest first, so that all finish at about the same time; taking the next one is atomic.
     order = iter(sorted(range(len(counts)), key=counts.__getitem__, reverse=True))
 
     def share() -> None:
@@ -63,7 +63,7 @@ def side_by_side(work: Callable[[int], None], counts: Sequence[int], size: int, 
 
 
 class _Helpers:
-    """The threads beside the caller's, kept between calls."""
+    """Threads beside the caller's, kept between calls."""
 
     pool: Optional[ThreadPoolExecutor] = None
     size = 0

@@ -15,7 +15,7 @@ IncrementalState = Dict[str, Dict[str, Optional[Tensor]]]
 
 @with_incremental_state
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention of each position to itself and those before it."""
+    """Multi-head attention of each position to itself and earlier ones."""
 
     def __init__(self, dim: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class CausalSelfAttention(nn.Module):
     ) -> Tensor:
         """
         Args:
-            x: (B, T, D); with incremental_state the positions that it does not have yet.
+            x: (B, T, D); with incremental_state only the positions that it does not have yet.
             mask: None, or bool, True where a query may look, broadcast to (B, H, T, keys), and then
                 causal by itself: for batches with padding on the left, and for several positions
                 after earlier ones.
@@ -64,7 +64,7 @@ class CausalSelfAttention(nn.Module):
         return self.out_proj(out.transpose(1, 2).reshape(x.shape))
 
     def known(self, incremental_state: Optional[IncrementalState]) -> int:
-        """How many positions an incremental state has."""
+        """The number of positions in an incremental state."""
         if incremental_state is None:
             return 0
         past = self.get_incremental_state(incremental_state, "kv")

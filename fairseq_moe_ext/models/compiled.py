@@ -20,12 +20,12 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def check() -> None:
-    """Compile a sum, which says best whether all that torch.compile needs is here.
+    """Compile a sum: the best test of whether everything that torch.compile needs is installed.
 
     Raises UserError if it fails: no C++ compiler, on a GPU no Triton, a Python that this PyTorch
     cannot compile.
     """
-    # What an earlier process has compiled says nothing about this one.
+    # What an earlier process compiled says nothing about this one.
     options = {**_OPTIONS, "fx_graph_cache": False}
     here = torch.ones(8, device="cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -32,7 +32,7 @@ from .padding import PadRule
 
 
 class LayerRecord(NamedTuple):
-    """What an MoE layer reports beside its output."""
+    """What an MoE layer reports in addition to its output."""
 
     layer: int  # from 0
     balance_loss: Tensor  # (), differentiable
@@ -132,8 +132,8 @@ class DecoderLayer(nn.Module):
         if self.moe_layer is None:
             return dense(self, x, attn_mask, incremental_state), None
         x, y = attend(self, x, attn_mask, incremental_state)
-        # Token by token, a batch is one position of unrelated sequences: a capacity over it would
-        # let them push each other out of experts.
+        # In token-by-token generation a batch is one position of unrelated sequences; a capacity
+        # would let them push each other out of experts.
         y = y.flatten(0, 1)
         tokens = len(y)
         if unrouted is not None:
@@ -158,7 +158,7 @@ class DecoderLayer(nn.Module):
         attn_mask: Optional[Tensor],
         incremental_state: Optional[IncrementalState],
     ) -> Tensor:
-        """A whole dense layer: x (B, T, D) -> (B, T, D)."""
+        """A complete dense layer: x (B, T, D) -> (B, T, D)."""
         x, y = self._attend(x, attn_mask, incremental_state)
         y = self.activation(self.fc1(y))
         y = self.fc2(F.dropout(y, self.activation_dropout, self.training))
@@ -170,7 +170,7 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
 
     def __init__(self, cfg: MoETransformerLMConfig, dictionary: Dictionary) -> None:
         super().__init__(dictionary)
-        # Stock registers the version of its state; with it the two load into each other.
+        # Stock registers the version of its state; with it, each loads the other's.
         self.register_buffer("version", torch.tensor([3.0]))
         dim = cfg.decoder_embed_dim
         self.padding_idx = dictionary.pad()
@@ -258,8 +258,8 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
         return x, extra
 
     def _check_routers(self, records: List[LayerRecord]) -> None:
-        """Raise UserError if a router yields NaN: no choice of experts means anything then. In
-        training on a GPU to ask would be to wait; there the criterion does, a batch later."""
+        """Raise UserError if a router yields NaN, because no choice of experts means anything then.
+        In training on a GPU asking would synchronise; there the criterion asks, a batch later."""
         if not records or (self.training and records[0].balance_loss.is_cuda):
             return
         finite = torch.stack([record.balance_loss.detach() for record in records]).isfinite()
@@ -314,7 +314,7 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
         return logits
 
     def max_positions(self) -> int:
-        """Longest sequence that the model takes."""
+        """The longest sequence that the model accepts."""
         return self.max_target_positions
 
     def upgrade_state_dict_named(self, state_dict: Dict[str, Tensor], name: str) -> None:
@@ -333,7 +333,7 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
 
 
 def too_few_positions(length: int, learned: int) -> UserError:
-    """What to raise where a row is longer than the learned positions."""
+    """The error for a row longer than the learned positions."""
     return UserError(
         f"a row of {length} tokens for --max-target-positions {learned} with "
         "--decoder-learned-pos: learned positions cannot be extended; train with "

@@ -34,7 +34,7 @@ MODEL_NAME = "moe_transformer_lm"
 class MoETransformerLanguageModel(FairseqLanguageModel):
     """Decoder-only Transformer language model (Artetxe et al. 2021, section 2)."""
 
-    # A criterion may pass `target` to forward and get the loss instead of logits.
+    # A criterion may pass `target` to forward, and gets the loss instead of logits.
     computes_loss = True
 
     def __init__(self, decoder: MoETransformerDecoder) -> None:
@@ -73,7 +73,8 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
         the tokenizer in the data's folder unless `bpe` is given.
 
         No token is dropped unless moe_eval_capacity_token_fraction says so: the branch's quarter
-        of a batch is meant for long ones, and a sentence's score should not hang on its company.
+        of a batch is meant for long batches, and a sentence's score should not depend on the
+        others in its batch.
         """
         if "://" not in model_name_or_path and not os.path.exists(model_name_or_path):
             raise UserError(
@@ -138,7 +139,7 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
     def _log_likelihood(self, x: Tensor, target: Tensor, scored: Tensor) -> Tensor:
         """x (B, T, D), target (B, T), scored (B, T) bool -> (B, 1) in float32 at least."""
         rows = scored.nonzero()[:, 0]  # (N,)
-        # Logits are made anew in the backward pass, or all chunks' would exist at once.
+        # The backward pass recomputes the logits; otherwise those of all chunks would coexist.
         score = functools.partial(checkpoint, log_probs, use_reentrant=False)
         scores = torch.cat(in_chunks(score, self.decoder, x[scored], target[scored]))
         return scores.new_zeros(len(x)).index_add(0, rows, scores).unsqueeze(1)
@@ -185,7 +186,7 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
         model_cfg: Optional[DictConfig] = None,
         args: None = None,
     ):
-        """As stock's, but a state that does not fit is told in one line (UserError)."""
+        """As stock's, but report a state that does not fit in one line (UserError)."""
         self.upgrade_state_dict(state_dict)
         if strict:
             self.check_state(state_dict, {key: v.shape for key, v in self.state_dict().items()})
@@ -241,8 +242,8 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
 
 
 def freeze(model: nn.Module, part: str) -> None:
-    """Take a part of the MoE layers out of training (--moe-freeze): its parameters get no gradient,
-    and so the trainer gives them to no optimizer (fairseq/trainer.py:271@0.12.2)."""
+    """Exclude a part of the MoE layers from training (--moe-freeze): its parameters get no
+    gradient, so the trainer passes them to no optimizer (fairseq/trainer.py:271@0.12.2)."""
     for name, parameter in model.named_parameters():
         gate, expert = ".moe_layer.gate." in name, hasattr(parameter, "expert")
         frozen = {

@@ -1,4 +1,4 @@
-"""What padding does in a model with experts, by --moe-pad-rule (config.py)."""
+"""How padding is treated in a model with experts, by --moe-pad-rule (config.py)."""
 
 from typing import NamedTuple, Optional
 
@@ -13,15 +13,15 @@ from ..moe.router import TopKRouter
 
 
 class Filled(NamedTuple):
-    """A batch with what its rule adds to it."""
+    """A batch, and what the rule adds to it."""
 
     tokens: Tensor  # (B, T)
     missing: int  # tokens up to a full batch
-    share: float  # of this process in the batch's figures: they are of all processes, or its own
+    share: float  # of this process in the batch's metrics, which cover all processes or its own
 
 
 class PadRule:
-    """How the decoder that has it pads and masks its batches."""
+    """How a decoder pads and masks its batches."""
 
     def __init__(self, cfg: MoETransformerLMConfig, padding_idx: int) -> None:
         self.padding_idx = padding_idx
@@ -92,7 +92,7 @@ class PadRule:
 
 
 def set_pad_rule(model: nn.Module, rule: str) -> None:
-    """Go by this rule from now on."""
+    """Use this rule from now on."""
     model.decoder.pad_rule.rule = rule
     for module in model.modules():
         if isinstance(module, TopKRouter):

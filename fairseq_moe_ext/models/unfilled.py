@@ -1,4 +1,4 @@
-"""No random numbers for a model that a checkpoint fills in the next moment.
+"""Skip the initialisation of a model that a checkpoint is about to fill.
 
 Initialising a model takes longer than reading its file (benchmarks/start_up.py measures loading).
 """

@@ -13,11 +13,11 @@ from .scope import PROCESS, RoutingScope
 
 def balance_loss(routing: Routing, scope: RoutingScope = PROCESS) -> Tensor:
     """GShard's balancing loss, E^2 * mean_e(mean probability_e * share of first choices_e): 1 when
-    both are uniform, E when all goes to one expert (arXiv 2006.16668, algorithm 1; the paper,
-    section 2). The gradient flows through the probabilities alone.
+    both are uniform, E when all tokens choose one expert (arXiv 2006.16668, algorithm 1; the paper,
+    section 2). The gradient flows through the probabilities only.
 
-    Means are over the tokens in scope that count (`routing.counted`); padding that counts is
-    nobody's first choice. With more than two choices a token their share is of all choices
+    Means are over the tokens in scope that count (`routing.counted`); padding that counts has no
+    first choice. With more than two choices per token, the share is of all choices
     (DeepSeekMoE, arXiv 2401.06066, equation 13). Choices count before dropping. Returns a scalar.
     """
     num_experts = routing.probs.size(1)
@@ -27,7 +27,7 @@ def balance_loss(routing: Routing, scope: RoutingScope = PROCESS) -> Tensor:
     chosen = routing.counts[0] if len(routing.counts) <= 2 else routing.counts.sum(dim=0)
     summed = torch.cat([probs.sum(dim=0), chosen.to(probs), tokens.to(probs).view(1)])
     prob, chosen, tokens = scope.total(summed).split([num_experts, num_experts, 1])
-    tokens = tokens.clamp(min=1)  # of no tokens: 0, not 0/0
+    tokens = tokens.clamp(min=1)  # without tokens: 0, not 0/0
     choices = tokens if len(routing.counts) <= 2 else chosen.sum().clamp(min=1)
     return (prob / tokens * (chosen / choices)).mean() * num_experts**2
 
@@ -41,12 +41,12 @@ def z_loss(
     squares, tokens = counted_rows(torch.logsumexp(logits, dim=-1, keepdim=True).square(), counted)
     squares = squares.sum()
     total, tokens = scope.total(torch.stack([squares, tokens.to(squares)]))
-    return total / tokens.clamp(min=1)  # 0 of no tokens
+    return total / tokens.clamp(min=1)  # without tokens: 0
 
 
 def counted_rows(rows: Tensor, counted: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
-    """rows (T, N) with zeros for what does not count, and how many count, a scalar int64; counted
-    (T,) bool, None: all."""
+    """rows (T, N) with zeros where a row does not count, and the number that count, a scalar int64.
+    counted (T,) bool, None: all."""
     if counted is None:
         return rows, torch.tensor(len(rows), device=rows.device)
     return rows.masked_fill(~counted.unsqueeze(1), 0), counted.sum()

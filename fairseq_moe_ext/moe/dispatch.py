@@ -1,4 +1,4 @@
-"""Tokens to rows in expert order, and back, by index.
+"""Copy tokens to rows in expert order, and sum them back, by index.
 
 A row is a kept choice: N <= T * K rows, expert 0's first, each expert's in slot order. Moving a
 token is one read and one write of its D numbers; there is no tensor over tokens x experts x slots.
@@ -27,7 +27,7 @@ class Rows(NamedTuple):
 def lay_out(routing: Routing) -> Rows:
     """Lay the kept choices out in expert order."""
     tokens, k = routing.experts.shape
-    # Kept choices have the first places of their expert, without gaps.
+    # Kept choices occupy the first slots of their expert, without gaps.
     counts = torch.zeros_like(routing.counts[0])  # (E,)
     counts.scatter_add_(0, routing.experts.reshape(-1), routing.kept.reshape(-1).to(counts.dtype))
     row = (counts.cumsum(0) - counts)[routing.experts] + routing.local_slots
@@ -47,7 +47,7 @@ def permute(x: Tensor, rows: Rows) -> Tensor:
 def unpermute(y: Tensor, weights: Tensor, rows: Rows) -> Tensor:
     """Sum each token's rows by weight: y (N, D), weights (T, K) -> (T, D).
 
-    A token without rows gets zeros: only the residual connection carries it on."""
+    A token without rows gets zeros; only the residual connection carries it on."""
     return _Unpermute.apply(y, weights, rows.row, rows.kept, rows.token)
 
 
@@ -62,7 +62,7 @@ def _weighted_sum(y: Tensor, weights: Tensor, row: Tensor) -> Tensor:
 
 
 class _Permute(torch.autograd.Function):
-    # Autograd's own backward of index_select adds row by row; gathering is faster and, on a GPU,
+    # Autograd's backward pass of index_select adds row by row; gathering is faster and, on a GPU,
     # deterministic.
     @staticmethod
     def forward(ctx: Any, x: Tensor, row: Tensor, kept: Tensor, token: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class _Unpermute(torch.autograd.Function):
         y, weights, row, kept, token = ctx.saved_tensors
         grad_y = grad_weights = None
         if ctx.needs_input_grad[0]:
-            # By scatter, as a mask's size would have to be waited for on a GPU.
+            # Scatter instead of a mask, whose size a GPU would have to be waited for.
             spare = token.numel()  # dropped choices write here, behind all rows
             weight = weights.new_empty(spare + 1)
             weight.scatter_(0, row.where(kept, spare).reshape(-1), weights.reshape(-1))

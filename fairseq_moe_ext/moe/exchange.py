@@ -1,4 +1,4 @@
-"""How rows reach the experts that they are for, and how the results come back."""
+"""How rows reach their experts, and how the results come back."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ class Arrival(NamedTuple):
 
 
 class Exchange(Protocol):
-    """What a layer asks of it. Every process joins every call, also with no row of its own."""
+    """What a layer needs. Every process joins every call, even without rows of its own."""
 
     def held(self, num_experts: int) -> range:
         """The experts that this process holds."""
 
     def join_gradients(self, experts: nn.Module) -> None:
-        """Make the gradients of these experts those of all processes' rows."""
+        """Make the gradients of these experts cover the rows of all processes."""
 
     def send(self, x: Tensor, counts: List[int]) -> Tuple[Tensor, Arrival]:
-        """Rows to the processes that hold their experts.
+        """Send rows to the processes that hold their experts.
 
         Args:
             x: (N, D), in the order of all experts.
@@ -35,7 +35,7 @@ class Exchange(Protocol):
         """
 
     def send_back(self, y: Tensor, arrival: Arrival) -> Tensor:
-        """Rows (N', D) that `send` brought here -> those (N, D) that it sent away, in its order."""
+        """Rows (N', D) that `send` brought here -> the rows (N, D) that it sent, in that order."""
 
 
 class Here:

@@ -13,8 +13,8 @@ from ..kernels.expert_ffn import Weights, kernel_for, scale_gradient
 
 
 class TensorPerExpert(List[Tensor]):
-    """A stacked tensor as the list of its parts, which may lie in different files; a state dict may
-    hold it in place of the stacked one."""
+    """A stacked tensor as a list of its parts, which may be in different files. A state dict may
+    hold it instead of the stacked one."""
 
     @property
     def shape(self) -> torch.Size:
@@ -24,8 +24,8 @@ class TensorPerExpert(List[Tensor]):
 class GroupedLinear(nn.Module):
     """The parameters of E linear layers, weight (E, out, in) and bias (E, out).
 
-    Initialised as E separate `nn.Linear`, each from a seed of its own, so that an expert starts
-    the same wherever it lives.
+    Initialised as E separate `nn.Linear`, each from its own seed, so that an expert starts with the
+    same values on any process.
     """
 
     def __init__(

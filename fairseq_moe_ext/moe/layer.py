@@ -16,8 +16,8 @@ from .stats import routing_stats
 
 
 class MoEOutput(NamedTuple):
-    """All that a layer yields. Losses are outputs, not attributes: activation checkpointing runs
-    `forward` twice, and a loss kept aside would have no gradient."""
+    """The output of a layer. Losses are outputs, not attributes: activation checkpointing runs
+    `forward` twice, and a loss kept in an attribute would have no gradient."""
 
     out: Tensor  # as the input
     balance_loss: Tensor  # (), differentiable
@@ -27,7 +27,7 @@ class MoEOutput(NamedTuple):
 
 
 class MoELayer(nn.Module):
-    """A feed-forward layer of which each token uses only the experts that its gate chooses."""
+    """A feed-forward layer in which each token uses only the experts that the router chooses."""
 
     def __init__(
         self,
@@ -76,8 +76,8 @@ class MoELayer(nn.Module):
         """
         Args:
             x: (..., D).
-            padding_mask: (...) bool, True where x is padding and is to be routed nowhere.
-            dropless: set the capacity aside for this call.
+            padding_mask: (...) bool, True where x is padding, which is not routed.
+            dropless: ignore the capacity in this call.
         """
         tokens = x.reshape(-1, x.size(-1))  # (T, D)
         if padding_mask is not None:

@@ -30,18 +30,18 @@ from .scope import PROCESS, RoutingScope
 class GateSettings(NamedTuple):
     """How a router routes; the flag of each field is in config.py."""
 
-    top_k: int = 2  # experts a token
+    top_k: int = 2  # experts per token
     use_fp32: bool = False  # scores and weights in float32 at least
     second_expert_policy: str = "sampling"
     normalize_before_dropping: bool = False
     batch_prioritized: bool = False
     capacity_factor: Optional[float] = None  # training; None: top_k
-    eval_token_fraction: float = 0.25  # evaluation; <= 0: training's rule
+    eval_token_fraction: float = 0.25  # evaluation; <= 0: the rule of training
     dropless: bool = False  # no capacity, in training and at evaluation
-    count_padding: bool = False  # that is routed nowhere: in capacity, losses and figures
+    count_padding: bool = False  # count unrouted padding in capacity, losses and metrics
 
     def check(self, num_experts: int) -> None:
-        """Raise ValueError for a setting that would silently be another."""
+        """Raise ValueError for a setting that would silently do something else."""
         if not 1 <= self.top_k <= num_experts:
             raise ValueError(
                 f"top_k {self.top_k}: a token can go to 1 to all {num_experts} experts"
@@ -64,12 +64,12 @@ ROUTERS: Dict[str, Type[TopKRouter]] = {}
 
 
 def register_router(name: str) -> Callable[[Type[TopKRouter]], Type[TopKRouter]]:
-    """Make a class known as `--moe-router NAME`. Raises ValueError for a name that is taken."""
+    """Register a class as `--moe-router NAME`. Raises ValueError if the name is taken."""
 
     def register(cls: Type[TopKRouter]) -> Type[TopKRouter]:
         known = ROUTERS.setdefault(name, cls)
         if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"a router called {name!r} is registered already: {known}")
+            raise ValueError(f"a router called {name!r} is already registered: {known}")
         ROUTERS[name] = cls  # the same again: its module was imported anew
         return cls
 
@@ -78,12 +78,12 @@ def register_router(name: str) -> Callable[[Type[TopKRouter]], Type[TopKRouter]]
 
 @register_router("topk")
 class TopKRouter(nn.Module):
-    """Each token to the top_k experts that a linear layer without bias scores best."""
+    """Sends each token to the top_k experts that a linear layer without bias scores best."""
 
     def __init__(
         self, dim: int, num_experts: int, settings: GateSettings, scope: RoutingScope = PROCESS
     ) -> None:
-        """Raises ValueError for settings that cannot be."""
+        """Raises ValueError for settings that do not fit together."""
         super().__init__()
         settings.check(num_experts)
         self.scope = scope
@@ -96,8 +96,8 @@ class TopKRouter(nn.Module):
         """
         Args:
             x: (T, D).
-            padding_mask: (T,) bool, True where x is padding and is to be routed nowhere.
-            dropless: set the capacity aside for this call.
+            padding_mask: (T,) bool, True where x is padding, which is not routed.
+            dropless: ignore the capacity in this call.
 
         Returns:
             logits (T, E) and their routing.
@@ -115,13 +115,13 @@ class TopKRouter(nn.Module):
     def route(
         self, logits: Tensor, capacity: Optional[int], padding_mask: Optional[Tensor]
     ) -> Routing:
-        """logits (T, E) -> which token goes to which expert, by the present mode."""
+        """logits (T, E) -> which token goes to which expert, in the current mode."""
         s = self.settings
         normalize = "before" if s.normalize_before_dropping else "after"
         return route(
             logits,
             s.top_k,
-            # The noise is a means of exploration: at evaluation the runner-up is taken as it is.
+            # Noise is for exploration only; evaluation takes the runner-up without it.
             runner_up=s.second_expert_policy if self.training else "all",
             normalize=normalize if s.top_k > 1 else None,
             prioritized=s.batch_prioritized,
@@ -132,7 +132,7 @@ class TopKRouter(nn.Module):
         )
 
     def capacity(self, tokens: int, padding_mask: Optional[Tensor] = None) -> Optional[int]:
-        """Slots an expert has for this process's number of tokens, by the present mode; None: no
+        """Slots per expert for this process's number of tokens, in the current mode; None: no
         limit."""
         s = self.settings
         if s.dropless:

@@ -1,7 +1,7 @@
 """From router logits to a routing: which experts a token goes to, with what weight, in which slot.
 
-For one and two experts a token the numbers are those of fairseq's `moe` branch. All is computed by
-index: nothing here is larger than tokens x experts.
+With one or two experts per token the numbers equal those of fairseq's `moe` branch. Everything is
+computed by index: nothing here is larger than tokens x experts.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Routing(NamedTuple):
     routed: Tensor  # (T, K) bool: sent to the expert
     kept: Tensor  # (T, K) bool: routed, and within the expert's capacity
     counts: Tensor  # (K, E) int64: routed choices of each rank an expert gets, before dropping
-    counted: Optional[Tensor] = None  # (T,) bool: tokens that losses and figures count; None: all
+    counted: Optional[Tensor] = None  # (T,) bool: tokens that losses and metrics count; None: all
 
 
 def token_capacity(
@@ -79,8 +79,8 @@ def route(
 
     Args:
         logits: (T, E) router logits, E >= k.
-        score: what an expert is chosen and weighted by: "softmax" over experts, or "sigmoid" of its
-            own logit (DeepSeek-V3, arXiv 2412.19437, equation 15).
+        score: the score that chooses and weights an expert: "softmax" over experts, or "sigmoid" of
+            its own logit (DeepSeek-V3, arXiv 2412.19437, equation 15).
         bias: (E,), added to the scores for the choice alone, not for the weights (Wang et al.,
             arXiv 2408.15664, equation 3).
         runner_up: "all": the best of the rest follow the first; "sampling": those under Gumbel
@@ -92,11 +92,11 @@ def route(
             2106.05974, section 4.1), not of their position.
         capacity: slots an expert has; None keeps every choice (dropless).
         padding_mask: (T,) bool, True where a token is padding and is routed nowhere.
-        count_padding: losses and figures count it all the same, as in the branch.
+        count_padding: count padding in losses and metrics anyway, as in the branch.
         noise: (T, E) Gumbel samples for "sampling", (T,) uniform ones for "random"; drawn when
             None.
-        scope: the processes whose tokens queue before the same experts, those of lower rank first;
-            with `prioritized`, this one alone.
+        scope: the processes whose tokens queue for the same experts, lower ranks first; with
+            `prioritized`, only this process.
     """
     num_experts = logits.size(-1)
     check_routing(k, num_experts, score, runner_up, normalize)
@@ -108,7 +108,7 @@ def route(
     liked = scores.detach() if bias is None else scores.detach() + bias
     experts = liked.argmax(dim=-1, keepdim=True)  # (T, 1)
     if k > 1:
-        # Logits tell apart what float32 probabilities, near 0 or 1, do not.
+        # Logits distinguish experts whose float32 probabilities, near 0 or 1, are equal.
         rivals = logits.detach() if bias is None else liked
         if runner_up == "sampling":
             rivals = rivals + (_gumbel_like(rivals) if noise is None else noise)
@@ -140,7 +140,7 @@ def check_routing(
     runner_up: str = "all",
     normalize: Optional[str] = None,
 ) -> None:
-    """Raise ValueError for what `route` cannot do."""
+    """Raise ValueError for arguments that `route` does not support."""
     if not 1 <= k <= num_experts:
         raise ValueError(f"k = {k}: a token takes from 1 to all {num_experts} experts")
     if score not in SCORES:
@@ -154,8 +154,8 @@ def check_routing(
 
 
 def _best(scores: Tensor, count: int) -> Tensor:
-    """scores (T, E) -> (T, count): the experts of the largest ones, best first; of equals the one
-    with the lower number."""
+    """scores (T, E) -> (T, count): the experts with the largest scores, best first; of equal ones
+    the lower number first."""
     if count == 1:
         return scores.argmax(dim=-1, keepdim=True)
     return scores.argsort(dim=-1, descending=True, stable=True)[:, :count]
@@ -203,7 +203,7 @@ def queue(
     tokens, k = experts.shape
     counts = experts.new_zeros(k, num_experts)
     counts.scatter_add_(1, experts.t(), routed.t().to(counts.dtype))
-    # Choices that go nowhere queue before expert number E, behind all others.
+    # Choices that are not routed queue for a dummy expert, number E, after all others.
     line = experts.masked_fill(~routed, num_experts)  # (T, K)
     if order is not None:
         line = line[order]
@@ -215,12 +215,12 @@ def queue(
     if order is not None:
         local_slots = torch.empty_like(local_slots).index_copy_(0, order, local_slots)
     before, total = scope.before_and_total(counts)  # (K, E) each
-    # Ahead in the queue: all choices of better rank, and those of this rank elsewhere.
+    # Ahead of the local ones: better ranks on other processes, this rank on lower processes.
     ahead = before + (total - counts).cumsum(dim=0) - (total - counts)
     return counts, local_slots, local_slots + ahead.gather(1, experts.t()).t()
 
 
 def _gumbel_like(logits: Tensor) -> Tensor:
-    """Standard Gumbel samples, (T, E) float32: from one seed the same as the branch's."""
+    """Standard Gumbel samples, (T, E) float32; equal to the branch's for the same seed."""
     zero = torch.zeros((), device=logits.device)
     return torch.distributions.Gumbel(zero, zero + 1).rsample(logits.shape)

@@ -1,4 +1,4 @@
-"""Metrics that say what a router does; those of the branch under its names."""
+"""Metrics of what a router does; those of the branch have its names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .balance import counted_rows
 from .routing import Routing
 from .scope import PROCESS, RoutingScope
 
-# Experts counted as the most and as the least used: a fifth of them.
+# The share of experts that counts as most used, and as least used.
 BALANCE_SHARE = 0.2
 
 FIGURES = ("entropy_gating", "overflow", "load_max") + tuple(
@@ -38,7 +38,7 @@ def routing_stats(routing: Routing, scope: RoutingScope = PROCESS) -> Dict[str, 
       chosen fifth of the experts.
     - unused_expertK_count: experts that are no token's K-th choice.
 
-    Of one choice a token there are the keys of the first only, of more than two those of two.
+    With one choice per token only the keys of the first exist; with more than two, those of two.
     """
     num_experts, k = routing.probs.size(1), routing.experts.size(1)
     with torch.no_grad():
@@ -57,10 +57,10 @@ def routing_stats(routing: Routing, scope: RoutingScope = PROCESS) -> Dict[str, 
         )
         each = k * num_experts
         entropy, tokens, dropped, loads, histogram = sums.split([1, 1, k, each, each])
-        tokens = tokens.clamp(min=1)  # of no tokens the figures are 0, not 0/0
+        tokens = tokens.clamp(min=1)  # without tokens the metrics are 0, not 0/0
         histogram = histogram.view(k, num_experts)
-        # The branch adds float32's smallest normal number to each share; so do we, to meet its
-        # figures to the last digit.
+        # The branch adds float32's smallest normal number to each share; so do we, to reproduce its
+        # metrics to the last digit.
         share = 100.0 * histogram / tokens + torch.finfo(torch.float32).tiny
         share = share.sort(dim=1, descending=True).values
         fifth = max(math.ceil(num_experts * BALANCE_SHARE), 1)

@@ -225,5 +225,5 @@ def test_settings_that_would_be_others_are_refused(changes):
 
 
 def test_a_token_needs_as_many_experts_as_it_goes_to():
-    with pytest.raises(ValueError, match="top_k 2: a token goes to 1 to all 1 experts"):
+    with pytest.raises(ValueError, match="top_k 2: a token can go to 1 to all 1 experts"):
         layer_of_factors(1, GateSettings())
