@@ -29,7 +29,8 @@ class _Unfilled(TorchFunctionMode):
 
 @contextlib.contextmanager
 def unfilled_where_loaded() -> Iterator[None]:
-    """What is built within has whatever memory held, if all its parameters are loaded next."""
+    """Parameters built in this context stay uninitialised if a checkpoint is about to fill all of
+    them."""
     building = context.building.get()
     with _Unfilled() if building and building.whole else contextlib.nullcontext():
         yield
