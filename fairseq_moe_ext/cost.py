@@ -25,7 +25,7 @@ class Shape(NamedTuple):
     alternate_ffn_dim: int = 0  # > 0: MoE layers are dense, of this width
     tied: bool = True  # input and output embeddings are one
     learned_positions: int = 0  # rows of a table of positions; 0: sinusoidal, or none
-    norms: int = 1  # LayerNorms outside the layers: behind the last one, over the embedding
+    norms: int = 1  # LayerNorms outside the layers: after the last one, on the embedding
 
     @property
     def picked_layers(self) -> int:
@@ -41,9 +41,9 @@ class Shape(NamedTuple):
 class Parameters(NamedTuple):
     """Numbers of parameters."""
 
-    shared: int  # all but the experts', the gates included
+    shared: int  # everything except experts, gates included
     expert: int  # of all experts
-    active: int  # that one token meets: shared ones and those of its top_k experts
+    active: int  # that one token uses: shared ones and those of its top_k experts
 
     @property
     def total(self) -> int:
@@ -69,9 +69,9 @@ def parameters(shape: Shape) -> Parameters:
 def training_flops_per_token(shape: Shape, context: int, recompute: bool = False) -> float:
     """FLOPs to train on one token in sequences of `context` tokens.
 
-    Layers are passed three times, forward and twice in the backward pass, or four times with
-    activation recomputation (recompute); the output projection three times. With recompute, 50,000
-    types and context 2048 this is the paper's
+    Layers are computed three times, once forward and twice in the backward pass, or four times with
+    activation recomputation (recompute); the output projection three times. With recompute, a
+    vocabulary of 50,000 and context 2048 this is the paper's
     96 l h^2 (1 + s / 6h + V / 16lh), plus 64 (l / 2) h^2 for MoE.
     """
     s = shape
@@ -139,7 +139,7 @@ def memory_per_device(
     recompute: bool = False,
     dropout: bool = False,
 ) -> Memory:
-    """Memory of training on `tokens` tokens a device at a time.
+    """Memory of training on `tokens` tokens per device at a time.
 
     P parameters are on a device: the shared ones and E / W of the experts (one where there are more
     processes than experts). With b bytes a number, D, F, K, E, V as elsewhere, l layers, T tokens::

@@ -1,12 +1,12 @@
-"""Experts spread over processes: rank arithmetic, process groups, the exchange of tokens.
+"""Experts distributed over processes: rank arithmetic, process groups, the exchange of tokens.
 
-With E experts and W processes, one of which divides the other:
+With E experts and W processes, where one number is a multiple of the other:
 
 - E >= W: each process holds E / W experts, process r those from r * E / W on;
 - E < W: E consecutive processes hold one expert each. W / E such sets are replicas of each other,
   whose experts' gradients are summed.
 
-Every process joins every collective, also with no token of its own.
+Every process joins every collective, even without tokens of its own.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class ExpertParallel:
         return grad
 
     def send(self, x: Tensor, counts: List[int]) -> Tuple[Tensor, Arrival]:
-        """Rows to the processes that hold their experts.
+        """Send rows to the processes that hold their experts.
 
         Args:
             x: (N, D), in the order of all experts.
@@ -136,7 +136,7 @@ class ExpertParallel:
 
 
 class WorldScope(RoutingScope):
-    """The tokens of all processes: capacity, loss and figures as if one process had them."""
+    """The tokens of all processes: capacity, loss and metrics as if one process had them."""
 
     def tokens(self, here: int) -> int:
         return int(self.total(torch.tensor(here, device=collective_device())))
@@ -152,15 +152,15 @@ class WorldScope(RoutingScope):
 
 
 def sum_of_experts(x: Tensor) -> Tensor:
-    """Sum of a figure over the experts of all processes, each expert counted once. The model that
-    was built last says how many replicas an expert has."""
+    """Sum of a metric over the experts of all processes, each expert counted once. Uses the replica
+    count of the most recently built model."""
     if process_count() == 1:
         return x
     return sum_over_processes(x) / _replicas
 
 
 def sum_over_processes(x: Tensor) -> Tensor:
-    """Sum of a figure over all processes."""
+    """Sum of a metric over all processes."""
     x = x.to(collective_device(), copy=True)
     dist.all_reduce(x)
     return x
@@ -173,9 +173,9 @@ def is_expert(name: str) -> bool:
 
 
 def mark_experts(model: nn.Module) -> bool:
-    """Tell the wrappers for data-parallel training which parameters are experts', for these are not
-    theirs to reduce: fairseq's by the attribute `expert` (legacy_distributed_data_parallel.py@
-    0.12.2), PyTorch's by names. Returns whether there are any."""
+    """Mark the parameters of experts for the data-parallel wrappers, which must not reduce them:
+    fairseq's by the attribute `expert` (legacy_distributed_data_parallel.py@0.12.2), PyTorch's by
+    names. Returns whether there are any."""
     ignored = []
     for name, parameter in model.named_parameters():
         if is_expert(name):
@@ -206,7 +206,7 @@ def all_gather(value: Any) -> List[Any]:
 
 
 def collective_device() -> torch.device:
-    """Where the default process group wants its tensors."""
+    """The device on which the default process group needs its tensors."""
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 

@@ -1,7 +1,7 @@
 """fairseq's Adam in one pass over memory (`--optimizer fused_adam`).
 
-fairseq's `adam` without Apex is a Python loop of some ten operations a parameter, each of which
-reads and writes tensors of the parameter's size. PyTorch's fused AdamW does it in one.
+Without Apex, fairseq's `adam` is a Python loop of about ten operations per parameter, each of which
+reads and writes tensors of the parameter's size. PyTorch's fused AdamW needs one.
 """
 
 import math
@@ -23,8 +23,8 @@ class FusedAdamConfig(FairseqAdamConfig):
 
 @register_optimizer("fused_adam", dataclass=FusedAdamConfig)
 class FairseqFusedAdam(FairseqAdam):
-    """fairseq's adam (fairseq/optim/adam.py@0.12.2), the same to rounding and with the same state:
-    a run may be continued with either."""
+    """fairseq's adam (fairseq/optim/adam.py@0.12.2), equal up to rounding and with the same state:
+    a run may continue with either."""
 
     def __init__(self, cfg: FusedAdamConfig, params) -> None:
         FairseqOptimizer.__init__(self, cfg)
@@ -37,7 +37,7 @@ class FairseqFusedAdam(FairseqAdam):
         self._optimizer = FusedAdam(params, **self.optimizer_config)
 
 
-# fairseq goes on from a state whose optimizer has this name (fairseq/trainer.py:597@0.12.2).
+# fairseq resumes from a state whose optimizer has this name (fairseq/trainer.py:597@0.12.2).
 FairseqFusedAdam.__name__ = FairseqAdam.__name__
 
 
@@ -67,7 +67,7 @@ class FusedAdam(torch.optim.AdamW):
                 group["eps"] = eps
 
     def state_dict(self) -> Dict[str, Any]:
-        """As fairseq's adam writes it."""
+        """In the form of fairseq's adam."""
         state = super().state_dict()
         state["state"] = {
             index: {**entry, "step": int(entry["step"])} if "step" in entry else entry

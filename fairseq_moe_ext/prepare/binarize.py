@@ -1,8 +1,8 @@
 """Token ids to the .bin and .idx of fairseq's mmap format, in bounded memory.
 
 The format is that of MMapIndexedDatasetBuilder (fairseq/data/indexed_dataset.py:385-531@0.12.2),
-and a test compares the bytes with what that class writes. It is written here because that class
-wants torch, one call per line of text, and all lines' sizes as Python integers in memory.
+and a test compares the bytes with what that class writes. We do not use that class because it needs
+torch, one call per line of text, and all lines' sizes as Python integers in memory.
 """
 
 import struct
@@ -21,7 +21,7 @@ _SIZE = np.dtype(np.int32)
 
 
 def dtype_of(types: int) -> np.dtype:
-    """The type fairseq gives the tokens of a dictionary with `types` symbols.
+    """The number type that fairseq uses for tokens of a dictionary with `types` symbols.
 
     indexed_dataset.py:22@0.12.2; the special symbols count.
     """
@@ -31,7 +31,7 @@ def dtype_of(types: int) -> np.dtype:
 class SplitWriter:
     """Collects one split of one corpus, then writes its data-bin.
 
-    Until the dictionary is known the BPE ids lie in temporary files beside the data-bin.
+    Until the dictionary is known, BPE ids are kept in temporary files beside the data-bin.
     """
 
     def __init__(self, prefix: Path, newline: int):

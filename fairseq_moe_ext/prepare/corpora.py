@@ -1,4 +1,4 @@
-"""Which files each corpus has, as --corpus, --heldout and --format say."""
+"""The files of each corpus, from --corpus, --heldout and --format."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,7 @@ from fairseq_moe_ext.prepare.documents import list_files
 
 @dataclass
 class Corpus:
-    """One corpus: its files per split, or under None those to be dealt out by document."""
+    """One corpus: its files per split; those under None are split by document."""
 
     name: str
     held_out: bool = False

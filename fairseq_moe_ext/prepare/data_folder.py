@@ -1,10 +1,9 @@
-"""The folder DATA: made under another name, put in place at one go, and cleared of nothing else.
+"""The folder DATA: built under another name and put in place in one step; nothing else is deleted.
 
-Whoever makes DATA holds the lock DATA.lock and works in .DATA.PID.tmp beside it. A process that was
-killed leaves that folder behind, and the next one, who has the lock, removes it. DATA itself is at
-all times the old data or the new: the two change names in one step of the kernel. Where the file
-system knows no such step, there are two renames; after a kill between them the next run puts the
-old data (.DATA.PID.old) back.
+The process that builds DATA holds the lock DATA.lock and works in .DATA.PID.tmp beside it. If it is
+killed, the next process to hold the lock removes that folder. DATA is always either the old data or
+the new: the kernel exchanges the two names in one step. On file systems without that step there are
+two renames; after a kill between them the next run restores the old data (.DATA.PID.old).
 """
 
 import contextlib
@@ -56,7 +55,7 @@ def new_folder(dest: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def check(dest: Path, overwrite: bool) -> None:
-    """Raise UserError if `dest` cannot be made or replaced."""
+    """Raise UserError if `dest` cannot be created or replaced."""
     if not os.path.lexists(dest):
         return
     if not os.path.exists(dest):
@@ -115,8 +114,8 @@ def _corpora(counts: Dict) -> List:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder of our own naming: half-made data whole; of data that was finished, and could
-    have got files since, only what prepare wrote."""
+    """Remove a folder that we named: unfinished data completely; of finished data, which may
+    contain newer files, only what prepare wrote."""
     if not (folder / data_bin.COUNTS).exists():
         shutil.rmtree(folder)
         return
@@ -184,7 +183,7 @@ def _put_in_place(scratch: Path, target: Path, overwrite: bool) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Let two paths change names in one step. False where there is no such step."""
+    """Exchange the names of two paths in one step. False if the system has no such step."""
     libc = ctypes.CDLL(None, use_errno=True)
     names = os.fsencode(one), os.fsencode(other)
     try:

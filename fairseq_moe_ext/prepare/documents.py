@@ -1,4 +1,4 @@
-"""Files to documents, one after another, never a file whole in memory."""
+"""Read documents from files one by one, without holding a whole file in memory."""
 
 import glob
 import os
@@ -36,7 +36,7 @@ class Source:
 def list_files(pattern: str, where: str) -> List[Path]:
     """The files that a path, folder or glob names, sorted.
 
-    Folders are walked through to the bottom; names that begin with a dot are left out.
+    Folders are searched recursively; names that begin with a dot are skipped.
 
     Raises:
         UserError: a pattern that names no file. `where` tells the flag, as "--corpus docs".
@@ -60,7 +60,7 @@ def read_documents(path: Path, source: Source) -> Iterator[Tuple[str, int]]:
 
     A document is its lines joined with "\\n": "\\r\\n" and "\\r" count as newlines, as in Python's
     text files; newlines at both ends and a leading byte order mark are dropped, everything else
-    is kept as it is. Documents of nothing but white space are left out.
+    is kept as it is. Documents of white space only are skipped.
 
     Raises:
         UserError: text that is not UTF-8 (file and byte offset), a bad JSONL line (file and

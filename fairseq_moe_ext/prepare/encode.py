@@ -1,8 +1,8 @@
 """Documents to token ids per split, on all cores, in order.
 
-The main process reads documents and hands them out in chunks; workers deal a chunk's documents out
-to the splits and encode them; the results come back in the order of the chunks. So the output does
-not depend on the number of workers, and no more than a few chunks are in memory.
+The main process reads documents and distributes them in chunks. Workers assign a chunk's documents
+to splits and encode them; results come back in the order of the chunks. So the output does not
+depend on the number of workers, and only a few chunks are in memory.
 """
 
 import multiprocessing
@@ -74,7 +74,7 @@ def chunks(files: Iterable[Path], source: Source, deal: Deal) -> Iterator[Chunk]
 
 
 def encode_chunk(bpe: ByteLevelBPE, chunk: Chunk) -> EncodedChunk:
-    """Deal the chunk's documents out and encode each split's."""
+    """Assign the chunk's documents to splits and encode them."""
     dealt: Dict[str, List[str]] = {}
     for document in chunk.documents:
         dealt.setdefault(chunk.deal(document), []).append(document)
@@ -89,7 +89,7 @@ def encode_chunk(bpe: ByteLevelBPE, chunk: Chunk) -> EncodedChunk:
 
 
 class Encoders:
-    """Worker processes that encode chunks; with one worker, this process does it itself.
+    """Worker processes that encode chunks; with one worker, this process does it.
 
     A context manager: leaving it, also by an exception, ends the workers.
     """
@@ -144,8 +144,8 @@ def _start_worker(encoder_json: Path, vocab_bpe: Path) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this worker when the main process has been killed: the queues between them do not tell,
-    since the workers hold both ends."""
+    """End this worker if the main process was killed. The queues between them do not notice,
+    because the workers hold both ends."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     connection.wait([parent.sentinel])

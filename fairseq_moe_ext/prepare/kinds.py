@@ -1,7 +1,7 @@
-"""What kind of file an input is, told by its content: what is read, and what is refused by name.
+"""Detect the kind of an input file by its content, and refuse unsupported kinds by name.
 
-Packed with gzip, bzip2 or xz, or not; below that, text or JSON Lines. A name counts only where it
-promises what the content breaks.
+Files are text or JSON Lines, optionally compressed with gzip, bzip2 or xz. The file name counts
+only where the content contradicts it.
 """
 
 import bz2
@@ -109,8 +109,8 @@ def broken(path: Path, packing: str, error: Exception) -> UserError:
 
 
 def check_one_kind(found: Iterable[Tuple[Path, Kind]], where: str) -> None:
-    """Raise UserError if what one folder or glob names is partly text and partly JSON Lines: a
-    README would be training text."""
+    """Raise UserError if one folder or glob contains both text and JSON Lines: a README would
+    become training text."""
     first: Dict[str, Path] = {}
     for path, kind in found:
         if kind.format:

@@ -1,4 +1,4 @@
-"""What `prepare` does, and what can be wrong with it before any text is read."""
+"""The options of `prepare`, and their checks before any text is read."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ class Options:
 
 
 def check(options: Options) -> None:
-    """Raise UserError for flags that cannot be, alone or together."""
+    """Raise UserError for flags that do not work, alone or together."""
     if options.train_bpe is not None:
         _check_training(options)
     elif None in (options.gpt2_encoder_json, options.gpt2_vocab_bpe):

@@ -25,7 +25,7 @@ from fairseq_moe_ext.prepare.tokenizer import ENCODER_FILE, MERGES_FILE, ByteLev
 
 @dataclass(frozen=True)
 class WholeSplit:
-    """Deals every document to one split."""
+    """Assigns every document to one split."""
 
     split: str
 
@@ -37,7 +37,7 @@ Report = Dict[str, Union[int, Dict]]
 
 
 def prepare(dest: Path, options: Options) -> Report:
-    """Make the data folder `dest`.
+    """Create the data folder `dest`.
 
     Returns:
         What is written to counts.json: the number of BPE types and of dictionary types, and per
@@ -111,7 +111,7 @@ def _source(corpus: Corpus, options: Options) -> Source:
 
 
 def _deals(corpus: Corpus, options: Options) -> Parts:
-    """A corpus's files, each list with the rule that deals its documents out."""
+    """A corpus's files, each list with the rule that splits its documents."""
     source = _source(corpus, options)
     rule = SplitRule(
         options.valid_fraction, options.test_fraction, options.split_seed, corpus.held_out
@@ -178,7 +178,7 @@ def _encode(
 
 
 def _check_splits(corpus: Corpus, found: Dict[str, SplitWriter], options: Options) -> None:
-    """Raise UserError for a corpus or a split that was asked for and has no document."""
+    """Raise UserError for a requested corpus or split without documents."""
     flag = corpus.flag
     documents = sum(writer.documents for writer in found.values())
     if not documents:

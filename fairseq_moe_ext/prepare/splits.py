@@ -1,4 +1,4 @@
-"""A document to train, valid or test, by its own text."""
+"""Assign a document to train, valid or test by its text."""
 
 import hashlib
 from dataclasses import dataclass
@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SplitRule:
-    """Deals documents out by a hash of their text.
+    """Splits documents by a hash of their text.
 
-    So the split of a document depends neither on the order of the files nor on the number of
-    workers, stays the same when documents are added, and copies of one document never stand on
-    both sides.
+    So a document's split depends neither on the order of the files nor on the number of workers,
+    and stays the same when documents are added. Copies of a document are always in one split.
 
     valid, test: the shares of documents, in expectation; the rest is train.
     held_out: no train split; the documents go to valid and test in the proportion of the two.

@@ -1,14 +1,14 @@
-"""Zero- and few-shot priming: a trained language model answers questions (questions/) without
-being tuned.
+"""Zero- and few-shot evaluation (the paper's priming): a trained language model answers questions
+(questions/) without fine-tuning.
 
 shots.py       examples before the question: their draws, and how many fit
-choice.py      accuracy of a task of choice, over draws
+choice.py      accuracy of a multiple-choice task, over draws
 bias.py        StereoSet and CrowS-Pairs
-model.py       a checkpoint, on any number of processes, gives log-probabilities
+model.py       log-probabilities from a checkpoint, on any number of processes
 generation.py  greedy and beam search
 generative.py  translation and summarisation
-protocol.py    what all kinds of tasks are asked for, and given
-progress.py    the file of results, from which the same command goes on
+protocol.py    what all kinds of tasks receive
+progress.py    the file of results, from which the same command resumes
 command.py     `fairseq-moe priming`
 harness.py, lm_eval_command.py   `fairseq-moe lm-eval`: EleutherAI's harness
 """

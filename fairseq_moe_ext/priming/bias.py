@@ -83,7 +83,7 @@ def read_crows_pairs(path: Path) -> List[Pair]:
 
 
 def stereoset_scores(triples: Sequence[Triple], scores: np.ndarray) -> Dict[str, Dict[str, Any]]:
-    """Domain -> its figures, "overall" last. scores: (triples, 3), in the order of _KINDS."""
+    """Domain -> its metrics, "overall" last. scores: (triples, 3), in the order of _KINDS."""
     counts: Dict[str, Dict[str, Counter]] = defaultdict(lambda: defaultdict(Counter))
     for triple, (stereotype, contrary, unrelated) in zip(triples, scores):
         for domain in (triple.domain, "overall"):

@@ -1,4 +1,4 @@
-"""Tasks of choice: accuracy, zero-shot and over draws of examples."""
+"""Multiple-choice tasks: accuracy, zero-shot and over draws of examples."""
 
 from functools import partial
 from pathlib import Path
@@ -125,7 +125,7 @@ def guessing(one: Result) -> str:
 
 
 def notes(results: Sequence[Result]) -> List[str]:
-    """What stands below the table."""
+    """Notes below the table."""
     said = "95 % interval: over questions, not over draws. chance: a guess among the candidates"
     if any(one["majority"] is not None for one in results):
         said += "; in brackets, always the most frequent answer"
@@ -169,7 +169,7 @@ def evaluate(
     scorer: Scorer,
     context: int,
 ) -> Result:
-    """Figures for one number of shots; `pool` are the examples in tokens."""
+    """Metrics for one number of shots; `pool` contains the examples in tokens."""
     base = baselines(rule, questions, scorer, context)
     outcomes = []
     for number in range(settings.draws if shots else 1):

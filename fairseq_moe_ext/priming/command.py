@@ -140,7 +140,7 @@ def _hold(path: Optional[Path]) -> ContextManager:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    """Raises UserError for a flag that cannot be."""
+    """Raises UserError for a value out of range."""
     for name, (low, high) in _RANGES.items():
         number = getattr(args, name)
         if number is not None and not low <= number <= high:
@@ -233,7 +233,7 @@ def _write(
 
 
 def _tables(results: List[Result], form: Callable[[List[List[str]]], str]) -> str:
-    """A table for each kind of task, and what stands below it."""
+    """A table for each kind of task, with its notes."""
     parts = []
     for kind in dict.fromkeys(_KINDS[one["task"]] for one in results):
         found = [one for one in results if _KINDS[one["task"]] is kind]

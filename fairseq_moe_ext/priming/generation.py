@@ -1,8 +1,8 @@
-"""Going on from prompts, by greedy or beam search through the model's incremental decoding.
+"""Continue prompts by greedy or beam search with the model's incremental decoding.
 
 fairseq's own search treats </s> as an end; here it is a newline, which stands inside prompts and,
-if the caller so decides, inside what is generated. All processes take as many steps as any, since
-experts may be spread over them.
+if the caller so decides, inside what is generated. All processes take the same number of steps,
+because experts may be distributed over them.
 """
 
 from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
@@ -21,7 +21,7 @@ Done = Callable[[Sequence[int]], bool]  # whether new tokens, the last one inclu
 
 
 class Prompt(NamedTuple):
-    """What is to be gone on from."""
+    """A prompt to continue."""
 
     tokens: Tuple[int, ...]
     max_new: int  # tokens

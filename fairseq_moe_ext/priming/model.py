@@ -1,8 +1,8 @@
-"""A checkpoint, on any number of processes, gives the log-probabilities of tokens.
+"""Log-probabilities of tokens from a checkpoint, on any number of processes.
 
-Batches are dealt out to the processes; every process takes as many steps as any, with an empty
-batch where it has none, since experts may be spread over them. No token is dropped, so a row's
-numbers do not depend on its company, nor on the number of processes, but for rounding.
+Batches are distributed over the processes. All take the same number of steps, with an empty batch
+where one has none, because experts may be distributed over them. No token is dropped, so a row's
+numbers depend neither on other rows nor, up to rounding, on the number of processes.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from ..questions.vocabulary import PAD
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that say how a model is loaded and fed."""
+    """The flags for loading a model and its batches."""
     parser.add_argument(
         "--path", type=Path, required=True, help="the checkpoint, as for fairseq-eval-lm"
     )
@@ -70,7 +70,7 @@ def check_files(path: Path, data: Path) -> None:
 
 @contextlib.contextmanager
 def processes(cpu: bool) -> Iterator[None]:
-    """Under torchrun, meet the other processes, and part from them at the end."""
+    """Under torchrun, join the other processes, and leave them at the end."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or process_count() > 1:
         yield
         return

@@ -1,7 +1,7 @@
-"""The file of --json: what was asked, and what was found so far.
+"""The file of --json: the settings, and the results so far.
 
-It is written anew after every result, so that a command that was ended goes on from there when it
-is given again. Results of another command, or of other files, are not taken for its own.
+It is rewritten after every result, so that an interrupted command resumes from there. Results of
+another command, or of other files, are not reused.
 """
 
 import json

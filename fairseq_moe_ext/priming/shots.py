@@ -37,7 +37,7 @@ def joined(examples: Sequence[Sequence[int]], newline: int) -> Tuple[int, ...]:
 
 
 def shortage(left_out: Sequence[int]) -> Dict[str, Any]:
-    """Figures of how many examples did not fit, of each prompt."""
+    """Metrics of how many examples did not fit, per prompt."""
     return {
         "left_out": float(np.mean(left_out)),
         "left_out_most": int(max(left_out)),
@@ -58,7 +58,7 @@ def shortage_in_words(found: Dict[str, Any]) -> str:
 
 
 def spread(values: Sequence[float]) -> Optional[float]:
-    """Standard deviation of a figure over draws; None of one."""
+    """Standard deviation of a metric over draws; None for one draw."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 

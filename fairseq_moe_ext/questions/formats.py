@@ -1,9 +1,9 @@
 """How a line of each data set becomes a prompt with candidates.
 
-The first six are the paper's tasks (Artetxe et al. 2021), in formats after GPT-3's, which it
-follows (Brown et al. 2020, appendix G). The paper does not prime on the other four; COPA and BoolQ
-have GPT-3's formats, MNLI that of GPT-3's NLI tasks, SST-2 a cloze. docs/priming.md shows one of
-each.
+The first six are the paper's tasks (Artetxe et al. 2021), in formats that follow GPT-3's (Brown et
+al. 2020, appendix G), as the paper does. The paper does not evaluate the other four few-shot; COPA
+and BoolQ have GPT-3's formats, MNLI that of GPT-3's NLI tasks, SST-2 a cloze. docs/priming.md shows
+one of each.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ class Item(NamedTuple):
     """One question."""
 
     candidates: Tuple[str, ...]  # the whole prompt with each candidate in it
-    right: FrozenSet[int]  # empty: no candidate is, and the question is left out
+    right: FrozenSet[int]  # empty: no candidate is right, and the question is skipped
     alone: Tuple[str, ...] = ()  # each candidate after "Answer: ", for the rule that wants it
     shared: Tuple[bytes, ...] = ()  # passage, ...: questions with one in common belong together
     place: str = ""  # in its file, as "line 3"
@@ -32,7 +32,7 @@ class Item(NamedTuple):
 
     @property
     def keys(self) -> Tuple[bytes, ...]:
-        """What tells that two questions belong together: `shared`, or that they are the same."""
+        """Keys that related questions have in common: `shared`, or being the same question."""
         return (*self.shared, group_key("same", *sorted(self.candidates)))
 
 

@@ -1,4 +1,4 @@
-"""Lines of a data set's published files, which know where they stand.
+"""Lines of a data set's published files, which know their file and line.
 
 Files are read as UTF-8, with or without a byte order mark.
 """
@@ -90,7 +90,7 @@ Reader = Callable[[Path], Iterator[Record]]
 
 
 def read_jsonl(path: Path) -> Iterator[Record]:
-    """A JSON object a line; blank lines are passed over."""
+    """One JSON object per line; blank lines are skipped."""
     with _open(path) as file:
         for number, line in enumerate(_decoded(file, path), start=1):
             if line.strip():
@@ -98,7 +98,7 @@ def read_jsonl(path: Path) -> Iterator[Record]:
 
 
 def read_jsonl_and_labels(path: Path) -> Iterator[Record]:
-    """NAME.jsonl, and beside it NAME-labels.lst with a label a line, 0 or 1, which becomes the
+    """NAME.jsonl, and beside it NAME-labels.lst with one label per line, 0 or 1, which becomes the
     field "label"; a release that has the field needs no such file."""
     labels_path = path.with_name(f"{path.stem}-labels.lst")
     records = list(read_jsonl(path))

@@ -1,6 +1,6 @@
-"""Which of a question's candidates the model holds most likely (the paper's rules).
+"""Which of a question's candidates the model finds most likely (the paper's rules).
 
-A candidate is put into the whole prompt, and all candidates' prompts are compared token by token:
+Each candidate is put into the whole prompt; all candidates' prompts are compared token by token:
 
     sum            log-probability of what follows the candidates' common prefix
     mean           the same, divided by the number of its tokens
@@ -34,7 +34,7 @@ Scorer = Callable[[Sequence[Row]], List[np.ndarray]]  # (tokens - start,) nats o
 
 
 def common_prefix(rows: Sequence[Sequence[int]]) -> int:
-    """How many first tokens all rows share."""
+    """The number of first tokens that all rows share."""
     count = 0
     for column in zip(*rows):
         if len(set(column)) > 1:
@@ -63,6 +63,6 @@ def value(rule: str, log_probs: np.ndarray) -> float:
 
 
 def cut(row: Row, context: int) -> Row:
-    """The last tokens of a row, as many as the model takes."""
+    """The last tokens of a row, as many as the model accepts."""
     lost = len(row.tokens) - context
     return row if lost <= 0 else Row(row.tokens[lost:], max(0, row.start - lost))

@@ -1,7 +1,7 @@
 """Examples with candidates, of which one is right, as batches of token sequences.
 
-A sequence begins with </s>, as every text in training follows one. In the head's way it also ends
-with one, at which the head looks; in the language model's way, it ends where its last token is
+A sequence begins with </s>, because every text in training follows one. With a head it also ends
+with one, which the head looks at; with the language model's scores it ends where its last token is
 predicted.
 """
 
@@ -20,16 +20,16 @@ class Item(NamedTuple):
     scored: List[int]  # how many positions at each one's end count
     targets: List[Tensor]  # (T,) int64 each, the tokens that follow; [] for the head
     label: int  # the right choice
-    cut: bool = False  # longer than the context: its beginning was left out
+    cut: bool = False  # longer than the context: it lost its beginning
 
 
 class ChoiceDataset(FairseqDataset):
-    """Batches as the criterion multiple_choice takes them."""
+    """Batches in the form that the criterion multiple_choice needs."""
 
     def __init__(self, items: List[Item], pad: int, outputs: int, shuffle: bool) -> None:
         """
         Args:
-            outputs: scores that the model gives a sequence: 1, or the number of classes.
+            outputs: scores that the model gives to a sequence: 1, or the number of classes.
             shuffle: break ties of length at random.
         """
         self.items = items
@@ -57,7 +57,7 @@ class ChoiceDataset(FairseqDataset):
         return self.sizes[index]
 
     def ordered_indices(self) -> np.ndarray:
-        """By length, so that batches hold little padding; batches are shuffled anyway."""
+        """By length, so that batches contain little padding; batches are shuffled anyway."""
         order = np.random.permutation(len(self)) if self.shuffle else np.arange(len(self))
         return order[np.argsort(self.sizes[order], kind="stable")]
 

@@ -1,14 +1,14 @@
 """Where the examples of the task multiple_choice come from.
 
-The paper's eight data sets (section 3.3) and COPA, as published, below FOLDER/NAME; or one's own:
+The paper's eight data sets (section 3.3) and COPA, as published, in FOLDER/NAME; or your own:
 
     FOLDER/{train,valid,test}.jsonl    {"context": "...", "choices": ["...", "..."], "label": 0}
 
-(and "group": "..." where questions of several contexts belong together)
+(and "group": "..." if questions with different contexts are related)
 
 or, with the same classes for all examples,
 
-    FOLDER/labels.txt                  a class a line
+    FOLDER/labels.txt                  one class per line
     FOLDER/{train,valid,test}.jsonl    {"text": "...", "label": "one of the classes"}
 """
 
@@ -33,8 +33,8 @@ from ..questions.records import Record, read_jsonl
 logger = logging.getLogger(__name__)
 
 LABELS_FILE = "labels.txt"
-NAMES = sorted(set(TASKS) - {"record"})  # of whose questions some have several right answers
-# Published validation sets beside the one that the paper evaluates on.
+NAMES = sorted(set(TASKS) - {"record"})  # some of whose questions have several right answers
+# Published validation sets in addition to the one that the paper evaluates on.
 _VALID: Dict[str, Tuple[str, ...]] = {"openbookqa": ("dev.jsonl", "dev_complete.jsonl")}
 
 
@@ -50,8 +50,9 @@ class ChoiceFiles:
     ) -> None:
         """
         Args:
-            name: of a published data set; None: one's own files.
-            valid_share: of the training set for the split valid; what belongs together stays so.
+            name: of a published data set; None: your own files.
+            valid_share: share of the training set for the split valid; related questions
+                stay together.
             published: leave the text as published, where priming does not.
 
         Raises:
@@ -93,8 +94,8 @@ class ChoiceFiles:
         return find_file(self.folder / self.name, names[split], task.origin)
 
     def read(self, split: str) -> List[Item]:
-        """Raises UserError for a file that is missing or empty, and for a line, by its number, that
-        is not what it must be."""
+        """Raises UserError for a file that is missing or empty, and, with its number, for a line in
+        the wrong form."""
         path = self.path(split)
         if self.name is not None:
             items, unanswered = read_counted(TASKS[self.name], path, self.published)
@@ -114,7 +115,8 @@ class ChoiceFiles:
         return items
 
     def _share(self, items: Sequence[Item], split: str, path: Path) -> List[Item]:
-        """What valid or train gets of the training set. Raises UserError if either had nothing."""
+        """The part of the training set for valid or train. Raises UserError if either would be
+        empty."""
         groups = grouped(items)
         taken = hold_out(items, groups, self.valid_share)
         if not taken or len(taken) == len(groups):
@@ -135,7 +137,7 @@ class ChoiceFiles:
 
 
 def grouped(items: Sequence[Item]) -> List[List[int]]:
-    """Numbers of the questions that have a key in common, be it through others; in order."""
+    """Numbers of the questions connected by common keys, directly or through others; in order."""
     parent = list(range(len(items)))
 
     def root(i: int) -> int:

@@ -1,4 +1,4 @@
-"""The data of `mixture_language_modeling`: several corpora, drawn from or one after the other."""
+"""The data of `mixture_language_modeling`: several corpora, mixed or one after the other."""
 
 import zlib
 from typing import Any, Dict, List, Optional, Sequence
@@ -13,9 +13,10 @@ from ..expert_parallel import process_count
 class MixtureDataset(BaseWrapperDataset):
     """A fixed number of blocks of every corpus each epoch.
 
-    A corpus is gone through in random order again and again, and an epoch goes on where the one
-    before stopped: no block is drawn a second time before all of its corpus were drawn once. What
-    an epoch holds depends on its number and the seed alone, so training resumes exactly.
+    Each corpus is read in random order again and again, and an epoch continues where the previous
+    one
+    stopped: no block repeats until its whole corpus has been seen. The content of an epoch depends
+    only on its number and the seed, so training resumes exactly.
     """
 
     def __init__(self, parts: Dict[str, FairseqDataset], counts: List[int], seed: int):
@@ -87,11 +88,11 @@ class MixtureDataset(BaseWrapperDataset):
 
 
 class SeparateCorporaDataset(BaseWrapperDataset):
-    """Several corpora, one after the other, no batch with blocks of two.
+    """Several corpora, one after the other; no batch mixes two.
 
-    A batch tells its corpus under the key "corpus". The batches of a corpus are those it has when
-    it is loaded alone, so its perplexity does not depend on the others, even if a model looks at
-    the whole batch.
+    A batch names its corpus under the key "corpus". A corpus has the same batches as when it is
+    loaded alone, so its perplexity does not depend on the others, even if a model looks at the
+    whole batch.
     """
 
     def __init__(self, labels: List[int], parts: List[FairseqDataset]):
@@ -163,11 +164,11 @@ def _whole_steps(batches: List[Sequence[int]]) -> List[Sequence[int]]:
 
 
 def release(iterator: EpochBatchIterator) -> None:
-    """End the workers of an iterator whose epoch is over; leave any other alone.
+    """End the workers of an iterator whose epoch is over; leave others alone.
 
     Iterator and data loader refer to one another (fairseq/data/iterators.py:484@0.12.2), so the
-    workers would live until the garbage collector comes by, which then waits 5 seconds for each of
-    them. Matters where every epoch has an iterator of its own.
+    workers would live until garbage collection, which then waits 5 seconds for each of them. This
+    matters where every epoch has its own iterator.
     """
     if iterator._cur_epoch_itr is not None and iterator.end_of_epoch():
         iterator._cur_epoch_itr = iterator.dataloader = iterator.batch_sampler = None

@@ -109,7 +109,7 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
         return super().setup_task(args, **kwargs)
 
     def state_dict(self) -> Dict[str, Any]:
-        """As stock's, with what a checkpoint has to tell of its training: the corpora."""
+        """As stock's, plus the corpora trained on, which a checkpoint records."""
         return {**super().state_dict(), data_bin.TRAINED: self.trained}
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
@@ -123,7 +123,7 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
 
         Raises:
             UserError: an unknown corpus, no such split, a data-bin that is empty, incomplete or
-                not of the mmap format, a mixture that cannot be.
+                not in the mmap format, an impossible mixture.
         """
         name, _, corpus = split.partition("/")
         chosen = self._with_split(name, corpus)
@@ -189,7 +189,7 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
         return [name for name in having if name in chosen]
 
     def _check_metric(self, subset: str) -> None:
-        """Raise UserError if checkpoints are chosen by a perplexity that `subset` does not give.
+        """Raise UserError if checkpoints are chosen by a perplexity that `subset` does not log.
 
         fairseq_cli/train.py:534@0.12.2 would fail only after the first validation, by a KeyError.
         """
@@ -226,7 +226,7 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
         return self.datasets.pop(key)
 
     def _blocks_per_epoch(self, parts: Dict[str, FairseqDataset]) -> List[int]:
-        """How many blocks of each corpus make one epoch; together as many as there are."""
+        """Blocks of each corpus in one epoch; in total as many as exist."""
         blocks = np.array([len(part) for part in parts.values()])  # (corpora,)
         tokens = np.array([part.sizes.sum(dtype=np.int64) for part in parts.values()])
         weights = _weights(self.args.corpus_weights)
@@ -261,7 +261,7 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
         return counts
 
     def get_batch_iterator(self, dataset, *args, **kwargs):
-        """As stock; the workers of the epoch before are ended, which stock leaves to chance."""
+        """As stock's, but end the workers of the previous epoch, which stock leaves to chance."""
         iterator = super().get_batch_iterator(dataset, *args, **kwargs)
         if isinstance(dataset, MixtureDataset):
             previous, self._train_iterator = self._train_iterator, iterator

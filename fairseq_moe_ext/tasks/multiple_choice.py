@@ -3,7 +3,7 @@
 Two ways (--choice-scoring). `head`, the paper's: a linear layer on the final position of each
 candidate, softmax over candidates; where all questions have the same classes, one sequence and an
 output a class (Radford et al. 2018, section 3.3). `sum` and `mean`: the language model's
-log-probability of the candidate's own tokens, as in priming.
+log-probability of the candidate's own tokens, as in few-shot evaluation.
 """
 
 import logging
@@ -90,7 +90,7 @@ class MultipleChoiceTask(FairseqTask):
 
     def __init__(self, cfg: MultipleChoiceTaskConfig, dictionary: Dictionary) -> None:
         super().__init__(cfg)
-        self.args = cfg  # which is what LanguageModelingTask calls it
+        self.args = cfg  # the name in LanguageModelingTask
         self.dictionary = dictionary
         self.scoring = str(cfg.choice_scoring)
         self.files = ChoiceFiles(
@@ -106,7 +106,7 @@ class MultipleChoiceTask(FairseqTask):
 
     @classmethod
     def setup_task(cls, cfg: MultipleChoiceTaskConfig, **kwargs) -> "MultipleChoiceTask":
-        """Raises UserError for flags that cannot be."""
+        """Raises UserError for flags that do not work, alone or together."""
         if not cfg.data or not (Path(cfg.data) / "dict.txt").is_file():
             raise UserError(
                 f"{Path(cfg.data or '.') / 'dict.txt'}: missing; name the folder with the model's "
