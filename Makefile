@@ -13,7 +13,7 @@ install:         ## make .venv with everything in it; nothing to do the second t
 # A test file stays with one worker, because its tests share processes and ports.
 PYTEST := $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 20
 
-# The mathematics and what is told of settings: no process is started.
+# The tests of the mathematics, which start no processes.
 check: install lint  ## lint and the tests of the mathematics, under a minute
 	$(RUN) -m pytest -q --numprocesses auto --maxprocesses 4 tests/moe tests/kernels tests/test_cost.py \
 		tests/test_imports.py

@@ -41,42 +41,59 @@ DTYPES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("source", metavar="SRC", help="the checkpoint; XGLM: its folder")
-    parser.add_argument("dest", metavar="DST", help="X.pt to write; XGLM: a folder")
-    parser.add_argument("--from", dest="layout", choices=["xglm"], help="SRC is not fairseq's")
-    parser.add_argument("--to", choices=["branch", "xglm"], help="default: this plugin's layout")
+    parser.add_argument("source", metavar="SRC", help="the checkpoint to read; for XGLM its folder")
+    parser.add_argument("dest", metavar="DST", help="the X.pt to write; for XGLM a folder")
     parser.add_argument(
-        "--expert-files", type=int, metavar="N", help="spread the experts over N files in experts/"
+        "--from",
+        dest="layout",
+        choices=["xglm"],
+        help="set this if SRC is not a fairseq checkpoint",
     )
     parser.add_argument(
-        "--rank-files", type=int, metavar="N", help="files of experts for --to branch (default: 1)"
+        "--to", choices=["branch", "xglm"], help="write another layout (default: this plugin's)"
     )
-    parser.add_argument("--weights-only", action="store_true", help="leave out the optimizer state")
+    parser.add_argument(
+        "--expert-files",
+        type=int,
+        metavar="N",
+        help="distribute the experts over N files in experts/",
+    )
+    parser.add_argument(
+        "--rank-files",
+        type=int,
+        metavar="N",
+        help="number of files of experts for --to branch (default: 1)",
+    )
+    parser.add_argument(
+        "--weights-only", action="store_true", help="do not write the optimizer state"
+    )
     parser.add_argument(
         "--dtype", metavar="TYPE",
-        help="precision of the weights: float32, float16, bfloat16 (fp32, fp16, bf16); what the "
-        "optimizer remembers stays as it is",
+        help="precision of the weights: float32, float16, bfloat16 (fp32, fp16, bf16); the "
+        "optimizer state keeps its precision",
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
     up = parser.add_argument_group("dense to sparse (--upcycle)")
     up.add_argument(
         "--upcycle", action="store_true",
-        help="make experts of the feed-forward networks, and a fresh gate. With two or more "
-        "experts a token and no noise the logits are the dense model's as long as nothing is "
-        "dropped: DST says moe_dropless, and fairseq-train needs --moe-dropless for it. With "
-        "--moe-top1-expert they are not, as a token's expert is then weighted by the gate's "
-        "probability",
+        help="copy the feed-forward networks into experts, and add a fresh gate. With two or more "
+        "experts per token and no noise the logits equal the dense model's as long as nothing is "
+        "dropped: DST has moe_dropless set, and fairseq-train needs --moe-dropless to continue it. "
+        "With --moe-top1-expert they differ, because the gate's probability weights a token's only "
+        "expert",
     )  # fmt: skip
-    up.add_argument("--moe-freq", type=int, help="every N-th layer becomes sparse (default: 2)")
+    up.add_argument("--moe-freq", type=int, help="make every N-th layer sparse (default: 2)")
     up.add_argument("--moe-expert-count", type=int, help="experts in a sparse layer")
-    up.add_argument("--moe-top-k", type=int, help="experts a token goes to (default: 2)")
+    up.add_argument("--moe-top-k", type=int, help="experts per token (default: 2)")
     up.add_argument("--moe-top1-expert", action="store_true", help="the same as --moe-top-k 1")
     up.add_argument(
         "--noise", type=float, default=0.0, metavar="S",
-        help="add Gaussian noise to the experts' matrices, of S times their standard deviation "
+        help="add Gaussian noise to the experts' matrices, S times their standard deviation "
         "(default: 0)",
     )  # fmt: skip
-    up.add_argument("--seed", type=int, default=1, help="of the gate and the noise (default: 1)")
+    up.add_argument(
+        "--seed", type=int, default=1, help="seed of the gate and the noise (default: 1)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -135,7 +152,7 @@ def _check(args: argparse.Namespace) -> None:
         ("--noise", args.noise != 0, "--upcycle", args.upcycle),
     ):
         if given and not there:
-            raise UserError(f"{flag} goes with {needs}: add that, or drop {flag}")
+            raise UserError(f"{flag} goes with {needs}: add that, or remove {flag}")
     for flag in ("expert_files", "rank_files"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             name = "--" + flag.replace("_", "-")
@@ -147,7 +164,7 @@ def _check(args: argparse.Namespace) -> None:
     if not 0 <= args.noise < float("inf"):
         raise UserError(f"--noise {args.noise}: use 0 or more")
     if os.path.realpath(args.source) == os.path.realpath(args.dest):
-        raise UserError(f"{args.dest}: is SRC as well; write to another name")
+        raise UserError(f"{args.dest}: is also SRC; write to another name")
     if args.to == "branch" and os.path.exists(args.dest):
         raise UserError(
             f"{args.dest}: exists, and would be read in place of the -rank- and -shared files "

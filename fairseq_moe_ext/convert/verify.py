@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
-        "paths", metavar="PATH", nargs="+", help="a checkpoint, or a folder of some"
+        "paths", metavar="PATH", nargs="+", help="a checkpoint, or a folder of checkpoints"
     )
 
 
