@@ -168,7 +168,7 @@ def _refuse(head: bytes, path: Path, form: str) -> None:
     if found is None and form == "auto" and _suffix(path) in _TABLES:
         found = "a table", f"{_AS_LINES}, or read it as text with --format {{corpus}}=text"
     if found is not None:
-        raise UserError(f"{path}: {found[0]} cannot be read; {found[1]}")
+        raise UserError(f"{path}: {found[0]}, which cannot be read; {found[1]}")
 
 
 def _suffix(path: Path) -> str:
