@@ -234,7 +234,7 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
             for name in weights.keys() - parts.keys():
                 raise UserError(
                     f"--corpus-weights {self.args.corpus_weights}: {name!r} is not among the "
-                    f"training corpora:  {', '.join(parts)}"
+                    f"training corpora: {', '.join(parts)}"
                 )
             for name in parts.keys() - weights.keys():
                 raise UserError(

@@ -54,7 +54,7 @@ def test_two_processes_equal_one(folder, choice, backend):
 
 
 def test_a_dense_model_has_nothing_to_freeze():
-    with pytest.raises(UserError, match="--moe-freeze gate in a dense model"):
+    with pytest.raises(UserError, match="--moe-freeze gate: a dense model"):
         build_model(moe_freeze="gate")
     with pytest.raises(UserError, match="--moe-freeze gates is unknown: use none, gate, experts"):
         build_model(**MOE, moe_freeze="gates")

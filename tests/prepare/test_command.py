@@ -327,7 +327,7 @@ def test_an_existing_folder_is_replaced_only_if_told_and_only_if_ours(text, flag
     assert run(text / "data", *flags) == 0
     before = contents(text / "data")
     assert run(text / "data", *flags, "--split-seed", 2) == 1
-    assert "data: exists; choose another folder or give --overwrite" in capsys.readouterr().err
+    assert "data: exists; choose another folder or add --overwrite" in capsys.readouterr().err
     assert contents(text / "data") == before
     assert run(text / "data", *flags, "--split-seed", 2, "--overwrite") == 0
     assert contents(text / "data") != before

@@ -188,7 +188,7 @@ def test_a_link_stays_and_its_target_is_replaced(tmp_path, line, capsys):
     (tmp_path / "data").symlink_to("nowhere")
     for flags in ([], ["--overwrite"]):
         assert cli.main([*line.split(), *flags]) == 1
-        assert "data: a symbolic link to nothing" in capsys.readouterr().err
+        assert "data: a dangling symbolic link" in capsys.readouterr().err
 
 
 def test_places_that_cannot_be_replaced(tmp_path, line, capsys, monkeypatch):
@@ -210,7 +210,7 @@ def test_text_within_the_folder_to_make_is_refused(tmp_path, line, capsys):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "b.txt").write_text("text", encoding="utf-8")
     assert cli.main([*line.split(), "--overwrite", "--corpus", f"b={tmp_path}/data/b.txt"]) == 1
-    assert "data/b.txt: text of corpus b, but in the folder" in capsys.readouterr().err
+    assert "data/b.txt: text of corpus b, but inside the output folder" in capsys.readouterr().err
 
 
 def test_a_failure_leaves_no_folder_above(tmp_path, line):

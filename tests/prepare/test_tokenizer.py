@@ -135,9 +135,11 @@ def test_files_of_another_format_are_refused(tmp_path, bpe_folder):
         },
         "not JSON: nested too deep": {"e": "[" * 100_000},
         "not JSON: half of a surrogate": {"e": json.dumps({**encoder, "\ud800": 400})},
-        "encoder.json: not GPT-2's format: an": {"e": json.dumps({**encoder, "A": [1]})},
-        "encoder.json: not GPT-2's format: an o": {"e": json.dumps({**encoder, "A": 1.0})},
-        "token '日本' is not of GPT-2's symbols": {"e": json.dumps({**encoder, "日本": 400})},
+        "encoder.json: not GPT-2's format, an": {"e": json.dumps({**encoder, "A": [1]})},
+        "encoder.json: not GPT-2's format, an o": {"e": json.dumps({**encoder, "A": 1.0})},
+        "token '日本' does not consist of GPT-2's symbols": {
+            "e": json.dumps({**encoder, "日本": 400})
+        },
         "vocab.bpe: 72 merges, but 72 more tokens .* come from none": {
             "m": "\n".join(merges.split("\n")[:73]) + "\n"
         },

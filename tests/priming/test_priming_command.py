@@ -130,7 +130,7 @@ def test_a_command_that_was_ended_goes_on(command, tmp_path, capsys, monkeypatch
     assert len(calls) == 5
     found = capsys.readouterr()
     assert found.out == printed
-    assert f"--json {out}: has 3 of 4 results of this command; going on from there" in found.err
+    assert f"--json {out}: has 3 of 4 results of this command; resuming" in found.err
     monkeypatch.setattr(model, "load_in_context", lambda *_: pytest.fail("nothing is left to do"))
     assert priming(0, line, out) == whole
     assert capsys.readouterr().out == printed and len(calls) == 5
@@ -195,7 +195,7 @@ def test_another_rule_and_a_limit(command, tmp_path):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--tasks copa,nothing", "--tasks nothing: no such task; there are record,"),
+        ("--tasks copa,nothing", "--tasks nothing: no such task; use one of record,"),
         ("--tasks copa --shots 1", "train.jsonl: missing; it is a file of COPA in SuperGLUE"),
         ("--tasks sst2 --shots 10", "--shots 10: "),
         ("--shots 1,x", "--shots 1,x: use whole numbers"),
@@ -209,7 +209,7 @@ def test_another_rule_and_a_limit(command, tmp_path):
         ("--context 65", "--context 65: the model takes 64 at most"),
         ("--path nothing.pt", "--path nothing.pt: no such checkpoint"),
         ("--data .", "--data .: no dict.txt in it"),
-        ("--rule unconditional", "--rule unconditional: not for record"),
+        ("--rule unconditional", "--rule unconditional: only for openbookqa, not for record"),
         ("--json no/out.json", "--json no/out.json: no folder no; make it first"),
         ("--overwrite --json DEVICE", "--json DEVICE: a device, not a file"),
         ("--model-overrides 5", "--model-overrides 5: not a Python dictionary"),
@@ -227,7 +227,7 @@ def test_a_folder_without_tasks(trained, tmp_path, capsys):
     data, checkpoint = trained
     flags = ["--path", str(checkpoint), "--data", str(data)]
     assert cli.main(["priming", str(tmp_path), *flags]) == 1
-    assert "none of its folders is a task's; record, " in capsys.readouterr().err
+    assert "none of its folders is a task; the tasks are record, " in capsys.readouterr().err
     assert cli.main(["priming", str(tmp_path / "no"), *flags]) == 1
     assert "no such folder" in capsys.readouterr().err
     os.mkdir(tmp_path / "copa")

@@ -85,7 +85,7 @@ def test_a_model_of_fairseqs_own_is_refused(trained, monkeypatch):
 
     stock = [build_stock_model()], None
     monkeypatch.setattr(checkpoint_utils, "load_model_ensemble", lambda *args, **kwargs: stock)
-    with pytest.raises(UserError, match="TransformerLanguageModel of fairseq's own; make it one"):
+    with pytest.raises(UserError, match="TransformerLanguageModel of fairseq's own; convert it"):
         load(trained[1], trained[0], cpu=True)
 
 

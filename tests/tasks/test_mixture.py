@@ -257,15 +257,18 @@ def test_an_iterator_in_use_is_not_released(data):
 MISTAKES = [
     (["--train-corpora", "big,none"], r"--train-corpora big,none: .* no corpus 'none'.* big, mid"),
     (["--train-corpora", "far"], r"no corpus 'far' with a train split; those with one: big, mid"),
-    (["--train-corpora", "big,,mid"], r"--train-corpora 'big,,mid': not names"),
+    (["--train-corpora", "big,,mid"], r"--train-corpora 'big,,mid': not a list"),
     (["--train-corpora", "big,big"], r"not a list of different corpora"),
     (["--corpus-weights", "big=1,mid=1,small=0"], r"'small=0' is not NAME=WEIGHT .* above 0"),
     (["--corpus-weights", "big=1,mid=1,small=-1"], r"'small=-1' is not NAME=WEIGHT"),
     (["--corpus-weights", "big=1,mid=1,small=nan"], r"'small=nan' is not NAME=WEIGHT"),
     (["--corpus-weights", "big=1,mid"], r"'mid' is not NAME=WEIGHT"),
     (["--corpus-weights", "big=1,big=1"], r"'big=1' is not NAME=WEIGHT .* each corpus once"),
-    (["--corpus-weights", "big=1,mid=1"], r"no weight for 'small'; give it one, or leave"),
-    (["--corpus-weights", "big=1,mid=1,small=1,far=1"], r"'far' is not a corpus that is trained"),
+    (["--corpus-weights", "big=1,mid=1"], r"no weight for 'small'; add one, or exclude"),
+    (
+        ["--corpus-weights", "big=1,mid=1,small=1,far=1"],
+        r"'far' is not among the training corpora: big, mid, small",
+    ),
     (["--corpus-weights", "big=1,mid=1,small=1e-9"], r"the share of 'small' is less than one bl"),
     (
         ["--corpus-temperature", "0"],

@@ -362,14 +362,14 @@ def test_a_class_that_is_none(data, tmp_path):
     with pytest.raises(UserError, match="line 1: field 'label' is 'small'; one of big, mid"):
         load(make_choice_task(data, tmp_path))
     (tmp_path / "labels.txt").write_text("big\nbig\n")
-    with pytest.raises(UserError, match="labels.txt: has to name two or more different"):
+    with pytest.raises(UserError, match="labels.txt: must list two or more different"):
         make_choice_task(data, tmp_path)
 
 
 MISTAKES = [
     (dict(choice_data="/none"), "--choice-data /none: no such folder"),
     (dict(choice_data=None), "--choice-data is missing"),
-    (dict(choice_task="hellaswagg"), "--choice-task hellaswagg: unknown; there are boolq"),
+    (dict(choice_task="hellaswagg"), "--choice-task hellaswagg: unknown; use one of boolq"),
     (dict(choice_task="record"), "--choice-task record: unknown"),
     (dict(choice_valid_share=1.0), "--choice-valid-share 1.0"),
     (dict(data="/none"), "/none/dict.txt: missing"),
@@ -393,7 +393,7 @@ def test_other_mistakes(data, choices, tmp_path):
     ):
         make_choice_task(data, tmp_path, choice_task="winogrande").files.read("valid")
     (tmp_path / "valid.jsonl").write_text("\n")
-    with pytest.raises(UserError, match="valid.jsonl: no example for the split valid"):
+    with pytest.raises(UserError, match="valid.jsonl: contains no example for the split valid"):
         load(make_choice_task(data, tmp_path))
     with pytest.raises(
         UserError, match="valid.jsonl, line 1: a choice is longer than --tokens-per-sample 2"
