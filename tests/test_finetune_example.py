@@ -71,10 +71,10 @@ def test_the_right_ending_goes_on_and_the_wrong_one_is_of_another_document(text,
 
 
 def test_every_recipe_becomes_flags_that_fairseq_train_takes(tmp_path):
-    plain = example.recipe_flags([])
+    plain = example.as_flags(example.recipe_settings([]))
     assert plain == []
     for row, names in example.RECIPES.items():
-        flags = example.recipe_flags(names)
+        flags = example.as_flags(example.recipe_settings(names))
         assert bool(flags) == (row != "plain")
         command = f"{tmp_path} --task multiple_choice --arch moe_lm_tiny".split()
         command += ["--criterion", "multiple_choice", "--lr", "0.1", "--batch-size", "32", *flags]
@@ -82,7 +82,12 @@ def test_every_recipe_becomes_flags_that_fairseq_train_takes(tmp_path):
         assert args.moe_freeze == {"frozen experts": "experts"}.get(
             row, "gate" if "freeze_gate" in names else "none"
         )
-    assert example.recipe_flags(["small_batch"]) == ["--batch-size", "8", "--lr", "0.001"]
+    assert example.as_flags(example.recipe_settings(["small_batch"])) == [
+        "--batch-size",
+        "8",
+        "--lr",
+        "0.001",
+    ]
 
 
 def made_up(**rows):

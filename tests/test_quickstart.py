@@ -293,7 +293,7 @@ def test_a_step_that_fails_is_not_done(tmp_path, capsys):
 
     with pytest.raises(UserError):
         run.stage("s", "Step", fail)
-    assert run.stages()["s"]["done"] is False
+    assert run.stages()["s"].done is False
     run.stage("s", "Step", lambda: "fine")
     run.stage("s", "Step", fail)
     assert "Step: done before. fine" in capsys.readouterr().out

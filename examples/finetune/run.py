@@ -7,16 +7,17 @@ What is finished is not done again: after Ctrl-C the same command goes on.
 """
 
 import argparse
+import functools
 import json
 import math
 import re
 import statistics
-import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
+
+import yaml
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
@@ -24,6 +25,13 @@ sys.path.insert(0, str(HERE.parent / "quickstart"))
 import questions  # noqa: E402
 import run as quickstart  # noqa: E402
 from progress import clock  # noqa: E402
+
+from fairseq_moe_ext import files, outputs, wording  # noqa: E402
+from fairseq_moe_ext.accuracy import wilson_interval  # noqa: E402
+from fairseq_moe_ext.errors import UserError  # noqa: E402
+from fairseq_moe_ext.study.child import console_script  # noqa: E402
+from fairseq_moe_ext.study.plan import typed  # noqa: E402
+from fairseq_moe_ext.study.runner import Runner  # noqa: E402
 
 # The plain rows are tuned as the paper tuned: sparse models exactly as dense ones, capacity in
 # training twice ceil(tokens / experts), and evaluation drops nothing.
@@ -49,10 +57,8 @@ RECIPES: Dict[str, List[str]] = {
 ROWS = ["dense", *RECIPES]
 
 
-def recipe_flags(names: Sequence[str]) -> List[str]:
-    """The settings of recipe files as flags of fairseq-train."""
-    import yaml
-
+def recipe_settings(names: Sequence[str]) -> Dict[str, Any]:
+    """The settings of recipe files."""
     found: Dict[str, Any] = {}
     for name in names:
         path = REPOSITORY / "hydra_conf" / "recipe" / f"{name}.yaml"
@@ -61,25 +67,28 @@ def recipe_flags(names: Sequence[str]) -> List[str]:
     if "lr" in found:
         found["lr"] = 2 * LEARNING_RATE
         found["batch_size"] = BATCH // 4
+    return found
+
+
+def as_flags(settings: Dict[str, Any]) -> List[str]:
+    """As flags of fairseq-train."""
     flags = []
-    for key, value in found.items():
+    for key, value in settings.items():
         flags.append("--" + key.replace("_", "-"))
         if value is not True:
             flags.append(str(value))
     return flags
 
 
-class Ablation:
+class Ablation(Runner):
     """One output folder."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.out: Path = args.out
+        super().__init__(args.out, f"--out {args.out}")
         self.base: Path = args.quickstart
         self.args = args
         self.sizes = {"train": args.train, "valid": args.valid, "test": args.test}
         self.names = ["docs", "python", "cpp", "maths"]
-        self.children: List[subprocess.Popen] = []
-        self.stopped = False
 
     @property
     def settings(self) -> Dict[str, Any]:
@@ -90,45 +99,30 @@ class Ablation:
             "batch": BATCH,
             "learning_rate": LEARNING_RATE,
             "tokens": TOKENS,
-            "quickstart": quickstart.read_json(self.base / "settings.json"),
+            "quickstart": files.read_json(self.base / "settings.json"),
         }
 
     def open(self) -> None:
         """Make the folder or go on with it. Raises UserError for one of other settings."""
-        from fairseq_moe_ext.errors import UserError
-
-        path = self.out / "settings.json"
-        self.out.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            quickstart.write_json(path, self.settings)
-        for key, value in quickstart.read_json(path).items():
-            if self.settings.get(key) != value:
-                raise UserError(
-                    f"--out {self.out} holds an ablation with {key} {value}, not "
-                    f"{self.settings.get(key)}: name another folder, or delete this one"
-                )
+        super().open()
+        self.check_settings(self.settings, "an ablation", "ablation")
 
     def command(self, row: str, seed: int, folder: Path) -> List[str]:
         """fairseq-train for one row and seed."""
         model = "dense" if row == "dense" else "moe"
-        pretrained = quickstart.Run(self.base, 1, 1, None)
-        architecture = quickstart.train_command(pretrained, model)
-        first = architecture.index("--arch")
-        shape = architecture[first : architecture.index("--dropout")]
+        recipe = {} if model == "dense" else recipe_settings(RECIPES[row])
         flags = []
         if model == "moe":
-            shape.remove("--moe-dropless")
-            flags = ["--moe-eval-capacity-token-fraction", "1.0"]
-            flags += recipe_flags(RECIPES[row])
-        batch = int(flags[flags.index("--batch-size") + 1]) if "--batch-size" in flags else BATCH
+            flags = ["--moe-eval-capacity-token-fraction", "1.0", *as_flags(recipe)]
+        batch = recipe.get("batch_size", BATCH)
         updates = self.args.epochs * math.ceil(self.args.train / batch)
         return [
-            quickstart.console_script("fairseq-train"),
+            console_script("fairseq-train"),
             str(self.base / "data"),
             *("--user-dir", str(quickstart.PACKAGE), "--task", "multiple_choice"),
             *("--choice-data", str(self.out / "questions"), "--tokens-per-sample", str(TOKENS)),
             *("--max-target-positions", str(quickstart.CONTEXT)),
-            *shape,
+            *quickstart.shape_flags(model),
             *("--dropout", "0.1", "--attention-dropout", "0.1"),
             *("--finetune-from-model", str(self.base / model / "checkpoint_best.pt")),
             *("--criterion", "multiple_choice", "--moe-gate-loss-wt", "0.01"),
@@ -144,7 +138,7 @@ class Ablation:
 
     def test_command(self, folder: Path) -> List[str]:
         return [
-            quickstart.console_script("fairseq-validate"),
+            console_script("fairseq-validate"),
             str(self.base / "data"),
             *("--user-dir", str(quickstart.PACKAGE), "--task", "multiple_choice"),
             *("--choice-data", str(self.out / "questions"), "--valid-subset", "test"),
@@ -157,12 +151,12 @@ class Ablation:
         folder = self.out / "runs" / f"{row.replace(' ', '_')}-{seed}"
         path = folder / "result.json"
         if path.exists():
-            return quickstart.read_json(path)
+            return files.read_json(path)
         folder.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
         command = self.command(row, seed, folder)
-        self.execute(command, folder / "train.log")
-        self.execute(self.test_command(folder), folder / "test.log")
+        self.call(command, folder / "train.log", threads=1)
+        self.call(self.test_command(folder), folder / "test.log", threads=1)
         tested = json_lines(folder / "test.log", "test")[-1]
         result = {
             "row": row,
@@ -177,28 +171,10 @@ class Ablation:
             "seconds": time.monotonic() - started,
             "command": command,
         }
-        quickstart.write_json(path, result)
+        outputs.write_json(path, result)
         for checkpoint in folder.glob("*.pt"):
             checkpoint.unlink()
         return result
-
-    def execute(self, command: List[str], log: Path) -> None:
-        """Run a command with one thread; a UserError with its last words when it fails."""
-        from fairseq_moe_ext.study.child import failure, start
-
-        if self.stopped:
-            raise KeyboardInterrupt
-        child = start(command, log, threads=1)
-        self.children.append(child)
-        status = child.wait()
-        self.children.remove(child)
-        if status != 0:
-            raise failure(command, status, log)
-
-    def stop(self) -> None:
-        self.stopped = True
-        for child in list(self.children):
-            child.terminate()
 
 
 def json_lines(log: Path, tag: str) -> List[Dict]:
@@ -218,8 +194,6 @@ def before(ablation: Ablation, family: str) -> Dict[str, Any]:
     import torch
     from fairseq import utils
 
-    import fairseq_moe_ext  # noqa: F401
-    from fairseq_moe_ext.accuracy import wilson_interval
     from fairseq_moe_ext.criterions.multiple_choice import (
         MultipleChoiceConfig,
         MultipleChoiceCriterion,
@@ -229,7 +203,7 @@ def before(ablation: Ablation, family: str) -> Dict[str, Any]:
 
     utils.import_user_module(argparse.Namespace(user_dir=str(quickstart.PACKAGE)))
     path = ablation.out / f"before_{family}.json"
-    if path.exists() and "chance" in (found := quickstart.read_json(path)):
+    if path.exists() and "chance" in (found := files.read_json(path)):
         return found
     cfg = MultipleChoiceTaskConfig(
         data=str(ablation.base / "data"),
@@ -260,7 +234,7 @@ def before(ablation: Ablation, family: str) -> Dict[str, Any]:
         "chance": 100 * statistics.mean(chances),
         "cut": 100 * statistics.mean(item.cut for item in dataset.items),
     }
-    quickstart.write_json(path, result)
+    outputs.write_json(path, result)
     return result
 
 
@@ -312,14 +286,10 @@ def with_interval(percent: float, result: Dict[str, Any]) -> str:
 
 
 def interval(percent: float, asked: int) -> List[float]:
-    from fairseq_moe_ext.accuracy import wilson_interval
-
     return [100 * end for end in wilson_interval(percent / 100 * asked, asked)]
 
 
 def signed(points: float) -> str:
-    from fairseq_moe_ext import wording
-
     return wording.signed(points)
 
 
@@ -378,8 +348,6 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--rows", help=f"some of the rows, comma-separated: {', '.join(ROWS)}")
     parser.add_argument("--jobs", type=int, default=2, help="fine-tunings at once (default: 2)")
     args = parser.parse_args(argv)
-    from fairseq_moe_ext.errors import UserError
-
     ablation: Optional[Ablation] = None
     try:
         chosen = chosen_rows(args.rows)
@@ -410,8 +378,6 @@ def main(argv: Sequence[str]) -> int:
 
 
 def chosen_rows(names: Optional[str]) -> List[str]:
-    from fairseq_moe_ext.errors import UserError
-
     chosen = ROWS if names is None else [name.strip() for name in names.split(",")]
     for name in chosen:
         if name not in ROWS:
@@ -429,27 +395,19 @@ def run_all(ablation: Ablation, rows: List[str]) -> Dict[str, Any]:
     plan = [(row, seed) for seed in range(1, ablation.args.seeds + 1) for row in rows]
     results: List[Dict[str, Any]] = []
     begun = time.monotonic()
-    with ThreadPoolExecutor(ablation.args.jobs) as pool:
-        futures = [pool.submit(ablation.one, row, seed) for row, seed in plan]
-        try:
-            for done, future in enumerate(futures, start=1):
-                results.append(future.result())
-                found = gathered(ablation, started, results)
-                quickstart.write_json(ablation.out / "result.json", found)
-                (ablation.out / "result.md").write_text(table(found), encoding="utf-8")
-                last = results[-1]
-                left = (time.monotonic() - begun) / done * (len(plan) - done)
-                print(
-                    f"{done}/{len(plan)} {last['row']}, seed {last['seed']}: "
-                    f"{with_interval(last['accuracy'], found)} %, {clock(last['seconds'])} min; "
-                    f"about {clock(left)} left",
-                    flush=True,
-                )
-        except BaseException:
-            ablation.stop()
-            for future in futures:
-                future.cancel()
-            raise
+    works = [functools.partial(ablation.one, row, seed) for row, seed in plan]
+    for last in ablation.in_parallel(works, ablation.args.jobs):
+        results.append(last)
+        found = gathered(ablation, started, results)
+        outputs.write_json(ablation.out / "result.json", found)
+        (ablation.out / "result.md").write_text(table(found), encoding="utf-8")
+        left = (time.monotonic() - begun) / len(results) * (len(plan) - len(results))
+        print(
+            f"{len(results)}/{len(plan)} {last['row']}, seed {last['seed']}: "
+            f"{with_interval(last['accuracy'], found)} %, {clock(last['seconds'])} min; "
+            f"about {clock(left)} left",
+            flush=True,
+        )
     return found
 
 
@@ -457,8 +415,6 @@ def gathered(
     ablation: Ablation, started: Dict[str, Dict], results: List[Dict[str, Any]]
 ) -> Dict[str, Any]:
     """The runs so far as result.json has them."""
-    from fairseq_moe_ext.study.plan import typed
-
     accuracies: Dict[str, List[float]] = {}
     for result in results:
         accuracies.setdefault(result["row"], []).append(result["accuracy"])

@@ -8,22 +8,29 @@ start the same command again and it goes on where it stopped.
 
 import argparse
 import contextlib
-import json
+import functools
 import logging
 import os
 import platform
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Sequence
+from typing import Callable, Dict, Iterator, List, NamedTuple, Sequence
 
 from progress import LogTail, Screen, TrainingProgress, clock, measurement
+
+# fairseq says on import that a package of its speech tasks is missing.
+logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)
+
+from fairseq_moe_ext import cost, files, outputs  # noqa: E402
+from fairseq_moe_ext.errors import UserError  # noqa: E402
+from fairseq_moe_ext.evaluation import report  # noqa: E402
+from fairseq_moe_ext.study.child import console_script  # noqa: E402
+from fairseq_moe_ext.study.runner import Runner  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = REPOSITORY / "fairseq_moe_ext"
@@ -46,17 +53,23 @@ MODELS = ("dense", "moe")
 SHORT_TITLES = {"dense": "dense", "moe": "MoE"}
 
 
-class Run:
-    """One output folder: what is asked of it, what is already done, where its commands are."""
+class Stage(NamedTuple):
+    """A step of the run, as stages.json has it."""
+
+    title: str
+    seconds: float = 0.0
+    done: bool = False
+    result: str = ""
+
+
+class Run(Runner):
+    """One output folder: what is asked of it, what is already done."""
 
     def __init__(self, out: Path, updates: int, text_bytes: int, screen: Screen) -> None:
-        self.out = out
+        super().__init__(out, f"--out {out}")
         self.updates = updates
         self.text_bytes = text_bytes
         self.screen = screen
-        self.commands: Dict[str, List[List[str]]] = {}
-        self.children: List[subprocess.Popen] = []
-        self.lock = None
 
     @property
     def settings(self) -> Dict[str, object]:
@@ -80,107 +93,32 @@ class Run:
 
     def open(self) -> None:
         """Make the folder, or check that it is this run's; raise UserError if it is not."""
-        from fairseq_moe_ext.errors import UserError
-        from fairseq_moe_ext.locks import Lock
+        super().open()
+        self.check_settings(self.settings, "a run", "quickstart run")
 
-        path = self.out / "settings.json"
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"--out {self.out} cannot be written ({error.strerror}): name another folder"
-            ) from None
-        # The children inherit the lock, so that one left behind by a killed run holds it too.
-        self.lock = Lock(self.out / "lock", f"--out {self.out}")
-        if path.exists():
-            found = read_json(path)
-            for key, value in self.settings.items():
-                if found.get(key) != value:
-                    raise UserError(
-                        f"--out {self.out} holds a run with {key} {found.get(key)}, not {value}: "
-                        "name another folder, or delete this one to start over"
-                    )
-            return
-        if any(entry.name != "lock" for entry in self.out.iterdir()):
-            raise UserError(
-                f"--out {self.out} is not empty and holds no quickstart run: name a new folder"
-            )
-        write_json(path, self.settings)
-
-    def stages(self) -> Dict[str, Dict]:
+    def stages(self) -> Dict[str, Stage]:
         path = self.out / "stages.json"
-        return read_json(path) if path.exists() else {}
+        found = files.read_json(path) if path.exists() else {}
+        return {name: Stage(**stage) for name, stage in found.items()}
 
     def stage(self, name: str, title: str, work: Callable[[], str]) -> None:
         """Do a step unless it is done; work returns a line on its result."""
         stages = self.stages()
-        before = stages.get(name, {"title": title, "seconds": 0.0, "done": False, "result": ""})
-        if before["done"]:
-            self.screen.line(f"{title}: done before. {before['result']}")
+        before = stages.get(name, Stage(title))
+        if before.done:
+            self.screen.line(f"{title}: done before. {before.result}")
             return
         started = time.monotonic()
-        self.screen.line(f"{title} ..." if not before["seconds"] else f"{title}: going on ...")
+        self.screen.line(f"{title} ..." if not before.seconds else f"{title}: going on ...")
         try:
-            before["result"] = work()
-            before["done"] = True
+            before = before._replace(result=work(), done=True)
         finally:
-            before["seconds"] += time.monotonic() - started
-            stages[name] = before
-            write_json(self.out / "stages.json", stages)
-        self.screen.line(f"  {before['result']} ({clock(before['seconds'])} min)")
-
-    def start(self, command: Sequence[str], log: Path, threads: int = 0) -> subprocess.Popen:
-        """Start a command; what it prints is appended to the log."""
-        from fairseq_moe_ext.study import child as children
-
-        child = children.start(command, log, threads, keep=(self.lock.descriptor,))
-        self.children.append(child)
-        return child
-
-    def finish(self, child: subprocess.Popen, command: Sequence[str], log: Path) -> None:
-        """Wait for a command; a UserError with its last words when it failed."""
-        from fairseq_moe_ext.study.child import failure
-
-        status = child.wait()
-        self.children.remove(child)
-        if status != 0:
-            raise failure(command, status, log)
-
-    def stop(self) -> None:
-        """End the commands that still run. Trainings go on from their last checkpoint."""
-        for child in self.children:
-            if child.poll() is None:
-                child.terminate()
-        for child in self.children:
-            try:
-                child.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
-        if self.lock is not None:
-            self.lock.release()
-
-
-def read_json(path: Path) -> Dict:
-    from fairseq_moe_ext.errors import UserError
-
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): delete it and start again") from None
-
-
-def write_json(path: Path, value: object) -> None:
-    from fairseq_moe_ext import outputs
-
-    outputs.write_text(path, json.dumps(value, indent=1) + "\n")
-
-
-def console_script(name: str) -> str:
-    """The command's path beside this Python, or else on PATH."""
-    from fairseq_moe_ext.study import child
-
-    return child.console_script(name)
+            seconds = before.seconds + time.monotonic() - started
+            stages[name] = before = before._replace(seconds=seconds)
+            outputs.write_json(
+                self.out / "stages.json", {key: one._asdict() for key, one in stages.items()}
+            )
+        self.screen.line(f"  {before.result} ({clock(before.seconds)} min)")
 
 
 def prepare_command(run: Run, held_out: Dict[str, bool]) -> List[str]:
@@ -193,21 +131,30 @@ def prepare_command(run: Run, held_out: Dict[str, bool]) -> List[str]:
     return command + ["--train-bpe", str(VOCABULARY), "--workers", str(workers)]
 
 
+def shape_flags(model: str) -> List[str]:
+    """The flags of fairseq-train that say what a model's parameters are."""
+    ffn = str(2 * EXPERT_FFN)
+    of_family = {
+        "dense": ["--arch", "dense_lm_tiny", "--moe-freq", "1"]
+        + ["--alternate-decoder-ffn-embed-dim", ffn],
+        "moe": ["--arch", "moe_lm_tiny", "--moe-freq", "1", "--moe-expert-count", str(EXPERTS)]
+        + ["--moe-expert-ffn-dim", str(EXPERT_FFN)],
+    }[model]
+    return [
+        *of_family,
+        *("--decoder-layers", str(LAYERS), "--decoder-embed-dim", str(DIM)),
+        *("--decoder-attention-heads", str(HEADS), "--decoder-ffn-embed-dim", ffn),
+    ]
+
+
 def train_command(run: Run, model: str) -> List[str]:
     every = max(1, run.updates // SAVES)
-    sizes = {
-        "dense": ["--arch", "dense_lm_tiny", "--moe-freq", "1"]
-        + ["--alternate-decoder-ffn-embed-dim", str(2 * EXPERT_FFN)],
-        "moe": ["--arch", "moe_lm_tiny", "--moe-freq", "1", "--moe-expert-count", str(EXPERTS)]
-        + ["--moe-expert-ffn-dim", str(EXPERT_FFN), "--moe-dropless"],
-    }[model]
     return [
         console_script("fairseq-train"),
         str(run.out / "data"),
         *("--user-dir", str(PACKAGE), "--task", "mixture_language_modeling"),
-        *sizes,
-        *("--decoder-layers", str(LAYERS), "--decoder-embed-dim", str(DIM)),
-        *("--decoder-attention-heads", str(HEADS), "--decoder-ffn-embed-dim", str(2 * EXPERT_FFN)),
+        *shape_flags(model),
+        *(["--moe-dropless"] if model == "moe" else []),
         *("--dropout", "0", "--attention-dropout", "0"),
         *("--tokens-per-sample", str(CONTEXT), "--batch-size", str(BLOCKS)),
         *("--criterion", "moe_cross_entropy", "--moe-gate-loss-wt", str(BALANCE_WEIGHT)),
@@ -254,7 +201,7 @@ def gather_text(run: Run) -> str:
         test_bytes=min(TEST_BYTES, max(1, run.text_bytes // 6)),
         progress=lambda line: run.screen.line("  " + line),
     )
-    write_json(run.out / "text.json", counts)
+    outputs.write_json(run.out / "text.json", counts)
     documents = sum(split["documents"] for domain in counts.values() for split in domain.values())
     size = sum(split["bytes"] for domain in counts.values() for split in domain.values())
     return f"{documents:,} documents, {size / 1e6:.1f} MB in {len(counts)} domains"
@@ -264,13 +211,13 @@ def prepare(run: Run, command: List[str]) -> str:
     log = run.out / "prepare.log"
     if (run.out / "data").exists():  # a killed run's, whole but not yet written down as done
         command = [*command, "--overwrite"]
-    child = run.start(command, log)
     started = time.monotonic()
-    while child.poll() is None:
+
+    def show() -> None:
         run.screen.show(f"  fairseq-moe prepare: {clock(time.monotonic() - started)}")
-        time.sleep(0.2)
-    run.finish(child, command, log)
-    counts = read_json(run.out / "data" / "counts.json")
+
+    run.call(command, log, watch=show, every=0.2)
+    counts = files.read_json(run.out / "data" / "counts.json")
     trained = sum(
         corpus["train"]["tokens"] for corpus in counts["corpora"].values() if "train" in corpus
     )
@@ -283,8 +230,6 @@ def train(run: Run, commands: Dict[str, List[str]]) -> str:
     Small models do not fill two cores each, and so neither is timed on a busier machine than the
     other. One that is finished is not started again; the other goes on from its last checkpoint.
     """
-    from fairseq_moe_ext.errors import UserError
-
     threads = max(1, (os.cpu_count() or 1) // len(commands))
     trainings = {}
     for model, command in commands.items():
@@ -373,22 +318,13 @@ def evaluate(run: Run, commands: Dict[str, List[str]]) -> str:
         if not result.exists():
             log = folder / f"{name}.log"
             log.unlink(missing_ok=True)
-            child = run.start(commands[name], log, threads=max(1, cores // at_once))
-            run.finish(child, commands[name], log)
-            write_json(result, eval_result(log))
+            run.call(commands[name], log, max(1, cores // at_once))
+            outputs.write_json(result, eval_result(log))
         done.append(name)
         run.screen.show(f"  fairseq-eval-lm: {len(done)}/{len(commands)}")
 
-    with ThreadPoolExecutor(at_once) as pool:
-        jobs = [pool.submit(one, name) for name in commands]
-        try:
-            for job in jobs:
-                job.result()
-        except BaseException:
-            for job in jobs:
-                job.cancel()
-            run.stop()
-            raise
+    for _ in run.in_parallel([functools.partial(one, name) for name in commands], at_once):
+        pass
     return f"{len(commands)} test sets"
 
 
@@ -398,30 +334,26 @@ def eval_result(log: Path) -> Dict[str, float]:
     tokens = re.findall(r"Evaluated ([\d,]+) tokens", text)
     loss = re.findall(r"Loss \(base 2\): ([\d.]+)", text)
     if not tokens or not loss:
-        from fairseq_moe_ext.errors import UserError
-
         raise UserError(f"{log} has no result of fairseq-eval-lm: start the quickstart again")
     return {"tokens": int(tokens[-1].replace(",", "")), "loss": float(loss[-1])}
 
 
 def count_experts(run: Run, command: List[str]) -> str:
     log = run.out / "expert_use.log"
-    child = run.start(command, log, threads=max(1, (os.cpu_count() or 1) // 2))
-    while child.poll() is None:
+
+    def show() -> None:
         run.screen.show("  reading the gates' choices")
-        time.sleep(0.2)
-    run.finish(child, command, log)
-    return f"{len(read_json(run.out / 'expert_use.json'))} MoE layers"
+
+    run.call(command, log, max(1, (os.cpu_count() or 1) // 2), watch=show, every=0.2)
+    return f"{len(files.read_json(run.out / 'expert_use.json'))} MoE layers"
 
 
 def result(run: Run, commands: Sequence[Sequence[str]]) -> Dict:
     """Everything the report shows, from the files of the run."""
     import corpora
 
-    from fairseq_moe_ext import cost
-
-    counts = read_json(run.out / "data" / "counts.json")
-    text = read_json(run.out / "text.json")
+    counts = files.read_json(run.out / "data" / "counts.json")
+    text = files.read_json(run.out / "text.json")
     common = {"layers": LAYERS, "dim": DIM, "ffn_dim": 2 * EXPERT_FFN, "types": counts["types"]}
     shapes = {
         "dense": cost.Shape(**common, moe_freq=1, alternate_ffn_dim=2 * EXPERT_FFN),
@@ -434,7 +366,7 @@ def result(run: Run, commands: Sequence[Sequence[str]]) -> Dict:
         flops = cost.training_flops_per_token(shape, CONTEXT)
         log = run.out / model / "train.log"
         tested = {
-            domain.name: read_json(run.out / "evaluation" / f"{model}.{domain.name}.json")
+            domain.name: files.read_json(run.out / "evaluation" / f"{model}.{domain.name}.json")
             for domain in corpora.DOMAINS
         }
         models[model] = {
@@ -471,9 +403,9 @@ def result(run: Run, commands: Sequence[Sequence[str]]) -> Dict:
         },
         "domains": domains,
         "models": models,
-        "expert_use": read_json(run.out / "expert_use.json"),
+        "expert_use": files.read_json(run.out / "expert_use.json"),
         "commands": [shlex.join(as_typed(command)) for command in commands],
-        "stages": list(run.stages().values()),
+        "stages": [stage._asdict() for stage in run.stages().values()],
         "environment": environment,
     }
 
@@ -489,8 +421,6 @@ def as_typed(command: Sequence[str]) -> List[str]:
 def work(run: Run) -> None:
     import corpora
     import page
-
-    from fairseq_moe_ext.evaluation import report
 
     run.open()
     report.check_renewable(run.out / "report.html")
@@ -509,7 +439,7 @@ def work(run: Run) -> None:
     run.stage("experts", "5/5 Count which expert takes what", lambda: count_experts(run, counting))
 
     found = result(run, [preparing, *training.values(), *testing.values(), counting])
-    write_json(run.out / "result.json", found)
+    outputs.write_json(run.out / "result.json", found)
     report.write(run.out / "report.html", page.html(found))
     seconds = sum(stage["seconds"] for stage in found["stages"])
     run.screen.line()
@@ -567,10 +497,6 @@ def main(argv: Sequence[str]) -> int:
         f"MoE against dense at equal FLOPs; results go to {args.out}. Ctrl-C stops, the same "
         "command goes on."
     )
-    # fairseq says on import that a package of its speech tasks is missing.
-    logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)
-    from fairseq_moe_ext.errors import UserError
-
     run = Run(args.out, args.updates, args.text_bytes, screen)
     try:
         if args.updates < 2:

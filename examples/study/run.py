@@ -14,6 +14,9 @@ import corpora  # noqa: E402
 import run as quickstart  # noqa: E402
 from progress import Screen  # noqa: E402
 
+from fairseq_moe_ext import cli  # noqa: E402
+from fairseq_moe_ext.errors import UserError  # noqa: E402
+
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -22,9 +25,6 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--text-bytes", type=int, default=quickstart.TEXT_BYTES)
     parser.add_argument("--jobs", type=int, default=2, help="runs at once (default: 2)")
     args = parser.parse_args(argv)
-    from fairseq_moe_ext import cli
-    from fairseq_moe_ext.errors import UserError
-
     made = quickstart.Run(args.out, 0, args.text_bytes, Screen())
     try:
         made.open()
