@@ -1,10 +1,15 @@
 """Before torch is imported: a thread a process, as tests start many and share the cores."""
 
+import logging
 import os
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# fairseq's commands keep the stream that they were imported with, in a test the one of its capture,
+# which is closed behind it: logging is not to write a traceback of that into a later test's output.
+logging.raiseExceptions = False
 pytest.register_assert_rewrite("branch_checkpoints", "converting", "training", "updates")
 
 # Files go to workers one by one (--dist loadfile): the longest first, or one worker is left with

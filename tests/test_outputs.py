@@ -1,6 +1,5 @@
 """Nothing but a regular file is written over, and that only if told; known before the work."""
 
-import json
 import os
 import socket
 import stat
@@ -8,6 +7,7 @@ from argparse import Namespace
 
 import pytest
 from fairseq.data import Dictionary
+from study.study_results import made_result
 
 from fairseq_moe_ext import cli, outputs, starting
 from fairseq_moe_ext.errors import UserError
@@ -131,8 +131,7 @@ def test_a_page_is_renewed_only_if_it_is_ours(places):
 
 
 def test_a_report_leaves_what_is_not_its_own(places, capsys):
-    result = {"runs": [{}], "factors": {}}
-    (places / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    made_result(places)
     (places / "figures").write_text("mine", encoding="utf-8")
     assert cli.main(["report", "."]) == 1
     assert "error: figures: cannot be made: File exists" in capsys.readouterr().err

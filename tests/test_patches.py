@@ -21,6 +21,7 @@ from fairseq_moe_ext.patches import PATCHES
 from fairseq_today import finding, registry
 
 ROOT = Path(__file__).resolve().parent.parent
+OURS = str(ROOT / "fairseq_moe_ext"), str(ROOT / "fairseq_today")
 TABLES = (*fairseq_today.PATCHES, *finding.PATCHES, *PATCHES)
 CITED = re.compile(r"(?:((?:fairseq|fairseq_cli|fairscale)/)?([\w/]+\.pyx?))?:(\d+)")
 
@@ -127,7 +128,7 @@ def look(name, owner, attribute):
     value = vars(owner).get(attribute)
     value = getattr(value, "__func__", value)
     code = getattr(value, "__code__", None)
-    if code is not None and code.co_filename.startswith(ROOT):
+    if code is not None and code.co_filename.startswith(OURS):
         found.add(name + attribute)
 for module in list(sys.modules.values()):
     name = getattr(module, "__name__", "")
@@ -173,7 +174,7 @@ def test_a_training_of_fairseqs_own_has_only_what_it_needs_to_run(tmp_path):
     line += " --tokens-per-sample 8 --batch-size 4 --optimizer adam --lr 0.01 --max-update 1"
     line += " --num-workers 0 --cpu --no-save --log-format none"
     result = subprocess.run(
-        [sys.executable, "-c", f"import fairseq_moe_ext_hook; ROOT = {str(ROOT)!r}" + STOCK]
+        [sys.executable, "-c", f"import fairseq_moe_ext_hook; OURS = {OURS!r}" + STOCK]
         + line.split(),
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},

@@ -65,7 +65,7 @@ def load_model(
     (model,), saved = checkpoint_utils.load_model_ensemble(
         [str(path)], arg_overrides=overrides, task=task
     )
-    if saved.task.get("add_bos_token"):
+    if saved is not None and saved.task.get("add_bos_token"):
         raise UserError(
             f"--path {path}: trained with --add-bos-token, and this command begins no text with "
             "<s>: evaluate it with fairseq-eval-lm"

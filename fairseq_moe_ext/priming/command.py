@@ -133,11 +133,13 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _hold(path: Optional[Path]) -> ContextManager:
-    """Have the file of --json for this command alone; where none can be, outputs.check says why."""
-    fit = path is not None and path.parent.is_dir() and (path.is_file() or not path.exists())
+    """Have the file of --json for this command alone."""
+    outputs.check([("--json", path)], overwrite=True)
     # The processes of torchrun have not met yet; only others have a rank by then.
     first = process_rank() == 0 and int(os.environ.get("RANK", 0)) == 0
-    return Lock(beside(path), f"--json {path}") if fit and first else contextlib.nullcontext()
+    if path is None or not first:
+        return contextlib.nullcontext()
+    return Lock(beside(path), f"--json {path}")
 
 
 def _settings(args: argparse.Namespace) -> Settings:
