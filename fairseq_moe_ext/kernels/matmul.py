@@ -145,7 +145,9 @@ def onednn_is_faster() -> bool:
 def speed_over_mkl() -> float:
     """MKL's time for a product divided by oneDNN's: the best of several rounds in turn, on one
     thread, which other processes disturb least (15 ms)."""
-    x, weight = torch.ones(128, 512), torch.ones(512, 512)
+    # Whatever device or precision is the default: models are built on "meta", too.
+    x = torch.ones(128, 512, device="cpu", dtype=torch.float32)
+    weight = torch.ones(512, 512, device="cpu", dtype=torch.float32)
     best = [math.inf, math.inf]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -135,7 +135,7 @@ def _run(args: argparse.Namespace) -> None:
 def _hold(path: Optional[Path]) -> ContextManager:
     """Have the file of --json for this command alone."""
     outputs.check([("--json", path)], overwrite=True)
-    # The processes of torchrun have not met yet; only others have a rank by then.
+    # Under torchrun the processes have not joined yet, so RANK tells which is the first.
     first = process_rank() == 0 and int(os.environ.get("RANK", 0)) == 0
     if path is None or not first:
         return contextlib.nullcontext()

@@ -176,3 +176,13 @@ def test_oneDNN_is_taken_where_it_is_clearly_faster(capability, speed, faster, m
 @needs_onednn
 def test_its_speed_is_measured():
     assert 0.05 < matmul.speed_over_mkl() < 50
+
+
+@needs_onednn
+def test_its_speed_is_measured_on_the_cpu_while_a_model_is_built_on_meta(monkeypatch):
+    given = []
+    onednn = matmul._onednn
+    monkeypatch.setattr(matmul, "_onednn", lambda *of: given.append(of) or onednn(*of))
+    with torch.device("meta"):
+        matmul.speed_over_mkl()
+    assert {(t.device.type, t.dtype) for of in given for t in of} == {("cpu", torch.float32)}
