@@ -49,7 +49,7 @@ def loop_over_experts(self: MoELayer, x: Tensor, **_) -> MoEOutput:
                 y = self.experts.activation(y) @ fc2.weight[expert].t() + fc2.bias[expert]
                 out[mine] += routing.weights[mine, choice].unsqueeze(1) * y
     zero = tokens.new_zeros(())
-    return MoEOutput(out.view_as(x), zero, zero, {}, routing.counts)
+    return MoEOutput(out.view_as(x), zero, zero, {}, routing.counts, None, {})
 
 
 def measured(experts: int, rounds: int):

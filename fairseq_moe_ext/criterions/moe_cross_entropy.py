@@ -94,6 +94,11 @@ class MoECrossEntropyCriterion(FairseqCriterion):
             gate_loss, z_loss = self._gate_losses(records)
             extra_loss = self.gate_loss_weight * gate_loss + self.z_loss_weight * z_loss
             loss = loss + sample_size * extra_loss
+            router_losses = [r.router_loss for r in records if r.router_loss is not None]
+            if router_losses:
+                router_loss = self.combine(torch.stack(router_losses))
+                loss = loss + sample_size * router_loss
+                logging_output["moe_router_loss"] = sample_size * router_loss.detach()
             logging_output["moe_loss"] = sample_size * gate_loss.detach()
             if self.z_loss_weight > 0:
                 logging_output["moe_z_loss"] = sample_size * z_loss.detach()
@@ -197,16 +202,23 @@ def logged_of_gates(cfg) -> List[str]:
     return ["moe_gate_loss", *(["moe_z_loss"] if cfg.moe_z_loss_wt > 0 else []), *FIGURES]
 
 
+_LOGGED_LOSSES = {
+    "moe_loss": "moe_gate_loss",
+    "moe_z_loss": "moe_z_loss",
+    "moe_router_loss": "moe_router_loss",  # of routers with a loss of their own, weighted
+}
+
+
 def log_gates(logging_outputs: List[Dict[str, Any]]) -> None:
-    """Log moe_gate_loss and moe_z_loss (natural, unweighted), and the mean over batches of every
-    figure, as far as there are any."""
+    """Log moe_gate_loss, moe_z_loss (natural, unweighted) and moe_router_loss, and the mean over
+    batches of every figure, as far as there are any."""
 
     def total(key):
         return sum(log.get(key, 0) for log in logging_outputs)
 
     logged = dict.fromkeys(key for log in logging_outputs for key in log)
     sample_size, batches = total("sample_size"), total("batch_count")
-    for key, name in (("moe_loss", "moe_gate_loss"), ("moe_z_loss", "moe_z_loss")):
+    for key, name in _LOGGED_LOSSES.items():
         if key in logged:
             metrics.log_scalar(name, total(key) / sample_size, sample_size, round=8)
     for key in logged:

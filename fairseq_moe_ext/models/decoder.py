@@ -39,6 +39,8 @@ class LayerRecord(NamedTuple):
     z_loss: Tensor  # (), differentiable
     stats: Dict[str, Tensor]  # moe/stats.py
     expert_counts: Tensor  # (K, E) int64: choices routed to each expert, before dropping
+    router_loss: Optional[Tensor]  # (), differentiable: a loss of the router's own, weighted
+    observed: Dict[str, Tensor]  # sums over tokens, for TopKRouter.after_update
 
 
 class DecoderLayer(nn.Module):
@@ -107,22 +109,24 @@ class DecoderLayer(nn.Module):
         x: Tensor,
         attn_mask: Optional[Tensor],
         unrouted: Optional[Tensor],
+        tokens: Tensor,
         incremental_state: Optional[IncrementalState] = None,
     ) -> Tuple[Tensor, Optional[MoEOutput]]:
-        """x (B, T, D), attn_mask as CausalSelfAttention's, unrouted as PadRule's -> the same
-        shape, and what the MoE layer yields (None from a dense one).
+        """x (B, T, D), attn_mask as CausalSelfAttention's, unrouted as PadRule's, tokens (B, T)
+        int64 -> the shape of x, and what the MoE layer yields (None from a dense one).
 
         Recomputation (checkpoint_activations) is within: FSDP, which may wrap the layer, has the
         parameters there by then."""
         if self.checkpoint_activations and self.training and incremental_state is None:
-            return checkpoint(self._forward, x, attn_mask, unrouted, use_reentrant=False)
-        return self._forward(x, attn_mask, unrouted, incremental_state)
+            return checkpoint(self._forward, x, attn_mask, unrouted, tokens, use_reentrant=False)
+        return self._forward(x, attn_mask, unrouted, tokens, incremental_state)
 
     def _forward(
         self,
         x: Tensor,
         attn_mask: Optional[Tensor],
         unrouted: Optional[Tensor],
+        tokens: Tensor,
         incremental_state: Optional[IncrementalState] = None,
     ) -> Tuple[Tensor, Optional[MoEOutput]]:
         # Not at evaluation, whose batches differ in shape; nor experts, whose numbers of rows do.
@@ -134,12 +138,12 @@ class DecoderLayer(nn.Module):
         x, y = attend(self, x, attn_mask, incremental_state)
         # In token-by-token generation a batch is one position of unrelated sequences; a capacity
         # would let them push each other out of experts.
-        y = y.flatten(0, 1)
-        tokens = len(y)
+        y, token_ids = y.flatten(0, 1), tokens.flatten()
         if unrouted is not None:
-            y = F.pad(y, (0, 0, 0, len(unrouted) - tokens))
-        moe = self.moe_layer(y, unrouted, dropless=incremental_state is not None)
-        return x + moe.out[:tokens].view_as(x), moe
+            missing = len(unrouted) - len(y)
+            y, token_ids = F.pad(y, (0, 0, 0, missing)), F.pad(token_ids, (0, missing))
+        moe = self.moe_layer(y, unrouted, incremental_state is not None, token_ids)
+        return x + moe.out[: tokens.numel()].view_as(x), moe
 
     def _attend(
         self,
@@ -241,7 +245,7 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
 
         records: List[LayerRecord] = []
         for index, layer in enumerate(self.layers):
-            x, moe = layer(x, attn_mask, unrouted, incremental_state)
+            x, moe = layer(x, attn_mask, unrouted, tokens[:, -new:], incremental_state)
             if moe is not None:
                 records.append(LayerRecord(index, *moe[1:]))
         self._check_routers(records)

@@ -24,6 +24,8 @@ class MoEOutput(NamedTuple):
     z_loss: Tensor  # (), differentiable
     stats: Dict[str, Tensor]  # see stats.py
     expert_counts: Tensor  # (K, E) int64: choices routed to each expert, before dropping
+    router_loss: Optional[Tensor]  # (), differentiable: a loss of the router's own, weighted
+    observed: Dict[str, Tensor]  # sums over tokens, for TopKRouter.after_update
 
 
 class MoELayer(nn.Module):
@@ -71,18 +73,25 @@ class MoELayer(nn.Module):
         return cls(gate, experts, exchange)
 
     def forward(
-        self, x: Tensor, padding_mask: Optional[Tensor] = None, dropless: bool = False
+        self,
+        x: Tensor,
+        padding_mask: Optional[Tensor] = None,
+        dropless: bool = False,
+        token_ids: Optional[Tensor] = None,
     ) -> MoEOutput:
         """
         Args:
             x: (..., D).
             padding_mask: (...) bool, True where x is padding, which is not routed.
             dropless: ignore the capacity in this call.
+            token_ids: (...) int64, the input tokens, for routers that go by them.
         """
         tokens = x.reshape(-1, x.size(-1))  # (T, D)
         if padding_mask is not None:
             padding_mask = padding_mask.reshape(-1)
-        logits, routing = self.gate(tokens, padding_mask, dropless)
+        if token_ids is not None:
+            token_ids = token_ids.reshape(-1)
+        logits, routing = self.gate(tokens, padding_mask, dropless, token_ids)
         rows = lay_out(routing)
         y = permute(tokens, rows)  # (N, D)
         y, arrival = self.exchange.send(y, rows.counts)  # (N', D)
@@ -97,4 +106,6 @@ class MoELayer(nn.Module):
             z_loss(logits, routing.counted, scope),
             routing_stats(routing, scope),
             routing.counts,
+            self.gate.loss(logits, routing, padding_mask),
+            self.gate.observe(logits, routing, padding_mask),
         )

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import math
-from typing import Callable, Dict, NamedTuple, Optional, Tuple, Type
+from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple, Type
 
 import torch
 from torch import Tensor, nn
@@ -85,19 +85,25 @@ class TopKRouter(nn.Module):
     ) -> None:
         """Raises ValueError for settings that do not fit together."""
         super().__init__()
+        self._state_names: Tuple[str, ...] = ()
         settings.check(num_experts)
         self.scope = scope
         self.wg = nn.Linear(dim, num_experts, bias=False)
         self.settings = settings
 
     def forward(
-        self, x: Tensor, padding_mask: Optional[Tensor] = None, dropless: bool = False
+        self,
+        x: Tensor,
+        padding_mask: Optional[Tensor] = None,
+        dropless: bool = False,
+        token_ids: Optional[Tensor] = None,
     ) -> Tuple[Tensor, Routing]:
         """
         Args:
             x: (T, D).
             padding_mask: (T,) bool, True where x is padding, which is not routed.
             dropless: ignore the capacity in this call.
+            token_ids: (T,) int64, the input tokens, for routers that go by them.
 
         Returns:
             logits (T, E) and their routing.
@@ -130,6 +136,51 @@ class TopKRouter(nn.Module):
             count_padding=s.count_padding,
             scope=self.scope,
         )
+
+    def loss(
+        self, logits: Tensor, routing: Routing, padding_mask: Optional[Tensor]
+    ) -> Optional[Tensor]:
+        """A loss of the router's own, its weight included: a scalar, or None."""
+        return None
+
+    def observe(
+        self, logits: Tensor, routing: Routing, padding_mask: Optional[Tensor]
+    ) -> Dict[str, Tensor]:
+        """What `after_update` learns from. Its values are summed over the micro-batches and the
+        processes of an update, so each is a sum over this process's tokens, padding left out:
+        load (E,) float64, choices of an expert before dropping; tokens (1,) float64."""
+        tokens = len(logits) - (0 if padding_mask is None else padding_mask.sum())
+        with torch.no_grad():
+            load = routing.counts.sum(dim=0).double()
+            return {"load": load, "tokens": load.new_zeros(1) + tokens}
+
+    def after_update(self, observed: Dict[str, Tensor]) -> None:
+        """Change the state (`register_state`), where there is any: called once per update of the
+        optimizer, with the sums of what was observed in its forward passes. Validation and the
+        recomputation of activations do not count."""
+
+    def register_state(self, name: str, value: Tensor) -> None:
+        """Add a buffer for `after_update` to change. It is in the checkpoint, and keeps its dtype
+        where the model is cast: a small step would be lost in float16."""
+        self.register_buffer(name, value)
+        self._state_names = (*self._state_names, name)
+
+    def _apply(self, fn: Callable[..., Any], *rest: Any, **named: Any) -> TopKRouter:
+        before = {name: self._buffers[name] for name in self._state_names}
+        super()._apply(fn, *rest, **named)
+        for name, state in before.items():
+            cast, self._buffers[name] = self._buffers[name], state
+            setattr(self, name, cast)
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # FSDP casts buffers by assignment
+        # (fairscale/nn/data_parallel/fully_sharded_data_parallel.py:613@0.4.13).
+        if name in self.__dict__.get("_state_names", ()) and isinstance(value, Tensor):
+            state = self._buffers[name]
+            if state is not None and state.dtype != value.dtype:
+                value = state.to(value.device)
+        super().__setattr__(name, value)
 
     def capacity(self, tokens: int, padding_mask: Optional[Tensor] = None) -> Optional[int]:
         """Slots per expert for this process's number of tokens, in the current mode; None: no
