@@ -5,7 +5,8 @@ What stock fairseq needs to run on today's Python and PyTorch is beside it, in f
 `--user-dir` imports this package; importing it registers the model and its architectures
 (models/), the criterion (criterions/) and the task (tasks/) with fairseq. The map:
 
-    config.py      every flag of the model, and the checks across flags
+    config.py          the flags of the model
+    config_checks.py   the checks across them
     models/        the decoder, the registered model, the paper's sizes
     moe/           the mathematics of a Mixture-of-Experts layer, torch only
     kernels/       fast ways to compute it, each with its plain twin

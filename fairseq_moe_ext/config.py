@@ -1,19 +1,15 @@
-"""Every flag of the model, once: type, default, choices, help; and all checks across flags.
+"""Every flag of the model, once: type, default, choices, help. config_checks.py has the checks.
 
 The moe_* flags have the names and meanings of fairseq's `moe` branch, the others those of
 stock `transformer_lm` (fairseq/models/transformer_lm.py@0.12.2), unless the help says otherwise.
 """
 
-import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Mapping, Optional
 
 from fairseq import utils
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import II
-
-from . import ranges
-from .errors import UserError
 
 SECOND_EXPERT_POLICIES = ChoiceEnum(["sampling", "all", "random"])
 ROUTING_SCOPES = ChoiceEnum(["process", "world"])
@@ -223,24 +219,6 @@ class MoETransformerLMConfig(FairseqDataclass):
     bf16: bool = II("common.bf16")
 
 
-# The model's own numbers and the length of its inputs, but not the size of batches.
-_NUMBERS = sorted(
-    {field.name for field in fields(MoETransformerLMConfig)}
-    & ranges.RANGES.keys() - {"max_tokens", "batch_size"}
-)
-
-# Backends that leave the experts' gradients to us.
-_DDP_BACKENDS = ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d", "fully_sharded")
-
-_CHOICES = {
-    "moe_second_expert_policy": SECOND_EXPERT_POLICIES.__members__,
-    "moe_routing_scope": ROUTING_SCOPES.__members__,
-    "moe_normalize_expert_grad": EXPERT_GRAD_SCALES.__members__,
-    "moe_freeze": FROZEN_PARTS.__members__,
-    "moe_pad_rule": ["None", *PAD_RULES.__members__],
-}
-
-
 def top_k(cfg: Any) -> int:
     """Experts per token by a model's settings, an object or a mapping; 2 by default."""
     settings = cfg if isinstance(cfg, Mapping) else vars(cfg)
@@ -260,123 +238,3 @@ def saved_pad_rule(settings: Mapping[str, Any]) -> Optional[str]:
     if "moe_pad_rule" in settings:
         return settings["moe_pad_rule"]
     return "counted" if settings.get("use_moe_pad_mask") else None
-
-
-def validate(cfg: MoETransformerLMConfig) -> None:
-    """Raise UserError for a setting that cannot work, or would silently do something else."""
-    _validate_shape(cfg)
-    if str(cfg.moe_freeze) != "none" and (
-        cfg.moe_freq == 0 or cfg.alternate_decoder_ffn_embed_dim != 0
-    ):
-        raise UserError(
-            f"--moe-freeze {cfg.moe_freeze}: a dense model has nothing to freeze; remove the flag"
-        )
-    if cfg.moe_freq == 0:
-        if cfg.moe_expert_count != 0:
-            raise UserError(
-                f"--moe-expert-count {cfg.moe_expert_count} with --moe-freq 0 would give a dense "
-                "model: set --moe-freq (2: every other layer), or --moe-expert-count 0"
-            )
-        if cfg.alternate_decoder_ffn_embed_dim != 0:
-            raise UserError(
-                f"--alternate-decoder-ffn-embed-dim {cfg.alternate_decoder_ffn_embed_dim} with "
-                "--moe-freq 0 has no layer to act on: set --moe-freq"
-            )
-        return
-    if not 0 < cfg.moe_freq <= cfg.decoder_layers:
-        raise UserError(
-            f"--moe-freq {cfg.moe_freq} picks no layer of --decoder-layers {cfg.decoder_layers}: "
-            f"use 1 (all) to {cfg.decoder_layers} (the last), or 0 for a dense model"
-        )
-    if cfg.alternate_decoder_ffn_embed_dim == 0:
-        _validate_experts(cfg)
-
-
-def _validate_shape(cfg: MoETransformerLMConfig) -> None:
-    ranges.check({name: getattr(cfg, name) for name in _NUMBERS})
-    if cfg.decoder_embed_dim % cfg.decoder_attention_heads != 0:
-        raise UserError(
-            f"--decoder-embed-dim {cfg.decoder_embed_dim} is not a multiple of "
-            f"--decoder-attention-heads {cfg.decoder_attention_heads}: change either"
-        )
-
-
-def _validate_experts(cfg: MoETransformerLMConfig) -> None:
-    if cfg.moe_expert_count < 1:
-        raise UserError(
-            f"--moe-expert-count {cfg.moe_expert_count} with --moe-freq {cfg.moe_freq}: use 1 or "
-            "more experts, or --moe-freq 0 for a dense model"
-        )
-    if cfg.moe_top1_expert and cfg.moe_top_k not in (None, 1):
-        raise UserError(
-            f"--moe-top-k {cfg.moe_top_k} conflicts with --moe-top1-expert, which is --moe-top-k "
-            "1: remove one of them"
-        )
-    if cfg.moe_expert_count < top_k(cfg):
-        raise UserError(
-            f"--moe-expert-count {cfg.moe_expert_count} is too few for top-{top_k(cfg)} "
-            f"routing: use {top_k(cfg)} or more, or a lower --moe-top-k"
-        )
-    if top_k(cfg) > 2 and str(cfg.moe_second_expert_policy) == "random":
-        raise UserError(
-            f"--moe-second-expert-policy random is a rule for the second of two experts: use all "
-            f"or sampling with --moe-top-k {cfg.moe_top_k}"
-        )
-    for name, choices in _CHOICES.items():
-        # the command line and Hydra check it themselves; --model-overrides does not
-        if str(getattr(cfg, name)) not in choices:
-            raise UserError(
-                f"{ranges.flag(name)} {getattr(cfg, name)} is unknown: use {', '.join(choices)}"
-            )
-    if cfg.moe_batch_prioritized_routing and top_k(cfg) == 1:
-        raise UserError(
-            "--moe-batch-prioritized-routing has no effect with one expert per token "
-            "(--moe-top1-expert, --moe-top-k 1): remove one of them"
-        )
-    fraction = cfg.moe_eval_capacity_token_fraction
-    if fraction == 0:
-        raise UserError(
-            f"--moe-eval-capacity-token-fraction {fraction} is out of range: use a share of the "
-            "batch above 0 up to 1, or a negative number for the rule of training"
-        )
-    _validate_capacity_factor(cfg)
-
-
-def _validate_capacity_factor(cfg: MoETransformerLMConfig) -> None:
-    factor = cfg.moe_capacity_factor
-    if factor is None:
-        return
-    if cfg.moe_dropless:
-        raise UserError(
-            f"--moe-capacity-factor {factor} conflicts with --moe-dropless, which has no capacity: "
-            "remove one of them"
-        )
-    tokens = max(cfg.max_tokens or 0, (cfg.batch_size or 0) * cfg.tokens_per_sample)
-    if tokens > 0 and int(factor * math.ceil(tokens / cfg.moe_expert_count)) < 1:
-        raise UserError(
-            f"--moe-capacity-factor {factor} leaves {cfg.moe_expert_count} experts no slot in a "
-            f"batch of {tokens} tokens, so every token would be dropped: raise it, --batch-size or "
-            "--max-tokens"
-        )
-
-
-def validate_processes(cfg: MoETransformerLMConfig, processes: int) -> None:
-    """Raise UserError for settings that cannot train experts correctly on several processes. Their
-    number is not a setting: torchrun and SLURM define it after all settings are read."""
-    if cfg.ddp_backend not in _DDP_BACKENDS:
-        raise UserError(
-            f"--ddp-backend {cfg.ddp_backend} does not train experts correctly: use legacy_ddp, "
-            "pytorch_ddp or fully_sharded"
-        )
-    joins = not (cfg.memory_efficient_fp16 or cfg.fp16_no_flatten_grads)
-    if cfg.fp16 and joins and cfg.ddp_backend != "fully_sharded":
-        raise UserError(
-            "--fp16 puts the gradients of experts and shared parameters into one tensor, which "
-            f"{processes} processes cannot reduce separately: add "
-            "--memory-efficient-fp16 or --fp16-no-flatten-grads"
-        )
-    if cfg.moe_routing_scope == "world" and cfg.moe_batch_prioritized_routing:
-        raise UserError(
-            "--moe-batch-prioritized-routing orders the tokens of one process: use "
-            "--moe-routing-scope process"
-        )

@@ -10,7 +10,8 @@ from typing import Any, Dict, List, Mapping, Sequence, Tuple
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 
 from .. import cost
-from ..config import MoETransformerLMConfig, top_k, validate
+from ..config import MoETransformerLMConfig, top_k
+from ..config_checks import validate
 from ..errors import UserError
 from ..text_table import markdown, plain
 from . import paper

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import fully_sharded
-from ..config import MoETransformerLMConfig, validate
+from ..config import MoETransformerLMConfig
+from ..config_checks import validate
 from ..errors import DAMAGED, UserError
 from ..expert_parallel import mark_experts
 from ..kernels.linear_cross_entropy import linear_cross_entropy

@@ -14,7 +14,7 @@ from ..branch import optimizer as branch_optimizer
 from ..branch import pad_rule
 from ..branch.files import find
 from ..checkpoint import resuming, saving
-from ..config import validate_processes
+from ..config_checks import validate_processes
 from ..diverging import last_good
 from ..errors import NotFinite
 from ..expert_parallel import process_count, sum_of_experts, sum_over_processes

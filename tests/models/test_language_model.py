@@ -4,7 +4,7 @@ import pytest
 import torch
 from small_models import MOE, SMALL, build_model, make_config, random_tokens
 
-from fairseq_moe_ext.config import validate
+from fairseq_moe_ext.config_checks import validate
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.models.decoder import expert_grad_scale
 
