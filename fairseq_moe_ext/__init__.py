@@ -27,6 +27,7 @@ What stock fairseq needs to run on today's Python and PyTorch is beside it, in f
     questions/     questions with candidates, and the vocabulary that spells them
     priming/       zero- and few-shot tasks, bias sets, generated answers
     study/         a YAML file to trained, evaluated and compared models
+    forecast/      scaling laws: what sparsity should save
     cost.py        parameters and FLOPs
     evaluation/    what trained models are asked: expert use, reports
     accuracy.py    chance level and interval of an accuracy

@@ -52,6 +52,7 @@ _COMMANDS = {
     "convert": ("checkpoints to other layouts and precisions", "convert.command"),
     "verify": ("whether the files of a checkpoint are undamaged", "convert.verify"),
     "cost": ("parameters, FLOPs and memory of a model", "evaluation.cost_table"),
+    "forecast": ("the compute that sparsity should save, by scaling laws", "forecast.command"),
     "patches": ("which functions of fairseq are wrapped, and why", "patch_list"),
 }
 

@@ -114,6 +114,7 @@ ALLOWED = {
         "expert_parallel",
         "models",
     },
+    "forecast": {"forecast"},
     "study": {"accuracy", "cost", "data_bin", "evaluation", "ranges", "study"},
     "convert": {
         "convert",

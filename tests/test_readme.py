@@ -218,7 +218,16 @@ def test_the_study(trained):
 
 RUN = {"README.md", "examples/add_a_router/README.md", "examples/quickstart/README.md"} | {
     f"docs/{name}.md"
-    for name in ("convert", "evaluate", "finetuning", "generate", "hydra", "mixture", "prepare")
+    for name in (
+        "convert",
+        "evaluate",
+        "finetuning",
+        "forecast",
+        "generate",
+        "hydra",
+        "mixture",
+        "prepare",
+    )
     + ("performance", "priming", "scaling", "study", "train")
 }
 NOT_RUN = {"docs/released_models.md"}  # commands on downloads of 29 GB

@@ -53,6 +53,7 @@ def _run(plan: Plan, run: Run) -> Dict[str, Any]:
         "seed": run.seed,
         "parameters": parameters.total,
         "active": parameters.active,
+        "experts": shape.experts if shape.moe_layers else 1,
         "tokens": tokens,
         "flops": tokens * cost.training_flops_per_token(shape, plan.context),
         "seconds": _seconds(run.folder / "train.log"),

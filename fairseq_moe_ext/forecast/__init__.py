@@ -1,0 +1,1 @@
+"""How much compute sparsity should save: published scaling laws, and a law fitted to a study."""

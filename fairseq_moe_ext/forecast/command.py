@@ -1,0 +1,243 @@
+"""`fairseq-moe forecast`: the compute that sparsity should save, by published or fitted laws."""
+
+import argparse
+import json
+import math
+import re
+from argparse import Namespace
+from decimal import ROUND_HALF_UP, Decimal
+from pathlib import Path
+from typing import Any, Dict, List
+
+from .. import files
+from ..errors import UserError
+from ..text_table import markdown, plain
+from .fit import COEFFICIENTS, Estimate, Point, fit
+from .laws import HASH, LAWS, S_BASE, Model, number, outside
+
+TABLE_SIZES = (1e6, 5e6, 15e6, 50e6, 125e6)
+TABLE_EXPERTS = (8, 16, 32, 64, 128, 512)
+
+_EXAMPLES = """examples:
+  fairseq-moe forecast --params 125M --experts 512 --top-k 2 --tokens 300B
+  fairseq-moe forecast --params 5M --experts 64 --tokens 60M --moe-freq 1 --fit out/result.json
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Effective parameters of a sparse model, the parameters of the dense model with the same "
+        "loss, and the training FLOPs it saves, by published scaling laws."
+    )
+    parser.epilog = _EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "--params", type=amount, default=125e6, help="of the dense base (default: 125M)"
+    )
+    parser.add_argument(
+        "--experts", type=int, default=512, help="in each sparse layer (default: 512)"
+    )
+    parser.add_argument("--top-k", type=int, default=1, help="experts per token (default: 1)")
+    parser.add_argument("--tokens", type=amount, default=130e9, help="to train on (default: 130B)")
+    parser.add_argument(
+        "--granularity",
+        type=float,
+        default=1.0,
+        help="the base's hidden width divided by an expert's (default: 1)",
+    )
+    parser.add_argument(
+        "--moe-freq", type=int, default=2, help="every n-th layer is sparse (default: 2)"
+    )
+    parser.add_argument("--law", choices=list(LAWS), help="one law (default: all)")
+    parser.add_argument(
+        "--table", action="store_true", help="print Clark et al.'s law for many sizes and stop"
+    )
+    parser.add_argument(
+        "--fit",
+        type=Path,
+        metavar="RESULT.json",
+        help="fit a law to the points of a study, and forecast with it; --params is then a sixth "
+        "of the training FLOPs a token",
+    )
+    parser.add_argument(
+        "--group",
+        default="in_domain",
+        help="the perplexity to fit: in_domain, out_of_domain, or a set (default: in_domain)",
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument("--markdown", action="store_true", help="print Markdown")
+
+
+def amount(text: str) -> float:
+    """A number with a letter behind it: 125M, 5.2B, 3e9. Raises argparse.ArgumentTypeError."""
+    match = re.fullmatch(r"([\d.]+(?:e\+?\d+)?)([kKMBGT]?)", text)
+    try:
+        value = float(match[1]) if match else math.nan
+    except ValueError:
+        value = math.nan
+    if not match or not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: use a number above 0, such as 125M or 3e9")
+    return value * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}[match[2].lower()]
+
+
+def run(args: Namespace) -> None:
+    """Print what is asked for. Raises UserError for numbers that make no model."""
+    if args.table:
+        print(_form(args, table_as_dicts(), table()))
+        return
+    model = _model(args)
+    forecasts = [_forecast(name, model) for name in LAWS if args.law in (None, name)]
+    result: Dict[str, Any] = {"model": model._asdict(), "laws": forecasts}
+    rows = [
+        ["law", "effective", "of the base", "saving"],
+        *(
+            [f["name"], _parameters(f["effective"]), _factor(f["times_base"]), _factor(f["saving"])]
+            for f in forecasts
+        ),
+    ]
+    remarks = [
+        f"{f['name']} ({f['source']}): outside its range by {'; '.join(f['outside'])}"
+        for f in forecasts
+        if f["outside"]
+    ]
+    if args.fit is not None:
+        of_study = _fitted(args, model)
+        result["fit"] = of_study
+        low, high = of_study["interval"]
+        rows.append(
+            ["your study", _parameters(of_study["effective"]), "-", _factor(of_study["saving"])]
+        )
+        remarks.append(f"your study: saving {low:.2f} to {high:.2f} (95 % interval)")
+        remarks += [f"your study: {word}" for word in of_study["outside"]]
+    if args.json:
+        print(json.dumps(result, indent=1))
+        return
+    print((markdown if args.markdown else plain)(rows))
+    if remarks:
+        print("\n" + "\n".join(remarks))
+
+
+def _model(args: Namespace) -> Model:
+    for name in ("experts", "top_k", "moe_freq"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: use 1 or more")
+    if args.top_k > args.experts:
+        raise UserError(f"--top-k {args.top_k}: is more than --experts {args.experts}; lower it")
+    if not 0 < args.granularity < math.inf:
+        raise UserError(f"--granularity {args.granularity}: use a number above 0")
+    return Model(
+        args.params, args.experts, args.tokens, args.top_k, args.granularity, 1 / args.moe_freq
+    )
+
+
+def _forecast(key: str, model: Model) -> Dict[str, Any]:
+    law = LAWS[key]
+    effective = law.effective(model)
+    return {
+        "law": key,
+        "name": law.name,
+        "source": law.source,
+        "effective": effective if math.isfinite(effective) else None,
+        "times_base": effective / model.base if math.isfinite(effective) else None,
+        "saving": effective / model.active if math.isfinite(effective) else None,
+        "outside": outside(law, model),
+    }
+
+
+def _parameters(value: Any) -> str:
+    return "more than any" if value is None else number(value)
+
+
+def _factor(value: Any) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _fitted(args: Namespace, model: Model) -> Dict[str, Any]:
+    points = study_points(args.fit, args.group)
+    law = fit(points)
+    saving = law.saving(model.base, model.experts)
+    sizes = [point.size for point in points]
+    experts = [point.experts for point in points]
+    beyond = []
+    if not min(sizes) <= model.base <= max(sizes):
+        beyond.append(
+            f"--params {number(model.base)} is outside its {number(min(sizes))} to "
+            f"{number(max(sizes))}"
+        )
+    if not min(experts) <= model.experts <= max(experts):
+        beyond.append(f"--experts {model.experts} is outside its {min(experts)} to {max(experts)}")
+    named: Dict[str, Estimate] = dict(zip(COEFFICIENTS, law.intervals))
+    return {
+        "points": len(points),
+        "coefficients": {name: estimate._asdict() for name, estimate in named.items()},
+        "residual": law.residual,
+        "effective": saving.value * model.base,
+        "saving": saving.value,
+        "interval": [saving.low, saving.high],
+        "outside": beyond,
+    }
+
+
+def study_points(path: Path, group: str) -> List[Point]:
+    """The points of a study's result.json. Raises UserError where it lacks what a law needs."""
+    result = files.read_json(path)
+    runs = result.get("runs") if isinstance(result, dict) else None
+    if not isinstance(runs, list) or not runs:
+        raise UserError(f"--fit {path}: has no runs; give the result.json of fairseq-moe study")
+    points = []
+    for run in runs:
+        measured = {**run.get("sets", {}), **run.get("mean", {})}
+        if group not in measured:
+            raise UserError(f"--group {group}: not in {path}; it has {', '.join(measured)}")
+        if "experts" not in run:
+            raise UserError(
+                f"--fit {path}: does not say how many experts its models have; start the study's "
+                "command again to write it anew"
+            )
+        size = run["flops"] / run["tokens"] / 6
+        loss = math.log(measured[group]["perplexity"])
+        points.append(Point(size, max(1, run["experts"]), loss))
+    tokens = {run["tokens"] for run in runs}
+    if len(tokens) > 1:
+        raise UserError(
+            f"--fit {path}: its models saw different numbers of tokens; a law is fitted at one"
+        )
+    return points
+
+
+def table() -> List[List[str]]:
+    """Effective parameters by Clark et al., in millions, and what multiple of the base they are."""
+    rows = [["base, method", *(f"{experts} experts" for experts in TABLE_EXPERTS)]]
+    for entry in table_as_dicts():
+        millions = [_digits(value / 1e6, 3) for value in entry["effective"]]
+        base = entry["base"] / 1e6
+        cells = (f"{value} ({_digits(float(value) / base, 2)})" for value in millions)
+        rows.append([f"{number(entry['base'])}, {entry['method']}", *cells])
+    return rows
+
+
+def table_as_dicts() -> List[Dict[str, Any]]:
+    return [
+        {
+            "base": base,
+            "method": method,
+            "experts": list(TABLE_EXPERTS),
+            "effective": [law.effective(Model(base, e, 130e9)) for e in TABLE_EXPERTS],
+        }
+        for base in TABLE_SIZES
+        for method, law in (("S-BASE", S_BASE), ("hash", HASH))
+    ]
+
+
+def _digits(value: float, count: int) -> str:
+    """With so many significant digits, halves rounded up."""
+    exact = Decimal(repr(value))
+    rounded = exact.quantize(Decimal(1).scaleb(exact.adjusted() - count + 1), ROUND_HALF_UP)
+    return f"{rounded:f}"
+
+
+def _form(args: Namespace, data: Any, rows: List[List[str]]) -> str:
+    if args.json:
+        return json.dumps(data, indent=1)
+    return (markdown if args.markdown else plain)(rows)

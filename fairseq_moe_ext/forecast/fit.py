@@ -1,0 +1,104 @@
+"""A scaling law fitted to the points of one's own study, with intervals.
+
+The form is Clark et al.'s (arXiv 2202.01169): log L = a log N + b log Ê + c log N log Ê + d,
+logarithms to base 10, with Ê saturated as theirs for S-BASE. Here N is the compute of a model: its
+training FLOPs a token, divided by six. So effective size over size is the saving in FLOPs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import List, NamedTuple, Sequence, Tuple
+
+import numpy as np
+
+from ..errors import UserError
+from .laws import S_BASE, Clark, saturate
+
+COEFFICIENTS = ("a", "b", "c", "d")
+
+
+class Point(NamedTuple):
+    """A trained model."""
+
+    size: float  # training FLOPs a token, divided by six
+    experts: int  # 1: dense
+    loss: float  # nats a token
+
+
+class Estimate(NamedTuple):
+    value: float
+    low: float  # ends of the 95 % interval
+    high: float
+
+
+class Fit(NamedTuple):
+    law: Clark
+    intervals: Tuple[Estimate, ...]  # of a, b, c, d
+    covariance: np.ndarray  # (4, 4)
+    quantile: float  # of Student's t
+    residual: float  # root mean square of log10 L, by degrees of freedom
+    points: List[Point]
+
+    def saving(self, size: float, experts: int) -> Estimate:
+        """How many times more FLOPs a dense model needs for the same loss, with its interval from
+        the linear approximation of the law's logarithm."""
+
+        def log_saving(coefficients: np.ndarray) -> float:
+            a, b, c, d = coefficients
+            law = self.law._replace(a=a, b=b, c=c, d=d)
+            return law.log_effective(size, experts) - math.log10(size)
+
+        best = np.array([getattr(self.law, name) for name in COEFFICIENTS])
+        value = log_saving(best)
+        steps = np.diag(np.maximum(1e-6, 1e-6 * np.abs(best)))
+        slopes = np.array(
+            [(log_saving(best + s) - log_saving(best - s)) / (2 * s.sum()) for s in steps]
+        )
+        wide = self.quantile * math.sqrt(max(0.0, slopes @ self.covariance @ slopes))
+        return Estimate(10**value, 10 ** (value - wide), 10 ** (value + wide))
+
+
+def fit(points: Sequence[Point]) -> Fit:
+    """Least squares in log L. Raises UserError for points that do not determine the law: it takes
+    three numbers of experts with the dense model among them, two sizes each, and six points."""
+    _check(points)
+    try:
+        from scipy import stats
+    except ImportError:
+        raise UserError(
+            "--fit: scipy is not installed; install it with pip install scipy"
+        ) from None
+    log_n = np.log10([point.size for point in points])
+    log_e = np.log10([saturate(p.experts, S_BASE.start, S_BASE.most) for p in points])
+    inputs = np.stack([log_n, log_e, log_n * log_e, np.ones_like(log_n)], axis=1)  # (P, 4)
+    log_loss = np.log10([point.loss for point in points])
+    best = np.linalg.lstsq(inputs, log_loss, rcond=None)[0]
+    freedom = len(points) - len(best)
+    variance = float(((log_loss - inputs @ best) ** 2).sum()) / freedom
+    covariance = variance * np.linalg.inv(inputs.T @ inputs)
+    quantile = float(stats.t.ppf(0.975, freedom))
+    wide = quantile * np.sqrt(np.diag(covariance))
+    law = Clark(*(float(x) for x in best), S_BASE.start, S_BASE.most)
+    intervals = tuple(Estimate(float(x), float(x - w), float(x + w)) for x, w in zip(best, wide))
+    return Fit(law, intervals, covariance, quantile, math.sqrt(variance), list(points))
+
+
+def _check(points: Sequence[Point]) -> None:
+    sizes = {
+        experts: {point.size for point in points if point.experts == experts}
+        for experts in sorted({point.experts for point in points})
+    }
+    seen = ", ".join(map(str, sizes)) or "none"
+    if len(sizes) < 3 or 1 not in sizes:
+        raise UserError(
+            f"--fit: the points have the expert counts {seen}; a law needs three, with dense "
+            "models (1) among them: train other numbers of experts"
+        )
+    for experts, of_it in sizes.items():
+        if len(of_it) < 2:
+            raise UserError(
+                f"--fit: one size alone with {experts} experts; a law needs two: train another"
+            )
+    if len(points) < 6:
+        raise UserError(f"--fit: {len(points)} points; four coefficients need six: train more")

@@ -1,0 +1,154 @@
+"""`fairseq-moe forecast`, and the law that it fits to a study."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fairseq_moe_ext.cli import main
+from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.forecast.fit import Point, fit
+from fairseq_moe_ext.forecast.laws import S_BASE, Model, saturate
+
+TRUE = S_BASE._replace(a=-0.2, b=-0.1, c=0.01, d=1.9)
+
+
+def points(noise=0.0, experts=(1, 8, 64), sizes=(1e6, 2e6, 4e6), seeds=1):
+    """Of a known law."""
+    random = np.random.default_rng(1)
+    found = []
+    for e in experts:
+        for n in sizes:
+            log_e = math.log10(saturate(e, TRUE.start, TRUE.most))
+            log_loss = TRUE.slope(10**log_e) * math.log10(n) + TRUE.b * log_e + TRUE.d
+            found += [Point(n, e, 10 ** (log_loss + noise * random.normal())) for _ in range(seeds)]
+    return found
+
+
+def test_exact_points_give_their_law():
+    found = fit(points())
+    assert found.law == pytest.approx(TRUE, rel=1e-6)
+    saving = found.saving(2e6, 32)
+    assert saving.value == pytest.approx(TRUE.effective(Model(2e6, 32, 1)) / 2e6, rel=1e-6)
+    assert saving.low == pytest.approx(saving.high, rel=1e-3)
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    """95 of 100 sets of noisy points, give or take four standard deviations of that share."""
+    true = TRUE.effective(Model(2e6, 64, 1)) / 2e6
+    exact = points(seeds=3)
+    random = np.random.default_rng(2)
+    inside = 0
+    for _ in range(400):
+        noisy = [p._replace(loss=p.loss * 10 ** (0.002 * random.normal())) for p in exact]
+        low, high = fit(noisy).saving(2e6, 64)[1:]
+        inside += low <= true <= high
+    assert abs(inside / 400 - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 400)
+
+
+@pytest.mark.parametrize(
+    "few, words",
+    [
+        (points(experts=(1, 8)), "expert counts 1, 8; a law needs three"),
+        (points(experts=(4, 8, 64)), "with dense models"),
+        (points(sizes=(1e6,)), "one size alone with 1 experts"),
+        ([], "none"),
+    ],
+)
+def test_too_few_points(few, words):
+    with pytest.raises(UserError, match=words):
+        fit(few)
+
+
+def study(path, found, **more):
+    runs = [
+        {
+            "flops": 6 * p.size * 1e6,
+            "tokens": 1e6,
+            "experts": p.experts,
+            "sets": {},
+            "mean": {"in_domain": {"perplexity": math.exp(p.loss)}},
+            **more,
+        }
+        for p in found
+    ]
+    path.write_text(json.dumps({"runs": runs}))
+    return str(path)
+
+
+def run(*words):
+    return main(["forecast", *words])
+
+
+def test_forecast_of_a_study(tmp_path, capsys):
+    path = study(tmp_path / "result.json", points(noise=0.001, seeds=3))
+    assert run("--params", "2M", "--experts", "128", "--tokens", "16M", "--fit", path) == 0
+    out = capsys.readouterr().out
+    assert "your study" in out and "95 % interval" in out
+    assert "--experts 128 is outside its 1 to 64" in out
+    assert run("--params", "2M", "--experts", "32", "--fit", path, "--json") == 0
+    found = json.loads(capsys.readouterr().out)["fit"]
+    low, high = found["interval"]
+    assert low < found["saving"] < high and found["points"] == 27 and not found["outside"]
+
+
+def test_the_paper_and_the_table(capsys):
+    assert run("--params", "125M", "--experts", "512", "--top-k", "2", "--tokens", "300B") == 0
+    out = capsys.readouterr().out
+    assert "977M" in out and "7.82" in out
+    assert "tokens 300B (fitted at 130B)" in out and "experts per token 2" in out
+    assert run("--table", "--markdown") == 0
+    assert "| 125M, S-BASE | 247 (2.0) |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--experts", "0"], "--experts 0: use 1 or more"),
+        (["--top-k", "9", "--experts", "8"], "--top-k 9: is more than --experts 8"),
+        (["--granularity", "0"], "--granularity 0.0"),
+        (["--moe-freq", "-1"], "--moe-freq -1"),
+        (["--fit", "no-such.json"], "no-such.json"),
+    ],
+)
+def test_mistakes(flags, words, capsys):
+    assert run(*flags) == 1
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["-1M", "0", "many", "1e999", "nan", "1..5M"])
+def test_amounts(text, capsys):
+    with pytest.raises(SystemExit):
+        run("--params", text)
+    assert "--params" in capsys.readouterr().err
+
+
+def test_studies_that_do_not_say_enough(tmp_path, capsys):
+    path = study(tmp_path / "result.json", points())
+    assert run("--fit", path, "--group", "books") == 1
+    assert "--group books: not in" in capsys.readouterr().err
+    result = json.loads(open(path).read())
+    del result["runs"][0]["experts"]
+    (tmp_path / "old.json").write_text(json.dumps(result))
+    assert run("--fit", str(tmp_path / "old.json")) == 1
+    assert "does not say how many experts" in capsys.readouterr().err
+    (tmp_path / "none.json").write_text("[]")
+    assert run("--fit", str(tmp_path / "none.json")) == 1
+    assert "has no runs" in capsys.readouterr().err
+
+
+def test_the_page(capsys):
+    """The command of docs/forecast.md, and every number that the page says it prints."""
+    page = (Path(__file__).parents[2] / "docs" / "forecast.md").read_text(encoding="utf-8")
+    command = re.search(r"```bash\n(.*?)\n```", page, flags=re.S)[1].split()
+    assert command[:2] == ["fairseq-moe", "forecast"] and main(command[1:]) == 0
+    assert re.search(r"Clark, S-BASE +977M +7\.82 +5\.86", capsys.readouterr().out)
+    assert "S-BASE says 7.82" in page
+    assert run("--params", "5M", "--experts", "64", "--tokens", "60M", "--moe-freq", "1") == 0
+    savings = [line.split()[-1] for line in capsys.readouterr().out.splitlines()[1:7]]
+    assert min(savings, key=float) == "0.69" and max(savings, key=float) == "12.85"
+    assert "0.69 (Ludziejewski et al.) to 12.85 (Krajewski et al.)" in page
