@@ -23,7 +23,7 @@ import torch.multiprocessing as mp
 from measure import in_turn, keep, keep_table, language_model, median, peak_memory
 
 from fairseq_moe_ext.evaluation.figures import Series, line_chart
-from fairseq_moe_ext.expert_parallel import traffic
+from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 CONTEXT, TYPES = 256, 8000
@@ -37,10 +37,9 @@ PROCESSES, SHARED_TOKENS = [1, 2, 4], 2048
 ROUNDS = 3
 
 
-def step(tokens: int, experts: int, layers: int) -> Callable[[], None]:
-    """Forward and backward of a new model."""
+def build(experts: int, layers: int) -> MoETransformerLanguageModel:
     torch.manual_seed(0)
-    model = language_model(
+    return language_model(
         TYPES,
         decoder_layers=layers,
         decoder_embed_dim=256,
@@ -54,6 +53,10 @@ def step(tokens: int, experts: int, layers: int) -> Callable[[], None]:
         moe_dropless=True,
         tokens_per_sample=CONTEXT,
     ).train()
+
+
+def step(model: MoETransformerLanguageModel, tokens: int) -> Callable[[], None]:
+    """Forward and backward of a batch of random tokens."""
     words = torch.randint(4, TYPES, (tokens // CONTEXT, CONTEXT + 1))
 
     def run() -> None:
@@ -66,7 +69,11 @@ def step(tokens: int, experts: int, layers: int) -> Callable[[], None]:
 
 def sweep(kind: str, values: List[int]) -> Dict[int, Tuple[float, float]]:
     """Seconds and MB of a step for each value."""
-    steps = {str(value): step(**{**BASE, kind: value}) for value in values}
+    steps = {}
+    for value in values:
+        size = {**BASE, kind: value}
+        model = build(size["experts"], size["layers"])
+        steps[str(value)] = step(model, size["tokens"])
     seconds = in_turn(steps, ROUNDS, warmup=1, clock=time.process_time)
     return {int(v): (median(seconds[v]), peak_memory(run) / 1e6) for v, run in steps.items()}
 
@@ -80,17 +87,18 @@ def exponent(points: Dict[int, float]) -> float:
 def _process(rank: int, processes: int, store: str, results) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
-    run = step(**{**BASE, "tokens": SHARED_TOKENS // processes})
+    model = build(BASE["experts"], BASE["layers"])
+    run = step(model, SHARED_TOKENS // processes)
     steps, exchanges = [], []
     for turn in range(-1, ROUNDS):
         dist.barrier()
-        traffic.take()
+        model.decoder.take_traffic()
         start = time.perf_counter()
         run()
         dist.barrier()
         if turn >= 0:
             steps.append(time.perf_counter() - start)
-            exchanges.append(traffic.take()[1])
+            exchanges.append(model.decoder.take_traffic()["all_to_all_cpu_time_ms"] / 1e3)
     if rank == 0:
         results.put((median(steps), sum(exchanges) / sum(steps)))
     dist.destroy_process_group()

@@ -1,7 +1,8 @@
-"""Every flag of the model, once: type, default, choices, help. config_checks.py has the checks.
+"""Defines every flag of the model once: type, default, choices, help. config_checks.py checks them.
 
 The moe_* flags have the names and meanings of fairseq's `moe` branch, the others those of
-stock `transformer_lm` (fairseq/models/transformer_lm.py@0.12.2), unless the help says otherwise.
+stock `transformer_lm` (fairseq/models/transformer_lm.py:31@0.12.2), unless the help says
+otherwise.
 """
 
 from dataclasses import dataclass, field
@@ -119,11 +120,11 @@ class MoETransformerLMConfig(FairseqDataclass):
     moe_pad_rule: Optional[PAD_RULES] = field(
         default=None,
         metadata={
-            "help": "where padding counts that --use-moe-pad-mask keeps from experts: nowhere "
-            "(real), or in capacity, gate losses and metrics (counted); branch: as in the moe "
+            "help": "whether padding that --use-moe-pad-mask keeps from experts counts: nowhere "
+            "(real), or in capacity, gate losses and metrics (counted). branch: as in the moe "
             "branch, where it counts, no position attends to padding, and the gates treat a batch "
-            "of fewer than --batch-size rows as a full one. Default: real; for a checkpoint, the "
-            "rule it was trained with, which is branch for those of the branch"
+            "of fewer than --batch-size rows as full. Default: real; a checkpoint keeps the rule "
+            "it was trained with, which is branch for the branch's"
         },
     )
     moe_capacity_factor: Optional[float] = field(

@@ -17,7 +17,7 @@ from .config import (
 )
 from .errors import UserError
 
-# The model's own numbers and the length of its inputs, but not the size of batches.
+# The model's own numbers and the length of its inputs, without the size of batches.
 _NUMBERS = sorted(
     {field.name for field in fields(MoETransformerLMConfig)}
     & ranges.RANGES.keys() - {"max_tokens", "batch_size"}
@@ -36,7 +36,7 @@ _CHOICES = {
 
 
 def validate(cfg: MoETransformerLMConfig) -> None:
-    """Raise UserError for a setting that cannot work, or would silently do something else."""
+    """Raise UserError for a setting that cannot work, or would silently have another effect."""
     _validate_shape(cfg)
     if str(cfg.moe_freeze) != "none" and (
         cfg.moe_freq == 0 or cfg.alternate_decoder_ffn_embed_dim != 0
@@ -96,7 +96,7 @@ def _validate_experts(cfg: MoETransformerLMConfig) -> None:
             f"or sampling with --moe-top-k {cfg.moe_top_k}"
         )
     for name, choices in _CHOICES.items():
-        # the command line and Hydra check it themselves; --model-overrides does not
+        # The command line and Hydra check it themselves; --model-overrides does not.
         if str(getattr(cfg, name)) not in choices:
             raise UserError(
                 f"{ranges.flag(name)} {getattr(cfg, name)} is unknown: use {', '.join(choices)}"
@@ -134,8 +134,8 @@ def _validate_capacity_factor(cfg: MoETransformerLMConfig) -> None:
 
 
 def validate_processes(cfg: MoETransformerLMConfig, processes: int) -> None:
-    """Raise UserError for settings that cannot train experts correctly on several processes. Their
-    number is not a setting: torchrun and SLURM define it after all settings are read."""
+    """Raise UserError for settings that cannot train experts correctly on several processes. The
+    number of processes is not a setting: torchrun and SLURM set it after all settings are read."""
     if cfg.ddp_backend not in _DDP_BACKENDS:
         raise UserError(
             f"--ddp-backend {cfg.ddp_backend} does not train experts correctly: use legacy_ddp, "

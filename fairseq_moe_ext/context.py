@@ -31,6 +31,8 @@ loading: ContextVar[Optional[Loading]] = ContextVar("loading", default=None)
 building: ContextVar[Optional[Building]] = ContextVar("building", default=None)
 # An </s> that ends a prompt is a newline of it, behind which text goes on; else it ends a sentence.
 prompts_go_on: ContextVar[bool] = ContextVar("prompts_go_on", default=False)
+# Processes that hold the same experts, while a trainer clips gradients.
+expert_replicas: ContextVar[int] = ContextVar("expert_replicas", default=1)
 saving: ContextVar[Any] = ContextVar("saving", default=None)  # the trainer that all save together
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import time
-from typing import Any, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.distributed as dist
@@ -24,11 +24,9 @@ from .errors import UserError
 from .moe.exchange import Arrival
 from .moe.scope import RoutingScope
 
-_replicas = 1  # processes that hold the same experts
-
 
 class Traffic:
-    """What this process's exchanges of rows have cost since it was last asked."""
+    """What a layer's exchanges of rows have cost this process since they were last taken."""
 
     def __init__(self) -> None:
         self.bytes = 0  # sent to other processes
@@ -41,11 +39,8 @@ class Traffic:
         return taken
 
 
-traffic = Traffic()
-
-
 class Placement(NamedTuple):
-    """Where a process stands among those that hold the experts."""
+    """Which experts a process holds, and which processes hold the others."""
 
     local: int  # experts of this process
     first: int  # number of the first of them
@@ -57,7 +52,7 @@ def placement(num_experts: int, world_size: int, rank: int) -> Placement:
     """Raises UserError when neither number divides the other."""
     if num_experts % world_size != 0 and world_size % num_experts != 0:
         raise UserError(
-            f"--moe-expert-count {num_experts} cannot be spread over {world_size} processes: one "
+            f"--moe-expert-count {num_experts} cannot be sharded over {world_size} processes: one "
             f"must divide the other; {_nearest(num_experts, world_size)} experts would do, or "
             f"{_nearest(world_size, num_experts)} processes"
         )
@@ -73,7 +68,7 @@ def placement(num_experts: int, world_size: int, rank: int) -> Placement:
 
 
 def _nearest(number: int, other: int) -> str:
-    """The three numbers next to one, of which each divides another or is divided by it."""
+    """The three numbers nearest to `number` that divide `other` or are multiples of it."""
     fitting = [n for n in range(1, number + 2 * other + 1) if n % other == 0 or other % n == 0]
     return ", ".join(map(str, sorted(sorted(fitting, key=lambda n: abs(n - number))[:3])))
 
@@ -87,19 +82,18 @@ class ExpertParallel:
 
     def __init__(self, num_experts: int) -> None:
         world_size, rank = dist.get_world_size(), dist.get_rank()
-        self.place = placement(num_experts, world_size, rank)
+        self.placement = placement(num_experts, world_size, rank)
         self.holders, self.replicas = _groups(num_experts, world_size, rank)
-        global _replicas
-        _replicas = len(self.place.replicas)
+        self.traffic = Traffic()
 
     def held(self, num_experts: int) -> range:
         """The experts that this process holds."""
-        return range(self.place.first, self.place.first + self.place.local)
+        return range(self.placement.first, self.placement.first + self.placement.local)
 
     def join_gradients(self, experts: nn.Module) -> None:
         """Make the gradients of these experts the sum over their replicas."""
         for parameter in experts.parameters():
-            if len(self.place.replicas) > 1:
+            if len(self.placement.replicas) > 1:
                 parameter.register_hook(self._sum_over_replicas)
 
     def _sum_over_replicas(self, grad: Tensor) -> Tensor:
@@ -118,12 +112,12 @@ class ExpertParallel:
             rows (N', D) in the order of this process's experts, each expert's in the order of the
             ranks that they come from; and what `send_back` needs.
         """
-        holders = len(self.place.holders)
-        sent = torch.tensor(counts, device=x.device).view(holders, self.place.local)
+        holders = len(self.placement.holders)
+        sent = torch.tensor(counts, device=x.device).view(holders, self.placement.local)
         received = torch.empty_like(sent)  # (holders, local): rows from each, for each expert
         dist.all_to_all_single(received, sent, group=self.holders)
         splits = sent.sum(dim=1).tolist(), received.sum(dim=1).tolist()
-        x = _AllToAll.apply(x, *splits, self.holders)
+        x = _AllToAll.apply(x, *splits, self.holders, self.traffic)
         order = _by_expert(received)
         x = _Reorder.apply(x, order, order.argsort())
         return x, Arrival(received.sum(dim=0).tolist(), (splits, order))
@@ -132,7 +126,7 @@ class ExpertParallel:
         """Rows (N', D) that `send` brought here -> those (N, D) that it sent away, in its order."""
         (sent, received), order = arrival.way
         y = _Reorder.apply(y, order.argsort(), order)
-        return _AllToAll.apply(y, received, sent, self.holders)
+        return _AllToAll.apply(y, received, sent, self.holders, self.traffic)
 
 
 class WorldScope(RoutingScope):
@@ -151,12 +145,17 @@ class WorldScope(RoutingScope):
         return stacked[: dist.get_rank()].sum(dim=0), stacked.sum(dim=0)
 
 
-def sum_of_experts(x: Tensor) -> Tensor:
-    """Sum of a metric over the experts of all processes, each expert counted once. Uses the replica
-    count of the most recently built model."""
+def replica_count(num_experts: int) -> int:
+    """Processes that hold the same experts, if each layer has this many."""
+    return max(1, process_count() // max(1, num_experts))
+
+
+def sum_of_experts(x: Tensor, replicas: int) -> Tensor:
+    """Sum of a metric over the experts of all processes, each expert counted once although it has
+    this many replicas."""
     if process_count() == 1:
         return x
-    return sum_over_processes(x) / _replicas
+    return sum_over_processes(x) / replicas
 
 
 def sum_over_processes(x: Tensor) -> Tensor:
@@ -167,22 +166,22 @@ def sum_over_processes(x: Tensor) -> Tensor:
 
 
 def is_expert(name: str) -> bool:
-    """Whether this is the name of an expert's parameter: of one below a module called `experts`.
-    Training, saving, loading and converting all go by this."""
+    """Whether this names an expert's parameter, one below a module called `experts`. Training,
+    saving, loading and converting all use this test."""
     return ".experts." in name
 
 
 def mark_experts(model: nn.Module) -> bool:
     """Mark the parameters of experts for the data-parallel wrappers, which must not reduce them:
-    fairseq's by the attribute `expert` (legacy_distributed_data_parallel.py@0.12.2), PyTorch's by
-    names. Returns whether there are any."""
+    fairseq's by the attribute `expert`, PyTorch's by names. Returns whether there are any
+    (fairseq/distributed/legacy_distributed_data_parallel.py:140@0.12.2)."""
     ignored = []
     for name, parameter in model.named_parameters():
         if is_expert(name):
-            parameter.expert = True
+            parameter.expert = True  # type: ignore[attr-defined]
             ignored.append(name)
     if process_count() > 1:
-        model._ddp_params_and_buffers_to_ignore = ignored
+        model._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment]
     return bool(ignored)
 
 
@@ -217,11 +216,11 @@ def _groups(
     """Process groups of this rank's holders and of its replicas; None stands for the world."""
     if num_experts >= world_size:
         return None, None
-    places = [placement(num_experts, world_size, r) for r in range(world_size)]
-    mine = places[rank]
-    groups = {}
+    placements = [placement(num_experts, world_size, r) for r in range(world_size)]
+    mine = placements[rank]
+    groups: Dict[Tuple[int, ...], dist.ProcessGroup] = {}
     # Each process must take part in making each group, in the same order.
-    for ranks in sorted({p.holders for p in places} | {p.replicas for p in places}):
+    for ranks in sorted({p.holders for p in placements} | {p.replicas for p in placements}):
         groups[ranks] = dist.new_group(list(ranks))
     return groups[mine.holders], groups[mine.replicas]
 
@@ -241,8 +240,15 @@ class _AllToAll(torch.autograd.Function):
     """Send splits[i] rows to holder i; the gradient comes back the same way."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, sent: List[int], received: List[int], group) -> Tensor:
-        ctx.args = received, sent, group
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        sent: List[int],
+        received: List[int],
+        group: Optional[dist.ProcessGroup],
+        traffic: Traffic,
+    ) -> Tensor:
+        ctx.args = received, sent, group, traffic
         out = x.new_empty(sum(received), x.size(1))
         away = sum(sent) - sent[dist.get_rank(group)]
         traffic.bytes += away * x.size(1) * x.element_size()
@@ -254,21 +260,21 @@ class _AllToAll(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
-        return _AllToAll.forward(ctx, grad, *ctx.args), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None, None, None, None]:
+        return _AllToAll.forward(ctx, grad, *ctx.args), None, None, None, None
 
 
 class _Reorder(torch.autograd.Function):
     """x[order]; the gradient gathers by the inverse instead of adding row by row."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(inverse)
         return x.index_select(0, order)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
         return grad.index_select(0, inverse), None, None
 
@@ -278,12 +284,12 @@ class _Sum(torch.autograd.Function):
     each has its own loss of the one sum."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         out = x.contiguous().clone()
         dist.all_reduce(out)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return _Sum.forward(ctx, grad)

@@ -11,7 +11,7 @@ What is saved has the names, shapes and numbers of the model without FSDP.
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,8 @@ from fairseq.distributed.fully_sharded_data_parallel import (
 from torch import Tensor, nn
 
 from .errors import UserError
+
+ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
 if has_FSDP:
     from fairscale.nn.misc import FlattenParamsWrapper
@@ -91,21 +93,21 @@ def take_bfloat16(cfg: Any, model: nn.Module) -> None:
         cfg.common.bf16 = False
 
 
-def to_wrapping_precision(module: nn.Module) -> nn.Module:
-    """Where the parameters themselves are to be float16 (--memory-efficient-fp16), FSDP wants them
-    so before it takes them."""
+def to_wrapping_precision(module: ModuleType) -> ModuleType:
+    """The module in float16 if its parameters themselves are to be (--memory-efficient-fp16): FSDP
+    expects that before it wraps them."""
     settings = ConfigAutoWrap.kwargs if is_wrapping() else {}
     half = settings.get("compute_dtype") is torch.float16 and not settings["mixed_precision"]
     return module.half() if half else module
 
 
 def wrap_layer(layer: nn.Module, experts: Optional[nn.Module], min_params: int) -> nn.Module:
-    """A layer in an FSDP of its own if it has so many parameters and the model is to be sharded;
-    its experts, if any, as they are."""
+    """The layer, wrapped in its own FSDP module if the model is to be sharded and the layer has at
+    least `min_params` parameters. Its experts, if any, stay whole."""
     if not is_wrapping():
         return layer
     for parameter in experts.parameters() if experts is not None else ():
-        parameter._is_sharded = False
+        parameter._is_sharded = False  # type: ignore[attr-defined]
     return fsdp_wrap(to_wrapping_precision(layer), min_num_params=min_params)
 
 

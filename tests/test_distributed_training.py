@@ -303,7 +303,7 @@ def test_bfloat16_computes_the_same_sharded(folder):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--moe-expert-count 3", "3 cannot be spread over 2 processes"),
+        ("--moe-expert-count 3", "3 cannot be sharded over 2 processes"),
         ("--moe-expert-count 2 --fp16", "--memory-efficient-fp16 or --fp16-no-flatten-grads"),
         ("--moe-expert-count 2 --ddp-backend slowmo", "--ddp-backend slowmo"),
         (

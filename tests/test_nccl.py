@@ -9,7 +9,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from expert_layers import SETTINGS, TOKENS, assert_same, build, combined, inputs, step
 
-from fairseq_moe_ext.expert_parallel import ExpertParallel, WorldScope, sum_of_experts
+from fairseq_moe_ext.expert_parallel import (
+    ExpertParallel,
+    WorldScope,
+    replica_count,
+    sum_of_experts,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -26,7 +31,9 @@ def on_gpu(rank, world, experts, name, folder):
     seen = [None] * world
     dist.all_gather_object(seen, rank)  # as checkpoint/ talks
     assert seen == list(range(world))
-    assert float(sum_of_experts(torch.ones(()))) == min(experts, world)  # from the CPU
+    assert float(sum_of_experts(torch.ones(()), replica_count(experts))) == min(
+        experts, world
+    )  # from the CPU
     kept = {key: result[key] for key in ("out", "x", "gate", "experts", "weights")}
     torch.save(kept, f"{folder}/{rank}.pt")
     dist.destroy_process_group()

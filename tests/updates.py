@@ -20,7 +20,7 @@ from processes import run_processes
 from small_models import PAD, TYPES, make_task
 
 import fairseq_moe_ext
-from fairseq_moe_ext.expert_parallel import placement, traffic
+from fairseq_moe_ext.expert_parallel import placement
 from fairseq_moe_ext.fully_sharded import is_sharded, places
 
 BACKENDS = ["legacy_ddp", "pytorch_ddp", "fully_sharded"]
@@ -113,7 +113,6 @@ def train(rank, cfg, backend, world_size, parts=1, idle=None, updates=UPDATES, d
     trainer = make_trainer(cfg, backend, world_size, dtype)
     model = trainer.get_model()
     figures, gradients = record(trainer)
-    traffic.take()  # what earlier tests in this process have sent
     trainer.reset_dummy_batch(as_sample(next(batches())))
     trainer.task.args.batch_size = ROWS // parts // world_size  # full ones, by the branch's rule
     for update, tokens in zip(range(updates), batches()):

@@ -1,15 +1,17 @@
-"""Cross-entropy with the losses of the MoE layers' gates, and the metrics that the branch logs."""
+"""Cross-entropy plus the losses of the MoE layers' gates; logs the branch's metrics."""
 
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from fairseq import metrics, utils
 from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.models import BaseFairseqModel
+from fairseq.tasks import FairseqTask
 from omegaconf import II
 from torch import Tensor
 
@@ -18,7 +20,7 @@ from ..errors import not_finite
 from ..moe.stats import FIGURES
 
 _TRAFFIC = ("all_to_all_mb", "all_to_all_cpu_time_ms")
-_LAYER_FIGURE = re.compile(r"layer\d+_")
+_LAYER_METRIC = re.compile(r"layer\d+_")
 
 
 @dataclass
@@ -50,13 +52,13 @@ class MoECrossEntropyCriterion(FairseqCriterion):
 
     def __init__(
         self,
-        task,
-        moe_gate_loss_wt,
-        moe_gate_loss_combine_method,
-        moe_gate_loss_transform,
-        moe_z_loss_wt,
-        moe_log_per_layer,
-        sentence_avg,
+        task: FairseqTask,
+        moe_gate_loss_wt: float,
+        moe_gate_loss_combine_method: str,
+        moe_gate_loss_transform: str,
+        moe_z_loss_wt: float,
+        moe_log_per_layer: bool,
+        sentence_avg: bool,
     ) -> None:
         super().__init__(task)
         ranges.check({"moe_gate_loss_wt": moe_gate_loss_wt, "moe_z_loss_wt": moe_z_loss_wt})
@@ -68,7 +70,9 @@ class MoECrossEntropyCriterion(FairseqCriterion):
         self.sentence_avg = sentence_avg
         self._asked: Optional[Tuple[Tensor, torch.cuda.Event]] = None
 
-    def forward(self, model, sample, reduce=True) -> Tuple[Tensor, int, Dict[str, Any]]:
+    def forward(
+        self, model: BaseFairseqModel, sample: Dict[str, Any], reduce: bool = True
+    ) -> Tuple[Tensor, int, Dict[str, Any]]:
         """Returns the loss, the sample size by which the trainer divides its gradient, and the
         logging outputs, which may be summed over processes and steps."""
         inner_loss, extra = self._cross_entropy(model, sample, reduce)
@@ -87,8 +91,8 @@ class MoECrossEntropyCriterion(FairseqCriterion):
     def _with_gate_losses(
         self, loss: Tensor, extra: Any, sample_size: int, logging_output: Dict[str, Any]
     ) -> Tensor:
-        """loss + weight * sample size * gates' loss, where the model's second output has any; the
-        logging output gets the loss and what the gates report."""
+        """loss + weight * sample size * gates' loss, if the model's second output has any.
+        Adds the loss and the gates' metrics to the logging output."""
         records = extra.get("moe") if isinstance(extra, dict) else None
         if records:
             gate_loss, z_loss = self._gate_losses(records)
@@ -104,12 +108,14 @@ class MoECrossEntropyCriterion(FairseqCriterion):
                 logging_output["moe_z_loss"] = sample_size * z_loss.detach()
             # Metrics of a batch that several processes share count once.
             share = logging_output["batch_count"] = extra["share"]
-            figures = {**self._figures(records), **extra.get("traffic", {})}
-            logging_output.update({name: share * value for name, value in figures.items()})
+            values = {**self._averaged(records), **extra.get("traffic", {})}
+            logging_output.update({name: share * value for name, value in values.items()})
         logging_output["loss"] = loss.detach()
         return loss
 
-    def _cross_entropy(self, model, sample, reduce: bool) -> Tuple[Tensor, Any]:
+    def _cross_entropy(
+        self, model: BaseFairseqModel, sample: Dict[str, Any], reduce: bool
+    ) -> Tuple[Tensor, Any]:
         """Cross-entropy in nats, summed (reduce) or per token, and the model's second output."""
         if reduce and getattr(model, "computes_loss", False):
             return model(**sample["net_input"], target=sample["target"])
@@ -123,7 +129,7 @@ class MoECrossEntropyCriterion(FairseqCriterion):
         )
         return nll, extra
 
-    def _gate_losses(self, records) -> Tuple[Tensor, Tensor]:
+    def _gate_losses(self, records: Sequence[Any]) -> Tuple[Tensor, Tensor]:
         """The balancing loss, transformed, and the z-loss, each combined over layers: scalars."""
         balance = torch.stack([record.balance_loss for record in records])  # (layers,)
         if balance.is_cuda:  # elsewhere, and at evaluation, the decoder has looked
@@ -152,20 +158,20 @@ class MoECrossEntropyCriterion(FairseqCriterion):
             if not finite.all():
                 raise not_finite(layers[int((~finite).nonzero()[0])])
 
-    def _figures(self, records) -> Dict[str, Tensor]:
+    def _averaged(self, records: Sequence[Any]) -> Dict[str, Tensor]:
         """Each metric averaged over MoE layers, and on request those of each layer."""
-        figures = {
+        averaged = {
             name: torch.stack([record.stats[name] for record in records]).mean()
             for name in records[0].stats
         }
         if self.log_per_layer:
             for record in records:
                 stats = {"gate_loss": record.balance_loss.detach(), **record.stats}
-                figures.update({f"layer{record.layer}_{k}": v for k, v in stats.items()})
-        return figures
+                averaged.update({f"layer{record.layer}_{k}": v for k, v in stats.items()})
+        return averaged
 
     @staticmethod
-    def logged(cfg, sparse: bool) -> List[str]:
+    def logged(cfg: MoECrossEntropyConfig, sparse: bool) -> List[str]:
         """Names of the logged metrics, for a model with experts (sparse) or without."""
         return ["loss", "inner_loss", *(["nll_loss"] if cfg.sentence_avg else []), "ppl"] + (
             logged_of_gates(cfg) if sparse else []
@@ -175,9 +181,9 @@ class MoECrossEntropyCriterion(FairseqCriterion):
     def reduce_metrics(logging_outputs: List[Dict[str, Any]]) -> None:
         """Log the loss (base 2, with the gates' share), inner_loss (base 2, the language model's
         alone), ppl, moe_gate_loss and moe_z_loss (natural, unweighted), and the mean over batches
-        of every figure."""
+        of every metric of the gates."""
 
-        def total(key):
+        def total(key: str) -> Any:
             return sum(log.get(key, 0) for log in logging_outputs)
 
         sample_size, ntokens = total("sample_size"), total("ntokens")
@@ -197,8 +203,9 @@ class MoECrossEntropyCriterion(FairseqCriterion):
         return True
 
 
-def logged_of_gates(cfg) -> List[str]:
-    """What log_gates logs for every model with experts, without what --moe-log-per-layer adds."""
+def logged_of_gates(cfg: MoECrossEntropyConfig) -> List[str]:
+    """What log_gates logs for every model with experts, without the additions of
+    --moe-log-per-layer."""
     return ["moe_gate_loss", *(["moe_z_loss"] if cfg.moe_z_loss_wt > 0 else []), *FIGURES]
 
 
@@ -211,9 +218,9 @@ _LOGGED_LOSSES = {
 
 def log_gates(logging_outputs: List[Dict[str, Any]]) -> None:
     """Log moe_gate_loss, moe_z_loss (natural, unweighted) and moe_router_loss, and the mean over
-    batches of every figure, as far as there are any."""
+    batches of every metric, where there are any."""
 
-    def total(key):
+    def total(key: str) -> Any:
         return sum(log.get(key, 0) for log in logging_outputs)
 
     logged = dict.fromkeys(key for log in logging_outputs for key in log)
@@ -222,5 +229,5 @@ def log_gates(logging_outputs: List[Dict[str, Any]]) -> None:
         if key in logged:
             metrics.log_scalar(name, total(key) / sample_size, sample_size, round=8)
     for key in logged:
-        if key in FIGURES or key in _TRAFFIC or _LAYER_FIGURE.match(key):
+        if key in FIGURES or key in _TRAFFIC or _LAYER_METRIC.match(key):
             metrics.log_scalar(key, total(key) / batches, batches, round=3)

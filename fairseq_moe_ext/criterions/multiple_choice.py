@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from fairseq import metrics
 from fairseq.criterions import register_criterion
 from fairseq.dataclass import ChoiceEnum
+from fairseq.logging.meters import AverageMeter
+from fairseq.models import BaseFairseqModel
+from fairseq.tasks import FairseqTask
 from torch import Tensor
 
 from ..accuracy import wilson_interval
@@ -39,7 +42,7 @@ class MultipleChoiceCriterion(MoECrossEntropyCriterion):
     2018, section 3.3) + the gates' losses as in moe_cross_entropy, each weighted by the number of
     examples."""
 
-    def __init__(self, cfg: MultipleChoiceConfig, task) -> None:
+    def __init__(self, cfg: MultipleChoiceConfig, task: FairseqTask) -> None:
         super().__init__(
             task,
             cfg.moe_gate_loss_wt,
@@ -62,7 +65,9 @@ class MultipleChoiceCriterion(MoECrossEntropyCriterion):
                 "use --choice-scoring sum or mean"
             )
 
-    def forward(self, model, sample, reduce=True) -> Tuple[Tensor, int, Dict[str, Any]]:
+    def forward(
+        self, model: BaseFairseqModel, sample: Dict[str, Any], reduce: bool = True
+    ) -> Tuple[Tensor, int, Dict[str, Any]]:
         """Returns the loss, the number of examples, and the logging outputs, which may be summed
         over processes and steps.
 
@@ -79,7 +84,7 @@ class MultipleChoiceCriterion(MoECrossEntropyCriterion):
         logging_output = {
             "inner_loss": inner_loss.detach(),
             "correct": scores.argmax(dim=1).eq(right).sum(),
-            "chance": (1 / sample["place"].ge(0).sum(dim=1)).sum(),
+            "chance": (1 / sample["score_index"].ge(0).sum(dim=1)).sum(),
             "cut": sample["cut"].sum(),
             "ntokens": sample["ntokens"],
             "nsentences": sample_size,
@@ -89,16 +94,15 @@ class MultipleChoiceCriterion(MoECrossEntropyCriterion):
         loss = self._with_gate_losses(inner_loss, extra, sample_size, logging_output)
         return loss, sample_size, logging_output
 
-    def scores(self, model, sample) -> Tuple[Tensor, Any]:
+    def scores(self, model: BaseFairseqModel, sample: Dict[str, Any]) -> Tuple[Tensor, Any]:
         """Scores of the candidates, (B, C) in float32 at least, -inf where an example has fewer
         than C; and the model's second output."""
-        found, extra = model(**sample["net_input"])  # (R, outputs)
-        found = found.to(torch.promote_types(found.dtype, torch.float32))
+        scores, extra = model(**sample["net_input"])  # (R, outputs)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         if self.mean:
-            found = found / sample["net_input"]["scored"].sum(dim=1, keepdim=True)
-        place = sample["place"]  # (B, C)
-        flat = torch.cat([found.flatten(), found.new_full((1,), -math.inf)])  # -1: no candidate
-        return flat[place], extra
+            scores = scores / sample["net_input"]["scored"].sum(dim=1, keepdim=True)
+        flat = torch.cat([scores.flatten(), scores.new_full((1,), -math.inf)])  # -1: no candidate
+        return flat[sample["score_index"]], extra
 
     @staticmethod
     def logged(cfg: MultipleChoiceConfig, sparse: bool) -> List[str]:
@@ -109,11 +113,11 @@ class MultipleChoiceCriterion(MoECrossEntropyCriterion):
     @staticmethod
     def reduce_metrics(logging_outputs: List[Dict[str, Any]]) -> None:
         """Log the loss (base 2 per example, with the gates' share), inner_loss (without), accuracy
-        in percent with the ends of its 95 % interval (Wilson 1927), accuracy_low and accuracy_high,
-        and what a guess among the candidates gets, chance; cut, the percentage of examples whose
-        beginning was left out; and what the gates report."""
+        in percent with the ends of its 95 % interval (Wilson 1927), accuracy_low and accuracy_high;
+        chance, the accuracy of guessing; cut, the percentage of examples whose beginning was left
+        out; and the gates' metrics."""
 
-        def total(key):
+        def total(key: str) -> Any:
             return sum(log.get(key, 0) for log in logging_outputs)
 
         examples = total("sample_size")
@@ -128,7 +132,7 @@ class MultipleChoiceCriterion(MoECrossEntropyCriterion):
         log_gates(logging_outputs)
 
 
-def _ends(accuracy) -> Tuple[float, float]:
+def _ends(accuracy: AverageMeter) -> Tuple[float, float]:
     """From the meter of the accuracy, whose weights are the examples."""
     examples = float(accuracy.count)
     low, high = wilson_interval(float(accuracy.avg) / 100 * examples, examples)

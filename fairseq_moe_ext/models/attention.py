@@ -1,7 +1,7 @@
 """Causal self-attention with the parameter names of fairseq's MultiheadAttention."""
 
 import math
-from typing import Dict, Optional
+from typing import Callable, Dict, Optional
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,10 @@ IncrementalState = Dict[str, Dict[str, Optional[Tensor]]]
 @with_incremental_state
 class CausalSelfAttention(nn.Module):
     """Multi-head attention of each position to itself and earlier ones."""
+
+    # with_incremental_state adds these.
+    get_incremental_state: Callable[[IncrementalState, str], Optional[Dict[str, Tensor]]]
+    set_incremental_state: Callable[[IncrementalState, str, Dict[str, Tensor]], IncrementalState]
 
     def __init__(self, dim: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -39,8 +43,8 @@ class CausalSelfAttention(nn.Module):
     ) -> Tensor:
         """
         Args:
-            x: (B, T, D); with incremental_state only the positions that it does not have yet.
-            mask: None, or bool, True where a query may look, broadcast to (B, H, T, keys), and then
+            x: (B, S, D); with incremental_state only the positions that it does not hold yet.
+            mask: None, or bool, True where a query may look, broadcast to (B, H, S, keys), and then
                 causal by itself: for batches with padding on the left, and for several positions
                 after earlier ones.
             incremental_state: keys and values of earlier positions; this call adds its own.
@@ -60,7 +64,7 @@ class CausalSelfAttention(nn.Module):
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=mask is None and past is None,
-        )  # (B, H, T, D / H)
+        )  # (B, H, S, D / H)
         return self.out_proj(out.transpose(1, 2).reshape(x.shape))
 
     def known(self, incremental_state: Optional[IncrementalState]) -> int:
@@ -71,7 +75,7 @@ class CausalSelfAttention(nn.Module):
         return 0 if past is None else past["k"].size(2)
 
     def _split(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, H, T, D / H), a view."""
+        """(B, S, D) -> (B, H, S, D / H), a view."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def reorder_incremental_state(

@@ -1,20 +1,20 @@
 """torch.compile of the decoder's layers in training (`--compile`)."""
 
 import functools
-from typing import Any, Callable
+from typing import Any, Callable, Dict, Union
 
 import torch
 
 from ..errors import UserError
 
-# Dropout draws the random numbers that it draws without the compiler.
-_OPTIONS = {"fallback_random": True}
+# Compiled dropout draws the same random numbers as dropout that is not compiled.
+_OPTIONS: Dict[str, Union[str, int, bool, Callable[..., Any]]] = {"fallback_random": True}
 
 
 @functools.cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, compiled at the first call with each kind of input. Not kept in a module, which
-    could then be neither copied nor saved; layers of one shape share what is compiled."""
+    """The function, compiled at the first call with each kind of input. It is not kept in
+    a module, which could then be neither copied nor saved. Layers of one shape share it."""
     return torch.compile(function, options=_OPTIONS)
 
 
@@ -25,7 +25,7 @@ def check() -> None:
     Raises UserError if it fails: no C++ compiler, on a GPU no Triton, a Python that this PyTorch
     cannot compile.
     """
-    # What an earlier process compiled says nothing about this one.
+    # What an earlier process has compiled does not show that this one can.
     options = {**_OPTIONS, "fx_graph_cache": False}
     here = torch.ones(8, device="cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -5,7 +5,7 @@ so that dense checkpoints of `transformer_lm` load here and ours there.
 """
 
 import math
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import MoETransformerLMConfig, is_moe_layer, top_k
 from ..errors import DAMAGED, NotFinite, UserError, not_finite
-from ..expert_parallel import ExpertParallel, WorldScope, process_count, traffic
+from ..expert_parallel import ExpertParallel, WorldScope, process_count
 from ..fully_sharded import wrap_layer
 from ..kernels.matmul import Linear
 from ..moe.exchange import HERE
@@ -81,7 +81,7 @@ class DecoderLayer(nn.Module):
             dropless=cfg.moe_dropless,
             count_padding=cfg.moe_pad_rule not in (None, "real"),
         )
-        spread = process_count() > 1
+        distributed = process_count() > 1
         if cfg.moe_router not in ROUTERS:
             raise UserError(
                 f"--moe-router {cfg.moe_router} is unknown: use {', '.join(ROUTERS)}, or pass the "
@@ -93,8 +93,8 @@ class DecoderLayer(nn.Module):
             cfg.moe_expert_count,
             settings,
             router=cfg.moe_router,
-            exchange=ExpertParallel(cfg.moe_expert_count) if spread else HERE,
-            scope=WorldScope() if spread and cfg.moe_routing_scope == "world" else PROCESS,
+            exchange=ExpertParallel(cfg.moe_expert_count) if distributed else HERE,
+            scope=WorldScope() if distributed and cfg.moe_routing_scope == "world" else PROCESS,
             activation=self.activation,
             activation_dropout=(
                 cfg.activation_dropout if cfg.moe_expert_dropout is None else cfg.moe_expert_dropout
@@ -112,11 +112,11 @@ class DecoderLayer(nn.Module):
         tokens: Tensor,
         incremental_state: Optional[IncrementalState] = None,
     ) -> Tuple[Tensor, Optional[MoEOutput]]:
-        """x (B, T, D), attn_mask as CausalSelfAttention's, unrouted as PadRule's, tokens (B, T)
-        int64 -> the shape of x, and what the MoE layer yields (None from a dense one).
+        """x (B, S, D), attn_mask as CausalSelfAttention's, unrouted as PadRule's, tokens (B, S)
+        int64 -> the shape of x, and the output of the MoE layer (None from a dense one).
 
-        Recomputation (checkpoint_activations) is within: FSDP, which may wrap the layer, has the
-        parameters there by then."""
+        Recomputation (checkpoint_activations) happens inside, because FSDP, which may wrap the
+        layer, has gathered the parameters by then."""
         if self.checkpoint_activations and self.training and incremental_state is None:
             return checkpoint(self._forward, x, attn_mask, unrouted, tokens, use_reentrant=False)
         return self._forward(x, attn_mask, unrouted, tokens, incremental_state)
@@ -129,7 +129,8 @@ class DecoderLayer(nn.Module):
         tokens: Tensor,
         incremental_state: Optional[IncrementalState] = None,
     ) -> Tuple[Tensor, Optional[MoEOutput]]:
-        # Not at evaluation, whose batches differ in shape; nor experts, whose numbers of rows do.
+        # Evaluation is not compiled, because its batches differ in shape; nor are experts, because
+        # their numbers of rows do.
         attend, dense = DecoderLayer._attend, DecoderLayer._dense
         if self.compiled and self.training:
             attend, dense = compiled(attend), compiled(dense)
@@ -151,7 +152,7 @@ class DecoderLayer(nn.Module):
         attn_mask: Optional[Tensor],
         incremental_state: Optional[IncrementalState],
     ) -> Tuple[Tensor, Tensor]:
-        """x (B, T, D) -> x + attention(norm(x)), and the norm of that, (B, T, D) each."""
+        """x (B, S, D) -> x + attention(norm(x)), and the norm of that, (B, S, D) each."""
         y = self.self_attn(self.self_attn_layer_norm(x), attn_mask, incremental_state)
         x = x + F.dropout(y, self.dropout, self.training)
         return x, self.final_layer_norm(x)
@@ -162,7 +163,7 @@ class DecoderLayer(nn.Module):
         attn_mask: Optional[Tensor],
         incremental_state: Optional[IncrementalState],
     ) -> Tensor:
-        """A complete dense layer: x (B, T, D) -> (B, T, D)."""
+        """A complete dense layer: x (B, S, D) -> (B, S, D)."""
         x, y = self._attend(x, attn_mask, incremental_state)
         y = self.activation(self.fc1(y))
         y = self.fc2(F.dropout(y, self.activation_dropout, self.training))
@@ -214,15 +215,15 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
     ) -> Tuple[Tensor, Dict[str, Any]]:
         """
         Args:
-            prev_output_tokens: (B, T) int64; with incremental_state all positions so far, of which
+            prev_output_tokens: (B, S) int64; with incremental_state all positions so far, of which
                 those that it does not have yet are computed: the last one when a search goes
                 token by token, all of a prompt at its first call.
 
         Returns:
-            logits (B, T, V), or features (B, T, D) with features_only (T counts the computed
+            logits (B, S, V), or features (B, S, D) with features_only (S counts the computed
             positions), and a dict with "moe": a LayerRecord for each MoE layer, "share" as
-            padding.Filled has it, and on request "traffic": figures of the exchanges since the last
-            call, backward included.
+            padding.Filled has it, and on request "traffic": metrics of the exchanges since the last
+            call, including those of the backward pass.
         """
         x, extra = self.extract_features(prev_output_tokens, incremental_state=incremental_state)
         return (x if features_only else self.output_layer(x)), extra
@@ -238,7 +239,7 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
         tokens, missing, share = prev_output_tokens, 0, 1.0
         if incremental_state is None:
             tokens, missing, share = self.pad_rule.fill(tokens)
-        new = tokens.size(1) - self.layers[0].self_attn.known(incremental_state)
+        new = tokens.size(1) - cast(DecoderLayer, self.layers[0]).self_attn.known(incremental_state)
         unrouted = self.pad_rule.unrouted(tokens[:, -new:], missing)
         attn_mask = self.pad_rule.attention_mask(tokens.eq(self.padding_idx), new)
         x = self._embed(tokens, new)
@@ -254,16 +255,22 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
         x = x[:, : prev_output_tokens.size(1)]
         extra = {"attn": [None], "moe": records, "share": share}
         if self.record_traffic:
-            sent, seconds = traffic.take()
-            extra["traffic"] = {
-                "all_to_all_mb": sent / 1e6,
-                "all_to_all_cpu_time_ms": 1e3 * seconds,
-            }
+            extra["traffic"] = self.take_traffic()
         return x, extra
 
+    def take_traffic(self) -> Dict[str, float]:
+        """What all layers' exchanges have cost since the last call."""
+        exchanges = [module.exchange for module in self.modules() if isinstance(module, MoELayer)]
+        costs = [e.traffic.take() for e in exchanges if isinstance(e, ExpertParallel)]
+        return {
+            "all_to_all_mb": sum(sent for sent, _ in costs) / 1e6,
+            "all_to_all_cpu_time_ms": 1e3 * sum(seconds for _, seconds in costs),
+        }
+
     def _check_routers(self, records: List[LayerRecord]) -> None:
-        """Raise UserError if a router yields NaN, because no choice of experts means anything then.
-        In training on a GPU asking would synchronise; there the criterion asks, a batch later."""
+        """Raise UserError if a router yields NaN, which makes any choice of experts meaningless.
+        In training on a GPU this check would synchronise; there the criterion checks, one batch
+        later."""
         if not records or (self.training and records[0].balance_loss.is_cuda):
             return
         finite = torch.stack([record.balance_loss.detach() for record in records]).isfinite()
@@ -271,7 +278,7 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
             raise not_finite(records[int((~finite).nonzero()[0])].layer, self.training)
 
     def _embed(self, tokens: Tensor, new: int) -> Tensor:
-        """tokens (B, T) -> (B, new, D) of the last positions."""
+        """tokens (B, S) -> (B, new, D) of the last positions."""
         positions, length = None, tokens.size(1)
         if self.embed_positions is not None:
             # Padding has no position, so a row padded on the left counts from its first token.
@@ -281,9 +288,9 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
             x = self.embed_scale * self.embed_tokens(tokens)
         except IndexError as error:  # on a CPU; a GPU stops in its kernel
             raise UserError(
-                f"the data have token {int(tokens.max())}, the dictionary "
-                f"{self.embed_tokens.num_embeddings} types: take the dict.txt that the data-bin "
-                "was made with, or make the data-bin anew"
+                f"token {int(tokens.max())} is outside the dictionary "
+                f"({self.embed_tokens.num_embeddings} entries): use the dict.txt that the data-bin "
+                "was built with, or rebuild the data-bin"
             ) from error
         if positions is not None:
             x = x + self._embed_positions(positions, length)
@@ -292,11 +299,13 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
         return F.dropout(x, self.dropout, self.training)
 
     def _embed_positions(self, positions: Tensor, length: int) -> Tensor:
-        """positions (B, T), of rows of `length` -> (B, T, D). Stock's modules take tokens and,
-        token by token, assume that no row is padded (sinusoidal_positional_embedding.py:83@0.12.2).
+        """positions (B, S), of rows of `length` -> (B, S, D). Stock's modules take tokens and,
+        in token-by-token generation, assume that no row is padded
+        (fairseq/modules/sinusoidal_positional_embedding.py:80@0.12.2).
 
-        A row may be longer than its limit, as --add-bos-token makes it: computed positions grow."""
+        --add-bos-token makes a row one longer than the limit; computed positions grow for it."""
         table = self.embed_positions
+        assert table is not None
         if not isinstance(table, SinusoidalPositionalEmbedding):
             if length > self.max_target_positions:
                 raise too_few_positions(length, self.max_target_positions)
@@ -309,7 +318,7 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
 
     def output_layer(self, features: Tensor, **unused: Any) -> Tensor:
         """features (..., D) -> logits (..., V). Raises UserError at evaluation for NaN or infinity,
-        of which a search would take no notice."""
+        which a search would not notice."""
         logits = self.output_projection(features)
         if not self.training and logits.numel():
             low, high = logits.aminmax()
@@ -322,8 +331,8 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
         return self.max_target_positions
 
     def upgrade_state_dict_named(self, state_dict: Dict[str, Tensor], name: str) -> None:
-        """Bring a state of stock's decoder, also an old one, to the keys of this one
-        (transformer_decoder.py:upgrade_state_dict_named@0.12.2)."""
+        """Rename the keys of stock's decoder, current or old, to those of this one
+        (fairseq/models/transformer/transformer_decoder.py:400@0.12.2)."""
         if isinstance(self.embed_positions, SinusoidalPositionalEmbedding):
             state_dict.pop(f"{name}.embed_positions.weights", None)
             state_dict.setdefault(f"{name}.embed_positions._float_tensor", torch.zeros(1))
@@ -347,7 +356,8 @@ def too_few_positions(length: int, learned: int) -> UserError:
 
 
 def _build_layer(cfg: MoETransformerLMConfig, index: int) -> nn.Module:
-    """A layer, in an FSDP of its own where stock's would be (transformer_decoder.py:174@0.12.2)."""
+    """A layer, wrapped in its own FSDP module where stock's would be
+    (fairseq/models/transformer/transformer_decoder.py:174@0.12.2)."""
     layer = DecoderLayer(cfg, index)
     experts = layer.moe_layer.experts if layer.moe_layer is not None else None
     return wrap_layer(layer, experts, 0 if cfg.checkpoint_activations else cfg.min_params_to_wrap)

@@ -1,5 +1,5 @@
-"""What `from_pretrained` gives: text to scores, and prompts to text, with the tokenizer that lies
-beside the dictionary."""
+"""What `from_pretrained` returns: an interface that scores texts and continues prompts, with the
+tokenizer found beside the dictionary."""
 
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
@@ -25,14 +25,14 @@ def find_tokenizer(data: Path) -> Optional[Dict[str, str]]:
             continue
         above = folder / "dict.txt"
         if above.is_file() and above.read_bytes() == dictionary.read_bytes():
-            found = dict(zip(("gpt2_encoder_json", "gpt2_vocab_bpe"), map(str, files)))
-            return {"bpe": "gpt2", **found}
+            encoder, merges = map(str, files)
+            return {"bpe": "gpt2", "gpt2_encoder_json": encoder, "gpt2_vocab_bpe": merges}
     return None
 
 
 class LanguageModelHub(GeneratorHubInterface):
-    """fairseq's interface (fairseq/hub_utils.py:88@0.12.2) for language models: a newline is an
-    </s> to them, within a text and at its end."""
+    """fairseq's interface (fairseq/hub_utils.py:88@0.12.2) for language models, to which a
+    newline is an </s>, within a text and at its end."""
 
     def encode(self, sentence: str) -> Tensor:
         """Tokens of all lines, </s> between them and at the end. Raises UserError for text of which
@@ -66,20 +66,20 @@ class LanguageModelHub(GeneratorHubInterface):
         return "\n".join(super(LanguageModelHub, self).decode(torch.tensor(line)) for line in lines)
 
     def sample(self, sentences, beam: int = 1, verbose: bool = False, **kwargs):
-        """As stock's; a prompt with newlines, at its end too, goes on behind them."""
+        """As stock's; a prompt that ends in newlines is continued after them."""
         with context.during(context.prompts_go_on, True):
             return super().sample(sentences, beam, verbose, **kwargs)
 
     def score(self, sentences, replace_newline_with_eos: bool = True, **kwargs):
-        """As stock's; newlines always are </s>. Raises UserError for text without a token."""
+        """As stock's; newlines are always </s>. Raises UserError for text without a token."""
         for i, text in enumerate([sentences] if isinstance(sentences, str) else sentences):
             if not text.strip(" \t"):
                 which = "" if isinstance(sentences, str) else f" {i + 1} of {len(sentences)}"
-                raise UserError(f"score: text{which} is empty and has no token: leave it out")
+                raise UserError(f"score: text{which} is empty: remove it")
         return super().score(sentences, replace_newline_with_eos=False, **kwargs)
 
     def generate(self, tokenized_sentences, beam: int = 5, verbose: bool = False, **kwargs):
-        """As stock's. Raises UserError for settings of the search that cannot be."""
+        """As stock's. Raises UserError for settings that no search can have."""
         if isinstance(tokenized_sentences, list) and not tokenized_sentences:
             return []
         settings = {**self.cfg.generation, "beam": beam, **kwargs}
@@ -91,7 +91,7 @@ class LanguageModelHub(GeneratorHubInterface):
         self, tokens: List[Tensor], skip_invalid_size_inputs: bool
     ) -> Iterator[Dict[str, Any]]:
         """As task.build_dataset_for_inference (fairseq/tasks/language_modeling.py:270@0.12.2),
-        which strips all </s> at the end: here the last one alone, which ends the text."""
+        which strips all </s> at the end; here only the last one, which ends the text."""
         dictionary, longest = self.src_dict, int(self.max_positions)
         start = dictionary.bos() if getattr(self.cfg.task, "add_bos_token", 0) else dictionary.eos()
         rows: Dict[int, Tensor] = {}

@@ -19,7 +19,7 @@ from .. import fully_sharded
 from ..config import MoETransformerLMConfig
 from ..config_checks import validate
 from ..errors import DAMAGED, UserError
-from ..expert_parallel import mark_experts
+from ..expert_parallel import mark_experts, replica_count
 from ..kernels.linear_cross_entropy import linear_cross_entropy
 from .decoder import MoETransformerDecoder, too_few_positions
 from .hub import LanguageModelHub, find_tokenizer
@@ -58,6 +58,7 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
         with unfilled_where_loaded():
             model = cls(MoETransformerDecoder(cfg, task.source_dictionary))
         model.has_experts = mark_experts(model)
+        model.expert_replicas = replica_count(cfg.moe_expert_count)
         freeze(model, str(cfg.moe_freeze))
         return fully_sharded.to_wrapping_precision(model)
 
@@ -69,7 +70,7 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
         data_name_or_path: str = ".",
         **kwargs: Any,
     ) -> GeneratorHubInterface:
-        """As stock's (fairseq/models/fairseq_model.py@0.12.2): a folder, a checkpoint in it, a
+        """As stock's (fairseq/models/fairseq_model.py:237@0.12.2): a folder, a checkpoint in it, a
         data-bin, and overrides of settings -> an interface with `score` and `sample`, which takes
         the tokenizer in the data's folder unless `bpe` is given.
 
@@ -85,14 +86,16 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
         if "bpe" not in kwargs:
             data = Path(data_name_or_path)  # relative to the model where it begins with a dot
             beside = data_name_or_path.startswith(".")
-            kwargs.update(find_tokenizer(model_name_or_path / data if beside else data) or {})
-        found = super().from_pretrained(
+            folder = Path(model_name_or_path) / data if beside else data
+            kwargs.update(find_tokenizer(folder) or {})
+        hub = super().from_pretrained(
             model_name_or_path, checkpoint_file, data_name_or_path, **kwargs
         )
-        return LanguageModelHub(found.cfg, found.task, list(found.models))
+        return LanguageModelHub(hub.cfg, hub.task, list(hub.models))
 
     def prepare_for_inference_(self, cfg: DictConfig) -> None:
-        """As stock's; the decoder has no dropout to keep (fairseq/models/fairseq_model.py:206)."""
+        """As stock's (fairseq/models/fairseq_model.py:163@0.12.2); the decoder has no dropout to
+        keep."""
         if cfg.generation.retain_dropout:
             raise UserError(
                 "--retain-dropout: these models have no dropout in inference; remove it"
@@ -109,13 +112,13 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
     ) -> Tuple[Tensor, Dict[str, Any]]:
         """
         Args:
-            src_tokens: (B, T) int64.
-            target: (B, T) int64, the token that follows each of src_tokens.
-            scored: (B, T) bool. With target, the positions whose next token counts; without, one
+            src_tokens: (B, S) int64.
+            target: (B, S) int64, the token that follows each of src_tokens.
+            scored: (B, S) bool. With target, the positions whose next token counts; without, one
                 in each row, at which the choice head looks.
 
         Returns:
-            logits (B, T, V), or, given target, the cross-entropy summed over its tokens but
+            logits (B, S, V), or, given target, the cross-entropy summed over its tokens but
             padding, in nats, for which the logits are never held whole; and the decoder's dict.
             Given `scored`, in place of the loss, scores (B, 1) of the rows: the sum of the
             log-probabilities of their tokens that count, in nats; or (B, outputs) of the choice
@@ -123,8 +126,9 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
         """
         if target is None and scored is None:
             return self.decoder(src_tokens, **kwargs)
-        x, extra = self.decoder(src_tokens, features_only=True, **kwargs)  # (B, T, D)
-        if scored is not None and target is None:
+        x, extra = self.decoder(src_tokens, features_only=True, **kwargs)  # (B, S, D)
+        if target is None:
+            assert self.choice_head is not None, "add_choice_head comes first"
             last = F.dropout(x[scored], self.decoder.dropout, self.training)  # (B, D)
             return self.choice_head(last), extra
         if scored is not None:
@@ -138,7 +142,7 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
         return loss, extra
 
     def _log_likelihood(self, x: Tensor, target: Tensor, scored: Tensor) -> Tensor:
-        """x (B, T, D), target (B, T), scored (B, T) bool -> (B, 1) in float32 at least."""
+        """x (B, S, D), target (B, S), scored (B, S) bool -> (B, 1) in float32 at least."""
         rows = scored.nonzero()[:, 0]  # (N,)
         # The backward pass recomputes the logits; otherwise those of all chunks would coexist.
         score = functools.partial(checkpoint, log_probs, use_reentrant=False)
@@ -158,7 +162,7 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
                 "--choice-scoring head with --ddp-backend fully_sharded: FSDP would hide the "
                 "checkpoints of a head; use sum or mean, or pytorch_ddp"
             )
-        # A bias that all candidates share would change nothing.
+        # A bias shared by all candidates would change nothing.
         head = nn.Linear(self.decoder.embed_tokens.embedding_dim, outputs, bias=outputs > 1)
         nn.init.normal_(head.weight, std=0.02)
         if outputs > 1:
@@ -167,7 +171,7 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
 
     def upgrade_state_dict_named(self, state_dict: Dict[str, Tensor], name: str) -> None:
         """As stock's; a choice head that the checkpoint lacks, or has for another number of
-        classes, stays new, and one that this model lacks is left behind."""
+        classes, keeps its initial values; one that this model lacks is ignored."""
         super().upgrade_state_dict_named(state_dict, name)
         prefix = f"{name}.choice_head." if name else "choice_head."
         own = {} if self.choice_head is None else self.choice_head.state_dict(prefix=prefix)
@@ -187,7 +191,7 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
         model_cfg: Optional[DictConfig] = None,
         args: None = None,
     ):
-        """As stock's, but report a state that does not fit in one line (UserError)."""
+        """As stock's, but raise a one-line UserError for a state that does not fit."""
         self.upgrade_state_dict(state_dict)
         if strict:
             self.check_state(state_dict, {key: v.shape for key, v in self.state_dict().items()})
@@ -202,14 +206,14 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
         embedding, projection = "decoder.embed_tokens.weight", "decoder.output_projection.weight"
         saved = state_dict.get(embedding)
         if saved is not None and saved.size(0) != own[embedding][0]:
-            missing = saved.size(0) - own[embedding][0]
+            lacking = saved.size(0) - own[embedding][0]
             raise UserError(
-                f"the checkpoint has {saved.size(0)} types in its embedding, the dictionary "
+                f"the checkpoint has a vocabulary of {saved.size(0)}, the dictionary one of "
                 f"{own[embedding][0]}: use the dict.txt that the checkpoint was trained with"
                 + (
-                    f"; if that is this one, padded, append {missing} lines: madeupword1000 0, "
+                    f"; if that is this one, padded, append {lacking} lines: madeupword1000 0, "
                     "madeupword1001 0, ... (docs/released_models.md)"
-                    if missing > 0
+                    if lacking > 0
                     else ""
                 )
             )
@@ -236,15 +240,15 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
             if not state_dict[embedding].isfinite().all():  # NaN is equal to nothing
                 raise UserError(f"{embedding} of the checkpoint holds NaN or infinity: {DAMAGED}")
             raise UserError(
-                "the checkpoint has an output projection of its own, and the model shares that of "
-                "its embedding (--share-decoder-input-output-embed, as our sizes do): use --arch "
-                f"{MODEL_NAME}, which does not, and the flags that it was trained with"
+                "the checkpoint has a separate output projection, but the model ties it to the "
+                "embedding (--share-decoder-input-output-embed, as our sizes do): use --arch "
+                f"{MODEL_NAME}, which does not, and the flags that the checkpoint was trained with"
             )
 
 
 def freeze(model: nn.Module, part: str) -> None:
     """Exclude a part of the MoE layers from training (--moe-freeze): its parameters get no
-    gradient, so the trainer passes them to no optimizer (fairseq/trainer.py:271@0.12.2)."""
+    gradient, so the trainer passes them to no optimizer (fairseq/trainer.py:293@0.12.2)."""
     for name, parameter in model.named_parameters():
         gate, expert = ".moe_layer.gate." in name, hasattr(parameter, "expert")
         frozen = {

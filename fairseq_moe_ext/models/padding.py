@@ -5,7 +5,8 @@ from typing import NamedTuple, Optional
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from fairseq.models import FairseqLanguageModel
+from torch import Tensor
 
 from ..config import MoETransformerLMConfig
 from ..expert_parallel import collective_device, process_count
@@ -15,7 +16,7 @@ from ..moe.router import TopKRouter
 class Filled(NamedTuple):
     """A batch, and what the rule adds to it."""
 
-    tokens: Tensor  # (B, T)
+    tokens: Tensor  # (B, S)
     missing: int  # tokens up to a full batch
     share: float  # of this process in the batch's metrics, which cover all processes or its own
 
@@ -34,7 +35,7 @@ class PadRule:
         self.full_rows: Optional[int] = 0
 
     def fill(self, tokens: Tensor) -> Filled:
-        """Tokens (B, T), by all processes at once; where these route together, all get the length
+        """Tokens (B, S), by all processes at once; where these route together, all get the length
         of the longest."""
         rows, length = tokens.shape
         branch = self.experts and self.rule == "branch"
@@ -54,7 +55,7 @@ class PadRule:
         return Filled(tokens, missing, (rows > 0) / active)
 
     def unrouted(self, tokens: Tensor, missing: int = 0) -> Optional[Tensor]:
-        """What goes to no expert of tokens (B, T) and of those missing, which go to none: (B T +
+        """What goes to no expert of tokens (B, S) and of those missing, which go to none: (B S +
         missing,) bool; None: all go."""
         if not self.masked and missing == 0:
             return None
@@ -64,13 +65,14 @@ class PadRule:
         return F.pad(mask, (0, missing), value=True)
 
     def attention_mask(self, padding: Tensor, new: int) -> Optional[Tensor]:
-        """The mask that the last `new` positions need: for a batch with padding on the left, and
-        for several positions after earlier ones; None for any other, as behind a causal mask
-        padding on the right is out of sight, but for padding itself. By the branch's rule that does
-        not look at padding either, and is so routed otherwise.
+        """The mask that the last `new` positions need if a batch has padding on the left, or if
+        several positions follow earlier ones; otherwise None.
 
-        padding (B, T) bool -> (B, 1, new, T) bool. A position may always look at itself, so that
-        padding has something to look at and no row becomes NaN.
+        A causal mask hides padding on the right from all but padding itself. By the branch's rule
+        padding does not attend to padding either, and is therefore routed differently.
+
+        padding (B, S) bool -> (B, 1, new, S) bool. A position may always look at itself, so that no
+        row of padding becomes NaN.
         """
         length = padding.size(1)
         branch = self.experts and self.rule == "branch"
@@ -91,7 +93,7 @@ class PadRule:
         return (seen | itself)[:, :, -new:]
 
 
-def set_pad_rule(model: nn.Module, rule: str) -> None:
+def set_pad_rule(model: FairseqLanguageModel, rule: str) -> None:
     """Use this rule from now on."""
     model.decoder.pad_rule.rule = rule
     for module in model.modules():

@@ -4,26 +4,27 @@ from typing import Callable, List, Tuple, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from fairseq.models import FairseqDecoder
+from torch import Tensor
 
 from ..kernels.linear_cross_entropy import LOGITS_AT_A_TIME
 
 Score = TypeVar("Score")
 
 
-def exact_logits(decoder: nn.Module, features: Tensor) -> Tensor:
+def exact_logits(decoder: FairseqDecoder, features: Tensor) -> Tensor:
     """features (N, D) -> (N, V) in float32 at least."""
     logits = decoder.output_layer(features)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def log_probs(decoder: nn.Module, features: Tensor, target: Tensor) -> Tensor:
+def log_probs(decoder: FairseqDecoder, features: Tensor, target: Tensor) -> Tensor:
     """features (N, D), target (N,) -> (N,) in nats, of all tokens at once."""
     return -F.cross_entropy(exact_logits(decoder, features), target, reduction="none")
 
 
 def log_probs_and_likeliest(
-    decoder: nn.Module, features: Tensor, target: Tensor
+    decoder: FairseqDecoder, features: Tensor, target: Tensor
 ) -> Tuple[Tensor, Tensor]:
     """Likewise, and (N,) bool, whether no token is likelier."""
     every = exact_logits(decoder, features).log_softmax(-1)  # (N, V)
@@ -32,12 +33,13 @@ def log_probs_and_likeliest(
 
 
 def in_chunks(
-    score: Callable[[nn.Module, Tensor, Tensor], Score],
-    decoder: nn.Module,
+    score: Callable[[FairseqDecoder, Tensor, Tensor], Score],
+    decoder: FairseqDecoder,
     features: Tensor,
     target: Tensor,
 ) -> List[Score]:
-    """What `score` gives for one chunk of tokens after another, as many as LOGITS_AT_A_TIME allows.
+    """The results of `score` for one chunk of tokens after another, each as large as
+    LOGITS_AT_A_TIME allows.
 
     Args:
         features: (N, D).

@@ -1,7 +1,8 @@
 """The mathematics of a Mixture-of-Experts layer: torch only, no fairseq, no configuration objects.
 
-Alphabet of shapes: T tokens, D model width, F hidden width of an expert, E experts, K choices a
-token, N rows (kept choices) in expert order.
+Shapes in all comments and docstrings of the package: T tokens, B batch (sequences), S positions of
+a sequence, D model width, F hidden width of an expert, E experts, K choices a token, V vocabulary,
+N rows (kept choices) in expert order; H attention heads and C candidates or chunk where they occur.
 
     router.py    tokens -> router logits -> Routing, by the layer's settings; routers by name
     routing.py   router logits -> Routing: which experts, with what weight, in which slot
@@ -10,6 +11,6 @@ token, N rows (kept choices) in expert order.
     experts.py   the feed-forward networks as stacked weights, and the plain loop through them
     exchange.py  rows to the processes that hold their experts, and back
     scope.py     the processes whose tokens are routed together
-    stats.py     a Routing -> named figures
+    stats.py     a Routing -> named metrics
     layer.py     MoELayer: the order of the above
 """

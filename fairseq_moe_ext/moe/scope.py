@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class RoutingScope:
-    """The tokens over which capacity, balancing loss and figures are taken: those of one process.
+    """The tokens over which capacity, balancing loss and metrics are taken: those of one process.
 
     expert_parallel.WorldScope takes those of all processes.
     """

@@ -215,6 +215,7 @@ PATCHES = (
         "fairseq_cli/train.py:501@0.12.2",
     ),
     wrap("fairseq_cli.train:validate", trainer.validate, "fairseq_cli/train.py:439@0.12.2"),
+    wrap(_TRAINER + "clip_grad_norm", trainer.clip_grad_norm, "fairseq/trainer.py:1252@0.12.2"),
     wrap("fairseq.utils:clip_grad_norm_", trainer.clip_grad_norm_, "fairseq/utils.py:347@0.12.2"),
     wrap("fairseq.optim:build_optimizer", trainer.build_optimizer, "fairseq/trainer.py:330@0.12.2"),
     wrap(

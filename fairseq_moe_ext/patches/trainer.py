@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fairseq_today.errors import UserError
 
-from .. import diverging, fully_sharded, ranges, starting
+from .. import context, diverging, fully_sharded, ranges, starting
 from ..branch import optimizer as branch_optimizer
 from ..branch import pad_rule
 from ..branch.files import find
@@ -176,6 +176,13 @@ def validate(stock, cfg, trainer, task, *args, **kwargs):
         trainer.max_valid_steps, cfg.dataset.max_valid_steps = None, steps
 
 
+def clip_grad_norm(stock, self, clip_norm):
+    """The function below gets parameters alone, and not how many processes hold an expert."""
+    replicas = getattr(self.get_model(), "expert_replicas", 1)
+    with context.during(context.expert_replicas, replicas):
+        return stock(self, clip_norm)
+
+
 def clip_grad_norm_(stock, params, max_norm, aggregate_norm_fn=None) -> Tensor:
     """Stock leaves parameters with the attribute `expert` out of the norm, though it clips them by
     it; and where it adds up the squares of FSDP's pieces (fairseq/trainer.py:1253@0.12.2), it wants
@@ -191,7 +198,7 @@ def clip_grad_norm_(stock, params, max_norm, aggregate_norm_fn=None) -> Tensor:
     shared_norm = shared_squares.sqrt()
     norm = shared_norm
     if experts:
-        expert_norm = sum_of_experts(_sum_of_squares(experts)).sqrt()
+        expert_norm = sum_of_experts(_sum_of_squares(experts), context.expert_replicas.get()).sqrt()
         norm = torch.hypot(shared_norm, expert_norm.to(shared_norm))
     if max_norm > 0:
         clip = (float(max_norm) / (norm + 1e-6)).clamp(max=1)

@@ -66,7 +66,7 @@ class ChoiceDataset(FairseqDataset):
 
         net_input   src_tokens (R, T), padded on the right; src_lengths (R,); scored (R, T) bool;
                     in the language model's way also target (R, T)
-        place       (B, C) int64: where each candidate's score is among all scores of the
+        score_index (B, C) int64: where each candidate's score is among all scores of the
                     sequences, -1 where an example has fewer candidates
         target      (B,) int64: the right candidate
         cut         (B,) bool: the example lost its beginning
@@ -88,15 +88,15 @@ class ChoiceDataset(FairseqDataset):
         if targets:
             net_input["target"] = self._padded_right(targets)
         counts = [len(item.inputs) * self.outputs for item in items]
-        place = torch.full((len(items), max(counts)), -1)
+        score_index = torch.full((len(items), max(counts)), -1)
         start = 0
-        for row, count in zip(place, counts):
+        for row, count in zip(score_index, counts):
             row[:count] = torch.arange(start, start + count)
             start += count
         return {
             "id": torch.tensor([sample["id"] for sample in samples]),
             "net_input": net_input,
-            "place": place,
+            "score_index": score_index,
             "target": torch.tensor([item.label for item in items]),
             "cut": torch.tensor([item.cut for item in items]),
             "ntokens": int(lengths.sum()),

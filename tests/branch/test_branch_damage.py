@@ -184,7 +184,7 @@ def test_processes_that_cannot_hold_the_experts(tmp_path, data):
     model = build_model(**{**SHAPE, "moe_expert_count": 3})
     branch_files.write(str(tmp_path), settings, TYPES, 3, branch_files.of_model(model))
     for message in run_processes(2, refusal, str(tmp_path), data):
-        assert "3 cannot be spread over 2 processes" in message
+        assert "3 cannot be sharded over 2 processes" in message
 
 
 def test_stale_files_of_more_ranks_are_not_mixed_in(tmp_path, data, caplog):

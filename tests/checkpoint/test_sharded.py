@@ -156,7 +156,7 @@ def test_sharded_half_precision_goes_on(data, tmp_path):
         ("--not-fsdp-flatten-parameters", "--not-fsdp-flatten-parameters with"),
         ("--fp32-reduce-scatter", "--fp32-reduce-scatter with"),
         ("--optimizer adafactor", "--optimizer adafactor"),
-        ("--moe-expert-count 3", "3 cannot be spread over 2 processes"),
+        ("--moe-expert-count 3", "3 cannot be sharded over 2 processes"),
     ],
 )
 def test_what_cannot_be_sharded_right_is_refused_by_name(data, tmp_path, flag, words):

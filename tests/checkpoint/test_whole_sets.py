@@ -173,4 +173,4 @@ def test_experts_that_the_processes_cannot_hold(data, runs):
     folder, _ = runs(1, 3)
     line = f"{data} {EVAL} --path {folder}/checkpoint_last.pt"
     for message in run_processes(2, error_of, perplexity, 2, line):
-        assert "3 cannot be spread over 2 processes" in message
+        assert "3 cannot be sharded over 2 processes" in message

@@ -237,7 +237,7 @@ def test_usual_settings_are_accepted():
 @pytest.mark.parametrize(
     "saved, loaded, words",
     [
-        ({"types": 50}, {}, "50 types in its embedding, the dictionary 40"),
+        ({"types": 50}, {}, "vocabulary of 50, the dictionary one of 40"),
         (
             {"decoder_embed_dim": 32},
             {},
@@ -273,5 +273,5 @@ def test_experts_start_as_separate_linear_layers():
 
 def test_an_output_projection_of_its_own_is_not_lost():
     tied = build_model(share_decoder_input_output_embed=True)
-    with pytest.raises(UserError, match="output projection of its own.*--arch moe_transformer_lm"):
+    with pytest.raises(UserError, match="separate output projection.*--arch moe_transformer_lm"):
         tied.load_state_dict(build_model().state_dict())
