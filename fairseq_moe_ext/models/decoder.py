@@ -29,6 +29,7 @@ from ..moe.scope import PROCESS
 from .attention import CausalSelfAttention, IncrementalState
 from .compiled import compiled
 from .padding import PadRule
+from .router_updates import RouterUpdates
 
 
 class LayerRecord(NamedTuple):
@@ -198,6 +199,13 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
             self.embed_positions._float_tensor.zero_()
         self.layernorm_embedding = LayerNorm(dim) if cfg.layernorm_embedding else None
         self.layers = nn.ModuleList(_build_layer(cfg, i) for i in range(cfg.decoder_layers))
+        self.router_updates = RouterUpdates(
+            {
+                index: layer.moe_layer.gate
+                for index, layer in enumerate(self.layers)
+                if layer.moe_layer is not None
+            }
+        )
         self.layer_norm = None if cfg.no_decoder_final_norm else LayerNorm(dim)
         self.output_projection = Linear(dim, len(dictionary), bias=False)
         if self.share_input_output_embed:
@@ -249,6 +257,8 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
             x, moe = layer(x, attn_mask, unrouted, tokens[:, -new:], incremental_state)
             if moe is not None:
                 records.append(LayerRecord(index, *moe[1:]))
+                # Here, as recomputation goes through layers alone, and would count twice.
+                self.router_updates.add(index, moe.observed)
         self._check_routers(records)
         if self.layer_norm is not None:
             x = self.layer_norm(x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Dict, NamedTuple, Optional
 
+import torch
 from torch import Tensor, nn
 
 from .balance import balance_loss, z_loss
@@ -25,7 +26,7 @@ class MoEOutput(NamedTuple):
     stats: Dict[str, Tensor]  # see stats.py
     expert_counts: Tensor  # (K, E) int64: choices routed to each expert, before dropping
     router_loss: Optional[Tensor]  # (), differentiable: a loss of the router's own, weighted
-    observed: Dict[str, Tensor]  # sums over tokens, for TopKRouter.after_update
+    observed: Dict[str, Tensor]  # sums over tokens, in training, for TopKRouter.after_update
 
 
 class MoELayer(nn.Module):
@@ -100,6 +101,7 @@ class MoELayer(nn.Module):
         if self.shared is not None:
             out = out + self.shared(tokens)
         scope = self.gate.scope
+        learns = self.gate.has_state and self.training and torch.is_grad_enabled()
         return MoEOutput(
             out.view_as(x),
             balance_loss(routing, scope),
@@ -107,5 +109,5 @@ class MoELayer(nn.Module):
             routing_stats(routing, scope),
             routing.counts,
             self.gate.loss(logits, routing, padding_mask),
-            self.gate.observe(logits, routing, padding_mask),
+            self.gate.observe(logits, routing, padding_mask) if learns else {},
         )

@@ -165,6 +165,11 @@ class TopKRouter(nn.Module):
         self.register_buffer(name, value)
         self._state_names = (*self._state_names, name)
 
+    @property
+    def has_state(self) -> bool:
+        """Whether there is any state for `after_update` to change."""
+        return bool(self._state_names)
+
     def _apply(self, fn: Callable[..., Any], *rest: Any, **named: Any) -> TopKRouter:
         before = {name: self._buffers[name] for name in self._state_names}
         super()._apply(fn, *rest, **named)

@@ -209,6 +209,12 @@ PATCHES = (
         trainer.step,
         "fairseq/trainer.py:947 and :1100, fairseq/optim/fp16_optimizer.py:211 @0.12.2",
     ),
+    wrap(_TRAINER + "zero_grad", trainer.zero_grad, "fairseq/trainer.py:1161@0.12.2"),
+    wrap(
+        _TRAINER + "set_num_updates",
+        trainer.set_num_updates,
+        "fairseq/trainer.py:1009@0.12.2",
+    ),
     wrap(
         _TRAINER + "get_valid_iterator",
         trainer.get_valid_iterator,

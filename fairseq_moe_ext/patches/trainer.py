@@ -19,6 +19,7 @@ from ..diverging import last_good
 from ..errors import NotFinite
 from ..expert_parallel import process_count, sum_of_experts, sum_over_processes
 from ..models import compiled
+from ..models.router_updates import RouterUpdates
 from .checkpoint_io import patience
 from .tasks import no_sentences
 
@@ -121,6 +122,28 @@ def _prepare_sample(stock, self, sample, is_dummy=False):
     if is_dummy and process_count() > 1 and getattr(self._model, "has_experts", False):
         sample = no_sentences(sample)
     return sample, is_dummy
+
+
+def zero_grad(stock, self):
+    """Routers have state that changes once per update. What they observe goes the way of the
+    gradients: it begins anew with them, also where these overflow or memory runs out."""
+    stock(self)
+    updates = _router_updates(self)
+    if updates is not None:
+        updates.begin()
+
+
+def set_num_updates(stock, self, num_updates):
+    """An update that is counted was not skipped: now the routers' state changes, before the EMA of
+    the model and a checkpoint take it."""
+    stock(self, num_updates)
+    updates = _router_updates(self)
+    if updates is not None:
+        updates.finish()
+
+
+def _router_updates(trainer) -> Optional[RouterUpdates]:
+    return getattr(getattr(trainer.get_model(), "decoder", None), "router_updates", None)
 
 
 def step(stock, self, *args, **kwargs):
