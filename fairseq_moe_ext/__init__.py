@@ -29,6 +29,7 @@ What stock fairseq needs to run on today's Python and PyTorch is beside it, in f
     study/         a YAML file to trained, evaluated and compared models
     forecast/      scaling laws: what sparsity should save
     cost.py        parameters and FLOPs
+    shape.py       which layers are sparse, how wide each network is
     evaluation/    what trained models are asked: expert use, reports
     accuracy.py    chance level and interval of an accuracy
     data_bin.py    folders of data-bins: what lies where

@@ -12,8 +12,11 @@ from fairseq import utils
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import II
 
+from .moe.activations import GATED
+
 SECOND_EXPERT_POLICIES = ChoiceEnum(["sampling", "all", "random"])
 ROUTING_SCOPES = ChoiceEnum(["process", "world"])
+ACTIVATIONS = ChoiceEnum([*utils.get_available_activation_fns(), *GATED])
 EXPERT_GRAD_SCALES = ChoiceEnum(["world_size", "sqrt_world_size", "sqrt_num_experts"])
 PAD_RULES = ChoiceEnum(["real", "counted", "branch"])
 FROZEN_PARTS = ChoiceEnum(["none", "gate", "experts", "gate_and_experts"])
@@ -23,8 +26,12 @@ FROZEN_PARTS = ChoiceEnum(["none", "gate", "experts", "gate_and_experts"])
 class MoETransformerLMConfig(FairseqDataclass):
     """Decoder-only Transformer language model, dense or with Mixture-of-Experts layers."""
 
-    activation_fn: ChoiceEnum(utils.get_available_activation_fns()) = field(
-        default="gelu", metadata={"help": "activation function to use"}
+    activation_fn: ACTIVATIONS = field(
+        default="gelu",
+        metadata={
+            "help": "activation function, in dense layers and experts; swiglu and geglu gate: a "
+            "network has a third matrix, and so half as many parameters more"
+        },
     )
     dropout: float = field(default=0.1, metadata={"help": "dropout probability"})
     attention_dropout: float = field(
@@ -76,12 +83,44 @@ class MoETransformerLMConfig(FairseqDataclass):
             "(i + 1) %% moe_freq is 0; 0: a dense model"
         },
     )
+    moe_layers: Optional[str] = field(
+        default=None,
+        metadata={"help": "the MoE layers, counted from 0, as 1,3,5; instead of moe_freq"},
+    )
+    moe_first_dense: int = field(
+        default=0, metadata={"help": "of the layers that moe_freq picks, leave the first N dense"}
+    )
     moe_expert_count: int = field(
         default=0, metadata={"help": "experts in each MoE layer, over all processes"}
     )
     moe_expert_ffn_dim: Optional[int] = field(
         default=None,
         metadata={"help": "hidden width of an expert (default: decoder_ffn_embed_dim)"},
+    )
+    moe_shared_experts: int = field(
+        default=0,
+        metadata={
+            "help": "experts of each MoE layer that every token uses, beside the chosen ones; N of "
+            "them are one network of N times the width"
+        },
+    )
+    moe_shared_expert_ffn_dim: Optional[int] = field(
+        default=None,
+        metadata={"help": "hidden width of a shared expert (default: that of the others)"},
+    )
+    moe_null_experts: int = field(
+        default=0,
+        metadata={
+            "help": "experts beside moe_expert_count that compute nothing: a token that chooses "
+            "some uses fewer than moe_top_k. A balanced router uses them as often as others"
+        },
+    )
+    moe_latent_dim: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "width of the vectors that experts compute on and processes exchange: one "
+            "matrix of an MoE layer projects tokens to it, another back (default: none)"
+        },
     )
     moe_router: str = field(
         default="topk",
@@ -195,8 +234,15 @@ class MoETransformerLMConfig(FairseqDataclass):
     alternate_decoder_ffn_embed_dim: int = field(
         default=0,
         metadata={
-            "help": "if > 0, make every MoE layer a dense one of this hidden width. This gives the "
-            "dense twin of an MoE model, with equal FLOPs per token"
+            "help": "if > 0, make every MoE layer a dense one of this hidden width; see "
+            "moe_dense_twin, which computes the width"
+        },
+    )
+    moe_dense_twin: bool = field(
+        default=False,
+        metadata={
+            "help": "make every MoE layer a dense one with as many FLOPs per token: the dense twin "
+            "of the MoE model that the other flags describe"
         },
     )
 
@@ -226,11 +272,6 @@ def top_k(cfg: Any) -> int:
     if settings.get("moe_top_k") is not None:
         return settings["moe_top_k"]
     return 1 if settings.get("moe_top1_expert") else 2
-
-
-def is_moe_layer(cfg: MoETransformerLMConfig, layer: int) -> bool:
-    """Whether moe_freq makes this layer, counted from 0, a sparse one."""
-    return cfg.moe_freq > 0 and (layer + 1) % cfg.moe_freq == 0
 
 
 def saved_pad_rule(settings: Mapping[str, Any]) -> Optional[str]:

@@ -16,6 +16,7 @@ from .config import (
     top_k,
 )
 from .errors import UserError
+from .shape import shape_of
 
 # The model's own numbers and the length of its inputs, without the size of batches.
 _NUMBERS = sorted(
@@ -38,31 +39,87 @@ _CHOICES = {
 def validate(cfg: MoETransformerLMConfig) -> None:
     """Raise UserError for a setting that cannot work, or would silently have another effect."""
     _validate_shape(cfg)
-    if str(cfg.moe_freeze) != "none" and (
-        cfg.moe_freq == 0 or cfg.alternate_decoder_ffn_embed_dim != 0
-    ):
+    shape = shape_of(cfg)
+    if str(cfg.moe_freeze) != "none" and not shape.sparse:
         raise UserError(
             f"--moe-freeze {cfg.moe_freeze}: a dense model has nothing to freeze; remove the flag"
         )
-    if cfg.moe_freq == 0:
-        if cfg.moe_expert_count != 0:
-            raise UserError(
-                f"--moe-expert-count {cfg.moe_expert_count} with --moe-freq 0 would give a dense "
-                "model: set --moe-freq (2: every other layer), or --moe-expert-count 0"
-            )
-        if cfg.alternate_decoder_ffn_embed_dim != 0:
-            raise UserError(
-                f"--alternate-decoder-ffn-embed-dim {cfg.alternate_decoder_ffn_embed_dim} with "
-                "--moe-freq 0 has no layer to act on: set --moe-freq"
-            )
+    if cfg.moe_freq == 0 and cfg.moe_layers is None:
+        _validate_dense(cfg)
         return
-    if not 0 < cfg.moe_freq <= cfg.decoder_layers:
+    if cfg.moe_layers is None and not 0 < cfg.moe_freq <= cfg.decoder_layers:
         raise UserError(
             f"--moe-freq {cfg.moe_freq} picks no layer of --decoder-layers {cfg.decoder_layers}: "
             f"use 1 (all) to {cfg.decoder_layers} (the last), or 0 for a dense model"
         )
+    if cfg.moe_layers is not None and cfg.moe_first_dense:
+        raise UserError(
+            f"--moe-first-dense {cfg.moe_first_dense} with --moe-layers {cfg.moe_layers}, which "
+            "names all MoE layers: remove one of them"
+        )
+    if not shape.picked:
+        raise UserError(
+            f"--moe-first-dense {cfg.moe_first_dense} leaves no layer of --moe-freq {cfg.moe_freq} "
+            f"and --decoder-layers {cfg.decoder_layers}: lower it"
+        )
     if cfg.alternate_decoder_ffn_embed_dim == 0:
         _validate_experts(cfg)
+        _validate_kinds_of_experts(cfg)
+    elif cfg.moe_dense_twin:
+        raise UserError(
+            f"--moe-dense-twin with --alternate-decoder-ffn-embed-dim "
+            f"{cfg.alternate_decoder_ffn_embed_dim}: both say how wide the dense layers are; "
+            "remove one of them"
+        )
+
+
+# Flags that say nothing about a model without MoE layers, and their value when off.
+_OF_MOE_LAYERS = {
+    "moe_first_dense": 0,
+    "moe_shared_experts": 0,
+    "moe_shared_expert_ffn_dim": None,
+    "moe_null_experts": 0,
+    "moe_latent_dim": None,
+    "moe_dense_twin": False,
+}
+
+
+def _validate_dense(cfg: MoETransformerLMConfig) -> None:
+    if cfg.moe_expert_count != 0:
+        raise UserError(
+            f"--moe-expert-count {cfg.moe_expert_count} with --moe-freq 0 would give a dense "
+            "model: set --moe-freq (2: every other layer), or --moe-expert-count 0"
+        )
+    if cfg.alternate_decoder_ffn_embed_dim != 0:
+        raise UserError(
+            f"--alternate-decoder-ffn-embed-dim {cfg.alternate_decoder_ffn_embed_dim} with "
+            "--moe-freq 0 has no layer to act on: set --moe-freq"
+        )
+    for name, off in _OF_MOE_LAYERS.items():
+        value = getattr(cfg, name)
+        if value != off:
+            given = ranges.flag(name) + ("" if value is True else f" {value}")
+            raise UserError(
+                f"{given} with --moe-freq 0 has no layer to act on: set --moe-freq or --moe-layers"
+            )
+
+
+def _validate_kinds_of_experts(cfg: MoETransformerLMConfig) -> None:
+    if cfg.moe_shared_expert_ffn_dim is not None and cfg.moe_shared_experts == 0:
+        raise UserError(
+            f"--moe-shared-expert-ffn-dim {cfg.moe_shared_expert_ffn_dim} without shared experts: "
+            "set --moe-shared-experts, or remove it"
+        )
+    if cfg.moe_latent_dim is not None and cfg.moe_latent_dim > cfg.decoder_embed_dim:
+        raise UserError(
+            f"--moe-latent-dim {cfg.moe_latent_dim} is wider than the model, --decoder-embed-dim "
+            f"{cfg.decoder_embed_dim}: use less"
+        )
+    if cfg.moe_null_experts and cfg.moe_router != "topk":
+        raise UserError(
+            f"--moe-null-experts {cfg.moe_null_experts} with --moe-router {cfg.moe_router}: null "
+            "experts are for the router topk; use that, or remove them"
+        )
 
 
 def _validate_shape(cfg: MoETransformerLMConfig) -> None:

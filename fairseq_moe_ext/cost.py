@@ -9,41 +9,15 @@ import math
 from typing import Dict, NamedTuple, Optional
 
 from .kernels.linear_cross_entropy import LOGITS_AT_A_TIME
-
-
-class Shape(NamedTuple):
-    """What the cost of a decoder-only language model depends on."""
-
-    layers: int
-    dim: int
-    ffn_dim: int
-    types: int  # vocabulary
-    moe_freq: int = 0  # layer i (from 0) is MoE when (i + 1) % moe_freq == 0; 0: none
-    experts: int = 0
-    top_k: int = 2
-    expert_ffn_dim: Optional[int] = None  # default: ffn_dim
-    alternate_ffn_dim: int = 0  # > 0: MoE layers are dense, of this width
-    tied: bool = True  # input and output embeddings are one
-    learned_positions: int = 0  # rows of a table of positions; 0: sinusoidal, or none
-    norms: int = 1  # LayerNorms outside the layers: after the last one, on the embedding
-
-    @property
-    def picked_layers(self) -> int:
-        """Layers that moe_freq picks."""
-        return self.layers // self.moe_freq if self.moe_freq > 0 else 0
-
-    @property
-    def moe_layers(self) -> int:
-        """Layers that have experts."""
-        return 0 if self.alternate_ffn_dim > 0 else self.picked_layers
+from .shape import Shape
 
 
 class Parameters(NamedTuple):
     """Numbers of parameters."""
 
-    shared: int  # everything except experts, gates included
+    shared: int  # everything except experts; gates and shared experts included
     expert: int  # of all experts
-    active: int  # that one token uses: shared ones and those of its top_k experts
+    active: int  # that one token uses: shared ones and those of its experts
 
     @property
     def total(self) -> int:
@@ -51,19 +25,24 @@ class Parameters(NamedTuple):
 
 
 def parameters(shape: Shape) -> Parameters:
-    """Parameters of a model with biases, as all of ours have."""
-    s = shape
+    """Parameters of a model with biases, as all of ours have.
+
+    With null experts `active` is a mean, of a balanced router.
+    """
+    s, sparse = shape, shape.moe_layers
     norm = 2 * s.dim
     attention = 4 * (s.dim * s.dim + s.dim)
     embeddings = (s.types * (1 if s.tied else 2) + s.learned_positions) * s.dim
-    dense_ffns = (s.layers - s.picked_layers) * _ffn_parameters(s.dim, s.ffn_dim)
-    if s.alternate_ffn_dim > 0:
-        dense_ffns += s.picked_layers * _ffn_parameters(s.dim, s.alternate_ffn_dim)
-    gates = s.moe_layers * s.dim * s.experts
-    shared = embeddings + s.layers * (attention + 2 * norm) + s.norms * norm + dense_ffns + gates
-    one_expert = _ffn_parameters(s.dim, s.expert_ffn_dim or s.ffn_dim)
-    expert = s.moe_layers * s.experts * one_expert
-    return Parameters(shared, expert, shared + s.moe_layers * s.top_k * one_expert)
+    ffns = sum(_ffn_parameters(s, width) for width in s.dense_widths if width is not None)
+    if s.shared_ffn_dim:
+        ffns += sparse * _ffn_parameters(s, s.shared_ffn_dim)
+    gates = sparse * s.dim * (s.experts + (s.null_experts > 0))  # null experts have one logit
+    latent = sparse * 2 * s.dim * s.latent_dim
+    layers = s.layers * (attention + 2 * norm) + ffns + gates + latent
+    shared = embeddings + layers + s.norms * norm
+    one_expert = _ffn_parameters(s, s.expert_width, s.expert_dim)
+    active = shared + round(sparse * s.used_experts * one_expert)
+    return Parameters(shared, sparse * s.experts * one_expert, active)
 
 
 def training_flops_per_token(shape: Shape, context: int, recompute: bool = False) -> float:
@@ -76,13 +55,10 @@ def training_flops_per_token(shape: Shape, context: int, recompute: bool = False
     """
     s = shape
     attention = s.layers * (8 * s.dim**2 + 4 * s.dim * context)
-    ffn_width = (s.layers - s.picked_layers) * s.ffn_dim
-    if s.alternate_ffn_dim > 0:
-        ffn_width += s.picked_layers * s.alternate_ffn_dim
-    ffn_width += s.moe_layers * s.top_k * (s.expert_ffn_dim or s.ffn_dim)
-    layers = attention + 4 * s.dim * ffn_width
+    width = sum(s.twin_width if width is None else width for width in s.dense_widths)
+    layers = attention + 2 * (3 if s.gated else 2) * s.dim * width
     output = 2 * s.dim * s.types
-    return (4 if recompute else 3) * layers + 3 * output
+    return float((4 if recompute else 3) * layers + 3 * output)
 
 
 # Bytes of a parameter as stock fairseq 0.12.2 keeps it: the copy that the model computes with, the
@@ -146,10 +122,11 @@ def memory_per_device(
 
         parameters  P times the precision's bytes; master, gradients, optimizer likewise
         dense layer b T (8 D + 2 F): both norms' inputs and outputs, q, k, v, attention's output,
-                    the hidden layer before and behind the activation
+                    the hidden layer before and behind the activation; gated, both factors, too: 4 F
         MoE layer   b T (8 D + K F + 2 K D) + 16 T E: K rows a token, in and out, and the hidden
-                    layer before the activation; with bfloat16, whose products on a GPU are grouped,
-                    behind it, too: 2 K F; the gate in float32
+                    layer before the activation (gated 2 F); with bfloat16, whose products on a GPU
+                    are grouped, behind it, too: 2 K F (gated 4 K F); the gate in float32. Latent
+                    experts: 2 K L in place of 2 K D, and 2 L; shared experts: as a dense layer's F
         dropout     2 T D bytes a layer, one a mask (four on a CPU)
         recompute   b T D a layer instead; the above is `working`, of one layer
         loss        2 b T D (final norm, gradient of its output) is kept; `working` has
@@ -162,12 +139,11 @@ def memory_per_device(
     """
     s, p = shape, PRECISIONS[precision]
     counts = parameters(s)
-    held = counts.shared
-    experts_here, replicas = 0, 1
-    if s.moe_layers:
+    held, experts_here, replicas = counts.shared, 0, 1
+    if s.sparse:
         experts_here = -(-s.experts // world_size)
         replicas = max(1, world_size // s.experts)
-    expert = counts.expert // s.experts * experts_here if s.moe_layers else 0
+    expert = counts.expert // s.experts * experts_here if s.sparse else 0
 
     def sharded(bytes_each: int, divide: bool) -> int:
         whole = bytes_each * (held + expert)
@@ -177,33 +153,47 @@ def memory_per_device(
 
     full = sharding == "full"
     state = full or sharding == "optimizer"
-    dense_layers = s.layers - s.picked_layers
     mask = 2 * s.dim * tokens if dropout else 0
-    dense_layer = p.width * tokens * (8 * s.dim + 2 * s.ffn_dim) + mask
-    picked_layer = 0
-    if s.moe_layers:
-        f = s.expert_ffn_dim or s.ffn_dim
-        sides = 2 if "bf16" in precision else 1  # of the activation (kernels/expert_ffn.py)
-        rows = s.top_k * (sides * f + 2 * s.dim)
-        picked_layer = p.width * tokens * (8 * s.dim + rows) + 16 * tokens * s.experts + mask
-    elif s.picked_layers:
-        picked_layer = p.width * tokens * (8 * s.dim + 2 * s.alternate_ffn_dim) + mask
-    largest = max(dense_layer if dense_layers else 0, picked_layer)
-    kept = dense_layers * dense_layer + s.picked_layers * picked_layer
+    grouped = "bf16" in precision
+    layers = [tokens * _kept(s, width, p.width, grouped) + mask for width in s.dense_widths]
+    kept = sum(layers)
     if recompute:
         kept = s.layers * p.width * tokens * s.dim
     loss = 4 * min(tokens * s.types, LOGITS_AT_A_TIME) + 4 * s.types * s.dim
-    one_layer = 4 * (s.dim**2 + s.dim) + _ffn_parameters(s.dim, max(s.ffn_dim, s.alternate_ffn_dim))
+    whole = [width or s.shared_ffn_dim for width in s.dense_widths]  # what FSDP gathers at a time
+    one_layer = 4 * (s.dim**2 + s.dim) + _ffn_parameters(s, max(whole))
     return Memory(
         parameters=sharded(p.parameter, full),
         master=sharded(p.master, state),
         gradients=sharded(p.gradient, full),
         optimizer=sharded(OPTIMIZERS[optimizer], state),
         activations=kept + 2 * p.width * tokens * s.dim,
-        working=max(loss, largest if recompute else 0),
+        working=max(loss, max(layers) if recompute else 0),
         gathered=2 * p.width * one_layer if full and world_size > 1 else 0,
     )
 
 
-def _ffn_parameters(dim: int, ffn_dim: int) -> int:
-    return 2 * dim * ffn_dim + ffn_dim + dim
+def _kept(shape: Shape, width: Optional[int], number: int, grouped: bool) -> int:
+    """Bytes per token that a layer keeps for the backward pass.
+
+    Args:
+        width: of the network of a dense layer; None for a sparse one.
+        number: bytes of a number.
+        grouped: experts' products are PyTorch's grouped ones (kernels/expert_ffn.py).
+    """
+    s = shape
+    dense = 4 if s.gated else 2  # numbers a unit of hidden width: both sides of the activation
+    if width is not None:
+        return number * (8 * s.dim + dense * width)
+    of_expert = (dense if grouped else dense // 2) * s.expert_width
+    rows = s.used_experts * (of_expert + 2 * s.expert_dim)
+    numbers = 8 * s.dim + rows + 2 * s.latent_dim + dense * s.shared_ffn_dim
+    return round(number * numbers) + 16 * (s.experts + s.null_experts)
+
+
+def _ffn_parameters(shape: Shape, width: int, dim: Optional[int] = None) -> int:
+    """Of a feed-forward network with that hidden width, on vectors of `dim` (default: the
+    model's)."""
+    dim = shape.dim if dim is None else dim
+    inner = 2 if shape.gated else 1
+    return (inner + 1) * dim * width + inner * width + dim

@@ -70,6 +70,10 @@ def prepare(cfg: Any) -> None:
             str(cfg.moe_freeze) in ("gate", "gate_and_experts"),
             "FSDP joins gates with what is trained: freeze the experts alone, or use pytorch_ddp",
         ),
+        f"--moe-freeze {cfg.moe_freeze} and shared or latent experts": (
+            str(cfg.moe_freeze) == "experts" and (cfg.moe_shared_experts or cfg.moe_latent_dim),
+            "FSDP joins shared experts with what is trained: use pytorch_ddp",
+        ),
         "--fp32-reduce-scatter": (
             settings["fp32_reduce_scatter"] and not settings["mixed_precision"],
             "needs float32 parameters: use --bf16, or --fp16 without --memory-efficient-fp16, or "

@@ -167,6 +167,9 @@ _GROUPS = {
     "ignore_prefix_size": COUNT,
     # the model
     "decoder_embed_dim decoder_ffn_embed_dim decoder_attention_heads moe_expert_ffn_dim": SIZE,
+    "moe_shared_expert_ffn_dim moe_latent_dim": SIZE,
+    "moe_shared_experts moe_null_experts": Range(0, _SIZE, whole=True, meaning="0: none"),
+    "moe_first_dense": Range(0, 10_000, whole=True),
     "decoder_layers": Range(1, 10_000, whole=True),
     "dropout attention_dropout activation_dropout moe_expert_dropout": BELOW_1,
     "moe_freq": Range(0, 10_000, whole=True, meaning="0: a dense model"),

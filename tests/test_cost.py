@@ -11,8 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fairseq_moe_ext import cli
-from fairseq_moe_ext.cost import Shape, memory_per_device, parameters, training_flops_per_token
+from fairseq_moe_ext.cost import memory_per_device, parameters, training_flops_per_token
 from fairseq_moe_ext.evaluation import cost_table, paper
+from fairseq_moe_ext.shape import Shape, shape_of
 
 # layers, dim, ZFLOPs of 300e9 tokens: paper.md, "Models" and "Cost"
 DENSE = [(12, 768, 0.36), (24, 1024, 1.06), (24, 2048, 3.57), (32, 2560, 7.08)]
@@ -117,6 +118,105 @@ def test_a_counting_run_agrees_with_the_formula(k):
     assert counted == formula + 4 * router - dense_layers * 2 * dim * ffn
 
 
+KINDS = {
+    "gated": {**MOE, "activation_fn": "geglu"},
+    "shared": {**MOE, "moe_shared_experts": 2, "moe_shared_expert_ffn_dim": 12},
+    "latent": {**MOE, "moe_latent_dim": 5},
+    "fine": {**MOE, "moe_expert_ffn_dim": 8, "moe_top_k": 4},
+    "listed": {**MOE, "moe_layers": "0,3"},
+    "first dense": {**MOE, "moe_freq": 1, "moe_first_dense": 1},
+    "all": {
+        **MOE,
+        "moe_layers": "1, 2",
+        "activation_fn": "swiglu",
+        "moe_shared_experts": 3,
+        "moe_latent_dim": 6,
+        "moe_top_k": 3,
+        "moe_expert_ffn_dim": 24,
+    },
+}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_counting_run_of_each_kind(name, recompute):
+    """Sparse, and as its dense twin, to the last product of the formula."""
+    context, flags = 16, {**KINDS[name], "moe_dropless": True}
+    shape = shape_of(vars(make_config(**flags)), types=400)
+    counted = counted_flops((3, context), checkpoint_activations=recompute, **flags)
+    router = 2 * shape.dim * shape.experts * shape.moe_layers
+    formula = training_flops_per_token(shape, context, recompute)
+    if recompute:
+        # it stops before what nothing needs, the last product of a dense layer
+        last = sum(width for width in shape.dense_widths if width is not None)
+        assert counted == formula + 4 * router - 2 * shape.dim * last
+        return
+    assert counted == formula + 3 * router
+    twin = shape_of(vars(make_config(**flags, moe_dense_twin=True)), types=400)
+    flops = training_flops_per_token(twin, context)
+    assert counted_flops((3, context), **flags, moe_dense_twin=True) == flops
+    # equal where widths are whole numbers in all, else apart by less than one unit of width
+    unit = 3 * 2 * (3 if shape.gated else 2) * shape.dim
+    whole = (shape.moe_layers * shape.twin_width).denominator == 1
+    assert flops == formula if whole else abs(flops - formula) < unit
+
+
+def test_the_twin_s_layers_share_what_a_width_leaves_over():
+    """2 L / n + K L F / D is no whole number in a layer, but is in two of them."""
+    flags = {**MOE, "decoder_layers": 16, "moe_latent_dim": 5, "moe_expert_ffn_dim": 20}
+    shape = shape_of(vars(make_config(**flags, moe_dense_twin=True)))
+    assert shape.twin_width == 5 + 2 * 5 * 20 / 16  # 17.5
+    assert shape.dense_widths[1::2] == [18, 17] * 4 and set(shape.dense_widths[::2]) == {32}
+    layers = build_model(**flags, moe_dense_twin=True).decoder.layers
+    assert [layer.fc1.out_features for layer in layers] == shape.dense_widths
+    dense, sparse = shape, shape._replace(dense_twin=False)
+    assert training_flops_per_token(dense, 9) == training_flops_per_token(sparse, 9)
+
+
+def test_the_old_twin_is_the_special_case():
+    flags = {**MOE, "moe_expert_ffn_dim": 24}
+    twin = shape_of(vars(make_config(**flags, moe_dense_twin=True)))
+    old = shape_of(vars(make_config(**flags, alternate_decoder_ffn_embed_dim=48)))
+    assert twin.dense_widths == old.dense_widths == [32, 48, 32, 48]
+    assert shape_of(vars(make_config(**flags))).dense_widths == [32, None, 32, None]
+
+
+# Flags; total and active parameters as published, in billions; and by how much our attention is
+# larger: Mixtral's keys and values are 1024 wide (grouped-query attention). Biases, and LayerNorm
+# in place of RMSNorm, are ours alone and below the last digit.
+PUBLISHED = {
+    "OLMoE-1B-7B (arXiv 2409.02060)": (
+        "--decoder-layers 16 --decoder-embed-dim 2048 --decoder-attention-heads 16 --moe-freq 1 "
+        "--moe-expert-count 64 --moe-top-k 8 --moe-expert-ffn-dim 1024 --activation-fn swiglu "
+        "--types 50304",
+        (6.9, 1.3),
+        0,
+    ),
+    "DeepSeekMoE 16B (arXiv 2401.06066)": (
+        "--decoder-layers 28 --decoder-embed-dim 2048 --decoder-attention-heads 16 --moe-freq 1 "
+        "--moe-first-dense 1 --decoder-ffn-embed-dim 10944 --moe-expert-count 64 --moe-top-k 6 "
+        "--moe-expert-ffn-dim 1408 --moe-shared-experts 2 --activation-fn swiglu --types 102400",
+        (16.4, 2.8),
+        0,
+    ),
+    "Mixtral 8x7B (arXiv 2401.04088)": (
+        "--decoder-layers 32 --decoder-embed-dim 4096 --decoder-attention-heads 32 --moe-freq 1 "
+        "--moe-expert-count 8 --decoder-ffn-embed-dim 14336 --activation-fn swiglu --types 32000",
+        (46.7, 12.9),
+        32 * 2 * 4096 * (4096 - 1024),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_counts(name, capsys):
+    flags, (total, active), more = PUBLISHED[name]
+    assert cli.main(["cost", *flags.split(), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["parameters"]
+    assert round((found["total"] - more) / 1e9, 1) == total
+    assert round((found["active"] - more) / 1e9, 1) == active
+
+
 @pytest.mark.parametrize("moe", [False, True])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_memory_against_what_autograd_keeps(moe, recompute):
@@ -164,12 +264,15 @@ def test_memory_against_what_autograd_keeps(moe, recompute):
         {**MOE, "moe_top1_expert": True, "decoder_learned_pos": True},
         {**MOE, "moe_top_k": 3},
         {"moe_freq": 3, "alternate_decoder_ffn_embed_dim": 48},
+        {"activation_fn": "swiglu"},
+        *KINDS.values(),
+        *({**kind, "moe_dense_twin": True} for kind in KINDS.values()),
     ],
     ids=lambda flags: ",".join(flags) or "plain",
 )
 def test_parameters_are_those_of_the_model(flags):
     settings = vars(make_config(**flags))
-    counts = parameters(cost_table.shape_of(settings, TYPES))
+    counts = parameters(shape_of(settings, TYPES))
     held = list(build_model(**flags).parameters())
     assert counts.total == sum(p.numel() for p in held)
     assert counts.expert == sum(p.numel() for p in held if hasattr(p, "expert"))
@@ -203,6 +306,8 @@ def test_memory_is_divided_as_said():
         ("--path nowhere.pt --moe-freq 2", "--path with --moe-freq"),
         ("--arch dense_lm_tiny --moe-freq 9", "--moe-freq 9 picks no layer"),
         ("--arch dense_lm_tiny --types 0", "--types 0: use 1 or more"),
+        ("--arch dense_lm_tiny --moe-layers 1,9", "--moe-layers 1,9: there is no layer 9"),
+        ("--arch moe_lm_tiny --moe-latent-dim 500", "--moe-latent-dim 500 is wider than the model"),
     ],
 )
 def test_mistakes_are_told_in_one_line(line, words, capsys, tmp_path, monkeypatch):

@@ -24,12 +24,13 @@ ALLOWED = {
     },
     "moe": {"moe", "kernels"},
     "kernels": {"kernels"},
-    "config": set(),
-    "config_checks": {"config", "ranges"},
+    "config": {"moe.activations"},
+    "config_checks": {"config", "ranges", "shape"},
+    "shape": {"config", "moe.activations"},
     "ranges": set(),
     "starting": {"ranges"},
     "accuracy": set(),
-    "cost": {"kernels"},
+    "cost": {"kernels", "shape"},
     "errors": set(),
     "wording": set(),
     "text_table": set(),
@@ -82,6 +83,7 @@ ALLOWED = {
         "fully_sharded",
         "models",
         "moe",
+        "shape",
     },
     "models": {
         "config",
@@ -92,6 +94,7 @@ ALLOWED = {
         "models",
         "moe",
         "starting",
+        "shape",
     },
     "criterions": {"criterions", "accuracy", "moe.stats", "ranges"},
     "tasks": {
@@ -115,7 +118,7 @@ ALLOWED = {
         "models",
     },
     "forecast": {"forecast"},
-    "study": {"accuracy", "cost", "data_bin", "evaluation", "ranges", "study"},
+    "study": {"accuracy", "cost", "data_bin", "evaluation", "ranges", "shape", "study"},
     "convert": {
         "convert",
         "branch",
@@ -124,6 +127,7 @@ ALLOWED = {
         "expert_parallel",
         "models",
         "moe.experts",
+        "shape",
     },
     "evaluation": {
         "branch",
@@ -135,6 +139,7 @@ ALLOWED = {
         "data_bin_files",
         "evaluation",
         "models",
+        "shape",
     },
 }
 

@@ -6,6 +6,7 @@ from typing import Any, Dict, Iterable, List
 from ..config import top_k
 from ..errors import UserError
 from ..expert_parallel import is_expert
+from ..shape import Shape, shape_of
 from .files import State
 from .settings import FIELDS, complete_cfg
 
@@ -49,32 +50,38 @@ _NOT_THE_BRANCH_S = {
     "compile",
     "max_tokens",
     "moe_capacity_factor",
+    "moe_dense_twin",
     "moe_dropless",
     "moe_expert_dropout",
     "moe_experts_on_disk",
+    "moe_first_dense",
     "moe_freeze",
+    "moe_latent_dim",
+    "moe_layers",
+    "moe_null_experts",
     "moe_pad_rule",
     "moe_router",
     "moe_routing_scope",
+    "moe_shared_expert_ffn_dim",
+    "moe_shared_experts",
     "moe_top_k",
+}
+# Kinds of experts that the branch does not have, with the value that means they are off.
+_OFF_IN_THE_BRANCH: Dict[str, Any] = {
+    "moe_shared_experts": 0,
+    "moe_null_experts": 0,
+    "moe_latent_dim": None,
 }
 
 
 def branch_settings(path: str, settings: Dict[str, Any]) -> Dict[str, Any]:
     """`cfg.model` as the branch has it, from our model's settings; UserError for what it cannot
     compute. How it was trained (dropless, capacity) has no place there; dropless evaluation has."""
-    ffn_dim = settings["decoder_ffn_embed_dim"]
-    if settings["moe_expert_ffn_dim"] not in (None, ffn_dim):
-        raise UserError(
-            f"{path}: its experts are {settings['moe_expert_ffn_dim']} wide (--moe-expert-ffn-dim) "
-            f"and its dense layers {ffn_dim}; the branch gives both one width, so there is no such "
-            "model in its layout"
-        )
-    if settings["moe_freq"] and (settings["moe_router"] != "topk" or top_k(settings) > 2):
-        raise UserError(
-            f"{path}: --moe-router {settings['moe_router']}, {top_k(settings)} experts a token; "
-            "the branch has top-1 and top-2 gates alone, so there is no such model in its layout"
-        )
+    shape = shape_of(settings)
+    if shape.gated:
+        raise _lacking(path, f"--activation-fn {settings['activation_fn']}", "no gated networks")
+    if shape.sparse:
+        _check_experts(path, settings)
     kept = {
         key: str(value) if isinstance(value, Enum) else value
         for key, value in settings.items()
@@ -82,13 +89,61 @@ def branch_settings(path: str, settings: Dict[str, Any]) -> Dict[str, Any]:
     }
     dim = settings["decoder_embed_dim"]
     made = {**_BRANCH_DEFAULTS, "decoder_input_dim": dim, "decoder_output_dim": dim, **kept}
-    made.update(_name="transformer_lm_gpt", moe_expert_ffn_dim=None)
+    made.update(_name="transformer_lm_gpt", moe_expert_ffn_dim=None, **_layers(path, shape))
     made["moe_top1_expert"] = top_k(settings) == 1
     if settings["moe_dropless"]:
         made["moe_eval_capacity_token_fraction"] = 1.0
     if made["max_target_positions"] is None:
         made["max_target_positions"] = made["tokens_per_sample"]
     return made
+
+
+def _check_experts(path: str, settings: Dict[str, Any]) -> None:
+    """Raise UserError for experts that the branch does not have."""
+    ffn_dim = settings["decoder_ffn_embed_dim"]
+    if settings["moe_expert_ffn_dim"] not in (None, ffn_dim):
+        raise UserError(
+            f"{path}: its experts are {settings['moe_expert_ffn_dim']} wide (--moe-expert-ffn-dim) "
+            f"and its dense layers {ffn_dim}; the branch gives both one width, so there is no such "
+            "model in its layout"
+        )
+    if settings["moe_router"] != "topk" or top_k(settings) > 2:
+        raise UserError(
+            f"{path}: --moe-router {settings['moe_router']}, {top_k(settings)} experts a token; "
+            "the branch has top-1 and top-2 gates alone, so there is no such model in its layout"
+        )
+    for name, off in _OFF_IN_THE_BRANCH.items():
+        if settings.get(name) not in (off, None):
+            flag = "--" + name.replace("_", "-")
+            raise _lacking(path, f"{flag} {settings[name]}", "no such experts")
+
+
+def _layers(path: str, shape: Shape) -> Dict[str, int]:
+    """The branch's settings of which layers are sparse, or, in a dense twin, of another width."""
+    if not shape.picked:
+        return {}
+    freq = shape.picked[0] + 1
+    if shape.picked != tuple(range(freq - 1, shape.layers, freq)):
+        raise _lacking(
+            path,
+            f"MoE layers {', '.join(map(str, shape.picked))} (--moe-layers, --moe-first-dense)",
+            "every n-th layer sparse alone",
+        )
+    widths = {shape.dense_widths[layer] for layer in shape.picked}
+    if len(widths) > 1:
+        raise _lacking(
+            path,
+            f"dense layers of widths {', '.join(map(str, sorted(filter(None, widths))))} "
+            "(--moe-dense-twin)",
+            "one width for them",
+        )
+    return {"moe_freq": freq, "alternate_decoder_ffn_embed_dim": widths.pop() or 0}
+
+
+def _lacking(path: str, ours: str, theirs: str) -> UserError:
+    return UserError(
+        f"{path}: has {ours}; the branch has {theirs}, so there is no such model in its layout"
+    )
 
 
 def branch_rest(rest: State, model: Dict[str, Any], ranks: int) -> State:

@@ -61,6 +61,10 @@ _SIZES = {
     "decoder_output_dim",
     "moe_expert_count",
     "moe_expert_ffn_dim",
+    "moe_latent_dim",
+    "moe_null_experts",
+    "moe_shared_expert_ffn_dim",
+    "moe_shared_experts",
 }
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.self_attn\.")
 _RESOLVER = re.compile(r"\$\{[^}]*:")  # omegaconf's, as ${oc.env:HOME}

@@ -83,6 +83,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "expert",
     )  # fmt: skip
     up.add_argument("--moe-freq", type=int, help="make every N-th layer sparse (default: 2)")
+    up.add_argument("--moe-layers", help="the sparse layers, from 0, as 1,3,5; not --moe-freq")
+    up.add_argument(
+        "--moe-first-dense", type=int, default=0, metavar="N",
+        help="of the layers of --moe-freq, leave the first N layers dense (default: 0)",
+    )  # fmt: skip
     up.add_argument("--moe-expert-count", type=int, help="experts in a sparse layer")
     up.add_argument("--moe-top-k", type=int, help="experts per token (default: 2)")
     up.add_argument("--moe-top1-expert", action="store_true", help="the same as --moe-top-k 1")
@@ -113,7 +118,12 @@ def _convert(args: argparse.Namespace) -> None:
     else:
         source = readers.open_checkpoint(args.source, args.weights_only or args.upcycle)
     if args.upcycle:
-        shape = args.moe_freq or 2, args.moe_expert_count, top_k(args)
+        layers = {
+            "moe_freq": 2 if args.moe_freq is None else args.moe_freq,
+            "moe_layers": args.moe_layers,
+            "moe_first_dense": args.moe_first_dense,
+        }
+        shape = layers, args.moe_expert_count, top_k(args)
         source = upcycle.upcycle(source, *shape, args.noise, args.seed)
     if args.dtype is not None:
         source.model = targets.cast(source.model, DTYPES[args.dtype])
@@ -147,6 +157,8 @@ def _check(args: argparse.Namespace) -> None:
         ("--rank-files", args.rank_files is not None, "--to branch", args.to == "branch"),
         ("--moe-expert-count", args.moe_expert_count is not None, "--upcycle", args.upcycle),
         ("--moe-freq", args.moe_freq is not None, "--upcycle", args.upcycle),
+        ("--moe-layers", args.moe_layers is not None, "--upcycle", args.upcycle),
+        ("--moe-first-dense", args.moe_first_dense != 0, "--upcycle", args.upcycle),
         ("--moe-top1-expert", args.moe_top1_expert, "--upcycle", args.upcycle),
         ("--moe-top-k", args.moe_top_k is not None, "--upcycle", args.upcycle),
         ("--noise", args.noise != 0, "--upcycle", args.upcycle),

@@ -15,6 +15,7 @@ from ..branch.reading import BARE
 from ..config import MoETransformerLMConfig
 from ..errors import UserError
 from ..models.language_model import MODEL_NAME, MoETransformerLanguageModel
+from ..shape import shape_of
 from .archive import AnyTensor
 
 _HEAD = "choice_head.weight"  # of fine-tuning with --choice-scoring head
@@ -44,9 +45,7 @@ class Source:
     @property
     def experts(self) -> int:
         """Experts in a sparse layer; 0: a dense model."""
-        if self.settings["moe_freq"] == 0 or self.settings["alternate_decoder_ffn_embed_dim"]:
-            return 0
-        return self.settings["moe_expert_count"]
+        return self.settings["moe_expert_count"] if shape_of(self.settings).sparse else 0
 
     @property
     def head(self) -> int:

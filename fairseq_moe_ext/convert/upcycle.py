@@ -12,27 +12,27 @@ import math
 import zlib
 from copy import deepcopy
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any, Dict, Iterator
 
 import torch
 from torch import Tensor
 
 from ..branch.reading import BARE
-from ..config import is_moe_layer
 from ..errors import UserError
 from ..models.language_model import MODEL_NAME
 from ..moe.experts import TensorPerExpert
+from ..shape import shape_of
 from .archive import Lazy, dtype_of
 from .source import Source, build_on_meta, set_order, with_settings
 
 
 def upcycle(
-    source: Source, moe_freq: int, experts: int, top_k: int, noise: float, seed: int
+    source: Source, layers: Dict[str, Any], experts: int, top_k: int, noise: float, seed: int
 ) -> Source:
     """
     Args:
-        moe_freq: layer i, from 0, becomes sparse when (i + 1) % moe_freq is 0.
+        layers: the settings that say which layers become sparse: moe_freq, moe_layers,
+            moe_first_dense.
         noise: standard deviation of what is added to each expert's matrices, as a multiple of that
             of the matrix.
     """
@@ -45,28 +45,25 @@ def upcycle(
     settings: Dict[str, Any] = {
         **old,
         "_name": MODEL_NAME,
-        "moe_freq": moe_freq,
+        **layers,
         "moe_expert_count": experts,
         "moe_top_k": top_k,
         "moe_top1_expert": top_k == 1,
         "moe_dropless": True,
         "moe_capacity_factor": None,
         "moe_second_expert_policy": "all",
+        "moe_expert_ffn_dim": None,
         "alternate_decoder_ffn_embed_dim": 0,
+        "moe_dense_twin": False,
+        "moe_shared_experts": 0,
+        "moe_shared_expert_ffn_dim": None,
+        "moe_null_experts": 0,
+        "moe_latent_dim": None,
     }
-    if old["moe_freq"] and old["alternate_decoder_ffn_embed_dim"]:  # wider in some layers
-        if moe_freq != old["moe_freq"]:
-            raise UserError(
-                f"--moe-freq {moe_freq}: {source.path} has wider layers, those of --moe-freq "
-                f"{old['moe_freq']}, which are the ones to be made sparse: use that"
-            )
-        settings["moe_expert_ffn_dim"] = old["alternate_decoder_ffn_embed_dim"]
+    _keep_widths(source, settings)
     build_on_meta(settings, source.types)  # refuses settings that cannot be
-    cfg = SimpleNamespace(**settings)
     model = dict(source.model)
-    for layer in range(settings["decoder_layers"]):
-        if not is_moe_layer(cfg, layer):
-            continue
+    for layer in shape_of(settings).sparse:
         prefix = f"decoder.layers.{layer}"
         for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"):
             dense = model.pop(f"{prefix}.{name}")
@@ -84,6 +81,22 @@ def upcycle(
     made = replace(source, rest=rest, settings=settings, model=model, optimizer=None)
     set_order(made)
     return made
+
+
+def _keep_widths(source: Source, settings: Dict[str, Any]) -> None:
+    """Give the experts the width of the networks that they are made of. UserError where those of
+    the dense model have several, and the sparse model cannot."""
+    old, new = shape_of(source.settings), shape_of(settings)
+    widths = {old.dense_widths[layer] for layer in new.sparse}
+    others = {old.dense_widths[layer] for layer in range(new.layers) if layer not in new.sparse}
+    if len(widths) > 1 or not others <= {new.ffn_dim}:
+        raise UserError(
+            f"{source.path}: its layers {', '.join(map(str, old.picked))} have networks of other "
+            "widths than the rest, and experts have one width: make just those sparse (--moe-freq, "
+            "--moe-layers, --moe-first-dense)"
+        )
+    if widths and widths != {new.ffn_dim}:
+        settings["moe_expert_ffn_dim"] = widths.pop()
 
 
 def _expert(dense: Tensor, spread: float, seed: int, name: str):

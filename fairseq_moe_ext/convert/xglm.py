@@ -19,6 +19,7 @@ from ..checkpoint.intact import check_records
 from ..config import MoETransformerLMConfig
 from ..errors import UserError
 from ..models.language_model import MODEL_NAME
+from ..shape import shape_of
 from .archive import AnyTensor, bytes_of, dtype_of, read_safetensors, write_safetensors
 from .source import Source, fresh_rest, set_order
 from .targets import Job
@@ -36,11 +37,8 @@ def xglm_jobs(source: Source, folder: str) -> List[Job]:
     lacking = []
     if source.experts:
         lacking.append(f"{source.experts} experts (--moe-expert-count)")
-    if s["moe_freq"] and s["alternate_decoder_ffn_embed_dim"] not in (
-        0,
-        s["decoder_ffn_embed_dim"],
-    ):
-        lacking.append("layers of two widths (--alternate-decoder-ffn-embed-dim)")
+    elif set(shape_of(s).dense_widths) != {s["decoder_ffn_embed_dim"]}:
+        lacking.append("layers of two widths (--alternate-decoder-ffn-embed-dim, --moe-dense-twin)")
     for name in (
         "decoder_learned_pos",
         "no_token_positional_embeddings",

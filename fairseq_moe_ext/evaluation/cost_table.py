@@ -5,14 +5,15 @@ import json
 import math
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Sequence, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 
 from .. import cost
-from ..config import MoETransformerLMConfig, top_k
+from ..config import MoETransformerLMConfig
 from ..config_checks import validate
 from ..errors import UserError
+from ..shape import shape_of
 from ..text_table import markdown, plain
 from . import paper
 
@@ -68,7 +69,7 @@ def run(args: Namespace) -> None:
         raise UserError(f"--tokens {args.tokens}: use a number above 0")
     settings, types = _settings(args)
     shape = shape_of(settings, types)
-    if shape.moe_layers:
+    if shape.sparse:
         more, fewer = sorted([args.world_size, shape.experts], reverse=True)
         if more % fewer:
             raise UserError(
@@ -148,33 +149,6 @@ def checkpoint_settings(path: Path) -> Tuple[Dict[str, Any], int]:
     if str(settings.get("_name") or settings.get("arch")) in (MODEL_NAME, *ARCHITECTURES):
         return dict(settings), embedding.size(0)
     return translated_settings(str(path), dict(settings)), embedding.size(0)
-
-
-def shape_of(settings: Mapping[str, Any], types: int) -> cost.Shape:
-    """The shape of a model with the settings (names of config.py; those that stock's models and
-    the branch lack are taken as off)."""
-    return cost.Shape(
-        layers=settings["decoder_layers"],
-        dim=settings["decoder_embed_dim"],
-        ffn_dim=settings["decoder_ffn_embed_dim"],
-        types=types,
-        moe_freq=settings.get("moe_freq") or 0,
-        experts=settings.get("moe_expert_count") or 0,
-        top_k=top_k(settings),
-        expert_ffn_dim=settings.get("moe_expert_ffn_dim") or None,
-        alternate_ffn_dim=settings.get("alternate_decoder_ffn_embed_dim") or 0,
-        tied=bool(settings.get("share_decoder_input_output_embed")),
-        learned_positions=_learned_positions(settings),
-        norms=(not settings.get("no_decoder_final_norm"))
-        + bool(settings.get("layernorm_embedding")),
-    )
-
-
-def _learned_positions(settings: Mapping[str, Any]) -> int:
-    if not settings.get("decoder_learned_pos") or settings.get("no_token_positional_embeddings"):
-        return 0
-    # the first two rows are those of padding (fairseq/modules/positional_embedding.py@0.12.2)
-    return (settings.get("max_target_positions") or settings["tokens_per_sample"]) + 2
 
 
 def costs(args: Namespace, shape: cost.Shape, context: int, dropout: bool) -> Dict[str, Any]:

@@ -22,8 +22,8 @@ Stack = Union[Tensor, Sequence[Tensor]]
 class Weights(NamedTuple):
     """Of E experts; stacked, or a sequence of each expert's, in any precision and place."""
 
-    w1: Stack  # (E, F, D)
-    b1: Stack  # (E, F)
+    w1: Stack  # (E, F, D); (E, 2 F, D) with a gated activation
+    b1: Stack  # (E, F), or (E, 2 F)
     w2: Stack  # (E, D, F)
     b2: Stack  # (E, D)
 
@@ -49,7 +49,7 @@ def by_expert(
     """
     Args:
         x: (N, D) in expert order, counts[e] rows of expert e.
-        activation: elementwise.
+        activation: elementwise, or gated: (n, 2 F) -> (n, F).
         mask: (N, F), a factor on what the activation yields, for dropout.
         grad_scale: factor on the gradients of the weights, not on x's.
 
@@ -93,7 +93,8 @@ def grouped_serves(x: Tensor, weights: Weights) -> bool:
         and hasattr(F, "grouped_mm")
         and isinstance(weights.w1, Tensor)
         and x.size(0) > 0
-        and all(size % 8 == 0 for size in weights.w1.shape[1:])
+        and isinstance(weights.w2, Tensor)
+        and all(size % 8 == 0 for size in (*weights.w1.shape[1:], *weights.w2.shape[1:]))
     )
 
 

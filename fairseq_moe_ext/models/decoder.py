@@ -17,15 +17,17 @@ from fairseq.modules import LayerNorm, PositionalEmbedding, SinusoidalPositional
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..config import MoETransformerLMConfig, is_moe_layer, top_k
+from ..config import MoETransformerLMConfig, top_k
 from ..errors import DAMAGED, NotFinite, UserError, not_finite
 from ..expert_parallel import ExpertParallel, WorldScope, process_count
 from ..fully_sharded import wrap_layer
 from ..kernels.matmul import Linear
+from ..moe.activations import GATED, inner_width
 from ..moe.exchange import HERE
 from ..moe.layer import MoELayer, MoEOutput
 from ..moe.router import ROUTERS, GateSettings
 from ..moe.scope import PROCESS
+from ..shape import shape_of
 from .attention import CausalSelfAttention, IncrementalState
 from .compiled import compiled
 from .padding import PadRule
@@ -52,7 +54,8 @@ class DecoderLayer(nn.Module):
         dim = cfg.decoder_embed_dim
         self.dropout = cfg.dropout
         self.activation_dropout = cfg.activation_dropout
-        self.activation = utils.get_activation_fn(str(cfg.activation_fn))
+        name = str(cfg.activation_fn)
+        self.activation = GATED.get(name) or utils.get_activation_fn(name)
         self.self_attn = CausalSelfAttention(
             dim, cfg.decoder_attention_heads, cfg.attention_dropout
         )
@@ -61,13 +64,11 @@ class DecoderLayer(nn.Module):
         self.moe_layer: Optional[MoELayer] = None
         self.checkpoint_activations = cfg.checkpoint_activations
         self.compiled = cfg.compile
-        ffn_dim = cfg.decoder_ffn_embed_dim
-        if is_moe_layer(cfg, index):
-            if cfg.alternate_decoder_ffn_embed_dim == 0:
-                self.moe_layer = self._build_moe_layer(cfg)
-                return
-            ffn_dim = cfg.alternate_decoder_ffn_embed_dim
-        self.fc1 = Linear(dim, ffn_dim)
+        ffn_dim = shape_of(cfg).dense_widths[index]
+        if ffn_dim is None:
+            self.moe_layer = self._build_moe_layer(cfg)
+            return
+        self.fc1 = Linear(dim, inner_width(self.activation, ffn_dim))
         self.fc2 = Linear(ffn_dim, dim)
 
     def _build_moe_layer(self, cfg: MoETransformerLMConfig) -> MoELayer:
@@ -82,7 +83,7 @@ class DecoderLayer(nn.Module):
             dropless=cfg.moe_dropless,
             count_padding=cfg.moe_pad_rule not in (None, "real"),
         )
-        distributed = process_count() > 1
+        distributed, shape = process_count() > 1, shape_of(cfg)
         if cfg.moe_router not in ROUTERS:
             raise UserError(
                 f"--moe-router {cfg.moe_router} is unknown: use {', '.join(ROUTERS)}, or pass the "
@@ -90,12 +91,14 @@ class DecoderLayer(nn.Module):
             )
         return MoELayer.build(
             cfg.decoder_embed_dim,
-            cfg.moe_expert_ffn_dim or cfg.decoder_ffn_embed_dim,
+            shape.expert_width,
             cfg.moe_expert_count,
             settings,
             router=cfg.moe_router,
             exchange=ExpertParallel(cfg.moe_expert_count) if distributed else HERE,
             scope=WorldScope() if distributed and cfg.moe_routing_scope == "world" else PROCESS,
+            shared_ffn_dim=shape.shared_ffn_dim,
+            latent_dim=shape.latent_dim,
             activation=self.activation,
             activation_dropout=(
                 cfg.activation_dropout if cfg.moe_expert_dropout is None else cfg.moe_expert_dropout

@@ -248,9 +248,11 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
 
 def freeze(model: nn.Module, part: str) -> None:
     """Exclude a part of the MoE layers from training (--moe-freeze): its parameters get no
-    gradient, so the trainer passes them to no optimizer (fairseq/trainer.py:293@0.12.2)."""
+    gradient, so the trainer passes them to no optimizer (fairseq/trainer.py:293@0.12.2). All of
+    such a layer but its gate is its experts: shared ones and latent projections, too."""
     for name, parameter in model.named_parameters():
-        gate, expert = ".moe_layer.gate." in name, hasattr(parameter, "expert")
+        gate = ".moe_layer.gate." in name
+        expert = ".moe_layer." in name and not gate
         frozen = {
             "none": False,
             "gate": gate,

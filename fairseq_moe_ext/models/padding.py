@@ -11,6 +11,7 @@ from torch import Tensor
 from ..config import MoETransformerLMConfig
 from ..expert_parallel import collective_device, process_count
 from ..moe.router import TopKRouter
+from ..shape import shape_of
 
 
 class Filled(NamedTuple):
@@ -28,7 +29,7 @@ class PadRule:
         self.padding_idx = padding_idx
         self.rule = str(cfg.moe_pad_rule or "real")
         self.masked = cfg.use_moe_pad_mask
-        self.experts = cfg.moe_freq > 0 and cfg.alternate_decoder_ffn_embed_dim == 0
+        self.experts = bool(shape_of(cfg).sparse)
         self.together = self.experts and process_count() > 1 and cfg.moe_routing_scope == "world"
         # Rows of a full batch, in a step of training or validation; None: as many tokens as any
         # process has; 0: not in such a step.

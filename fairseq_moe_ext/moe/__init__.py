@@ -9,6 +9,7 @@ N rows (kept choices) in expert order; H attention heads and C candidates or chu
     balance.py   the losses on a routing
     dispatch.py  tokens -> rows in expert order, and back
     experts.py   the feed-forward networks as stacked weights, and the plain loop through them
+    activations.py  gated linear units
     exchange.py  rows to the processes that hold their experts, and back
     scope.py     the processes whose tokens are routed together
     stats.py     a Routing -> named metrics

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Dict, List, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.expert_ffn import Weights, kernel_for, scale_gradient
+from ..kernels.matmul import Linear
+from .activations import Activation, inner_width
 
 
 class TensorPerExpert(List[Tensor]):
@@ -93,7 +95,8 @@ class Experts(nn.Module):
     """E feed-forward networks: linear, activation, dropout, linear, dropout.
 
     Args:
-        activation: elementwise function of a tensor.
+        activation: elementwise function of a tensor, or a gated one of moe/activations.py, for
+            which the first linear layer has 2 F outputs.
         activation_dropout, dropout: probabilities, behind the activation and at the end.
         grad_scale: factor on the gradients of the experts' parameters (the paper's 1/sqrt(E)).
         first: number of the first of these experts among all, where others are elsewhere.
@@ -106,7 +109,7 @@ class Experts(nn.Module):
         dim: int,
         ffn_dim: int,
         *,
-        activation: Callable[[Tensor], Tensor] = F.gelu,
+        activation: Activation = F.gelu,
         activation_dropout: float = 0.0,
         dropout: float = 0.0,
         grad_scale: float = 1.0,
@@ -118,7 +121,9 @@ class Experts(nn.Module):
         self.activation_dropout = activation_dropout
         self.dropout = dropout
         self.grad_scale = grad_scale
-        self.fc1 = GroupedLinear(num_experts, dim, ffn_dim, first, in_files)
+        self.ffn_dim = ffn_dim
+        inner = inner_width(activation, ffn_dim)
+        self.fc1 = GroupedLinear(num_experts, dim, inner, first, in_files)
         self.fc2 = GroupedLinear(num_experts, ffn_dim, dim, first, in_files)
 
     def forward(self, x: Tensor, counts: List[int]) -> Tensor:
@@ -128,17 +133,45 @@ class Experts(nn.Module):
         weights = Weights(self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         mask = None
         if self.training and self.activation_dropout > 0:
-            mask = F.dropout(x.new_ones(x.size(0), len(self.fc1.bias[0])), self.activation_dropout)
+            mask = F.dropout(x.new_ones(x.size(0), self.ffn_dim), self.activation_dropout)
         compute = kernel_for(x, weights) or plain_expert_ffn
         out = compute(x, counts, weights, self.activation, mask, self.grad_scale)
         return F.dropout(out, self.dropout, self.training)
+
+
+class FeedForward(nn.Module):
+    """One feed-forward network, for all tokens: an expert that is shared.
+
+    N shared experts of width F are one network of width N F, as their outputs are summed.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        ffn_dim: int,
+        activation: Activation = F.gelu,
+        activation_dropout: float = 0.0,
+        dropout: float = 0.0,
+    ) -> None:
+        """Args as those of Experts."""
+        super().__init__()
+        self.activation = activation
+        self.activation_dropout = activation_dropout
+        self.dropout = dropout
+        self.fc1 = Linear(dim, inner_width(activation, ffn_dim))
+        self.fc2 = Linear(ffn_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) -> (..., D)."""
+        hidden = F.dropout(self.activation(self.fc1(x)), self.activation_dropout, self.training)
+        return F.dropout(self.fc2(hidden), self.dropout, self.training)
 
 
 def plain_expert_ffn(
     x: Tensor,
     counts: List[int],
     weights: Weights,
-    activation: Callable[[Tensor], Tensor],
+    activation: Activation,
     mask: Optional[Tensor] = None,
     grad_scale: float = 1.0,
 ) -> Tensor:
@@ -146,7 +179,7 @@ def plain_expert_ffn(
 
     Args:
         x: (N, D) in expert order, counts[e] rows of expert e.
-        activation: elementwise.
+        activation: as that of Experts.
         mask: (N, F), a factor on what the activation yields, for dropout.
         grad_scale: factor on the gradients of the weights, not on x's.
 

@@ -7,10 +7,11 @@ from typing import Any, Dict, NamedTuple, Optional
 import torch
 from torch import Tensor, nn
 
+from ..kernels.matmul import Linear
 from .balance import balance_loss, z_loss
 from .dispatch import lay_out, permute, unpermute
 from .exchange import HERE, Exchange
-from .experts import Experts
+from .experts import Experts, FeedForward
 from .router import ROUTERS, GateSettings, TopKRouter
 from .scope import PROCESS, RoutingScope
 from .stats import routing_stats
@@ -29,6 +30,16 @@ class MoEOutput(NamedTuple):
     observed: Dict[str, Tensor]  # sums over tokens, in training, for TopKRouter.after_update
 
 
+class Latent(nn.Module):
+    """Projections to the narrower vectors that experts compute on, and back; without biases, so
+    that a token which no expert takes gets zeros."""
+
+    def __init__(self, dim: int, latent_dim: int) -> None:
+        super().__init__()
+        self.down = Linear(dim, latent_dim, bias=False)
+        self.up = Linear(latent_dim, dim, bias=False)
+
+
 class MoELayer(nn.Module):
     """A feed-forward layer in which each token uses only the experts that the router chooses."""
 
@@ -38,6 +49,7 @@ class MoELayer(nn.Module):
         experts: nn.Module,
         exchange: Exchange = HERE,
         shared: Optional[nn.Module] = None,
+        latent: Optional[Latent] = None,
     ) -> None:
         """
         Args:
@@ -46,12 +58,14 @@ class MoELayer(nn.Module):
             experts: rows (N, D) in expert order and the rows of each -> (N, D).
             exchange: between the processes that share the experts.
             shared: (T, D) -> (T, D), an expert that every token uses beside the chosen ones.
+            latent: projections to the vectors that experts compute on, and back.
         """
         super().__init__()
         self.gate = router
         self.experts = experts
         self.exchange = exchange
         self.shared = shared
+        self.latent = latent
         exchange.join_gradients(experts)
 
     @classmethod
@@ -65,13 +79,34 @@ class MoELayer(nn.Module):
         router: str = "topk",
         exchange: Exchange = HERE,
         scope: RoutingScope = PROCESS,
-        **expert_options: Any,
+        shared_ffn_dim: int = 0,
+        latent_dim: int = 0,
+        grad_scale: float = 1.0,
+        in_files: bool = False,
+        **options: Any,
     ) -> MoELayer:
-        """A layer with a registered router and `Experts`, which get `expert_options`."""
+        """A layer with a registered router and `Experts`.
+
+        Args:
+            shared_ffn_dim: hidden width of all shared experts together; 0: there are none.
+            latent_dim: width of what experts compute on; 0: dim.
+            grad_scale, in_files: of `Experts`.
+            options: of `Experts` and of the shared ones: activation, dropout.
+        """
         gate = ROUTERS[router](dim, num_experts, settings, scope)
         held = exchange.held(num_experts)
-        experts = Experts(len(held), dim, ffn_dim, first=held.start, **expert_options)
-        return cls(gate, experts, exchange)
+        experts = Experts(
+            len(held),
+            latent_dim or dim,
+            ffn_dim,
+            first=held.start,
+            grad_scale=grad_scale,
+            in_files=in_files,
+            **options,
+        )
+        shared = FeedForward(dim, shared_ffn_dim, **options) if shared_ffn_dim else None
+        latent = Latent(dim, latent_dim) if latent_dim else None
+        return cls(gate, experts, exchange, shared, latent)
 
     def forward(
         self,
@@ -94,10 +129,13 @@ class MoELayer(nn.Module):
             token_ids = token_ids.reshape(-1)
         logits, routing = self.gate(tokens, padding_mask, dropless, token_ids)
         rows = lay_out(routing)
-        y = permute(tokens, rows)  # (N, D)
+        y = tokens if self.latent is None else self.latent.down(tokens)  # (T, D), or (T, L)
+        y = permute(y, rows)  # (N, D)
         y, arrival = self.exchange.send(y, rows.counts)  # (N', D)
         y = self.exchange.send_back(self.experts(y, arrival.counts), arrival)  # (N, D)
         out = unpermute(y, routing.weights.to(y.dtype), rows)  # (T, D)
+        if self.latent is not None:
+            out = self.latent.up(out)
         if self.shared is not None:
             out = out + self.shared(tokens)
         scope = self.gate.scope

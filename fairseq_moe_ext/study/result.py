@@ -7,8 +7,9 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from .. import accuracy, cost, files
 from ..errors import UserError
-from ..evaluation.cost_table import checkpoint_settings, shape_of
+from ..evaluation.cost_table import checkpoint_settings
 from ..evaluation.speedup import Factor, overlap, speedup_factors
+from ..shape import shape_of
 from .plan import FAMILIES, Plan, Run, typed
 
 GROUPS = ("in_domain", "out_of_domain")

@@ -1,0 +1,93 @@
+"""Kinds of experts, and the truth of a sparse layer that has them: a plain loop over tokens."""
+
+import itertools
+
+import reference
+import torch
+
+from fairseq_moe_ext.moe.activations import GATED
+from fairseq_moe_ext.moe.layer import MoELayer
+from fairseq_moe_ext.moe.router import GateSettings
+
+DIM, FFN, EXPERTS, TOKENS = 6, 5, 4, 22
+
+# Of MoELayer.build; what is off comes first.
+ACTIVATIONS = {"gelu": torch.nn.functional.gelu, **GATED}
+SHARED = (0, 7)  # hidden width of the shared experts together
+LATENT = (0, 3)
+KINDS = list(itertools.product(ACTIVATIONS, SHARED, LATENT))
+
+
+def gelu(x):
+    return 0.5 * x * (1 + torch.erf(x / 2**0.5))
+
+
+def silu(x):
+    return x / (1 + torch.exp(-x))
+
+
+def network(row, w1, b1, w2, b2, activation):
+    """One feed-forward network on one vector, with its two or three matrices written out."""
+    if activation == "gelu":
+        return w2 @ gelu(w1 @ row + b1) + b2
+    width = len(w1) // 2
+    gate, linear = w1[:width] @ row + b1[:width], w1[width:] @ row + b1[width:]
+    return w2 @ ((silu if activation == "swiglu" else gelu)(gate) * linear) + b2
+
+
+def layer_by_loop(x, p, activation, **routing):
+    """x (T, D), p the layer's parameters by name -> reference.Output."""
+    logits = torch.stack([p["gate.wg.weight"] @ row for row in x])
+    routes = reference.route(logits, **routing)
+    stacks = [p[f"experts.{name}"] for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")]
+    rows = []
+    for row, choices in zip(x, routes.choices):
+        given = p["latent.down.weight"] @ row if "latent.down.weight" in p else row
+        out = torch.zeros_like(given)
+        for choice in choices:
+            if choice.kept:
+                of_expert = [stack[choice.expert] for stack in stacks]
+                out = out + choice.weight * network(given, *of_expert, activation)
+        if "latent.up.weight" in p:
+            out = p["latent.up.weight"] @ out
+        if "shared.fc1.weight" in p:
+            names = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
+            out = out + network(row, *(p[f"shared.{name}"] for name in names), activation)
+        rows.append(out)
+    return reference.Output(
+        torch.stack(rows),
+        reference.balance_loss(routes),
+        reference.z_loss(logits, routes.counts),
+        reference.statistics(routes),
+        reference.expert_counts(routes),
+    )
+
+
+def build(activation, shared, latent, top_k=2, **options):
+    """A layer of this kind in float64, of the same numbers every time."""
+    torch.manual_seed(5)
+    settings = GateSettings(
+        top_k=top_k, second_expert_policy="all", capacity_factor=options.pop("factor", 1.0)
+    )
+    return MoELayer.build(
+        DIM,
+        FFN,
+        EXPERTS,
+        settings,
+        activation=ACTIVATIONS[activation],
+        shared_ffn_dim=shared,
+        latent_dim=latent,
+        **options,
+    ).double()
+
+
+def inputs():
+    """Tokens (T, D), a weight for each number of the output, and padding (T,)."""
+    torch.manual_seed(6)
+    x = torch.randn(TOKENS, DIM, dtype=torch.float64)
+    # uneven use of the experts, so that capacity drops some
+    return x + x[:, :1], torch.randn(TOKENS, DIM, dtype=torch.float64), torch.rand(TOKENS) < 0.2
+
+
+def loss_of(output, weight):
+    return (output.out * weight).sum() + output.balance_loss + 0.1 * output.z_loss
