@@ -31,6 +31,7 @@ What stock fairseq needs to run on today's Python and PyTorch is beside it, in f
     cost.py        parameters and FLOPs
     shape.py       which layers are sparse, how wide each network is
     evaluation/    what trained models are asked: expert use, reports
+    inspection/    a page on what each expert of a model does
     accuracy.py    chance level and interval of an accuracy
     data_bin.py    folders of data-bins: what lies where
     data_bin_files.py  whether the files of a data-bin are whole

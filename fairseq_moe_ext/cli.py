@@ -46,6 +46,7 @@ def main(argv: Optional[List[str]] = None) -> int:
 _COMMANDS = {
     "prepare": ("turn your own text into data-bins", "prepare.command"),
     "evaluate": ("perplexity of a model on many test sets", "evaluation.evaluate_command"),
+    "inspect": ("a page on what each expert of a model does", "inspection.command"),
     "priming": ("zero- and few-shot accuracy on the paper's tasks", "priming.command"),
     "study": ("train and compare a dense and a sparse family of models", "study.command"),
     "report": ("a study's page and figures", "study.page"),

@@ -107,6 +107,7 @@ ALLOWED = {
         "ranges",
     },
     "prepare": {"prepare", "data_bin"},
+    "inspection": {"inspection", "data_bin", "evaluation", "models", "questions"},
     "questions": {"questions", "prepare"},
     "priming": {
         "priming",

@@ -151,6 +151,9 @@ def test_commands(trained):
 
     output = script(trained, "docs/evaluate.md", "One set")
     assert re.search(r"Loss \(base 2\): [\d.]+, Perplexity: [\d.]+", output)
+    (trained / "my.txt").write_text("word1 word2 word3\nword4 word5 word6\n" * 5)
+    assert "By token" in script(trained, "docs/inspect.md")
+    assert "By token" in run(trained, sys.executable, "-c", blocks("docs/inspect.md", "python"))
     output = run(trained, sys.executable, "-c", blocks("docs/generate.md", "python"))
     assert re.search(r"tensor\(\[-[\d.]+", output)
 
@@ -225,6 +228,7 @@ RUN = {"README.md", "examples/add_a_router/README.md", "examples/quickstart/READ
         "forecast",
         "generate",
         "hydra",
+        "inspect",
         "mixture",
         "prepare",
     )

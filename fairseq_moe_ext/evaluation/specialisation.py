@@ -90,12 +90,12 @@ def information(
             whole = (labels == np.arange(number)[:, None]) @ tables[gate]  # (kinds, experts)
             return mutual_information(whole / whole.sum(1, keepdims=True))
 
-        found["domain"] = _beside_controls(of_kinds, every, kinds, rng)
+        found["domain"] = beside_controls(of_kinds, every, kinds, rng)
 
     def of_types(gate: int, labels: np.ndarray) -> float:
         return mutual_information(_counts(labels, choices[:, gate, :1], types.max() + 1, experts))
 
-    found["token"] = _beside_controls(of_types, every, types, rng)
+    found["token"] = beside_controls(of_types, every, types, rng)
     return found
 
 
@@ -105,7 +105,7 @@ def _counts(rows: np.ndarray, chosen: np.ndarray, number: int, experts: int) -> 
     return np.bincount(places.ravel(), minlength=number * experts).reshape(number, experts)
 
 
-def _beside_controls(
+def beside_controls(
     told: Callable[[int, np.ndarray], float],
     gates: Sequence[int],
     labels: np.ndarray,

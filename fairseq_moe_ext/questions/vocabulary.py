@@ -54,6 +54,10 @@ class Vocabulary:
         """The text; bytes that are no UTF-8 become U+FFFD."""
         return b"".join(self._bytes.get(t, b"") for t in tokens).decode("utf-8", "replace")
 
+    def piece(self, token: int) -> bytes:
+        """The bytes of one token, which need not be UTF-8 by themselves."""
+        return self._bytes.get(token, b"")
+
     def check(self, rows: Iterable[Iterable[int]], of: str) -> None:
         """Raise UserError if a tenth or more of the tokens are not in the dictionary."""
         tokens = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])

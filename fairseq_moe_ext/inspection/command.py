@@ -1,0 +1,136 @@
+"""`fairseq-moe inspect`: one page on what the experts of a model do."""
+
+import argparse
+from pathlib import Path
+from typing import Optional
+
+from .. import outputs
+from ..errors import UserError
+from ..evaluation.report import check_renewable
+from .inspecting import DEFAULT, Settings, inspect
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "One page on which expert takes which text, and on what routing knows."
+    default = DEFAULT
+    parser.add_argument("checkpoint", type=Path, help="checkpoint, as fairseq-eval-lm's --path")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="folder with the model's dict.txt and tokenizer, and test sets, if there are any",
+    )
+    parser.add_argument(
+        "--text",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="your own text (UTF-8), shown token by token (default: the beginning of each set)",
+    )
+    parser.add_argument(
+        "--twin", type=Path, metavar="CHECKPOINT", help="a second model, dense say: its loss beside"
+    )
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="CHECKPOINT",
+        help="earlier checkpoints of the same training: how far they route alike",
+    )
+    parser.add_argument(
+        "--log",
+        type=Path,
+        help="log of fairseq-train (default: metrics.jsonl beside the checkpoint, if it is there)",
+    )
+    parser.add_argument("--subset", help="split to count (default: test, or else valid)")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=default.tokens,
+        help=f"tokens to count, an equal part of each set (default: {default.tokens:,})",
+    )
+    parser.add_argument(
+        "--show",
+        type=int,
+        default=default.show,
+        help=f"tokens of a text to show (default: {default.show:,})",
+    )
+    parser.add_argument(
+        "--context", type=int, help="tokens a row (default: as trained, 1024 at most)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=default.batch_size, help="rows a pass (default: 16)"
+    )
+    parser.add_argument(
+        "--capacity",
+        default="1",
+        metavar="F",
+        help="share of a batch that an expert takes, or `training`, for the rule of training "
+        "(default: 1, nothing is dropped)",
+    )
+    parser.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
+    parser.add_argument(
+        "--model-overrides", metavar="DICT", help="settings of the model, as fairseq-eval-lm's"
+    )
+    parser.add_argument(
+        "--page",
+        type=Path,
+        default=Path("inspect.html"),
+        metavar="FILE",
+        help="page to write (default: inspect.html; made anew each time)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here, too")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file of --json")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Look and write. Raises UserError for flags or files that cannot be."""
+    for name in ("tokens", "show", "context", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: use 1 or more")
+    settings = Settings(
+        args.subset,
+        args.tokens,
+        args.show,
+        args.context,
+        args.batch_size,
+        _capacity(args.capacity),
+        args.model_overrides,
+        args.cpu,
+    )
+    read = [args.checkpoint, args.data, *args.text, *args.compare]
+    read += [path for path in (args.twin, args.log) if path is not None]
+    outputs.check([("--page", args.page), ("--json", args.json)], True, read)
+    check_renewable(args.page)
+    outputs.check([("--json", args.json)], args.overwrite)
+    found = inspect(
+        args.checkpoint,
+        args.data,
+        args.text,
+        twin=args.twin,
+        compare=args.compare,
+        log=args.log,
+        settings=settings,
+    )
+    if args.json is not None:
+        found.write_json(args.json)
+    found.write_page(args.page)
+    print("\n".join(found.said))
+    print(f"page: {args.page}")
+
+
+def _capacity(text: str) -> Optional[float]:
+    if text == "training":
+        return None
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found <= 1:
+        raise UserError(
+            f"--capacity {text}: use a share of a batch, above 0 up to 1, or `training`"
+        )
+    return found

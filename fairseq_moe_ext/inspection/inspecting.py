@@ -1,0 +1,297 @@
+"""From a checkpoint and text to all numbers; what the command calls, and a notebook."""
+
+import sys
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..errors import UserError
+from ..evaluation.loading import (
+    check_path,
+    language_modeling_task,
+    load_model,
+    on_device,
+    parse_overrides,
+    set_gates,
+)
+from . import reading, relations
+from .cards import Counted, cards
+from .knowing import knowledge, said
+from .observing import CANDIDATES, View, moe_layers, observe
+from .reading import Block, Tokens
+from .result import Inspection, Layer, Saturation, ShownText
+from .training import beside, read_log
+
+
+class Settings(NamedTuple):
+    """How to look; the flags of the command."""
+
+    subset: Optional[str] = None  # None: test, else valid
+    tokens: int = 100_000  # that are counted, an equal part of each corpus
+    show: int = 2_000  # tokens of a text that are shown
+    context: Optional[int] = None  # tokens of a row; None: as trained
+    batch_size: int = 16  # rows a pass
+    capacity: Optional[float] = 1.0  # share of a batch that an expert takes; None: as in training
+    overrides: Optional[str] = None  # settings of the model, a Python dictionary
+    cpu: bool = False
+
+
+DEFAULT = Settings()
+
+
+def inspect(
+    checkpoint: Path,
+    data: Path,
+    text: Sequence[Path] = (),
+    *,
+    twin: Optional[Path] = None,
+    compare: Sequence[Path] = (),
+    log: Optional[Path] = None,
+    settings: Settings = DEFAULT,
+) -> Inspection:
+    """All that can be said of the experts of a checkpoint.
+
+    Args:
+        checkpoint: as fairseq-eval-lm's --path, Meta's released layout too.
+        data: folder with the model's dict.txt, its tokenizer, and test sets, if there are any.
+        text: files whose tokens are shown one by one; without test sets they are counted, too.
+        twin: another checkpoint of the same dictionary, whose losses stand beside.
+        compare: earlier checkpoints of the same training.
+        log: of the training; by default the metrics.jsonl beside the checkpoint.
+
+    Raises:
+        UserError: for what is missing or does not fit, before the work where possible.
+    """
+    model_of = _Loader(data, settings)
+    check_path(checkpoint)
+    for flag, paths in (("--twin", [twin] if twin else []), ("--compare", compare)):
+        for path in paths:
+            if not path.is_file():
+                raise UserError(f"{flag} {path}: no such checkpoint")
+    log = log or beside(checkpoint)
+    training = read_log(log) if log else None
+    tokens = Tokens(data, model_of.dictionary)
+    own = reading.read_own(text, tokens)
+    sets = reading.read_sets(data, settings.subset, model_of.dictionary) or own
+    if not sets:
+        raise UserError(f"--data {data}: no test sets in it; give a file of your own with --text")
+    model = model_of(checkpoint)
+    if not moe_layers(model):
+        raise UserError(
+            f"{checkpoint}: a dense model, which has no experts; give an MoE checkpoint"
+        )
+    context = model_of.context(model)
+    eos = model_of.dictionary.eos()
+    per_set = max(1, settings.tokens // len(sets))
+    blocks = [
+        block
+        for i, stream in enumerate(sets.values())
+        for block in reading.blocks_of(i, stream, eos, context, per_set)
+    ]
+    reading.check_enough(blocks, f"--data {data}")
+    shown = {
+        name: reading.blocks_of(0, stream[: settings.show], eos, context)
+        for name, stream in (own or _beginnings(sets)).items()
+    }
+    watch = _Watch(settings.batch_size)
+    view = watch("counting choices", model, blocks)
+    details = {name: watch(name, model, some, detailed=True) for name, some in shown.items()}
+    layers = _layers(model, view, _counted(blocks, list(sets)), tokens)
+    names = list(sets)
+    found = Inspection(
+        checkpoint=str(checkpoint),
+        twin=str(twin) if twin else None,
+        subset=("" if sets is own else settings.subset or "test"),
+        capacity="training's" if settings.capacity is None else f"{settings.capacity:g}",
+        tokens=_per_set(names, blocks, np.ones(len(view.loss), dtype=int), np.sum),
+        loss=_per_set(names, blocks, view.loss, np.mean),
+        twin_loss=None,
+        positions=list(reading.POSITIONS),
+        frequencies=list(reading.FREQUENCIES),
+        layers=layers,
+        texts=[],
+        saturation=[],
+        training=training,
+        said=said(layers),
+    )
+    del model
+    twins: Dict[str, View] = {}
+    if twin is not None:
+        other = model_of(twin)
+        seen = watch("the twin", other, blocks).loss
+        found.twin_loss = _per_set(names, blocks, seen, np.mean)
+        twins = {name: watch(f"the twin, {name}", other, some) for name, some in shown.items()}
+    lengths = {name: len(stream) for name, stream in (own or sets).items()}
+    for name, detail in details.items():
+        cut = lengths[name] - len(detail.loss) if own else 0
+        found.texts.append(_shown(name, shown[name], detail, twins.get(name), tokens, cut))
+    found.saturation = [
+        _saturation(path, watch(path.name, model_of(path), blocks), view) for path in compare
+    ]
+    return found
+
+
+class _Loader:
+    """Loads models, for one dictionary and one way of looking."""
+
+    def __init__(self, data: Path, settings: Settings) -> None:
+        if not (data / "dict.txt").is_file():
+            raise UserError(
+                f"--data {data}: no dict.txt in it; give the folder of the model's data"
+            )
+        self.settings = settings
+        self.overrides = parse_overrides(settings.overrides)
+        self.task = language_modeling_task(data, 1)
+        self.dictionary = self.task.source_dictionary
+
+    def __call__(self, path: Path) -> torch.nn.Module:
+        """For evaluation. The experts of a model in many files stay in them."""
+        overrides = dict(self.overrides)
+        if not path.is_file():
+            overrides.setdefault("moe_experts_on_disk", True)
+        model, _ = load_model(path, self.task, overrides)
+        capacity = self.settings.capacity
+        # below 0: the rule of training
+        fraction = -1.0 if capacity is None else capacity
+        set_gates(model, eval_token_fraction=fraction)
+        if capacity is not None:
+            set_gates(model, dropless=False)
+        return on_device(model, self.settings.cpu)
+
+    def context(self, model: torch.nn.Module) -> int:
+        longest = model.max_positions()
+        found = self.settings.context or min(longest, 1024)
+        if not 2 <= found <= longest:
+            raise UserError(f"--context {found}: use 2 to {longest} tokens, which the model takes")
+        return found
+
+
+class _Watch:
+    """Passes over text, with a bar on a terminal and a line elsewhere."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+
+    def __call__(
+        self, words: str, model: torch.nn.Module, blocks: Sequence[Block], detailed: bool = False
+    ) -> View:
+        total = sum(len(block.positions) for block in blocks)
+        if not sys.stderr.isatty():
+            print(f"{words}: {total:,} tokens", file=sys.stderr, flush=True)
+        with tqdm(total=total, desc=words, unit="token", leave=False, disable=None) as bar:
+            return observe(model, blocks, self.batch_size, bar.update, detailed)
+
+
+def _beginnings(sets: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    """Without a text of the user's: the beginning of each set."""
+    return {name: stream[:400] for name, stream in sets.items()}
+
+
+def _counted(blocks: Sequence[Block], names: Sequence[str]) -> Counted:
+    sizes = [len(block.positions) for block in blocks]
+    types = torch.cat([block.row[1:] for block in blocks]).numpy()
+    return Counted(
+        types=types,
+        domains=np.repeat([block.domain for block in blocks], sizes),
+        names=names,
+        blocks=np.repeat(np.arange(len(blocks)), sizes),
+        positions=reading.position_classes(np.concatenate([block.positions for block in blocks])),
+        frequencies=reading.frequency_classes(types),
+        previous=torch.cat([block.row[:-1] for block in blocks]).numpy(),
+    )
+
+
+def _per_set(
+    names: Sequence[str], blocks: Sequence[Block], values: np.ndarray, how: Callable
+) -> Dict[str, Any]:
+    """values (T,) -> what `how` makes of each set's."""
+    of = np.repeat([block.domain for block in blocks], [len(b.positions) for b in blocks])
+    return {name: how(values[of == i]).item() for i, name in enumerate(names) if (of == i).any()}
+
+
+def _layers(model: torch.nn.Module, view: View, seen: Counted, tokens: Tokens) -> List[Layer]:
+    found = []
+    moes = moe_layers(model)
+    bar = tqdm(view.layers, desc="experts", unit="layer", leave=False, disable=None)
+    for i, one in enumerate(bar):
+        shown = relations.most_used(one)
+        following = view.layers[i + 1] if i + 1 < len(view.layers) else None
+        flow_to = relations.most_used(following) if following else []
+        flow: Tuple[Any, Any] = (None, None)
+        if following:
+            flow = relations.flow(one, following, shown, flow_to)
+        own = cards(one, seen, tokens)
+        shares = np.array([card.share for card in own])
+        routers, outputs, alike = relations.similarity(moes[one.layer], one, shown)
+        routed = one.chosen < one.experts
+        found.append(
+            Layer(
+                layer=one.layer,
+                experts=one.experts,
+                choices=one.chosen.shape[1],
+                load_deviation=float(shares.std() / max(shares.mean(), 1e-12)),
+                dropped=float(1 - one.kept[routed].mean()) if routed.any() else 0.0,
+                entropy=float(one.entropy.mean()),
+                cards=own,
+                knowledge=knowledge(one, seen),
+                shown=shown,
+                together=relations.together(one, shown),
+                flow=flow[0],
+                flow_to=flow_to,
+                flow_bits=flow[1],
+                router_similarity=routers,
+                output_similarity=outputs,
+                alike=alike,
+            )
+        )
+    return found
+
+
+def _shown(
+    name: str,
+    blocks: Sequence[Block],
+    view: View,
+    twin: Optional[View],
+    tokens: Tokens,
+    cut: int,
+) -> ShownText:
+    types = torch.cat([block.row[1:] for block in blocks]).tolist()
+    eos = tokens.dictionary.eos()
+    return ShownText(
+        name=name,
+        tokens=[tokens.piece(token) for token in types],
+        newline=[token == eos for token in types],
+        loss=_rounded(view.loss),
+        twin=_rounded(twin.loss) if twin else None,
+        candidates=[
+            [
+                [(int(e), round(float(p), 4), int(how)) for e, p, how in row[:CANDIDATES]]
+                for row in layer.candidates
+            ]
+            for layer in view.layers
+        ],
+        cut=cut,
+    )
+
+
+def _rounded(values: np.ndarray) -> List[float]:
+    return [round(value, 4) for value in values.tolist()]
+
+
+def _saturation(path: Path, earlier: View, last: View) -> Saturation:
+    if [v.experts for v in earlier.layers] != [v.experts for v in last.layers]:
+        raise UserError(f"--compare {path}: has other layers or experts than the checkpoint")
+    both = [relations.agreement(a, b) for a, b in zip(earlier.layers, last.layers)]
+    return Saturation(str(path), _updates(path), [a for a, _ in both], [b for _, b in both])
+
+
+def _updates(path: Path) -> Optional[int]:
+    """Updates after which a checkpoint was written."""
+    from fairseq.checkpoint_utils import load_checkpoint_to_cpu
+
+    history = load_checkpoint_to_cpu(str(path)).get("optimizer_history") or [{}]
+    return history[-1].get("num_updates")

@@ -1,0 +1,119 @@
+"""What a layer's first choice of expert tells about a token, beside what random gates tell."""
+
+from typing import Dict, List, Optional, Sequence, Tuple
+
+import numpy as np
+
+from ..evaluation.specialisation import beside_controls, verdict
+from .cards import Counted
+from .observing import LayerView
+from .result import Knowledge, Layer
+
+GROUPS = 20  # parts of the text that the jackknife leaves out, one at a time
+_T95 = 2.093  # of Student's t with GROUPS - 1 degrees of freedom
+WORDS = {
+    "domain": "domain",
+    "token": "token",
+    "previous": "the token before",
+    "position": "position in the document",
+}
+_DENSE = 1 << 22  # cells of a table that is counted as a whole
+
+
+def bits(
+    labels: np.ndarray, chosen: np.ndarray, experts: int, use: Optional[np.ndarray] = None
+) -> float:
+    """Mutual information of labels (T,) and choices (T,), from 0, in bits, of the tokens in `use`
+    (T,) bool. Equals specialisation.mutual_information of their table, which may be huge."""
+    if use is not None:
+        labels, chosen = labels[use], chosen[use]
+    cells = labels.astype(np.int64) * experts + chosen
+    number = int(labels.max()) + 1
+    if number * experts < _DENSE:
+        table = np.bincount(cells)
+        cells = np.flatnonzero(table)
+        table = table[cells]
+    else:
+        cells, table = np.unique(cells, return_counts=True)
+    rows, columns = np.bincount(labels), np.bincount(chosen)
+    expected = rows[cells // experts].astype(float) * columns[cells % experts] / len(labels)
+    return float((table * np.log2(table / expected)).sum() / len(labels))
+
+
+def knowledge(view: LayerView, seen: Counted) -> Dict[str, Knowledge]:
+    """Of each variable in WORDS that has more than one value."""
+    rng = np.random.default_rng(1)
+    gates = [view.chosen[:, 0], *view.random.T]
+    groups = _groups(seen.blocks)
+    found = {}
+    for name, labels in (
+        ("domain", seen.domains),
+        ("token", seen.types),
+        ("previous", seen.previous),
+        ("position", seen.positions),
+    ):
+        values, labels = np.unique(labels, return_inverse=True)
+        if len(values) > 1:
+            by = seen.blocks if name == "domain" else np.arange(len(labels))
+            found[name] = _one(gates, labels.ravel(), by, view.experts + 1, groups, rng)
+    return found
+
+
+def _one(
+    gates: Sequence[np.ndarray],
+    labels: np.ndarray,
+    by: np.ndarray,
+    experts: int,
+    groups: np.ndarray,
+    rng: np.random.Generator,
+) -> Knowledge:
+    """by (T,): what is shuffled for the bias: tokens, or whole blocks, whose tokens share a
+    label."""
+    firsts = np.unique(by, return_index=True)[1]
+
+    def told(gate: int, of_each: np.ndarray) -> float:
+        return bits(of_each[by], gates[gate], experts)
+
+    found = beside_controls(told, range(len(gates)), labels[firsts], rng)
+    return Knowledge(**found, interval=_interval(gates, labels, experts, groups, found))
+
+
+def _interval(
+    gates: Sequence[np.ndarray],
+    labels: np.ndarray,
+    experts: int,
+    groups: np.ndarray,
+    found: Dict,
+) -> Optional[Tuple[float, float]]:
+    """95 % of the bits above the random gates: the delete-one jackknife over parts of the text
+    (Efron and Stein 1981), and the error of the random gates' mean."""
+    if groups.max() + 1 < GROUPS:
+        return None
+    left: List[float] = []
+    for group in range(GROUPS):
+        learnt, *random = (bits(labels, gate, experts, groups != group) for gate in gates)
+        left.append(learnt - float(np.mean(random)))
+    variance = (GROUPS - 1) * float(np.var(left))
+    variance += found["random_sd"] ** 2 / len(found["random"])
+    half = _T95 * variance**0.5
+    return found["left"] - half, found["left"] + half
+
+
+def _groups(blocks: np.ndarray) -> np.ndarray:
+    """(T,): the part of the text, of GROUPS, that a token is in; blocks in turn, so that each part
+    has all domains, or stretches where there are few blocks."""
+    if blocks.max() + 1 >= GROUPS:
+        return blocks % GROUPS
+    return np.arange(len(blocks)) * GROUPS // len(blocks)
+
+
+def said(layers: Sequence[Layer]) -> List[str]:
+    """A sentence on each variable."""
+    found = []
+    for name, words in WORDS.items():
+        tables = [{"information": {k: vars(v) for k, v in one.knowledge.items()}} for one in layers]
+        if all(name in one.knowledge for one in layers):
+            found.append(verdict(tables, name, words))
+        else:
+            found.append(f"By {words} there is nothing to tell: all text is of one kind.")
+    return found

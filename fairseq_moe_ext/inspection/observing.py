@@ -1,0 +1,143 @@
+"""One pass of a model over blocks of text: what its gates choose, and the loss of every token."""
+
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..evaluation.specialisation import RANDOM
+from ..models.token_scores import in_chunks, log_probs
+from .reading import Block
+
+KEPT_CHOICES = 4  # of a token, its best
+CANDIDATES = 4  # of a token that are shown, chosen or not
+SAMPLE = 128  # inputs of a layer on which experts are compared
+NOT_CHOSEN, DROPPED, KEPT = range(3)  # what happens to a candidate
+
+
+class LayerView(NamedTuple):
+    """What a layer's gate did with T tokens; E as an expert stands for no choice."""
+
+    layer: int
+    experts: int
+    chosen: np.ndarray  # (T, K) int16, best first
+    probability: np.ndarray  # (T,) float16, of the first choice
+    kept: np.ndarray  # (T, K) bool
+    random: np.ndarray  # (T, RANDOM) int16: the first choices of gates that learnt nothing
+    entropy: np.ndarray  # (T,) float32, bits
+    candidates: np.ndarray  # (T, C, 3) float32: expert, probability, how; (0, C, 3) unless asked
+    inputs: Tensor  # (n, D): a sample of the layer's inputs
+
+
+class View(NamedTuple):
+    """What a model did with T tokens, block after block."""
+
+    loss: np.ndarray  # (T,) nats
+    layers: List[LayerView]
+
+
+class _Gate:
+    """Looks at one layer's gate."""
+
+    def __init__(self, layer: int, gate: torch.nn.Module, detailed: bool, generator: Any) -> None:
+        weight = gate.wg.weight.detach().float()  # (E, D)
+        drawn = torch.randn(RANDOM, *weight.shape, generator=generator).to(weight.device)
+        drawn *= weight.norm(dim=-1, keepdim=True) / drawn.norm(dim=-1, keepdim=True)
+        self.layer, self.experts, self.detailed = layer, len(weight), detailed
+        self.random = drawn.flatten(0, 1)  # (RANDOM E, D)
+        self.real: Optional[Tensor] = None  # (T,) which tokens of the next batch count
+        self.parts: List[List[np.ndarray]] = []
+        self.inputs: List[Tensor] = []
+        self.sampled = 0
+        self.handle = gate.register_forward_hook(self._see)
+
+    def _see(self, gate: torch.nn.Module, args: Any, output: Any) -> None:
+        x, routing = args[0][self.real], output[1]
+        probs, experts = routing.probs[self.real].float(), routing.experts[self.real]
+        routed, kept = routing.routed[self.real], routing.kept[self.real]
+        how = torch.zeros_like(probs)  # (T, E)
+        how.scatter_(1, experts, routed.float() + kept.float())
+        # a gate may rank all experts and route to some of them
+        order = (~routed).to(torch.int8).argsort(dim=1, stable=True)[:, :KEPT_CHOICES]
+        chosen = experts.masked_fill(~routed, self.experts).gather(1, order)  # (T, K)
+        shown = (probs + 2 * (how > 0)).topk(min(CANDIDATES, self.experts), dim=1).indices
+        shown = shown if self.detailed else shown[:0]
+        rows = slice(0, len(shown))
+        first = chosen[:, :1].clamp(max=self.experts - 1)
+        others = (x.float() @ self.random.T).view(len(x), RANDOM, self.experts).argmax(-1)
+        found = (
+            chosen.to(torch.int16),
+            probs.gather(1, first)[:, 0].half(),
+            kept.gather(1, order),
+            others.to(torch.int16),
+            torch.special.entr(probs).sum(-1) / np.log(2),
+            torch.stack(
+                [shown.float(), probs[rows].gather(1, shown), how[rows].gather(1, shown)], dim=-1
+            ),
+        )
+        self.parts.append([value.cpu().numpy() for value in found])
+        if self.sampled < SAMPLE:
+            few = x[:: max(1, len(x) // 16)][: SAMPLE - self.sampled]
+            self.sampled += len(few)
+            self.inputs.append(few)
+
+    def view(self) -> LayerView:
+        self.handle.remove()
+        parts = [np.concatenate(part) for part in zip(*self.parts)]
+        return LayerView(self.layer, self.experts, *parts, torch.cat(self.inputs))
+
+
+def moe_layers(model: torch.nn.Module) -> Dict[int, torch.nn.Module]:
+    """Number of a layer, from 0 -> its MoE layer."""
+    layers = enumerate(model.decoder.layers)
+    return {i: one.moe_layer for i, one in layers if getattr(one, "moe_layer", None) is not None}
+
+
+def observe(
+    model: torch.nn.Module,
+    blocks: Sequence[Block],
+    batch_size: int,
+    progress: Callable[[int], Any] = lambda tokens: None,
+    detailed: bool = False,
+) -> View:
+    """Run the model over the blocks. The token before a block is its context: it is neither scored
+    nor counted.
+
+    Args:
+        progress: called with the number of tokens done since the last call.
+        detailed: keep the candidates of every token.
+    """
+    generator = torch.Generator().manual_seed(1)
+    gates = [_Gate(i, moe.gate, detailed, generator) for i, moe in moe_layers(model).items()]
+    losses, done = [], 0
+    try:
+        while done < len(blocks):
+            rows = [blocks[done].row]
+            while done + len(rows) < len(blocks) and len(rows) < batch_size:
+                row = blocks[done + len(rows)].row
+                if len(row) != len(rows[0]):
+                    break
+                rows.append(row)
+            done += len(rows)
+            losses.append(_pass(model, torch.stack(rows), gates))
+            progress(len(losses[-1]))
+    finally:
+        for gate in gates:
+            gate.handle.remove()
+    return View(np.concatenate(losses), [gate.view() for gate in gates])
+
+
+def _pass(model: torch.nn.Module, tokens: Tensor, gates: Sequence[_Gate]) -> np.ndarray:
+    """tokens (B, L) -> the losses of all but the first of each row, (B (L - 1),)."""
+    tokens = tokens.to(next(model.parameters()).device)
+    real = torch.ones_like(tokens, dtype=torch.bool)
+    real[:, 0] = False
+    for gate in gates:
+        gate.real = real.flatten()
+    with torch.no_grad():
+        x, _ = model.decoder(tokens, features_only=True)  # (B, L, D)
+        scores = in_chunks(
+            log_probs, model.decoder, x[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+        )
+    return -torch.cat(scores).double().cpu().numpy()

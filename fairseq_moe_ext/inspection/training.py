@@ -1,0 +1,84 @@
+"""Routing over training: the metrics of the gates from a log of fairseq-train."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional
+
+from .. import files
+from ..errors import UserError
+from .result import Training
+
+# metric -> its mean over layers in the log; that of layer 3 is layer3_<metric>
+METRICS = {
+    "load_max": "load_max",
+    "entropy_gating": "entropy_gating",
+    "overflow": "overflow",
+    "gate_loss": "moe_gate_loss",
+}
+_LAYER = re.compile(rf"layer(\d+)_({'|'.join(METRICS)})")
+_PAIR = re.compile(r"([A-Za-z_][\w./]*)=([^,\s]+)")
+MOST = 300  # points of a line; of longer logs every second, third, ... is taken
+
+
+def read_log(path: Path) -> Training:
+    """What a log of fairseq-train (--log-format simple, json or tqdm without a bar), or a
+    metrics.jsonl, has on the gates. Raises UserError for a log without."""
+    rows: Dict[int, Dict[str, Any]] = {}
+    for found in _records(files.read_text(path, f"--log {path}")):
+        try:
+            rows[int(float(found["num_updates"]))] = found  # of a resumed run, the later one
+        except (KeyError, TypeError, ValueError):
+            continue
+    updates = sorted(rows)
+    updates = updates[:: max(1, -(-len(updates) // MOST))]
+    metrics: Dict[str, Dict[str, List[Optional[float]]]] = {}
+    for name, mean in METRICS.items():
+        keys = {m[1]: m[0] for m in map(_LAYER.fullmatch, _keys(rows)) if m and m[2] == name}
+        keys = dict(sorted(keys.items(), key=lambda item: int(item[0])))
+        lines = {
+            layer: [_number(rows[update].get(key)) for update in updates]
+            for layer, key in {"all": mean, **keys}.items()
+        }
+        lines = {layer: line for layer, line in lines.items() if any(v is not None for v in line)}
+        if lines:
+            metrics[name] = lines
+    if not metrics:
+        raise UserError(
+            f"--log {path}: no metrics of gates in it (load_max, entropy_gating, ...); give the "
+            "log of fairseq-train with --criterion moe_cross_entropy, or its metrics.jsonl"
+        )
+    return Training(str(path), updates, metrics)
+
+
+def beside(checkpoint: Path) -> Optional[Path]:
+    """The metrics that a training has left beside its checkpoint."""
+    path = checkpoint.parent / "metrics.jsonl"
+    return path if path.is_file() else None
+
+
+def _keys(rows: Dict[int, Dict[str, Any]]) -> Dict[str, None]:
+    return dict.fromkeys(key for row in rows.values() for key in row)
+
+
+def _records(text: str) -> Iterator[Dict[str, Any]]:
+    """Training's records: those of validation and of whole epochs have other keys."""
+    for line in text.splitlines():
+        start = line.find("{")
+        if start >= 0:
+            try:
+                found = json.loads(line[start:])
+            except ValueError:
+                continue
+            if isinstance(found, dict):
+                yield found
+        elif "num_updates=" in line:
+            yield dict(_PAIR.findall(line))
+
+
+def _number(value: Any) -> Optional[float]:
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        return None
+    return found if found == found and abs(found) != float("inf") else None

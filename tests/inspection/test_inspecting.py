@@ -1,0 +1,377 @@
+"""The numbers of `fairseq-moe inspect` against plain loops."""
+
+import json
+import math
+from collections import Counter
+from types import SimpleNamespace
+
+import branch_files
+import numpy as np
+import pytest
+import torch
+from fairseq.data import Dictionary
+from small_models import MOE, build_model, random_tokens
+
+from fairseq_moe_ext import cli
+from fairseq_moe_ext.evaluation.loading import set_gates
+from fairseq_moe_ext.evaluation.specialisation import mutual_information
+from fairseq_moe_ext.inspection import cards, knowing, observing, reading, relations, training
+from fairseq_moe_ext.inspection.inspecting import inspect
+from fairseq_moe_ext.inspection.observing import LayerView
+
+EOS = 2
+
+
+def blocks_of(rows, domains=None):
+    return [
+        reading.Block(domains[i] if domains else 0, row, np.arange(1, len(row)))
+        for i, row in enumerate(rows)
+    ]
+
+
+@pytest.mark.parametrize("capacity", [1.0, 0.05])
+def test_choices_and_losses_are_those_of_a_plain_pass(capacity):
+    model = build_model(**MOE).double().eval()
+    set_gates(model, eval_token_fraction=capacity)
+    rows = random_tokens(4, 12)
+    routings = {}
+    for i, moe in observing.moe_layers(model).items():
+        moe.gate.register_forward_hook(
+            lambda gate, args, output, i=i: routings.setdefault(i, output)
+        )
+    with torch.no_grad():
+        logits = model(rows)[0]
+    view = observing.observe(model, blocks_of(rows), batch_size=4, detailed=True)
+    expected = [
+        -float(torch.log_softmax(logits[b, i].double(), 0)[rows[b, i + 1]])
+        for b in range(4)
+        for i in range(11)
+    ]
+    assert view.loss == pytest.approx(expected, rel=1e-5)
+    some_dropped = False
+    for layer in view.layers:
+        routing = routings[layer.layer][1]
+        real = [b * 12 + i for b in range(4) for i in range(1, 12)]
+        for at, token in enumerate(real):
+            assert layer.chosen[at].tolist() == routing.experts[token].tolist()
+            assert layer.kept[at].tolist() == routing.kept[token].tolist()
+            some_dropped |= not layer.kept[at].all()
+            expert, probability, how = layer.candidates[at][0]
+            assert expert == layer.chosen[at][0] and how == (2 if layer.kept[at][0] else 1)
+            assert probability == pytest.approx(float(routing.probs[token, int(expert)]), rel=1e-5)
+            p = routing.probs[token].tolist()
+            assert layer.entropy[at] == pytest.approx(-sum(x * math.log2(x) for x in p), rel=1e-5)
+            assert {c[2] for c in layer.candidates[at][2:]} == {0}
+    assert some_dropped == (capacity < 1)
+
+
+def made_view(chosen, experts, random=None):
+    chosen = np.asarray(chosen, dtype=np.int16)
+    tokens = len(chosen)
+    none = np.zeros((tokens, observing.RANDOM), dtype=np.int16)
+    return LayerView(
+        0,
+        experts,
+        chosen,
+        np.linspace(1, 0, tokens).astype(np.float16),
+        chosen < experts,
+        none if random is None else random,
+        np.zeros(tokens),
+        np.zeros((0, 4, 3)),
+        torch.zeros(1, 2),
+    )
+
+
+def made_counted(types, blocks=None, domains=None, positions=None):
+    types = np.asarray(types)
+    zeros = np.zeros(len(types), dtype=int)
+    return cards.Counted(
+        types=types,
+        domains=zeros if domains is None else np.asarray(domains),
+        names=["a", "b"],
+        blocks=zeros if blocks is None else np.asarray(blocks),
+        positions=zeros if positions is None else np.asarray(positions),
+        frequencies=zeros,
+        previous=np.concatenate([[EOS], types[:-1]]),
+    )
+
+
+@pytest.mark.parametrize("dense", [1 << 22, 0])
+def test_bits_are_the_mutual_information_of_the_table(monkeypatch, dense):
+    monkeypatch.setattr(knowing, "_DENSE", dense)
+    rng = np.random.default_rng(0)
+    labels, chosen = rng.integers(0, 7, 500), rng.integers(0, 5, 500)
+    table = np.zeros((7, 5))
+    for a, b in zip(labels, chosen):
+        table[a, b] += 1
+    assert knowing.bits(labels, chosen, 6) == pytest.approx(mutual_information(table))
+    use = rng.random(500) < 0.5
+    table = np.zeros((7, 5))
+    for a, b in zip(labels[use], chosen[use]):
+        table[a, b] += 1
+    assert knowing.bits(labels, chosen, 6, use) == pytest.approx(mutual_information(table))
+
+
+def test_what_is_planted_is_known_and_nothing_else_is():
+    """The expert is the token's type: 2 bits of it, and of a position that is drawn, none."""
+    rng = np.random.default_rng(0)
+    types = rng.integers(0, 4, 4000)
+    random = rng.integers(0, 4, (4000, observing.RANDOM)).astype(np.int16)
+    seen = made_counted(types, np.arange(4000) // 40, np.arange(4000) // 40 % 2)
+    seen.positions = rng.integers(0, 6, 4000)
+    found = knowing.knowledge(made_view(types[:, None], 4, random), seen)
+    assert set(found) == {"domain", "token", "previous", "position"}
+    token = found["token"]
+    assert token.above and token.left == pytest.approx(2, abs=0.02)
+    assert token.interval[0] < token.left < token.interval[1] < token.left + 0.05
+    for name in ("domain", "previous", "position"):
+        assert not found[name].above and abs(found[name].left) < 0.01, name
+        assert found[name].interval[0] < 0 < found[name].interval[1], name
+
+
+def test_the_interval_is_as_wide_as_texts_differ():
+    """Against many texts drawn anew: nearly all of their values are in intervals around 95 %."""
+    held, true = 0, None
+    lefts = []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        types = rng.integers(0, 4, 1500)
+        chosen = np.where(rng.random(1500) < 0.5, types, rng.integers(0, 4, 1500))
+        random = rng.integers(0, 4, (1500, observing.RANDOM)).astype(np.int16)
+        seen = made_counted(types, np.arange(1500) // 30)
+        found = knowing.knowledge(made_view(chosen[:, None], 4, random), seen)["token"]
+        lefts.append(found)
+    p = np.full((4, 4), 0.5 / 4) + np.eye(4) * 0.5
+    true = mutual_information(p)
+    held = sum(one.interval[0] < true < one.interval[1] for one in lefts)
+    assert 52 <= held <= 60
+
+
+def test_a_card_counts_as_a_plain_loop_does():
+    rng = np.random.default_rng(1)
+    chosen = np.stack([rng.permutation(3)[:2] for _ in range(300)])
+    chosen[::7, 1] = 3  # no second choice
+    seen = made_counted(
+        rng.integers(4, 9, 300), np.arange(300) // 50, np.arange(300) // 150, np.arange(300) % 6
+    )
+    tokens = SimpleNamespace(piece=str, text=lambda some: " ".join(map(str, some)))
+    found = cards.cards(made_view(chosen, 3), seen, tokens)
+    total = int((chosen < 3).sum())
+    for e, card in enumerate(found):
+        mine = [i for i in range(300) if e in chosen[i]]
+        assert card.share == pytest.approx(len(mine) / total)
+        assert card.dropped == 0
+        for d in (0, 1):
+            there = [i for i in range(300) if seen.domains[i] == d]
+            own = sum(e in chosen[i] for i in there)
+            assert card.domains[d] == pytest.approx(own / (chosen[there] < 3).sum())
+        often, own = Counter(seen.types.tolist()), Counter(seen.types[mine].tolist())
+        lifts = {t: own[t] / len(mine) / (often[t] / 300) for t in often}
+        assert {int(w.token): w.lift for w in card.words} == pytest.approx(
+            {t: lift for t, lift in lifts.items() if lift > 1}
+        )
+        assert [w.lift for w in card.words] == sorted((w.lift for w in card.words), reverse=True)
+        each = [
+            np.mean([e == c for c in chosen[50 * b : 50 * b + 50].ravel() if c < 3])
+            for b in range(6)
+        ]
+        assert card.deviation == pytest.approx(np.std(each, ddof=1))
+        assert len({x.token for x in card.examples}) == len(card.examples) > 0
+        first = next(i for i in range(300) if chosen[i, 0] == e)
+        assert card.examples[0].token == str(seen.types[first]), "the surest first"
+
+
+def test_positions_and_frequencies():
+    tokens = np.array([5, 6, EOS, EOS, 7, 7, EOS, 8, EOS, EOS, EOS, 9])
+    assert reading.positions(tokens, EOS).tolist() == [1, 2, 3, 4, 1, 2, 3, 4, 5, 6, 1, 1]
+    assert reading.position_classes(np.array([1, 2, 4, 5, 16, 17, 256, 257])).tolist() == [
+        *(0, 1, 1, 2, 2, 3, 4, 5)
+    ]
+    tokens = np.array([1] * 4 + [2] * 4 + [3, 4, 5, 6, 7, 8, 9, 10])
+    assert reading.frequency_classes(tokens).tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+
+
+def test_blocks_are_spread_over_the_text():
+    stream = torch.arange(100) + 10
+    whole = reading.blocks_of(0, stream, EOS, 11)
+    assert [len(block.row) for block in whole] == [11] * 10
+    assert torch.cat([block.row[1:] for block in whole]).equal(stream)
+    assert whole[0].row[0] == EOS and whole[1].row[0] == stream[9]
+    some = reading.blocks_of(0, stream, EOS, 11, 30)
+    assert [int(block.row[1]) for block in some] == [10, 50, 100]
+    assert len(reading.blocks_of(0, stream, EOS, 200, 30)) == 1
+
+
+def test_flow_and_company_by_hand():
+    here = made_view([[0, 1], [0, 2], [1, 0], [2, 0]], 3)
+    there = made_view([[1, 0], [1, 0], [0, 1], [0, 1]], 3)
+    shares, bits = relations.flow(here, there, [0, 1, 2], [0, 1])
+    assert shares == [[0, 1], [1, 0], [1, 0]] and bits == pytest.approx(1)
+    assert relations.together(here, [0, 1, 2]) == [[0, 0.5, 0.5], [1, 0, 0], [1, 0, 0]]
+    assert relations.together(made_view([[0], [1]], 2), [0, 1]) is None
+    # Token by token 2, 1, 2 and 1 of 2 choices.
+    assert relations.agreement(here, there)[0] == pytest.approx(6 / 8)
+    assert relations.agreement(here, here)[0] == 1.0
+
+
+def test_experts_with_the_same_weights_are_alike():
+    model = build_model(**MOE).eval()
+    moe = observing.moe_layers(model)[1]
+    with torch.no_grad():
+        for part in (moe.experts.fc1, moe.experts.fc2):
+            part.weight[4], part.bias[4] = part.weight[2], part.bias[2]
+    view = observing.observe(model, blocks_of(random_tokens(4, 12)), 4).layers[0]
+    routers, outputs, pairs = relations.similarity(moe, view, [0, 2, 3, 4])
+    assert (pairs[0].first, pairs[0].second) == (2, 4)
+    assert pairs[0].outputs == pytest.approx(1, abs=1e-5) == outputs[1][3]
+    rows = moe.gate.wg.weight.detach()
+    cosine = torch.nn.functional.cosine_similarity(rows[2], rows[4], dim=0)
+    assert pairs[0].routers == pytest.approx(float(cosine), abs=1e-5) == routers[1][3]
+    x = view.inputs
+    with torch.no_grad():
+        one, other = (
+            torch.nn.functional.gelu(x @ moe.experts.fc1.weight[e].T + moe.experts.fc1.bias[e])
+            @ moe.experts.fc2.weight[e].T
+            + moe.experts.fc2.bias[e]
+            for e in (0, 3)
+        )
+    cosine = torch.nn.functional.cosine_similarity(one, other).mean()
+    assert outputs[0][2] == pytest.approx(float(cosine), abs=1e-5)
+
+
+LOGS = {
+    "simple": "x | INFO | train_inner | epoch 001: 2 / 9 loss=5, load_max=1.5, layer1_load_max=1.2,"
+    " num_updates=2\nepoch 001: 4 / 9 loss=5, load_max=1.25, layer1_load_max=nan, num_updates=4\n"
+    "x | INFO | valid | epoch 001 | valid on 'valid' subset | loss 4 | load_max 9 | num_updates 4",
+    "json": '2026 | INFO | train_inner | {"load_max": "1.5", "layer1_load_max": "1.2", '
+    '"num_updates": "2"}\n{"load_max": "1.25", "num_updates": "4"}\n'
+    '2026 | INFO | valid | {"valid_load_max": "9", "valid_num_updates": "4"}',
+    "metrics": '{"num_updates": 2, "load_max": 1.5, "layer1_load_max": 1.2}\nnot json {\n'
+    '{"num_updates": 4, "load_max": 7}\n{"num_updates": 4, "load_max": 1.25}\n',
+}
+
+
+@pytest.mark.parametrize("kind", LOGS)
+def test_logs_of_each_kind(tmp_path, kind):
+    (tmp_path / "log").write_text(LOGS[kind])
+    found = training.read_log(tmp_path / "log")
+    assert found.updates == [2, 4]
+    assert found.metrics == {"load_max": {"all": [1.5, 1.25], "1": [1.2, None]}}
+
+
+def test_a_log_from_fairseq_train(trained):
+    found = training.read_log(trained / "moe.log")
+    assert found.updates == [2, 4, 6]
+    assert set(found.metrics) == set(training.METRICS)
+    assert all(set(lines) == {"all", "1", "3"} for lines in found.metrics.values())
+
+
+def test_the_whole(trained):
+    """Two test sets, a text, a twin, an earlier checkpoint: sums and shapes."""
+    found = inspect(
+        trained / "moe" / "checkpoint_last.pt",
+        trained / "data",
+        [trained / "my.txt"],
+        twin=trained / "dense" / "checkpoint_last.pt",
+        compare=sorted((trained / "moe").glob("checkpoint_*_3.pt")),
+        log=trained / "moe.log",
+    )
+    assert [layer.layer for layer in found.layers] == [1, 3] and list(found.tokens) == [
+        *("far", "near")
+    ]
+    for layer in found.layers:
+        assert sum(card.share for card in layer.cards) == pytest.approx(1)
+        for i in (0, 1):
+            assert sum(card.domains[i] for card in layer.cards) == pytest.approx(1)
+        assert layer.dropped == 0
+    assert [sum(row) for row in found.layers[0].flow] == pytest.approx([1] * 4)
+    assert found.layers[1].flow is None
+    text = found.texts[0]
+    whole = (trained / "my.txt").read_text().strip("\n")
+    ascii_only = "".join(t for t in text.tokens if "\\x" not in t)
+    assert ascii_only.replace("↵", "\n") == whole.replace("Ä", "").replace("中", "")
+    assert len(text.loss) == len(text.twin) == len(text.tokens) == len(text.candidates[0])
+    assert set(found.twin_loss) == {"far", "near"}
+    (earlier,) = found.saturation
+    assert earlier.updates == 3
+    assert all(chance < agreed <= 1 for agreed, chance in zip(earlier.agreement, earlier.chance))
+    assert len(found.said) == 4
+    again = json.loads(json.dumps(found.to_dict()))
+    assert again["layers"][0]["cards"][0]["share"] == found.layers[0].cards[0].share
+    assert found._repr_html_().startswith("<iframe")
+
+
+def test_the_command_writes_page_and_numbers(trained, tmp_path, capsys):
+    line = f"inspect {trained}/moe/checkpoint_last.pt --data {trained}/data --cpu --tokens 2000"
+    line += f" --page {tmp_path}/p.html --json {tmp_path}/p.json --capacity training"
+    assert cli.main(line.split()) == 0
+    assert "By token" in capsys.readouterr().out
+    numbers = json.loads((tmp_path / "p.json").read_text())
+    assert len(numbers["layers"]) == 2 and numbers["capacity"] == "training's"
+    assert 1000 < sum(numbers["tokens"].values()) <= 2000
+    assert {text["name"] for text in numbers["texts"]} == {"far", "near"}
+    assert cli.main(line.split()) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert cli.main([*line.split(), "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ("--text {t}/none.txt", "--text {t}/none.txt: cannot be read"),
+        ("--text {t}/empty.txt", "--text {t}/empty.txt: is empty"),
+        ("--twin {t}/none.pt", "--twin {t}/none.pt: no such checkpoint"),
+        ("--compare {t}/none.pt", "--compare {t}/none.pt: no such checkpoint"),
+        ("--log {t}/none.log", "--log {t}/none.log: cannot be read"),
+        ("--log {t}/my.txt", "--log {t}/my.txt: no metrics of gates in it"),
+        ("--tokens 0", "--tokens 0: use 1 or more"),
+        ("--tokens 1 --context 4", "give 16 or more"),
+        ("--context 33", "--context 33: use 2 to 32"),
+        ("--capacity 2", "--capacity 2: use a share"),
+        ("--subset never", "no data-bin never"),
+        ("--data {t}", "dict.txt"),
+        ("--page {t}/my.txt", "my.txt: is not a page of this command"),
+        ("--page {t}/no/p.html", "no folder"),
+        ("--json {t}/moe/checkpoint_last.pt", "is read by this command"),
+        ("--model-overrides x", "--model-overrides x: not a Python dictionary"),
+    ],
+)
+def test_mistakes_are_one_line(trained, tmp_path, capsys, change, words):
+    (trained / "empty.txt").write_text("\n\n")
+    line = f"inspect {trained}/moe/checkpoint_last.pt --data {trained}/data --cpu"
+    line += f" --page {tmp_path}/p.html " + change.format(t=trained)
+    assert cli.main(line.split()) == 1
+    err = capsys.readouterr().err.splitlines()
+    assert err[-1].startswith("error: ") and words.format(t=trained) in err[-1]
+    assert not (tmp_path / "p.html").exists()
+
+
+def test_a_dense_model_has_no_experts(trained, tmp_path, capsys):
+    line = f"inspect {trained}/dense/checkpoint_last.pt --data {trained}/data --cpu"
+    assert cli.main([*line.split(), "--page", f"{tmp_path}/p.html"]) == 1
+    assert "a dense model" in capsys.readouterr().err
+
+
+def test_experts_stay_in_the_files_of_the_released_layout(tmp_path):
+    """Files of many ranks, a dictionary and no test set: the user's text alone is counted."""
+    dictionary = Dictionary()
+    for i in range(20):
+        dictionary.add_symbol(f"w{i}")
+    settings = {
+        **branch_files.RELEASED_15B,
+        **dict(decoder_layers=2, decoder_embed_dim=24, decoder_ffn_embed_dim=32),
+        "moe_expert_count": 96,
+    }
+    types = len(dictionary)
+    branch_files.write(str(tmp_path), settings, types, 4, branch_files.random_tensors())
+    (tmp_path / "data").mkdir()
+    dictionary.save(str(tmp_path / "data" / "dict.txt"))
+    (tmp_path / "my.txt").write_text("\n".join(f"w{i % 7} w{i % 11} w3" for i in range(40)))
+    found = inspect(tmp_path / "model.pt", tmp_path / "data", [tmp_path / "my.txt"])
+    assert found.tokens == {"my.txt": 159} and found.texts[0].tokens[:4] == [
+        *("w0 ", "w0 ", "w3 ", "↵")
+    ]
+    (layer,) = found.layers
+    assert layer.experts == 96 and len(layer.shown) == relations.SHOWN
+    assert len(layer.output_similarity) == relations.SHOWN
+    assert "By domain there is nothing to tell" in found.said[0]
