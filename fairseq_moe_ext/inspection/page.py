@@ -1,25 +1,23 @@
 """The numbers as one HTML page: a template with its style and script inside."""
 
-import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Dict
 
 from ..evaluation import report
-from .result import Inspection
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 
-def html(found: Inspection) -> str:
-    """One page that needs nothing beside itself."""
+def html(found: Dict[str, Any]) -> str:
+    """One page that needs nothing beside itself, from what Inspection.to_dict gives."""
     return report.render(
         "inspect.html",
         TEMPLATES,
         title="What the experts do",
         found=found,
-        total=sum(found.tokens.values()),
-        data=json.loads(json.dumps(_finite(found.to_dict()))),
+        total=sum(found["tokens"].values()),
+        data=_finite(found),
     )
 
 

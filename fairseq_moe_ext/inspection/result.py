@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 from .. import outputs
+from . import page
 
 
 @dataclass
@@ -149,9 +150,7 @@ class Inspection:
 
     def html(self) -> str:
         """One page that needs nothing beside itself."""
-        from .page import html
-
-        return html(self)
+        return page.html(self.to_dict())
 
     def write_page(self, path: Path) -> None:
         """Write the page, whole or not at all."""
