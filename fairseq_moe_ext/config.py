@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any, Mapping, Optional
 
 from fairseq import utils
-from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.dataclass import ChoiceEnum
 from omegaconf import II
 
 from .moe.activations import GATED
+from .router_flags import RouterFlags
 
 SECOND_EXPERT_POLICIES = ChoiceEnum(["sampling", "all", "random"])
 ROUTING_SCOPES = ChoiceEnum(["process", "world"])
@@ -23,7 +24,7 @@ FROZEN_PARTS = ChoiceEnum(["none", "gate", "experts", "gate_and_experts"])
 
 
 @dataclass
-class MoETransformerLMConfig(FairseqDataclass):
+class MoETransformerLMConfig(RouterFlags):
     """Decoder-only Transformer language model, dense or with Mixture-of-Experts layers."""
 
     activation_fn: ACTIVATIONS = field(
@@ -121,13 +122,6 @@ class MoETransformerLMConfig(FairseqDataclass):
             "help": "width of the vectors that experts compute on and processes exchange: one "
             "matrix of an MoE layer projects tokens to it, another back (default: none)"
         },
-    )
-    moe_router: str = field(
-        default="topk",
-        metadata={"help": "how tokens choose experts: topk, or the name that a plugin registers"},
-    )
-    moe_top_k: Optional[int] = field(
-        default=None, metadata={"help": "experts per token (default: 2)"}
     )
     moe_top1_expert: bool = field(
         default=False, metadata={"help": "one expert per token; the same as --moe-top-k 1"}
@@ -264,14 +258,6 @@ class MoETransformerLMConfig(FairseqDataclass):
     memory_efficient_fp16: bool = II("common.memory_efficient_fp16")
     fp16_no_flatten_grads: bool = II("common.fp16_no_flatten_grads")
     bf16: bool = II("common.bf16")
-
-
-def top_k(cfg: Any) -> int:
-    """Experts per token by a model's settings, an object or a mapping; 2 by default."""
-    settings = cfg if isinstance(cfg, Mapping) else vars(cfg)
-    if settings.get("moe_top_k") is not None:
-        return settings["moe_top_k"]
-    return 1 if settings.get("moe_top1_expert") else 2
 
 
 def saved_pad_rule(settings: Mapping[str, Any]) -> Optional[str]:

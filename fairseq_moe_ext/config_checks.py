@@ -13,9 +13,9 @@ from .config import (
     ROUTING_SCOPES,
     SECOND_EXPERT_POLICIES,
     MoETransformerLMConfig,
-    top_k,
 )
 from .errors import UserError
+from .router_flags import CHOICES, top_k, validate_router
 from .shape import shape_of
 
 # The model's own numbers and the length of its inputs, without the size of batches.
@@ -33,6 +33,7 @@ _CHOICES = {
     "moe_normalize_expert_grad": EXPERT_GRAD_SCALES.__members__,
     "moe_freeze": FROZEN_PARTS.__members__,
     "moe_pad_rule": ["None", *PAD_RULES.__members__],
+    **CHOICES,
 }
 
 
@@ -158,6 +159,7 @@ def _validate_experts(cfg: MoETransformerLMConfig) -> None:
             raise UserError(
                 f"{ranges.flag(name)} {getattr(cfg, name)} is unknown: use {', '.join(choices)}"
             )
+    validate_router(cfg)
     if cfg.moe_batch_prioritized_routing and top_k(cfg) == 1:
         raise UserError(
             "--moe-batch-prioritized-routing has no effect with one expert per token "

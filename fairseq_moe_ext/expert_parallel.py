@@ -138,6 +138,18 @@ class WorldScope(RoutingScope):
     def total(self, x: Tensor) -> Tensor:
         return _Sum.apply(x)
 
+    def gather(self, x: Tensor) -> Tuple[Tensor, slice]:
+        sizes = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(process_count())]
+        dist.all_gather(sizes, sizes[0] + len(x))
+        rows = [int(size) for size in sizes]
+        padded = x.new_zeros(max(rows), *x.shape[1:])  # the collective wants equal shapes
+        padded[: len(x)] = x
+        everyone = [torch.empty_like(padded) for _ in rows]
+        dist.all_gather(everyone, padded)
+        before = sum(rows[: dist.get_rank()])
+        whole = torch.cat([part[:number] for part, number in zip(everyone, rows)])
+        return whole, slice(before, before + len(x))
+
     def before_and_total(self, counts: Tensor) -> Tuple[Tensor, Tensor]:
         everyone = [torch.empty_like(counts) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, counts.contiguous())

@@ -8,9 +8,9 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any, List, Mapping, NamedTuple, Optional, Tuple
 
-from .config import top_k
 from .errors import UserError
 from .moe.activations import GATED
+from .router_flags import top_k
 
 
 class Shape(NamedTuple):

@@ -95,4 +95,5 @@ def test_without_the_plugin_the_router_is_named(trained):
     )  # fmt: skip
     errors = [row for row in done.stderr.splitlines() if row.startswith("error:")]
     assert done.returncode == 1 and len(errors) == 1
-    assert "--moe-router cosine is unknown: use topk, or pass the plugin" in errors[0]
+    assert "--moe-router cosine is unknown: use topk, " in errors[0]
+    assert "or pass the plugin that registers it (--user-dir)" in errors[0]

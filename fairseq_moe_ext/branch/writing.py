@@ -3,9 +3,10 @@
 from enum import Enum
 from typing import Any, Dict, Iterable, List
 
-from ..config import top_k
 from ..errors import UserError
 from ..expert_parallel import is_expert
+from ..ranges import flag
+from ..router_flags import RouterFlags, top_k
 from ..shape import Shape, shape_of
 from .files import State
 from .settings import FIELDS, complete_cfg
@@ -60,17 +61,19 @@ _NOT_THE_BRANCH_S = {
     "moe_layers",
     "moe_null_experts",
     "moe_pad_rule",
-    "moe_router",
     "moe_routing_scope",
     "moe_shared_expert_ffn_dim",
     "moe_shared_experts",
-    "moe_top_k",
+    *RouterFlags.__dataclass_fields__,
 }
-# Kinds of experts that the branch does not have, with the value that means they are off.
+# What the branch does not have, with the value that means it is off.
 _OFF_IN_THE_BRANCH: Dict[str, Any] = {
     "moe_shared_experts": 0,
     "moe_null_experts": 0,
     "moe_latent_dim": None,
+    "moe_score": "softmax",
+    "moe_route_scale": 1,
+    "moe_groups": 1,
 }
 
 
@@ -90,6 +93,9 @@ def branch_settings(path: str, settings: Dict[str, Any]) -> Dict[str, Any]:
     dim = settings["decoder_embed_dim"]
     made = {**_BRANCH_DEFAULTS, "decoder_input_dim": dim, "decoder_output_dim": dim, **kept}
     made.update(_name="transformer_lm_gpt", moe_expert_ffn_dim=None, **_layers(path, shape))
+    normalize = str(settings.get("moe_normalize_weights"))
+    if normalize != "None":
+        made["moe_normalize_gate_prob_before_dropping"] = normalize == "before"
     made["moe_top1_expert"] = top_k(settings) == 1
     if settings["moe_dropless"]:
         made["moe_eval_capacity_token_fraction"] = 1.0
@@ -114,8 +120,10 @@ def _check_experts(path: str, settings: Dict[str, Any]) -> None:
         )
     for name, off in _OFF_IN_THE_BRANCH.items():
         if settings.get(name) not in (off, None):
-            flag = "--" + name.replace("_", "-")
-            raise _lacking(path, f"{flag} {settings[name]}", "no such experts")
+            theirs = "no such experts" if "expert" in name or "latent" in name else "no such gates"
+            raise _lacking(path, f"{flag(name)} {settings[name]}", theirs)
+    if str(settings.get("moe_normalize_weights")) == "none" and top_k(settings) > 1:
+        raise _lacking(path, "--moe-normalize-weights none", "weights of two experts that sum to 1")
 
 
 def _layers(path: str, shape: Shape) -> Dict[str, int]:

@@ -110,8 +110,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from fairseq_moe_ext.config import top_k
     from fairseq_moe_ext.convert import readers, targets, upcycle, xglm
+    from fairseq_moe_ext.router_flags import top_k
 
     if args.layout == "xglm":
         source = xglm.open_xglm(args.source)

@@ -5,7 +5,7 @@ so that dense checkpoints of `transformer_lm` load here and ours there.
 """
 
 import math
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple, cast
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from fairseq.modules import LayerNorm, PositionalEmbedding, SinusoidalPositional
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..config import MoETransformerLMConfig, top_k
+from ..config import MoETransformerLMConfig
 from ..errors import DAMAGED, NotFinite, UserError, not_finite
 from ..expert_parallel import ExpertParallel, WorldScope, process_count
 from ..fully_sharded import wrap_layer
@@ -25,8 +25,8 @@ from ..kernels.matmul import Linear
 from ..moe.activations import GATED, inner_width
 from ..moe.exchange import HERE
 from ..moe.layer import MoELayer, MoEOutput
-from ..moe.router import ROUTERS, GateSettings
 from ..moe.scope import PROCESS
+from ..router_flags import gate_settings
 from ..shape import shape_of
 from .attention import CausalSelfAttention, IncrementalState
 from .compiled import compiled
@@ -49,7 +49,9 @@ class LayerRecord(NamedTuple):
 class DecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)), dense or MoE."""
 
-    def __init__(self, cfg: MoETransformerLMConfig, index: int) -> None:
+    def __init__(
+        self, cfg: MoETransformerLMConfig, index: int, token_counts: Sequence[int]
+    ) -> None:
         super().__init__()
         dim = cfg.decoder_embed_dim
         self.dropout = cfg.dropout
@@ -66,39 +68,26 @@ class DecoderLayer(nn.Module):
         self.compiled = cfg.compile
         ffn_dim = shape_of(cfg).dense_widths[index]
         if ffn_dim is None:
-            self.moe_layer = self._build_moe_layer(cfg)
+            self.moe_layer = self._build_moe_layer(cfg, token_counts)
             return
         self.fc1 = Linear(dim, inner_width(self.activation, ffn_dim))
         self.fc2 = Linear(ffn_dim, dim)
 
-    def _build_moe_layer(self, cfg: MoETransformerLMConfig) -> MoELayer:
-        settings = GateSettings(
-            top_k=top_k(cfg),
-            use_fp32=cfg.moe_gating_use_fp32,
-            second_expert_policy=str(cfg.moe_second_expert_policy),
-            normalize_before_dropping=cfg.moe_normalize_gate_prob_before_dropping,
-            batch_prioritized=cfg.moe_batch_prioritized_routing,
-            capacity_factor=cfg.moe_capacity_factor,
-            eval_token_fraction=cfg.moe_eval_capacity_token_fraction,
-            dropless=cfg.moe_dropless,
-            count_padding=cfg.moe_pad_rule not in (None, "real"),
-        )
+    def _build_moe_layer(
+        self, cfg: MoETransformerLMConfig, token_counts: Sequence[int]
+    ) -> MoELayer:
         distributed, shape = process_count() > 1, shape_of(cfg)
-        if cfg.moe_router not in ROUTERS:
-            raise UserError(
-                f"--moe-router {cfg.moe_router} is unknown: use {', '.join(ROUTERS)}, or pass the "
-                "plugin that registers it (--user-dir)"
-            )
         return MoELayer.build(
             cfg.decoder_embed_dim,
             shape.expert_width,
             cfg.moe_expert_count,
-            settings,
+            gate_settings(cfg),
             router=cfg.moe_router,
             exchange=ExpertParallel(cfg.moe_expert_count) if distributed else HERE,
             scope=WorldScope() if distributed and cfg.moe_routing_scope == "world" else PROCESS,
             shared_ffn_dim=shape.shared_ffn_dim,
             latent_dim=shape.latent_dim,
+            token_counts=token_counts,
             activation=self.activation,
             activation_dropout=(
                 cfg.activation_dropout if cfg.moe_expert_dropout is None else cfg.moe_expert_dropout
@@ -201,7 +190,9 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
             # one model are alike.
             self.embed_positions._float_tensor.zero_()
         self.layernorm_embedding = LayerNorm(dim) if cfg.layernorm_embedding else None
-        self.layers = nn.ModuleList(_build_layer(cfg, i) for i in range(cfg.decoder_layers))
+        self.layers = nn.ModuleList(
+            _build_layer(cfg, i, dictionary.count) for i in range(cfg.decoder_layers)
+        )
         self.router_updates = RouterUpdates(
             {
                 index: layer.moe_layer.gate
@@ -368,10 +359,10 @@ def too_few_positions(length: int, learned: int) -> UserError:
     )
 
 
-def _build_layer(cfg: MoETransformerLMConfig, index: int) -> nn.Module:
+def _build_layer(cfg: MoETransformerLMConfig, index: int, token_counts: Sequence[int]) -> nn.Module:
     """A layer, wrapped in its own FSDP module where stock's would be
     (fairseq/models/transformer/transformer_decoder.py:174@0.12.2)."""
-    layer = DecoderLayer(cfg, index)
+    layer = DecoderLayer(cfg, index, token_counts)
     experts = layer.moe_layer.experts if layer.moe_layer is not None else None
     return wrap_layer(layer, experts, 0 if cfg.checkpoint_activations else cfg.min_params_to_wrap)
 

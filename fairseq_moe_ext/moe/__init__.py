@@ -4,7 +4,8 @@ Shapes in all comments and docstrings of the package: T tokens, B batch (sequenc
 a sequence, D model width, F hidden width of an expert, E experts, K choices a token, V vocabulary,
 N rows (kept choices) in expert order; H attention heads and C candidates or chunk where they occur.
 
-    router.py    tokens -> router logits -> Routing, by the layer's settings; routers by name
+    router.py    tokens -> router logits -> Routing, by the layer's settings: top-k
+    routers/     the other routers, by name
     routing.py   router logits -> Routing: which experts, with what weight, in which slot
     balance.py   the losses on a routing
     dispatch.py  tokens -> rows in expert order, and back

@@ -16,7 +16,8 @@ from .routing import Routing
 
 
 class Rows(NamedTuple):
-    """Where the choices of T tokens lie among the N rows."""
+    """Where the choices of T tokens lie among the N rows. K is the routing's, or less where no
+    token has so many."""
 
     row: Tensor  # (T, K) int64: the row of a kept choice; 0 for a dropped one
     kept: Tensor  # (T, K) bool
@@ -36,7 +37,11 @@ def lay_out(routing: Routing) -> Rows:
     index = torch.arange(tokens, device=row.device).unsqueeze(1).expand(tokens, k)
     token.scatter_(0, row.where(routing.kept, spare).reshape(-1), index.reshape(-1))
     rows_of = counts.tolist()
-    return Rows(row.where(routing.kept, 0), routing.kept, token[: sum(rows_of)], rows_of)
+    kept = routing.kept
+    if k == len(rows_of) > 2:  # a token has as many choices as it likes, mostly few
+        k = max(1, int((kept.any(dim=0) * torch.arange(1, k + 1, device=kept.device)).max()))
+        row, kept = row[:, :k], kept[:, :k]
+    return Rows(row.where(kept, 0), kept, token[: sum(rows_of)], rows_of)
 
 
 def permute(x: Tensor, rows: Rows) -> Tensor:
@@ -48,7 +53,7 @@ def unpermute(y: Tensor, weights: Tensor, rows: Rows) -> Tensor:
     """Sum each token's rows by weight: y (N, D), weights (T, K) -> (T, D).
 
     A token without rows gets zeros; only the residual connection carries it on."""
-    return _Unpermute.apply(y, weights, rows.row, rows.kept, rows.token)
+    return _Unpermute.apply(y, weights[:, : rows.row.size(1)], rows.row, rows.kept, rows.token)
 
 
 def _weighted_sum(y: Tensor, weights: Tensor, row: Tensor) -> Tensor:

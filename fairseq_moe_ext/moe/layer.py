@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, NamedTuple, Optional
+from typing import Any, Dict, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels.matmul import Linear
+from . import routers  # noqa: F401 - registers them
 from .balance import balance_loss, z_loss
 from .dispatch import lay_out, permute, unpermute
 from .exchange import HERE, Exchange
@@ -81,6 +82,7 @@ class MoELayer(nn.Module):
         scope: RoutingScope = PROCESS,
         shared_ffn_dim: int = 0,
         latent_dim: int = 0,
+        token_counts: Sequence[int] = (),
         grad_scale: float = 1.0,
         in_files: bool = False,
         **options: Any,
@@ -90,10 +92,12 @@ class MoELayer(nn.Module):
         Args:
             shared_ffn_dim: hidden width of all shared experts together; 0: there are none.
             latent_dim: width of what experts compute on; 0: dim.
+            token_counts: for the router (`set_token_counts`).
             grad_scale, in_files: of `Experts`.
             options: of `Experts` and of the shared ones: activation, dropout.
         """
         gate = ROUTERS[router](dim, num_experts, settings, scope)
+        gate.set_token_counts(token_counts)
         held = exchange.held(num_experts)
         experts = Experts(
             len(held),

@@ -11,14 +11,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple, Type
+from typing import Any, Callable, Dict, FrozenSet, NamedTuple, Optional, Sequence, Tuple, Type
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .routing import (
     RUNNER_UP_POLICIES,
     Routing,
+    check_groups,
     check_routing,
     counted_tokens,
     route,
@@ -39,6 +41,26 @@ class GateSettings(NamedTuple):
     eval_token_fraction: float = 0.25  # evaluation; <= 0: the rule of training
     dropless: bool = False  # no capacity, in training and at evaluation
     count_padding: bool = False  # count unrouted padding in capacity, losses and metrics
+    score: str = "softmax"  # or "sigmoid"
+    normalize_weights: Optional[str] = None  # None: after dropping, with one expert not at all
+    route_scale: float = 1.0  # factor on the weights
+    groups: int = 1  # of experts; a token chooses among those of its best top_groups
+    top_groups: int = 1
+    fp32_product: bool = False  # logits in float32 at least, too
+    input_jitter: float = 0.0  # training: factor U(1 - jitter, 1 + jitter) on the router's input
+    eom: float = 0.0  # expert output masking: dropout probability of an expert's output for a token
+    fom: float = 0.0  # final output masking: the same for the sum over a token's experts
+    threshold_decay: float = 0.99  # threshold: of the moving quantile, per update
+    balanced_evaluation: bool = False  # base: assign evenly at evaluation, too
+
+    @property
+    def normalize(self) -> Optional[str]:
+        """Whether and when a token's weights are divided by their sum: before, after, None."""
+        if self.normalize_weights is not None:
+            return None if self.normalize_weights == "none" else self.normalize_weights
+        if self.top_k == 1:
+            return None
+        return "before" if self.normalize_before_dropping else "after"
 
     def check(self, num_experts: int) -> None:
         """Raise ValueError for a setting that would silently do something else."""
@@ -49,7 +71,10 @@ class GateSettings(NamedTuple):
         if self.second_expert_policy not in RUNNER_UP_POLICIES:
             policies = ", ".join(RUNNER_UP_POLICIES)
             raise ValueError(f"second_expert_policy {self.second_expert_policy!r}: use {policies}")
-        check_routing(self.top_k, num_experts, runner_up=self.second_expert_policy)
+        check_routing(
+            self.top_k, num_experts, self.score, self.second_expert_policy, self.normalize
+        )
+        check_groups(self.top_k, num_experts, self.groups, self.top_groups)
         factor, fraction = self.capacity_factor, self.eval_token_fraction
         if factor is not None and not 0 < factor < math.inf:
             raise ValueError(f"capacity_factor {factor}: use a number above 0, or None")
@@ -80,6 +105,17 @@ def register_router(name: str) -> Callable[[Type[TopKRouter]], Type[TopKRouter]]
 class TopKRouter(nn.Module):
     """Sends each token to the top_k experts that a linear layer without bias scores best."""
 
+    # Settings that not every router has and this one heeds; others are refused (router_flags.py).
+    heeds: FrozenSet[str] = frozenset(
+        "score normalize_before_dropping normalize_weights route_scale groups batch_prioritized"
+        " fp32_product input_jitter".split()
+    )
+    default_top_k = 2
+    causal = True  # in training, without a capacity; at evaluation a router must be
+    capacity_free = False  # the number of a token's experts varies, so that there is no capacity
+    learned = True  # whether the gate is trained; losses on another have no gradient
+    refused: Optional[str] = None  # why language models cannot have it
+
     def __init__(
         self, dim: int, num_experts: int, settings: GateSettings, scope: RoutingScope = PROCESS
     ) -> None:
@@ -88,8 +124,17 @@ class TopKRouter(nn.Module):
         self._state_names: Tuple[str, ...] = ()
         settings.check(num_experts)
         self.scope = scope
-        self.wg = nn.Linear(dim, num_experts, bias=False)
+        self.dim, self.num_experts = dim, num_experts
         self.settings = settings
+        self.add_gate()
+
+    def add_gate(self) -> None:
+        """Make what `logits` needs."""
+        self.wg = nn.Linear(self.dim, self.num_experts, bias=False)
+
+    def set_token_counts(self, counts: Sequence[int]) -> None:
+        """Told once, before the weights are loaded: how often each type of the vocabulary occurs in
+        the training data."""
 
     def forward(
         self,
@@ -108,34 +153,64 @@ class TopKRouter(nn.Module):
         Returns:
             logits (T, E) and their routing.
         """
+        s = self.settings
+        if self.training and s.input_jitter > 0:
+            x = x * torch.empty_like(x).uniform_(1 - s.input_jitter, 1 + s.input_jitter)
         logits = self.logits(x)
-        if self.settings.use_fp32:
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if s.use_fp32:
+            logits = logits.to(at_least_float32(logits))
         capacity = None if dropless else self.capacity(len(x), padding_mask)
-        return logits, self.route(logits, capacity, padding_mask)
+        routing = self.route_tokens(logits, capacity, padding_mask, token_ids)
+        return logits, self._mask_outputs(routing)
 
     def logits(self, x: Tensor) -> Tensor:
         """x (T, D) -> (T, E)."""
-        return self.wg(x)
+        if not self.settings.fp32_product:
+            return self.wg(x)
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = at_least_float32(x)
+            return F.linear(x.to(dtype), self.wg.weight.to(dtype))
+
+    def route_tokens(
+        self,
+        logits: Tensor,
+        capacity: Optional[int],
+        padding_mask: Optional[Tensor],
+        token_ids: Optional[Tensor],
+    ) -> Routing:
+        """As `route`, for routers that go by the tokens (T,) int64, too."""
+        return self.route(logits, capacity, padding_mask)
 
     def route(
         self, logits: Tensor, capacity: Optional[int], padding_mask: Optional[Tensor]
     ) -> Routing:
         """logits (T, E) -> which token goes to which expert, in the current mode."""
         s = self.settings
-        normalize = "before" if s.normalize_before_dropping else "after"
         return route(
             logits,
             s.top_k,
+            score=s.score,
             # Noise is for exploration only; evaluation takes the runner-up without it.
             runner_up=s.second_expert_policy if self.training else "all",
-            normalize=normalize if s.top_k > 1 else None,
+            normalize=s.normalize,
+            scale=s.route_scale,
+            groups=s.groups,
+            top_groups=s.top_groups,
             prioritized=s.batch_prioritized,
             capacity=capacity,
             padding_mask=padding_mask,
             count_padding=s.count_padding,
             scope=self.scope,
         )
+
+    def _mask_outputs(self, routing: Routing) -> Routing:
+        """Expert and final output masking (NLLB, arXiv 2207.04672, section 6.2.2): dropout of whole
+        rows, those of an expert or their sum, here by their weights."""
+        s, weights = self.settings, routing.weights
+        if not self.training or s.eom == s.fom == 0:
+            return routing
+        weights = F.dropout(weights, s.eom)
+        return routing._replace(weights=weights * F.dropout(torch.ones_like(weights[:, :1]), s.fom))
 
     def loss(
         self, logits: Tensor, routing: Routing, padding_mask: Optional[Tensor]
@@ -191,11 +266,15 @@ class TopKRouter(nn.Module):
         """Slots per expert for this process's number of tokens, in the current mode; None: no
         limit."""
         s = self.settings
-        if s.dropless:
+        if s.dropless or self.capacity_free:
             return None
         counted = counted_tokens(padding_mask, s.count_padding)
         tokens = self.scope.tokens(tokens if counted is None else int(counted.sum()))
         if not self.training and s.eval_token_fraction > 0:
-            return token_capacity(tokens, self.wg.out_features, fraction=s.eval_token_fraction)
+            return token_capacity(tokens, self.num_experts, fraction=s.eval_token_fraction)
         factor = s.top_k if s.capacity_factor is None else s.capacity_factor
-        return token_capacity(tokens, self.wg.out_features, factor=factor)
+        return token_capacity(tokens, self.num_experts, factor=factor)
+
+
+def at_least_float32(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

@@ -7,7 +7,7 @@ computed by index: nothing here is larger than tokens x experts.
 from __future__ import annotations
 
 import math
-from typing import Callable, Dict, NamedTuple, Optional
+from typing import Any, Callable, Dict, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -65,6 +65,9 @@ def route(
     bias: Optional[Tensor] = None,
     runner_up: str = "all",
     normalize: Optional[str] = "after",
+    scale: float = 1.0,
+    groups: int = 1,
+    top_groups: int = 1,
     prioritized: bool = False,
     capacity: Optional[int] = None,
     padding_mask: Optional[Tensor] = None,
@@ -88,6 +91,9 @@ def route(
             number.
         normalize: divide a token's weights by their sum "before" choices are dropped (a dropped
             weight is lost), "after" (the survivors share it), or None: leave them as they are.
+        scale: factor on the weights.
+        groups, top_groups: choose among the experts of the best top_groups of so many equal groups
+            (`allowed_experts`).
         prioritized: fill slots in the order of the tokens' best score (Riquelme et al., arXiv
             2106.05974, section 4.1), not of their position.
         capacity: slots an expert has; None keeps every choice (dropless).
@@ -100,37 +106,109 @@ def route(
     """
     num_experts = logits.size(-1)
     check_routing(k, num_experts, score, runner_up, normalize)
+    check_groups(k, num_experts, groups, top_groups)
     if prioritized and scope is not PROCESS:
         raise ValueError("prioritized orders the tokens of one process only")
     scores = SCORES[score](logits)  # (T, E)
-    probs = scores if score == "softmax" else scores / scores.sum(dim=-1, keepdim=True)
 
     liked = scores.detach() if bias is None else scores.detach() + bias
+    # Logits distinguish experts whose float32 probabilities, near 0 or 1, are equal.
+    rivals = logits.detach() if bias is None else liked
+    if top_groups < groups:
+        forbidden = ~allowed_experts(liked, k, groups, top_groups)
+        liked = liked.masked_fill(forbidden, -math.inf)
+        rivals = rivals.masked_fill(forbidden, -math.inf)
     experts = liked.argmax(dim=-1, keepdim=True)  # (T, 1)
     if k > 1:
-        # Logits distinguish experts whose float32 probabilities, near 0 or 1, are equal.
-        rivals = logits.detach() if bias is None else liked
         if runner_up == "sampling":
             rivals = rivals + (_gumbel_like(rivals) if noise is None else noise)
         rivals = rivals.scatter(1, experts, -math.inf)
-        experts = torch.cat([experts, _best(rivals, k - 1)], dim=1)  # (T, K)
+        experts = torch.cat([experts, best(rivals, k - 1)], dim=1)  # (T, K)
 
     weights = scores.gather(1, experts)  # (T, K)
     if normalize == "before":
-        weights = _normalize(weights)
-    routed = _not_padding(experts, padding_mask)
+        weights = normalized(weights)
+    routed = not_padding(experts, padding_mask)
     if runner_up == "random" and k == 2:
         uniform = torch.rand_like(weights[:, 1]) if noise is None else noise
         lucky = 2 * weights[:, 1].detach() > uniform
         routed = torch.stack([routed[:, 0], routed[:, 1] & lucky], dim=1)
-    order = scores.amax(dim=-1).argsort(descending=True, stable=True) if prioritized else None
-    counts, local_slots, slots = queue(experts, routed, num_experts, scope, order)
+    return send(
+        scores if score == "softmax" else distribution(scores),
+        experts,
+        weights,
+        routed,
+        normalize=normalize == "after",
+        scale=scale,
+        order=scores.amax(dim=-1).argsort(descending=True, stable=True) if prioritized else None,
+        capacity=capacity,
+        counted=counted_tokens(padding_mask, count_padding),
+        scope=scope,
+    )
+
+
+def send(
+    probs: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    routed: Tensor,
+    *,
+    normalize: bool = False,
+    scale: float = 1.0,
+    order: Optional[Tensor] = None,
+    capacity: Optional[int] = None,
+    counted: Optional[Tensor] = None,
+    scope: RoutingScope = PROCESS,
+) -> Routing:
+    """Queue choices at their experts, drop those beyond capacity, and settle the weights.
+
+    Args:
+        probs, experts, weights, routed, counted: as Routing has them, before dropping.
+        normalize: divide the weights of a token's kept choices by their sum.
+        scale: factor on the weights.
+        order: (T,), of the tokens in a queue; None: as they stand.
+        capacity, scope: as `route`.
+    """
+    counts, local_slots, slots = queue(experts, routed, probs.size(1), scope, order)
     kept = within(slots, routed, capacity)
     weights = weights * kept
-    if normalize == "after":
-        weights = _normalize(weights)
-    counted = counted_tokens(padding_mask, count_padding)
+    if normalize:
+        weights = normalized(weights)
+    if scale != 1:
+        weights = weights * scale
     return Routing(probs, experts, weights, slots, local_slots, routed, kept, counts, counted)
+
+
+def send_ranked(
+    probs: Tensor,
+    scores: Tensor,
+    active: Tensor,
+    padding_mask: Optional[Tensor] = None,
+    **options: Any,
+) -> Routing:
+    """`send` each token to all experts that are active for it, weighted by their scores; K = E.
+
+    probs, scores (T, E), active (T, E) bool."""
+    # the active ones first, so that dispatch has no more columns than any token has experts
+    liked = scores.detach().masked_fill(~active, -1)
+    experts = liked.argsort(dim=1, descending=True, stable=True)  # (T, E)
+    routed = active.gather(1, experts) & not_padding(experts, padding_mask)
+    return send(probs, experts, scores.gather(1, experts), routed, **options)
+
+
+def allowed_experts(liked: Tensor, k: int, groups: int, top_groups: int) -> Tensor:
+    """liked (T, E) -> (T, E) bool: the experts of a token's best top_groups of `groups` groups,
+    where a group's score is the sum of its best ceil(k / top_groups) (DeepSeek-V3, arXiv
+    2412.19437, section 2.1.2, "node-limited routing"); of equal ones the lower number first."""
+    grouped = liked.unflatten(1, (groups, -1))  # (T, groups, E / groups)
+    scores = grouped.topk(-(-k // top_groups), dim=2).values.sum(dim=2)  # (T, groups)
+    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(1, best(scores, top_groups), True)
+    return chosen.unsqueeze(2).expand_as(grouped).flatten(1)
+
+
+def distribution(scores: Tensor) -> Tensor:
+    """Scores (T, E) from 0 on, each row divided by its sum; a row of zeros stays zero."""
+    return scores / scores.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
 
 
 def check_routing(
@@ -153,7 +231,20 @@ def check_routing(
         raise ValueError(f"normalize {normalize!r} is none of None, 'before', 'after'")
 
 
-def _best(scores: Tensor, count: int) -> Tensor:
+def check_groups(k: int, num_experts: int, groups: int, top_groups: int) -> None:
+    """Raise ValueError unless a token can take k experts of top_groups of so many groups."""
+    if groups < 1 or num_experts % groups != 0:
+        raise ValueError(f"groups {groups}: use a number that divides the {num_experts} experts")
+    if not 1 <= top_groups <= groups:
+        raise ValueError(f"top_groups {top_groups}: use 1 to all {groups} groups")
+    if k > top_groups * (num_experts // groups):
+        raise ValueError(
+            f"top_groups {top_groups} of {groups} groups have "
+            f"{top_groups * (num_experts // groups)} experts, too few for top_k {k}"
+        )
+
+
+def best(scores: Tensor, count: int) -> Tensor:
     """scores (T, E) -> (T, count): the experts with the largest scores, best first; of equal ones
     the lower number first."""
     if count == 1:
@@ -166,13 +257,14 @@ def counted_tokens(padding_mask: Optional[Tensor], count_padding: bool) -> Optio
     return None if padding_mask is None or count_padding else ~padding_mask.bool()
 
 
-def _not_padding(experts: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
+def not_padding(experts: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
+    """experts (T, K), padding_mask (T,) bool -> (T, K) bool: whether a choice is a token's."""
     if padding_mask is None:
         return torch.ones_like(experts, dtype=torch.bool)
     return ~padding_mask.bool().unsqueeze(1).expand_as(experts)
 
 
-def _normalize(weights: Tensor) -> Tensor:
+def normalized(weights: Tensor) -> Tensor:
     """(T, K) -> (T, K), each row divided by its sum; a row of zeros stays zero."""
     eps = torch.finfo(weights.dtype).eps
     return weights / weights.sum(dim=1, keepdim=True).clamp(min=eps)

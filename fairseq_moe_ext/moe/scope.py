@@ -22,6 +22,11 @@ class RoutingScope:
         """Sum over the processes in scope, differentiable; x has the same shape on each."""
         return x
 
+    def gather(self, x: Tensor) -> Tuple[Tensor, slice]:
+        """Rows x (T, ...) of all processes in scope, and where this one's are among them; not
+        differentiable. The number of rows may differ."""
+        return x, slice(0, len(x))
+
     def before_and_total(self, counts: Tensor) -> Tuple[Tensor, Tensor]:
         """Sums of counts over the processes of lower rank, and over all in scope."""
         return torch.zeros_like(counts), counts

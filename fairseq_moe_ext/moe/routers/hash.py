@@ -1,0 +1,79 @@
+"""Hash layers: a token's id alone says its experts (Roller et al., arXiv 2106.04426)."""
+
+from __future__ import annotations
+
+import heapq
+from typing import List, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from ..router import TopKRouter, register_router
+from ..routing import Routing, counted_tokens, not_padding, send
+
+
+def balanced_table(counts: Sequence[int], num_experts: int, k: int) -> List[List[int]]:
+    """Experts of each type, (V, K): types in falling frequency take the k experts with the least
+    load so far ("balanced assignment", section 3.1); of equal ones the lower number."""
+    table: List[List[int]] = [[] for _ in counts]
+    loads: List[Tuple[int, int]] = [(0, expert) for expert in range(num_experts)]
+    for token in sorted(range(len(counts)), key=lambda t: (-counts[t], t)):
+        taken = [heapq.heappop(loads) for _ in range(k)]
+        table[token] = [expert for _, expert in taken]
+        for load, expert in taken:
+            heapq.heappush(loads, (load + max(counts[token], 1), expert))
+    return table
+
+
+def plain_table(types: int, num_experts: int, k: int) -> List[List[int]]:
+    """Experts of each type, (V, K), by Fibonacci hashing: where no frequencies are known."""
+    first = [(t * 2654435769 % 2**32) * num_experts >> 32 for t in range(types)]
+    return [[(expert + i) % num_experts for i in range(k)] for expert in first]
+
+
+@register_router("hash")
+class HashRouter(TopKRouter):
+    """Each of a token's top_k experts has the weight 1 / top_k. Nothing is learned, so that losses
+    on the gate have no gradient. The table is in the checkpoint."""
+
+    heeds = frozenset(["route_scale"])
+    learned = False
+    table: Tensor
+
+    def add_gate(self) -> None:
+        """No gate: there are no logits."""
+        self.register_buffer("table", torch.zeros(0, self.settings.top_k, dtype=torch.long))
+
+    def set_token_counts(self, counts: Sequence[int]) -> None:
+        known = len(set(counts)) > 1
+        size = self.num_experts, self.settings.top_k
+        table = balanced_table(counts, *size) if known else plain_table(len(counts), *size)
+        self.table = torch.tensor(table, dtype=torch.long, device=self.table.device)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Zeros (T, E)."""
+        return x.new_zeros(len(x), self.num_experts)
+
+    def route_tokens(
+        self,
+        logits: Tensor,
+        capacity: Optional[int],
+        padding_mask: Optional[Tensor],
+        token_ids: Optional[Tensor],
+    ) -> Routing:
+        """Raises ValueError without token_ids."""
+        if token_ids is None:
+            raise ValueError("the router hash needs token_ids")
+        s = self.settings
+        experts = self.table[token_ids]  # (T, K)
+        weights = torch.full_like(logits[:, : s.top_k], 1 / s.top_k)
+        return send(
+            torch.zeros_like(logits).scatter(1, experts, weights),
+            experts,
+            weights,
+            not_padding(experts, padding_mask),
+            scale=s.route_scale,
+            capacity=capacity,
+            counted=counted_tokens(padding_mask, s.count_padding),
+            scope=self.scope,
+        )

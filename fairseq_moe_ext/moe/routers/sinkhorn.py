@@ -1,0 +1,75 @@
+"""S-BASE: Sinkhorn balances the choices of a batch in training (Clark et al., arXiv 2202.01169,
+section 2.2 and appendix B.2.1)."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from ..router import TopKRouter, register_router
+from ..routing import (
+    SCORES,
+    Routing,
+    best,
+    counted_tokens,
+    distribution,
+    normalized,
+    not_padding,
+    send,
+)
+
+STEPS = 32  # of normalising columns and rows, in turn
+
+
+def sinkhorn(logits: Tensor, steps: int = STEPS) -> Tensor:
+    """logits (T, E) -> the plan (T, E) in float64: exp(logits), rows and columns rescaled in turn
+    until rows sum to 1 and columns to T / E, up to what the last steps still change."""
+    tokens, num_experts = logits.shape
+    logits = logits.detach().double()
+    columns = logits.new_zeros(num_experts)
+    for _ in range(steps):
+        rows = -torch.logsumexp(logits + columns, dim=1, keepdim=True)  # (T, 1)
+        columns = -torch.logsumexp(logits + rows, dim=0)  # (E,), up to log(T / E)
+    return torch.softmax(logits + columns, dim=1)
+
+
+@register_router("sinkhorn")
+class SinkhornRouter(TopKRouter):
+    """In training a token takes the top_k experts of Sinkhorn's plan for the whole batch, weighted
+    by its scores; at evaluation those of its scores. No gradient flows through the plan."""
+
+    heeds = frozenset("score normalize_weights route_scale fp32_product input_jitter".split())
+    causal = False
+
+    def route(
+        self, logits: Tensor, capacity: Optional[int], padding_mask: Optional[Tensor]
+    ) -> Routing:
+        """As TopKRouter's."""
+        s = self.settings
+        scores = SCORES[s.score](logits)
+        liked = self._plan(logits, padding_mask) if self.training else logits.detach()
+        experts = best(liked, s.top_k)  # (T, K)
+        weights = scores.gather(1, experts)
+        if s.normalize == "before":
+            weights = normalized(weights)
+        return send(
+            scores if s.score == "softmax" else distribution(scores),
+            experts,
+            weights,
+            not_padding(experts, padding_mask),
+            normalize=s.normalize == "after",
+            scale=s.route_scale,
+            capacity=capacity,
+            counted=counted_tokens(padding_mask, s.count_padding),
+            scope=self.scope,
+        )
+
+    def _plan(self, logits: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
+        """(T, E), made of the tokens of all processes in scope; padding has its logits."""
+        real = slice(None) if padding_mask is None else ~padding_mask.bool()
+        everyone, mine = self.scope.gather(logits.detach()[real])
+        plan = logits.detach().double()
+        plan[real] = sinkhorn(everyone)[mine]
+        return plan

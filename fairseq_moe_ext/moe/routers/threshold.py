@@ -1,0 +1,106 @@
+"""Expert threshold routing (arXiv 2603.11535): the causal relative of expert choice."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..router import TopKRouter, register_router
+from ..routing import SCORES, Routing, counted_tokens, distribution, send_ranked
+
+# Bins of the logits of scores: from -RANGE to RANGE, STEPS to 1.
+RANGE, STEPS = 16, 16
+BINS = 2 * RANGE * STEPS
+
+
+def logit_of_score(logits: Tensor, score: str) -> Tensor:
+    """log(s / (1 - s)) of the scores s: (T, E) -> (T, E)."""
+    if score == "sigmoid":
+        return logits
+    log_p = F.log_softmax(logits, dim=-1)
+    return log_p - torch.log1p(-log_p.exp())
+
+
+def histogram(values: Tensor, counted: Optional[Tensor]) -> Tensor:
+    """values (T, E), counted (T,) bool, None: all -> (E, BINS) float64: how many lie in each bin;
+    those out of range in the first or last."""
+    bins = ((values + RANGE) * STEPS).floor().clamp(0, BINS - 1).long()  # (T, E)
+    ones = torch.ones_like(bins, dtype=torch.float64)
+    if counted is not None:
+        ones = ones * counted.unsqueeze(1)
+    found = ones.new_zeros(values.size(1), BINS)
+    return found.scatter_add_(1, bins.t(), ones.t())
+
+
+def upper_quantile(counts: Tensor, number: Tensor) -> Tensor:
+    """counts (E, BINS) -> (E,): the values that `number` (E,) of an expert's tokens exceed, between
+    the ends of a bin as if its tokens were spread evenly."""
+    above = counts.flip(1).cumsum(1).flip(1)  # (E, BINS): in this bin and those above it
+    # the highest bin at whose lower end enough are above; the lowest where there never are
+    place = (above >= number.unsqueeze(1)).sum(dim=1, keepdim=True).clamp(min=1) - 1  # (E, 1)
+    inside = counts.gather(1, place).clamp(min=torch.finfo(counts.dtype).tiny)
+    share = (above.gather(1, place) - number.unsqueeze(1)) / inside  # of the bin, below the value
+    return ((place + share.clamp(0, 1)) / STEPS - RANGE).squeeze(1)
+
+
+@register_router("threshold")
+class ThresholdRouter(TopKRouter):
+    """A token goes to every expert whose score for it exceeds the expert's threshold: the moving
+    average of the score that a share top_k / E of the tokens of an update exceeds. A token looks at
+    no other token of its batch, so the router is causal; it has top_k experts on average. Before
+    the first update it takes its top_k best. The thresholds are as the last update left them in
+    evaluation, and in the checkpoint."""
+
+    heeds = frozenset("score route_scale threshold_decay fp32_product input_jitter".split())
+    capacity_free = True
+    threshold: Tensor
+    updates: Tensor
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # of the scores' logits, which are as fine near 0 and 1 as between
+        self.register_state("threshold", torch.zeros(self.num_experts, dtype=torch.float64))
+        self.register_state("updates", torch.zeros((), dtype=torch.long))
+
+    def route(
+        self, logits: Tensor, capacity: Optional[int], padding_mask: Optional[Tensor]
+    ) -> Routing:
+        """As TopKRouter's, with K = E: `routed` says which of the ranked experts a token takes."""
+        s = self.settings
+        scores = SCORES[s.score](logits)
+        values = logit_of_score(logits.detach(), s.score)
+        first = logits.detach().argsort(dim=1, descending=True, stable=True)[:, : s.top_k]
+        top = torch.zeros_like(values, dtype=torch.bool).scatter(1, first, True)
+        return send_ranked(
+            scores if s.score == "softmax" else distribution(scores),
+            scores,
+            torch.where(self.updates > 0, values > self.threshold, top),
+            padding_mask,
+            scale=s.route_scale,
+            counted=counted_tokens(padding_mask, s.count_padding),
+            scope=self.scope,
+        )
+
+    def observe(
+        self, logits: Tensor, routing: Routing, padding_mask: Optional[Tensor]
+    ) -> Dict[str, Tensor]:
+        """Also histogram (E, BINS): of the scores' logits."""
+        with torch.no_grad():
+            values = logit_of_score(logits, self.settings.score)
+            real = None if padding_mask is None else ~padding_mask.bool()
+            counts = histogram(values, real)
+        return {**super().observe(logits, routing, padding_mask), "histogram": counts}
+
+    def after_update(self, observed: Dict[str, Tensor]) -> None:
+        """Move the thresholds. The first updates weigh alike, so that none weighs too much."""
+        tokens = observed["tokens"]
+        if tokens == 0:
+            return
+        number = (tokens * self.settings.top_k / self.num_experts).expand(self.num_experts)
+        new = upper_quantile(observed["histogram"], number)
+        rate = max(1 - self.settings.threshold_decay, 1 / (int(self.updates) + 1))
+        self.threshold.lerp_(new.to(self.threshold), rate)
+        self.updates += 1
