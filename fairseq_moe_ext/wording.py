@@ -16,3 +16,9 @@ def small(value: float, digits: int = 2) -> str:
     """A figure that is not below 0, and is shown as 0 only if it is."""
     shown = f"{value:.{digits}f}"
     return f"< {10**-digits:.{digits}f}" if value > 0 and not float(shown) else shown
+
+
+def clock(seconds: float) -> str:
+    """As min:s."""
+    whole = int(seconds + 0.5)
+    return f"{whole // 60}:{whole % 60:02d}"

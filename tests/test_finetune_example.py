@@ -25,7 +25,7 @@ def load(name):
     return module
 
 
-questions, example = load("questions"), load("run")
+questions, recipes, comparison = load("questions"), load("recipes"), load("comparison")
 
 
 @pytest.fixture
@@ -71,10 +71,10 @@ def test_the_right_ending_goes_on_and_the_wrong_one_is_of_another_document(text,
 
 
 def test_every_recipe_becomes_flags_that_fairseq_train_takes(tmp_path):
-    plain = example.as_flags(example.recipe_settings([]))
+    plain = recipes.as_flags(recipes.recipe_settings([]))
     assert plain == []
-    for row, names in example.RECIPES.items():
-        flags = example.as_flags(example.recipe_settings(names))
+    for row, names in recipes.RECIPES.items():
+        flags = recipes.as_flags(recipes.recipe_settings(names))
         assert bool(flags) == (row != "plain")
         command = f"{tmp_path} --task multiple_choice --arch moe_lm_tiny".split()
         command += ["--criterion", "multiple_choice", "--lr", "0.1", "--batch-size", "32", *flags]
@@ -82,7 +82,7 @@ def test_every_recipe_becomes_flags_that_fairseq_train_takes(tmp_path):
         assert args.moe_freeze == {"frozen experts": "experts"}.get(
             row, "gate" if "freeze_gate" in names else "none"
         )
-    assert example.as_flags(example.recipe_settings(["small_batch"])) == [
+    assert recipes.as_flags(recipes.recipe_settings(["small_batch"])) == [
         "--batch-size",
         "8",
         "--lr",
@@ -91,7 +91,7 @@ def test_every_recipe_becomes_flags_that_fairseq_train_takes(tmp_path):
 
 
 def made_up(**rows):
-    summed = example.summary(rows)
+    summed = comparison.summary(rows)
     for entry in summed.values():
         entry["overflow"] = None
     before = {"dense": {"accuracy": 55.0}, "moe": {"accuracy": 56.0}}
@@ -105,7 +105,7 @@ def test_the_table_says_what_was_found():
         dense=[70.0, 71.0, 72.0], plain=[65.0, 66.0, 67.0], good=[70.0, 69.0, 71.0], bad=[60.0] * 3
     )
     assert result["rows"]["good"]["difference"] == 4 and result["rows"]["good"]["beyond"]
-    said = example.table(result)
+    said = comparison.table(result)
     # Wilson 1927: of 440 of 800, and of 568
     cells = "50.0 | 55.0 (51.5 to 58.4) | 71.0 (67.8 to 74.0) | ± 1.0 | +5.0 * |  |"
     assert f"| dense | {cells}" in said and "Not above chance" not in said
@@ -116,23 +116,23 @@ def test_the_table_says_what_was_found():
 
 
 def test_the_table_says_if_it_was_nothing():
-    said = example.table(made_up(dense=[65.0, 66.0], plain=[66.0, 67.0], same=[66.0, 68.0]))
+    said = comparison.table(made_up(dense=[65.0, 66.0], plain=[66.0, 67.0], same=[66.0, 68.0]))
     assert "the sparse one is 1.0 points ahead, not more than twice" in said
     assert "So the paper's gap between sparse and dense does not show here." in said
     assert "Better than plain by more than that (*): none." in said
-    one = example.table(made_up(dense=[65.0], plain=[66.0]))
+    one = comparison.table(made_up(dense=[65.0], plain=[66.0]))
     assert "±  " not in one and "Seeds: 1;" in one and "| one seed |" in one
     assert "1.0 points ahead, of one seed, so nothing is said about noise." in one
     assert "than plain" not in one, "which one seed cannot say"
-    said = example.table(made_up(dense=[53.0, 53.2], plain=[60.0, 60.1]))
+    said = comparison.table(made_up(dense=[53.0, 53.2], plain=[60.0, 60.1]))
     assert "Not above chance (50.0 %) by more than noise: dense." in said
-    assert example.signed(-0.04) == "0.0"
+    assert comparison.signed(-0.04) == "0.0"
 
 
 def test_rows_that_there_are_not():
-    assert example.chosen_rows("dense, frozen gate") == ["dense", "frozen gate"]
+    assert recipes.chosen_rows("dense, frozen gate") == ["dense", "frozen gate"]
     with pytest.raises(UserError, match="--rows dense,gate: no row 'gate'; there are dense, plain"):
-        example.chosen_rows("dense,gate")
+        recipes.chosen_rows("dense,gate")
 
 
 @pytest.mark.slow

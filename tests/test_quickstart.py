@@ -22,7 +22,12 @@ sys.path.insert(0, str(QUICKSTART))
 import corpora  # noqa: E402
 import page  # noqa: E402
 import progress  # noqa: E402
+import recipe  # noqa: E402
+import results  # noqa: E402
 import run as quickstart  # noqa: E402
+
+from fairseq_moe_ext.study import logs  # noqa: E402
+from fairseq_moe_ext.study.plan import FAMILIES  # noqa: E402
 
 # The whole pipeline: a minute of two idle cores, several on a busy machine.
 pytestmark = pytest.mark.timeout(1200)
@@ -85,8 +90,8 @@ def test_it_goes_on_from_the_checkpoint_and_repeats_no_finished_step(finished):
     assert "4/5 Evaluate both on every domain ..." in said
     log = (out / "dense" / "train.log").read_text()
     assert "Loaded checkpoint" in log, "the second process started from the first one's work"
-    for model in quickstart.MODELS:
-        updates = [point["update"] for point in quickstart.validation(out / model / "train.log")]
+    for model in FAMILIES:
+        updates = [point["update"] for point in results.validations(out / model / "train.log")]
         assert updates == list(range(1, UPDATES + 1)), "every validation once"
     assert all(stage["done"] for stage in json.loads((out / "stages.json").read_text()).values())
     assert not list(out.rglob("*.partial"))
@@ -100,7 +105,7 @@ def test_the_table_and_the_page_show_the_measured_numbers(finished):
         for cell in row:
             assert cell in said
             assert escape(cell) in html
-    for model in quickstart.MODELS:
+    for model in FAMILIES:
         for domain in corpora.DOMAINS:
             log = (out / "evaluation" / f"{model}.{domain.name}.log").read_text()
             printed = float(re.search(r"Perplexity: ([\d.]+)", log).group(1))
@@ -113,11 +118,11 @@ def test_the_table_and_the_page_show_the_measured_numbers(finished):
 def test_the_models_are_what_the_report_says(finished):
     out, _, _ = finished
     result = json.loads((out / "result.json").read_text())
-    dense, moe = (result["models"][model] for model in quickstart.MODELS)
+    dense, moe = (result["models"][model] for model in FAMILIES)
     assert dense["flops_per_token"] == moe["flops_per_token"]
     assert moe["parameters"] > 2 * dense["parameters"]
     counts = json.loads((out / "data" / "counts.json").read_text())["corpora"]
-    for model in quickstart.MODELS:
+    for model in FAMILIES:
         log = (out / model / "train.log").read_text()
         kinds = re.findall(r"num\. (?:shared|expert) model params: ([\d,]+)", log)[:2]
         assert (
@@ -135,19 +140,19 @@ def test_expert_use_counts_every_choice(finished):
 
     out, _, _ = finished
     found = json.loads((out / "expert_use.json").read_text())
-    assert [layer["layer"] for layer in found] == list(range(quickstart.LAYERS))
+    assert [layer["layer"] for layer in found] == list(range(recipe.LAYERS))
     for layer in found:
         for name, share in layer["share"].items():
-            assert len(share) == quickstart.EXPERTS
+            assert len(share) == recipe.EXPERTS
             assert sum(share) == pytest.approx(1)
             assert layer["tokens"][name] > 0
     # Again for one domain, block by block.
-    task = loading.language_modeling_task(out / "data" / "maths", quickstart.CONTEXT)
+    task = loading.language_modeling_task(out / "data" / "maths", recipe.CONTEXT)
     task.load_dataset("test")
     checkpoint = str(out / "moe" / "checkpoint_best.pt")
     (model,), _ = checkpoint_utils.load_model_ensemble([checkpoint], task=task)
     model.eval()
-    counts = torch.zeros(quickstart.LAYERS, quickstart.EXPERTS)
+    counts = torch.zeros(recipe.LAYERS, recipe.EXPERTS)
     tokens = 0
     for block in task.dataset("test"):
         with torch.no_grad():
@@ -155,7 +160,7 @@ def test_expert_use_counts_every_choice(finished):
         tokens += len(block["source"])
         for record in extra["moe"]:
             counts[record.layer] += record.expert_counts.sum(0)
-    assert counts.sum(1).tolist() == [2 * tokens] * quickstart.LAYERS
+    assert counts.sum(1).tolist() == [2 * tokens] * recipe.LAYERS
     assert found[0]["tokens"]["maths"] == tokens
     for layer in found:
         assert layer["among"] == [d.name for d in corpora.DOMAINS if not d.held_out]
@@ -239,20 +244,19 @@ def test_the_readme_gives_the_same_commands(tmp_path, monkeypatch):
 
     monkeypatch.chdir(QUICKSTART.parents[1])
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(quickstart, "console_script", lambda name: name)
+    monkeypatch.setattr(recipe, "console_script", lambda name: name)
     args = quickstart.arguments([])
-    run = quickstart.Run(args.out, args.updates, args.text_bytes, progress.Screen())
     held_out = {domain.name: domain.held_out for domain in corpora.DOMAINS}
     expected = [
         ["python", "examples/quickstart/corpora.py", f"{args.out}/text"]
-        + ["--train-bytes", str(args.text_bytes), "--valid-bytes", str(quickstart.VALID_BYTES)]
-        + ["--test-bytes", str(quickstart.TEST_BYTES)],
-        quickstart.prepare_command(run, held_out),
-        *(quickstart.train_command(run, model) for model in quickstart.MODELS),
-        *(quickstart.eval_command(run, m, name) for m in quickstart.MODELS for name in held_out),
-        quickstart.expert_use_command(run, held_out),
+        + ["--train-bytes", str(args.text_bytes), "--valid-bytes", str(recipe.VALID_BYTES)]
+        + ["--test-bytes", str(recipe.TEST_BYTES)],
+        recipe.prepare_command(args.out, held_out),
+        *(recipe.train_command(args.out, model, args.updates) for model in FAMILIES),
+        *(recipe.eval_command(args.out, m, name) for m in FAMILIES for name in held_out),
+        recipe.expert_use_command(args.out, held_out),
     ]
-    typed = [quickstart.as_typed(command) for command in expected]
+    typed = [recipe.as_typed(command) for command in expected]
     for words in typed:
         words[0] = "python" if words[0].startswith("python") else words[0]
     assert found == [sorted(words) for words in typed]
@@ -281,7 +285,7 @@ def test_a_failing_command_is_reported_with_its_last_words(tmp_path):
         run.finish(child, command, tmp_path / "log")
     (tmp_path / "log").write_text("Traceback")
     with pytest.raises(UserError, match="no result of fairseq-eval-lm"):
-        quickstart.eval_result(tmp_path / "log")
+        results.eval_result(tmp_path / "log")
 
 
 def test_a_step_that_fails_is_not_done(tmp_path, capsys):
@@ -322,14 +326,14 @@ def test_logs_cut_off_by_a_kill_are_read(tmp_path):
         + wall % (1, 9)
         + wall % (2, 5)
     )
-    points = quickstart.validation(log)
+    points = results.validations(log)
     assert [(point["update"], point["in_domain"]) for point in points] == [
         (10, 50.0),
         (20, 41.0),
         (30, 30.0),
     ]
     assert set(points[0]["perplexity"]) == set(names)
-    assert quickstart.training_seconds(log) == 14
+    assert logs.training_seconds(log) == 14
 
 
 def test_the_live_line_says_how_far_how_good_how_fast(monkeypatch):

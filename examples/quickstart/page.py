@@ -8,6 +8,7 @@ from typing import Dict, List, NamedTuple, Sequence, Tuple
 
 from fairseq_moe_ext import wording
 from fairseq_moe_ext.evaluation import figures, report, specialisation
+from fairseq_moe_ext.wording import clock
 
 DENSE, MOE = "dense", "moe"
 MODELS = (DENSE, MOE)
@@ -49,10 +50,6 @@ def big(value: float) -> str:
                 else f"{value / size:,.0f}{letter}"
             )
     return f"{value:g} "
-
-
-def clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 def rows(result: Dict) -> List[Tuple[str, ...]]:

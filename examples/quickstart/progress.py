@@ -4,20 +4,15 @@ On a terminal the live line is overwritten in place; elsewhere (a file, a CI log
 afresh every few seconds.
 """
 
-import json
 import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
+from typing import List, Optional, Tuple
+
+from fairseq_moe_ext.study.logs import measurement
 
 SECONDS_BETWEEN_LINES = 15.0  # where the output is not a terminal
-
-
-def clock(seconds: float) -> str:
-    """Seconds as min:s."""
-    whole = int(seconds + 0.5)
-    return f"{whole // 60}:{whole % 60:02d}"
 
 
 class Screen:
@@ -65,20 +60,6 @@ class LogTail:
         self.file.close()
 
 
-def measurement(line: str) -> Optional[Tuple[str, Dict]]:
-    """(tag, figures) of a line that `--log-format json` wrote, None for any other.
-
-    Such a line is "time | INFO | tag | {json}" (fairseq/logging/progress_bar.py:151@0.12.2).
-    """
-    parts = line.split(" | ", 3)
-    if len(parts) != 4 or not parts[3].startswith("{"):
-        return None
-    try:
-        return parts[2], json.loads(parts[3])
-    except json.JSONDecodeError:
-        return None  # a line cut off by a kill
-
-
 class TrainingProgress:
     """How far one training is, from fairseq's own log."""
 
@@ -92,15 +73,15 @@ class TrainingProgress:
     def read(self, line: str) -> None:
         """Take note of a line of the log."""
         found = measurement(line)
-        if found is None or found[0] != "train_inner":
+        if found is None or found.tag != "train_inner":
             return
-        update, now = int(found[1]["num_updates"]), time.monotonic()
+        update, now = int(found.values["num_updates"]), time.monotonic()
         if self._first is None:
             self._first = (update, now)
         elif update > self._first[0]:
             pace = (now - self._first[1]) / (update - self._first[0])
             self.left = pace * (self.updates - update)
-        loss, speed = float(found[1]["inner_loss"]), float(found[1]["wps"])
+        loss, speed = float(found.values["inner_loss"]), float(found.values["wps"])
         self.text = f"{update}/{self.updates} loss {loss:.2f} {speed:,.0f} tokens/s"
 
     def __str__(self) -> str:

@@ -1,7 +1,6 @@
 """A study's files -> result.json: cost, perplexity and accuracy of every run, speed-up factors."""
 
 import math
-import re
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -10,6 +9,7 @@ from ..errors import UserError
 from ..evaluation.cost_table import checkpoint_settings
 from ..evaluation.speedup import Factor, overlap, speedup_factors
 from ..shape import shape_of
+from . import logs
 from .plan import FAMILIES, Plan, Run, typed
 
 GROUPS = ("in_domain", "out_of_domain")
@@ -57,7 +57,7 @@ def _run(plan: Plan, run: Run) -> Dict[str, Any]:
         "experts": shape.experts if shape.moe_layers else 1,
         "tokens": tokens,
         "flops": tokens * cost.training_flops_per_token(shape, plan.context),
-        "seconds": _seconds(run.folder / "train.log"),
+        "seconds": logs.training_seconds(run.folder / "train.log"),
         "sets": found["sets"],
         "mean": found["mean"],
         "priming": _priming(run.folder / "priming.json"),
@@ -81,16 +81,6 @@ def _priming(path: Path) -> Dict[str, Any]:
         "tasks": [{key: one.get(key) for key in PRIMED} for one in tasks],
         "bias": [one for one in found["results"] if "domains" in one],
     }
-
-
-def _seconds(log: Path) -> float:
-    """Seconds in training steps, as fairseq counted them over interruptions too."""
-    epochs: Dict[str, float] = {}
-    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
-        found = re.search(r'"epoch": (\d+).*"train_train_wall": "([\d.]+)"', line)
-        if found:
-            epochs[found[1]] = float(found[2])
-    return sum(epochs.values())
 
 
 def performance(run: Dict[str, Any], group: str) -> float:

@@ -1,0 +1,135 @@
+"""The quickstart's models and its commands of fairseq and of this package."""
+
+import os
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Dict, List, Sequence
+
+from fairseq_moe_ext import cost
+from fairseq_moe_ext.study.child import console_script
+from fairseq_moe_ext.study.plan import PACKAGE
+
+# The recipe. Chosen by experiment for ten minutes on two cores; README.md says what was tried.
+UPDATES = 420
+TEXT_BYTES = 1_500_000  # of training text per domain
+VALID_BYTES, TEST_BYTES = 16_000, 100_000
+VOCABULARY = 4096
+CONTEXT = 256  # tokens a block
+BLOCKS = 8  # blocks an update
+LAYERS, DIM, HEADS = 4, 128, 4
+EXPERTS = 8
+EXPERT_FFN = 256  # hidden width; two experts a token do the work of one FFN of twice the width
+LEARNING_RATE = 4e-3
+BALANCE_WEIGHT = 0.01
+SAVES = 8  # checkpoints, with validation, in one training
+
+SHORT_TITLES = {"dense": "dense", "moe": "MoE"}
+
+
+def settings(updates: int, text_bytes: int) -> Dict[str, object]:
+    """What the result depends on."""
+    return {
+        "updates": updates,
+        "text_bytes": text_bytes,
+        "vocabulary": VOCABULARY,
+        "context": CONTEXT,
+        "blocks": BLOCKS,
+        "layers": LAYERS,
+        "dim": DIM,
+        "heads": HEADS,
+        "experts": EXPERTS,
+        "expert_ffn": EXPERT_FFN,
+        "learning_rate": LEARNING_RATE,
+        "balance_weight": BALANCE_WEIGHT,
+        "python": platform.python_version(),
+        "torch": version("torch"),
+    }
+
+
+def prepare_command(out: Path, held_out: Dict[str, bool]) -> List[str]:
+    command = [sys.executable, "-m", "fairseq_moe_ext.cli", "prepare", str(out / "data")]
+    for name, out_of_domain in held_out.items():
+        flag = "--heldout" if out_of_domain else "--corpus"
+        for split in ("valid", "test") if out_of_domain else ("train", "valid", "test"):
+            command += [flag, f"{name}:{split}={out / 'text' / f'{name}.{split}.jsonl'}"]
+    workers = min(os.cpu_count() or 1, 8)
+    return command + ["--train-bpe", str(VOCABULARY), "--workers", str(workers)]
+
+
+def shape_flags(model: str) -> List[str]:
+    """The flags of fairseq-train that say what a model's parameters are."""
+    ffn = str(2 * EXPERT_FFN)
+    of_family = {
+        "dense": ["--arch", "dense_lm_tiny", "--moe-freq", "1"]
+        + ["--alternate-decoder-ffn-embed-dim", ffn],
+        "moe": ["--arch", "moe_lm_tiny", "--moe-freq", "1", "--moe-expert-count", str(EXPERTS)]
+        + ["--moe-expert-ffn-dim", str(EXPERT_FFN)],
+    }[model]
+    return [
+        *of_family,
+        *("--decoder-layers", str(LAYERS), "--decoder-embed-dim", str(DIM)),
+        *("--decoder-attention-heads", str(HEADS), "--decoder-ffn-embed-dim", ffn),
+    ]
+
+
+def train_command(out: Path, model: str, updates: int) -> List[str]:
+    every = max(1, updates // SAVES)
+    return [
+        console_script("fairseq-train"),
+        str(out / "data"),
+        *("--user-dir", str(PACKAGE), "--task", "mixture_language_modeling"),
+        *shape_flags(model),
+        *(["--moe-dropless"] if model == "moe" else []),
+        *("--dropout", "0", "--attention-dropout", "0"),
+        *("--tokens-per-sample", str(CONTEXT), "--batch-size", str(BLOCKS)),
+        *("--criterion", "moe_cross_entropy", "--moe-gate-loss-wt", str(BALANCE_WEIGHT)),
+        *("--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--weight-decay", "0.01"),
+        *("--clip-norm", "1.0", "--lr", str(LEARNING_RATE), "--lr-scheduler", "polynomial_decay"),
+        *("--warmup-updates", str(max(1, updates // 10))),
+        *("--total-num-update", str(updates), "--max-update", str(updates)),
+        *("--seed", "1", "--cpu", "--num-workers", "0"),
+        *("--save-dir", str(out / model), "--save-interval-updates", str(every)),
+        *("--keep-interval-updates", "1", "--no-epoch-checkpoints"),
+        *("--best-checkpoint-metric", "in_domain_ppl"),
+        *("--log-format", "json", "--log-interval", str(min(10, every))),
+    ]
+
+
+def eval_command(out: Path, model: str, domain: str) -> List[str]:
+    return [
+        console_script("fairseq-eval-lm"),
+        str(out / "data" / domain),
+        *("--user-dir", str(PACKAGE), "--task", "language_modeling", "--gen-subset", "test"),
+        *("--path", str(out / model / "checkpoint_best.pt")),
+        *("--tokens-per-sample", str(CONTEXT), "--batch-size", "16", "--cpu"),
+        *("--no-progress-bar",),
+    ]
+
+
+def expert_use_command(out: Path, held_out: Dict[str, bool]) -> List[str]:
+    command = [sys.executable, "-m", "fairseq_moe_ext.evaluation.expert_use"]
+    command += [str(out / "moe" / "checkpoint_best.pt")]
+    for name in held_out:
+        command += ["--bin", f"{name}={out / 'data' / name}"]
+    command += ["--subset", "test", "--tokens-per-sample", str(CONTEXT)]
+    command += ["--among", ",".join(name for name, held in held_out.items() if not held)]
+    return command + ["--json", str(out / "expert_use.json"), "--overwrite"]
+
+
+def as_typed(command: Sequence[str]) -> List[str]:
+    """A command as one would type it: without the folders of the programs."""
+    words = [Path(command[0]).name, *command[1:]]
+    if words[1:4] == ["-m", "fairseq_moe_ext.cli", "prepare"]:
+        return ["fairseq-moe", *words[3:]]
+    return [os.path.relpath(word) if word == str(PACKAGE) else word for word in words]
+
+
+def shapes(vocabulary: int) -> Dict[str, cost.Shape]:
+    """For counting parameters and FLOPs; `vocabulary`: entries of the dictionary."""
+    both = cost.Shape(layers=LAYERS, dim=DIM, ffn_dim=2 * EXPERT_FFN, types=vocabulary, moe_freq=1)
+    return {
+        "dense": both._replace(alternate_ffn_dim=2 * EXPERT_FFN),
+        "moe": both._replace(experts=EXPERTS, expert_ffn_dim=EXPERT_FFN),
+    }

@@ -1,0 +1,71 @@
+"""The result of a comparison of fine-tuned models (examples/finetune), as JSON. Accuracies are in
+per cent."""
+
+from pathlib import Path
+from typing import Any, Dict, List, Optional, TypedDict, cast
+
+from .. import files, outputs
+from ..errors import UserError
+
+
+class Before(TypedDict, total=False):
+    """A pretrained model on the test questions. Only the accuracy is in every file."""
+
+    accuracy: float
+    interval: List[float]  # 95 %, over questions
+    chance: float
+    cut: float  # of questions
+
+
+class Row(TypedDict, total=False):
+    """One recipe over its seeds. The first three are in every file."""
+
+    accuracy: List[float]  # by seed
+    mean: float
+    deviation: Optional[float]  # standard deviation over seeds; None for one seed
+    difference: float  # of the mean from that of the row "plain"; not in "plain" itself
+    beyond: bool  # whether that is more than twice its standard error; with several seeds only
+    overflow: Optional[float]  # percentage of first choices dropped in training
+    interval: List[float]  # 95 % of the mean, over questions
+
+
+class Run(TypedDict, total=False):
+    """One fine-tuning. `valid`, `train` and `overflow` have a value for each epoch."""
+
+    row: str
+    seed: int
+    accuracy: float
+    interval: List[float]
+    chance: float
+    cut: float
+    valid: List[float]
+    train: List[float]
+    overflow: List[float]
+    seconds: float
+    command: List[str]
+
+
+class Result(TypedDict, total=False):
+    """`rows` and `before` are in every file; `before` has the models "dense" and "moe"."""
+
+    settings: Dict[str, Any]
+    before: Dict[str, Before]
+    rows: Dict[str, Row]
+    runs: List[Run]
+    commands: Dict[str, str]  # of each row
+
+
+def write(path: Path, result: Result) -> None:
+    outputs.write_json(path, result)
+
+
+def read(path: Path) -> Result:
+    """Raises UserError for a file that holds something else."""
+    remedy = "make it with examples/finetune/run.py"
+    try:
+        found = files.read_json(path)
+    except UserError as error:
+        raise UserError(f"{error}: {remedy}") from None
+    if not isinstance(found, dict) or not {"rows", "before"} <= set(found):
+        raise UserError(f"{path}: lacks before and rows: {remedy}")
+    return cast(Result, found)

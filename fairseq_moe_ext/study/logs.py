@@ -1,0 +1,53 @@
+"""What fairseq's commands log with `--log-format json`."""
+
+import json
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional
+
+
+class Measurement(NamedTuple):
+    """A line of the log: the tag is "train_inner", "train", or the name of a validation subset."""
+
+    tag: str
+    values: Dict[str, Any]
+
+
+def measurement(line: str) -> Optional[Measurement]:
+    """Of any other line, None.
+
+    Such a line is "time | INFO | tag | {json}" (fairseq/logging/progress_bar.py:151@0.12.2).
+    """
+    parts = line.split(" | ", 3)
+    if len(parts) != 4 or not parts[3].startswith("{"):
+        return None
+    try:
+        return Measurement(parts[2], json.loads(parts[3]))
+    except json.JSONDecodeError:
+        return None  # a line cut off by a kill
+
+
+def measurements(log: Path, tag: str) -> Iterator[Dict[str, Any]]:
+    """The values under a tag, line by line."""
+    with open(log, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            found = measurement(line)
+            if found is not None and found.tag == tag:
+                yield found.values
+
+
+def by_epoch(log: Path, tag: str, key: str) -> List[float]:
+    """A metric under a tag in every line that has it."""
+    return [float(values[key]) for values in measurements(log, tag) if key in values]
+
+
+def training_seconds(log: Path) -> float:
+    """Seconds spent in training steps, without validation and saving, as fairseq counted them.
+
+    fairseq saves its stopwatch in checkpoints, so the last line of an interrupted epoch counts the
+    whole epoch.
+    """
+    epochs: Dict[str, float] = {}
+    for values in measurements(log, "train"):
+        if "epoch" in values and "train_train_wall" in values:
+            epochs[str(values["epoch"])] = float(values["train_train_wall"])
+    return sum(epochs.values())
