@@ -2,16 +2,33 @@
 
 import math
 from pathlib import Path
-from typing import Any, Dict, List, Sequence
-
-import torch
+from typing import TYPE_CHECKING, List, Optional, Sequence, TypedDict, Union
 
 from ..errors import UserError
 from ..wording import small
 from . import figures, report
 from .loading import set_gates
+from .perplexity import Evaluation, MeanResult, SetResult
+
+if TYPE_CHECKING:
+    from fairseq.models import FairseqLanguageModel
 
 COLUMNS = ("capacity", "mean perplexity", "dropped %", "tokens/s")
+
+
+class AtCapacity(Evaluation):
+    """An evaluation at one capacity."""
+
+    capacity: float
+
+
+class Summary(TypedDict):
+    """One capacity over all sets."""
+
+    capacity: float
+    perplexity: float  # mean
+    dropped: Optional[float]  # share of the choices; None without experts
+    tokens_per_second: float
 
 
 def parse(flag: str, words: Sequence[str]) -> List[float]:
@@ -27,20 +44,18 @@ def parse(flag: str, words: Sequence[str]) -> List[float]:
     return found
 
 
-def set_capacity(model: torch.nn.Module, fraction: float) -> None:
+def set_capacity(model: "FairseqLanguageModel", fraction: float) -> None:
     """From now on an expert takes ceil(fraction * tokens) of a batch; 1.0: all."""
     set_gates(model, dropless=False, eval_token_fraction=fraction)
 
 
-def summary(found: Dict[str, Any]) -> Dict[str, Any]:
-    """Of one capacity (what `perplexity.evaluate` gave, and "capacity") over all sets: mean
-    perplexity, the share of dropped choices (None without experts), tokens a second."""
+def summary(found: AtCapacity) -> Summary:
     sets = found["sets"].values()
     tokens = sum(one["tokens"] for one in sets)
     dropped = None
-    if all(one["dropped"] is not None for one in sets):
-        lost = (one["tokens"] * sum(one["dropped"]) / len(one["dropped"]) for one in sets)
-        dropped = sum(lost) / tokens
+    shares = [(one["tokens"], one["dropped"]) for one in sets if one["dropped"] is not None]
+    if len(shares) == len(sets):
+        dropped = sum(count * sum(share) / len(share) for count, share in shares) / tokens
     return {
         "capacity": found["capacity"],
         "perplexity": found["mean"]["all"]["perplexity"],
@@ -49,7 +64,7 @@ def summary(found: Dict[str, Any]) -> Dict[str, Any]:
     }
 
 
-def table(results: Sequence[Dict[str, Any]]) -> List[List[str]]:
+def table(results: Sequence[AtCapacity]) -> List[List[str]]:
     """A row a capacity, below a row of headings."""
     rows = [list(COLUMNS)]
     for one in map(summary, results):
@@ -59,7 +74,7 @@ def table(results: Sequence[Dict[str, Any]]) -> List[List[str]]:
     return rows
 
 
-def write_page(path: Path, model: Path, results: Sequence[Dict[str, Any]]) -> None:
+def write_page(path: Path, model: Path, results: Sequence[AtCapacity]) -> None:
     """One HTML page: the mean's charts of perplexity and of speed, each set's perplexity, the
     table. Error bars: 95 % of the bootstrap."""
     at = [found["capacity"] for found in results]
@@ -83,7 +98,7 @@ def write_page(path: Path, model: Path, results: Sequence[Dict[str, Any]]) -> No
 
 
 def _perplexities(
-    title: str, at: Sequence[float], found: Sequence[Dict[str, Any]]
+    title: str, at: Sequence[float], found: Sequence[Union[MeanResult, SetResult]]
 ) -> figures.Chart:
     points = [(share, one["perplexity"]) for share, one in zip(at, found)]
     line = figures.Series("", points, 0, [one["interval"] for one in found])

@@ -17,7 +17,7 @@ from .loading import (
     on_device,
     parse_overrides,
 )
-from .perplexity import evaluate
+from .perplexity import Evaluation, evaluate
 from .texts import read_texts
 
 
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
     trained_on = corpora_of(saved.task, task, args.data)
     texts = read_texts(args.data, args.subset, context, dictionary, trained_on)
     how = (dictionary.eos(), context, stride, args.batch_size, args.bootstrap)
-    results = []
+    results: List[capacity.AtCapacity] = []
     for fraction in asked.capacities:
         capacity.set_capacity(model, fraction)
         results.append({"capacity": fraction, **evaluate(model, texts, *how)})
@@ -137,7 +137,7 @@ def _give_out(
     args: argparse.Namespace,
     figure: Optional[Path],
     head: Dict[str, Any],
-    results: Sequence[Dict[str, Any]],
+    results: Sequence[capacity.AtCapacity],
 ) -> None:
     """Write and print what was found at each capacity."""
     sweep = bool(args.sweep_capacity)
@@ -150,7 +150,7 @@ def _give_out(
         print(f"drawn in {figure}")
 
 
-def table(found: Dict[str, Any]) -> List[List[str]]:
+def table(found: Evaluation) -> List[List[str]]:
     """A row a set and a mean, below a row of headings."""
     rows = [["set", "tokens", "perplexity", "95 % interval", "bits a byte", "dropped %"]]
     for name, one in found["sets"].items():
@@ -164,9 +164,9 @@ def table(found: Dict[str, Any]) -> List[List[str]]:
                 _percent(one["dropped"]),
             ]
         )
-    for label, one in found["mean"].items():
+    for label, mean in found["mean"].items():
         label = "mean, " + label.replace("_", " ")
-        rows.append([label, "", f"{one['perplexity']:.2f}", _ends(one["interval"]), "", ""])
+        rows.append([label, "", f"{mean['perplexity']:.2f}", _ends(mean["interval"]), "", ""])
     return rows
 
 

@@ -11,7 +11,7 @@ random gates tell (specialisation.py).
 import json
 import sys
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -21,6 +21,10 @@ from ..errors import OneLineParser, UserError
 from . import specialisation
 from .loading import language_modeling_task, load_model
 
+if TYPE_CHECKING:
+    from fairseq.data import FairseqDataset
+    from fairseq.models import FairseqLanguageModel
+
 
 def expert_use(
     checkpoint: Path,
@@ -29,7 +33,7 @@ def expert_use(
     tokens_per_sample: int,
     batch_size: int = 8,
     among: Sequence[str] = (),
-) -> List[Dict]:
+) -> List[specialisation.LayerUse]:
     """The share of each expert in the choices made on each data-bin, for each MoE layer.
 
     Args:
@@ -40,9 +44,8 @@ def expert_use(
         batch_size: blocks a forward pass.
         among: data-bins over which to take the information; all, if empty.
 
-    Returns one dictionary per MoE layer: {"layer": its number from 0, "tokens": {name: tokens},
-    "share": {name: list of E shares that sum to 1}, "information": of the first TOKENS tokens as
-    specialisation.information has it}. Raises UserError for a model without experts.
+    Returns one entry per MoE layer, with the information of the first TOKENS tokens. Raises
+    UserError for a model without experts.
     """
     if not checkpoint.is_file():
         raise UserError(f"checkpoint {checkpoint} does not exist: give a file fairseq-train wrote")
@@ -86,7 +89,7 @@ def expert_use(
     ]
 
 
-def _watch(model: torch.nn.Module) -> Dict[int, specialisation.Watch]:
+def _watch(model: "FairseqLanguageModel") -> Dict[int, specialisation.Watch]:
     """Number of a layer -> who looks at its gate."""
     generator = torch.Generator().manual_seed(1)
     return {
@@ -117,7 +120,7 @@ class _Seen:
         return np.concatenate(self.types), blocks, np.array(self.kinds)
 
 
-def _batches(dataset, batch_size: int) -> Iterator[torch.Tensor]:
+def _batches(dataset: "FairseqDataset", batch_size: int) -> Iterator[torch.Tensor]:
     """Input tokens (B, L) without padding: only blocks of one length share a batch."""
     batch: List[torch.Tensor] = []
     for i in range(len(dataset)):

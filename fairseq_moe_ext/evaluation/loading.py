@@ -3,12 +3,16 @@
 import ast
 import os
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 
 from .. import data_bin
 from ..errors import UserError
+
+if TYPE_CHECKING:
+    from fairseq.models import FairseqLanguageModel
+    from fairseq.tasks.language_modeling import LanguageModelingTask
 
 
 def check_path(path: Path) -> None:
@@ -30,7 +34,7 @@ def parse_overrides(text: Optional[str]) -> Dict[str, Any]:
     return found
 
 
-def language_modeling_task(folder: Path, tokens_per_sample: int):
+def language_modeling_task(folder: Path, tokens_per_sample: int) -> "LanguageModelingTask":
     """Stock's language-modelling task on one data-bin."""
     from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 
@@ -52,7 +56,7 @@ def language_modeling_task(folder: Path, tokens_per_sample: int):
 
 def load_model(
     path: Path, task: Any, overrides: Optional[Dict[str, Any]] = None
-) -> Tuple[torch.nn.Module, Any]:
+) -> Tuple["FairseqLanguageModel", Any]:
     """The model of a checkpoint, for evaluation, and its saved settings.
 
     Args:
@@ -73,7 +77,7 @@ def load_model(
     return model.eval(), saved
 
 
-def on_device(model: torch.nn.Module, cpu: bool) -> torch.nn.Module:
+def on_device(model: "FairseqLanguageModel", cpu: bool) -> "FairseqLanguageModel":
     """The model on the GPU, if there is one and `cpu` does not forbid it."""
     return model.cuda() if torch.cuda.is_available() and not cpu else model
 
@@ -102,7 +106,7 @@ def corpora_of(saved: Any, task: Any, folders: Sequence[Path]) -> Optional[List[
     return None
 
 
-def set_gates(model: torch.nn.Module, **settings: Any) -> None:
+def set_gates(model: "FairseqLanguageModel", **settings: Any) -> None:
     """Change settings (moe/router.py: GateSettings) of all gates, from now on."""
     for layer in model.decoder.layers:
         moe = getattr(layer, "moe_layer", None)

@@ -8,7 +8,7 @@ its own, as fairseq-eval-lm does. The other (sliding): each token is scored with
 import math
 import sys
 import time
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Dict, List, NamedTuple, Optional, Sequence, Tuple, TypedDict
 
 import numpy as np
 import torch
@@ -17,6 +17,38 @@ from torch import Tensor
 from ..errors import DAMAGED, UserError
 from ..models.token_scores import in_chunks, log_probs
 from .texts import Text
+
+if TYPE_CHECKING:
+    from fairseq.models import FairseqLanguageModel
+
+Interval = Tuple[float, float]
+
+
+class SetResult(TypedDict, total=False):
+    """One test set. A study's older files lack all but `perplexity` and `dropped`."""
+
+    in_domain: bool
+    tokens: int
+    perplexity: float
+    interval: Optional[Interval]  # None of a single unit
+    units: int  # documents or blocks that the bootstrap draws
+    bits_per_byte: Optional[float]  # None where the size of the text is not known
+    dropped: Optional[Sequence[float]]  # as Scores.dropped
+    tokens_per_second: float
+
+
+class MeanResult(TypedDict, total=False):
+    """The plain mean over sets. A study's older files lack `interval`."""
+
+    perplexity: float
+    interval: Optional[Interval]
+
+
+class Evaluation(TypedDict):
+    """All test sets, and the means "in_domain", "out_of_domain" and "all" of those there are."""
+
+    sets: Dict[str, SetResult]
+    mean: Dict[str, MeanResult]
 
 
 class Scores(NamedTuple):
@@ -40,7 +72,7 @@ def windows(length: int, context: int, stride: int) -> List[Tuple[int, int, int]
 
 
 def score(
-    model: torch.nn.Module, text: Text, eos: int, context: int, stride: int, batch_size: int
+    model: "FairseqLanguageModel", text: Text, eos: int, context: int, stride: int, batch_size: int
 ) -> Scores:
     """Negative log-likelihood of every token of a set, and how many choices of experts were dropped
     for capacity. Only windows of one length share a batch, so nothing is padding."""
@@ -85,22 +117,22 @@ def bootstrap(nll: np.ndarray, units: np.ndarray, draws: int, seed: int = 1) -> 
     found = np.empty(draws)
     for i in range(draws):
         drawn = np.bincount(rng.integers(len(units), size=len(units)), minlength=len(units))
-        found[i] = _perplexity((drawn @ sums) / (drawn @ sizes))
+        found[i] = _perplexity(float(drawn @ sums) / float(drawn @ sizes))
     return found
 
 
 def evaluate(
-    model: torch.nn.Module,
+    model: "FairseqLanguageModel",
     texts: Sequence[Text],
     eos: int,
     context: int,
     stride: int,
     batch_size: int,
     draws: int,
-) -> Dict[str, Any]:
-    """{"sets": {name: figures}, "mean": {"in_domain", "out_of_domain", "all": figures}}; means are
-    plain means over sets, as the paper's."""
-    sets: Dict[str, Dict[str, Any]] = {}
+) -> Evaluation:
+    """Perplexity of every set, with intervals from so many draws. Raises UserError for a model that
+    gives a token no probability."""
+    sets: Dict[str, SetResult] = {}
     drawn: Dict[str, np.ndarray] = {}
     for i, text in enumerate(texts):
         print(f"{i + 1}/{len(texts)} {text.name}", file=sys.stderr, flush=True)
@@ -121,7 +153,7 @@ def evaluate(
             "dropped": scores.dropped,
             "tokens_per_second": count / max(scores.seconds, 1e-9),
         }
-    means = {}
+    means: Dict[str, MeanResult] = {}
     for label, wanted in (("in_domain", (True,)), ("out_of_domain", (False,)), ("all", (1, 0))):
         names = [name for name, found in sets.items() if found["in_domain"] in wanted]
         if names:
@@ -142,5 +174,6 @@ def _perplexity(nats: float) -> float:
         return math.inf
 
 
-def _interval(draws: np.ndarray) -> List[float]:
-    return [float(x) for x in np.percentile(draws, [2.5, 97.5])]
+def _interval(draws: np.ndarray) -> Interval:
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return float(low), float(high)

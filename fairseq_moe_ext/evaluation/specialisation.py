@@ -10,10 +10,17 @@ So there are two controls, on the same text and the same inputs of each layer:
   then is the bias of finite counts, and is taken off, of the learnt gate and of the random ones.
 """
 
-from typing import Any, Callable, Dict, List, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Sequence, TypedDict, cast
 
 import numpy as np
 import torch
+
+from .. import files
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    pass
 
 RANDOM = 5  # gates
 SHUFFLES = 5
@@ -25,6 +32,41 @@ MEANING = (
     "equal scale on the same inputs. Only what is above them was learnt. Of the type of token the "
     "first choice tells."
 )
+
+
+class Information(TypedDict):
+    """Bits that the choices of one layer tell, beside the controls."""
+
+    bits: float  # as counted
+    bias: float  # of finite counts, from shuffles
+    random: List[float]  # of each random gate, without its bias
+    random_mean: float
+    random_sd: float
+    left: float  # bits - bias - random_mean
+    above: bool  # whether that is more than the random gates' deviation explains
+
+
+class LayerUse(TypedDict, total=False):
+    """One MoE layer, as evaluation.expert_use writes it. Older files have the first three."""
+
+    layer: int  # from 0
+    tokens: Dict[str, int]  # by data-bin
+    share: Dict[str, List[float]]  # data-bin -> (E,) shares that sum to 1
+    among: List[str]  # the data-bins that `information` is taken over
+    information: Dict[str, Information]  # "domain" (of several data-bins), "token"
+
+
+def read(path: Path) -> List[LayerUse]:
+    """What evaluation.expert_use wrote. Raises UserError for a file that holds something else."""
+    remedy = "make it with evaluation.expert_use --json"
+    try:
+        found = files.read_json(path)
+    except UserError as error:
+        raise UserError(f"{error}: {remedy}") from None
+    layers = found if isinstance(found, list) else [found]
+    if not layers or not all(isinstance(x, dict) and {"layer", "share"} <= set(x) for x in layers):
+        raise UserError(f"{path}: lacks layer and share: {remedy}")
+    return cast(List[LayerUse], layers)
 
 
 def mutual_information(joint: Any) -> float:
@@ -41,7 +83,7 @@ def mutual_information(joint: Any) -> float:
 class Watch:
     """The choices of one layer's gate, and those of random gates on the same inputs."""
 
-    def __init__(self, gate: torch.nn.Module, generator: torch.Generator) -> None:
+    def __init__(self, gate: "TopKRouter", generator: torch.Generator) -> None:
         weight = gate.wg.weight.detach().float()  # (E, D)
         drawn = torch.randn(RANDOM, *weight.shape, generator=generator).to(weight.device)
         drawn *= weight.norm(dim=-1, keepdim=True) / drawn.norm(dim=-1, keepdim=True)
@@ -70,7 +112,7 @@ def information(
     types: np.ndarray,
     blocks: np.ndarray,
     kinds: np.ndarray,
-) -> Dict[str, Dict[str, Any]]:
+) -> Dict[str, Information]:
     """What choices (T, 1 + RANDOM, K) of gates tell, "domain": any of them about the kind of text,
     all kinds being equally likely (left out where there is one only), "token": a token's first one
     about its type.
@@ -110,10 +152,8 @@ def beside_controls(
     gates: Sequence[int],
     labels: np.ndarray,
     rng: np.random.Generator,
-) -> Dict[str, Any]:
-    """Bits that each gate tells about labels, the learnt one first: `bits` as counted, `bias` of
-    finite counts, `random` of the random gates without bias; `left` of the learnt gate's without
-    bias and without the mean of those, `above` if that is more than their spread explains."""
+) -> Information:
+    """What the gates tell about labels; the first gate is the learnt one."""
     raw, bias = [], []
     for gate in gates:
         raw.append(told(gate, labels))
@@ -131,15 +171,15 @@ def beside_controls(
     }
 
 
-def verdict(layers: Sequence[Dict[str, Any]], by: str, words: str) -> str:
+def verdict(layers: Sequence[LayerUse], by: str, words: str) -> str:
     """A sentence on what all layers tell by "domain" or "token", beside the controls."""
     if not all("information" in layer for layer in layers):
         return (
             f"By {words} nothing is said: the file has no controls, as older ones have none; count "
             "again with evaluation.expert_use."
         )
-    found = [layer["information"].get(by) for layer in layers]
-    if None in found:
+    found = [layer["information"][by] for layer in layers if by in layer["information"]]
+    if len(found) < len(layers):
         return f"By {words} there is nothing to tell: all text is of one kind."
     bits = _range([one["bits"] - one["bias"] for one in found])
     random = _range([value for one in found for value in one["random"]])
@@ -153,7 +193,7 @@ def verdict(layers: Sequence[Dict[str, Any]], by: str, words: str) -> str:
     )
 
 
-def heading(layer: Dict[str, Any]) -> str:
+def heading(layer: LayerUse) -> str:
     """A layer's bits by domain beside those of random gates; its number alone without controls."""
     one = layer.get("information", {}).get("domain")
     if one is None:

@@ -35,7 +35,7 @@ class Options:
 def check(options: Options) -> None:
     """Raise UserError for flags that do not work, alone or together."""
     if options.train_bpe is not None:
-        _check_training(options)
+        _check_training(options, options.train_bpe)
     elif None in (options.gpt2_encoder_json, options.gpt2_vocab_bpe):
         raise UserError(
             "tokenizer: give --gpt2-encoder-json and --gpt2-vocab-bpe, or --train-bpe TYPES to "
@@ -49,7 +49,7 @@ def check(options: Options) -> None:
         raise UserError(f"--split-seed {options.split_seed}: must fit into 64 bits")
 
 
-def _check_training(options: Options) -> None:
+def _check_training(options: Options, vocabulary: int) -> None:
     if options.gpt2_encoder_json or options.gpt2_vocab_bpe:
         raise UserError(
             "--train-bpe: cannot be combined with --gpt2-encoder-json, --gpt2-vocab-bpe"
@@ -59,13 +59,13 @@ def _check_training(options: Options) -> None:
             "--dict: cannot be combined with --train-bpe, because a dictionary belongs to the "
             "tokenizer it was made with; give its --gpt2-encoder-json and --gpt2-vocab-bpe"
         )
-    if options.train_bpe <= NUM_BYTES:
+    if vocabulary <= NUM_BYTES:
         raise UserError(
-            f"--train-bpe {options.train_bpe}: the {NUM_BYTES} bytes come first; use a vocabulary "
+            f"--train-bpe {vocabulary}: the {NUM_BYTES} bytes come first; use a vocabulary "
             f"of more than {NUM_BYTES}"
         )
-    if options.train_bpe > dictionary.MAX_TYPES:
-        raise UserError(f"--train-bpe {options.train_bpe}: {dictionary.MAX_TYPES} types at most")
+    if vocabulary > dictionary.MAX_TYPES:
+        raise UserError(f"--train-bpe {vocabulary}: must be at most {dictionary.MAX_TYPES}")
     if all(corpus.held_out for corpus in options.corpora):
         raise UserError("--train-bpe: there is no --corpus to train it on")
     if options.train_bpe_bytes <= 0:

@@ -6,7 +6,7 @@ import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Dict, List, Tuple, Union
+from typing import Any, Dict, Iterator, List, Sequence, Tuple, TypedDict, Union, Optional, Iterable
 
 import numpy as np
 from tqdm import tqdm
@@ -33,7 +33,12 @@ class WholeSplit:
         return self.split
 
 
-Report = Dict[str, Union[int, Dict]]
+class Report(TypedDict):
+    """What counts.json holds."""
+
+    bpe_types: int  # vocabulary of the tokenizer
+    types: int  # of the dictionary
+    corpora: Dict[str, Dict[str, Any]]  # name -> "held_out", and counts of each split
 
 
 def prepare(dest: Path, options: Options) -> Report:

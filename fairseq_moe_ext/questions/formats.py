@@ -255,7 +255,7 @@ def _sst2(line: Record) -> List[Item]:
     return [Item((f"{prompt} bad", f"{prompt} good"), frozenset({right}), shared=shared)]
 
 
-_JSONL = {".jsonl": read_jsonl}
+_JSONL: Dict[str, Reader] = {".jsonl": read_jsonl}
 _VALID = ("val.jsonl", "dev.jsonl", "valid.jsonl", "validation.jsonl")  # by all names in use
 _TRAIN = ("train.jsonl",)
 _SUPERGLUE = "SuperGLUE, https://super.gluebenchmark.com/tasks"

@@ -14,6 +14,7 @@ from ..text_table import plain
 from ..wording import count
 from . import plan as plans
 from . import result as results
+from . import result_file
 from .plan import Plan, Run
 from .runner import Runner
 
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.only_result:
         _Work(plan, args.jobs).do()
     found = results.collect(plan)
-    outputs.write_json(plan.out / "result.json", found)
+    result_file.write(plan.out / "result.json", found)
     print(plain(results.table(found)))
     for line in results.remarks(found):
         print(f"no factor for {line}")
@@ -114,8 +115,7 @@ def _check_result(out: Path) -> None:
         raise UserError(f"{out}: `out` is not a folder; name another")
     outputs.check([("", path)], overwrite=True)
     if path.exists():
-        found = files.read_json(path)
-        if not isinstance(found, dict) or not {"runs", "planned"} <= set(found):
+        if not result_file.is_result(files.read_json(path)):
             raise UserError(f"{path}: is not a study's result; move it elsewhere")
 
 

@@ -2,16 +2,18 @@
 
 import argparse
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set
+from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 from .. import files, outputs
 from ..errors import UserError
 from ..evaluation import figures, paper, report, specialisation
+from ..evaluation.specialisation import LayerUse
 from ..evaluation.speedup import Points, in_words
 from ..wording import count
+from . import fine_tuning, result_file, tables
 from . import result as results
-from . import tables
 from .plan import FAMILIES
+from .result_file import StudyResult
 from .tables import LABELS, TITLES
 
 _OURS, _PAPER = 2, 3  # styles of factors, beside 0 and 1, the families'
@@ -31,19 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the page. Raises UserError for files that are missing."""
-    result = _read(
-        args.folder / "result.json", {"runs", "factors"}, "run `fairseq-moe study` first"
-    )
-    if not result["runs"]:
-        raise UserError(f"{args.folder / 'result.json'}: no run in it: run `fairseq-moe study`")
-    use = None
-    if args.expert_use is not None:
-        use = _read(
-            args.expert_use, {"layer", "share"}, "make it with evaluation.expert_use --json"
-        )
-    tuned = None
-    if args.fine_tuning is not None:
-        tuned = _read(args.fine_tuning, {"rows", "before"}, "make it with examples/finetune/run.py")
+    result = result_file.read(args.folder / "result.json")
+    use = None if args.expert_use is None else specialisation.read(args.expert_use)
+    tuned = None if args.fine_tuning is None else fine_tuning.read(args.fine_tuning)
     try:
         charts = _charts(result)
         page = html(result, charts, use, tuned)
@@ -69,18 +61,6 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.folder / 'report.html'}, and {len(charts)} figures in {folder}")
 
 
-def _read(path: Path, keys: Set[str], remedy: str) -> Any:
-    """A JSON file: an object with the keys, or a list of such."""
-    try:
-        found = files.read_json(path)
-    except UserError as error:
-        raise UserError(f"{error}: {remedy}") from None
-    parts = found if isinstance(found, list) else [found]
-    if not parts or not all(isinstance(part, dict) and keys <= set(part) for part in parts):
-        raise UserError(f"{path}: lacks {' and '.join(sorted(keys))}: {remedy}")
-    return found
-
-
 class Figure(NamedTuple):
     """A figure, and the part of the page that it belongs to."""
 
@@ -88,7 +68,7 @@ class Figure(NamedTuple):
     chart: figures.Chart
 
 
-def _charts(result: Dict[str, Any]) -> Dict[str, Figure]:
+def _charts(result: StudyResult) -> Dict[str, Figure]:
     """name of the file -> chart: the paper's figures 1 and 2 in our numbers, then the paper's."""
     charts = {}
     for group in results.groups(result["runs"]):
@@ -130,7 +110,7 @@ def _charts(result: Dict[str, Any]) -> Dict[str, Figure]:
 
 def _against_compute(
     title: str,
-    points: Dict[str, Points],
+    points: Mapping[str, Points],
     accuracy: bool,
     ends: Optional[Dict[str, results.Intervals]] = None,
 ) -> figures.Chart:
@@ -155,7 +135,12 @@ def _speedup(title: str, curve: Points, label: str, style: int) -> figures.Chart
     )
 
 
-def html(result: Dict[str, Any], charts: Dict[str, Figure], use: Any, tuned: Any) -> str:
+def html(
+    result: StudyResult,
+    charts: Dict[str, Figure],
+    use: Optional[Sequence[LayerUse]],
+    tuned: Optional[fine_tuning.Result],
+) -> str:
     """report.html as a string."""
     runs = result["runs"]
     of_part: Dict[str, List[figures.Chart]] = {}
@@ -189,11 +174,11 @@ def html(result: Dict[str, Any], charts: Dict[str, Figure], use: Any, tuned: Any
     )
 
 
-def _primed(runs: Sequence[Dict[str, Any]]) -> bool:
+def _primed(runs: results.Runs) -> bool:
     return bool(runs[0]["priming"]["tasks"])
 
 
-def _summary(result: Dict[str, Any]) -> str:
+def _summary(result: StudyResult) -> str:
     words = []
     for group, of_paper in (("in_domain", "8 to 16"), ("out_of_domain", "2 to 4")):
         found = result["factors"].get(group)
@@ -226,7 +211,7 @@ class Use(NamedTuple):
     caption: str
 
 
-def _use(layers: Sequence[Dict[str, Any]]) -> Use:
+def _use(layers: Sequence[LayerUse]) -> Use:
     names = list(layers[0]["share"])
     highest = max(max(share) for layer in layers for share in layer["share"].values())
     charts = [

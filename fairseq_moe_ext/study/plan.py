@@ -4,7 +4,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Sequence, Tuple
 
 from .. import data_bin, ranges
 from ..errors import UserError
@@ -14,8 +14,10 @@ from .child import console_script
 FAMILIES = ("dense", "moe")
 PACKAGE = Path(__file__).resolve().parents[1]
 
+_Keys = Mapping[str, Tuple[type, Any]]
+
 # key -> (type, what a missing one is; None: it must be there)
-_TOP = {
+_TOP: _Keys = {
     "title": (str, "A study"),
     "data": (str, None),
     "out": (str, None),
@@ -29,10 +31,10 @@ _TOP = {
     "dense": (dict, None),
     "moe": (dict, None),
 }
-_FAMILY = {"arch": (str, None), "flags": (dict, {}), "sizes": (dict, None)}
-_EVALUATE = {"stride": (int, 0), "batch-size": (int, 16), "bootstrap": (int, 1000)}
+_FAMILY: _Keys = {"arch": (str, None), "flags": (dict, {}), "sizes": (dict, None)}
+_EVALUATE: _Keys = {"stride": (int, 0), "batch-size": (int, 16), "bootstrap": (int, 1000)}
 # of `fairseq-moe priming`; without a folder there is none
-_PRIMING = {"folder": (str, ""), "tasks": (str, ""), "shots": (list, [0]), "draws": (int, 25)}
+_PRIMING: _Keys = {"folder": (str, ""), "tasks": (str, ""), "shots": (list, [0]), "draws": (int, 25)}
 _SIZE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # a part of a folder's name
 # flags that the study sets itself
 _OURS = ("arch", "seed", "max-update", "total-num-update", "save-dir", "tokens-per-sample", "task")
@@ -159,7 +161,7 @@ def _sizes(asked: Dict[str, Any], path: Path) -> List[_Size]:
     return sizes
 
 
-def _checked(found: Any, keys: Dict[str, Any], where: str) -> Dict[str, Any]:
+def _checked(found: Any, keys: _Keys, where: str) -> Dict[str, Any]:
     """The mapping with its defaults."""
     if not isinstance(found, dict):
         raise UserError(f"{where}: not a mapping with the keys {', '.join(keys)}")

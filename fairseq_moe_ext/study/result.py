@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, cast
 
 from .. import accuracy, cost, files
 from ..errors import UserError
@@ -11,6 +11,13 @@ from ..evaluation.speedup import Factor, overlap, speedup_factors
 from ..shape import shape_of
 from . import logs
 from .plan import FAMILIES, Plan, Run, typed
+from .result_file import (
+    GroupFactors,
+    Priming,
+    RunResult,
+    StudyResult,
+    TaskResult,
+)
 
 GROUPS = ("in_domain", "out_of_domain")
 PRIMED = (
@@ -19,10 +26,10 @@ PRIMED = (
 )
 SHOT = "-shot"  # behind a number of examples: the group of mean accuracies
 
-Runs = Sequence[Dict[str, Any]]
+Runs = Sequence[RunResult]
 
 
-def collect(plan: Plan) -> Dict[str, Any]:
+def collect(plan: Plan) -> StudyResult:
     """Everything that the runs finished so far tell. Raises UserError if none is."""
     runs = [_run(plan, run) for run in plan.runs if (run.folder / "evaluation.json").is_file()]
     if not runs:
@@ -42,7 +49,7 @@ def collect(plan: Plan) -> Dict[str, Any]:
     }
 
 
-def _run(plan: Plan, run: Run) -> Dict[str, Any]:
+def _run(plan: Plan, run: Run) -> RunResult:
     found = files.read_json(run.folder / "evaluation.json")
     settings, types = checkpoint_settings(run.folder / "checkpoint_best.pt")
     shape = shape_of(settings, types)
@@ -69,7 +76,7 @@ def primed(path: Path) -> bool:
     return path.is_file() and files.read_json(path).get("complete", True)
 
 
-def _priming(path: Path) -> Dict[str, Any]:
+def _priming(path: Path) -> Priming:
     """What `fairseq-moe priming` found: mean accuracies by shots, each task's, and of bias sets the
     figures by domain."""
     if not primed(path):
@@ -78,12 +85,12 @@ def _priming(path: Path) -> Dict[str, Any]:
     tasks = [one for one in found["results"] if "accuracy" in one]
     return {
         "mean": found["mean"],
-        "tasks": [{key: one.get(key) for key in PRIMED} for one in tasks],
+        "tasks": [cast(TaskResult, {key: one.get(key) for key in PRIMED}) for one in tasks],
         "bias": [one for one in found["results"] if "domains" in one],
     }
 
 
-def performance(run: Dict[str, Any], group: str) -> float:
+def performance(run: RunResult, group: str) -> float:
     """Of a run: perplexity on a group of GROUPS or on a set, or mean accuracy in per cent on
     "N-shot"; NaN where it was not measured."""
     for where in (run["mean"], run["sets"]):
@@ -124,12 +131,12 @@ def _interval(mine: Runs, group: str) -> Optional[Tuple[float, float]]:
         values = [performance(run, group) for run in mine]
         return min(values), max(values)
     interval = measured[0].get("interval")
-    return tuple(interval) if interval else None
+    return (interval[0], interval[1]) if interval else None
 
 
-def _sizes(runs: Runs, family: str) -> List[List[Dict[str, Any]]]:
+def _sizes(runs: Runs, family: str) -> List[List[RunResult]]:
     """The runs of each size of a family."""
-    found: Dict[str, List[Dict[str, Any]]] = {}
+    found: Dict[str, List[RunResult]] = {}
     for run in runs:
         if run["family"] == family:
             found.setdefault(run["size"], []).append(run)
@@ -144,12 +151,12 @@ def groups(runs: Runs) -> List[str]:
     return [group for group in GROUPS if group in means] + list(shots) + list(sets)
 
 
-def factors(runs: Runs) -> Dict[str, Dict[str, Any]]:
+def factors(runs: Runs) -> Dict[str, GroupFactors]:
     """For each group: the factors of the families' means over seeds, the geometric mean of each
     seed's factors, and a remark: the overlap, or why there is no factor."""
-    found: Dict[str, Dict[str, Any]] = {}
+    found: Dict[str, GroupFactors] = {}
     for group in groups(runs):
-        entry: Dict[str, Any] = {"curve": [], "by_seed": {}, "remark": ""}
+        entry: GroupFactors = {"curve": [], "by_seed": {}, "remark": ""}
         found[group] = entry
         try:
             curve = _factors(runs, group)
@@ -179,24 +186,25 @@ def _factors(runs: Runs, group: str) -> List[Factor]:
     found = speedup_factors(*(points(runs, family, group) for family in FAMILIES))
     if not group.endswith(SHOT) or group in runs[0]["sets"]:
         return found
-    above = set()
+    above, level = set(), 0.0
     for mine in (size for family in FAMILIES for size in _sizes(runs, family)):
         mean = mean_accuracy(mine, group[: -len(SHOT)])
         if mean.floor is None:
             raise UserError("its chance level is not in priming.json: prime again")
-        if mean.low > mean.floor:
+        level = mean.floor
+        if mean.low > level:
             above.add(mean_performance(mine, group))
     kept = [factor for factor in found if factor.performance in above]
     if not above or (found and not kept):
         raise UserError(
             f"{'no model is' if not above else 'where both families are, none is'} above chance "
-            f"({100 * mean.floor:.1f} %) by more than the noise of its "
+            f"({100 * level:.1f} %) by more than the noise of its "
             "questions (95 % interval)"
         )
     return kept
 
 
-def measured_on(run: Dict[str, Any], group: str) -> Tuple:
+def measured_on(run: RunResult, group: str) -> Tuple:
     """What a group's figure of a run is the mean of: all runs' must be of the same."""
     if group in run["mean"]:
         inside = group == "in_domain"
@@ -217,13 +225,13 @@ class Accuracy(NamedTuple):
     low: float
     high: float
     chance: Optional[float]  # None: of a file that does not say
-    floor: Optional[float]  # accuracy.floor
+    floor: Optional[float]  # accuracy.floor; None as chance
 
 
 def mean_accuracy(runs: Runs, shots: str, task: Optional[str] = None) -> Accuracy:
     """Of a model, its runs being its seeds: of a task, or the plain mean of all. The interval is
     that of one run: other seeds answer the same questions."""
-    tasks: Dict[str, List[Dict[str, Any]]] = {}
+    tasks: Dict[str, List[TaskResult]] = {}
     for run in runs:
         for one in run["priming"]["tasks"]:
             if str(one["shots"]) == shots and task in (None, one["task"]):
@@ -233,15 +241,15 @@ def mean_accuracy(runs: Runs, shots: str, task: Optional[str] = None) -> Accurac
     if not firsts:
         return Accuracy(math.nan, math.nan, math.nan, None, None)
     ends = accuracy.mean_interval(shares, [one["questions"] for one in firsts])
-    floors = [accuracy.floor(one) for one in firsts]
+    floors = [floor for one in firsts if (floor := accuracy.floor(one)) is not None]
     mean = sum(shares) / len(shares)
-    if None in floors:
+    if len(floors) < len(firsts):
         return Accuracy(mean, *ends, None, None)
-    chance = sum(one["chance"] for one in firsts) / len(firsts)
+    chance = sum(one["chance"] or 0.0 for one in firsts) / len(firsts)
     return Accuracy(mean, *ends, chance, sum(floors) / len(floors))
 
 
-def over_seeds(found: Dict[str, Any]) -> str:
+def over_seeds(found: GroupFactors) -> str:
     """The range of a group's factors over seeds, in words."""
     seeds = found["by_seed"].values()
     if len(seeds) < 2:
@@ -249,13 +257,13 @@ def over_seeds(found: Dict[str, Any]) -> str:
     return f"{min(seeds):.2f} to {max(seeds):.2f} over {len(seeds)} seeds"
 
 
-def seeds_mean(found: Dict[str, Any]) -> float:
+def seeds_mean(found: GroupFactors) -> float:
     """The geometric mean of a group's factors over seeds; NaN of none."""
     logs = [math.log(factor) for factor in found["by_seed"].values()]
     return math.exp(sum(logs) / len(logs)) if logs else math.nan
 
 
-def table(result: Dict[str, Any]) -> List[List[str]]:
+def table(result: StudyResult) -> List[List[str]]:
     """Speed-up factors by group: geometric mean over seeds, its range, the range of the curve, and
     the performance that both families show."""
     rows = [["speed-up factor", "mean", "seeds", "along the curve", "overlap"]]
@@ -275,7 +283,7 @@ def table(result: Dict[str, Any]) -> List[List[str]]:
     return rows
 
 
-def remarks(result: Dict[str, Any]) -> List[str]:
+def remarks(result: StudyResult) -> List[str]:
     """Why groups have no factor, a line each reason."""
     reasons: Dict[str, List[str]] = {}
     for group, found in result["factors"].items():

@@ -1,13 +1,15 @@
 """The tables of a study's page: (head, rows) of text each."""
 
 import math
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 from ..accuracy import in_percent, wilson_interval
 from ..evaluation import figures, paper
 from ..evaluation.cost_table import TABLE_1_HEAD, table_1
 from ..wording import count, signed, small
+from . import fine_tuning
 from . import result as results
+from .result_file import RunResult, StudyResult, TaskResult
 
 LABELS = {"dense": "Dense", "moe": "MoE"}
 TITLES = {
@@ -15,13 +17,13 @@ TITLES = {
     "out_of_domain": "Out of domain, mean",
     "0-shot": "Zero-shot accuracy",
 }
-Runs = Sequence[Dict[str, Any]]
+Runs = results.Runs
 Table = Tuple[List[str], List[List[str]]]
 
 
-def _by_model(runs: Runs) -> Dict[str, Runs]:
+def _by_model(runs: Runs) -> Dict[str, List[RunResult]]:
     """Name of a model -> its runs, one a seed."""
-    found: Dict[str, List[Dict[str, Any]]] = {}
+    found: Dict[str, List[RunResult]] = {}
     for run in runs:
         found.setdefault(f"{LABELS[run['family']]} {run['size']}", []).append(run)
     return found
@@ -84,10 +86,8 @@ def priming(runs: Runs) -> Table:
             found = [results.mean_accuracy(mine, str(shots), task) for mine in by_model.values()]
             cells = [_accuracy(one) for one in found]
             numbers = ["", "", ""] if task is None else _questions(of_shots[task])
-            guess = next((one for one in found if one.chance is not None), None)
-            level = "not known" if guess is None else f"{100 * guess.chance:.1f}"
-            if guess is not None and guess.floor > guess.chance:
-                level += f" ({100 * guess.floor:.1f})"
+            guesses = [one for one in found if one.chance is not None]
+            level = _chance(guesses[0]) if guesses else "not known"
             label = f"{task or 'mean'}, {count(shots, 'shot')}"
             rows.append([label, *numbers, level, *cells])
     return ["", "Questions", "Cut", "Not asked", "Chance", *by_model], rows
@@ -99,9 +99,15 @@ def _accuracy(one: "results.Accuracy") -> str:
     return f"{100 * one.mean:.1f} ({in_percent(one.low, one.high)})"
 
 
-def _questions(task: Dict[str, Any]) -> List[str]:
-    keys = ("questions", "questions_cut", "questions_left_out")
-    return ["not known" if task.get(key) is None else f"{task[key]:,}" for key in keys]
+def _chance(one: "results.Accuracy") -> str:
+    """In per cent, and the accuracy of the most frequent answer where that is higher."""
+    chance, floor = one.chance or 0.0, one.floor or 0.0
+    return f"{100 * chance:.1f}" + (f" ({100 * floor:.1f})" if floor > chance else "")
+
+
+def _questions(task: TaskResult) -> List[str]:
+    numbers = (task.get("questions"), task.get("questions_cut"), task.get("questions_left_out"))
+    return ["not known" if number is None else f"{number:,}" for number in numbers]
 
 
 def bias(runs: Runs) -> Table:
@@ -130,7 +136,7 @@ def paper_stereoset() -> Table:
     return ["", "LMS", "SS", "ICAT"], rows
 
 
-def contents(result: Dict[str, Any], use: bool, fine_tuning: bool) -> Table:
+def contents(result: StudyResult, use: bool, fine_tuning: bool) -> Table:
     """What the paper shows, and where it is on the page, in our numbers and in the paper's."""
     runs = result["runs"]
     curves = {group for group, found in result["factors"].items() if found["curve"]}
@@ -184,7 +190,7 @@ def paper_tuned() -> Table:
     return ["zero-shot / fine-tuned, %", *paper.FINE_TUNED_MODELS], rows
 
 
-def tuned(result: Dict[str, Any]) -> Table:
+def tuned(result: fine_tuning.Result) -> Table:
     """What examples/finetune/run.py found: accuracies in %, mean over seeds, with the 95 % interval
     over questions."""
     rows = []

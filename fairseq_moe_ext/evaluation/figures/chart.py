@@ -101,9 +101,9 @@ def _themed(text: str, title: str, tips: Sequence[str]) -> str:
     place of ids that nothing refers to."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.S)
-    size = re.search(r'viewBox="[^"]*"', text)[0]
+    size = text[text.index('viewBox="') :].split('"')[1]
     name = escape(title)
-    opening = f'<svg class="chart" {size} role="img" aria-label="{name}">'
+    opening = f'<svg class="chart" viewBox="{size}" role="img" aria-label="{name}">'
     text = opening + text[text.index(">") + 1 :]
     referred = set(re.findall(r'#([\w-]+)(?=[")])', text))
     text = re.sub(

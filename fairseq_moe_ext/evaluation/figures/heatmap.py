@@ -44,8 +44,8 @@ def heatmap(
                 tips.append(f"{label}, {column_label} {c}: {value:.1%}")
                 _cell(whole, left + c * cell, y, cell, cell_height, value, highest, numbers)
         if rule_before is not None:
-            y = top + rule_before * cell_height - 0.8
-            whole.plot([0, WIDTH - 2], [y, y], color=COLOURS["soft"], linewidth=1.5)
+            above = top + rule_before * cell_height - 0.8
+            whole.plot([0, WIDTH - 2], [above, above], color=COLOURS["soft"], linewidth=1.5)
         every = math.ceil((text_width(str(columns - 1), TEXT_SIZE) + 4) / cell)
         for c in range(0, columns, every):
             x = left + (c + 0.5) * cell - 0.7

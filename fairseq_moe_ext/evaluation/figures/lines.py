@@ -78,14 +78,15 @@ def _drawable(one: Series, log_x: bool, log_y: bool) -> _Drawn:
     def shown(y: float) -> bool:
         return math.isfinite(y) and (y > 0 or not log_y)
 
-    found = _Drawn(one.style, [], [])
+    drawn = _Drawn(one.style, [], [])
     for i, (x, y) in enumerate(one.points):
         if shown(y) and (x > 0 or not log_x):
             ends = one.intervals[i] if i < len(one.intervals) else None
-            found.points.append((x, y))
-            usable = ends is not None and all(map(shown, ends))
-            found.ends.append((min(ends[0], y), max(ends[1], y)) if usable else (y, y))
-    return found
+            drawn.points.append((x, y))
+            if ends is None or not all(map(shown, ends)):
+                ends = (y, y)
+            drawn.ends.append((min(ends[0], y), max(ends[1], y)))
+    return drawn
 
 
 def line_chart(
@@ -152,8 +153,8 @@ def line_chart(
         write(whole, middle, HEIGHT - 6, x_label, across, align="center", colour="soft")
         middle = (top + HEIGHT - bottom) / 2
         high = HEIGHT - top - bottom
-        turned = {"align": "center", "colour": "soft", "rotation": 90, "rotation_mode": "anchor"}
-        write(whole, 12, middle, y_label, high, **turned)
+        turned = {"rotation": 90, "rotation_mode": "anchor"}
+        write(whole, 12, middle, y_label, high, align="center", colour="soft", **turned)
     return Chart(title, figure)
 
 

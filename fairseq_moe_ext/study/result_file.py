@@ -1,0 +1,112 @@
+"""result.json of a study: what it holds, and how it is read and written.
+
+Where a comment says that older files lack a value, the reader leaves it out or fills in an empty
+one. Costs are FLOPs; intervals are at 95 %.
+"""
+
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Sequence, TypedDict, cast
+
+from .. import files, outputs
+from ..errors import UserError
+from ..evaluation.perplexity import MeanResult, SetResult
+
+
+class TaskResult(TypedDict, total=False):
+    """Accuracy on one task with one number of shots, as `fairseq-moe priming` writes it."""
+
+    task: str
+    shots: int
+    accuracy: float  # share of the questions
+    interval: Optional[Sequence[float]]
+    spread: Optional[float]  # standard deviation over draws of examples
+    questions: int
+    chance: Optional[float]  # this and what follows: older files lack it
+    majority: Optional[float]
+    questions_cut: Optional[int]
+    questions_left_out: Optional[int]
+
+
+class BiasResult(TypedDict):
+    """One bias set, as `fairseq-moe priming` writes it."""
+
+    task: str
+    domains: Dict[str, Dict[str, Any]]  # domain, and "overall" -> metric -> value
+
+
+class Priming(TypedDict):
+    """Few-shot evaluation of one run; empty where there was none."""
+
+    mean: Dict[str, float]  # number of shots -> mean accuracy
+    tasks: List[TaskResult]
+    bias: List[BiasResult]  # older files lack it
+
+
+class RunResult(TypedDict):
+    """One trained and evaluated model."""
+
+    family: str
+    size: str
+    seed: int
+    parameters: int
+    active: int  # parameters that a token meets
+    tokens: int  # trained on
+    flops: float
+    seconds: float  # in training steps
+    sets: Dict[str, SetResult]
+    mean: Dict[str, MeanResult]
+    priming: Priming
+
+
+class CurvePoint(TypedDict):
+    """A point of the paper's figure 1."""
+
+    performance: float
+    dense_flops: float
+    factor: float
+
+
+class GroupFactors(TypedDict):
+    """The speed-up factors of one group of sets or of tasks."""
+
+    curve: List[CurvePoint]  # of the families' means over seeds
+    by_seed: Dict[str, float]  # seed -> geometric mean of its factors
+    remark: str  # the overlap, or why there is no factor
+
+
+class StudyResult(TypedDict):
+    """result.json."""
+
+    title: str
+    context: int  # tokens of a block
+    tokens_per_update: int
+    planned: int  # runs; `runs` has the finished ones
+    runs: List[RunResult]
+    factors: Dict[str, GroupFactors]
+    commands: List[str]
+
+
+def write(path: Path, result: StudyResult) -> None:
+    outputs.write_json(path, result)
+
+
+def read(path: Path) -> StudyResult:
+    """Raises UserError for a file that is missing or holds something else."""
+    remedy = "run `fairseq-moe study` first"
+    try:
+        found = files.read_json(path)
+    except UserError as error:
+        raise UserError(f"{error}: {remedy}") from None
+    if not is_result(found) or "factors" not in found:
+        raise UserError(f"{path}: lacks factors and runs: {remedy}")
+    if not found["runs"]:
+        raise UserError(f"{path}: no run in it: run `fairseq-moe study`")
+    for run in found["runs"] if isinstance(found["runs"], list) else ():
+        if isinstance(run, dict) and isinstance(run.get("priming"), dict):
+            run["priming"].setdefault("bias", [])
+    return cast(StudyResult, found)
+
+
+def is_result(found: object) -> bool:
+    """Whether a JSON file's content is a study's result, complete or not."""
+    return isinstance(found, Mapping) and {"runs", "planned"} <= set(found)
