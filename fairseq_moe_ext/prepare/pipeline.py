@@ -6,7 +6,7 @@ import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Sequence, Tuple, TypedDict, Union, Optional, Iterable
+from typing import Any, Dict, List, Tuple, TypedDict
 
 import numpy as np
 from tqdm import tqdm

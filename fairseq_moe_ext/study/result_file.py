@@ -50,6 +50,7 @@ class RunResult(TypedDict):
     seed: int
     parameters: int
     active: int  # parameters that a token meets
+    experts: int  # of an MoE layer; 1 in a dense model; older files lack it
     tokens: int  # trained on
     flops: float
     seconds: float  # in training steps

@@ -283,7 +283,7 @@ GOOD = ["--corpus", "a=a.txt", "--train-bpe", "300", "--valid-fraction", "0.1"]
             [*GOOD, "--heldout", "h=a.txt", "--valid-fraction", "0", "--test-fraction", "0"],
             r"--heldout: .* cannot both be 0",
         ),
-        ([*GOOD, "--train-bpe", "10000000000000"], r"--train-bpe 10{13}: 1048576 types at most"),
+        ([*GOOD, "--train-bpe", "10000000000000"], r"--train-bpe 10{13}: must be at most 1048576"),
         ([*GOOD, "--train-bpe", "-1"], r"--train-bpe -1: .*more than 256"),
         ([*GOOD, "--dict-size", "10000000000000"], r"--dict-size 10{13}: 1048576 types at most"),
         ([*GOOD, "--dict-size", "0"], r"--dict-size 0: too small"),

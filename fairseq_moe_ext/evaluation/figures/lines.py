@@ -1,7 +1,7 @@
 """Lines over one x axis, with error bars, and the legend of a grid of such charts."""
 
 import math
-from typing import TYPE_CHECKING, Any, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from .chart import COLOURS, TEXT_SIZE, TITLE_SIZE, WIDTH, Chart, canvas, drawing, text_width, write
 from .ticks import labels, linear_ticks, log_ticks
@@ -153,7 +153,7 @@ def line_chart(
         write(whole, middle, HEIGHT - 6, x_label, across, align="center", colour="soft")
         middle = (top + HEIGHT - bottom) / 2
         high = HEIGHT - top - bottom
-        turned = {"rotation": 90, "rotation_mode": "anchor"}
+        turned: Dict[str, Any] = {"rotation": 90, "rotation_mode": "anchor"}
         write(whole, 12, middle, y_label, high, align="center", colour="soft", **turned)
     return Chart(title, figure)
 
