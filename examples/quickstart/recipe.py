@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Dict, List, Sequence
 
-from fairseq_moe_ext import cost
+from fairseq_moe_ext.shape import Shape
 from fairseq_moe_ext.study.child import console_script
 from fairseq_moe_ext.study.plan import PACKAGE
 
@@ -126,9 +126,9 @@ def as_typed(command: Sequence[str]) -> List[str]:
     return [os.path.relpath(word) if word == str(PACKAGE) else word for word in words]
 
 
-def shapes(vocabulary: int) -> Dict[str, cost.Shape]:
+def shapes(vocabulary: int) -> Dict[str, Shape]:
     """For counting parameters and FLOPs; `vocabulary`: entries of the dictionary."""
-    both = cost.Shape(layers=LAYERS, dim=DIM, ffn_dim=2 * EXPERT_FFN, types=vocabulary, moe_freq=1)
+    both = Shape(layers=LAYERS, dim=DIM, ffn_dim=2 * EXPERT_FFN, types=vocabulary, moe_freq=1)
     return {
         "dense": both._replace(alternate_ffn_dim=2 * EXPERT_FFN),
         "moe": both._replace(experts=EXPERTS, expert_ffn_dim=EXPERT_FFN),

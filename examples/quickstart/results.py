@@ -14,6 +14,7 @@ import recipe
 
 from fairseq_moe_ext import cost, files
 from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.shape import Shape
 from fairseq_moe_ext.study import logs
 
 
@@ -143,7 +144,7 @@ def gathered(
     }
 
 
-def _model(out: Path, name: str, shape: cost.Shape, updates: int) -> Model:
+def _model(out: Path, name: str, shape: Shape, updates: int) -> Model:
     tokens = updates * recipe.CONTEXT * recipe.BLOCKS
     parameters = cost.parameters(shape)
     flops = cost.training_flops_per_token(shape, recipe.CONTEXT)
