@@ -13,7 +13,7 @@ from .. import cost
 from ..config import MoETransformerLMConfig
 from ..config_checks import validate
 from ..errors import UserError
-from ..shape import shape_of
+from ..shape import Shape, shape_of
 from ..text_table import markdown, plain
 from . import paper
 
@@ -151,7 +151,7 @@ def checkpoint_settings(path: Path) -> Tuple[Dict[str, Any], int]:
     return translated_settings(str(path), dict(settings)), embedding.size(0)
 
 
-def costs(args: Namespace, shape: cost.Shape, context: int, dropout: bool) -> Dict[str, Any]:
+def costs(args: Namespace, shape: Shape, context: int, dropout: bool) -> Dict[str, Any]:
     """Everything that the command prints, as numbers: parameters, FLOPs and bytes."""
     parameters = cost.parameters(shape)
     found: Dict[str, Any] = {
@@ -210,7 +210,7 @@ def paper_models() -> List[Dict[str, Any]]:
     tokens with activation recomputation and 50,000 types, by which the printed figures come out."""
     found = []
     for row in paper.TABLE_1:
-        shape = cost.Shape(
+        shape = Shape(
             row.layers,
             row.dim,
             4 * row.dim,
