@@ -24,6 +24,7 @@ What stock fairseq needs to run on today's Python and PyTorch is beside it, in f
     tasks/         language modelling over a mixture of corpora; multiple choice
     optim.py       fairseq's Adam, fused
     prepare/       text to data-bins
+    generate/      the command that lets a model go on with prompts
     convert/       checkpoints to other layouts and precisions
     questions/     questions with candidates, and the vocabulary that spells them
     priming/       zero- and few-shot tasks, bias sets, generated answers
@@ -35,6 +36,7 @@ What stock fairseq needs to run on today's Python and PyTorch is beside it, in f
     inspection/    a page on what each expert of a model does
     accuracy.py    chance level and interval of an accuracy
     data_bin.py    folders of data-bins: what lies where
+    tokenizer_files.py       the tokenizer that travels with a model
     data_bin_files.py  whether the files of a data-bin are whole
     locks.py       one worker for one output
     cli.py         the command fairseq-moe

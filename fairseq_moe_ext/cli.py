@@ -22,7 +22,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser = _parser(next((word for word in argv if not word.startswith("-")), None))
     # lm-eval parses what follows by itself
     handed_on = argv[1:] if argv[:1] == [_LM_EVAL] else None
-    args = parser.parse_args(argv if handed_on is None else argv[:1])
+    args, rest = parser.parse_known_args(argv if handed_on is None else argv[:1])
+    if rest and not _takes_words(args, rest):
+        parser.error("unrecognized arguments: " + " ".join(rest))
     if hasattr(sys.stdout, "reconfigure"):  # a file's name may have bytes that are no UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -42,11 +44,22 @@ def main(argv: Optional[List[str]] = None) -> int:
     return 0
 
 
+def _takes_words(args: argparse.Namespace, rest: List[str]) -> bool:
+    """Give words that stand behind flags, where argparse no longer expects any, to a command that
+    takes any number of `words`; whether it does."""
+    flags = [word for word in rest if word.startswith("-") and " " not in word and word != "--"]
+    if flags or not hasattr(args, "words"):
+        return False
+    args.words += [word for word in rest if word != "--"]
+    return True
+
+
 # name -> what it does, and the module with its add_arguments(parser) and run(args)
 _COMMANDS = {
     "prepare": ("turn your own text into data-bins", "prepare.command"),
     "evaluate": ("perplexity of a model on many test sets", "evaluation.evaluate_command"),
     "inspect": ("a page on what each expert of a model does", "inspection.command"),
+    "generate": ("let a model go on with prompts", "generate.command"),
     "priming": ("zero- and few-shot accuracy on the paper's tasks", "priming.command"),
     "study": ("train and compare a dense and a sparse family of models", "study.command"),
     "report": ("a study's page and figures", "study.page"),

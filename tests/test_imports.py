@@ -42,6 +42,8 @@ ALLOWED = {
     "files": set(),
     "outputs": {"files"},
     "data_bin": set(),
+    "tokenizer_files": {"data_bin"},
+    "generate": {"generate", "evaluation", "models", "tokenizer_files"},
     "literals": set(),
     "patches": {
         "patches",
@@ -59,6 +61,7 @@ ALLOWED = {
         "models",
         "ranges",
         "starting",
+        "tokenizer_files",
     },
     "patch_list": {"patches"},
     "context": set(),
@@ -94,6 +97,7 @@ ALLOWED = {
     "models": {
         "config",
         "config_checks",
+        "data_bin",
         "expert_parallel",
         "fully_sharded",
         "kernels",
@@ -102,6 +106,7 @@ ALLOWED = {
         "router_flags",
         "starting",
         "shape",
+        "tokenizer_files",
     },
     "criterions": {"criterions", "accuracy", "moe.stats", "ranges"},
     "tasks": {
@@ -124,6 +129,7 @@ ALLOWED = {
         "evaluation",
         "expert_parallel",
         "models",
+        "tokenizer_files",
     },
     "forecast": {"forecast"},
     "study": {"accuracy", "cost", "data_bin", "evaluation", "ranges", "shape", "study"},
@@ -137,6 +143,7 @@ ALLOWED = {
         "router_flags",
         "moe.experts",
         "shape",
+        "tokenizer_files",
     },
     "evaluation": {
         "branch",

@@ -10,6 +10,7 @@ from typing import ContextManager, Iterator, List
 import torch
 from tqdm import tqdm
 
+from fairseq_moe_ext import tokenizer_files
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.locks import Lock, beside
 
@@ -139,12 +140,21 @@ def _convert(args: argparse.Namespace) -> None:
     with _experts_alone(folder) if shares else contextlib.nullcontext():
         pass  # a training is told of before the work
     _write(jobs, stale, _experts_alone(folder) if shares else contextlib.nullcontext())
+    if args.to is None:
+        _bring_tokenizer(args.source, folder)
     if args.to is None and args.overwrite:
         from fairseq_moe_ext.checkpoint.cleanup import remove_unused_files
 
         with _experts_alone(folder):
             remove_unused_files(folder)
     print(_told(args, source, jobs))
+
+
+def _bring_tokenizer(source: str, folder: str) -> None:
+    """Copy the tokenizer that travels with SRC, if there is one, beside DST."""
+    data = tokenizer_files.of_checkpoint(Path(source))
+    if data is not None:
+        tokenizer_files.copy(data, Path(folder))
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -1,33 +1,46 @@
 """What `from_pretrained` returns: an interface that scores texts and continues prompts, with the
 tokenizer found beside the dictionary."""
 
+import os
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Union
 
 import torch
 from fairseq.data.data_utils import collate_tokens
 from fairseq.hub_utils import GeneratorHubInterface
 from torch import Tensor
 
-from .. import context, starting
+from .. import context, starting, tokenizer_files
+from ..data_bin import TOKENIZER
 from ..errors import UserError
-
-TOKENIZER = ("encoder.json", "vocab.bpe")
+from . import text_generation
 
 
 def find_tokenizer(data: Path) -> Optional[Dict[str, str]]:
-    """Settings of the tokenizer that `fairseq-moe prepare` wrote with this data, in the folder or,
-    for one of several corpora, in the one above with the same dictionary; None: there is none."""
-    dictionary = data / "dict.txt"
-    for folder in (data, data.resolve().parent):
-        files = [folder / name for name in TOKENIZER]
-        if not all(file.is_file() for file in files) or not dictionary.is_file():
-            continue
-        above = folder / "dict.txt"
-        if above.is_file() and above.read_bytes() == dictionary.read_bytes():
-            encoder, merges = map(str, files)
-            return {"bpe": "gpt2", "gpt2_encoder_json": encoder, "gpt2_vocab_bpe": merges}
-    return None
+    """Settings of the byte-level BPE of a data folder; None: there is none."""
+    files = tokenizer_files.files_of(data)
+    if not set(TOKENIZER) <= files.keys():
+        return None
+    found = dict(zip(("gpt2_encoder_json", "gpt2_vocab_bpe"), (str(files[n]) for n in TOKENIZER)))
+    return {"bpe": "gpt2", **found}
+
+
+def own_data(folder: Path, checkpoint_file: str, data: str, check: bool) -> str:
+    """The data folder to take dictionary and tokenizer from.
+
+    Args:
+        folder, checkpoint_file: as from_pretrained's.
+        data: as its data_name_or_path; "." stands for the tokenizer that travels with the
+            checkpoint, beside it or in the folder that it was trained on.
+        check: raise UserError for a tokenizer of another model.
+    """
+    path = folder / checkpoint_file.split(os.pathsep)[0]
+    if data == ".":
+        return str(tokenizer_files.folder_for(path, None, "data_name_or_path=").resolve())
+    where = folder / data if data.startswith(".") else Path(data)
+    if check and where.is_dir():
+        tokenizer_files.check(path, where)
+    return data
 
 
 class LanguageModelHub(GeneratorHubInterface):
@@ -78,7 +91,46 @@ class LanguageModelHub(GeneratorHubInterface):
                 raise UserError(f"score: text{which} is empty: remove it")
         return super().score(sentences, replace_newline_with_eos=False, **kwargs)
 
-    def generate(self, tokenized_sentences, beam: int = 5, verbose: bool = False, **kwargs):
+    def generate(
+        self, prompts: Union[str, List[str], List[Tensor]], *args: Any, **settings: Any
+    ) -> Any:
+        """Go on with a text, or with several, through newlines. (Given tokens, as stock's, which
+        `sample` calls.)
+
+        Args:
+            settings: max_tokens, stop (a text or several), temperature, top_k, top_p,
+                repetition_penalty, no_repeat_ngram_size, beams, seed, n, as text_generation's
+                settings_of; stream: a function that takes each further piece of the text, for one
+                prompt and one text.
+
+        Returns:
+            What follows the prompt, without what it stopped at; a list of n such texts for n above
+            1; a list of these for a list of prompts.
+
+        Raises:
+            UserError: a setting that cannot be, or a prompt without room in the context.
+        """
+        several = isinstance(prompts, (list, tuple))
+        if not isinstance(prompts, str) and not (
+            several and all(isinstance(prompt, str) for prompt in prompts) and len(prompts)
+        ):
+            return self._generate_from_tokens(prompts, *args, **settings)
+        stream = settings.pop("stream", None)
+        try:
+            wanted = text_generation.settings_of(*args, **settings)
+        except TypeError as error:
+            raise UserError(f"generate: {str(error).replace('settings_of() ', '')}") from None
+        texts = [prompts] if isinstance(prompts, str) else [str(prompt) for prompt in prompts]
+        if stream is not None and (several or wanted.n > 1 or wanted.beams > 1):
+            raise UserError("stream: one prompt, n=1 and beams=1 only; remove stream")
+        found = text_generation.generate(self, texts, wanted, stream)
+        all_texts = [[one.text for one in some] for some in found]
+        each = [some[0] if wanted.n == 1 else some for some in all_texts]
+        return each if several else each[0]
+
+    def _generate_from_tokens(
+        self, tokenized_sentences, beam: int = 5, verbose: bool = False, **kwargs
+    ):
         """As stock's. Raises UserError for settings that no search can have."""
         if isinstance(tokenized_sentences, list) and not tokenized_sentences:
             return []

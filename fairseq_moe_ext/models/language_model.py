@@ -22,7 +22,7 @@ from ..errors import DAMAGED, UserError
 from ..expert_parallel import mark_experts, replica_count
 from ..kernels.linear_cross_entropy import linear_cross_entropy
 from .decoder import MoETransformerDecoder, too_few_positions
-from .hub import LanguageModelHub, find_tokenizer
+from .hub import LanguageModelHub, find_tokenizer, own_data
 from .token_scores import in_chunks, log_probs
 from .unfilled import unfilled_where_loaded
 
@@ -71,8 +71,9 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
         **kwargs: Any,
     ) -> GeneratorHubInterface:
         """As stock's (fairseq/models/fairseq_model.py:237@0.12.2): a folder, a checkpoint in it, a
-        data-bin, and overrides of settings -> an interface with `score` and `sample`, which takes
-        the tokenizer in the data's folder unless `bpe` is given.
+        data-bin, and overrides of settings -> an interface with `score`, `generate` and `sample`,
+        which takes the tokenizer in the data's folder unless `bpe` is given. Without a data-bin,
+        the tokenizer is the one that travels with the checkpoint.
 
         No token is dropped unless moe_eval_capacity_token_fraction says so: the branch's quarter
         of a batch is meant for long batches, and a sentence's score should not depend on the
@@ -83,6 +84,11 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
                 f"{model_name_or_path}: no such folder; name the one with the checkpoint"
             )
         kwargs.setdefault("moe_eval_capacity_token_fraction", 1.0)
+        if "://" not in model_name_or_path:
+            folder = Path(model_name_or_path)
+            data_name_or_path = own_data(
+                folder, checkpoint_file, data_name_or_path, "bpe" not in kwargs
+            )
         if "bpe" not in kwargs:
             data = Path(data_name_or_path)  # relative to the model where it begins with a dot
             beside = data_name_or_path.startswith(".")

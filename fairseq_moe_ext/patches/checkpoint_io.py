@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from fairseq.file_io import PathManager
 from fairseq_today.errors import UserError
 from fairseq_today.registry import View
 
-from .. import context, fingerprint
+from .. import context, fingerprint, tokenizer_files
 from ..branch import pad_rule
 from ..branch.files import find
 from ..branch.reading import read
@@ -140,10 +141,13 @@ def convert_namespace_to_omegaconf(stock, args):
 
 def save_checkpoint(stock, cfg, trainer, epoch_itr, val_loss):
     """Rank 0 alone decides whether and under which names to save; with experts spread over
-    processes, the others wait for its word."""
+    processes, the others wait for its word. The tokenizer's files go beside the checkpoints."""
 
     def save():
         try:
+            data = tokenizer_files.data_of(trainer.task)
+            if trainer.is_data_parallel_master and not cfg.no_save and data is not None:
+                tokenizer_files.copy(data, Path(cfg.save_dir))
             stock(cfg, trainer, epoch_itr, val_loss)
         except OSError as error:  # in copying or pruning
             raise cannot_write(error.filename2 or cfg.save_dir, error) from error

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fairseq_today.errors import UserError
 
-from .. import counted, fingerprint
+from .. import counted, fingerprint, tokenizer_files
 from ..errors import DAMAGED, NotFinite
 from ..models.hub import find_tokenizer
 
@@ -44,11 +44,15 @@ def setup_task(stock, cfg, *args, **kwargs):
 
 
 def state_dict(stock, self):
-    """A checkpoint keeps the state of the task; here which dictionary its token ids are of, too."""
+    """A checkpoint keeps the state of the task; here also which dictionary its token ids are of,
+    and the digests of its tokenizer's files."""
     state = stock(self)
     dictionary = getattr(self, "dictionary", None)
     if isinstance(dictionary, Dictionary):
         state = {**state, fingerprint.KEY: fingerprint.fingerprint(dictionary)}
+        data = tokenizer_files.data_of(self)
+        found = tokenizer_files.digests(data) if data is not None else {}
+        state.update({tokenizer_files.KEY: found} if found else {})
     return state
 
 
@@ -56,6 +60,7 @@ def load_state_dict(stock, self, state_dict):
     """Stock gives the state to the task before the model is built; the dictionary is compared."""
     rest = dict(state_dict)
     saved = rest.pop(fingerprint.KEY, None)
+    rest.pop(tokenizer_files.KEY, None)
     fingerprint.check(self, saved, (saved or {}).get("of", "the checkpoint"))
     stock(self, rest)
 

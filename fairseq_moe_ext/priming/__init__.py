@@ -5,7 +5,6 @@ shots.py       examples before the question: their draws, and how many fit
 choice.py      accuracy of a multiple-choice task, over draws
 bias.py        StereoSet and CrowS-Pairs
 model.py       log-probabilities from a checkpoint, on any number of processes
-generation.py  greedy and beam search
 generative.py  translation and summarisation
 protocol.py    what all kinds of tasks receive
 progress.py    the file of results, from which the same command resumes

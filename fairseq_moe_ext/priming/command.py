@@ -7,8 +7,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Callable, ContextManager, Dict, List, Optional, Tuple
 
-from .. import outputs
+from .. import outputs, tokenizer_files
 from ..errors import UserError
+from ..evaluation.loading import check_path
 from ..expert_parallel import all_gather, process_rank
 from ..locks import Lock, beside
 from ..questions import formats, scoring
@@ -105,7 +106,8 @@ def _run(args: argparse.Namespace) -> None:
             f"--languages {args.languages}: without the task translation there is nothing to "
             "translate; add it to --tasks, or leave --languages out"
         )
-    model.check_files(args.path, args.data)
+    check_path(args.path)
+    args.data = tokenizer_files.folder_for(args.path, args.data)
     asked = progress.asked(args, settings, names)
     results = progress.begun(args.json, asked, args.overwrite)
     if not results:

@@ -16,11 +16,11 @@ import numpy as np
 
 from .. import files
 from ..errors import UserError
+from ..models.search import Generator, Prompt
 from ..questions.formats import find_file
 from ..questions.records import read_jsonl
 from ..questions.vocabulary import EOS, Vocabulary
 from ..wording import count, small
-from .generation import Generator, Prompt
 from .protocol import Job, Loaded, Result, Settings, say
 from .shots import draw, fitting, joined, shortage, shortage_in_words, spread
 

@@ -12,12 +12,13 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
+from .. import tokenizer_files
 from ..errors import UserError
+from ..models.search import Generator, Prompt
 from ..questions.scoring import Row, cut
 from ..questions.vocabulary import EOS, Vocabulary
 from ..wording import count
 from . import model
-from .generation import Generator, Prompt
 from .protocol import say
 
 MODEL = "fairseq-moe"  # lm-eval's --model
@@ -34,7 +35,7 @@ class FairseqMoELM(LM):
     def __init__(
         self,
         path: str,
-        data: str,
+        data: Optional[str] = None,
         batch_size: Union[int, str] = 1,
         max_batch_size: Optional[int] = None,
         device: Optional[str] = None,
@@ -45,7 +46,9 @@ class FairseqMoELM(LM):
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise UserError(f"--batch_size {batch_size}: use a whole number from 1 on")
-        folder = Path(data)
+        folder = tokenizer_files.folder_for(
+            Path(path), None if data is None else Path(data), "data"
+        )
         self.vocabulary = Vocabulary(folder)
         overrides = None if model_overrides is None else str(model_overrides)
         self.model, self.context = model.load_in_context(

@@ -41,9 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         type=Path,
-        required=True,
         metavar="DATA",
-        help="folder with the model's dict.txt, encoder.json and vocab.bpe",
+        help="folder with the model's dict.txt, encoder.json and vocab.bpe (default: those beside "
+        "the checkpoint, or of the data that it was trained on)",
     )
     parser.add_argument(
         "--context", type=int, help="longest prompt in tokens (default: as trained)"

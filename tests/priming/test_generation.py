@@ -11,8 +11,8 @@ from small_models import MOE, TYPES, build_model
 
 from fairseq_moe_ext import cli
 from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.models.search import Generator, Prompt
 from fairseq_moe_ext.priming import generative
-from fairseq_moe_ext.priming.generation import Generator, Prompt
 from fairseq_moe_ext.priming.model import load
 from fairseq_moe_ext.priming.protocol import Settings
 from fairseq_moe_ext.questions.vocabulary import EOS, PAD, Vocabulary

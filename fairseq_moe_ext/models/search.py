@@ -1,11 +1,13 @@
-"""Continue prompts by greedy or beam search with the model's incremental decoding.
+"""Continue prompts by greedy search, beam search or sampling, through the model's cache of keys and
+values.
 
 fairseq's own search treats </s> as an end; here it is a newline, which stands inside prompts and,
 if the caller so decides, inside what is generated. All processes take the same number of steps,
 because experts may be distributed over them.
 """
 
-from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
+from random import Random
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
@@ -13,11 +15,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..expert_parallel import all_gather, collective_device, process_count, process_rank
-from ..models.token_scores import exact_logits
-from ..questions.vocabulary import EOS, PAD
-from .model import quiet
+from .next_token import LIKELIEST, Choice
+from .token_scores import exact_logits
 
-Done = Callable[[Sequence[int]], bool]  # whether new tokens, the last one included, are an end
+# Whether new tokens, the last one included, are an end; asked once for each token of a hypothesis.
+Done = Callable[[Sequence[int]], bool]
 
 
 class Prompt(NamedTuple):
@@ -26,6 +28,7 @@ class Prompt(NamedTuple):
     tokens: Tuple[int, ...]
     max_new: int  # tokens
     done: Done
+    random: Optional[Random] = None  # for sampling: a row's draws do not depend on its batch
 
 
 class _Hypothesis(NamedTuple):
@@ -40,28 +43,55 @@ class _Hypothesis(NamedTuple):
 class Generator:
     """Prompts -> the tokens that a search finds, at most max_new, the end included.
 
-    With a beam of 1 each token is the likeliest one. A wider beam keeps that many unfinished
-    sequences of a prompt, by the sum of their log-probabilities, and goes on until as many have
-    ended; the answer is the one with the highest mean (fairseq's --lenpen 1).
+    With a beam of 1 each token is the likeliest one, or sampled. A wider beam keeps that many
+    unfinished sequences of a prompt, by the sum of their log-probabilities, and goes on until as
+    many have ended; the answer is the one with the highest mean (fairseq's --lenpen 1).
 
     Prompts and what is generated must fit into the model's context together.
     """
 
     def __init__(
-        self, model: torch.nn.Module, beam: int, batch_tokens: int, progress: str = ""
+        self,
+        model: Any,  # language_model.MoETransformerLanguageModel
+        beam: int,
+        batch_tokens: int,
+        progress: str = "",
+        choice: Choice = LIKELIEST,
+        never: Sequence[int] = (),
+        starts_with: Optional[int] = None,
     ) -> None:
+        """
+        Args:
+            batch_tokens: of a batch on one process, padding included; a longer row has a batch of
+                its own.
+            choice: of the next token; where it samples, with a beam of 1 alone.
+            never: tokens that are never generated, beside padding.
+            starts_with: the token before a text (default: </s>).
+        """
+        dictionary = model.decoder.dictionary
         self.model = model
         self.beam = beam
         self.batch_tokens = batch_tokens
         self.progress = progress
+        self.choice = choice
+        self.pad = dictionary.pad()
+        self.never = [self.pad, *never]
+        self.start = dictionary.eos() if starts_with is None else starts_with
 
     def __call__(self, prompts: Sequence[Prompt]) -> List[List[int]]:
         """The same prompts on all processes, in any order -> new tokens of each."""
+        return [found[0] for found in self.best(prompts)]
+
+    def best(self, prompts: Sequence[Prompt]) -> List[List[List[int]]]:
+        """Likewise -> all ended hypotheses of each, as many as the beam is wide or one or two more,
+        the best first."""
         batches = self._batches(prompts)
         own = batches[process_rank() :: process_count()]
         steps = -(-len(batches) // process_count())
-        found: Dict[int, List[int]] = {}
-        bar = tqdm(total=steps, desc=self.progress, unit="batch", leave=False, disable=quiet())
+        found: Dict[int, List[List[int]]] = {}
+        # no bar on other processes than the first, and none without a terminal
+        quiet = True if process_rank() or not self.progress else None
+        bar = tqdm(total=steps, desc=self.progress, unit="batch", leave=False, disable=quiet)
         for step in range(steps):
             batch = own[step] if step < len(own) else []
             found.update(zip(batch, self._search([prompts[i] for i in batch])))
@@ -85,12 +115,14 @@ class Generator:
         return batches
 
     @torch.no_grad()
-    def _search(self, prompts: Sequence[Prompt]) -> List[List[int]]:
+    def _search(self, prompts: Sequence[Prompt]) -> List[List[List[int]]]:
         device = next(self.model.parameters()).device
         length = 1 + max((len(prompt.tokens) for prompt in prompts), default=0)
-        tokens = torch.full((len(prompts), length), PAD, device=device)  # (B, L)
+        tokens = torch.full((len(prompts), length), self.pad, device=device)  # (B, L)
         for i, prompt in enumerate(prompts):
-            tokens[i, length - 1 - len(prompt.tokens) :] = torch.tensor((EOS, *prompt.tokens))
+            tokens[i, length - 1 - len(prompt.tokens) :] = torch.tensor(
+                (self.start, *prompt.tokens)
+            )
         state: Dict[str, Any] = {}
         live = [[_Hypothesis(0.0, (), i)] for i in range(len(prompts))]
         ended: List[List[_Hypothesis]] = [[] for _ in prompts]
@@ -100,18 +132,26 @@ class Generator:
                 self.model.decoder(nothing, incremental_state={}, features_only=True)
                 continue
             x, _ = self.model.decoder(tokens, incremental_state=state, features_only=True)
-            log_probs = self._log_probs(x[:, -1])  # (N, V)
+            before = [
+                (*prompt.tokens, *hypothesis.new)
+                for prompt, hypotheses in zip(prompts, live)
+                for hypothesis in hypotheses
+            ]
+            log_probs = self._log_probs(x[:, -1], before)  # (N, V)
             for i, prompt in enumerate(prompts):
                 live[i] = self._step(prompt, live[i], ended[i], log_probs)
             rows = [hypothesis.row for hypotheses in live for hypothesis in hypotheses]
             last = [hypothesis.new[-1] for hypotheses in live for hypothesis in hypotheses]
             order = torch.tensor(rows, dtype=torch.long, device=device)
             column = torch.tensor(last, dtype=torch.long, device=device)
-            tokens = torch.cat([tokens[order], column[:, None]], dim=1)
-            self.model.decoder.reorder_incremental_state_scripting(state, order)
+            if rows != list(range(len(tokens))):  # else keys and values would be copied for nothing
+                tokens = tokens[order]
+                self.model.decoder.reorder_incremental_state_scripting(state, order)
+            tokens = torch.cat([tokens, column[:, None]], dim=1)
             numbers = iter(range(len(rows)))
             live = [[h._replace(row=next(numbers)) for h in hypotheses] for hypotheses in live]
-        return [list(max(one, key=_Hypothesis.mean).new) for one in ended]
+        order_of = [sorted(one, key=_Hypothesis.mean, reverse=True) for one in ended]
+        return [[list(hypothesis.new) for hypothesis in one] for one in order_of]
 
     def _step(
         self,
@@ -127,9 +167,8 @@ class Generator:
         scores = log_probs.new_tensor([h.score for h in live])
         sums = log_probs[rows] + scores[:, None]  # (hypotheses, V)
         types = sums.size(1)
-        best = sums.flatten().topk(min(2 * self.beam, sums.numel()) if self.beam > 1 else 1)
         longer: List[_Hypothesis] = []
-        for score, place in zip(best.values.tolist(), best.indices.tolist()):
+        for score, place in self._candidates(prompt, sums):
             before = live[place // types]
             found = _Hypothesis(score, (*before.new, place % types), before.row)
             if prompt.done(found.new) or len(found.new) == prompt.max_new:
@@ -138,11 +177,20 @@ class Generator:
                 longer.append(found)
         return longer if len(ended) < self.beam else []
 
-    def _log_probs(self, x: Tensor) -> Tensor:
-        """(N, D) -> (N, V) in float32 at least; padding is never generated."""
+    def _candidates(self, prompt: Prompt, sums: Tensor) -> List[Tuple[float, int]]:
+        """sums (hypotheses, V) -> sum and place, hypothesis * V + token, of those to go on with."""
+        if prompt.random is not None:
+            token = self.choice.draw(sums[0], prompt.random)  # a constant changes no probability
+            return [(float(sums[0, token]), token)]
+        best = sums.flatten().topk(min(2 * self.beam, sums.numel()) if self.beam > 1 else 1)
+        found = zip(best.values.tolist(), best.indices.tolist())
+        return [(score, place) for score, place in found if score > -torch.inf]
+
+    def _log_probs(self, x: Tensor, before: Sequence[Sequence[int]]) -> Tensor:
+        """(N, D), and the tokens before each -> (N, V) in float32 at least."""
         logits = exact_logits(self.model.decoder, x)
-        logits[:, PAD] = -torch.inf
-        return logits.log_softmax(-1)
+        logits[:, self.never] = -torch.inf
+        return self.choice.penalized(logits, before).log_softmax(-1)
 
 
 def _on_any_process(flag: bool) -> bool:

@@ -1,0 +1,9 @@
+"""`fairseq-moe generate`: a model goes on with prompts.
+
+command.py      the flags, and the order of the steps
+prompts.py      prompts from arguments, files and stdin
+session.py      --interactive
+showing.py      texts as they come, as blocks, or of two models in columns
+
+The search is models/search.py, and the text of it models/text_generation.py.
+"""

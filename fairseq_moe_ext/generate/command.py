@@ -1,0 +1,282 @@
+"""`fairseq-moe generate`: the flags, and the order of the steps."""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Dict, List, Sequence
+
+from .. import files, outputs, tokenizer_files
+from ..errors import UserError
+from ..evaluation.loading import check_path, on_device, parse_overrides
+from ..models.language_model import MoETransformerLanguageModel
+from ..models.text_generation import Settings, generate, settings_of
+from ..wording import count
+from . import prompts, session, showing
+from .showing import Written
+
+DESCRIPTION = """\
+Let a model go on with prompts, token by token.
+
+  fairseq-moe generate runs/moe/checkpoint_best.pt "Once upon a time"
+  fairseq-moe generate runs/moe/checkpoint_best.pt --file story.txt --temperature 0.8 --top-p 0.95
+
+Prompts are arguments, files (--file) or stdin, and may be several lines long. A newline is </s> to
+these models, so generation goes on through it until --max-tokens or --stop. By default each token
+is the likeliest one; --temperature, --top-k, --top-p or --n sample. The text goes to stdout, the
+rest to stderr. The tokenizer is found beside the checkpoint, or in the data folder that it was
+trained on; --data names another folder.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = DESCRIPTION
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "words", nargs="*", metavar="CHECKPOINT [PROMPT]",
+        help="the checkpoint, as fairseq-eval-lm's --path, and prompts",
+    )  # fmt: skip
+    parser.add_argument("--path", type=Path, help="the checkpoint; all arguments are prompts then")
+    text = parser.add_argument_group("prompts")
+    text.add_argument(
+        "--file", "-f", type=Path, action="append", default=[],
+        help="a file with a prompt (- for stdin); of JSON Lines (.jsonl) each line is one, "
+        '"..." or {"prompt": "..."}; may be repeated',
+    )  # fmt: skip
+    text.add_argument(
+        "--separator", metavar="LINE", help="a line that stands between prompts in --file or stdin"
+    )
+    text.add_argument(
+        "--interactive", "-i", action="store_true",
+        help="write a text in turns: each line that you type follows all text so far",
+    )  # fmt: skip
+    _add_search(parser.add_argument_group("search"))
+    _add_output(parser.add_argument_group("output"))
+    model = parser.add_argument_group("model")
+    model.add_argument("--data", type=Path, help="folder with dict.txt and the tokenizer's files")
+    model.add_argument(
+        "--bpe", choices=["gpt2"], help="the tokenizer's kind, with the files of the next two flags"
+    )
+    model.add_argument("--gpt2-encoder-json", type=Path, metavar="FILE", help="its encoder.json")
+    model.add_argument("--gpt2-vocab-bpe", type=Path, metavar="FILE", help="its vocab.bpe")
+    model.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
+    model.add_argument("--fp16", action="store_true", help="use half precision for the weights")
+    model.add_argument(
+        "--experts-on-disk", action="store_true",
+        help="leave the experts in the checkpoint's files, and read one when a token needs it",
+    )  # fmt: skip
+    model.add_argument(
+        "--model-overrides", metavar="DICT", help="settings of the model, as for fairseq-eval-lm"
+    )
+
+
+def _add_search(group: Any) -> None:
+    group.add_argument(
+        "--max-tokens", type=int, metavar="N",
+        help="new tokens of a text (default: 128, or what the context has left)",
+    )  # fmt: skip
+    group.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT",
+        help=r"end before this text; \n and \t stand for newline and tab; may be repeated",
+    )  # fmt: skip
+    group.add_argument(
+        "--temperature", type=float, metavar="T",
+        help="divide the logits by this and sample; 0: take the likeliest token (default: 1 with "
+        "--top-k, --top-p or --n, else 0)",
+    )  # fmt: skip
+    group.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens"
+    )
+    group.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P",
+        help="sample from the likeliest tokens that together have this probability",
+    )  # fmt: skip
+    group.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="F",
+        help="divide positive logits of tokens that stand in prompt or text already by this, and "
+        "multiply negative ones (default: 1, off)",
+    )  # fmt: skip
+    group.add_argument(
+        "--no-repeat-ngram-size", type=int, default=0, metavar="N",
+        help="let no N tokens stand twice in prompt and text (default: 0, off)",
+    )  # fmt: skip
+    group.add_argument(
+        "--beams", type=int, default=1, metavar="N",
+        help="search for the likeliest text with so many hypotheses",
+    )  # fmt: skip
+    group.add_argument(
+        "--seed", type=int, help="seed of sampling (default: a new one, told at the end)"
+    )
+    group.add_argument(
+        "--n", type=int, default=1, help="texts of each prompt: samples, or the best of --beams"
+    )
+    group.add_argument(
+        "--batch-tokens", type=int, default=16384, metavar="N",
+        help="tokens of a batch of prompts (default: 16384)",
+    )  # fmt: skip
+
+
+def _add_output(group: Any) -> None:
+    group.add_argument(
+        "--side-by-side", type=Path, metavar="CHECKPOINT",
+        help="show what another model writes beside it",
+    )  # fmt: skip
+    group.add_argument(
+        "--no-prompt", action="store_true", help="print what is new, without the prompt"
+    )
+    group.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write all texts to this file"
+    )
+    group.add_argument("--overwrite", action="store_true", help="replace the file of --json")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Raises UserError for flags, files and prompts that cannot be, before a model is loaded where
+    it can be known by then."""
+    checkpoints, words = _checkpoints(args)
+    settings = _settings(args)
+    _check(args, checkpoints, words)
+    try:
+        if args.interactive:
+            _interact(args, checkpoints[0], settings)
+        else:
+            texts = prompts.read(words, args.file, args.separator)
+            _write(args, checkpoints, texts, settings)
+    except BrokenPipeError:  # whoever read it has enough
+        sys.stdout = open(os.devnull, "w")
+
+
+def _checkpoints(args: argparse.Namespace) -> Any:
+    """The checkpoints, and the arguments that are prompts."""
+    words = list(args.words)
+    if args.path is None and not words:
+        raise UserError("which model? name its checkpoint first: fairseq-moe generate CHECKPOINT")
+    first = args.path if args.path is not None else Path(words.pop(0))
+    return [first] + ([args.side_by_side] if args.side_by_side is not None else []), words
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    names = ("max_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "beams", "seed")
+    wanted = {name: getattr(args, name) for name in (*names, "no_repeat_ngram_size", "n")}
+    return settings_of(_flag, stop=[prompts.unescaped(stop) for stop in args.stop], **wanted)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _check(args: argparse.Namespace, checkpoints: List[Path], words: List[str]) -> None:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError(
+            "generate runs on one process: start it without torchrun; --experts-on-disk is for "
+            "models that do not fit into memory"
+        )
+    if args.interactive:
+        for flag, given in (
+            ("a prompt", words), ("--file", args.file), ("--side-by-side", args.side_by_side),
+            ("--json", args.json), ("--n", args.n > 1), ("--beams", args.beams > 1),
+        ):  # fmt: skip
+            if given:
+                raise UserError(f"--interactive: does not go with {flag}; remove one of them")
+    if args.separator is not None and words and not args.file:
+        raise UserError("--separator: stands between prompts in --file or stdin; add --file")
+    if args.overwrite and args.json is None:
+        raise UserError("--overwrite: without --json there is nothing to replace; remove it")
+    if args.batch_tokens < 1:
+        raise UserError(f"--batch-tokens {args.batch_tokens}: use 1 or more")
+    if (args.gpt2_encoder_json is None) != (args.gpt2_vocab_bpe is None):
+        raise UserError("--gpt2-encoder-json and --gpt2-vocab-bpe go together: give both")
+    if args.bpe is not None and args.gpt2_encoder_json is None:
+        raise UserError("--bpe gpt2: give its files with --gpt2-encoder-json and --gpt2-vocab-bpe")
+    for file in (args.gpt2_encoder_json, args.gpt2_vocab_bpe):
+        if file is not None:
+            files.check(file)
+    for path in checkpoints:
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; name a checkpoint in it, *.pt")
+        check_path(path)
+    outputs.check([("--json", args.json)], args.overwrite, [*checkpoints, *args.file])
+
+
+def load(args: argparse.Namespace, path: Path) -> Any:
+    """The model of a checkpoint with its tokenizer, as from_pretrained gives it."""
+    data = tokenizer_files.folder_for(path, args.data).resolve()
+    settings: Dict[str, Any] = dict(parse_overrides(args.model_overrides))
+    if args.gpt2_encoder_json is not None:
+        settings.update(
+            bpe="gpt2",
+            gpt2_encoder_json=str(args.gpt2_encoder_json),
+            gpt2_vocab_bpe=str(args.gpt2_vocab_bpe),
+        )
+    if args.experts_on_disk:
+        settings["moe_experts_on_disk"] = True
+    lm = MoETransformerLanguageModel.from_pretrained(
+        str(path.parent), path.name, str(data), **settings
+    )
+    lm.eval()
+    return on_device(lm.half() if args.fp16 else lm, args.cpu)
+
+
+def _interact(args: argparse.Namespace, path: Path, settings: Settings) -> None:
+    talk = session.Session(load(args, path), settings)
+    started = time.monotonic()
+    session.run(talk)
+    _say(f"{count(talk.tokens, 'token')} in {time.monotonic() - started:.1f} s with your typing")
+
+
+def _write(
+    args: argparse.Namespace, checkpoints: List[Path], texts: List[str], settings: Settings
+) -> None:
+    several = len(texts) > 1 or settings.n > 1 or settings.beams > 1 or len(checkpoints) > 1
+    all_written, reports = [], []
+    for path in checkpoints:
+        lm = load(args, path)
+        started = time.monotonic()
+        if several:
+            found = generate(lm, texts, settings, None, args.batch_tokens, _flag)
+        else:
+            showing.piece("" if args.no_prompt else texts[0])
+            found = generate(lm, texts, settings, showing.piece, args.batch_tokens, _flag)
+            showing.piece("\n")
+        seconds = time.monotonic() - started
+        tokens = sum(len(one.tokens) for some in found for one in some)
+        reports.append(_speed(tokens, seconds, path if len(checkpoints) > 1 else None))
+        all_written.append(
+            [
+                Written(str(path), prompt, [t.text for t in some], [len(t.tokens) for t in some])
+                for prompt, some in zip(texts, found)
+            ]
+        )
+        del lm  # before the next is loaded
+    if args.json is not None:
+        outputs.write_json(args.json, [one._asdict() for some in all_written for one in some])
+    if several:
+        showing.piece(_shown(all_written, args.no_prompt))
+    for report in reports:
+        _say(report)
+    if settings.choice.temperature > 0 and args.seed is None:
+        _say(f"--seed {settings.seed}")
+
+
+def _shown(all_written: Sequence[Sequence[Written]], no_prompt: bool) -> str:
+    parts = []
+    for number, written in enumerate(zip(*all_written), 1):
+        prompt = "" if no_prompt else written[0].prompt
+        if len(written) == 1:
+            parts.append(showing.blocks(prompt, written[0].texts, number, len(all_written[0])))
+            continue
+        heads = [one.model for one in written]
+        for left, right in zip(written[0].texts, written[1].texts):
+            parts.append(showing.columns(prompt + left, prompt + right, heads))
+    return "\n".join(parts)
+
+
+def _speed(tokens: int, seconds: float, path: Any) -> str:
+    head = f"{path}: " if path is not None else ""
+    rate = tokens / max(seconds, 1e-9)
+    return f"{head}{count(tokens, 'token')} in {seconds:.1f} s, {rate:,.1f} tokens/s"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,88 @@
+"""Prompts from arguments, files and stdin. They may be several lines long."""
+
+import sys
+from pathlib import Path
+from typing import List, Optional, Sequence
+
+from .. import files
+from ..errors import UserError
+
+_KEYS = ("prompt", "text")  # of an object of JSON Lines
+
+
+def read(words: Sequence[str], paths: Sequence[Path], separator: Optional[str]) -> List[str]:
+    """All prompts: the arguments, then those of files; of stdin ("-") where neither is there.
+
+    Args:
+        separator: a line that stands between prompts in files and stdin; None: each is one prompt.
+
+    Raises:
+        UserError: no prompt, a file that cannot be read, or text that is not UTF-8.
+    """
+    found = [_checked(word) for word in words]
+    if not words and not paths:
+        paths = [Path("-")]
+    for path in paths:
+        found += _in_file(path, separator)
+    if not found:
+        raise UserError("there is no prompt: give one, --file FILE with one, or --interactive")
+    return found
+
+
+def unescaped(text: str) -> str:
+    r"""\n, \t and \\ of a flag as the characters that they stand for."""
+    for written, meant in (("\\\\", "\0"), ("\\n", "\n"), ("\\t", "\t"), ("\0", "\\")):
+        text = text.replace(written, meant)
+    return text
+
+
+def _in_file(path: Path, separator: Optional[str]) -> List[str]:
+    if str(path) != "-":
+        text = files.read_text(path, f"--file {path}")
+    elif sys.stdin is None or sys.stdin.isatty():
+        raise UserError("there is no prompt: give one, --file FILE with one, or --interactive")
+    else:
+        text = _stdin()
+    if path.suffix in (".jsonl", ".ndjson"):
+        return [_of_line(path, n, line) for n, line in enumerate(text.splitlines(), 1) if line]
+    if separator is None:
+        return [text.removesuffix("\n")]
+    prompts: List[List[str]] = [[]]
+    for line in text.removesuffix("\n").split("\n"):
+        if line == separator:
+            prompts.append([])
+        else:
+            prompts[-1].append(line)
+    return ["\n".join(lines) for lines in prompts]
+
+
+def _stdin() -> str:
+    data = sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"stdin: not UTF-8 at byte {error.start}; convert it to UTF-8") from None
+    return text.replace("\r\n", "\n")
+
+
+def _of_line(path: Path, number: int, line: str) -> str:
+    """A prompt of JSON Lines: a string, or an object with one."""
+    try:
+        value = files.parse_json(line)
+    except ValueError as error:
+        raise UserError(f"--file {path}, line {number}: not JSON ({error})") from None
+    if isinstance(value, dict):
+        value = next((value[key] for key in _KEYS if key in value), None)
+    if not isinstance(value, str):
+        raise UserError(
+            f'--file {path}, line {number}: no prompt; write "..." or {{"prompt": "..."}}'
+        )
+    return value
+
+
+def _checked(word: str) -> str:
+    try:
+        word.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"prompt {word!r}: not UTF-8; convert it to UTF-8") from None
+    return word

@@ -1,0 +1,60 @@
+"""Texts on the terminal: as they come, as blocks, or of two models in columns."""
+
+import shutil
+import sys
+import textwrap
+from typing import List, NamedTuple, Sequence
+
+_GAP = " │ "
+
+
+class Written(NamedTuple):
+    """What one model wrote for one prompt."""
+
+    model: str
+    prompt: str
+    texts: List[str]
+    tokens: List[int]  # how many each text took
+
+
+def piece(text: str) -> None:
+    """A part of a text that goes on."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def blocks(prompt: str, texts: Sequence[str], number: int, prompts: int) -> str:
+    """The texts of a prompt, each below a heading where there are several."""
+    parts = []
+    for sample, text in enumerate(texts, 1):
+        words = [f"prompt {number} of {prompts}"] if prompts > 1 else []
+        words += [f"text {sample} of {len(texts)}"] if len(texts) > 1 else []
+        head = f"── {', '.join(words)} ──\n" if words else ""
+        parts.append(f"{head}{prompt}{text}\n")
+    return "\n".join(parts)
+
+
+def columns(left: str, right: str, heads: Sequence[str], width: int = 0) -> str:
+    """Two texts beside each other, below their headings.
+
+    Args:
+        width: of both together (default: of the terminal).
+    """
+    width = width or shutil.get_terminal_size((100, 24)).columns
+    each = max(20, (width - len(_GAP)) // 2)
+    sides = [
+        [*_wrapped(head, each), "─" * each, *_wrapped(text, each)]
+        for head, text in zip(heads, (left, right))
+    ]
+    height = max(map(len, sides))
+    rows = zip(*([*side, *[""] * (height - len(side))] for side in sides))
+    return "".join(f"{a:<{each}}{_GAP}{b}".rstrip() + "\n" for a, b in rows)
+
+
+def _wrapped(text: str, width: int) -> List[str]:
+    """Lines of at most so many characters; those of the text stay apart."""
+    return [
+        part
+        for line in text.expandtabs(4).split("\n")
+        for part in textwrap.wrap(line, width, drop_whitespace=False) or [""]
+    ]

@@ -1,0 +1,230 @@
+"""From prompts to text: tokens in and out, where a text ends, and what can be shown of it."""
+
+from __future__ import annotations
+
+from random import Random, SystemRandom
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
+
+from ..errors import UserError
+from .next_token import LIKELIEST, Choice
+from .search import Generator, Prompt
+
+DEFAULT_TOKENS = 128
+_INCOMPLETE = "\ufffd"  # a character of which bytes are still to come
+_MOST = 1024  # texts of a prompt, hypotheses of a search
+
+Stream = Callable[[str], object]  # takes each further piece of the text
+
+
+class Settings(NamedTuple):
+    """What is to be generated for each prompt, and how."""
+
+    max_tokens: Optional[int] = None  # None: DEFAULT_TOKENS, or what the context has left
+    stop: Tuple[str, ...] = ()  # a text ends before any of these
+    choice: Choice = LIKELIEST
+    beams: int = 1  # above 1: beam search, for the likeliest text
+    seed: int = 1  # of sampling
+    n: int = 1  # texts of each prompt
+
+    def check(self, spell: Callable[[str], str] = str) -> None:
+        """Raise UserError for what cannot be; `spell`: a field as the user writes it."""
+        self.choice.check(spell)
+        samples = self.choice.temperature > 0
+        for name, low, high in (
+            ("max_tokens", 1, 2**20), ("beams", 1, _MOST), ("n", 1, _MOST), ("seed", 0, 2**63)
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise UserError(f"{spell(name)} {value}: use a whole number from {low} to {high:,}")
+        if "" in self.stop:
+            raise UserError(f"{spell('stop')}: an empty text is everywhere; name one")
+        if self.beams > 1 and samples:
+            raise UserError(
+                f"{spell('beams')} {self.beams}: a beam search takes the likeliest text and does "
+                f"not sample; remove it, or {spell('temperature')}, top-k and top-p"
+            )
+        if self.n > self.beams and not samples:
+            raise UserError(
+                f"{spell('n')} {self.n}: without sampling all texts are alike; add "
+                f"{spell('temperature')} 1, or as many {spell('beams')}"
+            )
+
+
+def settings_of(
+    spell: Callable[[str], str] = str,
+    *,
+    max_tokens: Optional[int] = None,
+    stop: Union[str, Sequence[str]] = (),
+    temperature: Optional[float] = None,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    no_repeat_ngram_size: int = 0,
+    beams: int = 1,
+    seed: Optional[int] = None,
+    n: int = 1,
+) -> Settings:
+    """Settings by the names that users know, checked (UserError).
+
+    Args:
+        spell: a name as the user writes it.
+        temperature: default: 1 where something else asks for sampling (top_k, top_p, n above
+            beams), otherwise 0.
+        seed: default: a new one each time.
+    """
+    if temperature is None:
+        temperature = float(top_k != 0 or top_p != 1 or n > beams)
+    choice = Choice(temperature, top_k, top_p, repetition_penalty, no_repeat_ngram_size)
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    if seed is None:
+        seed = SystemRandom().randrange(2**32)
+    settings = Settings(max_tokens, stop, choice, beams, seed, n)
+    settings.check(spell)
+    return settings
+
+
+class Continuation(NamedTuple):
+    """A generated text."""
+
+    text: str  # without the prompt and without what it stopped at
+    tokens: Tuple[int, ...]  # all that were generated
+
+
+def generate(
+    lm: Any,
+    prompts: Sequence[str],
+    settings: Settings,
+    stream: Optional[Stream] = None,
+    batch_tokens: int = 16384,
+    spell: Callable[[str], str] = str,
+) -> List[List[Continuation]]:
+    """The n texts of each prompt.
+
+    Args:
+        lm: hub.LanguageModelHub.
+        stream: called with every further piece of the text, for one prompt, one text and no beams.
+        batch_tokens: of a batch, padding included.
+        spell: a setting as the user writes it.
+
+    Raises:
+        UserError: a prompt without room in the context, or of which the dictionary knows nothing;
+            a model that is not one of ours.
+    """
+    if len(lm.models) > 1 or not hasattr(lm.models[0].decoder, "pad_rule"):
+        what = f"{len(lm.models)} models" if len(lm.models) > 1 else type(lm.models[0]).__name__
+        raise UserError(
+            f"generate: takes one model of this plugin, not {what}: name one, or convert one of "
+            "fairseq's own with `fairseq-moe convert`"
+        )
+    writers = [_Writer(lm, prompt, settings.stop, stream) for prompt in prompts]
+    rows: List[Prompt] = []
+    samples = settings.n if settings.choice.temperature > 0 else 1
+    for number, writer in enumerate(writers, 1):
+        max_new = _room(lm, settings, writer.prompt, f"prompt {number} of {len(prompts)}", spell)
+        for sample in range(samples):
+            # the same draws alone and in a batch, and from PyTorch's version to version
+            random = Random(f"{settings.seed}/{sample}") if settings.choice.temperature else None
+            rows.append(Prompt(writer.prompt, max_new, writer.ends, random))
+    dictionary = lm.tgt_dict
+    search = Generator(
+        lm.models[0],
+        settings.beams,
+        batch_tokens,
+        "generating" if len(rows) > 1 else "",
+        choice=settings.choice,
+        never=sorted(_no_text(lm)),
+        starts_with=dictionary.bos() if getattr(lm.cfg.task, "add_bos_token", False) else None,
+    )
+    found = search.best(rows)
+    texts = []
+    for i, writer in enumerate(writers):
+        best = [one for row in found[i * samples : (i + 1) * samples] for one in row]
+        texts.append([Continuation(writer.text(new), tuple(new)) for new in best[: settings.n]])
+        if stream is not None:
+            writer.show(texts[-1][0].text, final=True)
+    return texts
+
+
+def _room(
+    lm: Any, settings: Settings, prompt: Sequence[int], which: str, spell: Callable[[str], str]
+) -> int:
+    """New tokens that a prompt may get."""
+    longest = int(lm.models[0].max_positions())
+    room = longest - len(prompt)
+    if room < 1:
+        raise UserError(
+            f"{which} has {len(prompt):,} tokens, and the model takes {longest - 1:,}: shorten it"
+        )
+    if settings.max_tokens is None:
+        return min(DEFAULT_TOKENS, room)
+    if settings.max_tokens > room:
+        raise UserError(
+            f"{spell('max_tokens')} {settings.max_tokens}: {which} has {len(prompt):,} tokens, "
+            f"which leaves {room:,} of the model's {longest:,}: lower it, or shorten the prompt"
+        )
+    return settings.max_tokens
+
+
+def _no_text(lm: Any) -> Set[int]:
+    """Tokens that are no text: <s>, <pad>, what fills the dictionary up, and <unk> of a tokenizer,
+    which can spell everything."""
+    dictionary = lm.tgt_dict
+    found = {dictionary.bos(), dictionary.pad()}
+    if lm.bpe is not None:
+        found.add(dictionary.unk())
+    return found | {i for i, word in enumerate(dictionary.symbols) if word.startswith("madeupword")}
+
+
+class _Writer:
+    """The text of a prompt's new tokens, and where it ends."""
+
+    def __init__(
+        self, lm: Any, prompt: str, stop: Sequence[str], stream: Optional[Stream] = None
+    ) -> None:
+        self._lm = lm
+        self._eos = lm.tgt_dict.eos()
+        self.prompt = tuple(lm.encode(prompt).tolist()[:-1])
+        # words are joined by spaces, also to the last of the prompt's; lines stand for themselves
+        line = self.prompt[::-1]
+        length = line.index(self._eos) if self._eos in line else len(line)
+        self._line = self.prompt[len(self.prompt) - length :]
+        self._before = len(self._decode(()))
+        self._stop = stop
+        self._stream = stream
+        self._shown = ""
+
+    def ends(self, new: Sequence[int]) -> bool:
+        """Whether new tokens hold a text to stop at; what is sure of them is shown."""
+        if not self._stop and self._stream is None:
+            return False
+        whole = self._decode(new)[self._before :]
+        text = self._cut(whole)
+        if self._stream is not None:
+            self.show(text, final=len(text) < len(whole))
+        return len(text) < len(whole)
+
+    def text(self, new: Sequence[int]) -> str:
+        return self._cut(self._decode(new)[self._before :])
+
+    def show(self, text: str, final: bool) -> None:
+        """Hand on what is new of a text; unless it is final, without what may become another
+        character or a text to stop at."""
+        if not final:
+            text = text.rstrip(_INCOMPLETE)
+            text = text[: len(text) - max((_overlap(text, s) for s in self._stop), default=0)]
+        if self._stream is not None and len(text) > len(self._shown):
+            self._stream(text[len(self._shown) :])
+            self._shown = text
+
+    def _decode(self, new: Sequence[int]) -> str:
+        return self._lm.decode([*self._line, *new, self._eos])
+
+    def _cut(self, text: str) -> str:
+        places = [text.find(stop) for stop in self._stop]
+        return text[: min([place for place in places if place >= 0], default=len(text))]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of a text begin `stop`."""
+    lengths = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((length for length in lengths if text.endswith(stop[:length])), 0)

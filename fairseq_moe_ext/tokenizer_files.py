@@ -1,0 +1,143 @@
+"""The tokenizer that travels with a model: dict.txt and, for byte-level BPE, encoder.json and
+vocab.bpe.
+
+Training copies these files beside its checkpoints, and `fairseq-moe convert` beside what it writes.
+Every checkpoint has their digests:
+
+    task_state["tokenizer"]   {file: sha256}
+
+so that files of another model are told. Those of a checkpoint that lies alone, or is older, are
+looked for in the data folder that it was trained on, which its settings name.
+"""
+
+import filecmp
+import hashlib
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+from .data_bin import DICTIONARY, TOKENIZER
+from .errors import UserError
+
+KEY = "tokenizer"
+NAMES = (DICTIONARY, *TOKENIZER)
+
+logger = logging.getLogger(__name__)
+
+
+def files_of(data: Path) -> Dict[str, Path]:
+    """The tokenizer's files by name: dict.txt of a data folder, and its BPE, in the folder or, for
+    one of several corpora, in the one above with the same dictionary; {}: there is no dict.txt."""
+    dictionary = data / DICTIONARY
+    if not dictionary.is_file():
+        return {}
+    for folder in (data, data.resolve().parent):
+        above = folder / DICTIONARY
+        found = {name: folder / name for name in TOKENIZER}
+        if not above.is_file() or not all(file.is_file() for file in found.values()):
+            continue
+        if above.read_bytes() == dictionary.read_bytes():
+            return {DICTIONARY: dictionary, **found}
+    return {DICTIONARY: dictionary}
+
+
+def data_of(task: Any) -> Optional[Path]:
+    """The data folder of a task of fairseq; None: it has none."""
+    data = getattr(getattr(task, "args", None) or getattr(task, "cfg", None), "data", None)
+    return Path(data.split(os.pathsep)[0]) if isinstance(data, str) and data else None
+
+
+def digests(data: Path) -> Dict[str, str]:
+    """{file: sha256} of a data folder's tokenizer."""
+    return {n: hashlib.sha256(f.read_bytes()).hexdigest() for n, f in files_of(data).items()}
+
+
+def copy(data: Path, folder: Path) -> None:
+    """Bring a data folder's tokenizer into another folder; files of another model that lie there
+    stay."""
+    for name, file in files_of(data).items():
+        target = folder / name
+        if target.exists():
+            if not filecmp.cmp(file, target, shallow=False):
+                logger.warning(f"{target}: of another model; this one's is {file}")
+            continue
+        temporary = target.with_name(f".{name}.{os.getpid()}.tmp")
+        shutil.copyfile(file, temporary)
+        os.replace(temporary, target)
+
+
+def of_checkpoint(path: Path) -> Optional[Path]:
+    """The folder with the tokenizer of a checkpoint; None: there is none, neither beside it nor
+    where it was trained. Raises UserError where those there are of another model."""
+    state = _saved(path)
+    wanted, other = _digests_in(state), None
+    for folder in [path.parent, *_trained_on(state)]:
+        found = digests(folder)
+        if found and all(found.get(name) == digest for name, digest in wanted.items()):
+            return folder
+        other = other or (folder if found else None)
+    if other is not None:
+        raise _misfit(other, path, wanted)
+    return None
+
+
+def folder_for(path: Path, data: Optional[Path], flag: str = "--data") -> Path:
+    """The folder with a checkpoint's tokenizer: `data`, the value of a flag, or, without it, that
+    which travels with the checkpoint. Raises UserError where there is none."""
+    if data is not None:
+        if not (data / DICTIONARY).is_file():
+            raise UserError(f"{flag} {data}: no {DICTIONARY} in it")
+        return data
+    found = of_checkpoint(path)
+    if found is None:
+        raise UserError(
+            f"{path}: its tokenizer ({', '.join(NAMES)}) is neither beside it nor where it was "
+            f"trained: add {flag} FOLDER, or copy the files there"
+        )
+    return found
+
+
+def check(path: Path, data: Path) -> None:
+    """Raise UserError if a folder's BPE is not the one that a checkpoint has digests of.
+    fingerprint.py judges dict.txt, of which only the order matters."""
+    wanted = {n: digest for n, digest in _digests_in(_saved(path)).items() if n in TOKENIZER}
+    found = digests(data)
+    if any(name in found and found[name] != digest for name, digest in wanted.items()):
+        raise _misfit(data, path, wanted)
+
+
+def _misfit(folder: Path, path: Path, wanted: Dict[str, str]) -> UserError:
+    found = digests(folder)
+    name = next(name for name, digest in wanted.items() if found.get(name) != digest)
+    words = f"sha256 {found[name][:12]}" if name in found else "missing"
+    return UserError(
+        f"{folder / name}: not of the tokenizer of {path} ({words}, the checkpoint says "
+        f"{wanted[name][:12]}): name the folder with its {', '.join(wanted)}"
+    )
+
+
+def _saved(path: Path) -> Dict[str, Any]:
+    """What a checkpoint holds, mapped; nothing of one of the branch, which is several files."""
+    from fairseq_today.torch_today import load_weights_only
+
+    if not path.is_file():
+        return {}
+    state = load_weights_only(str(path), map_location="cpu", mmap=True)
+    return state if isinstance(state, dict) else {}
+
+
+def _digests_in(state: Dict[str, Any]) -> Dict[str, str]:
+    task_state = state.get("task_state")
+    found = task_state.get(KEY) if isinstance(task_state, dict) else None
+    found = found if isinstance(found, dict) else {}
+    return {name: digest for name, digest in found.items() if name in NAMES}
+
+
+def _trained_on(state: Dict[str, Any]) -> List[Path]:
+    """The data folder that a checkpoint's settings name."""
+    task = (state.get("cfg") or {}).get("task") or {}
+    data = task.get("data") if hasattr(task, "get") else getattr(task, "data", None)
+    data = data or getattr(state.get("args"), "data", None)
+    return [Path(data.split(os.pathsep)[0])] if isinstance(data, str) and data else []

@@ -1,0 +1,219 @@
+"""`fairseq-moe generate`: prompts in, text out, and the tokenizer that travels with the model."""
+
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fairseq_moe_ext
+from fairseq_moe_ext import cli, tokenizer_files
+from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
+from fairseq_moe_ext.prepare.command import Options, parse_corpora, prepare
+
+TEXT = "the cat sat on the mat\nand saw a dog\n\n" * 20
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with data/, and two models in moe/ and dense/."""
+    folder = tmp_path_factory.mktemp("generate")
+    (folder / "a.txt").write_text(TEXT)
+    specs = [f"a:{split}={folder / 'a.txt'}" for split in ("train", "valid", "test")]
+    prepare(folder / "data", Options(corpora=parse_corpora(specs, []), train_bpe=280))
+    for name, flags in (("moe", "--moe-freq 2 --moe-expert-count 2"), ("dense", "--moe-freq 0")):
+        line = f"""fairseq-train {folder / "data"} --task mixture_language_modeling --cpu {flags}
+            --user-dir {Path(fairseq_moe_ext.__file__).parent} --arch moe_transformer_lm
+            --decoder-layers 2 --decoder-embed-dim 16 --decoder-ffn-embed-dim 16 --batch-size 4
+            --decoder-attention-heads 2 --tokens-per-sample 32 --lr 0.02 --optimizer adam
+            --criterion moe_cross_entropy --max-update 20 --num-workers 0 --save-dir {folder / name}
+            """
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", line.split())
+            __import__("fairseq_cli.train", fromlist=["cli_main"]).cli_main()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lm(runs):
+    return MoETransformerLanguageModel.from_pretrained(str(runs / "moe"), "checkpoint_last.pt")
+
+
+@pytest.fixture
+def generate(runs, capsys, monkeypatch):
+    """Arguments, and what stdin has -> stdout and stderr."""
+
+    def command(*arguments, stdin=None, status=0, path=runs / "moe" / "checkpoint_last.pt"):
+        source = io.TextIOWrapper(io.BytesIO((stdin or "").encode()))
+        source.isatty = lambda: stdin is None
+        monkeypatch.setattr(sys, "stdin", source)
+        words = ["generate", *([str(path)] if path else []), "--cpu", *map(str, arguments)]
+        assert cli.main(words) == status
+        return capsys.readouterr()
+
+    return command
+
+
+def test_a_prompt_of_any_source(runs, generate, lm, tmp_path):
+    prompt = "the cat\nand"
+    text = prompt + lm.generate(prompt, max_tokens=6) + "\n"
+    (tmp_path / "one.txt").write_text(prompt + "\n")
+    for arguments, stdin in (
+        ((prompt,), None),
+        (("--path", runs / "moe" / "checkpoint_last.pt", "--file", tmp_path / "one.txt"), None),
+        ((), prompt + "\n"),
+        (("--file", "-"), prompt),
+    ):
+        path = {"path": None} if "--path" in arguments else {}
+        out, err = generate(*arguments, "--max-tokens", 6, stdin=stdin, **path)
+        assert out == text
+        assert err.startswith("6 tokens in ") and err.rstrip().endswith("tokens/s")
+    assert generate(prompt, "--max-tokens", 6, "--no-prompt").out == text[len(prompt) :]
+
+
+def test_prompts_of_a_file(generate, lm, tmp_path):
+    prompts = ["the cat", "a\ndog", ""]
+    (tmp_path / "p.txt").write_text("the cat\n%\na\ndog\n%\n")
+    (tmp_path / "p.jsonl").write_text('"the cat"\n{"prompt": "a\\ndog"}\n\n{"text": ""}\n')
+    expected = lm.generate(prompts, max_tokens=5)
+    for name, more in (("p.txt", ["--separator", "%"]), ("p.jsonl", [])):
+        out = tmp_path / f"{name}.json"
+        flags = ("--max-tokens", 5, "--json", out)
+        printed = generate("--file", tmp_path / name, *more, *flags).out
+        found = json.loads(out.read_text())
+        assert [one["prompt"] for one in found] == prompts
+        assert [one["texts"] for one in found] == [[text] for text in expected]
+        assert f"── prompt 2 of 3 ──\na\ndog{expected[1]}\n" in printed
+
+
+def test_samples_are_repeated_by_their_seed(generate, lm):
+    out, err = generate("the", "--n", 2, "--top-p", 0.9, "--max-tokens", 5)
+    seed = err.split("--seed ")[1].strip()
+    same = generate("the", "--n", 2, "--top-p", 0.9, "--max-tokens", 5, "--seed", seed)
+    assert same.out == out and "--seed" not in same.err
+    for text in lm.generate("the", n=2, top_p=0.9, max_tokens=5, seed=int(seed)):
+        assert f"──\nthe{text}\n" in out
+    newline = generate("the", "--stop", r"\n", "--max-tokens", 20).out
+    assert newline == "the" + lm.generate("the", stop="\n", max_tokens=20) + "\n"
+
+
+def test_two_models_side_by_side(runs, generate, lm, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    other = runs / "dense" / "checkpoint_last.pt"
+    out, err = generate("the cat", "--side-by-side", other, "--max-tokens", 12)
+    dense = MoETransformerLanguageModel.from_pretrained(str(other.parent), other.name)
+    rows = [row.partition("│") for row in out.splitlines()]
+    assert all(middle for _, middle, _ in rows) and max(map(len, out.splitlines())) <= 60
+    for model, column in ((lm, 0), (dense, 2)):
+        words = "".join(row[column].strip() for row in rows)
+        whole = "the cat" + model.generate("the cat", max_tokens=12)
+        assert words.replace(" ", "").endswith("".join(whole.split()))
+    assert err.count("12 tokens in") == 2 and str(other) in err
+
+
+def test_a_session_remembers(generate, lm):
+    out, err = generate("-i", "--max-tokens", 4, stdin="the cat\n\na \\\ndog\n/new\nthe\n/quit\n")
+    first = lm.generate("the cat", max_tokens=4)
+    second = lm.generate("the cat" + first, max_tokens=4)
+    so_far = "the cat" + first + second
+    line = ("" if so_far.endswith("\n") else "\n") + "a \ndog"
+    third = lm.generate(so_far + line, max_tokens=4)
+    fresh = lm.generate("the", max_tokens=4)
+    assert out == f"{first}\n{second}\n{third}\n{fresh}\n"
+    assert err.startswith("16 tokens in ")
+
+
+def test_a_session_that_no_longer_fits_loses_its_beginning(generate):
+    out, err = generate("-i", "--max-tokens", 8, stdin="the cat sat\n" * 6)
+    assert out.count("\n") >= 6 and "no longer fit" in err
+
+
+def test_the_tokenizer_travels_with_the_model(runs, generate, tmp_path, capsys):
+    """Beside the checkpoint; of one alone where it was trained; digests tell those of others."""
+    names = set(tokenizer_files.NAMES)
+    moe = runs / "moe"
+    assert all((moe / n).read_bytes() == (runs / "data" / n).read_bytes() for n in names)
+    saved = torch.load(moe / "checkpoint_last.pt", weights_only=True)["task_state"]["tokenizer"]
+    assert saved == tokenizer_files.digests(runs / "data") and saved.keys() == names
+
+    shutil.copy(moe / "checkpoint_last.pt", tmp_path / "alone.pt")
+    expected = generate("the cat", "--max-tokens", 6).out
+    alone = {"path": tmp_path / "alone.pt"}
+    assert generate("the cat", "--max-tokens", 6, **alone).out == expected
+
+    for name in names:
+        shutil.copy(moe / name, tmp_path)
+    (tmp_path / "vocab.bpe").write_text("#version: 0.2\n")
+    assert generate("the cat", "--max-tokens", 6, **alone).out == expected, "that beside is not it"
+    with pytest.raises(UserError, match="vocab.bpe: not of the tokenizer of"):
+        MoETransformerLanguageModel.from_pretrained(str(moe), "checkpoint_last.pt", str(tmp_path))
+
+    (tmp_path / "to").mkdir()
+    assert cli.main(["convert", str(tmp_path / "alone.pt"), str(tmp_path / "to" / "x.pt")]) == 0
+    assert names <= {path.name for path in (tmp_path / "to").iterdir()}
+    capsys.readouterr()
+    assert generate("the cat", "--max-tokens", 6, path=tmp_path / "to" / "x.pt").out == expected
+
+
+def test_an_old_checkpoint_takes_flags(runs, generate, tmp_path):
+    """One without digests, whose data folder is gone."""
+    state = torch.load(runs / "moe" / "checkpoint_last.pt", weights_only=True)
+    del state["task_state"]["tokenizer"]
+    state["cfg"]["task"]["data"] = "/nowhere"
+    torch.save(state, tmp_path / "old.pt")
+    old = {"path": tmp_path / "old.pt"}
+    err = generate("the cat", status=1, **old).err
+    assert "old.pt: its tokenizer (dict.txt, encoder.json, vocab.bpe) is neither" in err
+    expected = generate("the cat", "--max-tokens", 6).out
+    data = runs / "data"
+    assert generate("the cat", "--max-tokens", 6, "--data", data, **old).out == expected
+    (tmp_path / "words").mkdir()
+    shutil.copy(data / "dict.txt", tmp_path / "words")
+    bpe = ("--gpt2-encoder-json", data / "encoder.json", "--gpt2-vocab-bpe", data / "vocab.bpe")
+    flags = ("--max-tokens", 6, "--data", tmp_path / "words", "--bpe", "gpt2", *bpe)
+    assert generate("the cat", *flags, **old).out == expected
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], "there is no prompt: give one, --file FILE"),
+        (["a", "--file", "none.txt"], "--file none.txt: cannot be read"),
+        (["a", "--top-p", "2"], "--top-p 2.0: use a probability"),
+        (["a", "--max-tokens", "99"], "--max-tokens 99: prompt 1 of 1 has 1 tokens, which leaves"),
+        (["a", "--beams", "2", "--temperature", "1"], "--beams 2: a beam search takes"),
+        (["-i", "a"], "--interactive: does not go with a prompt"),
+        (["-i", "--side-by-side", "x.pt"], "does not go with --side-by-side"),
+        (["a", "--side-by-side", "x.pt"], "x.pt: no such checkpoint"),
+        (["a", "--data", "nowhere"], "--data nowhere: no dict.txt in it"),
+        (["a", "--bpe", "gpt2"], "--bpe gpt2: give its files"),
+        (["a", "--gpt2-vocab-bpe", "x"], "go together: give both"),
+        (["a", "--overwrite"], "--overwrite: without --json"),
+        (["a", "--model-overrides", "{"], "not a Python dictionary"),
+        (["a", "--separator", "%"], "--separator: stands between prompts"),
+        (["a", "--json", "no/x.json"], "no folder no"),
+        (["a\udcff"], ": not UTF-8; convert it"),
+        (["木" * 3 + "the " * 40], "and the model takes 31"),
+    ],
+)
+def test_a_mistake_is_one_line(generate, monkeypatch, tmp_path, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    err = generate(*arguments, status=1).err
+    assert err.startswith("error: ") and err.count("\n") == 1 and words in err, err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_are_none(generate, tmp_path):
+    (tmp_path / "x.jsonl").write_text('"a"\n3\n')
+    (tmp_path / "bytes").write_bytes(b"a\xff")
+    folder = {"path": tmp_path}
+    assert "is a folder" in generate("a", status=1, **folder).err
+    missing = {"path": tmp_path / "x.pt"}
+    assert "no such checkpoint" in generate("a", status=1, **missing).err
+    assert "x.jsonl, line 2: no prompt" in generate("-f", tmp_path / "x.jsonl", status=1).err
+    assert "not UTF-8 at byte 1" in generate("-f", tmp_path / "bytes", status=1).err
+    assert "which model?" in generate(status=1, path=None).err

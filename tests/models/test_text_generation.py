@@ -1,0 +1,197 @@
+"""`lm.generate`: text by a search through the cache, against a plain loop without one."""
+
+import math
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fairseq_moe_ext
+from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
+from fairseq_moe_ext.models.next_token import Choice
+from fairseq_moe_ext.prepare.command import Options, parse_corpora, prepare
+
+TEXT = "the cat sat on the mat\nand saw a dog\n\né 木 a cat\n" * 20
+PROMPTS = ["the cat", "", "the\ncat sat on the", "a dog\n", "é"]
+KINDS = {"dense": "--moe-freq 0", "moe": "--moe-freq 2 --moe-expert-count 3"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A prepared corpus, and for each kind a model that is trained a little."""
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "a.txt").write_text(TEXT)
+    specs = [f"a:{split}={folder / 'a.txt'}" for split in ("train", "valid", "test")]
+    prepare(folder / "data", Options(corpora=parse_corpora(specs, []), train_bpe=280))
+    for kind, flags in KINDS.items():
+        line = f"""fairseq-train {folder / "data" / "a"} --task language_modeling --cpu {flags}
+            --user-dir {Path(fairseq_moe_ext.__file__).parent} --arch moe_transformer_lm
+            --decoder-layers 2 --decoder-embed-dim 16 --decoder-ffn-embed-dim 16 --batch-size 4
+            --decoder-attention-heads 2 --tokens-per-sample 32 --lr 0.02 --optimizer adam
+            --criterion moe_cross_entropy --max-update 20 --num-workers 0 --save-dir {folder / kind}
+            """
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", line.split())
+            __import__("fairseq_cli.train", fromlist=["cli_main"]).cli_main()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(folder):
+    return {kind: load(folder / kind) for kind in KINDS}
+
+
+def load(folder, **settings):
+    """In float64, so that rounding in batches decides nothing; with the tokenizer beside it."""
+    return MoETransformerLanguageModel.from_pretrained(
+        str(folder), "checkpoint_last.pt", **settings
+    ).double()
+
+
+def plain_loop(lm, prompt, max_tokens, pick, stop="\0", penalty=1.0, ngram=0):
+    """Whole forward passes, one row at a time; the new text."""
+    tokens = lm.encode(prompt).tolist()[:-1]
+    start = len(tokens)
+    dictionary = lm.tgt_dict
+    for _ in range(max_tokens):
+        with torch.no_grad():
+            logits = lm.models[0](torch.tensor([[2, *tokens]]))[0][0, -1]
+        for token in set(tokens) if penalty != 1 else ():
+            logits[token] *= penalty if logits[token] < 0 else 1 / penalty
+        for i in range(len(tokens) - ngram + 1) if ngram else ():
+            if tokens[i : i + ngram - 1] == tokens[len(tokens) - ngram + 1 :]:
+                logits[tokens[i + ngram - 1]] = -math.inf
+        for token, word in enumerate(dictionary.symbols):
+            if token in (0, 1, 3) or word.startswith("madeupword"):
+                logits[token] = -math.inf
+        tokens.append(pick(logits))
+        if stop in lm.decode([*tokens[start:], 2]):
+            break
+    return lm.decode([*tokens[start:], 2]).split(stop)[0]
+
+
+def greedy(logits):
+    return max(range(len(logits)), key=lambda i: float(logits[i]))
+
+
+def sampler(seed, temperature, top_k, top_p):
+    """Draws by hand, with the generator that generate() documents: one number for each token."""
+    draws = random.Random(f"{seed}/0")
+
+    def pick(logits):
+        probs = (logits / temperature).softmax(0).tolist()
+        order = sorted(range(len(probs)), key=lambda i: -probs[i])[: top_k or None]
+        total = sum(probs[i] for i in order)
+        kept, mass = [], 0.0
+        for i in order:
+            kept.append(i)
+            mass += probs[i] / total
+            if mass >= top_p:
+                break
+        left = draws.random() * sum(probs[i] for i in kept)
+        for i in kept:
+            left -= probs[i]
+            if left < 0:
+                return i
+        return kept[-1]
+
+    return pick
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "settings, loop",
+    [
+        ({}, {}),
+        ({"repetition_penalty": 1.7}, {"penalty": 1.7}),
+        ({"no_repeat_ngram_size": 2}, {"ngram": 2}),
+        ({"no_repeat_ngram_size": 1}, {"ngram": 1}),
+        ({"stop": "\n"}, {"stop": "\n"}),
+        ({"temperature": 0.7, "seed": 3}, {"pick": (3, 0.7, 0, 1.0)}),
+        ({"top_k": 3, "seed": 1}, {"pick": (1, 1.0, 3, 1.0)}),
+        ({"top_k": 9, "top_p": 0.6, "seed": 5}, {"pick": (5, 1.0, 9, 0.6)}),
+    ],
+)
+def test_a_batch_equals_plain_loops(models, kind, settings, loop):
+    """Through newlines, with prompts of all lengths padded on the left."""
+    lm = models[kind]
+    pick = loop.pop("pick", None) if loop else None
+    expected = [
+        plain_loop(lm, prompt, 12, sampler(*pick) if pick else greedy, **loop) for prompt in PROMPTS
+    ]
+    loop.update({"pick": pick} if pick else {})
+    assert lm.generate(PROMPTS, max_tokens=12, **settings) == expected
+    assert [lm.generate(p, max_tokens=12, **settings) for p in PROMPTS] == expected
+    if not settings:
+        assert any("\n" in text for text in expected), "they go on through newlines"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pieces_make_up_the_text(models, kind):
+    for settings in ({}, {"stop": ["sat o", "dog\n"]}, {"temperature": 3.0, "seed": 2}):
+        for prompt in PROMPTS:
+            pieces = []
+            text = models[kind].generate(prompt, max_tokens=20, stream=pieces.append, **settings)
+            assert "".join(pieces) == text
+            assert not any(piece.endswith("\ufffd") for piece in pieces[:-1])
+
+
+def test_texts_of_a_prompt(models):
+    lm = models["moe"]
+    several = lm.generate(PROMPTS[:2], n=3, seed=7, max_tokens=8)
+    assert [len(some) for some in several] == [3, 3] and len(set(several[0])) > 1
+    assert lm.generate(PROMPTS[0], n=3, seed=7, max_tokens=8) == several[0]
+    assert lm.generate(PROMPTS[0], temperature=1, seed=7, max_tokens=8) == several[0][0]
+    best = lm.generate("the", beams=4, n=3, max_tokens=6)
+    assert len(set(best)) == 3 and best[0] == lm.generate("the", beams=4, max_tokens=6)
+    means = [float(lm.score("the" + text)["positional_scores"][-6:].mean()) for text in best]
+    assert means == sorted(means, reverse=True)
+
+
+def test_sampling_has_the_right_frequencies():
+    logits = torch.tensor([1.0, 3.0, -math.inf, 2.0, 2.5])
+    choice, draws = Choice(temperature=2.0, top_k=3), random.Random(1)
+    found = [choice.draw(logits, draws) for _ in range(4000)]
+    expected = (torch.tensor([3.0, 2.5, 2.0]) / 2).softmax(0)
+    for token, share in zip((1, 4, 3), expected):
+        assert found.count(token) / 4000 == pytest.approx(float(share), abs=0.03)
+    assert set(found) == {1, 3, 4}
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"max_tokens": 0}, "max_tokens 0: use a whole number from 1"),
+        ({"max_tokens": 31}, "max_tokens 31: prompt 1 of 1 has 2 tokens, which leaves 30 of"),
+        ({"temperature": -1.0}, "temperature -1.0: use 0"),
+        ({"temperature": math.nan}, "temperature nan: use 0"),
+        ({"top_p": 0.0}, "top_p 0.0: use a probability above 0"),
+        ({"top_k": -1}, "top_k -1: use 0"),
+        ({"top_k": 4, "temperature": 0.0}, "top_k 4: temperature 0 takes the likeliest"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty 0.0: use a number above 0"),
+        ({"no_repeat_ngram_size": -2}, "no_repeat_ngram_size -2: use 0"),
+        ({"beams": 0}, "beams 0: use a whole number from 1"),
+        ({"beams": 2, "temperature": 1.0}, "does not sample"),
+        ({"n": 2, "temperature": 0.0}, "n 2: without sampling"),
+        ({"stop": ""}, "stop: an empty text"),
+        ({"seed": -1}, "seed -1"),
+        ({"top": 1}, "unexpected keyword argument 'top'"),
+        ({"n": 2, "stream": print}, "stream: one prompt"),
+    ],
+)
+def test_mistakes_are_told(models, settings, words):
+    with pytest.raises(UserError, match=words):
+        models["dense"].generate("the cat", **settings)
+
+
+def test_a_prompt_without_room(models):
+    with pytest.raises(UserError, match="prompt 2 of 2 has 40 tokens, and the model takes 31"):
+        models["dense"].generate(["a", "the " * 39 + "a"])
+
+
+def test_experts_on_disk_write_the_same(folder, models):
+    lm = load(folder / "moe", moe_experts_on_disk=True)
+    assert lm.generate(PROMPTS, max_tokens=9) == models["moe"].generate(PROMPTS, max_tokens=9)
