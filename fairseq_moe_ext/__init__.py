@@ -39,7 +39,8 @@ What stock fairseq needs to run on today's Python and PyTorch is beside it, in f
     tokenizer_files.py       the tokenizer that travels with a model
     data_bin_files.py  whether the files of a data-bin are whole
     locks.py       one worker for one output
-    cli.py         the command fairseq-moe
+    cli.py         the command fairseq-moe, behind fairseq_moe_command.py beside the package
+    completion.py  what completes it in a shell
     literals.py    settings that are Python expressions, read as values
     patches/       every function of fairseq that is wrapped, and why
     patch_list.py  the command that prints them

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import sys
 import types
 import warnings
@@ -79,6 +80,8 @@ def quiet_warnings() -> None:
     Breaks: nothing; but some 30 lines of them at every start bury the lines that matter.
     Ends: with the lines of fairseq that are named above.
     """
+    # fairseq/tasks/text_to_speech.py:35 asks everybody to install what two speech tasks use
+    logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)
     if sys.warnoptions:
         return
     for message, module in _KNOWN_WARNINGS:

@@ -64,6 +64,7 @@ ALLOWED = {
         "tokenizer_files",
     },
     "patch_list": {"patches"},
+    "completion": set(),
     "context": set(),
     "data_bin_files": set(),
     "expert_parallel": {"moe.exchange", "moe.scope"},

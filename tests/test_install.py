@@ -74,7 +74,8 @@ def test_the_wheel_holds_the_package_its_configs_and_the_hook_alone(built):
         metadata = wheel.read(next(n for n in names if n.endswith("/METADATA"))).decode()
         entry_points = wheel.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
     tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
-    assert tops == {"fairseq_moe_ext", "fairseq_today", "fairseq_moe_ext_hook.py", HOOK}
+    modules = {"fairseq_moe_command.py", "fairseq_moe_ext_hook.py"}
+    assert tops == {"fairseq_moe_ext", "fairseq_today", *modules, HOOK}
     for package in ("fairseq_moe_ext", "fairseq_today"):
         for path in (ROOT / package).rglob("*.py"):
             assert path.relative_to(ROOT).as_posix() in names
@@ -84,7 +85,7 @@ def test_the_wheel_holds_the_package_its_configs_and_the_hook_alone(built):
     required = re.findall(r"^Requires-Dist: ([\w-]+)", metadata, flags=re.M)
     assert "torch" in required and "hydra-core" in required
     assert "fairseq" not in required  # its own metadata are what new pip refuses
-    assert "fairseq-moe = fairseq_moe_ext.cli:main" in entry_points
+    assert "fairseq-moe = fairseq_moe_command:main" in entry_points
     assert re.search("^License-Expression: MIT$", metadata, flags=re.M)
     # A package index shows the README, where links into the repository lead nowhere.
     links = re.findall(r"\]\(([^)]+)\)", metadata)

@@ -18,19 +18,12 @@ from .laws import HASH, LAWS, S_BASE, Model, number, outside
 TABLE_SIZES = (1e6, 5e6, 15e6, 50e6, 125e6)
 TABLE_EXPERTS = (8, 16, 32, 64, 128, 512)
 
-_EXAMPLES = """examples:
-  fairseq-moe forecast --params 125M --experts 512 --top-k 2 --tokens 300B
-  fairseq-moe forecast --params 5M --experts 64 --tokens 60M --moe-freq 1 --fit out/result.json
-"""
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Effective parameters of a sparse model, the parameters of the dense model with the same "
         "loss, and the training FLOPs it saves, by published scaling laws."
     )
-    parser.epilog = _EXAMPLES
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "--params", type=amount, default=125e6, help="of the dense base (default: 125M)"
     )

@@ -6,6 +6,8 @@ import os
 import sys
 from typing import List
 
+import fairseq_moe_command
+
 from ..errors import OneLineParser, UserError
 from ..expert_parallel import process_rank
 from . import model
@@ -15,6 +17,8 @@ _OTHERS = ("ls", "validate", "-h", "--help")  # lm-eval's commands that load no 
 
 def run(argv: List[str]) -> None:
     """Hand the command line to lm-eval. Raises UserError where it is not installed."""
+    if argv in (["-h"], ["--help"]):
+        print("examples:", *fairseq_moe_command.examples("lm-eval"), sep="\n  ", flush=True)
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(
             "lm-eval is not installed; in the folder of this project: "

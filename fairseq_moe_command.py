@@ -1,0 +1,194 @@
+"""The command `fairseq-moe`, as far as it needs neither torch nor fairseq, which take seconds.
+
+`fairseq_moe_ext.cli` has the rest. This module lies outside of that package, because importing
+anything of it registers its models with fairseq.
+"""
+
+import argparse
+import os
+import re
+import sys
+from typing import Dict, List, NamedTuple, Optional, Tuple, Type
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+PACKAGE = os.path.join(_HERE, "fairseq_moe_ext")
+
+
+class Command(NamedTuple):
+    """A command with its two examples, as a user types them."""
+
+    words: str  # what it does
+    module: str  # of fairseq_moe_ext, with add_arguments(parser) and run(args)
+    examples: Tuple[str, str]
+
+
+LM_EVAL = "lm-eval"
+COMMANDS: Dict[str, Command] = {
+    "prepare": Command(
+        "turn your own text into data-bins",
+        "prepare.command",
+        (
+            'data --corpus docs="docs/*.md" --train-bpe 8000',
+            "data --corpus a=a.jsonl --heldout b=b.txt --gpt2-encoder-json encoder.json "
+            "--gpt2-vocab-bpe vocab.bpe",
+        ),
+    ),
+    "evaluate": Command(
+        "perplexity of a model on many test sets",
+        "evaluation.evaluate_command",
+        (
+            "data --path runs/moe/checkpoint_best.pt",
+            "data --path runs/moe/checkpoint_best.pt --stride 256 --json found.json",
+        ),
+    ),
+    "inspect": Command(
+        "a page on what each expert of a model does",
+        "inspection.command",
+        (
+            "runs/moe/checkpoint_best.pt --data data --text my.txt",
+            "runs/moe/checkpoint_best.pt --data data --twin runs/dense/checkpoint_best.pt "
+            "--log runs/moe/metrics.jsonl --page experts.html",
+        ),
+    ),
+    "generate": Command(
+        "let a model go on with prompts",
+        "generate.command",
+        (
+            'runs/moe/checkpoint_best.pt "Once upon a time"',
+            "runs/moe/checkpoint_best.pt --interactive --temperature 0.8",
+        ),
+    ),
+    "priming": Command(
+        "zero- and few-shot accuracy on the paper's tasks",
+        "priming.command",
+        (
+            "tasks --path runs/moe/checkpoint_best.pt --data data --tasks sst2,copa",
+            "tasks --path runs/moe/checkpoint_best.pt --data data --shots 0,1,4 --draws 5",
+        ),
+    ),
+    "study": Command(
+        "train and compare a dense and a sparse family of models",
+        "study.command",
+        ("study.yaml --dry-run", "study.yaml --jobs 2"),
+    ),
+    "report": Command(
+        "a study's page and figures",
+        "study.page",
+        ("runs/study", "runs/study --png --expert-use use.json"),
+    ),
+    "convert": Command(
+        "checkpoints to other layouts and precisions",
+        "convert.command",
+        (
+            "runs/moe/checkpoint_best.pt small.pt --dtype float16 --weights-only",
+            "dense.pt sparse.pt --upcycle --moe-expert-count 8",
+        ),
+    ),
+    "verify": Command(
+        "whether the files of a checkpoint are undamaged",
+        "convert.verify",
+        ("runs/moe/checkpoint_best.pt", "runs/moe"),
+    ),
+    "cost": Command(
+        "parameters, FLOPs and memory of a model",
+        "evaluation.cost_table",
+        ("--arch moe_lm_15b --world-size 64", "--path runs/moe/checkpoint_best.pt"),
+    ),
+    "forecast": Command(
+        "the compute that sparsity should save, by scaling laws",
+        "forecast.command",
+        (
+            "--params 125M --experts 512 --top-k 2 --tokens 300B",
+            "--params 5M --experts 64 --tokens 60M --moe-freq 1 --fit out/result.json",
+        ),
+    ),
+    "patches": Command(
+        "which functions of fairseq are wrapped, and why", "patch_list", ("", "> patches.txt")
+    ),
+    "completion": Command(
+        "complete commands, flags and files in your shell",
+        "completion",
+        ("bash > ~/.local/share/bash-completion/completions/fairseq-moe", "zsh"),
+    ),
+    LM_EVAL: Command(
+        "run EleutherAI's lm-eval on our models",
+        "priming.lm_eval_command",
+        (
+            "--tasks piqa --model_args path=runs/moe/checkpoint_best.pt,data=data",
+            "ls tasks",
+        ),
+    ),
+}
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """The exit status of a command line."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv in (["user-dir"], ["config-dir"]) or argv[:1] in (["-h"], ["--help"], ["--version"]):
+        parser(argparse.ArgumentParser)[0].parse_args(argv).run(None)
+        return 0
+    from fairseq_moe_ext import cli
+
+    return cli.main(argv)
+
+
+def parser(
+    kind: Type[argparse.ArgumentParser],
+) -> Tuple[argparse.ArgumentParser, Dict[str, argparse.ArgumentParser]]:
+    """The parser of the command, and of each subcommand one without its flags."""
+    whole = kind(
+        prog="fairseq-moe",
+        description="Mixture-of-experts language models for fairseq 0.12.2.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=20),
+        epilog="fairseq-moe COMMAND --help has the flags of a command, and examples.",
+    )
+    whole.add_argument("--version", action="version", version=f"fairseq-moe {version()}")
+    commands = whole.add_subparsers(metavar="COMMAND", required=True)
+    subs = {}
+    for name, words, folder in (
+        ("user-dir", "print the folder for fairseq's --user-dir", lambda: PACKAGE),
+        ("config-dir", "print the folder for fairseq-hydra-train's --config-dir", config_dir),
+    ):
+        sub = commands.add_parser(name, help=words)
+        sub.set_defaults(run=lambda args, folder=folder: print(folder()))
+    for name, command in COMMANDS.items():
+        subs[name] = commands.add_parser(
+            name,
+            help=command.words,
+            epilog="examples:\n" + "\n".join(f"  {line}" for line in examples(name)),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    return whole, subs
+
+
+def examples(name: str) -> List[str]:
+    """The examples of a command, whole."""
+    return [f"fairseq-moe {name} {rest}".strip() for rest in COMMANDS[name].examples]
+
+
+def version() -> str:
+    """Of the installed package; of a checkout that is not installed, of its pyproject.toml."""
+    settings = os.path.join(_HERE, "pyproject.toml")
+    if os.path.isfile(settings):
+        with open(settings, encoding="utf-8") as file:
+            found = re.search(r'^version = "([^"]+)"', file.read(), flags=re.M)
+        return found[1] if found else "unknown"
+    from importlib.metadata import version
+
+    return version("fairseq-moe-ext")
+
+
+def config_dir() -> str:
+    """hydra_conf/: inside the installed package, beside it in a checkout."""
+    for folder in (PACKAGE, _HERE):
+        found = os.path.join(folder, "hydra_conf")
+        if os.path.isdir(found):
+            return found
+    sys.exit(
+        f"error: {PACKAGE}: has no hydra_conf, inside or beside it: install the package again, or "
+        "copy hydra_conf from its source"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

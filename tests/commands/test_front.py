@@ -1,0 +1,90 @@
+"""The command's help, its examples and its completion."""
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import fairseq_moe_command as front
+from fairseq_moe_ext import cli, completion
+
+ROOT = Path(front.__file__).parent
+
+
+def run(*words):
+    """What the command prints, and what it has imported of what takes long."""
+    code = "import sys, fairseq_moe_command as c\ntry: c.main(sys.argv[1:])\nfinally:"
+    code += " print([m for m in ('torch', 'fairseq', 'numpy') if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["user-dir"], ["config-dir"]])
+def test_these_need_neither_torch_nor_fairseq(words):
+    started = time.monotonic()
+    *printed, imported = run(*words)
+    assert time.monotonic() - started < 5, "0.1 s where nothing else runs"
+    assert imported == "[]"
+    expected = {
+        "--help": "usage: fairseq-moe",
+        "--version": "fairseq-moe 0.",
+        "user-dir": str(ROOT / "fairseq_moe_ext"),
+        "config-dir": str(ROOT / "hydra_conf"),
+    }
+    assert printed[0].startswith(expected[words[0]])
+    if words == ["--help"]:
+        assert all(any(line.split()[:1] == [name] for line in printed) for name in front.COMMANDS)
+
+
+@pytest.mark.parametrize("name", front.COMMANDS)
+def test_examples_are_command_lines_that_hold(name, capsys):
+    assert len(front.examples(name)) == 2
+    if name == front.LM_EVAL:
+        return
+    with pytest.raises(SystemExit) as stop:
+        cli.main([name, "--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0
+    for example in front.examples(name):
+        assert example in shown
+        words = shlex.split(example.split(">")[0])[1:]
+        assert cli._parser(name).parse_args(words).run
+
+
+def test_nobody_is_asked_for_tensorboard():
+    import logging
+
+    assert not logging.getLogger("fairseq.tasks.text_to_speech").isEnabledFor(logging.INFO)
+
+
+def test_bash_completes_commands_flags_and_files(tmp_path):
+    lines = completion.script("bash", completion.flags())
+    (tmp_path / "complete.sh").write_text(lines)
+    (tmp_path / "model.pt").write_text("")
+    for typed, expected in (
+        (["ins"], ["inspect"]),
+        (["evaluate", "--sw"], ["--sweep-capacity"]),
+        (["convert", "--mo"], ["--moe-"]),
+        (["verify", "mod"], ["model.pt"]),
+        (["user-dir", "--"], ["--help"]),
+    ):
+        words = " ".join(["fairseq-moe", *typed])
+        code = f"source complete.sh; COMP_WORDS=({words}); COMP_CWORD={len(typed)}; _fairseq_moe;"
+        code += ' printf "%s\\n" "${COMPREPLY[@]}"'
+        done = subprocess.run(["bash", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        found = done.stdout.split()
+        assert found and all(word.startswith(expected[0]) for word in found), (typed, found)
+    assert "bashcompinit" in completion.script("zsh", {"inspect": ["--data"]})
+    fish = completion.script("fish", {"inspect": ["--data"]})
+    assert "-n '__fish_seen_subcommand_from inspect' -l data" in fish
