@@ -162,7 +162,7 @@ class _Loader:
             set_gates(model, dropless=False)
         return on_device(model, self.settings.cpu)
 
-    def context(self, model: torch.nn.Module) -> int:
+    def context(self, model: Any) -> int:
         longest = model.max_positions()
         found = self.settings.context or min(longest, 1024)
         if not 2 <= found <= longest:
@@ -177,7 +177,7 @@ class _Watch:
         self.batch_size = batch_size
 
     def __call__(
-        self, words: str, model: torch.nn.Module, blocks: Sequence[Block], detailed: bool = False
+        self, words: str, model: Any, blocks: Sequence[Block], detailed: bool = False
     ) -> View:
         total = sum(len(block.positions) for block in blocks)
         if not sys.stderr.isatty():
@@ -213,7 +213,7 @@ def _per_set(
     return {name: how(values[of == i]).item() for i, name in enumerate(names) if (of == i).any()}
 
 
-def _layers(model: torch.nn.Module, view: View, seen: Counted, tokens: Tokens) -> List[Layer]:
+def _layers(model: Any, view: View, seen: Counted, tokens: Tokens) -> List[Layer]:
     found = []
     moes = moe_layers(model)
     bar = tqdm(view.layers, desc="experts", unit="layer", leave=False, disable=None)

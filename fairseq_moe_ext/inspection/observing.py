@@ -40,7 +40,7 @@ class View(NamedTuple):
 class _Gate:
     """Looks at one layer's gate."""
 
-    def __init__(self, layer: int, gate: torch.nn.Module, detailed: bool, generator: Any) -> None:
+    def __init__(self, layer: int, gate: Any, detailed: bool, generator: Any) -> None:
         weight = gate.wg.weight.detach().float()  # (E, D)
         drawn = torch.randn(RANDOM, *weight.shape, generator=generator).to(weight.device)
         drawn *= weight.norm(dim=-1, keepdim=True) / drawn.norm(dim=-1, keepdim=True)
@@ -52,7 +52,7 @@ class _Gate:
         self.sampled = 0
         self.handle = gate.register_forward_hook(self._see)
 
-    def _see(self, gate: torch.nn.Module, args: Any, output: Any) -> None:
+    def _see(self, gate: Any, args: Any, output: Any) -> None:
         x, routing = args[0][self.real], output[1]
         probs, experts = routing.probs[self.real].float(), routing.experts[self.real]
         routed, kept = routing.routed[self.real], routing.kept[self.real]
@@ -84,18 +84,30 @@ class _Gate:
 
     def view(self) -> LayerView:
         self.handle.remove()
-        parts = [np.concatenate(part) for part in zip(*self.parts)]
-        return LayerView(self.layer, self.experts, *parts, torch.cat(self.inputs))
+        chosen, probability, kept, random, entropy, candidates = (
+            np.concatenate(part) for part in zip(*self.parts)
+        )
+        return LayerView(
+            self.layer,
+            self.experts,
+            chosen,
+            probability,
+            kept,
+            random,
+            entropy,
+            candidates,
+            torch.cat(self.inputs),
+        )
 
 
-def moe_layers(model: torch.nn.Module) -> Dict[int, torch.nn.Module]:
+def moe_layers(model: Any) -> Dict[int, Any]:
     """Number of a layer, from 0 -> its MoE layer."""
     layers = enumerate(model.decoder.layers)
     return {i: one.moe_layer for i, one in layers if getattr(one, "moe_layer", None) is not None}
 
 
 def observe(
-    model: torch.nn.Module,
+    model: Any,
     blocks: Sequence[Block],
     batch_size: int,
     progress: Callable[[int], Any] = lambda tokens: None,
@@ -128,7 +140,7 @@ def observe(
     return View(np.concatenate(losses), [gate.view() for gate in gates])
 
 
-def _pass(model: torch.nn.Module, tokens: Tensor, gates: Sequence[_Gate]) -> np.ndarray:
+def _pass(model: Any, tokens: Tensor, gates: Sequence[_Gate]) -> np.ndarray:
     """tokens (B, L) -> the losses of all but the first of each row, (B (L - 1),)."""
     tokens = tokens.to(next(model.parameters()).device)
     real = torch.ones_like(tokens, dtype=torch.bool)

@@ -1,6 +1,6 @@
 """What goes together: experts of neighbouring layers, of one layer, of earlier checkpoints."""
 
-from typing import List, Optional, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ def flow(
 
 @torch.no_grad()
 def similarity(
-    moe: torch.nn.Module, view: LayerView, shown: Sequence[int]
+    moe: Any, view: LayerView, shown: Sequence[int]
 ) -> Tuple[List[List[float]], List[List[float]], List[Pair]]:
     """Cosines of the router's rows, mean cosines of the experts' outputs on the same inputs, and
     the pairs with the highest ones: those that are candidates for merging."""
