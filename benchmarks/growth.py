@@ -1,32 +1,35 @@
 """How a training step grows: in tokens, in experts at fixed tokens, in layers, in processes.
 
     python benchmarks/growth.py
+    python benchmarks/growth.py --draw    draw docs/growth_*.svg again, from results/growth.json
 
 Forward and backward of a model whose every second layer is sparse (top-2, dropless), width 256,
-context 256, 8,000 types, float32; one thread, seconds of the processor. Memory is the peak of what
-a step allocates, gradients included. Processes are Gloo's, of one thread each, and share one batch;
-their seconds are the clock's.
+context 256, a vocabulary of 8,000, float32; one thread, seconds of the processor. Memory is the
+peak of what a step allocates, gradients included. The processes are Gloo's, of one thread each, and
+share one batch; their seconds are the clock's.
 Writes results/growth.json and .md, and docs/growth_*.svg with the fitted exponents.
 """
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 import time
 from pathlib import Path
-from typing import Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from measure import in_turn, keep, keep_table, language_model, median, peak_memory
+from measure import RESULTS, in_turn, keep, keep_table, language_model, median, peak_memory
 
 from fairseq_moe_ext.evaluation.figures import Series, line_chart
+from fairseq_moe_ext.files import read_json
 from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-CONTEXT, TYPES = 256, 8000
+CONTEXT, VOCABULARY = 256, 8000
 BASE = {"tokens": 1024, "experts": 8, "layers": 4}
 SWEEPS = {
     "tokens": [512, 1024, 2048, 4096],
@@ -40,7 +43,7 @@ ROUNDS = 3
 def build(experts: int, layers: int) -> MoETransformerLanguageModel:
     torch.manual_seed(0)
     return language_model(
-        TYPES,
+        VOCABULARY,
         decoder_layers=layers,
         decoder_embed_dim=256,
         decoder_ffn_embed_dim=1024,
@@ -57,7 +60,7 @@ def build(experts: int, layers: int) -> MoETransformerLanguageModel:
 
 def step(model: MoETransformerLanguageModel, tokens: int) -> Callable[[], None]:
     """Forward and backward of a batch of random tokens."""
-    words = torch.randint(4, TYPES, (tokens // CONTEXT, CONTEXT + 1))
+    words = torch.randint(4, VOCABULARY, (tokens // CONTEXT, CONTEXT + 1))
 
     def run() -> None:
         model.zero_grad(set_to_none=True)
@@ -67,15 +70,23 @@ def step(model: MoETransformerLanguageModel, tokens: int) -> Callable[[], None]:
     return run
 
 
-def sweep(kind: str, values: List[int]) -> Dict[int, Tuple[float, float]]:
-    """Seconds and MB of a step for each value."""
+def sweep(kind: str, values: List[int]) -> Dict[int, Dict[str, float]]:
+    """Seconds (median, least and most over the rounds) and MB of a step for each value."""
     steps = {}
     for value in values:
         size = {**BASE, kind: value}
         model = build(size["experts"], size["layers"])
         steps[str(value)] = step(model, size["tokens"])
     seconds = in_turn(steps, ROUNDS, warmup=1, clock=time.process_time)
-    return {int(v): (median(seconds[v]), peak_memory(run) / 1e6) for v, run in steps.items()}
+    return {
+        int(value): {**over_rounds(seconds[value]), "mb": round(peak_memory(run) / 1e6, 1)}
+        for value, run in steps.items()
+    }
+
+
+def over_rounds(seconds: List[float]) -> Dict[str, float]:
+    ends = {"least": min(seconds), "most": max(seconds)}
+    return {k: round(v, 4) for k, v in {"seconds": median(seconds), **ends}.items()}
 
 
 def exponent(points: Dict[int, float]) -> float:
@@ -100,50 +111,62 @@ def _process(rank: int, processes: int, store: str, results) -> None:
             steps.append(time.perf_counter() - start)
             exchanges.append(model.decoder.take_traffic()["all_to_all_cpu_time_ms"] / 1e3)
     if rank == 0:
-        results.put((median(steps), sum(exchanges) / sum(steps)))
+        share = round(sum(exchanges) / sum(steps), 3)
+        results.put({**over_rounds(steps), "exchanges": share})
     dist.destroy_process_group()
 
 
-def spread(processes: int) -> Tuple[float, float]:
-    """Seconds of a step, and the share of them in exchanges, waiting for others included."""
+def divided(processes: int) -> Dict[str, float]:
+    """Seconds of a step as in `sweep`, and the share of them in exchanges, waiting for others
+    included."""
     results = mp.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_process, (processes, f"{folder}/store", results), nprocs=processes)
     return results.get()
 
 
-def draw(kind: str, title: str, y_label: str, points: Dict[int, float]) -> None:
-    chart = line_chart(title, [Series("", list(points.items()), 0)], kind, y_label, zero_line=True)
-    chart.write_svg(DOCS / f"growth_{kind}.svg")
+def draw(rows: Dict[str, Dict[str, Any]]) -> None:
+    """docs/growth_*.svg, from the rows of results/growth.json. Error bars: least and most over the
+    rounds, where the file has them."""
+    for kind in (*SWEEPS, "processes"):
+        found = {
+            int(name.split()[0]): row for name, row in rows.items() if name.endswith(f" {kind}")
+        }
+        title = f"{SHARED_TOKENS} tokens over processes"
+        if kind in SWEEPS:
+            title = f"time ~ {kind}^{next(iter(found.values()))['time_exponent']:.2f}"
+        points = [(value, row["seconds"]) for value, row in found.items()]
+        ends = [(row["least"], row["most"]) if "least" in row else None for row in found.values()]
+        line = Series("", points, 0, ends)
+        chart = line_chart(title, [line], kind, "seconds a step", zero_line=True)
+        chart.write_svg(DOCS / f"growth_{kind}.svg")
 
 
-def main() -> None:
-    torch.set_num_threads(1)
+def measure() -> Dict[str, Dict[str, Any]]:
     rows: Dict[str, Dict[str, float]] = {}
     for kind, values in SWEEPS.items():
         found = sweep(kind, values)
-        seconds = {value: took for value, (took, _) in found.items()}
-        memory = {value: mb for value, (_, mb) in found.items()}
-        time_slope, memory_slope = exponent(seconds), exponent(memory)
-        for value in values:
-            rows[f"{value} {kind}"] = {
-                "seconds": round(seconds[value], 4),
-                "mb": round(memory[value], 1),
-                "time_exponent": round(time_slope, 3),
-                "memory_exponent": round(memory_slope, 3),
-            }
+        slopes = {
+            "time_exponent": exponent({value: row["seconds"] for value, row in found.items()}),
+            "memory_exponent": exponent({value: row["mb"] for value, row in found.items()}),
+        }
+        for value, row in found.items():
+            rows[f"{value} {kind}"] = {**row, **{k: round(v, 3) for k, v in slopes.items()}}
             print(kind, value, rows[f"{value} {kind}"], flush=True)
-        draw(kind, f"time ~ {kind}^{time_slope:.2f}", "seconds a step", seconds)
-    found = {processes: spread(processes) for processes in PROCESSES}
-    for processes, (took, share) in found.items():
-        rows[f"{processes} processes"] = {"seconds": round(took, 4), "exchanges": round(share, 3)}
-    draw(
-        "processes",
-        f"{SHARED_TOKENS} tokens over processes",
-        "seconds a step",
-        {processes: took for processes, (took, _) in found.items()},
-    )
-    rows = keep("growth", rows)
+    for processes in PROCESSES:
+        rows[f"{processes} processes"] = divided(processes)
+    return keep("growth", rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--draw", action="store_true", help="measure nothing, draw again")
+    if parser.parse_args().draw:
+        draw(read_json(RESULTS / "growth.json")["rows"])
+        return
+    torch.set_num_threads(1)
+    rows = measure()
+    draw(rows)
     names = ["seconds", "mb", "time_exponent", "memory_exponent", "exchanges"]
     keep_table(
         "growth",

@@ -1,6 +1,6 @@
 """Token ids to the .bin and .idx of fairseq's mmap format, in bounded memory.
 
-The format is that of MMapIndexedDatasetBuilder (fairseq/data/indexed_dataset.py:385-531@0.12.2),
+The format is that of MMapIndexedDatasetBuilder (fairseq/data/indexed_dataset.py:391-590@0.12.2),
 and a test compares the bytes with what that class writes. We do not use that class because it needs
 torch, one call per line of text, and all lines' sizes as Python integers in memory.
 """

@@ -15,7 +15,7 @@ class Measurement(NamedTuple):
 def measurement(line: str) -> Optional[Measurement]:
     """Of any other line, None.
 
-    Such a line is "time | INFO | tag | {json}" (fairseq/logging/progress_bar.py:151@0.12.2).
+    Such a line is "time | INFO | tag | {json}" (fairseq/logging/progress_bar.py:217@0.12.2).
     """
     parts = line.split(" | ", 3)
     if len(parts) != 4 or not parts[3].startswith("{"):
