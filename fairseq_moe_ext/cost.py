@@ -61,6 +61,13 @@ def training_flops_per_token(shape: Shape, context: int, recompute: bool = False
     return float((4 if recompute else 3) * layers + 3 * output)
 
 
+def twin_difference(shape: Shape, context: int) -> float:
+    """Training FLOPs per token of a dense twin beyond those of its sparse model: 0 where widths are
+    whole numbers in all, else less than those of half a unit of width."""
+    sparse = shape._replace(dense_twin=False)
+    return training_flops_per_token(shape, context) - training_flops_per_token(sparse, context)
+
+
 # Bytes of a parameter as stock fairseq 0.12.2 keeps it: the copy that the model computes with, the
 # optimizer's float32 copy beside it, and the gradients of both. --fp16 and --bf16 keep a flat
 # float32 copy of parameters and gradients (optim/fp16_optimizer.py), the memory-efficient kinds

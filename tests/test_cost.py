@@ -11,7 +11,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fairseq_moe_ext import cli
-from fairseq_moe_ext.cost import memory_per_device, parameters, training_flops_per_token
+from fairseq_moe_ext.cost import (
+    memory_per_device,
+    parameters,
+    training_flops_per_token,
+    twin_difference,
+)
 from fairseq_moe_ext.evaluation import cost_table, paper
 from fairseq_moe_ext.shape import Shape, shape_of
 
@@ -171,6 +176,9 @@ def test_the_twin_s_layers_share_what_a_width_leaves_over():
     assert [layer.fc1.out_features for layer in layers] == shape.dense_widths
     dense, sparse = shape, shape._replace(dense_twin=False)
     assert training_flops_per_token(dense, 9) == training_flops_per_token(sparse, 9)
+    # of an odd number of layers half a unit of width is left: 2 matrices, 2 D FLOPs, 3 passes
+    odd = shape._replace(layers=14)
+    assert twin_difference(odd, 9) == 0.5 * 3 * 2 * 2 * 16 and twin_difference(shape, 9) == 0
 
 
 def test_the_old_twin_is_the_special_case():

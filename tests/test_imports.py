@@ -96,6 +96,7 @@ ALLOWED = {
         "shape",
     },
     "models": {
+        "cost",
         "config",
         "config_checks",
         "data_bin",

@@ -169,6 +169,12 @@ def test_commands_on_a_trained_model(trained):
     assert output.count("experts a sparse layer") == 4
     assert len(list((trained / "sharded" / "experts").glob("*.pt"))) == 4
 
+    output = script(trained, "docs/experts.md")
+    assert output.count("done training") == 2
+    assert "dense twin: layers 1 have networks of width 480" in output
+    for active in ("1,28", "2,82", "13,68"):  # millions; the first digits
+        assert re.search(rf"parameters, active +{active}", output), active
+
     assert len(re.findall(r"loops?, best of", script(trained, "docs/performance.md"))) == 2
     assert "GPT-3 175B" in script(trained, "docs/study.md", "Cost")
     output = script(trained, "docs/evaluate.md", "Many sets at once")
@@ -224,6 +230,7 @@ RUN = {"README.md", "examples/add_a_router/README.md", "examples/quickstart/READ
     for name in (
         "convert",
         "evaluate",
+        "experts",
         "finetuning",
         "forecast",
         "generate",

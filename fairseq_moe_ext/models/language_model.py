@@ -18,9 +18,11 @@ from torch.utils.checkpoint import checkpoint
 from .. import fully_sharded
 from ..config import MoETransformerLMConfig
 from ..config_checks import validate
+from ..cost import twin_difference
 from ..errors import DAMAGED, UserError
 from ..expert_parallel import mark_experts, replica_count
 from ..kernels.linear_cross_entropy import linear_cross_entropy
+from ..shape import shape_of
 from .decoder import MoETransformerDecoder, too_few_positions
 from .hub import LanguageModelHub, find_tokenizer, own_data
 from .token_scores import in_chunks, log_probs
@@ -54,6 +56,14 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
         learned = cfg.max_target_positions or cfg.tokens_per_sample
         if cfg.decoder_learned_pos and longest > learned == cfg.tokens_per_sample:
             raise too_few_positions(longest, learned)
+        shape = shape_of(cfg, len(task.source_dictionary))
+        if shape.dense_twin:
+            widths = sorted({shape.dense_widths[layer] for layer in shape.picked})
+            logger.info(
+                f"dense twin: layers {', '.join(map(str, shape.picked))} have networks of width "
+                f"{', '.join(map(str, widths))}; training FLOPs per token beyond the sparse "
+                f"model's: {twin_difference(shape, cfg.tokens_per_sample):.4g}"
+            )
         fully_sharded.prepare(cfg)
         with unfilled_where_loaded():
             model = cls(MoETransformerDecoder(cfg, task.source_dictionary))
