@@ -116,11 +116,6 @@ def _validate_kinds_of_experts(cfg: MoETransformerLMConfig) -> None:
             f"--moe-latent-dim {cfg.moe_latent_dim} is wider than the model, --decoder-embed-dim "
             f"{cfg.decoder_embed_dim}: use less"
         )
-    if cfg.moe_null_experts and cfg.moe_router != "topk":
-        raise UserError(
-            f"--moe-null-experts {cfg.moe_null_experts} with --moe-router {cfg.moe_router}: null "
-            "experts are for the router topk; use that, or remove them"
-        )
 
 
 def _validate_shape(cfg: MoETransformerLMConfig) -> None:

@@ -36,7 +36,8 @@ def parameters(shape: Shape) -> Parameters:
     ffns = sum(_ffn_parameters(s, width) for width in s.dense_widths if width is not None)
     if s.shared_ffn_dim:
         ffns += sparse * _ffn_parameters(s, s.shared_ffn_dim)
-    gates = sparse * s.dim * (s.experts + (s.null_experts > 0))  # null experts have one logit
+    # null experts share a logit
+    gates = sparse * s.dim * (s.experts + (s.null_experts > 0)) if s.gates else 0
     latent = sparse * 2 * s.dim * s.latent_dim
     layers = s.layers * (attention + 2 * norm) + ffns + gates + latent
     shared = embeddings + layers + s.norms * norm

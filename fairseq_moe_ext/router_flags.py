@@ -116,12 +116,14 @@ _OF_SOME = {
     "moe_gating_fp32_product": "fp32_product",
     "moe_input_jitter": "input_jitter",
     "moe_threshold_decay": "threshold_decay",
+    "moe_null_experts": "null_experts",
     "moe_base_evaluation": "balanced_evaluation",
 }
 _DEFAULTS: Dict[str, Any] = {
     **{name: kind.default for name, kind in RouterFlags.__dataclass_fields__.items()},
     "moe_normalize_gate_prob_before_dropping": False,
     "moe_batch_prioritized_routing": False,
+    "moe_null_experts": 0,
 }
 CHOICES = {
     "moe_score": SCORES.__members__,
@@ -165,6 +167,7 @@ def gate_settings(cfg: Any) -> GateSettings:
         fom=cfg.moe_fom,
         threshold_decay=cfg.moe_threshold_decay,
         balanced_evaluation=str(cfg.moe_base_evaluation) == "balanced",
+        null_experts=cfg.moe_null_experts,
     )
 
 
@@ -217,6 +220,11 @@ def _validate_weights(cfg: Any) -> None:
 
 def _validate_groups(cfg: Any) -> None:
     groups, top = cfg.moe_groups, cfg.moe_top_groups
+    if groups > 1 and cfg.moe_null_experts:
+        raise UserError(
+            f"--moe-groups {groups} with --moe-null-experts {cfg.moe_null_experts}: null experts "
+            "are of no group; remove one of them"
+        )
     try:
         check_groups(top_k(cfg), cfg.moe_expert_count, groups, top)
     except ValueError as error:

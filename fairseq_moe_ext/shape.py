@@ -10,6 +10,7 @@ from typing import Any, List, Mapping, NamedTuple, Optional, Tuple
 
 from .errors import UserError
 from .moe.activations import GATED
+from .moe.router import ROUTERS
 from .router_flags import top_k
 
 
@@ -34,6 +35,7 @@ class Shape(NamedTuple):
     null_experts: int = 0
     latent_dim: int = 0  # width of what experts compute on; 0: dim
     gated: bool = False  # three matrices a network instead of two
+    gates: bool = True  # routers have a linear layer that is trained
     dense_twin: bool = False  # picked layers are dense, with the FLOPs that they would have sparse
 
     @property
@@ -126,8 +128,14 @@ def shape_of(settings: Any, types: int = 0) -> Shape:
         null_experts=s.get("moe_null_experts") or 0,
         latent_dim=s.get("moe_latent_dim") or 0,
         gated=str(s.get("activation_fn")) in GATED,
+        gates=_has_gate(s.get("moe_router") or "topk"),
         dense_twin=bool(s.get("moe_dense_twin")),
     )
+
+
+def _has_gate(router: str) -> bool:
+    known = ROUTERS.get(router)
+    return known is None or known.learned
 
 
 def _learned_positions(settings: Mapping[str, Any]) -> int:

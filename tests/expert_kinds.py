@@ -15,7 +15,8 @@ DIM, FFN, EXPERTS, TOKENS = 6, 5, 4, 22
 ACTIVATIONS = {"gelu": torch.nn.functional.gelu, **GATED}
 SHARED = (0, 7)  # hidden width of the shared experts together
 LATENT = (0, 3)
-KINDS = list(itertools.product(ACTIVATIONS, SHARED, LATENT))
+NULL = (0, 1, 3)
+KINDS = list(itertools.product(ACTIVATIONS, SHARED, LATENT, NULL))
 
 
 def gelu(x):
@@ -37,7 +38,10 @@ def network(row, w1, b1, w2, b2, activation):
 
 def layer_by_loop(x, p, activation, **routing):
     """x (T, D), p the layer's parameters by name -> reference.Output."""
-    logits = torch.stack([p["gate.wg.weight"] @ row for row in x])
+    gate = p["gate.wg.weight"]
+    if routing.get("null"):  # they share the last row
+        gate = torch.stack([*gate[:-1], *[gate[-1]] * routing["null"]])
+    logits = torch.stack([gate @ row for row in x])
     routes = reference.route(logits, **routing)
     stacks = [p[f"experts.{name}"] for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")]
     rows = []
@@ -63,11 +67,14 @@ def layer_by_loop(x, p, activation, **routing):
     )
 
 
-def build(activation, shared, latent, top_k=2, **options):
+def build(activation, shared, latent, null=0, top_k=2, **options):
     """A layer of this kind in float64, of the same numbers every time."""
     torch.manual_seed(5)
     settings = GateSettings(
-        top_k=top_k, second_expert_policy="all", capacity_factor=options.pop("factor", 1.0)
+        top_k=top_k,
+        second_expert_policy="all",
+        capacity_factor=options.pop("factor", 1.0),
+        null_experts=null,
     )
     return MoELayer.build(
         DIM,

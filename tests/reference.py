@@ -28,15 +28,17 @@ class Choice(NamedTuple):
 
     expert: int
     weight: Tensor  # () factor of the expert's output; 0 where the token is not sent or is dropped
-    routed: bool  # sent to the expert: not padding, not sampled away
+    routed: bool  # sent to the expert: not padding, not sampled away, not to a null expert
     slot: int  # place in the expert's queue, from 0; -1 where not routed
     kept: bool  # routed and slot < capacity
+    chosen: bool  # routed, or would be if the expert were not null
 
 
 class Routes(NamedTuple):
     probs: list[Tensor]  # T rows of (E,)
     choices: list[list[Choice]]  # T rows of K
     counts: list[bool]  # T: whether losses and statistics count the token
+    null: int  # the last so many experts compute nothing
 
 
 class Output(NamedTuple):
@@ -81,13 +83,15 @@ def route(
     normalize_before_dropping: bool = False,
     batch_prioritized: bool = False,
     noise: Optional[Tensor] = None,
+    null: int = 0,
 ) -> Routes:
     """Choose experts, weights and slots for every token.
 
     logits (T, E). capacity None drops nothing. count_padding is the branch's rule: padding is sent
     nowhere, and counts in losses and statistics all the same. bias (E,) is added to the scores for
     the choice alone. noise is (T, E) Gumbel numbers for
-    the policy "sampling" and (T,) uniform numbers for "random".
+    the policy "sampling" and (T,) uniform numbers for "random". The last `null` experts compute
+    nothing; a choice of one stands in its queue, and is neither routed nor kept.
     """
     tokens, experts = logits.shape
     padding = [False] * tokens if padding_mask is None else [bool(p) for p in padding_mask]
@@ -142,6 +146,8 @@ def route(
     # 3. drop what stands beyond the capacity, and settle the weights
     choices: list[list[Choice]] = []
     for t in range(tokens):
+        chosen = routed[t]
+        routed[t] = [sent and e < experts - null for sent, e in zip(chosen, wanted[t])]
         kept = [routed[t][k] and (capacity is None or slots[t][k] < capacity) for k in range(top_k)]
         final = [weights[t][k] if kept[k] else zero for k in range(top_k)]
         if top_k > 1 and not normalize_before_dropping:
@@ -149,19 +155,19 @@ def route(
             final = [weight / total for weight in final]
         choices.append(
             [
-                Choice(wanted[t][k], final[k], routed[t][k], slots[t][k], kept[k])
+                Choice(wanted[t][k], final[k], routed[t][k], slots[t][k], kept[k], chosen[k])
                 for k in range(top_k)
             ]
         )
-    return Routes(probs, choices, [count_padding or not p for p in padding])
+    return Routes(probs, choices, [count_padding or not p for p in padding], null)
 
 
 def balance_loss(routes: Routes) -> Tensor:
     """E^2 * mean over experts of (mean gate) * (share of tokens whose first choice it is).
 
-    With more than two choices a token, the share is of all choices. Shares are those before
-    dropping. Tokens that do not count are as if they were not there;
-    padding that does counts in the mean gate and in the number of tokens, and not as a first
+    With more than two choices a token, or null experts, the share is of all choices. Shares are
+    those before dropping. Tokens that do not count are as if they were not there; padding that does
+    counts in the mean gate and in the number of tokens, and not as a first
     choice.
     """
     experts = len(routes.probs[0])
@@ -170,10 +176,10 @@ def balance_loss(routes: Routes) -> Tensor:
     loss = 0.0 * routes.probs[0].sum()
     for e in range(experts):
         mean_gate = sum(gates[e] for gates in counted) / tokens
-        if len(routes.choices[0]) <= 2:
+        if len(routes.choices[0]) <= 2 and routes.null == 0:
             share = sum(c[0].routed and c[0].expert == e for c in routes.choices) / tokens
         else:
-            sent = [c.expert for choices in routes.choices for c in choices if c.routed]
+            sent = [c.expert for choices in routes.choices for c in choices if c.chosen]
             share = sent.count(e) / max(len(sent), 1)
         loss = loss + mean_gate * share
     return loss / experts * experts**2
@@ -195,9 +201,10 @@ def statistics(routes: Routes) -> dict[str, float]:
     the largest load over the mean load, of all.
 
     Balance, unused and entropy are of the tokens that count, and count every second choice, also
-    one that the policy "random" sampled away; overflow is a percentage of what was routed.
+    one that the policy "random" sampled away; overflow is a percentage of what was routed. Null
+    experts are left out of all but the entropy, and their share of the choices stands beside.
     """
-    experts = len(routes.probs[0])
+    experts = len(routes.probs[0]) - routes.null
     counted = [t for t, counts in enumerate(routes.counts) if counts]
     tokens = max(len(counted), 1)
     stats = {}
@@ -211,6 +218,9 @@ def statistics(routes: Routes) -> dict[str, float]:
     loads = [sum(choice.expert == e for choice in everything) for e in range(experts)]
     stats["overflow"] = 100 * dropped / max(len(everything), 1)
     stats["load_max"] = max(loads) * experts / max(len(everything), 1)
+    if routes.null:
+        chosen = sum(choice.chosen for choices in routes.choices for choice in choices)
+        stats["null_share"] = 100 * (chosen - len(everything)) / max(chosen, 1)
     group = math.ceil(0.2 * experts)
     for k in range(min(len(routes.choices[0]), 2)):
         name = f"expert{k + 1}"
@@ -219,7 +229,8 @@ def statistics(routes: Routes) -> dict[str, float]:
         stats[f"overflow_{name}"] = 100 * dropped / sent if sent else 0.0
         share = [0.0] * experts  # % of tokens
         for t in counted:
-            share[routes.choices[t][k].expert] += 100 / tokens
+            if routes.choices[t][k].expert < experts:
+                share[routes.choices[t][k].expert] += 100 / tokens
         stats[f"unused_{name}_count"] = share.count(0.0)
         share = sorted(percent + FLOAT32_TINY for percent in share)
         stats[f"{name}_balance_top"] = sum(share[-group:])
@@ -228,12 +239,12 @@ def statistics(routes: Routes) -> dict[str, float]:
 
 
 def expert_counts(routes: Routes) -> list[list[int]]:
-    """How many tokens each choice sends to each expert, before dropping."""
+    """How many tokens each choice sends to each expert, null ones too, before dropping."""
     counts = []
     for k in range(len(routes.choices[0])):
         counts.append([0] * len(routes.probs[0]))
         for choices in routes.choices:
-            counts[k][choices[k].expert] += choices[k].routed
+            counts[k][choices[k].expert] += choices[k].chosen
     return counts
 
 

@@ -81,6 +81,7 @@ def counted_flops(tokens, **flags):
     the CPU's fused attention, so the one is taught and the other put aside.
     """
     model = build_model(types=400, **flags).train()
+    torch.manual_seed(2)
     data = torch.randint(4, 400, (2, *tokens))
 
     def addmm_(own, a, b, **unused):
@@ -129,6 +130,7 @@ KINDS = {
     "latent": {**MOE, "moe_latent_dim": 5},
     "fine": {**MOE, "moe_expert_ffn_dim": 8, "moe_top_k": 4},
     "listed": {**MOE, "moe_layers": "0,3"},
+    "hash": {**MOE, "moe_router": "hash"},
     "first dense": {**MOE, "moe_freq": 1, "moe_first_dense": 1},
     "all": {
         **MOE,
@@ -149,7 +151,7 @@ def test_a_counting_run_of_each_kind(name, recompute):
     context, flags = 16, {**KINDS[name], "moe_dropless": True}
     shape = shape_of(vars(make_config(**flags)), types=400)
     counted = counted_flops((3, context), checkpoint_activations=recompute, **flags)
-    router = 2 * shape.dim * shape.experts * shape.moe_layers
+    router = 2 * shape.dim * shape.experts * shape.moe_layers if shape.gates else 0
     formula = training_flops_per_token(shape, context, recompute)
     if recompute:
         # it stops before what nothing needs, the last product of a dense layer
@@ -164,6 +166,25 @@ def test_a_counting_run_of_each_kind(name, recompute):
     unit = 3 * 2 * (3 if shape.gated else 2) * shape.dim
     whole = (shape.moe_layers * shape.twin_width).denominator == 1
     assert flops == formula if whole else abs(flops - formula) < unit
+
+
+def test_null_experts_spend_what_the_metric_says():
+    """The formula has them in equal use; each choice of one saves an expert's FLOPs."""
+    context, flags = 16, {**MOE, "moe_null_experts": 3, "moe_top_k": 3, "moe_dropless": True}
+    shape = shape_of(vars(make_config(**flags)), types=400)
+    assert shape.used_experts == 2  # of 3, as 6 of 9 experts compute
+    model = build_model(types=400, **flags).train()
+    torch.manual_seed(2)
+    data = torch.randint(4, 400, (2, 3, context))
+    records = model(data[0])[1]["moe"]
+    saved = sum(float(record.stats["null_share"]) / 100 * 3 for record in records)  # a token
+    counted = counted_flops((3, context), **flags)
+    expert, gate = 3 * 4 * shape.dim * shape.expert_width, 3 * 2 * shape.dim * (shape.experts + 1)
+    all_computing = training_flops_per_token(shape._replace(null_experts=0), context)
+    assert 0 < saved < 6
+    assert counted == pytest.approx(all_computing + 2 * gate - saved * expert, rel=1e-12)
+    balanced = training_flops_per_token(shape, context)
+    assert balanced == pytest.approx(all_computing - 2 * expert, rel=1e-12)
 
 
 def test_the_twin_s_layers_share_what_a_width_leaves_over():
@@ -273,6 +294,8 @@ def test_memory_against_what_autograd_keeps(moe, recompute):
         {**MOE, "moe_top_k": 3},
         {"moe_freq": 3, "alternate_decoder_ffn_embed_dim": 48},
         {"activation_fn": "swiglu"},
+        {**MOE, "moe_null_experts": 3},
+        {**MOE, "moe_null_experts": 1, "moe_dense_twin": True},
         *KINDS.values(),
         *({**kind, "moe_dense_twin": True} for kind in KINDS.values()),
     ],

@@ -17,6 +17,7 @@ KINDS = {
     "gated": {"activation_fn": "swiglu"},
     "shared": {"moe_shared_experts": 2, "moe_shared_expert_ffn_dim": 12},
     "latent": {"moe_latent_dim": 5, "moe_expert_ffn_dim": 9, "moe_top_k": 3},
+    "null": {"moe_null_experts": 4, "moe_top_k": 3},
     "listed": {"moe_layers": "0,3"},
     "first dense": {"moe_freq": 1, "moe_first_dense": 2},
     "all": {
@@ -26,6 +27,7 @@ KINDS = {
         "moe_freq": 1,
         "moe_first_dense": 1,
         "moe_top_k": 3,
+        "moe_null_experts": 2,
     },
     "twin": {"moe_dense_twin": True, "activation_fn": "swiglu", "moe_latent_dim": 5},
 }
@@ -33,8 +35,9 @@ KINDS = {
 LINES = {
     "gated": "--activation-fn swiglu --moe-layers 0",
     "shared": "--moe-shared-experts 2 --moe-expert-ffn-dim 5 --moe-freq 1",
+    "null": "--moe-null-experts 3 --moe-router sinkhorn",
     "all": "--activation-fn geglu --moe-shared-experts 1 --moe-latent-dim 6 --moe-top-k 3"
-    " --moe-freq 1 --moe-first-dense 1",
+    " --moe-null-experts 2 --moe-freq 1 --moe-first-dense 1",
 }
 
 
@@ -241,7 +244,8 @@ def test_what_is_frozen_stays(folder, part):
         ({"moe_shared_expert_ffn_dim": 8}, "--moe-shared-expert-ffn-dim 8 without shared experts"),
         ({"moe_latent_dim": 17}, "--moe-latent-dim 17 is wider than the model"),
         ({"moe_latent_dim": 0}, "--moe-latent-dim 0 is out of range"),
-        ({"moe_null_experts": 2, "moe_router": "mine"}, "--moe-null-experts 2 with --moe-router"),
+        ({"moe_null_experts": 2, "moe_router": "hash"}, "no effect with --moe-router hash: remove"),
+        ({"moe_null_experts": 2, "moe_groups": 3, "moe_top_groups": 2}, "are of no group"),
         (
             {"moe_dense_twin": True, "alternate_decoder_ffn_embed_dim": 8},
             "--moe-dense-twin with --alternate-decoder-ffn-embed-dim 8: both say",

@@ -30,7 +30,7 @@ ALLOWED = {
     "config": {"moe.activations", "router_flags"},
     "router_flags": {"moe", "ranges"},
     "config_checks": {"config", "ranges", "router_flags", "shape"},
-    "shape": {"moe.activations", "router_flags"},
+    "shape": {"moe.activations", "moe.router", "router_flags"},
     "ranges": set(),
     "starting": {"ranges"},
     "accuracy": set(),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import ranges
 from ..errors import not_finite
-from ..moe.stats import FIGURES
+from ..moe.stats import FIGURES, NULL_SHARE
 
 _TRAFFIC = ("all_to_all_mb", "all_to_all_cpu_time_ms")
 _LAYER_METRIC = re.compile(r"layer\d+_")
@@ -229,5 +229,5 @@ def log_gates(logging_outputs: List[Dict[str, Any]]) -> None:
         if key in logged:
             metrics.log_scalar(name, total(key) / sample_size, sample_size, round=8)
     for key in logged:
-        if key in FIGURES or key in _TRAFFIC or _LAYER_METRIC.match(key):
+        if key in (*FIGURES, NULL_SHARE, *_TRAFFIC) or _LAYER_METRIC.match(key):
             metrics.log_scalar(key, total(key) / batches, batches, round=3)

@@ -83,8 +83,8 @@ def mutual_information(joint: Any) -> float:
 class Watch:
     """The choices of one layer's gate, and those of random gates on the same inputs."""
 
-    def __init__(self, gate: torch.nn.Module, generator: torch.Generator) -> None:
-        weight = gate.get_parameter("wg.weight").detach().float()  # (E, D)
+    def __init__(self, gate: Any, generator: torch.Generator) -> None:
+        weight = gate.of_every_expert(gate.wg.weight.detach().float())  # (E, D)
         drawn = torch.randn(RANDOM, *weight.shape, generator=generator).to(weight.device)
         drawn *= weight.norm(dim=-1, keepdim=True) / drawn.norm(dim=-1, keepdim=True)
         self.experts = len(weight)

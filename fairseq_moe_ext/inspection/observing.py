@@ -41,7 +41,7 @@ class _Gate:
     """Looks at one layer's gate."""
 
     def __init__(self, layer: int, gate: Any, detailed: bool, generator: Any) -> None:
-        weight = gate.wg.weight.detach().float()  # (E, D)
+        weight = gate.of_every_expert(gate.wg.weight.detach().float())  # (E, D)
         drawn = torch.randn(RANDOM, *weight.shape, generator=generator).to(weight.device)
         drawn *= weight.norm(dim=-1, keepdim=True) / drawn.norm(dim=-1, keepdim=True)
         self.layer, self.experts, self.detailed = layer, len(weight), detailed

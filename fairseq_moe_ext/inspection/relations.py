@@ -51,12 +51,16 @@ def similarity(
 ) -> Tuple[List[List[float]], List[List[float]], List[Pair]]:
     """Cosines of the router's rows, mean cosines of the experts' outputs on the same inputs, and
     the pairs with the highest ones: those that are candidates for merging."""
-    rows = F.normalize(moe.gate.wg.weight.detach().float()[list(shown)], dim=-1)  # (n, D)
+    rows = moe.gate.of_every_expert(moe.gate.wg.weight.detach().float())[list(shown)]  # (n, D)
+    rows = F.normalize(rows, dim=-1)
     routers = (rows @ rows.T).cpu()
-    inputs = view.inputs  # (t, D)
-    counts = [len(inputs) if e in set(shown) else 0 for e in range(view.experts)]
-    outputs = moe.experts(inputs.repeat(len(shown), 1), counts).float()  # (n t, D)
-    outputs = F.normalize(outputs.view(len(shown), len(inputs), -1), dim=-1)
+    inputs = view.inputs if moe.latent is None else moe.latent.down(view.inputs)  # (t, D)
+    computing = view.experts - moe.gate.settings.null_experts  # null experts are like no other
+    counts = [len(inputs) if e in set(shown) else 0 for e in range(computing)]
+    found = moe.experts(inputs.repeat(sum(map(bool, counts)), 1), counts).float()  # (n t, D)
+    outputs = found.new_zeros(len(shown), len(inputs), inputs.size(1))
+    outputs.view(-1, inputs.size(1))[: len(found)] = found
+    outputs = F.normalize(outputs, dim=-1)
     mean = (torch.einsum("atd,btd->ab", outputs, outputs) / len(inputs)).cpu()
     above = torch.triu_indices(len(shown), len(shown), offset=1)
     order = mean[above[0], above[1]].argsort(descending=True, stable=True)[:PAIRS]

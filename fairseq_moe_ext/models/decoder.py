@@ -41,7 +41,7 @@ class LayerRecord(NamedTuple):
     balance_loss: Tensor  # (), differentiable
     z_loss: Tensor  # (), differentiable
     stats: Dict[str, Tensor]  # moe/stats.py
-    expert_counts: Tensor  # (K, E) int64: choices routed to each expert, before dropping
+    expert_counts: Tensor  # (K, E) int64: choices of each expert, null ones too, before dropping
     router_loss: Optional[Tensor]  # (), differentiable: a loss of the router's own, weighted
     observed: Dict[str, Tensor]  # sums over tokens, for TopKRouter.after_update
 

@@ -58,7 +58,7 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
             raise too_few_positions(longest, learned)
         shape = shape_of(cfg, len(task.source_dictionary))
         if shape.dense_twin:
-            widths = sorted({shape.dense_widths[layer] for layer in shape.picked})
+            widths = sorted({shape.dense_widths[layer] or 0 for layer in shape.picked})
             logger.info(
                 f"dense twin: layers {', '.join(map(str, shape.picked))} have networks of width "
                 f"{', '.join(map(str, widths))}; training FLOPs per token beyond the sparse "

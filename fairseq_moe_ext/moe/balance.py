@@ -18,17 +18,19 @@ def balance_loss(routing: Routing, scope: RoutingScope = PROCESS) -> Tensor:
 
     Means are over the tokens in scope that count (`routing.counted`); padding that counts has no
     first choice. With more than two choices per token, the share is of all choices
-    (DeepSeekMoE, arXiv 2401.06066, equation 13). Choices count before dropping. Returns a scalar.
+    (DeepSeekMoE, arXiv 2401.06066, equation 13); so it is with null experts, which a token mostly
+    chooses last. Choices count before dropping. Returns a scalar.
     """
     num_experts = routing.probs.size(1)
     # float32 at least: a count may exceed float16's 65504
     probs = routing.probs.to(torch.promote_types(routing.probs.dtype, torch.float32))
     probs, tokens = counted_rows(probs, routing.counted)
-    chosen = routing.counts[0] if len(routing.counts) <= 2 else routing.counts.sum(dim=0)
+    of_first = len(routing.counts) <= 2 and routing.null_experts == 0
+    chosen = routing.counts[0] if of_first else routing.counts.sum(dim=0)
     summed = torch.cat([probs.sum(dim=0), chosen.to(probs), tokens.to(probs).view(1)])
     prob, chosen, tokens = scope.total(summed).split([num_experts, num_experts, 1])
     tokens = tokens.clamp(min=1)  # without tokens: 0, not 0/0
-    choices = tokens if len(routing.counts) <= 2 else chosen.sum().clamp(min=1)
+    choices = tokens if of_first else chosen.sum().clamp(min=1)
     return (prob / tokens * (chosen / choices)).mean() * num_experts**2
 
 

@@ -26,7 +26,7 @@ class MoEOutput(NamedTuple):
     balance_loss: Tensor  # (), differentiable
     z_loss: Tensor  # (), differentiable
     stats: Dict[str, Tensor]  # see stats.py
-    expert_counts: Tensor  # (K, E) int64: choices routed to each expert, before dropping
+    expert_counts: Tensor  # (K, E) int64: choices of each expert, null ones too, before dropping
     router_loss: Optional[Tensor]  # (), differentiable: a loss of the router's own, weighted
     observed: Dict[str, Tensor]  # sums over tokens, in training, for TopKRouter.after_update
 
@@ -135,7 +135,8 @@ class MoELayer(nn.Module):
         rows = lay_out(routing)
         y = tokens if self.latent is None else self.latent.down(tokens)  # (T, D), or (T, L)
         y = permute(y, rows)  # (N, D)
-        y, arrival = self.exchange.send(y, rows.counts)  # (N', D)
+        counts = rows.counts[: len(rows.counts) - routing.null_experts]
+        y, arrival = self.exchange.send(y, counts)  # (N', D)
         y = self.exchange.send_back(self.experts(y, arrival.counts), arrival)  # (N, D)
         out = unpermute(y, routing.weights.to(y.dtype), rows)  # (T, D)
         if self.latent is not None:

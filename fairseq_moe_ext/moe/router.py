@@ -52,6 +52,7 @@ class GateSettings(NamedTuple):
     fom: float = 0.0  # final output masking: the same for the sum over a token's experts
     threshold_decay: float = 0.99  # threshold: of the moving quantile, per update
     balanced_evaluation: bool = False  # base: assign evenly at evaluation, too
+    null_experts: int = 0  # beside the others; they share a logit and compute nothing
 
     @property
     def normalize(self) -> Optional[str]:
@@ -108,7 +109,7 @@ class TopKRouter(nn.Module):
     # Settings that not every router has and this one heeds; others are refused (router_flags.py).
     heeds: FrozenSet[str] = frozenset(
         "score normalize_before_dropping normalize_weights route_scale groups batch_prioritized"
-        " fp32_product input_jitter".split()
+        " fp32_product input_jitter null_experts".split()
     )
     default_top_k = 2
     causal = True  # in training, without a capacity; at evaluation a router must be
@@ -124,13 +125,15 @@ class TopKRouter(nn.Module):
         self._state_names: Tuple[str, ...] = ()
         settings.check(num_experts)
         self.scope = scope
-        self.dim, self.num_experts = dim, num_experts
+        self.dim = dim
+        self.num_experts = num_experts + settings.null_experts
+        self.num_logits = num_experts + (settings.null_experts > 0)
         self.settings = settings
         self.add_gate()
 
     def add_gate(self) -> None:
         """Make what `logits` needs."""
-        self.wg = nn.Linear(self.dim, self.num_experts, bias=False)
+        self.wg = nn.Linear(self.dim, self.num_logits, bias=False)
 
     def set_token_counts(self, counts: Sequence[int]) -> None:
         """Told once, before the weights are loaded: how often each type of the vocabulary occurs in
@@ -156,15 +159,22 @@ class TopKRouter(nn.Module):
         s = self.settings
         if self.training and s.input_jitter > 0:
             x = x * torch.empty_like(x).uniform_(1 - s.input_jitter, 1 + s.input_jitter)
-        logits = self.logits(x)
+        logits = self.of_every_expert(self.logits(x), dim=1)
         if s.use_fp32:
             logits = logits.to(at_least_float32(logits))
         capacity = None if dropless else self.capacity(len(x), padding_mask)
         routing = self.route_tokens(logits, capacity, padding_mask, token_ids)
         return logits, self._mask_outputs(routing)
 
+    def of_every_expert(self, x: Tensor, dim: int = 0) -> Tensor:
+        """Logits, or rows of the gate, of every expert: the last, of the null experts, repeated."""
+        null = self.settings.null_experts
+        if null < 2:
+            return x
+        return torch.cat([x, *[x.narrow(dim, -1, 1)] * (null - 1)], dim)
+
     def logits(self, x: Tensor) -> Tensor:
-        """x (T, D) -> (T, E)."""
+        """x (T, D) -> (T, E), where all null experts have one."""
         if not self.settings.fp32_product:
             return self.wg(x)
         with torch.autocast(x.device.type, enabled=False):
@@ -200,6 +210,7 @@ class TopKRouter(nn.Module):
             capacity=capacity,
             padding_mask=padding_mask,
             count_padding=s.count_padding,
+            null_experts=s.null_experts,
             scope=self.scope,
         )
 

@@ -38,6 +38,7 @@ class Routing(NamedTuple):
     kept: Tensor  # (T, K) bool: routed, and within the expert's capacity
     counts: Tensor  # (K, E) int64: routed choices of each rank an expert gets, before dropping
     counted: Optional[Tensor] = None  # (T,) bool: tokens that losses and metrics count; None: all
+    null_experts: int = 0  # the last so many of the E experts compute nothing: never `routed`
 
 
 def token_capacity(
@@ -72,6 +73,7 @@ def route(
     capacity: Optional[int] = None,
     padding_mask: Optional[Tensor] = None,
     count_padding: bool = False,
+    null_experts: int = 0,
     noise: Optional[Tensor] = None,
     scope: RoutingScope = PROCESS,
 ) -> Routing:
@@ -99,6 +101,9 @@ def route(
         capacity: slots an expert has; None keeps every choice (dropless).
         padding_mask: (T,) bool, True where a token is padding and is routed nowhere.
         count_padding: count padding in losses and metrics anyway, as in the branch.
+        null_experts: the last so many experts compute nothing. A choice of one counts in `counts`,
+            which balances, and is not routed: with `normalize` "after" it has no part in the
+            weights (Kilian et al., arXiv 2601.15370, section 3).
         noise: (T, E) Gumbel samples for "sampling", (T,) uniform ones for "random"; drawn when
             None.
         scope: the processes whose tokens queue for the same experts, lower ranks first; with
@@ -143,6 +148,7 @@ def route(
         order=scores.amax(dim=-1).argsort(descending=True, stable=True) if prioritized else None,
         capacity=capacity,
         counted=counted_tokens(padding_mask, count_padding),
+        null_experts=null_experts,
         scope=scope,
     )
 
@@ -158,6 +164,7 @@ def send(
     order: Optional[Tensor] = None,
     capacity: Optional[int] = None,
     counted: Optional[Tensor] = None,
+    null_experts: int = 0,
     scope: RoutingScope = PROCESS,
 ) -> Routing:
     """Queue choices at their experts, drop those beyond capacity, and settle the weights.
@@ -167,16 +174,20 @@ def send(
         normalize: divide the weights of a token's kept choices by their sum.
         scale: factor on the weights.
         order: (T,), of the tokens in a queue; None: as they stand.
-        capacity, scope: as `route`.
+        capacity, null_experts, scope: as `route`.
     """
     counts, local_slots, slots = queue(experts, routed, probs.size(1), scope, order)
+    if null_experts:
+        routed = routed & (experts < probs.size(1) - null_experts)
     kept = within(slots, routed, capacity)
     weights = weights * kept
     if normalize:
         weights = normalized(weights)
     if scale != 1:
         weights = weights * scale
-    return Routing(probs, experts, weights, slots, local_slots, routed, kept, counts, counted)
+    return Routing(
+        probs, experts, weights, slots, local_slots, routed, kept, counts, counted, null_experts
+    )
 
 
 def send_ranked(

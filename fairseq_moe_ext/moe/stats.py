@@ -27,6 +27,9 @@ FIGURES = ("entropy_gating", "overflow", "load_max") + tuple(
 )
 
 
+NULL_SHARE = "null_share"  # where there are null experts
+
+
 def routing_stats(routing: Routing, scope: RoutingScope = PROCESS) -> Dict[str, Tensor]:
     """FIGURES of one routing, scalars without gradient, over the tokens in scope that count:
 
@@ -37,6 +40,9 @@ def routing_stats(routing: Routing, scope: RoutingScope = PROCESS) -> Dict[str, 
     - expertK_balance_top, _bottom: percentage of tokens whose K-th choice is among the most, least
       chosen fifth of the experts.
     - unused_expertK_count: experts that are no token's K-th choice.
+
+    With null experts, all of them are of the others alone, and NULL_SHARE is the percentage of
+    choices that fall on null experts, and so of the experts' FLOPs that are not spent.
 
     With one choice per token only the keys of the first exist; with more than two, those of two.
     """
@@ -58,19 +64,26 @@ def routing_stats(routing: Routing, scope: RoutingScope = PROCESS) -> Dict[str, 
         each = k * num_experts
         entropy, tokens, dropped, loads, histogram = sums.split([1, 1, k, each, each])
         tokens = tokens.clamp(min=1)  # without tokens the metrics are 0, not 0/0
-        histogram = histogram.view(k, num_experts)
+        computing = num_experts - routing.null_experts
+        histogram = histogram.view(k, num_experts)[:, :computing]
         # The branch adds float32's smallest normal number to each share; so do we, to reproduce its
         # metrics to the last digit.
         share = 100.0 * histogram / tokens + torch.finfo(torch.float32).tiny
         share = share.sort(dim=1, descending=True).values
-        fifth = max(math.ceil(num_experts * BALANCE_SHARE), 1)
-        load = loads.view(k, num_experts).sum(dim=0)
+        fifth = max(math.ceil(computing * BALANCE_SHARE), 1)
+        loads = loads.view(k, num_experts)
+        everything = loads.sum()
+        loads = loads[:, :computing]
+        load = loads.sum(dim=0)
         stats = {
             "entropy_gating": (entropy / tokens)[0],
             "overflow": 100.0 * dropped.sum() / load.sum().clamp(min=1),
-            "load_max": num_experts * load.max() / load.sum().clamp(min=1),
+            "load_max": computing * load.max() / load.sum().clamp(min=1),
         }
-        routed = loads.view(k, num_experts).sum(dim=1)
+        if routing.null_experts:
+            null = everything - load.sum()
+            stats[NULL_SHARE] = 100.0 * null / everything.clamp(min=1)
+        routed = loads.sum(dim=1)
         for i in range(min(k, 2)):
             name = f"expert{i + 1}"
             stats[f"overflow_{name}"] = 100.0 * dropped[i] / routed[i].clamp(min=1)

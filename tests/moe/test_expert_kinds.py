@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from closeness import assert_near, assert_stats_near
 from expert_kinds import DIM, EXPERTS, FFN, KINDS, build, inputs, layer_by_loop, loss_of
+from torch.utils.flop_counter import FlopCounterMode
 
 from fairseq_moe_ext.kernels.expert_ffn import Weights, by_expert, grouped
 from fairseq_moe_ext.moe.activations import geglu, swiglu
+from fairseq_moe_ext.moe.balance import balance_loss
 from fairseq_moe_ext.moe.experts import FeedForward, plain_expert_ffn
 from fairseq_moe_ext.moe.layer import MoELayer
 from fairseq_moe_ext.moe.router import GateSettings
@@ -25,11 +27,12 @@ def test_layer_equals_the_loop(kind, top_k):
     parameters = dict(layer.named_parameters())
     found = torch.autograd.grad(loss_of(output, weight), [x, *parameters.values()])
 
-    capacity = reference.train_capacity(int((~padding).sum()), EXPERTS, 1.0)
-    options = {"top_k": top_k, "capacity": capacity, "padding_mask": padding}
+    null = kind[-1]
+    capacity = reference.train_capacity(int((~padding).sum()), EXPERTS + null, 1.0)
+    options = {"top_k": top_k, "capacity": capacity, "padding_mask": padding, "null": null}
     truth = layer_by_loop(x, parameters, kind[0], **options)
     expected = torch.autograd.grad(loss_of(truth, weight), [x, *parameters.values()])
-    assert truth.stats["overflow"] > 0
+    assert truth.stats["overflow"] > 0 and (null == 0 or 0 < truth.stats["null_share"] < 100)
     assert_near(output.out, truth.out, 1e-12, "out")
     assert_near(output.balance_loss, truth.balance_loss, 1e-12, "balance loss")
     assert_stats_near(output.stats, truth.stats, 1e-12)
@@ -38,7 +41,7 @@ def test_layer_equals_the_loop(kind, top_k):
         assert_near(mine, true, 1e-11, f"gradient of {name}")
 
 
-@pytest.mark.parametrize("kind", KINDS[:: len(KINDS) // 4], ids=str)
+@pytest.mark.parametrize("kind", KINDS[:: len(KINDS) // 7], ids=str)
 def test_gradients_against_finite_differences(kind):
     layer = build(*kind)
     x, weight, padding = inputs()
@@ -125,3 +128,35 @@ def test_a_token_that_no_expert_takes_gets_the_shared_ones_alone():
         out, shared = layer(x).out, layer.shared(x)
     dropped = (out == shared).all(dim=1)
     assert 0 < int(dropped.sum()) < len(x)
+
+
+def test_null_experts_as_published():
+    """2 real experts, 2 null ones, K = 2: weights are shared among the real choices alone."""
+    layer = build("gelu", 0, 0, 2, factor=9.0)
+    logits = torch.tensor([[3.0, 2.0, 0, 0, 1], [2.0, 0, 0, 0, 1], [1.0, 0, 0, 0, 3]]).double()
+    logits = layer.gate.of_every_expert(logits, dim=1)
+    assert logits.shape == (3, EXPERTS + 2) and torch.equal(logits[:, -1], logits[:, -2])
+    routing = layer.gate.route(logits, None, None)
+    assert routing.experts.tolist() == [[0, 1], [0, 4], [4, 5]]
+    assert routing.kept.tolist() == [[True, True], [True, False], [False, False]]
+    p = logits.softmax(dim=1)
+    first = p[0, 0] / (p[0, 0] + p[0, 1])
+    assert_near(routing.weights, torch.tensor([[first, 1 - first], [1, 0], [0, 0]]).double(), 1e-12)
+    assert routing.counts.sum(dim=0).tolist() == [2, 1, 0, 0, 2, 1]
+    # balanced when a quarter of all choices, not of first ones, is each expert's
+    even = build("gelu", 0, 0, 4, top_k=4, factor=9.0)
+    share = torch.zeros(8, EXPERTS + 4).double()
+    loss = balance_loss(even.gate.route(share, None, None))
+    assert float(loss) == pytest.approx(1.0)
+
+
+def test_rows_that_reach_null_experts_are_not_computed():
+    """Their FLOPs are not spent, which the metric says."""
+    layer = build("gelu", 0, 0, 3, top_k=3, factor=9.0)
+    x, _, _ = inputs()
+    with FlopCounterMode(display=False) as counter:
+        output = layer(x)
+    rows = round(3 * len(x) * (1 - float(output.stats["null_share"]) / 100))
+    assert rows < 3 * len(x)
+    gate = 2 * len(x) * DIM * (EXPERTS + 1)
+    assert counter.get_total_flops() == gate + rows * 4 * DIM * FFN

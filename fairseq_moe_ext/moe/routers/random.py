@@ -25,4 +25,4 @@ class RandomRouter(TopKRouter):
     learned = False
 
     def add_gate(self) -> None:
-        self.wg = FixedLinear(self.dim, self.num_experts)
+        self.wg = FixedLinear(self.dim, self.num_logits)

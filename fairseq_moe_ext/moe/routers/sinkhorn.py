@@ -40,7 +40,9 @@ class SinkhornRouter(TopKRouter):
     """In training a token takes the top_k experts of Sinkhorn's plan for the whole batch, weighted
     by its scores; at evaluation those of its scores. No gradient flows through the plan."""
 
-    heeds = frozenset("score normalize_weights route_scale fp32_product input_jitter".split())
+    heeds = frozenset(
+        "score normalize_weights route_scale fp32_product input_jitter null_experts".split()
+    )
     causal = False
 
     def route(
@@ -63,6 +65,7 @@ class SinkhornRouter(TopKRouter):
             scale=s.route_scale,
             capacity=capacity,
             counted=counted_tokens(padding_mask, s.count_padding),
+            null_experts=s.null_experts,
             scope=self.scope,
         )
 
