@@ -84,6 +84,19 @@ COMMANDS: Dict[str, Command] = {
             "dense.pt sparse.pt --upcycle --moe-expert-count 8",
         ),
     ),
+    "average": Command(
+        "the mean of several checkpoints",
+        "convert.average",
+        (
+            "runs/moe --last 5 --output mean.pt",
+            "a.pt b.pt c.pt --output mean/mean.pt --expert-files 4",
+        ),
+    ),
+    "show": Command(
+        "what a checkpoint is: its model, files and training",
+        "convert.show",
+        ("runs/moe/checkpoint_best.pt", "en_moe_lm_15b/model.pt --json"),
+    ),
     "verify": Command(
         "whether the files of a checkpoint are undamaged",
         "convert.verify",

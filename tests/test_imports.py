@@ -140,6 +140,7 @@ ALLOWED = {
         "branch",
         "checkpoint",
         "config",
+        "cost",
         "expert_parallel",
         "models",
         "router_flags",

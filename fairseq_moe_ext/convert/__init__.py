@@ -1,6 +1,8 @@
 """`fairseq-moe convert`: checkpoints from one layout, number of files or precision to another.
 
 command.py     the flags, and the order of the steps
+average.py     `fairseq-moe average`: the mean of several checkpoints
+show.py        `fairseq-moe show`: what a checkpoint is
 verify.py      `fairseq-moe verify`: whether files are as they were written
 source.py      a checkpoint as one view, whatever its layout, in which nothing is read yet
 readers.py     the layouts that are read: ours, and that of fairseq's moe branch

@@ -105,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Raises UserError for what cannot be converted, with nothing written."""
     _check(args)
-    with _alone(args.dest):
+    with alone(args.dest):
         _refuse_existing(args)  # another convert may have written it since
         _convert(args)
 
@@ -137,20 +137,20 @@ def _convert(args: argparse.Namespace) -> None:
     stale = [path for path in _existing(args) if path not in {job.path for job in jobs}]
     folder = os.path.dirname(args.dest) or "."
     shares = args.to is None and (args.overwrite or args.expert_files is not None)
-    with _experts_alone(folder) if shares else contextlib.nullcontext():
+    with experts_alone(folder) if shares else contextlib.nullcontext():
         pass  # a training is told of before the work
-    _write(jobs, stale, _experts_alone(folder) if shares else contextlib.nullcontext())
+    write(jobs, stale, experts_alone(folder) if shares else contextlib.nullcontext())
     if args.to is None:
-        _bring_tokenizer(args.source, folder)
+        bring_tokenizer(args.source, folder)
     if args.to is None and args.overwrite:
         from fairseq_moe_ext.checkpoint.cleanup import remove_unused_files
 
-        with _experts_alone(folder):
+        with experts_alone(folder):
             remove_unused_files(folder)
     print(_told(args, source, jobs))
 
 
-def _bring_tokenizer(source: str, folder: str) -> None:
+def bring_tokenizer(source: str, folder: str) -> None:
     """Copy the tokenizer that travels with SRC, if there is one, beside DST."""
     data = tokenizer_files.of_checkpoint(Path(source))
     if data is not None:
@@ -226,7 +226,7 @@ def _is_weights(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def _alone(dest: str) -> Iterator[None]:
+def alone(dest: str) -> Iterator[None]:
     """Hold DST against another convert; folders that it needs are made, and go if they stay
     empty."""
     folder = Path(os.path.realpath(dest)).parent
@@ -247,7 +247,7 @@ def _alone(dest: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _experts_alone(folder: str, seconds: float = 5) -> Iterator[None]:
+def experts_alone(folder: str, seconds: float = 5) -> Iterator[None]:
     """Hold a folder, of which checkpoints share the experts' files, against a training into it, and
     for the moment that it takes against other converts."""
     end = time.monotonic() + seconds
@@ -263,12 +263,12 @@ def _experts_alone(folder: str, seconds: float = 5) -> Iterator[None]:
         yield
 
 
-def _write(jobs, stale: List[str], alone: ContextManager) -> None:
+def write(jobs, stale: List[str], lock: ContextManager) -> None:
     """Write all files under temporary names, then rename them; the last, by which the set is found,
     last. What it replaces goes first, so that no mixture of two sets can be read.
 
     Args:
-        alone: entered for the renaming.
+        lock: entered for the renaming.
     """
     from fairseq_moe_ext.checkpoint.writing import sync_folder
     from fairseq_moe_ext.convert.targets import TEMPORARY
@@ -283,7 +283,7 @@ def _write(jobs, stale: List[str], alone: ContextManager) -> None:
                 made.append(job.path + TEMPORARY)
                 job.write(made[-1], bar.update)
         replaced = [job.path for job in jobs[:-1] if os.path.exists(job.path)]
-        with alone:
+        with lock:
             if replaced or stale:
                 for path in [jobs[-1].path, *stale]:
                     with contextlib.suppress(FileNotFoundError):

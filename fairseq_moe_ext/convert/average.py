@@ -1,0 +1,170 @@
+"""`fairseq-moe average`: the mean of several checkpoints' weights, experts in N files too."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from copy import copy
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
+
+from fairseq_moe_ext.errors import UserError
+
+DESCRIPTION = """\
+Average the weights of several checkpoints of one training, shared parameters and experts alike,
+whether the experts are in files of their own or not. (Stock's average_checkpoints.py sees the
+shared ones alone where experts have files.) The optimizer state is left out. Memory stays small.
+"""
+
+# Settings in which averaged models must agree, beside the shapes of their tensors.
+_SAME = (
+    *("activation_fn", "decoder_attention_heads", "moe_router", "moe_top_k", "moe_top1_expert"),
+    *("no_scale_embedding", "share_decoder_input_output_embed", "decoder_learned_pos"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = DESCRIPTION
+    parser.add_argument(
+        "inputs", metavar="CKPT", nargs="+", help="checkpoints, or with --last one folder of them"
+    )
+    parser.add_argument("--output", required=True, metavar="X.pt", help="the checkpoint to write")
+    parser.add_argument(
+        "--last", type=int, metavar="N", help="take the N last checkpoints in the folder, by update"
+    )
+    parser.add_argument(
+        "--expert-files",
+        type=int,
+        metavar="N",
+        help="distribute the experts over N files in experts/ (default: all in the one file)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace X.pt if it exists")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Raises UserError for what cannot be averaged, with nothing written."""
+    from ..checkpoint.cleanup import remove_unused_files
+    from . import command, readers, targets
+
+    paths = _paths(args)
+    folder = os.path.dirname(args.output) or "."
+    if not args.output.endswith(".pt"):
+        raise UserError(f"--output {args.output}: the name of a checkpoint ends in .pt; add it")
+    if args.expert_files is not None and args.expert_files < 1:
+        raise UserError(f"--expert-files {args.expert_files}: use 1 or more")
+    for path in paths:
+        if os.path.realpath(path) == os.path.realpath(args.output):
+            raise UserError(f"--output {args.output}: is also averaged; write to another name")
+    with command.alone(args.output):
+        if os.path.exists(args.output) and not args.overwrite:
+            raise UserError(
+                f"--output {args.output}: exists; choose another name, or add --overwrite"
+            )
+        source = mean_of([readers.open_checkpoint(path, True) for path in paths])
+        jobs = targets.fairseq_jobs(source, args.output, args.expert_files)
+        command.write(jobs, [], command.experts_alone(folder))
+        command.bring_tokenizer(paths[-1], folder)
+        if args.overwrite:
+            with command.experts_alone(folder):
+                remove_unused_files(folder)
+    print(f"{args.output}: the mean of {', '.join(paths)}")
+
+
+def _paths(args: argparse.Namespace) -> List[str]:
+    if args.last is None:
+        found = list(args.inputs)
+        folders = [path for path in found if os.path.isdir(path)]
+        if folders:
+            raise UserError(f"{folders[0]}: a folder; add --last N for its N last checkpoints")
+        if len({os.path.realpath(path) for path in found}) < max(2, len(found)):
+            raise UserError("give two or more different checkpoints, or a folder with --last N")
+        return found
+    if len(args.inputs) != 1 or not os.path.isdir(args.inputs[0]):
+        raise UserError(f"--last {args.last}: goes with one folder of checkpoints; give it")
+    if args.last < 2:
+        raise UserError(f"--last {args.last}: use 2 or more")
+    found = [path for _, path in sorted(_numbered(args.inputs[0]))]
+    if len(found) < args.last:
+        raise UserError(
+            f"--last {args.last}: {args.inputs[0]} has {len(found)} checkpoints with a number "
+            "(--save-interval-updates or one an epoch): give fewer"
+        )
+    return found[-args.last :]
+
+
+def _numbered(folder: str) -> Iterator[Tuple[int, str]]:
+    """Updates and path of each checkpoint that was saved by update; of those saved by epoch, where
+    there are no others, epochs and path."""
+    by_update, by_epoch = [], []
+    for name in os.listdir(folder):
+        found = re.fullmatch(r"checkpoint(?:_\d+_(\d+)|(\d+))\.pt", name)
+        if found:
+            chosen = by_update if found[1] else by_epoch
+            chosen.append((int(found[1] or found[2]), os.path.join(folder, name)))
+    yield from by_update or by_epoch
+
+
+def mean_of(sources: Sequence[Any]) -> Any:
+    """A Source of the mean weights; all else is of the last one. UserError if they are not
+    alike."""
+    last = copy(sources[-1])
+    for other in sources[:-1]:
+        _check_alike(other, last)
+    made: Dict[int, Any] = {}  # tied tensors stay one
+    last.model = {
+        name: _mean(name, [source.model[name] for source in sources], made) for name in last.model
+    }
+    last.optimizer = None
+    return last
+
+
+def _check_alike(one: Any, other: Any) -> None:
+    from .archive import dtype_of
+
+    for name in _SAME:
+        a, b = one.settings.get(name), other.settings.get(name)
+        if a != b:
+            raise UserError(
+                f"{one.path} and {other.path} are of two models: {name} is {a} and {b}; average "
+                "checkpoints of one training"
+            )
+    shapes = [
+        {n: f"{tuple(v.shape)} {str(dtype_of(v))[6:]}" for n, v in source.model.items()}
+        for source in (one, other)
+    ]
+    for name in {**shapes[0], **shapes[1]}:
+        if shapes[0].get(name) != shapes[1].get(name):
+            raise UserError(
+                f"{one.path} and {other.path} are of two models: {name} is "
+                f"{shapes[0].get(name, 'missing')} and {shapes[1].get(name, 'missing')}; average "
+                "checkpoints of one training"
+            )
+    states = [(source.rest.get("task_state") or {}).get("tokenizer") for source in (one, other)]
+    if None not in states and states[0] != states[1]:
+        raise UserError(f"{one.path} and {other.path} are of two tokenizers, which cannot be mixed")
+
+
+def _mean(name: str, values: Sequence[Any], made: Dict[int, Any]) -> Any:
+    """The mean as it is written, summed in float64; of whole numbers, the last."""
+    from torch import Tensor
+
+    from ..moe.experts import TensorPerExpert
+    from .archive import Lazy, dtype_of
+
+    last = values[-1]
+    if not dtype_of(last).is_floating_point or name == "decoder.version":
+        return last
+    if isinstance(last, TensorPerExpert):
+        return TensorPerExpert(_mean(name, parts, made) for parts in zip(*values))
+    key = last.data_ptr() if isinstance(last, Tensor) and last.numel() else id(last)
+    if key not in made:
+        made[key] = Lazy(tuple(last.shape), dtype_of(last), lambda: _pieces(values))
+    return made[key]
+
+
+def _pieces(values: Sequence[Any]) -> Iterator[Any]:
+    from .archive import pieces_of
+
+    for pieces in zip(*map(pieces_of, values)):
+        total = sum(piece.double() for piece in pieces)
+        yield (total / len(pieces)).to(pieces[-1].dtype)

@@ -1,0 +1,154 @@
+"""`fairseq-moe show`: what a checkpoint is: its model, its files, its training."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from typing import Any, Dict, List, Optional
+
+from fairseq_moe_ext.wording import count
+
+# Settings of the training that are told, by group of fairseq's.
+_TRAINING = {
+    "optimization": ("lr", "max_update", "max_epoch", "update_freq", "clip_norm"),
+    "dataset": ("batch_size", "max_tokens"),
+    "task": ("data", "tokens_per_sample"),
+    "common": ("seed", "fp16", "bf16", "memory_efficient_fp16", "memory_efficient_bf16"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "What a checkpoint is: its model, its files, its training, what wrote it."
+    parser.add_argument("path", metavar="CKPT", help="checkpoint, as fairseq-eval-lm's --path")
+    parser.add_argument("--settings", action="store_true", help="print all settings of the model")
+    parser.add_argument("--json", action="store_true", help="print JSON, all settings in it")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Raises UserError for what is no checkpoint of a language model."""
+    found = facts(args.path)
+    if args.json:
+        print(json.dumps(found, indent=1, default=str))
+        return
+    width = max(map(len, found))
+    for name, words in _told(found).items():
+        print(f"{name:{width}}  {words}")
+    if args.settings:
+        for name, value in sorted(found["settings"].items()):
+            print(f"  {name} = {value!r}")
+
+
+def facts(path: str) -> Dict[str, Any]:
+    """All that a checkpoint says of itself; weights stay on disk."""
+    from ..cost import parameters
+    from ..shape import shape_of
+    from .archive import dtype_of
+    from .readers import reader_of
+
+    reader = reader_of(path)
+    source = reader.open(path, True)
+    files = [file for file, _ in reader.files(path)]
+    shape = shape_of(source.settings, source.types)
+    cost = parameters(shape)
+    floats = (dtype_of(value) for value in source.model.values())
+    precisions = {str(dtype)[6:] for dtype in floats if dtype.is_floating_point}
+    return {
+        "path": path,
+        "model": {
+            "layers": shape.layers,
+            "dim": shape.dim,
+            "types": shape.types,
+            "sparse_layers": list(shape.sparse),
+            "experts": shape.experts if shape.sparse else 0,
+            "top_k": shape.top_k if shape.sparse else 0,
+        },
+        "parameters": {"total": cost.total, "shared": cost.shared, "active": cost.active},
+        "precision": sorted(precisions - {"float32"}) or ["float32"],
+        "files": {"count": len(files), "bytes": sum(map(os.path.getsize, files))},
+        "training": _training(source.rest),
+        "written_by": _writer(path, files),
+        "settings": source.settings,
+    }
+
+
+def _training(rest: Dict[str, Any]) -> Dict[str, Any]:
+    history = (rest.get("optimizer_history") or [{}])[-1]
+    extra = rest.get("extra_state") or {}
+    position = extra.get("train_iterator") or {}
+    found = {
+        "updates": history.get("num_updates"),
+        "epoch": position.get("epoch"),
+        "tokens": _tokens(extra, rest),
+        "seconds": extra.get("previous_training_time"),
+        "validation_loss": extra.get("val_loss"),
+        "best": extra.get("best"),
+        "optimizer": history.get("optimizer_name"),
+        "criterion": history.get("criterion_name"),
+        "corpora": (rest.get("task_state") or {}).get("trained_corpora"),
+    }
+    cfg = rest.get("cfg") or {}
+    for group, names in _TRAINING.items():
+        of_group = cfg.get(group) or {}
+        found.update({n: of_group.get(n) for n in names if of_group.get(n) not in (None, False)})
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _tokens(extra: Dict[str, Any], rest: Dict[str, Any]) -> Optional[int]:
+    """Tokens that training has seen: the weight of the mean loss, where each token counts one."""
+    optimization = (rest.get("cfg") or {}).get("optimization") or {}
+    if optimization.get("sentence_avg"):
+        return None
+    for _, name, _, state in (extra.get("metrics") or {}).get("default", ()):
+        if name == "loss":
+            return int(state["count"]) or None
+    return None
+
+
+def _writer(path: str, files: List[str]) -> str:
+    from ..branch.files import find
+
+    if find(path) is not None:
+        return f"fairseq's moe branch, {count(len(files), 'file')}"
+    from fairseq_today.torch_today import load_weights_only
+
+    from ..checkpoint.format import Manifest
+
+    state = load_weights_only(path, map_location="cpu", mmap=True)
+    manifest = Manifest.read(path, state)
+    if manifest is not None:
+        world = count(manifest.world_size, "process").replace("processs", "processes")
+        return f"fairseq_moe_ext {manifest.code}, {world}"
+    known = "tokenizer" in (state.get("task_state") or {})
+    known = known or "dictionary_fingerprint" in (state.get("task_state") or {})
+    return "fairseq_moe_ext" if known else "fairseq, or an older fairseq_moe_ext"
+
+
+def _told(found: Dict[str, Any]) -> Dict[str, str]:
+    model, training, size = found["model"], found["training"], found["parameters"]
+    words = f"{count(model['layers'], 'layer')}, {model['dim']} wide, {model['types']:,} types"
+    if model["experts"]:
+        listed = ", ".join(map(str, model["sparse_layers"]))
+        words += f"; {model['experts']} experts in layers {listed}, top {model['top_k']}"
+    told = {
+        "path": found["path"],
+        "model": words,
+        "parameters": f"{size['total']:,}, of which a token uses {size['active']:,}",
+        "files": f"{count(found['files']['count'], 'file')}, {found['files']['bytes']:,} bytes, "
+        + ", ".join(found["precision"]),
+    }
+    done = [count(training["updates"], "update")] if training.get("updates") else []
+    done += [count(training["tokens"], "token")] if training.get("tokens") else []
+    done += [f"epoch {training['epoch']}"] if training.get("epoch") else []
+    done += [f"{training['seconds']:,.0f} s"] if training.get("seconds") else []
+    if training.get("validation_loss") is not None:
+        done.append(f"validation loss {training['validation_loss']:.4g}")
+    told["training"] = ", ".join(done) or "none"
+    rest = ("updates", "tokens", "epoch", "seconds", "validation_loss")
+    told["with"] = ", ".join(
+        f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+        for name, value in training.items()
+        if name not in rest
+    )
+    told["written by"] = found["written_by"]
+    return {name: words for name, words in told.items() if words}

@@ -1,0 +1,126 @@
+"""`fairseq-moe average` against a plain mean, and `fairseq-moe show`."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from converting import DENSE, MOE, convert, load, logits
+
+from fairseq_moe_ext.cli import main
+
+
+@pytest.fixture
+def saved(run):
+    """flags -> the checkpoints of a run at updates 4, 8 and 12."""
+
+    def of(flags):
+        folder = run(flags)[0].parent
+        return [folder / f"checkpoint_1_{updates}.pt" for updates in (4, 8, 12)]
+
+    return of
+
+
+def average(*arguments):
+    assert main(["average", *map(str, arguments)]) == 0
+
+
+def plain_mean(paths):
+    models = [load(path)["model"] for path in paths]
+    return {
+        name: (sum(m[name].double() for m in models) / len(models)).to(models[0][name].dtype)
+        for name in models[0]
+    }
+
+
+@pytest.mark.parametrize("flags", [MOE, DENSE])
+def test_the_mean_is_that_of_a_plain_loop(saved, tmp_path, flags):
+    paths = saved(flags)
+    average(*paths, "--output", tmp_path / "mean.pt")
+    found, expected = load(tmp_path / "mean.pt"), plain_mean(paths)
+    assert found["model"].keys() == expected.keys()
+    assert all(torch.equal(found["model"][name], expected[name]) for name in expected)
+    assert found["last_optimizer_state"] is None
+    assert found["optimizer_history"] == load(paths[-1])["optimizer_history"]
+
+
+def test_experts_in_files_are_averaged_too(saved, data, tmp_path):
+    """Inputs of 1, 2 and 4 files of experts, and an output of 2: the same mean."""
+    paths = saved(MOE)
+    average(*paths, "--output", tmp_path / "mean.pt")
+    spread = []
+    for number, path in zip((1, 2, 4), paths):
+        spread.append(tmp_path / f"in{number}" / "x.pt")
+        convert(path, spread[-1], "--expert-files", number)
+    average(*spread, "--output", tmp_path / "out" / "mean.pt", "--expert-files", 2)
+    assert len(list((tmp_path / "out" / "experts").glob("*.pt"))) == 2
+    assert torch.equal(
+        logits(tmp_path / "mean.pt", data), logits(tmp_path / "out" / "mean.pt", data)
+    )
+
+
+def test_the_last_ones_of_a_folder(saved, tmp_path, capsys):
+    paths = saved(MOE)
+    average(paths[0].parent, "--last", 2, "--output", tmp_path / "a.pt")
+    average(*paths[1:], "--output", tmp_path / "b.pt")
+    a, b = (load(tmp_path / name)["model"] for name in ("a.pt", "b.pt"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert "checkpoint_1_8.pt, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("{a} --output {t}/m.pt", "give two or more different checkpoints"),
+        ("{a} {a} --output {t}/m.pt", "give two or more different checkpoints"),
+        ("{a} {b} --output {t}/m", "ends in .pt"),
+        ("{a} {b} --output {a}", "is also averaged"),
+        ("{a} {dense} --output {t}/m.pt", "are of two models"),
+        ("{a} {half} --output {t}/m.pt", "are of two models"),
+        ("{a} {t}/none.pt --output {t}/m.pt", "none.pt: there is no such checkpoint"),
+        ("{folder} --output {t}/m.pt", "a folder; add --last N"),
+        ("{folder} --last 9 --output {t}/m.pt", "--last 9: {folder} has 3 checkpoints"),
+        ("{folder} --last 1 --output {t}/m.pt", "--last 1: use 2 or more"),
+        ("{a} {b} --last 2 --output {t}/m.pt", "goes with one folder"),
+        ("{a} {b} --output {t}/m.pt --expert-files 3", "--expert-files 3 does not divide"),
+        ("{a} {b} --output {t}/m.pt --expert-files 0", "--expert-files 0: use 1 or more"),
+        ("{a} {b} --output {there}", "exists; choose another name"),
+    ],
+)
+def test_mistakes_are_one_line(saved, tmp_path, capsys, line, words):
+    a, b, _ = saved(MOE)
+    there = tmp_path / "there.pt"
+    there.write_bytes(b"mine")
+    half = tmp_path / "half.pt"
+    convert(b, half, "--dtype", "float16")
+    before = sorted(tmp_path.rglob("*"))
+    names = dict(
+        a=a, b=b, folder=a.parent, dense=saved(DENSE)[0], half=half, t=tmp_path, there=there
+    )
+    capsys.readouterr()
+    assert main(["average", *line.format(**names).split()]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert words.format(**names) in error
+    assert there.read_bytes() == b"mine" and sorted(tmp_path.rglob("*")) == before
+
+
+def test_show_says_what_a_checkpoint_is(saved, tmp_path, capsys):
+    path = saved(MOE)[1]
+    assert main(["show", str(path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    model = load(path)["model"]
+    tied = {v.data_ptr(): v for k, v in model.items() if not k.endswith(("version", "_tensor"))}
+    assert found["parameters"]["total"] == sum(v.numel() for v in tied.values())
+    assert found["model"]["experts"] == 4 and found["model"]["sparse_layers"] == [1]
+    assert found["training"]["updates"] == 8
+    assert found["training"]["tokens"] == 8 * 64  # 8 rows of 8 tokens an update
+    assert found["files"] == {"count": 1, "bytes": Path(path).stat().st_size}
+    convert(path, tmp_path / "x.pt", "--expert-files", 2, "--dtype", "bfloat16")
+    capsys.readouterr()
+    assert main(["show", str(tmp_path / "x.pt"), "--settings"]) == 0
+    out = capsys.readouterr().out
+    assert "3 files" in out and "bfloat16" in out and "4 experts in layers 1, top 2" in out
+    assert "8 updates, 512 tokens" in out and "moe_expert_count = 4" in out
+    assert main(["show", str(tmp_path / "none.pt")]) == 1
+    assert "there is no such checkpoint" in capsys.readouterr().err
