@@ -90,8 +90,8 @@ PRECISIONS: Dict[str, Precision] = {
     "memory-efficient-bf16": Precision(2, 2, 0, 2),
 }
 
-# Bytes of optimizer state a parameter; Adam's two moments are float32 (optim/adam.py:193@0.12.2),
-# or float16 with --fp16-adam-stats.
+# Bytes of optimizer state per parameter. Adam's two moments are float32, or float16 with
+# --fp16-adam-stats (fairseq/optim/adam.py:193@0.12.2).
 OPTIMIZERS = {"adam": 8, "adam-fp16-stats": 4, "sgd": 0}
 SHARDINGS = ("none", "optimizer", "full")
 

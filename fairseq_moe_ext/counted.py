@@ -3,7 +3,7 @@
 The wrappers that ask for it are in patches/ (eval_lm.py, tasks.py, trainer.py).
 """
 
-from typing import Any, NamedTuple, Sequence
+from typing import Any, NamedTuple, Sequence, Union
 
 import numpy as np
 from fairseq.data import FairseqDataset, TokenBlockDataset
@@ -41,7 +41,7 @@ class Offered(NamedTuple):
     longest: float  # that the model takes
 
 
-def total(sizes: Sequence[int]) -> int:
+def total(sizes: Union[Sequence[int], np.ndarray]) -> int:
     return int(np.sum(sizes, dtype=np.int64))
 
 

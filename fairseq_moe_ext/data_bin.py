@@ -31,7 +31,7 @@ _MAX_NAME = 100  # characters; a file's name has 255 bytes at most, and metrics 
 # (valid/docs): nothing that any of these would read differently.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 # in_domain_ppl and out_of_domain_ppl are the means in the log; a folder called valid1 makes
-# fairseq/data/data_utils.py:577@0.12.2 believe in a forgotten validation set. The others are files
+# fairseq/data/data_utils.py:581@0.12.2 believe in a forgotten validation set. The others are files
 # of the data folder.
 _RESERVED = re.compile(
     r"best|in_domain|out_of_domain|(train|valid*|test)[0-9]*(\..*)?"

@@ -3,7 +3,7 @@
 import argparse
 import difflib
 import re
-from typing import List
+from typing import List, NoReturn
 
 from fairseq_today.errors import UserError as UserError  # one class, with the plugin or without
 
@@ -12,7 +12,7 @@ class NotFinite(UserError):
     """NaN or infinity where a number should be."""
 
 
-# The remedy where a trained model gives NaN or infinity.
+# The remedy if a trained model yields NaN or infinity.
 DAMAGED = "the checkpoint is damaged or its training diverged; use an earlier one"
 
 
@@ -26,15 +26,16 @@ def not_finite(layer: int, training: bool = True) -> NotFinite:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser that tells of a mistake in one line instead of two to forty; its
-    subcommands' parsers do, too."""
+    """An ArgumentParser that reports a mistake in one line instead of two to forty. So do the
+    parsers of its subcommands."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {flag_mistake(self, message)}\n")
 
 
 def flag_mistake(parser: argparse.ArgumentParser, message: str) -> str:
-    """What argparse has against a command line, in one line, with the flag or choice meant."""
+    """argparse's complaint about a command line as one line, with the flag or choice probably
+    meant."""
     message = " ".join(message.split())
     wanted, there = None, []
     refused = re.search(r"invalid choice: '?(.+?)'? \(choose from (.+)\)", message)
@@ -55,9 +56,9 @@ def _commands(parser: argparse.ArgumentParser) -> List[str]:
 
 def _flags(parser: argparse.ArgumentParser) -> List[str]:
     """The flags of a parser and of its subcommands."""
-    found = list(parser._option_string_actions)
+    flags = list(parser._option_string_actions)
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for command in action.choices.values():
-                found += _flags(command)
-    return found
+                flags += _flags(command)
+    return flags

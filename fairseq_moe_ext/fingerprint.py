@@ -26,7 +26,7 @@ from .data_bin import DICTIONARY
 from .errors import UserError
 
 KEY = "dictionary_fingerprint"
-_FILLING = re.compile(r"madeupword\d+")  # fairseq/data/dictionary.py:177
+_FILLING = re.compile(r"madeupword\d+")  # fairseq/data/dictionary.py:195@0.12.2
 
 
 def fingerprint(dictionary: Dictionary, types: Optional[int] = None) -> Dict[str, Any]:
@@ -64,7 +64,7 @@ def check(task: FairseqTask, saved: Optional[Dict[str, Any]], checkpoint: str) -
 
 def note(state: Dict[str, Any], path: str) -> None:
     """A checkpoint was loaded: compare, if a trainer is to go on from it, which leaves the task's
-    state alone (fairseq/trainer.py:449@0.12.2); else leave the file's name for the task."""
+    state alone (fairseq/trainer.py:497@0.12.2); else leave the file's name for the task."""
     task_state = state.get("task_state") or {}
     saved = task_state.get(KEY)
     if saved is not None:

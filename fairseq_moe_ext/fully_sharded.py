@@ -1,12 +1,12 @@
 """Models whose shared parameters are sharded over processes (`--ddp-backend fully_sharded`).
 
 fairscale's FSDP (Rajbhandari et al. 2020, arXiv 1910.02054, stage 3) joins the parameters of a
-wrapped module into one flat tensor, of which each process keeps a piece; the whole is gathered
-when the module computes. Experts have homes of their own (expert_parallel.py), so FSDP must leave
-them alone: it takes no parameter that has the attribute `_is_sharded`
-(fairscale/nn/data_parallel/fully_sharded_data_parallel.py:400@0.4.13).
+wrapped module into one flat tensor, of which each process keeps a piece; the whole tensor is
+gathered when the module computes. Experts are already distributed (expert_parallel.py), so FSDP
+must leave them alone: it skips parameters that have the attribute `_is_sharded`
+(fairscale/nn/data_parallel/fully_sharded_data_parallel.py:407@0.4.13).
 
-What is saved has the names, shapes and numbers of the model without FSDP.
+Checkpoints have the names, shapes and numbers of the model without FSDP.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def _trained(model: nn.Module) -> Dict[str, Place]:
 
 
 def optimizer_numbers(model: nn.Module) -> Dict[nn.Parameter, int]:
-    """The optimizer's number of each parameter (fairseq/trainer.py:271)."""
+    """The optimizer's number of each parameter (fairseq/trainer.py:293@0.12.2)."""
     return {p: i for i, p in enumerate(p for p in model.parameters() if p.requires_grad)}
 
 

@@ -1,8 +1,8 @@
-"""Python expressions of numbers, texts, lists and the like, read without running anything."""
+"""Read Python expressions of numbers, strings, lists and dictionaries without running them."""
 
 import ast
 import operator
-from typing import Any
+from typing import Any, Optional
 
 from fairseq_moe_ext.errors import UserError
 
@@ -19,12 +19,12 @@ _OPERATORS = {
 
 
 def literal(text: str) -> Any:
-    """What eval gives for an expression that only names values: `[(512, 3)] * 20`.
+    """The value of an expression made of literals: `[(512, 3)] * 20`.
 
-    Raises UserError for any other, and as eval does TypeError for what is no text.
+    Raises UserError for any other expression, and TypeError, as eval does, for what is no string.
     """
     if not isinstance(text, str):
-        raise TypeError(f"a text is wanted, not {type(text).__name__}")
+        raise TypeError(f"expected a string, not {type(text).__name__}")
     try:
         if len(text) > _LONGEST:
             raise ValueError("too long")
@@ -32,18 +32,19 @@ def literal(text: str) -> Any:
     except (ValueError, SyntaxError, ArithmeticError, TypeError, RecursionError, MemoryError):
         shown = text if len(text) <= 60 else text[:57] + "..."
         raise UserError(
-            f"the setting {shown!r} is not read: only numbers, texts, lists, tuples and "
-            "dictionaries may stand there, and + - * / of them; nothing in it was run"
+            f"the setting {shown!r} is refused: use only numbers, strings, lists, tuples and "
+            "dictionaries, and + - * / of them; nothing in it was run"
         ) from None
 
 
-def _value(node: ast.AST) -> Any:
+def _value(node: Optional[ast.AST]) -> Any:
+    """node: None is the key of {**other}, which is refused."""
     if isinstance(node, ast.Constant):
         return node.value
     if isinstance(node, (ast.List, ast.Tuple, ast.Set)):
         kind = {ast.List: list, ast.Tuple: tuple, ast.Set: set}[type(node)]
         return kind(_value(item) for item in node.elts)
-    if isinstance(node, ast.Dict):  # a key is None in {**other}, which no value is
+    if isinstance(node, ast.Dict):
         return {_value(key): _value(value) for key, value in zip(node.keys, node.values)}
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
         value = _number(_value(node.operand))
@@ -65,7 +66,7 @@ def _check_size(kind: type, left: Any, right: Any) -> None:
     """Raise ValueError for an operation whose result could fill the memory."""
     if kind is ast.Pow and (abs(_number(left)) > 1e6 or abs(_number(right)) > 1000):
         raise ValueError("too large")
-    if kind is ast.Mod:  # of a text it would format
+    if kind is ast.Mod:  # a string would be formatted
         _number(left)
     if kind is ast.Mult:
         for one, other in ((left, right), (right, left)):

@@ -6,7 +6,7 @@ reads and writes tensors of the parameter's size. PyTorch's fused AdamW needs on
 
 import math
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Optional
+from typing import Any, Callable, Dict, Iterable, Optional, Sequence
 
 import torch
 from fairseq.optim import FairseqOptimizer, register_optimizer
@@ -23,10 +23,10 @@ class FusedAdamConfig(FairseqAdamConfig):
 
 @register_optimizer("fused_adam", dataclass=FusedAdamConfig)
 class FairseqFusedAdam(FairseqAdam):
-    """fairseq's adam (fairseq/optim/adam.py@0.12.2), equal up to rounding and with the same state:
-    a run may continue with either."""
+    """fairseq's adam (fairseq/optim/adam.py:45@0.12.2), equal up to rounding. It has the same
+    state, so a run may continue with either."""
 
-    def __init__(self, cfg: FusedAdamConfig, params) -> None:
+    def __init__(self, cfg: FusedAdamConfig, params: Iterable[Tensor]) -> None:
         FairseqOptimizer.__init__(self, cfg)
         for flag in ("use_old_adam", "fp16_adam_stats"):
             if getattr(cfg, flag):
@@ -42,20 +42,29 @@ FairseqFusedAdam.__name__ = FairseqAdam.__name__
 
 
 class FusedAdam(torch.optim.AdamW):
-    """PyTorch's fused AdamW with fairseq's place of epsilon and fairseq's state: `step` a whole
-    number, `exp_avg`, `exp_avg_sq`."""
+    """PyTorch's fused AdamW with epsilon where fairseq adds it, and with fairseq's state: `step`
+    (an integer), `exp_avg`, `exp_avg_sq`."""
 
     supports_flat_params = True
-    supports_memory_efficient_fp16 = False  # its averages would be float16, too
+    supports_memory_efficient_fp16 = False  # its averages would be float16 too
 
-    def __init__(self, params, lr: float, betas, eps: float, weight_decay: float) -> None:
-        super().__init__(params, lr, tuple(betas), eps, weight_decay, fused=True)
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float,
+        betas: Sequence[float],
+        eps: float,
+        weight_decay: float,
+    ) -> None:
+        first, second = betas
+        super().__init__(params, lr, (first, second), eps, weight_decay, fused=True)
 
     @torch.no_grad()
-    def step(self, closure: Optional[Callable[[], Tensor]] = None) -> Optional[Tensor]:
-        """PyTorch adds epsilon to sqrt(v / (1 - beta2^t)), fairseq to sqrt(v) and divides after:
-        the same with another epsilon, which depends on the step t. A group's parameters share t."""
-        given = [group["eps"] for group in self.param_groups]
+    def step(self, closure: Optional[Callable[[], Any]] = None) -> Any:
+        """PyTorch adds epsilon to sqrt(v / (1 - beta2^t)); fairseq adds it to sqrt(v), before the
+        division. The two agree if epsilon is scaled by the step t, which a group's parameters
+        share."""
+        epsilons = [group["eps"] for group in self.param_groups]
         for group in self.param_groups:
             steps = [self.state[p]["step"] for p in group["params"] if p in self.state]
             step = 1 + (int(steps[0]) if steps else 0)
@@ -63,7 +72,7 @@ class FusedAdam(torch.optim.AdamW):
         try:
             return super().step(closure)
         finally:
-            for group, eps in zip(self.param_groups, given):
+            for group, eps in zip(self.param_groups, epsilons):
                 group["eps"] = eps
 
     def state_dict(self) -> Dict[str, Any]:
@@ -76,6 +85,6 @@ class FusedAdam(torch.optim.AdamW):
         return state
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
-        for group in state["param_groups"]:  # fairseq's adam does not know the word
+        for group in state["param_groups"]:  # fairseq's adam has no such key
             group["fused"] = True
         super().__setstate__(state)

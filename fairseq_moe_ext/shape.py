@@ -141,7 +141,7 @@ def _has_gate(router: str) -> bool:
 def _learned_positions(settings: Mapping[str, Any]) -> int:
     if not settings.get("decoder_learned_pos") or settings.get("no_token_positional_embeddings"):
         return 0
-    # the first two rows are those of padding (fairseq/modules/positional_embedding.py@0.12.2)
+    # the first two rows are those of padding (fairseq/modules/positional_embedding.py:24@0.12.2)
     return (settings.get("max_target_positions") or settings["tokens_per_sample"]) + 2
 
 

@@ -41,7 +41,7 @@ def check_run(cfg: Mapping[str, Any]) -> None:
     groups = {name: [group] for group, name, _ in ranges.flatten(cfg)}
     # task and model refer to settings of other groups, which are where the user has set them
     for group, name, value in sorted(ranges.flatten(cfg), key=lambda s: s[0] in ("task", "model")):
-        ranges.check({name: value}, lambda name, group=group: f"{group}.{name}")
+        ranges.check({name: value}, f"{group}.{{}}".format)
     given = {name: value for _, name, value in ranges.flatten(cfg)}
     check({**given, **names}, lambda name: ".".join([*groups.get(name, []), name]), True)
 
@@ -88,7 +88,9 @@ def check(given: Mapping[str, Any], spell: Spell, training: bool) -> None:
 
 
 def _check_overrides(value: Any, spelled: str) -> None:
-    """fairseq runs it as Python (fairseq_cli/eval_lm.py:207, fairseq/checkpoint_utils.py:237)."""
+    """fairseq runs the value as Python (fairseq_cli/eval_lm.py:255@0.12.2,
+    fairseq_cli/validate.py:57@0.12.2) or ends in a traceback
+    (fairseq/checkpoint_utils.py:198@0.12.2)."""
     if value is None or isinstance(value, Mapping):
         return
     try:
@@ -104,7 +106,7 @@ def _check_overrides(value: Any, spelled: str) -> None:
 
 
 def _check_is_there(path: str, where: str) -> None:
-    """fairseq opens it late (fairseq/trainer.py:262), without naming the flag."""
+    """fairseq opens it late, without naming the flag (fairseq/checkpoint_utils.py:422@0.12.2)."""
     if not glob.glob(f"{glob.escape(re.sub('[.]pt$', '', path))}-*.pt"):  # written in parts
         files.check(path, where)
 
@@ -123,7 +125,7 @@ def _check_what_is_not_here(given: Mapping[str, Any], spell: Spell) -> None:
             raise UserError(f"{spell(name)}: {reason}: drop it")
     if given.get("profile") and not torch.cuda.is_available():
         raise UserError(f"{spell('profile')} needs a GPU, and there is none here: drop it")
-    # fairseq_cli/train.py:77 logs it and ends with status 0
+    # fairseq_cli/train.py:77@0.12.2 logs it and ends with status 0
     later = given.get("write_checkpoints_asynchronously")
     if later and importlib.util.find_spec("iopath") is None:
         raise UserError(
@@ -174,7 +176,8 @@ def _check_hypotheses(given: Mapping[str, Any], spell: Spell) -> None:
         raise UserError(
             f"{spell('diverse_beam_groups')} {groups} does not divide {spell('beam')} {beam}"
         )
-    if not given.get("max_len_a") and None not in (least, most) and least > most:
+    fixed = not given.get("max_len_a")
+    if fixed and least is not None and most is not None and least > most:
         raise UserError(
             f"{spell('min_len')} {least} is more than {spell('max_len_b')} {most}: raise that"
         )
@@ -225,8 +228,9 @@ def _check_kinds(given: Mapping[str, Any], spell: Spell) -> None:
 
 
 def _check_search(given: Mapping[str, Any], spell: Spell) -> None:
-    """What fairseq/tasks/fairseq_task.py:410 and fairseq_cli/interactive.py:126 assert, or what
-    would do nothing without another flag."""
+    """Settings of a search that fairseq refuses by an assertion, or that have no effect without
+    another flag (fairseq/tasks/fairseq_task.py:412@0.12.2,
+    fairseq_cli/interactive.py:125@0.12.2)."""
     if given.get("beam") is None:
         return
     groups = given.get("diverse_beam_groups") or -1
@@ -251,7 +255,8 @@ def _check_search(given: Mapping[str, Any], spell: Spell) -> None:
 
 
 def _check_pieces(given: Mapping[str, Any], spell: Spell) -> None:
-    """fairseq_cli/eval_lm.py:103 knows one kind, fairseq/data/data_utils.py:368 more."""
+    """fairseq-eval-lm knows one kind, other commands more (fairseq_cli/eval_lm.py:98@0.12.2,
+    fairseq/data/data_utils.py:368@0.12.2)."""
     kind = given.get("post_process")
     kinds = ["subword_nmt"]
     if "beam" in given:
@@ -277,8 +282,8 @@ def _check_validation(given: Mapping[str, Any], spell: Spell) -> None:
 
 
 def _check_schedule(given: Mapping[str, Any], spell: Spell) -> None:
-    """What the schedules assert (fairseq/optim/lr_scheduler/polynomial_decay_schedule.py:46,
-    inverse_square_root_schedule.py:66)."""
+    """What the schedules assert (fairseq/optim/lr_scheduler/polynomial_decay_schedule.py:46@0.12.2,
+    fairseq/optim/lr_scheduler/inverse_square_root_schedule.py:63@0.12.2)."""
     schedule, floor, rates = (given.get(k) for k in ("lr_scheduler", "stop_min_lr", "lr"))
     if floor is not None and rates and floor >= max(rates):
         raise UserError(

@@ -59,28 +59,29 @@ PATCHES = (
             "fairseq.modules.dynamic_crf_layer:np",
         ),
         imports.with_old_names,
-        "fairseq/data/data_utils.py:488, language_pair_dataset.py:292, token_block_dataset.py:125, "
-        "modules/dynamic_crf_layer.py:108 @0.12.2",
+        "fairseq/data/data_utils.py:488@0.12.2, fairseq/data/language_pair_dataset.py:292@0.12.2, "
+        "fairseq/data/token_block_dataset.py:125@0.12.2, "
+        "fairseq/modules/dynamic_crf_layer.py:108@0.12.2",
         "a fairseq that says int and float",
         NUMPY_1_24,
     ),
     wrap(
         "fairseq.data.indexed_dataset:MMapIndexedDatasetBuilder.finalize",
         imports.whole_offsets,
-        "fairseq/data/indexed_dataset.py:415@0.12.2, sizes from :579",
+        "fairseq/data/indexed_dataset.py:583,415@0.12.2",
         "a fairseq that converts the sizes",
         NUMPY_2,
     ),
     replace(
         "fairseq.checkpoint_utils:torch",
         torch_today.loading_weights_only,
-        "fairseq/checkpoint_utils.py:315 and :878@0.12.2",
+        "fairseq/checkpoint_utils.py:315,878@0.12.2",
         "a fairseq that does the same",
     ),
     wrap(
         "fairseq.distributed.utils:_broadcast_object_slow",
         torch_today.broadcast_of_objects,
-        "fairseq/distributed/utils.py:770@0.12.2",
+        "fairseq/distributed/utils.py:749,770@0.12.2",
         "a fairseq that says `weights_only=False` there",
         TORCH_2_6,
     ),
@@ -94,21 +95,21 @@ PATCHES = (
     wrap(
         "fairseq.models.distributed_fairseq_model:DistributedDataParallel",
         on_cpu.ddp,
-        "fairseq/models/distributed_fairseq_model.py:62@0.12.2",
+        "fairseq/models/distributed_fairseq_model.py:60,62@0.12.2",
         "a fairseq that passes device ids for GPUs only",
     ),
     replace(
         _FSDP + "torch",
         on_cpu.without_streams,
-        "fairscale/nn/data_parallel/fully_sharded_data_parallel.py:1368, :1692, :1740, :1744, "
-        ":1808, :1978, :2048, :2100, :2257 @0.4.13",
+        "fairscale/nn/data_parallel/fully_sharded_data_parallel.py:1692,1744,1808,1978,"
+        "2048,2100,2257@0.4.13",
         _DEVICE,
         FAIRSCALE_ON_CPU,
     ),
     wrap(
         _FSDP + "FullyShardedDataParallel._setup_streams",
         on_cpu.setup_streams,
-        "fairscale/nn/data_parallel/fully_sharded_data_parallel.py:1162@0.4.13",
+        "fairscale/nn/data_parallel/fully_sharded_data_parallel.py:1368@0.4.13",
         _DEVICE,
         FAIRSCALE_ON_CPU,
     ),
@@ -122,14 +123,14 @@ PATCHES = (
     wrap(
         "torch:Tensor.record_stream",
         on_cpu.record_stream,
-        "fairscale/nn/data_parallel/fully_sharded_data_parallel.py:1692@0.4.13",
+        "fairscale/nn/data_parallel/fully_sharded_data_parallel.py:1740@0.4.13",
         _DEVICE,
         FAIRSCALE_ON_CPU,
     ),
     replace(
         "fairscale.internal.reduce_scatter_bucketer:dist",
         on_cpu.reducing_by_all_reduce,
-        "fairscale/internal/reduce_scatter_bucketer.py:38 and :145@0.4.13",
+        "fairscale/internal/reduce_scatter_bucketer.py:38,145@0.4.13",
         _DEVICE,
         FAIRSCALE_ON_CPU,
     ),
@@ -142,19 +143,19 @@ PATCHES = (
     replace(
         "fairseq.optim.fp16_optimizer:torch",
         on_cpu.with_a_device_of_its_own,
-        "fairseq/optim/fp16_optimizer.py:38 and :119@0.12.2",
+        "fairseq/optim/fp16_optimizer.py:38,119@0.12.2",
         "a fairseq that uses the device of the parameters",
     ),
     wrap(
         "fairseq.optim.fp16_optimizer:_FP16OptimizerMixin.build_fp32_params",
         on_cpu.build_fp32_params,
-        "fairseq/optim/fp16_optimizer.py:38 and :119@0.12.2",
+        "fairseq/optim/fp16_optimizer.py:31,38,119@0.12.2",
         "a fairseq that uses the device of the parameters",
     ),
     wrap(
         "fairseq.options:parse_args_and_arch",
         on_cpu.bf16_without_tpu,
-        "fairseq/options.py:201@0.12.2",
+        "fairseq/options.py:88,201@0.12.2",
         "a fairseq that separates bf16 and TPUs",
         NO_XLA,
     ),

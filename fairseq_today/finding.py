@@ -41,7 +41,7 @@ def parse_args_and_arch(stock, parser, input_args=None, *args, **kwargs):
         return stock(parser, input_args, *args, **kwargs)
     if folders is None:
         input_args = [*given, "--user-dir", _FOLDER]
-    import_plugin(folders[-1] if _names_ours(folders) else _FOLDER)
+    import_plugin(folders[-1] if folders and _names_ours(folders) else _FOLDER)
     return options.parse_args_and_arch(parser, input_args, *args, **kwargs)  # wrapped by it now
 
 
@@ -111,7 +111,7 @@ PATCHES = (
     wrap(
         "fairseq.options:parse_args_and_arch",
         parse_args_and_arch,
-        "fairseq/options.py:129@0.12.2",
+        "fairseq/options.py:88,129@0.12.2",
         _PLUGINS,
     ),
     wrap(
@@ -123,19 +123,19 @@ PATCHES = (
     wrap(
         "fairseq.checkpoint_utils:load_model_ensemble_and_task",
         load_model_ensemble_and_task,
-        "fairseq/checkpoint_utils.py:393@0.12.2",
+        "fairseq/checkpoint_utils.py:394@0.12.2",
         _PLUGINS,
     ),
     wrap(
         "fairseq.dataclass.initialize:hydra_init",
         hydra_init,
-        "fairseq_cli/hydra_train.py:80@0.12.2",
+        "fairseq_cli/hydra_train.py:86@0.12.2",
         _PLUGINS,
     ),
     wrap(
         "fairseq.dataclass.initialize:add_defaults",
         add_defaults,
-        "fairseq_cli/hydra_train.py:28@0.12.2",
+        "fairseq_cli/hydra_train.py:31@0.12.2",
         _PLUGINS,
     ),
     USER_DIR,
@@ -155,11 +155,10 @@ def import_plugin(folder: Optional[str] = None) -> None:
 
 def _names_ours(folders: Optional[List[str]]) -> bool:
     """Whether a --user-dir is a folder of the plugin, this one or another copy."""
-    return (
-        bool(folders)
-        and os.path.isfile(os.path.join(folders[-1], "__init__.py"))
-        and (os.path.basename(os.path.abspath(folders[-1])) == os.path.basename(_FOLDER))
-    )
+    if not folders:
+        return False
+    same_name = os.path.basename(os.path.abspath(folders[-1])) == os.path.basename(_FOLDER)
+    return same_name and os.path.isfile(os.path.join(folders[-1], "__init__.py"))
 
 
 def _configs_name_it() -> bool:
@@ -230,7 +229,7 @@ def checkpoint_names_it(path: str) -> bool:
         return False
     args = state.get("args")
     return "experts" in state or _settings_name_it(
-        state.get("cfg") or {} if args is None else _groups(vars(args))
+        state.get("cfg") or {} if args is None else _groups(dict(vars(args)))
     )
 
 
@@ -249,7 +248,7 @@ def _settings_name_it(cfg: Any) -> bool:
     def names() -> Iterator[bool]:
         for flag, name in NAMES.items():
             group = cfg.get("model" if flag == "arch" else flag)
-            value = getattr(group, "get", dict().get)("_name")
+            value = group.get("_name") if hasattr(group, "get") else None
             yield isinstance(value, str) and name.fullmatch(value) is not None
         model = cfg.get("model")
         yield hasattr(model, "get") and model.get("moe_freq") is not None

@@ -28,11 +28,12 @@ def relaxed_dataclass_defaults() -> Iterator[None]:
 
     Breaks: `import fairseq`, on Python 3.11 and later, which refuses a default whose class has no
     `__hash__`; until 3.10 only list, dict and set were refused.
-    Where: fairseq/dataclass/configs.py:1106 and every other config within a config.
+    Where: fairseq/dataclass/configs.py:1106@0.12.2 and every other config within a config.
     How: for a class of fairseq's, such a default passes for hashable during that one check.
     Ends: with a fairseq that uses `default_factory`.
     """
-    strict = dataclasses._get_field
+    module: Any = dataclasses  # no type checker knows its private functions
+    strict = module._get_field
 
     def get_field(cls, name, annotation, *rest):
         default = getattr(cls, name, None)
@@ -48,26 +49,27 @@ def relaxed_dataclass_defaults() -> Iterator[None]:
         finally:
             kind.__hash__ = None
 
-    dataclasses._get_field = get_field
+    module._get_field = get_field
     try:
         yield
     finally:
-        dataclasses._get_field = strict
+        module._get_field = strict
 
 
 # What stock fairseq's own lines provoke at every start and a user can do nothing about: the start
 # of the message, and of the module it is put down to.
 _KNOWN_WARNINGS = (
-    # fairseq/dataclass/utils.py:397 and :399
+    # fairseq/dataclass/utils.py:397,399@0.12.2
     (r"hydra\.experimental\.\w+\(\) is no longer", ""),
     (r"\nThe strict flag in the compose API", ""),
-    # fairseq/config/config.yaml, fairseq/dataclass/initialize.py:19
+    # fairseq/config/config.yaml; fairseq/dataclass/initialize.py:19@0.12.2
     (r"In 'config': Usage of deprecated keyword in package header", ""),
     (r"\n'.*' is validated against ConfigStore schema", ""),
-    # fairseq_cli/hydra_train.py:25
+    # fairseq_cli/hydra_train.py:25@0.12.2
     (r"\nThe version_base parameter is not", r"hydra\.experimental|fairseq_cli"),
     (r"Future Hydra versions will no longer change working directory", ""),
-    # fairseq/tasks/fairseq_task.py:514, fairseq/data/iterators.py, modules/multihead_attention.py
+    # fairseq/tasks/fairseq_task.py:514@0.12.2, fairseq/data/iterators.py:499@0.12.2,
+    # fairseq/modules/multihead_attention.py:538@0.12.2
     (r"`torch\.cuda\.amp\.", "fairseq|fairscale"),
     (r"'pin_memory' argument is set as true but no acc", ""),
     (r"Support for mismatched key_padding_mask and attn_mask", ""),
@@ -80,7 +82,7 @@ def quiet_warnings() -> None:
     Breaks: nothing; but some 30 lines of them at every start bury the lines that matter.
     Ends: with the lines of fairseq that are named above.
     """
-    # fairseq/tasks/text_to_speech.py:35 asks everybody to install what two speech tasks use
+    # fairseq/tasks/text_to_speech.py:35@0.12.2 asks everybody to install what two speech tasks use
     logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)
     if sys.warnoptions:
         return

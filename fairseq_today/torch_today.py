@@ -75,9 +75,9 @@ def load_weights_only(file, map_location=None, mmap: bool = False):
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL ([\w.]+)|(?:class|function) ([\w.]+\.\w+)", str(error))
         if refused is None:
-            reason = re.search(r"WeightsUnpickler error: ([^\n]+)", str(error))
+            said = re.search(r"WeightsUnpickler error: ([^\n]+)", str(error))
             # Not torch's own first line, which advises to load it with weights_only=False.
-            reason = reason.group(1) if reason else "unreadable"
+            reason = said.group(1) if said else "unreadable"
             raise UserError(
                 f"{name}: not a checkpoint, or damaged ({_size(name)}; {reason}); {remedy}"
             ) from error

@@ -121,7 +121,15 @@ ALLOWED = {
         "ranges",
     },
     "prepare": {"prepare", "data_bin"},
-    "inspection": {"inspection", "data_bin", "evaluation", "models", "questions"},
+    "inspection": {
+        "inspection",
+        "data_bin",
+        "evaluation",
+        "models",
+        "moe.layer",
+        "moe.router",
+        "questions",
+    },
     "questions": {"questions", "prepare"},
     "priming": {
         "priming",

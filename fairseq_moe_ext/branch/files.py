@@ -112,5 +112,5 @@ def flat_settings(state: State) -> Dict[str, Any]:
     """The model's settings as the branch saved them: `args`, or the part `model` of `cfg`; nothing
     if neither is there."""
     if state.get("args") is not None:
-        return vars(state["args"])
+        return dict(vars(state["args"]))
     return (state.get("cfg") or {}).get("model") or {}

@@ -3,7 +3,7 @@
 fairscale's FSDP lays the parameters of a wrapped module one behind the other; each process of its
 group keeps a piece, the last ones padded with zeros to the length of the first. The optimizer of a
 process knows these pieces only, and numbers them as the file's `shard_metadata` lists them
-(fairscale/nn/data_parallel/fully_sharded_data_parallel.py:740, 2117@0.4.13):
+(fairscale/nn/data_parallel/fully_sharded_data_parallel.py:740,2117@0.4.13):
 
     shard_metadata  {param_metadata: [{fsdp_path, params: {name of the flat one: {names, shapes,
                     numels, padding}}, shared_param_info: [(one name, its tied one)]}]}

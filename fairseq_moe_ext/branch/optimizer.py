@@ -106,7 +106,7 @@ def parameter_numbers(shared: State, part: State) -> Dict[str, int]:
     """The number of each parameter in the branch's model, by its name in the files: experts stand
     behind their gate, the rest in the order of the shared file. Every process counts its own."""
     names: List[str] = []
-    tied = flat_settings(shared).get("share_decoder_input_output_embed")
+    tied = bool(flat_settings(shared).get("share_decoder_input_output_embed"))
     for name in shared["model"]:
         if not is_parameter(name, tied):
             continue
@@ -146,11 +146,12 @@ def _merged(
     stack: Optional[Callable[[List[Tensor]], Any]],
 ) -> State:
     """One parameter's state from that of its experts; without `stack`, of a shared one."""
-    if any(entry is None or entry.keys() != entries[0].keys() for entry in entries):
+    states = [entry for entry in entries if entry is not None]
+    if len(states) < len(entries) or any(s.keys() != states[0].keys() for s in states):
         raise unfit(files, f"that of {name} is not there for all experts")
     merged: State = {}
-    for key, first in entries[0].items():
-        values = [entry[key] for entry in entries]
+    for key, first in states[0].items():
+        values = [state[key] for state in states]
         if isinstance(first, Tensor) and first.dim() > 0:
             if any(value.shape != first.shape for value in values):
                 raise unfit(files, f"{key} of {name} has not the same shape for all experts")

@@ -36,7 +36,7 @@ def read(
     parameters: Optional[Dict[str, Any]],
     stack: Callable[[List[Tensor]], Any] = torch.stack,
 ) -> State:
-    """What fairseq/checkpoint_utils.py:load_checkpoint_to_cpu@0.12.2 returns of one file.
+    """What fairseq/checkpoint_utils.py:281@0.12.2 (load_checkpoint_to_cpu) returns of one file.
 
     The model's experts are those of this process, as TensorPerExpert of tensors that lie in mapped
     files.

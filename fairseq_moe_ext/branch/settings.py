@@ -102,7 +102,9 @@ def translated_settings(path: str, saved: Dict[str, Any]) -> Dict[str, Any]:
 def complete_cfg(model: Dict[str, Any], saved: Dict[str, Any]) -> Dict[str, Any]:
     """fairseq's settings with the saved values, as far as this version knows them, and those of
     our model."""
-    cfg = OmegaConf.to_container(OmegaConf.structured(FairseqConfig), enum_to_str=True)
+    defaults = OmegaConf.to_container(OmegaConf.structured(FairseqConfig), enum_to_str=True)
+    assert isinstance(defaults, dict)
+    cfg: Dict[str, Any] = {str(group): settings for group, settings in defaults.items()}
     for group, default in cfg.items():
         value = saved.get(group)
         if isinstance(default, dict) and isinstance(value, dict):

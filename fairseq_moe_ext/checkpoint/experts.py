@@ -13,7 +13,7 @@ from ..expert_parallel import is_expert, process_count
 
 def expert_indices(trainer: Trainer) -> Dict[str, int]:
     """Name of each parameter of experts -> its number in a saved state of the optimizer, which gets
-    the parameters in this order (fairseq/trainer.py:271) unless they are sharded."""
+    the parameters in this order (fairseq/trainer.py:293@0.12.2) unless they are sharded."""
     names = trained_parameters(trainer)
     return {name: i for i, name in enumerate(names) if is_expert(name)}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import Any, Callable, Dict, Iterable, List, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
 
 import torch
 from fairseq.trainer import Trainer
@@ -25,7 +25,7 @@ from .settings import check_buildable, check_settings
 
 
 def read_mapped(file: Any, map_location: Any = None) -> Any:
-    """In place of torch.load in fairseq/checkpoint_utils.py: what a file holds, checked."""
+    """What a file holds, checked. Replaces torch.load in fairseq/checkpoint_utils.py."""
     under_way, building = context.loading.get(), context.building.get()
     together = under_way is not None and saves_together(under_way.trainer)
     if not together or process_rank() == 0:
@@ -106,10 +106,9 @@ def _with_own_experts(path: str, state: Dict[str, Any]) -> Dict[str, Any]:
     state = {key: value if key in kept else _copy(value) for key, value in state.items()}
     manifest = Manifest.read(path, state)
     optimizer = state.get("last_optimizer_state")
-    under_way = context.loading.get()
-    wanted = optimizer is not None and under_way is not None and under_way.optimizer
+    trainer = _trainer_that_wants_optimizer() if optimizer is not None else None
     copy = _copy
-    if wanted and fully_sharded.is_sharded(under_way.trainer.get_model()):
+    if trainer is not None and fully_sharded.is_sharded(trainer.get_model()):
         copy = _itself  # FSDP copies the pieces that it takes
     if manifest is not None:
         indices = manifest.indices
@@ -118,18 +117,21 @@ def _with_own_experts(path: str, state: Dict[str, Any]) -> Dict[str, Any]:
     else:
         whole = {name: value for name, value in state["model"].items() if is_expert(name)}
         if process_count() == 1 or not whole:
-            return {**state, "last_optimizer_state": copy(optimizer)} if wanted else state
+            return {**state, "last_optimizer_state": copy(optimizer)} if trainer else state
         num_experts = len(next(iter(whole.values())))
         place = placement(num_experts, process_count(), process_rank())
-        indices = _indices_in(optimizer, path, under_way.trainer) if wanted else {}
-        saved = optimizer["state"] if wanted else {}
+        indices, saved = {}, {}
+        if optimizer is not None and trainer is not None:
+            indices, saved = _indices_in(optimizer, path, trainer), optimizer["state"]
         by_name = {name: saved[i] for name, i in indices.items() if i in saved}
         pieces = [Piece("", 0, num_experts, whole, by_name)]
     model = {n: t for n, t in state["model"].items() if not is_expert(n)}
     for name in pieces[0].model:
         model[name] = _rows(place, [(piece, piece.model[name]) for piece in pieces])
     state = {**state, "model": model}
-    if wanted:
+    if optimizer is None:
+        return state
+    if trainer is not None:
         own = {i: s for i, s in optimizer["state"].items() if i not in set(indices.values())}
         check_optimizer_parts(
             path, pieces, indices if optimizer["state"] else (), "--reset-optimizer"
@@ -138,9 +140,14 @@ def _with_own_experts(path: str, state: Dict[str, Any]) -> Dict[str, Any]:
         for name in pieces[0].optimizer:
             own[indices[name]] = _own_optimizer_state(path, place, name, pieces)
         state["last_optimizer_state"] = {**optimizer, "state": own}
-    elif optimizer is not None:
-        del state["last_optimizer_state"]  # nobody wants it, and the experts' is not there
+    else:
+        del state["last_optimizer_state"]  # it lacks the experts' part
     return state
+
+
+def _trainer_that_wants_optimizer() -> Optional[Trainer]:
+    loading = context.loading.get()
+    return loading.trainer if loading is not None and loading.optimizer else None
 
 
 def open_pieces(path: str, manifest: Manifest, place: Placement) -> List[Piece]:

@@ -27,7 +27,7 @@ def reading(
     everywhere: bool,
 ) -> Iterator[None]:
     """While a trainer loads a checkpoint. Stock loads on rank 0 and sends the state round
-    (fairseq/trainer.py:449@0.12.2); experts differ.
+    (fairseq/trainer.py:497@0.12.2); experts differ.
 
     Args:
         optimizer: its state is wanted.
@@ -51,7 +51,7 @@ def reading(
             yield
     except (AssertionError, ValueError) as error:
         text = str(error)
-        if "please reset the optimizer" in text:  # fairseq/trainer.py:580@0.12.2
+        if "please reset the optimizer" in text:  # fairseq/trainer.py:595,598@0.12.2
             raise UserError(f"{filename}: {text}") from error
         if "optimizer" in text and "parameter group" in text:  # torch.optim.Optimizer
             raise UserError(
@@ -111,7 +111,8 @@ def _refuse_what_cannot_be_saved(cfg: Any) -> None:
 
 
 def _refuse_optimizers_that_join_numbers(trainer: Trainer) -> None:
-    """Raises UserError for optimizers that need parameters whole (fairseq/trainer.py:336)."""
+    """Raises UserError for optimizers that need whole parameters
+    (fairseq/trainer.py:336@0.12.2)."""
     try:
         trainer.optimizer  # noqa: B018 - is built now
     except AssertionError as error:

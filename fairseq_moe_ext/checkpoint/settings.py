@@ -37,8 +37,10 @@ _CRITERIA = {
     "label_smoothed_cross_entropy",
     "label_smoothed_cross_entropy_with_rdrop",
 }
-# Texts that transformer_lm evaluates (fairseq/models/transformer_lm.py:283, :295,
-# transformer/transformer_decoder.py:147, modules/multihead_attention.py:96, all @0.12.2)
+# Strings that transformer_lm evaluates: fairseq/models/transformer_lm.py:283@0.12.2,
+# fairseq/models/transformer_lm.py:295@0.12.2,
+# fairseq/models/transformer/transformer_decoder.py:147@0.12.2,
+# fairseq/modules/multihead_attention.py:96@0.12.2
 _EXPRESSIONS = {
     "adaptive_input_cutoff",
     "adaptive_softmax_cutoff",
@@ -104,14 +106,14 @@ def _check_form(path: str, state: Dict[str, Any]) -> None:
 
 
 def _check_values(path: str, group: str, settings: Dict[str, Any]) -> None:
-    """Raise UserError for an expression that is none, or a place in the net."""
+    """Raise UserError for an invalid expression, or for an address on the network."""
     for name in _EXPRESSIONS & settings.keys() if group in ("", "model") else ():
         _check_expression(path, group, name, settings[name])
-    places = settings.keys() if group in _READING else ()
+    files = set(settings) if group in _READING else set()
     if group == "":
-        places = settings.keys() & _flat_kinds(settings, _READING).keys()
-    for name in places:
-        _check_place(path, group, name, settings)
+        files = settings.keys() & _flat_kinds(settings, _READING).keys()
+    for name in files:
+        _check_file(path, group, name, settings)
 
 
 def _check_sizes(path: str, state: Dict[str, Any]) -> None:
@@ -223,7 +225,7 @@ def _dataclass_of(group: str, name: Any) -> Optional[type]:
     if group in REGISTRIES:
         return REGISTRIES[group]["dataclass_registry"].get(name)
     kind = _kinds(FairseqConfig).get(group)
-    return kind if dataclasses.is_dataclass(kind) else None
+    return kind if isinstance(kind, type) and dataclasses.is_dataclass(kind) else None
 
 
 def _flat_kinds(flat: Dict[str, Any], groups: Any = None) -> Dict[str, List[Any]]:
@@ -233,7 +235,7 @@ def _flat_kinds(flat: Dict[str, Any], groups: Any = None) -> Dict[str, List[Any]
         kind = _dataclass_of(group, flat.get("arch" if group == "model" else group))
         for name, type_of in _kinds(kind).items() if kind is not None else ():
             kinds.setdefault(name, []).append(type_of)
-            if name == "data":  # a list in old files (fairseq/checkpoint_utils.py:690@0.12.2)
+            if name == "data":  # a list in old files (fairseq/checkpoint_utils.py:675@0.12.2)
                 kinds[name].append(List[str])
     return kinds
 
@@ -255,7 +257,7 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, (str, int, kind))
     if kind is str:
         return isinstance(value, (str, Number))
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         inner = vars(value) if isinstance(value, Namespace) else value
         kinds = _kinds(kind)
         return isinstance(inner, dict) and all(
@@ -274,7 +276,7 @@ def _fits(value: Any, kind: Any) -> bool:
     if kind is float or kind is bool:
         return isinstance(value, Number)
     if kind is int:
-        return isinstance(value, Number) and math.isfinite(value) and value % 1 == 0
+        return isinstance(value, (int, float)) and math.isfinite(value) and value % 1 == 0
     return True
 
 
@@ -299,8 +301,8 @@ def _check_expression(path: str, group: str, name: str, value: Any) -> None:
             raise _misfit(path, group, name, value, "a list of numbers") from None
 
 
-def _check_place(path: str, group: str, name: str, settings: Dict[str, Any]) -> None:
-    """Raise UserError for a place in the net that the file names, other than stock's own."""
+def _check_file(path: str, group: str, name: str, settings: Dict[str, Any]) -> None:
+    """Raise UserError for an address on the network that is not one of stock's defaults."""
     value = settings[name]
     if not isinstance(value, str) or "://" not in value:
         return

@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..locks import Lock
 from .loading import refuse_folder
 
-_DEFAULT = "checkpoint_last.pt"  # fairseq/dataclass/configs.py:645@0.12.2
+_DEFAULT = "checkpoint_last.pt"  # fairseq/dataclass/configs.py:647@0.12.2
 _lock: Optional[Lock] = None  # of the --save-dir that this process trains into
 
 
@@ -41,7 +41,7 @@ def then_release(main: Any, *args: Any, **kwargs: Any) -> Any:
 
 def check_inputs(cfg: Any, suffix: str = "") -> None:
     """Raise UserError for a checkpoint to begin from that is named and is none; stock trains from
-    scratch then (fairseq/trainer.py:446@0.12.2 wants a regular file)."""
+    scratch then (fairseq/trainer.py:465@0.12.2 wants a regular file)."""
     if cfg.finetune_from_model is not None and (
         cfg.restore_file != _DEFAULT or cfg.reset_optimizer or cfg.reset_lr_scheduler
         or cfg.reset_meters or cfg.reset_dataloader

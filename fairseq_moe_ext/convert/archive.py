@@ -23,7 +23,7 @@ import sys
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Callable, Dict, Iterator, List, Tuple, Union
+from typing import Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ PIECE = 1 << 26  # bytes written at a time
 _MADV_PAGEOUT = 21  # include/uapi/asm-generic/mman-common.h
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 _ALIGNMENT = 64
+_LOCAL_HEADER = 30  # bytes of zip's local file header before the name
 _OLDEST = (1980, 1, 1, 0, 0, 0)  # of zip; so that equal contents are equal files
 
 _STORAGES = {
@@ -210,14 +211,18 @@ class _Pickler(pickle.Pickler):
         for length in reversed(shape):
             strides.append(step)
             step *= max(1, length)
-        args = self.storages[same], 0, tuple(shape), tuple(reversed(strides)), False, OrderedDict()
+        hooks: Dict[str, Any] = OrderedDict()
+        args = self.storages[same], 0, tuple(shape), tuple(reversed(strides)), False, hooks
         return torch._utils._rebuild_tensor_v2, args
 
 
-def _record(archive: zipfile.ZipFile, name: str, pieces) -> None:
+def _record(
+    archive: zipfile.ZipFile, name: str, pieces: Iterable[Union[bytes, memoryview]]
+) -> None:
     info = zipfile.ZipInfo(f"archive/{name}", _OLDEST)
     zip64 = 20  # bytes that zipfile adds to our padding with force_zip64
-    start = archive.fp.tell() + zipfile.sizeFileHeader + len(info.filename) + zip64 + 4
+    assert archive.fp is not None  # it is open
+    start = archive.fp.tell() + _LOCAL_HEADER + len(info.filename) + zip64 + 4
     info.extra = struct.pack("<2sH", b"FB", -start % _ALIGNMENT) + bytes(-start % _ALIGNMENT)
     with archive.open(info, "w", force_zip64=True) as stream:
         for piece in pieces:

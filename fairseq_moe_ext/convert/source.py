@@ -15,6 +15,7 @@ from ..branch.reading import BARE
 from ..config import MoETransformerLMConfig
 from ..errors import UserError
 from ..models.language_model import MODEL_NAME, MoETransformerLanguageModel
+from ..moe.experts import TensorPerExpert
 from ..shape import shape_of
 from .archive import AnyTensor
 
@@ -41,6 +42,12 @@ class Source:
     model: Dict[str, AnyTensor]  # in the order of the file to be
     order: List[str]  # parameters as the optimizer numbers them
     optimizer: Optional[Optimizer]
+
+    def per_expert(self, name: str) -> TensorPerExpert:
+        """The tensor of a parameter of experts."""
+        value = self.model[name]
+        assert isinstance(value, TensorPerExpert), name
+        return value
 
     @property
     def experts(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from typing import Any, Callable, Dict, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -40,7 +40,8 @@ def cast(model: Dict[str, AnyTensor], dtype: torch.dtype) -> Dict[str, AnyTensor
         if not old.is_floating_point or old == dtype or name == "decoder.version":
             return value
         if isinstance(value, TensorPerExpert):
-            return TensorPerExpert(converted(name, part) for part in value)
+            parts: List[Any] = [converted(name, part) for part in value]  # Lazy ones, too
+            return TensorPerExpert(parts)
         key = value.data_ptr() if isinstance(value, Tensor) and value.numel() else id(value)
         if key not in made:
             made[key] = Lazy(tuple(value.shape), dtype, lambda: _cast_pieces(name, value, dtype))
@@ -49,7 +50,7 @@ def cast(model: Dict[str, AnyTensor], dtype: torch.dtype) -> Dict[str, AnyTensor
     return {name: converted(name, value) for name, value in model.items()}
 
 
-def _cast_pieces(name: str, value: AnyTensor, dtype: torch.dtype):
+def _cast_pieces(name: str, value: AnyTensor, dtype: torch.dtype) -> Iterator[Tensor]:
     for piece in pieces_of(value):
         small = piece.to(dtype)
         if not torch.equal(torch.isfinite(small), torch.isfinite(piece)):
@@ -79,7 +80,7 @@ def fairseq_jobs(source: Source, path: str, files: Optional[int]) -> List[Job]:
     jobs, listed = [], []
     for first in range(0, source.experts, local):
         rows = slice(first, first + local)
-        model = {n: TensorPerExpert(source.model[n][rows]) for n in names}
+        model = {n: TensorPerExpert(source.per_expert(n)[rows]) for n in names}
         optimizer = {n: _rows_of_state(source, n, states[n], rows, files) for n in states}
         name = file_name(save, first, local)
         content = Piece(save, first, local, model, optimizer).write()
@@ -114,11 +115,11 @@ def _size(state: Any) -> int:
 
 
 def _share(source: Source, flag: str, files: int) -> int:
-    """Experts a file. UserError if they cannot be spread so."""
+    """Experts per file. UserError if they cannot be distributed evenly."""
     if not source.experts:
         raise UserError(
-            f"{flag} {files}: {source.path} is a dense model, of which there are no experts to "
-            "spread: drop it, or add --upcycle"
+            f"{flag} {files}: {source.path} is a dense model, which has no experts to "
+            f"distribute: remove {flag}, or add --upcycle"
         )
     if files < 1 or source.experts % files:
         fitting = [n for n in range(1, source.experts + 1) if source.experts % n == 0]
@@ -154,7 +155,7 @@ def _states_of(source: Source, names: List[str]) -> Dict[str, Any]:
 def _rows_of_state(
     source: Source, name: str, state: Dict[str, Any], rows: slice, files: int
 ) -> Dict[str, Any]:
-    found = {}
+    rows_of = {}
     for key, value in state.items():
         if isinstance(value, TensorPerExpert):
             value = TensorPerExpert(value[rows])
@@ -163,8 +164,8 @@ def _rows_of_state(
                 f"{source.path}: the optimizer's {key} of {name} joins several experts and cannot "
                 "be taken apart: add --weights-only"
             )
-        found[key] = value
-    return found
+        rows_of[key] = value
+    return rows_of
 
 
 # ---- The branch's
@@ -208,7 +209,7 @@ def branch_jobs(source: Source, path: str, ranks: int) -> List[Job]:
                 expert = rank * local + index
                 for name in names:
                     key = _of_expert(name, index)
-                    weights[key] = source.model[name][expert]
+                    weights[key] = source.per_expert(name)[expert]
                     if name in states:
                         rows = slice(expert, expert + 1)
                         kept = _rows_of_state(source, name, states[name], rows, source.experts)
@@ -233,11 +234,11 @@ def _of_expert(name: str, index: int) -> str:
 def _by_expert(weights: Dict[str, Any]) -> Dict[str, Any]:
     """Layer by layer, and in a layer expert by expert, as a module of the branch has them."""
 
-    def place(name: str):
+    def layer_and_expert(name: str) -> Tuple[int, int]:
         layer, _, rest = name.partition(".experts.")
         return int(layer.split(".")[2]), int(rest.split(".")[0])
 
-    return dict(sorted(weights.items(), key=lambda item: place(item[0])))
+    return dict(sorted(weights.items(), key=lambda item: layer_and_expert(item[0])))
 
 
 def branch_files_in_the_way(path: str) -> List[str]:

@@ -12,7 +12,7 @@ import math
 import zlib
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any, Dict, Iterator
+from typing import Any, Dict, Iterator, List, Union
 
 import torch
 from torch import Tensor
@@ -67,11 +67,13 @@ def upcycle(
         prefix = f"decoder.layers.{layer}"
         for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"):
             dense = model.pop(f"{prefix}.{name}")
+            assert isinstance(dense, Tensor)  # a dense model has no other kind
             spread = noise * float(dense.float().std()) if noise and dense.dim() == 2 else 0.0
-            model[f"{prefix}.moe_layer.experts.{name}"] = TensorPerExpert(
+            copies: List[Any] = [
                 _expert(dense, spread, seed, f"{prefix}.{name}.{expert}")
                 for expert in range(experts)
-            )
+            ]
+            model[f"{prefix}.moe_layer.experts.{name}"] = TensorPerExpert(copies)
         dim = settings["decoder_embed_dim"]
         generator = _generator(seed, f"{prefix}.gate")
         gate = torch.empty(experts, dim).uniform_(-1, 1, generator=generator) / math.sqrt(dim)
@@ -99,7 +101,7 @@ def _keep_widths(source: Source, settings: Dict[str, Any]) -> None:
         settings["moe_expert_ffn_dim"] = widths.pop()
 
 
-def _expert(dense: Tensor, spread: float, seed: int, name: str):
+def _expert(dense: Tensor, spread: float, seed: int, name: str) -> Union[Tensor, Lazy]:
     if not spread:
         return dense
 

@@ -1,21 +1,22 @@
-"""`fairseq-moe verify`: whether the files of a checkpoint are whole, undamaged and of one save."""
+"""`fairseq-moe verify`: check that a checkpoint's files are complete, undamaged and of one save."""
 
 import argparse
 import os
-from typing import Dict, Iterator, Optional, Tuple
+from typing import Dict, Iterator, Optional, Set, Tuple
 
 from fairseq_moe_ext.errors import UserError
 
 DESCRIPTION = """\
-Say of each file of a checkpoint whether it is as it was written: the CRC of its records, and of
-files of experts the digest that the checkpoint has of them. Then open it as `convert` does, which
-tells missing files, files of another save, and tensors that do not fit the settings.
+Check that each file of a checkpoint is as it was written: by the CRC of its records and, for
+expert files, by the digest in the checkpoint. Then open the checkpoint as `convert` does, which
+detects missing files, files of another save, and tensors that do not fit the settings. List expert
+files that no checkpoint in the folder refers to.
 
   fairseq-moe verify runs/moe/checkpoint_best.pt
   fairseq-moe verify runs/moe                      (each *.pt in the folder)
   fairseq-moe verify en_moe_lm_15b/model.pt        (X-rank-R.pt and X-shared.pt of the moe branch)
 
-Ends with status 1 if anything is damaged.
+Exits with status 1 if anything is damaged.
 """
 
 
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Raises UserError if anything is damaged."""
-    checkpoints = [found for path in args.paths for found in _checkpoints(path)]
+    checkpoints = [file for path in args.paths for file in _checkpoints(path)]
     damaged: Dict[str, str] = {}
     done: Dict[str, Optional[str]] = {}  # by file, as several checkpoints may share some
     for checkpoint in checkpoints:
@@ -37,9 +38,36 @@ def run(args: argparse.Namespace) -> None:
             print(f"{file}: {'damaged: ' + reason if reason else 'ok'}", flush=True)
             if reason:
                 damaged[file] = reason
+    for folder in dict.fromkeys(os.path.dirname(os.path.realpath(c)) for c in checkpoints):
+        unused = _unused(folder)
+        if unused:
+            print(unused, flush=True)
     if damaged:
         first = next(iter(damaged))
         raise UserError(f"{len(damaged)} of {len(done)} files are damaged: {damaged[first]}")
+
+
+def _unused(folder: str, shown: int = 3) -> Optional[str]:
+    """A line that lists the expert files in a folder that no checkpoint refers to; None if there
+    are none."""
+    from fairseq_moe_ext.checkpoint.cleanup import UnreadableCheckpoint, unused_files
+    from fairseq_moe_ext.checkpoint.format import FOLDER
+
+    try:
+        unused = unused_files(folder)
+    except UnreadableCheckpoint as error:
+        return f"{os.path.join(folder, FOLDER)}: unused files are not listed, because {error}"
+    if not unused:
+        return None
+    size = sum(map(os.path.getsize, unused))
+    names = [os.path.basename(path) for path in unused]
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return (
+        f"{os.path.join(folder, FOLDER)}: {len(names)} unused "
+        f"{'file' if len(names) == 1 else 'files'} ({size:,} bytes), which no checkpoint in "
+        f"{folder} refers to; the next save there deletes them, unless a training is writing them: "
+        f"{', '.join(names[:shown])}{more}"
+    )
 
 
 def _checkpoints(path: str) -> Iterator[str]:
@@ -48,13 +76,13 @@ def _checkpoints(path: str) -> Iterator[str]:
         return
     from .readers import reader_of
 
-    seen = set()
+    seen: Set[str] = set()
     for name in sorted(os.listdir(path)):
         file = os.path.join(path, name)
         if not name.endswith(".pt"):
             continue
         base = reader_of(file).base(file)
-        if base not in seen:
+        if base is not None and base not in seen:
             seen.add(base)
             yield base
     if not seen:
@@ -62,7 +90,7 @@ def _checkpoints(path: str) -> Iterator[str]:
 
 
 def _judged(path: str, done: Dict[str, Optional[str]]) -> Iterator[Tuple[str, Optional[str]]]:
-    """Each file of a checkpoint that was not judged before, and what is wrong with it."""
+    """Each file of a checkpoint not yet in `done`, and what is wrong with it."""
     from fairseq_moe_ext.checkpoint.intact import check_digest, check_records
 
     from .readers import reader_of

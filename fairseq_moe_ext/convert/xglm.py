@@ -128,7 +128,7 @@ def open_xglm(folder: str) -> Source:
             f"{path}: vocab_size {config['vocab_size']}, but the weights have "
             f"{embedding.shape[0]} rows: they do not belong together"
         )
-    model["decoder.embed_positions._float_tensor"] = torch.zeros(1, dtype=embedding.dtype)
+    model["decoder.embed_positions._float_tensor"] = torch.zeros(1, dtype=dtype_of(embedding))
     if tied:
         model[_OUTPUT] = embedding
     elif _OUTPUT not in model:

@@ -79,7 +79,8 @@ def fit(points: Sequence[Point]) -> Fit:
     covariance = variance * np.linalg.inv(inputs.T @ inputs)
     quantile = float(stats.t.ppf(0.975, freedom))
     wide = quantile * np.sqrt(np.diag(covariance))
-    law = Clark(*(float(x) for x in best), S_BASE.start, S_BASE.most)
+    a, b, c, d = map(float, best)
+    law = Clark(a, b, c, d, S_BASE.start, S_BASE.most)
     intervals = tuple(Estimate(float(x), float(x - w), float(x + w)) for x, w in zip(best, wide))
     return Fit(law, intervals, covariance, quantile, math.sqrt(variance), list(points))
 

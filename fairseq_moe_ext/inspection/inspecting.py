@@ -6,6 +6,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 
 import numpy as np
 import torch
+from fairseq.models import FairseqLanguageModel
 from torch import Tensor
 from tqdm import tqdm
 
@@ -148,7 +149,7 @@ class _Loader:
         self.task = language_modeling_task(data, 1)
         self.dictionary = self.task.source_dictionary
 
-    def __call__(self, path: Path) -> torch.nn.Module:
+    def __call__(self, path: Path) -> FairseqLanguageModel:
         """For evaluation. The experts of a model in many files stay in them."""
         overrides = dict(self.overrides)
         if not path.is_file():
@@ -162,7 +163,7 @@ class _Loader:
             set_gates(model, dropless=False)
         return on_device(model, self.settings.cpu)
 
-    def context(self, model: Any) -> int:
+    def context(self, model: FairseqLanguageModel) -> int:
         longest = model.max_positions()
         found = self.settings.context or min(longest, 1024)
         if not 2 <= found <= longest:
@@ -177,7 +178,11 @@ class _Watch:
         self.batch_size = batch_size
 
     def __call__(
-        self, words: str, model: Any, blocks: Sequence[Block], detailed: bool = False
+        self,
+        words: str,
+        model: FairseqLanguageModel,
+        blocks: Sequence[Block],
+        detailed: bool = False,
     ) -> View:
         total = sum(len(block.positions) for block in blocks)
         if not sys.stderr.isatty():
@@ -213,7 +218,7 @@ def _per_set(
     return {name: how(values[of == i]).item() for i, name in enumerate(names) if (of == i).any()}
 
 
-def _layers(model: Any, view: View, seen: Counted, tokens: Tokens) -> List[Layer]:
+def _layers(model: FairseqLanguageModel, view: View, seen: Counted, tokens: Tokens) -> List[Layer]:
     found = []
     moes = moe_layers(model)
     bar = tqdm(view.layers, desc="experts", unit="layer", leave=False, disable=None)

@@ -1,10 +1,10 @@
 """What a layer's first choice of expert tells about a token, beside what random gates tell."""
 
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple, cast
 
 import numpy as np
 
-from ..evaluation.specialisation import beside_controls, verdict
+from ..evaluation.specialisation import Information, LayerUse, beside_controls, verdict
 from .cards import Counted
 from .observing import LayerView
 from .result import Knowledge, Layer
@@ -83,7 +83,7 @@ def _interval(
     labels: np.ndarray,
     experts: int,
     groups: np.ndarray,
-    found: Any,
+    found: Information,
 ) -> Optional[Tuple[float, float]]:
     """95 % of the bits above the random gates: the delete-one jackknife over parts of the text
     (Efron and Stein 1981), and the error of the random gates' mean."""
@@ -111,8 +111,9 @@ def said(layers: Sequence[Layer]) -> List[str]:
     """A sentence on each variable."""
     found = []
     for name, words in WORDS.items():
-        tables: Any = [
-            {"information": {k: vars(v) for k, v in one.knowledge.items()}} for one in layers
+        tables = [
+            LayerUse(information={k: cast(Information, vars(v)) for k, v in one.knowledge.items()})
+            for one in layers
         ]
         if all(name in one.knowledge for one in layers):
             found.append(verdict(tables, name, words))

@@ -4,10 +4,13 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 import torch
+from fairseq.models import FairseqLanguageModel
 from torch import Tensor
 
 from ..evaluation.specialisation import RANDOM
 from ..models.token_scores import in_chunks, log_probs
+from ..moe.layer import MoELayer
+from ..moe.router import TopKRouter
 from .reading import Block
 
 KEPT_CHOICES = 4  # of a token, its best
@@ -40,7 +43,7 @@ class View(NamedTuple):
 class _Gate:
     """Looks at one layer's gate."""
 
-    def __init__(self, layer: int, gate: Any, detailed: bool, generator: Any) -> None:
+    def __init__(self, layer: int, gate: TopKRouter, detailed: bool, generator: Any) -> None:
         weight = gate.of_every_expert(gate.wg.weight.detach().float())  # (E, D)
         drawn = torch.randn(RANDOM, *weight.shape, generator=generator).to(weight.device)
         drawn *= weight.norm(dim=-1, keepdim=True) / drawn.norm(dim=-1, keepdim=True)
@@ -52,7 +55,7 @@ class _Gate:
         self.sampled = 0
         self.handle = gate.register_forward_hook(self._see)
 
-    def _see(self, gate: Any, args: Any, output: Any) -> None:
+    def _see(self, gate: TopKRouter, args: Any, output: Any) -> None:
         x, routing = args[0][self.real], output[1]
         probs, experts = routing.probs[self.real].float(), routing.experts[self.real]
         routed, kept = routing.routed[self.real], routing.kept[self.real]
@@ -100,14 +103,14 @@ class _Gate:
         )
 
 
-def moe_layers(model: Any) -> Dict[int, Any]:
+def moe_layers(model: FairseqLanguageModel) -> Dict[int, MoELayer]:
     """Number of a layer, from 0 -> its MoE layer."""
     layers = enumerate(model.decoder.layers)
     return {i: one.moe_layer for i, one in layers if getattr(one, "moe_layer", None) is not None}
 
 
 def observe(
-    model: Any,
+    model: FairseqLanguageModel,
     blocks: Sequence[Block],
     batch_size: int,
     progress: Callable[[int], Any] = lambda tokens: None,
@@ -140,7 +143,7 @@ def observe(
     return View(np.concatenate(losses), [gate.view() for gate in gates])
 
 
-def _pass(model: Any, tokens: Tensor, gates: Sequence[_Gate]) -> np.ndarray:
+def _pass(model: FairseqLanguageModel, tokens: Tensor, gates: Sequence[_Gate]) -> np.ndarray:
     """tokens (B, L) -> the losses of all but the first of each row, (B (L - 1),)."""
     tokens = tokens.to(next(model.parameters()).device)
     real = torch.ones_like(tokens, dtype=torch.bool)

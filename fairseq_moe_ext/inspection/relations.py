@@ -1,11 +1,12 @@
 """What goes together: experts of neighbouring layers, of one layer, of earlier checkpoints."""
 
-from typing import Any, List, Optional, Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..moe.layer import MoELayer
 from .knowing import bits
 from .observing import LayerView
 from .result import Pair
@@ -47,7 +48,7 @@ def flow(
 
 @torch.no_grad()
 def similarity(
-    moe: Any, view: LayerView, shown: Sequence[int]
+    moe: MoELayer, view: LayerView, shown: Sequence[int]
 ) -> Tuple[List[List[float]], List[List[float]], List[Pair]]:
     """Cosines of the router's rows, mean cosines of the experts' outputs on the same inputs, and
     the pairs with the highest ones: those that are candidates for merging."""

@@ -196,7 +196,7 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
         self.router_updates = RouterUpdates(
             {
                 index: layer.moe_layer.gate
-                for index, layer in enumerate(self.layers)
+                for index, layer in enumerate(cast(Sequence[DecoderLayer], self.layers))
                 if layer.moe_layer is not None
             }
         )

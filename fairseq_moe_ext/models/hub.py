@@ -44,7 +44,7 @@ def own_data(folder: Path, checkpoint_file: str, data: str, check: bool) -> str:
 
 
 class LanguageModelHub(GeneratorHubInterface):
-    """fairseq's interface (fairseq/hub_utils.py:88@0.12.2) for language models, to which a
+    """fairseq's interface (fairseq/hub_utils.py:85@0.12.2) for language models, to which a
     newline is an </s>, within a text and at its end."""
 
     def encode(self, sentence: str) -> Tensor:
@@ -142,7 +142,7 @@ class LanguageModelHub(GeneratorHubInterface):
     def _build_batches(
         self, tokens: List[Tensor], skip_invalid_size_inputs: bool
     ) -> Iterator[Dict[str, Any]]:
-        """As task.build_dataset_for_inference (fairseq/tasks/language_modeling.py:270@0.12.2),
+        """As task.build_dataset_for_inference (fairseq/tasks/language_modeling.py:269@0.12.2),
         which strips all </s> at the end; here only the last one, which ends the text."""
         dictionary, longest = self.src_dict, int(self.max_positions)
         start = dictionary.bos() if getattr(self.cfg.task, "add_bos_token", 0) else dictionary.eos()

@@ -59,13 +59,13 @@ PATCHES = (
     wrap(
         "fairseq.dataclass.utils:eval_str_list",
         commands.eval_str_list,
-        "fairseq/dataclass/utils.py:26@0.12.2",
+        "fairseq/dataclass/utils.py:25@0.12.2",
         "a fairseq that refuses fractions",
     ),
     wrap(
         "fairseq.utils:import_user_module",
         commands.import_user_module,
-        "fairseq/utils.py:491@0.12.2",
+        "fairseq/utils.py:464@0.12.2",
     ),
     wrap(
         "fairseq.distributed.utils:call_main",
@@ -75,7 +75,7 @@ PATCHES = (
     wrap(
         "fairseq.distributed.utils:distributed_init",
         commands.distributed_init,
-        "fairseq/distributed/utils.py:284@0.12.2",
+        "fairseq/distributed/utils.py:239@0.12.2",
         "a fairseq that hands a timeout on",
     ),
     wrap("fairseq_cli.train:main", commands.train_main, "fairseq_cli/train.py:44@0.12.2"),
@@ -83,21 +83,21 @@ PATCHES = (
     wrap(
         "fairseq.dataclass.initialize:hydra_init",
         hydra.hydra_init,
-        "fairseq/dataclass/initialize.py:19@0.12.2",
+        "fairseq/dataclass/initialize.py:16@0.12.2",
         NEVER,
         finding.NEW_RESOLVERS,
     ),
     wrap(
         "fairseq.dataclass.utils:merge_with_parent",
         hydra.merge_with_parent,
-        "fairseq/dataclass/utils.py:500@0.12.2",
+        "fairseq/dataclass/utils.py:487@0.12.2",
         NEVER,
         finding.NEW_RESOLVERS,
     ),
     wrap(
         "hydra._internal.utils:get_args_parser",
         hydra.get_args_parser,
-        "fairseq_cli/hydra_train.py:80@0.12.2",
+        "fairseq_cli/hydra_train.py:81@0.12.2",
         NEVER,
         finding.NEW_RESOLVERS,
     ),
@@ -127,7 +127,7 @@ PATCHES = (
     wrap(
         "fairseq.data.indexed_dataset:MMapIndexedDataset.__new__",
         data.new_dataset,
-        "fairseq/data/indexed_dataset.py:486@0.12.2",
+        "fairseq/data/indexed_dataset.py:391@0.12.2",
         "a fairseq that checks",
     ),
     wrap(
@@ -138,7 +138,7 @@ PATCHES = (
     wrap(
         "fairseq.data.data_utils:raise_if_valid_subsets_unintentionally_ignored",
         data.raise_if_valid_subsets_unintentionally_ignored,
-        "fairseq/data/data_utils.py:586@0.12.2",
+        "fairseq/data/data_utils.py:589@0.12.2",
     ),
     wrap(
         "fairseq.data.lm_context_window_dataset:LMContextWindowDataset.__getitem__",
@@ -162,19 +162,23 @@ PATCHES = (
         "fairseq/data/iterators.py:452@0.12.2",
     ),
     # ---- tasks
-    wrap("fairseq.tasks:setup_task", tasks.setup_task, "fairseq_cli/train.py:130@0.12.2"),
+    wrap("fairseq.tasks:setup_task", tasks.setup_task, "fairseq_cli/train.py:87,130@0.12.2"),
     wrap(_TASK + "state_dict", tasks.state_dict, "fairseq/tasks/fairseq_task.py:598@0.12.2"),
     wrap(
         _TASK + "load_state_dict",
         tasks.load_state_dict,
         "fairseq/checkpoint_utils.py:439@0.12.2",
     ),
-    wrap(_TASK + "build_bpe", tasks.build_bpe, "fairseq/tasks/fairseq_task.py:628@0.12.2"),
-    wrap(_TASK + "build_generator", tasks.build_generator, "fairseq/search.py:696@0.12.2"),
+    wrap(_TASK + "build_bpe", tasks.build_bpe, "fairseq/tasks/fairseq_task.py:627@0.12.2"),
+    wrap(
+        _TASK + "build_generator",
+        tasks.build_generator,
+        "fairseq/tasks/fairseq_task.py:357@0.12.2, fairseq/search.py:696@0.12.2",
+    ),
     wrap(
         _TASK + "get_interactive_tokens_and_lengths",
         tasks.get_interactive_tokens_and_lengths,
-        "fairseq/tasks/fairseq_task.py:631@0.12.2, fairseq_cli/interactive.py:89",
+        "fairseq/tasks/fairseq_task.py:631@0.12.2, fairseq_cli/interactive.py:83@0.12.2",
         "a fairseq that asks for another line",
     ),
     wrap(
@@ -186,28 +190,28 @@ PATCHES = (
     wrap(
         _TASK + "valid_step",
         tasks.valid_step,
-        "fairseq/tasks/fairseq_task.py:522@0.12.2, fairseq_cli/validate.py:119",
+        "fairseq/tasks/fairseq_task.py:522@0.12.2, fairseq_cli/validate.py:120@0.12.2",
     ),
     # ---- the trainer
     wrap(_TRAINER + "__init__", trainer.__init__, "fairseq/trainer.py:47@0.12.2"),
-    wrap(_TRAINER + "load_checkpoint", trainer.load_checkpoint, "fairseq/trainer.py:446@0.12.2"),
+    wrap(_TRAINER + "load_checkpoint", trainer.load_checkpoint, "fairseq/trainer.py:448@0.12.2"),
     wrap(_TRAINER + "save_checkpoint", trainer.save_checkpoint, "fairseq/trainer.py:860@0.12.2"),
     wrap(
         _TRAINER + "consolidate_optimizer",
         trainer.consolidate_optimizer,
-        "fairseq/trainer.py:860@0.12.2",
+        "fairseq/trainer.py:859@0.12.2",
     ),
-    wrap(_TRAINER + "state_dict", trainer.state_dict, "fairseq/checkpoint_utils.py:51@0.12.2"),
+    wrap(_TRAINER + "state_dict", trainer.state_dict, "fairseq/checkpoint_utils.py:54@0.12.2"),
     replace(
         _TRAINER + "always_call_state_dict_during_save_checkpoint",
         trainer.never,
-        "fairseq/checkpoint_utils.py:51@0.12.2",
+        "fairseq/checkpoint_utils.py:53@0.12.2",
     ),
     wrap(_TRAINER + "_prepare_sample", trainer._prepare_sample, "fairseq/trainer.py:1310@0.12.2"),
     wrap(
         (_TRAINER + "train_step", _TRAINER + "valid_step"),
         trainer.step,
-        "fairseq/trainer.py:947 and :1100, fairseq/optim/fp16_optimizer.py:211 @0.12.2",
+        "fairseq/trainer.py:780,947,1100@0.12.2, fairseq/optim/dynamic_loss_scaler.py:61@0.12.2",
     ),
     wrap(_TRAINER + "zero_grad", trainer.zero_grad, "fairseq/trainer.py:1161@0.12.2"),
     wrap(
@@ -218,7 +222,7 @@ PATCHES = (
     wrap(
         _TRAINER + "get_valid_iterator",
         trainer.get_valid_iterator,
-        "fairseq_cli/train.py:501@0.12.2",
+        "fairseq/trainer.py:722@0.12.2, fairseq_cli/train.py:501@0.12.2",
     ),
     wrap("fairseq_cli.train:validate", trainer.validate, "fairseq_cli/train.py:439@0.12.2"),
     wrap(_TRAINER + "clip_grad_norm", trainer.clip_grad_norm, "fairseq/trainer.py:1252@0.12.2"),
@@ -232,13 +236,13 @@ PATCHES = (
     wrap(
         _PLATEAU + "state_dict",
         trainer.save_plateau,
-        "fairseq/optim/lr_scheduler/reduce_lr_on_plateau.py:88@0.12.2",
+        "fairseq/optim/lr_scheduler/reduce_lr_on_plateau.py:107@0.12.2",
         "a fairseq that keeps it",
     ),
     wrap(
         _PLATEAU + "load_state_dict",
         trainer.load_plateau,
-        "fairseq/optim/lr_scheduler/reduce_lr_on_plateau.py:95@0.12.2",
+        "fairseq/optim/lr_scheduler/reduce_lr_on_plateau.py:114@0.12.2",
         "a fairseq that keeps it",
     ),
     wrap(
@@ -266,7 +270,7 @@ PATCHES = (
     wrap(
         _IO + "get_maybe_sharded_checkpoint_filename",
         checkpoint_io.get_maybe_sharded_checkpoint_filename,
-        "fairseq/checkpoint_utils.py:422@0.12.2",
+        "fairseq/checkpoint_utils.py:418@0.12.2",
     ),
     replace(
         _IO + "torch",
@@ -281,23 +285,23 @@ PATCHES = (
     wrap(
         _IO + "load_model_ensemble_and_task",
         checkpoint_io.load_model_ensemble_and_task,
-        "fairseq/checkpoint_utils.py:393@0.12.2",
+        "fairseq/checkpoint_utils.py:394@0.12.2",
     ),
     wrap(
         _IO + "load_checkpoint",
         checkpoint_io.load_checkpoint,
-        "fairseq/checkpoint_utils.py:180@0.12.2 (:42, :206, :229, :239, :249, :258)",
+        "fairseq/checkpoint_utils.py:188@0.12.2",
     ),
     wrap(
         _IO + "convert_namespace_to_omegaconf",
         checkpoint_io.convert_namespace_to_omegaconf,
-        "fairseq/dataclass/utils.py:244, fairseq/tasks/language_modeling.py:105 @0.12.2",
+        "fairseq/dataclass/utils.py:386@0.12.2, fairseq/tasks/language_modeling.py:105@0.12.2",
         "a fairseq that leaves missing values out",
     ),
     wrap(
         _IO + "save_checkpoint",
         checkpoint_io.save_checkpoint,
-        "fairseq/checkpoint_utils.py:33@0.12.2",
+        "fairseq/checkpoint_utils.py:35@0.12.2",
     ),
     wrap(
         _IO + "torch_persistent_save",
@@ -320,36 +324,36 @@ PATCHES = (
     wrap(
         "fairseq.tasks.language_modeling:LanguageModelingTask.eval_lm_dataloader",
         eval_lm.eval_lm_dataloader,
-        "fairseq/tasks/language_modeling.py:348@0.12.2",
+        "fairseq/tasks/language_modeling.py:340@0.12.2",
     ),
     wrap(
         "fairseq.models:BaseFairseqModel.prepare_for_inference_",
         eval_lm.prepare_for_inference_,
-        "fairseq_cli/eval_lm.py:263@0.12.2",
+        "fairseq_cli/eval_lm.py:274@0.12.2",
     ),
-    wrap("fairseq_cli.eval_lm:eval_lm", eval_lm.eval_lm, "fairseq_cli/eval_lm.py:61@0.12.2"),
+    wrap("fairseq_cli.eval_lm:eval_lm", eval_lm.eval_lm, "fairseq_cli/eval_lm.py:37@0.12.2"),
     wrap(
         "fairseq.ngram_repeat_block:NGramRepeatBlock.forward",
         generation.forward,
-        "fairseq/ngram_repeat_block.py:105@0.12.2",
+        "fairseq/ngram_repeat_block.py:63,105@0.12.2",
         "a fairseq that reads it at the current step",
     ),
     wrap(
         "fairseq.sequence_generator:SequenceGenerator._generate",
         generation.generate,
-        "fairseq/sequence_generator.py:470, :558 and :611 @0.12.2",
+        "fairseq/sequence_generator.py:206,470,554,611@0.12.2",
         "a fairseq that reads a prompt at one go",
     ),
     wrap(
         "fairseq.sequence_generator:SequenceGenerator._prefix_tokens",
         generation.steer_prefix,
-        "fairseq/sequence_generator.py:611@0.12.2",
+        "fairseq/sequence_generator.py:590,611@0.12.2",
         "a fairseq that reads a prompt at one go",
     ),
     wrap(
         "fairseq.search:Sampling.__init__",
         generation.sampling,
-        "fairseq/search.py:696@0.12.2",
+        "fairseq/search.py:625,696@0.12.2",
         "a fairseq that takes the smaller number",
     ),
 )

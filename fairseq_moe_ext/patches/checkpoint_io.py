@@ -76,7 +76,7 @@ def load_model_ensemble_and_task(
     with during(context.building, context.Building(task is None, strict)):
         models, cfg, task = stock(filenames, arg_overrides, task, strict, *args, **kwargs)
     wanted = (arg_overrides or {}).get("pad_to_fixed_length", True)
-    settings = getattr(task, "args", None)
+    settings: Any = getattr(task, "args", None)
     pads = getattr(settings, "pad_to_fixed_length", True)
     if wanted and not pads and find(filenames[-1]) and cfg.model.moe_freq > 0:
         settings.pad_to_fixed_length = True
@@ -121,7 +121,7 @@ def load_checkpoint(stock, cfg, trainer, **kwargs):
 
 
 def patience() -> dict:
-    """What fairseq-train remembers for --patience (fairseq_cli/train.py:227@0.12.2)."""
+    """What fairseq-train remembers for --patience (fairseq_cli/train.py:217@0.12.2)."""
     for name in ("fairseq_cli.train", "__main__"):
         stop = getattr(sys.modules.get(name), "should_stop_early", None)
         if stop is not None:

@@ -25,7 +25,7 @@ from .messages import mistake_to_print
 def parse_args_and_arch(stock, parser, *args, **kwargs):
     """A flag that argparse refuses, or that cannot be, ends in one line and not in two to forty.
 
-    fairseq-validate has no default task to ask for flags (fairseq/options.py:42 and :158@0.12.2);
+    fairseq-validate has no default task to ask for flags (fairseq/options.py:79,155@0.12.2);
     its task is that of the checkpoint.
     """
     parser.error = types.MethodType(OneLineParser.error, parser)
@@ -63,7 +63,7 @@ def eval_str_list(stock, x, x_type=float):
 
 def import_user_module(stock, args):
     """Of a --user-dir that is no package stock says ModuleNotFoundError, without the folder."""
-    folder = getattr(args, "user_dir", None)
+    folder = getattr(args, "user_dir", None) or ""
     try:
         return stock(args)
     except (ModuleNotFoundError, ValueError) as error:
@@ -122,7 +122,7 @@ def _check_run(cfg) -> None:
     """Raise UserError for settings of fairseq-hydra-train that cannot be."""
     from fairseq import utils
 
-    utils.import_user_module(cfg.common)  # as fairseq_cli/train.py:48 does first
+    utils.import_user_module(cfg.common)  # as fairseq_cli/train.py:48@0.12.2 does first
     starting.check_run(cfg)
 
 
@@ -143,7 +143,7 @@ def _end_at_once_where_others_wait() -> None:
 def check_processes(cfg) -> None:
     """Raise UserError for a number of processes that fairseq cannot start, before it starts none.
 
-    fairseq starts one process per GPU (fairseq/distributed/utils.py:143 and :346@0.12.2). On CPU,
+    fairseq starts one process per GPU (fairseq/distributed/utils.py:142,344@0.12.2). On CPU,
     `--distributed-world-size 2` with an init method starts none and exits with 0; without one, an
     AssertionError. NCCL needs GPUs.
     """
@@ -175,7 +175,7 @@ def check_processes(cfg) -> None:
 
 def _check_sharding(cfg, gpus: int, alone: bool) -> None:
     """fairscale's FSDP on one process wants a module that fairscale 0.4.13 has no more, and GPUs
-    where there are any (fully_sharded_data_parallel.py:92@0.4.13)."""
+    where there are any (fairscale/nn/data_parallel/fully_sharded_data_parallel.py:113@0.4.13)."""
     settings = cfg.distributed_training
     sharded = settings.ddp_backend == "fully_sharded"
     wants_fairscale = {
@@ -213,8 +213,9 @@ def distributed_init(stock, cfg):
 
     settings = getattr(cfg, "distributed_training", cfg)
     seconds = getattr(settings, "heartbeat_timeout", -1)
-    limit = {"timeout": datetime.timedelta(seconds=seconds)} if seconds > 0 else {}
-    start = functools.partial(torch.distributed.init_process_group, **limit)
+    start: Callable[..., None] = torch.distributed.init_process_group
+    if seconds > 0:
+        start = functools.partial(start, timeout=datetime.timedelta(seconds=seconds))
     utils.dist = View(torch.distributed, init_process_group=start)
     try:
         rank = stock(cfg)

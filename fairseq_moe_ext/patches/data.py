@@ -80,7 +80,7 @@ EVALUATING = (
 def make_dataset(stock, path, impl, fix_lua_indexing=False, dictionary=None):
     """Of a missing file, and of tokens beyond the dictionary, stock says nothing at once.
 
-    It reads all of the .bin once (fairseq/data/indexed_dataset.py:383@0.12.2), so looking at the
+    It reads all of the .bin once (fairseq/data/indexed_dataset.py:385@0.12.2), so looking at the
     tokens costs little.
     """
     files = [path + ".idx", path + ".bin"]

@@ -44,7 +44,7 @@ def eval_lm_dataloader(stock, *args, **kwargs):
 
 
 def prepare_for_inference_(stock, self, cfg):
-    """Whether samples may be left out, models learn here (fairseq_cli/eval_lm.py:263@0.12.2)."""
+    """Whether samples may be left out, models learn here (fairseq_cli/eval_lm.py:274@0.12.2)."""
     stock(self, cfg)
     dataset = getattr(cfg, "dataset", None)
     self.may_skip = bool(getattr(dataset, "skip_invalid_size_inputs_valid_test", False))

@@ -3,7 +3,7 @@
 import difflib
 import os
 import sys
-from typing import Callable, Optional
+from typing import Any, Callable, Optional, Set
 
 from fairseq_today.errors import UserError
 
@@ -20,11 +20,11 @@ def hydra_init(stock, cfg_name="config"):
     """
     from hydra._internal import utils as hydra_utils
 
-    command = sys.modules.get("fairseq_cli.hydra_train")  # else another program with Hydra
+    command: Any = sys.modules.get("fairseq_cli.hydra_train")  # else another program with Hydra
     if command is not None:
         _check_config_name(cfg_name)
         report, job = hydra_utils.run_and_report, command._hydra_main
-        hydra_utils.run_and_report = lambda task: report(lambda: _exit_on_mistake(task))
+        hydra_utils.run_and_report = lambda func: report(lambda: _exit_on_mistake(func))
         command._hydra_main = lambda cfg: _exit_on_mistake(lambda: job(cfg))
     stock(cfg_name)
 
@@ -49,7 +49,7 @@ def merge_with_parent(stock, dc, cfg, *args, **kwargs):
         raise UserError(f"{group}.{_describe_setting(error)}") from error
 
 
-_told = set()
+_told: Set[str] = set()
 
 
 def get_args_parser(stock):

@@ -5,7 +5,7 @@ import os
 import re
 import traceback
 from pathlib import Path
-from typing import Optional
+from typing import List, Optional
 
 from fairseq_today.errors import UserError, first_line
 
@@ -22,15 +22,16 @@ def mistake_to_print(error: BaseException) -> Optional[str]:
     if type(error).__name__ == "ProcessRaisedException":
         found = re.findall(r"^(?:[\w.]+\.UserError|FileNotFoundError): (.+)$", str(error), re.M)
         return found[-1] if found else None
-    # fairseq_cli/score.py:42, though "--sys -" is fine
+    # fairseq_cli/score.py:42@0.12.2, though "--sys -" is fine
     absent = re.fullmatch(r"(?:System output|Reference) file (.+) does not exist", str(error))
     if absent and isinstance(error, AssertionError):
         return f"{absent[1]}: no such file (--sys, --ref)"
-    chain = []
-    while error is not None and error not in chain:
-        chain.append(error)
-        error = error.__cause__ or error.__context__
-    # fairseq/trainer.py:581 raises "Cannot load model parameters" over the one that knows why
+    chain: List[BaseException] = []
+    cause: Optional[BaseException] = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    # "Cannot load model parameters" hides the error that says why (fairseq/trainer.py:581@0.12.2).
     ours = [str(error) for error in chain if isinstance(error, UserError)]
     others = (_lost_process, _out_of_memory, _not_installed, _not_text, _said_by_fairseq)
     said = (tell(error) for error in chain for tell in others)
@@ -97,7 +98,7 @@ def _said_by_fairseq(error: BaseException) -> Optional[str]:
 
 
 def _not_text(error: BaseException) -> Optional[str]:
-    """One line for an --input of another encoding (fairseq_cli/interactive.py:45), else None."""
+    """One line for an --input not in UTF-8 (fairseq_cli/interactive.py:44@0.12.2), else None."""
     if isinstance(error, UnicodeDecodeError):
         for frame, _ in traceback.walk_tb(error.__traceback__):
             if frame.f_code.co_filename.endswith("fileinput.py"):
@@ -115,11 +116,11 @@ def _not_installed(error: BaseException) -> Optional[str]:
 def _missing_file(error: OSError) -> Optional[str]:
     """A line on a file that fairseq does not find: what lies in its folder, or how to make it."""
     text = str(error)
-    if text.startswith("Model file not found: "):  # fairseq/checkpoint_utils.py:423
+    if text.startswith("Model file not found: "):  # fairseq/checkpoint_utils.py:423@0.12.2
         path = Path(text[len("Model file not found: ") :])
         return f"{path}: no such checkpoint; {_there_are(path.parent, '.pt')}"
     unfound = re.match(r"file (.+) not found$", text)
-    if unfound:  # fairseq/file_utils.py:75
+    if unfound:  # fairseq/file_utils.py:180@0.12.2
         return f"{unfound[1]}: no such file or folder"
     if not isinstance(error, FileNotFoundError):
         if error.filename is None:
@@ -128,15 +129,15 @@ def _missing_file(error: OSError) -> Optional[str]:
         shown = name if len(name) < 200 else f"{name[:100]}...{name[-20:]}"
         return f"{shown}: {error.strerror}"
     dataset = re.match(r"Dataset not found: .+ \((.+)\)$", text)
-    if dataset:  # fairseq/tasks/language_modeling.py:219
-        path = Path(dataset.group(1))
-        return f"{path}.idx: no such data-bin; {_there_are(path.parent, '.idx')}"
-    path = error.filename if error.filename is not None else text
-    if os.path.basename(path) == "dict.txt":
+    if dataset:  # fairseq/tasks/language_modeling.py:219@0.12.2
+        data = Path(dataset.group(1))
+        return f"{data}.idx: no such data-bin; {_there_are(data.parent, '.idx')}"
+    absent = str(text if error.filename is None else error.filename)
+    if os.path.basename(absent) == "dict.txt":
         made = "a data folder is made by fairseq-preprocess or fairseq-moe prepare"
-        return f"{path}: no such file; {made}"
-    # fairseq/utils.py:481 says nothing but the --user-dir
-    return text if error.filename is None and " " in text else f"{path}: no such file or folder"
+        return f"{absent}: no such file; {made}"
+    # fairseq/utils.py:480@0.12.2 says nothing but the --user-dir
+    return text if error.filename is None and " " in text else f"{absent}: no such file or folder"
 
 
 def _there_are(folder: Path, suffix: str, shown: int = 5) -> str:

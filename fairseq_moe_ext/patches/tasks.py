@@ -25,8 +25,8 @@ def setup_task(stock, cfg, *args, **kwargs):
     """fairseq-train loads the validation data with --disable-validation, too.
 
     A checkpoint keeps the setting, and fairseq-validate sets up the task by it: there the data is
-    loaded. Only training asks for it by `combine`, without `task_cfg` (fairseq_cli/validate.py:87
-    @0.12.2).
+    loaded. Only training asks for it by `combine`, without `task_cfg`
+    (fairseq_cli/validate.py:87@0.12.2).
     """
     task = stock(cfg, *args, **kwargs)
     whole = cfg._get_parent() if hasattr(cfg, "_get_parent") else None

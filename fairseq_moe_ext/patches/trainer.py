@@ -30,8 +30,8 @@ def __init__(stock, self, cfg, task, model, criterion, *args, **kwargs):
     """The first that fairseq-train does when it has a model to train: what cannot be trained,
     validated or saved is told here, not when the first part of the training is done and lost.
 
-    Stock divides the validation data into batches (fairseq_cli/train.py:472@0.12.2) and asks for
-    the metric of the best checkpoint (:534) only then.
+    Stock divides the validation data into batches (fairseq_cli/train.py:458@0.12.2) and asks for
+    the metric of the best checkpoint (fairseq_cli/train.py:533@0.12.2) only then.
     """
     if getattr(cfg.model, "moe_experts_on_disk", False):
         raise UserError(

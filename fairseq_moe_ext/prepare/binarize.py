@@ -1,6 +1,6 @@
 """Token ids to the .bin and .idx of fairseq's mmap format, in bounded memory.
 
-The format is that of MMapIndexedDatasetBuilder (fairseq/data/indexed_dataset.py:391-590@0.12.2),
+The format is that of MMapIndexedDatasetBuilder (fairseq/data/indexed_dataset.py:391-587@0.12.2),
 and a test compares the bytes with what that class writes. We do not use that class because it needs
 torch, one call per line of text, and all lines' sizes as Python integers in memory.
 """
@@ -23,7 +23,7 @@ _SIZE = np.dtype(np.int32)
 def dtype_of(types: int) -> np.dtype:
     """The number type that fairseq uses for tokens of a dictionary with `types` symbols.
 
-    indexed_dataset.py:22@0.12.2; the special symbols count.
+    fairseq/data/indexed_dataset.py:22@0.12.2; the special symbols count.
     """
     return np.dtype(np.uint16 if types < 65500 else np.uint32)
 
@@ -90,7 +90,7 @@ class SplitWriter:
         Path(self._sizes.name).unlink()
 
 
-# codes of indexed_dataset.py:103@0.12.2
+# codes of fairseq/data/indexed_dataset.py:117@0.12.2
 _CODES = {np.uint16: 8, np.uint32: 9}
 
 

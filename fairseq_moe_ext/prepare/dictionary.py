@@ -1,6 +1,6 @@
 """dict.txt in the convention of fairseq's `--bpe gpt2`: the words are BPE ids, written as numbers.
 
-fairseq puts 4 special symbols before the file's lines (fairseq/data/dictionary.py:35@0.12.2): line
+fairseq puts 4 special symbols before the file's lines (fairseq/data/dictionary.py:34@0.12.2): line
 i, counted from 0, is index 4 + i.
 """
 
@@ -29,8 +29,8 @@ def build(counts: np.ndarray, types: Optional[int]) -> Lines:
     """Dictionary of all BPE ids, the frequent ones first.
 
     Ids with the same count stand in the order of their digits, as fairseq-preprocess sorts them
-    (dictionary.py:195@0.12.2); ids that never occurred are in it too, so that any text can be
-    encoded. It is filled up with madeupword0000, madeupword0001, ...
+    (fairseq/data/dictionary.py:195@0.12.2); ids that never occurred are in it too, so that any
+    text can be encoded. It is filled up with madeupword0000, madeupword0001, ...
 
     Args:
         counts: (N,) how often each BPE id occurs in the training text.

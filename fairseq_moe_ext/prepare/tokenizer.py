@@ -26,7 +26,7 @@ from fairseq_moe_ext.errors import UserError
 ENCODER_FILE, MERGES_FILE = TOKENIZER
 NUM_BYTES = 256
 
-# The pattern of fairseq/data/encoders/gpt2_bpe_utils.py:66@0.12.2, which is applied line by line,
+# The pattern of fairseq/data/encoders/gpt2_bpe_utils.py:70@0.12.2, which is applied line by line,
 # for many lines at once: a newline is a word of its own, and white space never runs across it.
 _WORD = regex.compile(
     r"\n|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|[^\S\n]+(?!\S)|[^\S\n]+"
@@ -75,7 +75,8 @@ class ByteLevelBPE:
                 not belong together.
         """
         encoder = files.read_json(encoder_json, f"--gpt2-encoder-json {encoder_json}")
-        # fairseq drops the first line and what follows the last newline (gpt2_bpe_utils.py:134)
+        # fairseq drops the first line and what follows the last newline
+        # (fairseq/data/encoders/gpt2_bpe_utils.py:136@0.12.2).
         lines = files.read_text(vocab_bpe, f"--gpt2-vocab-bpe {vocab_bpe}").split("\n")[1:-1]
         if (
             not isinstance(encoder, dict)
@@ -193,7 +194,8 @@ def train_bpe(documents: Iterable[str], vocabulary_size: int, folder: Path) -> i
         merges = Path(scratch, "merges.txt").read_text(encoding="utf-8").splitlines()
     if merges and merges[0].startswith("#version"):
         merges = merges[1:]
-    # ASCII, because fairseq opens encoder.json in the locale's encoding (gpt2_bpe_utils.py:130)
+    # ASCII, because fairseq opens encoder.json in the locale's encoding
+    # (fairseq/data/encoders/gpt2_bpe_utils.py:132@0.12.2).
     _write(folder / ENCODER_FILE, json.dumps(encoder, ensure_ascii=True))
     _write(folder / MERGES_FILE, "".join(f"{line}\n" for line in ["#version: 0.2", *merges]))
     return len(encoder)

@@ -37,6 +37,6 @@ def run(argv: List[str]) -> None:
     with model.processes(cpu="cpu" in argv):
         if process_rank():
             # each process has all results; lm-eval writes those of local rank 0
-            # (evaluator.py:385@0.4.13), of which each machine has one
+            # (lm_eval/evaluator.py:385@0.4.13), of which each machine has one
             os.environ["LOCAL_RANK"] = str(process_rank())
         cli_evaluate()

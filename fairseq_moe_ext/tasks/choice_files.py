@@ -159,12 +159,15 @@ def hold_out(items: Sequence[Item], groups: Sequence[List[int]], share: float) -
     """Whole groups with about that share of all questions. They are drawn by a hash of their text:
     every process and every run draws the same, in whatever order the file has them."""
     room = share * len(items)
-    taken, left = [], []
+    taken: List[List[int]] = []
+    left: List[List[int]] = []
     for group in sorted(groups, key=lambda group: min(_hash(items[i]) for i in group)):
         (taken if len(group) <= room else left).append(group)
         room -= len(group) if len(group) <= room else 0
-    smallest = min(left, key=len, default=[])
-    if smallest and len(smallest) < 2 * room:  # nearer to the share with it than without
+    smallest = min(left, key=len, default=None)
+    if (
+        smallest is not None and len(smallest) < 2 * room
+    ):  # nearer to the share with it than without
         taken.append(smallest)
     return taken
 

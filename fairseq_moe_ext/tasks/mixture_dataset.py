@@ -139,8 +139,8 @@ class SeparateCorporaDataset(BaseWrapperDataset):
             start += len(part)
         return np.concatenate(orders)
 
-    def batch_by_size(self, indices: np.ndarray, **limits) -> List[np.ndarray]:
-        batches = []
+    def batch_by_size(self, indices: np.ndarray, **limits: Any) -> List[Sequence[int]]:
+        batches: List[Sequence[int]] = []
         for part in range(len(self._ends)):
             mine = indices[self._part(indices) == part]
             if len(mine):  # not all left out for their length
@@ -166,7 +166,7 @@ def _whole_steps(batches: List[Sequence[int]]) -> List[Sequence[int]]:
 def release(iterator: EpochBatchIterator) -> None:
     """End the workers of an iterator whose epoch is over; leave others alone.
 
-    Iterator and data loader refer to one another (fairseq/data/iterators.py:484@0.12.2), so the
+    Iterator and data loader refer to one another (fairseq/data/iterators.py:482@0.12.2), so the
     workers would live until garbage collection, which then waits 5 seconds for each of them. This
     matters where every epoch has its own iterator.
     """

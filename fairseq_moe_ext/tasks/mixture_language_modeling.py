@@ -191,7 +191,7 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
     def _check_metric(self, subset: str) -> None:
         """Raise UserError if checkpoints are chosen by a perplexity that `subset` does not log.
 
-        fairseq_cli/train.py:534@0.12.2 would fail only after the first validation, by a KeyError.
+        fairseq_cli/train.py:533@0.12.2 would fail only after the first validation, by a KeyError.
         """
         metric, given = self.args.best_checkpoint_metric, self._given[subset]
         ours = {f"{name}_ppl" for name in [*self.corpora, IN_DOMAIN, OUT_OF_DOMAIN]}

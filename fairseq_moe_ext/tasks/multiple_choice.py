@@ -93,6 +93,7 @@ class MultipleChoiceTask(FairseqTask):
         self.args = cfg  # the name in LanguageModelingTask
         self.dictionary = dictionary
         self.scoring = str(cfg.choice_scoring)
+        assert cfg.choice_data is not None  # setup_task checks it
         self.files = ChoiceFiles(
             Path(cfg.choice_data),
             cfg.choice_task,
@@ -101,8 +102,8 @@ class MultipleChoiceTask(FairseqTask):
         )
         self._train_keys: Set[bytes] = set()  # of the training questions, once they are read
         # One sequence with a score a class, or a sequence for each candidate.
-        one_sequence = self.scoring == "head" and self.files.classes is not None
-        self.outputs = len(self.files.classes) if one_sequence else 1
+        classes = self.files.classes if self.scoring == "head" else None
+        self.outputs = len(classes) if classes is not None else 1
 
     @classmethod
     def setup_task(cls, cfg: MultipleChoiceTaskConfig, **kwargs) -> "MultipleChoiceTask":
@@ -228,9 +229,10 @@ class MultipleChoiceTask(FairseqTask):
         if self.outputs > 1:
             shared = scoring.common_prefix(candidates)
             return [scoring.Row(tuple(candidates[0][:shared]), shared)]
+        rows = [tuple(row) for row in candidates]
         if self.scoring == "head":
-            return [scoring.Row(tuple(row), len(row)) for row in candidates]
-        return scoring.rows_of("suffix" if self.files.suffix else "sum", candidates)
+            return [scoring.Row(row, len(row)) for row in rows]
+        return scoring.rows_of("suffix" if self.files.suffix else "sum", rows)
 
     def _item(self, rows: List[scoring.Row], label: int) -> Item:
         tokens = [torch.tensor(row.tokens, dtype=torch.long) for row in rows]

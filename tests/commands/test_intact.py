@@ -193,6 +193,24 @@ def test_verify_takes_a_folder(trained, tmp_path, capsys):
     assert judged(tmp_path, capsys)[0] == 1
 
 
+def test_verify_lists_files_of_experts_that_no_checkpoint_refers_to(spread, capsys):
+    assert len(judged(spread, capsys)[1]) == 5
+    folder = spread.parent / "experts"
+    left = [f"1-2-{digit * 16}-0-2.pt" for digit in "abcd"]  # as a killed training leaves them
+    for name in left:
+        (folder / name).write_bytes(b"12345")
+    (folder / "notes.txt").write_text("mine", encoding="utf-8")
+    status, lines, err = judged(spread, capsys)
+    assert status == 0 and not err and len(lines) == 6
+    told = lines[str(folder)]
+    assert told.startswith("4 unused files (20 bytes)") and told.endswith("and 1 more")
+    assert all(name in told for name in left[:3]) and "notes.txt" not in told
+    other = spread.with_name("other.pt")
+    other.write_bytes(b"no checkpoint")
+    status, lines, err = judged(spread, capsys)
+    assert status == 0 and "not listed" in lines[str(folder)] and "other.pt" in lines[str(folder)]
+
+
 def test_the_digest_is_that_of_the_bytes(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     # FIPS 180-2, appendix B.1
