@@ -1,9 +1,11 @@
 """`fairseq-moe` behind fairseq_moe_command.py: each subcommand is one call into the package."""
 
 import argparse
+import contextlib
 import importlib
+import logging
 import sys
-from typing import List, Optional
+from typing import Iterator, List, Optional
 
 import fairseq_moe_command
 from fairseq_moe_command import LM_EVAL
@@ -27,7 +29,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         files.check_named(vars(args), argv)
-        args.run(args if handed_on is None else handed_on)
+        with _without_news():
+            args.run(args if handed_on is None else handed_on)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -40,6 +43,18 @@ def main(argv: Optional[List[str]] = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+@contextlib.contextmanager
+def _without_news() -> Iterator[None]:
+    """Without what fairseq logs of every model it loads: all its settings, on one line."""
+    logger = logging.getLogger("fairseq")
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _takes_words(args: argparse.Namespace, rest: List[str]) -> bool:

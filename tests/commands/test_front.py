@@ -1,5 +1,6 @@
 """The command's help, its examples and its completion."""
 
+import logging
 import os
 import shlex
 import subprocess
@@ -88,3 +89,17 @@ def test_bash_completes_commands_flags_and_files(tmp_path):
     assert "bashcompinit" in completion.script("zsh", {"inspect": ["--data"]})
     fish = completion.script("fish", {"inspect": ["--data"]})
     assert "-n '__fish_seen_subcommand_from inspect' -l data" in fish
+
+
+def test_no_news_of_fairseq_while_a_command_runs(monkeypatch):
+    """It would print all settings of every model that is loaded; afterwards it is as before."""
+    logger = logging.getLogger("fairseq.models.fairseq_model")
+    seen = []
+
+    def run(args):
+        seen.append(logger.isEnabledFor(logging.INFO))
+
+    monkeypatch.setattr("fairseq_moe_ext.patch_list.run", run)
+    monkeypatch.setattr(logging.getLogger("fairseq"), "level", logging.INFO)
+    assert cli.main(["patches"]) == 0 and seen == [False]
+    assert logging.getLogger("fairseq").level == logging.INFO
