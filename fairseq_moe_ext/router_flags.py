@@ -200,6 +200,12 @@ def validate_router(cfg: Any) -> None:
             f"--moe-capacity-factor {cfg.moe_capacity_factor}: --moe-router {cfg.moe_router} has "
             "no capacity; remove it"
         )
+    if not router.learned and str(cfg.moe_freeze) in ("gate", "gate_and_experts"):
+        raise UserError(
+            f"--moe-freeze {cfg.moe_freeze}: --moe-router {cfg.moe_router} has no gate that is "
+            "trained; remove the flag"
+            + ("" if str(cfg.moe_freeze) == "gate" else ", or use --moe-freeze experts")
+        )
     _validate_weights(cfg)
     _validate_groups(cfg)
 

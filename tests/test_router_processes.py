@@ -1,0 +1,96 @@
+"""Two processes route as one does, with the scope world."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import run_processes
+from router_loops import LOOPS
+
+from fairseq_moe_ext.expert_parallel import ExpertParallel, WorldScope
+from fairseq_moe_ext.moe.exchange import HERE
+from fairseq_moe_ext.moe.layer import MoELayer
+from fairseq_moe_ext.moe.router import ROUTERS, GateSettings
+from fairseq_moe_ext.moe.scope import PROCESS
+
+EXPERTS, TOKENS, DIM, TYPES = 4, 22, 6, 9
+NAMES = sorted(set(LOOPS) - {"expert_choice"})  # which no language model has
+
+
+def layer_of(name, exchange=HERE, scope=PROCESS):
+    torch.manual_seed(5)
+    k = 1 if name == "base" else 2
+    settings = GateSettings(k, second_expert_policy="all", capacity_factor=1.2)
+    return MoELayer.build(
+        DIM, 7, EXPERTS, settings, router=name, exchange=exchange, scope=scope,
+        token_counts=range(TYPES),
+    ).double()  # fmt: skip
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(TOKENS, DIM, generator=generator).double()
+    ids = torch.randint(TYPES, (TOKENS,), generator=generator)
+    padding = torch.rand(TOKENS, generator=generator) < 0.2
+    return x + x[:, :1], ids, padding, torch.randn(TOKENS, DIM, generator=generator).double()
+
+
+def steps(name, layer, part, total):
+    """Two steps of training and one of evaluation; `total` sums over processes."""
+    x, ids, padding, weight = (tensor[part] for tensor in inputs())
+    x = x.clone().requires_grad_()
+    if name == "relu":
+        layer.gate.l1_weight.fill_(0.4)
+    found = {"stats": []}
+    for step in range(2):
+        layer.zero_grad()
+        out = layer(x, padding, token_ids=ids)
+        loss = (out.out * weight).sum() + len(x) / TOKENS * (out.balance_loss + out.z_loss)
+        if out.router_loss is not None:
+            loss = loss + len(x) / TOKENS * out.router_loss
+        if loss.requires_grad:
+            loss.backward()
+        found["stats"].append({**out.stats, "loss": out.balance_loss.detach()})
+        layer.gate.after_update({name: total(value) for name, value in out.observed.items()})
+        found[f"out {step}"] = out.out.detach()
+        found[f"x {step}"], x.grad = x.grad, None
+        found["gates"] = [total(p.grad) for p in layer.gate.parameters()]
+    layer.eval()
+    layer.gate.settings = layer.gate.settings._replace(eval_token_fraction=1.0)
+    found["evaluated"] = layer(x, padding, token_ids=ids).out.detach()
+    found["state"] = [layer.gate._buffers[n] for n in layer.gate._state_names]
+    return found
+
+
+def summed(x):
+    x = x.clone()
+    dist.all_reduce(x)
+    return x
+
+
+def in_a_process(rank, sizes):
+    exchange = ExpertParallel(EXPERTS)
+    part = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    return {n: steps(n, layer_of(n, exchange, WorldScope()), part, summed) for n in NAMES}
+
+
+@pytest.mark.parametrize("sizes", [(11, 11), (17, 5), (22, 0)], ids=str)
+def test_two_processes_route_as_one(sizes):
+    """Outputs, losses, metrics, gradients and what the router learned, in two updates."""
+    results = run_processes(2, in_a_process, sizes)
+    for name in NAMES:
+        one = steps(name, layer_of(name), slice(None), lambda x: x)
+        for key, value in one.items():
+            of_each = [result[name][key] for result in results]
+            if isinstance(value, torch.Tensor):
+                of_each = [torch.cat(of_each)]
+            for many in of_each:
+                torch.testing.assert_close(many, value, rtol=1e-9, atol=1e-12, msg=f"{name}, {key}")
+
+
+def test_every_router_with_a_state_was_changed_by_it():
+    for name in NAMES:
+        layer = layer_of(name)
+        before = [layer.gate._buffers[n].clone() for n in layer.gate._state_names]
+        after = steps(name, layer, slice(None), lambda x: x)["state"]
+        assert (ROUTERS[name] in (ROUTERS["relu"], ROUTERS["threshold"])) == bool(before)
+        assert all(not torch.equal(a, b) for a, b in zip(before, after))
