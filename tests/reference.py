@@ -221,6 +221,7 @@ def statistics(routes: Routes) -> dict[str, float]:
     if routes.null:
         chosen = sum(choice.chosen for choices in routes.choices for choice in choices)
         stats["null_share"] = 100 * (chosen - len(everything)) / max(chosen, 1)
+    stats["experts_per_token"] = len(everything) / tokens
     group = math.ceil(0.2 * experts)
     for k in range(min(len(routes.choices[0]), 2)):
         name = f"expert{k + 1}"

@@ -196,7 +196,9 @@ def test_commands_on_a_trained_model(trained):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_router_of_the_example(trained):
+def test_routers(trained):
+    """Every router, and that of the example."""
+    assert len(re.findall(r"done training", script(trained, "docs/routers.md"))) == 7
     (trained / "examples").symlink_to(REPOSITORY / "examples")
     output = script(trained, "examples/add_a_router/README.md")
     assert re.search(r"Perplexity: [\d.]+", output)
@@ -239,7 +241,7 @@ RUN = {"README.md", "examples/add_a_router/README.md", "examples/quickstart/READ
         "mixture",
         "prepare",
     )
-    + ("performance", "priming", "scaling", "study", "train")
+    + ("performance", "priming", "routers", "scaling", "study", "train")
 }
 NOT_RUN = {"docs/released_models.md"}  # commands on downloads of 29 GB
 PAGES = [

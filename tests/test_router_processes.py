@@ -1,10 +1,13 @@
 """Two processes route as one does, with the scope world."""
 
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
 from processes import run_processes
 from router_loops import LOOPS
+from training import UPDATES, first_run, make_data, resume
 
 from fairseq_moe_ext.expert_parallel import ExpertParallel, WorldScope
 from fairseq_moe_ext.moe.exchange import HERE
@@ -94,3 +97,27 @@ def test_every_router_with_a_state_was_changed_by_it():
         after = steps(name, layer, slice(None), lambda x: x)["state"]
         assert (ROUTERS[name] in (ROUTERS["relu"], ROUTERS["threshold"])) == bool(before)
         assert all(not torch.equal(a, b) for a, b in zip(before, after))
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("sinkhorn", "base", "random")]
+
+
+@pytest.mark.parametrize("name", ["threshold", "relu", "hash", *SLOW])
+def test_a_run_goes_on_on_two_processes(name, tmp_path):
+    """From a checkpoint, with the state that it has, as the run that was not interrupted."""
+    data = make_data(tmp_path)
+    options = f"--moe-router {name} --moe-gate-loss-wt 0"
+    options += "" if ROUTERS[name].capacity_free else " --moe-dropless"
+    losses = first_run(data, tmp_path / "run", 1, EXPERTS, options)
+    resumed = resume(data, tmp_path / "run", 2, EXPERTS, options)
+    assert resumed == pytest.approx(losses[-len(resumed) :], rel=1e-5)
+    assert len(resumed) == UPDATES - 4
+    saved = torch.load(tmp_path / "run" / "checkpoint_1_4.pt", weights_only=True)["model"]
+    gate = "decoder.layers.1.moe_layer.gate"
+    if name == "threshold":
+        assert saved[f"{gate}.updates"] == 4 and saved[f"{gate}.threshold"].dtype == torch.float64
+    if name == "relu":
+        steps_up = math.log(float(saved[f"{gate}.l1_weight"]) / 1e-8) / math.log(1.2)
+        assert round(steps_up, 6) in (-4, -2, 0, 2, 4)  # of four updates
+    if name == "hash":
+        assert saved[f"{gate}.table"].shape == (24, 2)

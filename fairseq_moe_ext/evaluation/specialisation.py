@@ -84,18 +84,20 @@ class Watch:
     """The choices of one layer's gate, and those of random gates on the same inputs."""
 
     def __init__(self, gate: Any, generator: torch.Generator) -> None:
-        weight = gate.of_every_expert(gate.wg.weight.detach().float())  # (E, D)
+        weight = gate.expert_vectors()  # (E, D)
         drawn = torch.randn(RANDOM, *weight.shape, generator=generator).to(weight.device)
-        drawn *= weight.norm(dim=-1, keepdim=True) / drawn.norm(dim=-1, keepdim=True)
+        length = weight.norm(dim=-1, keepdim=True)  # 0 for a router without a gate
+        drawn *= length.where(length > 0, 1.0) / drawn.norm(dim=-1, keepdim=True)
         self.experts = len(weight)
         self.random = drawn.flatten(0, 1)  # (RANDOM E, D)
         self.parts: List[np.ndarray] = []  # (T, 1 + RANDOM, K) each, the learnt gate's first
         self.on = True
         gate.register_forward_hook(self._see)
 
-    def _see(self, gate: torch.nn.Module, args: Any, output: Any) -> None:
+    def _see(self, gate: Any, args: Any, output: Any) -> None:
         if self.on:
-            learnt = output[1].experts  # (T, K)
+            # a gate may rank all experts, and route to the first few
+            learnt = output[1].experts[:, : gate.settings.top_k]  # (T, K)
             logits = (args[0].float() @ self.random.T).view(len(learnt), RANDOM, self.experts)
             others = logits.topk(learnt.size(1), dim=-1).indices
             every = torch.cat([learnt.unsqueeze(1), others], dim=1)

@@ -44,9 +44,10 @@ class _Gate:
     """Looks at one layer's gate."""
 
     def __init__(self, layer: int, gate: TopKRouter, detailed: bool, generator: Any) -> None:
-        weight = gate.of_every_expert(gate.wg.weight.detach().float())  # (E, D)
+        weight = gate.expert_vectors()  # (E, D)
         drawn = torch.randn(RANDOM, *weight.shape, generator=generator).to(weight.device)
-        drawn *= weight.norm(dim=-1, keepdim=True) / drawn.norm(dim=-1, keepdim=True)
+        length = weight.norm(dim=-1, keepdim=True)  # 0 for a router without a gate
+        drawn *= length.where(length > 0, 1.0) / drawn.norm(dim=-1, keepdim=True)
         self.layer, self.experts, self.detailed = layer, len(weight), detailed
         self.random = drawn.flatten(0, 1)  # (RANDOM E, D)
         self.real: Optional[Tensor] = None  # (T,) which tokens of the next batch count

@@ -52,8 +52,7 @@ def similarity(
 ) -> Tuple[List[List[float]], List[List[float]], List[Pair]]:
     """Cosines of the router's rows, mean cosines of the experts' outputs on the same inputs, and
     the pairs with the highest ones: those that are candidates for merging."""
-    rows = moe.gate.of_every_expert(moe.gate.wg.weight.detach().float())[list(shown)]  # (n, D)
-    rows = F.normalize(rows, dim=-1)
+    rows = F.normalize(moe.gate.expert_vectors()[list(shown)], dim=-1)  # (n, D)
     routers = (rows @ rows.T).cpu()
     inputs = view.inputs if moe.latent is None else moe.latent.down(view.inputs)  # (t, D)
     computing = view.experts - moe.gate.settings.null_experts  # null experts are like no other

@@ -135,6 +135,11 @@ class TopKRouter(nn.Module):
         """Make what `logits` needs."""
         self.wg = nn.Linear(self.dim, self.num_logits, bias=False)
 
+    def expert_vectors(self) -> Tensor:
+        """What the gate compares tokens with, (E, D) in float32 and without gradient; zeros where
+        it compares nothing."""
+        return self.of_every_expert(self.wg.weight.detach().float())
+
     def set_token_counts(self, counts: Sequence[int]) -> None:
         """Told once, before the weights are loaded: how often each type of the vocabulary occurs in
         the training data."""

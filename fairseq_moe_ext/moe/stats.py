@@ -15,7 +15,7 @@ from .scope import PROCESS, RoutingScope
 # The share of experts that counts as most used, and as least used.
 BALANCE_SHARE = 0.2
 
-FIGURES = ("entropy_gating", "overflow", "load_max") + tuple(
+FIGURES = ("entropy_gating", "overflow", "load_max", "experts_per_token") + tuple(
     figure
     for expert in ("expert1", "expert2")
     for figure in (
@@ -36,6 +36,8 @@ def routing_stats(routing: Routing, scope: RoutingScope = PROCESS) -> Dict[str, 
     - entropy_gating: mean entropy of the router's probabilities, in nats.
     - overflow: percentage of routed choices beyond capacity.
     - load_max: choices of the most chosen expert, before dropping, over the mean of all experts.
+    - experts_per_token: mean number of experts that a token is sent to, before dropping, without
+      null experts.
     - overflow_expert1, _expert2: percentage of routed first, second choices beyond capacity.
     - expertK_balance_top, _bottom: percentage of tokens whose K-th choice is among the most, least
       chosen fifth of the experts.
@@ -79,6 +81,7 @@ def routing_stats(routing: Routing, scope: RoutingScope = PROCESS) -> Dict[str, 
             "entropy_gating": (entropy / tokens)[0],
             "overflow": 100.0 * dropped.sum() / load.sum().clamp(min=1),
             "load_max": computing * load.max() / load.sum().clamp(min=1),
+            "experts_per_token": (load.sum() / tokens)[0],
         }
         if routing.null_experts:
             null = everything - load.sum()

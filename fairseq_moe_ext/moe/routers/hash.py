@@ -44,6 +44,9 @@ class HashRouter(TopKRouter):
         """No gate: there are no logits."""
         self.register_buffer("table", torch.zeros(0, self.settings.top_k, dtype=torch.long))
 
+    def expert_vectors(self) -> Tensor:
+        return torch.zeros(self.num_experts, self.dim, device=self.table.device)
+
     def set_token_counts(self, counts: Sequence[int]) -> None:
         known = len(set(counts)) > 1
         size = self.num_experts, self.settings.top_k
