@@ -262,7 +262,11 @@ def test_checkpoints_that_do_not_fit_end_in_one_line(command, data, trained, tmp
         ("train", f"{folder} {resume}", "vocabulary of 24, the dictionary one of 25"),
         ("train", f"{data} {resume} --moe-expert-count 4", "8 x 16 in the checkpoint"),
         ("train", f"{data} {resume} --decoder-layers 4", "decoder.layers.2"),
-        ("eval_lm", f"{folder} {EVAL} --path {tmp_path}/run/checkpoint_last.pt", "24 types"),
+        (
+            "eval_lm",
+            f"{folder} {EVAL} --path {tmp_path}/run/checkpoint_last.pt",
+            "vocabulary of 24",
+        ),
     ]
     for name, line, words in cases:
         (tmp_path / "run").mkdir(exist_ok=True)
