@@ -150,7 +150,7 @@ def _listed(text: Optional[str], layers: int) -> Optional[Tuple[int, ...]]:
     if text is None:
         return None
     parts = [part.strip() for part in str(text).split(",")]
-    if not all(part.isascii() and part.isdigit() for part in parts):
+    if not all(part.isascii() and part.isdigit() and len(part) < 6 for part in parts):
         raise UserError(f"--moe-layers {text}: give numbers of layers, counted from 0, as 1,3,5")
     numbers = sorted(map(int, parts))
     if len(set(numbers)) < len(numbers):

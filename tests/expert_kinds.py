@@ -36,30 +36,40 @@ def network(row, w1, b1, w2, b2, activation):
     return w2 @ ((silu if activation == "swiglu" else gelu)(gate) * linear) + b2
 
 
-def layer_by_loop(x, p, activation, **routing):
-    """x (T, D), p the layer's parameters by name -> reference.Output."""
+def logits_of(x, p, null=0):
+    """x (T, D) -> (T, E), in which null experts share the gate's last row."""
     gate = p["gate.wg.weight"]
-    if routing.get("null"):  # they share the last row
-        gate = torch.stack([*gate[:-1], *[gate[-1]] * routing["null"]])
-    logits = torch.stack([gate @ row for row in x])
-    routes = reference.route(logits, **routing)
-    stacks = [p[f"experts.{name}"] for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")]
+    if null:
+        gate = torch.stack([*gate[:-1], *[gate[-1]] * null])
+    return torch.stack([torch.stack([(row * w).sum() for w in gate]) for row in x])
+
+
+def outputs(x, p, activation, choices):
+    """x (T, D), p the layer's parameters by name, choices of each token: (expert, weight), ... of
+    those that compute -> (T, D)."""
+    names = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
     rows = []
-    for row, choices in zip(x, routes.choices):
+    for row, chosen in zip(x, choices):
         given = p["latent.down.weight"] @ row if "latent.down.weight" in p else row
         out = torch.zeros_like(given)
-        for choice in choices:
-            if choice.kept:
-                of_expert = [stack[choice.expert] for stack in stacks]
-                out = out + choice.weight * network(given, *of_expert, activation)
+        for expert, weight in chosen:
+            of_expert = [p[f"experts.{name}"][expert] for name in names]
+            out = out + weight * network(given, *of_expert, activation)
         if "latent.up.weight" in p:
             out = p["latent.up.weight"] @ out
         if "shared.fc1.weight" in p:
-            names = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
             out = out + network(row, *(p[f"shared.{name}"] for name in names), activation)
         rows.append(out)
+    return torch.stack(rows)
+
+
+def layer_by_loop(x, p, activation, **routing):
+    """x (T, D), p the layer's parameters by name -> reference.Output."""
+    logits = logits_of(x, p, routing.get("null", 0))
+    routes = reference.route(logits, **routing)
+    kept = [[(c.expert, c.weight) for c in choices if c.kept] for choices in routes.choices]
     return reference.Output(
-        torch.stack(rows),
+        outputs(x, p, activation, kept),
         reference.balance_loss(routes),
         reference.z_loss(logits, routes.counts),
         reference.statistics(routes),

@@ -246,19 +246,24 @@ def test_published_counts(name, capsys):
     assert round((found["active"] - more) / 1e9, 1) == active
 
 
-@pytest.mark.parametrize("moe", [False, True])
+OF_MEMORY = {
+    "": {},
+    "gated shared": {"activation_fn": "swiglu", "moe_shared_experts": 2},
+    "latent": {"moe_latent_dim": 24},
+    "gated twin": {"activation_fn": "geglu", "moe_dense_twin": True},
+}
+
+
+@pytest.mark.parametrize("moe, kind", [(False, ""), *((True, kind) for kind in OF_MEMORY)])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_memory_against_what_autograd_keeps(moe, recompute):
+def test_memory_against_what_autograd_keeps(moe, kind, recompute):
     dim, ffn, types, tokens = 64, 256, 400, 256
     flags = dict(
         decoder_embed_dim=dim, decoder_ffn_embed_dim=ffn, share_decoder_input_output_embed=True
     )
-    shape = Shape(4, dim, ffn, types=types)
     if moe:
-        flags.update(
-            moe_freq=2, moe_expert_count=8, moe_dropless=True, moe_second_expert_policy="all"
-        )
-        shape = shape._replace(moe_freq=2, experts=8)
+        flags.update(**MOE, **OF_MEMORY[kind], moe_dropless=True)
+    shape = shape_of(vars(make_config(**flags)), types)
     model = build_model(types=types, checkpoint_activations=recompute, **flags).train()
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}

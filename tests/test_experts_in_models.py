@@ -4,8 +4,9 @@ checkpoints, conversion, freezing, activation checkpointing."""
 import pytest
 import torch
 from converting import convert, evaluated, load, logits, mistake, same
+from processes import run_processes
 from small_models import MOE, build_model, make_config, random_tokens
-from training import SAVED, TRAIN, make_data, resume, train_on
+from training import SAVED, TRAIN, error_of, make_data, resume, train_on
 from training import first_run as first_run_of
 from updates import WORLD, assert_same, configure, one_process, processes, save_dictionary, train
 
@@ -108,6 +109,13 @@ def test_compiled_is_the_same(kind):
         found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
     for plain, again in zip(*found):
         torch.testing.assert_close(again, plain, rtol=1e-4, atol=1e-5)
+
+
+def processes_errors(folder, flags):
+    """The error that each of two processes ends with."""
+    return run_processes(
+        2, error_of, train, configure(folder, flags), "fully_sharded", 2, 1, None, 1
+    )
 
 
 OFTEN = [("legacy_ddp", "gated"), ("pytorch_ddp", "shared"), ("fully_sharded", "all")]
@@ -229,6 +237,12 @@ def test_what_is_frozen_stays(folder, part):
         assert torch.equal(start[name], end[name]) == frozen, name
 
 
+def test_shared_experts_are_not_frozen_under_fsdp(folder):
+    flags = f"--moe-expert-count 4 {LINES['shared']} --moe-freeze experts"
+    refused = processes_errors(folder, flags)
+    assert all("--moe-freeze experts and shared or latent experts with" in each for each in refused)
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
@@ -236,6 +250,7 @@ def test_what_is_frozen_stays(folder, part):
         ({"moe_layers": "1,1"}, "--moe-layers 1,1: names a layer twice"),
         ({"moe_layers": ""}, "--moe-layers : give numbers"),
         ({"moe_layers": "4"}, "there is no layer 4; --decoder-layers 4 has 0 to 3"),
+        ({"moe_layers": "1234567"}, "give numbers of layers"),
         ({"moe_layers": "-1"}, "--moe-layers -1: give numbers"),
         ({"moe_layers": "1", "moe_first_dense": 1}, "--moe-first-dense 1 with --moe-layers 1"),
         ({"moe_first_dense": 4}, "--moe-first-dense 4 leaves no layer of --moe-freq 2"),

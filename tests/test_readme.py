@@ -171,7 +171,7 @@ def test_commands_on_a_trained_model(trained):
 
     output = script(trained, "docs/experts.md")
     assert output.count("done training") == 2
-    assert "dense twin: layers 1 have networks of width 480" in output
+    assert "dense twin: hidden width 480 in place of the MoE layers" in output
     for active in ("1,28", "2,82", "13,68"):  # millions; the first digits
         assert re.search(rf"parameters, active +{active}", output), active
 

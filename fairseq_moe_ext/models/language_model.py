@@ -58,11 +58,11 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
             raise too_few_positions(longest, learned)
         shape = shape_of(cfg, len(task.source_dictionary))
         if shape.dense_twin:
-            widths = sorted({shape.dense_widths[layer] or 0 for layer in shape.picked})
+            widths = ", ".join(str(shape.dense_widths[layer]) for layer in shape.picked)
+            beyond = twin_difference(shape, cfg.tokens_per_sample)
             logger.info(
-                f"dense twin: layers {', '.join(map(str, shape.picked))} have networks of width "
-                f"{', '.join(map(str, widths))}; training FLOPs per token beyond the sparse "
-                f"model's: {twin_difference(shape, cfg.tokens_per_sample):.4g}"
+                f"dense twin: hidden width {widths} in place of the MoE layers; training FLOPs per "
+                f"token beyond the sparse model's: {beyond:.4g}"
             )
         fully_sharded.prepare(cfg)
         with unfilled_where_loaded():

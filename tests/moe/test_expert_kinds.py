@@ -5,7 +5,20 @@ import reference
 import torch
 import torch.nn.functional as F
 from closeness import assert_near, assert_stats_near
-from expert_kinds import DIM, EXPERTS, FFN, KINDS, build, inputs, layer_by_loop, loss_of
+from expert_kinds import (
+    ACTIVATIONS,
+    DIM,
+    EXPERTS,
+    FFN,
+    KINDS,
+    build,
+    inputs,
+    layer_by_loop,
+    logits_of,
+    loss_of,
+    outputs,
+)
+from router_loops import LOOPS, Case
 from torch.utils.flop_counter import FlopCounterMode
 
 from fairseq_moe_ext.kernels.expert_ffn import Weights, by_expert, grouped
@@ -13,7 +26,7 @@ from fairseq_moe_ext.moe.activations import geglu, swiglu
 from fairseq_moe_ext.moe.balance import balance_loss
 from fairseq_moe_ext.moe.experts import FeedForward, plain_expert_ffn
 from fairseq_moe_ext.moe.layer import MoELayer
-from fairseq_moe_ext.moe.router import GateSettings
+from fairseq_moe_ext.moe.router import ROUTERS, GateSettings
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
@@ -160,3 +173,46 @@ def test_rows_that_reach_null_experts_are_not_computed():
     assert rows < 3 * len(x)
     gate = 2 * len(x) * DIM * (EXPERTS + 1)
     assert counter.get_total_flops() == gate + rows * 4 * DIM * FFN
+
+
+COUNTS = [3, 1, 7, 2, 2, 5, 4, 1]  # of the types of a vocabulary, for the router hash
+
+
+ROUTED = [(name, 0) for name in sorted(LOOPS)]
+ROUTED += [(name, 3) for name in sorted(LOOPS) if "null_experts" in ROUTERS[name].heeds]
+
+
+@pytest.mark.parametrize("shared, latent", [(7, 0), (0, 3), (7, 3)])
+@pytest.mark.parametrize("activation", ["swiglu", "geglu"])
+@pytest.mark.parametrize("name, null", ROUTED)
+def test_every_router_with_every_kind(name, activation, shared, latent, null):
+    """By the routers' own loops: outputs, and the gradients of everything but their losses."""
+    router, k = ROUTERS[name], 1 if name == "base" else 2
+    settings = GateSettings(k, dropless=True, second_expert_policy="all", null_experts=null)
+    torch.manual_seed(4)
+    layer = MoELayer.build(
+        DIM, FFN, EXPERTS, settings, router=name, token_counts=COUNTS, shared_ffn_dim=shared,
+        latent_dim=latent, activation=ACTIVATIONS[activation],
+    ).double()  # fmt: skip
+    x, ids = torch.randn(9, DIM).double().requires_grad_(), torch.arange(9) % len(COUNTS)
+    p = {**dict(layer.named_buffers()), **dict(layer.named_parameters())}
+    normalize = settings.normalize == "after" and "normalize_weights" in router.heeds
+    case = Case(
+        k, True, "softmax", 1.0, normalize=normalize and not null, padding=[False] * 9,
+        tokens=ids.tolist(), counts=COUNTS,
+    )  # fmt: skip
+    logits = x.new_zeros(9, EXPERTS) if name == "hash" else logits_of(x, p, null)
+    choices = LOOPS[name](logits, case)
+    if null:
+        choices = [[(e, w) for e, w in chosen if e < EXPERTS] for chosen in choices]
+        sums = [sum(w for _, w in chosen) for chosen in choices]
+        choices = [[(e, w / total) for e, w in chosen] for chosen, total in zip(choices, sums)]
+    expected = outputs(x, p, activation, choices)
+    found = layer(x, token_ids=ids).out
+    assert_near(found, expected, 1e-9, "out")
+    inputs = [x, *layer.parameters()]
+    given = {"materialize_grads": True, "allow_unused": True}
+    weight = torch.randn(x.shape, dtype=x.dtype)
+    grads = torch.autograd.grad((expected * weight).sum(), inputs, **given)
+    for mine, true in zip(torch.autograd.grad((found * weight).sum(), inputs, **given), grads):
+        assert_near(mine, true, 1e-8, "gradient", scale=1 + float(true.abs().max()))
