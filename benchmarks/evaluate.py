@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fairseq_moe_ext.moe.layer import MoELayer, MoEOutput
 
-TYPES, SENTENCES, CONTEXT = 8000, 4, 512
+VOCABULARY, SENTENCES, CONTEXT = 8000, 4, 512
 SHAPE = dict(
     decoder_layers=4,
     decoder_embed_dim=256,
@@ -55,8 +55,8 @@ def loop_over_experts(self: MoELayer, x: Tensor, **_) -> MoEOutput:
 def measured(experts: int, rounds: int):
     """Seconds of each case in each round."""
     torch.manual_seed(0)
-    model = language_model(TYPES, moe_expert_count=experts, **SHAPE).eval()
-    words = torch.randint(4, TYPES, (SENTENCES, CONTEXT + 1))
+    model = language_model(VOCABULARY, moe_expert_count=experts, **SHAPE).eval()
+    words = torch.randint(4, VOCABULARY, (SENTENCES, CONTEXT + 1))
     batch = {
         "id": torch.arange(SENTENCES),
         "net_input": {
@@ -108,7 +108,7 @@ def main() -> None:
     keep_table(
         "evaluate",
         f"Evaluating {SENTENCES * CONTEXT} tokens by the function behind fairseq-eval-lm: 4 layers "
-        f"of width 256, hidden 1024, every second sparse (top-2), {TYPES} types, float32; one "
+        f"of width 256, hidden 1024, every second sparse (top-2), a vocabulary of {VOCABULARY}, float32; one "
         "thread, seconds of the processor. Capacity: a quarter of the batch.",
         ["model", *(name.replace("_", " ") for name in names)],
         [[key] + [f"{row[name]:g}" for name in names] for key, row in rows.items()],

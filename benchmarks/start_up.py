@@ -25,14 +25,14 @@ from omegaconf import OmegaConf
 import fairseq_moe_ext
 from fairseq_moe_ext.models.architectures import ARCHITECTURES
 
-TYPES = 51_200
+VOCABULARY = 51_200
 FLAGS = f"""--user-dir {Path(fairseq_moe_ext.__file__).parent} --task language_modeling
     --arch moe_lm_15b --moe-expert-count 8 --criterion moe_cross_entropy --tokens-per-sample 2048"""
 
 
 def write_checkpoint(folder: Path) -> Path:
     """A checkpoint as fairseq-train writes it, without the state of an optimizer."""
-    (folder / "dict.txt").write_text("".join(f"w{i} 1\n" for i in range(TYPES - 4)))
+    (folder / "dict.txt").write_text("".join(f"w{i} 1\n" for i in range(VOCABULARY - 4)))
     args = options.parse_args_and_arch(options.get_training_parser(), [str(folder), *FLAGS.split()])
     cfg = convert_namespace_to_omegaconf(args)
     state = {
@@ -68,7 +68,7 @@ def main() -> None:
     torch.set_num_threads(2)
     start = time.perf_counter()
     with torch.device("meta"):
-        model = language_model(TYPES, tokens_per_sample=2048, **ARCHITECTURES["moe_lm_15b"])
+        model = language_model(VOCABULARY, tokens_per_sample=2048, **ARCHITECTURES["moe_lm_15b"])
     seconds = time.perf_counter() - start
     bytes_of_all = 4 * sum(parameter.numel() for parameter in model.parameters())
     rows = {"build moe_lm_15b on the meta device": (seconds, bytes_of_all)}

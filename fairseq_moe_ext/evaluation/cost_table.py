@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", help="an architecture, as fairseq-train's")
     parser.add_argument("--path", type=Path, help="a checkpoint, instead of flags")
     parser.add_argument("--paper", action="store_true", help="print the paper's Table 1 and stop")
-    parser.add_argument("--types", type=int, help="of the dictionary (default: 51200)")
+    parser.add_argument("--types", type=int, help="size of the vocabulary (default: 51200)")
     parser.add_argument("--context", type=int, help="tokens a block (default: 2048)")
     parser.add_argument(
         "--tokens", type=float, default=paper.TOKENS, help="to train on (default: 300e9)"
@@ -67,8 +67,8 @@ def run(args: Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value}: use 1 or more")
     if not 0 < args.tokens < math.inf:
         raise UserError(f"--tokens {args.tokens}: use a number above 0")
-    settings, types = _settings(args)
-    shape = shape_of(settings, types)
+    settings, vocabulary = _settings(args)
+    shape = shape_of(settings, vocabulary)
     if shape.sparse:
         more, fewer = sorted([args.world_size, shape.experts], reverse=True)
         if more % fewer:
@@ -82,7 +82,7 @@ def run(args: Namespace) -> None:
 
 
 def _settings(args: Namespace) -> Tuple[Dict[str, Any], int]:
-    """The model's settings and the number of types."""
+    """The model's settings and the size of its vocabulary."""
     given = {
         name: value
         for name, value in vars(args).items()
@@ -121,7 +121,7 @@ def _settings(args: Namespace) -> Tuple[Dict[str, Any], int]:
 
 
 def checkpoint_settings(path: Path) -> Tuple[Dict[str, Any], int]:
-    """The model's settings and number of types of a checkpoint of ours or of fairseq's moe branch,
+    """The model's settings and the size of the vocabulary of a checkpoint of ours or of fairseq's moe branch,
     by its path as fairseq-eval-lm's --path. Weights stay on disk."""
     from fairseq_today.torch_today import load_weights_only
 
@@ -213,8 +213,9 @@ TABLE_1_HEAD = ("model", "parameters", "experts", "layers", "hidden", "heads", "
 
 
 def paper_models() -> List[Dict[str, Any]]:
-    """The models of the paper's Table 1, computed: parameters with 51,200 types, ZFLOPs of 300e9
-    tokens with activation recomputation and 50,000 types, by which the printed figures come out."""
+    """The models of the paper's Table 1, computed: parameters with a vocabulary of 51,200, ZFLOPs
+    of 300e9 tokens with activation recomputation and a vocabulary of 50,000: with these we get the
+    paper's numbers."""
     found = []
     for row in paper.TABLE_1:
         shape = Shape(
@@ -226,7 +227,7 @@ def paper_models() -> List[Dict[str, Any]]:
             experts=row.experts,
         )
         flops = cost.training_flops_per_token(
-            shape._replace(types=paper.TYPES_OF_TABLE_1), paper.CONTEXT, recompute=True
+            shape._replace(types=paper.VOCABULARY_OF_TABLE_1), paper.CONTEXT, recompute=True
         )
         counts = cost.parameters(shape).total, row.experts, row.layers, row.dim, row.heads
         zflops = paper.TOKENS * flops / 1e21

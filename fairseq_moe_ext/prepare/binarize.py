@@ -20,12 +20,12 @@ _BPE_ID = np.dtype(np.uint32)
 _SIZE = np.dtype(np.int32)
 
 
-def dtype_of(types: int) -> np.dtype:
-    """The number type that fairseq uses for tokens of a dictionary with `types` symbols.
+def dtype_of(size: int) -> np.dtype:
+    """The number type that fairseq uses for tokens of a dictionary with `size` symbols.
 
     fairseq/data/indexed_dataset.py:22@0.12.2; the special symbols count.
     """
-    return np.dtype(np.uint16 if types < 65500 else np.uint32)
+    return np.dtype(np.uint16 if size < 65500 else np.uint32)
 
 
 class SplitWriter:

@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     bpe.add_argument("--gpt2-vocab-bpe", type=Path, metavar="FILE", help="GPT-2's vocab.bpe")
     bpe.add_argument(
-        "--train-bpe", type=int, metavar="TYPES",
+        "--train-bpe", type=int, metavar="VOCAB_SIZE",
         help="train a byte-level BPE with a vocabulary of this size on the train documents, "
         "written as encoder.json and vocab.bpe",
     )  # fmt: skip
@@ -99,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="use the dict.txt of an existing model instead of making one",
     )  # fmt: skip
     bpe.add_argument(
-        "--dict-size", type=int, metavar="TYPES",
+        "--dict-size", type=int, metavar="VOCAB_SIZE",
         help="pad the dictionary to this size, 4 special symbols included, with madeupwordNNNN "
         "(the paper's models: 51200; default: the next multiple of 8)",
     )  # fmt: skip
@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> None:
     report = prepare(args.dest, options)
     seconds = time.perf_counter() - started
     print(format_table(report))
-    print(f"{args.dest}: written in {seconds:.1f} s, dictionary of {report['types']:,} types")
+    print(f"{args.dest}: written in {seconds:.1f} s, vocabulary of {report['types']:,}")
 
 
 def format_table(report: Report) -> str:

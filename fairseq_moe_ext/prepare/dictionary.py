@@ -14,7 +14,7 @@ from fairseq_moe_ext import files
 from fairseq_moe_ext.errors import UserError
 
 NUM_SPECIAL = 4
-MAX_TYPES = 1 << 20  # four times the largest published vocabularies; much more is no vocabulary
+MAX_VOCABULARY = 1 << 20  # four times the largest published ones
 EOS = 2
 UNK = 3
 PADDING_FACTOR = 8  # fairseq-preprocess --padding-factor
@@ -25,7 +25,7 @@ _BPE_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 _MADE_UP = re.compile(r"madeupword[0-9]+")
 
 
-def build(counts: np.ndarray, types: Optional[int]) -> Lines:
+def build(counts: np.ndarray, size: Optional[int]) -> Lines:
     """Dictionary of all BPE ids, the frequent ones first.
 
     Ids with the same count stand in the order of their digits, as fairseq-preprocess sorts them
@@ -34,37 +34,37 @@ def build(counts: np.ndarray, types: Optional[int]) -> Lines:
 
     Args:
         counts: (N,) how often each BPE id occurs in the training text.
-        types: size to fill up to, the 4 special symbols included; by default the next multiple of
+        size: size to fill up to, the 4 special symbols included; by default the next multiple of
             8, as fairseq does.
 
     Raises:
-        UserError: `types` is too small for the BPE ids.
+        UserError: `size` is too small for the BPE ids.
     """
     needed = NUM_SPECIAL + len(counts)
-    if types is None:
-        types = -(-needed // PADDING_FACTOR) * PADDING_FACTOR
-    check_types(types, len(counts))
+    if size is None:
+        size = -(-needed // PADDING_FACTOR) * PADDING_FACTOR
+    check_size(size, len(counts))
     order = sorted(range(len(counts)), key=lambda i: (-counts[i], str(i)))
     lines = [(str(i), int(counts[i])) for i in order]
-    return lines + [(f"madeupword{i:04d}", 0) for i in range(types - needed)]
+    return lines + [(f"madeupword{i:04d}", 0) for i in range(size - needed)]
 
 
-def check_types(types: int, bpe_types: int) -> None:
-    """Raise UserError unless `types` symbols hold `bpe_types` BPE ids and the special symbols."""
-    if types > MAX_TYPES:
-        raise UserError(f"--dict-size {types}: {MAX_TYPES} types at most")
-    if types < NUM_SPECIAL + bpe_types:
+def check_size(size: int, bpe_size: int) -> None:
+    """Raise UserError unless `size` symbols hold `bpe_size` BPE ids and the special symbols."""
+    if size > MAX_VOCABULARY:
+        raise UserError(f"--dict-size {size}: must be at most {MAX_VOCABULARY}")
+    if size < NUM_SPECIAL + bpe_size:
         raise UserError(
-            f"--dict-size {types}: too small for {bpe_types} BPE tokens and {NUM_SPECIAL} special "
-            f"symbols; use at least {NUM_SPECIAL + bpe_types}"
+            f"--dict-size {size}: too small for {bpe_size} BPE tokens and {NUM_SPECIAL} special "
+            f"symbols; use at least {NUM_SPECIAL + bpe_size}"
         )
 
 
-def read(path: Path, bpe_types: int) -> Lines:
+def read(path: Path, bpe_size: int) -> Lines:
     """Read an existing dict.txt.
 
     Raises:
-        UserError: not a dictionary, or not one of BPE ids below `bpe_types`.
+        UserError: not a dictionary, or not one of BPE ids below `bpe_size`.
     """
     text = files.read_text(path, f"--dict {path}")
     lines: Lines = []
@@ -73,10 +73,10 @@ def read(path: Path, bpe_types: int) -> Lines:
         if not symbol or not (count.isascii() and count.isdigit() and len(count) < 20):
             raise UserError(f"--dict {path}, line {number}: {line!r} is not '<symbol> <count>'")
         lines.append((symbol, int(count)))
-        if _BPE_ID.fullmatch(symbol) and int(symbol) >= bpe_types:
+        if _BPE_ID.fullmatch(symbol) and int(symbol) >= bpe_size:
             raise UserError(
                 f"--dict {path}, line {number}: BPE id {symbol}, but the tokenizer has only "
-                f"{bpe_types} types; give the encoder.json and vocab.bpe that belong to it"
+                f"{bpe_size} tokens; give the encoder.json and vocab.bpe that belong to it"
             )
         if not _BPE_ID.fullmatch(symbol) and not _MADE_UP.fullmatch(symbol):
             raise UserError(
@@ -91,16 +91,16 @@ def read(path: Path, bpe_types: int) -> Lines:
     return lines
 
 
-def lookup(lines: Lines, bpe_types: int) -> np.ndarray:
+def lookup(lines: Lines, bpe_size: int) -> np.ndarray:
     """(N + 1,) dictionary index of every BPE id, and of the newline id N, which is `</s>`.
 
     BPE ids that are not in the dictionary are `<unk>`.
     """
-    table = np.full(bpe_types + 1, UNK, dtype=np.int64)
+    table = np.full(bpe_size + 1, UNK, dtype=np.int64)
     for index, (symbol, _) in enumerate(lines, start=NUM_SPECIAL):
         if symbol.isdigit():
             table[int(symbol)] = index
-    table[bpe_types] = EOS
+    table[bpe_size] = EOS
     return table
 
 

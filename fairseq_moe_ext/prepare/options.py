@@ -38,8 +38,8 @@ def check(options: Options) -> None:
         _check_training(options, options.train_bpe)
     elif None in (options.gpt2_encoder_json, options.gpt2_vocab_bpe):
         raise UserError(
-            "tokenizer: give --gpt2-encoder-json and --gpt2-vocab-bpe, or --train-bpe TYPES to "
-            "train one"
+            "tokenizer: give --gpt2-encoder-json and --gpt2-vocab-bpe, or --train-bpe VOCAB_SIZE "
+            "to train one"
         )
     _check_dictionary(options)
     _check_splits(options)
@@ -64,8 +64,8 @@ def _check_training(options: Options, vocabulary: int) -> None:
             f"--train-bpe {vocabulary}: the {NUM_BYTES} bytes come first; use a vocabulary "
             f"of more than {NUM_BYTES}"
         )
-    if vocabulary > dictionary.MAX_TYPES:
-        raise UserError(f"--train-bpe {vocabulary}: must be at most {dictionary.MAX_TYPES}")
+    if vocabulary > dictionary.MAX_VOCABULARY:
+        raise UserError(f"--train-bpe {vocabulary}: must be at most {dictionary.MAX_VOCABULARY}")
     if all(corpus.held_out for corpus in options.corpora):
         raise UserError("--train-bpe: there is no --corpus to train it on")
     if options.train_bpe_bytes <= 0:
@@ -76,7 +76,7 @@ def _check_dictionary(options: Options) -> None:
     if options.dict is not None and options.dict_size is not None:
         raise UserError("--dict-size: cannot be combined with --dict, which has its own size")
     if options.dict_size is not None:  # and of the tokenizer, when it is known
-        dictionary.check_types(options.dict_size, NUM_BYTES)
+        dictionary.check_size(options.dict_size, NUM_BYTES)
     if options.dict is None and all(corpus.held_out for corpus in options.corpora):
         raise UserError(
             "--dict: missing; without a --corpus to train on, give the model's dict.txt"

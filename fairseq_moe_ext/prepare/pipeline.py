@@ -36,8 +36,8 @@ class WholeSplit:
 class Report(TypedDict):
     """What counts.json holds."""
 
-    bpe_types: int  # vocabulary of the tokenizer
-    types: int  # of the dictionary
+    bpe_types: int  # size of the tokenizer's vocabulary
+    types: int  # of the dictionary's
     corpora: Dict[str, Dict[str, Any]]  # name -> "held_out", and counts of each split
 
 
@@ -45,7 +45,7 @@ def prepare(dest: Path, options: Options) -> Report:
     """Create the data folder `dest`.
 
     Returns:
-        What is written to counts.json: the number of BPE types and of dictionary types, and per
+        What is written to counts.json: the size of the tokenizer's and of the dictionary's vocabulary, and per
         corpus and split the documents, lines, tokens (each line's `</s>` counted), `<unk>` tokens
         and bytes (UTF-8, each line's newline counted, so tokens and bytes belong together in bits
         per byte).
@@ -81,7 +81,7 @@ def _prepare(folder: Path, options: Options) -> Report:
     bpe = _tokenizer(folder, options, todo)
     given = None if options.dict is None else dictionary.read(options.dict, len(bpe))
     if options.dict_size is not None:
-        dictionary.check_types(options.dict_size, len(bpe))
+        dictionary.check_size(options.dict_size, len(bpe))
     writers: Dict[str, Dict[str, SplitWriter]] = {}
     files = (folder / ENCODER_FILE, folder / MERGES_FILE)
     with Encoders(*files, options.workers) as encoders:
@@ -90,11 +90,11 @@ def _prepare(folder: Path, options: Options) -> Report:
             writers[corpus.name] = _encode(corpus, todo, folder, bpe.newline, encoders, options)
     lines = given or dictionary.build(_training_counts(writers, bpe), options.dict_size)
     table = dictionary.lookup(lines, len(bpe))
-    types = dictionary.NUM_SPECIAL + len(lines)
-    report: Report = {"bpe_types": len(bpe), "types": types, "corpora": {}}
+    size = dictionary.NUM_SPECIAL + len(lines)
+    report: Report = {"bpe_types": len(bpe), "types": size, "corpora": {}}
     for corpus in options.corpora:
         for writer in writers[corpus.name].values():
-            writer.finish(table, dtype_of(types))
+            writer.finish(table, dtype_of(size))
         report["corpora"][corpus.name] = {
             "held_out": corpus.held_out,
             **{split: _counts(writer, table) for split, writer in writers[corpus.name].items()},
@@ -147,10 +147,10 @@ def _tokenizer(folder: Path, options: Options, todo: Dict[str, Parts]) -> ByteLe
     share = min(1.0, options.train_bpe_bytes / max(1, size))
     with _progress("reading for the BPE", size) as bar:
         documents = training_documents(sources, share, bar.update)
-        types = train_bpe(documents, options.train_bpe, folder)
-    if types < options.train_bpe:
+        size = train_bpe(documents, options.train_bpe, folder)
+    if size < options.train_bpe:
         print(
-            f"--train-bpe {options.train_bpe}: {types} tokens learned; no other pair of tokens "
+            f"--train-bpe {options.train_bpe}: {size} tokens learned; no other pair of tokens "
             "occurs twice in the text",
             file=sys.stderr,
         )

@@ -54,7 +54,7 @@ _SYMBOLS = frozenset(byte_symbols())
 
 
 class ByteLevelBPE:
-    """Encodes text. `len(bpe)` is the number N of BPE types, whose ids are 0 to N-1.
+    """Encodes text. `len(bpe)` is N, the size of the vocabulary, whose ids are 0 to N-1.
 
     `bpe.newline` is N, an id of its own that `encode` gives for every newline; the caller makes
     it `</s>`.
@@ -168,10 +168,10 @@ def train_bpe(documents: Iterable[str], vocabulary_size: int, folder: Path) -> i
 
     Args:
         documents: the text to learn from; newlines never become part of a token.
-        vocabulary_size: number of BPE types wanted, the 256 bytes included.
+        vocabulary_size: how many tokens to learn, the 256 bytes included.
 
     Returns:
-        The number of types learned: less than wanted if no pair occurs twice any more.
+        The number of tokens learned: fewer than wanted once no pair occurs twice.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -51,8 +51,8 @@ def collect(plan: Plan) -> StudyResult:
 
 def _run(plan: Plan, run: Run) -> RunResult:
     found = files.read_json(run.folder / "evaluation.json")
-    settings, types = checkpoint_settings(run.folder / "checkpoint_best.pt")
-    shape = shape_of(settings, types)
+    settings, vocabulary = checkpoint_settings(run.folder / "checkpoint_best.pt")
+    shape = shape_of(settings, vocabulary)
     tokens = run.updates * plan.tokens_per_update
     parameters = cost.parameters(shape)
     return {

@@ -56,7 +56,7 @@ def test_the_type_of_a_token_is_fairseqs(types):
 
 def test_the_dictionary_is_sorted_filled_up_and_read_by_fairseq(tmp_path):
     counts = np.array([5, 0, 9, 0, 0, 5, 0, 0, 0, 0, 0, 9])
-    lines = dictionary.build(counts, types=20)
+    lines = dictionary.build(counts, size=20)
     dictionary.write(lines, tmp_path / "dict.txt")
     stock = Dictionary.load(str(tmp_path / "dict.txt"))
     assert len(stock) == 20
@@ -79,7 +79,7 @@ def test_the_dictionary_is_filled_up_to_a_multiple_of_eight_or_to_a_size():
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("12 1\n400 5\n", "line 2: BPE id 400, but the tokenizer has only 400 types"),
+        ("12 1\n400 5\n", "line 2: BPE id 400, but the tokenizer has only 400 tokens"),
         ("the 3\n", "line 1: 'the' is not a BPE id"),
         ("1 1\n2\n", "line 2: '2' is not '<symbol> <count>'"),
         ("1 1\n1 2\n", "a symbol occurs twice"),
