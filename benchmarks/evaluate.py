@@ -108,8 +108,8 @@ def main() -> None:
     keep_table(
         "evaluate",
         f"Evaluating {SENTENCES * CONTEXT} tokens by the function behind fairseq-eval-lm: 4 layers "
-        f"of width 256, hidden 1024, every second sparse (top-2), a vocabulary of {VOCABULARY}, float32; one "
-        "thread, seconds of the processor. Capacity: a quarter of the batch.",
+        f"of width 256, hidden 1024, every second sparse (top-2), a vocabulary of {VOCABULARY}, "
+        "float32; one thread, seconds of the processor. Capacity: a quarter of the batch.",
         ["model", *(name.replace("_", " ") for name in names)],
         [[key] + [f"{row[name]:g}" for name in names] for key, row in rows.items()],
     )

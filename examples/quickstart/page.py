@@ -137,8 +137,8 @@ def description(result: Dict) -> str:
     s, dense, moe = result["settings"], *(result["models"][name] for name in MODELS)
     return (
         f"Both models: {s['layers']} layers of width {s['dim']}, {s['heads']} heads, context "
-        f"{s['context']}, a vocabulary of {s['dictionary']:,}, tied embeddings, no dropout. Dense: FFNs of "
-        f"width {2 * s['expert_ffn']}. MoE: in every layer {s['experts']} experts of width "
+        f"{s['context']}, a vocabulary of {s['dictionary']:,}, tied embeddings, no dropout. Dense: "
+        f"FFNs of width {2 * s['expert_ffn']}. MoE: in every layer {s['experts']} experts of width "
         f"{s['expert_ffn']}, two of them for each token (top-2, no token dropped, balancing loss "
         f"{s['balance_weight']}), so that a token costs {big(moe['flops_per_token'])}FLOPs against "
         f"{big(dense['flops_per_token'])}FLOPs; the gate is not counted, as in the paper. "

@@ -33,15 +33,15 @@ class Summary(TypedDict):
 
 def parse(flag: str, words: Sequence[str]) -> List[float]:
     """Capacities as a user gave them. Raises UserError for one that is not in (0, 1]."""
-    found = []
+    capacities = []
     for word in words:
         try:
-            found.append(float(word))
+            capacities.append(float(word))
         except ValueError:
-            found.append(math.nan)
-        if not 0 < found[-1] <= 1:
+            capacities.append(math.nan)
+        if not 0 < capacities[-1] <= 1:
             raise UserError(f"{flag} {word}: use shares of a batch above 0 up to 1, as 0.05,0.25,1")
-    return found
+    return capacities
 
 
 def set_capacity(model: "FairseqLanguageModel", fraction: float) -> None:
@@ -49,37 +49,40 @@ def set_capacity(model: "FairseqLanguageModel", fraction: float) -> None:
     set_gates(model, dropless=False, eval_token_fraction=fraction)
 
 
-def summary(found: AtCapacity) -> Summary:
-    sets = found["sets"].values()
-    tokens = sum(one["tokens"] for one in sets)
+def summary(evaluation: AtCapacity) -> Summary:
+    sets = evaluation["sets"].values()
+    tokens = sum(values["tokens"] for values in sets)
     dropped = None
-    shares = [(one["tokens"], one["dropped"]) for one in sets if one["dropped"] is not None]
+    shares = [
+        (values["tokens"], values["dropped"]) for values in sets if values["dropped"] is not None
+    ]
     if len(shares) == len(sets):
         dropped = sum(count * sum(share) / len(share) for count, share in shares) / tokens
     return {
-        "capacity": found["capacity"],
-        "perplexity": found["mean"]["all"]["perplexity"],
+        "capacity": evaluation["capacity"],
+        "perplexity": evaluation["mean"]["all"]["perplexity"],
         "dropped": dropped,
-        "tokens_per_second": tokens / sum(one["tokens"] / one["tokens_per_second"] for one in sets),
+        "tokens_per_second": tokens
+        / sum(values["tokens"] / values["tokens_per_second"] for values in sets),
     }
 
 
 def table(results: Sequence[AtCapacity]) -> List[List[str]]:
     """A row a capacity, below a row of headings."""
     rows = [list(COLUMNS)]
-    for one in map(summary, results):
-        lost = "" if one["dropped"] is None else small(100 * one["dropped"])
-        speed = f"{one['tokens_per_second']:,.0f}"
-        rows.append([f"{one['capacity']:g}", f"{one['perplexity']:.2f}", lost, speed])
+    for row in map(summary, results):
+        lost = "" if row["dropped"] is None else small(100 * row["dropped"])
+        speed = f"{row['tokens_per_second']:,.0f}"
+        rows.append([f"{row['capacity']:g}", f"{row['perplexity']:.2f}", lost, speed])
     return rows
 
 
 def write_page(path: Path, model: Path, results: Sequence[AtCapacity]) -> None:
     """One HTML page: the mean's charts of perplexity and of speed, each set's perplexity, the
     table. Error bars: 95 % of the bootstrap."""
-    at = [found["capacity"] for found in results]
-    means = [found["mean"]["all"] for found in results]
-    speeds = [summary(found)["tokens_per_second"] for found in results]
+    at = [result["capacity"] for result in results]
+    means = [result["mean"]["all"] for result in results]
+    speeds = [summary(result)["tokens_per_second"] for result in results]
     page = report.render(
         "capacity.html",
         title="Perplexity and speed against capacity",
@@ -90,7 +93,7 @@ def write_page(path: Path, model: Path, results: Sequence[AtCapacity]) -> None:
         ],
         table=report.table(COLUMNS, table(results)[1:]),
         sets=[
-            _perplexities(name, at, [found["sets"][name] for found in results])
+            _perplexities(name, at, [result["sets"][name] for result in results])
             for name in results[0]["sets"]
         ],
     )
@@ -98,10 +101,10 @@ def write_page(path: Path, model: Path, results: Sequence[AtCapacity]) -> None:
 
 
 def _perplexities(
-    title: str, at: Sequence[float], found: Sequence[Union[MeanResult, SetResult]]
+    title: str, at: Sequence[float], results: Sequence[Union[MeanResult, SetResult]]
 ) -> figures.Chart:
-    points = [(share, one["perplexity"]) for share, one in zip(at, found)]
-    line = figures.Series("", points, 0, [one["interval"] for one in found])
+    points = [(share, values["perplexity"]) for share, values in zip(at, results)]
+    line = figures.Series("", points, 0, [values["interval"] for values in results])
     return _chart(title, "perplexity", line)
 
 

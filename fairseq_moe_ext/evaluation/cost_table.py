@@ -77,20 +77,20 @@ def run(args: Namespace) -> None:
                 "divide the other"
             )
     context = args.context or settings.get("tokens_per_sample") or paper.CONTEXT
-    found = costs(args, shape, int(context), bool(settings.get("dropout", 0) > 0))
-    print(_form(args, found, _table(found)))
+    numbers = costs(args, shape, int(context), bool(settings.get("dropout", 0) > 0))
+    print(_form(args, numbers, _table(numbers)))
 
 
 def _settings(args: Namespace) -> Tuple[Dict[str, Any], int]:
     """The model's settings and the size of its vocabulary."""
-    given = {
+    flags = {
         name: value
         for name, value in vars(args).items()
         if name in MoETransformerLMConfig.__dataclass_fields__ and name != "batch_size"
     }
     if args.path is not None:
-        if args.arch or given or args.types:
-            flag = "arch" if args.arch else next(iter(given), "types")
+        if args.arch or flags or args.types:
+            flag = "arch" if args.arch else next(iter(flags), "types")
             raise UserError(
                 f"--path with --{flag.replace('_', '-')}: the checkpoint says what the model is; "
                 "drop either"
@@ -100,12 +100,12 @@ def _settings(args: Namespace) -> Tuple[Dict[str, Any], int]:
 
     from ..models.architectures import ARCHITECTURES
 
-    space = Namespace(**given)
+    space = Namespace(**flags)
     if args.arch is not None:
         if args.arch not in ARCHITECTURES:
             raise UserError(f"--arch {args.arch}: use one of {', '.join(ARCHITECTURES)}")
         ARCH_CONFIG_REGISTRY[args.arch](space)
-    elif not given:
+    elif not flags:
         raise UserError("cost of what? Give --arch, --path, flags of a model, or --paper")
     config = MoETransformerLMConfig(**vars(space))
     for name, value in (
@@ -121,8 +121,8 @@ def _settings(args: Namespace) -> Tuple[Dict[str, Any], int]:
 
 
 def checkpoint_settings(path: Path) -> Tuple[Dict[str, Any], int]:
-    """The model's settings and the size of the vocabulary of a checkpoint of ours or of fairseq's moe branch,
-    by its path as fairseq-eval-lm's --path. Weights stay on disk."""
+    """The model's settings and the size of its vocabulary, from a checkpoint of ours or of
+    fairseq's moe branch; `path` as fairseq-eval-lm's --path. Weights stay on disk."""
     from fairseq_today.torch_today import load_weights_only
 
     from ..branch.files import find, flat_settings
@@ -154,7 +154,7 @@ def checkpoint_settings(path: Path) -> Tuple[Dict[str, Any], int]:
 def costs(args: Namespace, shape: Shape, context: int, dropout: bool) -> Dict[str, Any]:
     """Everything that the command prints, as numbers: parameters, FLOPs and bytes."""
     parameters = cost.parameters(shape)
-    found: Dict[str, Any] = {
+    numbers: Dict[str, Any] = {
         "parameters": {
             "total": parameters.total,
             "shared": parameters.shared,
@@ -180,22 +180,22 @@ def costs(args: Namespace, shape: Shape, context: int, dropout: bool) -> Dict[st
             recompute=recompute,
             dropout=dropout,
         )
-        found[name] = {
+        numbers[name] = {
             "flops_per_token": flops,
             "zflops": flops * args.tokens / 1e21,
             "bytes_per_device": {**memory._asdict(), "total": memory.total},
         }
-    return found
+    return numbers
 
 
-def _table(found: Dict[str, Any]) -> List[List[str]]:
-    without, again = found["plain"], found["recompute"]
+def _table(numbers: Dict[str, Any]) -> List[List[str]]:
+    without, again = numbers["plain"], numbers["recompute"]
     rows = [["", "plain", "recomputing"]]
-    for name, value in found["parameters"].items():
+    for name, value in numbers["parameters"].items():
         rows.append([f"parameters, {name}", f"{value:,}", f"{value:,}"])
     for label, key, digits in (
         ("GFLOPs a token", "flops_per_token", 1e9),
-        (f"ZFLOPs of {found['tokens']:.3g} tokens", "zflops", 1),
+        (f"ZFLOPs of {numbers['tokens']:.3g} tokens", "zflops", 1),
     ):
         rows.append([label, f"{without[key] / digits:,.4g}", f"{again[key] / digits:,.4g}"])
     if "twin" in found:
@@ -204,7 +204,7 @@ def _table(found: Dict[str, Any]) -> List[List[str]]:
     whole = without["bytes_per_device"]["total"]
     unit, size = ("GB", 1e9) if whole >= 1e9 else ("MB", 1e6)
     for name in without["bytes_per_device"]:
-        sizes = (each["bytes_per_device"][name] / size for each in (without, again))
+        sizes = (case["bytes_per_device"][name] / size for case in (without, again))
         rows.append([f"{unit} a device, {name}", *(f"{value:,.2f}" for value in sizes)])
     return rows
 
@@ -216,7 +216,7 @@ def paper_models() -> List[Dict[str, Any]]:
     """The models of the paper's Table 1, computed: parameters with a vocabulary of 51,200, ZFLOPs
     of 300e9 tokens with activation recomputation and a vocabulary of 50,000: with these we get the
     paper's numbers."""
-    found = []
+    models = []
     for row in paper.TABLE_1:
         shape = Shape(
             row.layers,
@@ -231,21 +231,21 @@ def paper_models() -> List[Dict[str, Any]]:
         )
         counts = cost.parameters(shape).total, row.experts, row.layers, row.dim, row.heads
         zflops = paper.TOKENS * flops / 1e21
-        found.append(dict(zip(TABLE_1_HEAD, (row.name, *counts, zflops))))
-    return found
+        models.append(dict(zip(TABLE_1_HEAD, (row.name, *counts, zflops))))
+    return models
 
 
 def table_1() -> List[List[str]]:
     """Rows of text, in the digits of the paper's Table 1."""
     return [
         [
-            one["model"],
-            f"{one['parameters']:,}",
-            str(one["experts"] or ""),
-            *(str(one[name]) for name in ("layers", "hidden", "heads")),
-            f"{one['ZFLOPs']:.2f}",
+            model["model"],
+            f"{model['parameters']:,}",
+            str(model["experts"] or ""),
+            *(str(model[name]) for name in ("layers", "hidden", "heads")),
+            f"{model['ZFLOPs']:.2f}",
         ]
-        for one in paper_models()
+        for model in paper_models()
     ]
 
 

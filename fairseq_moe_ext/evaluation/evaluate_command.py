@@ -26,35 +26,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=Path, nargs="+", help="data-bins, or folders of data-bins")
     parser.add_argument("--path", type=Path, required=True, help="checkpoint, as fairseq-eval-lm's")
     parser.add_argument("--subset", default="test", help="split to read (default: test)")
-    parser.add_argument("--context", type=int, help="tokens a block (default: as trained)")
+    parser.add_argument("--context", type=int, help="tokens per block (default: as trained)")
     parser.add_argument(
         "--stride",
         type=int,
-        help="sliding window: new tokens a pass; default: as the context, each block on its own",
+        help="new tokens per pass of a sliding window (default: the context, separate blocks)",
     )
-    parser.add_argument("--batch-size", type=int, default=16, help="blocks a pass (default: 16)")
-    parser.add_argument("--bootstrap", type=int, default=1000, help="draws (default: 1000)")
+    parser.add_argument("--batch-size", type=int, default=16, help="blocks per pass (default: 16)")
+    parser.add_argument(
+        "--bootstrap",
+        type=int,
+        default=1000,
+        help="bootstrap draws for the intervals (default: 1000)",
+    )
     parser.add_argument(
         "--capacity",
         type=float,
-        help="share of a batch that an expert takes (default: 1.0, nothing is dropped)",
+        help="share of a batch that one expert accepts (default: 1.0, nothing is dropped)",
     )
     parser.add_argument(
         "--sweep-capacity",
         metavar="F,F,...",
-        help="evaluate with each of these capacities, and draw perplexity and speed",
+        help="evaluate at each of these capacities; draw perplexity and speed",
     )
     parser.add_argument(
         "--figure",
         type=Path,
         metavar="FILE",
-        help="page to draw --sweep-capacity on (default: capacity.html)",
+        help="HTML page for the charts of --sweep-capacity (default: capacity.html)",
     )
-    parser.add_argument("--cpu", action="store_true", help="no GPU, though there is one")
+    parser.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
     parser.add_argument(
         "--model-overrides", metavar="DICT", help="settings of the model, as fairseq-eval-lm's"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here, too")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write all metrics to this file, too"
+    )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the files of --json and --figure"
     )
@@ -147,24 +154,24 @@ def _give_out(
     print(form(capacity.table(results) if sweep else table(results[0])))
     if figure is not None:
         capacity.write_page(figure, args.path, results)
-        print(f"drawn in {figure}")
+        print(f"charts: {figure}")
 
 
-def table(found: Evaluation) -> List[List[str]]:
+def table(evaluation: Evaluation) -> List[List[str]]:
     """A row a set and a mean, below a row of headings."""
     rows = [["set", "tokens", "perplexity", "95 % interval", "bits a byte", "dropped %"]]
-    for name, one in found["sets"].items():
+    for name, result in evaluation["sets"].items():
         rows.append(
             [
-                name + ("" if one["in_domain"] else " (held out)"),
-                f"{one['tokens']:,}",
-                f"{one['perplexity']:.2f}",
-                _ends(one["interval"]),
-                f"{one['bits_per_byte']:.3f}" if one["bits_per_byte"] else "",
-                _percent(one["dropped"]),
+                name + ("" if result["in_domain"] else " (held out)"),
+                f"{result['tokens']:,}",
+                f"{result['perplexity']:.2f}",
+                _ends(result["interval"]),
+                f"{result['bits_per_byte']:.3f}" if result["bits_per_byte"] else "",
+                _percent(result["dropped"]),
             ]
         )
-    for label, mean in found["mean"].items():
+    for label, mean in evaluation["mean"].items():
         label = "mean, " + label.replace("_", " ")
         rows.append([label, "", f"{mean['perplexity']:.2f}", _ends(mean["interval"]), "", ""])
     return rows

@@ -3,9 +3,9 @@
     python -m fairseq_moe_ext.evaluation.expert_use checkpoint_best.pt \\
         --bin docs=DATA/docs --bin code=DATA/code --subset test --json expert_use.json
 
-Every choice of the gates is counted, before any is dropped for capacity: with top-2 routing a token
-makes two in each MoE layer. How many bits the choices tell about text and token stands beside what
-random gates tell (specialisation.py).
+Counts every choice of the gates before any is dropped for capacity: with top-2 routing a token
+makes two in each MoE layer. Reports how much information the choices carry about text and token,
+beside that of random gates (specialisation.py).
 """
 
 import json
@@ -154,7 +154,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument(
         "--among",
         metavar="NAME,NAME,...",
-        help="take the bits that choices tell over these data-bins (default: all)",
+        help="compute the information over these data-bins only (default: all)",
     )
     parser.add_argument("--json", type=Path, help="write the result here instead of printing it")
     parser.add_argument("--overwrite", action="store_true", help="replace the file of --json")
@@ -179,18 +179,18 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             if value < 1:
                 raise UserError(f"{flag} {value}: use 1 or more")
         outputs.check([("--json", args.json)], args.overwrite, [args.checkpoint, *bins.values()])
-        found = expert_use(
+        layers = expert_use(
             args.checkpoint, bins, args.subset, args.tokens_per_sample, args.batch_size, among
         )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if args.json is None:
-        sys.stdout.write(json.dumps(found, indent=1) + "\n")
+        sys.stdout.write(json.dumps(layers, indent=1) + "\n")
     else:
-        outputs.write_json(args.json, found)
-        print(specialisation.verdict(found, "domain", "kind of text"))
-        print(specialisation.verdict(found, "token", "type of token"))
+        outputs.write_json(args.json, layers)
+        print(specialisation.verdict(layers, "domain", "kind of text"))
+        print(specialisation.verdict(layers, "token", "type of token"))
     return 0
 
 

@@ -26,12 +26,12 @@ def parse_overrides(text: Optional[str]) -> Dict[str, Any]:
     if not text:
         return {}
     try:
-        found = ast.literal_eval(text)
+        overrides = ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        found = None
-    if not isinstance(found, dict):
+        overrides = None
+    if not isinstance(overrides, dict):
         raise UserError(f"--model-overrides {text}: not a Python dictionary, as \"{{'a': 1}}\"")
-    return found
+    return overrides
 
 
 def language_modeling_task(folder: Path, tokens_per_sample: int) -> "LanguageModelingTask":
@@ -83,7 +83,7 @@ def on_device(model: "FairseqLanguageModel", cpu: bool) -> "FairseqLanguageModel
 
 
 def corpora_of(saved: Any, task: Any, folders: Sequence[Path]) -> Optional[List[str]]:
-    """Names of the corpora that a model was trained on; None where its checkpoint does not tell.
+    """Names of the corpora that a model was trained on; None if its checkpoint does not say.
 
     Args:
         saved: settings of the task in the checkpoint.
@@ -92,9 +92,9 @@ def corpora_of(saved: Any, task: Any, folders: Sequence[Path]) -> Optional[List[
     """
     from fairseq.utils import split_paths
 
-    found = task.state_dict().get(data_bin.TRAINED)
-    if found is not None:
-        return found
+    recorded = task.state_dict().get(data_bin.TRAINED)
+    if recorded is not None:
+        return recorded
     if saved.get("train_corpora") is not None:  # of before it was recorded
         return [name.strip() for name in saved.train_corpora.split(",")]
     if saved.get("_name") == "language_modeling" and saved.get("data"):

@@ -63,12 +63,12 @@ class Scores(NamedTuple):
 def windows(length: int, context: int, stride: int) -> List[Tuple[int, int, int]]:
     """(begin, end, first new) of each pass over `length` tokens: [begin, end) is at most `context`
     tokens, and the tokens from `first new` on are scored. stride = context: blocks."""
-    found, done = [], 0
+    spans, done = [], 0
     while done < length:
         end = min(length, context if not done else done + stride)
-        found.append((max(0, end - context) if stride < context else done, end, done))
+        spans.append((max(0, end - context) if stride < context else done, end, done))
         done = end
-    return found
+    return spans
 
 
 def score(
@@ -114,11 +114,11 @@ def bootstrap(nll: np.ndarray, units: np.ndarray, draws: int, seed: int = 1) -> 
     rng = np.random.default_rng(seed)
     sums = np.add.reduceat(nll, units)  # (U,)
     sizes = np.diff(np.append(units, len(nll)))
-    found = np.empty(draws)
+    perplexities = np.empty(draws)
     for i in range(draws):
         drawn = np.bincount(rng.integers(len(units), size=len(units)), minlength=len(units))
-        found[i] = _perplexity(float(drawn @ sums) / float(drawn @ sizes))
-    return found
+        perplexities[i] = _perplexity(float(drawn @ sums) / float(drawn @ sizes))
+    return perplexities
 
 
 def evaluate(
@@ -155,7 +155,7 @@ def evaluate(
         }
     means: Dict[str, MeanResult] = {}
     for label, wanted in (("in_domain", (True,)), ("out_of_domain", (False,)), ("all", (1, 0))):
-        names = [name for name, found in sets.items() if found["in_domain"] in wanted]
+        names = [name for name, result in sets.items() if result["in_domain"] in wanted]
         if names:
             known = all(sets[name]["interval"] for name in names)
             means[label] = {

@@ -1,13 +1,13 @@
-"""How many bits a gate's choice tells about the text, beside what a gate tells that learnt nothing.
+"""How much a router's choice tells about the text, in bits, beside two controls.
 
-A figure of mutual information says little by itself. Hidden states differ by kind of text and by
-token, so that any gate tells them apart, and finite counts tell something where there is nothing.
-So there are two controls, on the same text and the same inputs of each layer:
+Mutual information alone says little. Hidden states differ by kind of text and by token, so any
+router separates them, and finite counts suggest information where there is none. Hence two
+controls, on the same text and the same inputs of each layer:
 
 - random gates: rows of random direction, each as long as that of the learnt gate, so that the
   logits have the same scale;
-- shuffles: blocks of text get the kinds of other blocks, tokens the types of others. What is told
-  then is the bias of finite counts, and is taken off, of the learnt gate and of the random ones.
+- shuffles: blocks of text get the kinds of other blocks, tokens the ids of others. The information
+  that remains is the bias of finite counts. It is subtracted from all gates, learnt and random.
 """
 
 from pathlib import Path
@@ -35,7 +35,7 @@ MEANING = (
 
 
 class Information(TypedDict):
-    """Bits that the choices of one layer tell, beside the controls."""
+    """Mutual information of the choices in one layer, in bits, beside the controls."""
 
     bits: float  # as counted
     bias: float  # of finite counts, from shuffles
@@ -60,10 +60,10 @@ def read(path: Path) -> List[LayerUse]:
     """What evaluation.expert_use wrote. Raises UserError for a file that holds something else."""
     remedy = "make it with evaluation.expert_use --json"
     try:
-        found = files.read_json(path)
+        content = files.read_json(path)
     except UserError as error:
         raise UserError(f"{error}: {remedy}") from None
-    layers = found if isinstance(found, list) else [found]
+    layers = content if isinstance(content, list) else [content]
     if not layers or not all(isinstance(x, dict) and {"layer", "share"} <= set(x) for x in layers):
         raise UserError(f"{path}: lacks layer and share: {remedy}")
     return cast(List[LayerUse], layers)
@@ -126,7 +126,7 @@ def information(
     every = range(choices.shape[1])
     types = np.unique(types, return_inverse=True)[1].ravel()
     number = kinds.max() + 1
-    found = {}
+    result = {}
     if number > 1:
         tables = [_counts(blocks, choices[:, gate], len(kinds), experts) for gate in every]
 
@@ -134,13 +134,13 @@ def information(
             whole = (labels == np.arange(number)[:, None]) @ tables[gate]  # (kinds, experts)
             return mutual_information(whole / whole.sum(1, keepdims=True))
 
-        found["domain"] = beside_controls(of_kinds, every, kinds, rng)
+        result["domain"] = beside_controls(of_kinds, every, kinds, rng)
 
     def of_types(gate: int, labels: np.ndarray) -> float:
         return mutual_information(_counts(labels, choices[:, gate, :1], types.max() + 1, experts))
 
-    found["token"] = beside_controls(of_types, every, types, rng)
-    return found
+    result["token"] = beside_controls(of_types, every, types, rng)
+    return result
 
 
 def _counts(rows: np.ndarray, chosen: np.ndarray, number: int, experts: int) -> np.ndarray:
@@ -155,7 +155,7 @@ def beside_controls(
     labels: np.ndarray,
     rng: np.random.Generator,
 ) -> Information:
-    """What the gates tell about labels; the first gate is the learnt one."""
+    """Information of the gates' choices about labels; the first gate is the learnt one."""
     raw, bias = [], []
     for gate in gates:
         raw.append(told(gate, labels))
@@ -174,34 +174,35 @@ def beside_controls(
 
 
 def verdict(layers: Sequence[LayerUse], by: str, words: str) -> str:
-    """A sentence on what all layers tell by "domain" or "token", beside the controls."""
+    """A sentence on the information about "domain" or "token" in all layers, and the controls."""
     if not all("information" in layer for layer in layers):
         return (
             f"By {words} nothing is said: the file has no controls, as older ones have none; count "
             "again with evaluation.expert_use."
         )
-    found = [layer["information"][by] for layer in layers if by in layer["information"]]
-    if len(found) < len(layers):
+    information = [layer["information"][by] for layer in layers if by in layer["information"]]
+    if len(information) < len(layers):
         return f"By {words} there is nothing to tell: all text is of one kind."
-    bits = _range([one["bits"] - one["bias"] for one in found])
-    random = _range([value for one in found for value in one["random"]])
+    bits = _range([layer["bits"] - layer["bias"] for layer in information])
+    random = _range([value for layer in information for value in layer["random"]])
     against = f"{bits} by layer, random gates of equal scale {random}"
-    above = [one["left"] for one in found if one["above"]]
+    above = [layer["left"] for layer in information if layer["above"]]
     if not above:
         return f"By {words} nothing is above the control: {against}."
     return (
-        f"By {words} {len(above)} of {len(found)} layers are above the control, by {_range(above)} "
-        f"({against})."
+        f"By {words} {len(above)} of {len(information)} layers are above the control, by "
+        f"{_range(above)} ({against})."
     )
 
 
 def heading(layer: LayerUse) -> str:
     """A layer's bits by domain beside those of random gates; its number alone without controls."""
-    one = layer.get("information", {}).get("domain")
-    if one is None:
+    information = layer.get("information", {}).get("domain")
+    if information is None:
         return f"Layer {layer['layer']}"
-    random = f"{_shown(one['random_mean'])} ± {_shown(one['random_sd'])}"
-    return f"Layer {layer['layer']}: {_shown(one['bits'] - one['bias'])} bits, random {random}"
+    random = f"{_shown(information['random_mean'])} ± {_shown(information['random_sd'])}"
+    bits = _shown(information["bits"] - information["bias"])
+    return f"Layer {layer['layer']}: {bits} bits, random {random}"
 
 
 def _range(values: Sequence[float]) -> str:

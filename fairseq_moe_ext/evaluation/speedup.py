@@ -61,12 +61,12 @@ def speedup_factors(dense: Points, moe: Points) -> List[Factor]:
                     f"the {name} family has a point of cost {cost}, performance {performance}: "
                     "give costs above 0 and finite numbers"
                 )
-    found = set()
+    factors = set()
     for performance in {t for _, t in [*dense, *moe]}:
         a, b = cost_to_reach(dense, performance), cost_to_reach(moe, performance)
         if a is not None and b is not None:
-            found.add(Factor(performance, a, b))
-    return sorted(found, key=lambda factor: factor.dense_cost)
+            factors.add(Factor(performance, a, b))
+    return sorted(factors, key=lambda factor: factor.dense_cost)
 
 
 def in_words(factor: float) -> str:

@@ -18,14 +18,13 @@ corpus, split by document into train, valid and test.
   fairseq-moe prepare DATA --corpus wiki=wiki.txt --corpus code='src/**/*.py' \\
       --heldout mail=mail.jsonl.gz --train-bpe 8000
 
-The text: a text file has one paragraph a line and a blank line between documents (--documents
-says otherwise); JSON Lines have one document a line in the field "text" (--field). Which of the
-two a file is, its content tells (--format says otherwise); other kinds are refused by name. A
-folder stands for all files below it, without those that begin with a dot. Files may be packed
-with gzip, bzip2 or xz and must be UTF-8.
+Input: a text file has one paragraph per line and a blank line between documents (see --documents);
+JSON Lines have one document per line in the field "text" (see --field). The command recognises the
+two by their content (see --format) and rejects other kinds by name. A folder stands for all files
+below it except hidden ones. Files must be UTF-8, and may be compressed with gzip, bzip2 or xz.
 
-What the model sees: every newline becomes </s>, a blank line stands between documents; lines are
-otherwise kept as they are.
+What the model sees: every newline becomes </s>, with a blank line between documents; lines are
+otherwise unchanged.
 
 What is written: DATA/<corpus>/{train,valid,test}.{bin,idx}, each corpus an ordinary fairseq
 data-bin; DATA/dict.txt; DATA/encoder.json and DATA/vocab.bpe for fairseq's --bpe gpt2;

@@ -12,7 +12,7 @@ from fairseq_moe_ext.prepare import kinds
 from fairseq_moe_ext.prepare.kinds import BYTE_ORDER_MARK
 
 SEPARATORS = ("blank-line", "line", "file")
-# The largest document held in memory; a file whose documents are not told apart is the usual way
+# The largest document held in memory; a file whose documents are not separated is the usual way
 # to meet it.
 MAX_DOCUMENT_BYTES = 1 << 30
 _JSON_TYPES = {type(None): "null", bool: "true or false", list: "a list", dict: "an object"}
@@ -22,7 +22,7 @@ _JSON_TYPES = {type(None): "null", bool: "true or false", list: "a list", dict: 
 class Source:
     """How files are read.
 
-    format: "text", "jsonl", or "auto" (told by the content: kinds.py).
+    format: "text", "jsonl", or "auto" (by its content: kinds.py).
     separator: what ends a document of a text file: "blank-line", "line" (every line is a
         document) or "file".
     field: the JSONL field that holds the document.
@@ -39,7 +39,7 @@ def list_files(pattern: str, where: str) -> List[Path]:
     Folders are searched recursively; names that begin with a dot are skipped.
 
     Raises:
-        UserError: a pattern that names no file. `where` tells the flag, as "--corpus docs".
+        UserError: a pattern that names no file. `where` names the flag, as "--corpus docs".
     """
     if os.path.isdir(pattern):
         found = _walk(Path(pattern))

@@ -45,7 +45,7 @@ def prepare(dest: Path, options: Options) -> Report:
     """Create the data folder `dest`.
 
     Returns:
-        What is written to counts.json: the size of the tokenizer's and of the dictionary's vocabulary, and per
+        What counts.json holds: the vocabulary sizes of tokenizer and dictionary, and per
         corpus and split the documents, lines, tokens (each line's `</s>` counted), `<unk>` tokens
         and bytes (UTF-8, each line's newline counted, so tokens and bytes belong together in bits
         per byte).
@@ -79,7 +79,7 @@ def _check_inputs_outside(dest: Path, options: Options) -> None:
 def _prepare(folder: Path, options: Options) -> Report:
     todo = {corpus.name: _deals(corpus, options) for corpus in options.corpora}
     bpe = _tokenizer(folder, options, todo)
-    given = None if options.dict is None else dictionary.read(options.dict, len(bpe))
+    existing = None if options.dict is None else dictionary.read(options.dict, len(bpe))
     if options.dict_size is not None:
         dictionary.check_size(options.dict_size, len(bpe))
     writers: Dict[str, Dict[str, SplitWriter]] = {}
@@ -88,7 +88,7 @@ def _prepare(folder: Path, options: Options) -> Report:
         for corpus in options.corpora:
             (folder / corpus.name).mkdir()
             writers[corpus.name] = _encode(corpus, todo, folder, bpe.newline, encoders, options)
-    lines = given or dictionary.build(_training_counts(writers, bpe), options.dict_size)
+    lines = existing or dictionary.build(_training_counts(writers, bpe), options.dict_size)
     table = dictionary.lookup(lines, len(bpe))
     size = dictionary.NUM_SPECIAL + len(lines)
     report: Report = {"bpe_types": len(bpe), "types": size, "corpora": {}}
@@ -166,20 +166,20 @@ def _encode(
     options: Options,
 ) -> Dict[str, SplitWriter]:
     """Encode one corpus; its splits, each with at least one document."""
-    found: Dict[str, SplitWriter] = {}
+    writers: Dict[str, SplitWriter] = {}
     parts = todo[corpus.name]
     with _progress(f"encoding {corpus.name}", sum(_size(files) for files, _, _ in parts)) as bar:
         for files, source, deal in parts:
             for encoded in encoders.encode(chunks(files, source, deal)):
                 for split, part in encoded.splits.items():
-                    if split not in found:
-                        found[split] = SplitWriter(folder / corpus.name / split, newline)
-                    found[split].add(part)
+                    if split not in writers:
+                        writers[split] = SplitWriter(folder / corpus.name / split, newline)
+                    writers[split].add(part)
                 bar.update(encoded.read)
-    for writer in found.values():
+    for writer in writers.values():
         writer.close()
-    _check_splits(corpus, found, options)
-    return {split: found[split] for split in data_bin.SPLITS if split in found}
+    _check_splits(corpus, writers, options)
+    return {split: writers[split] for split in data_bin.SPLITS if split in writers}
 
 
 def _check_splits(corpus: Corpus, found: Dict[str, SplitWriter], options: Options) -> None:

@@ -325,7 +325,7 @@ TASKS: Dict[str, Task] = {
             _openbookqa,
             _JSONL,
             ("test.jsonl", "test_complete.jsonl"),
-            ("train_complete.jsonl", "train.jsonl"),  # the first tells which share a fact
+            ("train_complete.jsonl", "train.jsonl"),  # the first says which questions share a fact
             "OpenBookQA, https://allenai.org/data/open-book-qa (Data/)",
         ),
         Task(

@@ -41,12 +41,12 @@ class Record(NamedTuple):
                 f"{self.path}, line 1: the header is missing, or has no column {keys[0]!r}: it "
                 f"reads {', '.join(self.header)[:80]!r}; take the file as it was published"
             )
-        found: Any = self.values
+        value: Any = self.values
         for key in keys:
-            if not isinstance(found, Mapping) or found.get(key) is None:
+            if not isinstance(value, Mapping) or value.get(key) is None:
                 raise self.mistake(f"no field {'.'.join(keys)!r}")
-            found = found[key]
-        return found
+            value = value[key]
+        return value
 
     def text(self, *keys: str) -> str:
         found = self.get(*keys)
@@ -167,12 +167,12 @@ def _open(path: Path, newline: Optional[str] = None) -> TextIO:
 
 def _json(text: str, path: Path, line: int) -> Dict[str, Any]:
     try:
-        found = files.parse_json(text)
+        value = files.parse_json(text)
     except ValueError as error:
         raise UserError(f"{path}, line {line}: not JSON ({error})") from None
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise UserError(f"{path}, line {line}: not a JSON object")
-    return found
+    return value
 
 
 def _decoded(file: Any, path: Path) -> Iterator[str]:

@@ -13,12 +13,12 @@ from ..errors import UserError
 def console_script(name: str) -> str:
     """The command's path beside this Python, or else on PATH."""
     beside = str(Path(sys.executable).parent)
-    found = shutil.which(name, path=os.pathsep.join([beside, os.environ.get("PATH", "")]))
-    if found is None:
+    path = shutil.which(name, path=os.pathsep.join([beside, os.environ.get("PATH", "")]))
+    if path is None:
         raise UserError(
             f"the command {name} is not installed: install fairseq 0.12.2 (`make install`)"
         )
-    return found
+    return path
 
 
 def start(
@@ -45,7 +45,7 @@ def start(
 
 
 def failure(command: Sequence[str], status: int, log: Path) -> UserError:
-    """What to tell of a command that failed: its last words."""
+    """The error that reports a failed command, with the last line of its log."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     words = [line.strip() for line in lines if line.strip()][-1:]
     return UserError(

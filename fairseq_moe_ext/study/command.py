@@ -38,20 +38,20 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--dry-run and --only-result: give one of them")
     plan = plans.read(args.file)
     if args.dry_run:
-        for one in plan.runs:
-            for command in one.commands:
+        for study_run in plan.runs:
+            for command in study_run.commands:
                 print(plans.typed(command))
         return
     _check_result(plan.out)
     if not args.only_result:
         _Work(plan, args.jobs).do()
-    found = results.collect(plan)
-    result_file.write(plan.out / "result.json", found)
-    print(plain(results.table(found)))
-    for line in results.remarks(found):
+    result = results.collect(plan)
+    result_file.write(plan.out / "result.json", result)
+    print(plain(results.table(result)))
+    for line in results.remarks(result):
         print(f"no factor for {line}")
-    done = f"{len(found['runs'])} of {count(found['planned'], 'run')}"
-    print(f"{done}. All figures: {plan.out}/result.json")
+    done = f"{len(result['runs'])} of {count(result['planned'], 'run')}"
+    print(f"{done}. All results: {plan.out}/result.json")
 
 
 class _Work:
@@ -67,38 +67,38 @@ class _Work:
     def do(self) -> None:
         try:
             self.runner.open()
-            for one in self.plan.runs:
-                _check_same(one)
+            for study_run in self.plan.runs:
+                _check_same(study_run)
             number = count(len(self.plan.runs), "run")
             self._say(f"{number}, {self.jobs} at once, in {self.plan.out}")
-            works = [functools.partial(self._one, one) for one in self.plan.runs]
+            works = [functools.partial(self._one, study_run) for study_run in self.plan.runs]
             for _ in self.runner.in_parallel(works, self.jobs):
                 pass
         finally:
             self.runner.stop()
 
-    def _one(self, one: Run) -> None:
-        one.folder.mkdir(exist_ok=True)
-        if not (one.folder / "evaluation.json").exists():
+    def _one(self, study_run: Run) -> None:
+        study_run.folder.mkdir(exist_ok=True)
+        if not (study_run.folder / "evaluation.json").exists():
             started = time.monotonic()
-            outputs.write_json(one.folder / "command.json", one.train)
-            if not (one.folder / "trained").exists():
-                self._call(one, one.train, one.folder / "train.log")
-                (one.folder / "trained").touch()
-            self._call(one, one.evaluate, one.folder / "evaluation.log")
-            self._say(f"{one.name}: {(time.monotonic() - started) / 60:.1f} min")
-        if one.prime and not results.primed(one.folder / "priming.json"):
-            self._call(one, one.prime, one.folder / "priming.log")
+            outputs.write_json(study_run.folder / "command.json", study_run.train)
+            if not (study_run.folder / "trained").exists():
+                self._call(study_run, study_run.train, study_run.folder / "train.log")
+                (study_run.folder / "trained").touch()
+            self._call(study_run, study_run.evaluate, study_run.folder / "evaluation.log")
+            self._say(f"{study_run.name}: {(time.monotonic() - started) / 60:.1f} min")
+        if study_run.prime and not results.primed(study_run.folder / "priming.json"):
+            self._call(study_run, study_run.prime, study_run.folder / "priming.log")
         self.done += 1
 
-    def _call(self, one: Run, command: Sequence[str], log: Path) -> None:
+    def _call(self, study_run: Run, command: Sequence[str], log: Path) -> None:
         def say() -> None:
-            self._say(f"{one.name}: {_progress(one, log)}")
+            self._say(f"{study_run.name}: {_progress(study_run, log)}")
 
         try:
             self.runner.call(command, log, self.threads, watch=say)
         except UserError as error:
-            raise UserError(f"{one.name}: {error}") from None
+            raise UserError(f"{study_run.name}: {error}") from None
 
     def _say(self, text: str) -> None:
         total = len(self.plan.runs)
@@ -119,23 +119,23 @@ def _check_result(out: Path) -> None:
             raise UserError(f"{path}: is not a study's result; move it elsewhere")
 
 
-def _check_same(one: Run) -> None:
+def _check_same(study_run: Run) -> None:
     """Raise UserError if the run's folder was begun with another command."""
-    if os.path.lexists(one.folder) and not one.folder.is_dir():
-        raise UserError(f"{one.folder}: not a folder; move it elsewhere")
-    path = one.folder / "command.json"
+    if os.path.lexists(study_run.folder) and not study_run.folder.is_dir():
+        raise UserError(f"{study_run.folder}: not a folder; move it elsewhere")
+    path = study_run.folder / "command.json"
     if not os.path.lexists(path):
         return
-    found = files.read_json(path)
-    if not isinstance(found, list) or found[1:] != one.train[1:]:
+    begun = files.read_json(path)
+    if not isinstance(begun, list) or begun[1:] != study_run.train[1:]:
         raise UserError(
-            f"{one.folder}: holds a run with other settings than the file now asks for: set "
+            f"{study_run.folder}: holds a run with other settings than the file now asks for: set "
             "another `out`, or delete this folder"
         )
 
 
-def _progress(one: Run, log: Path) -> str:
+def _progress(study_run: Run, log: Path) -> str:
     if log.name != "train.log":
         return log.stem  # evaluation, priming
-    found = re.findall(r'"num_updates": "(\d+)"', log.read_text(errors="replace"))
-    return f"{found[-1] if found else 0} of {one.updates} updates"
+    updates = re.findall(r'"num_updates": "(\d+)"', log.read_text(errors="replace"))
+    return f"{updates[-1] if updates else 0} of {study_run.updates} updates"

@@ -63,9 +63,9 @@ def read(path: Path) -> Result:
     """Raises UserError for a file that holds something else."""
     remedy = "make it with examples/finetune/run.py"
     try:
-        found = files.read_json(path)
+        content = files.read_json(path)
     except UserError as error:
         raise UserError(f"{error}: {remedy}") from None
-    if not isinstance(found, dict) or not {"rows", "before"} <= set(found):
+    if not isinstance(content, dict) or not {"rows", "before"} <= set(content):
         raise UserError(f"{path}: lacks before and rows: {remedy}")
-    return cast(Result, found)
+    return cast(Result, content)

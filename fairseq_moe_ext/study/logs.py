@@ -30,9 +30,9 @@ def measurements(log: Path, tag: str) -> Iterator[Dict[str, Any]]:
     """The values under a tag, line by line."""
     with open(log, encoding="utf-8", errors="replace") as file:
         for line in file:
-            found = measurement(line)
-            if found is not None and found.tag == tag:
-                yield found.values
+            measured = measurement(line)
+            if measured is not None and measured.tag == tag:
+                yield measured.values
 
 
 def by_epoch(log: Path, tag: str, key: str) -> List[float]:

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--expert-use", type=Path, help="what evaluation.expert_use wrote as JSON, to show too"
     )
-    parser.add_argument("--png", action="store_true", help="figures as PNG, too")
+    parser.add_argument("--png", action="store_true", help="write the charts as PNG, too")
     parser.add_argument(
         "--fine-tuning", type=Path, help="result.json of examples/finetune, to show too"
     )
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
         if args.png:
             figure.chart.write_png(folder / f"{name}.png")
     report.write(args.folder / "report.html", page)
-    print(f"{args.folder / 'report.html'}, and {len(charts)} figures in {folder}")
+    print(f"{args.folder / 'report.html'}, and {len(charts)} charts in {folder}")
 
 
 class Figure(NamedTuple):
@@ -181,19 +181,19 @@ def _primed(runs: results.Runs) -> bool:
 def _summary(result: StudyResult) -> str:
     words = []
     for group, of_paper in (("in_domain", "8 to 16"), ("out_of_domain", "2 to 4")):
-        found = result["factors"].get(group)
+        factors = result["factors"].get(group)
         where = group.replace("_", " ")
-        if found is None:
+        if factors is None:
             words.append(f"{where} nothing was measured")
-        elif not found["by_seed"]:
+        elif not factors["by_seed"]:
             words.append(f"{where} there is no factor")
         else:
-            seeds = found["by_seed"].values()
-            torn = min(seeds) < 1 < max(seeds)
+            seeds = factors["by_seed"].values()
+            split = min(seeds) < 1 < max(seeds)
             words.append(
-                f"{where} MoE needs {in_words(results.seeds_mean(found))} dense for the same "
-                f"perplexity (factor {results.over_seeds(found)}"
-                f"{', which do not agree on which family needs less' * torn}; paper: {of_paper})"
+                f"{where} MoE needs {in_words(results.seeds_mean(factors))} dense for the same "
+                f"perplexity (factor {results.over_seeds(factors)}"
+                f"{', which do not agree on which family needs less' * split}; paper: {of_paper})"
             )
     text = "; ".join(words)
     done = len(result["runs"])

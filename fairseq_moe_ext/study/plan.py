@@ -150,34 +150,34 @@ class _Size(NamedTuple):
 def _sizes(asked: Dict[str, Any], path: Path) -> List[_Size]:
     sizes: List[_Size] = []
     for family in FAMILIES:
-        found = _checked(asked[family], _FAMILY, f"{path}: {family}")
-        for size, flags in found["sizes"].items():
+        asked_family = _checked(asked[family], _FAMILY, f"{path}: {family}")
+        for size, flags in asked_family["sizes"].items():
             where = f"{path}: {family}: sizes: {size}"
             if not isinstance(flags, dict):
                 raise UserError(f"{where}: {flags!r} is not a mapping of flags to values")
-            flags = {**asked["train"], **found["flags"], **flags}
+            flags = {**asked["train"], **asked_family["flags"], **flags}
             updates = flags.pop("updates", asked["updates"])
             ranges.require(ranges.POSITIVE_COUNT, updates, f"{where}: updates")
             for flag, value in flags.items():
                 _check_flag(flag, value, where)
             if not _SIZE.fullmatch(str(size)):
                 raise UserError(f"{where}: call it by letters, digits, '_', '-' and '.'")
-            sizes.append(_Size(family, str(size), found["arch"], flags, updates))
+            sizes.append(_Size(family, str(size), asked_family["arch"], flags, updates))
     return sizes
 
 
-def _checked(found: Any, keys: _Keys, where: str) -> Dict[str, Any]:
+def _checked(mapping: Any, keys: _Keys, where: str) -> Dict[str, Any]:
     """The mapping with its defaults."""
-    if not isinstance(found, dict):
+    if not isinstance(mapping, dict):
         raise UserError(f"{where}: not a mapping with the keys {', '.join(keys)}")
-    for key in found:
+    for key in mapping:
         if key not in keys:
             raise UserError(f"{where}: unknown key {key!r}; the keys are {', '.join(keys)}")
     values = {}
     for key, (kind, default) in keys.items():
-        if key not in found and default is None:
+        if key not in mapping and default is None:
             raise UserError(f"{where}: the key {key!r} is missing")
-        values[key] = found.get(key, default)
+        values[key] = mapping.get(key, default)
         if not isinstance(values[key], kind):
             raise UserError(f"{where}: {key}: {values[key]!r} is not a {kind.__name__}")
     return values

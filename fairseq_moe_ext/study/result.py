@@ -30,7 +30,7 @@ Runs = Sequence[RunResult]
 
 
 def collect(plan: Plan) -> StudyResult:
-    """Everything that the runs finished so far tell. Raises UserError if none is."""
+    """All results of the runs that are finished. Raises UserError if none is."""
     runs = [_run(plan, run) for run in plan.runs if (run.folder / "evaluation.json").is_file()]
     if not runs:
         raise UserError(f"{plan.out}: no run is finished: start `fairseq-moe study` again")
@@ -50,7 +50,7 @@ def collect(plan: Plan) -> StudyResult:
 
 
 def _run(plan: Plan, run: Run) -> RunResult:
-    found = files.read_json(run.folder / "evaluation.json")
+    evaluation = files.read_json(run.folder / "evaluation.json")
     settings, vocabulary = checkpoint_settings(run.folder / "checkpoint_best.pt")
     shape = shape_of(settings, vocabulary)
     tokens = run.updates * plan.tokens_per_update
@@ -65,8 +65,8 @@ def _run(plan: Plan, run: Run) -> RunResult:
         "tokens": tokens,
         "flops": tokens * cost.training_flops_per_token(shape, plan.context),
         "seconds": logs.training_seconds(run.folder / "train.log"),
-        "sets": found["sets"],
-        "mean": found["mean"],
+        "sets": evaluation["sets"],
+        "mean": evaluation["mean"],
         "priming": _priming(run.folder / "priming.json"),
     }
 
@@ -77,16 +77,16 @@ def primed(path: Path) -> bool:
 
 
 def _priming(path: Path) -> Priming:
-    """What `fairseq-moe priming` found: mean accuracies by shots, each task's, and of bias sets the
-    figures by domain."""
+    """What `fairseq-moe priming` found: mean accuracies by shots, each task's, and the metrics of
+    bias sets by domain."""
     if not primed(path):
         return {"mean": {}, "tasks": [], "bias": []}
-    found = files.read_json(path)
-    tasks = [one for one in found["results"] if "accuracy" in one]
+    content = files.read_json(path)
+    tasks = [result for result in content["results"] if "accuracy" in result]
     return {
-        "mean": found["mean"],
-        "tasks": [cast(TaskResult, {key: one.get(key) for key in PRIMED}) for one in tasks],
-        "bias": [one for one in found["results"] if "domains" in one],
+        "mean": content["mean"],
+        "tasks": [cast(TaskResult, {key: result.get(key) for key in PRIMED}) for result in tasks],
+        "bias": [result for result in content["results"] if "domains" in result],
     }
 
 
@@ -125,8 +125,8 @@ def intervals(runs: Runs, family: str, group: str) -> Intervals:
 def _interval(mine: Runs, group: str) -> Optional[Tuple[float, float]]:
     measured = [where[group] for where in (mine[0]["mean"], mine[0]["sets"]) if group in where]
     if not measured:
-        found = mean_accuracy(mine, group[: -len(SHOT)])
-        return None if math.isnan(found.mean) else (100 * found.low, 100 * found.high)
+        mean = mean_accuracy(mine, group[: -len(SHOT)])
+        return None if math.isnan(mean.mean) else (100 * mean.low, 100 * mean.high)
     if len(mine) > 1:
         values = [performance(run, group) for run in mine]
         return min(values), max(values)
@@ -136,11 +136,11 @@ def _interval(mine: Runs, group: str) -> Optional[Tuple[float, float]]:
 
 def _sizes(runs: Runs, family: str) -> List[List[RunResult]]:
     """The runs of each size of a family."""
-    found: Dict[str, List[RunResult]] = {}
+    by_size: Dict[str, List[RunResult]] = {}
     for run in runs:
         if run["family"] == family:
-            found.setdefault(run["size"], []).append(run)
-    return list(found.values())
+            by_size.setdefault(run["size"], []).append(run)
+    return list(by_size.values())
 
 
 def groups(runs: Runs) -> List[str]:
@@ -154,10 +154,10 @@ def groups(runs: Runs) -> List[str]:
 def factors(runs: Runs) -> Dict[str, GroupFactors]:
     """For each group: the factors of the families' means over seeds, the geometric mean of each
     seed's factors, and a remark: the overlap, or why there is no factor."""
-    found: Dict[str, GroupFactors] = {}
+    by_group: Dict[str, GroupFactors] = {}
     for group in groups(runs):
         entry: GroupFactors = {"curve": [], "by_seed": {}, "remark": ""}
-        found[group] = entry
+        by_group[group] = entry
         try:
             curve = _factors(runs, group)
         except UserError as error:
@@ -176,16 +176,16 @@ def factors(runs: Runs) -> Dict[str, GroupFactors]:
             if of_seed:
                 logs = [math.log(f.factor) for f in of_seed]
                 entry["by_seed"][str(seed)] = math.exp(sum(logs) / len(logs))
-    return found
+    return by_group
 
 
 def _factors(runs: Runs, group: str) -> List[Factor]:
     """Along the curve. Raises UserError where there is none to be had."""
     if len({measured_on(run, group) for run in runs}) > 1:
         raise UserError("not measured on the same text or questions in every run")
-    found = speedup_factors(*(points(runs, family, group) for family in FAMILIES))
+    along = speedup_factors(*(points(runs, family, group) for family in FAMILIES))
     if not group.endswith(SHOT) or group in runs[0]["sets"]:
-        return found
+        return along
     above, level = set(), 0.0
     for mine in (size for family in FAMILIES for size in _sizes(runs, family)):
         mean = mean_accuracy(mine, group[: -len(SHOT)])
@@ -194,8 +194,8 @@ def _factors(runs: Runs, group: str) -> List[Factor]:
         level = mean.floor
         if mean.low > level:
             above.add(mean_performance(mine, group))
-    kept = [factor for factor in found if factor.performance in above]
-    if not above or (found and not kept):
+    kept = [factor for factor in along if factor.performance in above]
+    if not above or (along and not kept):
         raise UserError(
             f"{'no model is' if not above else 'where both families are, none is'} above chance "
             f"({100 * level:.1f} %) by more than the noise of its "
@@ -209,12 +209,14 @@ def measured_on(run: RunResult, group: str) -> Tuple:
     if group in run["mean"]:
         inside = group == "in_domain"
         every = run["sets"].items()
-        names = sorted(name for name, one in every if one.get("in_domain", inside) == inside)
+        names = sorted(name for name, result in every if result.get("in_domain", inside) == inside)
     elif group in run["sets"]:
         names = [group]
     else:
-        tasks = [one for one in run["priming"]["tasks"] if f"{one['shots']}{SHOT}" == group]
-        return tuple(sorted((one["task"], one["questions"]) for one in tasks))
+        tasks = [
+            result for result in run["priming"]["tasks"] if f"{result['shots']}{SHOT}" == group
+        ]
+        return tuple(sorted((result["task"], result["questions"]) for result in tasks))
     return tuple((name, run["sets"][name].get("tokens")) for name in names)
 
 
@@ -233,33 +235,33 @@ def mean_accuracy(runs: Runs, shots: str, task: Optional[str] = None) -> Accurac
     that of one run: other seeds answer the same questions."""
     tasks: Dict[str, List[TaskResult]] = {}
     for run in runs:
-        for one in run["priming"]["tasks"]:
-            if str(one["shots"]) == shots and task in (None, one["task"]):
-                tasks.setdefault(one["task"], []).append(one)
-    shares = [sum(one["accuracy"] for one in every) / len(every) for every in tasks.values()]
+        for result in run["priming"]["tasks"]:
+            if str(result["shots"]) == shots and task in (None, result["task"]):
+                tasks.setdefault(result["task"], []).append(result)
+    shares = [sum(result["accuracy"] for result in every) / len(every) for every in tasks.values()]
     firsts = [every[0] for every in tasks.values()]
     if not firsts:
         return Accuracy(math.nan, math.nan, math.nan, None, None)
-    ends = accuracy.mean_interval(shares, [one["questions"] for one in firsts])
-    floors = [floor for one in firsts if (floor := accuracy.floor(one)) is not None]
+    ends = accuracy.mean_interval(shares, [result["questions"] for result in firsts])
+    floors = [floor for result in firsts if (floor := accuracy.floor(result)) is not None]
     mean = sum(shares) / len(shares)
     if len(floors) < len(firsts):
         return Accuracy(mean, *ends, None, None)
-    chance = sum(one["chance"] or 0.0 for one in firsts) / len(firsts)
+    chance = sum(result["chance"] or 0.0 for result in firsts) / len(firsts)
     return Accuracy(mean, *ends, chance, sum(floors) / len(floors))
 
 
-def over_seeds(found: GroupFactors) -> str:
+def over_seeds(group: GroupFactors) -> str:
     """The range of a group's factors over seeds, in words."""
-    seeds = found["by_seed"].values()
+    seeds = group["by_seed"].values()
     if len(seeds) < 2:
         return "one seed, no interval" if seeds else "no seed is complete"
     return f"{min(seeds):.2f} to {max(seeds):.2f} over {len(seeds)} seeds"
 
 
-def seeds_mean(found: GroupFactors) -> float:
+def seeds_mean(group: GroupFactors) -> float:
     """The geometric mean of a group's factors over seeds; NaN of none."""
-    logs = [math.log(factor) for factor in found["by_seed"].values()]
+    logs = [math.log(factor) for factor in group["by_seed"].values()]
     return math.exp(sum(logs) / len(logs)) if logs else math.nan
 
 
@@ -267,17 +269,17 @@ def table(result: StudyResult) -> List[List[str]]:
     """Speed-up factors by group: geometric mean over seeds, its range, the range of the curve, and
     the performance that both families show."""
     rows = [["speed-up factor", "mean", "seeds", "along the curve", "overlap"]]
-    for group, found in result["factors"].items():
-        along = [point["factor"] for point in found["curve"]]
+    for group, factors in result["factors"].items():
+        along = [point["factor"] for point in factors["curve"]]
         ends = f"{min(along):.2f} to {max(along):.2f}" if len(along) > 1 else ""
-        mean = seeds_mean(found)
+        mean = seeds_mean(factors)
         rows.append(
             [
                 group.replace("_", " "),
                 "-" if math.isnan(mean) else f"{mean:.2f}",
-                over_seeds(found) if along else "-",
+                over_seeds(factors) if along else "-",
                 ends or (f"{along[0]:.2f}, one point" if along else "-"),
-                found["remark"] if along else "none",
+                factors["remark"] if along else "none",
             ]
         )
     return rows
@@ -286,7 +288,7 @@ def table(result: StudyResult) -> List[List[str]]:
 def remarks(result: StudyResult) -> List[str]:
     """Why groups have no factor, a line each reason."""
     reasons: Dict[str, List[str]] = {}
-    for group, found in result["factors"].items():
-        if not found["curve"]:
-            reasons.setdefault(found["remark"], []).append(group.replace("_", " "))
+    for group, factors in result["factors"].items():
+        if not factors["curve"]:
+            reasons.setdefault(factors["remark"], []).append(group.replace("_", " "))
     return [f"{', '.join(groups)}: {reason}" for reason, groups in reasons.items()]

@@ -95,19 +95,19 @@ def read(path: Path) -> StudyResult:
     """Raises UserError for a file that is missing or holds something else."""
     remedy = "run `fairseq-moe study` first"
     try:
-        found = files.read_json(path)
+        content = files.read_json(path)
     except UserError as error:
         raise UserError(f"{error}: {remedy}") from None
-    if not is_result(found) or "factors" not in found:
+    if not is_result(content) or "factors" not in content:
         raise UserError(f"{path}: lacks factors and runs: {remedy}")
-    if not found["runs"]:
+    if not content["runs"]:
         raise UserError(f"{path}: no run in it: run `fairseq-moe study`")
-    for run in found["runs"] if isinstance(found["runs"], list) else ():
+    for run in content["runs"] if isinstance(content["runs"], list) else ():
         if isinstance(run, dict) and isinstance(run.get("priming"), dict):
             run["priming"].setdefault("bias", [])
-    return cast(StudyResult, found)
+    return cast(StudyResult, content)
 
 
-def is_result(found: object) -> bool:
+def is_result(content: object) -> bool:
     """Whether a JSON file's content is a study's result, complete or not."""
-    return isinstance(found, Mapping) and {"runs", "planned"} <= set(found)
+    return isinstance(content, Mapping) and {"runs", "planned"} <= set(content)

@@ -58,11 +58,11 @@ class Runner:
                 raise UserError(f"{self.what} is not empty and holds no {kind}: name a new folder")
             outputs.write_json(path, settings)
             return
-        found = files.read_json(path)
+        begun = files.read_json(path)
         for key, value in settings.items():
-            if found.get(key) != value:
+            if begun.get(key) != value:
                 raise UserError(
-                    f"{self.what} holds {job} with {key} {found.get(key)}, not {value}: name "
+                    f"{self.what} holds {job} with {key} {begun.get(key)}, not {value}: name "
                     "another folder, or delete this one to start over"
                 )
 

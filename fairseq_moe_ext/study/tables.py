@@ -23,23 +23,23 @@ Table = Tuple[List[str], List[List[str]]]
 
 def _by_model(runs: Runs) -> Dict[str, List[RunResult]]:
     """Name of a model -> its runs, one a seed."""
-    found: Dict[str, List[RunResult]] = {}
+    by_model: Dict[str, List[RunResult]] = {}
     for run in runs:
-        found.setdefault(f"{LABELS[run['family']]} {run['size']}", []).append(run)
-    return found
+        by_model.setdefault(f"{LABELS[run['family']]} {run['size']}", []).append(run)
+    return by_model
 
 
 def models(runs: Runs) -> Table:
     rows = []
     for name, mine in _by_model(runs).items():
-        one = mine[0]
+        first = mine[0]
         rows.append(
             [
                 name,
-                figures.short(one["parameters"]),
-                figures.short(one["active"]),
-                figures.short(one["tokens"]),
-                f"{one['flops']:.3g}",
+                figures.short(first["parameters"]),
+                figures.short(first["active"]),
+                figures.short(first["tokens"]),
+                f"{first['flops']:.3g}",
                 f"{sum(run['seconds'] for run in mine) / len(mine) / 60:.1f}",
                 str(len(mine)),
             ]
@@ -78,30 +78,36 @@ def priming(runs: Runs) -> Table:
     """Accuracy of each task and number of shots by model with its interval, then the means; what
     chance gives, and how many questions there were."""
     by_model = _by_model(runs)
-    tasks = [one for run in runs for one in run["priming"]["tasks"]]
+    tasks = [task_result for run in runs for task_result in run["priming"]["tasks"]]
     rows = []
-    for shots in sorted({one["shots"] for one in tasks}):
-        of_shots = {one["task"]: one for one in tasks if one["shots"] == shots}
+    for shots in sorted({task_result["shots"] for task_result in tasks}):
+        of_shots = {
+            task_result["task"]: task_result
+            for task_result in tasks
+            if task_result["shots"] == shots
+        }
         for task in [*of_shots, None]:
-            found = [results.mean_accuracy(mine, str(shots), task) for mine in by_model.values()]
-            cells = [_accuracy(one) for one in found]
+            accuracies = [
+                results.mean_accuracy(mine, str(shots), task) for mine in by_model.values()
+            ]
+            cells = [_accuracy(task_result) for task_result in accuracies]
             numbers = ["", "", ""] if task is None else _questions(of_shots[task])
-            guesses = [one for one in found if one.chance is not None]
+            guesses = [task_result for task_result in accuracies if task_result.chance is not None]
             level = _chance(guesses[0]) if guesses else "not known"
             label = f"{task or 'mean'}, {count(shots, 'shot')}"
             rows.append([label, *numbers, level, *cells])
     return ["", "Questions", "Cut", "Not asked", "Chance", *by_model], rows
 
 
-def _accuracy(one: "results.Accuracy") -> str:
-    if math.isnan(one.mean):
+def _accuracy(accuracy: "results.Accuracy") -> str:
+    if math.isnan(accuracy.mean):
         return ""
-    return f"{100 * one.mean:.1f} ({in_percent(one.low, one.high)})"
+    return f"{100 * accuracy.mean:.1f} ({in_percent(accuracy.low, accuracy.high)})"
 
 
-def _chance(one: "results.Accuracy") -> str:
+def _chance(accuracy: "results.Accuracy") -> str:
     """In per cent, and the accuracy of the most frequent answer where that is higher."""
-    chance, floor = one.chance or 0.0, one.floor or 0.0
+    chance, floor = accuracy.chance or 0.0, accuracy.floor or 0.0
     return f"{100 * chance:.1f}" + (f" ({100 * floor:.1f})" if floor > chance else "")
 
 
@@ -111,21 +117,21 @@ def _questions(task: TaskResult) -> List[str]:
 
 
 def bias(runs: Runs) -> Table:
-    """Each bias set's figures over all domains by model, mean over seeds; no rows if there is no
-    such set."""
+    """Metrics of each bias set over all domains, by model, mean over seeds; no rows without such a
+    set."""
     by_model = _by_model(runs)
-    found: Dict[str, Dict[str, List[float]]] = {}
+    table_rows: Dict[str, Dict[str, List[float]]] = {}
     for name, mine in by_model.items():
         for run in mine:
-            for one in run["priming"].get("bias", []):  # older files lack it
-                for key, value in one["domains"]["overall"].items():
+            for bias_set in run["priming"].get("bias", []):  # older files lack it
+                for key, value in bias_set["domains"]["overall"].items():
                     if key not in ("questions", "intervals"):
                         label = key.upper() if key in ("lms", "ss", "icat") else key
-                        row = found.setdefault(f"{one['task']}, {label}", {})
+                        row = table_rows.setdefault(f"{bias_set['task']}, {label}", {})
                         row.setdefault(name, []).append(value)
     rows = [
         [label, *(f"{sum(v) / len(v):.1f}" if (v := row.get(n)) else "" for n in by_model)]
-        for label, row in found.items()
+        for label, row in table_rows.items()
     ]
     return ["", *by_model], rows
 
@@ -197,7 +203,7 @@ def tuned(result: fine_tuning.Result) -> Table:
     questions = result.get("settings", {}).get("questions", {}).get("test")
     for name, entry in result["rows"].items():
         before = result["before"]["dense" if name == "dense" else "moe"]
-        spread, difference, chance = (
+        deviation, difference, chance = (
             entry["deviation"],
             entry.get("difference"),
             before.get("chance"),
@@ -212,7 +218,7 @@ def tuned(result: fine_tuning.Result) -> Table:
                 "not known" if chance is None else f"{chance:.1f}",
                 _with_interval(before["accuracy"], before.get("interval")),
                 _with_interval(entry["mean"], interval),
-                "one seed" if spread is None else f"± {spread:.1f}",
+                "one seed" if deviation is None else f"± {deviation:.1f}",
                 "" if difference is None else signed(difference),
             ]
         )

@@ -63,8 +63,8 @@ def test_the_dictionary_is_sorted_filled_up_and_read_by_fairseq(tmp_path):
     assert stock.symbols[4:10] == ["11", "2", "0", "5", "1", "10"]
     assert stock.symbols[-4:] == [f"madeupword000{i}" for i in range(4)]
     assert stock.count[4:8] == [9, 9, 5, 5]
-    assert dictionary.read(tmp_path / "dict.txt", bpe_types=12) == lines
-    table = dictionary.lookup(lines, bpe_types=12)
+    assert dictionary.read(tmp_path / "dict.txt", bpe_size=12) == lines
+    table = dictionary.lookup(lines, bpe_size=12)
     assert table.tolist() == [stock.index(str(i)) for i in range(12)] + [stock.eos()]
 
 
@@ -89,9 +89,9 @@ def test_the_dictionary_is_filled_up_to_a_multiple_of_eight_or_to_a_size():
 def test_a_dictionary_that_does_not_fit_is_refused(tmp_path, text, message):
     (tmp_path / "dict.txt").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=r"--dict .*dict\.txt.*" + message):
-        dictionary.read(tmp_path / "dict.txt", bpe_types=400)
+        dictionary.read(tmp_path / "dict.txt", bpe_size=400)
 
 
 def test_ids_without_an_entry_are_unknown():
-    table = dictionary.lookup([("1", 5), ("madeupword0000", 0)], bpe_types=3)
+    table = dictionary.lookup([("1", 5), ("madeupword0000", 0)], bpe_size=3)
     assert table.tolist() == [3, 4, 3, 2]

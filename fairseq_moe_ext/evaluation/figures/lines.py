@@ -74,14 +74,14 @@ class _Drawn(NamedTuple):
     ends: List[Tuple[float, float]]  # of the error bar at each point; equal ones: none
 
 
-def _drawable(one: Series, log_x: bool, log_y: bool) -> _Drawn:
+def _drawable(series: Series, log_x: bool, log_y: bool) -> _Drawn:
     def shown(y: float) -> bool:
         return math.isfinite(y) and (y > 0 or not log_y)
 
-    drawn = _Drawn(one.style, [], [])
-    for i, (x, y) in enumerate(one.points):
+    drawn = _Drawn(series.style, [], [])
+    for i, (x, y) in enumerate(series.points):
         if shown(y) and (x > 0 or not log_x):
-            ends = one.intervals[i] if i < len(one.intervals) else None
+            ends = series.intervals[i] if i < len(series.intervals) else None
             drawn.points.append((x, y))
             if ends is None or not all(map(shown, ends)):
                 ends = (y, y)
@@ -107,16 +107,16 @@ def line_chart(
     point the chart says so. `zero_line` includes y = 0 and draws it; `y_range` fixes the axis, so
     that charts of a grid can be compared; `percent` prints y ticks with a sign and %.
     """
-    drawn = [one for one in (_drawable(s, log_x, log_y) for s in series) if one.points]
+    drawn = [line for line in (_drawable(s, log_x, log_y) for s in series) if line.points]
     with drawing():
         figure, whole = canvas(HEIGHT)
         if not drawn:
             write(whole, 50, 17, title, WIDTH - 56, size=TITLE_SIZE, weight="bold")
             write(whole, 50, HEIGHT / 2, "no measurements yet", WIDTH - 56)
             return Chart(title, figure)
-        x_low, x_high = _x_range([x for one in drawn for x, _ in one.points], log_x)
+        x_low, x_high = _x_range([x for line in drawn for x, _ in line.points], log_x)
         y_low, y_high = _y_range(
-            y_range or _ends_of(end for one in drawn for pair in one.ends for end in pair),
+            y_range or _ends_of(end for line in drawn for pair in line.ends for end in pair),
             zero_line,
             log_y,
         )
@@ -144,9 +144,9 @@ def line_chart(
         _thin_out(figure, axes)
         if zero_line:
             axes.axhline(0, color=COLOURS["soft"], linewidth=1.5, zorder=1)
-        for one in drawn:
-            _error_bars(axes, one)
-            _plot(axes, one.points, one.style, markers or len(one.points) == 1)
+        for line in drawn:
+            _error_bars(axes, line)
+            _plot(axes, line.points, line.style, markers or len(line.points) == 1)
         write(whole, left, 17, title, WIDTH - left - 4, size=TITLE_SIZE, weight="bold")
         across = WIDTH - left - right
         middle = left + across / 2
@@ -211,14 +211,14 @@ def _thin_out(figure: "Figure", axes: "Axes") -> None:
         axis.set_ticklabels(kept)
 
 
-def _error_bars(axes: "Axes", one: _Drawn) -> None:
-    bars = [(x, y, *ends) for (x, y), ends in zip(one.points, one.ends) if ends[0] < ends[1]]
+def _error_bars(axes: "Axes", line: _Drawn) -> None:
+    bars = [(x, y, *ends) for (x, y), ends in zip(line.points, line.ends) if ends[0] < ends[1]]
     if not bars:
         return
     x, y, low, high = zip(*bars)
     below = [b - a for a, b in zip(low, y)]
     above = [b - a for a, b in zip(y, high)]
-    colour = COLOURS[f"s{one.style % 4}"]
+    colour = COLOURS[f"s{line.style % 4}"]
     drawn = axes.errorbar(
         x, y, yerr=[below, above], fmt="none", ecolor=colour, elinewidth=1.4, capsize=3.5
     )

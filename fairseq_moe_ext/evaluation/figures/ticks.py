@@ -22,14 +22,14 @@ def log_ticks(low: float, high: float) -> List[float]:
     low must be above 0.
     """
     for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 6, 8)):
-        found = [
+        ticks = [
             m * 10.0**power
             for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
             for m in steps
             if low <= m * 10.0**power <= high
         ]
-        if len(found) >= 3:
-            return found
+        if len(ticks) >= 3:
+            return ticks
     return linear_ticks(low, high)
 
 
