@@ -167,7 +167,7 @@ def costs(args: Namespace, shape: Shape, context: int, dropout: bool) -> Dict[st
     if shape.dense_twin:
         widths = [shape.dense_widths[layer] for layer in shape.picked]
         difference = cost.twin_difference(shape, context)
-        found["twin"] = {"widths": widths, "flops_per_token_beyond_sparse": difference}
+        numbers["twin"] = {"widths": widths, "flops_per_token_beyond_sparse": difference}
     for name, recompute in (("plain", False), ("recompute", True)):
         flops = cost.training_flops_per_token(shape, context, recompute)
         memory = cost.memory_per_device(
@@ -198,8 +198,8 @@ def _table(numbers: Dict[str, Any]) -> List[List[str]]:
         (f"ZFLOPs of {numbers['tokens']:.3g} tokens", "zflops", 1),
     ):
         rows.append([label, f"{without[key] / digits:,.4g}", f"{again[key] / digits:,.4g}"])
-    if "twin" in found:
-        beyond = f"{found['twin']['flops_per_token_beyond_sparse']:+,.4g}"
+    if "twin" in numbers:
+        beyond = f"{numbers['twin']['flops_per_token_beyond_sparse']:+,.4g}"
         rows.append(["FLOPs a token beyond the sparse model's", beyond, ""])
     whole = without["bytes_per_device"]["total"]
     unit, size = ("GB", 1e9) if whole >= 1e9 else ("MB", 1e6)

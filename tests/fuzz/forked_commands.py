@@ -64,10 +64,10 @@ def serve() -> None:
     torch.set_num_threads(1)
     for module in ("fairseq_moe_ext", "fairseq_moe_ext.cli", *MODULES.values()):
         importlib.import_module(module)
-    from fairseq_moe_ext import cli
+    from fairseq_moe_command import COMMANDS
 
-    for command in cli._COMMANDS.values():
-        importlib.import_module(f"fairseq_moe_ext.{command[1]}")
+    for command in COMMANDS.values():
+        importlib.import_module(f"fairseq_moe_ext.{command.module}")
     for line in sys.stdin:
         argv, folder = json.loads(line)
         child = os.fork()
