@@ -1,19 +1,21 @@
 """Two processes route as one does, with the scope world."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from processes import run_processes
 from router_loops import LOOPS
-from training import UPDATES, first_run, make_data, resume
+from training import EVAL, TRAIN, UPDATES, first_run, make_data, perplexity, resume, train
 
 from fairseq_moe_ext.expert_parallel import ExpertParallel, WorldScope
 from fairseq_moe_ext.moe.exchange import HERE
 from fairseq_moe_ext.moe.layer import MoELayer
 from fairseq_moe_ext.moe.router import ROUTERS, GateSettings
 from fairseq_moe_ext.moe.scope import PROCESS
+from fairseq_moe_ext.router_flags import gate_settings
 
 EXPERTS, TOKENS, DIM, TYPES = 4, 22, 6, 9
 NAMES = sorted(set(LOOPS) - {"expert_choice"})  # which no language model has
@@ -121,3 +123,30 @@ def test_a_run_goes_on_on_two_processes(name, tmp_path):
         assert round(steps_up, 6) in (-4, -2, 0, 2, 4)  # of four updates
     if name == "hash":
         assert saved[f"{gate}.table"].shape == (24, 2)
+
+
+def test_flags_reach_the_gate_and_the_checkpoint(tmp_path):
+    """From a command line, and by --model-overrides at evaluation."""
+    data = make_data(tmp_path)
+    flags = "--moe-score sigmoid --moe-normalize-weights none --moe-route-scale 2.5 --moe-groups 2"
+    flags += " --moe-top-groups 1 --moe-input-jitter 0.1 --moe-eom 0.2 --moe-fom 0.3"
+    flags += " --moe-gating-fp32-product --moe-expert-count 4 --max-update 2"
+    train(0, 1, f"{data} {TRAIN} {flags} --save-dir {tmp_path / 'topk'}")
+    saved = torch.load(tmp_path / "topk" / "checkpoint_last.pt", weights_only=True)
+    found = gate_settings(SimpleNamespace(**saved["cfg"]["model"]))
+    assert found == GateSettings(
+        2, True, "all", score="sigmoid", normalize_weights="none", route_scale=2.5, groups=2,
+        top_groups=1, input_jitter=0.1, eom=0.2, fom=0.3, fp32_product=True,
+    )  # fmt: skip
+
+
+def test_base_is_evaluated_in_both_ways(tmp_path):
+    data = make_data(tmp_path)
+    flags = "--moe-router base --moe-expert-count 4 --max-update 6 --moe-gate-loss-wt 0"
+    train(0, 1, f"{data} {TRAIN} {flags} --save-dir {tmp_path}")
+    line = f"{data} {EVAL} --path {tmp_path}/checkpoint_last.pt --model-overrides "
+    ways = [
+        perplexity(0, 1, line + f"{{'moe_base_evaluation':'{way}'}}")
+        for way in ("greedy", "balanced")
+    ]
+    assert ways[0] != ways[1] and max(ways) < 40

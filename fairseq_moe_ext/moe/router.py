@@ -220,7 +220,7 @@ class TopKRouter(nn.Module):
         )
 
     def _mask_outputs(self, routing: Routing) -> Routing:
-        """Expert and final output masking (NLLB, arXiv 2207.04672, section 6.2.2): dropout of whole
+        """Expert and final output masking (NLLB, arXiv 2207.04672, section 6.2): dropout of whole
         rows, those of an expert or their sum, here by their weights."""
         s, weights = self.settings, routing.weights
         if not self.training or s.eom == s.fom == 0:

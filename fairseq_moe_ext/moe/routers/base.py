@@ -1,4 +1,4 @@
-"""BASE layers: every expert gets as many tokens (Lewis et al., arXiv 2103.16716, section 3; stock's
+"""BASE layers: every expert gets as many tokens (Lewis et al., arXiv 2103.16716; stock's
 formulation, fairseq/modules/base_layer.py@0.12.2)."""
 
 from __future__ import annotations

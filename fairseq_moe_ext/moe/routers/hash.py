@@ -14,7 +14,7 @@ from ..routing import Routing, counted_tokens, not_padding, send
 
 def balanced_table(counts: Sequence[int], num_experts: int, k: int) -> List[List[int]]:
     """Experts of each type, (V, K): types in falling frequency take the k experts with the least
-    load so far ("balanced assignment", section 3.1); of equal ones the lower number."""
+    load so far (the paper's balanced assignment); of equal ones the lower number."""
     table: List[List[int]] = [[] for _ in counts]
     loads: List[Tuple[int, int]] = [(0, expert) for expert in range(num_experts)]
     for token in sorted(range(len(counts)), key=lambda t: (-counts[t], t)):

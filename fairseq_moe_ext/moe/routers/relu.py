@@ -11,7 +11,7 @@ from ..balance import counted_rows
 from ..router import TopKRouter, register_router
 from ..routing import Routing, counted_tokens, distribution, send_ranked
 
-FIRST_WEIGHT, FACTOR = 1e-8, 1.2  # of the L1 loss (section 3.3)
+FIRST_WEIGHT, FACTOR = 1e-8, 1.2  # of the L1 loss, as in the paper
 
 
 @register_router("relu")
@@ -19,7 +19,7 @@ class ReluRouter(TopKRouter):
     """A token goes to every expert whose logit is positive, weighted by it. An L1 loss on the
     weights, whose own weight grows while tokens have more than top_k experts on average and shrinks
     while they have fewer, makes the router sparse; it is larger for experts with more tokens, which
-    balances them (equations 5 to 9). Each layer has a weight of its own."""
+    balances them. Each layer has a weight of its own; the paper has one for all."""
 
     heeds = frozenset("route_scale fp32_product input_jitter".split())
     capacity_free = True

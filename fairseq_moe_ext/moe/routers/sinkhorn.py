@@ -1,5 +1,4 @@
-"""S-BASE: Sinkhorn balances the choices of a batch in training (Clark et al., arXiv 2202.01169,
-section 2.2 and appendix B.2.1)."""
+"""S-BASE: Sinkhorn balances the choices of a batch in training (Clark et al., arXiv 2202.01169)."""
 
 from __future__ import annotations
 

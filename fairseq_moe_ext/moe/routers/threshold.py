@@ -17,7 +17,8 @@ BINS = 2 * RANGE * STEPS
 
 
 def logit_of_score(logits: Tensor, score: str) -> Tensor:
-    """log(s / (1 - s)) of the scores s: (T, E) -> (T, E)."""
+    """log(s / (1 - s)) of the scores s, in float32 at least: (T, E) -> (T, E)."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if score == "sigmoid":
         return logits
     log_p = F.log_softmax(logits, dim=-1)
