@@ -119,7 +119,7 @@ _OF_SOME = {
     "moe_null_experts": "null_experts",
     "moe_base_evaluation": "balanced_evaluation",
 }
-_DEFAULTS: Dict[str, Any] = {
+DEFAULTS: Dict[str, Any] = {
     **{name: kind.default for name, kind in RouterFlags.__dataclass_fields__.items()},
     "moe_normalize_gate_prob_before_dropping": False,
     "moe_batch_prioritized_routing": False,
@@ -184,7 +184,7 @@ def validate_router(cfg: Any) -> None:
         raise UserError(f"--moe-router {cfg.moe_router}: {router.refused}")
     for name, setting in _OF_SOME.items():
         value = getattr(cfg, name)
-        if setting not in router.heeds and str(value) != str(_DEFAULTS[name]):
+        if setting not in router.heeds and str(value) != str(DEFAULTS[name]):
             heeding = [n for n, kind in ROUTERS.items() if setting in kind.heeds]
             heeding = [n for n in heeding if not ROUTERS[n].refused]
             raise UserError(

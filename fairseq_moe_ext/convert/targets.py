@@ -37,7 +37,7 @@ def cast(model: Dict[str, AnyTensor], dtype: torch.dtype) -> Dict[str, AnyTensor
 
     def converted(name: str, value: AnyTensor) -> AnyTensor:
         old = dtype_of(value)
-        if not old.is_floating_point or old == dtype or name == "decoder.version":
+        if not old.is_floating_point or old == dtype or _keeps_precision(name):
             return value
         if isinstance(value, TensorPerExpert):
             parts: List[Any] = [converted(name, part) for part in value]  # Lazy ones, too
@@ -48,6 +48,13 @@ def cast(model: Dict[str, AnyTensor], dtype: torch.dtype) -> Dict[str, AnyTensor
         return made[key]
 
     return {name: converted(name, value) for name, value in model.items()}
+
+
+def _keeps_precision(name: str) -> bool:
+    """Whether a tensor is no weight: a router's state (register_state), whose small steps float16
+    would lose, or stock's version."""
+    state = ".moe_layer.gate." in name and not name.endswith(".wg.weight")
+    return state or name == "decoder.version"
 
 
 def _cast_pieces(name: str, value: AnyTensor, dtype: torch.dtype) -> Iterator[Tensor]:

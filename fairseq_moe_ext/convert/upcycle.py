@@ -21,6 +21,7 @@ from ..branch.reading import BARE
 from ..errors import UserError
 from ..models.language_model import MODEL_NAME
 from ..moe.experts import TensorPerExpert
+from ..router_flags import DEFAULTS
 from ..shape import shape_of
 from .archive import Lazy, dtype_of
 from .source import Source, build_on_meta, set_order, with_settings
@@ -44,6 +45,7 @@ def upcycle(
         )
     settings: Dict[str, Any] = {
         **old,
+        **DEFAULTS,  # a dense twin may have had another router
         "_name": MODEL_NAME,
         **layers,
         "moe_expert_count": experts,

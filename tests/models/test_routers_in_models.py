@@ -5,6 +5,7 @@ import torch
 from router_loops import LOOPS
 from small_models import MOE, PAD, TYPES, build_model, random_tokens
 
+from fairseq_moe_ext.convert.targets import cast
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.moe.router import ROUTERS
 
@@ -101,6 +102,15 @@ def test_it_compiles(name):
     )
     tokens = random_tokens()
     torch.testing.assert_close(plain(tokens)[0], compiled(tokens)[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["threshold", "relu", "hash"])
+def test_conversion_to_another_precision_leaves_the_state(name):
+    state = model_of(name).float().state_dict()
+    model = {key: cast({key: value}, torch.float16)[key] for key, value in state.items()}
+    for key, value in state.items():
+        is_state = ".gate." in key and not key.endswith("wg.weight")
+        assert (model[key] is value) == (is_state or "version" in key), key
 
 
 def test_the_table_of_hash_is_by_the_dictionary_s_counts():
