@@ -8,6 +8,7 @@ What stock fairseq needs to run on today's Python and PyTorch is beside it, in f
     config.py          the flags of the model
     config_checks.py   the checks across them
     router_flags.py          flags of routers, and what goes with which
+    balance_flags.py   the flags of balancing
     models/        the decoder, the registered model, the paper's sizes
     moe/           the mathematics of a Mixture-of-Experts layer, torch only
     kernels/       fast ways to compute it, each with its plain twin

@@ -12,6 +12,7 @@ from fairseq import utils
 from fairseq.dataclass import ChoiceEnum
 from omegaconf import II
 
+from .balance_flags import BalanceFlags
 from .moe.activations import GATED
 from .router_flags import RouterFlags
 
@@ -24,7 +25,7 @@ FROZEN_PARTS = ChoiceEnum(["none", "gate", "experts", "gate_and_experts"])
 
 
 @dataclass
-class MoETransformerLMConfig(RouterFlags):
+class MoETransformerLMConfig(RouterFlags, BalanceFlags):
     """Decoder-only Transformer language model, dense or with Mixture-of-Experts layers."""
 
     activation_fn: ACTIVATIONS = field(

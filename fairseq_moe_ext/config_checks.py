@@ -6,6 +6,7 @@ import math
 from dataclasses import fields
 
 from . import ranges
+from .balance_flags import BALANCE_CHOICES, validate_balance
 from .config import (
     EXPERT_GRAD_SCALES,
     FROZEN_PARTS,
@@ -34,6 +35,7 @@ _CHOICES = {
     "moe_freeze": FROZEN_PARTS.__members__,
     "moe_pad_rule": ["None", *PAD_RULES.__members__],
     **CHOICES,
+    **BALANCE_CHOICES,
 }
 
 
@@ -155,6 +157,7 @@ def _validate_experts(cfg: MoETransformerLMConfig) -> None:
                 f"{ranges.flag(name)} {getattr(cfg, name)} is unknown: use {', '.join(choices)}"
             )
     validate_router(cfg)
+    validate_balance(cfg, top_k(cfg))
     if cfg.moe_batch_prioritized_routing and top_k(cfg) == 1:
         raise UserError(
             "--moe-batch-prioritized-routing has no effect with one expert per token "

@@ -175,7 +175,7 @@ _GROUPS = {
     "moe_freq": Range(0, 10_000, whole=True, meaning="0: a dense model"),
     "moe_expert_count": Range(0, _SIZE, whole=True, meaning="0: a dense model"),
     "moe_top_k moe_groups moe_top_groups": SIZE,
-    "moe_route_scale": POSITIVE,
+    "moe_route_scale moe_bias_update_rate": POSITIVE,
     "moe_input_jitter moe_eom moe_fom moe_threshold_decay": BELOW_1,
     "moe_capacity_factor": POSITIVE._replace(meaning="2 is usual, --moe-dropless sets no limit"),
     "moe_eval_capacity_token_fraction": Range(

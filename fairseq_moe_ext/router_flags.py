@@ -6,6 +6,7 @@ from typing import Any, Dict, Mapping, Optional
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
+from .balance_flags import bias_update_rate
 from .errors import UserError
 from .moe import routers  # noqa: F401 - registers them
 from .moe.router import ROUTERS, GateSettings
@@ -168,6 +169,7 @@ def gate_settings(cfg: Any) -> GateSettings:
         threshold_decay=cfg.moe_threshold_decay,
         balanced_evaluation=str(cfg.moe_base_evaluation) == "balanced",
         null_experts=cfg.moe_null_experts,
+        bias_update_rate=bias_update_rate(cfg),
     )
 
 

@@ -312,6 +312,13 @@ def check_trainer(cfg: Any, task: Any, model: Any) -> None:
         raise UserError(
             f"--zero-sharding {sharding} is for several processes, and this is one: drop it"
         )
+    over = str(getattr(cfg.model, "moe_balance_over", None))
+    transform = str(getattr(cfg.criterion, "moe_gate_loss_transform", "none"))
+    if over == "global_batch" and transform != "none":
+        raise UserError(
+            f"--moe-gate-loss-transform {transform} with --moe-balance-over {over}: the "
+            "transformed loss is no sum over micro-batches: use none, or another --moe-balance-over"
+        )
     if not cfg.dataset.disable_validation:
         _check_metric(cfg, task, model)
 

@@ -218,6 +218,7 @@ def statistics(routes: Routes) -> dict[str, float]:
     loads = [sum(choice.expert == e for choice in everything) for e in range(experts)]
     stats["overflow"] = 100 * dropped / max(len(everything), 1)
     stats["load_max"] = max(loads) * experts / max(len(everything), 1)
+    stats["max_vio"] = max(stats["load_max"] - 1, 0)
     if routes.null:
         chosen = sum(choice.chosen for choices in routes.choices for choice in choices)
         stats["null_share"] = 100 * (chosen - len(everything)) / max(chosen, 1)

@@ -50,6 +50,9 @@ _NOT_THE_BRANCH_S = {
     "bf16",
     "compile",
     "max_tokens",
+    "moe_balance",
+    "moe_balance_over",
+    "moe_bias_update_rate",
     "moe_capacity_factor",
     "moe_dense_twin",
     "moe_dropless",
@@ -117,6 +120,10 @@ def _check_experts(path: str, settings: Dict[str, Any]) -> None:
         raise UserError(
             f"{path}: --moe-router {settings['moe_router']}, {top_k(settings)} experts a token; "
             "the branch has top-1 and top-2 gates alone, so there is no such model in its layout"
+        )
+    if str(settings.get("moe_balance")) in ("bias", "both"):
+        raise _lacking(
+            path, f"--moe-balance {settings['moe_balance']}", "no bias in a gate's choice"
         )
     for name, off in _OFF_IN_THE_BRANCH.items():
         if settings.get(name) not in (off, None):

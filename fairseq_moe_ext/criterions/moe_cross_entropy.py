@@ -95,8 +95,10 @@ class MoECrossEntropyCriterion(FairseqCriterion):
         Adds the loss and the gates' metrics to the logging output."""
         records = extra.get("moe") if isinstance(extra, dict) else None
         if records:
+            records = _of_whole_batch(records, extra.get("whole_sample_size"), sample_size)
             gate_loss, z_loss = self._gate_losses(records)
-            extra_loss = self.gate_loss_weight * gate_loss + self.z_loss_weight * z_loss
+            weight = self.gate_loss_weight if extra.get("balanced_by_loss", True) else 0.0
+            extra_loss = weight * gate_loss + self.z_loss_weight * z_loss
             loss = loss + sample_size * extra_loss
             router_losses = [r.router_loss for r in records if r.router_loss is not None]
             if router_losses:
@@ -201,6 +203,17 @@ class MoECrossEntropyCriterion(FairseqCriterion):
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:
         return True
+
+
+def _of_whole_batch(
+    records: Sequence[Any], whole: Optional[float], sample_size: float
+) -> Sequence[Any]:
+    """Where the balancing losses are parts of that of an update (--moe-balance-over global_batch),
+    have the trainer add them up: it weights each micro-batch by its share of the sample size."""
+    if whole is None:
+        return records
+    factor = whole / sample_size if sample_size else 0.0
+    return [record._replace(balance_loss=factor * record.balance_loss) for record in records]
 
 
 def logged_of_gates(cfg: MoECrossEntropyConfig) -> List[str]:

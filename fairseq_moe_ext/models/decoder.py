@@ -17,12 +17,14 @@ from fairseq.modules import LayerNorm, PositionalEmbedding, SinusoidalPositional
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..balance_flags import has_loss
 from ..config import MoETransformerLMConfig
 from ..errors import DAMAGED, NotFinite, UserError, not_finite
 from ..expert_parallel import ExpertParallel, WorldScope, process_count
 from ..fully_sharded import wrap_layer
 from ..kernels.matmul import Linear
 from ..moe.activations import GATED, inner_width
+from ..moe.balance import Balance
 from ..moe.exchange import HERE
 from ..moe.layer import MoELayer, MoEOutput
 from ..moe.scope import PROCESS
@@ -76,7 +78,9 @@ class DecoderLayer(nn.Module):
     def _build_moe_layer(
         self, cfg: MoETransformerLMConfig, token_counts: Sequence[int]
     ) -> MoELayer:
-        distributed, shape = process_count() > 1, shape_of(cfg)
+        distributed, over = process_count() > 1, str(cfg.moe_balance_over)
+        together = distributed and (cfg.moe_routing_scope == "world" or over == "global_batch")
+        shape = shape_of(cfg)
         return MoELayer.build(
             cfg.decoder_embed_dim,
             shape.expert_width,
@@ -88,6 +92,7 @@ class DecoderLayer(nn.Module):
             shared_ffn_dim=shape.shared_ffn_dim,
             latent_dim=shape.latent_dim,
             token_counts=token_counts,
+            balance=Balance(over, WorldScope() if together else PROCESS),
             activation=self.activation,
             activation_dropout=(
                 cfg.activation_dropout if cfg.moe_expert_dropout is None else cfg.moe_expert_dropout
@@ -132,11 +137,11 @@ class DecoderLayer(nn.Module):
         x, y = attend(self, x, attn_mask, incremental_state)
         # In token-by-token generation a batch is one position of unrelated sequences; a capacity
         # would let them push each other out of experts.
-        y, token_ids = y.flatten(0, 1), tokens.flatten()
+        y, token_ids, length = y.flatten(0, 1), tokens.flatten(), tokens.size(1)
         if unrouted is not None:
             missing = len(unrouted) - len(y)
             y, token_ids = F.pad(y, (0, 0, 0, missing)), F.pad(token_ids, (0, missing))
-        moe = self.moe_layer(y, unrouted, incremental_state is not None, token_ids)
+        moe = self.moe_layer(y, unrouted, incremental_state is not None, token_ids, length)
         return x + moe.out[: tokens.numel()].view_as(x), moe
 
     def _attend(
@@ -175,6 +180,9 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
         self.pad_rule = PadRule(cfg, self.padding_idx)
         self.dropout = cfg.dropout
         self.record_traffic = cfg.record_a2a_perf_stats
+        self.balanced_by_loss = has_loss(cfg)
+        # Set while balancing losses are parts of that of a whole batch (patches/whole_batch.py).
+        self.whole_sample_size: Optional[float] = None
         self.share_input_output_embed = cfg.share_decoder_input_output_embed
         self.max_target_positions = cfg.max_target_positions or cfg.tokens_per_sample
         self.embed_scale = 1.0 if cfg.no_scale_embedding else math.sqrt(dim)
@@ -224,8 +232,10 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
         Returns:
             logits (B, S, V), or features (B, S, D) with features_only (S counts the computed
             positions), and a dict with "moe": a LayerRecord for each MoE layer, "share" as
-            padding.Filled has it, and on request "traffic": metrics of the exchanges since the last
-            call, including those of the backward pass.
+            padding.Filled has it, "balanced_by_loss": whether the balancing losses are to train
+            the gates, "whole_sample_size": where they are parts of the loss of a whole batch, its
+            sample size; and on request "traffic": metrics of the exchanges since the last call,
+            including those of the backward pass.
         """
         x, extra = self.extract_features(prev_output_tokens, incremental_state=incremental_state)
         return (x if features_only else self.output_layer(x)), extra
@@ -258,6 +268,8 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
             x = self.layer_norm(x)
         x = x[:, : prev_output_tokens.size(1)]
         extra = {"attn": [None], "moe": records, "share": share}
+        extra["balanced_by_loss"] = self.balanced_by_loss
+        extra["whole_sample_size"] = self.whole_sample_size
         if self.record_traffic:
             extra["traffic"] = self.take_traffic()
         return x, extra
@@ -341,6 +353,10 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
             state_dict.pop(f"{name}.embed_positions.weights", None)
             state_dict.setdefault(f"{name}.embed_positions._float_tensor", torch.zeros(1))
         state_dict.setdefault(f"{name}.version", self.version)
+        for index, router in self.router_updates.routers.items():  # trained without it so far
+            if router.balance_bias is not None:
+                key = f"{name}.layers.{index}.moe_layer.gate.balance_bias"
+                state_dict.setdefault(key, router.balance_bias)
         projection = f"{name}.output_projection.weight"
         if projection not in state_dict:
             if self.share_input_output_embed and f"{name}.embed_tokens.weight" in state_dict:

@@ -22,6 +22,7 @@ from ..cost import twin_difference
 from ..errors import DAMAGED, UserError
 from ..expert_parallel import mark_experts, replica_count
 from ..kernels.linear_cross_entropy import linear_cross_entropy
+from ..moe.router import TopKRouter
 from ..shape import shape_of
 from .decoder import MoETransformerDecoder, too_few_positions
 from .hub import LanguageModelHub, find_tokenizer, own_data
@@ -276,6 +277,9 @@ def freeze(model: nn.Module, part: str) -> None:
             "gate_and_experts": gate or expert,
         }[part]
         parameter.requires_grad_(not frozen)
+    for module in model.modules():
+        if isinstance(module, TopKRouter):
+            module.frozen = part in ("gate", "gate_and_experts")
 
 
 def _sizes(shape: torch.Size) -> str:

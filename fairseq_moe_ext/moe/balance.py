@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional, Tuple
+from typing import NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,52 @@ from .routing import Routing
 from .scope import PROCESS, RoutingScope
 
 
-def balance_loss(routing: Routing, scope: RoutingScope = PROCESS) -> Tensor:
+class WholeBatch(NamedTuple):
+    """Of all tokens of an optimizer update that count, over processes and micro-batches."""
+
+    counts: Tensor  # (K, E): choices of each rank an expert gets, before dropping
+    tokens: Tensor  # ()
+
+
+class Balance:
+    """What a layer's balancing loss is taken over (--moe-balance-over): the tokens of a
+    micro-batch in scope, each sequence by itself, or all tokens of an update.
+
+    For a whole batch of several micro-batches its choices must be known before the first gradient:
+    a pass through the micro-batches counts them (patches/whole_batch.py). With one micro-batch per
+    update the scope, which is then all processes, is enough.
+    """
+
+    def __init__(self, over: str = "micro_batch", scope: RoutingScope = PROCESS) -> None:
+        self.over = over
+        self.scope = scope
+        self.counting = False
+        self.whole: Optional[WholeBatch] = None
+
+    def loss(
+        self,
+        routing: Routing,
+        length: Optional[int] = None,
+        padding_mask: Optional[Tensor] = None,
+    ) -> Tensor:
+        """The loss, a scalar; with `whole` set the part of these tokens in the loss of the whole
+        batch; while counting, 0. length: tokens of a sequence; padding_mask: (T,) bool."""
+        if self.counting:
+            self._count(routing)
+            return routing.probs.new_zeros(())
+        if self.over == "sequence" and length is not None:
+            return sequence_balance_loss(routing, length, padding_mask, self.scope)
+        return balance_loss(routing, self.scope, self.whole)
+
+    def _count(self, routing: Routing) -> None:
+        _, tokens = counted_rows(routing.probs, routing.counted)
+        before = self.whole or WholeBatch(torch.zeros_like(routing.counts), tokens.new_zeros(()))
+        self.whole = WholeBatch(before.counts + routing.counts, before.tokens + tokens)
+
+
+def balance_loss(
+    routing: Routing, scope: RoutingScope = PROCESS, whole: Optional[WholeBatch] = None
+) -> Tensor:
     """GShard's balancing loss, E^2 * mean_e(mean probability_e * share of first choices_e): 1 when
     both are uniform, E when all tokens choose one expert (arXiv 2006.16668, algorithm 1; the paper,
     section 2). The gradient flows through the probabilities only.
@@ -20,18 +65,69 @@ def balance_loss(routing: Routing, scope: RoutingScope = PROCESS) -> Tensor:
     first choice. With more than two choices per token, the share is of all choices
     (DeepSeekMoE, arXiv 2401.06066, equation 13); so it is with null experts, which a token mostly
     chooses last. Choices count before dropping. Returns a scalar.
+
+    Given the whole batch that these tokens are a part of, the share is of its choices, and the sum
+    of these tokens' probabilities is divided by its number of tokens: the results of all parts, and
+    their gradients, add up to those of the whole batch (Qiu et al., arXiv 2501.11873, whose shares
+    of earlier micro-batches stand for those of all).
     """
     num_experts = routing.probs.size(1)
     # float32 at least: a count may exceed float16's 65504
     probs = routing.probs.to(torch.promote_types(routing.probs.dtype, torch.float32))
     probs, tokens = counted_rows(probs, routing.counted)
-    of_first = len(routing.counts) <= 2 and routing.null_experts == 0
-    chosen = routing.counts[0] if of_first else routing.counts.sum(dim=0)
-    summed = torch.cat([probs.sum(dim=0), chosen.to(probs), tokens.to(probs).view(1)])
-    prob, chosen, tokens = scope.total(summed).split([num_experts, num_experts, 1])
+    counts = routing.counts if whole is None else whole.counts
+    of_first = _first_choices_alone(routing)
+    chosen = counts[0] if of_first else counts.sum(dim=0)
+    if whole is None:
+        summed = torch.cat([probs.sum(dim=0), chosen.to(probs), tokens.to(probs).view(1)])
+        prob, chosen, tokens = scope.total(summed).split([num_experts, num_experts, 1])
+    else:
+        prob, chosen, tokens = probs.sum(dim=0), chosen.to(probs), whole.tokens.to(probs)
     tokens = tokens.clamp(min=1)  # without tokens: 0, not 0/0
     choices = tokens if of_first else chosen.sum().clamp(min=1)
     return (prob / tokens * (chosen / choices)).mean() * num_experts**2
+
+
+def sequence_balance_loss(
+    routing: Routing,
+    length: int,
+    padding_mask: Optional[Tensor] = None,
+    scope: RoutingScope = PROCESS,
+) -> Tensor:
+    """balance_loss of each sequence by itself (DeepSeek-V3, arXiv 2412.19437, equations 17 to 20),
+    averaged over the tokens in scope that count, so that each sequence weighs by its own.
+
+    length: tokens of a sequence; the T tokens are one sequence after the other.
+    padding_mask: (T,) bool. Returns a scalar.
+    """
+    num_experts, k = routing.probs.size(1), routing.experts.size(1)
+    probs = routing.probs.to(torch.promote_types(routing.probs.dtype, torch.float32))
+    ones, _ = counted_rows(torch.ones_like(probs[:, :1]), routing.counted)
+    tokens = ones.view(-1, length).sum(dim=1)  # (B,)
+    probs, _ = counted_rows(probs, routing.counted)
+    prob = probs.view(-1, length, num_experts).sum(dim=1)  # (B, E)
+    is_chosen = routing.routed
+    if routing.null_experts:
+        is_chosen = is_chosen | (routing.experts >= num_experts - routing.null_experts)
+        if padding_mask is not None:
+            is_chosen = is_chosen & ~padding_mask.bool().unsqueeze(1)
+    of_first = _first_choices_alone(routing)
+    ranks = 1 if of_first else k
+    chosen = torch.zeros_like(prob).scatter_add_(
+        1,
+        routing.experts[:, :ranks].reshape(-1, length * ranks),
+        is_chosen[:, :ranks].reshape(-1, length * ranks).to(prob),
+    )
+    choices = tokens if of_first else chosen.sum(dim=1)
+    # of a sequence: E^2 * mean_e(prob / tokens * chosen / choices), times its tokens
+    losses = (prob * chosen).mean(dim=1) / choices.clamp(min=1) * num_experts**2
+    loss, tokens = scope.total(torch.stack([losses.sum(), tokens.sum()]))
+    return loss / tokens.clamp(min=1)
+
+
+def _first_choices_alone(routing: Routing) -> bool:
+    """Whether the balancing loss is over first choices; otherwise it is over all."""
+    return len(routing.counts) <= 2 and routing.null_experts == 0
 
 
 def z_loss(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..kernels.matmul import Linear
 from . import routers  # noqa: F401 - registers them
-from .balance import balance_loss, z_loss
+from .balance import Balance, z_loss
 from .dispatch import lay_out, permute, unpermute
 from .exchange import HERE, Exchange
 from .experts import Experts, FeedForward
@@ -51,6 +51,7 @@ class MoELayer(nn.Module):
         exchange: Exchange = HERE,
         shared: Optional[nn.Module] = None,
         latent: Optional[Latent] = None,
+        balance: Optional[Balance] = None,
     ) -> None:
         """
         Args:
@@ -60,6 +61,7 @@ class MoELayer(nn.Module):
             exchange: between the processes that share the experts.
             shared: (T, D) -> (T, D), an expert that every token uses beside the chosen ones.
             latent: projections to the vectors that experts compute on, and back.
+            balance: what the balancing loss is taken over; None: the tokens in the router's scope.
         """
         super().__init__()
         self.gate = router
@@ -67,6 +69,7 @@ class MoELayer(nn.Module):
         self.exchange = exchange
         self.shared = shared
         self.latent = latent
+        self.balance = balance or Balance(scope=router.scope)
         exchange.join_gradients(experts)
 
     @classmethod
@@ -83,6 +86,7 @@ class MoELayer(nn.Module):
         shared_ffn_dim: int = 0,
         latent_dim: int = 0,
         token_counts: Sequence[int] = (),
+        balance: Optional[Balance] = None,
         grad_scale: float = 1.0,
         in_files: bool = False,
         **options: Any,
@@ -93,6 +97,7 @@ class MoELayer(nn.Module):
             shared_ffn_dim: hidden width of all shared experts together; 0: there are none.
             latent_dim: width of what experts compute on; 0: dim.
             token_counts: for the router (`set_token_counts`).
+            balance: as that of the layer.
             grad_scale, in_files: of `Experts`.
             options: of `Experts` and of the shared ones: activation, dropout.
         """
@@ -110,7 +115,7 @@ class MoELayer(nn.Module):
         )
         shared = FeedForward(dim, shared_ffn_dim, **options) if shared_ffn_dim else None
         latent = Latent(dim, latent_dim) if latent_dim else None
-        return cls(gate, experts, exchange, shared, latent)
+        return cls(gate, experts, exchange, shared, latent, balance)
 
     def forward(
         self,
@@ -118,6 +123,7 @@ class MoELayer(nn.Module):
         padding_mask: Optional[Tensor] = None,
         dropless: bool = False,
         token_ids: Optional[Tensor] = None,
+        length: Optional[int] = None,
     ) -> MoEOutput:
         """
         Args:
@@ -125,6 +131,7 @@ class MoELayer(nn.Module):
             padding_mask: (...) bool, True where x is padding, which is not routed.
             dropless: ignore the capacity in this call.
             token_ids: (...) int64, the input tokens, for routers that go by them.
+            length: tokens of a sequence, where x is whole sequences one after the other.
         """
         tokens = x.reshape(-1, x.size(-1))  # (T, D)
         if padding_mask is not None:
@@ -147,7 +154,7 @@ class MoELayer(nn.Module):
         learns = self.gate.has_state and self.training and torch.is_grad_enabled()
         return MoEOutput(
             out.view_as(x),
-            balance_loss(routing, scope),
+            self.balance.loss(routing, length, padding_mask),
             z_loss(logits, routing.counted, scope),
             routing_stats(routing, scope),
             routing.counts,

@@ -53,6 +53,7 @@ class GateSettings(NamedTuple):
     threshold_decay: float = 0.99  # threshold: of the moving quantile, per update
     balanced_evaluation: bool = False  # base: assign evenly at evaluation, too
     null_experts: int = 0  # beside the others; they share a logit and compute nothing
+    bias_update_rate: float = 0.0  # step of the balancing bias in an update; 0: there is no bias
 
     @property
     def normalize(self) -> Optional[str]:
@@ -104,13 +105,17 @@ def register_router(name: str) -> Callable[[Type[TopKRouter]], Type[TopKRouter]]
 
 @register_router("topk")
 class TopKRouter(nn.Module):
-    """Sends each token to the top_k experts that a linear layer without bias scores best."""
+    """Sends each token to the top_k experts that a linear layer without bias scores best.
+
+    With a balancing bias the score of an expert and its bias choose; the score alone weighs."""
 
     # Settings that not every router has and this one heeds; others are refused (router_flags.py).
     heeds: FrozenSet[str] = frozenset(
         "score normalize_before_dropping normalize_weights route_scale groups batch_prioritized"
-        " fp32_product input_jitter null_experts".split()
+        " fp32_product input_jitter null_experts balance_bias".split()
     )
+    frozen = False  # whether its state stays as it is
+    balance_bias: Optional[Tensor]
     default_top_k = 2
     causal = True  # in training, without a capacity; at evaluation a router must be
     capacity_free = False  # the number of a token's experts varies, so that there is no capacity
@@ -129,6 +134,10 @@ class TopKRouter(nn.Module):
         self.num_experts = num_experts + settings.null_experts
         self.num_logits = num_experts + (settings.null_experts > 0)
         self.settings = settings
+        # Wang et al., arXiv 2408.15664
+        self.register_buffer("balance_bias", None)
+        if settings.bias_update_rate > 0:
+            self.register_state("balance_bias", torch.zeros(self.num_experts))
         self.add_gate()
 
     def add_gate(self) -> None:
@@ -205,6 +214,7 @@ class TopKRouter(nn.Module):
             logits,
             s.top_k,
             score=s.score,
+            bias=self.balance_bias,
             # Noise is for exploration only; evaluation takes the runner-up without it.
             runner_up=s.second_expert_policy if self.training else "all",
             normalize=s.normalize,
@@ -248,7 +258,12 @@ class TopKRouter(nn.Module):
     def after_update(self, observed: Dict[str, Tensor]) -> None:
         """Change the state (`register_state`), where there is any: called once per update of the
         optimizer, with the sums of what was observed in its forward passes. Validation and the
-        recomputation of activations do not count."""
+        recomputation of activations do not count. Here the balancing bias: that of an expert with
+        fewer choices than the mean rises, that of one with more falls."""
+        if self.balance_bias is not None:
+            load = observed["load"]
+            step = self.settings.bias_update_rate * torch.sign(load.mean() - load)
+            self.balance_bias += step.to(self.balance_bias)
 
     def register_state(self, name: str, value: Tensor) -> None:
         """Add a buffer for `after_update` to change. It is in the checkpoint, and keeps its dtype
@@ -259,7 +274,7 @@ class TopKRouter(nn.Module):
     @property
     def has_state(self) -> bool:
         """Whether there is any state for `after_update` to change."""
-        return bool(self._state_names)
+        return bool(self._state_names) and not self.frozen
 
     def _apply(self, fn: Callable[..., Any], *rest: Any, **named: Any) -> TopKRouter:
         before = {name: self._buffers[name] for name in self._state_names}

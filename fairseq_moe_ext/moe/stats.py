@@ -15,7 +15,7 @@ from .scope import PROCESS, RoutingScope
 # The share of experts that counts as most used, and as least used.
 BALANCE_SHARE = 0.2
 
-FIGURES = ("entropy_gating", "overflow", "load_max", "experts_per_token") + tuple(
+FIGURES = ("entropy_gating", "overflow", "load_max", "max_vio", "experts_per_token") + tuple(
     figure
     for expert in ("expert1", "expert2")
     for figure in (
@@ -36,6 +36,7 @@ def routing_stats(routing: Routing, scope: RoutingScope = PROCESS) -> Dict[str, 
     - entropy_gating: mean entropy of the router's probabilities, in nats.
     - overflow: percentage of routed choices beyond capacity.
     - load_max: choices of the most chosen expert, before dropping, over the mean of all experts.
+    - max_vio: MaxVio, load_max - 1 (Wang et al., arXiv 2408.15664).
     - experts_per_token: mean number of experts that a token is sent to, before dropping, without
       null experts.
     - overflow_expert1, _expert2: percentage of routed first, second choices beyond capacity.
@@ -83,6 +84,7 @@ def routing_stats(routing: Routing, scope: RoutingScope = PROCESS) -> Dict[str, 
             "load_max": computing * load.max() / load.sum().clamp(min=1),
             "experts_per_token": (load.sum() / tokens)[0],
         }
+        stats["max_vio"] = (stats["load_max"] - 1).clamp(min=0)  # without choices load_max is 0
         if routing.null_experts:
             null = everything - load.sum()
             stats[NULL_SHARE] = 100.0 * null / everything.clamp(min=1)

@@ -11,6 +11,7 @@ docstring.
     data.py           data-bins, dictionaries, batches, the place in the data
     tasks.py          fairseq's tasks
     trainer.py        the trainer, and what it builds
+    whole_batch.py    the balancing loss over all micro-batches of an update
     checkpoint_io.py  checkpoints in and out
     eval_lm.py        fairseq-eval-lm
     generation.py     searching for text
@@ -209,10 +210,11 @@ PATCHES = (
     ),
     wrap(_TRAINER + "_prepare_sample", trainer._prepare_sample, "fairseq/trainer.py:1310@0.12.2"),
     wrap(
-        (_TRAINER + "train_step", _TRAINER + "valid_step"),
-        trainer.step,
-        "fairseq/trainer.py:780,947,1100@0.12.2, fairseq/optim/dynamic_loss_scaler.py:61@0.12.2",
+        _TRAINER + "train_step",
+        trainer.train_step,
+        "fairseq/trainer.py:780,794,947@0.12.2, fairseq/optim/dynamic_loss_scaler.py:61@0.12.2",
     ),
+    wrap(_TRAINER + "valid_step", trainer.step, "fairseq/trainer.py:1100@0.12.2"),
     wrap(_TRAINER + "zero_grad", trainer.zero_grad, "fairseq/trainer.py:1161@0.12.2"),
     wrap(
         _TRAINER + "set_num_updates",

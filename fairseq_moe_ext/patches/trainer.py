@@ -20,6 +20,7 @@ from ..errors import NotFinite
 from ..expert_parallel import process_count, sum_of_experts, sum_over_processes
 from ..models import compiled
 from ..models.router_updates import RouterUpdates
+from . import whole_batch
 from .checkpoint_io import patience
 from .tasks import no_sentences
 
@@ -158,6 +159,13 @@ def step(stock, self, *args, **kwargs):
         what = f"{str(error).strip().splitlines()[0].rstrip(':. ')}: {diverging.REMEDY}"
         reason = error
     raise UserError(f"{what}; {last_good(self.cfg.checkpoint.save_dir)}") from reason
+
+
+def train_step(stock, self, samples, *args, **kwargs):
+    """As step. A balancing loss over all tokens of an update needs their choices before the first
+    gradient."""
+    with whole_batch.counted(self, samples):
+        return step(stock, self, samples, *args, **kwargs)
 
 
 def get_valid_iterator(stock, self, subset, *args, **kwargs):

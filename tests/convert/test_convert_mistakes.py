@@ -16,6 +16,7 @@ from fairseq_moe_ext.errors import UserError
 MISTAKES = [
     (MOE, "x.pt --dtype int4", "--dtype int4: not known"),
     (MOE, "x.pt --expert-files 3", "3 does not divide the 4 experts.*1, 2, 4 would do"),
+    (MOE + " --moe-balance bias", "x.pt --to branch", "--moe-balance bias.*no bias"),
     (MOE, "x.pt --to branch --rank-files 8", "8 does not divide the 4 experts"),
     (MOE, "x --to xglm", "has what XGLM has not: 4 experts"),
     (MOE, "x.pt --upcycle --moe-expert-count 2", "has 4 experts already"),

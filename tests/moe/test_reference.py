@@ -29,7 +29,7 @@ def routing_options(case, tokens):
 
 def branch_stats(case, stats):
     """Without ours: overflow, load and number of all choices, and the overflow of top-1."""
-    ours = {"overflow", "load_max", "experts_per_token"}
+    ours = {"overflow", "load_max", "max_vio", "experts_per_token"}
     ours |= {"overflow_expert1"} if case.top_k == 1 else set()
     return {key: value for key, value in stats.items() if key not in ours}
 
