@@ -37,6 +37,7 @@ LINES = {
     "gated": "--activation-fn swiglu --moe-layers 0",
     "shared": "--moe-shared-experts 2 --moe-expert-ffn-dim 5 --moe-freq 1",
     "null": "--moe-null-experts 3 --moe-router sinkhorn",
+    "null bias": "--moe-null-experts 3 --moe-score sigmoid --moe-balance bias",
     "all": "--activation-fn geglu --moe-shared-experts 1 --moe-latent-dim 6 --moe-top-k 3"
     " --moe-null-experts 2 --moe-freq 1 --moe-first-dense 1",
 }
@@ -118,7 +119,12 @@ def processes_errors(folder, flags):
     )
 
 
-OFTEN = [("legacy_ddp", "gated"), ("pytorch_ddp", "shared"), ("fully_sharded", "all")]
+OFTEN = [
+    ("legacy_ddp", "gated"),
+    ("legacy_ddp", "null bias"),
+    ("pytorch_ddp", "shared"),
+    ("fully_sharded", "all"),
+]
 
 
 @pytest.mark.parametrize(
@@ -221,6 +227,19 @@ def test_gated_networks_are_upcycled_into_listed_layers(data, run, tmp_path, cap
     )
     assert "experts have one width" in mistake(capsys, source, tmp_path / "y.pt", *up, "0,1")
     assert "there is no layer 2" in mistake(capsys, source, tmp_path / "y.pt", *up, "2")
+
+
+def test_a_twin_whose_layers_are_alike_is_any_dense_model(data, run, tmp_path):
+    """Though its width is not that of --decoder-ffn-embed-dim."""
+    source = run("--moe-freq 1 --moe-dense-twin --moe-expert-ffn-dim 10")  # K = 2: 20 wide
+    convert(source, tmp_path / "hf", "--to", "xglm")
+    convert(tmp_path / "hf", tmp_path / "dense.pt", "--from", "xglm")
+    up = "--upcycle", "--moe-expert-count", 2, "--moe-freq"
+    for freq in (1, 2):
+        convert(source, tmp_path / f"{freq}.pt", *up, freq)
+    for name in ("dense", "1", "2"):
+        found = logits(tmp_path / f"{name}.pt", data)
+        torch.testing.assert_close(found, logits(source, data), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("part", ["gate", "experts", "gate_and_experts"])

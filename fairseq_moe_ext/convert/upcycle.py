@@ -93,14 +93,15 @@ def _keep_widths(source: Source, settings: Dict[str, Any]) -> None:
     old, new = shape_of(source.settings), shape_of(settings)
     widths = {old.dense_widths[layer] for layer in new.sparse}
     others = {old.dense_widths[layer] for layer in range(new.layers) if layer not in new.sparse}
-    if len(widths) > 1 or not others <= {new.ffn_dim}:
+    if len(widths) > 1 or len(others) > 1:
         raise UserError(
             f"{source.path}: its layers {', '.join(map(str, old.picked))} have networks of other "
             "widths than the rest, and experts have one width: make just those sparse (--moe-freq, "
             "--moe-layers, --moe-first-dense)"
         )
-    if widths and widths != {new.ffn_dim}:
-        settings["moe_expert_ffn_dim"] = widths.pop()
+    settings["decoder_ffn_embed_dim"] = next(iter(others), new.ffn_dim)
+    if widths != {settings["decoder_ffn_embed_dim"]}:
+        settings["moe_expert_ffn_dim"] = next(iter(widths), None)
 
 
 def _expert(dense: Tensor, spread: float, seed: int, name: str) -> Union[Tensor, Lazy]:

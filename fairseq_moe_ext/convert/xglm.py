@@ -34,10 +34,11 @@ _OUTPUT = "decoder.output_projection.weight"
 def xglm_jobs(source: Source, folder: str) -> List[Job]:
     """model.safetensors and config.json, the last. UserError for what XGLM does not have."""
     s = source.settings
+    widths = shape_of(s).dense_widths
     lacking = []
     if source.experts:
         lacking.append(f"{source.experts} experts (--moe-expert-count)")
-    elif set(shape_of(s).dense_widths) != {s["decoder_ffn_embed_dim"]}:
+    elif len(set(widths)) > 1:
         lacking.append("layers of two widths (--alternate-decoder-ffn-embed-dim, --moe-dense-twin)")
     for name in (
         "decoder_learned_pos",
@@ -60,7 +61,7 @@ def xglm_jobs(source: Source, folder: str) -> List[Job]:
         "vocab_size": source.types,
         "max_position_embeddings": s["max_target_positions"] or s["tokens_per_sample"],
         "d_model": s["decoder_embed_dim"],
-        "ffn_dim": s["decoder_ffn_embed_dim"],
+        "ffn_dim": widths[0],
         "num_layers": s["decoder_layers"],
         "attention_heads": s["decoder_attention_heads"],
         "activation_function": _ACTIVATIONS[str(s["activation_fn"])],
