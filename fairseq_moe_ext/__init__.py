@@ -39,6 +39,8 @@ What stock fairseq needs to run on today's Python and PyTorch is beside it, in f
     data_bin.py    folders of data-bins: what lies where
     tokenizer_files.py       the tokenizer that travels with a model
     data_bin_files.py  whether the files of a data-bin are whole
+    metrics_file.py          metrics.jsonl beside the checkpoints
+    training_line.py         the line that training prints
     locks.py       one worker for one output
     cli.py         the command fairseq-moe, behind fairseq_moe_command.py beside the package
     completion.py  what completes it in a shell

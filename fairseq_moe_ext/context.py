@@ -25,6 +25,13 @@ class Building(NamedTuple):
     whole: bool  # the checkpoint must have every parameter
 
 
+class Training(NamedTuple):
+    """A run of fairseq-train."""
+
+    cfg: Any
+    trainer: Any
+
+
 T = TypeVar("T")
 
 loading: ContextVar[Optional[Loading]] = ContextVar("loading", default=None)
@@ -33,6 +40,7 @@ building: ContextVar[Optional[Building]] = ContextVar("building", default=None)
 prompts_go_on: ContextVar[bool] = ContextVar("prompts_go_on", default=False)
 # Processes that hold the same experts, while a trainer clips gradients.
 expert_replicas: ContextVar[int] = ContextVar("expert_replicas", default=1)
+training: ContextVar[Optional[Training]] = ContextVar("training", default=None)
 saving: ContextVar[Any] = ContextVar("saving", default=None)  # the trainer that all save together
 
 

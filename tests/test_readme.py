@@ -135,8 +135,9 @@ def test_the_readme(folder):
     output = script(folder / "readme", "README.md")
     shown, table, _ = re.findall(r"^```text\n(.*?)^```", section("README.md", "Train a model") +
                                  "```text\n```", flags=re.M | re.S)  # fmt: skip
-    metrics = set(re.findall(r"(\w+)=", shown))
-    assert {"inner_loss", "moe_gate_loss", "ppl"} < metrics
+    for line in shown.splitlines():
+        assert re.fullmatch(r"[\d:]{8} \| \d+/200 ppl \S+ lr 0.002 gate \S+ .* left [\d:]+", line)
+    metrics = {"inner_loss", "moe_gate_loss", "ppl", "lr", "wps", "ups"}
     logged = re.search(r"\| train \| (.*)", output)[1]
     assert metrics <= {part.split()[0] for part in logged.split(" | ")}
     assert table.split("\n")[0].split() in [line.split() for line in output.splitlines()]

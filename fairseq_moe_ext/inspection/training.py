@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
 
-from .. import files
+from .. import files, metrics_file
 from ..errors import UserError
 from .result import Training
 
@@ -53,7 +53,7 @@ def read_log(path: Path) -> Training:
 
 def beside(checkpoint: Path) -> Optional[Path]:
     """The metrics that a training has left beside its checkpoint."""
-    path = checkpoint.parent / "metrics.jsonl"
+    path = checkpoint.parent / metrics_file.NAME
     return path if path.is_file() else None
 
 
@@ -70,7 +70,8 @@ def _records(text: str) -> Iterator[Dict[str, Any]]:
                 found = json.loads(line[start:])
             except ValueError:
                 continue
-            if isinstance(found, dict):
+            # metrics.jsonl has a tag, too
+            if isinstance(found, dict) and found.get("tag", "train_inner") == "train_inner":
                 yield found
         elif "num_updates=" in line:
             yield dict(_PAIR.findall(line))

@@ -13,6 +13,7 @@ docstring.
     trainer.py        the trainer, and what it builds
     whole_batch.py    the balancing loss over all micro-batches of an update
     checkpoint_io.py  checkpoints in and out
+    progress.py       what training logs
     eval_lm.py        fairseq-eval-lm
     generation.py     searching for text
 
@@ -32,6 +33,7 @@ from . import (
     eval_lm,
     generation,
     hydra,
+    progress,
     tasks,
     trainer,
 )
@@ -225,6 +227,22 @@ PATCHES = (
         _TRAINER + "get_valid_iterator",
         trainer.get_valid_iterator,
         "fairseq/trainer.py:722@0.12.2, fairseq_cli/train.py:501@0.12.2",
+    ),
+    wrap("fairseq_cli.train:train", progress.train, "fairseq_cli/train.py:245@0.12.2"),
+    wrap(
+        "fairseq.logging.progress_bar:progress_bar",
+        progress.progress_bar,
+        "fairseq_cli/train.py:266 and :476@0.12.2",
+    ),
+    wrap(
+        "fairseq.logging.progress_bar:TensorboardProgressBarWrapper._log_to_tensorboard",
+        progress.log_in_groups,
+        "fairseq/logging/progress_bar.py:462@0.12.2",
+    ),
+    wrap(
+        "fairseq.logging.progress_bar:WandBProgressBarWrapper._log_to_wandb",
+        progress.log_in_groups,
+        "fairseq/logging/progress_bar.py:513@0.12.2",
     ),
     wrap("fairseq_cli.train:validate", trainer.validate, "fairseq_cli/train.py:439@0.12.2"),
     wrap(_TRAINER + "clip_grad_norm", trainer.clip_grad_norm, "fairseq/trainer.py:1252@0.12.2"),

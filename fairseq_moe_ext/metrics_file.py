@@ -1,0 +1,97 @@
+"""metrics.jsonl beside the checkpoints: one object for each time that training logs.
+
+    {"tag": "train_inner", "num_updates": 200, "epoch": 1, "time": 1764358419.2, "loss": 7.129, ...}
+
+The tag is "train_inner" for a log interval, "train" for an epoch, and the subset's name for a
+validation. Numbers are numbers; NaN and infinity are null.
+"""
+
+import json
+import logging
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+from . import outputs
+
+NAME = "metrics.jsonl"
+
+logger = logging.getLogger(__name__)
+
+
+class MetricsFile:
+    """Appends to the file of a run. Lines of updates that the run is yet to do are cut off, as a
+    resumed run logs them again; the file of a run that began anew is renamed, not replaced."""
+
+    def __init__(self, folder: Path, done: int) -> None:
+        """done: updates that the run has done so far."""
+        self.path: Optional[Path] = folder / NAME
+        try:
+            self._begin(self.path, done)
+        except OSError as error:
+            self._give_up(error)
+
+    def add(self, tag: str, num_updates: int, epoch: int, stats: Dict[str, Any]) -> None:
+        """Write one object. Training goes on where the file cannot be written."""
+        if self.path is None:
+            return
+        record = {"tag": tag, "num_updates": num_updates, "epoch": epoch, "time": time.time()}
+        record.update((name, _number(value)) for name, value in stats.items() if name not in record)
+        line = json.dumps(record) + "\n"
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            self._give_up(error)
+
+    def _begin(self, path: Path, done: int) -> None:
+        if not path.is_file():
+            return
+        if done == 0:
+            number = 1
+            while os.path.lexists(path.with_name(f"metrics-{number}.jsonl")):
+                number += 1
+            os.rename(path, path.with_name(f"metrics-{number}.jsonl"))
+            return
+        text = path.read_text(encoding="utf-8", errors="replace")
+        kept = [line for line in text.splitlines(keepends=True) if _is_before(line, done)]
+        if "".join(kept) != text:
+            outputs.write_text(path, "".join(kept))
+
+    def _give_up(self, error: OSError) -> None:
+        logger.warning(
+            f"{self.path}: cannot be written ({error.strerror}); training goes on without"
+        )
+        self.path = None
+
+
+def read(path: Path) -> List[Dict[str, Any]]:
+    """The objects of a file; lines that are none, as one that was cut short, are passed over."""
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            found.append(record)
+    return found
+
+
+def _is_before(line: str, done: int) -> bool:
+    try:
+        return line.endswith("\n") and json.loads(line)["num_updates"] <= done
+    except (ValueError, TypeError, KeyError):
+        return False
+
+
+def _number(value: Any) -> Any:
+    """A meter of fairseq's, a tensor or a number, as JSON has it."""
+    for name in ("avg", "sum"):  # of AverageMeter and TimeMeter, and of StopwatchMeter
+        value = getattr(value, name, value) if not hasattr(value, "tolist") else value
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (int, float, str, bool, list, type(None))) else str(value)

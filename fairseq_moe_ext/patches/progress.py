@@ -1,0 +1,140 @@
+"""What training logs: the line on the console, metrics.jsonl, and names in groups elsewhere."""
+
+import re
+import types
+from pathlib import Path
+from typing import Any, Dict, Iterator, Optional
+
+from fairseq.logging import metrics
+from fairseq.logging.progress_bar import (
+    BaseProgressBar,
+    SimpleProgressBar,
+    TqdmProgressBar,
+    logger,
+    rename_logger,
+)
+
+from .. import context, training_line
+from ..expert_parallel import process_count, process_rank
+from ..metrics_file import MetricsFile
+from ..models.language_model import MoETransformerLanguageModel
+from ..moe.stats import FIGURES
+
+_LAYER = re.compile(r"(layer\d+)_(.+)")
+_SPEED = {"wps", "ups", "wpb", "bsz", "train_wall", "wall", "gb_free", "num_updates"}
+_OPTIMIZER = {"lr", "gnorm", "clip", "loss_scale"}
+
+
+def train(stock, cfg, trainer, task, epoch_itr):
+    """One epoch; `progress_bar` within finds whose it is."""
+    with context.during(context.training, context.Training(cfg, trainer)):
+        return stock(cfg, trainer, task, epoch_itr)
+
+
+def progress_bar(stock, iterator, *args, **kwargs):
+    """In a training of a model of ours: a short line, of which the first comes soon, and a file of
+    all metrics. Stock prints some 20 of them in a line of 600 characters, the first after
+    --log-interval updates."""
+    bar = stock(iterator, *args, **kwargs)
+    running = context.training.get()
+    if running is None or not isinstance(running.trainer.get_model(), MoETransformerLanguageModel):
+        return bar
+    validating = kwargs.get("prefix") is not None
+    return Watched(bar, running.cfg, running.trainer, kwargs.get("epoch") or 1, validating)
+
+
+class Watched(BaseProgressBar):
+    """A bar of fairseq's, of a training of ours."""
+
+    def __init__(self, bar: Any, cfg: Any, trainer: Any, epoch: int, validating: bool) -> None:
+        self.wrapped_bar, self.cfg, self.trainer, self.epoch = bar, cfg, trainer, epoch
+        self.validating = validating
+        self.file: Optional[MetricsFile] = None
+        if process_rank() == 0 and not cfg.checkpoint.no_save:
+            if not hasattr(trainer, "metrics_file"):
+                folder = Path(cfg.checkpoint.save_dir)
+                trainer.metrics_file = MetricsFile(folder, trainer.get_num_updates())
+            self.file = trainer.metrics_file
+        base = bar
+        while hasattr(base, "wrapped_bar"):
+            base = base.wrapped_bar
+        self.prints_lines = isinstance(base, (SimpleProgressBar, TqdmProgressBar))
+        if self.prints_lines and not validating:
+            training_line.be_brief()
+            base.log = types.MethodType(self._line, base)
+
+    def __len__(self) -> int:
+        return len(self.wrapped_bar)
+
+    def __iter__(self) -> Iterator[Any]:
+        begun = self.trainer.get_num_updates()
+        interval = self.cfg.common.log_interval
+        soon = self.prints_lines and not self.validating and interval > training_line.FIRST
+        for item in self.wrapped_bar:
+            yield item
+            update = self.trainer.get_num_updates()
+            if update % interval == 0 and update > begun:
+                self.trainer.has_printed = True
+            elif soon and update - begun >= training_line.FIRST:
+                soon = False
+                if not getattr(self.trainer, "has_printed", False):
+                    self.trainer.has_printed = True
+                    self.log(metrics.get_smoothed_values("train_inner"), "train_inner", update)
+
+    def log(self, stats: Any, tag: Any = None, step: Any = None) -> None:
+        """As stock's; into the file, too."""
+        self._keep(stats, tag, step)
+        self.wrapped_bar.log(stats, tag=tag, step=step)
+
+    def print(self, stats: Any, tag: Any = None, step: Any = None) -> None:
+        """As stock's; into the file, too."""
+        self._keep(stats, tag, step)
+        self.wrapped_bar.print(stats, tag=tag, step=step)
+
+    def update_config(self, config: Any) -> None:
+        """As stock's."""
+        self.wrapped_bar.update_config(config)
+
+    def _keep(self, stats: Dict[str, Any], tag: Any, step: Any) -> None:
+        if self.file is not None:
+            self.file.add(tag or "train", int(step or 0), self.epoch, stats)
+
+    def _line(self, base: Any, stats: Dict[str, Any], tag: Any = None, step: Any = None) -> None:
+        """In place of a base's own `log`."""
+        text = training_line.line(stats, step or 0, self._total(), self._speed())
+        if isinstance(base, TqdmProgressBar):
+            base.tqdm.set_postfix_str(text, refresh=False)
+            return
+        with rename_logger(logger, tag):
+            logger.info(text, extra={"brief": True})
+
+    def _total(self) -> Optional[int]:
+        """Updates of the whole run, as far as flags tell."""
+        flags = self.cfg.optimization
+        limits = [flags.max_update] if flags.max_update else []
+        if flags.max_epoch and len(set(flags.update_freq)) == 1:
+            limits.append(flags.max_epoch * len(self))
+        return int(min(limits)) if limits else None
+
+    def _speed(self) -> training_line.Speed:
+        if not hasattr(self.trainer, "speed"):
+            types_ = self.trainer.get_model().decoder.embed_tokens.num_embeddings
+            self.trainer.speed = training_line.Speed(self.cfg.model, types_, process_count())
+        return self.trainer.speed
+
+
+def log_in_groups(stock, self, stats, tag=None, step=None):
+    """TensorBoard's and W&B's charts: a group for losses, router, each layer, optimizer, speed,
+    instead of one list of 20 and more names."""
+    return stock(self, {group_of(name): value for name, value in stats.items()}, tag, step)
+
+
+def group_of(name: str) -> str:
+    """moe_gate_loss -> router/moe_gate_loss, layer3_load_max -> layer3/load_max."""
+    of_layer = _LAYER.fullmatch(name)
+    if of_layer:
+        return f"{of_layer[1]}/{of_layer[2]}"
+    for group, names in (("speed", _SPEED), ("optimizer", _OPTIMIZER), ("router", FIGURES)):
+        if name in names:
+            return name if name == "num_updates" else f"{group}/{name}"
+    return f"router/{name}" if name.startswith("moe_") else f"loss/{name}"

@@ -1,0 +1,154 @@
+"""What fairseq-train prints and keeps: the short line, metrics.jsonl, names in groups."""
+
+import json
+import logging
+import re
+import sys
+
+import pytest
+import torch
+from fairseq_cli import train as fairseq_train
+from training import MODEL, make_data
+
+from fairseq_moe_ext import metrics_file, training_line
+from fairseq_moe_ext.config import MoETransformerLMConfig
+from fairseq_moe_ext.patches.progress import group_of
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def train(data, tmp_path, monkeypatch, caplog):
+    """flags -> the messages of the bar, of a run of fairseq-train in this process."""
+
+    def run(flags, folder="run"):
+        line = f"fairseq-train {data} {MODEL} --optimizer adam --lr 0.01 --num-workers 0"
+        line += f" --batch-size 8 --no-progress-bar --save-dir {tmp_path / folder} {flags}"
+        monkeypatch.setattr(sys, "argv", line.split())
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            fairseq_train.cli_main()
+        brief = [r for r in caplog.records if getattr(r, "brief", False)]
+        return [logging.getLogger().handlers[0].formatter.format(r) for r in brief]
+
+    return run
+
+
+def numbers(path):
+    return {r["num_updates"]: r for r in metrics_file.read(path) if r["tag"] == "train_inner"}
+
+
+def test_the_line_is_short_and_the_first_comes_soon(train):
+    lines = train("--max-update 25 --log-interval 20 --disable-validation")
+    assert len(lines) == 2, "one at update 10, one at 20"
+    assert all(len(line) <= 100 for line in lines)
+    form = r"[\d:]{8} \| 10/25 ppl [\d.]+ lr 0.01 gate [\d.]+ [\d.]+k? tokens/s MFU \d+ % "
+    form += r"left 0:00:\d\d"
+    assert re.fullmatch(form, lines[0]), lines[0]
+    assert "| 20/25 " in lines[1]
+
+
+def test_the_longest_line_fits():
+    stats = {"ppl": 138512.3, "lr": 1.25e-4, "moe_gate_loss": 12.0712, "wps": 276123.0, "ups": 0.1}
+    flags = dict(decoder_layers=2, decoder_embed_dim=8, decoder_ffn_embed_dim=8)
+    settings = MoETransformerLMConfig(**flags, tokens_per_sample=64)
+    speed = training_line.Speed(settings, 100, 1)
+    line = training_line.line(stats, 1_000_000, 2_000_000, speed)
+    assert line.endswith("left 116 d") and len(line) <= 89
+    assert training_line.line({"ppl": 2.0}, 5, None, None) == "update 5 ppl 2"
+
+
+def test_utilisation_is_flops_over_the_peak():
+    flags = dict(decoder_layers=2, decoder_embed_dim=8, decoder_ffn_embed_dim=12)
+    settings = MoETransformerLMConfig(**flags, tokens_per_sample=16)
+    speed = training_line.Speed(settings, 100, 2)
+    # Attention's 4 products of 8 x 8 and its scores with 16 tokens, 2 products of 8 x 12; logits.
+    token = 2 * (4 * 8 * 8 + 2 * 8 * 16 + 2 * 8 * 12) * 2 + 2 * 8 * 100
+    speed._peak = 1e6
+    assert speed.utilisation(50.0) == pytest.approx(3 * token * 50 / 2e6)
+    before = torch.get_num_threads()
+    assert 1e8 < training_line.peak() < 1e16 and torch.get_num_threads() == before
+
+
+def test_metrics_are_kept_as_numbers(train, tmp_path):
+    train("--max-update 4 --log-interval 2 --moe-log-per-layer")
+    found = metrics_file.read(tmp_path / "run" / "metrics.jsonl")
+    assert [r["num_updates"] for r in found if r["tag"] == "train_inner"] == [2, 4]
+    assert {r["tag"] for r in found} == {"train_inner", "valid", "train"}
+    inner = next(r for r in found if r["tag"] == "train_inner")
+    for name in ("loss", "ppl", "lr", "moe_gate_loss", "load_max", "layer1_load_max", "wall"):
+        assert isinstance(inner[name], (int, float)), name
+    valid = next(r for r in found if r["tag"] == "valid")
+    assert valid["num_updates"] == 4 and isinstance(valid["loss"], float)
+
+
+def test_a_resumed_run_has_each_update_once(train, tmp_path):
+    """Its file equals that of an uninterrupted run, in all that is not time."""
+    flags = "--log-interval 1 --disable-validation --save-interval-updates 3"
+    train(f"--max-update 6 {flags}", "whole")
+    train(f"--max-update 5 {flags}")
+    last = tmp_path / "run" / "checkpoint_last.pt"
+    last.unlink()
+    next((tmp_path / "run").glob("checkpoint_*_3.pt")).rename(last)
+    path = tmp_path / "run" / "metrics.jsonl"
+    with open(path, "a") as file:
+        file.write('{"tag": "train_inner", "num_up')  # killed while it wrote
+    train(f"--max-update 6 {flags}")
+    whole, parts = numbers(tmp_path / "whole" / "metrics.jsonl"), numbers(path)
+    assert list(parts) == list(whole) == [1, 2, 3, 4, 5, 6]
+    for name in ("loss", "moe_gate_loss", "load_max", "gnorm"):
+        assert [r[name] for r in parts.values()] == [r[name] for r in whole.values()], name
+    assert all(line.endswith("}\n") for line in path.read_text().splitlines(keepends=True))
+
+
+def test_a_new_run_in_the_folder_renames_the_file_of_the_old_one(train, tmp_path):
+    flags = "--max-update 2 --log-interval 1 --disable-validation"
+    train(flags)
+    (tmp_path / "run" / "checkpoint_last.pt").unlink()
+    train(flags)
+    old = tmp_path / "run" / "metrics-1.jsonl"
+    assert len(numbers(old)) == len(numbers(tmp_path / "run" / "metrics.jsonl")) == 2
+
+
+def test_training_goes_on_where_the_file_cannot_be_written(tmp_path, caplog):
+    (tmp_path / "metrics.jsonl").mkdir()
+    file = metrics_file.MetricsFile(tmp_path, 0)
+    file.add("train_inner", 1, 1, {"loss": 1.0})
+    file.add("train_inner", 2, 1, {"loss": 1.0})
+    assert caplog.text.count("training goes on without") == 1
+
+
+def test_infinity_is_null(tmp_path):
+    file = metrics_file.MetricsFile(tmp_path, 0)
+    file.add("train_inner", 1, 1, {"a": float("nan"), "b": torch.tensor(2.0), "c": float("inf")})
+    record = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert (record["a"], record["b"], record["c"]) == (None, 2.0, None)
+
+
+def test_names_in_groups():
+    assert {name: group_of(name) for name in ("loss", "load_max", "layer3_overflow", "wps")} == {
+        "loss": "loss/loss",
+        "load_max": "router/load_max",
+        "layer3_overflow": "layer3/overflow",
+        "wps": "speed/wps",
+    }
+    assert (
+        group_of("num_updates") == "num_updates" and group_of("moe_z_loss") == "router/moe_z_loss"
+    )
+    assert group_of("gnorm") == "optimizer/gnorm"
+
+
+def test_tensorboard_gets_the_groups(train, tmp_path):
+    pytest.importorskip("tensorboardX")
+    from fairseq.logging import progress_bar
+
+    if progress_bar.SummaryWriter is None:
+        pytest.skip("fairseq was imported without tensorboardX")
+    logs = tmp_path / "logs"
+    train(f"--max-update 2 --log-interval 1 --disable-validation --tensorboard-logdir {logs}")
+    content = b"".join(path.read_bytes() for path in (logs / "train_inner").iterdir())
+    for name in (b"router/load_max", b"loss/ppl", b"speed/wps", b"optimizer/lr"):
+        assert name in content
