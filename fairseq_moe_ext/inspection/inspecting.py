@@ -73,8 +73,7 @@ def inspect(
         for path in paths:
             if not path.is_file():
                 raise UserError(f"{flag} {path}: no such checkpoint")
-    log = log or beside(checkpoint)
-    training = read_log(log) if log else None
+    training = read_log(log) if log else beside(checkpoint)
     tokens = Tokens(data, model_of.dictionary)
     own = reading.read_own(text, tokens)
     sets = reading.read_sets(data, settings.subset, model_of.dictionary) or own

@@ -51,10 +51,13 @@ def read_log(path: Path) -> Training:
     return Training(str(path), updates, metrics)
 
 
-def beside(checkpoint: Path) -> Optional[Path]:
-    """The metrics that a training has left beside its checkpoint."""
+def beside(checkpoint: Path) -> Optional[Training]:
+    """What a training has left beside its checkpoint, if that has the metrics."""
     path = checkpoint.parent / metrics_file.NAME
-    return path if path.is_file() else None
+    try:
+        return read_log(path) if path.is_file() else None
+    except UserError:  # of a few updates, or of a dense model
+        return None
 
 
 def _keys(rows: Dict[int, Dict[str, Any]]) -> Dict[str, None]:

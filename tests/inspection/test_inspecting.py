@@ -266,6 +266,13 @@ def test_a_log_from_fairseq_train(trained):
     assert all(set(lines) == {"all", "1", "3"} for lines in found.metrics.values())
 
 
+def test_the_metrics_beside_a_checkpoint_are_found_if_they_say_something(trained, tmp_path):
+    found = training.beside(trained / "moe" / "checkpoint_last.pt")
+    assert found.updates == [2, 4, 6] and set(found.metrics["load_max"]) == {"all", "1", "3"}
+    assert training.beside(trained / "dense" / "checkpoint_last.pt") is None
+    assert training.beside(tmp_path / "checkpoint_last.pt") is None
+
+
 def test_the_whole(trained):
     """Two test sets, a text, a twin, an earlier checkpoint: sums and shapes."""
     found = inspect(
