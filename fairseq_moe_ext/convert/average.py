@@ -95,7 +95,8 @@ def _paths(args: argparse.Namespace) -> List[str]:
 def _numbered(folder: str) -> Iterator[Tuple[int, str]]:
     """Updates and path of each checkpoint that was saved by update; of those saved by epoch, where
     there are no others, epochs and path."""
-    by_update, by_epoch = [], []
+    by_update: List[Tuple[int, str]] = []
+    by_epoch: List[Tuple[int, str]] = []
     for name in os.listdir(folder):
         found = re.fullmatch(r"checkpoint(?:_\d+_(\d+)|(\d+))\.pt", name)
         if found:

@@ -37,7 +37,7 @@ def trained(tmp_path_factory):
     train(
         f"{line} --arch moe_lm_tiny --criterion moe_cross_entropy --moe-expert-count 4"
         f" --moe-freq 2 --moe-log-per-layer --save-interval-updates 3 --save-dir {folder / 'moe'}"
-        f" --log-file {folder / 'moe.log'}"
+        f" --log-format json --log-file {folder / 'moe.log'}"
     )
     return folder
 
