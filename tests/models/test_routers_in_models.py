@@ -3,11 +3,16 @@
 import pytest
 import torch
 from router_loops import LOOPS
-from small_models import MOE, PAD, TYPES, build_model, random_tokens
+from small_models import MOE, PAD, TYPES, build_model, make_config, random_tokens
 
+from fairseq_moe_ext.branch.writing import branch_settings
 from fairseq_moe_ext.convert.targets import cast
+from fairseq_moe_ext.cost import parameters
 from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.evaluation import specialisation
+from fairseq_moe_ext.inspection import observing
 from fairseq_moe_ext.moe.router import ROUTERS
+from fairseq_moe_ext.shape import shape_of
 
 NAMES = sorted(set(LOOPS) - {"expert_choice"})
 
@@ -195,3 +200,54 @@ def test_what_a_router_heeds_is_a_setting():
 
     for name in NAMES:
         assert ROUTERS[name].heeds <= set(_OF_SOME.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pages_on_experts_look_at_any_router(name):
+    """The controls of random gates, also where a router has no gate or a token many experts."""
+    model = model_of(name).float().eval()
+    gate = model.decoder.layers[1].moe_layer.gate
+    watch = specialisation.Watch(gate, torch.Generator().manual_seed(1))
+    look = observing._Gate(1, gate, False, torch.Generator().manual_seed(1))
+    look.real = torch.ones(36, dtype=torch.bool)
+    with torch.no_grad():
+        model(random_tokens(3, 12))
+    choices = watch.choices()
+    assert choices.shape == (36, 1 + specialisation.RANDOM, 1 if name == "base" else 2)
+    assert len(set(choices[:, 1:].flatten())) > 3  # of 6: the controls are no constant
+    assert look.view().chosen.shape[0] == 36
+    assert gate.expert_vectors().shape == (6, 16)
+
+
+TO_THE_BRANCH = {
+    "router": (dict(moe_router="relu"), "--moe-router relu, 2 experts a token"),
+    "top-3": (dict(moe_top_k=3), "--moe-router topk, 3 experts a token"),
+    "sigmoid": (dict(moe_score="sigmoid"), "has --moe-score sigmoid; the branch has no such gates"),
+    "scale": (dict(moe_route_scale=2.0), "has --moe-route-scale 2.0; the branch has no such gates"),
+    "groups": (dict(moe_groups=3, moe_top_groups=2), "has --moe-groups 3; the branch has no such"),
+    "weights": (dict(moe_normalize_weights="none"), "has --moe-normalize-weights none; the branch"),
+}
+
+
+@pytest.mark.parametrize("case", TO_THE_BRANCH)
+def test_what_the_branch_has_not_is_refused_by_name(case):
+    flags, words = TO_THE_BRANCH[case]
+    with pytest.raises(UserError) as refused:
+        branch_settings("x.pt", vars(make_config(**{**MOE, **flags})))
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_the_branch_has_is_said_in_its_words(when):
+    flags = dict(moe_normalize_weights=when, moe_eom=0.2, moe_input_jitter=0.1)
+    made = branch_settings("x.pt", vars(make_config(**MOE, **flags)))
+    assert made["moe_normalize_gate_prob_before_dropping"] == (when == "before")
+    assert not set(made) & {"moe_router", "moe_normalize_weights", "moe_eom", "moe_score"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_parameters_are_counted(name):
+    model = build_model(**MOE, moe_router=name, share_decoder_input_output_embed=True)
+    cfg = make_config(**MOE, moe_router=name, share_decoder_input_output_embed=True)
+    counted = parameters(shape_of(cfg, TYPES)).total
+    assert counted == sum(p.numel() for p in model.parameters())
