@@ -35,6 +35,9 @@ class Shape(NamedTuple):
     null_experts: int = 0
     latent_dim: int = 0  # width of what experts compute on; 0: dim
     gated: bool = False  # three matrices a network instead of two
+    experts_per_token: Optional[float] = (
+        None  # as measured; default: as a balanced router uses them
+    )
     gates: bool = True  # routers have a linear layer that is trained
     dense_twin: bool = False  # picked layers are dense, with the FLOPs that they would have sparse
 
@@ -87,8 +90,10 @@ class Shape(NamedTuple):
 
     @property
     def used_experts(self) -> Fraction:
-        """Experts that compute for a token: top_k, of which null experts take their share, equal to
-        that of every other expert as a balanced router has it."""
+        """Experts that compute for a token, as measured, else top_k, of which null experts take
+        their share, equal to that of every other expert as a balanced router has it."""
+        if self.experts_per_token is not None:
+            return Fraction(self.experts_per_token)
         if not self.null_experts:
             return Fraction(self.top_k)
         return Fraction(self.top_k * self.experts, self.experts + self.null_experts)

@@ -183,6 +183,9 @@ def test_null_experts_spend_what_the_metric_says():
     all_computing = training_flops_per_token(shape._replace(null_experts=0), context)
     assert 0 < saved < 6
     assert counted == pytest.approx(all_computing + 2 * gate - saved * expert, rel=1e-12)
+    used = sum(float(record.stats["experts_per_token"]) for record in records) / len(records)
+    measured = training_flops_per_token(shape._replace(experts_per_token=used), context)
+    assert counted == pytest.approx(measured + 2 * gate, rel=1e-12)
     balanced = training_flops_per_token(shape, context)
     assert balanced == pytest.approx(all_computing - 2 * expert, rel=1e-12)
 
@@ -342,6 +345,8 @@ def test_memory_is_divided_as_said():
         ("--path nowhere.pt --moe-freq 2", "--path with --moe-freq"),
         ("--arch dense_lm_tiny --moe-freq 9", "--moe-freq 9 picks no layer"),
         ("--arch dense_lm_tiny --types 0", "--types 0: use 1 or more"),
+        ("--arch moe_lm_tiny --experts-per-token 9", "9.0: use 0 or more, at most the 8"),
+        ("--arch dense_lm_tiny --experts-per-token 1", "1.0: use 0 or more, a model with experts"),
         ("--arch dense_lm_tiny --moe-layers 1,9", "--moe-layers 1,9: there is no layer 9"),
         ("--arch moe_lm_tiny --moe-latent-dim 500", "--moe-latent-dim 500 is wider than the model"),
     ],

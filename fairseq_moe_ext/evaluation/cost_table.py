@@ -5,7 +5,7 @@ import json
 import math
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 
@@ -32,6 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, help="tokens a block (default: 2048)")
     parser.add_argument(
         "--tokens", type=float, default=paper.TOKENS, help="to train on (default: 300e9)"
+    )
+    parser.add_argument(
+        "--experts-per-token",
+        type=float,
+        metavar="N",
+        help="experts that a token used on average, experts_per_token in the log, for FLOPs really "
+        "spent with null experts, threshold and relu (default: as a balanced router uses them)",
     )
     parser.add_argument("--batch-size", type=int, default=1, help="blocks a device (default: 1)")
     parser.add_argument("--world-size", type=int, default=1, help="devices (default: 1)")
@@ -68,7 +75,8 @@ def run(args: Namespace) -> None:
     if not 0 < args.tokens < math.inf:
         raise UserError(f"--tokens {args.tokens}: use a number above 0")
     settings, vocabulary = _settings(args)
-    shape = shape_of(settings, vocabulary)
+    shape = shape_of(settings, vocabulary)._replace(experts_per_token=args.experts_per_token)
+    _check_experts_per_token(args.experts_per_token, shape)
     if shape.sparse:
         more, fewer = sorted([args.world_size, shape.experts], reverse=True)
         if more % fewer:
@@ -79,6 +87,12 @@ def run(args: Namespace) -> None:
     context = args.context or settings.get("tokens_per_sample") or paper.CONTEXT
     numbers = costs(args, shape, int(context), bool(settings.get("dropout", 0) > 0))
     print(_form(args, numbers, _table(numbers)))
+
+
+def _check_experts_per_token(number: Optional[float], shape: cost.Shape) -> None:
+    if number is not None and not (shape.sparse and 0 <= number <= shape.experts):
+        most = f"at most the {shape.experts} of a layer" if shape.sparse else "a model with experts"
+        raise UserError(f"--experts-per-token {number}: use 0 or more, {most}")
 
 
 def _settings(args: Namespace) -> Tuple[Dict[str, Any], int]:
