@@ -8,6 +8,13 @@ source.py      a checkpoint as one view, whatever its layout, in which nothing i
 readers.py     the layouts that are read: ours, and that of fairseq's moe branch
 targets.py     that view as files: ours, or those of fairseq's moe branch
 upcycle.py     a dense view as a sparse one
-xglm.py        Hugging Face's XGLM, both ways
+hf.py          Hugging Face's folders, both ways: config.json, and what else goes in
+hf_flags.py    their flags
+hf_folder.py   the files of such a folder, read and written
+hf_tokenizer.py  our tokenizer as tokenizer.json
+xglm.py        the settings of dense models as those of XGLM
+modeling_fairseq_moe.py, experts_fairseq_moe.py  the code that lies in such a folder; nothing here
+               imports it
+model_card.py  its README.md
 archive.py     torch's file format and safetensors, written tensor by tensor
 """

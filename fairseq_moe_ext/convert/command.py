@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from fairseq_moe_ext import tokenizer_files
+from fairseq_moe_ext.convert import hf_flags
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.locks import Lock, beside
 
@@ -22,7 +23,7 @@ from dense to sparse, and to or from other layouts.
   fairseq-moe convert moe.pt spread/moe.pt --expert-files 4
   fairseq-moe convert dense.pt sparse.pt --upcycle --moe-freq 2 --moe-expert-count 8
   fairseq-moe convert moe.pt branch/moe.pt --to branch --rank-files 2
-  fairseq-moe convert dense.pt xglm --to xglm         (and back: --from xglm)
+  fairseq-moe convert moe.pt folder --to hf           (Hugging Face; and back: --from hf)
 
 What SRC is, this plugin's checkpoint, stock fairseq's or one of the moe branch (X.pt of
 X-rank-R.pt and X-shared.pt), is seen from the files. Memory stays small whatever the size: files
@@ -42,16 +43,21 @@ DTYPES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("source", metavar="SRC", help="the checkpoint to read; for XGLM its folder")
-    parser.add_argument("dest", metavar="DST", help="the X.pt to write; for XGLM a folder")
+    parser.add_argument(
+        "source", metavar="SRC", help="the checkpoint to read; with --from its folder"
+    )
+    parser.add_argument("dest", metavar="DST", help="the X.pt to write; with --to hf a folder")
     parser.add_argument(
         "--from",
         dest="layout",
-        choices=["xglm"],
+        choices=hf_flags.FOLDERS,
         help="set this if SRC is not a fairseq checkpoint",
     )
     parser.add_argument(
-        "--to", choices=["branch", "xglm"], help="write another layout (default: this plugin's)"
+        "--to",
+        choices=["branch", *hf_flags.FOLDERS],
+        help="write another layout: a folder for Hugging Face transformers (hf; xglm: its class "
+        "XGLM alone), or the files of fairseq's moe branch (default: this plugin's)",
     )
     parser.add_argument(
         "--expert-files",
@@ -74,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "optimizer state keeps its precision",
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+    hf_flags.add_arguments(parser.add_argument_group("Hugging Face (--to hf, --to xglm)"))
     up = parser.add_argument_group("dense to sparse (--upcycle)")
     up.add_argument(
         "--upcycle", action="store_true",
@@ -111,11 +118,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from fairseq_moe_ext.convert import readers, targets, upcycle, xglm
+    from fairseq_moe_ext.convert import hf, readers, targets, upcycle
     from fairseq_moe_ext.router_flags import top_k
 
-    if args.layout == "xglm":
-        source = xglm.open_xglm(args.source)
+    if args.layout is not None:
+        source = hf.open_hf(args.source, args.layout == "xglm")
     else:
         source = readers.open_checkpoint(args.source, args.weights_only or args.upcycle)
     if args.upcycle:
@@ -128,8 +135,8 @@ def _convert(args: argparse.Namespace) -> None:
         source = upcycle.upcycle(source, *shape, args.noise, args.seed)
     if args.dtype is not None:
         source.model = targets.cast(source.model, DTYPES[args.dtype])
-    if args.to == "xglm":
-        jobs = xglm.xglm_jobs(source, args.dest)
+    if args.to in hf_flags.FOLDERS:
+        jobs = hf.hf_jobs(source, args.dest, hf_flags.extras(args), args.to == "xglm")
     elif args.to == "branch":
         jobs = targets.branch_jobs(source, args.dest, args.rank_files or 1)
     else:
@@ -152,7 +159,7 @@ def _convert(args: argparse.Namespace) -> None:
 
 def bring_tokenizer(source: str, folder: str) -> None:
     """Copy the tokenizer that travels with SRC, if there is one, beside DST."""
-    data = tokenizer_files.of_checkpoint(Path(source))
+    data = hf_flags.own(source)
     if data is not None:
         tokenizer_files.copy(data, Path(folder))
 
@@ -160,11 +167,13 @@ def bring_tokenizer(source: str, folder: str) -> None:
 def _check(args: argparse.Namespace) -> None:
     if args.dtype is not None and args.dtype not in DTYPES:
         raise UserError(f"--dtype {args.dtype}: not known; use float32, float16 or bfloat16")
-    if args.to != "xglm" and not args.dest.endswith(".pt"):
+    to_folder = args.to in hf_flags.FOLDERS
+    if not to_folder and not args.dest.endswith(".pt"):
         raise UserError(f"{args.dest}: the name of a checkpoint ends in .pt; add it")
     for flag, given, needs, there in (
         ("--expert-files", args.expert_files is not None, "no --to", args.to is None),
         ("--rank-files", args.rank_files is not None, "--to branch", args.to == "branch"),
+        *((flag, there, "--to hf", to_folder) for flag, there in hf_flags.given(args)),
         ("--moe-expert-count", args.moe_expert_count is not None, "--upcycle", args.upcycle),
         ("--moe-freq", args.moe_freq is not None, "--upcycle", args.upcycle),
         ("--moe-layers", args.moe_layers is not None, "--upcycle", args.upcycle),
@@ -193,7 +202,8 @@ def _check(args: argparse.Namespace) -> None:
             "beside it: choose another name, or move it away"
         )
     _refuse_existing(args)
-    folder = args.dest if args.to == "xglm" else os.path.dirname(args.dest)
+    hf_flags.check(args)
+    folder = args.dest if to_folder else os.path.dirname(args.dest)
     if os.path.isfile(folder):
         raise UserError(f"{folder}: is a file, not a folder")
 
@@ -206,23 +216,19 @@ def _refuse_existing(args: argparse.Namespace) -> None:
 
 def _existing(args: argparse.Namespace) -> List[str]:
     """Files that are, or are parts of, an earlier DST."""
-    if args.to == "xglm":
+    if args.to in hf_flags.FOLDERS:
+        from fairseq_moe_ext.convert.hf import FILES
+        from fairseq_moe_ext.convert.hf_folder import is_weights
+
         if not os.path.isdir(args.dest):
             return []
-        names = [n for n in os.listdir(args.dest) if n == "config.json" or _is_weights(n)]
+        names = [n for n in os.listdir(args.dest) if n in FILES or is_weights(n)]
         return [os.path.join(args.dest, name) for name in sorted(names)]
     if args.to == "branch":
         from fairseq_moe_ext.convert import targets
 
         return sorted(targets.branch_files_in_the_way(args.dest))
     return [args.dest] if os.path.exists(args.dest) else []
-
-
-def _is_weights(name: str) -> bool:
-    """Whether transformers would take a file for weights or their index."""
-    return name.startswith(("model", "pytorch_model")) and name.endswith(
-        (".safetensors", ".bin", ".index.json")
-    )
 
 
 @contextlib.contextmanager
@@ -307,7 +313,9 @@ def _told(args, source, jobs) -> str:
     size = sum(os.path.getsize(job.path) for job in jobs)
     files = f"{len(jobs)} files" if len(jobs) > 1 else "1 file"
     kind = f"{source.experts} experts a sparse layer" if source.experts else "dense"
-    optimizer = "with" if source.optimizer is not None and args.to != "xglm" else "without"
+    optimizer = (
+        "with" if source.optimizer is not None and args.to not in hf_flags.FOLDERS else "without"
+    )
     text = f"{args.dest}: {kind}, {files}, {size:,} bytes, {optimizer} optimizer state"
     if args.upcycle and source.settings["moe_top1_expert"]:
         text += (

@@ -1,0 +1,281 @@
+"""Models to and from Hugging Face transformers: those that XGLM can be as XGLM (xglm.py), all
+others by a class of their own, whose code lies in the folder (modeling_fairseq_moe.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import MISSING, fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Dict, List, NamedTuple, Optional
+
+from ..branch.settings import ONE_PROCESS, complete_cfg
+from ..checkpoint.settings import check_fields
+from ..config import MoETransformerLMConfig
+from ..errors import UserError
+from ..models.language_model import MODEL_NAME
+from ..ranges import flag
+from ..router_flags import gate_settings
+from ..shape import shape_of
+from ..tokenizer_files import NAMES, files_of
+from . import model_card, xglm
+from .archive import dtype_of
+from .hf_folder import (
+    CONFIG,
+    SHARD,
+    our_names,
+    read_config,
+    read_weights,
+    text_job,
+    their_names,
+    weight_jobs,
+)
+from .hf_tokenizer import tokenizer_files
+from .source import Source, fresh_rest, set_order
+from .targets import Job
+
+MODEL_TYPE = "fairseq_moe"
+CODE = ("modeling_fairseq_moe.py", "experts_fairseq_moe.py")  # the first has the classes
+GENERATION = "generation_config.json"
+CARD = "README.md"
+# what a folder has beside weights
+FILES = (CONFIG, *CODE, GENERATION, CARD, "tokenizer.json", "tokenizer_config.json", *NAMES)
+# that the code in the folder has
+ROUTERS = ("base", "hash", "random", "relu", "sinkhorn", "threshold", "topk")
+
+_SPECIAL = {"bos_token_id": 2, "pad_token_id": 1, "eos_token_id": 2}
+_DEFAULTS = {
+    f.name: f.default
+    for f in fields(MoETransformerLMConfig)
+    if f.default != MISSING and f.name != "_name"
+}
+# Settings that config.json has in other words, and those that change nothing that is computed
+# outside fairseq's training, or nothing where no token is dropped.
+_TRANSLATED = {
+    "activation_dropout", "activation_fn", "alternate_decoder_ffn_embed_dim", "attention_dropout",
+    "decoder_attention_heads", "decoder_embed_dim", "decoder_ffn_embed_dim", "decoder_layers",
+    "decoder_learned_pos", "dropout", "layernorm_embedding", "max_target_positions",
+    "moe_dense_twin", "moe_expert_count", "moe_expert_dropout", "moe_expert_ffn_dim",
+    "moe_first_dense", "moe_freq", "moe_gating_fp32_product", "moe_gating_use_fp32", "moe_groups",
+    "moe_latent_dim", "moe_layers", "moe_normalize_gate_prob_before_dropping",
+    "moe_normalize_weights", "moe_route_scale", "moe_router", "moe_score",
+    "moe_shared_expert_ffn_dim", "moe_shared_experts", "moe_top1_expert", "moe_top_groups",
+    "moe_top_k", "no_decoder_final_norm", "no_scale_embedding", "no_token_positional_embeddings",
+    "share_decoder_input_output_embed", "tokens_per_sample",
+}  # fmt: skip
+_ELSEWHERE = {
+    "checkpoint_activations", "compile", "min_params_to_wrap", "moe_batch_prioritized_routing",
+    "moe_capacity_factor", "moe_dropless", "moe_eom", "moe_eval_capacity_token_fraction",
+    "moe_experts_on_disk", "moe_fom", "moe_freeze", "moe_input_jitter",
+    "moe_normalize_expert_grad", "moe_pad_rule", "moe_routing_scope",
+    "moe_second_expert_policy", "moe_threshold_decay", "record_a2a_perf_stats",
+    "use_moe_pad_mask", *ONE_PROCESS,
+}  # fmt: skip
+
+
+_NORMALIZING = ("random", "sinkhorn", "topk")
+
+
+class Extras(NamedTuple):
+    """What goes into the folder with the model."""
+
+    tokenizer: Optional[Path] = None  # folder with dict.txt and the rest
+    license: str = "unknown"
+    evaluation: Optional[Dict[str, Any]] = None  # as `fairseq-moe evaluate --json` wrote it
+    shard: float = SHARD  # bytes of a file of weights
+
+
+def hf_jobs(source: Source, folder: str, extras: Extras, only_xglm: bool = False) -> List[Job]:
+    """The files of a folder, config.json the last.
+
+    Args:
+        only_xglm: raise UserError for what XGLM does not have, instead of another class.
+    """
+    s = source.settings
+    lacking = xglm.lacking(source)
+    if lacking and only_xglm:
+        raise UserError(f"--to xglm: {source.path} has what XGLM has not: {', '.join(lacking)}")
+    tied, learned = s["share_decoder_input_output_embed"], s["decoder_learned_pos"]
+    config = _config(source) if lacking else xglm.config_of(source)
+    dtype = str(dtype_of(source.model["decoder.embed_tokens.weight"]))[6:]
+    whole = {**config, "torch_dtype": dtype, "fairseq": _provenance(source)}
+    if not only_xglm and not lacking:
+        whole.update(_SPECIAL)
+    jobs = weight_jobs(their_names(source.model, tied, learned), folder, extras.shard)
+    if lacking:
+        for name in CODE:
+            code = Path(__file__).with_name(name).read_text(encoding="utf-8")
+            jobs.append(text_job(folder, name, code))
+    # Generation goes on through </s>, which is a newline.
+    generation = {"bos_token_id": 2, "pad_token_id": 1}
+    jobs.append(text_job(folder, GENERATION, json.dumps(generation, indent=2) + "\n"))
+    if extras.tokenizer is not None:
+        for name, text in tokenizer_files(extras.tokenizer, source.types, _longest(s)).items():
+            jobs.append(text_job(folder, name, text))
+        for name, file in files_of(extras.tokenizer).items():
+            jobs.append(text_job(folder, name, file.read_text(encoding="utf-8")))
+    card = model_card.write(source, config["model_type"], extras.license, extras.evaluation)
+    jobs.append(text_job(folder, CARD, card))
+    jobs.append(text_job(folder, CONFIG, json.dumps(whole, indent=2, default=str) + "\n"))
+    return jobs
+
+
+def open_hf(folder: str, only_xglm: bool = False) -> Source:
+    """A folder of transformers' as a checkpoint. Raises UserError for a model of another kind, or
+    for files that do not belong together."""
+    config = read_config(folder)
+    path = os.path.join(folder, CONFIG)
+    kind = config.get("model_type") if config else "nowhere"
+    if kind == MODEL_TYPE and not only_xglm:
+        settings = _settings(path, config)
+    elif kind == "xglm":
+        settings = xglm.settings_of(path, config)
+    else:
+        known = "xglm" if only_xglm else f"xglm or {MODEL_TYPE}"
+        raise UserError(f"{path}: model_type is {kind}, not {known}")
+    model = our_names(folder, read_weights(folder), settings, config["vocab_size"])
+    task = {
+        "_name": "language_modeling",
+        "data": None,  # a key, so that from_pretrained can set it
+        "tokens_per_sample": settings["tokens_per_sample"],
+    }
+    cfg = complete_cfg(settings, {"task": task, "criterion": {"_name": "cross_entropy"}})
+    state = (config.get("fairseq") or {}).get("task_state")
+    rest = {**fresh_rest(cfg), "task_state": state if isinstance(state, dict) else {}}
+    source = Source(folder, rest, settings, model, [], None)
+    set_order(source)
+    return source
+
+
+def _config(source: Source) -> Dict[str, Any]:
+    """config.json of our own class. Raises UserError for a setting that its code does not know."""
+    s = source.settings
+    unknown = [
+        f"{flag(name)} {s[name]}"
+        for name, default in _DEFAULTS.items()
+        if name in s
+        and str(s[name]) != str(default)
+        and not str(s[name]).startswith("${")
+        and name not in _TRANSLATED | _ELSEWHERE
+    ]
+    if source.experts and s["moe_router"] not in ROUTERS:
+        unknown.append(f"--moe-router {s['moe_router']}")
+    if str(s.get("moe_base_evaluation")) == "balanced":
+        unknown.append("--moe-base-evaluation balanced")
+    if source.head:
+        unknown.append("a head that scores candidates (--choice-scoring head)")
+    if unknown:
+        raise UserError(
+            f"--to hf: {source.path} has what the code for transformers does not know yet: "
+            f"{', '.join(unknown)}"
+        )
+    return _translated(s, source.types, _balance_weight(source))
+
+
+def _translated(s: Dict[str, Any], types: int, balance_weight: float) -> Dict[str, Any]:
+    shape = shape_of(s)
+    widths = [shape.expert_width if width is None else width for width in shape.dense_widths]
+    positions = "learned" if s["decoder_learned_pos"] else "sinusoidal"
+    expert_dropout = s["moe_expert_dropout"]
+    config = {
+        "model_type": MODEL_TYPE,
+        "architectures": ["FairseqMoeForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{CODE[0][:-3]}.FairseqMoeConfig",
+            "AutoModelForCausalLM": f"{CODE[0][:-3]}.FairseqMoeForCausalLM",
+        },
+        "vocab_size": types,
+        "hidden_size": shape.dim,
+        "intermediate_sizes": widths,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": s["decoder_attention_heads"],
+        "max_position_embeddings": _longest(s),
+        "activation": str(s["activation_fn"]),
+        "dropout": s["dropout"],
+        "attention_dropout": s["attention_dropout"],
+        "activation_dropout": s["activation_dropout"],
+        "expert_dropout": s["activation_dropout"] if expert_dropout is None else expert_dropout,
+        "scale_embedding": not s["no_scale_embedding"],
+        "positions": "none" if s["no_token_positional_embeddings"] else positions,
+        "embedding_norm": bool(s["layernorm_embedding"]),
+        "final_norm": not s["no_decoder_final_norm"],
+        "tie_word_embeddings": shape.tied,
+        "use_cache": True,
+        "sparse_layers": list(shape.sparse),
+        **_SPECIAL,
+    }
+    if shape.sparse:
+        gate = gate_settings(SimpleNamespace(**s))
+        config = {
+            **config,
+            "num_experts": shape.experts,
+            "num_experts_per_tok": gate.top_k,
+            "shared_size": shape.shared_ffn_dim,
+            "latent_size": shape.latent_dim,
+            "router": s["moe_router"],
+            "router_settings": {
+                "score": gate.score,
+                "normalize": s["moe_router"] in _NORMALIZING and gate.normalize is not None,
+                "scale": gate.route_scale,
+                "groups": gate.groups,
+                "top_groups": gate.top_groups,
+                "float32": gate.use_fp32,
+                "float32_product": gate.fp32_product,
+                "num_experts": shape.experts,
+            },
+            "router_aux_loss_coef": balance_weight,
+        }
+    return config
+
+
+def _settings(path: str, config: Dict[str, Any]) -> Dict[str, Any]:
+    """Settings of our model. Raises UserError where config.json contradicts itself."""
+    saved = config.get("fairseq")
+    saved = saved.get("model") if isinstance(saved, dict) else None
+    if not isinstance(saved, dict):
+        raise UserError(f"{path}: has no settings under fairseq.model; take one that convert wrote")
+    names = {field.name for field in fields(MoETransformerLMConfig)}
+    given = {name: value for name, value in saved.items() if name in names}
+    settings = {**_DEFAULTS, **given, **ONE_PROCESS, "_name": MODEL_NAME}
+    check_fields(path, "fairseq.model", settings, MoETransformerLMConfig)
+    types = config.get("vocab_size")
+    if not isinstance(types, int):
+        raise UserError(f"{path}: vocab_size is {types!r}, not a whole number")
+    expected = _translated(settings, types, config.get("router_aux_loss_coef", 0.0))
+    for name, value in expected.items():
+        if name in config and name not in ("auto_map", *_SPECIAL) and config[name] != value:
+            raise UserError(
+                f"{path}: {name} is {config[name]!r}, and {value!r} by the settings under "
+                "fairseq.model: they do not belong together"
+            )
+    return settings
+
+
+def _longest(s: Dict[str, Any]) -> int:
+    """Tokens that the model takes."""
+    return s["max_target_positions"] or s["tokens_per_sample"]
+
+
+def _balance_weight(source: Source) -> float:
+    """That of the gates' balancing loss in training."""
+    criterion = (source.rest.get("cfg") or {}).get("criterion")
+    found = criterion.get("moe_gate_loss_wt") if isinstance(criterion, dict) else None
+    found = getattr(source.rest.get("args"), "moe_gate_loss_wt", found)
+    return float(found) if isinstance(found, (int, float)) and source.experts else 0.0
+
+
+def _provenance(source: Source) -> Dict[str, Any]:
+    """What the way back needs beside weights: settings, and the state of the task."""
+    s = source.settings
+    model = {
+        name: value
+        for name, value in s.items()
+        if name in _DEFAULTS and name not in ONE_PROCESS and str(value) != str(_DEFAULTS[name])
+    }
+    task_state = {
+        name: value
+        for name, value in (source.rest.get("task_state") or {}).items()
+        if isinstance(value, (str, int, float, list, dict, type(None)))
+    }
+    return {"model": model, "task_state": task_state}

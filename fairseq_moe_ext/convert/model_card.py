@@ -1,0 +1,163 @@
+"""The model card (README.md) of a folder for Hugging Face: what the model is, how it was trained,
+how well it does."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, List, Mapping, Optional, Tuple
+
+from ..cost import parameters
+from ..errors import UserError
+from ..shape import shape_of
+from ..text_table import markdown
+from .source import Source
+
+_SETTINGS = {
+    "optimization": ("lr", "max_update", "clip_norm", "update_freq"),
+    "optimizer": ("_name", "adam_betas", "weight_decay"),
+    "lr_scheduler": ("_name", "warmup_updates"),
+    "dataset": ("batch_size", "max_tokens"),
+    "common": ("seed", "fp16", "bf16"),
+}
+
+
+def write(
+    source: Source, model_type: str, license: str, evaluation: Optional[Mapping[str, Any]]
+) -> str:
+    """The text of README.md.
+
+    Args:
+        evaluation: what `fairseq-moe evaluate --json` wrote; None: there is none.
+    """
+    custom = model_type != "xglm"
+    load = ", trust_remote_code=True" if custom else ""
+    code = "The code of the model is `modeling_fairseq_moe.py` in this folder. " if custom else ""
+    return f"""---
+license: {license}
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- {"moe" if source.experts else "dense"}
+- fairseq
+---
+
+# {"Mixture-of-Experts" if source.experts else "Dense"} language model
+
+A decoder-only Transformer, trained with fairseq and fairseq_moe_ext, converted with `fairseq-moe
+convert --to hf`. {code}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+model = AutoModelForCausalLM.from_pretrained(FOLDER{load})
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```
+
+A newline is the token `</s>` (2) to this model, and so is what stands before the first token of a
+text; the tokenizer adds that one by itself. Generation goes on through newlines. No token is
+dropped for an expert's capacity.
+
+## Model
+
+{markdown([["", ""], *_model(source)])}
+
+## Training
+
+{markdown([["", ""], *_training(source)])}
+
+## Evaluation
+
+{_evaluation(evaluation)}
+
+## Licence and use
+
+License: {license}. The text that the model was trained on may have conditions of its own, and the
+model repeats what stands in it.
+"""
+
+
+def _model(source: Source) -> List[List[str]]:
+    s = source.settings
+    shape = shape_of(s, source.types)
+    counted = parameters(shape)
+    rows = [
+        ["parameters", f"{counted.total:,}"],
+        ["parameters that a token uses", f"{counted.active:,}"],
+        ["layers, width", f"{shape.layers}, {shape.dim}"],
+        ["attention heads", str(s["decoder_attention_heads"])],
+        ["context", f"{s['max_target_positions'] or s['tokens_per_sample']:,} tokens"],
+        ["vocabulary", f"{source.types:,}"],
+        ["activation", str(s["activation_fn"])],
+    ]
+    if source.experts:
+        rows += [
+            ["sparse layers (from 0)", ", ".join(map(str, shape.sparse))],
+            ["experts in each", f"{shape.experts}"],
+            ["experts of a token", f"{shape.top_k}, router {s['moe_router']}"],
+        ]
+    return rows
+
+
+def _training(source: Source) -> List[List[str]]:
+    """What the checkpoint knows of its training; the first lines are results."""
+    rest = source.rest
+    extra = rest.get("extra_state") or {}
+    history = (rest.get("optimizer_history") or [{}])[-1] or {}
+    corpora = (rest.get("task_state") or {}).get("trained_corpora")
+    facts: List[Tuple[str, Any]] = [
+        ("updates", history.get("num_updates")),
+        ("epoch", (extra.get("train_iterator") or {}).get("epoch")),
+        ("hours", _hours(extra.get("previous_training_time"))),
+        ("best validation loss", _rounded(extra.get("best"))),
+        ("corpora", ", ".join(map(str, corpora)) if corpora else None),
+        ("criterion", history.get("criterion_name")),
+    ]
+    cfg = rest.get("cfg") or {}
+    flat = vars(rest["args"]) if rest.get("args") is not None else {}
+    for group, names in _SETTINGS.items():
+        settings = cfg.get(group)
+        settings = settings if isinstance(settings, Mapping) else {}
+        for name in names:
+            value = settings.get(name, flat.get(group if name == "_name" else name))
+            label = group.replace("_", " ") if name == "_name" else name.replace("_", " ")
+            facts.append((label, value))
+    rows = [[name, _cell(value)] for name, value in facts if value not in (None, "", [], {})]
+    return rows or [["", "not recorded in the checkpoint"]]
+
+
+def _evaluation(found: Optional[Mapping[str, Any]]) -> str:
+    """A table of perplexities. Raises UserError for what `evaluate` did not write."""
+    if found is None:
+        return (
+            "Not given. `fairseq-moe evaluate DATA --path CKPT --json FILE`, and "
+            "`fairseq-moe convert ... --evaluation FILE`, would put perplexities here."
+        )
+    try:
+        rows = [["set", "tokens", "perplexity", "bits a byte"]]
+        for name, one in found["sets"].items():
+            domain = "" if one["in_domain"] else " (held out)"
+            bits = "" if one["bits_per_byte"] is None else f"{one['bits_per_byte']:.3f}"
+            row = [_cell(name) + domain, f"{one['tokens']:,}", f"{one['perplexity']:.2f}", bits]
+            rows.append(row)
+        blocks = f"{found['protocol']} of {found['context']:,} tokens"
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(
+            "--evaluation: not what `fairseq-moe evaluate --json` writes; name its file"
+        ) from None
+    return f"{markdown(rows)}\n\nSplit {found.get('subset')}, {blocks}, nothing dropped."
+
+
+def _hours(seconds: Any) -> Optional[str]:
+    return f"{seconds / 3600:.2f}" if isinstance(seconds, (int, float)) and seconds > 0 else None
+
+
+def _rounded(value: Any) -> Optional[str]:
+    return f"{value:.4f}" if isinstance(value, float) and math.isfinite(value) else None
+
+
+def _cell(value: Any) -> str:
+    """A value as a table has room for it."""
+    text = " ".join(str(value).split()).replace("|", "\\|")
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,337 @@
+"""To Hugging Face transformers and back: logits, tokens, training, generation."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import branch_files
+import pytest
+import torch
+from converting import convert, load, mistake, same
+
+import fairseq_moe_ext
+from fairseq_moe_ext import tokenizer_files
+from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
+from fairseq_moe_ext.prepare.command import Options, parse_corpora, prepare
+from fairseq_moe_ext.questions.vocabulary import Vocabulary
+
+transformers = pytest.importorskip("transformers", reason="pip install transformers")
+
+TEXT = "the cat sat on the mat\nand saw a dog\n\né 木 a cat <s> 12 \t\n" * 20
+MOE = "--moe-freq 2 --moe-expert-count 4"
+KINDS = {
+    "xglm": "--moe-freq 0 --share-decoder-input-output-embed",
+    "dense": "--moe-freq 0 --decoder-learned-pos --layernorm-embedding --no-decoder-final-norm",
+    "twin": f"{MOE} --moe-dense-twin --no-scale-embedding",
+    "top2": f"{MOE} --share-decoder-input-output-embed --moe-gating-use-fp32",
+    "top1": f"{MOE} --moe-top-k 1 --no-token-positional-embeddings --activation-fn relu",
+    "top3": f"{MOE} --moe-top-k 3 --moe-score sigmoid --moe-route-scale 1.5 --moe-first-dense 0",
+    "groups": "--moe-layers 0 --moe-expert-count 8 --moe-groups 4 --moe-top-groups 2",
+    "kinds": f"{MOE} --moe-shared-experts 2 --moe-latent-dim 8 --activation-fn swiglu "
+    "--moe-expert-ffn-dim 12 --moe-gating-fp32-product",
+    **{
+        router: f"{MOE} --moe-router {router}"
+        for router in ("sinkhorn", "base", "hash", "threshold", "relu", "random")
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hf")
+    (folder / "a.txt").write_text(TEXT)
+    specs = [f"a:{split}={folder / 'a.txt'}" for split in ("train", "valid", "test")]
+    prepare(folder / "data", Options(corpora=parse_corpora(specs, []), train_bpe=290))
+    return folder / "data"
+
+
+@pytest.fixture(scope="module")
+def converted(data, tmp_path_factory):
+    """kind -> checkpoint and folder of transformers'; each is made once."""
+    made = {}
+
+    def make(kind):
+        if kind not in made:
+            folder = tmp_path_factory.mktemp(kind)
+            line = f"""fairseq-train {data} --task mixture_language_modeling --cpu {KINDS[kind]}
+                --user-dir {Path(fairseq_moe_ext.__file__).parent} --arch moe_transformer_lm
+                --decoder-layers 2 --decoder-embed-dim 16 --decoder-ffn-embed-dim 24 --dropout 0
+                --decoder-attention-heads 2 --tokens-per-sample 32 --lr 0.02 --optimizer adam
+                --criterion moe_cross_entropy --max-update 4 --num-workers 0 --batch-size 4
+                --save-dir {folder / "run"} --moe-gate-loss-wt 0.25"""
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "argv", line.split())
+                __import__("fairseq_cli.train", fromlist=["cli_main"]).cli_main()
+            made[kind] = folder / "run" / "checkpoint_last.pt", folder / "hf"
+            convert(*made[kind], "--to", "hf")
+        return made[kind]
+
+    return make
+
+
+def ours(path):
+    return MoETransformerLanguageModel.from_pretrained(str(path.parent), path.name).eval()
+
+
+def theirs(folder, **settings):
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, **settings
+    ).eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_are_equal_and_the_way_back_is_exact(converted, kind, tmp_path):
+    path, folder = converted(kind)
+    lm, model = ours(path), theirs(folder)
+    assert type(model).__name__ == (
+        "XGLMForCausalLM" if kind == "xglm" else "FairseqMoeForCausalLM"
+    )
+    tokens = torch.randint(4, 280, (3, 12), generator=torch.Generator().manual_seed(1))
+    tokens[:, 0] = 2
+    padded = tokens.clone()
+    padded[1, :5] = 1
+    for rows in (tokens, padded):
+        with torch.no_grad():
+            expected = lm.models[0](rows)[0]
+            real = rows.ne(1)
+            places = (real.cumsum(1) - 1).clamp(min=0)  # as generate() has them; XGLM needs them
+            found = model(rows, attention_mask=real.long(), position_ids=places).logits
+        torch.testing.assert_close(found[real], expected[real], rtol=1e-5, atol=1e-5)
+    convert(folder, tmp_path / "back.pt", "--from", "hf")
+    before, after = load(path), load(tmp_path / "back.pt")
+    assert same(after["model"], before["model"])
+    assert after["task_state"] == before["task_state"]
+    with torch.no_grad():
+        assert torch.equal(ours(tmp_path / "back.pt").models[0](tokens)[0], lm.models[0](tokens)[0])
+
+
+def tokenizer_of(folder):
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+TEXTS = [
+    "the cat", "", "\n", " \n\n  a\n", "the\ncat  sat \t\n on", "12 3rd  it's we'll \r\n x",
+    "é 木 \U0001f600", "<s> <pad> </s> <unk> <|endoftext|> [MASK]", "Ċ Ġ ĉ",
+    "a\u00a0b\u3000c \u200b\x1c\x85", "\u0e01\u0302 ² ½ Ⅷ ᾳ", "don't'S 'T", "a" * 300, "   ",
+]  # fmt: skip
+
+
+def test_the_tokenizer_gives_our_ids_for_any_text(converted, data):
+    """Also as the library of tokenizers reads the file, and for all code points."""
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = Vocabulary(data)
+    generator = torch.Generator().manual_seed(3)
+    every = [chr(i) for i in range(0x30000) if not 0xD800 <= i < 0xE000]
+    order = torch.randperm(len(every), generator=generator).tolist()
+    mixed = "".join(every[i] + " "[: n % 2] for n, i in enumerate(order))
+    for kind in ("xglm", "top2"):
+        _, folder = converted(kind)
+        tokenizer = tokenizer_of(folder)
+        bare = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        for text in [*TEXTS, TEXT, mixed]:
+            expected = vocabulary.encode(text)
+            assert tokenizer(text, add_special_tokens=False)["input_ids"] == expected, text[:50]
+            assert tokenizer(text)["input_ids"] == [2, *expected]
+            assert bare.encode(text, add_special_tokens=False).ids == expected
+            assert tokenizer.decode(expected, skip_special_tokens=True) == text
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (1, 0)
+    assert tokenizer.convert_tokens_to_ids("\n") == 2
+
+
+def test_a_dictionary_of_words(tmp_path):
+    from fairseq.data import Dictionary
+
+    from fairseq_moe_ext.convert import hf_tokenizer
+
+    tokenizers = pytest.importorskip("tokenizers")
+    words = Dictionary()
+    for word in ("the", "cat", "sat"):
+        words.add_symbol(word)
+    words.save(str(tmp_path / "dict.txt"))
+    found = hf_tokenizer.tokenizer_files(tmp_path, len(words), 32)
+    (tmp_path / "tokenizer.json").write_text(found["tokenizer.json"])
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in ("the cat\nsat  the", " a\tcat </s>", "\n"):
+        lines = text.split("\n")
+        tokens = [words.encode_line(line, add_if_not_exist=False).tolist() for line in lines]
+        expected = [token for line in tokens for token in line][:-1]
+        assert tokenizer.encode(text, add_special_tokens=False).ids == expected
+
+
+@pytest.mark.parametrize("kind", ["xglm", "top2", "hash"])
+def test_generate_with_its_cache_writes_what_ours_does(converted, kind):
+    path, folder = converted(kind)
+    lm, model, tokenizer = ours(path), theirs(folder), tokenizer_of(folder)
+    if kind != "xglm":  # whose code cannot
+        lm, model = lm.double(), model.double()
+    prompts = ["the cat", "a\ndog sat on", "é\n"]
+    # ours leaves out tokens that are no text
+    never = [0, 1, 3, *(i for i, w in enumerate(lm.tgt_dict.symbols) if w.startswith("madeup"))]
+    settings = {"max_new_tokens": 9, "do_sample": False, "suppress_tokens": never}
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        rows = model.generate(**inputs, **settings)
+        slow = model.generate(**inputs, **settings, use_cache=False)
+    assert torch.equal(rows, slow)
+    new = rows[:, inputs["input_ids"].size(1) :]
+    assert [tokenizer.decode(row) for row in new] == lm.generate(prompts, max_tokens=9)
+    beams = model.generate(**inputs, **settings, num_beams=2, num_return_sequences=2)
+    assert beams.size(0) == 6
+
+
+def test_training(converted):
+    """The loss is the mean cross-entropy and the balancing loss; every parameter has a gradient."""
+    path, folder = converted("top2")
+    model, tokenizer = theirs(folder), tokenizer_of(folder)
+    batch = tokenizer(["the cat sat on the mat", "a dog"], return_tensors="pt", padding=True)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"].eq(0), -100)
+    plain = model(**batch, labels=labels)
+    counted = labels[:, 1:].ne(-100)
+    nats = plain.logits[:, :-1].log_softmax(-1).gather(2, labels[:, 1:].clamp(min=0)[..., None])
+    torch.testing.assert_close(plain.loss, -nats[..., 0][counted].mean())
+    items = model(**batch, labels=labels, num_items_in_batch=torch.tensor(7)).loss
+    torch.testing.assert_close(items, plain.loss * counted.sum() / 7)
+    # that of our layer, of which padding is no part
+    with torch.no_grad():
+        lm = ours(path).models[0]
+        rows = [row[row.ne(1)] for row in batch["input_ids"]]
+        logits = torch.cat([gate_logits(lm, row[None]) for row in rows])
+    probs = logits.softmax(-1)
+    share = torch.bincount(probs.argmax(-1), minlength=4) / len(probs)
+    torch.testing.assert_close(plain.aux_loss, 4 * (probs.mean(0) * share).sum())
+    model.train()
+    trained = model(**batch, labels=labels)
+    torch.testing.assert_close(trained.loss, plain.loss + 0.25 * plain.aux_loss)
+    model.gradient_checkpointing_enable()
+    again = model(**batch, labels=labels).loss
+    torch.testing.assert_close(again, trained.loss)
+    again.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def gate_logits(lm, tokens):
+    """The logits of the router of the one sparse layer: (T, E)."""
+    found = []
+    layer = lm.decoder.layers[1].moe_layer.gate
+    hook = layer.register_forward_hook(lambda module, args, output: found.append(output[0]))
+    lm(tokens)
+    hook.remove()
+    return found[0]
+
+
+def test_shards_and_half_precision(converted, tmp_path):
+    path, _ = converted("top3")
+    folder = tmp_path / "hf"
+    flags = ("--to", "hf", "--dtype", "bf16", "--shard-size", 1e-5, "--license", "mit")
+    convert(path, folder, *flags)
+    names = sorted(file.name for file in folder.glob("*.safetensors"))
+    assert len(names) > 2 and names[0] == f"model-00001-of-{len(names):05}.safetensors"
+    model = theirs(folder, dtype="auto")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        logits = model(torch.tensor([[2, 9, 8]])).logits
+        expected = ours(path).models[0](torch.tensor([[2, 9, 8]]))[0]
+    torch.testing.assert_close(logits.float(), expected, rtol=0.1, atol=0.1)
+    convert(folder, tmp_path / "back.pt", "--from", "hf")
+    for name, value in load(path)["model"].items():
+        half = value.bfloat16() if value.is_floating_point() and "version" not in name else value
+        assert torch.equal(load(tmp_path / "back.pt")["model"][name], half), name
+    # what transformers saves comes back, too
+    theirs(converted("top3")[1]).save_pretrained(tmp_path / "again")
+    convert(tmp_path / "again", tmp_path / "again.pt", "--from", "hf")
+    assert same(load(tmp_path / "again.pt")["model"], load(path)["model"])
+
+
+def test_the_card(converted, data, tmp_path):
+    path, folder = converted("top1")
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlicense: unknown\n") and "trust_remote_code=True" in card
+    for fact in ("| experts of a token | 1, router topk |", "| updates | 4 |", "| corpora | a |"):
+        assert fact in card
+    sets = {"a": {"in_domain": True, "tokens": 1234, "perplexity": 12.5, "bits_per_byte": None}}
+    found = {"sets": sets, "subset": "test", "protocol": "blocks", "context": 32}
+    (tmp_path / "e.json").write_text(json.dumps(found))
+    convert(path, tmp_path / "hf", "--to", "hf", "--evaluation", tmp_path / "e.json",
+            "--license", "cc-by-4.0")  # fmt: skip
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "license: cc-by-4.0" in card and "| a | 1,234 | 12.50 |  |" in card
+    assert "trust_remote_code" not in (converted("xglm")[1] / "README.md").read_text()
+
+
+def test_a_released_model_in_one_command(tmp_path, data, capsys):
+    """The layout of the moe branch; its tokenizer lies beside it, or is named."""
+    small = {"decoder_layers": 2, "decoder_embed_dim": 16, "decoder_ffn_embed_dim": 32}
+    settings = {**branch_files.RELEASED_15B, **small, "decoder_attention_heads": 2}
+    settings["moe_expert_count"] = 4
+    types = Vocabulary(data).types
+    branch_files.write(str(tmp_path), settings, types, 2, branch_files.random_tensors())
+    source = tmp_path / "model.pt"
+    assert "add --data FOLDER, or --no-tokenizer" in mistake(
+        capsys, source, tmp_path / "hf", "--to", "hf"
+    )
+    convert(source, tmp_path / "hf", "--to", "hf", "--data", data)
+    for name in tokenizer_files.NAMES:
+        shutil.copy(data / name, tmp_path)
+    convert(source, tmp_path / "again", "--to", "hf")
+    for name in ("tokenizer.json", "config.json"):
+        assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    lm, model = ours(source), theirs(tmp_path / "hf", dtype=torch.float32)
+    tokens = tokenizer_of(tmp_path / "hf")("the cat\nsat", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(tokens).logits, lm.models[0](tokens)[0], rtol=1e-5, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"hidden_size": 8}, "hidden_size is 8, and 16 by the settings"),
+        ({"num_experts": 5}, "num_experts is 5, and 4 by"),
+        ({"fairseq": None}, "has no settings under fairseq.model"),
+        ({"fairseq": {"model": {"decoder_layers": "x"}}}, "decoder_layers is 'x', not int"),
+        ({"model_type": "opt"}, "model_type is opt, not xglm or fairseq_moe"),
+        ({"vocab_size": "a"}, "vocab_size is 'a', not a whole number"),
+        ({"vocab_size": 7}, "vocab_size 7"),
+    ],
+)
+def test_a_config_that_contradicts_itself(converted, tmp_path, capsys, change, words):
+    shutil.copytree(converted("top2")[1], tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert words in mistake(capsys, tmp_path / "hf", tmp_path / "x.pt", "--from", "hf")
+    assert not (tmp_path / "x.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--to", "hf", "--shard-size", "0"], "--shard-size 0.0: use a number"),
+        (["--to", "hf", "--data", "nowhere"], "--data nowhere: no dict.txt"),
+        (["--to", "hf", "--data", ".", "--no-tokenizer"], "--no-tokenizer wants none"),
+        (["--to", "hf", "--license", ""], "--license '': use a name"),
+        (["--to", "hf", "--evaluation", "no.json"], "no.json: cannot be read"),
+        (["--to", "hf", "--expert-files", "2"], "--expert-files goes with no --to"),
+        (["--to", "branch", "--license", "mit"], "--license goes with --to hf"),
+    ],
+)
+def test_mistakes(converted, tmp_path, capsys, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    dest = "x.pt" if "branch" in flags else "x"
+    assert words in mistake(capsys, converted("top2")[0], dest, *flags)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_lies_in_the_folder_is_not_replaced(converted, tmp_path, capsys):
+    (tmp_path / "README.md").write_text("mine")
+    assert "README.md: exists" in mistake(capsys, converted("top2")[0], tmp_path, "--to", "hf")
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_what_the_code_does_not_know_is_refused_by_name(converted, tmp_path, capsys):
+    state = load(converted("base")[0])
+    state["cfg"]["model"]["moe_base_evaluation"] = "balanced"
+    torch.save(state, tmp_path / "x.pt")
+    words = mistake(capsys, tmp_path / "x.pt", tmp_path / "hf", "--to", "hf", "--no-tokenizer")
+    assert "does not know yet: --moe-base-evaluation balanced" in words
