@@ -1,8 +1,8 @@
-"""What an accuracy is worth: its interval, and what guessing gives. Numbers in, numbers out.
+"""Puts an accuracy into context: its confidence interval and the accuracy of guessing.
 
-Chance is a guess among the candidates: the mean over questions of right ones / candidates. Where
-all questions have the same answers, always giving the most frequent one may be better; that is the
-majority. An accuracy says something only above the higher of the two, `floor`.
+Chance is the accuracy of a random guess: the mean over questions of right candidates / candidates.
+If all questions have the same answers, always giving the most frequent one may be better: the
+majority. An accuracy means something only above the higher of the two, `floor`.
 """
 
 import math
@@ -15,14 +15,14 @@ Interval = Tuple[float, float]
 
 
 def wilson_interval(correct: float, examples: float) -> Interval:
-    """Ends of the 95 % confidence interval of a share of which `correct` of `examples` were seen
-    (Wilson 1927): between 0 and 1, also where none or all were right."""
+    """Ends of the 95 % confidence interval of the share `correct` / `examples` (Wilson 1927). They
+    are between 0 and 1 even if none or all were right."""
     if examples == 0:
         return 0.0, 1.0
     share, z2 = correct / examples, _Z_95**2 / examples
     middle = (share + z2 / 2) / (1 + z2)
     half = math.sqrt(share * (1 - share) * z2 + z2**2 / 4) / (1 + z2)
-    # By rounding the ends of none and all would be a little off 0 and 1.
+    # Rounding would move the ends for none and all slightly off 0 and 1.
     return (
         0.0 if correct == 0 else middle - half,
         1.0 if correct == examples else middle + half,
@@ -30,8 +30,9 @@ def wilson_interval(correct: float, examples: float) -> Interval:
 
 
 def mean_interval(shares: Sequence[float], examples: Sequence[float]) -> Interval:
-    """Ends of the 95 % interval of the plain mean of shares of different questions: the distances
-    to the ends of each one's, added as independent errors are (Newcombe 1998, method 10)."""
+    """Ends of the 95 % interval of the unweighted mean of shares over different questions. The
+    distances to the ends of their intervals add like independent errors (Newcombe 1998, method
+    10)."""
     ends = [wilson_interval(share * n, n) for share, n in zip(shares, examples)]
     mean = sum(shares) / len(shares)
     below = math.sqrt(sum((share - low) ** 2 for share, (low, _) in zip(shares, ends)))
@@ -40,22 +41,23 @@ def mean_interval(shares: Sequence[float], examples: Sequence[float]) -> Interva
 
 
 def chance(right: Sequence[int], candidates: Sequence[int]) -> float:
-    """Of questions with so many right ones of so many candidates each."""
+    """Accuracy of random guesses, from the right candidates and all candidates per question."""
     return sum(r / n for r, n in zip(right, candidates)) / len(candidates)
 
 
 def majority(labels: Sequence[int]) -> float:
-    """Accuracy of the most frequent label, always."""
+    """Accuracy of always giving the most frequent label."""
     return max(Counter(labels).values()) / len(labels)
 
 
 def floor(task: Mapping[str, Any]) -> Optional[float]:
-    """Of a task's figures, the accuracy that needs no reading; None of a file older than these."""
+    """The best accuracy without reading the questions, from a task's results; None for older files
+    without it."""
     if task.get("chance") is None:
         return None
     return max(task["chance"], task.get("majority") or 0.0)
 
 
 def in_percent(low: float, high: float) -> str:
-    """An interval as tables have it, from shares."""
+    """An interval of shares, in percent, for a table."""
     return f"{100 * low:.1f} to {100 * high:.1f}"

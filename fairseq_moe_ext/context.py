@@ -1,6 +1,7 @@
-"""What is under way while a function of fairseq runs: what our wrapper round it tells one within.
+"""State that an outer wrapper hands to an inner one through functions of fairseq in between.
 
-fairseq's functions in between pass nothing on; each value holds inside of one `with` alone.
+Those functions cannot pass it on. Each value holds inside one `with during(...)`; this is the only
+place for such state.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ class Loading(NamedTuple):
 
     trainer: Any
     optimizer: bool  # its state is wanted
-    shapes: Optional[Dict[str, Any]]  # of the parameters that are trained, for a file of the branch
+    shapes: Optional[Dict[str, Any]]  # of the trained parameters, for a file of the branch
 
 
 class Building(NamedTuple):
-    """A model is built by the settings of a checkpoint, and filled from it."""
+    """A model is built from the settings of a checkpoint, and filled from it."""
 
     with_task: bool  # its task is built, too
     whole: bool  # the checkpoint must have every parameter
@@ -36,7 +37,8 @@ T = TypeVar("T")
 
 loading: ContextVar[Optional[Loading]] = ContextVar("loading", default=None)
 building: ContextVar[Optional[Building]] = ContextVar("building", default=None)
-# An </s> that ends a prompt is a newline of it, behind which text goes on; else it ends a sentence.
+# Whether text continues after an </s> at the end of a prompt, which is then a newline of it;
+# otherwise the </s> ends a sentence.
 prompts_go_on: ContextVar[bool] = ContextVar("prompts_go_on", default=False)
 # Processes that hold the same experts, while a trainer clips gradients.
 expert_replicas: ContextVar[int] = ContextVar("expert_replicas", default=1)
@@ -46,7 +48,7 @@ saving: ContextVar[Any] = ContextVar("saving", default=None)  # the trainer that
 
 @contextlib.contextmanager
 def during(variable: ContextVar[T], value: T) -> Iterator[None]:
-    """What is done within finds the variable with this value."""
+    """Give the variable this value inside the context."""
     token = variable.set(value)
     try:
         yield

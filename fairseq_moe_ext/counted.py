@@ -1,6 +1,6 @@
-"""How much of the data a figure is over is said; over nothing, or NaN, there is no figure.
+"""Counts how much of the data a metric covers. A metric of no data, or NaN, is not reported.
 
-The wrappers that ask for it are in patches/ (eval_lm.py, tasks.py, trainer.py).
+The wrappers in patches/ (eval_lm.py, tasks.py, trainer.py) call this module.
 """
 
 from typing import Any, NamedTuple, Sequence, Union
@@ -16,7 +16,7 @@ SKIP = "--skip-invalid-size-inputs-valid-test"
 
 
 def longest(max_positions: Any) -> Any:
-    """The one limit out of an int or several."""
+    """The smallest of the limits of a model or data set, which may be nested."""
     limits = max_positions.values() if isinstance(max_positions, dict) else max_positions
     limits = [limits] if isinstance(limits, (int, float)) else limits
     flat = [x for limit in limits for x in np.ravel(limit) if x is not None]
@@ -24,6 +24,7 @@ def longest(max_positions: Any) -> Any:
 
 
 def tokens(dataset: FairseqDataset, indices: np.ndarray) -> int:
+    """Tokens in some samples."""
     try:
         return int(np.sum(dataset.num_tokens_vec(indices), dtype=np.int64))
     except NotImplementedError:
@@ -36,9 +37,9 @@ class Offered(NamedTuple):
     stored: int  # tokens in the data-bin
     samples: int
     tokens: int  # in the samples
-    fitting: int  # samples that the model takes
+    fitting: int  # samples that the model accepts
     fitting_tokens: int
-    longest: float  # that the model takes
+    longest: float  # tokens that the model accepts
 
 
 def total(sizes: Union[Sequence[int], np.ndarray]) -> int:
@@ -46,8 +47,8 @@ def total(sizes: Union[Sequence[int], np.ndarray]) -> int:
 
 
 def stored(dataset: FairseqDataset) -> int:
-    """Tokens in the data-bins that a dataset of blocks is made of; --sample-break-mode complete_doc
-    makes no block of blank lines."""
+    """Tokens in the data-bins behind a data set of blocks, with the blank lines that
+    --sample-break-mode complete_doc leaves out."""
     if isinstance(dataset, TokenBlockDataset):
         sentences = dataset.dataset
         while isinstance(sentences, TruncateDataset):  # --shorten-method
@@ -59,7 +60,7 @@ def stored(dataset: FairseqDataset) -> int:
 
 
 def check_offered(offered: Offered, model: BaseFairseqModel) -> None:
-    """Raise UserError where fairseq-eval-lm would leave samples out without having been asked."""
+    """Raise UserError if fairseq-eval-lm would leave samples out without being asked to."""
     if offered.fitting < offered.samples and not getattr(model, "may_skip", False):
         raise UserError(
             f"--tokens-per-sample: {offered.samples - offered.fitting:,} of {offered.samples:,} "
@@ -71,7 +72,7 @@ def check_offered(offered: Offered, model: BaseFairseqModel) -> None:
 
 
 def what_was_counted(offered: Offered, counted: int) -> str:
-    """A line where fairseq-eval-lm has not scored everything, else ""."""
+    """A line that says what fairseq-eval-lm has not scored and why; "" if it scored everything."""
     if counted == offered.stored:
         return ""
     reasons = []

@@ -1,11 +1,11 @@
-"""Folders of data-bins: what lies where, and which names a corpus may have.
+"""The layout of folders of data-bins, and the names that a corpus may have.
 
     DATA/dict.txt
     DATA/<corpus>/dict.txt                      the same bytes as DATA/dict.txt
     DATA/<corpus>/{train,valid,test}.{bin,idx}  one data-bin of fairseq's mmap format per split
 
 Every DATA/<corpus> is by itself an ordinary fairseq data-bin. A corpus that a model was not trained
-on, as it has no train split or --train-corpora leaves it out, is out of domain. `fairseq-moe
+on, because it has no train split or --train-corpora excludes it, is out of domain. `fairseq-moe
 prepare` writes this layout and the task `mixture_language_modeling` reads it; this module needs
 neither fairseq nor torch.
 """
@@ -27,11 +27,11 @@ TRAINED = "trained_corpora"  # key of the state of the task in a checkpoint
 
 _MAX_NAME = 100  # characters; a file's name has 255 bytes at most, and metrics and flags have more
 
-# A name is a folder, part of log keys (<corpus>_ppl), of flags (a=0.5,b=0.5) and of subset names
-# (valid/docs): nothing that any of these would read differently.
+# A name is a folder and part of log keys (<corpus>_ppl), flags (a=0.5,b=0.5) and subset names
+# (valid/docs), so it has no character that means something in one of them.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-# in_domain_ppl and out_of_domain_ppl are the means in the log; a folder called valid1 makes
-# fairseq/data/data_utils.py:581@0.12.2 believe in a forgotten validation set. The others are files
+# in_domain_ppl and out_of_domain_ppl are the means in the log; a folder called valid1 looks
+# like a forgotten validation set (fairseq/data/data_utils.py:581@0.12.2). The others are files
 # of the data folder.
 _RESERVED = re.compile(
     r"best|in_domain|out_of_domain|(train|valid*|test)[0-9]*(\..*)?"
@@ -52,8 +52,8 @@ def check_corpus_name(name: str, where: str) -> None:
         )
     if _RESERVED.fullmatch(name):
         raise UserError(
-            f"{where}: the name {name!r} is taken (splits, means and files are called so); "
-            "choose another name for the corpus"
+            f"{where}: the name {name!r} is reserved for splits, means or files; choose "
+            "another name for the corpus"
         )
 
 
@@ -101,25 +101,25 @@ def check_dictionaries(data: Path, corpora: Dict[str, Path]) -> None:
     """Raise UserError unless every corpus has the dictionary of the data folder, byte for byte."""
     expected = data / DICTIONARY
     for folder in corpora.values():
-        found = folder / DICTIONARY
-        if not found.is_file():
-            raise UserError(f"{found}: missing; it must be a copy of {expected}")
-        if os.path.samefile(found, expected):
+        copy = folder / DICTIONARY
+        if not copy.is_file():
+            raise UserError(f"{copy}: missing; it must be a copy of {expected}")
+        if os.path.samefile(copy, expected):
             continue
-        if not filecmp.cmp(found, expected, shallow=False):
+        if not filecmp.cmp(copy, expected, shallow=False):
             raise UserError(
-                f"{found} ({_count_lines(found)} types) differs from {expected} "
-                f"({_count_lines(expected)} types); prepare all corpora with one dictionary "
+                f"{copy} ({_count_lines(copy)} entries) differs from {expected} "
+                f"({_count_lines(expected)} entries); prepare all corpora with one dictionary "
                 "(`fairseq-moe prepare --dict`)"
             )
 
 
 def trained_on(corpora: Dict[str, Path], names: Optional[Sequence[str]]) -> List[str]:
-    """Which corpora are in domain: what a model was trained on.
+    """The corpora in domain: those that a model was trained on.
 
     Args:
-        names: of the corpora that it was trained on, as its checkpoint tells; None where it does
-            not: those with a train split are then.
+        names: the corpora that its checkpoint lists. None if it lists none: then those with a train
+            split.
     """
     if names is None or list(names) == [PLAIN]:
         return [name for name, folder in corpora.items() if has_split(folder, "train")]
@@ -127,7 +127,7 @@ def trained_on(corpora: Dict[str, Path], names: Optional[Sequence[str]]) -> List
 
 
 def own_name(corpus: str, folder: Path) -> str:
-    """A corpus's name; a plain data-bin has that of its folder."""
+    """The name of a corpus; that of its folder for a plain data-bin."""
     return folder.resolve().name if corpus == PLAIN else corpus
 
 

@@ -1,4 +1,4 @@
-"""Whether the two files of a data-bin are whole, and fit a dictionary."""
+"""Checks that the two files of a data-bin are complete and fit a dictionary."""
 
 import os
 import struct
@@ -7,8 +7,8 @@ from .errors import UserError
 
 
 def check_data_bin(path: str):
-    """The type of the tokens (numpy). Raises UserError unless PATH.idx and PATH.bin, of the mmap
-    format, are whole.
+    """The numpy type of the tokens. Raises UserError unless PATH.idx and PATH.bin, in the mmap
+    format, are complete.
 
     The .idx is 26 bytes of header (magic, version, type, number of sentences), then an int32 size
     and an int64 offset for every sentence; see fairseq/data/indexed_dataset.py:392@0.12.2.
@@ -17,7 +17,7 @@ def check_data_bin(path: str):
     from fairseq.data.indexed_dataset import _code_to_dtype
 
     index, tokens = path + ".idx", path + ".bin"
-    remedy = "the file is truncated or damaged: copy it again or make the data-bin anew"
+    remedy = "the file is truncated or damaged: copy it again or rebuild the data-bin"
     header = struct.Struct("<9sQBQ")
     with open(index, "rb") as stream:
         head = stream.read(header.size)
@@ -27,7 +27,7 @@ def check_data_bin(path: str):
     magic, version, dtype_code, count = header.unpack(head)
     if magic != b"MMIDIDX\x00\x00":
         raise UserError(
-            f"{index}: not an index of fairseq's mmap format; make the data-bin anew with "
+            f"{index}: not an index of fairseq's mmap format; rebuild the data-bin with "
             "`fairseq-preprocess --dataset-impl mmap`, or set --dataset-impl to its format"
         )
     dtype = _code_to_dtype.get(dtype_code)
@@ -49,10 +49,11 @@ def check_data_bin(path: str):
 
 
 def _size_by_index(index: str, start: int, count: int, itemsize: int, remedy: str) -> int:
-    """Bytes of the .bin by an .idx, of which every sentence must begin where the one before ends.
+    """Bytes of the .bin according to its .idx. Raises UserError unless each sentence begins where
+    the previous one ends.
 
     Args:
-        start: of the sizes in the file, behind which the offsets are.
+        start: offset of the sizes in the file; the offsets of the sentences follow them.
     """
     import numpy
 
@@ -69,7 +70,7 @@ def _size_by_index(index: str, start: int, count: int, itemsize: int, remedy: st
 
 
 def check_tokens(tokens: str, values, dictionary) -> None:
-    """Raise UserError for tokens beyond a dictionary.
+    """Raise UserError for token ids outside the dictionary.
 
     Args:
         tokens: name of the file.
@@ -78,7 +79,7 @@ def check_tokens(tokens: str, values, dictionary) -> None:
     low, high = int(values.min()), int(values.max())
     if low < 0 or high >= len(dictionary):
         raise UserError(
-            f"{tokens}: has the token {low if low < 0 else high}, and the dictionary "
-            f"{len(dictionary)} types: take the dict.txt that the data-bin was made with, or make "
-            "the data-bin anew"
+            f"{tokens}: token id {low if low < 0 else high} is outside the dictionary "
+            f"({len(dictionary)} entries): use the dict.txt that the data-bin was built with, or "
+            "rebuild the data-bin"
         )

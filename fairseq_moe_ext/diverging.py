@@ -1,8 +1,7 @@
-"""A training that diverges ends in one line that names the last good checkpoint, which stays.
+"""Stops a training that diverges with one line that names the last good checkpoint.
 
-No weights that are NaN or infinite are saved (`check_weights`), so the newest checkpoint of a run
-is good (patches/trainer.py
-tells it).
+Weights that are NaN or infinite are never saved (`check_weights`), so the newest checkpoint of a
+run is good. patches/trainer.py reports it.
 """
 
 import os
@@ -17,18 +16,20 @@ REMEDY = "training diverged; lower --lr or --clip-norm, or lengthen --warmup-upd
 
 
 def last_good(folder: str) -> str:
-    """Which checkpoint of a run there is to go on from."""
-    found = [path for path in Path(folder).glob("checkpoint*.pt") if path.is_file()]
-    if not found:
+    """A clause that names the newest checkpoint of a run."""
+    checkpoints = [path for path in Path(folder).glob("checkpoint*.pt") if path.is_file()]
+    if not checkpoints:
         return f"there is no checkpoint in {folder} yet"
-    return f"the last good checkpoint is {max(found, key=lambda path: path.stat().st_mtime_ns)}"
+    return (
+        f"the last good checkpoint is {max(checkpoints, key=lambda path: path.stat().st_mtime_ns)}"
+    )
 
 
 def check_weights(weights: Iterable[Tuple[str, Any]], filename: str, saving: bool) -> None:
     """Raise UserError for weights, by name, that are NaN or infinite.
 
     Args:
-        filename: where they are to be saved, or come from.
+        filename: the file that they are saved to or loaded from.
     """
     for name, value in weights:
         # stock's SinusoidalPositionalEmbedding leaves this marker of precision uninitialised

@@ -1,4 +1,4 @@
-"""Files that a user names, to read: regular files only, as a FIFO would make its reader wait."""
+"""Reads files that a user names: regular files only, because a FIFO would make its reader wait."""
 
 import json
 import os
@@ -21,7 +21,7 @@ _KINDS = (
 
 
 def kind_of(status: os.stat_result) -> str:
-    """What a file is that is no regular one, in words; "" for a regular one."""
+    """The kind of a file in words; "" for a regular file."""
     return next((words for is_kind, words in _KINDS if is_kind(status.st_mode)), "")
 
 
@@ -31,8 +31,8 @@ def reason(error: Exception) -> str:
 
 
 def check(path: Name, where: str = "") -> None:
-    """Raise UserError unless `path` is a regular file or a link to one. `where`: what the message
-    begins with, as "--dict x"; by default the path."""
+    """Raise UserError unless `path` is a regular file or a link to one. `where`: the
+    beginning of the message, such as "--dict x"; by default the path."""
     where = where or str(path)
     try:
         kind = kind_of(os.stat(path))
@@ -43,12 +43,11 @@ def check(path: Name, where: str = "") -> None:
 
 
 def check_named(settings: Mapping[str, Any], argv: Optional[Sequence[str]] = None) -> None:
-    """Raise UserError if a setting names something to wait at or without an end: a FIFO, a socket
-    or a device.
+    """Raise UserError if a setting names a FIFO, a socket or a device, which may block for ever.
 
     Args:
         settings: flag, without dashes and with "_", -> value or list of values.
-        argv: the command line, which tells flags from arguments without a name. None: all are
+        argv: the command line, which distinguishes flags from positional arguments. None: all are
             flags.
     """
     for key, value in settings.items():
@@ -70,7 +69,7 @@ def _waits(path: Name) -> str:
 
 
 def open_binary(path: Name, where: str = "") -> BinaryIO:
-    """Raises UserError for what is no regular file or cannot be opened."""
+    """Open a regular file. Raises UserError if it is not one or cannot be opened."""
     check(path, where)
     try:
         return open(path, "rb")
@@ -79,16 +78,15 @@ def open_binary(path: Name, where: str = "") -> BinaryIO:
 
 
 def read_text(path: Name, where: str = "", encoding: str = "utf-8") -> str:
-    """A whole file; newlines become "\\n". Raises UserError, for text that is not UTF-8 with the
-    byte, too."""
+    """The text of a file, with all newlines as "\\n". Raises UserError, which names the byte if the
+    text is not UTF-8."""
     with open_binary(path, where) as file:
         try:
             text = file.read().decode(encoding)
         except UnicodeDecodeError as error:
             found = f"byte {error.start} (0x{error.object[error.start]:02x})"
             raise UserError(
-                f"{where or path}: not UTF-8 at {found}; convert it to UTF-8, or take the right "
-                "file"
+                f"{where or path}: not UTF-8 at {found}; convert it to UTF-8, or name another file"
             ) from None
         except OSError as error:
             raise UserError(f"{where or path}: cannot be read ({reason(error)})") from None
@@ -96,23 +94,23 @@ def read_text(path: Name, where: str = "", encoding: str = "utf-8") -> str:
 
 
 def parse_json(text: str) -> Any:
-    """Raises ValueError for what is no JSON, for what is nested too deep to be read, too, and for
-    text that cannot be written as UTF-8 (half of a surrogate pair)."""
+    """Parse JSON. Raises ValueError if it is invalid, nested too deep, or contains text that cannot
+    be written as UTF-8 (half of a surrogate pair)."""
     try:
-        found = json.loads(text)
+        value = json.loads(text)
         if "\\u" in text:
-            json.dumps(found, ensure_ascii=False).encode()
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("nested too deep") from None
     except UnicodeEncodeError:
         raise ValueError(
             "half of a surrogate pair (\\ud800 to \\udfff), which is no text"
         ) from None
-    return found
+    return value
 
 
 def read_json(path: Name, where: str = "", encoding: str = "utf-8") -> Any:
-    """Raises UserError for a file that cannot be read or is no JSON."""
+    """Read JSON. Raises UserError for a file that cannot be read or is not JSON."""
     try:
         return parse_json(read_text(path, where, encoding))
     except UserError:

@@ -1,15 +1,15 @@
-"""Which dictionary a checkpoint's token ids are of: a fingerprint, saved with it and compared.
+"""A fingerprint of the dictionary, saved in checkpoints and compared when they are loaded.
 
-The state of a task with one dictionary gets, in every checkpoint,
+In every checkpoint, the state of a task with one dictionary contains
 
-    dictionary_fingerprint  {sha256, types}: of the symbols in the order of their ids, each with a
-                            newline behind it, and how many those are
+    dictionary_fingerprint  {sha256, types}: the digest of the symbols in the order of their ids,
+                            each followed by a newline, and their number
 
-Only the order of symbols gives ids their meaning: the counts in dict.txt are no part of it, nor is
-the filling at its end (madeupword0000, ...), in whose place symbols may come later. A checkpoint
-without a fingerprint, of before there were any, is judged by its number of types alone.
+Only the order of the symbols gives ids their meaning. The counts in dict.txt do not matter, nor
+does the padding at its end (madeupword0000, ...), which later symbols may replace. For an older
+checkpoint without a fingerprint only the size of the vocabulary is checked.
 
-The wrappers that ask for it are in patches/ (checkpoint_io.py, tasks.py).
+The wrappers in patches/ (checkpoint_io.py, tasks.py) call this module.
 """
 
 import hashlib
@@ -26,26 +26,26 @@ from .data_bin import DICTIONARY
 from .errors import UserError
 
 KEY = "dictionary_fingerprint"
-_FILLING = re.compile(r"madeupword\d+")  # fairseq/data/dictionary.py:195@0.12.2
+_PADDING = re.compile(r"madeupword\d+")  # fairseq/data/dictionary.py:195@0.12.2
 
 
-def fingerprint(dictionary: Dictionary, types: Optional[int] = None) -> Dict[str, Any]:
-    """Of the first `types` symbols, or of all but the filling."""
+def fingerprint(dictionary: Dictionary, size: Optional[int] = None) -> Dict[str, Any]:
+    """The fingerprint of the first `size` symbols, or of all without the padding."""
     symbols = dictionary.symbols
-    if types is None:
-        types = len(symbols)
-        while types and _FILLING.fullmatch(symbols[types - 1]):
-            types -= 1
-    text = "".join(f"{symbol}\n" for symbol in symbols[:types])
+    if size is None:
+        size = len(symbols)
+        while size and _PADDING.fullmatch(symbols[size - 1]):
+            size -= 1
+    text = "".join(f"{symbol}\n" for symbol in symbols[:size])
     return {
         "sha256": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(),
-        "types": types,
+        "types": size,
     }
 
 
 def check(task: FairseqTask, saved: Optional[Dict[str, Any]], checkpoint: str) -> None:
-    """Raise UserError if the task's dictionary is another than the one that a checkpoint was
-    trained with. One of fewer types is told of by the model, which does not fit."""
+    """Raise UserError if the task's dictionary is not the one that a checkpoint was trained with. A
+    smaller dictionary is left to the model, which then does not fit."""
     dictionary = getattr(task, "dictionary", None)
     if saved is None or not isinstance(dictionary, Dictionary):
         return
@@ -57,14 +57,15 @@ def check(task: FairseqTask, saved: Optional[Dict[str, Any]], checkpoint: str) -
         file = os.path.join(utils.split_paths(data)[0], DICTIONARY) if data else "the dictionary"
         raise UserError(
             f"{file}: not the dictionary of {checkpoint} (sha256 of its {saved['types']:,} symbols "
-            f"{own['sha256'][:12]}, the checkpoint's {saved['sha256'][:12]}), so that the same "
-            f"numbers are other tokens: use the {DICTIONARY} that the checkpoint was trained with"
+            f"{own['sha256'][:12]}, the checkpoint's {saved['sha256'][:12]}), so its "
+            f"ids mean other tokens: use the {DICTIONARY} that the checkpoint was trained with"
         )
 
 
 def note(state: Dict[str, Any], path: str) -> None:
-    """A checkpoint was loaded: compare, if a trainer is to go on from it, which leaves the task's
-    state alone (fairseq/trainer.py:497@0.12.2); else leave the file's name for the task."""
+    """After a checkpoint is loaded: compare at once if a trainer resumes from it, because a trainer
+    ignores the task's state (fairseq/trainer.py:497@0.12.2). Otherwise store the file's name for
+    the task."""
     task_state = state.get("task_state") or {}
     saved = task_state.get(KEY)
     if saved is not None:

@@ -115,10 +115,10 @@ def wrap_layer(layer: nn.Module, experts: Optional[nn.Module], min_params: int) 
     return fsdp_wrap(to_wrapping_precision(layer), min_num_params=min_params)
 
 
-# ---- Names and places
+# ---- Names and locations
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """Where a parameter of the model is: whole, or some numbers of a flat one."""
 
     parameter: nn.Parameter  # what the optimizer has
@@ -131,16 +131,16 @@ def is_sharded(model: nn.Module) -> bool:
     return has_FSDP and isinstance(model, FullyShardedDataParallel)
 
 
-def places(model: nn.Module) -> Dict[str, Place]:
+def locations(model: nn.Module) -> Dict[str, Location]:
     """The parameters under their names without FSDP, in the order that they have without it."""
     if not is_sharded(model):
-        return {name: Place(p, None, p.shape) for name, p in model.named_parameters()}
-    flattened: Dict[nn.Module, Dict[str, Place]] = {}
+        return {name: Location(p, None, p.shape) for name, p in model.named_parameters()}
+    flattened: Dict[nn.Module, Dict[str, Location]] = {}
     for module in model.modules():
         for flat in module.flat_params if isinstance(module, FlattenParamsWrapper) else ():
             start = 0
             for (_, owner, name), shape in zip(flat._param_infos, flat._param_shapes):
-                flattened.setdefault(owner, {})[name] = Place(flat, start, shape)
+                flattened.setdefault(owner, {})[name] = Location(flat, start, shape)
                 start += shape.numel()
     found = {}
     for prefix, module in model.named_modules():
@@ -149,9 +149,9 @@ def places(model: nn.Module) -> Dict[str, Place]:
             continue
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                found[prefix + name] = Place(parameter, None, parameter.shape)
-        for name, place in flattened.get(module, {}).items():
-            found[prefix + name] = place
+                found[prefix + name] = Location(parameter, None, parameter.shape)
+        for name, location in flattened.get(module, {}).items():
+            found[prefix + name] = location
     return found
 
 
@@ -170,15 +170,15 @@ def load_state_dict(self, state_dict, strict=True):
     model, state_dict = self.unwrapped_module, dict(state_dict)
     model.upgrade_state_dict(state_dict)
     if strict and hasattr(model, "check_state"):
-        shapes = {name: place.shape for name, place in places(self).items()}
+        shapes = {name: location.shape for name, location in locations(self).items()}
         buffers = self.named_buffers()
         shapes.update({_without_wrappers(name): buffer.shape for name, buffer in buffers})
         model.check_state(state_dict, shapes)
     return super(FullyShardedDataParallel, self).load_state_dict(state_dict, strict=strict)
 
 
-def _trained(model: nn.Module) -> Dict[str, Place]:
-    return {name: p for name, p in places(model).items() if p.parameter.requires_grad}
+def _trained(model: nn.Module) -> Dict[str, Location]:
+    return {name: p for name, p in locations(model).items() if p.parameter.requires_grad}
 
 
 def optimizer_numbers(model: nn.Module) -> Dict[nn.Parameter, int]:
@@ -193,25 +193,25 @@ def whole_optimizer_state(self, optimizer) -> Optional[Dict[str, Any]]:
     live = optimizer.state_dict()
     numbers, state = optimizer_numbers(self), {}
     whole: Dict[nn.Parameter, Dict[str, Any]] = {}  # by flat parameter
-    for i, place in enumerate(_trained(self).values()):
-        of_parameter = live["state"].get(numbers[place.parameter])
+    for i, location in enumerate(_trained(self).values()):
+        of_parameter = live["state"].get(numbers[location.parameter])
         if of_parameter is None:
             continue
-        if place.start is None:
+        if location.start is None:
             state[i] = of_parameter
             continue
-        if place.parameter not in whole:
-            whole[place.parameter] = {
-                key: _gather(self, value) if _is_like(value, place.parameter) else value
+        if location.parameter not in whole:
+            whole[location.parameter] = {
+                key: _gather(self, value) if _is_like(value, location.parameter) else value
                 for key, value in of_parameter.items()
             }
         if self.rank == 0:
-            end = place.start + place.shape.numel()
+            end = location.start + location.shape.numel()
             state[i] = {
-                key: value[place.start : end].view(place.shape).clone()
-                if _is_like(of_parameter[key], place.parameter)
+                key: value[location.start : end].view(location.shape).clone()
+                if _is_like(of_parameter[key], location.parameter)
                 else value
-                for key, value in whole[place.parameter].items()
+                for key, value in whole[location.parameter].items()
             }
     if self.rank != 0:
         return None
@@ -231,14 +231,14 @@ def own_optimizer_state(self, state_dict: Dict[str, Any]) -> Dict[str, Any]:
     state: Dict[int, Dict[str, Any]] = {}
     pieces: Dict[nn.Parameter, List[Dict[str, Any]]] = {}
     shapes: Dict[nn.Parameter, List[torch.Size]] = {}
-    for i, place in enumerate(_trained(self).values()):
+    for i, location in enumerate(_trained(self).values()):
         if i not in saved:
             continue
-        if place.start is None:
-            state[numbers[place.parameter]] = saved[i]
+        if location.start is None:
+            state[numbers[location.parameter]] = saved[i]
         else:
-            pieces.setdefault(place.parameter, []).append(saved[i])
-            shapes.setdefault(place.parameter, []).append(place.shape)
+            pieces.setdefault(location.parameter, []).append(saved[i])
+            shapes.setdefault(location.parameter, []).append(location.shape)
     for flat, of_parts in pieces.items():
         state[numbers[flat]] = own = dict(of_parts[0])
         for key, value in of_parts[0].items():

@@ -1,12 +1,12 @@
-"""One worker for one output: a lock file that says who works on it.
+"""Lock files that give one process at a time the right to write an output, and name it.
 
     with Lock(folder / "lock", f"--save-dir {folder}"):
         ...
 
-The file is made with O_EXCL, which is atomic on NFS too, holds its owner as JSON, and goes when the
-work is done. One that a killed process left is taken over: on its machine, when that process is
-gone. Who holds the file also has it flocked. That tells what a PID cannot, an owner in another
-container of this machine or a child that outlived its parent (where `descriptor` was passed on).
+The file is created with O_EXCL, which is atomic on NFS too, names its owner in JSON, and is removed
+when the work is done. If a killed process left it, another process on the same machine takes it
+over. The owner also holds a flock on the file. That detects what a PID cannot: an owner in another
+container of this machine, or a child that outlived its parent (where `descriptor` was passed on).
 """
 
 import atexit
@@ -37,14 +37,14 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 
 def beside(path: Union[str, Path]) -> Path:
-    """Where the lock of an output lies that is a file, or a folder that appears when all is done:
-    the same under all its names."""
+    """The path of the lock for an output file, or for a folder that appears when it is complete. It
+    is the same under all names of the output."""
     return Path(os.path.realpath(path) + ".lock")
 
 
 class Lock:
-    """Held from the start until `release` or the end of `with`. Raises UserError if somebody else
-    has it; `what` is the flag and value to name then."""
+    """Held from construction until `release` or the end of `with`. Raises UserError if another
+    process holds it; `what` is the flag and value that the message names."""
 
     def __init__(self, path: Path, what: str) -> None:
         self.path = path
@@ -54,7 +54,7 @@ class Lock:
             self.descriptor = self._take()
         except OSError as error:
             raise UserError(
-                f"{what}: cannot be written ({error.strerror}); choose another place"
+                f"{what}: cannot be written ({error.strerror}); choose another path"
             ) from error
         _held.add(self.descriptor)
         atexit.register(self.release)
@@ -66,7 +66,7 @@ class Lock:
         self.release()
 
     def release(self) -> None:
-        """Let others have it. A second time does nothing."""
+        """Release the lock. A second call does nothing."""
         if self.descriptor not in _held or os.getpid() != self.process:
             return
         with contextlib.suppress(OSError):
@@ -77,7 +77,7 @@ class Lock:
         atexit.unregister(self.release)
 
     def _take(self) -> int:
-        """The descriptor of the file, which is ours from now on."""
+        """Take the lock, and return the descriptor of its file."""
         while True:
             descriptor, is_new = _open(self.path)
             try:
@@ -90,13 +90,13 @@ class Lock:
             os.close(descriptor)  # its owner has just removed it
 
     def _claim(self, descriptor: int, is_new: bool) -> None:
-        """Write us into the file. Raises UserError if it has an owner."""
+        """Write this process into the file as its owner. Raises UserError if it has another."""
         if not is_new:
-            _owner_in(descriptor)  # who has just made it must be able to flock it
+            _owner_in(descriptor)  # gives the process that has just made it time to flock it
         flocked = _flock(descriptor)
         if flocked is False or not is_new:
             owner = _owner_in(descriptor)
-            # the kernel has let go of it, whatever the container's host name and PID were
+            # The kernel has released it, whatever the container's host name and PID were.
             gone = flocked and owner is not None and owner["boot"] == _boot() is not None
             alive = not gone and _is_alive(owner, os.fstat(descriptor).st_mtime)
             if flocked is False or alive:
@@ -118,10 +118,10 @@ class Lock:
             who = f"PID {owner['pid']} on {owner['host']} since {owner['since']}"
             who += f" ({owner['command']})"
             if not _is_alive(owner, 0):
-                who = f"a process that was left behind by {who}"
+                who = f"a process left behind by {who}"
         return (
             f"{self.what} is being worked on by {who}; wait for it, end it, or choose another "
-            f"place; if it is surely gone, delete {self.path}"
+            f"path; if it has certainly ended, delete {self.path}"
         )
 
 
@@ -131,7 +131,7 @@ def _open(path: Path) -> tuple:
         with contextlib.suppress(FileExistsError):
             return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644), True
         with contextlib.suppress(FileNotFoundError):  # gone in between
-            # O_NONBLOCK: a FIFO of that name must not let us wait
+            # O_NONBLOCK: do not wait if this is a FIFO.
             return os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW), False
 
 
@@ -144,7 +144,7 @@ def _is(path: Path, descriptor: int) -> bool:
 
 
 def _flock(descriptor: int) -> Optional[bool]:
-    """False if another has it; None where the file system knows no such thing."""
+    """False if another process holds it; None if the file system has no flock."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -166,19 +166,20 @@ def _ourselves() -> Dict[str, Any]:
 
 
 def _owner_in(descriptor: int) -> Optional[Dict[str, Any]]:
-    """Who wrote the file. None: nobody, in two seconds, or the file is no lock of ours."""
+    """The owner named in the file. None: it has none two seconds after it was written, or is no
+    lock of ours."""
     while True:
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            found = json.loads(os.pread(descriptor, 10_000, 0))
-            return {key: found[key] for key in ("pid", "host", "boot", "start", "since", "command")}
+            owner = json.loads(os.pread(descriptor, 10_000, 0))
+            return {key: owner[key] for key in ("pid", "host", "boot", "start", "since", "command")}
         if time.time() - os.fstat(descriptor).st_mtime > 2:
             return None
         time.sleep(0.1)
 
 
 def _is_alive(owner: Optional[Dict[str, Any]], written: float) -> bool:
-    """Whether the owner works; yes if in doubt."""
-    if owner is None:  # killed before it had written who it was, or an older version's lock
+    """Whether the owner is still running; yes if in doubt."""
+    if owner is None:  # killed before it wrote its name, or an older version's lock
         return time.time() - written < 60
     if owner["host"] != socket.gethostname():
         return True
@@ -189,7 +190,7 @@ def _is_alive(owner: Optional[Dict[str, Any]], written: float) -> bool:
     except ProcessLookupError:
         return False
     except OSError:
-        pass  # another user's
+        pass  # it is another user's
     return _start_of(owner["pid"]) == owner["start"]
 
 
@@ -200,9 +201,9 @@ def _boot() -> Optional[str]:
 
 
 def _start_of(pid: int) -> Optional[str]:
-    """When a process was started, in the kernel's ticks; None if it has ended or nobody knows."""
+    """When a process started, in the kernel's ticks; None if it has ended or this is unknown."""
     with contextlib.suppress(OSError, IndexError):
-        # the name of the program, in brackets, may hold anything; state is 3rd, start 22nd
+        # The program's name, in brackets, may contain anything; state is 3rd, start 22nd.
         rest = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
         return None if rest[0] in "ZX" else rest[19]
     return None

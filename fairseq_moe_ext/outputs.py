@@ -1,4 +1,4 @@
-"""Files that a flag names, to write: judged before the work, written whole or not at all."""
+"""Output files: checked before the work starts, and written completely or not at all."""
 
 import contextlib
 import json
@@ -13,10 +13,10 @@ from fairseq_moe_ext.errors import UserError
 def check(
     outputs: Iterable[Tuple[str, Optional[Path]]], overwrite: bool, inputs: Iterable[Path] = ()
 ) -> None:
-    """Raise UserError unless every output can be written without a loss.
+    """Raise UserError unless every output can be written without losing data.
 
     Args:
-        outputs: (flag, file); a file that is None is not written.
+        outputs: (flag, file); None: the file is not written.
         overwrite: existing files may be replaced.
         inputs: files and folders that the command reads; no output may be one of them, or replace
             a file in one of the folders.
@@ -27,7 +27,7 @@ def check(
         if path is None:
             continue
         where = f"{flag} {path}".strip()
-        there = _check_place(path, where)
+        there = _check_path(path, where)
         real = os.path.realpath(path)
         if real in taken:
             raise UserError(f"{where}: {taken[real]} is the same file; name another")
@@ -45,8 +45,8 @@ _FOLDERS = ("save_dir", "tensorboard_logdir", "results_path")
 
 
 def check_of_fairseq(given: Mapping[str, Any], spell: Callable[[str], str]) -> None:
-    """Raise UserError for flags of fairseq's, by name, that name a place where nothing can be
-    written. --log-file is appended to, and may be a device (/dev/stderr)."""
+    """Raise UserError for flags of fairseq that name a path which cannot be written. --log-file is
+    appended to, and may be a device (/dev/stderr)."""
     for name in _FOLDERS:
         path = given.get(name)
         while path and not os.path.lexists(path):
@@ -69,9 +69,9 @@ def check_of_fairseq(given: Mapping[str, Any], spell: Callable[[str], str]) -> N
         raise UserError(f"{where}: no folder {os.path.dirname(log)}; make it first")
 
 
-def _check_place(path: Path, where: str) -> bool:
-    """Whether there is a regular file that can be replaced. UserError for a place where nothing can
-    be written, or something else is."""
+def _check_path(path: Path, where: str) -> bool:
+    """Whether there is a regular file, which can be replaced. Raises UserError if the path cannot
+    be written or is something else."""
     try:
         kind = files.kind_of(os.lstat(path))
     except FileNotFoundError:
@@ -92,11 +92,15 @@ def _check_place(path: Path, where: str) -> bool:
 
 @contextlib.contextmanager
 def partial_file(path: Path, **how: Any) -> Iterator[IO]:
-    """A file to write under a temporary name of this process (`how`: for text, as open takes it),
-    renamed when all is there. Raises UserError where the place has become unfit since `check`."""
+    """A file to write, under a temporary name until it is complete. Raises UserError if the path
+    has become unfit since `check`.
+
+    Args:
+        how: arguments of `open` for a text file.
+    """
     partial = path.with_name(f".{path.name[:60]}.{os.getpid()}.tmp")
     try:
-        _check_place(path, str(path))
+        _check_path(path, str(path))
         with open(partial, "w" if how else "wb", **how) as file:
             yield file
         os.replace(partial, path)
@@ -108,12 +112,12 @@ def partial_file(path: Path, **how: Any) -> Iterator[IO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write the file, whole or not at all."""
-    # a path in the text may have bytes that are no UTF-8
+    """Write the file completely or not at all."""
+    # A path in the text may contain bytes that are not UTF-8.
     with partial_file(path, encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write the file, whole or not at all."""
+    """Write the file completely or not at all."""
     write_text(path, json.dumps(value, indent=1) + "\n")

@@ -1,8 +1,8 @@
 """The range of every numeric flag: one table for command lines, Hydra and --model-overrides.
 
-It covers the flags of stock fairseq that language models can use. Without it a number out of range
-would silently do something else (--batch-size 0: no limit), or end in an exception of fairseq far
-from the flag, perhaps after hours (--log-interval 0).
+It covers the flags of stock fairseq that language models can use. Without it, a number out of range
+would silently mean something else (--batch-size 0: no limit), or raise an exception of fairseq that
+does not name the flag, perhaps after hours (--log-interval 0).
 """
 
 import ast
@@ -24,9 +24,9 @@ class Range(NamedTuple):
     whole: bool = False
     open: bool = False  # above low
     below: bool = False  # below high
-    others: Tuple[float, ...] = ()  # with a meaning of their own
-    meaning: str = ""  # of those, or why there is a bound
-    items: Optional[int] = 0  # 0: one number; None: a list of any length; N: of that one
+    others: Tuple[float, ...] = ()  # values with a special meaning
+    meaning: str = ""  # of these values, or the reason for a bound
+    items: Optional[int] = 0  # 0: one number; None: a list of any length; N: of this length
 
     def __contains__(self, value: Any) -> bool:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -57,7 +57,7 @@ class Range(NamedTuple):
 
 _ANY = 2**53  # whole numbers that float64 holds
 _TENSOR = 2**31 - 1  # more rows or columns than any batch has
-_SIZE = 2**20  # of a model; a slip of the keyboard would fill the memory
+_SIZE = 2**20  # of a model; a typing error would fill the memory
 _SEED = 2**32 - 1
 
 COUNT = Range(0, _ANY, whole=True)
@@ -110,7 +110,7 @@ _GROUPS = {
     "update_freq": Range(1, _TENSOR, whole=True, items=None),
     "lr": WEIGHT._replace(items=None),
     "stop_min_lr": _or(-1, "never", WEIGHT),
-    # checkpoint; fairseq takes 0 for -1 in these, which who writes 0 does not expect
+    # checkpoint; fairseq treats 0 as -1 in these, which is not what 0 suggests
     "keep_interval_updates keep_last_epochs keep_best_checkpoints": _or(-1, "keeps all"),
     "keep_interval_updates_pattern": _or(-1, "no pattern"),
     "patience": _or(-1, "never stops early"),
@@ -190,21 +190,21 @@ RANGES: Dict[str, Range] = {
 
 
 def flag(name: str) -> str:
-    """moe_freq -> --moe-freq, as a command line has it."""
+    """moe_freq -> --moe-freq."""
     return "--" + name.replace("_", "-")
 
 
 def check(settings: Mapping[str, Any], spell: Callable[[str], str] = flag) -> None:
-    """Raise UserError for a number that is not in its range; others and None pass.
+    """Raise UserError for a number out of its range; other settings and None pass.
 
     Args:
-        settings: values by name, as of a command line or of a group of settings.
-        spell: a name as the user has written it.
+        settings: values by name, of a command line or a group of settings.
+        spell: gives a name as the user has written it.
     """
     for name, value in settings.items():
         range = RANGES.get(name)
         if range is None or value is None or (isinstance(value, str) and "${" in value):
-            continue  # the last: another setting's
+            continue  # the last refers to another setting
         require(range, value, spell(name))
 
 
@@ -216,7 +216,7 @@ def require(range: Range, value: Any, spelled: str) -> None:
 
 
 def _fits(range: Range, value: Any) -> bool:
-    if isinstance(value, str):  # "(0.9, 0.98)"; also where fairseq knows no type
+    if isinstance(value, str):  # "(0.9, 0.98)", or a number if fairseq has no type for it
         try:
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
@@ -230,7 +230,7 @@ def _fits(range: Range, value: Any) -> bool:
 
 
 def flatten(settings: Mapping[str, Any]) -> Iterator[Tuple[str, str, Any]]:
-    """(group, name, value) of settings in groups, as hydra has them."""
+    """(group, name, value) of each setting in Hydra's groups."""
     for group, inner in settings.items():
         if isinstance(inner, Mapping):
             for name, value in inner.items():

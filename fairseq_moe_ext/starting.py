@@ -1,7 +1,7 @@
-"""What is checked before a run starts, so that no mistake in a flag ends it after hours.
+"""Checks before a run starts, so that no mistake in a flag ends it after hours.
 
-`check_command_line` and `check_run` see the flags of fairseq's commands, as soon as they are parsed
-(patches/commands.py calls them); `check_trainer` what a trainer is made of (patches/trainer.py).
+patches/commands.py calls `check_command_line` and `check_run` as soon as the flags of a fairseq
+command are parsed; patches/trainer.py calls `check_trainer` with what a trainer is built from.
 """
 
 import ast
@@ -23,9 +23,9 @@ Spell = Callable[[str], str]
 
 
 def check_command_line(args: Any) -> None:
-    """Raise UserError for flags of a command of fairseq's that cannot be.
+    """Raise UserError for flags of a fairseq command that cannot work.
 
-    Training without anything of ours is left alone.
+    A training run that uses nothing of ours is not checked.
     """
     given = vars(args)
     training = "max_update" in given
@@ -34,12 +34,12 @@ def check_command_line(args: Any) -> None:
 
 
 def check_run(cfg: Mapping[str, Any]) -> None:
-    """As check_command_line, for the settings of fairseq-hydra-train, by group."""
+    """Like check_command_line, for the settings of fairseq-hydra-train, by group."""
     names = {"arch" if g == "model" else g: _name_of(inner) for g, inner in cfg.items()}
     if not _is_ours(names):
         return
     groups = {name: [group] for group, name, _ in ranges.flatten(cfg)}
-    # task and model refer to settings of other groups, which are where the user has set them
+    # task and model refer to settings of other groups, where the user has set them.
     for group, name, value in sorted(ranges.flatten(cfg), key=lambda s: s[0] in ("task", "model")):
         ranges.check({name: value}, f"{group}.{{}}".format)
     given = {name: value for _, name, value in ranges.flatten(cfg)}
@@ -122,9 +122,9 @@ _NOT_FOR_US = {
 def _check_what_is_not_here(given: Mapping[str, Any], spell: Spell) -> None:
     for name, reason in _NOT_FOR_US.items():
         if given.get(name):
-            raise UserError(f"{spell(name)}: {reason}: drop it")
+            raise UserError(f"{spell(name)}: {reason}: remove it")
     if given.get("profile") and not torch.cuda.is_available():
-        raise UserError(f"{spell('profile')} needs a GPU, and there is none here: drop it")
+        raise UserError(f"{spell('profile')} needs a GPU, and there is none here: remove it")
     # fairseq_cli/train.py:77@0.12.2 logs it and ends with status 0
     later = given.get("write_checkpoints_asynchronously")
     if later and importlib.util.find_spec("iopath") is None:
@@ -188,7 +188,7 @@ def _check_hypotheses(given: Mapping[str, Any], spell: Spell) -> None:
         raise UserError(f"{spell('score_reference')} is for fairseq-generate: drop it")
     for name, reason in _NOT_IN_GENERATION.items():
         if given.get(name):
-            raise UserError(f"{spell(name)}: {reason}: drop it")
+            raise UserError(f"{spell(name)}: {reason}: remove it")
 
 
 _NOT_IN_GENERATION = {
@@ -224,7 +224,7 @@ def _check_kinds(given: Mapping[str, Any], spell: Spell) -> None:
     name = given.get("arch")
     kind = ARCH_MODEL_REGISTRY.get(name) or MODEL_REGISTRY.get(name)
     if kind is not None and not issubclass(kind, FairseqLanguageModel):
-        raise UserError(f"{spell('arch')} {name} is no language model: use moe_lm_tiny, ...")
+        raise UserError(f"{spell('arch')} {name} is not a language model: use moe_lm_tiny, ...")
 
 
 def _check_search(given: Mapping[str, Any], spell: Spell) -> None:

@@ -21,7 +21,7 @@ from small_models import PAD, TYPES, make_task
 
 import fairseq_moe_ext
 from fairseq_moe_ext.expert_parallel import placement
-from fairseq_moe_ext.fully_sharded import is_sharded, places
+from fairseq_moe_ext.fully_sharded import is_sharded, locations
 
 BACKENDS = ["legacy_ddp", "pytorch_ddp", "fully_sharded"]
 ROWS, LENGTH, UPDATES = 8, 6, 5
@@ -166,7 +166,7 @@ def whole_parameters(model):
 def whole_gradients(model):
     """As whole_parameters."""
     whole, gradients = {}, {}
-    for name, place in places(model).items():
+    for name, place in locations(model).items():
         gradient = place.parameter.grad
         if gradient is None:  # frozen
             continue

@@ -41,7 +41,7 @@ class Flat(NamedTuple):
         total, length = sum(sizes), found[0].numel()
         if not 0 < length <= total:
             raise Misfit(f"{where} is of {length:,} numbers, and FSDP joined {total:,}")
-        found += [_at(pieces(place), keys) for place in range(1, math.ceil(total / length))]
+        found += [_at(pieces(number), keys) for number in range(1, math.ceil(total / length))]
         if any(piece.numel() != length for piece in found):
             raise Misfit(f"the pieces of {where} are of unequal length")
         whole = torch.cat(found)[:total] if len(found) > 1 else found[0].flatten()

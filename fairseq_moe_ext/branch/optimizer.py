@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..fully_sharded import is_sharded, places
+from ..fully_sharded import is_sharded, locations
 from ..moe.experts import TensorPerExpert
 from . import flat
 from .files import BranchFiles, State, flat_settings
@@ -189,7 +189,7 @@ def shapes(trainer: Any, files: BranchFiles) -> Dict[str, Tensor]:
             "--fp16-no-flatten-grads is given; give it",
         )
     return {
-        name: torch.empty(place.shape, device="meta")
-        for name, place in places(trainer.get_model()).items()
-        if place.parameter.requires_grad
+        name: torch.empty(location.shape, device="meta")
+        for name, location in locations(trainer.get_model()).items()
+        if location.parameter.requires_grad
     }

@@ -37,7 +37,7 @@ def expert_parts(files: BranchFiles, shared: State) -> List[Part]:
     local = _local_experts(lowest)
     if local == 0:  # a dense twin, whose only rank file holds nothing
         _check_one_run(files.shared, shared, files.ranks[min(files.ranks)], lowest)
-        return [Part(files.ranks[min(files.ranks)], lowest, 0, (), lambda place: lowest)]
+        return [Part(files.ranks[min(files.ranks)], lowest, 0, (), lambda number: lowest)]
     if experts % local != 0:
         raise UserError(
             f"{files.ranks[min(files.ranks)]}: has {local} experts a layer, which do not divide "
@@ -59,9 +59,9 @@ def expert_parts(files: BranchFiles, shared: State) -> List[Part]:
             f"{files.ranks[min(left)]} is left unread, as are all -rank- files from {needed} on: "
             f"{files.base} has {experts} experts, {local} in each file"
         )
-    place = placement(experts, process_count(), process_rank())
+    held = placement(experts, process_count(), process_rank())
     parts = []
-    for number in range(place.first // local, -(-(place.first + place.local) // local)):
+    for number in range(held.first // local, -(-(held.first + held.local) // local)):
         path = files.ranks[number]
         state = lowest if number == min(files.ranks) else load(path)
         _check_one_run(files.shared, shared, path, state)
@@ -71,7 +71,7 @@ def expert_parts(files: BranchFiles, shared: State) -> List[Part]:
                 f"{files.ranks[min(files.ranks)]} has {local}; they are of different runs"
             )
         start = number * local
-        used = range(max(place.first - start, 0), min(place.first + place.local - start, local))
+        used = range(max(held.first - start, 0), min(held.first + held.local - start, local))
         parts.append(Part(path, state, local, used, _replicas(files, state, number, needed)))
     return parts
 
@@ -80,10 +80,10 @@ def shared_pieces(files: BranchFiles, shared: State) -> Pieces:
     """Opens FSDP's shared files, one of each process."""
 
     @functools.cache
-    def piece(place: int) -> State:
-        if not files.shards and place == 0:  # one process's, or renamed
+    def piece(number: int) -> State:
+        if not files.shards and number == 0:  # one process's, or renamed
             return shared
-        return _opened(files.shards.get(place), f"shared-shard{place}", files, shared)
+        return _opened(files.shards.get(number), f"shared-shard{number}", files, shared)
 
     return piece
 
@@ -92,9 +92,9 @@ def _replicas(files: BranchFiles, state: State, rank: int, stride: int) -> Piece
     """Opens the files of the processes with the same experts, among which FSDP shards these."""
 
     @functools.cache
-    def piece(place: int) -> State:
-        other = rank + place * stride
-        if place == 0:
+    def piece(number: int) -> State:
+        other = rank + number * stride
+        if number == 0:
             return state
         return _opened(files.ranks.get(other), f"rank-{other}-shard{other}", files, state)
 

@@ -19,9 +19,9 @@ def expert_indices(trainer: Trainer) -> Dict[str, int]:
 
 
 def trained_parameters(trainer: Trainer) -> List[str]:
-    places = fully_sharded.places(trainer.get_model())
+    locations = fully_sharded.locations(trainer.get_model())
     parameters = itertools.chain(
-        ((name, place.parameter) for name, place in places.items()),
+        ((name, location.parameter) for name, location in locations.items()),
         trainer.get_criterion().named_parameters(),
     )
     return [name for name, parameter in parameters if parameter.requires_grad]

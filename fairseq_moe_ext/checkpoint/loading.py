@@ -1,4 +1,4 @@
-"""The files of a checkpoint as the experts of this process, whoever wrote them."""
+"""Loads a checkpoint with the experts of this process, however many processes wrote it."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def read_mapped(file: Any, map_location: Any = None) -> Any:
 
 
 def load(stock: Callable[..., Any], path: str, *args: Any, **kwargs: Any) -> Dict[str, Any]:
-    """What fairseq's load_checkpoint_to_cpu, `stock`, makes of a file, with this process's experts,
-    whoever wrote them."""
+    """The state that fairseq's load_checkpoint_to_cpu, `stock`, loads, with this process's
+    experts."""
     refuse_folder(path)
     under_way = context.loading.get()
     together = under_way is not None and saves_together(under_way.trainer)
@@ -52,20 +52,21 @@ def load(stock: Callable[..., Any], path: str, *args: Any, **kwargs: Any) -> Dic
 
 
 def _with_settings(path: str, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A state with its settings as omegaconf's; UserError if they cannot be."""
+    """A state with its settings as omegaconf has them. UserError if they cannot be converted."""
     try:
         return stock(path, *args, **kwargs)
     except (HydraException, OmegaConfBaseException, AttributeError, KeyError, TypeError) as error:
         raise UserError(
             f"{path}: its settings cannot be read ({str(error).splitlines()[0]}): it is damaged or "
-            "of another version of fairseq"
+            "was written by another version of fairseq; use another checkpoint"
         ) from error
 
 
 def _name_the_optimizer_as_here(state: Dict[str, Any], trainer: Trainer) -> None:
-    """With --bf16 fairseq's FP16Optimizer keeps float32 parameters for an optimizer, and its state
-    is that of the optimizer; FSDP has them itself, and the optimizer no wrapper. A run goes on with
-    either, though fairseq/trainer.py:597@0.12.2 compares names."""
+    """Rename the saved optimizer if only its wrapper differs. With --bf16 fairseq's FP16Optimizer
+    keeps float32 parameters for an optimizer, and its state is the optimizer's; FSDP keeps them
+    itself and needs no wrapper. Either can resume from the other, but stock compares the names
+    (fairseq/trainer.py:597@0.12.2)."""
     history = state.get("optimizer_history")
     if not history or state.get("last_optimizer_state") is None:
         return
@@ -81,7 +82,7 @@ def _name_the_optimizer_as_here(state: Dict[str, Any], trainer: Trainer) -> None
 
 
 def refuse_folder(path: str) -> None:
-    """Raise UserError for a folder, FIFO, ... where a checkpoint is wanted."""
+    """Raise UserError if a checkpoint's path is a folder, FIFO, ..."""
     if os.path.isdir(path):
         raise UserError(f"{path}: is a folder; name a checkpoint in it, *.pt")
     if os.path.exists(path):
@@ -89,7 +90,7 @@ def refuse_folder(path: str) -> None:
 
 
 def check_kind(path: str, state: Any) -> None:
-    """Raise UserError for what is no checkpoint, or a part of one."""
+    """Raise UserError for a state that is not a checkpoint, or only a part of one."""
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise UserError(f"{path}: not a checkpoint of fairseq: there is no model in it")
     if is_piece(state):
@@ -99,9 +100,10 @@ def check_kind(path: str, state: Any) -> None:
 
 
 def _with_own_experts(path: str, state: Dict[str, Any]) -> Dict[str, Any]:
-    """The state of a checkpoint, of which the tensors are mapped -> that of this process. Only the
-    tensors of the model are mapped there, which are copied anyhow: who kept one would keep the
-    space of a file that is removed."""
+    """The state of a checkpoint, whose tensors are mapped -> that of this process.
+
+    Only the model's tensors stay mapped, which are copied later anyway. A mapped tensor that is
+    kept would keep the disk space of a file that is removed."""
     kept = {"model", "last_optimizer_state"}
     state = {key: value if key in kept else _copy(value) for key, value in state.items()}
     manifest = Manifest.read(path, state)
@@ -112,14 +114,14 @@ def _with_own_experts(path: str, state: Dict[str, Any]) -> Dict[str, Any]:
         copy = _itself  # FSDP copies the pieces that it takes
     if manifest is not None:
         indices = manifest.indices
-        place = placement(manifest.num_experts, process_count(), process_rank())
-        pieces = open_pieces(path, manifest, place)
+        held = placement(manifest.num_experts, process_count(), process_rank())
+        pieces = open_pieces(path, manifest, held)
     else:
         whole = {name: value for name, value in state["model"].items() if is_expert(name)}
         if process_count() == 1 or not whole:
             return {**state, "last_optimizer_state": copy(optimizer)} if trainer else state
         num_experts = len(next(iter(whole.values())))
-        place = placement(num_experts, process_count(), process_rank())
+        held = placement(num_experts, process_count(), process_rank())
         indices, saved = {}, {}
         if optimizer is not None and trainer is not None:
             indices, saved = _indices_in(optimizer, path, trainer), optimizer["state"]
@@ -127,7 +129,7 @@ def _with_own_experts(path: str, state: Dict[str, Any]) -> Dict[str, Any]:
         pieces = [Piece("", 0, num_experts, whole, by_name)]
     model = {n: t for n, t in state["model"].items() if not is_expert(n)}
     for name in pieces[0].model:
-        model[name] = _rows(place, [(piece, piece.model[name]) for piece in pieces])
+        model[name] = _rows(held, [(piece, piece.model[name]) for piece in pieces])
     state = {**state, "model": model}
     if optimizer is None:
         return state
@@ -138,7 +140,7 @@ def _with_own_experts(path: str, state: Dict[str, Any]) -> Dict[str, Any]:
         )
         own = copy(own)
         for name in pieces[0].optimizer:
-            own[indices[name]] = _own_optimizer_state(path, place, name, pieces)
+            own[indices[name]] = _own_optimizer_state(path, held, name, pieces)
         state["last_optimizer_state"] = {**optimizer, "state": own}
     else:
         del state["last_optimizer_state"]  # it lacks the experts' part
@@ -150,19 +152,19 @@ def _trainer_that_wants_optimizer() -> Optional[Trainer]:
     return loading.trainer if loading is not None and loading.optimizer else None
 
 
-def open_pieces(path: str, manifest: Manifest, place: Placement) -> List[Piece]:
+def open_pieces(path: str, manifest: Manifest, held: Placement) -> List[Piece]:
     """The expert files that hold experts of this process."""
-    end = place.first + place.local
+    end = held.first + held.local
     return [
-        # each file is checked by one process, that of its first expert
-        _open_piece(path, file, manifest.save, place.first <= file.first)
+        # One process checks a file: the one that holds its first expert.
+        _open_piece(path, file, manifest.save, held.first <= file.first)
         for file in manifest.files
-        if file.first < end and place.first < file.end
+        if file.first < end and held.first < file.end
     ]
 
 
 def _open_piece(path: str, file: ExpertFile, save: str, check: bool) -> Piece:
-    """A file of experts; its tensors are mapped."""
+    """Open a file of experts; its tensors are mapped."""
     name = file.path(path)
     if not os.path.isfile(name):
         raise UserError(
@@ -172,7 +174,7 @@ def _open_piece(path: str, file: ExpertFile, save: str, check: bool) -> Piece:
     size = os.path.getsize(name)
     if size != file.bytes:
         raise UserError(
-            f"{name}: {size:,} bytes, expected {file.bytes:,} by {path}; it is truncated or of "
+            f"{name}: {size:,} bytes, expected {file.bytes:,} by {path}; it is truncated or from "
             "another run: copy it again, or load another checkpoint"
         )
     try:
@@ -189,7 +191,7 @@ def _open_piece(path: str, file: ExpertFile, save: str, check: bool) -> Piece:
             f"{name}: of save {piece.save}, but {path} is of save {save}: files of two runs are "
             f"mixed; copy a checkpoint and its folder {FOLDER} together"
         )
-    # after what says more of a file of another run, or with code in it
+    # Checked last: the errors above say more about a file of another run, or one with code in it.
     if check and file.sha256 is not None:
         check_digest(name, file.sha256, path)
     elif check:
@@ -198,36 +200,35 @@ def _open_piece(path: str, file: ExpertFile, save: str, check: bool) -> Piece:
 
 
 def check_optimizer_parts(path: str, pieces: List[Piece], names: Iterable[str], flag: str) -> None:
-    """Raise UserError where a file lacks what the optimizer remembers of its experts, though others
-    have theirs, or the rest of the model, of which `names` are the experts' parameters, has."""
+    """Raise UserError if a file lacks the optimizer state of its experts although other files have
+    theirs, or the rest of the model does. `names`: the experts' parameters."""
     wanted = set(names).union(*(piece.optimizer for piece in pieces))
     for piece in pieces:
         missing = sorted(wanted - piece.optimizer.keys())
         if missing:
             raise UserError(
                 f"{path}: the optimizer state of {missing[0]} is missing for experts {piece.first} "
-                f"to {piece.first + piece.count - 1}, and is there for others: copy the checkpoint "
-                f"again, or add {flag} to go on with none"
+                f"to {piece.first + piece.count - 1}, but not for others: copy the checkpoint "
+                f"again, or add {flag} to start with a new one"
             )
 
 
-def _rows(place: Placement, parts: List[Tuple[Piece, Tensor]]) -> Tensor:
-    """Rows of this process out of tensors (count, ...) of some files -> (local, ...), in memory of
-    its own."""
-    end = place.first + place.local
+def _rows(held: Placement, parts: List[Tuple[Piece, Tensor]]) -> Tensor:
+    """The experts of this process, (local, ...), copied from tensors (count, ...) of some files."""
+    end = held.first + held.local
     rows = [
-        tensor[max(place.first - piece.first, 0) : max(end - piece.first, 0)]
+        tensor[max(held.first - piece.first, 0) : max(end - piece.first, 0)]
         for piece, tensor in parts
     ]
     return torch.cat(rows)
 
 
 def _own_optimizer_state(
-    path: str, place: Placement, name: str, pieces: List[Piece]
+    path: str, held: Placement, name: str, pieces: List[Piece]
 ) -> Dict[str, Any]:
-    """What the optimizer remembers of a parameter of experts."""
+    """The optimizer state of a parameter of experts, for this process's experts."""
     states = [piece.optimizer[name] for piece in pieces]
-    same_experts = len(pieces) == 1 and pieces[0].count == place.local
+    same_experts = len(pieces) == 1 and pieces[0].count == held.local
     own = {}
     for key, value in states[0].items():
         of_each = [
@@ -235,26 +236,26 @@ def _own_optimizer_state(
             for piece, s in zip(pieces, states)
         ]
         if all(of_each):
-            own[key] = _rows(place, [(piece, s[key]) for piece, s in zip(pieces, states)])
+            own[key] = _rows(held, [(piece, s[key]) for piece, s in zip(pieces, states)])
         elif not isinstance(value, Tensor) or value.numel() == 1 or same_experts:
             own[key] = _copy(value)
         else:
             raise UserError(
                 f"{path}: the optimizer's {key} of {name} joins several experts, or is damaged, "
-                "and cannot be spread over another number of processes: use as many as wrote it, "
+                "and cannot be sharded over another number of processes: use as many as wrote it, "
                 "or --reset-optimizer"
             )
     return own
 
 
 def _indices_in(optimizer: Dict[str, Any], path: str, trainer: Trainer) -> Dict[str, int]:
-    """As `expert_indices`, for the state in a single file, which does not say."""
+    """Like `expert_indices`, for the state in a single file, which does not list them."""
     names = trained_parameters(trainer)
     saved = sum(len(group["params"]) for group in optimizer["param_groups"])
     if saved != len(names):
         raise UserError(
-            f"{path}: its optimizer state is of {saved} tensors, the model has {len(names)} "
-            "parameters (--fp16 on one process joins them all into one), so it cannot be spread "
+            f"{path}: its optimizer state has {saved} tensors, the model has {len(names)} "
+            "parameters (--fp16 on one process joins them all into one), so it cannot be sharded "
             f"over {process_count()} processes: add --reset-optimizer"
         )
     return expert_indices(trainer)
@@ -265,7 +266,7 @@ def _itself(state: Any) -> Any:
 
 
 def _copy(state: Any) -> Any:
-    """Tensors that were mapped, in memory of their own."""
+    """The state with all tensors copied out of the mapped file."""
     if isinstance(state, Tensor):
         return state.clone()
     if isinstance(state, dict):

@@ -89,17 +89,17 @@ def with_experts_apart(trainer: Trainer, state: Dict[str, Any], filename: str) -
 def _write_own_experts(trainer: Trainer, save_dir: str, save: str) -> List[ExpertFile]:
     """On all ranks at once. Returns the manifest's list of files; raises UserError, on rank 0 only
     as the others hear it from there, if one could not be written."""
-    place = placement(trainer.cfg.model.moe_expert_count, process_count(), dist.get_rank())
+    held = placement(trainer.cfg.model.moe_expert_count, process_count(), dist.get_rank())
     entry, failure = None, None
-    if dist.get_rank() == place.replicas[0]:
-        name = file_name(save, place.first, place.local)
+    if dist.get_rank() == held.replicas[0]:
+        name = file_name(save, held.first, held.local)
         path = os.path.join(save_dir, name)
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            piece = Piece(save, place.first, place.local, *_own_experts(trainer))
+            piece = Piece(save, held.first, held.local, *_own_experts(trainer))
             check_weights(piece.model.items(), os.path.join(save_dir, FOLDER), saving=True)
             write(piece.write(), path)
-            entry = describe(name, place.first, place.local, path)
+            entry = describe(name, held.first, held.local, path)
         except Exception as error:
             if not isinstance(error, UserError):
                 logger.exception("writing experts failed")
@@ -113,10 +113,10 @@ def _write_own_experts(trainer: Trainer, save_dir: str, save: str) -> List[Exper
 
 def _own_experts(trainer: Trainer) -> Tuple[Dict[str, Any], Dict[str, Any]]:
     """The parameters of this process's experts and their optimizer state, on the CPU."""
-    places = fully_sharded.places(trainer.get_model())
-    own = {name: place.parameter for name, place in places.items() if is_expert(name)}
-    for name, place in places.items():
-        if hasattr(place.parameter, "expert") != (name in own):
+    locations = fully_sharded.locations(trainer.get_model())
+    own = {name: location.parameter for name, location in locations.items() if is_expert(name)}
+    for name, location in locations.items():
+        if hasattr(location.parameter, "expert") != (name in own):
             # trained as one thing and saved as the other, it would be lost on all ranks but one
             raise RuntimeError(f"{name}: marked as an expert's parameter or named as one, not both")
     optimizer = {}

@@ -1,4 +1,4 @@
-"""What a training names to begin from, and the folder it saves to, before it begins."""
+"""Checks the checkpoint that a training starts from, and locks the folder that it saves to."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from ..locks import Lock
 from .loading import refuse_folder
 
 _DEFAULT = "checkpoint_last.pt"  # fairseq/dataclass/configs.py:647@0.12.2
-_lock: Optional[Lock] = None  # of the --save-dir that this process trains into
+# The lock on the --save-dir that this process trains into: one training at a time, process-wide.
+_lock: Optional[Lock] = None
 
 
 def hold(save_dir: str) -> None:
-    """Have the folder for this training alone, until it ends."""
-    _release()  # of what this process trained before
+    """Lock the folder for this training until it ends."""
+    _release()  # the folder that this process trained into before
     global _lock
     os.makedirs(save_dir, exist_ok=True)
     _lock = Lock(Path(save_dir) / "lock", f"--save-dir {save_dir}")
@@ -33,6 +34,7 @@ def _release() -> None:
 
 
 def then_release(main: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run a training, and unlock its folder at the end."""
     try:
         return main(*args, **kwargs)
     finally:
@@ -40,20 +42,20 @@ def then_release(main: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def check_inputs(cfg: Any, suffix: str = "") -> None:
-    """Raise UserError for a checkpoint to begin from that is named and is none; stock trains from
-    scratch then (fairseq/trainer.py:465@0.12.2 wants a regular file)."""
+    """Raise UserError if a checkpoint to start from is named but is not one. Stock then trains from
+    scratch, because it looks for a regular file (fairseq/trainer.py:465@0.12.2)."""
     if cfg.finetune_from_model is not None and (
         cfg.restore_file != _DEFAULT or cfg.reset_optimizer or cfg.reset_lr_scheduler
         or cfg.reset_meters or cfg.reset_dataloader
     ):  # fmt: skip
-        return  # stock refuses that
+        return  # stock rejects that
     last = os.path.join(cfg.save_dir, f"checkpoint_last{suffix}.pt")
     if cfg.restore_file != _DEFAULT:
         restored = cfg.restore_file.replace(".pt", suffix + ".pt")
         _check(f"--restore-file {cfg.restore_file}", restored)
     elif os.path.lexists(last):
         _check(last, last)
-    else:  # else these are of an earlier start, and are not read
+    else:  # a resumed run does not read these
         for flag in ("continue_once", "finetune_from_model"):
             value = getattr(cfg, flag, None)
             if value is not None:

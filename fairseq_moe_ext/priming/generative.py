@@ -38,8 +38,7 @@ def read_translation(folder: Path, settings: Settings, split: int) -> List[Text]
         raise UserError("--languages: translation needs them, for example --languages en-fr")
     paths = []
     for language in settings.languages:
-        names = _TRANSLATION[split]
-        names = tuple(name.format(language) for name in names)
+        names = tuple(name.format(language) for name in _TRANSLATION[split])
         paths.append(find_file(folder, names, _TRANSLATION_ORIGIN))
     sides = []
     for path in paths:
@@ -108,7 +107,8 @@ def _evaluate(
     room = loaded.context - max_new
     head = f"{name}, {count(shots, 'shot')}"
     generator = Generator(loaded.model, settings.beam, loaded.max_tokens, head)
-    found, answers, left_out = [], [], []
+    found, left_out = [], []
+    answers: List[str] = []
     too_long = sum(len(question) > room for question in questions)
     for number in range(settings.draws if shots else 1):
         drawn = draw(len(examples), shots, settings.seed, number) if shots else []

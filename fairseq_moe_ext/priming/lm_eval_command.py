@@ -33,7 +33,8 @@ def run(argv: List[str]) -> None:
         named = any(word.split("=")[0] in ("--model", "-M") for word in words)
         argv = ["run", *([] if named else ["--model", harness.MODEL]), *words]
     sys.argv = ["lm-eval", *argv]
-    argparse.ArgumentParser.error = OneLineParser.error  # of lm-eval's own parsers
+    # of lm-eval's own parsers
+    argparse.ArgumentParser.error = OneLineParser.error  # type: ignore[method-assign, assignment]
     with model.processes(cpu="cpu" in argv):
         if process_rank():
             # each process has all results; lm-eval writes those of local rank 0

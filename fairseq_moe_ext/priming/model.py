@@ -14,6 +14,7 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from fairseq.models import FairseqLanguageModel
 from tqdm import tqdm
 
 from ..data_bin import DICTIONARY
@@ -86,7 +87,7 @@ def processes(cpu: bool) -> Iterator[None]:
 
 def load(
     path: Path, data: Path, cpu: bool = False, fp16: bool = False, overrides: Optional[str] = None
-) -> torch.nn.Module:
+) -> FairseqLanguageModel:
     """The model, for evaluation, without capacity.
 
     Args:
@@ -112,8 +113,9 @@ def load(
 
 def load_in_context(
     path: Path, data: Path, context: Optional[int], *how: Any
-) -> Tuple[torch.nn.Module, int]:
-    """The model, and the tokens of a prompt: `context`, or what the model takes. `how`: as load."""
+) -> Tuple[FairseqLanguageModel, int]:
+    """The model, and the length of a prompt in tokens: `context`, or the longest that the model
+    accepts. `how`: as load."""
     model = load(path, data, *how)
     longest = model.max_positions()
     if context is not None and context > longest:
@@ -130,7 +132,7 @@ class ModelScorer:
     its own.
     """
 
-    def __init__(self, model: torch.nn.Module, batch_tokens: int, progress: str = "") -> None:
+    def __init__(self, model: FairseqLanguageModel, batch_tokens: int, progress: str = "") -> None:
         self.model = model
         self.batch_tokens = batch_tokens
         self.progress = progress
@@ -180,7 +182,7 @@ class ModelScorer:
         """`share`: some batch shares first tokens, so that all processes go two ways each time."""
         device = next(self.model.parameters()).device
         length = max((len(row.tokens) for row in rows), default=1)
-        inputs = torch.full((len(rows), length), PAD)  # (B, L)
+        inputs = torch.full((len(rows), length), PAD)  # (B, S)
         for i, row in enumerate(rows):
             inputs[i, : len(row.tokens)] = torch.tensor((row.follows, *row.tokens[:-1]))
         inputs = inputs.to(device)

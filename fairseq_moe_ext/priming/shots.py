@@ -1,6 +1,6 @@
 """Examples before the question: their draws, and how many fit into the context."""
 
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union, overload
 
 import numpy as np
 
@@ -63,7 +63,7 @@ def spread(values: Sequence[float]) -> Optional[float]:
 
 
 class Pool(Sequence[List[int]]):
-    """Examples that are encoded when they are drawn: there may be hundreds of thousands."""
+    """Examples, encoded only when they are drawn, as there may be hundreds of thousands."""
 
     def __init__(self, texts: Sequence[str], encode: Callable[[str], List[int]]) -> None:
         self._texts = texts
@@ -72,5 +72,13 @@ class Pool(Sequence[List[int]]):
     def __len__(self) -> int:
         return len(self._texts)
 
-    def __getitem__(self, i: int) -> List[int]:
+    @overload
+    def __getitem__(self, i: int) -> List[int]: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> List[List[int]]: ...
+
+    def __getitem__(self, i: Union[int, slice]) -> Union[List[int], List[List[int]]]:
+        if isinstance(i, slice):
+            return [self._encode(text) for text in self._texts[i]]
         return self._encode(self._texts[i])

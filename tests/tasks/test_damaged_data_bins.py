@@ -84,11 +84,11 @@ KINDS = {
     "no whole numbers": (rewrite(dtype=np.float64, code=6), OF_TYPE + "6"),
     "beyond the dictionary": (
         rewrite([*GOOD, [60000, 2]]),
-        r"test\.bin: has the token 60000, and the dictionary 12 types",
+        r"test\.bin: token id 60000 is outside the dictionary \(12 entries\)",
     ),
     "negative token": (
         rewrite([*GOOD, [-3, 2]], dtype=np.int32, code=4),
-        r"test\.bin: has the token -3, and the dictionary 12 types",
+        r"test\.bin: token id -3 is outside the dictionary \(12 entries\)",
     ),
 }
 
