@@ -228,7 +228,7 @@ MIXTURE += " --moe-expert-count 2 --batch-size 4 --max-update 1"
     [
         ("--batch-size 0", "--batch-size 0 is out of range: use a whole number from 1"),
         ("--lr -1", "--lr [-1.0] is out of range: use one or more of them, each a number from 0"),
-        ("--update-freq 1.5", "argument --update-freq: '1.5' is no whole number"),
+        ("--update-freq 1.5", "argument --update-freq: '1.5' is not a whole number"),
         ("--batch-size-valid 1.5", "--batch-size-valid 1.5 is out of range"),
         ("--best-checkpoint-metric los", "los: validation on valid does not give it; it gives"),
         ("--best-checkpoint-metric big_pppl", "in_domain_ppl, out_of_domain_ppl"),
@@ -279,7 +279,9 @@ def test_a_user_dir_that_is_no_package(tmp_path):
 
     (tmp_path / "file").write_text("x")
     for folder in (tmp_path / "file", "/"):
-        with pytest.raises(UserError, match=f"^--user-dir {folder}: no folder of a Python package"):
+        with pytest.raises(
+            UserError, match=f"^--user-dir {folder}: not the folder of a Python package"
+        ):
             utils.import_user_module(Namespace(user_dir=str(folder)))
 
 

@@ -1,28 +1,27 @@
-"""Checkpoints of experts that are spread over processes, for any number of processes.
+"""Checkpoints of experts on several processes, which any number of processes can load.
 
-One process writes fairseq's single file, with all experts. Of W processes, rank 0 writes that file
-without the experts, and each set of experts is written by one of the processes that hold it:
+A single process writes fairseq's single file, with all experts. With several processes, rank 0
+writes that file without the experts, and one of the processes that hold a set of experts writes it:
 
     checkpoint_last.pt             all but the experts, and "experts": the manifest
     experts/<save>-<first>-<count>.pt   count experts from `first` on, and their optimizer state
 
-The name <save> is new for every save, so that files of two saves never mix, and the expert files
-come first: a file checkpoint*.pt refers to nothing that is not whole on disk. Its copies
-(checkpoint_best.pt) refer to the same expert files, which go when no *.pt of the folder refers to
-them any more.
+The name <save> is new for every save, so that files of two saves never mix. The expert files are
+written first, so all files that a checkpoint*.pt refers to are complete. Its copies
+(checkpoint_best.pt) refer to the same expert files, which are deleted when no *.pt in the folder
+refers to them.
 
     format.py     the keys and names in these files, read and written
-    experts.py    which parameters are experts', and what numbers the optimizer gives them
-    writing.py    one file, there whole or not at all
+    experts.py    the parameters of experts, and their numbers in the optimizer
+    writing.py    writes a file completely or not at all
     intact.py     whether a file is as it was written
     saving.py     all processes together: the expert files, then rank 0's
-    cleanup.py    expert files to which nothing refers
-    settings.py   what a file may ask to be built, checked before
-    loading.py    the files -> the experts of this process, whoever wrote them
-    starting.py   the files that a training names, and its folder, held for it alone
-    resuming.py   trainers that load, and what they are refused
-    collective.py what processes tell each other
+    cleanup.py    expert files that nothing refers to
+    settings.py   checks what a file asks to be built
+    loading.py    the files -> the experts of this process
+    starting.py   the checkpoint that a training starts from, and the lock on its folder
+    resuming.py   checks when a trainer resumes
+    collective.py messages between processes
 
-fairseq's functions that ask for them are wrapped in patches/checkpoint_io.py and
-patches/trainer.py.
+patches/checkpoint_io.py and patches/trainer.py wrap the functions of fairseq that call them.
 """

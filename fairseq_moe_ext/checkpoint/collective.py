@@ -1,4 +1,4 @@
-"""What processes tell each other."""
+"""Messages between processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..expert_parallel import all_gather
 
 
 def broadcast(word: Any) -> Any:
-    """Rank 0's word, on all ranks."""
+    """Rank 0's value, on all ranks."""
     box = [word]
     dist.broadcast_object_list(box, src=0)
     return box[0]
@@ -25,7 +25,7 @@ def broadcast(word: Any) -> Any:
 
 @contextlib.contextmanager
 def same_error_on_all_ranks() -> Iterator[None]:
-    """What fails on one rank fails on all, so that none waits for it."""
+    """Raise the error of one rank on all ranks, so that none waits for it."""
     failure = None
     try:
         yield
@@ -51,7 +51,7 @@ def check_code_versions() -> None:
 
 @functools.cache
 def code_version() -> str:
-    """What tells two versions of this package apart, and of torch."""
+    """A string that identifies the versions of this package and of torch."""
     folder = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     digest = hashlib.sha256()
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), "**", "*.py"), recursive=True)):

@@ -1,4 +1,4 @@
-"""Which parameters are experts', and their numbers in the optimizer."""
+"""The parameters of experts, and their numbers in the optimizer."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ..expert_parallel import is_expert, process_count
 
 
 def expert_indices(trainer: Trainer) -> Dict[str, int]:
-    """Name of each parameter of experts -> its number in a saved state of the optimizer, which gets
-    the parameters in this order (fairseq/trainer.py:293@0.12.2) unless they are sharded."""
+    """Name of each parameter of experts -> its number in a saved optimizer state. The optimizer
+    gets the parameters in this order (fairseq/trainer.py:293@0.12.2) unless they are sharded."""
     names = trained_parameters(trainer)
     return {name: i for i, name in enumerate(names) if is_expert(name)}
 
@@ -28,7 +28,7 @@ def trained_parameters(trainer: Trainer) -> List[str]:
 
 
 def saves_together(trainer: Trainer) -> bool:
-    """Whether all processes take part in saving, and each reads what is loaded."""
+    """Whether all processes take part in saving and loading."""
     sharded = fully_sharded.is_sharded(trainer.get_model())
     return has_spread_experts(trainer) or (process_count() > 1 and sharded)
 

@@ -1,4 +1,4 @@
-"""Trainers that load a checkpoint, and what they are refused."""
+"""Checks when a trainer resumes from a checkpoint."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def reading(
     shapes: Optional[Dict[str, Any]],
     everywhere: bool,
 ) -> Iterator[None]:
-    """While a trainer loads a checkpoint. Stock loads on rank 0 and sends the state round
-    (fairseq/trainer.py:497@0.12.2); experts differ.
+    """The context in which a trainer loads a checkpoint. Stock loads on rank 0 and broadcasts the
+    state (fairseq/trainer.py:497@0.12.2), but experts differ between processes.
 
     Args:
         optimizer: its state is wanted.
         shapes: of the parameters, for an optimizer state of the branch.
-        everywhere: all ranks read, even where none has experts of its own.
+        everywhere: all ranks read, even if none has its own experts.
     """
     refuse_folder(filename)
     settings = trainer.cfg.checkpoint
@@ -65,7 +65,7 @@ def reading(
 
 
 def check(trainer: Trainer, filename: str, optimizer: bool) -> None:
-    """Raise UserError for what a trainer has loaded and cannot go on from."""
+    """Raise UserError for a loaded state that training cannot continue from."""
     with same_error_on_all_ranks() if process_count() > 1 else contextlib.nullcontext():
         check_weights(trainer.get_model().named_parameters(), filename, saving=False)
     if optimizer:
@@ -73,9 +73,9 @@ def check(trainer: Trainer, filename: str, optimizer: bool) -> None:
 
 
 def _check_optimizer_state(trainer: Trainer, filename: str) -> None:
-    """Raises UserError, on all ranks, where what the optimizer remembers of each number of a
-    parameter has not the parameter's shape, which PyTorch finds at the first update, or is NaN,
-    which the weights would be after it."""
+    """Raises UserError, on all ranks, if the optimizer state of a parameter has another shape than
+    the parameter, which PyTorch would find only at the first update, or is NaN, which would spread
+    to the weights."""
     with same_error_on_all_ranks() if process_count() > 1 else contextlib.nullcontext():
         for parameter, state in getattr(trainer.optimizer.optimizer, "state", {}).items():
             for key in _OF_EACH_NUMBER & state.keys():
@@ -84,8 +84,8 @@ def _check_optimizer_state(trainer: Trainer, filename: str) -> None:
                 check_weights([(f"its optimizer state ({key})", state[key])], filename, False)
                 if state[key].shape != parameter.shape:
                     raise UserError(
-                        f"{filename}: its optimizer state does not fit: {key} is of shape "
-                        f"{tuple(state[key].shape)} for a parameter of {tuple(parameter.shape)}; "
+                        f"{filename}: its optimizer state does not fit: {key} has shape "
+                        f"{tuple(state[key].shape)}, its parameter {tuple(parameter.shape)}; "
                         "copy the checkpoint again, or add --reset-optimizer"
                     )
 
@@ -94,8 +94,8 @@ _OF_EACH_NUMBER = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}
 
 
 def _refuse_what_cannot_be_saved(cfg: Any) -> None:
-    """Raises UserError, when training starts, for settings under which experts of several processes
-    would be saved or trained wrong."""
+    """Raises UserError, when training starts, for settings with which experts on several
+    processes would be saved or trained wrongly."""
     refused = {
         "--store-ema": cfg.ema.store_ema,
         "--write-checkpoints-asynchronously": cfg.checkpoint.write_checkpoints_asynchronously,
@@ -106,7 +106,8 @@ def _refuse_what_cannot_be_saved(cfg: Any) -> None:
     for flag, given in refused.items():
         if given:
             raise UserError(
-                f"{flag}: not for experts on {process_count()} processes; drop it, or train on one"
+                f"{flag}: not for experts on {process_count()} processes; remove it, or train on "
+                "one process"
             )
 
 

@@ -1,4 +1,4 @@
-"""Saving by all processes together: each its experts, then rank 0 what refers to them."""
+"""Saves with all processes: each writes its experts, then rank 0 the checkpoint that lists them."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ logger = logging.getLogger(__name__)
 
 
 def takes_part(trainer: Trainer) -> bool:
-    """Whether a process may save: with others, where all of them do."""
+    """Whether this process may save now; if all must save together, only when all of them do."""
     return context.saving.get() is trainer or not saves_together(trainer)
 
 
 def call_to_gather(trainer: Trainer) -> None:
-    """On rank 0, before the state of a sharded model is asked for: the others join in."""
+    """On rank 0, before it gathers the state of a sharded model: call the others to join."""
     sharded = fully_sharded.is_sharded(trainer.get_model())
     if context.saving.get() is trainer and sharded and dist.get_rank() == 0:
         broadcast(("gather", None))
 
 
 def lead(save: Callable[[], None]) -> None:
-    """Rank 0's part of a save: the others learn how it ended, whatever happened."""
+    """Rank 0's part of a save. The others always learn how it ended."""
     try:
         save()
     except Exception as error:
@@ -70,7 +70,7 @@ def follow(trainer: Trainer, save_dir: str) -> None:
 
 
 def with_experts_apart(trainer: Trainer, state: Dict[str, Any], filename: str) -> Dict[str, Any]:
-    """On rank 0: have the experts written, and replace them in the state by the manifest."""
+    """On rank 0: have all processes write their experts, and put the manifest in their place."""
     save = new_save(state)
     broadcast(("write", save))
     files = _write_own_experts(trainer, os.path.dirname(filename), save)
@@ -87,8 +87,8 @@ def with_experts_apart(trainer: Trainer, state: Dict[str, Any], filename: str) -
 
 
 def _write_own_experts(trainer: Trainer, save_dir: str, save: str) -> List[ExpertFile]:
-    """On all ranks at once. Returns the manifest's list of files; raises UserError, on rank 0 only
-    as the others hear it from there, if one could not be written."""
+    """On all ranks at once. Returns the manifest's list of files. Raises UserError if a file could
+    not be written: on rank 0 only, which reports it to the others."""
     held = placement(trainer.cfg.model.moe_expert_count, process_count(), dist.get_rank())
     entry, failure = None, None
     if dist.get_rank() == held.replicas[0]:

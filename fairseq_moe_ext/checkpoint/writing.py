@@ -1,4 +1,4 @@
-"""One file, there whole or not at all."""
+"""Writes a file completely or not at all."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ..errors import UserError
 
 
 def write(state: Dict[str, Any], path: str) -> int:
-    """Write a file that is there either whole, after a loss of power too, or not at all.
+    """Write a file completely or not at all, even if power is lost.
 
-    Returns its size in bytes. Raises UserError where it cannot be written; nothing is left then.
+    Returns its size in bytes. Raises UserError if it cannot be written; then nothing is left.
     """
     temporary = path + ".tmp"
     try:
@@ -37,15 +37,15 @@ def write(state: Dict[str, Any], path: str) -> int:
 
 
 def cannot_write(file: str, error: OSError) -> UserError:
-    """What to raise where a file, or a copy of one, could not be written."""
+    """The error for a file, or a copy of one, that cannot be written."""
     return UserError(
         f"{file} cannot be written ({error.strerror or error}); make room, or choose "
-        "another --save-dir; the last complete checkpoint is as it was"
+        "another --save-dir; the last complete checkpoint is unchanged"
     )
 
 
 def _os_error_behind(error: Optional[BaseException]) -> Optional[OSError]:
-    """torch.save tells of a full disk as a RuntimeError on top of the OSError, or instead of it."""
+    """torch.save reports a full disk as a RuntimeError that wraps the OSError or replaces it."""
     text = str(error)
     while error is not None:
         if isinstance(error, OSError):
@@ -64,7 +64,7 @@ def _size_in_memory(state: Any) -> int:
 
 
 def sync_folder(folder: str) -> None:
-    """Bring a renaming to disk."""
+    """Write a renamed file's folder to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -65,12 +65,12 @@ def load_checkpoint_to_cpu(stock, path, arg_overrides=None, *args, **kwargs):
 def load_model_ensemble_and_task(
     stock, filenames, arg_overrides=None, task=None, strict=True, *args, **kwargs
 ):
-    """Stock builds what the files name, and fills it; unless told otherwise (`strict`), it accepts
-    no missing parameter, so that none needs a random number first.
+    """Stock builds a model and fills it from the files. With `strict` it accepts no missing
+    parameter, so no parameter needs to be initialised first.
 
-    The branch's eval_lm pads every block to its full length; fairseq-eval-lm does by the task's
-    settings on its own command line. That gives the experts more capacity, of which padding takes
-    some, so blocks are padded here, too, for the same perplexity. `--model-overrides
+    The branch's eval_lm pads every block to its full length; fairseq-eval-lm does so only if the
+    task's settings say so. Padding changes the capacity of the experts and takes a part of it, so
+    blocks of the branch's models are padded here, too, for the same perplexity. `--model-overrides
     "{'pad_to_fixed_length': False}"` leaves them as they are.
     """
     with during(context.building, context.Building(task is None, strict)):
@@ -130,8 +130,9 @@ def patience() -> dict:
 
 
 def convert_namespace_to_omegaconf(stock, args):
-    """The text `${common.use_plasma_view}` that stands for a value that an old checkpoint lacks is
-    taken for true, and every command that reads data by its settings wants pyarrow."""
+    """Stock replaces a value that an old checkpoint lacks by the string
+    `${common.use_plasma_view}`, which counts as true; every command that reads its data would then
+    need pyarrow."""
     args.use_plasma_view = getattr(args, "use_plasma_view", False)
     return stock(args)
 

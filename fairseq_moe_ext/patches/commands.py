@@ -23,10 +23,10 @@ from .messages import mistake_to_print
 
 
 def parse_args_and_arch(stock, parser, *args, **kwargs):
-    """A flag that argparse refuses, or that cannot be, ends in one line and not in two to forty.
+    """argparse reports an unknown or invalid flag in two to forty lines; this takes one.
 
-    fairseq-validate has no default task to ask for flags (fairseq/options.py:79,155@0.12.2);
-    its task is that of the checkpoint.
+    fairseq-validate has no default task whose flags it could read
+    (fairseq/options.py:79,155@0.12.2); its task is the checkpoint's.
     """
     parser.error = types.MethodType(OneLineParser.error, parser)
     if parser.get_default("task") is None and any(a.dest == "task" for a in parser._actions):
@@ -55,14 +55,15 @@ def eval_str_list(stock, x, x_type=float):
     try:
         found = stock(x, x_type)
     except (SyntaxError, TypeError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"{x!r} is no number or list of numbers") from error
+        raise argparse.ArgumentTypeError(f"{x!r} is not a number or list of numbers") from error
     if x_type is int and found is not None and found != stock(x, float):
-        raise argparse.ArgumentTypeError(f"{x!r} is no whole number or list of such")
+        raise argparse.ArgumentTypeError(f"{x!r} is not a whole number or list of whole numbers")
     return found
 
 
 def import_user_module(stock, args):
-    """Of a --user-dir that is no package stock says ModuleNotFoundError, without the folder."""
+    """For a --user-dir that is not a package stock raises ModuleNotFoundError without the
+    folder."""
     folder = getattr(args, "user_dir", None) or ""
     try:
         return stock(args)
@@ -70,7 +71,9 @@ def import_user_module(stock, args):
         name = os.path.basename(os.path.abspath(folder))
         if getattr(error, "name", "") not in ("", name) or os.path.isdir(folder) and name:
             raise
-        raise UserError(f"--user-dir {folder}: no folder of a Python package") from error
+        raise UserError(
+            f"--user-dir {folder}: not the folder of a Python package; name one with __init__.py"
+        ) from error
 
 
 def call_main(stock, cfg, main, **kwargs):
@@ -141,11 +144,11 @@ def _end_at_once_where_others_wait() -> None:
 
 
 def check_processes(cfg) -> None:
-    """Raise UserError for a number of processes that fairseq cannot start, before it starts none.
+    """Raise UserError for a number of processes that fairseq cannot start.
 
     fairseq starts one process per GPU (fairseq/distributed/utils.py:142,344@0.12.2). On CPU,
-    `--distributed-world-size 2` with an init method starts none and exits with 0; without one, an
-    AssertionError. NCCL needs GPUs.
+    `--distributed-world-size 2` with an init method starts none and exits with status 0; without
+    one, it raises AssertionError. NCCL needs GPUs.
     """
     import torch
 
@@ -174,8 +177,8 @@ def check_processes(cfg) -> None:
 
 
 def _check_sharding(cfg, gpus: int, alone: bool) -> None:
-    """fairscale's FSDP on one process wants a module that fairscale 0.4.13 has no more, and GPUs
-    where there are any (fairscale/nn/data_parallel/fully_sharded_data_parallel.py:113@0.4.13)."""
+    """fairscale's FSDP on one process needs a module that fairscale 0.4.13 no longer has, and uses
+    GPUs if there are any (fairscale/nn/data_parallel/fully_sharded_data_parallel.py:113@0.4.13)."""
     settings = cfg.distributed_training
     sharded = settings.ddp_backend == "fully_sharded"
     wants_fairscale = {
@@ -201,12 +204,12 @@ def _check_sharding(cfg, gpus: int, alone: bool) -> None:
 
 
 def distributed_init(stock, cfg):
-    """A --distributed-port in use, or a process that is missing, ends in a traceback; one that no
-    longer answers is waited for for half an hour.
+    """A --distributed-port in use, or a missing process, ends in a traceback. For a process that no
+    longer answers the others wait half an hour.
 
-    That is torch's time on Gloo (a stopped machine, a broken network); --heartbeat-timeout
-    interrupts Python, which does not reach the others there. So it becomes the time after which
-    every collective fails, too.
+    That is torch's timeout on Gloo (a stopped machine, a broken network). --heartbeat-timeout
+    interrupts Python, which does not end the others. Here it is also the timeout of every
+    collective.
     """
     import torch.distributed
     from fairseq.distributed import utils

@@ -1,4 +1,4 @@
-"""fairseq/data: files that are whole, batches that can be, and the place in the data."""
+"""fairseq/data: complete files, valid batch sizes, and the position in the data."""
 
 import itertools
 import os
@@ -19,37 +19,37 @@ from ..literals import literal
 
 
 def add_from_file(stock, self, f):
-    """A dict.txt that is none ends in a traceback from the line that is wrong, without the file."""
+    """An invalid dict.txt ends in a traceback that does not name the file."""
     if isinstance(f, str) and os.path.exists(f):
-        read_text(f)  # a FIFO would make stock wait; of another encoding it says no name
+        read_text(f)  # stock would wait for a FIFO, and does not name a file in another encoding
     try:
         return stock(self, f)
     except (RuntimeError, ValueError) as error:
         if not isinstance(f, str):  # stock calls itself with the open file
             raise
         twice = re.search(r"loading Dictionary: ('.*')\. Duplicate", str(error))
-        reason = f"{twice[1]} stands in it twice" if twice else first_line(error)
+        reason = f"{twice[1]} occurs twice" if twice else first_line(error)
         remedy = "use the dict.txt that the model was trained with"
         raise UserError(f"{f}: {reason}; {remedy}") from error
 
 
 def get_encoder(stock, encoder_json_path, vocab_bpe_path):
-    """Of a tokenizer that is none UnicodeDecodeError or JSONDecodeError is told, without the
+    """An invalid tokenizer ends in a UnicodeDecodeError or JSONDecodeError that does not name the
     file."""
     try:
         return stock(encoder_json_path, vocab_bpe_path)
     except (ValueError, AttributeError) as error:  # of Unicode and JSON, too
         raise UserError(
-            f"{encoder_json_path} and {vocab_bpe_path}: no byte-level BPE "
-            f"({first_line(error)}); copy both again from where the model was made"
+            f"{encoder_json_path} and {vocab_bpe_path}: not a byte-level BPE "
+            f"({first_line(error)}); copy both again from the model's folder"
         ) from error
 
 
 def values_only(stock):
-    """Settings that are Python expressions are run, and settings stand in checkpoints. Expressions
-    of values mean what they meant.
+    """Stock runs settings that are Python expressions, and a checkpoint may contain any setting.
+    This reads expressions of literals, with the same values, and runs nothing.
 
-    A name of a module hides Python's own of that name from its functions.
+    A module's own `eval` hides Python's from its functions.
     """
     return literal
 

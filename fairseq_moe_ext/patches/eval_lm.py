@@ -1,4 +1,4 @@
-"""fairseq-eval-lm: sums in float64 over the whole set, and how much of it was counted."""
+"""fairseq-eval-lm: sums in float64 over the whole set, and how much of the set they cover."""
 
 import functools
 import inspect
@@ -21,8 +21,8 @@ from .tasks import nothing
 
 
 def eval_lm_dataloader(stock, *args, **kwargs):
-    """Stock leaves out what is too long whether the user has asked for it or not, and does not see
-    that --context-window makes samples longer. The iterator that it returns gets `offered`."""
+    """Stock leaves out samples that are too long without being asked, and ignores that
+    --context-window makes samples longer. The returned iterator gets the attribute `offered`."""
     bound = inspect.signature(stock).bind(*args, **kwargs)
     bound.apply_defaults()
     call = bound.arguments
@@ -44,17 +44,16 @@ def eval_lm_dataloader(stock, *args, **kwargs):
 
 
 def prepare_for_inference_(stock, self, cfg):
-    """Whether samples may be left out, models learn here (fairseq_cli/eval_lm.py:274@0.12.2)."""
+    """Tells the model whether samples may be left out (fairseq_cli/eval_lm.py:274@0.12.2)."""
     stock(self, cfg)
     dataset = getattr(cfg, "dataset", None)
     self.may_skip = bool(getattr(dataset, "skip_invalid_size_inputs_valid_test", False))
 
 
 def eval_lm(stock, *args, **kwargs):
-    """Stock adds up scores in float32, and gives each process the loss of its own share of the
-    batches, of which it passes a missing last one over. Here the sums are in float64 and of the
-    whole set, and each process takes as many steps as any. A figure over a part says so, and over
-    nothing there is none."""
+    """Stock sums scores in float32 and reports, for each process, the loss of its share of the
+    batches. Here the sums are in float64 and over the whole set, and all processes take the same
+    number of steps. A loss over a part of the set says so; a loss over nothing is not reported."""
     bound = inspect.signature(stock).bind(*args, **kwargs)
     bound.apply_defaults()
     call = bound.arguments
@@ -80,13 +79,13 @@ def eval_lm(stock, *args, **kwargs):
 
 
 def _with_empty_batches(batches: Iterable[Dict[str, Any]]) -> Iterator[Dict[str, Any]]:
-    """Batches, with one of no sentences where a share has none."""
+    """Batches, with an empty one where a process has none."""
     for batch in batches:
         yield batch if "net_input" in batch else nothing()
 
 
 class _Sums:
-    """What stock's eval_lm adds up over its hypotheses."""
+    """The sums that stock's eval_lm takes over its hypotheses."""
 
     def __init__(self, dictionary: Dictionary, post_process: Optional[str], without_bos: bool):
         """
@@ -105,7 +104,7 @@ class _Sums:
         self.pieces = torch.tensor(pieces, dtype=torch.long)
 
     def add(self, tokens: Tensor, scores: Tensor) -> None:
-        """tokens (T,), and the logarithms of their probabilities (T,)."""
+        """Add tokens (S,) and their log-probabilities (S,)."""
         tokens, scores = tokens[self.first :].cpu(), scores[self.first :].cpu()
         if not scores.isfinite().all():  # stock leaves out infinity, and goes on with NaN
             raise UserError(
@@ -117,8 +116,8 @@ class _Sums:
         self.count += len(tokens) - int(torch.isin(tokens[:-1], self.pieces).sum())
 
     def result(self) -> Tuple[float, int]:
-        """Bits a word, and how many tokens were scored, over all processes. Raises UserError if
-        there was none."""
+        """Bits per word and the number of scored tokens, over all processes. Raises UserError if no
+        token was scored."""
         sums = torch.tensor([self.scores, self.count, self.tokens], dtype=torch.float64)
         if process_count() > 1:
             sums = sums.to(collective_device())

@@ -12,11 +12,11 @@ _NEVER = -1  # no token
 
 
 def forward(stock, self, tokens, lprobs, bsz, beam_size, step):
-    """--no-repeat-ngram-size bans nothing: the n-gram to compare with is read at the end of a row
-    that is as long as the longest output, where there is padding; that of size 1 is empty.
+    """In stock --no-repeat-ngram-size bans nothing: it takes the n-gram to compare from the end of
+    the row, which is padding; for size 1 the n-gram is empty.
 
-    A token that a prompt or the longest length forces must not be banned, or all have a probability
-    of 0.
+    A token that a prompt or the maximum length forces must not be banned, or all tokens would have
+    probability 0.
     """
     before = lprobs.clone()
     if not self.use_extension:
@@ -30,8 +30,8 @@ def forward(stock, self, tokens, lprobs, bsz, beam_size, step):
 
 
 def generate(stock, self, sample, prefix_tokens=None, constraints=None, bos_token=None):
-    """A prompt is forced token by token, and its </s> finishes a hypothesis like any other; here
-    the search goes on behind an </s> within a prompt, and ends at one that ends it.
+    """Stock forces a prompt token by token, and any </s> in it finishes a hypothesis. Here the
+    search continues after an </s> inside a prompt, and ends at one that ends the prompt.
 
     Of a sentence that is over (an empty line, or one shorter than --prefix-size) the other beams
     have a probability of 0 (`step < max_len`, an AssertionError); behind a newline, which is an
@@ -80,7 +80,7 @@ def _ends_passed(generator):
 
 
 def steer_prefix(stock, self, step, lprobs, scores, tokens, prefix_tokens, beam_size):
-    """As generate: where a prompt has an </s> within, no token ends the sentence."""
+    """Like generate: an </s> inside a prompt does not end the sentence."""
     passed = getattr(self, "passed_eos", None)
     last = step + 1 == prefix_tokens.size(1) and not context.prompts_go_on.get()
     if passed is not None and prefix_tokens[0, step] == passed and not last:
@@ -99,6 +99,6 @@ def _row(sample: Dict[str, Any], row: int) -> Dict[str, Any]:
 
 
 def sampling(stock, self, tgt_dict, sampling_topk=-1, sampling_topp=-1.0):
-    """`selected index k out of range` (RuntimeError) where --sampling-topk asks for more tokens
-    than there are; here it takes all."""
+    """Stock raises `selected index k out of range` if --sampling-topk exceeds the vocabulary. Here
+    it takes all tokens."""
     stock(self, tgt_dict, min(sampling_topk, len(tgt_dict)), sampling_topp)

@@ -1,4 +1,4 @@
-"""fairseq-hydra-train: what is wrong with a command line or a YAML, in one line."""
+"""fairseq-hydra-train: one-line messages for mistakes in a command line or a YAML."""
 
 import difflib
 import os
@@ -12,11 +12,11 @@ from .messages import in_one_line, mistake_to_print
 
 
 def hydra_init(stock, cfg_name="config"):
-    """A misspelt --config-name is no error: stock's defaults run instead, as they are stored under
-    whatever name is asked for.
+    """A misspelt --config-name is not an error in stock: it stores its defaults under the given
+    name and runs them.
 
-    Mistakes in a job's settings end it here, as Hydra tells of them over several lines or with a
-    traceback.
+    Hydra reports mistakes in a job's settings over several lines or with a traceback. This reports
+    them in one line.
     """
     from hydra._internal import utils as hydra_utils
 
@@ -30,7 +30,7 @@ def hydra_init(stock, cfg_name="config"):
 
 
 def merge_with_parent(stock, dc, cfg, *args, **kwargs):
-    """A wrong key or value is told without its group and the keys that there are."""
+    """Stock reports a wrong key or value without its group and the valid keys."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -49,18 +49,18 @@ def merge_with_parent(stock, dc, cfg, *args, **kwargs):
         raise UserError(f"{group}.{_describe_setting(error)}") from error
 
 
-_told: Set[str] = set()
+_reported: Set[str] = set()
 
 
 def get_args_parser(stock):
-    """Hydra's parser, which fairseq asks twice, once in vain, tells of a mistake over many
-    lines."""
+    """Hydra's parser reports a mistake over many lines, and fairseq parses twice. This reports it
+    once, in one line."""
     parser = stock()
 
     def error(message):
-        if message in _told:
+        if message in _reported:
             parser.exit(2)
-        _told.add(message)
+        _reported.add(message)
         OneLineParser.error(parser, message)
 
     parser.error = error
@@ -99,9 +99,9 @@ def _exit_on_mistake(task: Callable):
 
 
 def hydra_mistake_to_print(error: BaseException) -> Optional[str]:
-    """What is wrong with the command line or the YAMLs; None if it is none, or for LOGLEVEL=DEBUG.
+    """The mistake in the command line or the YAMLs; None for other errors, or with LOGLEVEL=DEBUG.
 
-    Other errors of omegaconf are those of a programmer, who needs the traceback.
+    Other errors of omegaconf are programming errors, which need the traceback.
     """
     from hydra.errors import HydraException
     from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
@@ -120,7 +120,7 @@ def hydra_mistake_to_print(error: BaseException) -> Optional[str]:
 
 
 def _describe_setting(error) -> str:
-    """What omegaconf has against a key or its value: the key, and what there is to choose from."""
+    """omegaconf's complaint about a key or its value: the key, and the valid ones."""
     from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
     if isinstance(error, (ConfigAttributeError, ConfigKeyError)) and error.parent_node is not None:

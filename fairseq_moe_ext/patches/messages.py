@@ -1,5 +1,4 @@
-"""What is wrong, in one line, for an exception of fairseq's, torch's or Python's behind which there
-is a user's mistake."""
+"""One-line messages for exceptions of fairseq, torch or Python that a user's mistake causes."""
 
 import os
 import re
@@ -11,7 +10,8 @@ from fairseq_today.errors import UserError, first_line
 
 
 def mistake_to_print(error: BaseException) -> Optional[str]:
-    """The user's mistake behind an exception, in one line; None if there is none or for DEBUG."""
+    """The user's mistake that causes an exception, in one line; None if there is none, or with
+    LOGLEVEL=DEBUG."""
     if os.environ.get("LOGLEVEL", "").upper() == "DEBUG":
         return None
     if isinstance(error, OSError):
@@ -39,20 +39,21 @@ def mistake_to_print(error: BaseException) -> Optional[str]:
 
 
 def in_one_line(text: str) -> str:
-    """Hydra's or omegaconf's message without its notes; the options that it lists get commas."""
+    """Hydra's or omegaconf's message without its notes, with commas between listed options."""
     text = re.split(r"\n\s*(?:full_key|object_type|Config search path|See https)\b", text)[0]
     text = re.sub(r"\n\t", ", ", text.strip())
     return re.sub(r"\s*\n\s*", "; ", text).replace(":, ", ": ")
 
 
-_LOST = re.compile(  # what Gloo, NCCL and the meeting point say when a process has gone
+_LOST = re.compile(  # messages of Gloo, NCCL and the rendezvous after a process has ended
     r"third_party/gloo|gloo/transport|Application timeout caused pair closure|"
     r"Connection closed by peer|ncclRemoteError|Watchdog caught collective operation timeout"
 )
 
 
 def _lost_process(error: BaseException) -> Optional[str]:
-    """One line for a collective that failed as another process is gone or silent, else None."""
+    """One line for a collective that failed because another process ended or does not answer, else
+    None."""
     if not isinstance(error, RuntimeError) or not _LOST.search(str(error)):
         return None
     cause = re.sub(r"^\[\S+\]\s*", "", first_line(error)).split(". This is")[0]
@@ -108,13 +109,14 @@ def _not_text(error: BaseException) -> Optional[str]:
 
 
 def _not_installed(error: BaseException) -> Optional[str]:
-    """What fairseq says of a package that a flag needs, else None."""
+    """fairseq's message about a missing package that a flag needs, else None."""
     wanted = isinstance(error, ImportError) and re.search(r"\binstall\b", str(error))
     return first_line(error) if wanted else None
 
 
 def _missing_file(error: OSError) -> Optional[str]:
-    """A line on a file that fairseq does not find: what lies in its folder, or how to make it."""
+    """A line about a file that fairseq does not find: the files in its folder, or how to make
+    it."""
     text = str(error)
     if text.startswith("Model file not found: "):  # fairseq/checkpoint_utils.py:423@0.12.2
         path = Path(text[len("Model file not found: ") :])
@@ -141,7 +143,7 @@ def _missing_file(error: OSError) -> Optional[str]:
 
 
 def _there_are(folder: Path, suffix: str, shown: int = 5) -> str:
-    """What a folder has of a kind."""
+    """The files in a folder with this suffix."""
     names = sorted(path.name for path in folder.glob(f"*{suffix}"))
     if not names:
         return f"there is no *{suffix} in {folder}"

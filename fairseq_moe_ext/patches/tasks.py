@@ -1,4 +1,4 @@
-"""fairseq/tasks: what a task loads, keeps in checkpoints, leaves out, and does in a step."""
+"""fairseq/tasks: loading data, state in checkpoints, skipped samples, and steps."""
 
 import contextlib
 import logging
@@ -22,11 +22,10 @@ logger = logging.getLogger(__name__)
 
 
 def setup_task(stock, cfg, *args, **kwargs):
-    """fairseq-train loads the validation data with --disable-validation, too.
+    """fairseq-train loads the validation data even with --disable-validation; this skips it.
 
-    A checkpoint keeps the setting, and fairseq-validate sets up the task by it: there the data is
-    loaded. Only training asks for it by `combine`, without `task_cfg`
-    (fairseq_cli/validate.py:87@0.12.2).
+    fairseq-validate sets up its task with the same setting, from the checkpoint, and needs the
+    data. Only training passes `combine` without `task_cfg` (fairseq_cli/validate.py:87@0.12.2).
     """
     task = stock(cfg, *args, **kwargs)
     whole = cfg._get_parent() if hasattr(cfg, "_get_parent") else None
@@ -44,8 +43,8 @@ def setup_task(stock, cfg, *args, **kwargs):
 
 
 def state_dict(stock, self):
-    """A checkpoint keeps the state of the task; here also which dictionary its token ids are of,
-    and the digests of its tokenizer's files."""
+    """A checkpoint keeps the state of the task. This adds the fingerprint of its dictionary and the
+    digests of its tokenizer's files."""
     state = stock(self)
     dictionary = getattr(self, "dictionary", None)
     if isinstance(dictionary, Dictionary):
@@ -57,7 +56,7 @@ def state_dict(stock, self):
 
 
 def load_state_dict(stock, self, state_dict):
-    """Stock gives the state to the task before the model is built; the dictionary is compared."""
+    """Stock gives the state to the task before the model is built. This compares the dictionary."""
     rest = dict(state_dict)
     saved = rest.pop(fingerprint.KEY, None)
     rest.pop(tokenizer_files.KEY, None)
@@ -67,7 +66,7 @@ def load_state_dict(stock, self, state_dict):
 
 def build_bpe(stock, self, args):
     """fairseq-interactive reads text as words without --bpe, and with --bpe gpt2 fetches GPT-2's
-    tokenizer from the network; here it takes the one that lies beside the data."""
+    tokenizer from the network; this uses the one beside the data."""
     name = getattr(args, "_name", None)
     elsewhere = name == "gpt2" and not str(args.gpt2_encoder_json).startswith("http")
     data = getattr(getattr(self, "args", None), "data", None)

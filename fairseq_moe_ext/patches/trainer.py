@@ -1,4 +1,4 @@
-"""fairseq/trainer.py and what it builds: optimizers, schedules, FSDP, the gradient's norm."""
+"""fairseq/trainer.py and what it builds: optimizers, schedules, FSDP, the gradient norm."""
 
 import contextlib
 import logging
@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 
 
 def __init__(stock, self, cfg, task, model, criterion, *args, **kwargs):
-    """The first that fairseq-train does when it has a model to train: what cannot be trained,
-    validated or saved is told here, not when the first part of the training is done and lost.
+    """fairseq-train would report what it cannot train, validate or save only after the first part
+    of the training, which is then lost. This checks it before the first update.
 
     Stock divides the validation data into batches (fairseq_cli/train.py:458@0.12.2) and asks for
     the metric of the best checkpoint (fairseq_cli/train.py:533@0.12.2) only then.
@@ -37,7 +37,7 @@ def __init__(stock, self, cfg, task, model, criterion, *args, **kwargs):
     if getattr(cfg.model, "moe_experts_on_disk", False):
         raise UserError(
             "--moe-experts-on-disk: experts that stay in a checkpoint's files cannot be "
-            "trained; drop it (it is for fairseq-eval-lm's --model-overrides)"
+            "trained; remove it (it is for fairseq-eval-lm's --model-overrides)"
         )
     fully_sharded.take_bfloat16(cfg, model)
     starting.check_trainer(cfg, task, model)
@@ -61,10 +61,11 @@ def load_checkpoint(
     optimizer_overrides=None,
     reset_meters=False,
 ):
-    """One process reads the file for all; with experts, each reads its own, of the branch's files,
-    too. A resumed run goes on counting --patience, and counts padding as it did.
+    """In stock one process reads the file for all. With experts each process reads its own, also
+    from the branch's files. A resumed run continues to count --patience, and keeps its rule for
+    padding.
 
-    Checkpoints of before the record of --patience was saved have the best loss alone.
+    Older checkpoints, without the record for --patience, have only the best loss.
     """
     files, shapes = find(filename), None
     if files is not None:
@@ -85,24 +86,24 @@ def load_checkpoint(
 
 
 def save_checkpoint(stock, self, filename, extra_state):
-    """A process in which training fails writes crash.pt. It has neither the experts of others nor
-    what is sharded, and would wait for them to join the gathering.
+    """A process in which training fails writes crash.pt. It has neither the experts nor the shards
+    of other processes, and would wait for them to join. This skips that save.
 
-    What is saved keeps the record for --patience.
+    Checkpoints also keep the record for --patience.
     """
     if saving.takes_part(self):
         stock(self, filename, {**extra_state, "should_stop_early": dict(patience())})
 
 
 def consolidate_optimizer(stock, self):
-    """As save_checkpoint."""
+    """Like save_checkpoint."""
     if saving.takes_part(self):
         stock(self)
 
 
 def state_dict(stock, self):
-    """All processes must take part in gathering a state that FSDP has sharded, and wait for rank 0
-    to ask for it. What is saved tells nothing of FSDP."""
+    """All processes must join in gathering a state that FSDP has sharded, so the others wait for
+    rank 0 to ask for it. Checkpoints do not mention FSDP."""
     saving.call_to_gather(self)
     state = stock(self)
     state.pop("fsdp_metadata", None)
@@ -110,15 +111,15 @@ def state_dict(stock, self):
 
 
 def never(stock):
-    """Stock has other ranks gather at every save, though rank 0 may have nothing to write, and then
-    hangs."""
+    """In stock the other ranks gather at every save, even if rank 0 has nothing to write; then they
+    hang."""
     return False
 
 
 def _prepare_sample(stock, self, sample, is_dummy=False):
-    """A process that has run out of batches goes through its first one again and throws the result
-    away, as it must join every collective. Its tokens would queue before other processes' experts;
-    so it goes through no sentences instead."""
+    """A process that has run out of batches repeats its first one and discards the result, because
+    it must join every collective. Its tokens would take slots of other processes' experts, so it
+    runs on an empty batch instead."""
     sample, is_dummy = stock(self, sample, is_dummy)
     if is_dummy and process_count() > 1 and getattr(self._model, "has_experts", False):
         sample = no_sentences(sample)
@@ -148,8 +149,8 @@ def _router_updates(trainer) -> Optional[RouterUpdates]:
 
 
 def step(stock, self, *args, **kwargs):
-    """A training that diverges ends in a traceback, and goes on with a validation loss that is no
-    number; here one line names the last good checkpoint."""
+    """A training that diverges ends in a traceback, or continues with a validation loss of NaN.
+    This ends it with one line that names the last good checkpoint."""
     try:
         return stock(self, *args, **kwargs)
     except NotFinite as error:
@@ -169,16 +170,16 @@ def train_step(stock, self, samples, *args, **kwargs):
 
 
 def get_valid_iterator(stock, self, subset, *args, **kwargs):
-    """A validation ends after --max-valid-steps batches, and one more, of each process, without a
-    word; of several corpora it would see the first alone.
+    """A validation silently ends after --max-valid-steps batches, plus one, of each process; of
+    several corpora it would see only the first.
 
-    There that many batches of each are what the iterator has, however many processes share them.
+    Here the iterator has that many batches of each corpus, however many processes share them.
     """
     iterator = stock(self, subset, *args, **kwargs)
     steps = getattr(self, "max_valid_steps", None) or self.cfg.dataset.max_valid_steps
     if steps is None:
         return iterator
-    if not hasattr(iterator, "batches_in_all"):  # it is used again in later validations
+    if not hasattr(iterator, "batches_in_all"):  # later validations use the same iterator
         iterator.batches_in_all = iterator.frozen_batches
     batches = iterator.batches_in_all
     if hasattr(iterator.dataset, "first_of_each"):
@@ -195,8 +196,7 @@ def get_valid_iterator(stock, self, subset, *args, **kwargs):
 
 
 def validate(stock, cfg, trainer, task, *args, **kwargs):
-    """fairseq-train is to end no validation of several corpora by itself; see
-    get_valid_iterator."""
+    """fairseq-train must not end a validation of several corpora itself; see get_valid_iterator."""
     steps = cfg.dataset.max_valid_steps
     if steps is None or not getattr(task, "has_corpora", False):
         return stock(cfg, trainer, task, *args, **kwargs)
@@ -208,16 +208,17 @@ def validate(stock, cfg, trainer, task, *args, **kwargs):
 
 
 def clip_grad_norm(stock, self, clip_norm):
-    """The function below gets parameters alone, and not how many processes hold an expert."""
+    """The gradient norm needs the number of replicas of an expert, which clip_grad_norm_ below does
+    not get from stock."""
     replicas = getattr(self.get_model(), "expert_replicas", 1)
     with context.during(context.expert_replicas, replicas):
         return stock(self, clip_norm)
 
 
 def clip_grad_norm_(stock, params, max_norm, aggregate_norm_fn=None) -> Tensor:
-    """Stock leaves parameters with the attribute `expert` out of the norm, though it clips them by
-    it; and where it adds up the squares of FSDP's pieces (fairseq/trainer.py:1253@0.12.2), it wants
-    a GPU and rounds to float32."""
+    """Stock leaves parameters with the attribute `expert` out of the norm, although it clips them
+    by it. For the pieces of FSDP it needs a GPU and rounds to float32
+    (fairseq/trainer.py:1253@0.12.2)."""
     params = [params] if isinstance(params, Tensor) else list(params)
     experts = [p.grad for p in params if hasattr(p, "expert") and p.grad is not None]
     if not experts and aggregate_norm_fn is None:
@@ -260,13 +261,13 @@ def build_lr_scheduler(stock, cfg, *args, **kwargs):
 
 
 def save_plateau(stock, self):
-    """Stock keeps the best loss, and not for how many validations there was none better: a resumed
-    run would lower the rate later."""
+    """Stock saves the best loss, but not the number of validations since: a resumed run would lower
+    the learning rate later."""
     return {**stock(self), "bad_epochs": self.lr_scheduler.num_bad_epochs}
 
 
 def load_plateau(stock, self, state):
-    """As save_plateau."""
+    """Like save_plateau."""
     stock(self, state)
     self.lr_scheduler.num_bad_epochs = state.get("bad_epochs", 0)
 
@@ -280,23 +281,23 @@ def _telling(kind: str, cfg: Any):
             raise
         reason = str(error).partition("\n")[0] or "its settings contradict each other"
         name = getattr(cfg, "_name", kind)
-        raise UserError(f"{ranges.flag(kind)} {name} does not go so: {reason}") from error
+        raise UserError(f"{ranges.flag(kind)} {name} rejects its settings: {reason}") from error
 
 
 # ---- FSDP: whole models and optimizer states in the form of any other backend
 
 
 def load_sharded(stock, self, state_dict, strict=True, model_cfg=None):
-    """FSDP sends rank 0's state to all, experts included. Here each process has read the state,
-    with its own experts."""
+    """FSDP sends rank 0's state, with its experts, to all processes. Here each process has read the
+    state with its own experts."""
     return fully_sharded.load_state_dict(self, state_dict, strict)
 
 
 def gather_full_optim_state_dict(stock, self, optimizer) -> Optional[Dict[str, Any]]:
-    """FSDP knows no parameters that it has not sharded, as experts are."""
+    """FSDP ignores parameters that it has not sharded, such as experts."""
     return fully_sharded.whole_optimizer_state(self, optimizer)
 
 
 def get_shard_from_optim_state_dict(stock, self, state_dict: Dict[str, Any]) -> Dict[str, Any]:
-    """FSDP knows no parameters that it has not sharded, as experts are."""
+    """FSDP ignores parameters that it has not sharded, such as experts."""
     return fully_sharded.own_optimizer_state(self, state_dict)

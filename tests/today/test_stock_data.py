@@ -112,7 +112,7 @@ def test_user_dir_of_an_imported_package_is_accepted():
 @pytest.mark.parametrize(
     "lines, words",
     [
-        ("5 1\n6 1\n5 1\n", "dict.txt: '5' stands in it twice; use the dict.txt that the model"),
+        ("5 1\n6 1\n5 1\n", "dict.txt: '5' occurs twice; use the dict.txt that the model"),
         ("5 1\nsix\n", "dict.txt: Incorrect dictionary format, expected"),
     ],
 )
