@@ -1,4 +1,4 @@
-"""The plugin for command lines and checkpoints that name something of it, without --user-dir.
+"""Finds the plugin, without --user-dir, for command lines and checkpoints that use it.
 
 Put in force by the start-up hook alone, so only where the plugin is installed; nothing of the
 plugin is imported unless a name below, or a setting of fairseq's `moe` branch, asks for it. Where
@@ -56,7 +56,7 @@ def load_checkpoint_to_cpu(stock, path, *args, **kwargs):
 
 
 def load_model_ensemble_and_task(stock, filenames, *args, **kwargs):
-    """As load_checkpoint_to_cpu, before the models are built."""
+    """Like load_checkpoint_to_cpu, before the models are built."""
     from fairseq import checkpoint_utils
 
     if is_imported() or not any(map(checkpoint_names_it, filenames)):
@@ -147,7 +147,7 @@ def is_imported() -> bool:
 
 
 def import_plugin(folder: Optional[str] = None) -> None:
-    """As --user-dir would."""
+    """Import the plugin as --user-dir would."""
     from fairseq import utils
 
     utils.import_user_module(argparse.Namespace(user_dir=folder or _FOLDER))
@@ -162,8 +162,8 @@ def _names_ours(folders: Optional[List[str]]) -> bool:
 
 
 def _configs_name_it() -> bool:
-    """Whether the command line of fairseq-hydra-train names something of the plugin: an override,
-    or a folder of configs that does."""
+    """Whether the command line of fairseq-hydra-train uses the plugin: by an override, or by a
+    folder of configs."""
     words = sys.argv[1:]
     for word in words:
         key, _, value = word.lstrip("+").partition("=")

@@ -44,8 +44,8 @@ _STREAM = _NoStream()
 
 
 def without_streams(torch: Any) -> Any:
-    """FSDP waits for CUDA streams, which overlap exchanges with computation, whether there are any
-    or not."""
+    """FSDP waits for CUDA streams, which overlap communication with computation, even without a
+    GPU."""
     cuda = View(
         torch.cuda,
         synchronize=lambda: None,
@@ -56,7 +56,7 @@ def without_streams(torch: Any) -> Any:
 
 
 def setup_streams(stock, self):
-    """FSDP lacks some streams without a GPU, and asks for them."""
+    """FSDP uses streams that it does not create without a GPU."""
     stock(self)
     self._streams.update(dict.fromkeys(("fp32_to_fp16", "all_gather", "post_backward"), _STREAM))
 
@@ -69,11 +69,12 @@ def default_device(stock, module):
 
 
 def record_stream(stock, self, stream):
-    """FSDP tells tensors which stream uses them; it is a method, so there is no other place."""
+    """FSDP calls Tensor.record_stream, which needs CUDA. It is a method, so it is replaced on the
+    class."""
 
 
 def reducing_by_all_reduce(dist: Any) -> Any:
-    """Older Gloo has no reduce-scatter."""
+    """Older versions of Gloo have no reduce-scatter."""
     import torch
 
     def reduce_scatter(output, inputs, group):
@@ -91,8 +92,8 @@ def reducing_by_all_reduce(dist: Any) -> Any:
 
 
 def zero_where_the_gradient_is(torch: Any) -> Any:
-    """A gradient overflow under --fp16, the normal way in which the loss scale is found, puts a
-    zero on the GPU.
+    """A gradient overflow under --fp16, by which the loss scale is adjusted, puts a zero on the
+    GPU.
 
     It is the one use that fairseq/trainer.py has of torch.tensor.
     """
@@ -109,8 +110,8 @@ def zero_where_the_gradient_is(torch: Any) -> Any:
 
 
 def with_a_device_of_its_own(torch: Any) -> Any:
-    """The current CUDA device, which `build_fp32_params` sets, is one thing for fp16_optimizer.py
-    and another for the rest."""
+    """Gives fp16_optimizer.py its own current CUDA device, which `build_fp32_params` sets, apart
+    from the rest of fairseq."""
     return View(torch, cuda=View(torch.cuda))
 
 
@@ -128,7 +129,7 @@ def build_fp32_params(stock, cls, args, params, flatten=True):
 
 
 def bf16_without_tpu(stock, parser, input_args=None, parse_known=False, **kwargs):
-    """`--bf16` and `--memory-efficient-bf16` on the command line set `tpu`, which wants torch_xla.
+    """`--bf16` and `--memory-efficient-bf16` on the command line set `tpu`, which needs torch_xla.
     `--tpu` itself still means a TPU."""
     wants_tpu = "--tpu" in (sys.argv if input_args is None else input_args)
     try:

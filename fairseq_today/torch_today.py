@@ -59,7 +59,7 @@ def _under_the_other_name(function):
 
 
 def load_weights_only(file, map_location=None, mmap: bool = False):
-    """torch.load of data alone; what is wrong with the file is told in one line (UserError).
+    """torch.load of data alone. Raises a one-line UserError for an invalid file.
 
     mmap: take a path, and map the file into memory instead of reading it. Files of before torch
     1.6 and compressed ones cannot be mapped and are read.
@@ -97,7 +97,8 @@ def load_weights_only(file, map_location=None, mmap: bool = False):
 
 
 def _can_be_mapped(path: str) -> bool:
-    """Whether tensors lie in a file as in memory; torch.load takes compressed bytes for numbers."""
+    """Whether a file stores tensors uncompressed; torch.load would read compressed bytes as
+    numbers."""
     if not zipfile.is_zipfile(path):
         return False
     try:

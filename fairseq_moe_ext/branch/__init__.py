@@ -1,8 +1,8 @@
-"""Checkpoints of fairseq's `moe` branch, as which Meta's models were released, read in place.
+"""Reads checkpoints of fairseq's `moe` branch, in which Meta's models were released, directly.
 
-Where a command is given X.pt, such a checkpoint is X-shared.pt and, for each process r that trained
-it, X-rank-r.pt with that process's experts; X.pt itself does not exist. fairseq's FSDP adds -shardN
-to the names.
+For a command that is given X.pt, such a checkpoint is X-shared.pt and, for each process r that
+trained it, X-rank-r.pt with that process's experts; X.pt itself does not exist. fairseq's FSDP adds
+-shardN to the names.
 
     files.py      which files are one checkpoint
     parts.py      those of this process's experts, checked against the rest

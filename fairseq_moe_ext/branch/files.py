@@ -1,4 +1,4 @@
-"""Which files are one checkpoint of the branch."""
+"""Finds the files of a checkpoint of the branch."""
 
 import functools
 import glob
@@ -85,7 +85,7 @@ def _lacks_experts(path: str) -> bool:
 
 def _is_dense(path: str) -> bool:
     """Whether a file has a dense model of the branch and its settings, which stock fairseq does not
-    have. Files that cannot be read are left to those that will say why."""
+    have. Files that cannot be read are left to the reader, which says why."""
     try:
         status = os.stat(path)
     except OSError:
@@ -95,7 +95,8 @@ def _is_dense(path: str) -> bool:
 
 @functools.lru_cache(maxsize=16)
 def _has_dense(path: str, changed: int, size: int) -> bool:
-    """Once for each file as it is now: one of before torch 1.6 has to be read whole."""
+    """Cached for each state of a file, because files of torch before 1.6 must be read
+    completely."""
     try:
         state = load(path)
     except UserError:

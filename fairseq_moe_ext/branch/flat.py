@@ -1,6 +1,6 @@
-"""FSDP's flat tensors, put together and cut into the parameters that they join.
+"""Joins the pieces of FSDP's flat tensors and cuts them into parameters.
 
-fairscale's FSDP lays the parameters of a wrapped module one behind the other; each process of its
+fairscale's FSDP concatenates the parameters of a wrapped module; each process of its
 group keeps a piece, the last ones padded with zeros to the length of the first. The optimizer of a
 process knows these pieces only, and numbers them as the file's `shard_metadata` lists them
 (fairscale/nn/data_parallel/fully_sharded_data_parallel.py:740,2117@0.4.13):
@@ -19,11 +19,11 @@ from torch import Tensor
 
 from .files import State
 
-Pieces = Callable[[int], State]  # the file with the pieces of so many places from the first
+Pieces = Callable[[int], State]  # the file with the pieces of this number, from the first
 
 
 class Misfit(Exception):
-    """A file's tensors are not those that it says FSDP has made."""
+    """A file's tensors do not match its description of FSDP's."""
 
 
 class Flat(NamedTuple):
@@ -58,7 +58,7 @@ def _at(value: Any, keys: Sequence[Any]) -> Tensor:
 
 
 def is_of_fsdp(state: State) -> bool:
-    """Whether a file says how FSDP has joined parameters."""
+    """Whether a file describes how FSDP has joined parameters."""
     return bool(state.get("shard_metadata"))
 
 

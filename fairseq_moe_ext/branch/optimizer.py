@@ -1,4 +1,4 @@
-"""What an optimizer of the branch remembers, by our parameters.
+"""The branch's optimizer state, by our parameters.
 
 A process of the branch numbers its own parameters, in the order of its modules. Without FSDP the
 numbers follow from the names in the files; with it the files list what each number stands for.
@@ -33,7 +33,7 @@ def optimizer_state(
     parameters: Dict[str, Any],
     stack: Callable[[List[Tensor]], Any],
 ) -> Optional[State]:
-    """The state of an optimizer of our parameters. UserError if it cannot be had.
+    """The state of an optimizer of our parameters. UserError if it cannot be converted.
 
     Args: as of reading.read; `pieces`: of FSDP's flat tensors in the shared file.
     """
@@ -68,7 +68,7 @@ def optimizer_state(
 def _by_name(
     files: BranchFiles, shared: State, pieces: flat.Pieces, parts: List[Part]
 ) -> Tuple[ByName, List[ByName]]:
-    """What the optimizer remembers, of the shared file and of each rank file."""
+    """The optimizer state by name, of the shared file and of each rank file."""
     saved = shared["last_optimizer_state"]
     if "param_id_map" in saved:
         raise unfit(
@@ -119,7 +119,7 @@ def parameter_numbers(shared: State, part: State) -> Dict[str, int]:
 
 
 def is_parameter(name: str, tied: bool) -> bool:
-    """Whether an optimizer has what goes by this name in a file: no buffers, tied weights once."""
+    """Whether a name in a file is a parameter of an optimizer: not a buffer, tied weights once."""
     buffers = (".version", "._float_tensor", ".embed_positions.weights")
     return not name.endswith(buffers) and not (tied and name == "decoder.output_projection.weight")
 
@@ -164,7 +164,7 @@ def _merged(
 
 
 class Unfit(UserError):
-    """An optimizer state that is there and cannot be had. `reason` is without the remedy."""
+    """An optimizer state that cannot be converted. `reason` lacks the remedy."""
 
     reason: str
 
@@ -177,8 +177,8 @@ def unfit(files: BranchFiles, why: str) -> Unfit:
 
 
 def shapes(trainer: Any, files: BranchFiles) -> Dict[str, Tensor]:
-    """What `reading.read` wants to know of a trainer's parameters to make an optimizer state of the
-    branch's. Raises UserError where the optimizer keeps them otherwise."""
+    """The shapes of a trainer's parameters, from which `reading.read` converts the branch's
+    optimizer state. Raises UserError if the optimizer keeps its parameters in another form."""
     common = trainer.cfg.common
     apart = common.memory_efficient_fp16 or common.fp16_no_flatten_grads or common.bf16
     # fairseq/optim/fp16_optimizer.py:293@0.12.2; with FSDP never (fairseq/trainer.py:298@0.12.2)

@@ -1,5 +1,5 @@
-"""The rule for padding that a checkpoint was trained by (--moe-pad-rule) goes with it: evaluating
-and training on keep it, unless the command says otherwise."""
+"""A checkpoint keeps the rule for padding that it was trained with (--moe-pad-rule). Evaluation and
+further training use it unless the command says otherwise."""
 
 import logging
 from typing import Any, Dict, Optional
@@ -15,8 +15,8 @@ _KEY = "moe_pad_rule"
 
 
 def note(state: Dict[str, Any], overrides: Dict[str, Any]) -> None:
-    """Write into a loaded checkpoint the rule that it was trained by, where it lacks it, and for
-    trainers, which see no more of it than `extra_state`."""
+    """Write the rule that a loaded checkpoint was trained with into its settings, if they lack it,
+    and into `extra_state`, which is all that a trainer sees."""
     model = getattr(state.get("cfg"), "model", None)
     if isinstance(model, DictConfig):
         rule = overrides.get(_KEY) or saved_pad_rule(model)
@@ -32,7 +32,7 @@ def note(state: Dict[str, Any], overrides: Dict[str, Any]) -> None:
 
 
 def train_on(trainer: Any, extra_state: Optional[Dict[str, Any]]) -> None:
-    """A trainer has loaded a checkpoint: how padding counts is a part of the model, too."""
+    """Set the rule of a checkpoint that a trainer has loaded: it is a part of the model, too."""
     rule = (extra_state or {}).pop(_KEY, None)
     model, cfg = trainer.get_model(), trainer.cfg.model
     takes = hasattr(getattr(model, "decoder", None), "pad_rule")

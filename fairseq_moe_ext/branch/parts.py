@@ -118,7 +118,7 @@ def _local_experts(state: State) -> int:
 
 
 def _check_one_run(path: str, state: State, other_path: str, other: State) -> None:
-    """Raise UserError if two files are seen to be of different runs or updates."""
+    """Raise UserError if two files are from different runs or updates."""
     for name, value, other_value in zip(_MARKS, _marks(state), _marks(other)):
         if value and other_value and value != other_value:
             raise UserError(
@@ -131,7 +131,7 @@ _MARKS = ("num_updates", "position in the data", "optimizer", "seed", "model set
 
 
 def _marks(state: State) -> Tuple[Any, ...]:
-    """What all files of one checkpoint have in common."""
+    """The values that all files of one checkpoint share."""
     history = (state.get("optimizer_history") or [{}])[-1]
     extra = state.get("extra_state") or {}
     args, cfg = state.get("args"), state.get("cfg") or {}

@@ -1,4 +1,4 @@
-"""A checkpoint of the branch as the one state that fairseq expects of a file."""
+"""Reads a checkpoint of the branch as the single state that fairseq expects from a file."""
 
 from typing import Any, Callable, Dict, List, Optional
 
@@ -80,7 +80,7 @@ def read(
 
 
 def _shared_position(state: State) -> Dict[str, Any]:
-    """`extra_state` with the place in the data as checkpoint/ keeps it, for any number of
+    """`extra_state` with the position in the data as checkpoint/ keeps it, for any number of
     processes: the branch counts the batches of one process."""
     extra = dict(state["extra_state"])
     position = extra.get("train_iterator")

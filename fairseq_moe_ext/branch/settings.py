@@ -1,4 +1,4 @@
-"""The branch's settings as those of our model."""
+"""Translates the branch's settings into those of our model."""
 
 from argparse import Namespace
 from dataclasses import fields
@@ -35,7 +35,7 @@ _UNSUPPORTED: Dict[str, Any] = {
     "scale_resids": False,
 }
 
-# How the checkpoint was trained is no matter for reading it; fairseq-train goes by its own command.
+# Reading a checkpoint does not depend on how it was trained; fairseq-train uses its own flags.
 ONE_PROCESS: Dict[str, Any] = {
     "ddp_backend": "legacy_ddp",
     "fp16": False,
@@ -57,7 +57,8 @@ _OWN_SETTINGS: Dict[str, Any] = {
 
 
 def translated_settings(path: str, saved: Dict[str, Any]) -> Dict[str, Any]:
-    """Our model's settings from the branch's flat ones; UserError for what we do not have."""
+    """Our model's settings from the branch's flat ones. UserError for settings that we do not
+    have."""
     arch = str(saved.get("_name") or saved.get("arch"))
     if not arch.startswith("transformer_lm"):
         raise UserError(
@@ -120,8 +121,8 @@ def complete_cfg(model: Dict[str, Any], saved: Dict[str, Any]) -> Dict[str, Any]
 
 
 def _known(saved: Dict[str, Any], registry: Dict[str, Any], default: str) -> Dict[str, Any]:
-    """The settings that the dataclass of the saved name has; of the default name, if it is not
-    registered here."""
+    """The saved settings that the dataclass of the saved name has, or of the default name if the
+    saved one is not registered here."""
     name = saved.get("_name")
     name = name if name in registry else default
     allowed = {field.name for field in fields(registry[name])}
@@ -147,6 +148,6 @@ def translated_args(path: str, saved: Namespace) -> Namespace:
 
 
 def short(value: Any) -> str:
-    """A setting as far as a line has room for it."""
+    """A setting, shortened to fit a line."""
     text = str(value)
     return text if len(text) < 80 else text[:77] + "..."

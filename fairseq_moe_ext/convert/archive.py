@@ -1,7 +1,7 @@
-"""Files of torch.save and of safetensors, written tensor by tensor, so that memory stays small.
+"""Writes files of torch.save and safetensors tensor by tensor, so that memory stays small.
 
-torch.save wants all that it writes in memory. Here a tensor may be a `Lazy`: its shape, its dtype
-and a function that yields it piece by piece when its turn comes.
+torch.save needs everything that it writes in memory. Here a tensor may be a `Lazy`: its shape, its
+dtype and a function that yields it piece by piece when its turn comes.
 
 The format of torch.save (since torch 1.6) is an uncompressed zip: `data.pkl`, a pickle in which a
 tensor is a call of torch._utils._rebuild_tensor_v2 on a persistent id ("storage", its class, the
@@ -105,9 +105,9 @@ def pieces_of(value: AnyTensor) -> Iterator[Tensor]:
 
 
 def _let_go(piece: Tensor) -> None:
-    """Give back the memory of mapped pages that have been read; the kernel would keep them while
-    there is room, and the process would look as large as its files. It is advice: what the pages
-    hold stays readable, and systems without it (it is Linux's, since 5.4) do nothing."""
+    """Release the memory of mapped pages that have been read. The kernel would keep them while
+    there is room, and the process would seem as large as its files. This is only advice (Linux 5.4
+    and later): the pages stay readable."""
     start = -(-piece.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     end = (piece.data_ptr() + piece.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if _libc is not None and start < end:
@@ -151,7 +151,8 @@ def write_safetensors(tensors: Dict[str, AnyTensor], path: str, progress) -> Non
 
 
 def read_safetensors(path: str) -> Dict[str, Tensor]:
-    """The tensors of a file, mapped. UserError for a file that is none or is cut short."""
+    """The tensors of a file, mapped. UserError for a file that is not safetensors or is
+    truncated."""
     dtypes = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
     size = os.path.getsize(path)
     try:

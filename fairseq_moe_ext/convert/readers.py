@@ -1,4 +1,5 @@
-"""The layouts that are read: what files a checkpoint has in each, and how it becomes a Source."""
+"""The layouts that can be read: the files of a checkpoint in each, and how to open it as a
+Source."""
 
 from __future__ import annotations
 
@@ -40,13 +41,13 @@ class Reader(NamedTuple):
 
 
 def reader_of(path: str) -> Reader:
-    """The layout that a checkpoint is of."""
+    """The layout of a checkpoint."""
     return next(reader for reader in READERS if reader.base(path) is not None)
 
 
 def open_checkpoint(path: str, weights_only: bool) -> Source:
     """Ours (one file, or one and its folder of experts), stock fairseq's transformer_lm, or one of
-    the branch. Raises UserError for what is none of these."""
+    the branch. Raises UserError for any other file."""
     return reader_of(path).open(path, weights_only)
 
 

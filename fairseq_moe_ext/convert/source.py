@@ -1,4 +1,4 @@
-"""Any checkpoint of a language model as one view, of which the tensors lie in mapped files."""
+"""One view of any checkpoint of a language model; its tensors stay in mapped files."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _HEAD = "choice_head.weight"  # of fine-tuning with --choice-scoring head
 
 @dataclass
 class Optimizer:
-    """What an optimizer remembers. `by_name` is None where it cannot be told parameter by
-    parameter, as with --fp16's one flat tensor; `state` is then as saved."""
+    """The optimizer state. `by_name` is None if it cannot be split by parameter, as with --fp16's
+    single flat tensor; `state` is then as saved."""
 
     rest: Dict[str, Any]  # param_groups, loss_scale, ...
     by_name: Optional[Dict[str, Dict[str, Any]]]
@@ -65,7 +65,7 @@ class Source:
 
 
 def set_order(source: Source) -> None:
-    """Give a model of ours the order of its keys and parameters. UserError if they do not fit its
+    """Put the keys and parameters in our model's order. UserError if they do not fit its
     settings."""
     ours = build_on_meta(source.settings, source.types)
     if source.head:
@@ -104,7 +104,7 @@ def build_on_meta(settings: Dict[str, Any], types: int) -> MoETransformerLanguag
 
 
 def fresh_rest(cfg: Dict[str, Any]) -> Dict[str, Any]:
-    """The rest of the state of a model that no training has led to."""
+    """The rest of the state for a model that was not trained."""
     return {
         "args": None,
         "cfg": cfg,
@@ -115,7 +115,7 @@ def fresh_rest(cfg: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def with_settings(rest: Dict[str, Any], settings: Dict[str, Any]) -> Dict[str, Any]:
-    """A state that says to be of a model of these settings."""
+    """The state with these settings of the model."""
     if rest.get("args") is None:
         return {**rest, "cfg": {**rest["cfg"], "model": dict(settings)}}
     changed = {key: value for key, value in settings.items() if key != "_name"}

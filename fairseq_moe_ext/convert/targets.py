@@ -1,4 +1,4 @@
-"""A checkpoint as the files of a layout: jobs, each of which writes one file."""
+"""Writes a checkpoint in a layout, as jobs that write one file each."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Job(NamedTuple):
 
 
 def cast(model: Dict[str, AnyTensor], dtype: torch.dtype) -> Dict[str, AnyTensor]:
-    """The tensors of a model in another precision, as they are written."""
+    """The tensors of a model, converted to another precision while they are written."""
     made: Dict[int, AnyTensor] = {}  # tied tensors stay one
 
     def converted(name: str, value: AnyTensor) -> AnyTensor:
@@ -73,8 +73,8 @@ def _cast_pieces(name: str, value: AnyTensor, dtype: torch.dtype) -> Iterator[Te
 
 
 def fairseq_jobs(source: Source, path: str, files: Optional[int]) -> List[Job]:
-    """One file; with `files`, that many of experts and one of the rest. The last job is the file by
-    which the checkpoint goes."""
+    """One file; with `files`, that many files of experts and one of the rest. The last job writes
+    the file that the checkpoint is named by."""
     if not files:
         state = {**source.rest, "model": source.model}
         state["last_optimizer_state"] = _whole_optimizer(source)

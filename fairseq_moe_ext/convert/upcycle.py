@@ -1,4 +1,4 @@
-"""A sparse model out of a dense one: every expert starts as the layer's feed-forward network.
+"""Makes a sparse model from a dense one: every expert starts as the layer's feed-forward network.
 
 Komatsuzaki et al., arXiv 2212.05055, section 3: the experts are copies, the router is new. With two
 or more experts a token its weights sum to 1, so while nothing is dropped (--moe-dropless) the
@@ -116,6 +116,6 @@ def _expert(dense: Tensor, spread: float, seed: int, name: str) -> Union[Tensor,
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
-    """Numbers of its own for every tensor, whichever file it goes to. The CPU's generator takes no
-    more than the lower 32 bits of a seed, so seed and name are hashed together."""
+    """Independent numbers for every tensor, whichever file it goes to. The CPU's generator uses
+    only the lower 32 bits of a seed, so seed and name are hashed together."""
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))

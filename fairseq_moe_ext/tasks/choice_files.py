@@ -1,4 +1,4 @@
-"""Where the examples of the task multiple_choice come from.
+"""Reads the examples of the task multiple_choice.
 
 The paper's eight data sets (section 3.3) and COPA, as published, in FOLDER/NAME; or your own:
 
@@ -156,8 +156,8 @@ def grouped(items: Sequence[Item]) -> List[List[int]]:
 
 
 def hold_out(items: Sequence[Item], groups: Sequence[List[int]], share: float) -> List[List[int]]:
-    """Whole groups with about that share of all questions. They are drawn by a hash of their text:
-    every process and every run draws the same, in whatever order the file has them."""
+    """Whole groups with about that share of all questions. They are drawn by a hash of their text,
+    so every process and every run draws the same, whatever their order in the file."""
     room = share * len(items)
     taken: List[List[int]] = []
     left: List[List[int]] = []

@@ -88,7 +88,7 @@ class MixtureDataset(BaseWrapperDataset):
 
 
 class SeparateCorporaDataset(BaseWrapperDataset):
-    """Several corpora, one after the other; no batch mixes two.
+    """Several corpora in turn; no batch mixes two.
 
     A batch names its corpus under the key "corpus". A corpus has the same batches as when it is
     loaded alone, so its perplexity does not depend on the others, even if a model looks at the
@@ -158,8 +158,9 @@ class SeparateCorporaDataset(BaseWrapperDataset):
 
 
 def _whole_steps(batches: List[Sequence[int]]) -> List[Sequence[int]]:
-    """Batches of a corpus, and empty ones up to a step of all processes: none begins a corpus while
-    another ends the one before, as what they route together would not be what one process does."""
+    """Batches of a corpus, filled up with empty ones to whole steps of all processes. No process
+    may begin a corpus while another ends the previous one, because they would then route together
+    what one process routes apart."""
     return batches + [[]] * (-len(batches) % process_count())
 
 

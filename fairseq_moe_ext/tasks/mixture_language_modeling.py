@@ -113,7 +113,7 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
         return {**super().state_dict(), data_bin.TRAINED: self.trained}
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        """As stock's; which only evaluations call (fairseq/checkpoint_utils.py:439@0.12.2)."""
+        """Like stock's; only evaluations call it (fairseq/checkpoint_utils.py:439@0.12.2)."""
         super().load_state_dict(state_dict)
         if data_bin.TRAINED in state_dict:
             self.trained = data_bin.trained_on(self.corpora, state_dict[data_bin.TRAINED])
@@ -212,7 +212,7 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
         return self._given.get(subset, [])
 
     def check_training(self) -> None:
-        """Raise UserError for corpora to train on that are not there, before any is loaded."""
+        """Raise UserError for missing training corpora, before any is loaded."""
         split, _, corpus = self.args.train_subset.partition("/")
         self._to_train_on(self._with_split(split, corpus))
 
@@ -261,7 +261,8 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
         return counts
 
     def get_batch_iterator(self, dataset, *args, **kwargs):
-        """As stock's, but end the workers of the previous epoch, which stock leaves to chance."""
+        """Like stock's, but ends the workers of the previous epoch, which stock leaves to
+        chance."""
         iterator = super().get_batch_iterator(dataset, *args, **kwargs)
         if isinstance(dataset, MixtureDataset):
             previous, self._train_iterator = self._train_iterator, iterator

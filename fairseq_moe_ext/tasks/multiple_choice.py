@@ -149,9 +149,9 @@ class MultipleChoiceTask(FairseqTask):
         return self.cfg.tokens_per_sample
 
     def build_model(self, cfg: FairseqDataclass, from_checkpoint: bool = False):
-        """As stock's, with a head where it is to score. Before training, all questions are read,
-        which stock would do after the weights. Raises UserError for a model that cannot have a
-        head, and as load_dataset."""
+        """Like stock's, with a head if it scores. Reads all questions before training, which stock
+        would do only after the weights. Raises UserError for a model that cannot have a head, and
+        like load_dataset."""
         if not from_checkpoint:
             wanted = "" if self.cfg.disable_validation else self.cfg.valid_subset
             for split in [self.cfg.train_subset, *filter(None, wanted.split(","))]:
@@ -213,7 +213,7 @@ class MultipleChoiceTask(FairseqTask):
             )
 
     def _compare_with_train(self, split: str, questions: Sequence[Question]) -> None:
-        """Say how much of what is validated on belongs to what is trained on."""
+        """Log how many questions of a validation set are related to training questions."""
         if split == self.cfg.train_subset:
             self._train_keys.update(key for question in questions for key in question.keys)
             return
@@ -250,7 +250,7 @@ def _scored(row: scoring.Row) -> int:
 
 
 def describe(questions: List[Question], classes: Optional[Sequence[str]]) -> str:
-    """One line: how many, how the right answers are spread, and what guessing gives."""
+    """One line: the number of questions, the distribution of right answers, and chance."""
     labels = [min(question.right) for question in questions]
     counts = Counter(labels)
     chance = accuracy.chance([1] * len(questions), [len(q.candidates) for q in questions])
