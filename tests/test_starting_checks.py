@@ -121,7 +121,7 @@ def test_the_end_of_a_schedule_may_be_its_own():
 
 @pytest.mark.parametrize("arch, task", [("transformer", "mixture_language_modeling")])
 def test_a_model_of_another_kind(arch, task):
-    with pytest.raises(UserError, match="--arch transformer is no language model"):
+    with pytest.raises(UserError, match="--arch transformer is not a language model"):
         starting.check_command_line(Namespace(**{**OURS, "arch": arch, "task": task}))
 
 

@@ -127,7 +127,7 @@ def test_experts_on_disk_are_not_trained(tmp_path, data):
     )
     with pytest.raises(RuntimeError, match="cannot be trained"):
         lm.models[0](tokens())
-    with pytest.raises(UserError, match="--moe-experts-on-disk.*drop it"):
+    with pytest.raises(UserError, match="--moe-experts-on-disk.*remove it"):
         make_trainer(configure(data, f"{ADAM} --moe-experts-on-disk"), "legacy_ddp", 1)
 
 

@@ -64,7 +64,7 @@ def test_joined_fp16_state_is_refused_by_name(data, tmp_path):
     train_on(1, f"{line} --max-update 2 --save-dir {tmp_path}")
     line += f" --fp16-no-flatten-grads --save-dir {tmp_path} --no-save"
     for message in run_processes(2, error_of, train, 2, line):
-        assert "optimizer state is of 1 tensors" in message
+        assert "optimizer state has 1 tensors" in message
         assert "--reset-optimizer" in message
     assert len(train_on(2, f"{line} --reset-optimizer --max-update 4")) == 4
 

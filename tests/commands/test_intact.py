@@ -131,7 +131,7 @@ def test_a_file_of_experts_without_optimizer_state_is_told(spread, command, data
     torch.save(whole, spread)
     train = f"{data} {TRAIN} {SPARSE} --no-save --save-dir {spread}.d --restore-file {spread}"
     status, _, _, err = command("train", train)
-    assert status == 1 and "is missing for experts 2 to 3, and is there for others" in err
+    assert status == 1 and "is missing for experts 2 to 3, but not for others" in err
     assert command("train", train + " --reset-optimizer")[0] == 0
     assert main(["convert", str(spread), f"{spread}.1.pt"]) == 1
     assert main(["convert", str(spread), f"{spread}.2.pt", "--weights-only"]) == 0

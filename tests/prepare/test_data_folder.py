@@ -237,7 +237,7 @@ def test_without_a_step_of_the_kernel_there_are_two_renames(tmp_path, line, monk
 
 @pytest.mark.parametrize("name", ["dict.txt", "encoder.json", "vocab.bpe", "counts.json"])
 def test_a_corpus_is_not_called_like_a_file_of_the_folder(name):
-    with pytest.raises(UserError, match=f"the name '{name}' is taken"):
+    with pytest.raises(UserError, match=f"the name '{name}' is reserved"):
         command.parse_corpora([f"{name}=x"], [])
     with pytest.raises(UserError, match="has 101 characters; use 100 at most"):
         command.parse_corpora([f"{'x' * 101}=x"], [])

@@ -245,7 +245,7 @@ def break_data(copy, how):
         return r"holds data-bins of its own .* and of corpora \(big/\)"
     if how == "a name that is taken":
         small.rename(copy / "valid2")
-        return r"data/valid2: the name 'valid2' is taken"
+        return r"data/valid2: the name 'valid2' is reserved"
     if how == "no such folder":
         shutil.rmtree(copy)
         return r"data: no such data folder"
