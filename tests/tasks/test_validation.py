@@ -210,7 +210,7 @@ def break_data(copy, how):
     if how == "dictionary differs":
         with open(small / "dict.txt", "a", encoding="utf-8") as file:
             file.write("madeupword0100 0\n")
-        return r"small/dict\.txt \(293 types\) differs from .*data/dict\.txt \(292 types\)"
+        return r"small/dict\.txt \(293 entries\) differs from .*data/dict\.txt \(292 entries\)"
     if how == "dictionary missing in a corpus":
         (small / "dict.txt").unlink()
         return r"small/dict\.txt: missing; it must be a copy"
