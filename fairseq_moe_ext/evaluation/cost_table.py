@@ -89,7 +89,7 @@ def run(args: Namespace) -> None:
     print(_form(args, numbers, _table(numbers)))
 
 
-def _check_experts_per_token(number: Optional[float], shape: cost.Shape) -> None:
+def _check_experts_per_token(number: Optional[float], shape: Shape) -> None:
     if number is not None and not (shape.sparse and 0 <= number <= shape.experts):
         most = f"at most the {shape.experts} of a layer" if shape.sparse else "a model with experts"
         raise UserError(f"--experts-per-token {number}: use 0 or more, {most}")
