@@ -232,7 +232,7 @@ PATCHES = (
     wrap(
         "fairseq.logging.progress_bar:progress_bar",
         progress.progress_bar,
-        "fairseq_cli/train.py:266 and :476@0.12.2",
+        "fairseq_cli/train.py:266,476@0.12.2",
     ),
     wrap(
         "fairseq.logging.progress_bar:TensorboardProgressBarWrapper._log_to_tensorboard",
@@ -242,7 +242,7 @@ PATCHES = (
     wrap(
         "fairseq.logging.progress_bar:WandBProgressBarWrapper._log_to_wandb",
         progress.log_in_groups,
-        "fairseq/logging/progress_bar.py:513@0.12.2",
+        "fairseq/logging/progress_bar.py:516@0.12.2",
     ),
     wrap("fairseq_cli.train:validate", trainer.validate, "fairseq_cli/train.py:439@0.12.2"),
     wrap(_TRAINER + "clip_grad_norm", trainer.clip_grad_norm, "fairseq/trainer.py:1252@0.12.2"),

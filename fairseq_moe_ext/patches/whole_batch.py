@@ -69,13 +69,13 @@ def _forward(trainer: Any, samples: Sequence[Dict[str, Any]]) -> float:
 
 def _sum_over_processes(balances: List[Balance], sample_size: float) -> float:
     """Make what the layers have counted that of all processes; returns the sum of sample sizes."""
-    wholes = [balance.whole for balance in balances]
+    held = [(balance, balance.whole) for balance in balances if balance.whole is not None]
     if process_count() == 1:
         return sample_size
-    parts = [torch.cat([w.counts.flatten(), w.tokens.view(1)]).double() for w in wholes if w]
+    parts = [torch.cat([w.counts.flatten(), w.tokens.view(1)]).double() for _, w in held]
     size = parts[0].new_tensor([sample_size])
     summed = sum_over_processes(torch.cat([*parts, size])).to(size.device)
-    for balance, part in zip(balances, summed.split([len(part) for part in parts] + [1])):
+    for (balance, whole), part in zip(held, summed.split([len(part) for part in parts] + [1])):
         counts, tokens = part[:-1], part[-1]
-        balance.whole = WholeBatch(counts.view(len(balance.whole.counts), -1), tokens)
+        balance.whole = WholeBatch(counts.view(len(whole.counts), -1), tokens)
     return float(summed[-1])
