@@ -232,7 +232,7 @@ PATCHES = (
     wrap(
         "fairseq.logging.progress_bar:progress_bar",
         progress.progress_bar,
-        "fairseq_cli/train.py:266,476@0.12.2",
+        "fairseq_cli/train.py:267,463@0.12.2",
     ),
     wrap(
         "fairseq.logging.progress_bar:TensorboardProgressBarWrapper._log_to_tensorboard",
