@@ -6,7 +6,7 @@ import torch
 from converting import convert, evaluated, load, logits, mistake, same
 from processes import run_processes
 from small_models import MOE, build_model, make_config, random_tokens
-from training import SAVED, TRAIN, error_of, make_data, resume, train_on
+from training import SAVED, SHARDED, TRAIN, error_of, make_data, resume, train_on
 from training import first_run as first_run_of
 from updates import WORLD, assert_same, configure, one_process, processes, save_dictionary, train
 
@@ -161,6 +161,16 @@ def test_a_resumed_run_equals_the_uninterrupted_one(data, tmp_path, first, then)
         perplexity_of(data, tmp_path / "checkpoint_last.pt", each) for each in ({}, from_disk)
     )
     assert mapped == plain
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["all", "null bias"])
+def test_a_sharded_run_goes_on_sharded_and_not(data, tmp_path, kind):
+    """From two processes under FSDP to four, and to one without it."""
+    options = f"{LINES[kind]} {SHARDED} 0"
+    losses = first_run_of(data, tmp_path, 2, 4, options)[SAVED:]
+    assert resume(data, tmp_path, 4, 4, options) == pytest.approx(losses, rel=1e-5)
+    assert resume(data, tmp_path, 1, 4, LINES[kind]) == pytest.approx(losses, rel=1e-5)
 
 
 def perplexity_of(data, path, overrides):
