@@ -1,6 +1,7 @@
 """People's own text to data-bins that fairseq trains on (`fairseq-moe prepare`).
 
-    kinds.py        what a file holds: text, JSON Lines, or something else
+    kinds.py        what a file holds: text, JSON Lines, a table, or something else
+    tables.py       the text column of CSV, TSV, Parquet and Arrow
     documents.py    files -> documents, one after another
     splits.py       a document -> train, valid or test
     tokenizer.py    GPT-2's byte-level BPE: read, train, encode

@@ -10,6 +10,7 @@ from fairseq_moe_ext.prepare.corpora import parse_corpora, parse_formats
 from fairseq_moe_ext.prepare.documents import SEPARATORS, Source
 from fairseq_moe_ext.prepare.options import Options
 from fairseq_moe_ext.prepare.pipeline import Report, prepare
+from fairseq_moe_ext.wording import count
 
 DESCRIPTION = """\
 Turn your own text into a data folder for fairseq: byte-level BPE as GPT-2's, one data-bin per
@@ -19,9 +20,11 @@ corpus, split by document into train, valid and test.
       --heldout mail=mail.jsonl.gz --train-bpe 8000
 
 Input: a text file has one paragraph per line and a blank line between documents (see --documents);
-JSON Lines have one document per line in the field "text" (see --field). The command recognises the
-two by their content (see --format) and rejects other kinds by name. A folder stands for all files
-below it except hidden ones. Files must be UTF-8, and may be compressed with gzip, bzip2 or xz.
+JSON Lines have one document per line in the field "text" (see --text-field), CSV, TSV, Parquet and
+Arrow tables (also folders of Hugging Face datasets) one per row. The command recognises them by
+their content (see --format) and rejects other kinds by name. A folder stands for all files
+below it except hidden ones. Files must be UTF-8, and may be compressed with gzip, bzip2, xz or
+Zstandard.
 
 What the model sees: every newline becomes </s>, with a blank line between documents; lines are
 otherwise unchanged.
@@ -50,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     text.add_argument(
         "--format", action="append", default=[], metavar="[NAME=]KIND",
-        help="read the files as text or jsonl, whatever they look like; NAME=KIND for one corpus; "
-        "may be repeated (default: auto, by content)",
+        help="read the files as text, jsonl, csv or tsv, whatever they look like; NAME=KIND for "
+        "one corpus; may be repeated (default: auto, by content)",
     )  # fmt: skip
     text.add_argument(
         "--documents", choices=SEPARATORS, default="blank-line",
@@ -59,8 +62,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the file (default: blank-line)",
     )  # fmt: skip
     text.add_argument(
-        "--field", default="text", help="the JSONL field that holds the document (default: text)"
-    )
+        "--separator", metavar="REGEX",
+        help="in text files, a line in which this is found stands between documents and is left "
+        "out, as '^<\\|endoftext\\|>$'; blank lines are then text",
+    )  # fmt: skip
+    text.add_argument(
+        "--document-start", metavar="REGEX",
+        help="in text files, a line in which this is found begins a document, as '^ = [^=]+ = $' "
+        "for WikiText's articles; blank lines are then text",
+    )  # fmt: skip
+    text.add_argument(
+        "--text-field", "--field", dest="field", default="text", metavar="NAME",
+        help="the JSONL field, or the column of a table, that holds the document (default: text)",
+    )  # fmt: skip
+    text.add_argument(
+        "--dedup", action="store_true",
+        help="leave out documents that were there before, exactly and in whichever corpus, and "
+        "count them",
+    )  # fmt: skip
     splits = parser.add_argument_group("splits (by a hash of the document's text)")
     splits.add_argument(
         "--valid-fraction", type=float, default=0.01, metavar="F",
@@ -118,7 +137,13 @@ def run(args: argparse.Namespace) -> None:
     corpora = parse_corpora(args.corpus, args.heldout)
     options = Options(
         corpora=corpora,
-        source=Source(parse_formats(args.format, corpora), args.documents, args.field),
+        source=Source(
+            parse_formats(args.format, corpora),
+            args.documents,
+            args.field,
+            args.separator,
+            args.document_start,
+        ),
         valid_fraction=args.valid_fraction,
         test_fraction=args.test_fraction,
         split_seed=args.split_seed,
@@ -130,11 +155,15 @@ def run(args: argparse.Namespace) -> None:
         dict_size=args.dict_size,
         workers=args.workers,
         overwrite=args.overwrite,
+        dedup=args.dedup,
     )
     started = time.perf_counter()
     report = prepare(args.dest, options)
     seconds = time.perf_counter() - started
     print(format_table(report))
+    for name, corpus in report["corpora"].items():
+        if corpus.get("duplicates"):
+            print(f"{name}: {count(corpus['duplicates'], 'duplicate')} left out")
     print(f"{args.dest}: written in {seconds:.1f} s, vocabulary of {report['types']:,}")
 
 

@@ -2,13 +2,14 @@
 
 import glob
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Iterator, List, Tuple
+from typing import BinaryIO, Iterator, List, Optional, Tuple
 
 from fairseq_moe_ext import files
 from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.prepare import kinds
+from fairseq_moe_ext.prepare import kinds, tables
 from fairseq_moe_ext.prepare.kinds import BYTE_ORDER_MARK
 
 SEPARATORS = ("blank-line", "line", "file")
@@ -22,15 +23,19 @@ _JSON_TYPES = {type(None): "null", bool: "true or false", list: "a list", dict: 
 class Source:
     """How files are read.
 
-    format: "text", "jsonl", or "auto" (by its content: kinds.py).
+    format: "text", "jsonl", "csv", "tsv", or "auto" (detected from the content: kinds.py).
     separator: what ends a document of a text file: "blank-line", "line" (every line is a
         document) or "file".
-    field: the JSONL field that holds the document.
+    field: the JSONL field, or the column of a table, that holds the document.
+    ends, starts: instead of `separator`, what a line has that ends a document and is left out, or
+        that begins one: a regular expression, found anywhere in the line.
     """
 
     format: str = "auto"
     separator: str = "blank-line"
     field: str = "text"
+    ends: Optional[str] = None
+    starts: Optional[str] = None
 
 
 def list_files(pattern: str, where: str) -> List[Path]:
@@ -71,20 +76,35 @@ def read_documents(path: Path, source: Source) -> Iterator[Tuple[str, int]]:
     try:
         with files.open_binary(path) as raw:
             stream = kinds.unpacked(raw, packing)
-            if form == "jsonl":
-                texts = _jsonl(stream, path, source.field)
-            else:
-                texts = _text(stream, path, source.separator)
-            for text in texts:
+            for text, position in _texts(stream, raw, path, form, source):
                 text = text.replace("\r\n", "\n").replace("\r", "\n").strip("\n")
                 if text and not text.isspace():
-                    yield text, raw.tell()
+                    yield text, position
     except kinds.BROKEN as error:
         raise kinds.broken(path, packing, error) from None
     except OSError as error:
         if error.errno is None:  # bz2's for a damaged file
             raise kinds.broken(path, packing, error) from None
         raise UserError(f"{path}: cannot be read ({files.reason(error)})") from None
+
+
+def _texts(
+    stream: BinaryIO, raw: BinaryIO, path: Path, form: str, source: Source
+) -> Iterator[Tuple[str, int]]:
+    """The documents of a file of one format, and the bytes read so far."""
+    if form in ("parquet", "arrow"):
+        size = path.stat().st_size
+        for text, share in tables.arrow_column(raw, path, form, source.field):
+            yield text, int(share * size)
+        return
+    if form == "jsonl":
+        texts = _jsonl(stream, path, source.field)
+    elif form in tables.DELIMITERS:
+        texts = tables.csv_column(stream, path, form, source.field)
+    else:
+        texts = _text(stream, path, source)
+    for text in texts:
+        yield text, raw.tell()
 
 
 def _walk(folder: Path) -> List[Path]:
@@ -97,12 +117,24 @@ def _walk(folder: Path) -> List[Path]:
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(root, name) for name in sorted(names) if not name.startswith(".")]
+        names = [name for name in _of_dataset(names) if not name.startswith(".")]
+        found += [Path(root, name) for name in sorted(names)]
     return found
 
 
-def _text(stream: BinaryIO, path: Path, separator: str) -> Iterator[str]:
-    for data, offset in _pieces(stream, path, separator):
+def _of_dataset(names: List[str]) -> List[str]:
+    """Of a folder that Hugging Face's `save_to_disk` wrote, the files with text alone."""
+    if "dataset_dict.json" in names:
+        return [name for name in names if name != "dataset_dict.json"]
+    arrows = [name for name in names if name.endswith(".arrow") and not name.startswith("cache-")]
+    return arrows if arrows and "state.json" in names else names
+
+
+def _text(stream: BinaryIO, path: Path, source: Source) -> Iterator[str]:
+    pieces = _pieces(stream, path, source.separator)
+    if source.ends is not None or source.starts is not None:
+        pieces = _between(stream, path, source)
+    for data, offset in pieces:
         text = _decode(data, path, offset)
         yield text[1:] if offset == 0 and text.startswith(BYTE_ORDER_MARK) else text
 
@@ -133,6 +165,30 @@ def _pieces(stream: BinaryIO, path: Path, separator: str) -> Iterator[Tuple[byte
         yield b"".join(lines), offset - size
 
 
+def _between(stream: BinaryIO, path: Path, source: Source) -> Iterator[Tuple[bytes, int]]:
+    """As _pieces, by the lines that `ends` or `starts` tell."""
+    ends, starts = (
+        None if pattern is None else re.compile(pattern.encode())
+        for pattern in (source.ends, source.starts)
+    )
+    offset = begun = 0  # of the next line, of the document
+    lines: List[bytes] = []
+    for line in stream:
+        bare = line.rstrip(b"\r\n")
+        ended = ends is not None and ends.search(bare)
+        if lines and (ended or (starts is not None and starts.search(bare))):
+            yield b"".join(lines), begun
+            lines = []
+        if not lines:
+            begun = offset
+        offset += len(line)
+        if not ended:
+            lines.append(line)
+            _check_size(offset - begun, path, begun)
+    if lines:
+        yield b"".join(lines), begun
+
+
 def _check_size(size: int, path: Path, offset: int) -> None:
     if size > MAX_DOCUMENT_BYTES:
         raise UserError(
@@ -159,7 +215,7 @@ def _jsonl(stream: BinaryIO, path: Path, field: str) -> Iterator[str]:
             keys = ", ".join(sorted(map(str, record))[:8]) if isinstance(record, dict) else "none"
             raise UserError(
                 f"{path}, line {number}: no field {field!r} (its fields: {keys}); "
-                "name the field with --field"
+                "name the field with --text-field"
             )
         if not isinstance(record[field], str):
             kind = _JSON_TYPES.get(type(record[field]), "a number")
@@ -174,7 +230,7 @@ def _decode(data: bytes, path: Path, offset: int) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        packed = path.suffix.lower() in (".gz", ".bz2", ".xz")
+        packed = path.suffix.lower() in (".gz", ".bz2", ".xz", ".zst")
         unpacked = " of the unpacked text" if packed else ""
         raise UserError(
             f"{path}: not UTF-8 at byte {offset + error.start}{unpacked} "

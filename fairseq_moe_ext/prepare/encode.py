@@ -5,6 +5,7 @@ to splits and encode them; results come back in the order of the chunks. So the 
 depend on the number of workers, and only a few chunks are in memory.
 """
 
+import hashlib
 import multiprocessing
 import os
 import signal
@@ -14,7 +15,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
-from typing import Callable, Deque, Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Callable, Deque, Dict, Iterable, Iterator, List, Optional, Set, Tuple
 
 import numpy as np
 
@@ -55,14 +56,36 @@ class EncodedChunk:
     read: int
 
 
-def chunks(files: Iterable[Path], source: Source, deal: Deal) -> Iterator[Chunk]:
-    """The documents of `files`, CHUNK_CHARACTERS or a little more of them at a time."""
+class Duplicates:
+    """Which documents were there before, exactly; 16 bytes are kept of each."""
+
+    def __init__(self) -> None:
+        self._seen: Set[bytes] = set()
+        self.number = 0
+
+    def has(self, document: str) -> bool:
+        """Whether the document was asked for before."""
+        digest = hashlib.blake2b(document.encode("utf-8"), digest_size=16).digest()
+        if digest in self._seen:
+            self.number += 1
+            return True
+        self._seen.add(digest)
+        return False
+
+
+def chunks(
+    files: Iterable[Path], source: Source, deal: Deal, duplicates: Optional[Duplicates] = None
+) -> Iterator[Chunk]:
+    """The documents of `files`, CHUNK_CHARACTERS or a little more of them at a time, without those
+    that `duplicates` has."""
     documents: List[str] = []
     characters = 0
     counted = 0  # bytes of files already reported
     finished = 0  # bytes of the files before this one
     for path in files:
         for document, position in read_documents(path, source):
+            if duplicates is not None and duplicates.has(document):
+                continue
             documents.append(document)
             characters += len(document)
             if characters >= CHUNK_CHARACTERS:
@@ -160,11 +183,12 @@ def training_documents(
     parts: Iterable[Tuple[Iterable[Path], Source, Deal]],
     share: float,
     progress: Callable[[int], object],
+    duplicates: Optional[Duplicates] = None,
 ) -> Iterator[str]:
     """The train documents of several corpora to learn a BPE from, evenly thinned to `share`."""
     due = 0.0
     for files, source, deal in parts:
-        for chunk in chunks(files, source, deal):
+        for chunk in chunks(files, source, deal, duplicates):
             for document in chunk.documents:
                 if deal(document) == "train":
                     due += share

@@ -6,35 +6,56 @@ only where the content contradicts it.
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import re
 import zlib
 from pathlib import Path
-from typing import BinaryIO, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
+from typing import BinaryIO, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple, Type
 
 from fairseq_moe_ext import files
 from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.prepare import tables
 
-FORMATS = ("auto", "text", "jsonl")
+try:
+    import zstandard
+except ImportError:  # an extra
+    zstandard = None
+
+FORMATS = ("auto", "text", "jsonl", *tables.DELIMITERS)
 BYTE_ORDER_MARK = "\ufeff"
 _HEAD = 1 << 16  # bytes that are looked at
 _LINE = 1 << 26  # bytes of a first line of JSON that are looked at
 
 _OPENERS: Dict[str, Callable] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
 _SUFFIXES = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz"}
-_PACKED = ((b"\x1f\x8b", "gzip"), (b"BZh", "bzip2"), (b"\xfd7zXZ\0", "xz"))
+_PACKED: Tuple[Tuple[bytes, str], ...] = (
+    (b"\x1f\x8b", "gzip"),
+    (b"BZh", "bzip2"),
+    (b"\xfd7zXZ\0", "xz"),
+)
 # what a damaged file makes those three raise, beside an OSError without a number
-BROKEN = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
+BROKEN: Tuple[Type[Exception], ...] = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
+_ZSTD = "zstd"
+if zstandard is not None:
+    _SUFFIXES[".zst"] = _ZSTD
+    _PACKED += ((b"\x28\xb5\x2f\xfd", _ZSTD),)
+    _OPENERS[_ZSTD] = lambda raw: io.BufferedReader(
+        zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+    )
+    BROKEN += (zstandard.ZstdError,)
 
 _AS_LINES = "convert it to JSON Lines (.jsonl.gz: an object with the text on each line)"
+_ARROW = "pip install pyarrow, or " + _AS_LINES
+_ZSTANDARD = "unpack it (zstd -d), pack it with gzip, or pip install zstandard"
 _UNPACK = "unpack it and name the files"
 _TO_UTF8 = "convert it to UTF-8 (iconv -t UTF-8)"
 _NO_TEXT = "leave it out; a glob names files of one kind ('docs/**/*.txt')"
 # offset, bytes there, what such a file is, what to do
 _REFUSED: Tuple[Tuple[int, bytes, str, str], ...] = (
-    (0, b"\x28\xb5\x2f\xfd", "packed with Zstandard", "unpack it (zstd -d), or pack it with gzip"),
-    (1, b"\x2aM\x18", "packed with Zstandard", "unpack it (zstd -d), or pack it with gzip"),
+    (0, b"\x28\xb5\x2f\xfd", "packed with Zstandard", _ZSTANDARD),
+    (1, b"\x2aM\x18", "packed with Zstandard", _ZSTANDARD),
     (0, b"\x04\x22M\x18", "packed with LZ4", "unpack it (lz4 -d), or pack it with gzip"),
     (0, b"LZIP", "packed with lzip", "unpack it, or pack it with gzip"),
     (0, b"\x1f\x9d", "packed with compress", "unpack it, or pack it with gzip"),
@@ -45,9 +66,9 @@ _REFUSED: Tuple[Tuple[int, bytes, str, str], ...] = (
     (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
     (0, b"Rar!\x1a\x07", "a RAR archive", _UNPACK),
     (0, b"PK\x05\x06", "an empty zip archive", _NO_TEXT),
-    (0, b"PAR1", "a Parquet table", _AS_LINES),
-    (0, b"ARROW1", "an Arrow table", _AS_LINES),
-    (0, b"\xff\xff\xff\xff", "an Arrow table", _AS_LINES),
+    (0, b"PAR1", "a Parquet table", _ARROW),
+    (0, b"ARROW1", "an Arrow table", _ARROW),
+    (0, b"\xff\xff\xff\xff", "an Arrow table", _ARROW),
     (0, b"FEA1", "a Feather table", _AS_LINES),
     (0, b"ORC", "an ORC table", _AS_LINES),
     (0, b"Obj\x01", "an Avro file", _AS_LINES),
@@ -66,14 +87,26 @@ _REFUSED: Tuple[Tuple[int, bytes, str, str], ...] = (
     (0, b"\xff\xfe", "UTF-16 text", _TO_UTF8),
     (0, b"\xfe\xff", "UTF-16 text", _TO_UTF8),
 )
-_TABLES = (".csv", ".tsv")
+_TABLES = {".csv": "csv", ".tsv": "tsv"}
 _LINES = (".jsonl", ".ndjson")
 _JSON_OBJECT = re.compile(r'\{\s*("[^"\n]*"\s*:|\}\s*$)')
 _JSON_ARRAY = re.compile(r'\[\s*\{\s*"')
 
 
+_WORDS = {
+    "text": "text",
+    "jsonl": "JSON Lines",
+    "csv": "CSV",
+    "tsv": "TSV",
+    "parquet": "Parquet",
+    "arrow": "Arrow",
+    "": "nothing (empty)",
+}
+
+
 class Kind(NamedTuple):
-    """packing: "gzip", "bzip2", "xz" or ""; format: "text", "jsonl", or "" for an empty file."""
+    """packing: "gzip", "bzip2", "xz", "zstd" or ""; format: "text", "jsonl", "csv", "tsv",
+    "parquet", "arrow", or "" for an empty file."""
 
     packing: str
     format: str
@@ -90,7 +123,10 @@ def kind_of(path: Path, form: str, field: str) -> Kind:
         try:
             stream = unpacked(raw, packing)
             head = stream.read(_HEAD)
-            _refuse(head, path, form)
+            table = next((f for magic, f in tables.MAGIC if head.startswith(magic)), None)
+            if table and not packing and tables.HAS_ARROW:
+                return Kind("", table)
+            _refuse(head, path)
             return Kind(packing, _format(head, stream, path, form, field))
         except BROKEN as error:
             raise broken(path, packing, error) from None
@@ -109,24 +145,24 @@ def broken(path: Path, packing: str, error: Exception) -> UserError:
 
 
 def check_one_kind(found: Iterable[Tuple[Path, Kind]], where: str) -> None:
-    """Raise UserError if one folder or glob contains both text and JSON Lines: a README would
-    become training text."""
+    """Raise UserError if one folder or glob contains files of two formats: a README beside JSON
+    Lines would become training text."""
     first: Dict[str, Path] = {}
     for path, kind in found:
         if kind.format:
             first.setdefault(kind.format, path)
     if len(first) > 1:
+        (one, a), (other, b) = sorted(first.items())[:2]
         raise UserError(
-            f"{where}: {first['jsonl']} is JSON Lines, {first['text']} is text; name files of one "
+            f"{where}: {a} is {_WORDS[one]}, {b} is {_WORDS[other]}; name files of one "
             "kind, by a glob ('folder/**/*.jsonl') or one by one"
         )
 
 
 def count(kinds: Iterable[Kind]) -> str:
     """In words, as "3 files of text, 1 of JSON Lines"."""
-    words = {"text": "text", "jsonl": "JSON Lines", "": "nothing (empty)"}
     formats = [kind.format for kind in kinds]
-    parts = [f"{formats.count(f)} of {words[f]}" for f in words if f in formats]
+    parts = [f"{formats.count(f)} of {_WORDS[f]}" for f in _WORDS if f in formats]
     return ", ".join(parts).replace(" of", " file(s) of", 1)
 
 
@@ -157,7 +193,7 @@ def _refusal(head: bytes) -> Optional[Tuple[str, str]]:
     return None
 
 
-def _refuse(head: bytes, path: Path, form: str) -> None:
+def _refuse(head: bytes, path: Path) -> None:
     found = _refusal(head)
     if found is None and b"\0" in head:
         zeros = [head[i::2].count(0) for i in (0, 1)]
@@ -165,8 +201,6 @@ def _refuse(head: bytes, path: Path, form: str) -> None:
             found = "UTF-16 text", _TO_UTF8
         else:
             found = f"binary (a null at byte {head.index(0)})", _NO_TEXT
-    if found is None and form == "auto" and _suffix(path) in _TABLES:
-        found = "a table", f"{_AS_LINES}, or read it as text with --format {{corpus}}=text"
     if found is not None:
         raise UserError(f"{path}: {found[0]}, which cannot be read; {found[1]}")
 
@@ -183,6 +217,12 @@ def _format(head: bytes, stream: BinaryIO, path: Path, form: str, field: str) ->
         return "" if len(head) < _HEAD else "text"
     if form != "auto":
         return form
+    if _suffix(path) in _TABLES:
+        columns = tables.header(head, _TABLES[_suffix(path)])
+        if field not in columns:
+            error = tables.no_column(str(path), field, columns)
+            raise UserError(f"{error}, or read the file as text with --format {{corpus}}=text")
+        return _TABLES[_suffix(path)]
     if _suffix(path) in _LINES:
         return "jsonl"
     is_json = _suffix(path) == ".json"
@@ -199,7 +239,7 @@ def _format(head: bytes, stream: BinaryIO, path: Path, form: str, field: str) ->
         keys = ", ".join(sorted(record)[:8])
         raise UserError(
             f"{path}: JSON without a field {field!r} (fields on line 1: {keys}); name the field "
-            "with --field, or read it as text with --format {corpus}=text"
+            "with --text-field, or read it as text with --format {corpus}=text"
         )
     return "jsonl"
 

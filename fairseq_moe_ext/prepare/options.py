@@ -1,5 +1,6 @@
 """The options of `prepare`, and their checks before any text is read."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import List, Optional
@@ -30,6 +31,7 @@ class Options:
     dict_size: Optional[int] = None
     workers: int = 1
     overwrite: bool = False
+    dedup: bool = False
 
 
 def check(options: Options) -> None:
@@ -43,10 +45,31 @@ def check(options: Options) -> None:
         )
     _check_dictionary(options)
     _check_splits(options)
+    _check_patterns(options.source)
     if not 1 <= options.workers <= MAX_WORKERS:
         raise UserError(f"--workers {options.workers}: must be at least 1, at most {MAX_WORKERS}")
     if not -(2**63) <= options.split_seed < 2**63:
         raise UserError(f"--split-seed {options.split_seed}: must fit into 64 bits")
+
+
+def _check_patterns(source: Source) -> None:
+    given = {"--separator": source.ends, "--document-start": source.starts}
+    if None not in given.values():
+        raise UserError("--separator and --document-start: give one of them")
+    for flag, pattern in given.items():
+        if pattern is None:
+            continue
+        if source.separator != "blank-line":
+            raise UserError(
+                f"{flag} {pattern}: with --documents {source.separator}; give one of them"
+            )
+        try:
+            re.compile(pattern.encode())
+        except (re.error, UnicodeEncodeError) as error:
+            raise UserError(
+                f"{flag} {pattern}: not a regular expression ({error}); put \\ before characters "
+                "like ( [ * that mean themselves"
+            ) from None
 
 
 def _check_training(options: Options, vocabulary: int) -> None:

@@ -6,7 +6,7 @@ import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Dict, List, Tuple, TypedDict
+from typing import Any, Dict, List, Optional, Tuple, TypedDict
 
 import numpy as np
 from tqdm import tqdm
@@ -17,7 +17,13 @@ from fairseq_moe_ext.prepare import data_folder, dictionary, kinds
 from fairseq_moe_ext.prepare.binarize import SplitWriter, dtype_of
 from fairseq_moe_ext.prepare.corpora import Corpus
 from fairseq_moe_ext.prepare.documents import Source
-from fairseq_moe_ext.prepare.encode import Deal, Encoders, chunks, training_documents
+from fairseq_moe_ext.prepare.encode import (
+    Deal,
+    Duplicates,
+    Encoders,
+    chunks,
+    training_documents,
+)
 from fairseq_moe_ext.prepare.options import Options, check
 from fairseq_moe_ext.prepare.splits import SplitRule
 from fairseq_moe_ext.prepare.tokenizer import ENCODER_FILE, MERGES_FILE, ByteLevelBPE, train_bpe
@@ -83,11 +89,18 @@ def _prepare(folder: Path, options: Options) -> Report:
     if options.dict_size is not None:
         dictionary.check_size(options.dict_size, len(bpe))
     writers: Dict[str, Dict[str, SplitWriter]] = {}
+    duplicates = Duplicates() if options.dedup else None
+    left_out: Dict[str, int] = {}
     files = (folder / ENCODER_FILE, folder / MERGES_FILE)
     with Encoders(*files, options.workers) as encoders:
         for corpus in options.corpora:
             (folder / corpus.name).mkdir()
-            writers[corpus.name] = _encode(corpus, todo, folder, bpe.newline, encoders, options)
+            before = duplicates.number if duplicates else 0
+            writers[corpus.name] = _encode(
+                corpus, todo, folder, bpe.newline, encoders, options, duplicates
+            )
+            if duplicates:
+                left_out[corpus.name] = duplicates.number - before
     lines = existing or dictionary.build(_training_counts(writers, bpe), options.dict_size)
     table = dictionary.lookup(lines, len(bpe))
     size = dictionary.NUM_SPECIAL + len(lines)
@@ -97,6 +110,7 @@ def _prepare(folder: Path, options: Options) -> Report:
             writer.finish(table, dtype_of(size))
         report["corpora"][corpus.name] = {
             "held_out": corpus.held_out,
+            **({"duplicates": left_out[corpus.name]} if duplicates else {}),
             **{split: _counts(writer, table) for split, writer in writers[corpus.name].items()},
         }
     for at in [folder, *(folder / name for name in writers)]:
@@ -146,7 +160,9 @@ def _tokenizer(folder: Path, options: Options, todo: Dict[str, Parts]) -> ByteLe
     size = sum(_size(files) for files, _, _ in sources)
     share = min(1.0, options.train_bpe_bytes / max(1, size))
     with _progress("reading for the BPE", size) as bar:
-        documents = training_documents(sources, share, bar.update)
+        documents = training_documents(
+            sources, share, bar.update, Duplicates() if options.dedup else None
+        )
         size = train_bpe(documents, options.train_bpe, folder)
     if size < options.train_bpe:
         print(
@@ -164,13 +180,14 @@ def _encode(
     newline: int,
     encoders: Encoders,
     options: Options,
+    duplicates: Optional[Duplicates] = None,
 ) -> Dict[str, SplitWriter]:
     """Encode one corpus; its splits, each with at least one document."""
     writers: Dict[str, SplitWriter] = {}
     parts = todo[corpus.name]
     with _progress(f"encoding {corpus.name}", sum(_size(files) for files, _, _ in parts)) as bar:
         for files, source, deal in parts:
-            for encoded in encoders.encode(chunks(files, source, deal)):
+            for encoded in encoders.encode(chunks(files, source, deal, duplicates)):
                 for split, part in encoded.splits.items():
                     if split not in writers:
                         writers[split] = SplitWriter(folder / corpus.name / split, newline)

@@ -86,7 +86,7 @@ def test_jsonl_that_is_not_utf8_is_refused_with_its_byte_offset(tmp_path):
 @pytest.mark.parametrize(
     "line, message",
     [
-        ('{"body": "x"}', r"line 3: no field 'text' \(its fields: body\).*--field"),
+        ('{"body": "x"}', r"line 3: no field 'text' \(its fields: body\).*--text-field"),
         ('["text"]', "line 3: no field 'text'"),
         ('{"text": 1}', "line 3: field 'text' is a number, not a string"),
         ('{"text": null}', "line 3: field 'text' is null, not a string"),

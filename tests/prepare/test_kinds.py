@@ -13,6 +13,7 @@ import pytest
 
 from fairseq_moe_ext import cli
 from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.prepare import kinds, tables
 from fairseq_moe_ext.prepare.documents import Source, read_documents
 from fairseq_moe_ext.prepare.kinds import Kind, kind_of
 
@@ -73,11 +74,6 @@ def archive(kind):
 
 
 REFUSED = {
-    "a.txt": (b"\x28\xb5\x2f\xfd\x04\0", "packed with Zstandard, .*zstd -d"),
-    "a.jsonl.zst": (b"\x28\xb5\x2f\xfd\x04\0", "packed with Zstandard"),
-    "a.parquet": (b"PAR1\x15\x04", "a Parquet table, .*JSON Lines"),
-    "a.arrow": (b"\xff\xff\xff\xff\x10\0", "an Arrow table"),
-    "b.arrow": (b"ARROW1\0\0", "an Arrow table"),
     "a.tar": (archive("tar"), "a tar archive, .*tar xf"),
     "a.tar.gz": (gzip.compress(archive("tar")), "a tar archive"),
     "a.tgz": (gzip.compress(archive("tar")), "a tar archive"),
@@ -97,17 +93,30 @@ REFUSED = {
     "utf16be.jsonl": ('{"text": "x"}\n'.encode("utf-16-be") * 9, "UTF-16 text"),
     "utf32.txt": ("text".encode("utf-32"), "UTF-32 text"),
     "a.bin": (bytes(range(1, 200)) + b"\0", "binary .a null at byte 199"),
-    "a.csv": (b"id,text\n1,x\n", "a table, .*--format NAME=text"),
-    "a.tsv.gz": (gzip.compress(b"id\ttext\n1\tx\n"), "a table"),
+    "a.csv": (b"id,body\n1,x\n", r"a table without a column 'text' \(columns: id, body\)"),
+    "a.tsv.gz": (gzip.compress(b"id\tb,text\n1\tx\n"), "--text-field.*--format NAME=text"),
     "array.json": (b'[\n {"text": "x"}]', r"one JSON array; .*jq -c '\.\[\]' array\.json"),
     "array.txt": (b'[{"text": "x"}]', "one JSON array"),
     "numbers.json": (b"[1, 2]", "one JSON array"),
     "pretty.json": (b'{\n  "text": "x"\n}', "JSON, but no object on line 1; .*jq -c . pretty.json"),
     "pretty.txt": (b'{"text":\n  "x"\n}', "JSON, but no object on line 1"),
     "cut.json": (b'{"text": "x', "JSON, but no object on line 1"),
-    "fields.json": (b'{"body": "x"}\n', r"JSON without a field 'text' \(.*: body\); .*--field"),
+    "fields.json": (
+        b'{"body": "x"}\n',
+        r"JSON without a field 'text' \(.*: body\); .*--text-field",
+    ),
     "list.json": (b'{"a": ' + b"[" * 100_000 + b"\n", "JSON, but no object on line 1"),
 }
+
+
+if kinds.zstandard is None:
+    packed = b"\x28\xb5\x2f\xfd\x04\0"
+    REFUSED["a.txt"] = packed, "packed with Zstandard, .*zstd -d.* pip install zstandard"
+    REFUSED["a.jsonl.zst"] = packed, "packed with Zstandard"
+if not tables.HAS_ARROW:
+    REFUSED["a.parquet"] = b"PAR1\x15\x04", "a Parquet table, .*pip install pyarrow.*JSON Lines"
+    REFUSED["a.arrow"] = b"\xff\xff\xff\xff\x10\0", "an Arrow table"
+    REFUSED["b.arrow"] = b"ARROW1\0\0", "an Arrow table"
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -139,7 +148,7 @@ def test_what_the_user_says_counts_more(tmp_path, capsys):
     assert cli.main([*line.split(), "--overwrite", "--format", "text"]) == 0
     counts = json.loads((tmp_path / "data" / "counts.json").read_text())["corpora"]
     assert counts["c"]["train"]["documents"] == 1
-    for word, message in (("b=text", "no corpus 'b'"), ("a=csv", "not one of auto"), ("x", "not")):
+    for word, message in (("b=text", "no corpus 'b'"), ("a=xml", "not one of auto"), ("x", "not")):
         assert cli.main([*line.split(), "--format", word]) == 1
         assert f"--format {word}: {message}" in capsys.readouterr().err
 
