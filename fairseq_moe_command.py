@@ -136,7 +136,17 @@ COMMANDS: Dict[str, Command] = {
 
 def main(argv: Optional[List[str]] = None) -> int:
     """The exit status of a command line."""
-    argv = sys.argv[1:] if argv is None else argv
+    try:
+        try:
+            return _run(sys.argv[1:] if argv is None else argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read it, such as `head`, has enough
+        sys.stdout = open(os.devnull, "w")
+        return 0
+
+
+def _run(argv: List[str]) -> int:
     if argv in (["user-dir"], ["config-dir"]) or argv[:1] in (["-h"], ["--help"], ["--version"]):
         parser(argparse.ArgumentParser)[0].parse_args(argv).run(None)
         return 0

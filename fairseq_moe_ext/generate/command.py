@@ -137,14 +137,11 @@ def run(args: argparse.Namespace) -> None:
     checkpoints, words = _checkpoints(args)
     settings = _settings(args)
     _check(args, checkpoints, words)
-    try:
-        if args.interactive:
-            _interact(args, checkpoints[0], settings)
-        else:
-            texts = prompts.read(words, args.file, args.separator)
-            _write(args, checkpoints, texts, settings)
-    except BrokenPipeError:  # whoever read it has enough
-        sys.stdout = open(os.devnull, "w")
+    if args.interactive:
+        _interact(args, checkpoints[0], settings)
+    else:
+        texts = prompts.read(words, args.file, args.separator)
+        _write(args, checkpoints, texts, settings)
 
 
 def _checkpoints(args: argparse.Namespace) -> Any:

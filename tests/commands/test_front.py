@@ -103,3 +103,21 @@ def test_no_news_of_fairseq_while_a_command_runs(monkeypatch):
     monkeypatch.setattr(logging.getLogger("fairseq"), "level", logging.INFO)
     assert cli.main(["patches"]) == 0 and seen == [False]
     assert logging.getLogger("fairseq").level == logging.INFO
+
+
+@pytest.mark.parametrize("words", ["--help", "patches", "cost --paper"])
+def test_a_reader_that_has_enough_gets_no_traceback(words):
+    """As of `fairseq-moe patches | head -1`; with a pipe that nobody reads from the start."""
+    code = "import sys, fairseq_moe_command as c; sys.exit(c.main(sys.argv[1:]))"
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words.split()],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=60,
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
