@@ -4,7 +4,7 @@ floor that the weights' bytes set, and other people's layers; at evaluation agai
     python benchmarks/layer.py [--rows 0 1 2]      the shapes of the table, by number
     python benchmarks/layer.py --gpu               the paper's shapes, bfloat16, on a CUDA device
 
-float32, 2 threads, top-2, gelu, biases. Results go to benchmarks/results/layer.json and .md.
+float32, 2 threads, top-2, gelu, biases. Results: benchmarks/results/PROCESSOR/layer.json, .md.
 """
 
 from __future__ import annotations
@@ -282,7 +282,7 @@ def evaluation(shape: Shape, rounds: int) -> Dict[str, float]:
     }
 
 
-def table(name: str, rows: Dict[str, Dict]) -> None:
+def table(name: str, rows: Dict[str, Dict], device: str) -> None:
     """Write and print what has been measured so far."""
     peers = ["fairscale", "one-hot", "transformers", "megablocks"]
     heads = ["S, E, M, F", "dense, ms", "our dense", "floor", "at most", "capacity", "dropless"]
@@ -314,7 +314,7 @@ def table(name: str, rows: Dict[str, Dict]) -> None:
         "of the same run. Memory: peak of new tensors beyond the gradients, over the dense FFN's. "
         "statistics: their share of this layer's step alone."
     )
-    measure.keep_table(name, title, heads, lines)
+    measure.keep_table(name, title, heads, lines, device)
 
 
 def main() -> None:
@@ -343,9 +343,9 @@ def main() -> None:
             row = training(shape, args.rounds, not args.no_peers, like)
             if not args.gpu:
                 row["evaluation"] = evaluation(shape, min(args.rounds, 3))
-            rows = measure.keep(name, {key: row})
+            rows = measure.keep(name, {key: row}, like.device.type)
         dist.destroy_process_group()
-    table(name, rows)
+    table(name, rows, like.device.type)
 
 
 if __name__ == "__main__":

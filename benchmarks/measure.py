@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import statistics
 import time
 from pathlib import Path
@@ -45,6 +46,20 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor()
+
+
+def processor(device: str = "cpu") -> str:
+    """A name for a folder: the GPU's, or the CPU's maker, family and model. Names of models that
+    clouds show say less: AMD EPYC may be of any generation."""
+    if device == "cuda":
+        return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower())
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().split("\n\n")[0].splitlines() if info.exists() else []
+    facts = dict((part.strip() for part in line.split(":", 1)) for line in lines if ":" in line)
+    if "cpu family" not in facts:
+        return re.sub(r"[^a-z0-9]+", "-", (_cpu_name() or platform.machine()).lower()).strip("-")
+    maker = {"AuthenticAMD": "amd", "GenuineIntel": "intel"}.get(facts["vendor_id"], "x86")
+    return f"{maker}-family{facts['cpu family']}-model{facts['model']}"
 
 
 def _wait() -> None:
@@ -110,16 +125,18 @@ def copy_bandwidth(device: str = "cpu", rounds: int = 9) -> float:
     return 2 * _COPIED / median(seconds)
 
 
-def matrix_rate(rounds: int = 9) -> float:
-    """FLOPs a second of the processor of one thread at a product of square float32 matrices of 2048
-    rows, the fastest of some, by PyTorch or by us: what no model's step can beat on a CPU."""
-    x, y = torch.ones(2, 2048, 2048)
+def matrix_rate(rounds: int = 9, dtype: torch.dtype = torch.float32, threads: int = 1) -> float:
+    """FLOPs a second of a product of square matrices of 2048 rows, the fastest of some, by PyTorch
+    or by us: what no model's step can beat on a CPU. Of one thread by the processor's time, of
+    several by the clock."""
+    x, y = torch.ones(2, 2048, 2048, dtype=dtype)
     out = torch.empty_like(x)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    cases = {"torch": lambda: torch.mm(x, y, out=out), "ours": lambda: product(x, y)}
-    seconds = in_turn(cases, rounds, clock=time.process_time)
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
+    cases = {"torch": lambda: torch.mm(x, y, out=out), "ours": lambda: product(x, y)}
+    clock = time.process_time if threads == 1 else time.perf_counter
+    seconds = in_turn(cases, rounds, clock=clock)
+    torch.set_num_threads(before)
     return 2 * 2048**3 / min(map(min, seconds.values()))
 
 
@@ -143,11 +160,13 @@ def peak_memory(work: Callable[[], object]) -> int:
     return most
 
 
-def keep(name: str, rows: Dict[str, Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
-    """Write rows into results/NAME.json, in place of those of the same names; those of another
-    machine go. Returns all rows that the file now has."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def keep(
+    name: str, rows: Dict[str, Dict[str, Any]], device: str = "cpu"
+) -> Dict[str, Dict[str, Any]]:
+    """Write rows into results/PROCESSOR/NAME.json, in place of those of the same names; rows that
+    the same processor made with other software go. Returns all rows that the file now has."""
+    path = RESULTS / processor(device) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     content = json.loads(path.read_text()) if path.exists() else {}
     if content.get("machine") != machine():
         content = {"machine": machine(), "rows": {}}
@@ -156,13 +175,19 @@ def keep(name: str, rows: Dict[str, Dict[str, Any]]) -> Dict[str, Dict[str, Any]
     return content["rows"]
 
 
-def keep_table(name: str, title: str, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
-    """Write results/NAME.md, a table in Markdown with the machine above it, and print it."""
+def keep_table(
+    name: str,
+    title: str,
+    heads: Sequence[str],
+    lines: Sequence[Sequence[str]],
+    device: str = "cpu",
+) -> None:
+    """Write results/PROCESSOR/NAME.md, a table in Markdown with the machine above it; print it."""
     described = ", ".join(f"{key} {value}" for key, value in machine().items() if value is not None)
     rows = [heads, ["---"] * len(heads), *lines]
-    text = f"{title}\n\nMachine: {described}.\n\n"
+    text = f"{title}\n\nMachine: {processor(device)}, {described}.\n\n"
     text += "".join("| " + " | ".join(row) + " |\n" for row in rows)
-    _write(RESULTS / f"{name}.md", text)
+    _write(RESULTS / processor(device) / f"{name}.md", text)
     print(text)
 
 

@@ -283,7 +283,8 @@ def test_half_precision_learns_on_two_processes(folder, precision, backend):
 
 
 def test_bfloat16_computes_the_same_sharded(folder):
-    """Parameters are float32, and rounded to bfloat16 for computing, by FSDP as by fairseq."""
+    """Parameters are float32, and rounded to bfloat16 for computing, by FSDP as by our models on a
+    CPU, which leave norms and positions in float32."""
     flags = f"--moe-expert-count 2 {DROPLESS} {WORLD} --min-params-to-wrap 0"
     how = (1, None, 1, torch.float32)
     exact = processes(2, folder, flags, "fully_sharded", *how)
@@ -291,7 +292,7 @@ def test_bfloat16_computes_the_same_sharded(folder):
     sharded = processes(2, folder, f"{flags} --bf16", "fully_sharded", *how)
     for run, same, full in zip(sharded, replicated, exact):
         assert run.outputs[0].dtype == same.outputs[0].dtype == torch.bfloat16
-        assert run.figures[0]["loss"] == pytest.approx(same.figures[0]["loss"], rel=1e-6)
+        assert run.figures[0]["loss"] == pytest.approx(same.figures[0]["loss"], rel=2**-8)
         assert run.figures[0]["loss"] != full.figures[0]["loss"]
         for name, gradient in run.gradients[0].items():
             assert gradient.dtype == run.parameters[name].dtype == torch.float32

@@ -8,7 +8,8 @@ from own_imports import PACKAGE, own_imports, part_of
 
 # what the mathematics may have of the standard library
 STANDARD = {
-    *("__future__", "concurrent", "functools", "heapq", "math", "os", "threading", "time"),
+    *("__future__", "concurrent", "contextlib", "functools", "heapq", "math", "os", "threading"),
+    "time",
     "typing",
 }
 

@@ -47,7 +47,7 @@ def load(stock: Callable[..., Any], path: str, *args: Any, **kwargs: Any) -> Dic
     with same_error_on_all_ranks() if together else contextlib.nullcontext():
         state = _with_own_experts(path, _with_settings(path, stock, *args, **kwargs))
     if under_way is not None and under_way.optimizer:
-        _name_the_optimizer_as_here(state, under_way.trainer)
+        name_the_optimizer_as_here(state, under_way.trainer)
     return state
 
 
@@ -62,11 +62,11 @@ def _with_settings(path: str, stock: Callable[..., Any], *args: Any, **kwargs: A
         ) from error
 
 
-def _name_the_optimizer_as_here(state: Dict[str, Any], trainer: Trainer) -> None:
+def name_the_optimizer_as_here(state: Dict[str, Any], trainer: Trainer) -> None:
     """Rename the saved optimizer if only its wrapper differs. With --bf16 fairseq's FP16Optimizer
-    keeps float32 parameters for an optimizer, and its state is the optimizer's; FSDP keeps them
-    itself and needs no wrapper. Either can resume from the other, but stock compares the names
-    (fairseq/trainer.py:597@0.12.2)."""
+    keeps float32 parameters for an optimizer, and its state is the optimizer's; FSDP, and our
+    models on a CPU, keep them themselves and need no wrapper. Either can resume from the other, but
+    stock compares the names (fairseq/trainer.py:597@0.12.2)."""
     history = state.get("optimizer_history")
     if not history or state.get("last_optimizer_state") is None:
         return
@@ -75,8 +75,11 @@ def _name_the_optimizer_as_here(state: Dict[str, Any], trainer: Trainer) -> None
         same = saved == type(own.fp32_optimizer).__name__
     else:
         kind = getattr((state.get("cfg") or {}).get("optimizer"), "_name", None)
-        same = saved == wrapper and kind == trainer.cfg.optimizer._name
-        same = same and fully_sharded.is_sharded(trainer.get_model())
+        # The branch's checkpoints do not tell the kind.
+        same = saved == wrapper and kind in (None, trainer.cfg.optimizer._name)
+        model = trainer.get_model()
+        on_cpu = hasattr(getattr(model, "decoder", None), "bfloat16_on_cpu")
+        same = same and (fully_sharded.is_sharded(model) or on_cpu)
     if same:
         history[-1] = {**history[-1], "optimizer_name": type(own).__name__}
 

@@ -4,8 +4,9 @@
     expert_ffn.py             feed-forward networks of many experts; plain twin: the loop
                               `plain_expert_ffn` of moe/experts.py
     threads.py                one expert per core, if experts have few rows; plain twin: a for loop
+    dropout.py                sixteen random bits an element; plain twin: F.dropout
     linear_cross_entropy.py   the loss without holding all logits; plain twin: F.cross_entropy
 
 tests/kernels compares each with its twin, in outputs and gradients. One place each decides which
-computes: `matmul._by_onednn`, `expert_ffn.kernel_for`, `threads.side_by_side`.
+computes: `matmul._by_onednn`, `dropout._ours`, `expert_ffn.kernel_for`, `threads.side_by_side`.
 """

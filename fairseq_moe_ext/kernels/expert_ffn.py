@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .matmul import product, write_outer, write_product
+from .matmul import autocast_dtype, product, write_outer, write_product
 from .threads import side_by_side
 
 Stack = Union[Tensor, Sequence[Tensor]]
@@ -56,6 +56,10 @@ def by_expert(
     Returns:
         (N, D)
     """
+    wanted = autocast_dtype(x)
+    if wanted is not None:
+        with torch.autocast(x.device.type, enabled=False):
+            return by_expert(x.to(wanted), counts, weights, activation, mask, grad_scale)
     # Under FSDP with --fp16 experts stay in float32, which their optimizer needs.
     same = [each.to(x.dtype) for each in weights if isinstance(each, Tensor)]
     if len(same) < len(weights):  # a sequence, to be read expert by expert

@@ -12,10 +12,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .matmul import add_outer, write_product
+from .matmul import add_outer, autocast_dtype, outer, write_outer, write_product
 
-# 64 MB in float32; matrix products are still large enough.
+# At most 64 MB in float32, for vocabularies so large that fewer tokens at a time would make their
+# products slow; else 8 MB, which stay in the processor's cache until they have been used.
 LOGITS_AT_A_TIME = 2**24
+_IN_CACHE, _ENOUGH_TOKENS = 2**21, 512
+# Softmax goes through so many logits at a time.
+_SOFTMAX_AT_A_TIME = 2**19
 # In float16 a probability of 1/50,000 is below the smallest normal number; so gradients of the
 # logits are scaled by this factor, like loss scaling does.
 _FP16_SCALE = 128.0
@@ -34,6 +38,10 @@ def linear_cross_entropy(
     Returns:
         A scalar in float32 at least. Softmax and sum are computed in float32 at least.
     """
+    wanted = autocast_dtype(features)
+    if wanted is not None:
+        with torch.autocast(features.device.type, enabled=False):
+            return linear_cross_entropy(features.to(wanted), weight, target, ignore_index)
     return _LinearCrossEntropy.apply(features, weight, target, ignore_index)
 
 
@@ -46,38 +54,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale = _FP16_SCALE if features.dtype == torch.float16 else 1.0
         needs_features, needs_weight = ctx.needs_input_grad[:2]
         grad_features = torch.empty_like(features) if needs_features else None
-        grad_weight = torch.zeros_like(weight, dtype=exact) if needs_weight else None
+        grad_weight = torch.empty_like(weight, dtype=exact) if needs_weight else None
         loss = torch.zeros((), dtype=exact, device=features.device)
         counted = target.ne(ignore_index)  # (N,)
-        chunk = min(max(1, LOGITS_AT_A_TIME // weight.size(0)), features.size(0))
+        at_a_time = tokens_at_a_time(weight.size(0), features)
+        weight_as = weight.to(features.dtype)
         # One tensor for all chunks: on a CPU allocating memory costs more than softmax and loss.
-        logits = features.new_empty(chunk, weight.size(0))
-        for start in range(0, features.size(0), chunk or 1):
-            part = slice(start, start + chunk)
+        logits = features.new_empty(at_a_time, weight.size(0))
+        for start in range(0, features.size(0), at_a_time or 1):
+            part = slice(start, start + at_a_time)
             x, keep = features[part], counted[part]  # (C, D), (C,)
-            index = target[part].where(keep, 0).unsqueeze(1)  # (C, 1)
             z = logits[: len(x)]  # (C, V)
-            write_product(z, x, weight.t())
-            z = z.to(exact)
-            at_target = z.gather(1, index).squeeze(1)
-            top = z.amax(dim=1, keepdim=True)
-            z.sub_(top).exp_()
-            total = z.sum(dim=1, keepdim=True)
-            nll = total.log().add_(top).squeeze(1) - at_target
-            loss += nll.masked_fill(~keep, 0).sum()
-            if not (needs_features or needs_weight):
-                continue
-            # d loss / d logits = softmax - onehot(target), for the tokens that count
-            z.mul_(keep.unsqueeze(1) * scale / total)
-            z.scatter_add_(1, index, keep.unsqueeze(1) * -torch.full_like(total, scale))
-            z = z.to(features.dtype)
+            write_product(z, x, weight_as.t())
+            index = target[part].where(keep, 0).unsqueeze(1)  # (C, 1)
+            loss += _to_gradients(z, index, keep, scale)
             if grad_features is not None:
-                write_product(grad_features[part], z, weight)
+                write_product(grad_features[part], z, weight_as)
             if grad_weight is not None:
-                if exact == features.dtype:
-                    add_outer(grad_weight, z, x)
-                else:
-                    grad_weight += z.t() @ (x / scale)
+                _add_outer(grad_weight, z, x, scale, first=start == 0)
+        if grad_weight is not None and len(features) == 0:
+            grad_weight.zero_()
         ctx.scale = scale
         ctx.dtype = weight.dtype
         ctx.save_for_backward(grad_features, grad_weight)
@@ -94,3 +90,46 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = (grad_weight if as_it_is else grad_weight * grad).to(ctx.dtype)
         return grad_features, grad_weight, None, None
+
+
+def tokens_at_a_time(types: int, features: Tensor) -> int:
+    """Rows of logits that exist at once: a power of two, for which oneDNN has few programs."""
+    half = 2 if features.element_size() == 2 else 1
+    most = half * LOGITS_AT_A_TIME // types
+    rows = min(most, max(_ENOUGH_TOKENS, half * _IN_CACHE // types))
+    return min(2 ** (max(1, rows).bit_length() - 1), len(features))
+
+
+def _add_outer(total: Tensor, z: Tensor, x: Tensor, scale: float, first: bool) -> None:
+    """total (V, D) += z (C, V), transposed, @ x (C, D) / scale, in the precision of total; what
+    total holds does not count the first time."""
+    if total.dtype != z.dtype:
+        part = outer(z, x if scale == 1 else x / scale)
+        total.copy_(part) if first else total.add_(part)
+    elif first:
+        write_outer(total, z, x)
+    else:
+        add_outer(total, z, x)
+
+
+def _to_gradients(logits: Tensor, index: Tensor, keep: Tensor, scale: float) -> Tensor:
+    """Put d loss / d logits, times scale, in the place of logits (C, V): softmax - onehot(index)
+    for the tokens to keep, (C, 1) and (C,). Returns their loss, ()."""
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    loss = torch.zeros((), dtype=exact, device=logits.device)
+    step = max(1, _SOFTMAX_AT_A_TIME // logits.size(1))
+    if logits.device.type != "cpu":
+        step = len(logits)
+    for part in zip(*(each.split(step) for each in (logits, index, keep.unsqueeze(1)))):
+        z, at, kept = part
+        p = z.to(exact)
+        given = p.gather(1, at)
+        top = p.amax(dim=1, keepdim=True)
+        p = torch.softmax(p, dim=1)
+        # The largest probability is 1 / sum of exp(z - top): never small.
+        nll = top - p.amax(dim=1, keepdim=True).log() - given
+        loss += nll.masked_fill(~kept, 0).sum()
+        p.scatter_add_(1, at, torch.full_like(given, -1))
+        p *= kept if scale == 1 else kept * scale
+        z.copy_(p)
+    return loss

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from fairseq.incremental_decoding_utils import with_incremental_state
 from torch import Tensor, nn
 
-from ..kernels.matmul import Linear
+from ..kernels.matmul import Linear, linear
 
 IncrementalState = Dict[str, Dict[str, Optional[Tensor]]]
 
@@ -49,7 +49,11 @@ class CausalSelfAttention(nn.Module):
                 after earlier ones.
             incremental_state: keys and values of earlier positions; this call adds its own.
         """
-        q, k, v = (self._split(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        # One product of three: x is read once, and so is the gradient of q, k and v.
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        weight = torch.cat([proj.weight for proj in projections])  # (3 D, D)
+        bias = torch.cat([proj.bias for proj in projections])
+        q, k, v = (self._split(part) for part in linear(x, weight, bias).chunk(3, dim=-1))
         past = None
         if incremental_state is not None:
             past = self.get_incremental_state(incremental_state, "kv")

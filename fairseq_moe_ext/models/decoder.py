@@ -22,6 +22,7 @@ from ..config import MoETransformerLMConfig
 from ..errors import DAMAGED, NotFinite, UserError, not_finite
 from ..expert_parallel import ExpertParallel, WorldScope, process_count
 from ..fully_sharded import wrap_layer
+from ..kernels.dropout import add_dropout, dropout
 from ..kernels.matmul import Linear
 from ..moe.activations import GATED, inner_width
 from ..moe.balance import Balance
@@ -33,6 +34,7 @@ from ..shape import shape_of
 from .attention import CausalSelfAttention, IncrementalState
 from .compiled import compiled
 from .padding import PadRule
+from .precision import computes_in_bfloat16, rounded
 from .router_updates import RouterUpdates
 
 
@@ -59,7 +61,9 @@ class DecoderLayer(nn.Module):
         self.dropout = cfg.dropout
         self.activation_dropout = cfg.activation_dropout
         name = str(cfg.activation_fn)
-        self.activation = GATED.get(name) or utils.get_activation_fn(name)
+        # Stock's gelu makes copies in float32; PyTorch's computes in it, number by number.
+        known = {**GATED, "gelu": F.gelu}
+        self.activation = known.get(name) or utils.get_activation_fn(name)
         self.self_attn = CausalSelfAttention(
             dim, cfg.decoder_attention_heads, cfg.attention_dropout
         )
@@ -152,7 +156,7 @@ class DecoderLayer(nn.Module):
     ) -> Tuple[Tensor, Tensor]:
         """x (B, S, D) -> x + attention(norm(x)), and the norm of that, (B, S, D) each."""
         y = self.self_attn(self.self_attn_layer_norm(x), attn_mask, incremental_state)
-        x = x + F.dropout(y, self.dropout, self.training)
+        x = add_dropout(x, y, self.dropout, self.training)
         return x, self.final_layer_norm(x)
 
     def _dense(
@@ -164,8 +168,8 @@ class DecoderLayer(nn.Module):
         """A complete dense layer: x (B, S, D) -> (B, S, D)."""
         x, y = self._attend(x, attn_mask, incremental_state)
         y = self.activation(self.fc1(y))
-        y = self.fc2(F.dropout(y, self.activation_dropout, self.training))
-        return x + F.dropout(y, self.dropout, self.training)
+        y = self.fc2(dropout(y, self.activation_dropout, self.training))
+        return add_dropout(x, y, self.dropout, self.training)
 
 
 class MoETransformerDecoder(FairseqIncrementalDecoder):
@@ -179,6 +183,7 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
         self.padding_idx = dictionary.pad()
         self.pad_rule = PadRule(cfg, self.padding_idx)
         self.dropout = cfg.dropout
+        self.bfloat16_on_cpu = computes_in_bfloat16(cfg)
         self.record_traffic = cfg.record_a2a_perf_stats
         self.balanced_by_loss = has_loss(cfg)
         # Set while balancing losses are parts of that of a whole batch (patches/whole_batch.py).
@@ -312,7 +317,8 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
             x = x + self._embed_positions(positions, length)
         if self.layernorm_embedding is not None:
             x = self.layernorm_embedding(x)
-        return F.dropout(x, self.dropout, self.training)
+        x = rounded(x, self.bfloat16_on_cpu)
+        return dropout(x, self.dropout, self.training)
 
     def _embed_positions(self, positions: Tensor, length: int) -> Tensor:
         """positions (B, S), of rows of `length` -> (B, S, D). Stock's modules take tokens and,

@@ -26,6 +26,7 @@ from ..moe.router import TopKRouter
 from ..shape import shape_of
 from .decoder import MoETransformerDecoder, too_few_positions
 from .hub import LanguageModelHub, find_tokenizer, own_data
+from .precision import bfloat16_pays
 from .token_scores import in_chunks, log_probs
 from .unfilled import unfilled_where_loaded
 
@@ -111,8 +112,10 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
         return LanguageModelHub(hub.cfg, hub.task, list(hub.models))
 
     def prepare_for_inference_(self, cfg: DictConfig) -> None:
-        """As stock's (fairseq/models/fairseq_model.py:163@0.12.2); the decoder has no dropout to
-        keep."""
+        """As stock's (fairseq/models/fairseq_model.py:163@0.12.2), and --bf16 as in training on a
+        CPU; the decoder has no dropout to keep."""
+        if cfg.common.bf16:
+            self.decoder.bfloat16_on_cpu = bfloat16_pays()
         if cfg.generation.retain_dropout:
             raise UserError(
                 "--retain-dropout: these models have no dropout in inference; remove it"
@@ -147,7 +150,7 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
         if target is None:
             assert self.choice_head is not None, "add_choice_head comes first"
             last = F.dropout(x[scored], self.decoder.dropout, self.training)  # (B, D)
-            return self.choice_head(last), extra
+            return self.choice_head(last.to(self.choice_head.weight.dtype)), extra
         if scored is not None:
             return self._log_likelihood(x, target, scored), extra
         loss = linear_cross_entropy(

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.dropout import dropout
+from ..kernels.dropout import mask as dropout_mask
 from ..kernels.expert_ffn import Weights, kernel_for, scale_gradient
 from ..kernels.matmul import Linear
 from .activations import Activation, inner_width
@@ -133,10 +135,10 @@ class Experts(nn.Module):
         weights = Weights(self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         mask = None
         if self.training and self.activation_dropout > 0:
-            mask = F.dropout(x.new_ones(x.size(0), self.ffn_dim), self.activation_dropout)
+            mask = dropout_mask(x.new_empty(x.size(0), self.ffn_dim), self.activation_dropout)
         compute = kernel_for(x, weights) or plain_expert_ffn
         out = compute(x, counts, weights, self.activation, mask, self.grad_scale)
-        return F.dropout(out, self.dropout, self.training)
+        return dropout(out, self.dropout, self.training)
 
 
 class FeedForward(nn.Module):
@@ -163,8 +165,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., D)."""
-        hidden = F.dropout(self.activation(self.fc1(x)), self.activation_dropout, self.training)
-        return F.dropout(self.fc2(hidden), self.dropout, self.training)
+        hidden = dropout(self.activation(self.fc1(x)), self.activation_dropout, self.training)
+        return dropout(self.fc2(hidden), self.dropout, self.training)
 
 
 def plain_expert_ffn(

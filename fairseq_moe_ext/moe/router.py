@@ -188,9 +188,10 @@ class TopKRouter(nn.Module):
         return torch.cat([x, *[x.narrow(dim, -1, 1)] * (null - 1)], dim)
 
     def logits(self, x: Tensor) -> Tensor:
-        """x (T, D) -> (T, E), where all null experts have one."""
+        """x (T, D) -> (T, E), where all null experts have one; in float32 where the weights
+        are, though experts compute in less."""
         if not self.settings.fp32_product:
-            return self.wg(x)
+            return self.wg(x.to(self.wg.weight.dtype))
         with torch.autocast(x.device.type, enabled=False):
             dtype = at_least_float32(x)
             return F.linear(x.to(dtype), self.wg.weight.to(dtype))

@@ -56,6 +56,8 @@ def load_checkpoint_to_cpu(stock, path, arg_overrides=None, *args, **kwargs):
     else:
         under_way = context.loading.get()
         state = read(files, arg_overrides, under_way and under_way.shapes)
+        if under_way is not None and under_way.optimizer:
+            loading.name_the_optimizer_as_here(state, under_way.trainer)
     pad_rule.note(state, arg_overrides or {})
     check_overrides(arg_overrides or {}, state.get("cfg") or {})
     fingerprint.note(state, path)

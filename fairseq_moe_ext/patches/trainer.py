@@ -18,7 +18,7 @@ from ..config_checks import validate_processes
 from ..diverging import last_good
 from ..errors import NotFinite
 from ..expert_parallel import process_count, sum_of_experts, sum_over_processes
-from ..models import compiled
+from ..models import compiled, precision
 from ..models.router_updates import RouterUpdates
 from . import whole_batch
 from .checkpoint_io import patience
@@ -40,6 +40,7 @@ def __init__(stock, self, cfg, task, model, criterion, *args, **kwargs):
             "trained; remove it (it is for fairseq-eval-lm's --model-overrides)"
         )
     fully_sharded.take_bfloat16(cfg, model)
+    precision.take_bfloat16(cfg, model)
     starting.check_trainer(cfg, task, model)
     if process_count() > 1 and getattr(model, "has_experts", False):
         validate_processes(cfg.model, process_count())

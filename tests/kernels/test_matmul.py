@@ -10,8 +10,8 @@ from fairseq_moe_ext.kernels import matmul
 from fairseq_moe_ext.kernels.linear_cross_entropy import linear_cross_entropy
 from fairseq_moe_ext.moe.experts import Experts
 
-has_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-needs_onednn = pytest.mark.skipif(not has_onednn, reason="this PyTorch has no oneDNN")
+has_onednn = torch.backends.mkldnn.is_available() and matmul._settings() is not None
+needs_onednn = pytest.mark.skipif(not has_onednn, reason="this PyTorch has no switch to oneDNN")
 
 
 @pytest.fixture(params=[False, pytest.param(True, marks=needs_onednn)], ids=["mkl", "onednn"])
@@ -31,9 +31,8 @@ LAYOUTS = {
 @pytest.mark.parametrize("n, k, m", [(1, 1, 1), (7, 65, 2), (32, 3, 17), (2, 16, 64), (33, 5, 1)])
 @pytest.mark.parametrize("b_layout", LAYOUTS)
 @pytest.mark.parametrize("a_layout", LAYOUTS)
-def test_every_shape_and_layout(n, k, m, a_layout, b_layout, onednn, monkeypatch):
+def test_every_shape_and_layout(n, k, m, a_layout, b_layout, onednn):
     torch.manual_seed(0)
-    monkeypatch.setattr(matmul, "PART", 16)
     a, b, bias = LAYOUTS[a_layout](n, k), LAYOUTS[b_layout](k, m), torch.randn(m)
     true = torch.einsum("nk,km->nm", a.double(), b.double())
     assert_near(matmul.product(a, b), true, 1e-5, "product")
@@ -80,9 +79,8 @@ def test_no_rows(onednn):
     assert out.shape == (0, 7) and not layer.weight.grad.any()
 
 
-def test_experts_and_loss_in_float32(onednn, monkeypatch):
+def test_experts_and_loss_in_float32(onednn):
     torch.manual_seed(0)
-    monkeypatch.setattr(matmul, "PART", 2**10)
     experts, x = Experts(4, 32, 64, grad_scale=0.5), torch.randn(60, 32, requires_grad=True)
     weight = torch.randn(200, 32, requires_grad=True)
     target = torch.randint(200, (60,))
@@ -97,33 +95,55 @@ def test_experts_and_loss_in_float32(onednn, monkeypatch):
         assert_near(mine, true, 1e-5)
 
 
-def given_to_onednn(work):
-    """Shapes of the first factor of each product that oneDNN computes."""
-    cpu = torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[cpu], record_shapes=True) as profile:
-        work()
-    ours = (event for event in profile.events() if event.name == "mkldnn::_linear_pointwise")
-    return [tuple(event.input_shapes[0]) for event in ours]
+@pytest.fixture
+def computed(monkeypatch):
+    """Of each product: the value of PyTorch's switch, and the shape of the first factor."""
+    found = []
+    for name in ("mm", "addmm"):
+        multiply = getattr(torch, name)
+
+        def watch(*args, multiply=multiply, first=(name == "addmm"), **kwargs):
+            found.append((torch.backends.mkldnn.matmul.fp32_precision, tuple(args[first].shape)))
+            return multiply(*args, **kwargs)
+
+        monkeypatch.setattr(torch, name, watch)
+    return found
 
 
 @needs_onednn
-def test_few_sizes(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_sizes(dtype, computed, monkeypatch):
     monkeypatch.setattr(matmul, "onednn_is_faster", lambda: True)
-    weight = torch.ones(3, 5)
-
-    def products():
-        for rows in range(1, 257):
-            assert matmul.product(torch.ones(rows, 5), weight.t()).shape == (rows, 3)
-
-    def outer_products():
-        for rows in range(1, 257):
-            matmul.write_outer(torch.empty(3, 5), torch.ones(rows, 3), torch.ones(rows, 5))
-
-    padded = [rows for rows, _ in given_to_onednn(products)]
+    weight = torch.ones(3, 5, dtype=dtype)
+    for rows in range(1, 257):
+        assert matmul.product(torch.ones(rows, 5, dtype=dtype), weight.t()).shape == (rows, 3)
+    padded = [shape[0] for _, shape in computed]
     assert all(n <= rows < 1.13 * n + 4 for n, rows in zip(range(1, 257), padded))
     sizes = sorted(set(padded))
     assert sizes[:4] == [4, 8, 12, 16] and sizes[-1] == 256 and len(sizes) == 32
-    assert [rows for _, rows in given_to_onednn(outer_products)] == padded
+    computed.clear()
+    for rows in range(1, 257):
+        a, b = torch.ones(rows, 3, dtype=dtype), torch.ones(rows, 5, dtype=dtype)
+        matmul.write_outer(torch.empty(3, 5, dtype=dtype), a, b)
+    assert [shape[1] for _, shape in computed] == padded
+
+
+@needs_onednn
+def test_the_switch_is_on_in_our_products_alone(computed, monkeypatch):
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    monkeypatch.setattr(matmul, "onednn_is_faster", lambda: True)
+    layer, x = matmul.Linear(5, 7), torch.ones(4, 5, requires_grad=True)
+    layer(x).sum().backward()
+    assert [switch for switch, _ in computed] == ["bf16"] * 3
+    assert settings.fp32_precision == before
+    # Of several threads the last to leave turns it off.
+    first, second = matmul._switched(True), matmul._switched(True)
+    first.__enter__(), second.__enter__()
+    first.__exit__(None, None, None)
+    assert settings.fp32_precision == "bf16"
+    second.__exit__(None, None, None)
+    assert settings.fp32_precision == before
 
 
 @needs_onednn
@@ -145,44 +165,52 @@ def test_compiled_twice_for_all_lengths(monkeypatch):
 
 
 @needs_onednn
-def test_where_onednn_is_not_asked(monkeypatch):
+def test_where_onednn_is_not_asked(computed, monkeypatch):
     monkeypatch.setattr(matmul, "onednn_is_faster", lambda: True)
     layer, x = matmul.Linear(5, 7), torch.ones(3, 5)
-    assert len(given_to_onednn(lambda: layer(x))) == 1
-
-    def elsewhere():
-        with torch.backends.mkldnn.flags(enabled=False):
-            layer(x)
-        with FlopCounterMode(display=False) as counter:
-            layer(x)
-        assert counter.get_total_flops() == 2 * 3 * 5 * 7
-        layer.double()(x.double())
-
-    assert not given_to_onednn(elsewhere)
+    layer(x)
+    assert len(computed) == 1
+    with torch.backends.mkldnn.flags(enabled=False):
+        layer(x)
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    assert counter.get_total_flops() == 2 * 3 * 5 * 7
+    layer.double()(x.double())
+    assert len(computed) == 1
 
 
 @pytest.mark.parametrize(
-    "capability, speed, faster",
-    [("AVX512", 2.3, True), ("AVX512", 1.1, False), ("AVX2", 2.3, False)],
+    "capability, speed, error, taken",
+    [
+        ("AVX512", 2.3, 3e-7, True),
+        ("AVX512", 1.1, 3e-7, False),
+        ("AVX512", 9.0, 3e-3, False),
+        ("AVX2", 2.3, 3e-7, False),
+    ],
 )
 @needs_onednn
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this PyTorch has no MKL")
-def test_oneDNN_is_taken_where_it_is_clearly_faster(capability, speed, faster, monkeypatch):
+def test_onednn_is_taken_where_it_is_clearly_faster_and_exact(
+    capability, speed, error, taken, monkeypatch
+):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(matmul, "speed_over_mkl", lambda: speed)
-    assert matmul.onednn_is_faster.__wrapped__() is faster
+    monkeypatch.setattr(matmul, "compared_with_mkl", lambda: (speed, error))
+    assert matmul.onednn_is_faster.__wrapped__() is taken
 
 
 @needs_onednn
-def test_its_speed_is_measured():
-    assert 0.05 < matmul.speed_over_mkl() < 50
+def test_its_speed_and_error_are_measured():
+    speed, error = matmul.compared_with_mkl()
+    assert 0.05 < speed < 50 and 0 < error < 1e-2
 
 
 @needs_onednn
-def test_its_speed_is_measured_on_the_cpu_while_a_model_is_built_on_meta(monkeypatch):
-    given = []
-    onednn = matmul._onednn
-    monkeypatch.setattr(matmul, "_onednn", lambda *of: given.append(of) or onednn(*of))
-    with torch.device("meta"):
-        matmul.speed_over_mkl()
-    assert {(t.device.type, t.dtype) for of in given for t in of} == {("cpu", torch.float32)}
+def test_they_are_measured_on_the_cpu_while_a_model_is_built_on_meta(computed):
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert matmul.compared_with_mkl()[1] > 0
+    finally:
+        torch.set_default_dtype(default)
+    assert {switch for switch, _ in computed} > {"bf16"}

@@ -1,0 +1,303 @@
+"""A training step of ours against what else there is: plain PyTorch, the same under torch.compile,
+Hugging Face's GPT-2 and OLMoE, stock fairseq.
+
+    python benchmarks/peers.py [--shapes wide 256 96] [--cases NAME ...] [--rounds 3]
+    python benchmarks/peers.py --list
+
+Forward, backward and fused AdamW (stock: its own Adam), all in one process, in turn; dropout 0.1
+but in attention. Every call measures plain PyTorch, too, which the others are multiples of. Calls
+with a part of the shapes or cases merge into one table, benchmarks/results/PROCESSOR/peers.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from types import SimpleNamespace
+from typing import Any, Callable, Dict, NamedTuple, Optional
+
+import measure
+import torch
+from plain_gpt import PlainGPT
+from torch import Tensor, nn
+
+from fairseq_moe_ext import cost
+
+DROPOUT = 0.1
+
+
+class Shape(NamedTuple):
+    layers: int
+    dim: int
+    heads: int
+    hidden: int
+    types: int
+    rows: int
+    context: int
+
+    @property
+    def flops(self) -> float:
+        """Of a training step."""
+        shape = cost.Shape(self.layers, self.dim, self.hidden, self.types)
+        tokens = self.rows * self.context
+        return tokens * cost.training_flops_per_token(shape, self.context)
+
+
+SHAPES = {
+    "wide": Shape(4, 768, 12, 3072, 50_000, 4, 512),
+    "256": Shape(6, 256, 4, 1024, 4104, 32, 256),
+    "96": Shape(4, 96, 3, 384, 4104, 32, 256),
+}
+Step = Callable[[Tensor, Tensor], Tensor]  # tokens, targets (B, T) -> loss
+
+
+def plain(shape: Shape) -> nn.Module:
+    return PlainGPT(
+        shape.types, shape.layers, shape.dim, shape.heads, shape.hidden, shape.context, DROPOUT
+    )
+
+
+def ours(shape: Shape, experts: int = 0, **flags: Any) -> nn.Module:
+    """Dense; or every layer sparse, two experts of half the hidden width a token: equal FLOPs."""
+    if experts:
+        flags.update(
+            moe_freq=1,
+            moe_expert_count=experts,
+            moe_expert_ffn_dim=shape.hidden // 2,
+            moe_second_expert_policy="all",
+        )
+    model = measure.language_model(
+        shape.types,
+        decoder_layers=shape.layers,
+        decoder_embed_dim=shape.dim,
+        decoder_ffn_embed_dim=shape.hidden,
+        decoder_attention_heads=shape.heads,
+        share_decoder_input_output_embed=True,
+        activation_fn="gelu",
+        dropout=DROPOUT,
+        tokens_per_sample=shape.context,
+        **flags,
+    )
+
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, tokens: Tensor, target: Tensor) -> Tensor:
+            loss, extra = self.model(tokens, target=target)
+            balance = sum(record.balance_loss for record in extra["moe"])
+            return loss + 0.01 * tokens.numel() * balance if extra["moe"] else loss
+
+    return Loss()
+
+
+def hugging_face(shape: Shape, experts: int = 0) -> nn.Module:
+    """GPT-2; or OLMoE, whose experts have three matrices: a third of the hidden width makes the
+    FLOPs of two of ours of half of it."""
+    import transformers
+
+    if experts:
+        config = transformers.OlmoeConfig(
+            vocab_size=shape.types,
+            hidden_size=shape.dim,
+            intermediate_size=shape.hidden // 3 // 16 * 16,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.heads,
+            max_position_embeddings=shape.context,
+            num_experts=experts,
+            num_experts_per_tok=2,
+            tie_word_embeddings=True,
+        )
+        model: nn.Module = transformers.OlmoeForCausalLM(config)
+    else:
+        config = transformers.GPT2Config(
+            vocab_size=shape.types,
+            n_positions=shape.context,
+            n_embd=shape.dim,
+            n_layer=shape.layers,
+            n_head=shape.heads,
+            n_inner=shape.hidden,
+            attn_pdrop=0.0,
+        )
+        model = transformers.GPT2LMHeadModel(config)
+
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, tokens: Tensor, target: Tensor) -> Tensor:
+            logits = self.model(tokens).logits
+            flat = logits.flatten(0, 1).float()
+            return nn.functional.cross_entropy(flat, target.flatten(), reduction="sum")
+
+    return Loss()
+
+
+def stock(shape: Shape) -> nn.Module:
+    """fairseq's transformer_lm and cross_entropy."""
+    from fairseq.data import Dictionary
+    from fairseq.models.transformer_lm import (
+        TransformerLanguageModel,
+        TransformerLanguageModelConfig,
+    )
+
+    dictionary = Dictionary()
+    for i in range(shape.types - len(dictionary)):
+        dictionary.add_symbol(f"w{i}")
+    cfg = TransformerLanguageModelConfig(
+        activation_fn="gelu",
+        dropout=DROPOUT,
+        decoder_embed_dim=shape.dim,
+        decoder_input_dim=shape.dim,
+        decoder_output_dim=shape.dim,
+        decoder_ffn_embed_dim=shape.hidden,
+        decoder_layers=shape.layers,
+        decoder_attention_heads=shape.heads,
+        share_decoder_input_output_embed=True,
+        tokens_per_sample=shape.context,
+        max_target_positions=shape.context,
+    )
+    cfg.tie_adaptive_weights = cfg.tie_adaptive_proj = False
+    cfg.tpu = False
+    task = SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
+    model = TransformerLanguageModel.build_model(cfg, task)
+
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, tokens: Tensor, target: Tensor) -> Tensor:
+            net_output = self.model(tokens)
+            lprobs = self.model.get_normalized_probs(net_output, log_probs=True)
+            return nn.functional.nll_loss(
+                lprobs.flatten(0, 1), target.flatten(), ignore_index=1, reduction="sum"
+            )
+
+    return Loss()
+
+
+class Case(NamedTuple):
+    build: Callable[[Shape], nn.Module]
+    bf16: bool = False
+    autocast: bool = False
+    compiled: bool = False  # by torch.compile from outside
+    onednn: Optional[bool] = None  # False: what PyTorch alone would choose
+    stock_adam: bool = False
+
+
+OURS_BF16 = {"bf16": True}
+CASES = {
+    "plain PyTorch": Case(plain),
+    "plain PyTorch, compiled": Case(plain, compiled=True),
+    "ours": Case(ours),
+    "ours, --compile": Case(functools.partial(ours, compile=True)),
+    "ours, PyTorch's products": Case(ours, onednn=False),
+    "Hugging Face GPT-2": Case(hugging_face),
+    "stock fairseq": Case(stock, stock_adam=True),
+    "bf16: plain PyTorch, autocast": Case(plain, True, autocast=True),
+    "bf16: plain PyTorch, autocast, compiled": Case(plain, True, autocast=True, compiled=True),
+    "bf16: ours": Case(functools.partial(ours, **OURS_BF16), True),
+    "bf16: ours, --compile": Case(functools.partial(ours, compile=True, **OURS_BF16), True),
+    "bf16: Hugging Face GPT-2, autocast": Case(hugging_face, True, autocast=True),
+    "ours, 8 experts": Case(functools.partial(ours, experts=8)),
+    "ours, 64 experts": Case(functools.partial(ours, experts=64)),
+    "OLMoE, 8 experts": Case(functools.partial(hugging_face, experts=8)),
+    "OLMoE, 64 experts": Case(functools.partial(hugging_face, experts=64)),
+    "bf16: ours, 8 experts": Case(functools.partial(ours, experts=8, **OURS_BF16), True),
+    "bf16: ours, 64 experts": Case(functools.partial(ours, experts=64, **OURS_BF16), True),
+    "bf16: OLMoE, 8 experts": Case(functools.partial(hugging_face, experts=8), True, autocast=True),
+}
+BASE = "plain PyTorch"
+
+
+def training_step(case: Case, shape: Shape, like: Tensor) -> Callable[[], None]:
+    """A new model's; `like` gives the device."""
+    torch.manual_seed(0)
+    model = case.build(shape).to(like.device).train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if case.stock_adam:
+        from fairseq.optim.adam import Adam
+
+        optimizer: Any = Adam(parameters, lr=1e-4, weight_decay=0.01)
+    else:
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    forward: Step = torch.compile(model) if case.compiled else model
+    words = torch.randint(4, shape.types, (shape.rows, shape.context + 1), device=like.device)
+    tokens, target = words[:, :-1].contiguous(), words[:, 1:].contiguous()
+    scale = 1 / tokens.numel()
+
+    def run() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(like.device.type, torch.bfloat16, enabled=case.autocast):
+            loss = forward(tokens, target)
+        (loss * scale).backward()
+        optimizer.step()
+
+    def without_onednn() -> None:
+        with torch.backends.mkldnn.flags(enabled=False):
+            run()
+
+    return without_onednn if case.onednn is False else run
+
+
+def compare(name: str, shape: Shape, cases: Dict[str, Case], rounds: int, like: Tensor) -> Dict:
+    """Measure the cases on one shape and keep them."""
+    runs = {label: training_step(case, shape, like) for label, case in cases.items()}
+    seconds = measure.in_turn(runs, rounds, warmup=2)
+    device, threads = like.device.type, torch.get_num_threads()
+    rows = {}
+    for bf16 in sorted({case.bf16 for case in cases.values()}):
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        floor = shape.flops / measure.matrix_rate(9, dtype, threads)
+        for label in (label for label, case in cases.items() if case.bf16 == bf16):
+            rows[f"{name}: {label}"] = {
+                "seconds": round(measure.median(seconds[label]), 4),
+                "floor": round(floor, 4),
+                "speed": round(1 / measure.ratio(seconds, label, BASE), 3),
+                "mib": round(measure.peak_memory(runs[label]) / 2**20),
+            }
+    return measure.keep("peers", rows, device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="NAME")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--gpu", action="store_true", help="on a CUDA device")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases")
+    args = parser.parse_args()
+    if args.list:
+        parser.exit(0, "\n".join(CASES) + "\n")
+    torch.set_num_threads(2)
+    like = torch.empty(0, device="cuda" if args.gpu else "cpu")
+    cases = {label: case for label, case in CASES.items() if label in (BASE, *args.cases)}
+    for name in args.shapes:
+        rows = compare(name, SHAPES[name], cases, args.rounds, like)
+    order = [f"{name}: {label}" for name in SHAPES for label in CASES]
+    shapes = "; ".join(
+        f"{name}: {s.layers} x {s.dim} wide, {s.types} types, {s.rows} x {s.context} tokens"
+        for name, s in SHAPES.items()
+    )
+    measure.keep_table(
+        "peers",
+        f"A training step ({shapes}). Speed: against plain PyTorch in float32, in the same run. "
+        "Of the floor: the FLOPs at the rate of the best product of that precision, over the time. "
+        "MiB: the most that a step allocates beside parameters and moments.",
+        ["case", "seconds", "speed", "of the floor", "MiB"],
+        [
+            [key, f"{row['seconds']:.3f}", f"{row['speed']:.2f}"]
+            + [f"{row['floor'] / row['seconds']:.2f}", str(row["mib"])]
+            for key in order
+            if (row := rows.get(key))
+        ],
+        like.device.type,
+    )
+
+
+if __name__ == "__main__":
+    main()

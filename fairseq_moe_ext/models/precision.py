@@ -1,0 +1,75 @@
+"""Computing in bfloat16 on a CPU (`--bf16`): parameters, their gradients and the optimizer keep
+float32, products read copies of the weights.
+
+fairseq keeps float32 copies beside a model of bfloat16, whose gradients it converts; the kinds of
+sum that must be exact (the vocabulary's gradient, reductions over processes, routing) would be
+bfloat16 with it.
+"""
+
+import functools
+import logging
+import math
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.matmul import product
+
+logger = logging.getLogger(__name__)
+
+_WORTH = 1.2  # products are half of a step and more
+
+
+@functools.cache
+def speed_over_float32() -> float:
+    """How many times as fast as our float32 product one of bfloat16 is: the best of several rounds
+    in turn, on one thread (20 ms where the CPU has instructions for it)."""
+    factors = [torch.ones(2, 512, 512, device="cpu", dtype=torch.float32)]
+    factors.append(factors[0].to(torch.bfloat16))
+    best = [math.inf, math.inf]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            for _ in range(5):
+                for way, (a, b) in enumerate(factors):
+                    start = time.perf_counter()
+                    product(a[:128], b)
+                    best[way] = min(best[way], time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return best[0] / best[1]
+
+
+@functools.cache
+def bfloat16_pays() -> bool:
+    """Whether --bf16 is to compute in bfloat16 on this CPU; one line in the log says if not."""
+    available = torch.backends.mkldnn.is_available()
+    speed = speed_over_float32() if available else 0.0
+    if speed < _WORTH:
+        reason = f"as fast as float32 {speed:.1f} times over" if available else "no oneDNN"
+        logger.info(f"--bf16: computing in float32, as this CPU gains nothing by it ({reason})")
+    return speed >= _WORTH
+
+
+def computes_in_bfloat16(cfg: Any) -> bool:
+    """Whether a model of these settings rounds what its layers compute, if it is on a CPU and its
+    parameters are float32."""
+    return cfg.bf16 is True and bfloat16_pays()  # by default it is a reference
+
+
+def rounded(x: Tensor, on: bool) -> Tensor:
+    """What goes into the first layer, in bfloat16 if that is on and x float32 on a CPU."""
+    on = on and x.device.type == "cpu" and x.dtype == torch.float32
+    return x.to(torch.bfloat16) if on else x
+
+
+def take_bfloat16(cfg: Any, model: nn.Module) -> None:
+    """Have fairseq's trainer keep our model in float32 on a CPU, where it computes in bfloat16 by
+    itself; before fairseq/trainer.py:105@0.12.2 converts it."""
+    on_cpu = cfg.common.cpu or not torch.cuda.is_available()
+    ours = hasattr(getattr(model, "decoder", None), "bfloat16_on_cpu")
+    if cfg.common.bf16 and on_cpu and ours and not cfg.common.memory_efficient_bf16:
+        cfg.common.bf16 = False

@@ -1,0 +1,77 @@
+"""--bf16 on a CPU: float32 parameters, products of bfloat16, within bfloat16's rounding."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from small_models import MOE, build_model, random_tokens
+
+from fairseq_moe_ext.models import precision
+
+EPSILON = 2**-8  # bfloat16 rounds by half of this at most, relatively
+
+
+@pytest.fixture(params=[True, False], ids=["pays", "gains nothing"])
+def pays(request, monkeypatch):
+    speed = 2.0 if request.param else 0.9
+    monkeypatch.setattr(precision, "speed_over_float32", lambda: speed)
+    precision.bfloat16_pays.cache_clear()
+    yield request.param
+    precision.bfloat16_pays.cache_clear()
+
+
+def step(model, tokens):
+    loss, extra = model(tokens, target=tokens.roll(-1, dims=1))
+    (loss + sum(record.balance_loss for record in extra["moe"])).backward()
+    return loss.detach(), extra, {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("flags", [{}, MOE])
+def test_near_float64(flags, pays, caplog):
+    options = {"dropout": 0.0, "attention_dropout": 0.0, **flags}
+    with caplog.at_level(logging.INFO):
+        model = build_model(**options, bf16=True).train()
+        build_model(**options, bf16=True)
+    assert sum("--bf16: computing in float32" in line for line in caplog.messages) == (not pays)
+    exact = build_model(**options).train()
+    exact.load_state_dict(model.state_dict())
+    exact = exact.double()
+    tokens = random_tokens()
+    loss, extra, grads = step(model, tokens)
+    true_loss, _, true = step(exact, tokens)
+    # Each layer rounds what its two norms, four products and the activation yield; a rounding moves
+    # a number by half of EPSILON at most.
+    bound = len(model.decoder.layers) * 7 * EPSILON / 2 if pays else 1e-5
+    assert loss.dtype == torch.float32
+    assert abs(loss - true_loss) < bound * true_loss
+    assert all(record.balance_loss.dtype == torch.float32 for record in extra["moe"])
+    norm = torch.stack([g.norm() for g in true.values()]).norm()
+    error = torch.stack([(grads[name] - g).norm() for name, g in true.items()]).norm()
+    assert error < 2 * bound * norm  # there and back again
+    assert {g.dtype for g in grads.values()} == {torch.float32}
+    embedding = "decoder.embed_tokens.weight"
+    is_rounded = grads[embedding].equal(grads[embedding].bfloat16().float())
+    assert not is_rounded  # it is added up in float32
+    features = model(tokens, features_only=True)[0]
+    assert features.dtype == (torch.bfloat16 if pays else torch.float32)
+
+
+def test_a_converted_model_stays_as_it_is(pays):
+    model = build_model(bf16=True).bfloat16()
+    assert model(random_tokens(), features_only=True)[0].dtype == torch.bfloat16
+    model = build_model(bf16=True).double()
+    assert model(random_tokens(), features_only=True)[0].dtype == torch.float64
+
+
+def test_evaluation_takes_the_flag(pays):
+    model = build_model().eval()
+    cfg = SimpleNamespace(common=SimpleNamespace(bf16=True, fp16=False))
+    cfg.generation = SimpleNamespace(retain_dropout=False)
+    model.prepare_for_inference_(cfg)
+    features = model(random_tokens(), features_only=True)[0]
+    assert features.dtype == (torch.bfloat16 if pays else torch.float32)
+
+
+def test_its_speed_is_measured():
+    assert 0.01 < precision.speed_over_float32() < 50
