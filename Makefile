@@ -36,6 +36,7 @@ KEEP_FREED := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
 benchmark: install  ## measure layer, training, evaluation, growth, start-up; about half an hour
 	$(RUN) -m pip install --quiet -c constraints.txt -e ".[benchmark]"
 	$(KEEP_FREED) $(RUN) benchmarks/layer.py
+	$(RUN) benchmarks/peers.py
 	$(RUN) benchmarks/train_step.py
 	$(RUN) benchmarks/train_step.py --shares
 	$(RUN) benchmarks/evaluate.py

@@ -1,7 +1,7 @@
 """How a training step grows: in tokens, in experts at fixed tokens, in layers, in processes.
 
     python benchmarks/growth.py
-    python benchmarks/growth.py --draw    draw docs/growth_*.svg again, from results/PROCESSOR/growth.json
+    python benchmarks/growth.py --draw    draw docs/growth_*.svg again, from growth.json
 
 Forward and backward of a model whose every second layer is sparse (top-2, dropless), width 256,
 context 256, a vocabulary of 8,000, float32; one thread, seconds of the processor. Memory is the
@@ -22,7 +22,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from measure import RESULTS, in_turn, keep, keep_table, language_model, median, peak_memory, processor
+from measure import (
+    RESULTS,
+    in_turn,
+    keep,
+    keep_table,
+    language_model,
+    median,
+    peak_memory,
+    processor,
+)
 
 from fairseq_moe_ext.evaluation.figures import Series, line_chart
 from fairseq_moe_ext.files import read_json
