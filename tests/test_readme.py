@@ -1,6 +1,7 @@
 """The commands and Python of README and docs/, as they stand there, on little text and in small."""
 
 import gzip
+import importlib.util
 import json
 import os
 import random
@@ -167,7 +168,10 @@ def test_commands_on_a_trained_model(trained):
     assert (trained / "runs" / "two" / "experts").is_dir()
 
     output = script(trained, "docs/convert.md")
-    assert output.count("experts a sparse layer") == 4
+    assert output.count("experts a sparse layer") == 6
+    if importlib.util.find_spec("transformers"):
+        code = blocks("docs/convert.md", "python", "Hugging Face")
+        assert "word1 word2" in run(trained, sys.executable, "-c", code)
     assert len(list((trained / "sharded" / "experts").glob("*.pt"))) == 4
 
     output = script(trained, "docs/experts.md")

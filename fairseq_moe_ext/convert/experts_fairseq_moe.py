@@ -44,6 +44,7 @@ class Routing(NamedTuple):
     experts: Tensor  # (N, K)
     weights: Tensor  # (N, K), differentiable
     taken: Tensor  # (N, K) bool: which of these a token takes
+    counted: Tensor  # (N, K) bool: which of these the balancing loss counts; null experts, too
 
 
 class TopKRouter(nn.Module):
@@ -53,10 +54,15 @@ class TopKRouter(nn.Module):
         super().__init__()
         self.k = config.num_experts_per_tok
         self.settings = {**ROUTER_DEFAULTS, **config.router_settings}
+        self.num_experts, null = config.num_experts, self.settings["null_experts"]
+        self.register_buffer("balance_bias", None)
+        if self.settings["bias"]:
+            self.balance_bias = torch.zeros(self.num_experts + null)
         self.add_gate(config)
 
     def add_gate(self, config: Any) -> None:
-        self.wg = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        outputs = self.num_experts + (self.settings["null_experts"] > 0)
+        self.wg = nn.Linear(config.hidden_size, outputs, bias=False)
 
     def forward(self, x: Tensor, token_ids: Optional[Tensor]) -> Routing:
         """x (N, D), token_ids (N,)."""
@@ -70,6 +76,8 @@ class TopKRouter(nn.Module):
                 dtype = at_least_float32(x)
                 return F.linear(x.to(dtype), self.wg.weight.to(dtype))
         logits = self.wg(x)
+        if s["null_experts"] > 1:  # they share a logit
+            logits = torch.cat([logits, *[logits[:, -1:]] * (s["null_experts"] - 1)], 1)
         return logits.to(at_least_float32(logits)) if s["float32"] else logits
 
     def scores(self, logits: Tensor) -> Tensor:
@@ -79,6 +87,8 @@ class TopKRouter(nn.Module):
         """logits (N, E)."""
         scores = self.scores(logits)
         liked, rivals = scores.detach(), logits.detach()
+        if self.balance_bias is not None:  # enters the choice alone
+            liked = rivals = liked + self.balance_bias
         if self.settings["top_groups"] < self.settings["groups"]:
             forbidden = ~self.allowed(liked)
             liked = liked.masked_fill(forbidden, -math.inf)
@@ -92,22 +102,20 @@ class TopKRouter(nn.Module):
 
     def chosen(self, scores: Tensor, experts: Tensor) -> Routing:
         """A token's experts (N, K), weighted by scores (N, E)."""
-        weights = scores.gather(1, experts)
-        if self.settings["normalize"]:
-            eps = torch.finfo(weights.dtype).eps
-            weights = weights / weights.sum(1, keepdim=True).clamp(min=eps)
-        return Routing(
-            distribution(scores),
-            experts,
-            weights * self.settings["scale"],
-            torch.ones_like(experts, dtype=torch.bool),
-        )
+        weights, taken = scores.gather(1, experts), experts < self.num_experts
+        if self.settings["normalize"] == "before":
+            weights = normalized(weights)
+        weights = weights * taken  # null experts compute nothing
+        if self.settings["normalize"] == "after":
+            weights = normalized(weights)
+        weights = weights * self.settings["scale"]
+        return Routing(distribution(scores), experts, weights, taken, torch.ones_like(taken))
 
     def active(self, scores: Tensor, taken: Tensor) -> Routing:
         """All experts that are taken (N, E) bool, weighted by scores (N, E)."""
         experts = torch.arange(scores.size(1), device=scores.device).expand_as(scores)
         weights = scores * taken * self.settings["scale"]
-        return Routing(distribution(scores), experts, weights, taken)
+        return Routing(distribution(scores), experts, weights, taken, taken)
 
     def allowed(self, liked: Tensor) -> Tensor:
         """liked (N, E) -> (N, E) bool: the experts of a token's best groups, a group's score being
@@ -155,10 +163,9 @@ class HashRouter(TopKRouter):
             raise ValueError("the router hash goes by tokens: pass input_ids, not inputs_embeds")
         experts = self.table[token_ids]
         weights = x.new_full(experts.shape, 1 / self.k)
-        num_experts = self.settings["num_experts"]
-        probs = x.new_zeros(len(x), num_experts).scatter(1, experts, weights)
+        probs = x.new_zeros(len(x), self.num_experts).scatter(1, experts, weights)
         taken = torch.ones_like(experts, dtype=torch.bool)
-        return Routing(probs, experts, weights * self.settings["scale"], taken)
+        return Routing(probs, experts, weights * self.settings["scale"], taken, taken)
 
 
 class ThresholdRouter(TopKRouter):
@@ -204,14 +211,21 @@ ROUTERS = {
 }
 ROUTER_DEFAULTS = {
     "score": "softmax",  # or "sigmoid"
-    "normalize": True,  # divide a token's weights by their sum
+    "normalize": None,  # or "before", "after" null experts are left out: weights by their sum
     "scale": 1.0,  # factor on the weights
     "groups": 1,
     "top_groups": 1,
     "float32": False,  # logits in float32 at least
     "float32_product": False,  # and the product that they come from
-    "num_experts": 0,
+    "null_experts": 0,  # beside the others
+    "bias": False,  # of the scores that choose
 }
+
+
+def normalized(weights: Tensor) -> Tensor:
+    """(N, K) -> (N, K), each row divided by its sum."""
+    eps = torch.finfo(weights.dtype).eps
+    return weights / weights.sum(1, keepdim=True).clamp(min=eps)
 
 
 def best(scores: Tensor, count: int) -> Tensor:
@@ -309,18 +323,20 @@ class MoELayer(nn.Module):
         y = self.experts(y, routing)
         y = y if self.latent is None else self.latent.up(y)
         y = y if self.shared is None else y + self.shared(tokens)
-        return y.view_as(x), balance_loss(routing, None if real is None else real.flatten())
+        return y.view_as(x), balance_loss(
+            routing, self.gate.settings["null_experts"], None if real is None else real.flatten()
+        )
 
 
-def balance_loss(routing: Routing, real: Optional[Tensor] = None) -> Tensor:
+def balance_loss(routing: Routing, null_experts: int, real: Optional[Tensor] = None) -> Tensor:
     """E times the sum over experts of mean probability times share of first choices, or with more
-    than two choices per token of all: 1 when balanced (arXiv 2006.16668, algorithm 1)."""
-    probs, experts, _, taken = routing
+    than two choices per token, or null experts, of all (arXiv 2006.16668, algorithm 1)."""
+    probs, experts, counted = routing.probs, routing.experts, routing.counted
     if real is not None:
-        probs, experts, taken = probs[real], experts[real], taken[real]
-    if experts.size(1) <= 2:
-        experts, taken = experts[:, :1], taken[:, :1]
-    counts = torch.bincount(experts[taken], minlength=probs.size(1))
+        probs, experts, counted = probs[real], experts[real], counted[real]
+    if experts.size(1) <= 2 and not null_experts:
+        experts, counted = experts[:, :1], counted[:, :1]
+    counts = torch.bincount(experts[counted], minlength=probs.size(1))
     share = counts / counts.sum().clamp(min=1)
     return probs.size(1) * (probs.float().sum(0) / max(1, len(probs)) * share).sum()
 

@@ -56,7 +56,8 @@ _TRANSLATED = {
     "activation_dropout", "activation_fn", "alternate_decoder_ffn_embed_dim", "attention_dropout",
     "decoder_attention_heads", "decoder_embed_dim", "decoder_ffn_embed_dim", "decoder_layers",
     "decoder_learned_pos", "dropout", "layernorm_embedding", "max_target_positions",
-    "moe_dense_twin", "moe_expert_count", "moe_expert_dropout", "moe_expert_ffn_dim",
+    "moe_balance", "moe_dense_twin", "moe_expert_count", "moe_expert_dropout",
+    "moe_expert_ffn_dim", "moe_null_experts",
     "moe_first_dense", "moe_freq", "moe_gating_fp32_product", "moe_gating_use_fp32", "moe_groups",
     "moe_latent_dim", "moe_layers", "moe_normalize_gate_prob_before_dropping",
     "moe_normalize_weights", "moe_route_scale", "moe_router", "moe_score",
@@ -65,7 +66,8 @@ _TRANSLATED = {
     "share_decoder_input_output_embed", "tokens_per_sample",
 }  # fmt: skip
 _ELSEWHERE = {
-    "checkpoint_activations", "compile", "min_params_to_wrap", "moe_batch_prioritized_routing",
+    "checkpoint_activations", "compile", "min_params_to_wrap", "moe_balance_over",
+    "moe_batch_prioritized_routing", "moe_bias_update_rate",
     "moe_capacity_factor", "moe_dropless", "moe_eom", "moe_eval_capacity_token_fraction",
     "moe_experts_on_disk", "moe_fom", "moe_freeze", "moe_input_jitter",
     "moe_normalize_expert_grad", "moe_pad_rule", "moe_routing_scope",
@@ -216,13 +218,14 @@ def _translated(s: Dict[str, Any], types: int, balance_weight: float) -> Dict[st
             "router": s["moe_router"],
             "router_settings": {
                 "score": gate.score,
-                "normalize": s["moe_router"] in _NORMALIZING and gate.normalize is not None,
+                "normalize": gate.normalize if s["moe_router"] in _NORMALIZING else None,
                 "scale": gate.route_scale,
                 "groups": gate.groups,
                 "top_groups": gate.top_groups,
                 "float32": gate.use_fp32,
                 "float32_product": gate.fp32_product,
-                "num_experts": shape.experts,
+                "null_experts": gate.null_experts,
+                "bias": gate.bias_update_rate > 0,
             },
             "router_aux_loss_coef": balance_weight,
         }
@@ -262,7 +265,9 @@ def _balance_weight(source: Source) -> float:
     criterion = (source.rest.get("cfg") or {}).get("criterion")
     found = criterion.get("moe_gate_loss_wt") if isinstance(criterion, dict) else None
     found = getattr(source.rest.get("args"), "moe_gate_loss_wt", found)
-    return float(found) if isinstance(found, (int, float)) and source.experts else 0.0
+    balances = str(source.settings.get("moe_balance", "loss")) in ("loss", "both")
+    known = isinstance(found, (int, float)) and source.experts and balances
+    return float(found) if known else 0.0
 
 
 def _provenance(source: Source) -> Dict[str, Any]:

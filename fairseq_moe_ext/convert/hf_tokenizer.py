@@ -75,6 +75,7 @@ def tokenizer_files(data: Path, types: int, longest: int) -> Dict[str, str]:
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
+        "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": longest,
     }
     return {

@@ -30,6 +30,9 @@ KINDS = {
     "groups": "--moe-layers 0 --moe-expert-count 8 --moe-groups 4 --moe-top-groups 2",
     "kinds": f"{MOE} --moe-shared-experts 2 --moe-latent-dim 8 --activation-fn swiglu "
     "--moe-expert-ffn-dim 12 --moe-gating-fp32-product",
+    "null": f"{MOE} --moe-null-experts 3 --moe-top-k 3",
+    "bias": f"{MOE} --moe-balance both --moe-bias-update-rate 0.05 "
+    "--moe-score sigmoid --moe-second-expert-policy all",
     **{
         router: f"{MOE} --moe-router {router}"
         for router in ("sinkhorn", "base", "hash", "threshold", "relu", "random")
