@@ -12,16 +12,17 @@ from .. import files, outputs
 from ..errors import UserError
 from ..text_table import plain
 from ..wording import count
+from . import arms, result_file
 from . import plan as plans
 from . import result as results
-from . import result_file
 from .plan import Plan, Run
 from .runner import Runner
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Train and evaluate a dense and a sparse family of models and compute speed-up factors. "
+        "Train and evaluate a dense and a sparse family of models and compute speed-up factors, or "
+        "arms that differ by flags, and compare them. "
         "After an interruption the same command goes on."
     )
     parser.add_argument("file", type=Path, help="the study's YAML file")
@@ -46,8 +47,13 @@ def run(args: argparse.Namespace) -> None:
     if not args.only_result:
         _Work(plan, args.jobs).do()
     result = results.collect(plan)
+    if plan.reference:
+        result["reference"] = plan.reference
+        result["comparison"] = arms.compare(result["runs"], plan.reference)
     result_file.write(plan.out / "result.json", result)
-    print(plain(results.table(result)))
+    if plan.reference:
+        outputs.write_text(plan.out / "comparison.md", arms.page(result))
+    print(plain(arms.table(result) if plan.reference else results.table(result)))
     for line in results.remarks(result):
         print(f"no factor for {line}")
     done = f"{len(result['runs'])} of {count(result['planned'], 'run')}"

@@ -34,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write the page. Raises UserError for files that are missing."""
     result = result_file.read(args.folder / "result.json")
+    if result.get("reference"):
+        raise UserError(
+            f"{args.folder}: is a study of arms, which has no speed-up factors; its tables are in "
+            f"{args.folder}/comparison.md"
+        )
     use = None if args.expert_use is None else specialisation.read(args.expert_use)
     tuned = None if args.fine_tuning is None else fine_tuning.read(args.fine_tuning)
     try:

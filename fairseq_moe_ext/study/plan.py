@@ -12,6 +12,7 @@ from . import yaml_file
 from .child import console_script
 
 FAMILIES = ("dense", "moe")
+ARM = "arm"  # the family of every arm
 PACKAGE = Path(__file__).resolve().parents[1]
 
 _Keys = Mapping[str, Tuple[type, Any]]
@@ -28,10 +29,13 @@ _TOP: _Keys = {
     "train": (dict, {}),
     "evaluate": (dict, {}),
     "priming": (dict, {}),
-    "dense": (dict, None),
-    "moe": (dict, None),
+    "dense": (dict, {}),
+    "moe": (dict, {}),
+    "arms": (dict, {}),
+    "reference": (str, ""),
 }
 _FAMILY: _Keys = {"arch": (str, None), "flags": (dict, {}), "sizes": (dict, None)}
+_ARM: _Keys = {"arch": (str, None), "flags": (dict, {})}
 _EVALUATE: _Keys = {"stride": (int, 0), "batch-size": (int, 16), "bootstrap": (int, 1000)}
 # of `fairseq-moe priming`; without a folder there is none
 _PRIMING: _Keys = {
@@ -74,6 +78,7 @@ class Plan(NamedTuple):
     context: int
     tokens_per_update: int
     runs: List[Run]  # the first seed of every size first
+    reference: str  # the arm that others are compared with; "" in a study of two families
 
 
 def read(path: Path) -> Plan:
@@ -106,7 +111,7 @@ def read(path: Path) -> Plan:
                 f"{path}: {folder}: no data-bin in it; make them with fairseq-moe prepare"
             )
     evaluation, priming = _evaluations(asked, path)
-    sizes = _sizes(asked, path)
+    sizes = _arms(asked, path) if asked["arms"] else _sizes(asked, path)
     out = Path(asked["out"])
     runs = []
     for seed in seeds:
@@ -116,7 +121,14 @@ def read(path: Path) -> Plan:
             test = _evaluate(asked, evaluation, folder)
             prime = _prime(asked, priming, folder)
             runs.append(Run(size.family, size.name, seed, size.updates, folder, train, test, prime))
-    return Plan(asked["title"], out, asked["context"], asked["context"] * batch * freq, runs)
+    return Plan(
+        asked["title"],
+        out,
+        asked["context"],
+        asked["context"] * batch * freq,
+        runs,
+        asked["reference"],
+    )
 
 
 def _evaluations(asked: Dict[str, Any], path: Path) -> Tuple[Dict[str, Any], Dict[str, Any]]:
@@ -147,23 +159,55 @@ class _Size(NamedTuple):
     updates: int
 
 
+def _arms(asked: Dict[str, Any], path: Path) -> List[_Size]:
+    """One model an arm; one of them is the reference."""
+    for key in FAMILIES:
+        if asked[key]:
+            raise UserError(f"{path}: arms and {key}: a study has arms, or two families")
+    arms = []
+    for name, arm in asked["arms"].items():
+        where = f"{path}: arms: {name}"
+        checked = _checked(arm, _ARM, where)
+        arms.append(_size(asked, ARM, name, checked["arch"], checked["flags"], where))
+    if asked["reference"] not in asked["arms"]:
+        raise UserError(
+            f"{path}: reference {asked['reference'] or 'missing'}: name the arm that the others "
+            f"are compared with, one of {', '.join(map(str, asked['arms']))}"
+        )
+    return arms
+
+
 def _sizes(asked: Dict[str, Any], path: Path) -> List[_Size]:
+    if asked["reference"]:
+        raise UserError(
+            f"{path}: reference {asked['reference']}: is for a study of arms; remove it"
+        )
     sizes: List[_Size] = []
     for family in FAMILIES:
+        if not asked[family]:
+            raise UserError(f"{path}: the key {family!r} is missing")
         asked_family = _checked(asked[family], _FAMILY, f"{path}: {family}")
-        for size, flags in asked_family["sizes"].items():
-            where = f"{path}: {family}: sizes: {size}"
+        for name, flags in asked_family["sizes"].items():
+            where = f"{path}: {family}: sizes: {name}"
             if not isinstance(flags, dict):
                 raise UserError(f"{where}: {flags!r} is not a mapping of flags to values")
-            flags = {**asked["train"], **asked_family["flags"], **flags}
-            updates = flags.pop("updates", asked["updates"])
-            ranges.require(ranges.POSITIVE_COUNT, updates, f"{where}: updates")
-            for flag, value in flags.items():
-                _check_flag(flag, value, where)
-            if not _SIZE.fullmatch(str(size)):
-                raise UserError(f"{where}: call it by letters, digits, '_', '-' and '.'")
-            sizes.append(_Size(family, str(size), asked_family["arch"], flags, updates))
+            flags = {**asked_family["flags"], **flags}
+            sizes.append(_size(asked, family, name, asked_family["arch"], flags, where))
     return sizes
+
+
+def _size(
+    asked: Dict[str, Any], family: str, name: Any, arch: str, flags: Dict[str, Any], where: str
+) -> _Size:
+    """A model with the flags of all and its own. Raises UserError for those that cannot be."""
+    flags = {**asked["train"], **flags}
+    updates = flags.pop("updates", asked["updates"])
+    ranges.require(ranges.POSITIVE_COUNT, updates, f"{where}: updates")
+    for flag, value in flags.items():
+        _check_flag(flag, value, where)
+    if not _SIZE.fullmatch(str(name)):
+        raise UserError(f"{where}: call it by letters, digits, '_', '-' and '.'")
+    return _Size(family, str(name), arch, flags, updates)
 
 
 def _checked(mapping: Any, keys: _Keys, where: str) -> Dict[str, Any]:

@@ -18,6 +18,7 @@ from .result_file import (
     StudyResult,
     TaskResult,
 )
+from .router_metrics import router_metrics
 
 GROUPS = ("in_domain", "out_of_domain")
 PRIMED = (
@@ -40,7 +41,7 @@ def collect(plan: Plan) -> StudyResult:
         "tokens_per_update": plan.tokens_per_update,
         "planned": len(plan.runs),
         "runs": runs,
-        "factors": factors(runs),
+        "factors": {} if plan.reference else factors(runs),
         "commands": [
             typed(command)
             for run in plan.runs[: len({(r.family, r.size) for r in plan.runs})]
@@ -68,6 +69,7 @@ def _run(plan: Plan, run: Run) -> RunResult:
         "sets": evaluation["sets"],
         "mean": evaluation["mean"],
         "priming": _priming(run.folder / "priming.json"),
+        "router": router_metrics(run.folder / "train.log", shape, plan.context),
     }
 
 

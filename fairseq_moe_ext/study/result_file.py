@@ -10,6 +10,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, TypedDict, cast
 from .. import files, outputs
 from ..errors import UserError
 from ..evaluation.perplexity import MeanResult, SetResult
+from .router_metrics import RouterMetrics
 
 
 class TaskResult(TypedDict, total=False):
@@ -57,6 +58,7 @@ class RunResult(TypedDict):
     sets: Dict[str, SetResult]
     mean: Dict[str, MeanResult]
     priming: Priming
+    router: RouterMetrics  # older files lack it
 
 
 class CurvePoint(TypedDict):
@@ -75,7 +77,23 @@ class GroupFactors(TypedDict):
     remark: str  # the overlap, or why there is no factor
 
 
-class StudyResult(TypedDict):
+class Compared(TypedDict):
+    """An arm against the reference, on one group of sets."""
+
+    difference: float  # of perplexity in %, by the mean of its logarithms over seeds
+    interval: List[float]  # over seeds; empty with one seed
+    p: Optional[float]
+    real: bool  # at 5 %, all arms taken together
+
+
+class OfArms(TypedDict, total=False):
+    """What result.json has of a study of arms alone."""
+
+    reference: str
+    comparison: Dict[str, Dict[str, Compared]]  # group of sets -> arm
+
+
+class StudyResult(OfArms):
     """result.json."""
 
     title: str

@@ -1,0 +1,57 @@
+"""Compare routers at equal FLOPs: the quickstart's text, then `fairseq-moe study`; resumable."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from typing import Sequence
+
+from fairseq_moe_ext import cli, outputs
+
+HERE = Path(__file__).resolve().parent
+QUICKSTART = HERE.parent / "quickstart" / "run.py"
+FULL = HERE / "two_cores.yaml"
+# What --short has instead, and writes beside its runs.
+SHORT = {
+    "out: runs/routers": "out: {out}",
+    "updates: 450": "updates: 20",
+    "warmup-updates: 45": "warmup-updates: 5",
+    "seeds: [1, 2, 3]": "seeds: [1, 2]",
+}
+
+
+def short(folder: Path) -> Path:
+    """The comparison with few updates and two seeds, as a file in the folder: a try."""
+    text = FULL.read_text(encoding="utf-8")
+    for full, shorter in SHORT.items():
+        assert full in text, full
+        text = text.replace(full, shorter.format(out=folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    outputs.write_text(folder / "short.yaml", text)
+    return folder / "short.yaml"
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--text", type=Path, default=Path("runs/study-text"), help="text and data")
+    parser.add_argument("--text-bytes", type=int, help="of training text per domain")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once (default: 2)")
+    parser.add_argument(
+        "--short",
+        action="store_true",
+        help="20 updates and two seeds, in runs/routers-short: a try of some minutes",
+    )
+    args = parser.parse_args(argv)
+    command = [sys.executable, str(QUICKSTART), "--out", str(args.text), "--data-only"]
+    if args.text_bytes is not None:
+        command += ["--text-bytes", str(args.text_bytes)]
+    try:
+        status = subprocess.call(command)
+    except KeyboardInterrupt:
+        return 130
+    file = short(Path("runs/routers-short")) if args.short else FULL
+    return status or cli.main(["study", str(file), "--jobs", str(args.jobs)])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

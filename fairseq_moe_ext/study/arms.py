@@ -1,0 +1,162 @@
+"""A study of arms: models that differ by flags, each compared with one of them, paired by seed."""
+
+import math
+from typing import Dict, List, Optional, Sequence, Tuple
+
+from ..text_table import markdown
+from ..wording import count, signed, small
+from .paired import Difference, holm, paired
+from .result import GROUPS, performance
+from .result_file import Compared, RunResult, StudyResult
+
+LEVEL = 0.05
+TITLES = {"in_domain": "in domain", "out_of_domain": "out of domain"}
+
+Runs = Sequence[RunResult]
+
+
+def by_arm(runs: Runs) -> Dict[str, Dict[int, RunResult]]:
+    """The finished runs of each arm by seed."""
+    arms: Dict[str, Dict[int, RunResult]] = {}
+    for run in runs:
+        arms.setdefault(run["size"], {})[run["seed"]] = run
+    return arms
+
+
+def difference(one: Dict[int, RunResult], other: Dict[int, RunResult], group: str) -> Difference:
+    """Of the logarithms of perplexity, one minus the other, over the seeds that both have."""
+    return paired(
+        [
+            math.log(performance(one[seed], group) / performance(other[seed], group))
+            for seed in sorted(one.keys() & other.keys())
+        ]
+    )
+
+
+def measured(runs: Runs) -> List[str]:
+    """The groups of sets that all runs were evaluated on."""
+    return [group for group in GROUPS if all(group in run["mean"] for run in runs)]
+
+
+def compare(runs: Runs, reference: str) -> Dict[str, Dict[str, Compared]]:
+    """For each group of sets, each arm against the reference, as far as they share a seed."""
+    arms = by_arm(runs)
+    base = arms.get(reference, {})
+    result: Dict[str, Dict[str, Compared]] = {}
+    for group in measured(runs):
+        found = {
+            name: difference(mine, base, group)
+            for name, mine in arms.items()
+            if name != reference and mine.keys() & base.keys()
+        }
+        real = holm({name: d.p for name, d in found.items()}, LEVEL)
+        result[group] = {
+            name: {
+                "difference": _percent(d.mean),
+                "interval": [] if math.isnan(d.p) else [_percent(d.low), _percent(d.high)],
+                "p": None if math.isnan(d.p) else d.p,
+                "real": name in real,
+            }
+            for name, d in found.items()
+        }
+    return result
+
+
+def _percent(logarithm: float) -> float:
+    return 100 * math.expm1(logarithm)
+
+
+def table(result: StudyResult) -> List[List[str]]:
+    """The arms, the best in domain first: perplexity, the difference to the reference with its 95 %
+    interval and whether it is real, load, drops, FLOPs and minutes. Means over seeds."""
+    runs, reference = result["runs"], result["reference"]
+    groups = measured(runs)
+    head = ["arm", "seeds"]
+    for group in groups:
+        head += [f"perplexity {TITLES[group]}", f"against {reference}, %", "real"]
+    head += ["load", "dropped, %", "experts per token", "FLOPs", "minutes"]
+    rows = []
+    for name, by_seed in by_arm(runs).items():
+        mine = list(by_seed.values())
+        row = [name, str(len(mine))]
+        for group in groups:
+            values = [performance(run, group) for run in mine]
+            spread = f" ± {small((max(values) - min(values)) / 2)}" if len(values) > 1 else ""
+            row += [f"{_mean(values):.2f}{spread}"]
+            row += _against(result["comparison"][group].get(name), name == reference)
+        rows.append((_mean([performance(run, groups[0]) for run in mine]), row + _cost(mine)))
+    return [head, *(row for _, row in sorted(rows))]
+
+
+def _against(found: Optional[Compared], is_reference: bool) -> List[str]:
+    if found is None:
+        return ["reference" if is_reference else "no seed in common", ""]
+    if not found["interval"]:
+        return [signed(found["difference"]), "one seed"]
+    low, high = found["interval"]
+    ends = f"{signed(found['difference'])} ({signed(low)} to {signed(high)})"
+    return [ends, "yes" if found["real"] else "no"]
+
+
+def _cost(mine: Runs) -> List[str]:
+    routers = [run["router"] for run in mine if run["router"]]
+    cells = ["", "", ""]
+    flops = _mean([run["flops"] for run in mine])
+    if routers:
+        cells = [
+            f"{_mean([r['load_max'] for r in routers]):.2f}",
+            small(_mean([r["overflow"] for r in routers])),
+            f"{_mean([r['experts_per_token'] for r in routers]):.2f}",
+        ]
+        flops = _mean([run["tokens"] * run["router"]["flops_per_token"] for run in mine])
+    return [*cells, f"{flops:.3g}", f"{_mean([run['seconds'] for run in mine]) / 60:.1f}"]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def pairs(result: StudyResult, group: str) -> Tuple[List[List[str]], int]:
+    """Row against column in %, of all pairs of arms, those in bold whose own 95 % interval leaves
+    out 0; and how many of them there would be by chance if no two arms differed."""
+    arms = by_arm(result["runs"])
+    names = [row[0] for row in table(result)[1:]]
+    rows = [["", *names]]
+    for name in names:
+        cells = []
+        for other in names:
+            shared = arms[name].keys() & arms[other].keys()
+            if name == other or not shared:
+                cells.append("")
+                continue
+            d = difference(arms[name], arms[other], group)
+            cell = signed(_percent(d.mean))
+            cells.append(f"**{cell}**" if d.low > 0 or d.high < 0 else cell)
+        rows.append([name, *cells])
+    return rows, round(LEVEL * len(names) * (len(names) - 1) / 2)
+
+
+def page(result: StudyResult) -> str:
+    """comparison.md."""
+    runs = result["runs"]
+    parts = [f"# {result['title']}", _explained(result), markdown(table(result))]
+    for group in measured(runs):
+        rows, by_chance = pairs(result, group)
+        parts += [
+            f"## Every pair, {TITLES[group]}",
+            "Row against column, perplexity in %. Bold: its own 95 % interval leaves out 0. If no "
+            f"two arms differed, about {by_chance} of these pairs would be bold.",
+            markdown(rows),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _explained(result: StudyResult) -> str:
+    return (
+        f"{len(result['runs'])} of {count(result['planned'], 'run')} are done. Numbers are means "
+        "over seeds; ± is half the range. A difference is that of the logarithms of perplexity, "
+        "paired by seed, with the 95 % interval of Student's t over seeds: of trainings, on this "
+        f"test text. It is real where it holds at {100 * LEVEL:.0f} % with all arms taken together "
+        "(Holm). Load is the most chosen expert's over the mean, in an update and layer, in the "
+        "last fifth of training. FLOPs are those that training computed."
+    )

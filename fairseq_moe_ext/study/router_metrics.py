@@ -1,0 +1,40 @@
+"""What a training's log says of its routers: load, drops, and the FLOPs that were computed."""
+
+from pathlib import Path
+from typing import TypedDict
+
+from .. import cost
+from ..shape import Shape
+from . import logs
+
+LAST = 0.2  # the share of a training, at its end, over which load and drops are averaged
+
+
+class RouterMetrics(TypedDict, total=False):
+    """Means over MoE layers; of a dense model all are missing."""
+
+    load_max: float  # choices of the most chosen expert over the mean, per update
+    overflow: float  # choices dropped, in per cent
+    experts_per_token: float  # before dropping, over the whole training
+    flops_per_token: float  # computed in training
+
+
+def router_metrics(log: Path, shape: Shape, context: int) -> RouterMetrics:
+    """From fairseq-train's log. Dropped choices are not computed, and some routers settle the
+    number of experts per token by themselves, so the FLOPs are by what was logged."""
+    lines = [v for v in logs.measurements(log, "train_inner") if "load_max" in v]
+    if not lines:
+        return {}
+    late = lines[-max(1, round(LAST * len(lines))) :]
+    wanted = [float(v["experts_per_token"]) for v in lines]
+    computed = [n * (1 - float(v["overflow"]) / 100) for n, v in zip(wanted, lines)]
+    one, two = (  # linear in the number of experts that compute
+        cost.training_flops_per_token(shape._replace(top_k=k, null_experts=0), context)
+        for k in (1, 2)
+    )
+    return {
+        "load_max": sum(float(v["load_max"]) for v in late) / len(late),
+        "overflow": sum(float(v["overflow"]) for v in late) / len(late),
+        "experts_per_token": sum(wanted) / len(wanted),
+        "flops_per_token": one + (two - one) * (sum(computed) / len(computed) - 1),
+    }
