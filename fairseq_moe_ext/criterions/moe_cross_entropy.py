@@ -68,6 +68,7 @@ class MoECrossEntropyCriterion(FairseqCriterion):
         self.z_loss_weight = moe_z_loss_wt
         self.log_per_layer = moe_log_per_layer
         self.sentence_avg = sentence_avg
+        self.last_counts: Dict[int, Tensor] = {}  # layer -> (K, E) of the last batch here
         self._asked: Optional[Tuple[Tensor, torch.cuda.Event]] = None
 
     def forward(
@@ -95,6 +96,7 @@ class MoECrossEntropyCriterion(FairseqCriterion):
         Adds the loss and the gates' metrics to the logging output."""
         records = extra.get("moe") if isinstance(extra, dict) else None
         if records:
+            self.last_counts = {record.layer: record.expert_counts for record in records}
             records = _of_whole_batch(records, extra.get("whole_sample_size"), sample_size)
             gate_loss, z_loss = self._gate_losses(records)
             weight = self.gate_loss_weight if extra.get("balanced_by_loss", True) else 0.0

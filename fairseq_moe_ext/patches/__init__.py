@@ -236,12 +236,12 @@ PATCHES = (
     ),
     wrap(
         "fairseq.logging.progress_bar:TensorboardProgressBarWrapper._log_to_tensorboard",
-        progress.log_in_groups,
+        progress.log_to_tensorboard,
         "fairseq/logging/progress_bar.py:462@0.12.2",
     ),
     wrap(
         "fairseq.logging.progress_bar:WandBProgressBarWrapper._log_to_wandb",
-        progress.log_in_groups,
+        progress.log_to_wandb,
         "fairseq/logging/progress_bar.py:516@0.12.2",
     ),
     wrap("fairseq_cli.train:validate", trainer.validate, "fairseq_cli/train.py:439@0.12.2"),

@@ -123,10 +123,35 @@ class Watched(BaseProgressBar):
         return self.trainer.speed
 
 
-def log_in_groups(stock, self, stats, tag=None, step=None):
-    """TensorBoard's and W&B's charts: a group for losses, router, each layer, optimizer, speed,
-    instead of one list of 20 and more names."""
-    return stock(self, {group_of(name): value for name, value in stats.items()}, tag, step)
+def log_to_tensorboard(stock, self, stats, tag=None, step=None):
+    """Charts in groups (losses, router, each layer, optimizer, speed) instead of one list of 20 and
+    more names; and how the load of the last batch was spread over the experts of each layer."""
+    stock(self, _in_groups(stats), tag, step)
+    writer = self._writer(tag or "")
+    for layer, load in _loads(tag).items() if writer is not None else ():
+        writer.add_histogram(f"layer{layer}/expert_load", load, step)
+
+
+def log_to_wandb(stock, self, stats, tag=None, step=None):
+    """As log_to_tensorboard."""
+    stock(self, _in_groups(stats), tag, step)
+    wandb = stock.__globals__["wandb"]
+    for layer, load in _loads(tag).items() if wandb is not None else ():
+        wandb.log({f"{tag}/layer{layer}/expert_load": wandb.Histogram(load)}, step=step)
+
+
+def _in_groups(stats: Dict[str, Any]) -> Dict[str, Any]:
+    return {group_of(name): value for name, value in stats.items()}
+
+
+def _loads(tag: Optional[str]) -> Dict[int, Any]:
+    """Layer -> (E,) choices of each expert over their mean, of the last batch of training."""
+    running = context.training.get()
+    if running is None or tag != "train_inner":
+        return {}
+    counts = getattr(running.trainer.get_criterion(), "last_counts", {})
+    each = {layer: found.sum(0).double() for layer, found in counts.items()}  # (E,)
+    return {layer: (c / c.mean().clamp(min=1e-9)).cpu().numpy() for layer, c in each.items()}
 
 
 def group_of(name: str) -> str:

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import re
+import subprocess
 import sys
 
 import pytest
@@ -141,7 +143,22 @@ def test_names_in_groups():
     assert group_of("gnorm") == "optimizer/gnorm"
 
 
-def test_tensorboard_gets_the_groups(train, tmp_path):
+def test_the_load_of_the_last_batch_is_over_its_mean(monkeypatch):
+    from types import SimpleNamespace
+
+    from fairseq_moe_ext import context
+    from fairseq_moe_ext.patches import progress
+
+    counts = {1: torch.tensor([[3, 1, 0, 0], [0, 0, 4, 0]])}
+    criterion = SimpleNamespace(last_counts=counts)
+    trainer = SimpleNamespace(get_criterion=lambda: criterion)
+    with context.during(context.training, context.Training(None, trainer)):
+        assert progress._loads("train_inner")[1].tolist() == [1.5, 0.5, 2, 0]
+        assert progress._loads("valid") == {}
+    assert progress._loads("train_inner") == {}
+
+
+def test_tensorboard_gets_groups_and_histograms(train, tmp_path):
     pytest.importorskip("tensorboardX")
     from fairseq.logging import progress_bar
 
@@ -150,5 +167,26 @@ def test_tensorboard_gets_the_groups(train, tmp_path):
     logs = tmp_path / "logs"
     train(f"--max-update 2 --log-interval 1 --disable-validation --tensorboard-logdir {logs}")
     content = b"".join(path.read_bytes() for path in (logs / "train_inner").iterdir())
-    for name in (b"router/load_max", b"loss/ppl", b"speed/wps", b"optimizer/lr"):
-        assert name in content
+    for name in ("router/load_max", "loss/ppl", "speed/wps", "optimizer/lr", "layer1/expert_load"):
+        assert name.encode() in content
+
+
+@pytest.mark.slow
+def test_wandb_gets_groups_and_histograms_offline(data, tmp_path):
+    """In a process of its own, as wandb starts others and writes into its folder."""
+    pytest.importorskip("wandb")
+    line = f"{data} {MODEL} --optimizer adam --lr 0.01 --num-workers 0 --batch-size 8"
+    line += f" --max-update 2 --log-interval 1 --disable-validation --save-dir {tmp_path / 'run'}"
+    code = "import sys; from fairseq_cli.train import cli_main; cli_main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *line.split(), "--wandb-project", "offline"],
+        env={**os.environ, "WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    content = b"".join(path.read_bytes() for path in tmp_path.rglob("*.wandb"))
+    for name in ("router/load_max", "loss/ppl", "speed/wps", "layer1/expert_load"):
+        assert f"train_inner/{name}".encode() in content
