@@ -266,8 +266,9 @@ def _balance_weight(source: Source) -> float:
     found = criterion.get("moe_gate_loss_wt") if isinstance(criterion, dict) else None
     found = getattr(source.rest.get("args"), "moe_gate_loss_wt", found)
     balances = str(source.settings.get("moe_balance", "loss")) in ("loss", "both")
-    known = isinstance(found, (int, float)) and source.experts and balances
-    return float(found) if known else 0.0
+    if not (isinstance(found, (int, float)) and source.experts and balances):
+        return 0.0
+    return float(found)
 
 
 def _provenance(source: Source) -> Dict[str, Any]:
