@@ -6,6 +6,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 from .. import data_bin, outputs
 from ..errors import UserError
+from ..models.precision import in_bfloat16
 from ..text_table import markdown, plain
 from ..wording import small
 from . import capacity
@@ -57,6 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
     parser.add_argument(
+        "--bf16",
+        action="store_true",
+        help="compute in bfloat16; on a CPU with float32 weights, and only where it is faster",
+    )
+    parser.add_argument(
         "--model-overrides", metavar="DICT", help="settings of the model, as fairseq-eval-lm's"
     )
     parser.add_argument(
@@ -81,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
     asked = _check_flags(args)
     task = language_modeling_task(_first_data_bin(args.data), args.context or 1)
     model, saved = load_model(args.path, task, asked.overrides)
-    model = on_device(model, args.cpu)
+    model = on_device(in_bfloat16(model, args.cpu) if args.bf16 else model, args.cpu)
     context = args.context or model.max_positions()
     if context > model.max_positions():
         raise UserError(f"--context {context}: the model takes {model.max_positions()} at most")

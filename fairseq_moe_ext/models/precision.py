@@ -10,11 +10,12 @@ import functools
 import logging
 import math
 import time
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
 from ..kernels.matmul import product
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,20 @@ def rounded(x: Tensor, on: bool) -> Tensor:
     """What goes into the first layer, in bfloat16 if that is on and x float32 on a CPU."""
     on = on and x.device.type == "cpu" and x.dtype == torch.float32
     return x.to(torch.bfloat16) if on else x
+
+
+def in_bfloat16(model: nn.Module, cpu: bool) -> nn.Module:
+    """A model for evaluation under --bf16: on a GPU converted, on a CPU as in training. Raises
+    UserError for a model of fairseq's own, on a CPU."""
+    if torch.cuda.is_available() and not cpu:
+        return model.to(torch.bfloat16)
+    if not hasattr(model.decoder, "bfloat16_on_cpu"):
+        raise UserError(
+            f"--bf16: on a CPU for models of this package, not {type(model).__name__}: convert it "
+            "with `fairseq-moe convert`, or remove --bf16"
+        )
+    cast(Any, model.decoder).bfloat16_on_cpu = bfloat16_pays()
+    return model
 
 
 def take_bfloat16(cfg: Any, model: nn.Module) -> None:

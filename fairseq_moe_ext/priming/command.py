@@ -172,7 +172,7 @@ def _load(
     args: argparse.Namespace, settings: Settings, names: List[str], vocabulary: Vocabulary
 ) -> Loaded:
     found, context = model.load_in_context(
-        args.path, args.data, args.context, args.cpu, args.fp16, args.model_overrides
+        args.path, args.data, args.context, args.cpu, args.fp16, args.model_overrides, args.bf16
     )
     if any(_KINDS[name] is generative for name in names):
         generative.check_room(settings, context)

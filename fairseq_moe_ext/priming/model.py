@@ -29,6 +29,7 @@ from ..evaluation.loading import (
 )
 from ..expert_parallel import all_gather, process_count, process_rank
 from ..models.language_model import MoETransformerLanguageModel
+from ..models.precision import in_bfloat16
 from ..models.token_scores import in_chunks, log_probs_and_likeliest
 from ..questions.scoring import Row
 from ..questions.vocabulary import PAD
@@ -58,6 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
     parser.add_argument("--fp16", action="store_true", help="use half precision for the weights")
     parser.add_argument(
+        "--bf16",
+        action="store_true",
+        help="compute in bfloat16; on a CPU with float32 weights, and only where it is faster",
+    )
+    parser.add_argument(
         "--model-overrides", metavar="DICT", help="settings of the model, as for fairseq-eval-lm"
     )
 
@@ -86,7 +92,12 @@ def processes(cpu: bool) -> Iterator[None]:
 
 
 def load(
-    path: Path, data: Path, cpu: bool = False, fp16: bool = False, overrides: Optional[str] = None
+    path: Path,
+    data: Path,
+    cpu: bool = False,
+    fp16: bool = False,
+    overrides: Optional[str] = None,
+    bf16: bool = False,
 ) -> FairseqLanguageModel:
     """The model, for evaluation, without capacity.
 
@@ -106,8 +117,12 @@ def load(
             "`fairseq-moe convert`"
         )
     set_gates(model, dropless=True)
+    if fp16 and bf16:
+        raise UserError("--fp16 with --bf16: choose one precision")
     if fp16:
         model = model.half()
+    if bf16:
+        in_bfloat16(model, cpu)
     return on_device(model, cpu)
 
 

@@ -23,6 +23,8 @@ def asked(args: Any, settings: "Settings", tasks: List[str]) -> Dict[str, Any]:
     """All that the results depend on, as it is in the file: settings, and the size and time of
     every file that is read."""
     told = {name: getattr(args, name) for name in _FLAGS}
+    if getattr(args, "bf16", False):  # files of before the flag do not have it
+        told["bf16"] = True
     checkpoint = [args.path, *args.path.parent.glob(args.path.stem + "-*")]
     data = [args.data / name for name in ("dict.txt", "encoder.json", "vocab.bpe")]
     own = None if args.json is None else os.path.realpath(args.json)

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small_models import MOE, build_model, random_tokens
+from small_models import MOE, build_model, build_stock_model, random_tokens
 
+from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.models import precision
 
 EPSILON = 2**-8  # bfloat16 rounds by half of this at most, relatively
@@ -71,6 +72,14 @@ def test_evaluation_takes_the_flag(pays):
     model.prepare_for_inference_(cfg)
     features = model(random_tokens(), features_only=True)[0]
     assert features.dtype == (torch.bfloat16 if pays else torch.float32)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU converts any model")
+def test_evaluation_of_a_stock_model_is_refused(pays):
+    model = precision.in_bfloat16(build_model(), cpu=True)
+    assert model.decoder.bfloat16_on_cpu is pays
+    with pytest.raises(UserError, match="--bf16: .*TransformerLanguageModel"):
+        precision.in_bfloat16(build_stock_model(), cpu=True)
 
 
 def test_its_speed_is_measured():

@@ -7,6 +7,7 @@ from processes import run_processes
 from small_models import MOE, TYPES, build_model, build_stock_model
 
 from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.models import precision
 from fairseq_moe_ext.priming.model import ModelScorer, load
 from fairseq_moe_ext.questions.scoring import Row
 from fairseq_moe_ext.questions.vocabulary import EOS, Vocabulary
@@ -78,6 +79,22 @@ def test_nothing_is_dropped_whatever_the_checkpoint_says(trained):
     together = ModelScorer(model, 1000)(rows_in(data))
     for a, b in zip(alone, together):
         np.testing.assert_allclose(a, b, rtol=1e-4)
+
+
+def test_bfloat16_moves_scores_by_its_rounding(trained, monkeypatch):
+    data, checkpoint = trained
+    monkeypatch.setattr(precision, "bfloat16_pays", lambda: True)
+    found = {}
+    for bf16 in (False, True):
+        model = load(checkpoint, data, cpu=True, bf16=bf16)
+        assert next(model.parameters()).dtype == torch.float32
+        found[bf16] = np.concatenate(ModelScorer(model, 1000)(rows_in(data)))
+    assert not np.array_equal(found[True], found[False])
+    # Seven roundings a layer and one of the logits, each by 2**-9 at most.
+    bound = (7 * len(model.decoder.layers) + 1) * 2**-9
+    np.testing.assert_allclose(found[True], found[False], rtol=bound)
+    with pytest.raises(UserError, match="--fp16 with --bf16"):
+        load(checkpoint, data, cpu=True, fp16=True, bf16=True)
 
 
 def test_a_model_of_fairseqs_own_is_refused(trained, monkeypatch):
