@@ -16,6 +16,7 @@ from fairseq_moe_ext import cli
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.evaluation import capacity, evaluate_command, perplexity, texts
 from fairseq_moe_ext.evaluation.loading import language_modeling_task, load_model
+from fairseq_moe_ext.models import precision
 from fairseq_moe_ext.prepare.command import Options, parse_corpora, prepare
 
 EOS = 2
@@ -108,6 +109,21 @@ def run(line, name):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", line.split())
         module.cli_main()
+
+
+def test_bfloat16_is_near(trained, monkeypatch, tmp_path):
+    data, checkpoint = trained
+    monkeypatch.setattr(precision, "bfloat16_pays", lambda: True)
+    losses = {}
+    for flag in ("", "--bf16"):
+        out = tmp_path / f"found{flag}.json"
+        line = f"evaluate {data} --path {checkpoint} --cpu --json {out} {flag}"
+        assert cli.main(line.split()) == 0
+        sets = json.loads(out.read_text())["sets"]
+        losses[flag] = {name: math.log(one["perplexity"]) for name, one in sets.items()}
+    for name, exact in losses[""].items():
+        # Two layers of seven roundings by 2**-9 at most, and the logits'.
+        assert 0 < abs(losses["--bf16"][name] - exact) < 15 * 2**-9 * exact
 
 
 def test_it_gives_what_fairseq_eval_lm_gives(trained, caplog, capsys, tmp_path):
