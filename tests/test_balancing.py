@@ -3,7 +3,7 @@
 import pytest
 import torch
 from processes import run_processes
-from small_models import MOE, build_model
+from small_models import MOE, build_model, random_tokens
 from training import first_run, make_data, resume
 from updates import (
     BACKENDS,
@@ -185,6 +185,28 @@ def test_a_bias_begins_at_0_in_a_model_that_was_trained_without():
         build_model(**MOE).load_state_dict(model.state_dict())
 
 
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("router", ["topk", "random"])
+def test_the_bias_chooses_in_generation_as_at_evaluation(router, score):
+    """Token by token as all at once, and otherwise than without it."""
+    options = dict(MOE, moe_router=router, moe_score=score, moe_eval_capacity_token_fraction=1.0)
+    model = build_model(**options, moe_balance="bias").double().eval()
+    plain = build_model(**options).double().eval()
+    torch.manual_seed(1)
+    for layer in model.decoder.layers[1::2]:
+        layer.moe_layer.gate.balance_bias.normal_()
+    tokens = random_tokens()
+    with torch.no_grad():
+        whole, without = model(tokens)[0], plain(tokens)[0]
+        state = {}
+        steps = [
+            model(tokens[:, : i + 1], incremental_state=state)[0][:, -1]
+            for i in range(tokens.size(1))
+        ]
+    torch.testing.assert_close(torch.stack(steps, dim=1), whole, rtol=1e-9, atol=1e-11)
+    assert not torch.allclose(whole, without)
+
+
 def test_a_frozen_gate_keeps_its_bias(folder):
     cfg = configure(folder, f"{BIASED} --moe-freeze gate")
     found, _ = biases(0, cfg, "legacy_ddp", 1)
@@ -209,6 +231,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, before, after):
     [
         ("moe_balance=bias moe_top_k=6", "leave no choice to bias; lower --moe-top-k"),
         ("moe_balance=both moe_second_expert_policy=sampling", "--moe-second-expert-policy all"),
+        ("moe_balance=bias moe_router=hash", "which has no choice by score to bias: use"),
+        ("moe_balance=both moe_router=sinkhorn", "--moe-router topk or random"),
+        ("moe_balance=bias moe_router=relu", "--moe-router relu"),
+        ("moe_balance=both moe_router=random", "whose gate is not trained"),
+        ("moe_balance_over=global_batch moe_router=hash", "whose gate is not trained"),
         ("moe_balance=loss moe_bias_update_rate=0.1", "--moe-bias-update-rate 0.1"),
         ("moe_balance=bias moe_bias_update_rate=0.0", "--moe-bias-update-rate 0.0"),
         ("moe_balance=bias moe_balance_over=sequence", "has no balancing loss"),
