@@ -5,7 +5,7 @@
 makes a temporary virtual environment with that interpreter, installs by the README's two lines
 (with torch pinned), runs every console script of fairseq on a tiny corpus, with a stock model and
 with moe_lm_tiny, and puts one row into docs/version_matrix.json and docs/version_matrix.md.
-`--stock-pins` tries the other way in: fairseq's own dependencies, our folder as --user-dir only.
+`--stock-pins` tries the other installation: fairseq's own dependencies, our folder as --user-dir.
 Needs a package index, g++, and for some torch builds several GB of disk; a few minutes a row.
 Not a test that pytest collects.
 """
@@ -249,9 +249,9 @@ def record(row):
 
 def table(rows):
     """The rows as Markdown: versions, and how many commands worked or which failed."""
-    head = ["Python", "torch", "numpy", "hydra / omegaconf", "pip", "way in", "worked"]
+    head = ["Python", "torch", "numpy", "hydra / omegaconf", "pip", "installed by", "worked"]
     lines = [
-        "# Which versions were really tried",
+        "# Tested versions",
         "",
         "Written by `tests/version_matrix.py`, which makes a fresh environment for every row. Each",
         f"row is one installation and these {len(COMMANDS)} commands: {', '.join(COMMANDS)}.",
