@@ -228,7 +228,7 @@ def test_data_beyond_the_dictionary_end_in_one_line(command, data, tmp_path):
     status, _, _, err = command("train", f"{folder} {TRAIN} {MOE} --save-dir {tmp_path / 'new'}")
     errors = [line for line in err.splitlines() if line.startswith("error:")]
     assert status == 1
-    assert len(errors) == 1 and "take the dict.txt that the data-bin was made with" in errors[0]
+    assert len(errors) == 1 and "use the dict.txt that the data-bin was built with" in errors[0]
 
 
 def test_damaged_data_ends_in_one_line(command, data, tmp_path):
