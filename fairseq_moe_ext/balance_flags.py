@@ -103,7 +103,7 @@ def _validate_bias(cfg: Any, top_k: int) -> None:
             f"{flag} with --moe-router {cfg.moe_router}, which has no choice by score to bias: use "
             f"--moe-router {' or '.join(able)}, or --moe-balance loss or none"
         )
-    if top_k == cfg.moe_expert_count:
+    if top_k == cfg.moe_expert_count and not cfg.moe_null_experts:
         raise UserError(
             f"{flag}: {top_k} of {top_k} experts per token leave no choice to bias; lower "
             "--moe-top-k, or use --moe-balance none"

@@ -6,7 +6,7 @@ import math
 from dataclasses import fields
 
 from . import ranges
-from .balance_flags import BALANCE_CHOICES, validate_balance
+from .balance_flags import BALANCE_CHOICES, BalanceFlags, validate_balance
 from .config import (
     EXPERT_GRAD_SCALES,
     FROZEN_PARTS,
@@ -16,7 +16,7 @@ from .config import (
     MoETransformerLMConfig,
 )
 from .errors import UserError
-from .router_flags import CHOICES, top_k, validate_router
+from .router_flags import CHOICES, RouterFlags, top_k, validate_router
 from .shape import shape_of
 
 # The model's own numbers and the length of its inputs, without the size of batches.
@@ -84,6 +84,7 @@ _OF_MOE_LAYERS = {
     "moe_null_experts": 0,
     "moe_latent_dim": None,
     "moe_dense_twin": False,
+    **{field.name: field.default for field in (*fields(RouterFlags), *fields(BalanceFlags))},
 }
 
 
@@ -100,7 +101,7 @@ def _validate_dense(cfg: MoETransformerLMConfig) -> None:
         )
     for name, off in _OF_MOE_LAYERS.items():
         value = getattr(cfg, name)
-        if value != off:
+        if str(value) != str(off):
             given = ranges.flag(name) + ("" if value is True else f" {value}")
             raise UserError(
                 f"{given} with --moe-freq 0 has no layer to act on: set --moe-freq or --moe-layers"

@@ -2,7 +2,7 @@
 which router."""
 
 from dataclasses import dataclass, field
-from typing import Any, Dict, Mapping, Optional
+from typing import Any, Dict, Mapping, Optional, Tuple
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
@@ -119,6 +119,7 @@ _OF_SOME = {
     "moe_threshold_decay": "threshold_decay",
     "moe_null_experts": "null_experts",
     "moe_base_evaluation": "balanced_evaluation",
+    "moe_second_expert_policy": "second_expert_policy",
 }
 DEFAULTS: Dict[str, Any] = {
     **{name: kind.default for name, kind in RouterFlags.__dataclass_fields__.items()},
@@ -186,7 +187,7 @@ def validate_router(cfg: Any) -> None:
         raise UserError(f"--moe-router {cfg.moe_router}: {router.refused}")
     for name, setting in _OF_SOME.items():
         value = getattr(cfg, name)
-        if setting not in router.heeds and str(value) != str(DEFAULTS[name]):
+        if setting not in router.heeds and str(value) not in _without_effect(name):
             heeding = [n for n, kind in ROUTERS.items() if setting in kind.heeds]
             heeding = [n for n in heeding if not ROUTERS[n].refused]
             raise UserError(
@@ -210,6 +211,12 @@ def validate_router(cfg: Any) -> None:
         )
     _validate_weights(cfg)
     _validate_groups(cfg)
+
+
+def _without_effect(name: str) -> Tuple[str, ...]:
+    """Values of a flag that a router may be given which does not heed it."""
+    # "all" asks for no noise, and other routers have none
+    return ("sampling", "all") if name == "moe_second_expert_policy" else (str(DEFAULTS[name]),)
 
 
 def _validate_weights(cfg: Any) -> None:

@@ -255,6 +255,13 @@ def test_what_cannot_be_right_is_refused_by_name(flags, words):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+def test_null_experts_leave_a_choice_to_bias():
+    flags = dict(moe_balance="bias", moe_top_k=6, moe_null_experts=1)
+    assert (
+        build_model(**{**MOE, **flags}).decoder.layers[1].moe_layer.gate.balance_bias.numel() == 7
+    )
+
+
 def test_a_transformed_loss_is_no_sum_over_micro_batches(folder):
     cfg = configure(folder, f"{GLOBAL} --moe-gate-loss-transform neg_log")
     with pytest.raises(UserError, match="--moe-gate-loss-transform neg_log"):

@@ -112,7 +112,7 @@ class TopKRouter(nn.Module):
     # Settings that not every router has and this one heeds; others are refused (router_flags.py).
     heeds: FrozenSet[str] = frozenset(
         "score normalize_before_dropping normalize_weights route_scale groups batch_prioritized"
-        " fp32_product input_jitter null_experts balance_bias".split()
+        " fp32_product input_jitter null_experts balance_bias second_expert_policy".split()
     )
     frozen = False  # whether its state stays as it is
     balance_bias: Optional[Tensor]

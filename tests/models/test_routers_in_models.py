@@ -151,6 +151,18 @@ REFUSED = {
         dict(moe_base_evaluation="balanced"),
         "--moe-base-evaluation balanced has no effect with --moe-router topk: remove it, or use ba",
     ),
+    "second expert of hash": (
+        dict(moe_router="hash", moe_second_expert_policy="random"),
+        "--moe-second-expert-policy random has no effect with --moe-router hash: remove it, or use",
+    ),
+    "router of a dense model": (
+        dict(moe_freq=0, moe_expert_count=0, moe_router="hash"),
+        "--moe-router hash with --moe-freq 0 has no layer to act on",
+    ),
+    "bias of a dense model": (
+        dict(moe_freq=0, moe_expert_count=0, moe_balance="bias"),
+        "--moe-balance bias with --moe-freq 0 has no layer to act on",
+    ),
     "two experts of base": (
         dict(moe_router="base", moe_top_k=2),
         "--moe-top-k 2: --moe-router base",

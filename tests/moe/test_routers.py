@@ -243,3 +243,12 @@ def test_its_state_survives_a_state_dict(name):
     x, ids = batch(10)
     found, wanted = (one(x, token_ids=ids) for one in (other.eval(), layer.eval()))
     assert torch.equal(found.out, wanted.out)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_z_loss_is_that_of_the_logits(name):
+    """In training a router may rearrange a copy of them, but not them."""
+    layer, (x, ids) = layer_of(name).train(), batch()
+    logits = torch.zeros(len(x), 4) if name == "hash" else x @ layer.gate.wg.weight.t()
+    loss = layer(x, token_ids=ids).z_loss
+    assert_near(loss, logits.double().exp().sum(dim=1).log().square().mean(), 1e-12, "z-loss")

@@ -72,6 +72,6 @@ class SinkhornRouter(TopKRouter):
         """(T, E), made of the tokens of all processes in scope; padding has its logits."""
         real = slice(None) if padding_mask is None else ~padding_mask.bool()
         everyone, mine = self.scope.gather(logits.detach()[real])
-        plan = logits.detach().double()
+        plan = logits.detach().to(torch.float64, copy=True)  # logits, if float64, stay
         plan[real] = sinkhorn(everyone)[mine]
         return plan
