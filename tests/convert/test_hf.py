@@ -110,7 +110,7 @@ def test_logits_are_equal_and_the_way_back_is_exact(converted, kind, tmp_path):
 
 
 def tokenizer_of(folder):
-    return transformers.AutoTokenizer.from_pretrained(folder)
+    return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 
 
 TEXTS = [
