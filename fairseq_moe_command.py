@@ -51,7 +51,7 @@ COMMANDS: Dict[str, Command] = {
         ),
     ),
     "generate": Command(
-        "let a model go on with prompts",
+        "continue prompts with a model",
         "generate.command",
         (
             'runs/moe/checkpoint_best.pt "Once upon a time"',

@@ -25,7 +25,7 @@ What stock fairseq needs to run on today's Python and PyTorch is beside it, in f
     tasks/         language modelling over a mixture of corpora; multiple choice
     optim.py       fairseq's Adam, fused
     prepare/       text to data-bins
-    generate/      the command that lets a model go on with prompts
+    generate/      the command that continues prompts
     convert/       checkpoints to other layouts and precisions
     questions/     questions with candidates, and the vocabulary that spells them
     priming/       zero- and few-shot tasks, bias sets, generated answers

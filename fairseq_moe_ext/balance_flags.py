@@ -20,30 +20,30 @@ BALANCE_CHOICES = {
 
 @dataclass
 class BalanceFlags(FairseqDataclass):
-    """How tokens are spread evenly over experts."""
+    """How tokens are balanced over experts."""
 
     moe_balance: BALANCE = field(
         default="loss",
         metadata={
             "help": "what balances the experts: a loss on the gates, weighted by "
-            "--moe-gate-loss-wt of the criterion; a bias on each expert's score, which enters the "
-            "choice alone and rises after each update while the expert has fewer tokens than the "
-            "mean (bias); both; or neither (none). bias and none only log the loss"
+            "--moe-gate-loss-wt of the criterion; a bias on each expert's score, used only "
+            "to choose experts, which rises after each update while the expert has fewer tokens "
+            "than the mean (bias); both; or neither (none). bias and none only log the loss"
         },
     )
     moe_balance_over: BALANCE_OVER = field(
         default="micro_batch",
         metadata={
-            "help": "what the balancing loss is taken over: the tokens that are routed together "
+            "help": "what the balancing loss is computed over: the tokens that are routed together "
             "(micro_batch; --moe-routing-scope), each sequence by itself, or all tokens of an "
             "update, over processes and --update-freq (global_batch). With --update-freq above 1 "
-            "the last goes through the data twice, forward, and takes about a third longer"
+            "global_batch needs a second forward pass and takes about a third longer"
         },
     )
     moe_bias_update_rate: Optional[float] = field(
         default=None,
         metadata={
-            "help": "with --moe-balance bias or both: how far an expert's bias goes in an update "
+            "help": "with --moe-balance bias or both: step of an expert's bias per update "
             f"(default: {BIAS_UPDATE_RATE})"
         },
     )

@@ -31,8 +31,8 @@ class MoETransformerLMConfig(RouterFlags, BalanceFlags):
     activation_fn: ACTIVATIONS = field(
         default="gelu",
         metadata={
-            "help": "activation function, in dense layers and experts; swiglu and geglu gate: a "
-            "network has a third matrix, and so half as many parameters more"
+            "help": "activation function in dense layers and experts; swiglu and geglu are gated: "
+            "a network has a third matrix, and so 1.5 times as many parameters"
         },
     )
     dropout: float = field(default=0.1, metadata={"help": "dropout probability"})
@@ -102,8 +102,8 @@ class MoETransformerLMConfig(RouterFlags, BalanceFlags):
     moe_shared_experts: int = field(
         default=0,
         metadata={
-            "help": "experts of each MoE layer that every token uses, beside the chosen ones; N of "
-            "them are one network of N times the width"
+            "help": "experts of each MoE layer that every token uses, besides the chosen ones; N "
+            "of them are computed as one network of N times the width"
         },
     )
     moe_shared_expert_ffn_dim: Optional[int] = field(
@@ -113,7 +113,7 @@ class MoETransformerLMConfig(RouterFlags, BalanceFlags):
     moe_null_experts: int = field(
         default=0,
         metadata={
-            "help": "experts beside moe_expert_count that compute nothing: a token that chooses "
+            "help": "experts besides moe_expert_count that compute nothing: a token that chooses "
             "some uses fewer than moe_top_k. A balanced router uses them as often as others"
         },
     )

@@ -32,14 +32,14 @@ class RouterFlags(FairseqDataclass):
     moe_top_k: Optional[int] = field(
         default=None,
         metadata={
-            "help": "experts per token, with threshold and relu on average (default: 2; base: 1)"
+            "help": "experts per token; with threshold and relu the average (default: 2; base: 1)"
         },
     )
     moe_score: SCORES = field(
         default="softmax",
         metadata={
-            "help": "the score of an expert, which chooses and weighs it: the softmax of the "
-            "logits, or the sigmoid of its own"
+            "help": "the score that chooses and weights an expert: the softmax of all logits, or "
+            "the sigmoid of the expert's logit"
         },
     )
     moe_normalize_weights: Optional[NORMALIZED] = field(
@@ -56,8 +56,8 @@ class RouterFlags(FairseqDataclass):
     moe_groups: int = field(
         default=1,
         metadata={
-            "help": "cut the experts into so many equal groups; a token chooses among those of its "
-            "best --moe-top-groups (DeepSeek-V3)"
+            "help": "divide the experts into this many equal groups; a token chooses among those "
+            "of its best --moe-top-groups (DeepSeek-V3)"
         },
     )
     moe_top_groups: int = field(
@@ -77,15 +77,15 @@ class RouterFlags(FairseqDataclass):
     moe_eom: float = field(
         default=0.0,
         metadata={
-            "help": "expert output masking: dropout probability of what an expert yields for a "
-            "token (NLLB)"
+            "help": "expert output masking: dropout probability of an expert's output for a token "
+            "(NLLB)"
         },
     )
     moe_fom: float = field(
         default=0.0,
         metadata={
-            "help": "final output masking: dropout probability of the sum of what a token's "
-            "experts yield (NLLB)"
+            "help": "final output masking: dropout probability of the sum of the outputs of a "
+            "token's experts (NLLB)"
         },
     )
     moe_threshold_decay: float = field(
@@ -99,13 +99,13 @@ class RouterFlags(FairseqDataclass):
         default="greedy",
         metadata={
             "help": "with --moe-router base: at evaluation a token takes its best expert (greedy), "
-            "or the batch is assigned evenly as in training (balanced), by which a row depends on "
-            "the others of its batch, and on what follows"
+            "or the batch is assigned evenly as in training (balanced); then a row depends on the "
+            "others of its batch and on later tokens"
         },
     )
 
 
-# Flags that only some routers heed, and GateSettings' name of each.
+# Flags that only some routers use, and the name of each in GateSettings.
 _OF_SOME = {
     "moe_score": "score",
     "moe_normalize_weights": "normalize_weights",

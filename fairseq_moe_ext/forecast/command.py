@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="RESULT.json",
         help="fit a law to the points of a study, and forecast with it; --params is then a sixth "
-        "of the training FLOPs a token",
+        "of the training FLOPs per token",
     )
     parser.add_argument(
         "--group",

@@ -1,4 +1,4 @@
-"""`fairseq-moe generate`: a model goes on with prompts.
+"""`fairseq-moe generate`: continue prompts with a model.
 
 command.py      the flags, and the order of the steps
 prompts.py      prompts from arguments, files and stdin

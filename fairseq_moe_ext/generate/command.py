@@ -17,7 +17,7 @@ from . import prompts, session, showing
 from .showing import Written
 
 DESCRIPTION = """\
-Let a model go on with prompts, token by token.
+Continue prompts with a model, token by token.
 
   fairseq-moe generate runs/moe/checkpoint_best.pt "Once upon a time"
   fairseq-moe generate runs/moe/checkpoint_best.pt --file story.txt --temperature 0.8 --top-p 0.95
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     text.add_argument(
         "--interactive", "-i", action="store_true",
-        help="write a text in turns: each line that you type follows all text so far",
+        help="write a text in turns: each line that you type is appended to all text so far",
     )  # fmt: skip
     _add_search(parser.add_argument_group("search"))
     _add_output(parser.add_argument_group("output"))
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_search(group: Any) -> None:
     group.add_argument(
         "--max-tokens", type=int, metavar="N",
-        help="new tokens of a text (default: 128, or what the context has left)",
+        help="new tokens per text (default: 128, or what the context has left)",
     )  # fmt: skip
     group.add_argument(
         "--stop", action="append", default=[], metavar="TEXT",
@@ -94,36 +94,36 @@ def _add_search(group: Any) -> None:
     )  # fmt: skip
     group.add_argument(
         "--repetition-penalty", type=float, default=1.0, metavar="F",
-        help="divide positive logits of tokens that stand in prompt or text already by this, and "
+        help="divide positive logits of tokens already in the prompt or the text by this, and "
         "multiply negative ones (default: 1, off)",
     )  # fmt: skip
     group.add_argument(
         "--no-repeat-ngram-size", type=int, default=0, metavar="N",
-        help="let no N tokens stand twice in prompt and text (default: 0, off)",
+        help="repeat no sequence of N tokens from the prompt or the text (default: 0, off)",
     )  # fmt: skip
     group.add_argument(
         "--beams", type=int, default=1, metavar="N",
-        help="search for the likeliest text with so many hypotheses",
+        help="beam search for the likeliest text, with this many hypotheses",
     )  # fmt: skip
     group.add_argument(
-        "--seed", type=int, help="seed of sampling (default: a new one, told at the end)"
+        "--seed", type=int, help="seed of sampling (default: a new one, printed at the end)"
     )
     group.add_argument(
         "--n", type=int, default=1, help="texts of each prompt: samples, or the best of --beams"
     )
     group.add_argument(
         "--batch-tokens", type=int, default=16384, metavar="N",
-        help="tokens of a batch of prompts (default: 16384)",
+        help="tokens in a batch of prompts (default: 16384)",
     )  # fmt: skip
 
 
 def _add_output(group: Any) -> None:
     group.add_argument(
         "--side-by-side", type=Path, metavar="CHECKPOINT",
-        help="show what another model writes beside it",
+        help="show the text of another model beside it",
     )  # fmt: skip
     group.add_argument(
-        "--no-prompt", action="store_true", help="print what is new, without the prompt"
+        "--no-prompt", action="store_true", help="print only the new text, without the prompt"
     )
     group.add_argument(
         "--json", type=Path, metavar="FILE", help="also write all texts to this file"

@@ -11,7 +11,7 @@ from .inspecting import DEFAULT, Settings, inspect
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "One page on which expert takes which text, and on what routing knows."
+    parser.description = "Write one page on which expert takes which text, and what routing knows."
     default = DEFAULT
     parser.add_argument("checkpoint", type=Path, help="checkpoint, as fairseq-eval-lm's --path")
     parser.add_argument(
@@ -29,7 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="your own text (UTF-8), shown token by token (default: the beginning of each set)",
     )
     parser.add_argument(
-        "--twin", type=Path, metavar="CHECKPOINT", help="a second model, dense say: its loss beside"
+        "--twin",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="a second model, such as a dense one: show its loss, too",
     )
     parser.add_argument(
         "--compare",
@@ -37,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="CHECKPOINT",
-        help="earlier checkpoints of the same training: how far they route alike",
+        help="earlier checkpoints of the same training: compare their choices",
     )
     parser.add_argument(
         "--log",
@@ -58,16 +61,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"tokens of a text to show (default: {default.show:,})",
     )
     parser.add_argument(
-        "--context", type=int, help="tokens a row (default: as trained, 1024 at most)"
+        "--context", type=int, help="tokens per row (default: as trained, at most 1024)"
     )
     parser.add_argument(
-        "--batch-size", type=int, default=default.batch_size, help="rows a pass (default: 16)"
+        "--batch-size", type=int, default=default.batch_size, help="rows per batch (default: 16)"
     )
     parser.add_argument(
         "--capacity",
         default="1",
         metavar="F",
-        help="share of a batch that an expert takes, or `training`, for the rule of training "
+        help="share of a batch that an expert takes, or `training` for the rule of training "
         "(default: 1, nothing is dropped)",
     )
     parser.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
@@ -79,9 +82,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("inspect.html"),
         metavar="FILE",
-        help="page to write (default: inspect.html; made anew each time)",
+        help="page to write (default: inspect.html; always replaced)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here, too")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write all numbers to this file"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the file of --json")
 
 

@@ -29,13 +29,13 @@ from .training import beside, read_log
 
 
 class Settings(NamedTuple):
-    """How to look; the flags of the command."""
+    """Settings of an inspection, the flags of the command."""
 
     subset: Optional[str] = None  # None: test, else valid
     tokens: int = 100_000  # that are counted, an equal part of each corpus
     show: int = 2_000  # tokens of a text that are shown
     context: Optional[int] = None  # tokens of a row; None: as trained
-    batch_size: int = 16  # rows a pass
+    batch_size: int = 16  # rows per batch
     capacity: Optional[float] = 1.0  # share of a batch that an expert takes; None: as in training
     overrides: Optional[str] = None  # settings of the model, a Python dictionary
     cpu: bool = False
@@ -54,7 +54,7 @@ def inspect(
     log: Optional[Path] = None,
     settings: Settings = DEFAULT,
 ) -> Inspection:
-    """All that can be said of the experts of a checkpoint.
+    """Compute all numbers about the experts of a checkpoint.
 
     Args:
         checkpoint: as fairseq-eval-lm's --path, Meta's released layout too.

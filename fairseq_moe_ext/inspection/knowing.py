@@ -1,4 +1,4 @@
-"""What a layer's first choice of expert tells about a token, beside what random gates tell."""
+"""Information that a layer's first choice of expert carries about a token, beside random gates."""
 
 from typing import Dict, List, Optional, Sequence, Tuple, cast
 

@@ -10,7 +10,7 @@ from .next_token import LIKELIEST, Choice
 from .search import Generator, Prompt
 
 DEFAULT_TOKENS = 128
-_INCOMPLETE = "\ufffd"  # a character of which bytes are still to come
+_INCOMPLETE = "\ufffd"  # a character whose bytes are not complete yet
 _MOST = 1024  # texts of a prompt, hypotheses of a search
 
 Stream = Callable[[str], object]  # takes each further piece of the text

@@ -125,7 +125,7 @@ def test_the_table_of_hash_is_by_the_dictionary_s_counts():
 
 
 REFUSED = {
-    "expert_choice": (dict(moe_router="expert_choice"), "use threshold, its causal relative"),
+    "expert_choice": (dict(moe_router="expert_choice"), "use threshold, its causal counterpart"),
     "unknown": (dict(moe_router="best"), "--moe-router best is unknown: use topk, "),
     "groups of hash": (
         dict(moe_router="hash", moe_groups=3, moe_top_groups=2),

@@ -1,4 +1,4 @@
-"""Routers by name, one a file; importing this package registers them (docs/routers.md).
+"""Routers by name, one per file; importing this package registers them (docs/routers.md).
 
     sinkhorn.py       Sinkhorn's plan chooses in training, scores at evaluation (S-BASE)
     base.py           balanced assignment in training, the best expert at evaluation (BASE)

@@ -1,4 +1,4 @@
-"""BASE layers: every expert gets as many tokens (Lewis et al., arXiv 2103.16716; stock's
+"""BASE layers: every expert gets the same number of tokens (Lewis et al., arXiv 2103.16716; stock's
 formulation, fairseq/modules/base_layer.py@0.12.2)."""
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def balanced_assignment(scores: Tensor) -> Tensor:
     tokens, num_experts = scores.shape
     places = -(-tokens // num_experts)
     scores = torch.nan_to_num(scores.detach().double())
-    absent = scores.new_zeros(places * num_experts - tokens, num_experts)  # fill what is left
+    absent = scores.new_zeros(
+        places * num_experts - tokens, num_experts
+    )  # fill the remaining places
     scores = torch.cat([scores, absent])
     spread = float(scores.max() - scores.min()) if scores.numel() else 0.0
     if num_experts == 1 or spread == 0:
@@ -52,7 +54,7 @@ def _auction(scores: Tensor, price: Tensor, places: int, step: float) -> Tuple[T
         owner[free] = wanted[:, 0]
         bids[free] = price[wanted[:, 0]] + (value[:, 0] - value[:, 1]) + step
         owner, price = _highest_bidders(owner, bids, price, places)
-    free = (owner < 0).nonzero().flatten()  # take the places that are left, in order
+    free = (owner < 0).nonzero().flatten()  # take the remaining places, in order
     left = places - torch.bincount(owner[owner >= 0], minlength=num_experts)
     owner[free] = torch.arange(num_experts, device=owner.device).repeat_interleave(left)
     return owner, price
@@ -80,7 +82,7 @@ def _highest_bidders(
 class BaseRouter(TopKRouter):
     """One expert a token, y += sigmoid(logit) * expert(x). In training the assignment with equal
     loads and the largest sum of logits; at evaluation each token's best expert, or with
-    balanced_evaluation the assignment again, by which a row depends on its batch."""
+    balanced_evaluation the assignment again; then a row depends on its batch."""
 
     heeds = frozenset("balanced_evaluation route_scale fp32_product input_jitter".split())
     default_top_k = 1

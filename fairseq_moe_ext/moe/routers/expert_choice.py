@@ -14,14 +14,14 @@ from ..routing import SCORES, Routing, counted_tokens, distribution, send_ranked
 @register_router("expert_choice")
 class ExpertChoiceRouter(TopKRouter):
     """Each expert takes its best top_k / E of the batch's tokens, so whether a token is taken
-    depends on the tokens that follow it. It is here for the test that shows so."""
+    depends on the tokens that follow it. It exists for the test that shows this."""
 
     heeds = frozenset("score route_scale fp32_product input_jitter".split())
     causal = False
     capacity_free = True
     refused = (
         "an expert that chooses among all tokens of a batch sees those that a language model is to "
-        "predict; use threshold, its causal relative"
+        "predict; use threshold, its causal counterpart"
     )
 
     def route(

@@ -1,4 +1,4 @@
-"""Hash layers: a token's id alone says its experts (Roller et al., arXiv 2106.04426)."""
+"""Hash layers: a token's id alone selects its experts (Roller et al., arXiv 2106.04426)."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def plain_table(types: int, num_experts: int, k: int) -> List[List[int]]:
 
 @register_router("hash")
 class HashRouter(TopKRouter):
-    """Each of a token's top_k experts has the weight 1 / top_k. Nothing is learned, so that losses
-    on the gate have no gradient. The table is in the checkpoint."""
+    """Each of a token's top_k experts has the weight 1 / top_k. Nothing is learned, so losses
+    on the gate have no gradient. Checkpoints save the table."""
 
     heeds = frozenset(["route_scale"])
     learned = False

@@ -8,7 +8,7 @@ from ..router import TopKRouter, register_router
 
 
 class FixedLinear(nn.Linear):
-    """A linear layer without bias whose weight is not trained, but in the checkpoint."""
+    """A linear layer without bias; its weight is not trained, but checkpoints save it."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
@@ -19,8 +19,8 @@ class FixedLinear(nn.Linear):
 
 @register_router("random")
 class RandomRouter(TopKRouter):
-    """`topk` whose gate stays what it was drawn as: the control of every claim about routing. A
-    gate that has learned something is better than this one."""
+    """`topk` whose gate keeps its random initial weights: the control for claims about routing. A
+    gate that has learned something performs better than this one."""
 
     learned = False
 

@@ -1,4 +1,4 @@
-"""Expert threshold routing (arXiv 2603.11535): the causal relative of expert choice."""
+"""Expert threshold routing (arXiv 2603.11535): the causal counterpart of expert choice."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class ThresholdRouter(TopKRouter):
     """A token goes to every expert whose score for it exceeds the expert's threshold: the moving
     average of the score that a share top_k / E of the tokens of an update exceeds. A token looks at
     no other token of its batch, so the router is causal; it has top_k experts on average. Before
-    the first update it takes its top_k best. The thresholds are as the last update left them in
-    evaluation, and in the checkpoint."""
+    the first update it takes its top_k best. Evaluation uses the
+    thresholds of the last update, which checkpoints save."""
 
     heeds = frozenset("score route_scale threshold_decay fp32_product input_jitter".split())
     capacity_free = True
