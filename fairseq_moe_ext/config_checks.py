@@ -84,7 +84,11 @@ _OF_MOE_LAYERS = {
     "moe_null_experts": 0,
     "moe_latent_dim": None,
     "moe_dense_twin": False,
-    **{field.name: field.default for field in (*fields(RouterFlags), *fields(BalanceFlags))},
+    **{
+        field.name: field.default
+        for field in (*fields(RouterFlags), *fields(BalanceFlags))
+        if field.name != "_name"  # that of the model
+    },
 }
 
 

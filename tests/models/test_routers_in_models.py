@@ -207,6 +207,11 @@ def test_what_does_not_go_together_is_refused(case):
     assert words in str(refused.value) and "\n" not in str(refused.value)
 
 
+def test_a_dense_model_has_a_name():
+    """Which flags that have no effect on it must let pass."""
+    assert build_model(moe_freq=0, moe_expert_count=0, _name="dense_lm_tiny") is not None
+
+
 def test_what_a_router_heeds_is_a_setting():
     from fairseq_moe_ext.router_flags import _OF_SOME
 
