@@ -156,10 +156,11 @@ def _words(path: Path, types: int) -> Dict[str, Any]:
 
 
 def _check_types(path: Path, lines: int, types: int) -> None:
-    if lines + dictionary.NUM_SPECIAL > types:
+    there = lines + dictionary.NUM_SPECIAL
+    if there > types:
         raise UserError(
-            f"{path}: {lines + dictionary.NUM_SPECIAL:,} types, the model has {types:,}: name the "
-            "folder with the model's own by --data"
+            f"{path}: has a vocabulary of {there:,}, the model one of {types:,}: "
+            "name the folder with the model's own by --data"
         )
 
 

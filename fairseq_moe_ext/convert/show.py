@@ -126,7 +126,8 @@ def _writer(path: str, files: List[str]) -> str:
 
 def _told(found: Dict[str, Any]) -> Dict[str, str]:
     model, training, size = found["model"], found["training"], found["parameters"]
-    words = f"{count(model['layers'], 'layer')}, {model['dim']} wide, {model['types']:,} types"
+    words = f"{count(model['layers'], 'layer')}, {model['dim']} wide"
+    words += f", a vocabulary of {model['types']:,}"
     if model["experts"]:
         listed = ", ".join(map(str, model["sparse_layers"]))
         words += f"; {model['experts']} experts in layers {listed}, top {model['top_k']}"

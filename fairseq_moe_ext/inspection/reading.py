@@ -17,10 +17,10 @@ from ..wording import count
 POSITIONS = ("1", "2 to 4", "5 to 16", "17 to 64", "65 to 256", "above 256")
 _POSITION_ENDS = np.array([1, 4, 16, 64, 256])
 FREQUENCIES = (
-    "most frequent types, a quarter of the tokens",
+    "the most frequent words, a quarter of the tokens",
     "second quarter",
     "third quarter",
-    "rare types, the last quarter",
+    "rare words, the last quarter",
 )
 
 
