@@ -1,7 +1,7 @@
 """A decoder-only Transformer, dense or with Mixture-of-Experts layers, for transformers.
 
-`fairseq-moe convert CKPT DIR --to hf` copies this file and experts_fairseq_moe.py into DIR, where
-config.json refers to it; they need torch and transformers alone:
+`fairseq-moe convert CKPT DIR --to hf` copies it and experts_fairseq_moe.py, which need torch and
+transformers alone, into DIR, where config.json refers to it:
 
     AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)
 
@@ -34,8 +34,7 @@ class FairseqMoeConfig(PretrainedConfig):
         intermediate_sizes: width of the feed-forward network of each layer, or of its experts.
         sparse_layers: layers, counted from 0, with experts.
         num_experts, num_experts_per_tok: of each of them.
-        router, router_settings: one of ROUTERS, and what differs from ROUTER_DEFAULTS
-            (experts_fairseq_moe.py).
+        router, router_settings: of ROUTERS, and what differs from ROUTER_DEFAULTS.
         shared_size: width of the experts that every token uses, together; 0: there are none.
         latent_size: width of the vectors that experts compute on; 0: hidden_size.
         router_aux_loss_coef: weight of the balancing loss in training.
@@ -394,8 +393,7 @@ class FairseqMoeForCausalLM(FairseqMoePreTrainedModel, GenerationMixin):
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, items: Any) -> Tensor:
-    """logits (B, T, V), labels (B, T) -> nats, the mean over tokens that count, or their sum over
-    the number of those in all batches of an update."""
+    """logits (B, T, V), labels (B, T) -> nats: the mean over tokens that count, or sum / items."""
     logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     loss = F.cross_entropy(logits, labels, reduction="mean" if items is None else "sum")
