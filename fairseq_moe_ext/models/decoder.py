@@ -24,17 +24,18 @@ from ..expert_parallel import ExpertParallel, WorldScope, process_count
 from ..fully_sharded import wrap_layer
 from ..kernels.dropout import add_dropout, dropout
 from ..kernels.matmul import Linear
-from ..moe.activations import GATED, inner_width
+from ..moe.activations import inner_width
 from ..moe.balance import Balance
 from ..moe.exchange import HERE
 from ..moe.layer import MoELayer, MoEOutput
 from ..moe.scope import PROCESS
 from ..router_flags import gate_settings
 from ..shape import shape_of
+from .activation import activation_named
 from .attention import CausalSelfAttention, IncrementalState
 from .compiled import compiled
 from .padding import PadRule
-from .precision import computes_in_bfloat16, rounded
+from .precision import rounded
 from .router_updates import RouterUpdates
 
 
@@ -60,10 +61,7 @@ class DecoderLayer(nn.Module):
         dim = cfg.decoder_embed_dim
         self.dropout = cfg.dropout
         self.activation_dropout = cfg.activation_dropout
-        name = str(cfg.activation_fn)
-        # Stock's gelu makes copies in float32; PyTorch's computes in it, number by number.
-        known = {**GATED, "gelu": F.gelu}
-        self.activation = known.get(name) or utils.get_activation_fn(name)
+        self.activation = activation_named(str(cfg.activation_fn))
         self.self_attn = CausalSelfAttention(
             dim, cfg.decoder_attention_heads, cfg.attention_dropout
         )
@@ -183,7 +181,7 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
         self.padding_idx = dictionary.pad()
         self.pad_rule = PadRule(cfg, self.padding_idx)
         self.dropout = cfg.dropout
-        self.bfloat16_on_cpu = computes_in_bfloat16(cfg)
+        self.bfloat16_on_cpu = False  # precision.py says when
         self.record_traffic = cfg.record_a2a_perf_stats
         self.balanced_by_loss = has_loss(cfg)
         # Set while balancing losses are parts of that of a whole batch (patches/whole_batch.py).

@@ -55,12 +55,6 @@ def bfloat16_pays() -> bool:
     return speed >= _WORTH
 
 
-def computes_in_bfloat16(cfg: Any) -> bool:
-    """Whether a model of these settings rounds what its layers compute, if it is on a CPU and its
-    parameters are float32."""
-    return cfg.bf16 is True and bfloat16_pays()  # by default it is a reference
-
-
 def rounded(x: Tensor, on: bool) -> Tensor:
     """What goes into the first layer, in bfloat16 if that is on and x float32 on a CPU."""
     on = on and x.device.type == "cpu" and x.dtype == torch.float32
@@ -88,3 +82,4 @@ def take_bfloat16(cfg: Any, model: nn.Module) -> None:
     ours = hasattr(getattr(model, "decoder", None), "bfloat16_on_cpu")
     if cfg.common.bf16 and on_cpu and ours and not cfg.common.memory_efficient_bf16:
         cfg.common.bf16 = False
+        cast(Any, model.decoder).bfloat16_on_cpu = bfloat16_pays()

@@ -173,6 +173,8 @@ class TopKRouter(nn.Module):
         s = self.settings
         if self.training and s.input_jitter > 0:
             x = x * torch.empty_like(x).uniform_(1 - s.input_jitter, 1 + s.input_jitter)
+        if hasattr(self, "wg"):  # in float32 where it is, though experts compute in bfloat16
+            x = x.to(self.wg.weight.dtype)
         logits = self.of_every_expert(self.logits(x), dim=1)
         if s.use_fp32:
             logits = logits.to(at_least_float32(logits))
@@ -188,10 +190,10 @@ class TopKRouter(nn.Module):
         return torch.cat([x, *[x.narrow(dim, -1, 1)] * (null - 1)], dim)
 
     def logits(self, x: Tensor) -> Tensor:
-        """x (T, D) -> (T, E), where all null experts have one; in float32 where the weights
-        are, though experts compute in less."""
+        """x (T, D), in the precision of the gate's weights -> (T, E), where all null experts have
+        one."""
         if not self.settings.fp32_product:
-            return self.wg(x.to(self.wg.weight.dtype))
+            return self.wg(x)
         with torch.autocast(x.device.type, enabled=False):
             dtype = at_least_float32(x)
             return F.linear(x.to(dtype), self.wg.weight.to(dtype))

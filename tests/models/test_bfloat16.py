@@ -28,12 +28,20 @@ def step(model, tokens):
     return loss.detach(), extra, {name: p.grad for name, p in model.named_parameters()}
 
 
+def build(**options):
+    """A model that is to be trained with --bf16 on a CPU."""
+    model = build_model(**options)
+    cfg = SimpleNamespace(common=SimpleNamespace(bf16=True, cpu=True, memory_efficient_bf16=False))
+    precision.take_bfloat16(cfg, model)
+    return model
+
+
 @pytest.mark.parametrize("flags", [{}, MOE])
 def test_near_float64(flags, pays, caplog):
     options = {"dropout": 0.0, "attention_dropout": 0.0, **flags}
     with caplog.at_level(logging.INFO):
-        model = build_model(**options, bf16=True).train()
-        build_model(**options, bf16=True)
+        model = build(**options).train()
+        build(**options)
     assert sum("--bf16: computing in float32" in line for line in caplog.messages) == (not pays)
     exact = build_model(**options).train()
     exact.load_state_dict(model.state_dict())
@@ -59,9 +67,9 @@ def test_near_float64(flags, pays, caplog):
 
 
 def test_a_converted_model_stays_as_it_is(pays):
-    model = build_model(bf16=True).bfloat16()
+    model = build().bfloat16()
     assert model(random_tokens(), features_only=True)[0].dtype == torch.bfloat16
-    model = build_model(bf16=True).double()
+    model = build().double()
     assert model(random_tokens(), features_only=True)[0].dtype == torch.float64
 
 
@@ -72,6 +80,11 @@ def test_evaluation_takes_the_flag(pays):
     model.prepare_for_inference_(cfg)
     features = model(random_tokens(), features_only=True)[0]
     assert features.dtype == (torch.bfloat16 if pays else torch.float32)
+
+
+def test_a_model_that_was_trained_with_the_flag_is_evaluated_without_it(pays):
+    """As one that is loaded from its checkpoint, whose settings have the flag."""
+    assert build_model(bf16=True)(random_tokens(), features_only=True)[0].dtype == torch.float32
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU converts any model")
