@@ -136,6 +136,7 @@ def memory_per_device(
                     are grouped, behind it, too: 2 K F (gated 4 K F); the gate in float32. Latent
                     experts: 2 K L in place of 2 K D, and 2 L; shared experts: as a dense layer's F
         dropout     2 T D bytes a layer, one a mask (four on a CPU)
+        a CPU keeps the joined weights of q, k and v, too, which are not in it: 3 b D^2 a layer
         recompute   b T D a layer instead; the above is `working`, of one layer
         loss        2 b T D (final norm, gradient of its output) is kept; `working` has
                     4 min(T V, 2^24) and, in float32, the projection's gradient 4 V D

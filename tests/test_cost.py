@@ -282,8 +282,11 @@ def test_memory_against_what_autograd_keeps(moe, kind, recompute):
         model(data[0], target=data[1])
     measured = sum(size for size, _ in kept.values())
     memory = memory_per_device(shape, tokens, recompute=recompute)
-    # the projection's gradient is made in the forward pass and counted under `working`
-    assert memory.activations + 4 * types * dim == pytest.approx(measured, rel=0.03)
+    # the projection's gradient is made in the forward pass and counted under `working`; on a CPU
+    # the weights of q, k and v are joined
+    joined = 0 if recompute else 4 * 3 * dim**2 * shape.layers
+    kept_here = memory.activations + 4 * types * dim + joined
+    assert kept_here == pytest.approx(measured, rel=0.03)
     parameters_here = sum(p.numel() for p in model.parameters())
     assert (memory.parameters, memory.optimizer) == (4 * parameters_here, 8 * parameters_here)
 

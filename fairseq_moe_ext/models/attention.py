@@ -1,7 +1,7 @@
 """Causal self-attention with the parameter names of fairseq's MultiheadAttention."""
 
 import math
-from typing import Callable, Dict, Optional
+from typing import Callable, Dict, Iterable, Optional
 
 import torch
 import torch.nn.functional as F
@@ -49,11 +49,7 @@ class CausalSelfAttention(nn.Module):
                 after earlier ones.
             incremental_state: keys and values of earlier positions; this call adds its own.
         """
-        # One product of three: x is read once, and so is the gradient of q, k and v.
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        weight = torch.cat([proj.weight for proj in projections])  # (3 D, D)
-        bias = torch.cat([proj.bias for proj in projections])
-        q, k, v = (self._split(part) for part in linear(x, weight, bias).chunk(3, dim=-1))
+        q, k, v = (self._split(part) for part in self._project(x))
         past = None
         if incremental_state is not None:
             past = self.get_incremental_state(incremental_state, "kv")
@@ -70,6 +66,18 @@ class CausalSelfAttention(nn.Module):
             is_causal=mask is None and past is None,
         )  # (B, H, S, D / H)
         return self.out_proj(out.transpose(1, 2).reshape(x.shape))
+
+    def _project(self, x: Tensor) -> Iterable[Tensor]:
+        """(..., D) -> queries, keys and values, (..., D) each."""
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        if x.device.type != "cpu" or not torch.is_grad_enabled():
+            return [proj(x) for proj in projections]
+        # One product of three: narrow ones gain by it. The backward pass keeps the joined weights,
+        # which would take gigabytes of the large models that GPUs train; and to join them for each
+        # generated token would take longer than the product.
+        weight = torch.cat([proj.weight for proj in projections])  # (3 D, D)
+        bias = torch.cat([proj.bias for proj in projections])
+        return linear(x, weight, bias).chunk(3, dim=-1)
 
     def known(self, incremental_state: Optional[IncrementalState]) -> int:
         """The number of positions in an incremental state."""
