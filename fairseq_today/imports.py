@@ -84,7 +84,8 @@ def quiet_warnings() -> None:
     """
     # fairseq/tasks/text_to_speech.py:35@0.12.2 asks everybody to install what two speech tasks use
     logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)
-    if sys.warnoptions:
+    # fairseq/data/iterators.py:496@0.12.2 sets one for the children of a training with workers
+    if set(sys.warnoptions) - {"ignore:semaphore_tracker:UserWarning"}:
         return
     for message, module in _KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=message, module=module)
