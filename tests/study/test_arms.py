@@ -200,3 +200,11 @@ def test_a_study_of_arms_from_file_to_table(folder, capsys):
     assert cli.main(["study", str(path)]) == 0, "again: nothing to do"
     assert cli.main(["report", str(folder / "arms")]) == 1
     assert "comparison.md" in capsys.readouterr().err
+
+
+def test_the_committed_comparison_is_that_of_its_result():
+    """examples/routers/two_cores.md; and what the page says of it."""
+    routers = Path(__file__).resolve().parents[2] / "examples" / "routers"
+    result = json.loads((routers / "two_cores.json").read_text(encoding="utf-8"))
+    assert arms.page(result) == (routers / "two_cores.md").read_text(encoding="utf-8")
+    assert arms.compare(result["runs"], "top-2") == result["comparison"]
