@@ -1,7 +1,9 @@
 """Tables as plain text and as Markdown. The first row is the header; the first column is text, the
 others are numbers."""
 
-from typing import Sequence
+import argparse
+import json
+from typing import Any, Sequence
 
 
 def plain(rows: Sequence[Sequence[str]]) -> str:
@@ -18,3 +20,17 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     head, *body = ["| " + " | ".join(row) + " |" for row in rows]
     rule = "|---" + "|---:" * (len(rows[0]) - 1) + "|"
     return "\n".join([head, rule, *body])
+
+
+def add_form_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that `formed` reads."""
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument("--markdown", action="store_true", help="print Markdown")
+
+
+def formed(args: argparse.Namespace, value: Any, rows: Sequence[Sequence[str]]) -> str:
+    """A result in the form that the flags ask for: the value as JSON, or its table."""
+    if args.json:
+        return json.dumps(value, indent=1)
+    return markdown(rows) if args.markdown else plain(rows)

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 from typing import Sequence
 
-from fairseq_moe_ext import cli, outputs
+from fairseq_moe_ext import outputs
 
 HERE = Path(__file__).resolve().parent
-QUICKSTART = HERE.parent / "quickstart" / "run.py"
+STUDY = HERE.parent / "study" / "run.py"
 FULL = HERE / "two_cores.yaml"
 # What --short has instead, and writes beside its runs.
 SHORT = {
@@ -42,15 +42,15 @@ def main(argv: Sequence[str]) -> int:
         help="20 updates and two seeds, in runs/routers-short: a try of some minutes",
     )
     args = parser.parse_args(argv)
-    command = [sys.executable, str(QUICKSTART), "--out", str(args.text), "--data-only"]
+    file = short(Path("runs/routers-short")) if args.short else FULL
+    command = [sys.executable, str(STUDY), "--file", str(file), "--out", str(args.text)]
+    command += ["--jobs", str(args.jobs)]
     if args.text_bytes is not None:
         command += ["--text-bytes", str(args.text_bytes)]
     try:
-        status = subprocess.call(command)
+        return subprocess.call(command)
     except KeyboardInterrupt:
         return 130
-    file = short(Path("runs/routers-short")) if args.short else FULL
-    return status or cli.main(["study", str(file), "--jobs", str(args.jobs)])
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
 """`fairseq-moe cost`: what a model costs, and the paper's Table 1."""
 
 import argparse
-import json
 import math
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 
@@ -14,7 +13,7 @@ from ..config import MoETransformerLMConfig
 from ..config_checks import validate
 from ..errors import UserError
 from ..shape import Shape, shape_of
-from ..text_table import markdown, plain
+from ..text_table import add_form_flags, formed
 from . import paper
 
 _EMBEDDING = "decoder.embed_tokens.weight"
@@ -54,9 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="none",
         help="optimizer state, or parameters and gradients too, over all devices (default: none)",
     )
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print JSON")
-    form.add_argument("--markdown", action="store_true", help="print Markdown")
+    add_form_flags(parser)
     model = parser.add_argument_group(
         "the model's flags, as fairseq-train's", argument_default=argparse.SUPPRESS
     )
@@ -66,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: Namespace) -> None:
     """Print what is asked for. Raises UserError for flags that contradict."""
     if args.paper:
-        print(_form(args, paper_models(), [list(TABLE_1_HEAD), *table_1()]))
+        print(formed(args, paper_models(), [list(TABLE_1_HEAD), *table_1()]))
         return
     for name in ("types", "context", "batch_size", "world_size"):
         value = getattr(args, name)
@@ -86,7 +83,7 @@ def run(args: Namespace) -> None:
             )
     context = args.context or settings.get("tokens_per_sample") or paper.CONTEXT
     numbers = costs(args, shape, int(context), bool(settings.get("dropout", 0) > 0))
-    print(_form(args, numbers, _table(numbers)))
+    print(formed(args, numbers, _table(numbers)))
 
 
 def _check_experts_per_token(number: Optional[float], shape: Shape) -> None:
@@ -261,9 +258,3 @@ def table_1() -> List[List[str]]:
         ]
         for model in paper_models()
     ]
-
-
-def _form(args: Namespace, value: Any, rows: Sequence[Sequence[str]]) -> str:
-    if args.json:
-        return json.dumps(value, indent=1)
-    return markdown(rows) if args.markdown else plain(rows)

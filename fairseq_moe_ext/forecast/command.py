@@ -1,7 +1,6 @@
 """`fairseq-moe forecast`: the compute that sparsity should save, by published or fitted laws."""
 
 import argparse
-import json
 import math
 import re
 from argparse import Namespace
@@ -11,7 +10,7 @@ from typing import Any, Dict, List
 
 from .. import files
 from ..errors import UserError
-from ..text_table import markdown, plain
+from ..text_table import add_form_flags, formed
 from .fit import COEFFICIENTS, Estimate, Point, fit
 from .laws import HASH, LAWS, S_BASE, Model, number, outside
 
@@ -57,9 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="in_domain",
         help="the perplexity to fit: in_domain, out_of_domain, or a set (default: in_domain)",
     )
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print JSON")
-    form.add_argument("--markdown", action="store_true", help="print Markdown")
+    add_form_flags(parser)
 
 
 def amount(text: str) -> float:
@@ -77,7 +74,7 @@ def amount(text: str) -> float:
 def run(args: Namespace) -> None:
     """Print what is asked for. Raises UserError for numbers that make no model."""
     if args.table:
-        print(_form(args, table_as_dicts(), table()))
+        print(formed(args, table_as_dicts(), table()))
         return
     model = _model(args)
     forecasts = [_forecast(name, model) for name in LAWS if args.law in (None, name)]
@@ -103,11 +100,8 @@ def run(args: Namespace) -> None:
         )
         remarks.append(f"your study: saving {low:.2f} to {high:.2f} (95 % interval)")
         remarks += [f"your study: {word}" for word in of_study["outside"]]
-    if args.json:
-        print(json.dumps(result, indent=1))
-        return
-    print((markdown if args.markdown else plain)(rows))
-    if remarks:
+    print(formed(args, result, rows))
+    if remarks and not args.json:
         print("\n" + "\n".join(remarks))
 
 
@@ -228,9 +222,3 @@ def _digits(value: float, count: int) -> str:
     exact = Decimal(repr(value))
     rounded = exact.quantize(Decimal(1).scaleb(exact.adjusted() - count + 1), ROUND_HALF_UP)
     return f"{rounded:f}"
-
-
-def _form(args: Namespace, data: Any, rows: List[List[str]]) -> str:
-    if args.json:
-        return json.dumps(data, indent=1)
-    return (markdown if args.markdown else plain)(rows)
