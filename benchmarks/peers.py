@@ -57,7 +57,7 @@ def plain(shape: Shape) -> nn.Module:
     )
 
 
-def ours(shape: Shape, experts: int = 0, **flags: Any) -> nn.Module:
+def ours(shape: Shape, experts: int = 0, bf16: bool = False, **flags: Any) -> nn.Module:
     """Dense; or every layer sparse, two experts of half the hidden width a token: equal FLOPs."""
     if experts:
         flags.update(
@@ -78,6 +78,7 @@ def ours(shape: Shape, experts: int = 0, **flags: Any) -> nn.Module:
         tokens_per_sample=shape.context,
         **flags,
     )
+    model.decoder.bfloat16_on_cpu = bf16  # as `fairseq-train --bf16` does
 
     class Loss(nn.Module):
         def __init__(self) -> None:
