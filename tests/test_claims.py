@@ -1,0 +1,64 @@
+"""Whoever reads a speed must see of which processor it is: other processors have others."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "examples").glob("*/README.md")),
+]
+_NUMBER = r"(?:\d[\d:.,]*|two|three|four|five|six|seven|eight|nine|ten|fifteen|twenty)"
+SPEED = re.compile(
+    r"\d[\d.,]*k? (?:tokens/s|tokens a second|tokens per second|[GT]FLOP/s|[MG]B/s|µs|ms\b)"
+    rf"|{_NUMBER} times (?:as fast|as slow|as long|faster|slower|the speed|the time)"
+    rf"|(?:took|takes?|in) (?:\w+ ){{0,2}}?{_NUMBER} (?:seconds|minutes|hours)"
+)
+# a processor by its family, a statement that nobody wrote it down, or what is no measurement
+NAMED = re.compile(
+    r"family \d+|family was not recorded|Zen \d|\bA100\b|\bH[12]00\b|[Cc]omputed|[Cc]alculated"
+    r"|[Aa]ssum"
+)
+
+
+def unnamed(page):
+    """Speeds in sections of a page that name no processor; its first section may do so for all."""
+    sections, fenced = [[]], False
+    for line in page.splitlines():
+        fenced ^= line.startswith("```")
+        if not fenced and re.match("#{2,6} ", line):
+            sections.append([])
+        sections[-1].append(line)
+    texts = [" ".join(lines) for lines in sections]
+    if NAMED.search(texts[0]):
+        return []
+    return [found[0] for text in texts if not NAMED.search(text) for found in SPEED.finditer(text)]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_speed_names_its_processor(path):
+    assert unnamed(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        "4.47k tokens/s",
+        "reaches 214 GFLOP/s",
+        "is 1.9 times as fast as stock",
+        "three times faster",
+        "It took 63 minutes on two\ncores.",
+        "costs 0.3 ms",
+        "reads 7.5 MB/s",
+        "```\n# 10 tokens/s\n```",
+    ],
+)
+def test_a_speed_without_a_processor_is_found(claim):
+    page = f"# Page\n\nText.\n\n## Part\n\nAMD EPYC, family 26: 5 ms.\n\n## Other\n\n{claim}\n"
+    assert len(unnamed(page)) == 1
+    assert not unnamed(page + "\nThis is of an AMD EPYC of family 25.\n")
+    assert not unnamed(page.replace("Text.", "All of it on Zen 5."))
