@@ -153,7 +153,17 @@ ALLOWED = {
         "tokenizer_files",
     },
     "forecast": {"forecast"},
-    "study": {"accuracy", "cost", "data_bin", "evaluation", "ranges", "shape", "study"},
+    "study": {
+        "accuracy",
+        "cli",
+        "cost",
+        "data_bin",
+        "evaluation",
+        "forecast",
+        "ranges",
+        "shape",
+        "study",
+    },
     "convert": {
         "convert",
         "branch",

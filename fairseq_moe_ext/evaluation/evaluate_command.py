@@ -18,7 +18,7 @@ from .loading import (
     on_device,
     parse_overrides,
 )
-from .perplexity import Evaluation, evaluate
+from .perplexity import Evaluation, UnitLosses, evaluate
 from .texts import read_texts
 
 
@@ -69,7 +69,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--json", type=Path, metavar="FILE", help="write all metrics to this file, too"
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace the files of --json and --figure"
+        "--unit-losses",
+        type=Path,
+        metavar="FILE",
+        help="write each document's (or block's) loss and tokens to this file, for intervals of "
+        "differences between models",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the files of --json, --unit-losses and --figure",
     )
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
 
@@ -98,10 +107,13 @@ def run(args: argparse.Namespace) -> None:
     trained_on = corpora_of(saved.task, task, args.data)
     texts = read_texts(args.data, args.subset, context, dictionary, trained_on)
     how = (dictionary.eos(), context, stride, args.batch_size, args.bootstrap)
+    losses: Dict[str, UnitLosses] = {}
     results: List[capacity.AtCapacity] = []
     for fraction in asked.capacities:
         capacity.set_capacity(model, fraction)
-        results.append({"capacity": fraction, **evaluate(model, texts, *how)})
+        results.append({"capacity": fraction, **evaluate(model, texts, *how, losses)})
+    if args.unit_losses is not None:
+        outputs.write_json(args.unit_losses, losses)
     head = {
         "path": str(args.path),
         "subset": args.subset,
@@ -127,10 +139,13 @@ def _check_flags(args: argparse.Namespace) -> _Asked:
             raise UserError(f"--{name.replace('_', '-')} {value}: use 1 or more")
     if args.figure is not None and args.sweep_capacity is None:
         raise UserError(f"--figure {args.figure}: only --sweep-capacity draws; give it too")
+    if args.unit_losses is not None and args.sweep_capacity is not None:
+        raise UserError(
+            f"--unit-losses {args.unit_losses}: is for one capacity; leave out --sweep-capacity"
+        )
     figure = (args.figure or Path("capacity.html")) if args.sweep_capacity else None
-    outputs.check(
-        [("--json", args.json), ("--figure", figure)], args.overwrite, [args.path, *args.data]
-    )
+    files = [("--json", args.json), ("--unit-losses", args.unit_losses), ("--figure", figure)]
+    outputs.check(files, args.overwrite, [args.path, *args.data])
     overrides = parse_overrides(args.model_overrides)
     check_path(args.path)
     return _Asked(capacities, figure, overrides)

@@ -51,6 +51,13 @@ class Evaluation(TypedDict):
     mean: Dict[str, MeanResult]
 
 
+class UnitLosses(TypedDict):
+    """What each unit of a test set adds to its loss."""
+
+    nats: List[float]
+    tokens: List[int]
+
+
 class Scores(NamedTuple):
     """What one pass over a set gives."""
 
@@ -112,13 +119,17 @@ def score(
 def bootstrap(nll: np.ndarray, units: np.ndarray, draws: int, seed: int = 1) -> np.ndarray:
     """(draws,) perplexities of as many units as there are, drawn with replacement."""
     rng = np.random.default_rng(seed)
-    sums = np.add.reduceat(nll, units)  # (U,)
-    sizes = np.diff(np.append(units, len(nll)))
+    sums, sizes = _by_unit(nll, units)
     perplexities = np.empty(draws)
     for i in range(draws):
         drawn = np.bincount(rng.integers(len(units), size=len(units)), minlength=len(units))
         perplexities[i] = _perplexity(float(drawn @ sums) / float(drawn @ sizes))
     return perplexities
+
+
+def _by_unit(nll: np.ndarray, units: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+    """(U,) nats and (U,) tokens of each unit."""
+    return np.add.reduceat(nll, units), np.diff(np.append(units, len(nll)))
 
 
 def evaluate(
@@ -129,9 +140,10 @@ def evaluate(
     stride: int,
     batch_size: int,
     draws: int,
+    unit_losses: Optional[Dict[str, UnitLosses]] = None,
 ) -> Evaluation:
-    """Perplexity of every set, with intervals from so many draws. Raises UserError for a model that
-    gives a token no probability."""
+    """Perplexity of every set, with intervals from so many draws; `unit_losses`, if given, receives
+    those of each set. Raises UserError for a model that gives a token no probability."""
     sets: Dict[str, SetResult] = {}
     drawn: Dict[str, np.ndarray] = {}
     for i, text in enumerate(texts):
@@ -142,6 +154,9 @@ def evaluate(
                 f"{text.name}: the model gives a token a probability that is no number: {DAMAGED}"
             )
         total, count = float(scores.nll.sum()), len(scores.nll)
+        if unit_losses is not None:
+            nats, tokens = _by_unit(scores.nll, text.units)
+            unit_losses[text.name] = {"nats": nats.tolist(), "tokens": tokens.tolist()}
         drawn[text.name] = bootstrap(scores.nll, text.units, draws, seed=i + 1)
         sets[text.name] = {
             "in_domain": text.trained,

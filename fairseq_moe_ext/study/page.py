@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence
+from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, cast
 
 from .. import files, outputs
 from ..errors import UserError
@@ -12,6 +12,8 @@ from ..evaluation.speedup import Points, in_words
 from ..wording import count
 from . import fine_tuning, result_file, tables
 from . import result as results
+from .ladder import page as ladder_page
+from .ladder.result import LadderResult
 from .plan import FAMILIES
 from .result_file import StudyResult
 from .tables import LABELS, TITLES
@@ -34,6 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write the page. Raises UserError for files that are missing."""
     result = result_file.read(args.folder / "result.json")
+    if ladder_page.is_result(result):
+        number = ladder_page.write(args.folder, cast(LadderResult, result), args.png)
+        print(f"{args.folder / 'report.html'}, and {number} charts in {args.folder / 'figures'}")
+        return
     if result.get("reference"):
         raise UserError(
             f"{args.folder}: is a study of arms, which has no speed-up factors; its tables are in "

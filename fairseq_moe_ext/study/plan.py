@@ -15,10 +15,10 @@ FAMILIES = ("dense", "moe")
 ARM = "arm"  # the family of every arm
 PACKAGE = Path(__file__).resolve().parents[1]
 
-_Keys = Mapping[str, Tuple[type, Any]]
+Keys = Mapping[str, Tuple[type, Any]]
 
 # key -> (type, what a missing one is; None: it must be there)
-_TOP: _Keys = {
+_TOP: Keys = {
     "title": (str, "A study"),
     "data": (str, None),
     "out": (str, None),
@@ -34,11 +34,11 @@ _TOP: _Keys = {
     "arms": (dict, {}),
     "reference": (str, ""),
 }
-_FAMILY: _Keys = {"arch": (str, None), "flags": (dict, {}), "sizes": (dict, None)}
-_ARM: _Keys = {"arch": (str, None), "flags": (dict, {})}
-_EVALUATE: _Keys = {"stride": (int, 0), "batch-size": (int, 16), "bootstrap": (int, 1000)}
+_FAMILY: Keys = {"arch": (str, None), "flags": (dict, {}), "sizes": (dict, None)}
+_ARM: Keys = {"arch": (str, None), "flags": (dict, {})}
+_EVALUATE: Keys = {"stride": (int, 0), "batch-size": (int, 16), "bootstrap": (int, 1000)}
 # of `fairseq-moe priming`; without a folder there is none
-_PRIMING: _Keys = {
+_PRIMING: Keys = {
     "folder": (str, ""),
     "tasks": (str, ""),
     "shots": (list, [0]),
@@ -84,7 +84,7 @@ class Plan(NamedTuple):
 def read(path: Path) -> Plan:
     """Read and check a study's file; paths in it are relative to the folder one is in. Raises
     UserError, before any work, for an unknown or missing key, or a corpus that is not there."""
-    asked = _checked(yaml_file.read(path), _TOP, str(path))
+    asked = checked(yaml_file.read(path), _TOP, str(path))
     seeds = asked["seeds"]
     if not seeds or not all(isinstance(seed, int) for seed in seeds) or len({*seeds}) < len(seeds):
         raise UserError(f"{path}: seeds {seeds}: give different whole numbers, as [1, 2, 3]")
@@ -133,11 +133,11 @@ def read(path: Path) -> Plan:
 
 def _evaluations(asked: Dict[str, Any], path: Path) -> Tuple[Dict[str, Any], Dict[str, Any]]:
     """The settings of `fairseq-moe evaluate` and of `fairseq-moe priming`."""
-    evaluation = _checked(asked["evaluate"], _EVALUATE, f"{path}: evaluate")
+    evaluation = checked(asked["evaluate"], _EVALUATE, f"{path}: evaluate")
     for key in _EVALUATE:
         range = ranges.COUNT if key == "stride" else ranges.POSITIVE_COUNT  # 0: as the context
         ranges.require(range, evaluation[key], f"{path}: evaluate: {key}")
-    priming = _checked(asked["priming"], _PRIMING, f"{path}: priming")
+    priming = checked(asked["priming"], _PRIMING, f"{path}: priming")
     ranges.require(ranges.POSITIVE_COUNT, priming["draws"], f"{path}: priming: draws")
     shots = ranges.COUNT._replace(items=None)
     ranges.require(shots, priming["shots"], f"{path}: priming: shots")
@@ -167,8 +167,8 @@ def _arms(asked: Dict[str, Any], path: Path) -> List[_Size]:
     arms = []
     for name, arm in asked["arms"].items():
         where = f"{path}: arms: {name}"
-        checked = _checked(arm, _ARM, where)
-        arms.append(_size(asked, ARM, name, checked["arch"], checked["flags"], where))
+        asked_arm = checked(arm, _ARM, where)
+        arms.append(_size(asked, ARM, name, asked_arm["arch"], asked_arm["flags"], where))
     if asked["reference"] not in asked["arms"]:
         raise UserError(
             f"{path}: reference {asked['reference'] or 'missing'}: name the arm that the others "
@@ -186,7 +186,7 @@ def _sizes(asked: Dict[str, Any], path: Path) -> List[_Size]:
     for family in FAMILIES:
         if not asked[family]:
             raise UserError(f"{path}: the key {family!r} is missing")
-        asked_family = _checked(asked[family], _FAMILY, f"{path}: {family}")
+        asked_family = checked(asked[family], _FAMILY, f"{path}: {family}")
         for name, flags in asked_family["sizes"].items():
             where = f"{path}: {family}: sizes: {name}"
             if not isinstance(flags, dict):
@@ -210,18 +210,20 @@ def _size(
     return _Size(family, str(name), arch, flags, updates)
 
 
-def _checked(mapping: Any, keys: _Keys, where: str) -> Dict[str, Any]:
+def checked(mapping: Any, keys: Keys, where: str) -> Dict[str, Any]:
     """The mapping with its defaults."""
     if not isinstance(mapping, dict):
         raise UserError(f"{where}: not a mapping with the keys {', '.join(keys)}")
     for key in mapping:
         if key not in keys:
             raise UserError(f"{where}: unknown key {key!r}; the keys are {', '.join(keys)}")
-    values = {}
+    values: Dict[str, Any] = {}
     for key, (kind, default) in keys.items():
         if key not in mapping and default is None:
             raise UserError(f"{where}: the key {key!r} is missing")
         values[key] = mapping.get(key, default)
+        if kind is float and type(values[key]) is int:
+            values[key] *= 1.0
         if not isinstance(values[key], kind):
             raise UserError(f"{where}: {key}: {values[key]!r} is not a {kind.__name__}")
     return values
@@ -271,7 +273,8 @@ def _evaluate(asked: Dict[str, Any], settings: Dict[str, Any], folder: Path) -> 
         *("--path", str(folder / "checkpoint_best.pt"), "--context", str(asked["context"])),
         *("--batch-size", str(settings["batch-size"])),
         *("--bootstrap", str(settings["bootstrap"])),
-        *("--json", str(folder / "evaluation.json"), *stride, *cpu),
+        *("--json", str(folder / "evaluation.json"), "--overwrite"),
+        *("--unit-losses", str(folder / "unit_losses.json"), *stride, *cpu),
     ]
 
 

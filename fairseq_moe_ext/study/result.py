@@ -32,7 +32,11 @@ Runs = Sequence[RunResult]
 
 def collect(plan: Plan) -> StudyResult:
     """All results of the runs that are finished. Raises UserError if none is."""
-    runs = [_run(plan, run) for run in plan.runs if (run.folder / "evaluation.json").is_file()]
+    runs = [
+        of_run(run, plan.context, plan.tokens_per_update)
+        for run in plan.runs
+        if (run.folder / "evaluation.json").is_file()
+    ]
     if not runs:
         raise UserError(f"{plan.out}: no run is finished: start `fairseq-moe study` again")
     return {
@@ -50,11 +54,12 @@ def collect(plan: Plan) -> StudyResult:
     }
 
 
-def _run(plan: Plan, run: Run) -> RunResult:
+def of_run(run: Run, context: int, tokens_per_update: int) -> RunResult:
+    """The result of a run that is trained and evaluated."""
     evaluation = files.read_json(run.folder / "evaluation.json")
     settings, vocabulary = checkpoint_settings(run.folder / "checkpoint_best.pt")
     shape = shape_of(settings, vocabulary)
-    tokens = run.updates * plan.tokens_per_update
+    tokens = run.updates * tokens_per_update
     parameters = cost.parameters(shape)
     return {
         "family": run.family,
@@ -64,12 +69,12 @@ def _run(plan: Plan, run: Run) -> RunResult:
         "active": parameters.active,
         "experts": shape.experts if shape.moe_layers else 1,
         "tokens": tokens,
-        "flops": tokens * cost.training_flops_per_token(shape, plan.context),
+        "flops": tokens * cost.training_flops_per_token(shape, context),
         "seconds": logs.training_seconds(run.folder / "train.log"),
         "sets": evaluation["sets"],
         "mean": evaluation["mean"],
         "priming": _priming(run.folder / "priming.json"),
-        "router": router_metrics(run.folder / "train.log", shape, plan.context),
+        "router": router_metrics(run.folder / "train.log", shape, context),
     }
 
 

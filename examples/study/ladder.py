@@ -1,0 +1,108 @@
+"""How much compute sparsity saves: a ladder of dense models, and sparse ones, at several budgets.
+
+Each stage of the file is a study; they run one after the other. After an interruption the same
+command goes on. Text and data-bins come first: examples/study/README.md.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import List, Sequence
+
+from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.study.ladder import forecast, needed, probe, running, stages
+
+FILE = Path(__file__).resolve().parent / "ladder.yaml"
+
+
+def words(text: str) -> List[str]:
+    return [word for word in text.split(",") if word]
+
+
+def numbers(text: str) -> List[int]:
+    return [int(word) for word in words(text)]
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    found.add_argument("file", type=Path, nargs="?", default=FILE, help="default: ladder.yaml")
+    found.add_argument("--jobs", type=int, default=2, help="runs at once (default: 2)")
+    found.add_argument("--stages", type=words, default=[], metavar="S,S", help="these alone")
+    found.add_argument(
+        "--arms", type=words, default=[], metavar="A,A", help="these alone; patterns as d0-*"
+    )
+    found.add_argument("--seeds", type=numbers, default=[], metavar="N,N", help="these alone")
+    found.add_argument(
+        "--gflops",
+        type=float,
+        default=100.0,
+        help="speed for the hours of arms that were not probed (default: 100)",
+    )
+    found.add_argument("--dry-run", action="store_true", help="print the hours and stop")
+    found.add_argument(
+        "--write", action="store_true", help="write the files of the stages and stop"
+    )
+    found.add_argument(
+        "--probe", action="store_true", help="time each arm's training steps and stop"
+    )
+    found.add_argument(
+        "--forecast", action="store_true", help="write FILE_forecast.json (.md) and stop"
+    )
+    found.add_argument("--only-result", action="store_true", help="gather what is done and stop")
+    found.add_argument(
+        "--needed",
+        action="store_true",
+        help="print what saving 4 and 8 times would need, in tokens and hours, and stop",
+    )
+    found.add_argument(
+        "--gpu-gflops",
+        type=float,
+        default=20_000.0,
+        help="of --needed: speed of a GPU on models so small (default: 20000, assumed)",
+    )
+    return found
+
+
+def run(args: argparse.Namespace) -> int:
+    """The exit status. Raises UserError for what cannot be."""
+    if args.jobs < 1 or args.gflops <= 0 or args.gpu_gflops <= 0:
+        raise UserError("--jobs, --gflops, --gpu-gflops: use numbers above 0")
+    ladder = stages.read(args.file)
+    if args.forecast:
+        print(forecast.write(ladder))
+        return 0
+    if args.only_result:
+        running.check_result(ladder)
+        running.write_result(ladder)
+        print(f"{ladder.out / 'report.html'} and {ladder.out / 'tables.md'}")
+        return 0
+    if args.needed:
+        needed.say(ladder, args.gflops, args.gpu_gflops)
+        return 0
+    asked = running.Chosen(args.stages, args.arms, args.seeds)
+    wanted = running.chosen(ladder, asked)
+    if args.probe:
+        named = {arm.name for stage in wanted for arm in stage.arms}
+        probe.run(ladder, [arm for arm in ladder.arms if arm.name in named])
+        return 0
+    running.say_hours(ladder, wanted, args.gflops)
+    if args.write:
+        for stage in wanted:
+            print(running.write_study(ladder, running.screened(ladder, stage)))
+    if args.dry_run or args.write:
+        return 0
+    return running.do(ladder, wanted, args.jobs)
+
+
+def main(argv: Sequence[str]) -> int:
+    try:
+        return run(parser().parse_args(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,143 @@
+"""What the published laws and DeepMind's curves say that each arm will save, before it is trained.
+
+A law's N is taken as training FLOPs a token / 6, as `fairseq-moe forecast --fit` takes it, so that
+its saving is one of FLOPs. The trend continues the factors of Clark et al.'s published curves
+(google-deepmind/scaling_laws_for_routing, data/curves.csv.gz: 25M parameters, S-BASE in every
+layer), computed by this project's definition, to fewer tokens: ln factor is linear in ln tokens.
+"""
+
+import math
+from pathlib import Path
+from typing import Any, Dict, List, Optional, TypedDict
+
+from ... import cost, files, outputs
+from ...errors import UserError
+from ...forecast.laws import LAWS, Model, outside
+from ...shape import shape_of
+from ...text_table import markdown
+from .stages import LR, Arm, Ladder
+
+# number of experts -> factor at 5.2 and at 126 billion tokens
+CURVES = {8: (1.91, 2.20), 64: (3.15, 4.83), 256: (3.80, 7.38)}
+CURVE_TOKENS = (5.2e9, 126e9)
+CURVE_TOKENS_PER_UPDATE = 5.2e5
+
+
+class Forecast(TypedDict):
+    """Of one arm on one number of tokens; None where there is no number."""
+
+    arm: str
+    tokens: int
+    laws: Dict[str, Optional[float]]  # law -> saving in FLOPs
+    trend_tokens: Optional[float]  # continued to as many tokens
+    trend_updates: Optional[float]  # continued to as many updates
+
+
+def training_flops(arm: Arm, ladder: Ladder) -> float:
+    """Of a token, as `fairseq-moe cost` counts them."""
+    settings = {flag.replace("-", "_"): value for flag, value in arm.flags.items()}
+    return cost.training_flops_per_token(shape_of(settings, ladder.vocabulary), ladder.context)
+
+
+def router_flops(arm: Arm) -> float:
+    """Training FLOPs a token of the linear routers, which the count leaves out."""
+    if arm.family == "dense" or arm.flags.get("moe-router") == "hash":
+        return 0.0
+    layers = arm.flags["decoder-layers"] // arm.flags.get("moe-freq", 2)
+    return 6.0 * layers * arm.flags["decoder-embed-dim"] * arm.flags["moe-expert-count"]
+
+
+def forecasts(ladder: Ladder) -> List[Forecast]:
+    """Of every sparse arm on every number of tokens of the stages."""
+    found = []
+    budgets = {stage.tokens: stage for stage in ladder.stages if stage.name != LR}
+    for tokens, stage in sorted(budgets.items()):
+        for arm in ladder.arms:
+            if arm.family == "dense":
+                continue
+            model = model_of(arm, ladder, tokens)
+            hash_router = arm.flags.get("moe-router") == "hash"
+            updates = stage.updates * CURVE_TOKENS_PER_UPDATE
+            found.append(
+                Forecast(
+                    arm=arm.name,
+                    tokens=tokens,
+                    laws={name: _saving(name, model) for name in LAWS},
+                    trend_tokens=None if hash_router else trend(arm.experts, tokens),
+                    trend_updates=None if hash_router else trend(arm.experts, updates),
+                )
+            )
+    return found
+
+
+def model_of(arm: Arm, ladder: Ladder, tokens: float) -> Model:
+    """An arm as the laws see it."""
+    layers = 1 / arm.flags.get("moe-freq", 2)
+    size = training_flops(arm, ladder) / 6
+    return Model(size, arm.experts, tokens, 1, float(arm.granularity), layers)
+
+
+def _saving(law: str, model: Model) -> Optional[float]:
+    saving = LAWS[law].effective(model) / model.active
+    return saving if math.isfinite(saving) else None
+
+
+def trend(experts: int, tokens: float) -> Optional[float]:
+    """The factor by DeepMind's curves; between their numbers of experts, ln factor is linear in ln
+    experts. None outside those."""
+    first, last = (math.log(x) for x in CURVE_TOKENS)
+    along = (math.log(tokens) - first) / (last - first)
+    logs = {e: math.log(a) + along * math.log(b / a) for e, (a, b) in CURVES.items()}
+    counts = list(CURVES)
+    for low, high in zip(counts, counts[1:]):
+        if low <= experts <= high:
+            r = math.log(experts / low) / math.log(high / low)
+            return math.exp(logs[low] + r * (logs[high] - logs[low]))
+    return None
+
+
+def table(found: List[Forecast]) -> List[List[str]]:
+    names = [law.name for law in LAWS.values()]
+    rows = [["arm, tokens", *names, "trend by tokens", "trend by updates"]]
+    for one in found:
+        numbers = [*one["laws"].values(), one["trend_tokens"], one["trend_updates"]]
+        cells = ["-" if value is None else f"{value:.2f}" for value in numbers]
+        rows.append([f"{one['arm']}, {one['tokens'] / 1e6:g}M", *cells])
+    return rows
+
+
+def read(path: Path) -> List[Forecast]:
+    """The forecasts of a file that `write` wrote; none if there is no file."""
+    found: List[Forecast] = files.read_json(path)["forecasts"] if path.is_file() else []
+    return found
+
+
+def write(ladder: Ladder) -> Path:
+    """The forecasts as JSON beside the ladder's file, and as a page of Markdown. Raises UserError
+    where there is one: a forecast is not made anew when results are known."""
+    path = ladder.forecast
+    if path.exists():
+        raise UserError(f"{path}: exists; delete it to forecast anew")
+    found = forecasts(ladder)
+    outside_of = {
+        law.name: sorted({w for f in found for w in outside(law, _model(f, ladder))})
+        for law in LAWS.values()
+    }
+    content: Dict[str, Any] = {"forecasts": found, "outside": outside_of}
+    outputs.write_json(path, content)
+    words = [f"- {name}: {'; '.join(said)}" for name, said in outside_of.items() if said]
+    parts = [
+        "# What each arm should save, before it is trained",
+        "How many times the training FLOPs a dense model needs for the same loss on the same "
+        "tokens. " + " ".join((__doc__ or "").split("\n\n", 1)[1].split()),
+        markdown(table(found)),
+        "Every law is used outside the range that it was fitted in:",
+        "\n".join(words),
+    ]
+    outputs.write_text(path.with_suffix(".md"), "\n\n".join(parts) + "\n")
+    return path
+
+
+def _model(found: Forecast, ladder: Ladder) -> Model:
+    arm = next(arm for arm in ladder.arms if arm.name == found["arm"])
+    return model_of(arm, ladder, found["tokens"])

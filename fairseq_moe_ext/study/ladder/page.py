@@ -1,0 +1,243 @@
+"""A ladder's result as one page (report.html), tables for documentation (tables.md) and charts."""
+
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+from ... import outputs
+from ...evaluation import figures, paper, report
+from ...forecast.laws import S_BASE
+from ...wording import count
+from ..result import GROUPS
+from ..tables import TITLES
+from . import tables
+from .result import Factor, LadderResult
+from .tables import millions
+
+_LAW, _LAW_AT_PAPERS_SIZE, _OURS, _PAPER = range(4)  # styles
+_PAPER_SIZES = (125e6, 355e6, 1.3e9, 2.7e9, 6.7e9)
+_PAPER_EXPERTS = 512
+
+
+def is_result(content: Any) -> bool:
+    """Whether a result.json is a ladder's."""
+    return isinstance(content, dict) and "ladder" in content and "factors" in content
+
+
+def write(folder: Path, result: LadderResult, png: bool = False) -> int:
+    """Write the page, tables.md and figures/*.svg; how many charts there are. Raises UserError for
+    files that are another's."""
+    report.check_renewable(folder / "report.html")
+    drawn = charts(result)
+    figure_folder = folder / "figures"
+    figure_folder.mkdir(exist_ok=True)
+    for name, chart in drawn.items():
+        chart.write_svg(figure_folder / f"{name}.svg")
+        if png:
+            chart.write_png(figure_folder / f"{name}.png")
+    outputs.write_text(folder / "tables.md", tables.page(result))
+    report.write(folder / "report.html", html(result, drawn))
+    return len(drawn)
+
+
+def charts(result: LadderResult) -> Dict[str, figures.Chart]:
+    """name of the file -> chart."""
+    drawn = {"saving": saving_chart(result)}
+    bases = sorted({result["ladder"]["arms"][name]["base"] for name in tables.sparse(result)})
+    for base in bases:
+        drawn[f"experts-{base}"] = _over_experts(result, base)
+        drawn[f"tokens-{base}"] = _over_tokens(result, base)
+    for tokens in tables.budgets(result):
+        drawn[f"perplexity-{millions(tokens)}"] = _perplexities(result, tokens, bases)
+    return drawn
+
+
+def _in_domain(result: LadderResult) -> List[Factor]:
+    """The factors in domain that are numbers."""
+    return [f for f in result["factors"] if f["group"] == GROUPS[0] and not f["beyond"]]
+
+
+def _flops(result: LadderResult, arm: str) -> float:
+    """Training FLOPs a token."""
+    run = next(run for run in result["runs"] if run["size"] == arm)
+    return run["flops"] / run["tokens"]
+
+
+def saving_chart(result: LadderResult) -> figures.Chart:
+    """Ours, the paper's figure 1 and Clark et al.'s law at both sizes, over the training FLOPs of
+    the dense model with the same perplexity."""
+    arms = result["ladder"]["arms"]
+    ours, law = [], []
+    for found in _in_domain(result):
+        cost = _flops(result, found["arm"])
+        ours.append((cost * found["tokens"] * found["factor"], found["factor"]))
+        predicted = _law(cost / 6, arms[found["arm"]]["experts"])
+        law.append((cost * found["tokens"] * predicted, predicted))
+    papers = [
+        (6 * size * paper.TOKENS * _law(size, _PAPER_EXPERTS), _law(size, _PAPER_EXPERTS))
+        for size in _PAPER_SIZES
+    ]
+    figure_1 = [(1e21 * x, y) for x, y in paper.FIGURE_1[GROUPS[0]]]
+    return figures.line_chart(
+        "Saving, in domain",
+        [
+            figures.Series("law of Clark et al., at our models", sorted(law), _LAW),
+            figures.Series("the same at the paper's", papers, _LAW_AT_PAPERS_SIZE),
+            figures.Series("this study", sorted(ours), _OURS),
+            figures.Series("the paper", figure_1, _PAPER),
+        ],
+        "training FLOPs of the dense model",
+        "dense : MoE compute",
+        log_x=True,
+        log_y=True,
+    )
+
+
+SAVING_LEGEND = (
+    "Clark et al.'s law at this study's models",
+    "the law at the paper's models, 512 experts",
+    "this study",
+    "the paper, figure 1",
+)
+
+
+def _law(size: float, experts: int) -> float:
+    return 10 ** S_BASE.log_effective(size, experts) / size
+
+
+def _plain(result: LadderResult, arm: str, base: str) -> bool:
+    """Whether an arm is one of those that differ in the number of experts alone."""
+    found = result["ladder"]["arms"][arm]
+    return found["base"] == base and found["granularity"] == 1 and found["router"] == "topk"
+
+
+def _series(label: str, style: int, points: Sequence[Tuple[float, Factor]]) -> figures.Series:
+    """Factors over something, with their intervals."""
+    ordered = sorted(points, key=lambda point: point[0])
+    ends: List[Optional[Tuple[float, float]]] = []
+    for _, found in ordered:
+        low, high = found["interval"] or (None, None)
+        ends.append((low, high) if low is not None and high is not None else None)
+    return figures.Series(label, [(x, f["factor"]) for x, f in ordered], style, ends)
+
+
+def _over_experts(result: LadderResult, base: str) -> figures.Chart:
+    """A line a number of tokens, the first three of them."""
+    arms = result["ladder"]["arms"]
+    series = [
+        _series(
+            millions(tokens),
+            style,
+            [
+                (arms[f["arm"]]["experts"], f)
+                for f in _in_domain(result)
+                if f["tokens"] == tokens and _plain(result, f["arm"], base)
+            ],
+        )
+        for style, tokens in enumerate(tables.budgets(result)[:3])
+    ]
+    return figures.line_chart(
+        f"Saving over experts, {base}", series, "experts", "dense : MoE FLOPs", log_x=True
+    )
+
+
+def _over_tokens(result: LadderResult, base: str) -> figures.Chart:
+    """A line a number of experts, four of them at most."""
+    names = [name for name in tables.sparse(result) if _plain(result, name, base)][:4]
+    series = [
+        _series(name, style, [(f["tokens"], f) for f in _in_domain(result) if f["arm"] == name])
+        for style, name in enumerate(names)
+    ]
+    return figures.line_chart(
+        f"Saving over tokens, {base}", series, "training tokens", "dense : MoE FLOPs", log_x=True
+    )
+
+
+def _perplexities(result: LadderResult, tokens: int, bases: Sequence[str]) -> figures.Chart:
+    """The dense models, and the sparse ones of each base above its FLOPs."""
+    arms = result["ladder"]["arms"]
+    stages = [
+        n for n, s in result["ladder"]["stages"].items() if s["tokens"] == tokens and n != "lr"
+    ]
+    points: Dict[str, List[Tuple[float, float]]] = {name: [] for name in ("dense", *bases)}
+    for run in result["runs"]:
+        if run["stage"] in stages:
+            arm = arms[run["size"]]
+            line = "dense" if arm["family"] == "dense" else arm["base"]
+            points[line].append((run["flops"], run["mean"][GROUPS[0]]["perplexity"]))
+    series = [
+        figures.Series(name, sorted(of_name), style)
+        for style, (name, of_name) in enumerate(points.items())
+    ]
+    title = f"Perplexity in domain, {millions(tokens)} tokens"
+    return figures.line_chart(title, series, "training FLOPs", "perplexity", log_x=True, log_y=True)
+
+
+def summary(result: LadderResult) -> str:
+    """The saving at the most tokens, of the arm that saves most."""
+    done = f"{len(result['runs'])} of {count(result['planned'], 'run')} are done."
+    numbers = [f for f in result["factors"] if f["group"] == GROUPS[0]]
+    if not numbers:
+        return f"{done} There is no factor yet."
+    most = max(found["tokens"] for found in numbers)
+    best = max((f for f in numbers if f["tokens"] == most), key=lambda f: f["factor"])
+    over = f" over {best['interval_over']}" if best["interval"] else ""
+    return (
+        f"{done} On {millions(most)} tokens {best['arm']} saves most in domain: the dense model "
+        f"needs {tables.factor(best)} times its training FLOPs (95 % interval{over})."
+    )
+
+
+def html(result: LadderResult, drawn: Dict[str, figures.Chart]) -> str:
+    """report.html as a string."""
+    forecasts = result["forecasts"]
+
+    def table(rows: tables.Rows) -> report.Table:
+        return report.table(rows[0], rows[1:])
+
+    present = [g for g in GROUPS if any(f["group"] == g for f in result["factors"])]
+    return report.render(
+        "ladder.html",
+        title=result["ladder"]["title"],
+        summary=summary(result),
+        note=tables.NOTE.replace("`", ""),
+        savings=[(TITLES[g], table(tables.over_tokens(result, g))) for g in present],
+        costs=table(tables.costs(result)),
+        sets=[
+            (f"{millions(tokens)} tokens", table(tables.over_sets(result, tokens)))
+            for tokens in tables.budgets(result)
+        ],
+        forecast=table(tables.against_forecast(result, forecasts)) if forecasts else None,
+        perplexities=[
+            (TITLES[g], table(tables.perplexities(result, g)))
+            for g in GROUPS
+            if any(g in run["mean"] for run in result["runs"])
+        ],
+        rates=table(tables.learning_rates(result)),
+        saving=drawn["saving"],
+        saving_legend=figures.legend(SAVING_LEGEND, range(4)),
+        over_experts=[chart for name, chart in drawn.items() if name.startswith("experts-")],
+        experts_legend=figures.legend(
+            [f"{millions(t)} tokens" for t in tables.budgets(result)[:3]], range(3)
+        ),
+        over_tokens=[chart for name, chart in drawn.items() if name.startswith("tokens-")],
+        tokens_legend=_tokens_legend(result),
+        curves=[chart for name, chart in drawn.items() if name.startswith("perplexity-")],
+        curves_legend=_curves_legend(result),
+    )
+
+
+def _tokens_legend(result: LadderResult) -> List[figures.Legend]:
+    """By the arms of the first base."""
+    arms = result["ladder"]["arms"]
+    for base in sorted({arms[name]["base"] for name in tables.sparse(result)}):
+        names = [n for n in tables.sparse(result) if _plain(result, n, base)][:4]
+        labels = [f"{arms[name]['experts']} experts" for name in names]
+        return figures.legend(labels, range(len(labels)))
+    return []
+
+
+def _curves_legend(result: LadderResult) -> List[figures.Legend]:
+    arms = result["ladder"]["arms"]
+    bases = sorted({arms[name]["base"] for name in tables.sparse(result)})
+    labels = ["dense", *(f"sparse, {base}" for base in bases)]
+    return figures.legend(labels, range(len(labels)))

@@ -1,0 +1,51 @@
+"""The learning rate of each family: the best of those that the stage `lr` tried."""
+
+import math
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Tuple
+
+from ...errors import UserError
+from .. import logs
+from ..plan import FAMILIES
+from .stages import LR, Ladder, Stage
+
+
+class Rate(NamedTuple):
+    """A family's learning rate."""
+
+    value: Any  # as the file has it
+    tried: List[Tuple[Any, float]]  # each value, and the in-domain validation perplexity it gave
+
+    @property
+    def at_the_edge(self) -> bool:
+        """Whether a rate beyond those that were tried might be better."""
+        values = [float(value) for value, _ in self.tried]
+        return len(values) > 1 and float(self.value) in (min(values), max(values))
+
+
+def choose(ladder: Ladder) -> Dict[str, Rate]:
+    """The best of each family. One value alone needs no run. Raises UserError unless all others are
+    trained."""
+    stage = ladder.stage(LR)
+    return {family: _best(ladder, stage, family) for family in FAMILIES}
+
+
+def _best(ladder: Ladder, stage: Stage, family: str) -> Rate:
+    arms = [arm for arm in stage.arms if arm.family == family]
+    if len(arms) == 1:
+        return Rate(arms[0].flags[LR], [])
+    tried = []
+    for arm in arms:
+        folder = ladder.folder(stage, arm, stage.seeds[0])
+        if not (folder / "trained").is_file():
+            raise UserError(
+                f"{folder}: not trained yet; learning rates are chosen when the stage {LR} is done"
+            )
+        tried.append((arm.flags[LR], validated(folder / "train.log")))
+    return Rate(min(tried, key=lambda one: one[1])[0], tried)
+
+
+def validated(log: Path) -> float:
+    """The lowest perplexity on the validation text of the training domains; infinity of none."""
+    found = logs.by_epoch(log, "valid", "valid_in_domain_ppl")
+    return min((x for x in found if math.isfinite(x)), default=math.inf)

@@ -1,0 +1,295 @@
+"""A ladder's finished runs -> its result.json: what each sparse arm saves."""
+
+import statistics
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, TypedDict
+
+import numpy as np
+
+from ... import files
+from ...errors import UserError
+from ...evaluation.perplexity import UnitLosses
+from ..plan import Run
+from ..result import GROUPS, measured_on, of_run, performance
+from ..result_file import RunResult
+from . import forecast, rates, saving
+from .forecast import Forecast, router_flops
+from .saving import Saving
+from .stages import LR, Arm, Ladder, Stage
+
+OVER_SEEDS = "seeds"
+OVER_DOCUMENTS = "test documents"
+OVER_INTERVALS = "perplexities, as if independent"
+
+
+class Factor(TypedDict):
+    """What an arm saves on a number of tokens, by one group of sets or set."""
+
+    arm: str
+    tokens: int
+    group: str
+    seeds: int
+    factor: float  # in FLOPs; where `beyond`, a bound
+    beyond: int  # 1: better than every dense model, -1: worse
+    interval: Optional[saving.Ends]  # at 95 %; an end of None is beyond the dense models
+    interval_over: str
+    with_router: float  # the router's FLOPs counted
+    in_seconds: Optional[float]  # in seconds on this machine; None: not probed, or beyond
+
+
+class LadderRun(RunResult):
+    """A run of a stage."""
+
+    stage: str
+
+
+class LadderResult(TypedDict):
+    """result.json."""
+
+    ladder: Dict[str, Any]  # its title, and its arms and stages by name
+    rates: Dict[str, Dict[str, Any]]  # family -> learning rate, those tried, whether at the edge
+    seconds_per_token: Dict[str, float]  # of arms, by the probe
+    forecasts: List[Forecast]  # made before the runs
+    planned: int
+    runs: List[LadderRun]
+    factors: List[Factor]
+
+
+def collect(ladder: Ladder) -> LadderResult:
+    """Of all runs that are finished, also those of stages that were not asked for this time."""
+    runs: List[LadderRun] = []
+    planned = 0
+    for stage in ladder.stages:
+        for seed in stage.seeds:
+            for arm in stage.arms:
+                planned += 1
+                folder = ladder.folder(stage, arm, seed)
+                if (folder / "evaluation.json").is_file():
+                    run = Run(arm.family, arm.name, seed, stage.updates, folder, [], [], [])
+                    found = of_run(run, ladder.context, ladder.tokens_per_update)
+                    runs.append(LadderRun(stage=stage.name, **found))
+    try:
+        chosen = {
+            family: {"value": rate.value, "tried": rate.tried, "at_the_edge": rate.at_the_edge}
+            for family, rate in rates.choose(ladder).items()
+        }
+    except UserError:
+        chosen = {}
+    probed = seconds_per_token(ladder)
+    return {
+        "ladder": _described(ladder),
+        "rates": chosen,
+        "seconds_per_token": probed,
+        "forecasts": forecast.read(ladder.forecast),
+        "planned": planned,
+        "runs": runs,
+        "factors": factors(ladder, runs, probed),
+    }
+
+
+def _described(ladder: Ladder) -> Dict[str, Any]:
+    arms = {
+        arm.name: {
+            "family": arm.family,
+            "base": arm.base,
+            "experts": arm.experts,
+            "granularity": arm.granularity,
+            "router": arm.flags.get("moe-router", "topk") if arm.family == "moe" else "",
+        }
+        for arm in ladder.arms
+    }
+    stages = {
+        stage.name: {"tokens": stage.tokens, "updates": stage.updates, "seeds": stage.seeds}
+        for stage in ladder.stages
+    }
+    return {"title": ladder.title, "arms": arms, "stages": stages}
+
+
+def seconds_per_token(ladder: Ladder) -> Dict[str, float]:
+    """What the probe measured, so far."""
+    path = ladder.out / "probe.json"
+    return files.read_json(path)["seconds_per_token"] if path.is_file() else {}
+
+
+class _Of(NamedTuple):
+    """The runs on one number of tokens: arm -> seed -> run."""
+
+    tokens: int
+    stages: List[Stage]
+    runs: Dict[str, Dict[int, LadderRun]]
+
+
+def factors(ladder: Ladder, runs: Sequence[LadderRun], probed: Mapping[str, float]) -> List[Factor]:
+    """Of every sparse arm, on every number of tokens, by every group and set."""
+    found: List[Factor] = []
+    for tokens in sorted({stage.tokens for stage in ladder.stages if stage.name != LR}):
+        stages = [s for s in ladder.stages if s.name != LR and s.tokens == tokens]
+        names = {stage.name for stage in stages}
+        by_arm: Dict[str, Dict[int, LadderRun]] = {}
+        for run in runs:
+            if run["stage"] in names:
+                by_arm.setdefault(run["size"], {})[run["seed"]] = run
+        of = _Of(tokens, stages, by_arm)
+        dense = [arm for arm in ladder.arms if arm.family == "dense" and arm.name in by_arm]
+        if len(dense) < 2:
+            continue
+        units = _Units(ladder, of)
+        for arm in ladder.arms:
+            if arm.family == "moe" and arm.name in by_arm:
+                for group in _groups(by_arm[arm.name]):
+                    one = _factor(arm, dense, of, group, probed, units)
+                    found += [one] if one is not None else []
+    return found
+
+
+def _groups(by_seed: Mapping[int, LadderRun]) -> List[str]:
+    run = next(iter(by_seed.values()))
+    return [group for group in GROUPS if group in run["mean"]] + list(run["sets"])
+
+
+def _curve(dense: Sequence[Arm], of: _Of, seed: int) -> List[LadderRun]:
+    """The dense runs of a seed; of a size that lacks it, its first seed."""
+    return [
+        of.runs[arm.name].get(seed) or of.runs[arm.name][min(of.runs[arm.name])] for arm in dense
+    ]
+
+
+def _factor(
+    arm: Arm,
+    dense: Sequence[Arm],
+    of: _Of,
+    group: str,
+    probed: Mapping[str, float],
+    units: "_Units",
+) -> Optional[Factor]:
+    by_seed = of.runs[arm.name]
+    mine = [by_seed[seed] for seed in sorted(by_seed)]
+    curves = [_curve(dense, of, run["seed"]) for run in mine]
+    if len({measured_on(run, group) for run in [*mine, *(r for c in curves for r in c)]}) > 1:
+        return None  # not on the same text
+    savings = [
+        saving.saving(_points(curve, group), run["flops"], performance(run, group))
+        for curve, run in zip(curves, mine)
+    ]
+    whole = _mean(savings)
+    interval, over = saving.ends_over_seeds(savings), OVER_SEEDS
+    if interval is None:
+        interval, over = units.interval(curves[0], mine[0], group)
+    flops = mine[0]["flops"]
+    routed = flops + mine[0]["tokens"] * router_flops(arm)
+    return {
+        "arm": arm.name,
+        "tokens": of.tokens,
+        "group": group,
+        "seeds": len(mine),
+        "factor": whole.factor,
+        "beyond": whole.beyond,
+        "interval": interval,
+        "interval_over": over,
+        "with_router": whole.factor * flops / routed,
+        "in_seconds": _in_seconds(curves, mine, group, probed),
+    }
+
+
+def _points(curve: Sequence[LadderRun], group: str) -> List[Tuple[float, float]]:
+    return [(run["flops"], performance(run, group)) for run in curve]
+
+
+def _mean(savings: Sequence[Saving]) -> Saving:
+    """The geometric mean over seeds; a bound as soon as one of them is."""
+    beyond = [one.beyond for one in savings if one.beyond]
+    return Saving(statistics.geometric_mean([s.factor for s in savings]), (beyond or [0])[0])
+
+
+def _in_seconds(
+    curves: Sequence[Sequence[LadderRun]],
+    mine: Sequence[LadderRun],
+    group: str,
+    probed: Mapping[str, float],
+) -> Optional[float]:
+    """The saving in seconds of training steps, by the probe."""
+    needed = [run["size"] for run in [*curves[0], mine[0]]]
+    if not all(name in probed for name in needed):
+        return None
+    savings = [
+        saving.saving(
+            [(probed[run["size"]], performance(run, group)) for run in curve],
+            probed[one["size"]],
+            performance(one, group),
+        )
+        for curve, one in zip(curves, mine)
+    ]
+    whole = _mean(savings)
+    return None if whole.beyond else whole.factor
+
+
+class _Units:
+    """The losses of each test document in the runs on one number of tokens, read when needed."""
+
+    def __init__(self, ladder: Ladder, of: _Of) -> None:
+        self.folders = {
+            (stage.name, arm.name, seed): ladder.folder(stage, arm, seed)
+            for stage in of.stages
+            for arm in stage.arms
+            for seed in stage.seeds
+        }
+        self._losses: Dict[Path, Optional[Dict[str, UnitLosses]]] = {}
+        self._drawn: Dict[Tuple[Tuple[Path, ...], str], np.ndarray] = {}
+
+    def interval(
+        self, curve: Sequence[LadderRun], mine: LadderRun, group: str
+    ) -> Tuple[Optional[saving.Ends], str]:
+        """Of one seed, and over what it is."""
+        runs = [*curve, mine]
+        costs = [run["flops"] for run in runs]
+        sets = [name for name, _ in measured_on(mine, group)]
+        folders = [self.folders[run["stage"], run["size"], run["seed"]] for run in runs]
+        losses = [self._of(folder) for folder in folders]
+        if all(losses):
+            by_set = [self._draws(folders, name, i) for i, name in enumerate(sorted(sets))]
+            perplexities = np.mean(by_set, axis=0)  # (draws, M)
+            return saving.ends_over_documents(costs, perplexities), OVER_DOCUMENTS
+        intervals = [
+            where[group].get("interval")
+            for run in runs
+            for where in (run["mean"], run["sets"])
+            if group in where
+        ]
+        width = saving.joint_width(intervals)
+        if width is None:
+            return None, ""
+        ends = saving.ends_by_intervals(
+            _points(curve, group), mine["flops"], performance(mine, group), width
+        )
+        return ends, OVER_INTERVALS
+
+    def _of(self, folder: Path) -> Optional[Dict[str, UnitLosses]]:
+        if folder not in self._losses:
+            path = folder / "unit_losses.json"
+            self._losses[folder] = files.read_json(path) if path.is_file() else None
+        return self._losses[folder]
+
+    def _draws(self, folders: Sequence[Path], name: str, seed: int) -> np.ndarray:
+        """(draws, M) perplexities on a set."""
+        key = (tuple(folders), name)
+        if key not in self._drawn:
+            models = [(self._of(folder) or {})[name] for folder in folders]
+            self._drawn[key] = saving.drawn_perplexities(models, seed)
+        return self._drawn[key]
+
+
+def passing(ladder: Ladder, stage: Stage, result: LadderResult) -> List[Arm]:
+    """The sparse arms of a stage that saved enough in domain in the stage that screens it."""
+    tokens = ladder.stage(stage.screen).tokens
+    saved = {
+        factor["arm"]: factor
+        for factor in result["factors"]
+        if factor["tokens"] == tokens and factor["group"] == GROUPS[0]
+    }
+    return [
+        arm
+        for arm in stage.arms
+        if arm.name in saved
+        and saved[arm.name]["factor"] >= stage.at_least
+        and saved[arm.name]["beyond"] >= 0
+    ]

@@ -1,0 +1,273 @@
+"""A ladder's YAML file -> its stages, each a file for `fairseq-moe study`."""
+
+import fnmatch
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
+
+import yaml
+
+from ... import ranges
+from ...errors import UserError
+from .. import yaml_file
+from ..plan import ARM, FAMILIES, Keys, checked
+
+LR = "lr"  # the stage that tries learning rates
+_DENSE_ARCH, _MOE_ARCH = "dense_lm_tiny", "moe_lm_tiny"
+
+_TOP: Keys = {
+    "title": (str, "A ladder"),
+    "data": (str, None),
+    "out": (str, None),
+    "context": (int, None),
+    "vocabulary": (int, None),
+    "warmup": (float, 0.1),
+    "train": (dict, None),
+    "evaluate": (dict, {}),
+    "dense": (dict, None),
+    "moe": (dict, None),
+    "learning-rate": (dict, None),
+    "stages": (dict, None),
+}
+_MOE: Keys = {"bases": (list, None), "flags": (dict, {}), "arms": (dict, None)}
+_ARM: Keys = {
+    "experts": (int, None),
+    "granularity": (int, 1),
+    "bases": (list, []),
+    "flags": (dict, {}),
+}
+_LEARNING_RATE: Keys = {"tokens": (int, None), "dense": (dict, None), "moe": (dict, None)}
+_TRIES: Keys = {"arm": (str, None), "values": (list, None)}
+_STAGE: Keys = {
+    "tokens": (int, None),
+    "seeds": (list, [1]),
+    "arms": (list, ["*"]),
+    "screen": (str, ""),
+    "at-least": (float, 2.0),
+}
+
+
+class Arm(NamedTuple):
+    """A model. `experts` of the width of the base's feed-forward network hold as many parameters as
+    its experts do; `granularity` times as many of them, each as much narrower, are picked from."""
+
+    name: str
+    base: str  # the dense size that it has the FLOPs of
+    arch: str
+    flags: Dict[str, Any]
+    experts: int = 1
+    granularity: int = 1
+
+    @property
+    def family(self) -> str:
+        return FAMILIES[self.arch == _MOE_ARCH]
+
+
+class Stage(NamedTuple):
+    """Trainings on one number of tokens, in a folder of their own."""
+
+    name: str
+    tokens: int
+    updates: int
+    seeds: List[int]
+    arms: List[Arm]  # with `lr` among their flags in the stage LR alone
+    screen: str = ""  # the stage by whose factors the sparse arms of this one are chosen
+    at_least: float = 0.0  # the factor that they must have had in domain
+
+
+class Ladder(NamedTuple):
+    """What the file asks for."""
+
+    title: str
+    data: str
+    out: Path
+    context: int
+    vocabulary: int  # of the data, for costs before there are checkpoints
+    warmup: float  # share of the updates
+    train: Dict[str, Any]
+    evaluate: Dict[str, Any]
+    forecast: Path  # beside the file
+    arms: List[Arm]
+    stages: List[Stage]  # the first one is LR
+
+    @property
+    def tokens_per_update(self) -> int:
+        return self.context * self.train["batch-size"] * self.train.get("update-freq", 1)
+
+    def stage(self, name: str) -> Stage:
+        return next(stage for stage in self.stages if stage.name == name)
+
+    def folder(self, stage: Stage, arm: Arm, seed: int) -> Path:
+        """Of a run, as a study of arms calls it."""
+        return self.out / stage.name / f"{ARM}-{arm.name}-{seed}"
+
+
+def read(path: Path) -> Ladder:
+    """Read and check a ladder's file. What a study checks of its own file (flags, data) is checked
+    when a stage starts. Raises UserError for an unknown or missing key, or a name that is none."""
+    asked = checked(yaml_file.read(path), _TOP, str(path))
+    batch = asked["train"].get("batch-size")
+    if type(batch) is not int or batch < 1:
+        raise UserError(f"{path}: train: batch-size {batch}: say how many blocks an update has")
+    ranges.require(ranges.SIZE, asked["context"], f"{path}: context")
+    if not 0 <= asked["warmup"] < 1:
+        raise UserError(f"{path}: warmup {asked['warmup']}: use a share of the updates below 1")
+    arms = _arms(asked, path)
+    ladder = Ladder(
+        asked["title"],
+        asked["data"],
+        Path(asked["out"]),
+        asked["context"],
+        asked["vocabulary"],
+        asked["warmup"],
+        asked["train"],
+        asked["evaluate"],
+        path.with_name(f"{path.stem}_forecast.json"),
+        arms,
+        [],
+    )
+    per_update = ladder.tokens_per_update
+    return ladder._replace(
+        stages=[_search(asked, arms, per_update, path), *_stages(asked, arms, per_update, path)]
+    )
+
+
+def _arms(asked: Mapping[str, Any], path: Path) -> List[Arm]:
+    """The dense sizes, then the sparse models of each."""
+    dense = [Arm(name, name, _DENSE_ARCH, flags) for name, flags in asked["dense"].items()]
+    if len(dense) < 2:
+        raise UserError(f"{path}: dense: name two sizes or more, to compute factors between them")
+    for arm in dense:
+        for flag in ("decoder-layers", "decoder-embed-dim", "decoder-ffn-embed-dim"):
+            if not isinstance(arm.flags, dict) or type(arm.flags.get(flag)) is not int:
+                raise UserError(f"{path}: dense: {arm.name}: {flag} is missing, or no whole number")
+    moe = checked(asked["moe"], _MOE, f"{path}: moe")
+    by_base: Dict[str, List[Arm]] = {arm.name: [] for arm in dense}
+    for name, arm in moe["arms"].items():
+        where = f"{path}: moe: arms: {name}"
+        values = checked(arm, _ARM, where)
+        for key in ("experts", "granularity"):
+            ranges.require(ranges.POSITIVE_COUNT, values[key], f"{where}: {key}")
+        for base in values["bases"] or moe["bases"]:
+            if base not in by_base:
+                raise UserError(f"{where}: bases: {base}: not one of {', '.join(by_base)}")
+            by_base[base].append(_sparse(asked["dense"], base, str(name), moe["flags"], values))
+    return dense + [arm for arms in by_base.values() for arm in arms]
+
+
+def _sparse(
+    dense: Mapping[str, Any], base: str, name: str, common: Mapping[str, Any], asked: Dict[str, Any]
+) -> Arm:
+    """A sparse arm with the FLOPs of its base, but for the router."""
+    experts, granularity = asked["experts"], asked["granularity"]
+    flags = {
+        **dense[base],
+        **common,
+        "moe-expert-count": experts * granularity,
+        "moe-expert-ffn-dim": dense[base]["decoder-ffn-embed-dim"] // granularity,
+        "moe-top-k": granularity,
+        **asked["flags"],
+    }
+    return Arm(f"{base}-{name}", base, _MOE_ARCH, flags, experts, granularity)
+
+
+def _updates(tokens: int, per_update: int) -> int:
+    return max(1, int(tokens / per_update + 0.5))
+
+
+def _search(asked: Mapping[str, Any], arms: List[Arm], per_update: int, path: Path) -> Stage:
+    """The stage that tries learning rates."""
+    where = f"{path}: learning-rate"
+    search = checked(asked["learning-rate"], _LEARNING_RATE, where)
+    ranges.require(ranges.POSITIVE_COUNT, search["tokens"], f"{where}: tokens")
+    tried = []
+    for family in FAMILIES:
+        tries = checked(search[family], _TRIES, f"{where}: {family}")
+        found = [arm for arm in arms if arm.name == tries["arm"] and arm.family == family]
+        if not found:
+            raise UserError(f"{where}: {family}: arm {tries['arm']}: no {family} arm is called so")
+        if not tries["values"]:
+            raise UserError(f"{where}: {family}: values []: name one or more")
+        for value in tries["values"]:
+            try:
+                name = f"{found[0].name}-lr{1000 * float(value):g}"
+            except (TypeError, ValueError):
+                raise UserError(f"{where}: {family}: {value!r} is no learning rate") from None
+            tried.append(found[0]._replace(name=name, flags={**found[0].flags, LR: value}))
+    tokens = search["tokens"]
+    return Stage(LR, tokens, _updates(tokens, per_update), [1], tried)
+
+
+def _stages(asked: Mapping[str, Any], arms: List[Arm], per_update: int, path: Path) -> List[Stage]:
+    stages: List[Stage] = []
+    for name, stage in asked["stages"].items():
+        where = f"{path}: stages: {name}"
+        values = checked(stage, _STAGE, where)
+        ranges.require(ranges.POSITIVE_COUNT, values["tokens"], f"{where}: tokens")
+        before = [earlier.name for earlier in stages]
+        if values["screen"] and values["screen"] not in before:
+            raise UserError(
+                f"{where}: screen {values['screen']}: not a stage before it: "
+                f"{', '.join(before) or 'there is none'}"
+            )
+        stages.append(
+            Stage(
+                str(name),
+                values["tokens"],
+                _updates(values["tokens"], per_update),
+                values["seeds"],
+                select(arms, values["arms"], f"{where}: arms"),
+                values["screen"],
+                values["at-least"],
+            )
+        )
+    return stages
+
+
+def select(arms: Sequence[Arm], patterns: Sequence[str], where: str) -> List[Arm]:
+    """Those whose name matches one of the patterns (d0, d0-*). Raises UserError for a pattern that
+    matches none."""
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(arm.name, str(pattern)) for arm in arms):
+            names = ", ".join(arm.name for arm in arms)
+            raise UserError(f"{where} {pattern}: no arm is called so; they are {names}")
+    return [arm for arm in arms if any(fnmatch.fnmatchcase(arm.name, str(p)) for p in patterns)]
+
+
+def study_file(
+    ladder: Ladder, stage: Stage, rates: Optional[Mapping[str, Any]], seeds: Sequence[int] = ()
+) -> str:
+    """A stage as the YAML of a study of arms.
+
+    Args:
+        rates: the learning rate of each family; None in the stage LR, whose arms have theirs.
+        seeds: other than the stage's.
+    """
+    train = dict(ladder.train)
+    warmup = {"warmup-updates": int(ladder.warmup * stage.updates + 0.5)}
+    train = _behind(train, "lr-scheduler", warmup)
+    arms = {}
+    for arm in stage.arms:
+        rate = {} if rates is None else {LR: rates[arm.family]}
+        arms[arm.name] = {"arch": arm.arch, "flags": {**arm.flags, **rate}}
+    study = {
+        "title": f"{ladder.title}, {stage.name}",
+        "data": ladder.data,
+        "out": str(ladder.out / stage.name),
+        "context": ladder.context,
+        "updates": stage.updates,
+        "seeds": list(seeds or stage.seeds),
+        "reference": stage.arms[0].name,
+        "train": train,
+        "evaluate": ladder.evaluate,
+        "arms": arms,
+    }
+    return yaml.safe_dump(study, sort_keys=False, width=1000)
+
+
+def _behind(flags: Dict[str, Any], flag: str, more: Dict[str, Any]) -> Dict[str, Any]:
+    """With more flags behind a flag, or at the end."""
+    if flag not in flags:
+        return {**flags, **more}
+    place = list(flags).index(flag) + 1
+    items = list(flags.items())
+    return dict(items[:place] + list(more.items()) + items[place:])

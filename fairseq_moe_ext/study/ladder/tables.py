@@ -1,0 +1,201 @@
+"""The tables of a ladder's result: rows of text, the first one the head."""
+
+import math
+from typing import Dict, List, Optional, Sequence, Tuple
+
+from ...text_table import markdown
+from ...wording import signed
+from ..result import GROUPS, mean_performance
+from ..tables import TITLES
+from .forecast import Forecast
+from .result import Factor, LadderResult, LadderRun
+
+Rows = List[List[str]]
+NOTE = (
+    "Of a sparse model: how many times its training FLOPs a dense model needs for the same "
+    "perplexity on as many tokens, between dense models on a line of ln FLOPs against ln "
+    "perplexity. Nothing is extrapolated: > and < stand where the sparse model is better than "
+    "every dense model, or worse. In brackets the 95 % interval: with two seeds or more over seeds "
+    "(Student's t); with one seed over test documents, drawn anew 1,000 times, the same ones for "
+    "all models. An end of - is beyond the dense models. FLOPs are matrix products without the "
+    "router; `router counted` has its products, too. `in seconds` is the same saving in the time "
+    "of a training step on one machine, each model measured alone."
+)
+
+
+def millions(tokens: float) -> str:
+    return f"{tokens / 1e6:g}M"
+
+
+def factor(found: Optional[Factor]) -> str:
+    """2.13 (1.99 to 2.30)."""
+    if found is None:
+        return ""
+    shown = f"{('', '> ', '< ')[found['beyond']]}{found['factor']:.2f}"
+    interval = found["interval"]
+    if interval is None:
+        return shown
+    low, high = ("-" if end is None else f"{end:.2f}" for end in interval)
+    return f"{shown} ({low} to {high})"
+
+
+def by_key(result: LadderResult) -> Dict[Tuple[str, int, str], Factor]:
+    """(arm, tokens, group) -> factor."""
+    return {(f["arm"], f["tokens"], f["group"]): f for f in result["factors"]}
+
+
+def budgets(result: LadderResult) -> List[int]:
+    return sorted({found["tokens"] for found in result["factors"]})
+
+
+def sparse(result: LadderResult) -> List[str]:
+    """The sparse arms that have a factor: by base, then router, experts and granularity."""
+    arms = result["ladder"]["arms"]
+    names = {found["arm"] for found in result["factors"]}
+    return sorted(
+        names,
+        key=lambda name: (
+            arms[name]["base"],
+            arms[name]["router"] == "hash",
+            arms[name]["experts"],
+            arms[name]["granularity"],
+        ),
+    )
+
+
+def over_tokens(result: LadderResult, group: str) -> Rows:
+    """A row an arm, a column a number of tokens."""
+    found = by_key(result)
+    head = ["", *(f"{millions(tokens)} tokens" for tokens in budgets(result))]
+    rows = [
+        [name, *(factor(found.get((name, tokens, group))) for tokens in budgets(result))]
+        for name in sparse(result)
+    ]
+    return [head, *rows]
+
+
+def costs(result: LadderResult) -> Rows:
+    """In domain: the saving in FLOPs, with the router's counted, and in seconds."""
+    head = ["", "seeds", "saving", "router counted", "in seconds", "interval over"]
+    rows = []
+    for found in result["factors"]:
+        if found["group"] == GROUPS[0]:
+            seconds = found["in_seconds"]
+            bound = ("", "> ", "< ")[found["beyond"]]
+            rows.append(
+                [
+                    f"{found['arm']}, {millions(found['tokens'])}",
+                    str(found["seeds"]),
+                    f"{bound}{found['factor']:.2f}",
+                    f"{bound}{found['with_router']:.2f}",
+                    "-" if seconds is None else f"{seconds:.2f}",
+                    found["interval_over"],
+                ]
+            )
+    return [head, *rows]
+
+
+def over_sets(result: LadderResult, tokens: int) -> Rows:
+    """A row a set, a column an arm."""
+    found = by_key(result)
+    of_tokens = [f for f in result["factors"] if f["tokens"] == tokens]
+    names = [name for name in sparse(result) if any(f["arm"] == name for f in of_tokens)]
+    groups = list(dict.fromkeys(f["group"] for f in of_tokens))
+    rows = []
+    for group in groups:
+        cells = []
+        for name in names:
+            one = found.get((name, tokens, group))
+            cells.append(factor(None if one is None else {**one, "interval": None}))
+        rows.append([TITLES.get(group, group), *cells])
+    return [["", *names], *rows]
+
+
+def perplexities(result: LadderResult, group: str) -> Rows:
+    """A row an arm, dense ones first: FLOPs a token, and perplexity by tokens, mean over seeds."""
+    runs = [run for run in result["runs"] if run["stage"] != "lr"]
+    tokens = sorted({_stage_tokens(result, run) for run in runs})
+    head = ["", "MFLOPs a token", "parameters, M", *(millions(t) + " tokens" for t in tokens)]
+    rows = []
+    for name in result["ladder"]["arms"]:
+        mine = [run for run in runs if run["size"] == name]
+        if not mine:
+            continue
+        row = [name, f"{mine[0]['flops'] / mine[0]['tokens'] / 1e6:.1f}"]
+        row.append(f"{mine[0]['parameters'] / 1e6:.2f}")
+        for budget in tokens:
+            of_budget = [run for run in mine if _stage_tokens(result, run) == budget]
+            row.append(f"{mean_performance(of_budget, group):.2f}" if of_budget else "")
+        rows.append(row)
+    return [head, *rows]
+
+
+def _stage_tokens(result: LadderResult, run: LadderRun) -> int:
+    return int(result["ladder"]["stages"][run["stage"]]["tokens"])
+
+
+def learning_rates(result: LadderResult) -> Rows:
+    rows = [["", "learning rate", "validation perplexity in domain"]]
+    for family, rate in result["rates"].items():
+        for value, perplexity in rate["tried"] or [(rate["value"], math.nan)]:
+            taken = ", taken" if value == rate["value"] else ""
+            edge = ", at the edge of those tried" if taken and rate["at_the_edge"] else ""
+            shown = "not tried" if math.isnan(perplexity) else f"{perplexity:.2f}"
+            rows.append([f"{family}{taken}{edge}", str(value), shown])
+    return rows
+
+
+def against_forecast(result: LadderResult, forecasts: Sequence[Forecast]) -> Rows:
+    """Measured in domain, beside what was forecast before."""
+    found = by_key(result)
+    laws = list(forecasts[0]["laws"]) if forecasts else []
+    head = ["", "measured", "trend by tokens", "trend by updates", *laws]
+    rows = []
+    for one in forecasts:
+        measured = found.get((one["arm"], one["tokens"], GROUPS[0]))
+        if measured is None:
+            continue
+        numbers = [one["trend_tokens"], one["trend_updates"], *one["laws"].values()]
+        cells = ["-" if value is None else f"{value:.2f}" for value in numbers]
+        rows.append([f"{one['arm']}, {millions(one['tokens'])}", factor(measured), *cells])
+    return [head, *rows]
+
+
+def growth(result: LadderResult) -> List[Tuple[str, float]]:
+    """Of each sparse arm that has a number at its fewest and its most tokens: how many per cent the
+    saving in domain grows each time the tokens double."""
+    grown = []
+    for name in sparse(result):
+        mine = [
+            f
+            for f in result["factors"]
+            if f["arm"] == name and f["group"] == GROUPS[0] and not f["beyond"]
+        ]
+        if len(mine) > 1:
+            first, last = mine[0], mine[-1]
+            doublings = math.log2(last["tokens"] / first["tokens"])
+            grown.append((name, 100 * ((last["factor"] / first["factor"]) ** (1 / doublings) - 1)))
+    return grown
+
+
+def page(result: LadderResult) -> str:
+    """tables.md: all tables, for a page of documentation."""
+    forecasts = result["forecasts"]
+    parts = [NOTE]
+    for group in GROUPS:
+        if any(f["group"] == group for f in result["factors"]):
+            parts += [f"## Saving, {TITLES[group]}", markdown(over_tokens(result, group))]
+    parts += ["## FLOPs and seconds", markdown(costs(result))]
+    for tokens in budgets(result):
+        parts += [f"## By set, {millions(tokens)} tokens", markdown(over_sets(result, tokens))]
+    if forecasts:
+        parts += ["## Against the forecast", markdown(against_forecast(result, forecasts))]
+    grown = ", ".join(f"{name} {signed(percent)} %" for name, percent in growth(result))
+    if grown:
+        parts += [f"The saving in domain grows with each doubling of tokens by: {grown}."]
+    for group in GROUPS:
+        if any(group in run["mean"] for run in result["runs"]):
+            parts += [f"## Perplexity, {TITLES[group]}", markdown(perplexities(result, group))]
+    if result["rates"]:
+        parts += ["## Learning rates", markdown(learning_rates(result))]
+    return "\n\n".join(parts) + "\n"

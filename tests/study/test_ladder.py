@@ -1,0 +1,399 @@
+"""A ladder: its file, its stages, what is saved, its pages, and all of it in small."""
+
+import importlib.util
+import json
+import math
+import os
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from fairseq_moe_ext import cli
+from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.study import plan
+from fairseq_moe_ext.study.ladder import (
+    forecast,
+    needed,
+    progress,
+    rates,
+    result,
+    running,
+    saving,
+    stages,
+    tables,
+)
+from fairseq_moe_ext.study.ladder.saving import Saving
+
+STUDY = Path(__file__).resolve().parents[2] / "examples" / "study"
+REAL = stages.read(STUDY / "ladder.yaml")
+
+SMALL = """\
+title: A small ladder
+data: {folder}/data
+out: {folder}/ladder
+context: 32
+vocabulary: 300
+train: {{batch-size: 4, optimizer: adam, lr-scheduler: polynomial_decay, cpu: true, num-workers: 0,
+  log-interval: 1, decoder-attention-heads: 1}}
+evaluate: {{bootstrap: 20}}
+dense:
+  a: {{decoder-layers: 1, decoder-embed-dim: 8, decoder-ffn-embed-dim: 32}}
+  b: {{decoder-layers: 2, decoder-embed-dim: 16, decoder-ffn-embed-dim: 64}}
+moe:
+  bases: [a]
+  flags: {{moe-freq: 1, moe-dropless: true}}
+  arms: {{E4: {{experts: 4}}, 4x2: {{experts: 4, granularity: 2}}}}
+learning-rate:
+  tokens: 384
+  dense: {{arm: a, values: [1e-2, 1e-3]}}
+  moe: {{arm: a-E4, values: [1e-2]}}
+stages:
+  first: {{tokens: 384}}
+  second: {{tokens: 640, screen: first, at-least: 0}}
+"""
+
+
+def write(folder, change=lambda text: text):
+    path = folder / "ladder.yaml"
+    path.write_text(change(SMALL.format(folder=folder)))
+    return path
+
+
+def command():
+    """examples/study/ladder.py."""
+    spec = importlib.util.spec_from_file_location("study_ladder", STUDY / "ladder.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "old, new, words",
+    [
+        ("bases: [a]", "bases: [c]", "moe: arms: E4: bases: c: not one of a, b"),
+        ("arm: a-E4", "arm: b", "learning-rate: moe: arm b: no moe arm is called so"),
+        ("[1e-2, 1e-3]", "[fast]", "'fast' is no learning rate"),
+        ("screen: first", "screen: third", "screen third: not a stage before it: first"),
+        ("tokens: 640", "tokens: 640, arms: [c*]", "stages: second: arms c*: no arm is called so"),
+        ("experts: 4}}", "experts: 0}}", "moe: arms: E4: experts 0 is out of range"),
+        ("warmup", "warmup", ""),
+        ("context: 32", "context: 32\nwarmup: 1", "warmup 1.0: use a share"),
+        ("decoder-ffn-embed-dim: 64", "dropout: 0", "dense: b: decoder-ffn-embed-dim is missing"),
+        ("stages:", "stage:", "unknown key 'stage'"),
+        ("batch-size: 4", "batch-size: 0", "batch-size 0: say how many"),
+    ],
+)
+def test_mistakes_in_the_file(folder, old, new, words, capsys):
+    path = write(folder, lambda text: text.replace(old.replace("}}", "}"), new.replace("}}", "}")))
+    status = command().main([str(path), "--dry-run"])
+    error = capsys.readouterr().err
+    assert status == (1 if words else 0) and words in error
+    assert error.count("\n") == (1 if words else 0)
+
+
+def test_the_studies_of_the_ladder():
+    """The flags of its arms, its updates, by hand."""
+    assert [(s.name, s.updates) for s in REAL.stages] == [
+        ("lr", 488),
+        ("4M", 488),
+        ("16M", 1953),
+        ("16M-seeds", 1953),
+        ("64M", 7813),
+    ]
+    study = yaml.safe_load(
+        stages.study_file(REAL, REAL.stage("16M-seeds"), {"dense": "4e-3", "moe": "2e-3"})
+    )
+    assert study["seeds"] == [2, 3] and study["train"]["warmup-updates"] == 195
+    assert "d2" not in study["arms"] and "d1-hash64" not in study["arms"]
+    assert study["arms"]["d1-256x4"] == {
+        "arch": "moe_lm_tiny",
+        "flags": {
+            "decoder-layers": 4,
+            "decoder-embed-dim": 160,
+            "decoder-ffn-embed-dim": 640,
+            "decoder-attention-heads": 5,
+            "moe-freq": 1,
+            "moe-dropless": True,
+            "moe-expert-count": 256,
+            "moe-expert-ffn-dim": 160,
+            "moe-top-k": 4,
+            "lr": "2e-3",
+        },
+    }
+    assert study["arms"]["d0-hash64"]["flags"]["moe-router"] == "hash"
+    assert study["arms"]["d0"]["flags"]["lr"] == "4e-3"
+    search = yaml.safe_load(stages.study_file(REAL, REAL.stages[0], None))
+    assert search["arms"]["d0-E64-lr8"]["flags"]["lr"] == "8e-3" and len(search["arms"]) == 6
+
+
+def test_every_stage_is_a_study_that_can_be_run(folder):
+    ladder = stages.read(write(folder))
+    for stage in ladder.stages:
+        given = None if stage.name == "lr" else {"dense": "1e-2", "moe": "1e-2"}
+        path = folder / f"{stage.name}.yaml"
+        path.write_text(stages.study_file(ladder, stage, given))
+        planned = plan.read(path)
+        assert len(planned.runs) == len(stage.arms) * len(stage.seeds)
+        assert [r.folder for r in planned.runs] == [ladder.folder(stage, a, 1) for a in stage.arms]
+        assert planned.tokens_per_update == ladder.tokens_per_update == 128
+
+
+def test_a_part_of_a_ladder():
+    part = running.chosen(REAL, running.Chosen(["16M", "16M-seeds"], ["d0*"], [1, 2]))
+    assert [(s.name, s.seeds, len(s.arms)) for s in part] == [
+        ("16M", [1], 7),
+        ("16M-seeds", [2], 7),
+    ]
+    for asked, words in (
+        (running.Chosen(stages=["8M"]), "--stages 8M: not a stage"),
+        (running.Chosen(arms=["d9"]), "--arms d9: no arm"),
+        (running.Chosen(stages=["4M"], seeds=[9]), "no run is in all of them"),
+    ):
+        with pytest.raises(UserError, match=words):
+            running.chosen(REAL, asked)
+
+
+def validation(folder, *perplexities):
+    """The log of a training that ended."""
+    folder.mkdir(parents=True)
+    (folder / "train.log").write_text(
+        "".join(
+            f't | INFO | valid | {{"epoch": 1, "valid_in_domain_ppl": "{p}"}}\n'
+            for p in perplexities
+        )
+    )
+    (folder / "trained").touch()
+
+
+def test_the_best_learning_rate_on_validation_text_is_taken(folder, tmp_path):
+    ladder = stages.read(write(folder))._replace(out=tmp_path)
+    search = ladder.stages[0]
+    one, two, _ = search.arms
+    validation(ladder.folder(search, one, 1), 40, 31)
+    with pytest.raises(UserError, match="arm-a-lr1-1: not trained yet"):
+        rates.choose(ladder)
+    validation(ladder.folder(search, two, 1), "nan", 30.5, 32)
+    found = rates.choose(ladder)
+    assert found["dense"].value == "1e-3" and found["moe"].value == "1e-2"
+    assert found["dense"].tried == [("1e-2", 31.0), ("1e-3", 30.5)]
+    assert found["dense"].at_the_edge and not found["moe"].at_the_edge
+
+
+def test_saving_by_hand():
+    """Dense: ln p falls by 1 from cost 1 to cost 16. Half way, the dense model costs 4."""
+    dense = [(1.0, 100.0), (16.0, 100.0 / math.e)]
+    assert saving.saving(dense, 1.0, 100 * math.exp(-0.5)).factor == pytest.approx(4)
+    assert saving.saving(dense, 2.0, 100 * math.exp(-0.25)).factor == pytest.approx(1)
+    assert saving.saving(dense, 2.0, 30) == Saving(8, 1)
+    assert saving.saving(dense, 2.0, 101) == Saving(0.5, -1)
+    assert saving.ends_over_seeds([Saving(2.0)]) is None
+    assert saving.ends_over_seeds([Saving(2.0), Saving(8, 1)]) is None
+    low, high = saving.ends_over_seeds([Saving(2.0), Saving(3.0), Saving(4.0)])
+    logs = np.log([2, 3, 4])
+    half = 4.302653 * logs.std(ddof=1) / math.sqrt(3)
+    assert low == pytest.approx(math.exp(logs.mean() - half), rel=1e-6)
+    assert high == pytest.approx(math.exp(logs.mean() + half), rel=1e-6)
+    assert saving.ends_of([Saving(9, -1)] * 2 + [Saving(2.0)] * 36 + [Saving(9, 1)] * 2) == (
+        None,
+        None,
+    )
+    assert saving.ends_by_intervals(dense, 1.0, 100 * math.exp(-0.5), 0.25) == pytest.approx((2, 8))
+    assert saving.joint_width([(1, 1), (1, math.exp(0.6)), (1, math.exp(0.8))]) == pytest.approx(
+        0.5
+    )
+    assert saving.joint_width([None, (1, 2)]) is None
+
+
+def test_documents_are_drawn_alike_for_all_models():
+    """A model that is a nat better on every document is so in every draw."""
+    nats = np.array([10.0, 90.0, 30.0, 400.0])
+    tokens = [10, 20, 10, 100]
+    one = {"nats": nats.tolist(), "tokens": tokens}
+    other = {"nats": (nats - tokens).tolist(), "tokens": tokens}
+    drawn = saving.drawn_perplexities([one, other], 1, 50)
+    assert np.allclose(drawn[:, 0] / drawn[:, 1], math.e) and len(set(drawn[:, 0])) > 10
+    ends = saving.ends_over_documents([1.0, 16.0, 2.0], np.stack([*drawn.T, drawn[:, 0] ** 1]).T)
+    assert ends == pytest.approx((0.5, 0.5))
+
+
+def made_run(stage, arm, seed, flops, perplexity):
+    one = {"perplexity": perplexity, "interval": [perplexity / 1.01, perplexity * 1.01]}
+    return {
+        **{"stage": stage, "family": "arm", "size": arm, "seed": seed, "parameters": 10**6},
+        **{"active": 10**5, "experts": 1, "tokens": 16e6, "flops": flops, "seconds": 60.0},
+        "sets": {"kernel": {**one, "in_domain": True, "tokens": 9, "dropped": None}},
+        "mean": {"in_domain": one},
+        "priming": {"mean": {}, "tasks": [], "bias": []},
+        "router": {},
+    }
+
+
+def made_result(tmp_path):
+    """d0-E64 is half way between d0 and d1 with seed 1, and at d1 with seed 2; d1-E8 is better than
+    d1, the largest that is done."""
+    ladder = REAL._replace(out=tmp_path)
+    low, high = (16e6 * forecast.training_flops(arm, ladder) for arm in ladder.arms[:2])
+    runs = [
+        made_run("16M", "d0", 1, low, 50.0),
+        made_run("16M", "d1", 1, high, 40.0),
+        made_run("16M", "d0-E64", 1, low, math.sqrt(50 * 40)),
+        made_run("16M-seeds", "d0-E64", 2, low, 40.0),
+        made_run("16M", "d1-E8", 1, high, 39.0),
+        made_run("16M", "d0-256x4", 1, low, math.sqrt(50 * 40)),
+    ]
+    probed = {"d0": 1e-4, "d1": 4e-4, "d0-E64": 2e-4}
+    return {
+        "ladder": result._described(ladder),
+        "rates": {"dense": {"value": "4e-3", "tried": [["4e-3", 30.0]], "at_the_edge": False}},
+        "seconds_per_token": probed,
+        "forecasts": forecast.forecasts(ladder),
+        "planned": 50,
+        "runs": runs,
+        "factors": result.factors(ladder, runs, probed),
+    }
+
+
+def test_factors_of_runs(tmp_path):
+    found = tables.by_key(made_result(tmp_path))
+    ratio = 13.27872 / 6.19776
+    e64 = found["d0-E64", 16_000_000, "in_domain"]
+    assert e64["factor"] == pytest.approx(math.sqrt(math.sqrt(ratio) * ratio))
+    assert e64["seeds"] == 2 and e64["interval_over"] == "seeds"
+    assert e64["with_router"] / e64["factor"] == pytest.approx(6.19776 / (6.19776 + 0.147456))
+    assert e64["in_seconds"] == pytest.approx(math.sqrt((2 / 2) * (4 / 2)))
+    fine = found["d0-256x4", 16_000_000, "kernel"]
+    assert fine["factor"] == pytest.approx(math.sqrt(ratio)) and fine["in_seconds"] is None
+    # each is known to 1 % either way: together to 1.4 %, of 22.3 % between the dense models
+    assert fine["interval_over"] == "perplexities, as if independent"
+    wide = ratio ** (math.log(1.01) * math.sqrt(2) / math.log(50 / 40))
+    assert fine["interval"] == pytest.approx((fine["factor"] / wide, fine["factor"] * wide))
+    better = found["d1-E8", 16_000_000, "in_domain"]
+    assert better["beyond"] == 1 and better["factor"] == pytest.approx(1.0)
+    assert tables.factor(better).startswith("> 1.00 (")
+
+
+def test_only_arms_that_saved_enough_go_on(tmp_path, monkeypatch):
+    made = made_result(tmp_path)
+    stage = REAL.stage("64M")
+    passed = result.passing(REAL, stage._replace(at_least=1.5), made)
+    assert [arm.name for arm in passed] == ["d0-E64"]
+    monkeypatch.setattr(result, "collect", lambda ladder: made)
+    assert [a.name for a in running.screened(REAL, stage._replace(at_least=1.4)).arms] == [
+        *("d0", "d1", "d2", "d3"),
+        *("d0-E64", "d0-256x4"),
+    ]
+    assert running.screened(REAL, stage).arms == []
+    monkeypatch.setattr(result, "collect", lambda ladder: {**made, "factors": []})
+    with pytest.raises(UserError, match="stage 64M: .* in the stage 16M, which has no factor yet"):
+        running.screened(REAL, stage)
+
+
+def test_pages(tmp_path, capsys):
+    made = made_result(tmp_path)
+    (tmp_path / "result.json").write_text(json.dumps(made, allow_nan=False))
+    assert cli.main(["report", str(tmp_path)]) == 0
+    html = (tmp_path / "report.html").read_text()
+    assert "d0-E64 saves most in domain" in html and "6 of 50 runs are done" in html
+    text = (tmp_path / "tables.md").read_text()
+    assert "| d0-256x4 | 1.46 (1." in text and "d0-E64, 16M | 1.77" in text
+    assert (tmp_path / "figures" / "saving.svg").is_file()
+
+
+def test_the_forecast_that_is_committed_is_of_this_ladder():
+    committed = json.loads((STUDY / "ladder_forecast.json").read_text())["forecasts"]
+    assert committed == json.loads(json.dumps(forecast.forecasts(REAL)))
+    found = {(f["arm"], f["tokens"]): f for f in committed}
+    # science: E = 64, continued in tokens
+    assert found["d0-E64", 16_000_000]["trend_tokens"] == pytest.approx(1.45, abs=0.005)
+    assert found["d0-E64", 64_000_000]["trend_tokens"] == pytest.approx(1.7, abs=0.05)
+    assert forecast.trend(512, 1e9) is None and forecast.trend(64, 5.2e9) == pytest.approx(3.15)
+    with pytest.raises(UserError, match=r"ladder_forecast.json: exists"):
+        forecast.write(REAL)
+
+
+def test_what_would_be_needed(tmp_path, capsys):
+    ladder = REAL._replace(out=tmp_path)
+    rows = needed.table(ladder, 100.0, 10_000.0)
+    (four,) = [row for row in rows if row[:2] == ["trend, 64 experts, d1", "4"]]
+    tokens = 5.2e9 * (4 / 3.15) ** (math.log(126 / 5.2) / math.log(4.83 / 3.15))
+    assert float(four[2]) == pytest.approx(tokens, rel=0.05)
+    hours = tokens * 13.27872e6 / 1e11 / 3600
+    assert float(four[3].replace(",", "")) == pytest.approx(hours, rel=0.01)
+    assert float(four[5].replace(",", "")) == pytest.approx(hours / 100, rel=0.01)
+    needed.say(ladder, 100.0, 10_000.0)
+    assert "Computed." in capsys.readouterr().out
+
+
+def inner(update, loss=5.0):
+    return (
+        f't | INFO | train_inner | {{"num_updates": "{update}", "inner_loss": "{loss}", '
+        '"train_wall": "30", "wps": "100"}\n'
+    )
+
+
+def test_progress_of_every_run(folder, tmp_path):
+    ladder = stages.read(write(folder))._replace(out=tmp_path)
+    stage = ladder.stage("first")
+    folders = [ladder.folder(stage, arm, 1) for arm in stage.arms]
+    for one in folders[:3]:
+        one.mkdir(parents=True)
+        (one / "train.log").write_text(inner(1, 6) + inner(2))
+    (folders[0] / "evaluation.json").write_text('{"mean": {"in_domain": {"perplexity": 31.25}}}')
+    long_ago = time.time() - 3600
+    os.utime(folders[2] / "train.log", (long_ago, long_ago))
+    found = [progress.state(one, 3) for one in folders]
+    assert [s.word for s in found] == ["done", "running", "stopped", "to do"]
+    assert found[1].updates == 2 and found[1].minutes == 1.0
+    assert found[1].curve == [(1.0, 64.0), (2.0, 32.0)]
+    progress.write(ladder)
+    html = (tmp_path / "progress.html").read_text()
+    assert '<meta http-equiv="refresh" content="60">' in html
+    assert "1 of 11 runs are done, 1 at work" in html and "31.25" in html and "2 of 3" in html
+    assert not list(tmp_path.glob("*.tmp*"))
+
+
+def test_hours_are_of_what_is_left(folder, tmp_path):
+    ladder = stages.read(write(folder))._replace(out=tmp_path)
+    stage = ladder.stage("first")
+    probed = {"a": 2.0, "b": 1.0, "a-E4": 3.0}
+    flops = forecast.training_flops(stage.arms[3], ladder)
+    left, hours = running.hours(ladder, stage, probed, 1e-9 * flops)  # one second a token
+    assert left == 4 and hours == pytest.approx(384 * (2 + 1 + 3 + 1) / 3600)
+    done = ladder.folder(stage, stage.arms[2], 1)
+    done.mkdir(parents=True)
+    (done / "evaluation.json").touch()
+    assert running.hours(ladder, stage, probed, 1e-9 * flops)[0] == 3
+
+
+@pytest.mark.slow
+def test_a_small_ladder_goes_on_where_it_was_killed(folder, monkeypatch, capsys):
+    """The probe, all stages, a stop in the second, and the same command once more."""
+    path, out, main = write(folder), folder / "ladder", command().main
+    assert main([str(path), "--probe", "--jobs", "1"]) == 0
+    assert set(json.loads((out / "probe.json").read_text())["seconds_per_token"]) >= {"a", "a-E4"}
+    assert main([str(path), "--stages", "first"]) == 1
+    assert "learning rates are chosen when the stage lr is done" in capsys.readouterr().err
+    calls = []
+    one = running.cli.main
+
+    def killed(words):
+        calls.append(words)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return one(words)
+
+    monkeypatch.setattr(running.cli, "main", killed)
+    assert main([str(path), "--jobs", "2"]) == 130
+    first = (out / "lr" / "arm-a-lr10-1" / "train.log").read_text()
+    assert main([str(path), "--jobs", "2"]) == 0
+    assert (out / "lr" / "arm-a-lr10-1" / "train.log").read_text() == first
+    found = json.loads((out / "result.json").read_text())
+    assert len(found["runs"]) == found["planned"] == 11
+    assert {f["tokens"] for f in found["factors"]} == {384, 640}
+    assert {f["interval_over"] for f in found["factors"]} == {"test documents"}
+    assert "11 of 11 runs are done" in (out / "report.html").read_text()
+    assert re.search(r"lr, taken|dense, taken", (out / "tables.md").read_text())
