@@ -173,7 +173,7 @@ class MoETransformerLMConfig(RouterFlags, BalanceFlags):
         metadata={
             "help": "at evaluation an expert takes ceil(fraction * tokens) tokens of a batch; "
             "1.0 drops none; negative: use the rule of training. Range (0, 1]. Token-by-token "
-            "generation never drops"
+            "generation, moe_dropless, and routers without a capacity never drop"
         },
     )
     moe_dropless: bool = field(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
+from typing import Sequence
 
 from . import ranges
 from .balance_flags import BALANCE_CHOICES, BalanceFlags, validate_balance
@@ -65,15 +66,22 @@ def validate(cfg: MoETransformerLMConfig) -> None:
             f"--moe-first-dense {cfg.moe_first_dense} leaves no layer of --moe-freq {cfg.moe_freq} "
             f"and --decoder-layers {cfg.decoder_layers}: lower it"
         )
-    if cfg.alternate_decoder_ffn_embed_dim == 0:
+    width = cfg.alternate_decoder_ffn_embed_dim
+    if width and cfg.moe_dense_twin:
+        raise UserError(
+            f"--moe-dense-twin with --alternate-decoder-ffn-embed-dim {width}: both say how wide "
+            "the dense layers are; remove one of them"
+        )
+    if width and cfg.moe_expert_count == 0:
+        _refuse_flags_of_moe_layers(
+            cfg,
+            f"with --alternate-decoder-ffn-embed-dim {width} and no --moe-expert-count has no "
+            "experts to act on: remove either",
+            but=("moe_first_dense",),
+        )
+    else:  # the dense model may have the flags of a sparse one, which are those of its twin
         _validate_experts(cfg)
         _validate_kinds_of_experts(cfg)
-    elif cfg.moe_dense_twin:
-        raise UserError(
-            f"--moe-dense-twin with --alternate-decoder-ffn-embed-dim "
-            f"{cfg.alternate_decoder_ffn_embed_dim}: both say how wide the dense layers are; "
-            "remove one of them"
-        )
 
 
 # Flags that say nothing about a model without MoE layers, and their value when off.
@@ -103,12 +111,19 @@ def _validate_dense(cfg: MoETransformerLMConfig) -> None:
             f"--alternate-decoder-ffn-embed-dim {cfg.alternate_decoder_ffn_embed_dim} with "
             "--moe-freq 0 has no layer to act on: set --moe-freq"
         )
+    _refuse_flags_of_moe_layers(
+        cfg, "with --moe-freq 0 has no layer to act on: set --moe-freq or --moe-layers"
+    )
+
+
+def _refuse_flags_of_moe_layers(
+    cfg: MoETransformerLMConfig, reason: str, but: Sequence[str] = ()
+) -> None:
     for name, off in _OF_MOE_LAYERS.items():
         value = getattr(cfg, name)
-        if str(value) != str(off):
-            given = ranges.flag(name) + ("" if value is True else f" {value}")
+        if name not in but and str(value) != str(off):
             raise UserError(
-                f"{given} with --moe-freq 0 has no layer to act on: set --moe-freq or --moe-layers"
+                ranges.flag(name) + ("" if value is True else f" {value}") + f" {reason}"
             )
 
 

@@ -17,7 +17,9 @@ from fairseq.optim import OPTIMIZER_REGISTRY
 from fairseq.tasks import TASK_REGISTRY
 
 from . import files, outputs, ranges
+from .config import MoETransformerLMConfig
 from .errors import UserError
+from .moe.router import ROUTERS
 
 Spell = Callable[[str], str]
 
@@ -80,7 +82,7 @@ def check(given: Mapping[str, Any], spell: Spell, training: bool) -> None:
             f"{spell('batch_size')} and {spell('max_tokens')} are both not given: say how many "
             "samples or tokens make a batch"
         )
-    of_training = [_check_kinds, _check_validation, _check_schedule]
+    of_training = [_check_kinds, _check_validation, _check_schedule, _check_evaluation_capacity]
     others = [_check_window, _check_shards, _check_hypotheses, _check_pieces, _check_checkpoint]
     others += [_check_search, _check_steps]
     for one in of_training if training else others:
@@ -302,6 +304,24 @@ def _check_schedule(given: Mapping[str, Any], spell: Spell) -> None:
         raise UserError(
             f"{spell('warmup_updates')} 0: {spell('lr_scheduler')} inverse_sqrt needs 1 or more"
         )
+
+
+def _check_evaluation_capacity(given: Mapping[str, Any], spell: Spell) -> None:
+    """Only in training: a checkpoint with such a share loads, and evaluation may override it."""
+    name = "moe_eval_capacity_token_fraction"
+    share, router = given.get(name), ROUTERS.get(str(given.get("moe_router")))
+    if (
+        share in (None, MoETransformerLMConfig.moe_eval_capacity_token_fraction)
+        or not 0 < share < 1
+    ):
+        return
+    if given.get("moe_dropless"):
+        free = spell("moe_dropless")
+    elif router is not None and router.capacity_free:
+        free = f"{spell('moe_router')} {given['moe_router']}"
+    else:
+        return
+    raise UserError(f"{spell(name)} {share} has no effect with {free}: no capacity; remove it")
 
 
 def check_trainer(cfg: Any, task: Any, model: Any) -> None:

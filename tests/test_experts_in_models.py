@@ -294,6 +294,17 @@ def test_shared_experts_are_not_frozen_under_fsdp(folder):
             {"moe_dense_twin": True, "alternate_decoder_ffn_embed_dim": 8},
             "--moe-dense-twin with --alternate-decoder-ffn-embed-dim 8: both say",
         ),
+        *(
+            ({"alternate_decoder_ffn_embed_dim": 8, **flags}, words)
+            for flags, words in [
+                ({"moe_router": "x"}, "--moe-router x is unknown"),
+                ({"moe_top_k": 9}, "too few for top-9"),
+                ({"moe_score": "x"}, "--moe-score x is unknown"),
+                ({"moe_latent_dim": 17}, "--moe-latent-dim 17 is wider than the model"),
+                ({"moe_expert_count": 0, "moe_router": "hash"}, "--moe-router hash with --alt"),
+                ({"moe_expert_count": 0, "moe_shared_experts": 1}, "has no experts to act on"),
+            ]
+        ),
         ({"moe_dense_twin": True, "moe_freeze": "gate"}, "a dense model has nothing to freeze"),
         ({"moe_dense_twin": True, "moe_expert_count": 1}, "too few for top-2"),
         *(

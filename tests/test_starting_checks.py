@@ -88,6 +88,14 @@ def test_stocks_defaults_are_in_range():
         (dict(lr_scheduler="inverse_sqrt", warmup_updates=0), "--warmup-updates 0"),
         (dict(criterion="ctc"), "--criterion ctc is not for these models: use moe_cross_entropy"),
         (dict(stop_min_lr=1.0, lr=[0.1]), "--stop-min-lr 1.0 is not below --lr 0.1"),
+        (
+            dict(moe_eval_capacity_token_fraction=0.5, moe_router="relu"),
+            "--moe-eval-capacity-token-fraction 0.5 has no effect with --moe-router relu:",
+        ),
+        (
+            dict(moe_eval_capacity_token_fraction=0.5, moe_dropless=True),
+            "--moe-eval-capacity-token-fraction 0.5 has no effect with --moe-dropless:",
+        ),
         (dict(self_target=True), "--self-target: these models predict the next token"),
         (dict(write_checkpoints_asynchronously=True), "iopath"),
         (dict(ema_seed_model="no/x.pt"), "--ema-seed-model no/x.pt: cannot be read (No such file"),

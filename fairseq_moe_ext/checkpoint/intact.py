@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from typing import Iterator
 
 from ..errors import UserError
 
@@ -37,15 +37,20 @@ def check_records(path: str) -> None:
     if not zipfile.is_zipfile(path):
         return
     try:
-        with zipfile.ZipFile(path) as archive, ThreadPoolExecutor(_THREADS) as pool:
-            # zlib sums without Python's lock
-            for _ in pool.map(functools.partial(_check_record, archive), archive.infolist()):
-                pass
+        with zipfile.ZipFile(path) as archive:
+            records = iter(archive.infolist())
+        with ThreadPoolExecutor(_THREADS) as pool:  # zlib sums without Python's lock
+            for check in [pool.submit(_check_records, path, records) for _ in range(_THREADS)]:
+                check.result()
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError) as error:
         raise UserError(f"{path}: {str(error) or 'cut short'}; {_REMEDY}") from error
 
 
-def _check_record(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> None:
-    with archive.open(record) as stream:  # raises BadZipFile at the end for another CRC
-        while stream.read(_PIECE):
-            pass
+def _check_records(path: str, records: Iterator[zipfile.ZipInfo]) -> None:
+    # Each thread opens the file: a shared one seeks from where another thread has left it
+    # (zipfile/__init__.py:820@3.13.0).
+    with zipfile.ZipFile(path) as archive:
+        for record in records:
+            with archive.open(record) as stream:  # raises BadZipFile at the end for another CRC
+                while stream.read(_PIECE):
+                    pass

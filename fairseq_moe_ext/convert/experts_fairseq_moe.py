@@ -45,6 +45,7 @@ class Routing(NamedTuple):
     weights: Tensor  # (N, K), differentiable
     taken: Tensor  # (N, K) bool: which of these a token takes
     counted: Tensor  # (N, K) bool: which of these the balancing loss counts; null experts, too
+    variable_width: bool = False  # a token takes any number of experts
 
 
 class TopKRouter(nn.Module):
@@ -115,7 +116,7 @@ class TopKRouter(nn.Module):
         """All experts that are taken (N, E) bool, weighted by scores (N, E)."""
         experts = torch.arange(scores.size(1), device=scores.device).expand_as(scores)
         weights = scores * taken * self.settings["scale"]
-        return Routing(distribution(scores), experts, weights, taken, taken)
+        return Routing(distribution(scores), experts, weights, taken, taken, variable_width=True)
 
     def allowed(self, liked: Tensor) -> Tensor:
         """liked (N, E) -> (N, E) bool: the experts of a token's best groups, a group's score being
@@ -330,11 +331,12 @@ class MoELayer(nn.Module):
 
 def balance_loss(routing: Routing, null_experts: int, real: Optional[Tensor] = None) -> Tensor:
     """E times the sum over experts of mean probability times share of first choices, or with more
-    than two choices per token, or null experts, of all (arXiv 2006.16668, algorithm 1)."""
+    than two choices per token, or any number, or null experts, of all (arXiv 2006.16668, algorithm
+    1)."""
     probs, experts, counted = routing.probs, routing.experts, routing.counted
     if real is not None:
         probs, experts, counted = probs[real], experts[real], counted[real]
-    if experts.size(1) <= 2 and not null_experts:
+    if experts.size(1) <= 2 and not (null_experts or routing.variable_width):
         experts, counted = experts[:, :1], counted[:, :1]
     counts = torch.bincount(experts[counted], minlength=probs.size(1))
     share = counts / counts.sum().clamp(min=1)

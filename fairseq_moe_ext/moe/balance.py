@@ -62,7 +62,7 @@ def balance_loss(
     section 2). The gradient flows through the probabilities only.
 
     Means are over the tokens in scope that count (`routing.counted`); padding that counts has no
-    first choice. With more than two choices per token, the share is of all choices
+    first choice. With more than two choices per token, or any number, the share is of all choices
     (DeepSeekMoE, arXiv 2401.06066, equation 13); so it is with null experts, which a token mostly
     chooses last. Choices count before dropping. Returns a scalar.
 
@@ -127,7 +127,7 @@ def sequence_balance_loss(
 
 def _first_choices_alone(routing: Routing) -> bool:
     """Whether the balancing loss is over first choices; otherwise it is over all."""
-    return len(routing.counts) <= 2 and routing.null_experts == 0
+    return len(routing.counts) <= 2 and not (routing.null_experts or routing.variable_width)
 
 
 def z_loss(

@@ -39,6 +39,7 @@ class Routing(NamedTuple):
     counts: Tensor  # (K, E) int64: routed choices of each rank an expert gets, before dropping
     counted: Optional[Tensor] = None  # (T,) bool: tokens that losses and metrics count; None: all
     null_experts: int = 0  # the last so many of the E experts compute nothing: never `routed`
+    variable_width: bool = False  # a token takes any number of experts, also if K = E is small
 
 
 def token_capacity(
@@ -204,7 +205,8 @@ def send_ranked(
     liked = scores.detach().masked_fill(~active, -1)
     experts = liked.argsort(dim=1, descending=True, stable=True)  # (T, E)
     routed = active.gather(1, experts) & not_padding(experts, padding_mask)
-    return send(probs, experts, scores.gather(1, experts), routed, **options)
+    routing = send(probs, experts, scores.gather(1, experts), routed, **options)
+    return routing._replace(variable_width=True)
 
 
 def allowed_experts(liked: Tensor, k: int, groups: int, top_groups: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Dict, Optional
+from typing import Dict
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ def routing_stats(routing: Routing, scope: RoutingScope = PROCESS) -> Dict[str, 
                     torch.stack([entropy, tokens.to(entropy)]),
                     (routing.routed & ~routing.kept).sum(dim=0),
                     routing.counts.flatten(),
-                    _histogram(routing.experts, routing.counted, num_experts).flatten(),
+                    _histogram(routing).flatten(),
                 ]
             )
         )
@@ -98,8 +98,10 @@ def routing_stats(routing: Routing, scope: RoutingScope = PROCESS) -> Dict[str, 
     return stats
 
 
-def _histogram(experts: Tensor, counted: Optional[Tensor], num_experts: int) -> Tensor:
-    """experts (T, K) -> (K, E) int64: how many tokens' K-th choice an expert is."""
-    counts = experts.new_zeros(experts.size(1), num_experts)
-    ones, _ = counted_rows(torch.ones_like(experts), counted)
-    return counts.scatter_add_(1, experts.t(), ones.t())
+def _histogram(routing: Routing) -> Tensor:
+    """(K, E) int64: how many tokens' K-th choice an expert is."""
+    if routing.variable_width:  # beyond what a token takes it has no choice
+        return routing.counts
+    experts = routing.experts
+    ones, _ = counted_rows(torch.ones_like(experts), routing.counted)
+    return torch.zeros_like(routing.counts).scatter_add_(1, experts.t(), ones.t())

@@ -2,6 +2,8 @@
 
 Parametrised over the registered routers: a new one is tested once router_loops.py has its loop."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,8 +11,11 @@ from closeness import assert_near
 from router_layers import COUNTS, NAMES, TYPES, adapted, batch, layer_of, observed
 from router_loops import LOOPS, Case, balance, best_assignment, l1
 
+from fairseq_moe_ext.convert import experts_fairseq_moe
+from fairseq_moe_ext.moe.balance import balance_loss, sequence_balance_loss
 from fairseq_moe_ext.moe.router import ROUTERS
 from fairseq_moe_ext.moe.routers.base import PRECISION
+from fairseq_moe_ext.moe.stats import routing_stats
 
 
 def test_every_router_has_a_loop():
@@ -53,6 +58,7 @@ OPTIONS = {
     "sigmoid": {"score": "sigmoid"},
     "scaled": {"route_scale": 2.5, "normalize_weights": "none"},
     "padding": {},
+    "two experts": {"experts": 2},
 }
 
 
@@ -63,7 +69,7 @@ def test_it_equals_its_loop(name, options, training):
     """Output, losses, loads, and the gradients of everything."""
     compared = 0
     for seed in range(8):
-        for k in (1, 2, 3) if name != "base" else (1,):
+        for k in (1, 2, 3)[: OPTIONS[options].get("experts")] if name != "base" else (1,):
             layer = layer_of(name, seed=seed, k=k, **OPTIONS[options])
             if seed % 2:
                 adapted(layer)
@@ -95,7 +101,8 @@ def compare(name, layer, x, ids, padding, case):
     assert_near(found.out, out, 1e-9, "out")
     assert_near(found.balance_loss, loss, 1e-9, "balance loss")
     assert (found.router_loss is None) == (own is None)
-    load = [sum(e == expert for c in choices for expert, _ in c) for e in range(4)]
+    load = [sum(e == expert for c in choices for expert, _ in c)
+            for e in range(layer.gate.num_experts)]  # fmt: skip
     sums = observed(layer, x, ids, padding)
     assert found.expert_counts.sum(dim=0).tolist() == load == sums["load"].tolist()
     assert sums["tokens"].item() == len(case.real(len(x)))
@@ -111,6 +118,31 @@ def compare(name, layer, x, ids, padding, case):
     expected = torch.autograd.grad(true_total, [true, *parameters], **given)
     for grad, right in zip(torch.autograd.grad(total, [ours, *parameters], **given), expected):
         assert_near(grad, right, 1e-8, "gradient", scale=1 + float(right.abs().max()))
+
+
+@pytest.mark.parametrize("experts", [2, 4])
+@pytest.mark.parametrize("name", ["threshold", "relu"])
+def test_with_any_number_of_experts_per_token(name, experts):
+    """Loss of sequences, metrics, and transformers' model, where some tokens have no expert."""
+    for seed in range(8):
+        layer = adapted(layer_of(name, experts, seed))
+        x, _ = batch(12, seed)
+        routing = layer.gate(x)[1]
+        parts = [balance_loss(layer.gate(part)[1]) for part in x.split(3)]
+        assert_near(sequence_balance_loss(routing, 3), sum(parts) / 4, 1e-12, "sequences")
+        config = SimpleNamespace(
+            num_experts=experts, num_experts_per_tok=2, hidden_size=x.size(1), router_settings={}
+        )
+        theirs = experts_fairseq_moe.ROUTERS[name](config).double()
+        theirs.load_state_dict(layer.gate.state_dict())
+        loss = experts_fairseq_moe.balance_loss(theirs(x, None), 0)
+        assert_near(loss, balance_loss(routing), 1e-6, "transformers")
+        stats = routing_stats(routing)
+        assert (
+            stats["expert1_balance_top"] <= 100 * routing.routed.any(dim=1).double().mean() + 1e-9
+        )
+        unused = experts - len(routing.experts[:, 1][routing.routed[:, 1]].unique())
+        assert stats["unused_expert2_count"] == unused
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
