@@ -34,7 +34,7 @@ ALLOWED = {
     "config_checks": {"balance_flags", "config", "ranges", "router_flags", "shape"},
     "shape": {"moe.activations", "moe.router", "router_flags"},
     "ranges": set(),
-    "starting": {"ranges"},
+    "starting": {"config", "moe.router", "ranges"},
     "accuracy": set(),
     "cost": {"kernels", "shape"},
     "errors": set(),
