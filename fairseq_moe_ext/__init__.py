@@ -52,6 +52,7 @@ What stock fairseq needs to run on today's Python and PyTorch is beside it, in f
     files.py       what a user names to read: regular files
     outputs.py     what a user names to write
     text_table.py  tables for a terminal and in Markdown
+    progress_bar.py          how far long work is
     wording.py     counts and remedies in messages
 """
 

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import ContextManager, Iterator, List
 
 import torch
-from tqdm import tqdm
 
-from fairseq_moe_ext import tokenizer_files
+from fairseq_moe_ext import progress_bar, tokenizer_files
 from fairseq_moe_ext.convert import hf_flags
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.locks import Lock, beside
@@ -284,7 +283,7 @@ def write(jobs, stale: List[str], lock: ContextManager) -> None:
         for folder in {os.path.dirname(job.path) for job in jobs} - {""}:
             os.makedirs(folder, exist_ok=True)
         total = sum(job.size for job in jobs)
-        with tqdm(total=total, desc="converting", unit="B", unit_scale=True, disable=None) as bar:
+        with progress_bar.bar("converting", total, "B") as bar:
             for job in jobs:
                 made.append(job.path + TEMPORARY)
                 job.write(made[-1], bar.update)

@@ -6,14 +6,25 @@ its own, as fairseq-eval-lm does. The other (sliding): each token is scored with
 """
 
 import math
-import sys
 import time
-from typing import TYPE_CHECKING, Dict, List, NamedTuple, Optional, Sequence, Tuple, TypedDict
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Dict,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    TypedDict,
+)
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .. import progress_bar
 from ..errors import DAMAGED, UserError
 from ..models.token_scores import in_chunks, log_probs
 from .texts import Text
@@ -79,10 +90,19 @@ def windows(length: int, context: int, stride: int) -> List[Tuple[int, int, int]
 
 
 def score(
-    model: "FairseqLanguageModel", text: Text, eos: int, context: int, stride: int, batch_size: int
+    model: "FairseqLanguageModel",
+    text: Text,
+    eos: int,
+    context: int,
+    stride: int,
+    batch_size: int,
+    progress: Callable[[int], Any] = lambda tokens: None,
 ) -> Scores:
     """Negative log-likelihood of every token of a set, and how many choices of experts were dropped
-    for capacity. Only windows of one length share a batch, so nothing is padding."""
+    for capacity. Only windows of one length share a batch, so nothing is padding.
+
+    progress: called with the number of tokens scored since the last call.
+    """
     device = next(model.parameters()).device
     inputs = torch.cat([torch.tensor([eos]), text.tokens])  # token i is predicted from inputs[i]
     nll = np.empty(len(text.tokens))
@@ -102,6 +122,7 @@ def score(
             nats = -torch.cat(scores).view_as(targets).cpu().numpy()
         for (a, b, new), row in zip(batch, nats):
             nll[new:b] = row[new - a :]
+        progress(sum(b - new for _, b, new in batch))
         positions += rows.numel()
         for record in extra.get("moe") or []:
             choices = len(record.expert_counts)
@@ -147,8 +168,10 @@ def evaluate(
     sets: Dict[str, SetResult] = {}
     drawn: Dict[str, np.ndarray] = {}
     for i, text in enumerate(texts):
-        print(f"{i + 1}/{len(texts)} {text.name}", file=sys.stderr, flush=True)
-        scores = score(model, text, eos, context, stride, batch_size)
+        with progress_bar.bar(
+            f"{i + 1}/{len(texts)} {text.name}", len(text.tokens), "token"
+        ) as bar:
+            scores = score(model, text, eos, context, stride, batch_size, bar.update)
         if not np.isfinite(scores.nll).all():
             raise UserError(
                 f"{text.name}: the model gives a token a probability that is no number: {DAMAGED}"

@@ -12,6 +12,7 @@ from ..errors import UserError
 from ..evaluation.loading import check_path, on_device, parse_overrides
 from ..models.language_model import MoETransformerLanguageModel
 from ..models.text_generation import Settings, generate, settings_of
+from ..prepare import gpt2_files
 from ..wording import count
 from . import prompts, session, showing
 from .showing import Written
@@ -56,8 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("--data", type=Path, help="folder with dict.txt and the tokenizer's files")
     model.add_argument(
-        "--bpe", choices=["gpt2"], help="the tokenizer's kind, with the files of the next two flags"
-    )
+        "--bpe", choices=["gpt2"],
+        help="GPT-2's tokenizer, with the files of the next two flags, or of an installed package",
+    )  # fmt: skip
     model.add_argument("--gpt2-encoder-json", type=Path, metavar="FILE", help="its encoder.json")
     model.add_argument("--gpt2-vocab-bpe", type=Path, metavar="FILE", help="its vocab.bpe")
     model.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
@@ -185,7 +187,7 @@ def _check(args: argparse.Namespace, checkpoints: List[Path], words: List[str]) 
     if (args.gpt2_encoder_json is None) != (args.gpt2_vocab_bpe is None):
         raise UserError("--gpt2-encoder-json and --gpt2-vocab-bpe go together: give both")
     if args.bpe is not None and args.gpt2_encoder_json is None:
-        raise UserError("--bpe gpt2: give its files with --gpt2-encoder-json and --gpt2-vocab-bpe")
+        args.gpt2_encoder_json, args.gpt2_vocab_bpe = gpt2_files.find("--bpe gpt2")
     for file in (args.gpt2_encoder_json, args.gpt2_vocab_bpe):
         if file is not None:
             files.check(file)

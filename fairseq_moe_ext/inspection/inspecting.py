@@ -1,6 +1,5 @@
 """From a checkpoint and text to all numbers; what the command calls, and a notebook."""
 
-import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -8,8 +7,8 @@ import numpy as np
 import torch
 from fairseq.models import FairseqLanguageModel
 from torch import Tensor
-from tqdm import tqdm
 
+from .. import progress_bar
 from ..errors import UserError
 from ..evaluation.loading import (
     check_path,
@@ -184,9 +183,7 @@ class _Watch:
         detailed: bool = False,
     ) -> View:
         total = sum(len(block.positions) for block in blocks)
-        if not sys.stderr.isatty():
-            print(f"{words}: {total:,} tokens", file=sys.stderr, flush=True)
-        with tqdm(total=total, desc=words, unit="token", leave=False, disable=None) as bar:
+        with progress_bar.bar(words, total, "token") as bar:
             return observe(model, blocks, self.batch_size, bar.update, detailed)
 
 
@@ -220,8 +217,8 @@ def _per_set(
 def _layers(model: FairseqLanguageModel, view: View, seen: Counted, tokens: Tokens) -> List[Layer]:
     found = []
     moes = moe_layers(model)
-    bar = tqdm(view.layers, desc="experts", unit="layer", leave=False, disable=None)
-    for i, one in enumerate(bar):
+    bar = progress_bar.bar("experts", len(view.layers), "layer")
+    for i, one in enumerate(view.layers):
         shown = relations.most_used(one)
         following = view.layers[i + 1] if i + 1 < len(view.layers) else None
         flow_to = relations.most_used(following) if following else []
@@ -252,6 +249,8 @@ def _layers(model: FairseqLanguageModel, view: View, seen: Counted, tokens: Toke
                 alike=alike,
             )
         )
+        bar.update()
+    bar.close()
     return found
 
 

@@ -12,8 +12,8 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
+from .. import progress_bar
 from ..expert_parallel import all_gather, collective_device, process_count, process_rank
 from .next_token import LIKELIEST, Choice
 from .token_scores import exact_logits
@@ -89,9 +89,8 @@ class Generator:
         own = batches[process_rank() :: process_count()]
         steps = -(-len(batches) // process_count())
         found: Dict[int, List[List[int]]] = {}
-        # no bar on other processes than the first, and none without a terminal
-        quiet = True if process_rank() or not self.progress else None
-        bar = tqdm(total=steps, desc=self.progress, unit="batch", leave=False, disable=quiet)
+        shown = bool(self.progress) and process_rank() == 0
+        bar = progress_bar.bar(self.progress, steps, "batch", shown)
         for step in range(steps):
             batch = own[step] if step < len(own) else []
             found.update(zip(batch, self._search([prompts[i] for i in batch])))

@@ -5,6 +5,7 @@
     documents.py    files -> documents, one after another
     splits.py       a document -> train, valid or test
     tokenizer.py    GPT-2's byte-level BPE: read, train, encode
+    gpt2_files.py   GPT-2's own files, from an installed package
     encode.py       documents -> token ids per split, on all cores, in order
     dictionary.py   dict.txt in fairseq's convention, BPE id -> dictionary index
     binarize.py     token ids -> the .bin and .idx of fairseq's mmap format

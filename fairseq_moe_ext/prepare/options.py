@@ -40,8 +40,8 @@ def check(options: Options) -> None:
         _check_training(options, options.train_bpe)
     elif None in (options.gpt2_encoder_json, options.gpt2_vocab_bpe):
         raise UserError(
-            "tokenizer: give --gpt2-encoder-json and --gpt2-vocab-bpe, or --train-bpe VOCAB_SIZE "
-            "to train one"
+            "tokenizer: give --gpt2, or --gpt2-encoder-json and --gpt2-vocab-bpe, or --train-bpe "
+            "VOCAB_SIZE to train one"
         )
     _check_dictionary(options)
     _check_splits(options)

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, TypedDict
 
 import numpy as np
-from tqdm import tqdm
 
-from fairseq_moe_ext import data_bin
+from fairseq_moe_ext import data_bin, progress_bar
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.prepare import data_folder, dictionary, kinds
 from fairseq_moe_ext.prepare.binarize import SplitWriter, dtype_of
@@ -159,7 +158,7 @@ def _tokenizer(folder: Path, options: Options, todo: Dict[str, Parts]) -> ByteLe
     ]
     size = sum(_size(files) for files, _, _ in sources)
     share = min(1.0, options.train_bpe_bytes / max(1, size))
-    with _progress("reading for the BPE", size) as bar:
+    with progress_bar.bar("reading for the BPE", size, "B") as bar:
         documents = training_documents(
             sources, share, bar.update, Duplicates() if options.dedup else None
         )
@@ -185,7 +184,8 @@ def _encode(
     """Encode one corpus; its splits, each with at least one document."""
     writers: Dict[str, SplitWriter] = {}
     parts = todo[corpus.name]
-    with _progress(f"encoding {corpus.name}", sum(_size(files) for files, _, _ in parts)) as bar:
+    size = sum(_size(files) for files, _, _ in parts)
+    with progress_bar.bar(f"encoding {corpus.name}", size, "B") as bar:
         for files, source, deal in parts:
             for encoded in encoders.encode(chunks(files, source, deal, duplicates)):
                 for split, part in encoded.splits.items():
@@ -239,13 +239,6 @@ def _counts(writer: SplitWriter, table: np.ndarray) -> Dict[str, int]:
         "unknown": int(writer.counts[table == dictionary.UNK].sum()),
         "bytes": writer.bytes,
     }
-
-
-def _progress(what: str, total: int) -> tqdm:
-    # shown on a terminal only: in a log file it would be one line after the other
-    if not sys.stderr.isatty():
-        print(f"{what}: {total / 1e6:.1f} MB", file=sys.stderr, flush=True)
-    return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None)
 
 
 def _size(files: List[Path]) -> int:

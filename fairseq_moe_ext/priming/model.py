@@ -15,8 +15,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from fairseq.models import FairseqLanguageModel
-from tqdm import tqdm
 
+from .. import progress_bar
 from ..data_bin import DICTIONARY
 from ..errors import UserError
 from ..evaluation.loading import (
@@ -164,7 +164,7 @@ class ModelScorer:
         steps = -(-len(batches) // process_count())
         share = any(rows[batch[0]].shared for batch in batches)
         found: Dict[int, Tuple[np.ndarray, np.ndarray]] = {}
-        bar = tqdm(total=steps, desc=self.progress, unit="batch", leave=False, disable=quiet())
+        bar = progress_bar.bar(self.progress, steps, "batch", shown=process_rank() == 0)
         for step in range(steps):
             batch = own[step] if step < len(own) else []
             found.update(zip(batch, self._score([rows[i] for i in batch], share)))
@@ -226,8 +226,3 @@ class ModelScorer:
         nats, likeliest = (torch.cat(parts).cpu() for parts in zip(*scored))  # (N,)
         ends = np.cumsum([len(row.tokens) - row.start for row in rows])[:-1]
         return list(zip(np.split(nats.double().numpy(), ends), np.split(likeliest.numpy(), ends)))
-
-
-def quiet() -> Optional[bool]:
-    """For tqdm: no bar on other processes than the first, and none without a terminal."""
-    return True if process_rank() else None

@@ -4,9 +4,12 @@ import argparse
 import functools
 import os
 import re
+import sys
 import time
 from pathlib import Path
-from typing import Sequence
+from typing import Dict, Sequence
+
+from tqdm import tqdm
 
 from .. import files, outputs
 from ..errors import UserError
@@ -69,6 +72,7 @@ class _Work:
         self.threads = max(1, (os.cpu_count() or 1) // jobs)
         self.runner = Runner(plan.out, f"out: {plan.out}")
         self.done = 0
+        self.updates: Dict[str, int] = {}  # of each run, as far as it is known
 
     def do(self) -> None:
         try:
@@ -78,8 +82,12 @@ class _Work:
             number = count(len(self.plan.runs), "run")
             self._say(f"{number}, {self.jobs} at once, in {self.plan.out}")
             works = [functools.partial(self._one, study_run) for study_run in self.plan.runs]
-            for _ in self.runner.in_parallel(works, self.jobs):
-                pass
+            total = sum(study_run.updates for study_run in self.plan.runs)
+            # without a terminal there are lines instead
+            self.bar = tqdm(total=total, unit="update", leave=False, disable=None)
+            with self.bar:
+                for _ in self.runner.in_parallel(works, self.jobs):
+                    pass
         finally:
             self.runner.stop()
 
@@ -96,19 +104,31 @@ class _Work:
         if study_run.prime and not results.primed(study_run.folder / "priming.json"):
             self._call(study_run, study_run.prime, study_run.folder / "priming.log")
         self.done += 1
+        self._show(study_run.name, study_run.updates)
 
     def _call(self, study_run: Run, command: Sequence[str], log: Path) -> None:
-        def say() -> None:
-            self._say(f"{study_run.name}: {_progress(study_run, log)}")
+        def watch() -> None:
+            if not self.bar.disable:
+                self._show(study_run.name, _updates(log))
+            else:
+                self._say(f"{study_run.name}: {_progress(study_run, log)}")
 
+        every = 60.0 if self.bar.disable else 2.0
         try:
-            self.runner.call(command, log, self.threads, watch=say)
+            self.runner.call(command, log, self.threads, watch, every)
         except UserError as error:
             raise UserError(f"{study_run.name}: {error}") from None
 
     def _say(self, text: str) -> None:
         total = len(self.plan.runs)
-        print(f"{time.strftime('%H:%M:%S')} [{self.done}/{total}] {text}", flush=True)
+        line = f"{time.strftime('%H:%M:%S')} [{self.done}/{total}] {text}"
+        tqdm.write(line, file=sys.stderr)  # above the bar
+        sys.stderr.flush()
+
+    def _show(self, name: str, updates: int) -> None:
+        self.updates[name] = max(updates, self.updates.get(name, 0))
+        self.bar.n = sum(self.updates.values())
+        self.bar.refresh()
 
 
 def _check_result(out: Path) -> None:
@@ -143,5 +163,16 @@ def _check_same(study_run: Run) -> None:
 def _progress(study_run: Run, log: Path) -> str:
     if log.name != "train.log":
         return log.stem  # evaluation, priming
-    updates = re.findall(r'"num_updates": "(\d+)"', log.read_text(errors="replace"))
-    return f"{updates[-1] if updates else 0} of {study_run.updates} updates"
+    return f"{_updates(log)} of {study_run.updates} updates"
+
+
+def _updates(log: Path) -> int:
+    """The last that a log of training names; 0: none."""
+    found = re.findall(rb'"num_updates": "(\d+)"', _end(log))
+    return int(found[-1]) if found else 0
+
+
+def _end(log: Path, size: int = 1 << 16) -> bytes:
+    with open(log, "rb") as file:
+        file.seek(max(0, log.stat().st_size - size))
+        return file.read()

@@ -190,7 +190,7 @@ def test_an_old_checkpoint_takes_flags(runs, generate, tmp_path):
         (["-i", "--side-by-side", "x.pt"], "does not go with --side-by-side"),
         (["a", "--side-by-side", "x.pt"], "x.pt: no such checkpoint"),
         (["a", "--data", "nowhere"], "--data nowhere: no dict.txt in it"),
-        (["a", "--bpe", "gpt2"], "--bpe gpt2: give its files"),
+        (["a", "--bpe", "gpt2"], "--bpe gpt2: no installed package brings"),
         (["a", "--gpt2-vocab-bpe", "x"], "go together: give both"),
         (["a", "--overwrite"], "--overwrite: without --json"),
         (["a", "--model-overrides", "{"], "not a Python dictionary"),

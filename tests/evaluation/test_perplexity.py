@@ -34,7 +34,9 @@ def test_every_token_is_scored_once_as_a_plain_loop_does(length, context, stride
     spans = perplexity.windows(length, context, stride)
     covered = [i for _, end, new in spans for i in range(new, end)]
     assert covered == list(range(length))
-    got = perplexity.score(model, text, EOS, context, stride, batch_size=3)
+    done = []
+    got = perplexity.score(model, text, EOS, context, stride, batch_size=3, progress=done.append)
+    assert sum(done) == len(text.tokens)
     stream = [EOS, *text.tokens.tolist()]
     for begin, end, new in spans:
         assert end - begin <= context
