@@ -1,4 +1,4 @@
-"""The command's help, its examples and its completion."""
+"""The command's help and its examples."""
 
 import logging
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import fairseq_moe_command as front
-from fairseq_moe_ext import cli, completion
+from fairseq_moe_ext import cli
 
 ROOT = Path(front.__file__).parent
 
@@ -67,28 +67,6 @@ def test_nobody_is_asked_for_tensorboard():
     import logging
 
     assert not logging.getLogger("fairseq.tasks.text_to_speech").isEnabledFor(logging.INFO)
-
-
-def test_bash_completes_commands_flags_and_files(tmp_path):
-    lines = completion.script("bash", completion.flags())
-    (tmp_path / "complete.sh").write_text(lines)
-    (tmp_path / "model.pt").write_text("")
-    for typed, expected in (
-        (["ins"], ["inspect"]),
-        (["evaluate", "--sw"], ["--sweep-capacity"]),
-        (["convert", "--mo"], ["--moe-"]),
-        (["verify", "mod"], ["model.pt"]),
-        (["user-dir", "--"], ["--help"]),
-    ):
-        words = " ".join(["fairseq-moe", *typed])
-        code = f"source complete.sh; COMP_WORDS=({words}); COMP_CWORD={len(typed)}; _fairseq_moe;"
-        code += ' printf "%s\\n" "${COMPREPLY[@]}"'
-        done = subprocess.run(["bash", "-c", code], cwd=tmp_path, capture_output=True, text=True)
-        found = done.stdout.split()
-        assert found and all(word.startswith(expected[0]) for word in found), (typed, found)
-    assert "bashcompinit" in completion.script("zsh", {"inspect": ["--data"]})
-    fish = completion.script("fish", {"inspect": ["--data"]})
-    assert "-n '__fish_seen_subcommand_from inspect' -l data" in fish
 
 
 def test_no_news_of_fairseq_while_a_command_runs(monkeypatch):
