@@ -52,10 +52,12 @@ def test_the_batch_script_has_flags_that_exist(monkeypatch):
     command = re.search(r"srun (fairseq-train .*?)\n\n|srun (fairseq-train .*)", text, flags=re.S)
     line = (command[1] or command[2]).replace("\\\n", " ")
     line = re.sub(r"\$\(\(.*?\)\)", "12345", line).replace("$DATA", "data").replace("$SAVE", "runs")
+    line = line.replace("$SLURM_NTASKS", "16").replace('"$@"', "")
     words = shlex.split(line)
     monkeypatch.setattr(sys, "argv", words)
     args = options.parse_args_and_arch(options.get_training_parser(), words[1:])
     assert args.arch == "moe_lm_15b" and args.distributed_port == 12345
+    assert args.distributed_world_size == 16
 
 
 def test_the_citation_has_the_version():
