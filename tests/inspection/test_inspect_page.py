@@ -133,3 +133,34 @@ def test_colours_are_those_of_light_and_dark(path):
         assert paper == "rgb(20, 24, 29)"
         ink = page.value("getComputedStyle(document.querySelector('.t.on')).color")
         assert ink == "rgb(0, 0, 0)", "black on the light colours of experts"
+
+
+def test_on_paper_it_is_light_and_whole(opened, tmp_path):
+    dark = [{"name": "prefers-color-scheme", "value": "dark"}]
+    opened.ask("Emulation.setEmulatedMedia", media="print", features=dark)
+    opened.resize(720, 900)
+
+    def style(selector, name):
+        return opened.value(f"getComputedStyle(document.querySelector('{selector}')).{name}")
+
+    assert style("body", "backgroundColor") == "rgb(255, 255, 255)"
+    assert style("body", "printColorAdjust") == "exact"
+    assert {style(one, "display") for one in (".bar nav", ".chips", ".detail")} == {"none"}
+    assert style("#tokens", "maxHeight") == "none"
+    assert opened.value("document.documentElement.scrollWidth") <= 720
+    opened.pdf(tmp_path / "page.pdf")
+    assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_long_indents_stay_in_their_card(opened):
+    assert opened.value("""(() => {
+        const quote = document.querySelector(".quote code");
+        quote.textContent = " ".repeat(200);
+        const right = (one) => one.getBoundingClientRect().right;
+        return right(quote) <= right(quote.closest(".card"));
+    })()""")
+
+
+def test_a_single_update_is_a_point(opened):
+    draw = 'lines("a", [{name: "b", points: [[10, 2]], style: 0}], "update")'
+    assert opened.value(f'{draw}.querySelectorAll("circle").length') == 1

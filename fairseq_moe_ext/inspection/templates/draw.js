@@ -63,7 +63,8 @@ function lines(title, series, x, options = {}) {
     }
     const dash = one.dotted ? "2 4" : one.style >= 4 ? "7 3" : "none";
     if (!one.scatter) svg.append(make("path", { d: path, fill: "none", stroke: ink, "stroke-width": 2, "stroke-dasharray": dash }));
-    for (const [px, py, lo, hi] of one.marks || one.scatter ? one.points : []) {
+    const alone = one.points.filter((p) => p[1] !== null).length === 1;  // no line would show it
+    for (const [px, py, lo, hi] of one.marks || one.scatter || alone ? one.points : []) {
       if (py === null) continue;
       if (lo !== undefined && lo !== null) svg.append(make("line", { x1: atX(px), x2: atX(px), y1: atY(lo), y2: atY(hi), stroke: ink, "stroke-width": 1.5 }));
       const said = make("title", {}, `${one.name}, ${x} ${px}: ${number(py)}`);
