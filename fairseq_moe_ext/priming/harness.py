@@ -15,7 +15,7 @@ from lm_eval.api.registry import register_model
 from .. import tokenizer_files
 from ..errors import UserError
 from ..models.search import Generator, Prompt
-from ..questions.scoring import Row, cut
+from ..questions.scoring import Row
 from ..questions.vocabulary import EOS, Vocabulary
 from ..wording import count
 from . import model
@@ -66,7 +66,7 @@ class FairseqMoELM(LM):
     ) -> List[Tuple[float, bool]]:
         """(log-probability of the continuation in nats, whether it is what greedy search finds)."""
         whole = [self._row(*request.args) for request in requests]
-        rows = [cut(row, self.context) for row in whole]
+        rows = [_cut(row, self.context) for row in whole]
         self._say_cut([len(row.tokens) - self.context for row in whole])
         scored = [i for i, row in enumerate(rows) if row.start < len(row.tokens)]
         scorer = model.ModelScorer(self.model, self.batch_tokens, "loglikelihood")
@@ -76,8 +76,9 @@ class FairseqMoELM(LM):
         return found
 
     def _row(self, context: str, continuation: str) -> Row:
-        """Spaces at the end of the context belong to the word behind them."""
-        bare = context.rstrip(" ")
+        """White space at the end of the context goes with the continuation, newlines included, as
+        in all that lm-eval scores by itself (lm_eval/api/model.py:415@0.4.13)."""
+        bare = context.rstrip()
         whole = self.vocabulary.encode(context + continuation)
         return Row(tuple(whole), len(self.vocabulary.encode(bare)))
 
@@ -143,6 +144,15 @@ class FairseqMoELM(LM):
         self._say_cut(beyond)
         generator = Generator(self.model, 1, self.batch_tokens, "generate_until")
         return [stop.cut(new) for stop, new in zip(stops, generator(prompts))]
+
+
+def _cut(row: Row, context: int) -> Row:
+    """The last tokens of a row, as many as the model takes, after the one before them, as lm-eval
+    has it (lm_eval/models/huggingface.py:1431@0.4.13)."""
+    lost = len(row.tokens) - context
+    if lost <= 0:
+        return row
+    return Row(row.tokens[lost:], max(0, row.start - lost), follows=row.tokens[lost - 1])
 
 
 class _Stop:

@@ -75,17 +75,18 @@ def request(*args):
     return Instance(request_type="", doc={}, arguments=args, idx=0)
 
 
-def log_probs(lm, tokens):
-    """(V,) after </s> and the tokens."""
+def log_probs(lm, tokens, before=EOS):
+    """(V,) after one token, </s> unless another is given, and the tokens."""
     with torch.no_grad():
-        logits = lm.model(torch.tensor([[EOS, *tokens]]))[0][0, -1]
+        logits = lm.model(torch.tensor([[before, *tokens]]))[0][0, -1]
     return torch.log_softmax(logits, 0)
 
 
 PAIRS = [
     ("w1 it", " was."),
-    ("w1 it was.\n", "w2 it"),  # the newline is the context's
+    ("w1 it was.\n", "w2 it"),  # the newline goes with the continuation
     ("w1 it was.\n\nw2", " it\nwas"),
+    ("w3 \n ", "it was"),
     ("w3 ", "it was"),  # the space is the word's
     ("", "w4 it"),
     ("", "\nw4"),
@@ -101,16 +102,17 @@ def test_loglikelihood_equals_a_plain_loop(lm, capsys):
     assert encode("\n") == [EOS]
     for (context, continuation), (nats, greedy) in zip(PAIRS, got):
         whole = encode(context + continuation)
-        wanted = len(whole) - len(encode(context.rstrip(" ")))
+        wanted = len(whole) - len(encode(context.rstrip()))
+        before = [EOS, *whole][: -lm.context] or [EOS]
         whole = whole[-lm.context :]
         expected, likeliest = 0.0, True
         for i in range(len(whole) - wanted, len(whole)):
-            found = log_probs(lm, whole[:i])
+            found = log_probs(lm, whole[:i], before[-1])
             expected += float(found[whole[i]])
             likeliest &= int(found.argmax()) == whole[i]
         assert nats == pytest.approx(expected, rel=1e-9, abs=1e-12)
         assert greedy == likeliest
-    assert got[6] == (0.0, True)
+    assert got[7] == (0.0, True)
 
 
 def test_rolling_equals_a_plain_loop(lm):
@@ -263,7 +265,7 @@ def test_mistakes(trained, folder, capsys):
     tasks = ["--tasks", "local_choice", "--include_path", str(folder), "--device", "cpu"]
     for args, words in (
         (f"path=no.pt,data={data}", "--path no.pt: no such checkpoint"),
-        (f"path={checkpoint},data={folder}", "dict.txt: missing; --data needs"),
+        (f"path={checkpoint},data={folder}", f"data {folder}: no dict.txt in it"),
         (f"path={checkpoint},data={data},context=65", "--context 65: the model takes 64 at most"),
     ):
         with nothing_but_local():
