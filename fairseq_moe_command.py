@@ -126,10 +126,7 @@ COMMANDS: Dict[str, Command] = {
     LM_EVAL: Command(
         "run EleutherAI's lm-eval on our models",
         "priming.lm_eval_command",
-        (
-            "--tasks piqa --model_args path=runs/moe/checkpoint_best.pt,data=data",
-            "ls tasks",
-        ),
+        ("--tasks piqa --model_args path=runs/moe/checkpoint_best.pt,data=data", "ls tasks"),
     ),
 }
 

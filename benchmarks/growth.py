@@ -40,11 +40,7 @@ from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 CONTEXT, VOCABULARY = 256, 8000
 BASE = {"tokens": 1024, "experts": 8, "layers": 4}
-SWEEPS = {
-    "tokens": [512, 1024, 2048, 4096],
-    "experts": [8, 16, 32, 64],
-    "layers": [2, 4, 8, 16],
-}
+SWEEPS = {"tokens": [512, 1024, 2048, 4096], "experts": [8, 16, 32, 64], "layers": [2, 4, 8, 16]}
 PROCESSES, SHARED_TOKENS = [1, 2, 4], 2048
 ROUNDS = 3
 

@@ -329,9 +329,7 @@ def main() -> None:
     torch.set_num_threads(2)
     shapes = GPU_SHAPES if args.gpu else SHAPES
     like = torch.empty(
-        0,
-        dtype=torch.bfloat16 if args.gpu else torch.float32,
-        device="cuda" if args.gpu else "cpu",
+        0, dtype=torch.bfloat16 if args.gpu else torch.float32, device="cuda" if args.gpu else "cpu"
     )
     name = "layer_gpu" if args.gpu else "layer"
     with tempfile.NamedTemporaryFile() as store:

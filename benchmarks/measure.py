@@ -176,11 +176,7 @@ def keep(
 
 
 def keep_table(
-    name: str,
-    title: str,
-    heads: Sequence[str],
-    lines: Sequence[Sequence[str]],
-    device: str = "cpu",
+    name: str, title: str, heads: Sequence[str], lines: Sequence[Sequence[str]], device: str = "cpu"
 ) -> None:
     """Write results/PROCESSOR/NAME.md, a table in Markdown with the machine above it; print it."""
     described = ", ".join(f"{key} {value}" for key, value in machine().items() if value is not None)

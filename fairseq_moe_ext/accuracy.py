@@ -23,10 +23,7 @@ def wilson_interval(correct: float, examples: float) -> Interval:
     middle = (share + z2 / 2) / (1 + z2)
     half = math.sqrt(share * (1 - share) * z2 + z2**2 / 4) / (1 + z2)
     # Rounding would move the ends for none and all slightly off 0 and 1.
-    return (
-        0.0 if correct == 0 else middle - half,
-        1.0 if correct == examples else middle + half,
-    )
+    return (0.0 if correct == 0 else middle - half, 1.0 if correct == examples else middle + half)
 
 
 def mean_interval(shares: Sequence[float], examples: Sequence[float]) -> Interval:

@@ -12,10 +12,7 @@ BALANCE = ChoiceEnum(["loss", "bias", "both", "none"])
 BALANCE_OVER = ChoiceEnum(["micro_batch", "sequence", "global_batch"])
 BIAS_UPDATE_RATE = 1e-3  # that of the paper, and of DeepSeek-V3
 
-BALANCE_CHOICES = {
-    "moe_balance": BALANCE.__members__,
-    "moe_balance_over": BALANCE_OVER.__members__,
-}
+BALANCE_CHOICES = {"moe_balance": BALANCE.__members__, "moe_balance_over": BALANCE_OVER.__members__}
 
 
 @dataclass

@@ -16,10 +16,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, TypeVar
 import torch
 import torch.distributed as dist
 from fairseq.distributed import fsdp_wrap
-from fairseq.distributed.fully_sharded_data_parallel import (
-    FullyShardedDataParallel,
-    has_FSDP,
-)
+from fairseq.distributed.fully_sharded_data_parallel import FullyShardedDataParallel, has_FSDP
 from torch import Tensor, nn
 
 from .errors import UserError

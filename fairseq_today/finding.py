@@ -94,8 +94,7 @@ def with_user_dir(omegaconf: Any) -> Any:
 
 
 NEW_RESOLVERS = Condition(
-    "omegaconf >= 2.1",
-    lambda: hasattr(sys.modules["omegaconf"].OmegaConf, "register_new_resolver"),
+    "omegaconf >= 2.1", lambda: hasattr(sys.modules["omegaconf"].OmegaConf, "register_new_resolver")
 )
 USER_DIR = replace(
     "omegaconf:OmegaConf",

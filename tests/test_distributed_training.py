@@ -268,11 +268,7 @@ def train_halved(rank, cfg, backend):
         ("fully_sharded", "--bf16"),
         *(
             pytest.param("fully_sharded", precision, marks=pytest.mark.slow)
-            for precision in (
-                "--memory-efficient-fp16",
-                "--fp16",
-                "--fp16 --fp32-reduce-scatter",
-            )
+            for precision in ("--memory-efficient-fp16", "--fp16", "--fp16 --fp32-reduce-scatter")
         ),
     ],
 )

@@ -7,194 +7,89 @@ import pytest
 from own_imports import PACKAGE, own_imports, part_of
 
 # what the mathematics may have of the standard library
-STANDARD = {
-    *("__future__", "concurrent", "contextlib", "functools", "heapq", "math", "os", "threading"),
-    "time",
-    "typing",
-}
+STANDARD = set(
+    "__future__ concurrent contextlib functools heapq math os threading time typing".split()
+)
 
-EVERYWHERE = {
-    *("context", "errors", "files", "locks", "outputs", "progress_bar", "text_table", "wording")
-}
+EVERYWHERE = set("context errors files locks outputs progress_bar text_table wording".split())
 
 
 # A part of the package -> the parts that it may import. A part is a module or a subpackage; "moe.x"
 # only where a part may not have all of moe. All but moe and kernels may import EVERYWHERE.
 ALLOWED = {
-    "__init__": {
-        "criterions",
-        "models",
-        "optim",
-        "patches",
-        "tasks",
-    },
-    "moe": {"moe", "kernels"},
-    "kernels": {"kernels"},
-    "balance_flags": {"moe"},
-    "config": {"balance_flags", "moe.activations", "router_flags"},
-    "router_flags": {"balance_flags", "moe", "ranges"},
-    "config_checks": {"balance_flags", "config", "ranges", "router_flags", "shape"},
-    "shape": {"moe.activations", "moe.router", "router_flags"},
-    "ranges": set(),
-    "starting": {"config", "moe.router", "ranges"},
-    "accuracy": set(),
-    "cost": {"kernels", "shape"},
-    "errors": set(),
-    "wording": set(),
-    "text_table": set(),
-    "progress_bar": set(),
-    "locks": set(),
-    "files": set(),
-    "outputs": {"files"},
-    "data_bin": set(),
-    "tokenizer_files": {"data_bin"},
-    "generate": {"generate", "evaluation", "models", "prepare", "tokenizer_files"},
-    "literals": set(),
-    "patches": {
-        "patches",
-        "branch",
-        "checkpoint",
-        "config_checks",
-        "counted",
-        "data_bin",
-        "data_bin_files",
-        "diverging",
-        "expert_parallel",
-        "fingerprint",
-        "fully_sharded",
-        "literals",
-        "metrics_file",
-        "models",
-        "moe.balance",
-        "moe.layer",
-        "moe.stats",
-        "ranges",
-        "starting",
-        "training_line",
-        "tokenizer_files",
-    },
-    "patch_list": {"patches"},
-    "metrics_file": {"outputs"},
-    "training_line": {"cost", "shape"},
-    "completion": set(),
-    "context": set(),
-    "data_bin_files": set(),
-    "expert_parallel": {"moe.exchange", "moe.scope"},
-    "counted": set(),
-    "fingerprint": {"data_bin"},
-    "diverging": set(),
-    "optim": set(),
-    "fully_sharded": set(),
-    "checkpoint": {
-        "checkpoint",
-        "config",
-        "diverging",
-        "expert_parallel",
-        "files",
-        "fully_sharded",
-        "literals",
-    },
-    "branch": {
-        "branch",
-        "checkpoint.format",
-        "checkpoint.settings",
-        "config",
-        "expert_parallel",
-        "fully_sharded",
-        "models",
-        "moe",
-        "ranges",
-        "router_flags",
-        "shape",
-    },
-    "models": {
-        "cost",
-        "balance_flags",
-        "config",
-        "config_checks",
-        "data_bin",
-        "expert_parallel",
-        "fully_sharded",
-        "kernels",
-        "models",
-        "moe",
-        "router_flags",
-        "starting",
-        "shape",
-        "tokenizer_files",
-    },
-    "criterions": {"criterions", "accuracy", "moe.stats", "ranges"},
-    "tasks": {
-        "tasks",
-        "accuracy",
-        "data_bin",
-        "data_bin_files",
-        "expert_parallel",
-        "questions",
-        "ranges",
-    },
-    "prepare": {"prepare", "data_bin"},
-    "inspection": {
-        "inspection",
-        "data_bin",
-        "evaluation",
-        "metrics_file",
-        "models",
-        "moe.layer",
-        "moe.router",
-        "questions",
-    },
-    "questions": {"questions", "prepare"},
-    "priming": {
-        "priming",
-        "questions",
-        "accuracy",
-        "data_bin",
-        "evaluation",
-        "expert_parallel",
-        "models",
-        "tokenizer_files",
-    },
-    "forecast": {"forecast"},
-    "study": {
-        "accuracy",
-        "cli",
-        "cost",
-        "data_bin",
-        "evaluation",
-        "forecast",
-        "ranges",
-        "shape",
-        "study",
-    },
-    "convert": {
-        "convert",
-        "branch",
-        "checkpoint",
-        "config",
-        "cost",
-        "expert_parallel",
-        "models",
-        "router_flags",
-        "moe.experts",
-        "data_bin",
-        "prepare",
-        "ranges",
-        "shape",
-        "tokenizer_files",
-    },
-    "evaluation": {
-        "branch",
-        "checkpoint",
-        "config",
-        "config_checks",
-        "cost",
-        "data_bin",
-        "data_bin_files",
-        "evaluation",
-        "models",
-        "shape",
-    },
+    part: set(names.split())
+    for part, names in {
+        "__init__": "criterions models optim patches tasks",
+        "moe": "moe kernels",
+        "kernels": "kernels",
+        "balance_flags": "moe",
+        "config": "balance_flags moe.activations router_flags",
+        "router_flags": "balance_flags moe ranges",
+        "config_checks": "balance_flags config ranges router_flags shape",
+        "shape": "moe.activations moe.router router_flags",
+        "ranges": "",
+        "starting": "config moe.router ranges",
+        "accuracy": "",
+        "cost": "kernels shape",
+        "errors": "",
+        "wording": "",
+        "text_table": "",
+        "progress_bar": "",
+        "locks": "",
+        "files": "",
+        "outputs": "files",
+        "data_bin": "",
+        "tokenizer_files": "data_bin",
+        "generate": "generate evaluation models prepare tokenizer_files",
+        "literals": "",
+        "patches": """
+            patches branch checkpoint config_checks counted data_bin data_bin_files diverging
+            expert_parallel fingerprint fully_sharded literals metrics_file models moe.balance
+            moe.layer moe.stats ranges starting tokenizer_files training_line
+            """,
+        "patch_list": "patches",
+        "metrics_file": "outputs",
+        "training_line": "cost shape",
+        "completion": "",
+        "context": "",
+        "data_bin_files": "",
+        "expert_parallel": "moe.exchange moe.scope",
+        "counted": "",
+        "fingerprint": "data_bin",
+        "diverging": "",
+        "optim": "",
+        "fully_sharded": "",
+        "checkpoint": "checkpoint config diverging expert_parallel files fully_sharded literals",
+        "branch": """
+            branch checkpoint.format checkpoint.settings config expert_parallel fully_sharded
+            models moe ranges router_flags shape
+            """,
+        "models": """
+            models balance_flags config config_checks cost data_bin expert_parallel
+            fully_sharded kernels moe router_flags shape starting tokenizer_files
+            """,
+        "criterions": "criterions accuracy moe.stats ranges",
+        "tasks": "tasks accuracy data_bin data_bin_files expert_parallel questions ranges",
+        "prepare": "prepare data_bin",
+        "inspection": """
+            inspection data_bin evaluation metrics_file models moe.layer moe.router questions
+            """,
+        "questions": "questions prepare",
+        "priming": """
+            priming accuracy data_bin evaluation expert_parallel models questions
+            tokenizer_files
+            """,
+        "forecast": "forecast",
+        "study": "study accuracy cli cost data_bin evaluation forecast ranges shape",
+        "convert": """
+            convert branch checkpoint config cost data_bin expert_parallel models moe.experts
+            prepare ranges router_flags shape tokenizer_files
+            """,
+        "evaluation": """
+            evaluation branch checkpoint config config_checks cost data_bin data_bin_files
+            models shape
+            """,
+    }.items()
 }
 
 

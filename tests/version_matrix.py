@@ -80,10 +80,7 @@ COMMANDS = {
         "H-0",
     ),
     "hydra-train": (f"{HYDRA} model._name=transformer_lm_gpt2_tiny", "num_updates 3"),
-    "hydra-train MoE": (
-        f"{HYDRA} {HYDRA_MOE} criterion._name=moe_cross_entropy",
-        "num_updates 3",
-    ),
+    "hydra-train MoE": (f"{HYDRA} {HYDRA_MOE} criterion._name=moe_cross_entropy", "num_updates 3"),
     "hub MoE": ("python hub.py", "sampled: w1 w4"),
     "2 processes MoE": (
         f"{GLOO} bin {LM} {FIT} {MOE} --distributed-backend gloo --ddp-backend legacy_ddp "

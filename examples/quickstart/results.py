@@ -103,10 +103,7 @@ def eval_result(log: Path) -> Dict[str, float]:
 
 
 def gathered(
-    out: Path,
-    settings: Dict[str, Any],
-    stages: Sequence[Stage],
-    commands: Sequence[Sequence[str]],
+    out: Path, settings: Dict[str, Any], stages: Sequence[Stage], commands: Sequence[Sequence[str]]
 ) -> Result:
     """Everything the report shows, from the files of a run."""
     counts = files.read_json(out / "data" / "counts.json")

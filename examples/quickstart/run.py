@@ -236,7 +236,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Train a dense and an MoE language model at equal FLOPs per token on text of "
         "this Python installation, and compare them. Start it again after an interruption and it "
-        "goes on.",
+        "goes on."
     )
     parser.add_argument(
         "--out",

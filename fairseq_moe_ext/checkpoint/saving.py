@@ -17,16 +17,7 @@ from ..errors import UserError
 from ..expert_parallel import all_gather, is_expert, placement, process_count
 from .collective import broadcast, code_version
 from .experts import expert_indices, saves_together
-from .format import (
-    FOLDER,
-    MANIFEST,
-    ExpertFile,
-    Manifest,
-    Piece,
-    describe,
-    file_name,
-    new_save,
-)
+from .format import FOLDER, MANIFEST, ExpertFile, Manifest, Piece, describe, file_name, new_save
 from .writing import write
 
 logger = logging.getLogger(__name__)

@@ -170,12 +170,7 @@ def _unused(used: set, types: int) -> Dict[str, int]:
 
 
 def _split(pattern: str, behaviour: str) -> Dict[str, Any]:
-    return {
-        "type": "Split",
-        "pattern": {"Regex": pattern},
-        "behavior": behaviour,
-        "invert": False,
-    }
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behaviour, "invert": False}
 
 
 def _word_pattern() -> str:

@@ -105,13 +105,7 @@ def build_on_meta(settings: Dict[str, Any], types: int) -> MoETransformerLanguag
 
 def fresh_rest(cfg: Dict[str, Any]) -> Dict[str, Any]:
     """The rest of the state for a model that was not trained."""
-    return {
-        "args": None,
-        "cfg": cfg,
-        "criterion": None,
-        "task_state": {},
-        **deepcopy(BARE),
-    }
+    return {"args": None, "cfg": cfg, "criterion": None, "task_state": {}, **deepcopy(BARE)}
 
 
 def with_settings(rest: Dict[str, Any], settings: Dict[str, Any]) -> Dict[str, Any]:

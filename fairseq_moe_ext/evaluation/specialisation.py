@@ -109,11 +109,7 @@ class Watch:
 
 
 def information(
-    choices: np.ndarray,
-    experts: int,
-    types: np.ndarray,
-    blocks: np.ndarray,
-    kinds: np.ndarray,
+    choices: np.ndarray, experts: int, types: np.ndarray, blocks: np.ndarray, kinds: np.ndarray
 ) -> Dict[str, Information]:
     """What choices (T, 1 + RANDOM, K) of gates tell, "domain": any of them about the kind of text,
     all kinds being equally likely (left out where there is one only), "token": a token's first one

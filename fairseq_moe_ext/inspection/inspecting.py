@@ -255,12 +255,7 @@ def _layers(model: FairseqLanguageModel, view: View, seen: Counted, tokens: Toke
 
 
 def _shown(
-    name: str,
-    blocks: Sequence[Block],
-    view: View,
-    twin: Optional[View],
-    tokens: Tokens,
-    cut: int,
+    name: str, blocks: Sequence[Block], view: View, twin: Optional[View], tokens: Tokens, cut: int
 ) -> ShownText:
     types = torch.cat([block.row[1:] for block in blocks]).tolist()
     eos = tokens.dictionary.eos()

@@ -147,10 +147,7 @@ class DecoderLayer(nn.Module):
         return x + moe.out[: tokens.numel()].view_as(x), moe
 
     def _attend(
-        self,
-        x: Tensor,
-        attn_mask: Optional[Tensor],
-        incremental_state: Optional[IncrementalState],
+        self, x: Tensor, attn_mask: Optional[Tensor], incremental_state: Optional[IncrementalState]
     ) -> Tuple[Tensor, Tensor]:
         """x (B, S, D) -> x + attention(norm(x)), and the norm of that, (B, S, D) each."""
         y = self.self_attn(self.self_attn_layer_norm(x), attn_mask, incremental_state)
@@ -158,10 +155,7 @@ class DecoderLayer(nn.Module):
         return x, self.final_layer_norm(x)
 
     def _dense(
-        self,
-        x: Tensor,
-        attn_mask: Optional[Tensor],
-        incremental_state: Optional[IncrementalState],
+        self, x: Tensor, attn_mask: Optional[Tensor], incremental_state: Optional[IncrementalState]
     ) -> Tensor:
         """A complete dense layer: x (B, S, D) -> (B, S, D)."""
         x, y = self._attend(x, attn_mask, incremental_state)

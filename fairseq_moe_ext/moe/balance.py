@@ -34,10 +34,7 @@ class Balance:
         self.whole: Optional[WholeBatch] = None
 
     def loss(
-        self,
-        routing: Routing,
-        length: Optional[int] = None,
-        padding_mask: Optional[Tensor] = None,
+        self, routing: Routing, length: Optional[int] = None, padding_mask: Optional[Tensor] = None
     ) -> Tensor:
         """The loss, a scalar; with `whole` set the part of these tokens in the loss of the whole
         batch; while counting, 0. length: tokens of a sequence; padding_mask: (T,) bool."""

@@ -43,11 +43,7 @@ class Routing(NamedTuple):
 
 
 def token_capacity(
-    tokens: int,
-    experts: int,
-    *,
-    factor: Optional[float] = None,
-    fraction: Optional[float] = None,
+    tokens: int, experts: int, *, factor: Optional[float] = None, fraction: Optional[float] = None
 ) -> int:
     """Slots an expert has: ``int(factor * ceil(tokens / experts))``, the rule of training, or
     ``ceil(fraction * tokens)``, the branch's rule of evaluation. At least 1, so that a short batch

@@ -26,17 +26,7 @@ import importlib.util
 from fairseq_today import finding
 from fairseq_today.registry import NEVER, Condition, replace, wrap
 
-from . import (
-    checkpoint_io,
-    commands,
-    data,
-    eval_lm,
-    generation,
-    hydra,
-    progress,
-    tasks,
-    trainer,
-)
+from . import checkpoint_io, commands, data, eval_lm, generation, hydra, progress, tasks, trainer
 
 NO_IOPATH = Condition("no iopath", lambda: importlib.util.find_spec("iopath") is None)
 FAIRSCALE = Condition("fairscale", lambda: importlib.util.find_spec("fairscale") is not None)
@@ -55,9 +45,7 @@ PATCHES = (
         "fairseq/options.py:88@0.12.2",
     ),
     replace(
-        "fairseq.options:argparse",
-        commands.with_one_line_parsers,
-        "fairseq/options.py:236@0.12.2",
+        "fairseq.options:argparse", commands.with_one_line_parsers, "fairseq/options.py:236@0.12.2"
     ),
     wrap(
         "fairseq.dataclass.utils:eval_str_list",
@@ -168,9 +156,7 @@ PATCHES = (
     wrap("fairseq.tasks:setup_task", tasks.setup_task, "fairseq_cli/train.py:87,130@0.12.2"),
     wrap(_TASK + "state_dict", tasks.state_dict, "fairseq/tasks/fairseq_task.py:598@0.12.2"),
     wrap(
-        _TASK + "load_state_dict",
-        tasks.load_state_dict,
-        "fairseq/checkpoint_utils.py:439@0.12.2",
+        _TASK + "load_state_dict", tasks.load_state_dict, "fairseq/checkpoint_utils.py:439@0.12.2"
     ),
     wrap(_TASK + "build_bpe", tasks.build_bpe, "fairseq/tasks/fairseq_task.py:627@0.12.2"),
     wrap(
@@ -218,11 +204,7 @@ PATCHES = (
     ),
     wrap(_TRAINER + "valid_step", trainer.step, "fairseq/trainer.py:1100@0.12.2"),
     wrap(_TRAINER + "zero_grad", trainer.zero_grad, "fairseq/trainer.py:1161@0.12.2"),
-    wrap(
-        _TRAINER + "set_num_updates",
-        trainer.set_num_updates,
-        "fairseq/trainer.py:1009@0.12.2",
-    ),
+    wrap(_TRAINER + "set_num_updates", trainer.set_num_updates, "fairseq/trainer.py:1009@0.12.2"),
     wrap(
         _TRAINER + "get_valid_iterator",
         trainer.get_valid_iterator,
@@ -292,11 +274,7 @@ PATCHES = (
         checkpoint_io.get_maybe_sharded_checkpoint_filename,
         "fairseq/checkpoint_utils.py:418@0.12.2",
     ),
-    replace(
-        _IO + "torch",
-        checkpoint_io.reading_checked,
-        "fairseq/checkpoint_utils.py:315@0.12.2",
-    ),
+    replace(_IO + "torch", checkpoint_io.reading_checked, "fairseq/checkpoint_utils.py:315@0.12.2"),
     wrap(
         _IO + "load_checkpoint_to_cpu",
         checkpoint_io.load_checkpoint_to_cpu,

@@ -16,13 +16,7 @@ from fairseq_moe_ext.prepare import data_folder, dictionary, kinds
 from fairseq_moe_ext.prepare.binarize import SplitWriter, dtype_of
 from fairseq_moe_ext.prepare.corpora import Corpus
 from fairseq_moe_ext.prepare.documents import Source
-from fairseq_moe_ext.prepare.encode import (
-    Deal,
-    Duplicates,
-    Encoders,
-    chunks,
-    training_documents,
-)
+from fairseq_moe_ext.prepare.encode import Deal, Duplicates, Encoders, chunks, training_documents
 from fairseq_moe_ext.prepare.options import Options, check
 from fairseq_moe_ext.prepare.splits import SplitRule
 from fairseq_moe_ext.prepare.tokenizer import ENCODER_FILE, MERGES_FILE, ByteLevelBPE, train_bpe

@@ -174,9 +174,7 @@ def evaluate(
     outcomes = []
     for number in range(settings.draws if shots else 1):
         drawn = draw(len(pool), shots, settings.seed, number) if shots else []
-        outcomes.append(
-            answer(rule, questions, base, [pool[i] for i in drawn], scorer, context),
-        )
+        outcomes.append(answer(rule, questions, base, [pool[i] for i in drawn], scorer, context))
     found = [outcome.accuracy for outcome in outcomes]
     number, share = len(questions), float(np.mean(found))
     right = [len(question.right) for question in questions]

@@ -202,10 +202,7 @@ def _say(head: str, found: Result, room: int) -> None:
         )
 
 
-_TRANSLATION = (
-    ("test.{}", "{}.devtest"),
-    ("train.{}", "valid.{}", "{}.dev"),
-)
+_TRANSLATION = (("test.{}", "{}.devtest"), ("train.{}", "valid.{}", "{}.dev"))
 _TRANSLATION_ORIGIN = (
     "a test set of two text files, a sentence a line: FLORES-101's LANGUAGE.devtest and .dev, or "
     "test.LANGUAGE of `sacrebleu -t wmt14 -l en-fr --echo src` and `ref`"

@@ -264,15 +264,7 @@ _GLUE = "GLUE, https://gluebenchmark.com/tasks"
 TASKS: Dict[str, Task] = {
     task.name: task
     for task in (
-        Task(
-            "record",
-            "sum",
-            _record,
-            _JSONL,
-            _VALID,
-            _TRAIN,
-            f"ReCoRD in {_SUPERGLUE}",
-        ),
+        Task("record", "sum", _record, _JSONL, _VALID, _TRAIN, f"ReCoRD in {_SUPERGLUE}"),
         Task(
             "hellaswag",
             "mean",
@@ -328,24 +320,8 @@ TASKS: Dict[str, Task] = {
             ("train_complete.jsonl", "train.jsonl"),  # the first says which questions share a fact
             "OpenBookQA, https://allenai.org/data/open-book-qa (Data/)",
         ),
-        Task(
-            "copa",
-            "sum",
-            _copa,
-            _JSONL,
-            _VALID,
-            _TRAIN,
-            f"COPA in {_SUPERGLUE}",
-        ),
-        Task(
-            "boolq",
-            "sum",
-            _boolq,
-            _JSONL,
-            _VALID,
-            _TRAIN,
-            f"BoolQ in {_SUPERGLUE}",
-        ),
+        Task("copa", "sum", _copa, _JSONL, _VALID, _TRAIN, f"COPA in {_SUPERGLUE}"),
+        Task("boolq", "sum", _boolq, _JSONL, _VALID, _TRAIN, f"BoolQ in {_SUPERGLUE}"),
         Task(
             "mnli",
             "sum",

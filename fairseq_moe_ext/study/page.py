@@ -96,12 +96,7 @@ def _charts(result: StudyResult) -> Dict[str, Figure]:
         curve = [(p["dense_flops"], p["factor"]) for p in result["factors"][group]["curve"]]
         charts[f"speedup-{group}"] = Figure(
             "set speedups" if single else "speedup",
-            _speedup(
-                TITLES.get(group, group),
-                curve,
-                "this study",
-                _OURS,
-            ),
+            _speedup(TITLES.get(group, group), curve, "this study", _OURS),
         )
     costs = {"dense": paper.DENSE_ZFLOPS, "moe": paper.MOE_ZFLOPS}
     for group, read_off in {**paper.FIGURE_2, "0-shot": paper.ZERO_SHOT}.items():

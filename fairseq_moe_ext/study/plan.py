@@ -38,12 +38,7 @@ _FAMILY: Keys = {"arch": (str, None), "flags": (dict, {}), "sizes": (dict, None)
 _ARM: Keys = {"arch": (str, None), "flags": (dict, {})}
 _EVALUATE: Keys = {"stride": (int, 0), "batch-size": (int, 16), "bootstrap": (int, 1000)}
 # of `fairseq-moe priming`; without a folder there is none
-_PRIMING: Keys = {
-    "folder": (str, ""),
-    "tasks": (str, ""),
-    "shots": (list, [0]),
-    "draws": (int, 25),
-}
+_PRIMING: Keys = {"folder": (str, ""), "tasks": (str, ""), "shots": (list, [0]), "draws": (int, 25)}
 _SIZE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # a part of a folder's name
 # flags that the study sets itself
 _OURS = ("arch", "seed", "max-update", "total-num-update", "save-dir", "tokens-per-sample", "task")

@@ -11,13 +11,7 @@ from ..evaluation.speedup import Factor, overlap, speedup_factors
 from ..shape import shape_of
 from . import logs
 from .plan import FAMILIES, Plan, Run, typed
-from .result_file import (
-    GroupFactors,
-    Priming,
-    RunResult,
-    StudyResult,
-    TaskResult,
-)
+from .result_file import GroupFactors, Priming, RunResult, StudyResult, TaskResult
 from .router_metrics import router_metrics
 
 GROUPS = ("in_domain", "out_of_domain")

@@ -167,17 +167,9 @@ def contents(result: StudyResult, use: bool, fine_tuning: bool) -> Table:
         ["Zero-shot accuracy of each task", "table" if 0 in shots else primed, "with fine-tuning"],
         ["Few-shot accuracy", f"drawn and table, {few} shots" if few else primed, absent],
         ["Models, table 1", "table", "table"],
-        [
-            "Fine-tuning",
-            "table" if fine_tuning else "not given: --fine-tuning",
-            "table",
-        ],
+        ["Fine-tuning", "table" if fine_tuning else "not given: --fine-tuning", "table"],
         ["StereoSet", "table" if bias(runs)[1] else primed, "table, of the models' card"],
-        [
-            "Use of experts by layer and set",
-            "drawn" if use else "not given: --expert-use",
-            "",
-        ],
+        ["Use of experts by layer and set", "drawn" if use else "not given: --expert-use", ""],
         ["Choices dropped for capacity", "table, with every set", ""],
     ]
     return ["In the paper or beside it", "This study", "The paper's numbers"], rows

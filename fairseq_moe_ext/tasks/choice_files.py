@@ -19,15 +19,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 
 from .. import files
 from ..errors import UserError
-from ..questions.formats import (
-    CLASSES,
-    TASKS,
-    Item,
-    find_file,
-    given_keys,
-    group_key,
-    read_counted,
-)
+from ..questions.formats import CLASSES, TASKS, Item, find_file, given_keys, group_key, read_counted
 from ..questions.records import Record, read_jsonl
 
 logger = logging.getLogger(__name__)

@@ -71,8 +71,7 @@ class MultipleChoiceTaskConfig(FairseqDataclass):
         },
     )
     tokens_per_sample: int = field(
-        default=1024,
-        metadata={"help": "longest sequence; longer ones lose their beginning"},
+        default=1024, metadata={"help": "longest sequence; longer ones lose their beginning"}
     )
     max_target_positions: Optional[int] = field(
         default=None, metadata={"help": "maximum number of tokens in the target sequence"}

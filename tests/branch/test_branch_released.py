@@ -12,11 +12,7 @@ from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
 def released(tmp_path_factory):
     """A folder laid out as en_moe_lm_15b, of small width."""
     folder = tmp_path_factory.mktemp("released")
-    settings = {
-        **branch_files.RELEASED_15B,
-        "decoder_embed_dim": 24,
-        "decoder_ffn_embed_dim": 32,
-    }
+    settings = {**branch_files.RELEASED_15B, "decoder_embed_dim": 24, "decoder_ffn_embed_dim": 32}
     branch_files.write(str(folder), settings, 50264, 64, branch_files.random_tensors())
     return folder
 

@@ -21,10 +21,7 @@ CASES = [  # typed before Tab -> what then stands on the line
     ("fairseq-moe verify mod", r"verify model\ one.pt"),
     ("fairseq-moe verify --help run", "verify --help runs/"),
 ]
-STARTS = {
-    "bash": ["bash", "--norc", "--noprofile", "-i"],
-    "zsh": ["zsh", "-f", "-i"],
-}
+STARTS = {"bash": ["bash", "--norc", "--noprofile", "-i"], "zsh": ["zsh", "-f", "-i"]}
 
 
 class Shell:

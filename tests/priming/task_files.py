@@ -230,10 +230,7 @@ CASES = {
         {"SST-2/dev.tsv": 'sentence\tlabel\na " fine film \t1\nbad . \t0\n'},
         [
             (
-                (
-                    'a " fine film All in all, it was bad',
-                    'a " fine film All in all, it was good',
-                ),
+                ('a " fine film All in all, it was bad', 'a " fine film All in all, it was good'),
                 {1},
                 (),
             ),

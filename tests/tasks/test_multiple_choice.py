@@ -9,14 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from choice_data import (
-    CLASSES,
-    SIZES,
-    batch_of,
-    load,
-    make_choice_model,
-    make_choice_task,
-)
+from choice_data import CLASSES, SIZES, batch_of, load, make_choice_model, make_choice_task
 from fairseq import metrics
 from fairseq.tasks import FairseqTask
 from processes import run_processes
