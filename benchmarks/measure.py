@@ -67,8 +67,8 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def language_model(types: int, **flags: Any) -> Any:
-    """A model built without a command line: so many types, flags as in config.py."""
+def language_model(vocabulary: int, **flags: Any) -> Any:
+    """A model built without a command line: size of the vocabulary, flags as in config.py."""
     from types import SimpleNamespace
 
     from fairseq.data import Dictionary
@@ -77,7 +77,7 @@ def language_model(types: int, **flags: Any) -> Any:
     from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
 
     dictionary = Dictionary()
-    for i in range(types - len(dictionary)):
+    for i in range(vocabulary - len(dictionary)):
         dictionary.add_symbol(f"w{i}")
     settings = {"max_target_positions": None, "max_tokens": None, "batch_size": None, **flags}
     cfg = MoETransformerLMConfig(ddp_backend="legacy_ddp", **settings)

@@ -31,14 +31,14 @@ class Shape(NamedTuple):
     dim: int
     heads: int
     hidden: int
-    types: int
+    vocabulary: int
     rows: int
     context: int
 
     @property
     def flops(self) -> float:
         """Of a training step."""
-        shape = cost.Shape(self.layers, self.dim, self.hidden, self.types)
+        shape = cost.Shape(self.layers, self.dim, self.hidden, self.vocabulary)
         tokens = self.rows * self.context
         return tokens * cost.training_flops_per_token(shape, self.context)
 
@@ -53,7 +53,7 @@ Step = Callable[[Tensor, Tensor], Tensor]  # tokens, targets (B, T) -> loss
 
 def plain(shape: Shape) -> nn.Module:
     return PlainGPT(
-        shape.types, shape.layers, shape.dim, shape.heads, shape.hidden, shape.context, DROPOUT
+        shape.vocabulary, shape.layers, shape.dim, shape.heads, shape.hidden, shape.context, DROPOUT
     )
 
 
@@ -67,7 +67,7 @@ def ours(shape: Shape, experts: int = 0, bf16: bool = False, **flags: Any) -> nn
             moe_second_expert_policy="all",
         )
     model = measure.language_model(
-        shape.types,
+        shape.vocabulary,
         decoder_layers=shape.layers,
         decoder_embed_dim=shape.dim,
         decoder_ffn_embed_dim=shape.hidden,
@@ -100,7 +100,7 @@ def hugging_face(shape: Shape, experts: int = 0) -> nn.Module:
 
     if experts:
         config = transformers.OlmoeConfig(
-            vocab_size=shape.types,
+            vocab_size=shape.vocabulary,
             hidden_size=shape.dim,
             intermediate_size=shape.hidden // 3 // 16 * 16,
             num_hidden_layers=shape.layers,
@@ -114,7 +114,7 @@ def hugging_face(shape: Shape, experts: int = 0) -> nn.Module:
         model: nn.Module = transformers.OlmoeForCausalLM(config)
     else:
         config = transformers.GPT2Config(
-            vocab_size=shape.types,
+            vocab_size=shape.vocabulary,
             n_positions=shape.context,
             n_embd=shape.dim,
             n_layer=shape.layers,
@@ -146,7 +146,7 @@ def stock(shape: Shape) -> nn.Module:
     )
 
     dictionary = Dictionary()
-    for i in range(shape.types - len(dictionary)):
+    for i in range(shape.vocabulary - len(dictionary)):
         dictionary.add_symbol(f"w{i}")
     cfg = TransformerLanguageModelConfig(
         activation_fn="gelu",
@@ -227,7 +227,7 @@ def training_step(case: Case, shape: Shape, like: Tensor) -> Callable[[], None]:
     else:
         optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     forward: Step = torch.compile(model) if case.compiled else model
-    words = torch.randint(4, shape.types, (shape.rows, shape.context + 1), device=like.device)
+    words = torch.randint(4, shape.vocabulary, (shape.rows, shape.context + 1), device=like.device)
     tokens, target = words[:, :-1].contiguous(), words[:, 1:].contiguous()
     scale = 1 / tokens.numel()
 
@@ -281,7 +281,7 @@ def main() -> None:
         rows = compare(name, SHAPES[name], cases, args.rounds, like)
     order = [f"{name}: {label}" for name in SHAPES for label in CASES]
     shapes = "; ".join(
-        f"{name}: {s.layers} x {s.dim} wide, {s.types} types, {s.rows} x {s.context} tokens"
+        f"{name}: {s.layers} x {s.dim}, vocabulary {s.vocabulary}, {s.rows} x {s.context} tokens"
         for name, s in SHAPES.items()
     )
     measure.keep_table(

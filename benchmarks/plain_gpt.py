@@ -36,7 +36,7 @@ class PlainGPT(nn.Module):
 
     def __init__(
         self,
-        types: int,
+        vocabulary: int,
         layers: int,
         dim: int,
         heads: int,
@@ -45,7 +45,7 @@ class PlainGPT(nn.Module):
         dropout: float,
     ) -> None:
         super().__init__()
-        self.tokens, self.positions = nn.Embedding(types, dim), nn.Embedding(context, dim)
+        self.tokens, self.positions = nn.Embedding(vocabulary, dim), nn.Embedding(context, dim)
         nn.init.normal_(self.tokens.weight, std=dim**-0.5)
         nn.init.normal_(self.positions.weight, std=dim**-0.5)
         self.blocks = nn.ModuleList(Block(dim, heads, hidden, dropout) for _ in range(layers))

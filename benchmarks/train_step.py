@@ -5,8 +5,8 @@ same flags, an MoE model against its dense twin, and what --optimizer fused_adam
     python benchmarks/train_step.py --groups dense --context 512 --tokens 8192    memory, mainly
     python benchmarks/train_step.py --shares       where the time goes
 
-The 125M shape cut to 4 layers, 50,000 types, float32, two threads of a CPU. Each case is a process
-of its own; those of a group make their updates in turn, and stand still between them. Times are
+The 125M shape cut to 4 layers, vocabulary 50,000, float32, two CPU threads. Each case is a process
+of its own; those of a group take turns to make an update, and wait in between. Times are
 medians over the updates but the first: by the clock, and of the processor (all threads, which sleep
 where they wait), which other users of the machine disturb less. Memory is the process's largest
 resident set, start-up and libraries included.
@@ -35,7 +35,7 @@ from measure import keep, keep_table, matrix_rate, median
 import fairseq_moe_ext
 from fairseq_moe_ext.cost import Shape, training_flops_per_token
 
-TYPES, DIM, HIDDEN = 50_000, 768, 3072
+VOCABULARY, DIM, HIDDEN = 50_000, 768, 3072
 TOKENS = 2048  # an update, unless told otherwise
 SHAPE = f"""--decoder-layers 4 --decoder-embed-dim {DIM} --decoder-ffn-embed-dim {HIDDEN}
     --decoder-attention-heads 12 --activation-fn gelu --share-decoder-input-output-embed
@@ -60,8 +60,8 @@ GROUPS = {
     "sparse": {"dense twin": TWIN, "8 experts": MOE, "8 experts, --compile": f"{MOE} --compile"},
 }
 FLOPS = {
-    "dense": Shape(4, DIM, HIDDEN, TYPES),
-    "sparse": Shape(4, DIM, HIDDEN, TYPES, moe_freq=2, experts=8),
+    "dense": Shape(4, DIM, HIDDEN, VOCABULARY),
+    "sparse": Shape(4, DIM, HIDDEN, VOCABULARY, moe_freq=2, experts=8),
 }
 
 
@@ -71,12 +71,12 @@ def make_data(folder: Path, tokens: int) -> None:
     from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
 
     dictionary = Dictionary()
-    for i in range(TYPES - len(dictionary)):
-        dictionary.add_symbol(f"w{i}", n=TYPES - i)
+    for i in range(VOCABULARY - len(dictionary)):
+        dictionary.add_symbol(f"w{i}", n=VOCABULARY - i)
     dictionary.save(str(folder / "dict.txt"))
     rng = np.random.default_rng(0)
     builder = MMapIndexedDatasetBuilder(str(folder / "train.bin"), dtype=np.uint16)
-    words = 4 + np.minimum(rng.zipf(1.1, tokens) - 1, TYPES - 5)
+    words = 4 + np.minimum(rng.zipf(1.1, tokens) - 1, VOCABULARY - 5)
     for line in np.split(words, range(1024, tokens, 1024)):
         builder.add_item(torch.from_numpy(line))
     builder.finalize(str(folder / "train.idx"))
@@ -182,7 +182,7 @@ def speeds(
     keep_table(
         "train_step",
         f"`fairseq-train`, {TOKENS} tokens an update where nothing else is said "
-        f"({' '.join(SHAPE.split())}, {TYPES} types; "
+        f"({' '.join(SHAPE.split())}, a vocabulary of {VOCABULARY}; "
         "sparse: every second layer). Seconds of an update by the clock and of the processor, and "
         "how many times as fast by either, and of how much memory, than the case named. Floor: "
         "the model's FLOPs at the rate of a matrix product alone, one thread, in the same run.",
@@ -294,7 +294,7 @@ def kind(operator: str, shapes: Sequence[Sequence[int]]) -> str:
         return "attention's core"
     if "adam" in operator or "vector_norm" in operator or "foreach" in operator:
         return "optimizer and clipping"
-    return "softmax and loss" if TYPES in sizes else "all else"
+    return "softmax and loss" if VOCABULARY in sizes else "all else"
 
 
 def main() -> None:

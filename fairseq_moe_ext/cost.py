@@ -32,7 +32,7 @@ def parameters(shape: Shape) -> Parameters:
     s, sparse = shape, shape.moe_layers
     norm = 2 * s.dim
     attention = 4 * (s.dim * s.dim + s.dim)
-    embeddings = (s.types * (1 if s.tied else 2) + s.learned_positions) * s.dim
+    embeddings = (s.vocabulary * (1 if s.tied else 2) + s.learned_positions) * s.dim
     ffns = sum(_ffn_parameters(s, width) for width in s.dense_widths if width is not None)
     if s.shared_ffn_dim:
         ffns += sparse * _ffn_parameters(s, s.shared_ffn_dim)
@@ -58,7 +58,7 @@ def training_flops_per_token(shape: Shape, context: int, recompute: bool = False
     attention = s.layers * (8 * s.dim**2 + 4 * s.dim * context)
     width = sum(s.twin_width if width is None else width for width in s.dense_widths)
     layers = attention + 2 * (3 if s.gated else 2) * s.dim * width
-    output = 2 * s.dim * s.types
+    output = 2 * s.dim * s.vocabulary
     return float((4 if recompute else 3) * layers + 3 * output)
 
 
@@ -168,7 +168,7 @@ def memory_per_device(
     kept = sum(layers)
     if recompute:
         kept = s.layers * p.width * tokens * s.dim
-    loss = 4 * min(tokens * s.types, LOGITS_AT_A_TIME) + 4 * s.types * s.dim
+    loss = 4 * min(tokens * s.vocabulary, LOGITS_AT_A_TIME) + 4 * s.vocabulary * s.dim
     whole = [width or s.shared_ffn_dim for width in s.dense_widths]  # what FSDP gathers at a time
     one_layer = 4 * (s.dim**2 + s.dim) + _ffn_parameters(s, max(whole))
     return Memory(

@@ -20,7 +20,7 @@ class Shape(NamedTuple):
     layers: int
     dim: int
     ffn_dim: int
-    types: int  # vocabulary
+    vocabulary: int  # size
     moe_freq: int = 0  # layer i (from 0) is picked when (i + 1) % moe_freq == 0; 0: none
     experts: int = 0
     top_k: int = 2
@@ -107,7 +107,7 @@ class Shape(NamedTuple):
         return self.shared_ffn_dim + (routed + latent) / (matrices * self.dim)
 
 
-def shape_of(settings: Any, types: int = 0) -> Shape:
+def shape_of(settings: Any, vocabulary: int = 0) -> Shape:
     """The shape of a model with the settings (an object or a mapping, names of config.py; those
     that stock's models, the branch and older checkpoints lack are taken as off)."""
     s = settings if isinstance(settings, Mapping) else vars(settings)
@@ -118,7 +118,7 @@ def shape_of(settings: Any, types: int = 0) -> Shape:
         layers=s["decoder_layers"],
         dim=s["decoder_embed_dim"],
         ffn_dim=ffn_dim,
-        types=types,
+        vocabulary=vocabulary,
         moe_freq=s.get("moe_freq") or 0,
         experts=s.get("moe_expert_count") or 0,
         top_k=top_k(s),

@@ -26,10 +26,10 @@ _SIZE = 768  # of the product that is measured
 class Speed:
     """How fast a model could train."""
 
-    def __init__(self, settings: Any, types: int, processes: int) -> None:
+    def __init__(self, settings: Any, vocabulary: int, processes: int) -> None:
         """settings: of the model."""
         self.flops = cost.training_flops_per_token(
-            shape.shape_of(settings, types), settings.tokens_per_sample
+            shape.shape_of(settings, vocabulary), settings.tokens_per_sample
         )
         self.processes = processes
         self._peak: Optional[float] = None

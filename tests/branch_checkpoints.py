@@ -12,7 +12,7 @@ from fairseq import options
 from fairseq.data import indexed_dataset
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from processes import run_processes
-from small_models import TYPES, build_model
+from small_models import VOCABULARY, build_model
 from updates import as_sample, batches, configure, make_trainer
 
 import fairseq_moe_ext
@@ -128,14 +128,14 @@ def write_small(folder, case="two ranks", seed=0, **more):
     model = build_model(seed, **flags).eval()
     Path(folder).mkdir(exist_ok=True)
     branch_files.write(
-        str(folder), settings, TYPES, ranks, branch_files.of_model(model), **how, **more
+        str(folder), settings, VOCABULARY, ranks, branch_files.of_model(model), **how, **more
     )
     return model
 
 
 def tokens():
     generator = torch.Generator().manual_seed(5)
-    return torch.randint(4, TYPES, (2, 24), generator=generator)
+    return torch.randint(4, VOCABULARY, (2, 24), generator=generator)
 
 
 def loaded_logits(rank, folder, data, overrides):

@@ -7,7 +7,7 @@ from fairseq_moe_ext.moe.layer import MoELayer
 from fairseq_moe_ext.moe.router import ROUTERS, GateSettings
 
 NAMES = sorted(name for name in LOOPS)
-DIM, FFN, TYPES = 5, 7, 12
+DIM, FFN, VOCABULARY = 5, 7, 12
 COUNTS = [1, 40, 3, 30, 17, 2, 2, 9, 0, 5, 11, 4]
 
 
@@ -32,7 +32,7 @@ def layer_of(name, experts=4, seed=0, settings=None, **options):
 def batch(tokens=6, seed=0):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, DIM, generator=generator).double()
-    return x, torch.randint(TYPES, (tokens,), generator=generator)
+    return x, torch.randint(VOCABULARY, (tokens,), generator=generator)
 
 
 def adapted(layer, updates=1):

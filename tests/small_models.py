@@ -14,7 +14,7 @@ import fairseq_moe_ext  # noqa: F401 - registers the model
 from fairseq_moe_ext.config import MoETransformerLMConfig
 from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
 
-TYPES = 40
+VOCABULARY = 40
 PAD = 1
 SMALL = dict(
     decoder_layers=4,
@@ -29,10 +29,10 @@ TRAINING = dict(max_tokens=None, batch_size=None, ddp_backend="legacy_ddp")
 MOE = dict(moe_freq=2, moe_expert_count=6, moe_second_expert_policy="all")
 
 
-def make_task(types=TYPES):
+def make_task(vocabulary=VOCABULARY):
     """All of a task that building a model asks for."""
     dictionary = Dictionary()
-    for i in range(types - len(dictionary)):
+    for i in range(vocabulary - len(dictionary)):
         dictionary.add_symbol(f"w{i}")
     return SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
 
@@ -41,9 +41,9 @@ def make_config(**flags):
     return MoETransformerLMConfig(**{**SMALL, **TRAINING, **flags})
 
 
-def build_model(seed=0, types=TYPES, **flags):
+def build_model(seed=0, vocabulary=VOCABULARY, **flags):
     torch.manual_seed(seed)
-    return MoETransformerLanguageModel.build_model(make_config(**flags), make_task(types))
+    return MoETransformerLanguageModel.build_model(make_config(**flags), make_task(vocabulary))
 
 
 def build_stock_model(seed=0, **flags):
@@ -65,4 +65,4 @@ def build_stock_model(seed=0, **flags):
 
 def random_tokens(rows=3, length=12):
     torch.manual_seed(1)
-    return torch.randint(4, TYPES, (rows, length))
+    return torch.randint(4, VOCABULARY, (rows, length))

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from small_models import MOE, TYPES, build_model, make_config
+from small_models import MOE, VOCABULARY, build_model, make_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,20 +28,20 @@ SPARSE = [(12, 768, 0.43), (24, 1024, 1.30), (24, 2048, 4.53), (32, 4096, 22.27)
 
 @pytest.mark.parametrize("layers, dim, printed", DENSE)
 def test_table_1_dense(layers, dim, printed):
-    shape = Shape(layers, dim, 4 * dim, types=50_000)
+    shape = Shape(layers, dim, 4 * dim, vocabulary=50_000)
     flops = 300e9 * training_flops_per_token(shape, context=2048, recompute=True)
     assert round(flops / 1e21, 2) == printed
 
 
 @pytest.mark.parametrize("layers, dim, printed", SPARSE)
 def test_table_1_sparse(layers, dim, printed):
-    shape = Shape(layers, dim, 4 * dim, types=50_000, moe_freq=2, experts=512)
+    shape = Shape(layers, dim, 4 * dim, vocabulary=50_000, moe_freq=2, experts=512)
     flops = 300e9 * training_flops_per_token(shape, context=2048, recompute=True)
     assert round(flops / 1e21, 2) == printed
 
 
 def test_a_twin_has_equal_flops_and_its_own_parameters():
-    moe = Shape(4, 128, 512, types=5000, moe_freq=2, experts=8)
+    moe = Shape(4, 128, 512, vocabulary=5000, moe_freq=2, experts=8)
     twin = moe._replace(experts=0, alternate_ffn_dim=1024)
     assert training_flops_per_token(moe, 256) == training_flops_per_token(twin, 256)
     assert parameters(twin).expert == 0
@@ -80,7 +80,7 @@ def counted_flops(tokens, **flags):
     It knows nothing of addmm_, by which the loss adds up the projection's gradient, and nothing of
     the CPU's fused attention, so the one is taught and the other put aside.
     """
-    model = build_model(types=400, **flags).train()
+    model = build_model(vocabulary=400, **flags).train()
     torch.manual_seed(2)
     data = torch.randint(4, 400, (2, *tokens))
 
@@ -101,7 +101,7 @@ def test_a_counting_run_agrees_with_the_formula(k):
     flags = dict(
         decoder_embed_dim=dim, decoder_ffn_embed_dim=ffn, share_decoder_input_output_embed=True
     )
-    shape = Shape(4, dim, ffn, types=400)
+    shape = Shape(4, dim, ffn, vocabulary=400)
     router = 0
     if k:
         flags.update(
@@ -149,7 +149,7 @@ KINDS = {
 def test_a_counting_run_of_each_kind(name, recompute):
     """Sparse, and as its dense twin, to the last product of the formula."""
     context, flags = 16, {**KINDS[name], "moe_dropless": True}
-    shape = shape_of(vars(make_config(**flags)), types=400)
+    shape = shape_of(vars(make_config(**flags)), vocabulary=400)
     counted = counted_flops((3, context), checkpoint_activations=recompute, **flags)
     router = 2 * shape.dim * shape.experts * shape.moe_layers if shape.gates else 0
     formula = training_flops_per_token(shape, context, recompute)
@@ -159,7 +159,7 @@ def test_a_counting_run_of_each_kind(name, recompute):
         assert counted == formula + 4 * router - 2 * shape.dim * last
         return
     assert counted == formula + 3 * router
-    twin = shape_of(vars(make_config(**flags, moe_dense_twin=True)), types=400)
+    twin = shape_of(vars(make_config(**flags, moe_dense_twin=True)), vocabulary=400)
     flops = training_flops_per_token(twin, context)
     assert counted_flops((3, context), **flags, moe_dense_twin=True) == flops
     # equal where widths are whole numbers in all, else apart by less than one unit of width
@@ -171,9 +171,9 @@ def test_a_counting_run_of_each_kind(name, recompute):
 def test_null_experts_spend_what_the_metric_says():
     """The formula has them in equal use; each choice of one saves an expert's FLOPs."""
     context, flags = 16, {**MOE, "moe_null_experts": 3, "moe_top_k": 3, "moe_dropless": True}
-    shape = shape_of(vars(make_config(**flags)), types=400)
+    shape = shape_of(vars(make_config(**flags)), vocabulary=400)
     assert shape.used_experts == 2  # of 3, as 6 of 9 experts compute
-    model = build_model(types=400, **flags).train()
+    model = build_model(vocabulary=400, **flags).train()
     torch.manual_seed(2)
     data = torch.randint(4, 400, (2, 3, context))
     records = model(data[0])[1]["moe"]
@@ -260,14 +260,14 @@ OF_MEMORY = {
 @pytest.mark.parametrize("moe, kind", [(False, ""), *((True, kind) for kind in OF_MEMORY)])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_memory_against_what_autograd_keeps(moe, kind, recompute):
-    dim, ffn, types, tokens = 64, 256, 400, 256
+    dim, ffn, vocabulary, tokens = 64, 256, 400, 256
     flags = dict(
         decoder_embed_dim=dim, decoder_ffn_embed_dim=ffn, share_decoder_input_output_embed=True
     )
     if moe:
         flags.update(**MOE, **OF_MEMORY[kind], moe_dropless=True)
-    shape = shape_of(vars(make_config(**flags)), types)
-    model = build_model(types=types, checkpoint_activations=recompute, **flags).train()
+    shape = shape_of(vars(make_config(**flags)), vocabulary)
+    model = build_model(vocabulary=vocabulary, checkpoint_activations=recompute, **flags).train()
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -277,7 +277,7 @@ def test_memory_against_what_autograd_keeps(moe, kind, recompute):
             kept[storage.data_ptr()] = (storage.nbytes(), tensor)
         return tensor
 
-    data = torch.randint(4, types, (2, 4, 64))
+    data = torch.randint(4, vocabulary, (2, 4, 64))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(data[0], target=data[1])
     measured = sum(size for size, _ in kept.values())
@@ -285,7 +285,7 @@ def test_memory_against_what_autograd_keeps(moe, kind, recompute):
     # the projection's gradient is made in the forward pass and counted under `working`; on a CPU
     # the weights of q, k and v are joined
     joined = 0 if recompute else 4 * 3 * dim**2 * shape.layers
-    kept_here = memory.activations + 4 * types * dim + joined
+    kept_here = memory.activations + 4 * vocabulary * dim + joined
     assert kept_here == pytest.approx(measured, rel=0.03)
     parameters_here = sum(p.numel() for p in model.parameters())
     assert (memory.parameters, memory.optimizer) == (4 * parameters_here, 8 * parameters_here)
@@ -314,14 +314,14 @@ def test_memory_against_what_autograd_keeps(moe, kind, recompute):
 )
 def test_parameters_are_those_of_the_model(flags):
     settings = vars(make_config(**flags))
-    counts = parameters(shape_of(settings, TYPES))
+    counts = parameters(shape_of(settings, VOCABULARY))
     held = list(build_model(**flags).parameters())
     assert counts.total == sum(p.numel() for p in held)
     assert counts.expert == sum(p.numel() for p in held if hasattr(p, "expert"))
 
 
 def test_memory_is_divided_as_said():
-    shape = Shape(4, 64, 256, types=400, moe_freq=2, experts=8)
+    shape = Shape(4, 64, 256, vocabulary=400, moe_freq=2, experts=8)
     counts = parameters(shape)
     one = memory_per_device(shape, 100, precision="fp16")
     assert one.parameters == 2 * counts.total and one.master == 4 * counts.total
@@ -368,7 +368,7 @@ def test_the_command(capsys, tmp_path):
     flags = "--arch moe_lm_tiny --decoder-layers 2 --moe-expert-count 4 --types 100 --context 64"
     assert cli.main(["cost", *flags.split(), "--json"]) == 0
     by_flags = json.loads(capsys.readouterr().out)
-    shape = Shape(2, 128, 512, types=100, moe_freq=2, experts=4)
+    shape = Shape(2, 128, 512, vocabulary=100, moe_freq=2, experts=4)
     assert by_flags["parameters"]["total"] == parameters(shape).total
     assert by_flags["plain"]["flops_per_token"] == training_flops_per_token(shape, 64)
 

@@ -183,7 +183,7 @@ def write_split(prefix: Path, dictionary: Dictionary, lines: int, seed: int) -> 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Path:
-    """A folder with the data-bin `data` and the mixture `corpora`, of 20 types."""
+    """A folder with the data-bin `data` and the mixture `corpora`, with a vocabulary of 20."""
     folder = tmp_path_factory.mktemp("hydra")
     dictionary = Dictionary()
     for number in range(16):

@@ -11,7 +11,15 @@ from branch_checkpoints import ADAM, change, make_data_bin, perplexities, write_
 from branch_checkpoints import SMALL as BRANCH_SMALL
 from fairseq import checkpoint_utils
 from fairseq.data.indexed_dataset import MMapIndexedDataset
-from small_models import MOE, PAD, TYPES, build_model, build_stock_model, make_task, random_tokens
+from small_models import (
+    MOE,
+    PAD,
+    VOCABULARY,
+    build_model,
+    build_stock_model,
+    make_task,
+    random_tokens,
+)
 from updates import as_sample, batches, configure, make_trainer, record
 
 from fairseq_moe_ext.moe.router import TopKRouter
@@ -157,7 +165,7 @@ def test_a_checkpoint_of_the_branch_is_evaluated_as_there(tmp_path, data):
         for parameter in model.parameters():
             parameter.mul_(1.5)  # so that it matters where a token goes
     settings = {**BRANCH_SMALL, "moe_eval_capacity_token_fraction": 0.25}
-    branch_files.write(str(tmp_path / "run"), settings, TYPES, 2, branch_files.of_model(model))
+    branch_files.write(str(tmp_path / "run"), settings, VOCABULARY, 2, branch_files.of_model(model))
     line = data, "--path", tmp_path / "run" / "model.pt", "--sample-break-mode", "eos"
     line += "--tokens-per-sample", "24", "--batch-size", "5"
     expected = expected_perplexity(model.double(), data, 24, 5)

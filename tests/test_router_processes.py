@@ -17,7 +17,7 @@ from fairseq_moe_ext.moe.router import ROUTERS, GateSettings
 from fairseq_moe_ext.moe.scope import PROCESS
 from fairseq_moe_ext.router_flags import gate_settings
 
-EXPERTS, TOKENS, DIM, TYPES = 4, 22, 6, 9
+EXPERTS, TOKENS, DIM, VOCABULARY = 4, 22, 6, 9
 NAMES = sorted(set(LOOPS) - {"expert_choice"})  # which no language model has
 
 
@@ -27,14 +27,14 @@ def layer_of(name, exchange=HERE, scope=PROCESS):
     settings = GateSettings(k, second_expert_policy="all", capacity_factor=1.2)
     return MoELayer.build(
         DIM, 7, EXPERTS, settings, router=name, exchange=exchange, scope=scope,
-        token_counts=range(TYPES),
+        token_counts=range(VOCABULARY),
     ).double()  # fmt: skip
 
 
 def inputs():
     generator = torch.Generator().manual_seed(6)
     x = torch.randn(TOKENS, DIM, generator=generator).double()
-    ids = torch.randint(TYPES, (TOKENS,), generator=generator)
+    ids = torch.randint(VOCABULARY, (TOKENS,), generator=generator)
     padding = torch.rand(TOKENS, generator=generator) < 0.2
     return x + x[:, :1], ids, padding, torch.randn(TOKENS, DIM, generator=generator).double()
 

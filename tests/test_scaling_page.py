@@ -29,7 +29,7 @@ def shape_of(name):
         flags["decoder_layers"],
         flags["decoder_embed_dim"],
         flags["decoder_ffn_embed_dim"],
-        types=51_200,
+        vocabulary=51_200,
         moe_freq=2,
         experts=512,
     )
@@ -64,7 +64,7 @@ def test_bytes_and_flops():
     table = rows("## Bytes")
     assert len(table) == 4
     for name, (exchange, step, flops) in table.items():
-        shape = shape_of(name)._replace(types=50_000)
+        shape = shape_of(name)._replace(vocabulary=50_000)
         sent = TOKENS * 2 * shape.dim * 2
         assert exchange == pytest.approx(sent / 1e6, abs=0.06)
         assert step == pytest.approx(6 * shape.moe_layers * sent / 1e9, abs=0.006)

@@ -17,7 +17,7 @@ from fairseq.distributed import fsdp_enable_wrap, fsdp_wrap
 from fairseq.distributed.fully_sharded_data_parallel import FullyShardedDataParallel
 from fairseq.trainer import Trainer
 from processes import run_processes
-from small_models import PAD, TYPES, make_task
+from small_models import PAD, VOCABULARY, make_task
 
 import fairseq_moe_ext
 from fairseq_moe_ext.expert_parallel import placement
@@ -74,7 +74,7 @@ def batches():
     """A batch for each update, of which the rows go to the processes in turn."""
     generator = torch.Generator().manual_seed(2)
     for _ in range(UPDATES):
-        tokens = torch.randint(4, TYPES, (ROWS, LENGTH + 1), generator=generator)
+        tokens = torch.randint(4, VOCABULARY, (ROWS, LENGTH + 1), generator=generator)
         for row, length in zip(tokens, LENGTHS):
             row[length + 1 :] = PAD
         yield tokens

@@ -128,7 +128,7 @@ def as_typed(command: Sequence[str]) -> List[str]:
 
 def shapes(vocabulary: int) -> Dict[str, Shape]:
     """For counting parameters and FLOPs; `vocabulary`: entries of the dictionary."""
-    both = Shape(layers=LAYERS, dim=DIM, ffn_dim=2 * EXPERT_FFN, types=vocabulary, moe_freq=1)
+    both = Shape(layers=LAYERS, dim=DIM, ffn_dim=2 * EXPERT_FFN, vocabulary=vocabulary, moe_freq=1)
     return {
         "dense": both._replace(alternate_ffn_dim=2 * EXPERT_FFN),
         "moe": both._replace(experts=EXPERTS, expert_ffn_dim=EXPERT_FFN),

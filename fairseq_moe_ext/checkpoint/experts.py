@@ -30,8 +30,8 @@ def trained_parameters(trainer: Trainer) -> List[str]:
 def saves_together(trainer: Trainer) -> bool:
     """Whether all processes take part in saving and loading."""
     sharded = fully_sharded.is_sharded(trainer.get_model())
-    return has_spread_experts(trainer) or (process_count() > 1 and sharded)
+    return has_sharded_experts(trainer) or (process_count() > 1 and sharded)
 
 
-def has_spread_experts(trainer: Trainer) -> bool:
+def has_sharded_experts(trainer: Trainer) -> bool:
     return process_count() > 1 and getattr(trainer.get_model(), "has_experts", False)

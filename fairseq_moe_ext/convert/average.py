@@ -98,10 +98,10 @@ def _numbered(folder: str) -> Iterator[Tuple[int, str]]:
     by_update: List[Tuple[int, str]] = []
     by_epoch: List[Tuple[int, str]] = []
     for name in os.listdir(folder):
-        found = re.fullmatch(r"checkpoint(?:_\d+_(\d+)|(\d+))\.pt", name)
-        if found:
-            chosen = by_update if found[1] else by_epoch
-            chosen.append((int(found[1] or found[2]), os.path.join(folder, name)))
+        match = re.fullmatch(r"checkpoint(?:_\d+_(\d+)|(\d+))\.pt", name)
+        if match:
+            chosen = by_update if match[1] else by_epoch
+            chosen.append((int(match[1] or match[2]), os.path.join(folder, name)))
     yield from by_update or by_epoch
 
 

@@ -113,7 +113,7 @@ def hf_jobs(source: Source, folder: str, extras: Extras, only_xglm: bool = False
     generation = {"bos_token_id": 2, "pad_token_id": 1}
     jobs.append(text_job(folder, GENERATION, json.dumps(generation, indent=2) + "\n"))
     if extras.tokenizer is not None:
-        for name, text in tokenizer_files(extras.tokenizer, source.types, _longest(s)).items():
+        for name, text in tokenizer_files(extras.tokenizer, source.vocabulary, _longest(s)).items():
             jobs.append(text_job(folder, name, text))
         for name, file in files_of(extras.tokenizer).items():
             jobs.append(text_job(folder, name, file.read_text(encoding="utf-8")))
@@ -172,10 +172,10 @@ def _config(source: Source) -> Dict[str, Any]:
             f"--to hf: {source.path} has what the code for transformers does not know yet: "
             f"{', '.join(unknown)}"
         )
-    return _translated(s, source.types, _balance_weight(source))
+    return _translated(s, source.vocabulary, _balance_weight(source))
 
 
-def _translated(s: Dict[str, Any], types: int, balance_weight: float) -> Dict[str, Any]:
+def _translated(s: Dict[str, Any], vocabulary: int, balance_weight: float) -> Dict[str, Any]:
     shape = shape_of(s)
     widths = [shape.expert_width if width is None else width for width in shape.dense_widths]
     positions = "learned" if s["decoder_learned_pos"] else "sinusoidal"
@@ -187,7 +187,7 @@ def _translated(s: Dict[str, Any], types: int, balance_weight: float) -> Dict[st
             "AutoConfig": f"{CODE[0][:-3]}.FairseqMoeConfig",
             "AutoModelForCausalLM": f"{CODE[0][:-3]}.FairseqMoeForCausalLM",
         },
-        "vocab_size": types,
+        "vocab_size": vocabulary,
         "hidden_size": shape.dim,
         "intermediate_sizes": widths,
         "num_hidden_layers": shape.layers,
@@ -242,10 +242,10 @@ def _settings(path: str, config: Dict[str, Any]) -> Dict[str, Any]:
     given = {name: value for name, value in saved.items() if name in names}
     settings = {**_DEFAULTS, **given, **ONE_PROCESS, "_name": MODEL_NAME}
     check_fields(path, "fairseq.model", settings, MoETransformerLMConfig)
-    types = config.get("vocab_size")
-    if not isinstance(types, int):
-        raise UserError(f"{path}: vocab_size is {types!r}, not a whole number")
-    expected = _translated(settings, types, config.get("router_aux_loss_coef", 0.0))
+    vocabulary = config.get("vocab_size")
+    if not isinstance(vocabulary, int):
+        raise UserError(f"{path}: vocab_size is {vocabulary!r}, not a whole number")
+    expected = _translated(settings, vocabulary, config.get("router_aux_loss_coef", 0.0))
     for name, value in expected.items():
         if name in config and name not in ("auto_map", *_SPECIAL) and config[name] != value:
             raise UserError(
@@ -263,12 +263,12 @@ def _longest(s: Dict[str, Any]) -> int:
 def _balance_weight(source: Source) -> float:
     """That of the gates' balancing loss in training."""
     criterion = (source.rest.get("cfg") or {}).get("criterion")
-    found = criterion.get("moe_gate_loss_wt") if isinstance(criterion, dict) else None
-    found = getattr(source.rest.get("args"), "moe_gate_loss_wt", found)
+    weight = criterion.get("moe_gate_loss_wt") if isinstance(criterion, dict) else None
+    weight = getattr(source.rest.get("args"), "moe_gate_loss_wt", weight)
     balances = str(source.settings.get("moe_balance", "loss")) in ("loss", "both")
-    if not (isinstance(found, (int, float)) and source.experts and balances):
+    if not (isinstance(weight, (int, float)) and source.experts and balances):
         return 0.0
-    return float(found)
+    return float(weight)
 
 
 def _provenance(source: Source) -> Dict[str, Any]:

@@ -75,26 +75,26 @@ def _weight_job(tensors: Dict[str, AnyTensor], path: str) -> Job:
 
 def their_names(model: Dict[str, AnyTensor], tied: bool, learned: bool) -> Dict[str, AnyTensor]:
     """Tensors of our model by transformers' names, without what is computed or there twice."""
-    found: Dict[str, AnyTensor] = {}
+    renamed: Dict[str, AnyTensor] = {}
     for name, value in model.items():
         if name == "decoder.version" or name.endswith("._float_tensor"):
             continue
         if name.startswith("decoder.embed_positions.") and not learned:
             continue
         if name != OUTPUT:
-            found["model" + name[len("decoder") :]] = value
+            renamed["model" + name[len("decoder") :]] = value
         elif not tied:
-            found["lm_head.weight"] = value
-    return found
+            renamed["lm_head.weight"] = value
+    return renamed
 
 
 def our_names(
-    folder: str, weights: Dict[str, Tensor], settings: Dict[str, Any], types: int
+    folder: str, weights: Dict[str, Tensor], settings: Dict[str, Any], vocabulary: int
 ) -> Dict[str, AnyTensor]:
     """The other way round. Raises UserError for weights that are not of the settings.
 
     Args:
-        types: rows that the embedding should have.
+        vocabulary: rows that the embedding should have.
     """
     tied = settings["share_decoder_input_output_embed"]
     learned = settings["decoder_learned_pos"]
@@ -110,9 +110,9 @@ def our_names(
     embedding = model.get("decoder.embed_tokens.weight")
     if embedding is None:
         raise UserError(f"{folder}: there is no model.embed_tokens.weight in its weights")
-    if embedding.shape[0] != types:
+    if embedding.shape[0] != vocabulary:
         raise UserError(
-            f"{os.path.join(folder, CONFIG)}: vocab_size {types}, but the weights have "
+            f"{os.path.join(folder, CONFIG)}: vocab_size {vocabulary}, but the weights have "
             f"{embedding.shape[0]} rows: they do not belong together"
         )
     if not learned and not settings["no_token_positional_embeddings"]:
@@ -149,13 +149,13 @@ def read_weights(folder: str) -> Dict[str, Tensor]:
                     parts = sorted(set(json.load(stream)["weight_map"].values()))
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise UserError(f"{index}: there is no weight_map in it; copy it again") from error
-            found: Dict[str, Tensor] = {}
+            weights: Dict[str, Tensor] = {}
             for part in parts:
                 file = os.path.join(folder, os.path.basename(part))
                 if not os.path.isfile(file):
                     raise UserError(f"{file}: missing; {index} names it: copy the folder again")
-                found.update(_read(file))
-            return found
+                weights.update(_read(file))
+            return weights
     raise UserError(f"{folder}: has neither {WEIGHTS} nor pytorch_model.bin")
 
 

@@ -32,11 +32,11 @@ _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False,
 SPECIAL = {"<s>": 0, "<pad>": 1, NEWLINE: dictionary.EOS, "<unk>": dictionary.UNK}
 
 
-def tokenizer_files(data: Path, types: int, longest: int) -> Dict[str, str]:
+def tokenizer_files(data: Path, model_vocabulary: int, longest: int) -> Dict[str, str]:
     """File name -> content, of a data folder's tokenizer.
 
     Args:
-        types: rows of the model's embedding.
+        model_vocabulary: rows of the model's embedding.
         longest: tokens that the model takes.
 
     Raises:
@@ -44,9 +44,9 @@ def tokenizer_files(data: Path, types: int, longest: int) -> Dict[str, str]:
     """
     files = files_of(data)
     if set(TOKENIZER) <= files.keys():
-        model = _byte_level(files, types)
+        model = _byte_level(files, model_vocabulary)
     else:
-        model = _words(files[DICTIONARY], types)
+        model = _words(files[DICTIONARY], model_vocabulary)
     names = {token: word for word, token in model["model"]["vocab"].items()}
     newline = {"content": NEWLINE, "single_word": False, "lstrip": False, "rstrip": False}
     newline = {**newline, "normalized": False, "special": False}
@@ -92,11 +92,11 @@ def _sequence(name: str, kind: int) -> Dict[str, Any]:
     return {"Sequence": {"id": name, "type_id": kind}}
 
 
-def _byte_level(files: Dict[str, Path], types: int) -> Dict[str, Any]:
+def _byte_level(files: Dict[str, Path], model_vocabulary: int) -> Dict[str, Any]:
     encoder_json, vocab_bpe = (files[name] for name in TOKENIZER)
     bpe = ByteLevelBPE.from_files(encoder_json, vocab_bpe)
     lines = dictionary.read(files[DICTIONARY], len(bpe))
-    _check_types(files[DICTIONARY], len(lines), types)
+    _check_vocabulary(files[DICTIONARY], len(lines), model_vocabulary)
     table = dictionary.lookup(lines, len(bpe)).tolist()
     encoder = json.loads(encoder_json.read_text(encoding="utf-8"))
     text = vocab_bpe.read_text(encoding="utf-8")
@@ -112,7 +112,7 @@ def _byte_level(files: Dict[str, Path], types: int) -> Dict[str, Any]:
     # Only symbols of bytes make up tokens of text, so that nothing is taken for these; where text
     # has a token <pad> of its own, that of padding has a space.
     special = {w.replace(">", " >") if w in vocabulary else w: i for w, i in SPECIAL.items()}
-    fillers = _unused({*vocabulary.values(), *special.values()}, types)
+    fillers = _unused({*vocabulary.values(), *special.values()}, model_vocabulary)
     return {
         "pre_tokenizer": {
             "type": "Sequence",
@@ -137,13 +137,13 @@ def _byte_level(files: Dict[str, Path], types: int) -> Dict[str, Any]:
     }  # fmt: skip
 
 
-def _words(path: Path, types: int) -> Dict[str, Any]:
+def _words(path: Path, model_vocabulary: int) -> Dict[str, Any]:
     from fairseq.data import Dictionary
 
     symbols = Dictionary.load(str(path)).symbols
-    _check_types(path, len(symbols) - dictionary.NUM_SPECIAL, types)
+    _check_vocabulary(path, len(symbols) - dictionary.NUM_SPECIAL, model_vocabulary)
     vocabulary = {word: i for i, word in enumerate(symbols)}
-    fillers = _unused(set(vocabulary.values()), types)
+    fillers = _unused(set(vocabulary.values()), model_vocabulary)
     return {
         "pre_tokenizer": _split(f"[{_ranges(regex.compile(chr(92) + 's'))}]+", "Removed"),
         "decoder": None,
@@ -155,18 +155,18 @@ def _words(path: Path, types: int) -> Dict[str, Any]:
     }
 
 
-def _check_types(path: Path, lines: int, types: int) -> None:
+def _check_vocabulary(path: Path, lines: int, model_vocabulary: int) -> None:
     there = lines + dictionary.NUM_SPECIAL
-    if there > types:
+    if there > model_vocabulary:
         raise UserError(
-            f"{path}: has a vocabulary of {there:,}, the model one of {types:,}: "
+            f"{path}: has a vocabulary of {there:,}, the model one of {model_vocabulary:,}: "
             "name the folder with the model's own by --data"
         )
 
 
-def _unused(used: set, types: int) -> Dict[str, int]:
+def _unused(used: set, model_vocabulary: int) -> Dict[str, int]:
     """Names for the ids that no text has, as ids must have no gaps."""
-    return {f"<unused {i}>": i for i in range(types) if i not in used}
+    return {f"<unused {i}>": i for i in range(model_vocabulary) if i not in used}
 
 
 def _split(pattern: str, behaviour: str) -> Dict[str, Any]:
@@ -185,8 +185,8 @@ def _word_pattern() -> str:
 def _ranges(kind: Any) -> str:
     """The characters of a kind as ranges of code points."""
     every = [i for i in range(0x110000) if not 0xD800 <= i < 0xE000]
-    found = [i for i in every if kind.match(chr(i))]
+    members = [i for i in every if kind.match(chr(i))]
     runs: List[Tuple[int, int]] = []
-    for group in np.split(np.array(found), np.flatnonzero(np.diff(found) > 1) + 1):
+    for group in np.split(np.array(members), np.flatnonzero(np.diff(members) > 1) + 1):
         runs.append((int(group[0]), int(group[-1])))
     return "".join(rf"\x{{{a:x}}}-\x{{{b:x}}}" if b > a else rf"\x{{{a:x}}}" for a, b in runs)

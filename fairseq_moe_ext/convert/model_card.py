@@ -80,7 +80,7 @@ model repeats what stands in it.
 
 def _model(source: Source) -> List[List[str]]:
     s = source.settings
-    shape = shape_of(s, source.types)
+    shape = shape_of(s, source.vocabulary)
     counted = parameters(shape)
     rows = [
         ["parameters", f"{counted.total:,}"],
@@ -88,7 +88,7 @@ def _model(source: Source) -> List[List[str]]:
         ["layers, width", f"{shape.layers}, {shape.dim}"],
         ["attention heads", str(s["decoder_attention_heads"])],
         ["context", f"{s['max_target_positions'] or s['tokens_per_sample']:,} tokens"],
-        ["vocabulary", f"{source.types:,}"],
+        ["vocabulary", f"{source.vocabulary:,}"],
         ["activation", str(s["activation_fn"])],
     ]
     if source.experts:
@@ -127,26 +127,31 @@ def _training(source: Source) -> List[List[str]]:
     return rows or [["", "not recorded in the checkpoint"]]
 
 
-def _evaluation(found: Optional[Mapping[str, Any]]) -> str:
+def _evaluation(evaluation: Optional[Mapping[str, Any]]) -> str:
     """A table of perplexities. Raises UserError for what `evaluate` did not write."""
-    if found is None:
+    if evaluation is None:
         return (
             "Not given. `fairseq-moe evaluate DATA --path CKPT --json FILE`, and "
             "`fairseq-moe convert ... --evaluation FILE`, would put perplexities here."
         )
     try:
         rows = [["set", "tokens", "perplexity", "bits a byte"]]
-        for name, one in found["sets"].items():
-            domain = "" if one["in_domain"] else " (held out)"
-            bits = "" if one["bits_per_byte"] is None else f"{one['bits_per_byte']:.3f}"
-            row = [_cell(name) + domain, f"{one['tokens']:,}", f"{one['perplexity']:.2f}", bits]
+        for name, result in evaluation["sets"].items():
+            domain = "" if result["in_domain"] else " (held out)"
+            bits = "" if result["bits_per_byte"] is None else f"{result['bits_per_byte']:.3f}"
+            row = [
+                _cell(name) + domain,
+                f"{result['tokens']:,}",
+                f"{result['perplexity']:.2f}",
+                bits,
+            ]
             rows.append(row)
-        blocks = f"{found['protocol']} of {found['context']:,} tokens"
+        blocks = f"{evaluation['protocol']} of {evaluation['context']:,} tokens"
     except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(
             "--evaluation: not what `fairseq-moe evaluate --json` writes; name its file"
         ) from None
-    return f"{markdown(rows)}\n\nSplit {found.get('subset')}, {blocks}, nothing dropped."
+    return f"{markdown(rows)}\n\nSplit {evaluation.get('subset')}, {blocks}, nothing dropped."
 
 
 def _hours(seconds: Any) -> Optional[str]:

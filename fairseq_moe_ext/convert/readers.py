@@ -177,8 +177,8 @@ def _open_branch(path: str, weights_only: bool) -> Source:
     if not weights_only:
         model = read(files, None, None)
         settings = _settings(files.base, _flat(model))
-        types = model["model"]["decoder.embed_tokens.weight"].shape[0]
-        parameters = dict(build_on_meta(settings, types).named_parameters())
+        vocabulary = model["model"]["decoder.embed_tokens.weight"].shape[0]
+        parameters = dict(build_on_meta(settings, vocabulary).named_parameters())
     try:
         state = read(files, None, parameters, stack=TensorPerExpert)
     except Unfit as error:

@@ -27,15 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Raises UserError for what is no checkpoint of a language model."""
-    found = facts(args.path)
+    content = facts(args.path)
     if args.json:
-        print(json.dumps(found, indent=1, default=str))
+        print(json.dumps(content, indent=1, default=str))
         return
-    width = max(map(len, found))
-    for name, words in _told(found).items():
+    width = max(map(len, content))
+    for name, words in _told(content).items():
         print(f"{name:{width}}  {words}")
     if args.settings:
-        for name, value in sorted(found["settings"].items()):
+        for name, value in sorted(content["settings"].items()):
             print(f"  {name} = {value!r}")
 
 
@@ -49,7 +49,7 @@ def facts(path: str) -> Dict[str, Any]:
     reader = reader_of(path)
     source = reader.open(path, True)
     files = [file for file, _ in reader.files(path)]
-    shape = shape_of(source.settings, source.types)
+    shape = shape_of(source.settings, source.vocabulary)
     cost = parameters(shape)
     floats = (dtype_of(value) for value in source.model.values())
     precisions = {str(dtype)[6:] for dtype in floats if dtype.is_floating_point}
@@ -58,7 +58,7 @@ def facts(path: str) -> Dict[str, Any]:
         "model": {
             "layers": shape.layers,
             "dim": shape.dim,
-            "types": shape.types,
+            "types": shape.vocabulary,
             "sparse_layers": list(shape.sparse),
             "experts": shape.experts if shape.sparse else 0,
             "top_k": shape.top_k if shape.sparse else 0,

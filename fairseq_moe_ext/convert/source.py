@@ -60,14 +60,14 @@ class Source:
         return self.model[_HEAD].shape[0] if _HEAD in self.model else 0
 
     @property
-    def types(self) -> int:
+    def vocabulary(self) -> int:
         return self.model["decoder.embed_tokens.weight"].shape[0]
 
 
 def set_order(source: Source) -> None:
     """Put the keys and parameters in our model's order. UserError if they do not fit its
     settings."""
-    ours = build_on_meta(source.settings, source.types)
+    ours = build_on_meta(source.settings, source.vocabulary)
     if source.head:
         with torch.device("meta"):
             ours.add_choice_head(source.head)
@@ -90,10 +90,10 @@ def set_order(source: Source) -> None:
     source.order = [name for name, _ in ours.named_parameters()]
 
 
-def build_on_meta(settings: Dict[str, Any], types: int) -> MoETransformerLanguageModel:
+def build_on_meta(settings: Dict[str, Any], vocabulary: int) -> MoETransformerLanguageModel:
     """Our model without memory for its parameters."""
     dictionary = Dictionary()
-    for number in range(types - len(dictionary)):
+    for number in range(vocabulary - len(dictionary)):
         dictionary.add_symbol(str(number))
     known = {field.name for field in fields(MoETransformerLMConfig)}
     cfg = MoETransformerLMConfig(**{k: v for k, v in settings.items() if k in known})

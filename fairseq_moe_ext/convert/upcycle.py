@@ -63,17 +63,16 @@ def upcycle(
         "moe_latent_dim": None,
     }
     _keep_widths(source, settings)
-    build_on_meta(settings, source.types)  # refuses settings that cannot be
+    build_on_meta(settings, source.vocabulary)  # refuses settings that cannot be
     model = dict(source.model)
     for layer in shape_of(settings).sparse:
         prefix = f"decoder.layers.{layer}"
         for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"):
             dense = model.pop(f"{prefix}.{name}")
             assert isinstance(dense, Tensor)  # a dense model has no other kind
-            spread = noise * float(dense.float().std()) if noise and dense.dim() == 2 else 0.0
+            std = noise * float(dense.float().std()) if noise and dense.dim() == 2 else 0.0
             copies: List[Any] = [
-                _expert(dense, spread, seed, f"{prefix}.{name}.{expert}")
-                for expert in range(experts)
+                _expert(dense, std, seed, f"{prefix}.{name}.{expert}") for expert in range(experts)
             ]
             model[f"{prefix}.moe_layer.experts.{name}"] = TensorPerExpert(copies)
         dim = settings["decoder_embed_dim"]
@@ -104,13 +103,13 @@ def _keep_widths(source: Source, settings: Dict[str, Any]) -> None:
         settings["moe_expert_ffn_dim"] = next(iter(widths), None)
 
 
-def _expert(dense: Tensor, spread: float, seed: int, name: str) -> Union[Tensor, Lazy]:
-    if not spread:
+def _expert(dense: Tensor, std: float, seed: int, name: str) -> Union[Tensor, Lazy]:
+    if not std:
         return dense
 
     def pieces() -> Iterator[Tensor]:
         noise = torch.randn(dense.shape, generator=_generator(seed, name))
-        yield (dense.float() + spread * noise).to(dense.dtype)
+        yield (dense.float() + std * noise).to(dense.dtype)
 
     return Lazy(tuple(dense.shape), dense.dtype, pieces)
 

@@ -1,6 +1,6 @@
 """Dense models to and from Hugging Face's XGLM (transformers, models/xglm), which is fairseq's
 dense language model: pre-norm, sinusoidal positions that start at 2, embeddings times sqrt(width).
-Its first four types are fairseq's <s>, <pad>, </s>, <unk>, so rows need not be moved."""
+Its first four tokens are fairseq's <s>, <pad>, </s>, <unk>, so rows need not be moved."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _SPECIAL = {"bos_token_id": 2, "pad_token_id": 1, "eos_token_id": 2}  # </s> beg
 def lacking(source: Source) -> List[str]:
     """What a model has and XGLM has not, as flags."""
     s = source.settings
-    found = []
+    lacks = []
     if source.experts:
-        found.append(f"{source.experts} experts (--moe-expert-count)")
+        lacks.append(f"{source.experts} experts (--moe-expert-count)")
     elif len(set(shape_of(s).dense_widths)) > 1:
-        found.append("layers of two widths (--alternate-decoder-ffn-embed-dim, --moe-dense-twin)")
+        lacks.append("layers of two widths (--alternate-decoder-ffn-embed-dim, --moe-dense-twin)")
     for name in (
         "decoder_learned_pos",
         "no_token_positional_embeddings",
@@ -33,12 +33,12 @@ def lacking(source: Source) -> List[str]:
         "no_decoder_final_norm",
     ):
         if s[name]:
-            found.append("--" + name.replace("_", "-"))
+            lacks.append("--" + name.replace("_", "-"))
     if str(s["activation_fn"]) not in _ACTIVATIONS:
-        found.append(f"--activation-fn {s['activation_fn']}")
+        lacks.append(f"--activation-fn {s['activation_fn']}")
     if source.head:
-        found.append("a head that scores candidates (--choice-scoring head)")
-    return found
+        lacks.append("a head that scores candidates (--choice-scoring head)")
+    return lacks
 
 
 def config_of(source: Source) -> Dict[str, Any]:
@@ -47,7 +47,7 @@ def config_of(source: Source) -> Dict[str, Any]:
     return {
         "architectures": ["XGLMForCausalLM"],
         "model_type": "xglm",
-        "vocab_size": source.types,
+        "vocab_size": source.vocabulary,
         "max_position_embeddings": s["max_target_positions"] or s["tokens_per_sample"],
         "d_model": s["decoder_embed_dim"],
         "ffn_dim": shape_of(s).dense_widths[0],

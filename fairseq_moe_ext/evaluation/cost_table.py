@@ -233,12 +233,12 @@ def paper_models() -> List[Dict[str, Any]]:
             row.layers,
             row.dim,
             4 * row.dim,
-            types=51_200,
+            vocabulary=51_200,
             moe_freq=2 if row.experts else 0,
             experts=row.experts,
         )
         flops = cost.training_flops_per_token(
-            shape._replace(types=paper.VOCABULARY_OF_TABLE_1), paper.CONTEXT, recompute=True
+            shape._replace(vocabulary=paper.VOCABULARY_OF_TABLE_1), paper.CONTEXT, recompute=True
         )
         counts = cost.parameters(shape).total, row.experts, row.layers, row.dim, row.heads
         zflops = paper.TOKENS * flops / 1e21

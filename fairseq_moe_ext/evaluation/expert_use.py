@@ -103,21 +103,21 @@ class _Seen:
     """The tokens that are looked at, and the blocks and kinds of text that they are of."""
 
     def __init__(self) -> None:
-        self.types: List[np.ndarray] = []
+        self.token_ids: List[np.ndarray] = []
         self.lengths: List[int] = []  # of the blocks
         self.kinds: List[int] = []  # of the blocks
         self.names: Dict[str, int] = {}  # of the kinds
 
     def add(self, name: str, batch: torch.Tensor) -> None:
         """Blocks (B, L) of one kind."""
-        self.types.append(batch.flatten().numpy())
+        self.token_ids.append(batch.flatten().numpy())
         self.lengths += [batch.size(1)] * batch.size(0)
         self.kinds += [self.names.setdefault(name, len(self.names))] * batch.size(0)
 
     def arrays(self) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
         """As specialisation.information takes them."""
         blocks = np.repeat(np.arange(len(self.lengths)), self.lengths)
-        return np.concatenate(self.types), blocks, np.array(self.kinds)
+        return np.concatenate(self.token_ids), blocks, np.array(self.kinds)
 
 
 def _batches(dataset: "FairseqDataset", batch_size: int) -> Iterator[torch.Tensor]:

@@ -43,7 +43,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Text]], css: str = "")
 
     Raises ValueError when a row is neither one cell nor as long as the columns.
     """
-    found = []
+    body = []
     for row in rows:
         if len(row) not in (1, len(columns)):
             raise ValueError(
@@ -51,8 +51,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Text]], css: str = "")
             )
         first, *cells = (Cell(*cell) if isinstance(cell, tuple) else Cell(cell) for cell in row)
         name, _, note = first.text.partition("\n")
-        found.append(Row(name, note, first.css == "total", cells))
-    return Table(columns, found, css)
+        body.append(Row(name, note, first.css == "total", cells))
+    return Table(columns, body, css)
 
 
 @functools.cache

@@ -109,18 +109,18 @@ class Watch:
 
 
 def information(
-    choices: np.ndarray, experts: int, types: np.ndarray, blocks: np.ndarray, kinds: np.ndarray
+    choices: np.ndarray, experts: int, token_ids: np.ndarray, blocks: np.ndarray, kinds: np.ndarray
 ) -> Dict[str, Information]:
     """What choices (T, 1 + RANDOM, K) of gates tell, "domain": any of them about the kind of text,
     all kinds being equally likely (left out where there is one only), "token": a token's first one
     about its type.
 
-    types (T,): the tokens. blocks (T,): the block of text, from 0, that a token is in. kinds
+    token_ids (T,): the tokens. blocks (T,): the block of text, from 0, that a token is in. kinds
     (blocks,): of each.
     """
     rng = np.random.default_rng(1)
     every = range(choices.shape[1])
-    types = np.unique(types, return_inverse=True)[1].ravel()
+    token_ids = np.unique(token_ids, return_inverse=True)[1].ravel()
     number = kinds.max() + 1
     result = {}
     if number > 1:
@@ -132,10 +132,12 @@ def information(
 
         result["domain"] = beside_controls(of_kinds, every, kinds, rng)
 
-    def of_types(gate: int, labels: np.ndarray) -> float:
-        return mutual_information(_counts(labels, choices[:, gate, :1], types.max() + 1, experts))
+    def of_tokens(gate: int, labels: np.ndarray) -> float:
+        return mutual_information(
+            _counts(labels, choices[:, gate, :1], token_ids.max() + 1, experts)
+        )
 
-    result["token"] = beside_controls(of_types, every, types, rng)
+    result["token"] = beside_controls(of_tokens, every, token_ids, rng)
     return result
 
 
@@ -146,7 +148,7 @@ def _counts(rows: np.ndarray, chosen: np.ndarray, number: int, experts: int) -> 
 
 
 def beside_controls(
-    told: Callable[[int, np.ndarray], float],
+    bits_of: Callable[[int, np.ndarray], float],
     gates: Sequence[int],
     labels: np.ndarray,
     rng: np.random.Generator,
@@ -154,8 +156,8 @@ def beside_controls(
     """Information of the gates' choices about labels; the first gate is the learnt one."""
     raw, bias = [], []
     for gate in gates:
-        raw.append(told(gate, labels))
-        bias.append(np.mean([told(gate, rng.permutation(labels)) for _ in range(SHUFFLES)]))
+        raw.append(bits_of(gate, labels))
+        bias.append(np.mean([bits_of(gate, rng.permutation(labels)) for _ in range(SHUFFLES)]))
     learnt, *random = (float(a - b) for a, b in zip(raw, bias))
     mean, deviation = float(np.mean(random)), float(np.std(random, ddof=1))
     return {

@@ -10,7 +10,7 @@ from .result import Card, Example, Word
 
 WORDS = 12
 EXAMPLES = 5
-LEAST = 8  # times that a type is seen, before its lift says anything
+LEAST = 8  # times that a token id is seen, before its lift says anything
 BEFORE, AFTER = 8, 4  # tokens of context
 
 
@@ -19,7 +19,7 @@ class Counted:
 
     def __init__(
         self,
-        types: np.ndarray,
+        token_ids: np.ndarray,
         domains: np.ndarray,
         names: Sequence[str],
         blocks: np.ndarray,
@@ -27,7 +27,7 @@ class Counted:
         frequencies: np.ndarray,
         previous: np.ndarray,
     ) -> None:
-        self.types, self.domains, self.names, self.blocks = types, domains, names, blocks
+        self.token_ids, self.domains, self.names, self.blocks = token_ids, domains, names, blocks
         self.positions, self.frequencies, self.previous = positions, frequencies, previous
 
 
@@ -35,7 +35,7 @@ def cards(view: LayerView, seen: Counted, tokens: Tokens) -> List[Card]:
     """A card for each expert of a layer."""
     number = view.experts
     total = max(1, int((view.chosen < number).sum()))
-    share = _table(np.zeros(len(seen.types), int), view, 1)[0]  # (E,)
+    share = _table(np.zeros(len(seen.token_ids), int), view, 1)[0]  # (E,)
     dropped = np.zeros(number + 1)
     np.add.at(dropped, view.chosen.ravel(), ~view.kept.ravel())
     in_blocks = _shares(_table(seen.blocks, view, seen.blocks.max() + 1))  # (blocks, E)
@@ -43,9 +43,9 @@ def cards(view: LayerView, seen: Counted, tokens: Tokens) -> List[Card]:
     domains = _shares(_table(seen.domains, view, len(seen.names)))
     positions = _shares(_table(seen.positions, view, len(POSITIONS)))
     frequencies = _shares(_table(seen.frequencies, view, len(FREQUENCIES)))
-    types, columns = np.unique(seen.types, return_inverse=True)
+    vocabulary, columns = np.unique(seen.token_ids, return_inverse=True)
     columns = columns.ravel()
-    often = np.bincount(columns)  # (types,)
+    often = np.bincount(columns)  # (vocabulary,)
     examples = _examples(view, seen, tokens)
     return [
         Card(
@@ -53,7 +53,7 @@ def cards(view: LayerView, seen: Counted, tokens: Tokens) -> List[Card]:
             share=float(share[e] / total),
             deviation=float(deviation[e]),
             dropped=float(dropped[e] / max(1, share[e])),
-            words=_words(columns[(view.chosen == e).any(axis=1)], types, often, tokens),
+            words=_words(columns[(view.chosen == e).any(axis=1)], vocabulary, often, tokens),
             examples=examples[e],
             domains=domains[:, e].tolist(),
             positions=positions[:, e].tolist(),
@@ -74,42 +74,44 @@ def _shares(table: np.ndarray) -> np.ndarray:
     return table / np.maximum(table.sum(axis=1, keepdims=True), 1)
 
 
-def _words(own: np.ndarray, types: np.ndarray, often: np.ndarray, tokens: Tokens) -> List[Word]:
-    """Types by lift. own: columns of `types` of the tokens that an expert takes."""
+def _words(
+    own: np.ndarray, vocabulary: np.ndarray, often: np.ndarray, tokens: Tokens
+) -> List[Word]:
+    """Token ids by lift. own: columns of `vocabulary` of the tokens that an expert takes."""
     if not len(own):
         return []
-    counts = np.bincount(own, minlength=len(types))
+    counts = np.bincount(own, minlength=len(vocabulary))
     lift = counts / len(own) / (often / often.sum())
     lift[often < LEAST] = 0
     order = np.lexsort((-counts, -lift))[:WORDS]
     return [
-        Word(tokens.piece(int(types[i])), float(lift[i]), int(counts[i]))
+        Word(tokens.piece(int(vocabulary[i])), float(lift[i]), int(counts[i]))
         for i in order
         if lift[i] > 1
     ]
 
 
 def _examples(view: LayerView, seen: Counted, tokens: Tokens) -> List[List[Example]]:
-    """For each expert, the tokens that it gets with the highest probability, of different types."""
-    found: List[List[Example]] = [[] for _ in range(view.experts)]
+    """For each expert, the tokens that it gets with the highest probability, all different."""
+    examples: List[List[Example]] = [[] for _ in range(view.experts)]
     taken: List[set] = [set() for _ in range(view.experts)]
     first = view.chosen[:, 0]
     for i in np.argsort(-view.probability.astype(np.float32), kind="stable"):
         e = first[i]
-        if e == view.experts or len(found[e]) == EXAMPLES or seen.types[i] in taken[e]:
+        if e == view.experts or len(examples[e]) == EXAMPLES or seen.token_ids[i] in taken[e]:
             continue
-        taken[e].add(seen.types[i])
-        found[e].append(_example(int(i), view, seen, tokens))
-    return found
+        taken[e].add(seen.token_ids[i])
+        examples[e].append(_example(int(i), view, seen, tokens))
+    return examples
 
 
 def _example(i: int, view: LayerView, seen: Counted, tokens: Tokens) -> Example:
-    low, high = max(0, i - BEFORE), min(len(seen.types), i + AFTER + 1)
+    low, high = max(0, i - BEFORE), min(len(seen.token_ids), i + AFTER + 1)
     own = np.flatnonzero(seen.blocks[low:high] == seen.blocks[i]) + low
     return Example(
-        tokens.text(seen.types[own[own < i]].tolist()),
-        tokens.piece(int(seen.types[i])),
-        tokens.text(seen.types[own[own > i]].tolist()),
+        tokens.text(seen.token_ids[own[own < i]].tolist()),
+        tokens.piece(int(seen.token_ids[i])),
+        tokens.text(seen.token_ids[own[own > i]].tolist()),
         seen.names[seen.domains[i]],
         float(view.probability[i]),
     )

@@ -194,14 +194,14 @@ def _beginnings(sets: Dict[str, Tensor]) -> Dict[str, Tensor]:
 
 def _counted(blocks: Sequence[Block], names: Sequence[str]) -> Counted:
     sizes = [len(block.positions) for block in blocks]
-    types = torch.cat([block.row[1:] for block in blocks]).numpy()
+    token_ids = torch.cat([block.row[1:] for block in blocks]).numpy()
     return Counted(
-        types=types,
+        token_ids=token_ids,
         domains=np.repeat([block.domain for block in blocks], sizes),
         names=names,
         blocks=np.repeat(np.arange(len(blocks)), sizes),
         positions=reading.position_classes(np.concatenate([block.positions for block in blocks])),
-        frequencies=reading.frequency_classes(types),
+        frequencies=reading.frequency_classes(token_ids),
         previous=torch.cat([block.row[:-1] for block in blocks]).numpy(),
     )
 
@@ -257,12 +257,12 @@ def _layers(model: FairseqLanguageModel, view: View, seen: Counted, tokens: Toke
 def _shown(
     name: str, blocks: Sequence[Block], view: View, twin: Optional[View], tokens: Tokens, cut: int
 ) -> ShownText:
-    types = torch.cat([block.row[1:] for block in blocks]).tolist()
+    token_ids = torch.cat([block.row[1:] for block in blocks]).tolist()
     eos = tokens.dictionary.eos()
     return ShownText(
         name=name,
-        tokens=[tokens.piece(token) for token in types],
-        newline=[token == eos for token in types],
+        tokens=[tokens.piece(token) for token in token_ids],
+        newline=[token == eos for token in token_ids],
         loss=_rounded(view.loss),
         twin=_rounded(twin.loss) if twin else None,
         candidates=[

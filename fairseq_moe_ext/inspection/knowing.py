@@ -48,7 +48,7 @@ def knowledge(view: LayerView, seen: Counted) -> Dict[str, Knowledge]:
     found = {}
     for name, labels in (
         ("domain", seen.domains),
-        ("token", seen.types),
+        ("token", seen.token_ids),
         ("previous", seen.previous),
         ("position", seen.positions),
     ):
@@ -71,10 +71,10 @@ def _one(
     label."""
     firsts = np.unique(by, return_index=True)[1]
 
-    def told(gate: int, of_each: np.ndarray) -> float:
+    def bits_of(gate: int, of_each: np.ndarray) -> float:
         return bits(of_each[by], gates[gate], experts)
 
-    found = beside_controls(told, range(len(gates)), labels[firsts], rng)
+    found = beside_controls(bits_of, range(len(gates)), labels[firsts], rng)
     return Knowledge(**found, interval=_interval(gates, labels, experts, groups, found))
 
 

@@ -9,15 +9,15 @@ from ..evaluation import report
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 
-def html(found: Dict[str, Any]) -> str:
+def html(inspection: Dict[str, Any]) -> str:
     """One page that needs nothing beside itself, from what Inspection.to_dict gives."""
     return report.render(
         "inspect.html",
         TEMPLATES,
         title="What the experts do",
-        found=found,
-        total=sum(found["tokens"].values()),
-        data=_finite(found),
+        inspection=inspection,
+        total=sum(inspection["tokens"].values()),
+        data=_finite(inspection),
     )
 
 

@@ -95,10 +95,10 @@ def position_classes(at: np.ndarray) -> np.ndarray:
 
 def frequency_classes(tokens: np.ndarray) -> np.ndarray:
     """tokens (N,) -> (N,), indices into FREQUENCIES, by how often a type is among them."""
-    types, inverse, counts = np.unique(tokens, return_inverse=True, return_counts=True)
+    token_ids, inverse, counts = np.unique(tokens, return_inverse=True, return_counts=True)
     order = np.argsort(-counts, kind="stable")
-    before = np.cumsum(counts[order]) - counts[order]  # tokens of more frequent types
-    classes = np.empty(len(types), dtype=np.int64)
+    before = np.cumsum(counts[order]) - counts[order]  # tokens of more frequent ids
+    classes = np.empty(len(token_ids), dtype=np.int64)
     classes[order] = np.minimum(len(FREQUENCIES) * before // len(tokens), len(FREQUENCIES) - 1)
     return classes[inverse.ravel()]
 

@@ -92,11 +92,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_features, grad_weight, None, None
 
 
-def tokens_at_a_time(types: int, features: Tensor) -> int:
+def tokens_at_a_time(vocabulary: int, features: Tensor) -> int:
     """Rows of logits that exist at once: a power of two, for which oneDNN has few programs."""
     half = 2 if features.element_size() == 2 else 1
-    most = half * LOGITS_AT_A_TIME // types
-    rows = min(most, max(_ENOUGH_TOKENS, half * _IN_CACHE // types))
+    most = half * LOGITS_AT_A_TIME // vocabulary
+    rows = min(most, max(_ENOUGH_TOKENS, half * _IN_CACHE // vocabulary))
     return min(2 ** (max(1, rows).bit_length() - 1), len(features))
 
 

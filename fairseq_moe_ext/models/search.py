@@ -165,11 +165,11 @@ class Generator:
         rows = torch.tensor([h.row for h in live], device=log_probs.device)
         scores = log_probs.new_tensor([h.score for h in live])
         sums = log_probs[rows] + scores[:, None]  # (hypotheses, V)
-        types = sums.size(1)
+        vocabulary = sums.size(1)
         longer: List[_Hypothesis] = []
         for score, place in self._candidates(prompt, sums):
-            before = live[place // types]
-            found = _Hypothesis(score, (*before.new, place % types), before.row)
+            before = live[place // vocabulary]
+            found = _Hypothesis(score, (*before.new, place % vocabulary), before.row)
             if prompt.done(found.new) or len(found.new) == prompt.max_new:
                 ended.append(found)
             elif len(longer) < self.beam:

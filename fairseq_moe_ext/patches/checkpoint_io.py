@@ -22,7 +22,7 @@ from ..branch.reading import read
 from ..checkpoint import loading, saving, starting
 from ..checkpoint.cleanup import remove_unused_files
 from ..checkpoint.collective import same_error_on_all_ranks
-from ..checkpoint.experts import has_spread_experts, saves_together
+from ..checkpoint.experts import has_sharded_experts, saves_together
 from ..checkpoint.settings import check_overrides
 from ..checkpoint.writing import cannot_write, write
 from ..context import during
@@ -175,7 +175,7 @@ def torch_persistent_save(stock, obj, filename, async_write=False):
         return stock(obj, filename, async_write)
     check_weights(obj.get("model", {}).items(), filename, saving=True)
     trainer = context.saving.get()
-    if trainer is not None and has_spread_experts(trainer):
+    if trainer is not None and has_sharded_experts(trainer):
         obj = saving.with_experts_apart(trainer, obj, filename)
     write(obj, filename)
 

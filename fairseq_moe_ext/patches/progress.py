@@ -118,8 +118,8 @@ class Watched(BaseProgressBar):
 
     def _speed(self) -> training_line.Speed:
         if not hasattr(self.trainer, "speed"):
-            types_ = self.trainer.get_model().decoder.embed_tokens.num_embeddings
-            self.trainer.speed = training_line.Speed(self.cfg.model, types_, process_count())
+            vocabulary = self.trainer.get_model().decoder.embed_tokens.num_embeddings
+            self.trainer.speed = training_line.Speed(self.cfg.model, vocabulary, process_count())
         return self.trainer.speed
 
 

@@ -77,10 +77,12 @@ def build_bpe(stock, self, args):
 
 
 def build_generator(stock, self, models, args, *rest, **kwargs):
-    """--sampling-topk takes as many types as it says, of a dictionary that may have fewer."""
-    most, types = getattr(args, "sampling_topk", -1), len(self.target_dictionary)
-    if most > types:
-        raise UserError(f"--sampling-topk {most}: the dictionary has {types} types: lower it")
+    """--sampling-topk samples from at most the whole dictionary."""
+    most, vocabulary = getattr(args, "sampling_topk", -1), len(self.target_dictionary)
+    if most > vocabulary:
+        raise UserError(
+            f"--sampling-topk {most}: the dictionary has {vocabulary} symbols: lower it"
+        )
     return stock(self, models, args, *rest, **kwargs)
 
 

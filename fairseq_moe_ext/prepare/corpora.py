@@ -33,7 +33,7 @@ def parse_corpora(corpora: List[str], heldout: List[str]) -> List[Corpus]:
     """
     if not corpora and not heldout:
         raise UserError("--corpus: missing; give at least one, as --corpus NAME=PATH")
-    found: Dict[str, Corpus] = {}
+    by_name: Dict[str, Corpus] = {}
     for flag, specs in (("--corpus", corpora), ("--heldout", heldout)):
         for spec in specs:
             name_and_split, equals, paths = spec.partition("=")
@@ -48,7 +48,7 @@ def parse_corpora(corpora: List[str], heldout: List[str]) -> List[Corpus]:
                     f"{flag} {name_and_split}: the split {split!r} is not one of "
                     f"{', '.join(allowed)}"
                 )
-            corpus = found.setdefault(name, Corpus(name, held_out))
+            corpus = by_name.setdefault(name, Corpus(name, held_out))
             key = split if colon else None
             if corpus.held_out != held_out or key in corpus.files or (None in corpus.files):
                 raise UserError(f"{flag} {name_and_split}: the corpus is given twice")
@@ -60,13 +60,13 @@ def parse_corpora(corpora: List[str], heldout: List[str]) -> List[Corpus]:
             groups = [list_files(path, f"{flag} {name_and_split}") for path in paths.split(",")]
             corpus.groups += groups
             corpus.files[key] = [path for group in groups for path in group]
-    for corpus in found.values():
+    for corpus in by_name.values():
         if not corpus.held_out and not {None, "train"} & corpus.files.keys():
             raise UserError(
                 f"--corpus {corpus.name}: no train split; give {corpus.name}:train=..., or use "
                 "--heldout for a corpus that is only evaluated"
             )
-    return list(found.values())
+    return list(by_name.values())
 
 
 def parse_formats(words: List[str], corpora: List[Corpus]) -> str:

@@ -137,7 +137,7 @@ def remove(folder: Path) -> None:
 
 def _make_parents(folder: Path, dest: Path) -> List[Path]:
     """Make a folder with those above it; the new ones, the innermost first."""
-    missing = [one for one in (folder, *folder.parents) if not os.path.lexists(one)]
+    missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -47,17 +47,17 @@ def list_files(pattern: str, where: str) -> List[Path]:
         UserError: a pattern that names no file. `where` names the flag, as "--corpus docs".
     """
     if os.path.isdir(pattern):
-        found = _walk(Path(pattern))
+        paths = _walk(Path(pattern))
     elif os.path.lexists(pattern):
-        found = [Path(pattern)]
+        paths = [Path(pattern)]
     else:
-        found = sorted(Path(p) for p in glob.glob(pattern, recursive=True))
-        found = [path for path in found if not path.is_dir()]
-    if not found:
+        paths = sorted(Path(p) for p in glob.glob(pattern, recursive=True))
+        paths = [path for path in paths if not path.is_dir()]
+    if not paths:
         raise UserError(f"{where}: {pattern}: no such file, or a folder or glob without files")
-    for path in found:
+    for path in paths:
         files.check(path, f"{where}: {path}")
-    return found
+    return paths
 
 
 def read_documents(path: Path, source: Source) -> Iterator[Tuple[str, int]]:
@@ -109,7 +109,7 @@ def _texts(
 
 def _walk(folder: Path) -> List[Path]:
     """Links are followed; a folder that several lead to is there once, a circle has an end."""
-    found, seen = [], set()
+    paths, seen = [], set()
     for root, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
         if real in seen:
@@ -118,8 +118,8 @@ def _walk(folder: Path) -> List[Path]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         names = [name for name in _of_dataset(names) if not name.startswith(".")]
-        found += [Path(root, name) for name in sorted(names)]
-    return found
+        paths += [Path(root, name) for name in sorted(names)]
+    return paths
 
 
 def _of_dataset(names: List[str]) -> List[str]:

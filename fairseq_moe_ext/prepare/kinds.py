@@ -144,17 +144,17 @@ def broken(path: Path, packing: str, error: Exception) -> UserError:
     return UserError(f"{path}: broken {packing} file ({error}); copy or compress it again")
 
 
-def check_one_kind(found: Iterable[Tuple[Path, Kind]], where: str) -> None:
+def check_one_kind(kinds: Iterable[Tuple[Path, Kind]], where: str) -> None:
     """Raise UserError if one folder or glob contains files of two formats: a README beside JSON
     Lines would become training text."""
     first: Dict[str, Path] = {}
-    for path, kind in found:
+    for path, kind in kinds:
         if kind.format:
             first.setdefault(kind.format, path)
     if len(first) > 1:
-        (one, a), (other, b) = sorted(first.items())[:2]
+        (format_a, a), (format_b, b) = sorted(first.items())[:2]
         raise UserError(
-            f"{where}: {a} is {_WORDS[one]}, {b} is {_WORDS[other]}; name files of one "
+            f"{where}: {a} is {_WORDS[format_a]}, {b} is {_WORDS[format_b]}; name files of one "
             "kind, by a glob ('folder/**/*.jsonl') or one by one"
         )
 
@@ -169,16 +169,16 @@ def count(kinds: Iterable[Kind]) -> str:
 def _packing(raw: BinaryIO, path: Path) -> str:
     head = raw.read(6)
     raw.seek(0)
-    found = next((name for magic, name in _PACKED if head.startswith(magic)), "")
-    if found == "bzip2" and not re.match(rb"BZh[1-9][1\x17]", head):
-        found = ""
+    packing = next((name for magic, name in _PACKED if head.startswith(magic)), "")
+    if packing == "bzip2" and not re.match(rb"BZh[1-9][1\x17]", head):
+        packing = ""
     promised = _SUFFIXES.get(path.suffix.lower(), "")
-    if promised and not found and not _refusal(head):
+    if promised and not packing and not _refusal(head):
         raise UserError(
             f"{path}: broken {promised} file (it does not begin like one); copy or compress it "
             "again, or rename it if it is not compressed"
         )
-    return found
+    return packing
 
 
 def _refusal(head: bytes) -> Optional[Tuple[str, str]]:
@@ -194,15 +194,15 @@ def _refusal(head: bytes) -> Optional[Tuple[str, str]]:
 
 
 def _refuse(head: bytes, path: Path) -> None:
-    found = _refusal(head)
-    if found is None and b"\0" in head:
+    refusal = _refusal(head)
+    if refusal is None and b"\0" in head:
         zeros = [head[i::2].count(0) for i in (0, 1)]
         if max(zeros) > len(head) // 8 and min(zeros) < max(zeros) // 8:
-            found = "UTF-16 text", _TO_UTF8
+            refusal = "UTF-16 text", _TO_UTF8
         else:
-            found = f"binary (a null at byte {head.index(0)})", _NO_TEXT
-    if found is not None:
-        raise UserError(f"{path}: {found[0]}, which cannot be read; {found[1]}")
+            refusal = f"binary (a null at byte {head.index(0)})", _NO_TEXT
+    if refusal is not None:
+        raise UserError(f"{path}: {refusal[0]}, which cannot be read; {refusal[1]}")
 
 
 def _suffix(path: Path) -> str:
@@ -250,10 +250,10 @@ def _first_object(head: bytes, stream: BinaryIO) -> Optional[dict]:
     if not newline and len(head) == _HEAD:
         line += stream.readline(_LINE).decode("utf-8", "surrogateescape")
     try:
-        found = json.loads(line)
+        value = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return value if isinstance(value, dict) else None
 
 
 def _not_lines(path: Path, what: str, jq: str) -> UserError:
@@ -276,10 +276,10 @@ def check_corpus(groups: List[List[Path]], form: str, field: str, where: str, na
     kinds = []
     try:
         for group in groups:
-            found = [(path, kind_of(path, form, field)) for path in group]
+            group_kinds = [(path, kind_of(path, form, field)) for path in group]
             if form == "auto":
-                check_one_kind(found, where)
-            kinds += [kind for _, kind in found]
+                check_one_kind(group_kinds, where)
+            kinds += [kind for _, kind in group_kinds]
     except UserError as error:
         raise UserError(str(error).replace("{corpus}", name)) from None
     return count(kinds)

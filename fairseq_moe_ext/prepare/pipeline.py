@@ -36,7 +36,7 @@ class Report(TypedDict):
     """What counts.json holds."""
 
     bpe_types: int  # size of the tokenizer's vocabulary
-    types: int  # of the dictionary's
+    types: int  # size of the dictionary
     corpora: Dict[str, Dict[str, Any]]  # name -> "held_out", and counts of each split
 
 
@@ -56,10 +56,10 @@ def prepare(dest: Path, options: Options) -> Report:
     _check_inputs_outside(dest, options)
     for corpus in options.corpora:
         source = _source(corpus, options)
-        found = kinds.check_corpus(
+        contents = kinds.check_corpus(
             corpus.groups, source.format, source.field, corpus.flag, corpus.name
         )
-        print(f"{corpus.name}: {found}", file=sys.stderr)
+        print(f"{corpus.name}: {contents}", file=sys.stderr)
     with data_folder.new_folder(dest, options.overwrite) as scratch:
         return _prepare(scratch, options)
 
@@ -193,22 +193,22 @@ def _encode(
     return {split: writers[split] for split in data_bin.SPLITS if split in writers}
 
 
-def _check_splits(corpus: Corpus, found: Dict[str, SplitWriter], options: Options) -> None:
+def _check_splits(corpus: Corpus, writers: Dict[str, SplitWriter], options: Options) -> None:
     """Raise UserError for a requested corpus or split without documents."""
     flag = corpus.flag
-    documents = sum(writer.documents for writer in found.values())
+    documents = sum(writer.documents for writer in writers.values())
     if not documents:
         number = sum(len(files) for files in corpus.files.values())
         raise UserError(f"{flag}: empty; no document in its {number} file(s)")
     for split in corpus.files:
-        if split is not None and split not in found:
+        if split is not None and split not in writers:
             raise UserError(f"{flag}:{split}: empty; no document in its files")
     if None not in corpus.files:
         return
-    if not corpus.held_out and "train" not in found:
+    if not corpus.held_out and "train" not in writers:
         raise UserError(f"{flag}: none of its {documents} document(s) fell into train; add text")
     for split, fraction in (("valid", options.valid_fraction), ("test", options.test_fraction)):
-        if fraction > 0 and split not in found:
+        if fraction > 0 and split not in writers:
             raise UserError(
                 f"{flag}: none of its {documents} document(s) fell into {split}; raise "
                 f"--{split}-fraction ({fraction}), try another --split-seed, or set it to 0 to do "

@@ -42,7 +42,7 @@ def csv_column(stream: BinaryIO, path: Path, form: str, field: str) -> Iterator[
         columns: List[str] = next(rows, [])
         if field not in columns:
             raise no_column(str(path), field, columns)
-        place = columns.index(field)
+        column = columns.index(field)
         for row in rows:
             if not row:
                 continue
@@ -51,7 +51,7 @@ def csv_column(stream: BinaryIO, path: Path, form: str, field: str) -> Iterator[
                     f"{path}, line {rows.line_num}: {len(row)} columns, and the header has "
                     f"{len(columns)}; correct the line, or read the file as text with --format text"
                 )
-            yield row[place]
+            yield row[column]
     except csv.Error as error:
         raise UserError(
             f"{path}, line {rows.line_num}: not {form.upper()} ({error}); correct the line, or "

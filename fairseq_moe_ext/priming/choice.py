@@ -13,7 +13,7 @@ from ..questions.scoring import Row, Scorer, cut, rows_of, value
 from ..questions.vocabulary import EOS, Vocabulary
 from ..wording import count, small
 from .protocol import Job, Loaded, Result, Settings, say
-from .shots import Pool, draw, fitting, joined, shortage, shortage_in_words, spread
+from .shots import Pool, draw, fitting, joined, shortage, shortage_in_words, standard_deviation
 
 _MANY = 8  # candidates of one question, from which on their common prefix is computed once
 
@@ -63,14 +63,14 @@ def prepare(name: str, folder: Path, settings: Settings, vocabulary: Vocabulary)
     def job(shots: int, loaded: Loaded) -> Result:
         head = f"{name}, {count(shots, 'shot')}"
         say(f"{head}: {read if shots else path}")
-        found = evaluate(
+        result = evaluate(
             rule, questions, pool, shots, settings, loaded.scorer(head), loaded.context
         )
-        found["majority"] = best if name in CLASSES else None
-        found["questions_left_out"] = total - len(items)
-        found["prompts_related"] = related(items, examples, shots, settings)
-        _say(head, found, loaded.context)
-        return {"task": name, **found}
+        result["majority"] = best if name in CLASSES else None
+        result["questions_left_out"] = total - len(items)
+        result["prompts_related"] = related(items, examples, shots, settings)
+        _say(head, result, loaded.context)
+        return {"task": name, **result}
 
     return [partial(job, shots) for shots in settings.shots]
 
@@ -80,36 +80,36 @@ def related(items: Sequence[Item], examples: Sequence[Item], shots: int, setting
     if not shots:
         return 0
     keys = [item.keys for item in items]
-    found = 0
+    prompts = 0
     for number in range(settings.draws):
         drawn = draw(len(examples), shots, settings.seed, number)
         before = {key for i in drawn for key in examples[i].keys}
-        found += sum(not before.isdisjoint(own) for own in keys)
-    return found
+        prompts += sum(not before.isdisjoint(own) for own in keys)
+    return prompts
 
 
 def table(results: Sequence[Result]) -> List[List[str]]:
     """Rows of text, the head first, and the mean over tasks last."""
     head = ["task", "rule", "shots", "questions", "cut", "not asked", "accuracy %"]
     rows = [[*head, "95 % interval", "chance %", "sd of draws", "left out"]]
-    for one in results:
-        spread, draws = one["spread"], len(one["draws"])
+    for result in results:
+        deviation, draws = result["spread"], len(result["draws"])
         rows.append(
             [
-                one["task"],
-                one["rule"],
-                str(one["shots"]),
-                f"{one['questions']:,}",
-                f"{one['questions_cut']:,}",
-                f"{one['questions_left_out']:,}",
-                f"{100 * one['accuracy']:.1f}",
-                accuracy.in_percent(*one["interval"]),
-                guessing(one),
-                "" if spread is None else f"{100 * spread:.1f} of {draws}",
-                small(one["left_out"], 1) if one["shots"] else "",
+                result["task"],
+                result["rule"],
+                str(result["shots"]),
+                f"{result['questions']:,}",
+                f"{result['questions_cut']:,}",
+                f"{result['questions_left_out']:,}",
+                f"{100 * result['accuracy']:.1f}",
+                accuracy.in_percent(*result["interval"]),
+                guessing(result),
+                "" if deviation is None else f"{100 * deviation:.1f} of {draws}",
+                small(result["left_out"], 1) if result["shots"] else "",
             ]
         )
-    if len({one["task"] for one in results}) > 1:
+    if len({result["task"] for result in results}) > 1:
         for shots, mean in means(results).items():
             cells = [f"{100 * mean['accuracy']:.1f}", accuracy.in_percent(*mean["interval"])]
             cells += [f"{100 * mean['chance']:.1f}"]
@@ -117,36 +117,38 @@ def table(results: Sequence[Result]) -> List[List[str]]:
     return rows
 
 
-def guessing(one: Result) -> str:
+def guessing(result: Result) -> str:
     """Chance in percent, with the most frequent answer's accuracy where all questions have the
     same answers."""
-    said = f"{100 * one['chance']:.1f}"
-    return said if one["majority"] is None else f"{said} ({100 * one['majority']:.1f})"
+    chance = f"{100 * result['chance']:.1f}"
+    return chance if result["majority"] is None else f"{chance} ({100 * result['majority']:.1f})"
 
 
 def notes(results: Sequence[Result]) -> List[str]:
     """Notes below the table."""
-    said = "95 % interval: over questions, not over draws. chance: a guess among the candidates"
-    if any(one["majority"] is not None for one in results):
-        said += "; in brackets, always the most frequent answer"
-    return [said]
+    note = "95 % interval: over questions, not over draws. chance: a guess among the candidates"
+    if any(result["majority"] is not None for result in results):
+        note += "; in brackets, always the most frequent answer"
+    return [note]
 
 
 def means(results: Sequence[Result]) -> Dict[str, Result]:
     """Number of shots -> the plain means of the tasks' accuracies and chances, with the interval of
     the former."""
     by_shots: Dict[str, List[Result]] = {}
-    for one in results:
-        by_shots.setdefault(str(one["shots"]), []).append(one)
-    found = {}
+    for result in results:
+        by_shots.setdefault(str(result["shots"]), []).append(result)
+    averages = {}
     for shots, tasks in by_shots.items():
-        shares = [one["accuracy"] for one in tasks]
-        found[shots] = {
-            "accuracy": float(np.mean(shares)),
-            "interval": list(accuracy.mean_interval(shares, [one["questions"] for one in tasks])),
-            "chance": float(np.mean([one["chance"] for one in tasks])),
+        accuracies = [result["accuracy"] for result in tasks]
+        averages[shots] = {
+            "accuracy": float(np.mean(accuracies)),
+            "interval": list(
+                accuracy.mean_interval(accuracies, [result["questions"] for result in tasks])
+            ),
+            "chance": float(np.mean([result["chance"] for result in tasks])),
         }
-    return found
+    return averages
 
 
 def in_tokens(items: Sequence[Item], encode: Any) -> List[Question]:
@@ -175,19 +177,19 @@ def evaluate(
     for number in range(settings.draws if shots else 1):
         drawn = draw(len(pool), shots, settings.seed, number) if shots else []
         outcomes.append(answer(rule, questions, base, [pool[i] for i in drawn], scorer, context))
-    found = [outcome.accuracy for outcome in outcomes]
-    number, share = len(questions), float(np.mean(found))
+    accuracies = [outcome.accuracy for outcome in outcomes]
+    total, mean = len(questions), float(np.mean(accuracies))
     right = [len(question.right) for question in questions]
     return {
         "rule": rule,
         "shots": shots,
-        "questions": number,
-        "accuracy": share,
-        "interval": list(accuracy.wilson_interval(share * number, number)),
+        "questions": total,
+        "accuracy": mean,
+        "interval": list(accuracy.wilson_interval(mean * total, total)),
         "chance": accuracy.chance(right, [len(question.candidates) for question in questions]),
-        "spread": spread(found),
-        "draws": found,
-        **shortage([number for outcome in outcomes for number in outcome.left_out]),
+        "spread": standard_deviation(accuracies),
+        "draws": accuracies,
+        **shortage([left for outcome in outcomes for left in outcome.left_out]),
         "too_long": max(outcome.too_long for outcome in outcomes),
         "questions_cut": max(outcome.cut for outcome in outcomes),
     }
@@ -217,8 +219,8 @@ def answer(
         left_out.append(len(examples) - count)
         shared.append(len(before))
     long = [sum(len(row) > context for row in rows) for rows in prompts]
-    found = scores(rule, prompts, scorer, context, shared)
-    chosen = [int(np.argmax(one - less)) for one, less in zip(found, base)]
+    candidate_scores = scores(rule, prompts, scorer, context, shared)
+    chosen = [int(np.argmax(score - baseline)) for score, baseline in zip(candidate_scores, base)]
     right = [choice in question.right for choice, question in zip(chosen, questions)]
     return Outcome(chosen, float(np.mean(right)), left_out, sum(long), sum(map(bool, long)))
 
@@ -233,34 +235,34 @@ def scores(
     """(candidates,) of each question. `shared`: the tokens of the examples before each."""
     rows: List[Row] = []
     for i, candidates in enumerate(questions):
-        found = rows_of(rule, candidates)
+        candidate_rows = rows_of(rule, candidates)
         examples = shared[i] if shared else 0
         if len(candidates) >= _MANY:
-            examples = min(row.start for row in found)
-        rows.extend(cut(row._replace(shared=examples), context) for row in found)
+            examples = min(row.start for row in candidate_rows)
+        rows.extend(cut(row._replace(shared=examples), context) for row in candidate_rows)
     values = iter([value(rule, log_probs) for log_probs in scorer(rows)])
     return [np.array([next(values) for _ in candidates]) for candidates in questions]
 
 
-def _say(head: str, found: Result, context: int) -> None:
+def _say(head: str, result: Result, context: int) -> None:
     """One line, and one more each for prompts that do not fit and for examples that belong to the
     question."""
     say(
-        f"{head}: {100 * found['accuracy']:.1f} % (95 % interval "
-        f"{accuracy.in_percent(*found['interval'])}, chance {100 * found['chance']:.1f})"
+        f"{head}: {100 * result['accuracy']:.1f} % (95 % interval "
+        f"{accuracy.in_percent(*result['interval'])}, chance {100 * result['chance']:.1f})"
     )
-    if found["left_out"]:
-        say(f"{head}: {shortage_in_words(found)}, as the context has {context} tokens")
-    if found["too_long"]:
+    if result["left_out"]:
+        say(f"{head}: {shortage_in_words(result)}, as the context has {context} tokens")
+    if result["too_long"]:
         say(
-            f"{head}: {count(found['too_long'], 'candidate')} of "
-            f"{count(found['questions_cut'], 'question')} (of {found['questions']:,}) "
-            f"{'is' if found['too_long'] == 1 else 'are'} longer than the context of {context} "
+            f"{head}: {count(result['too_long'], 'candidate')} of "
+            f"{count(result['questions_cut'], 'question')} (of {result['questions']:,}) "
+            f"{'is' if result['too_long'] == 1 else 'are'} longer than the context of {context} "
             "tokens even without examples; the beginning is cut off"
         )
-    if found["prompts_related"]:
+    if result["prompts_related"]:
         say(
-            f"{head}: in {found['prompts_related']:,} of {count(found['prompts'], 'prompt')}, an "
+            f"{head}: in {result['prompts_related']:,} of {count(result['prompts'], 'prompt')}, an "
             "example belongs to the question: the same passage, premise, twin, ..., or the same "
             "question"
         )

@@ -171,12 +171,12 @@ def _settings(args: argparse.Namespace) -> Settings:
 def _load(
     args: argparse.Namespace, settings: Settings, names: List[str], vocabulary: Vocabulary
 ) -> Loaded:
-    found, context = model.load_in_context(
+    loaded_model, context = model.load_in_context(
         args.path, args.data, args.context, args.cpu, args.fp16, args.model_overrides, args.bf16
     )
     if any(_KINDS[name] is generative for name in names):
         generative.check_room(settings, context)
-    return Loaded(found, context, vocabulary, args.max_tokens)
+    return Loaded(loaded_model, context, vocabulary, args.max_tokens)
 
 
 def _chosen(folder: Path, names: Optional[str], settings: Settings) -> List[str]:
@@ -186,14 +186,14 @@ def _chosen(folder: Path, names: Optional[str], settings: Settings) -> List[str]
             f"{folder}: no such folder; name the one that contains a folder for each task"
         )
     if names is None:
-        found = [name for name in _KINDS if (folder / name).is_dir()]
+        present = [name for name in _KINDS if (folder / name).is_dir()]
         if settings.languages is None:
-            found = [name for name in found if name != "translation"]
-        if not found:
+            present = [name for name in present if name != "translation"]
+        if not present:
             raise UserError(
                 f"{folder}: none of its folders is a task; the tasks are {', '.join(_KINDS)}"
             )
-        return found
+        return present
     for name in names.split(","):
         if name not in _KINDS:
             raise UserError(f"--tasks {name}: no such task; use one of {', '.join(_KINDS)}")
@@ -223,7 +223,7 @@ def _write(
     asked: Dict[str, Any],
     complete: bool,
 ) -> None:
-    means = choice.means([one for one in results if _KINDS[one["task"]] is choice])
+    means = choice.means([result for result in results if _KINDS[result["task"]] is choice])
     whole = {
         "path": str(args.path),
         "context": context,
@@ -240,8 +240,8 @@ def _write(
 def _tables(results: List[Result], form: Callable[[List[List[str]]], str]) -> str:
     """A table for each kind of task, with its notes."""
     parts = []
-    for kind in dict.fromkeys(_KINDS[one["task"]] for one in results):
-        found = [one for one in results if _KINDS[one["task"]] is kind]
-        parts.append(form(kind.table(found)))
-        parts.append("\n".join(kind.notes(found)))
+    for kind in dict.fromkeys(_KINDS[result["task"]] for result in results):
+        of_kind = [result for result in results if _KINDS[result["task"]] is kind]
+        parts.append(form(kind.table(of_kind)))
+        parts.append("\n".join(kind.notes(of_kind)))
     return "\n\n".join(parts)

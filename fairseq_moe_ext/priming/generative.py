@@ -22,7 +22,7 @@ from ..questions.records import read_jsonl
 from ..questions.vocabulary import EOS, Vocabulary
 from ..wording import count, small
 from .protocol import Job, Loaded, Result, Settings, say
-from .shots import draw, fitting, joined, shortage, shortage_in_words, spread
+from .shots import draw, fitting, joined, shortage, shortage_in_words, standard_deviation
 
 
 class Text(NamedTuple):
@@ -53,23 +53,23 @@ def read_translation(folder: Path, settings: Settings, split: int) -> List[Text]
         if any(pair) and not all(pair):
             path = paths[0] if pair[1] else paths[1]
             raise UserError(f"{path}, line {number}: blank, but not in the other language")
-    found = [Text(f"{a} =", f" {b}") for a, b in zip(*sides) if a]
-    if not found:
+    texts = [Text(f"{a} =", f" {b}") for a, b in zip(*sides) if a]
+    if not texts:
         raise UserError(f"{paths[0]}: contains no sentence; use the file as published")
-    return found
+    return texts
 
 
 def read_summarization(folder: Path, settings: Settings, split: int) -> List[Text]:
     """A JSON object a line, with the names of XSum's or CNN/DailyMail's fields."""
     path = find_file(folder, (("test.jsonl",), ("train.jsonl",))[split], _SUMMARIZATION_ORIGIN)
-    found = []
+    texts = []
     for line in read_jsonl(path):
         names = ("article", "highlights") if "article" in line.values else ("document", "summary")
         document, summary = (" ".join(line.text(name).split()) for name in names)
-        found.append(Text(f"{document}\nTL;DR:", f" {summary}"))
-    if not found:
+        texts.append(Text(f"{document}\nTL;DR:", f" {summary}"))
+    if not texts:
         raise UserError(f"{path}: no document in it")
-    return found
+    return texts
 
 
 def prepare(name: str, folder: Path, settings: Settings, vocabulary: Vocabulary) -> List[Job]:
@@ -87,8 +87,8 @@ def prepare(name: str, folder: Path, settings: Settings, vocabulary: Vocabulary)
             )
 
     def job(shots: int, loaded: Loaded) -> Result:
-        found = _evaluate(name, shots, texts, questions, examples, settings, loaded)
-        return {"task": name, **found}
+        result = _evaluate(name, shots, texts, questions, examples, settings, loaded)
+        return {"task": name, **result}
 
     return [partial(job, shots) for shots in settings.shots]
 
@@ -107,7 +107,7 @@ def _evaluate(
     room = loaded.context - max_new
     head = f"{name}, {count(shots, 'shot')}"
     generator = Generator(loaded.model, settings.beam, loaded.max_tokens, head)
-    found, left_out = [], []
+    by_draw, left_out = [], []
     answers: List[str] = []
     too_long = sum(len(question) > room for question in questions)
     for number in range(settings.draws if shots else 1):
@@ -121,18 +121,18 @@ def _evaluate(
             prompts.append(Prompt(tokens[-room:], max_new, _ends_the_line))
         written = [loaded.vocabulary.decode(new).strip() for new in generator(prompts)]
         answers = answers or written
-        found.append(scores(written, [text.answer.strip() for text in texts]))
+        by_draw.append(scores(written, [text.answer.strip() for text in texts]))
     result = {
         "shots": shots,
         "questions": len(texts),
         "beam": settings.beam,
         "scores": {
             metric: {
-                "mean": float(np.mean([one[metric][0] for one in found])),
-                "spread": spread([one[metric][0] for one in found]),
-                "signature": found[0][metric][1],
+                "mean": float(np.mean([draw_scores[metric][0] for draw_scores in by_draw])),
+                "spread": standard_deviation([draw_scores[metric][0] for draw_scores in by_draw]),
+                "signature": by_draw[0][metric][1],
             }
-            for metric in found[0]
+            for metric in by_draw[0]
         },
         **shortage(left_out),
         "too_long": too_long,
@@ -155,24 +155,28 @@ def scores(written: Sequence[str], references: Sequence[str]) -> Dict[str, Tuple
     """Metric -> its score of the whole set, 0 to 100, and sacrebleu's signature."""
     from sacrebleu.metrics import BLEU, CHRF
 
-    found = {}
+    by_metric = {}
     for metric in (BLEU(), CHRF()):
         score = metric.corpus_score(list(written), [list(references)])
-        found[score.name] = (float(score.score), str(metric.get_signature()))
-    return found
+        by_metric[score.name] = (float(score.score), str(metric.get_signature()))
+    return by_metric
 
 
 def table(results: Sequence[Result]) -> List[List[str]]:
     """Rows of text, the head first."""
     names = list(results[0]["scores"])
     rows = [["task", "shots", "texts", *names, "left out"]]
-    for one in results:
+    for result in results:
         cells = []
-        for score in one["scores"].values():
-            spread = score["spread"]
-            cells.append(f"{score['mean']:.2f}" + ("" if spread is None else f" sd {spread:.2f}"))
-        left = small(one["left_out"], 1) if one["shots"] else ""
-        rows.append([one["task"], str(one["shots"]), f"{one['questions']:,}", *cells, left])
+        for score in result["scores"].values():
+            deviation = score["spread"]
+            cells.append(
+                f"{score['mean']:.2f}" + ("" if deviation is None else f" sd {deviation:.2f}")
+            )
+        omitted = small(result["left_out"], 1) if result["shots"] else ""
+        rows.append(
+            [result["task"], str(result["shots"]), f"{result['questions']:,}", *cells, omitted]
+        )
     return rows
 
 
@@ -180,8 +184,8 @@ def notes(results: Sequence[Result]) -> List[str]:
     """What stands below the table: sacrebleu's signatures."""
     return [
         f"{name}: {score['signature']}"
-        for one in results[:1]
-        for name, score in one["scores"].items()
+        for result in results[:1]
+        for name, score in result["scores"].items()
     ]
 
 
@@ -189,15 +193,15 @@ def _ends_the_line(new: Sequence[int]) -> bool:
     return new[-1] == EOS
 
 
-def _say(head: str, found: Result, room: int) -> None:
+def _say(head: str, result: Result, room: int) -> None:
     """Lines for prompts that do not fit."""
     whose = f"the {room} tokens that --max-new-tokens leaves of the context"
-    if found["left_out"]:
-        say(f"{head}: {shortage_in_words(found)}, as they have {whose}")
-    if found["too_long"]:
+    if result["left_out"]:
+        say(f"{head}: {shortage_in_words(result)}, as they have {whose}")
+    if result["too_long"]:
         say(
-            f"{head}: {found['too_long']:,} of {count(found['questions'], 'question')} "
-            f"{'is' if found['too_long'] == 1 else 'are'} longer than {whose}, even without "
+            f"{head}: {result['too_long']:,} of {count(result['questions'], 'question')} "
+            f"{'is' if result['too_long'] == 1 else 'are'} longer than {whose}, even without "
             "examples; the beginning is cut off"
         )
 

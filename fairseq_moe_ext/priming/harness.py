@@ -70,10 +70,10 @@ class FairseqMoELM(LM):
         self._say_cut([len(row.tokens) - self.context for row in whole])
         scored = [i for i, row in enumerate(rows) if row.start < len(row.tokens)]
         scorer = model.ModelScorer(self.model, self.batch_tokens, "loglikelihood")
-        found = [(0.0, True)] * len(rows)  # of nothing
+        answers = [(0.0, True)] * len(rows)  # of nothing
         for i, (nats, likeliest) in zip(scored, scorer.with_likeliest([rows[i] for i in scored])):
-            found[i] = (float(nats.sum()), bool(likeliest.all()))
-        return found
+            answers[i] = (float(nats.sum()), bool(likeliest.all()))
+        return answers
 
     def _row(self, context: str, continuation: str) -> Row:
         """White space at the end of the context goes with the continuation, newlines included, as
@@ -104,11 +104,11 @@ class FairseqMoELM(LM):
             blocks = self._blocks(tuple(self.vocabulary.encode(request.args[0])))
             rows += blocks
             owner += [i] * len(blocks)
-        found = [0.0] * len(requests)
+        totals = [0.0] * len(requests)
         scorer = model.ModelScorer(self.model, self.batch_tokens, "loglikelihood_rolling")
         for i, nats in zip(owner, scorer(rows)):
-            found[i] += float(nats.sum())
-        return found
+            totals[i] += float(nats.sum())
+        return totals
 
     def _blocks(self, tokens: Tuple[int, ...]) -> List[Row]:
         rows, done = [], 0
@@ -170,5 +170,5 @@ class _Stop:
     def cut(self, new: Sequence[int]) -> str:
         """The text before the first of the texts."""
         text = self._vocabulary.decode(new)
-        places = [text.find(stop) for stop in self._texts]
-        return text[: min([place for place in places if place >= 0], default=len(text))]
+        starts = [text.find(stop) for stop in self._texts]
+        return text[: min([start for start in starts if start >= 0], default=len(text))]

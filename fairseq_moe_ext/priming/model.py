@@ -163,16 +163,16 @@ class ModelScorer:
         own = batches[process_rank() :: process_count()]
         steps = -(-len(batches) // process_count())
         share = any(rows[batch[0]].shared for batch in batches)
-        found: Dict[int, Tuple[np.ndarray, np.ndarray]] = {}
+        scored: Dict[int, Tuple[np.ndarray, np.ndarray]] = {}
         bar = progress_bar.bar(self.progress, steps, "batch", shown=process_rank() == 0)
         for step in range(steps):
             batch = own[step] if step < len(own) else []
-            found.update(zip(batch, self._score([rows[i] for i in batch], share)))
+            scored.update(zip(batch, self._score([rows[i] for i in batch], share)))
             bar.update()
         bar.close()
-        for other in all_gather(found):
-            found.update(other)
-        return [found[i] for i in range(len(rows))]
+        for other in all_gather(scored):
+            scored.update(other)
+        return [scored[i] for i in range(len(rows))]
 
     def _batches(self, rows: Sequence[Row]) -> List[List[int]]:
         """Numbers of rows: those of a batch share their first tokens, if any do, and are of about

@@ -22,16 +22,16 @@ _FLAGS = ("context", "fp16", "model_overrides")
 def asked(args: Any, settings: "Settings", tasks: List[str]) -> Dict[str, Any]:
     """All that the results depend on, as it is in the file: settings, and the size and time of
     every file that is read."""
-    told = {name: getattr(args, name) for name in _FLAGS}
+    flags = {name: getattr(args, name) for name in _FLAGS}
     if getattr(args, "bf16", False):  # files of before the flag do not have it
-        told["bf16"] = True
+        flags["bf16"] = True
     checkpoint = [args.path, *args.path.parent.glob(args.path.stem + "-*")]
     data = [args.data / name for name in ("dict.txt", "encoder.json", "vocab.bpe")]
     own = None if args.json is None else os.path.realpath(args.json)
-    found = {
+    request = {
         "tasks": tasks,
         **settings._asdict(),
-        **told,
+        **flags,
         "checkpoint": _stamps(args.path.parent, checkpoint),
         "data": _stamps(args.data, data),
         "files": {
@@ -39,16 +39,16 @@ def asked(args: Any, settings: "Settings", tasks: List[str]) -> Dict[str, Any]:
             for name in tasks
         },
     }
-    return json.loads(json.dumps(found))
+    return json.loads(json.dumps(request))
 
 
 def _stamps(folder: Path, paths: Iterable[Path], but: Optional[str] = None) -> Dict[str, List[int]]:
-    found = {}
+    stamps = {}
     for path in sorted(paths):
         if path.is_file() and os.path.realpath(path) not in (but, f"{but}.lock"):
             status = path.stat()
-            found[str(path.relative_to(folder))] = [status.st_size, status.st_mtime_ns]
-    return found
+            stamps[str(path.relative_to(folder))] = [status.st_size, status.st_mtime_ns]
+    return stamps
 
 
 def begun(path: Optional[Path], now: Dict[str, Any], overwrite: bool) -> List["Result"]:
@@ -57,18 +57,18 @@ def begun(path: Optional[Path], now: Dict[str, Any], overwrite: bool) -> List["R
         return []
     outputs.check([("--json", path)], overwrite=True)  # no device, FIFO or the like
     try:
-        found = files.read_json(path)
+        content = files.read_json(path)
     except UserError:
-        found = None
-    if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
+        content = None
+    if not isinstance(content, dict) or not isinstance(content.get("settings"), dict):
         return []  # which outputs.check refuses to replace
     for name, value in now.items():
-        before = found["settings"].get(name)
+        before = content["settings"].get(name)
         if before != value:
             plain = not isinstance(value, dict)
-            said = f"{before}, now {value}" if plain else "other files, or changed ones"
+            difference = f"{before}, now {value}" if plain else "other files, or changed ones"
             raise UserError(
-                f"--json {path}: holds results of another command ({name}: {said}); name another "
-                "file or add --overwrite"
+                f"--json {path}: holds results of another command ({name}: {difference}); "
+                "name another file or add --overwrite"
             )
-    return found["results"]
+    return content["results"]

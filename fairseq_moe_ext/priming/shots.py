@@ -46,18 +46,18 @@ def shortage(left_out: Sequence[int]) -> Dict[str, Any]:
     }
 
 
-def shortage_in_words(found: Dict[str, Any]) -> str:
+def shortage_in_words(result: Dict[str, Any]) -> str:
     """As "in 1 of 180 prompts, 1 example was left out"."""
-    short, most, shots = found["prompts_short"], found["left_out_most"], found["shots"]
-    said = f"in {short:,} of {wording.count(found['prompts'], 'prompt')}, "
-    if round(found["left_out"] * found["prompts"]) == short * most:
-        each = "1 example was" if most == 1 else f"{most} of {shots} examples were"
-        return f"{said}{each} left out"
-    mean = wording.small(found["left_out"], 1)
-    return f"{said}up to {most} of {shots} examples were left out (mean of all: {mean})"
+    short, most, shots = result["prompts_short"], result["left_out_most"], result["shots"]
+    sentence = f"in {short:,} of {wording.count(result['prompts'], 'prompt')}, "
+    if round(result["left_out"] * result["prompts"]) == short * most:
+        omitted = "1 example was" if most == 1 else f"{most} of {shots} examples were"
+        return f"{sentence}{omitted} left out"
+    mean = wording.small(result["left_out"], 1)
+    return f"{sentence}up to {most} of {shots} examples were left out (mean of all: {mean})"
 
 
-def spread(values: Sequence[float]) -> Optional[float]:
+def standard_deviation(values: Sequence[float]) -> Optional[float]:
     """Standard deviation of a metric over draws; None for one draw."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 

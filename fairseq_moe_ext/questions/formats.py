@@ -23,7 +23,7 @@ class Item(NamedTuple):
     right: FrozenSet[int]  # empty: no candidate is right, and the question is skipped
     alone: Tuple[str, ...] = ()  # each candidate after "Answer: ", for the rule that wants it
     shared: Tuple[bytes, ...] = ()  # passage, ...: questions with one in common belong together
-    place: str = ""  # in its file, as "line 3"
+    location: str = ""  # in its file, as "line 3"
 
     @property
     def example(self) -> str:
@@ -56,13 +56,13 @@ def find_file(folder: Path, names: Tuple[str, ...], origin: str) -> Path:
         UserError: there is none, and where it comes from; or there are two.
     """
     for name in names:
-        found = sorted(folder.rglob(name))
-        if len(found) > 1:
-            raise UserError(f"{found[0]} and {found[1]}: which {name}? Remove or rename one")
-        if found and not found[0].is_file():
-            raise UserError(f"{found[0]}: not a regular file; put the one of {origin} there")
-        if found:
-            return found[0]
+        matches = sorted(folder.rglob(name))
+        if len(matches) > 1:
+            raise UserError(f"{matches[0]} and {matches[1]}: which {name}? Remove or rename one")
+        if matches and not matches[0].is_file():
+            raise UserError(f"{matches[0]}: not a regular file; put the one of {origin} there")
+        if matches:
+            return matches[0]
     raise UserError(
         f"{folder / names[0]}: missing; it is a file of {origin}"
         + (f" (or {', '.join(names[1:])})" if len(names) > 1 else "")
@@ -84,11 +84,11 @@ def read_counted(task: Task, path: Path, published: bool = False) -> Tuple[List[
         for item in items(record):
             if not all(item.candidates):
                 raise record.mistake("a candidate without any text")
-            every.append(item._replace(place=record.place))
-    found = [item for item in every if item.right]
-    if not found:
+            every.append(item._replace(location=record.location))
+    answerable = [item for item in every if item.right]
+    if not answerable:
         raise UserError(f"{path}: contains no question; use the file as published")
-    return found, len(every) - len(found)
+    return answerable, len(every) - len(answerable)
 
 
 def group_key(kind: str, *texts: str) -> bytes:
@@ -182,12 +182,12 @@ def _record(line: Record) -> List[Item]:
     context = context.replace("\n", "\n- ")
     names: Dict[str, None] = {}  # in order, each once
     for entity in line.items("passage", "entities"):
-        place = line.part(entity)
-        start, end = place.number("start"), place.number("end")  # `end` is the last one
+        span = line.part(entity)
+        start, end = span.number("start"), span.number("end")  # `end` is the last one
         if not 0 <= start <= end < len(passage):
             raise line.mistake(f"an entity from {start} to {end}; the passage has {len(passage)}")
         names[passage[start : end + 1]] = None
-    found = []
+    questions = []
     for part in line.items("qas"):
         question = line.part(part)
         query = question.text("query")
@@ -195,8 +195,8 @@ def _record(line: Record) -> List[Item]:
         right = frozenset(i for i, name in enumerate(names) if _plain(name) in answers)
         filled = (query.replace("@placeholder", name) for name in names)
         candidates = tuple(f"{context}\n- {text}" for text in filled)
-        found.append(Item(candidates, right, shared=(group_key("passage", passage),)))
-    return found
+        questions.append(Item(candidates, right, shared=(group_key("passage", passage),)))
+    return questions
 
 
 def _plain(text: str) -> str:

@@ -30,12 +30,12 @@ class Record(NamedTuple):
     """One line, or one element where the file is one JSON object."""
 
     path: Path
-    place: str  # "line 3", counted from 1
+    location: str  # "line 3", counted from 1
     values: Mapping[str, Any]
     header: Tuple[str, ...] = ()  # of a table
 
     def get(self, *keys: str) -> Any:
-        """The value at values[key][key]...; UserError with file and place where there is none."""
+        """The value at values[key][key]...; UserError with file and location if there is none."""
         if self.header and keys[0] not in self.header:
             raise UserError(
                 f"{self.path}, line 1: the header is missing, or has no column {keys[0]!r}: it "
@@ -49,26 +49,26 @@ class Record(NamedTuple):
         return value
 
     def text(self, *keys: str) -> str:
-        found = self.get(*keys)
-        if not isinstance(found, str):
-            raise self.mistake(f"field {'.'.join(keys)!r} is {found!r}, not text")
-        return found
+        value = self.get(*keys)
+        if not isinstance(value, str):
+            raise self.mistake(f"field {'.'.join(keys)!r} is {value!r}, not text")
+        return value
 
     def number(self, key: str) -> int:
-        found = self.get(key)
-        if not isinstance(found, int) or isinstance(found, bool):
-            raise self.mistake(f"field {key!r} is {found!r}, not a whole number")
-        return found
+        value = self.get(key)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise self.mistake(f"field {key!r} is {value!r}, not a whole number")
+        return value
 
     def items(self, *keys: str) -> list:
-        found = self.get(*keys)
-        if not isinstance(found, list) or not found:
-            raise self.mistake(f"field {'.'.join(keys)!r} is {found!r}, not a list with something")
-        return found
+        value = self.get(*keys)
+        if not isinstance(value, list) or not value:
+            raise self.mistake(f"field {'.'.join(keys)!r} is {value!r}, not a list with something")
+        return value
 
     def texts(self, *keys: str) -> List[str]:
-        found = [self.part({keys[-1]: one}) for one in self.items(*keys)]
-        return [one.text(keys[-1]) for one in found]
+        parts = [self.part({keys[-1]: part}) for part in self.items(*keys)]
+        return [part.text(keys[-1]) for part in parts]
 
     def among(self, key: str, meaning: Mapping[str, Value]) -> Value:
         """What the field's value stands for; UserError for one that stands for nothing."""
@@ -79,11 +79,11 @@ class Record(NamedTuple):
         return meaning[word]
 
     def part(self, values: Any) -> "Record":
-        """A part of the line, as a record of the same place."""
-        return Record(self.path, self.place, values if isinstance(values, Mapping) else {})
+        """A part of the line, as a record with the same location."""
+        return Record(self.path, self.location, values if isinstance(values, Mapping) else {})
 
     def mistake(self, words: str) -> UserError:
-        return UserError(f"{self.path}, {self.place}: {words}")
+        return UserError(f"{self.path}, {self.location}: {words}")
 
 
 Reader = Callable[[Path], Iterator[Record]]

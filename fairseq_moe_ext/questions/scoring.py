@@ -47,7 +47,7 @@ def rows_of(rule: str, candidates: Sequence[Tuple[int, ...]]) -> List[Row]:
     """What has to be scored for each of a question's candidates, (tokens,) each.
 
     A candidate that another one only goes on from still has one token; and where there is no common
-    suffix, what follows the prefix is scored in its place.
+    suffix, the text after the prefix is scored instead.
     """
     if rule == "suffix":
         shared = common_prefix([row[::-1] for row in candidates])

@@ -44,7 +44,7 @@ class Vocabulary:
         }
         self._bytes[EOS] = b"\n"
         self._bytes[dictionary.UNK] = b"<unk>"
-        self.types = dictionary.NUM_SPECIAL + len(lines)
+        self.size = dictionary.NUM_SPECIAL + len(lines)
 
     def encode(self, text: str) -> List[int]:
         """Tokens, </s> for each newline; none is put before or behind."""

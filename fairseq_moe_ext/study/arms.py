@@ -23,12 +23,12 @@ def by_arm(runs: Runs) -> Dict[str, Dict[int, RunResult]]:
     return arms
 
 
-def difference(one: Dict[int, RunResult], other: Dict[int, RunResult], group: str) -> Difference:
+def difference(runs: Dict[int, RunResult], base: Dict[int, RunResult], group: str) -> Difference:
     """Of the logarithms of perplexity, one minus the other, over the seeds that both have."""
     return paired(
         [
-            math.log(performance(one[seed], group) / performance(other[seed], group))
-            for seed in sorted(one.keys() & other.keys())
+            math.log(performance(runs[seed], group) / performance(base[seed], group))
+            for seed in sorted(runs.keys() & base.keys())
         ]
     )
 
@@ -44,12 +44,12 @@ def compare(runs: Runs, reference: str) -> Dict[str, Dict[str, Compared]]:
     base = arms.get(reference, {})
     result: Dict[str, Dict[str, Compared]] = {}
     for group in measured(runs):
-        found = {
-            name: difference(mine, base, group)
-            for name, mine in arms.items()
-            if name != reference and mine.keys() & base.keys()
+        differences = {
+            name: difference(by_seed, base, group)
+            for name, by_seed in arms.items()
+            if name != reference and by_seed.keys() & base.keys()
         }
-        real = holm({name: d.p for name, d in found.items()}, LEVEL)
+        real = holm({name: d.p for name, d in differences.items()}, LEVEL)
         result[group] = {
             name: {
                 "difference": _percent(d.mean),
@@ -57,7 +57,7 @@ def compare(runs: Runs, reference: str) -> Dict[str, Dict[str, Compared]]:
                 "p": None if math.isnan(d.p) else d.p,
                 "real": name in real,
             }
-            for name, d in found.items()
+            for name, d in differences.items()
         }
     return result
 
@@ -77,39 +77,41 @@ def table(result: StudyResult) -> List[List[str]]:
     head += ["load", "dropped, %", "experts per token", "FLOPs", "minutes"]
     rows = []
     for name, by_seed in by_arm(runs).items():
-        mine = list(by_seed.values())
-        row = [name, str(len(mine))]
+        arm_runs = list(by_seed.values())
+        row = [name, str(len(arm_runs))]
         for group in groups:
-            values = [performance(run, group) for run in mine]
-            spread = f" ± {small((max(values) - min(values)) / 2)}" if len(values) > 1 else ""
-            row += [f"{_mean(values):.2f}{spread}"]
+            values = [performance(run, group) for run in arm_runs]
+            half_range = f" ± {small((max(values) - min(values)) / 2)}" if len(values) > 1 else ""
+            row += [f"{_mean(values):.2f}{half_range}"]
             row += _against(result["comparison"][group].get(name), name == reference)
-        rows.append((_mean([performance(run, groups[0]) for run in mine]), row + _cost(mine)))
+        rows.append(
+            (_mean([performance(run, groups[0]) for run in arm_runs]), row + _cost(arm_runs))
+        )
     return [head, *(row for _, row in sorted(rows))]
 
 
-def _against(found: Optional[Compared], is_reference: bool) -> List[str]:
-    if found is None:
+def _against(compared: Optional[Compared], is_reference: bool) -> List[str]:
+    if compared is None:
         return ["reference" if is_reference else "no seed in common", ""]
-    if not found["interval"]:
-        return [signed(found["difference"]), "one seed"]
-    low, high = found["interval"]
-    ends = f"{signed(found['difference'])} ({signed(low)} to {signed(high)})"
-    return [ends, "yes" if found["real"] else "no"]
+    if not compared["interval"]:
+        return [signed(compared["difference"]), "one seed"]
+    low, high = compared["interval"]
+    ends = f"{signed(compared['difference'])} ({signed(low)} to {signed(high)})"
+    return [ends, "yes" if compared["real"] else "no"]
 
 
-def _cost(mine: Runs) -> List[str]:
-    routers = [run["router"] for run in mine if run["router"]]
+def _cost(runs: Runs) -> List[str]:
+    routers = [run["router"] for run in runs if run["router"]]
     cells = ["", "", ""]
-    flops = _mean([run["flops"] for run in mine])
+    flops = _mean([run["flops"] for run in runs])
     if routers:
         cells = [
             f"{_mean([r['load_max'] for r in routers]):.2f}",
             small(_mean([r["overflow"] for r in routers])),
             f"{_mean([r['experts_per_token'] for r in routers]):.2f}",
         ]
-        flops = _mean([run["tokens"] * run["router"]["flops_per_token"] for run in mine])
-    return [*cells, f"{flops:.3g}", f"{_mean([run['seconds'] for run in mine]) / 60:.1f}"]
+        flops = _mean([run["tokens"] * run["router"]["flops_per_token"] for run in runs])
+    return [*cells, f"{flops:.3g}", f"{_mean([run['seconds'] for run in runs]) / 60:.1f}"]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -81,7 +81,10 @@ class _Work:
                 _check_same(study_run)
             number = count(len(self.plan.runs), "run")
             self._say(f"{number}, {self.jobs} at once, in {self.plan.out}")
-            works = [functools.partial(self._one, study_run) for study_run in self.plan.runs]
+            works = [
+                functools.partial(self._train_and_evaluate, study_run)
+                for study_run in self.plan.runs
+            ]
             total = sum(study_run.updates for study_run in self.plan.runs)
             # without a terminal there are lines instead
             self.bar = tqdm(total=total, unit="update", leave=False, disable=None)
@@ -91,7 +94,7 @@ class _Work:
         finally:
             self.runner.stop()
 
-    def _one(self, study_run: Run) -> None:
+    def _train_and_evaluate(self, study_run: Run) -> None:
         study_run.folder.mkdir(exist_ok=True)
         if not (study_run.folder / "evaluation.json").exists():
             started = time.monotonic()

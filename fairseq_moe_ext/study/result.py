@@ -109,7 +109,8 @@ def mean_performance(runs: Runs, group: str) -> float:
 def points(runs: Runs, family: str, group: str) -> List[Tuple[float, float]]:
     """(FLOPs, performance, mean over seeds) of each size of a family."""
     return sorted(
-        (mine[0]["flops"], mean_performance(mine, group)) for mine in _sizes(runs, family)
+        (model_runs[0]["flops"], mean_performance(model_runs, group))
+        for model_runs in _sizes(runs, family)
     )
 
 
@@ -119,17 +120,19 @@ Intervals = List[Optional[Tuple[float, float]]]
 def intervals(runs: Runs, family: str, group: str) -> Intervals:
     """Of each of `points`: from the lowest to the highest seed, or, of one seed, the 95 % interval
     over the text that it was tested on; of an accuracy the one over questions. None: not known."""
-    sizes = sorted(_sizes(runs, family), key=lambda mine: mine[0]["flops"])
-    return [_interval(mine, group) for mine in sizes]
+    sizes = sorted(_sizes(runs, family), key=lambda model_runs: model_runs[0]["flops"])
+    return [_interval(model_runs, group) for model_runs in sizes]
 
 
-def _interval(mine: Runs, group: str) -> Optional[Tuple[float, float]]:
-    measured = [where[group] for where in (mine[0]["mean"], mine[0]["sets"]) if group in where]
+def _interval(model_runs: Runs, group: str) -> Optional[Tuple[float, float]]:
+    measured = [
+        where[group] for where in (model_runs[0]["mean"], model_runs[0]["sets"]) if group in where
+    ]
     if not measured:
-        mean = mean_accuracy(mine, group[: -len(SHOT)])
+        mean = mean_accuracy(model_runs, group[: -len(SHOT)])
         return None if math.isnan(mean.mean) else (100 * mean.low, 100 * mean.high)
-    if len(mine) > 1:
-        values = [performance(run, group) for run in mine]
+    if len(model_runs) > 1:
+        values = [performance(run, group) for run in model_runs]
         return min(values), max(values)
     interval = measured[0].get("interval")
     return (interval[0], interval[1]) if interval else None
@@ -188,13 +191,13 @@ def _factors(runs: Runs, group: str) -> List[Factor]:
     if not group.endswith(SHOT) or group in runs[0]["sets"]:
         return along
     above, level = set(), 0.0
-    for mine in (size for family in FAMILIES for size in _sizes(runs, family)):
-        mean = mean_accuracy(mine, group[: -len(SHOT)])
+    for model_runs in (size for family in FAMILIES for size in _sizes(runs, family)):
+        mean = mean_accuracy(model_runs, group[: -len(SHOT)])
         if mean.floor is None:
             raise UserError("its chance level is not in priming.json: prime again")
         level = mean.floor
         if mean.low > level:
-            above.add(mean_performance(mine, group))
+            above.add(mean_performance(model_runs, group))
     kept = [factor for factor in along if factor.performance in above]
     if not above or (along and not kept):
         raise UserError(

@@ -28,7 +28,7 @@ def router_metrics(log: Path, shape: Shape, context: int) -> RouterMetrics:
     late = lines[-max(1, round(LAST * len(lines))) :]
     wanted = [float(v["experts_per_token"]) for v in lines]
     computed = [n * (1 - float(v["overflow"]) / 100) for n, v in zip(wanted, lines)]
-    one, two = (  # linear in the number of experts that compute
+    top_1_flops, top_2_flops = (  # linear in the number of experts that compute
         cost.training_flops_per_token(shape._replace(top_k=k, null_experts=0), context)
         for k in (1, 2)
     )
@@ -36,5 +36,6 @@ def router_metrics(log: Path, shape: Shape, context: int) -> RouterMetrics:
         "load_max": sum(float(v["load_max"]) for v in late) / len(late),
         "overflow": sum(float(v["overflow"]) for v in late) / len(late),
         "experts_per_token": sum(wanted) / len(wanted),
-        "flops_per_token": one + (two - one) * (sum(computed) / len(computed) - 1),
+        "flops_per_token": top_1_flops
+        + (top_2_flops - top_1_flops) * (sum(computed) / len(computed) - 1),
     }

@@ -31,8 +31,8 @@ def _by_model(runs: Runs) -> Dict[str, List[RunResult]]:
 
 def models(runs: Runs) -> Table:
     rows = []
-    for name, mine in _by_model(runs).items():
-        first = mine[0]
+    for name, model_runs in _by_model(runs).items():
+        first = model_runs[0]
         rows.append(
             [
                 name,
@@ -40,8 +40,8 @@ def models(runs: Runs) -> Table:
                 figures.short(first["active"]),
                 figures.short(first["tokens"]),
                 f"{first['flops']:.3g}",
-                f"{sum(run['seconds'] for run in mine) / len(mine) / 60:.1f}",
-                str(len(mine)),
+                f"{sum(run['seconds'] for run in model_runs) / len(model_runs) / 60:.1f}",
+                str(len(model_runs)),
             ]
         )
     head = ["", "Parameters", "Active", "Tokens", "FLOPs", "Minutes", "Seeds"]
@@ -54,16 +54,16 @@ def perplexities(runs: Runs) -> Table:
     rows = []
     for group in [g for g in results.groups(runs) if g in runs[0]["mean"] or g in runs[0]["sets"]]:
         row = [TITLES.get(group, group)]
-        for mine in by_model.values():
-            values = [results.performance(run, group) for run in mine]
+        for model_runs in by_model.values():
+            values = [results.performance(run, group) for run in model_runs]
             cell = f"{sum(values) / len(values):.2f}"
             if len(values) > 1:
                 cell += f" ± {small((max(values) - min(values)) / 2)}"
             row.append("" if math.isnan(sum(values)) else cell)
         rows.append(row)
     row = ["Choices dropped, %"]
-    for mine in by_model.values():
-        lost = [s["dropped"] for run in mine for s in run["sets"].values() if s["dropped"]]
+    for model_runs in by_model.values():
+        lost = [s["dropped"] for run in model_runs for s in run["sets"].values() if s["dropped"]]
         shares = [sum(choices) / len(choices) for choices in lost]
         row.append(small(100 * sum(shares) / len(shares)) if shares else "")
     return ["", *by_model], [*rows, row]
@@ -88,7 +88,8 @@ def priming(runs: Runs) -> Table:
         }
         for task in [*of_shots, None]:
             accuracies = [
-                results.mean_accuracy(mine, str(shots), task) for mine in by_model.values()
+                results.mean_accuracy(model_runs, str(shots), task)
+                for model_runs in by_model.values()
             ]
             cells = [_accuracy(task_result) for task_result in accuracies]
             numbers = ["", "", ""] if task is None else _questions(of_shots[task])
@@ -121,8 +122,8 @@ def bias(runs: Runs) -> Table:
     set."""
     by_model = _by_model(runs)
     table_rows: Dict[str, Dict[str, List[float]]] = {}
-    for name, mine in by_model.items():
-        for run in mine:
+    for name, model_runs in by_model.items():
+        for run in model_runs:
             for bias_set in run["priming"].get("bias", []):  # older files lack it
                 for key, value in bias_set["domains"]["overall"].items():
                     if key not in ("questions", "intervals"):
@@ -145,7 +146,7 @@ def paper_stereoset() -> Table:
 def contents(result: StudyResult, use: bool, fine_tuning: bool) -> Table:
     """What the paper shows, and where it is on the page, in our numbers and in the paper's."""
     runs = result["runs"]
-    curves = {group for group, found in result["factors"].items() if found["curve"]}
+    curves = {group for group, factors in result["factors"].items() if factors["curve"]}
     sets = len(curves & set(runs[0]["sets"]))
     shots = [int(n) for n in runs[0]["priming"]["mean"]]
     few = ", ".join(str(n) for n in shots if n)

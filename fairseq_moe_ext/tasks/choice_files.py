@@ -196,4 +196,4 @@ def _own_text(line: Record, classes: Tuple[str, ...]) -> Item:
 
 def _own(line: Record, text: str, candidates: List[str], label: int) -> Item:
     shared = (*given_keys(line, "group"), *([group_key("text", text)] if text.strip() else []))
-    return Item(tuple(candidates), frozenset({label}), shared=shared, place=line.place)
+    return Item(tuple(candidates), frozenset({label}), shared=shared, location=line.location)

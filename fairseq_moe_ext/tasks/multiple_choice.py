@@ -194,7 +194,7 @@ class MultipleChoiceTask(FairseqTask):
             fitting = [scoring.cut(row, limit) for row in sequences]
             if [_scored(row) for row in fitting] != [_scored(row) for row in sequences]:
                 raise UserError(
-                    f"{path}, {question.place}: a choice is longer than --tokens-per-sample "
+                    f"{path}, {question.location}: a choice is longer than --tokens-per-sample "
                     f"{self.cfg.tokens_per_sample}: shorten it, or raise the limit"
                 )
             item = self._item(fitting, min(question.right))

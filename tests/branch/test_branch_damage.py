@@ -22,7 +22,7 @@ from branch_checkpoints import (
 )
 from pickles import RunsCode
 from processes import run_processes
-from small_models import TYPES, build_model
+from small_models import VOCABULARY, build_model
 
 from fairseq_moe_ext.errors import UserError
 
@@ -182,7 +182,7 @@ def refusal(rank, folder, data):
 def test_processes_that_cannot_hold_the_experts(tmp_path, data):
     settings = {**SMALL, "moe_expert_count": 3}
     model = build_model(**{**SHAPE, "moe_expert_count": 3})
-    branch_files.write(str(tmp_path), settings, TYPES, 3, branch_files.of_model(model))
+    branch_files.write(str(tmp_path), settings, VOCABULARY, 3, branch_files.of_model(model))
     for message in run_processes(2, refusal, str(tmp_path), data):
         assert "3 cannot be sharded over 2 processes" in message
 

@@ -18,7 +18,7 @@ from branch_checkpoints import (
 )
 from fairseq.data import indexed_dataset
 from fairseq.trainer import Trainer
-from small_models import TYPES, build_model
+from small_models import VOCABULARY, build_model
 
 from fairseq_moe_ext.priming import model as priming_model
 
@@ -30,7 +30,7 @@ def write_dense(folder, **how):
     model = build_model(**flags).eval()
     Path(folder).mkdir(exist_ok=True)
     branch_files.write_dense(
-        str(folder), settings, TYPES, branch_files.of_model(model), optimizer=remembered, **how
+        str(folder), settings, VOCABULARY, branch_files.of_model(model), optimizer=remembered, **how
     )
     return model
 

@@ -23,7 +23,7 @@ from branch_checkpoints import (
 )
 from fairseq import checkpoint_utils
 from processes import run_processes
-from small_models import PAD, TYPES, build_model
+from small_models import PAD, VOCABULARY, build_model
 from updates import configure, make_trainer
 
 from fairseq_moe_ext import cli
@@ -93,7 +93,7 @@ def test_logits_on_several_processes(tmp_path, data, name, world):
 def test_weights_in_half_precision_stay_so_in_the_files(tmp_path, data):
     settings = {**SMALL, "memory_efficient_fp16": True}
     model = build_model(**SHAPE)
-    branch_files.write(str(tmp_path), settings, TYPES, 2, branch_files.of_model(model))
+    branch_files.write(str(tmp_path), settings, VOCABULARY, 2, branch_files.of_model(model))
     expected = model.half().float().eval()(tokens())[0]
     for on_disk in (False, True):
         overrides = {**AS_SAVED, "moe_experts_on_disk": on_disk}

@@ -16,7 +16,7 @@ from branch_checkpoints import (
     write_small,
 )
 from processes import run_processes
-from small_models import TYPES, build_model
+from small_models import VOCABULARY, build_model
 from updates import WORLD, as_sample, batches, configure, joined, make_trainer, whole_parameters
 
 from fairseq_moe_ext.branch.files import find
@@ -133,7 +133,7 @@ def test_the_update_after_an_fsdp_run_s_is_that_without_a_stop(tmp_path, data, w
     branch_files.write(
         str(tmp_path),
         SMALL,
-        TYPES,
+        VOCABULARY,
         2,
         branch_files.of_model(model),
         fsdp="state",
@@ -160,7 +160,7 @@ def test_the_branch_s_optimizer_state_fits_ours(tmp_path):
     """All of it, by shape: in its numbering, a neighbour's state would rarely fit."""
     files = find(str(REFERENCE / "branch_moe_2ranks" / "checkpoint_last.pt"))
     model = build_model(
-        types=4000,
+        vocabulary=4000,
         decoder_embed_dim=64,
         decoder_ffn_embed_dim=128,
         share_decoder_input_output_embed=True,

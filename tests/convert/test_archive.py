@@ -8,7 +8,7 @@ import branch_files
 import pytest
 import torch
 from converting import same
-from small_models import TYPES
+from small_models import VOCABULARY
 
 from fairseq_moe_ext.convert.archive import Lazy, write_torch
 from fairseq_moe_ext.moe.experts import TensorPerExpert
@@ -63,7 +63,9 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     settings.update(decoder_ffn_embed_dim=1024, moe_expert_count=128, decoder_attention_heads=4)
     settings.update(memory_efficient_fp16=False)
     ones = torch.ones(1)
-    branch_files.write(str(tmp_path), settings, TYPES, 4, lambda name, shape: ones.expand(shape))
+    branch_files.write(
+        str(tmp_path), settings, VOCABULARY, 4, lambda name, shape: ones.expand(shape)
+    )
     size = sum(path.stat().st_size for path in tmp_path.glob("*.pt"))
     command = ["convert", str(tmp_path / "model.pt"), str(tmp_path / "x.pt"), "--dtype", "bf16"]
     done = subprocess.run(

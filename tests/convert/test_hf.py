@@ -272,8 +272,8 @@ def test_a_released_model_in_one_command(tmp_path, data, capsys):
     small = {"decoder_layers": 2, "decoder_embed_dim": 16, "decoder_ffn_embed_dim": 32}
     settings = {**branch_files.RELEASED_15B, **small, "decoder_attention_heads": 2}
     settings["moe_expert_count"] = 4
-    types = Vocabulary(data).types
-    branch_files.write(str(tmp_path), settings, types, 2, branch_files.random_tensors())
+    vocabulary = Vocabulary(data).size
+    branch_files.write(str(tmp_path), settings, vocabulary, 2, branch_files.random_tensors())
     source = tmp_path / "model.pt"
     assert "add --data FOLDER, or --no-tokenizer" in mistake(
         capsys, source, tmp_path / "hf", "--to", "hf"

@@ -67,7 +67,7 @@ def test_written_as_the_branch_numbers_and_orders(tmp_path, run):
     settings = load(tmp_path / "x-shared.pt")["cfg"]["model"]
     remembered = {}
     numbers = iter(range(1000))
-    model = build_model(0, **{k: settings[k] for k in OF_MODEL}, types=len(numbers_of(state)))
+    model = build_model(0, **{k: settings[k] for k in OF_MODEL}, vocabulary=len(numbers_of(state)))
     for name, _ in model.named_parameters():
         remembered[name] = state["last_optimizer_state"]["state"][next(numbers)]
 

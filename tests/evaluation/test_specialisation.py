@@ -13,7 +13,7 @@ KINDS, EXPERTS, BLOCKS, LENGTH = 3, 4, 60, 20
 
 
 def text(seed=0):
-    """types (T,), blocks (T,), kinds (blocks,): kinds have the same types."""
+    """token_ids (T,), blocks (T,), kinds (blocks,): kinds have the same token_ids."""
     rng = np.random.default_rng(seed)
     blocks = np.repeat(np.arange(BLOCKS), LENGTH)
     return rng.integers(50, size=BLOCKS * LENGTH), blocks, np.arange(BLOCKS) % KINDS
@@ -26,8 +26,8 @@ def at_random(seed=1):
 
 
 def test_of_choices_at_random_nothing_is_left():
-    types, blocks, kinds = text()
-    found = s.information(at_random(), EXPERTS, types, blocks, kinds)
+    token_ids, blocks, kinds = text()
+    found = s.information(at_random(), EXPERTS, token_ids, blocks, kinds)
     for by, rows in (("domain", KINDS), ("token", 50)):
         one = found[by]
         # Miller and Madow: degrees of freedom / (2 n ln 2); of two choices a token n is twice that,
@@ -40,7 +40,9 @@ def test_of_choices_at_random_nothing_is_left():
         assert one["bits"] < 4 * one["bias"] and abs(one["left"]) < 3 * bias
         assert len(one["random"]) == s.RANDOM
         assert one["random_mean"] == pytest.approx(sum(one["random"]) / s.RANDOM)
-    every = [s.information(at_random(seed), EXPERTS, types, blocks, kinds) for seed in range(12)]
+    every = [
+        s.information(at_random(seed), EXPERTS, token_ids, blocks, kinds) for seed in range(12)
+    ]
     assert sum(found["domain"]["above"] for found in every) <= 2, "of twelve"
     below = [{"layer": 0, "information": f} for f in every if not f["domain"]["above"]]
     said = s.verdict(below, "domain", "domain")
@@ -48,10 +50,10 @@ def test_of_choices_at_random_nothing_is_left():
 
 
 def test_a_gate_that_knows_the_kind_is_above_the_control():
-    types, blocks, kinds = text()
+    token_ids, blocks, kinds = text()
     choices = at_random()
     choices[:, 0] = np.stack([kinds[blocks], np.full(len(blocks), 3)], axis=1)
-    found = s.information(choices, EXPERTS, types, blocks, kinds)
+    found = s.information(choices, EXPERTS, token_ids, blocks, kinds)
     # half of the choices give the kind away, half say nothing
     assert found["domain"]["bits"] == pytest.approx(math.log2(KINDS) / 2)
     assert found["domain"]["above"] and not found["token"]["above"]
@@ -65,10 +67,10 @@ def test_a_gate_that_knows_the_kind_is_above_the_control():
 
 
 def test_types_and_one_kind_alone():
-    types, blocks, kinds = text()
+    token_ids, blocks, kinds = text()
     choices = at_random()
-    choices[:, 0] = np.stack([types % 2, np.full(len(types), 3)], axis=1)
-    found = s.information(choices, EXPERTS, types, blocks, np.zeros_like(kinds))
+    choices[:, 0] = np.stack([token_ids % 2, np.full(len(token_ids), 3)], axis=1)
+    found = s.information(choices, EXPERTS, token_ids, blocks, np.zeros_like(kinds))
     assert set(found) == {"token"} and found["token"]["above"]
     assert found["token"]["bits"] == pytest.approx(1, abs=0.02), "odd or even"
     assert "all text is of one kind" in s.verdict(
@@ -99,11 +101,11 @@ def test_random_gates_have_the_scale_of_the_learnt_one_and_its_inputs():
 
 def test_a_gate_that_was_not_trained_is_not_above_random_ones():
     torch.manual_seed(3)
-    types, blocks, kinds = text()
+    token_ids, blocks, kinds = text()
     means = torch.randn(KINDS, 8)  # hidden states differ by kind, as in any model
     x = means[torch.from_numpy(kinds[blocks])] + torch.randn(len(blocks), 8)
     gate = TopKRouter(8, EXPERTS, GateSettings(dropless=True)).eval()
     watch = s.Watch(gate, torch.Generator().manual_seed(1))
     gate(x, None)
-    found = s.information(watch.choices(), EXPERTS, types, blocks, kinds)["domain"]
+    found = s.information(watch.choices(), EXPERTS, token_ids, blocks, kinds)["domain"]
     assert found["bits"] > 0.05 and not found["above"], "bits, but none that were learnt"

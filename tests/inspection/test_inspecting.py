@@ -82,17 +82,17 @@ def made_view(chosen, experts, random=None):
     )
 
 
-def made_counted(types, blocks=None, domains=None, positions=None):
-    types = np.asarray(types)
-    zeros = np.zeros(len(types), dtype=int)
+def made_counted(token_ids, blocks=None, domains=None, positions=None):
+    token_ids = np.asarray(token_ids)
+    zeros = np.zeros(len(token_ids), dtype=int)
     return cards.Counted(
-        types=types,
+        token_ids=token_ids,
         domains=zeros if domains is None else np.asarray(domains),
         names=["a", "b"],
         blocks=zeros if blocks is None else np.asarray(blocks),
         positions=zeros if positions is None else np.asarray(positions),
         frequencies=zeros,
-        previous=np.concatenate([[EOS], types[:-1]]),
+        previous=np.concatenate([[EOS], token_ids[:-1]]),
     )
 
 
@@ -115,11 +115,11 @@ def test_bits_are_the_mutual_information_of_the_table(monkeypatch, dense):
 def test_what_is_planted_is_known_and_nothing_else_is():
     """The expert is the token's type: 2 bits of it, and of a position that is drawn, none."""
     rng = np.random.default_rng(0)
-    types = rng.integers(0, 4, 4000)
+    token_ids = rng.integers(0, 4, 4000)
     random = rng.integers(0, 4, (4000, observing.RANDOM)).astype(np.int16)
-    seen = made_counted(types, np.arange(4000) // 40, np.arange(4000) // 40 % 2)
+    seen = made_counted(token_ids, np.arange(4000) // 40, np.arange(4000) // 40 % 2)
     seen.positions = rng.integers(0, 6, 4000)
-    found = knowing.knowledge(made_view(types[:, None], 4, random), seen)
+    found = knowing.knowledge(made_view(token_ids[:, None], 4, random), seen)
     assert set(found) == {"domain", "token", "previous", "position"}
     token = found["token"]
     assert token.above and token.left == pytest.approx(2, abs=0.02)
@@ -135,10 +135,10 @@ def test_the_interval_is_as_wide_as_texts_differ():
     lefts = []
     for seed in range(60):
         rng = np.random.default_rng(seed)
-        types = rng.integers(0, 4, 1500)
-        chosen = np.where(rng.random(1500) < 0.5, types, rng.integers(0, 4, 1500))
+        token_ids = rng.integers(0, 4, 1500)
+        chosen = np.where(rng.random(1500) < 0.5, token_ids, rng.integers(0, 4, 1500))
         random = rng.integers(0, 4, (1500, observing.RANDOM)).astype(np.int16)
-        seen = made_counted(types, np.arange(1500) // 30)
+        seen = made_counted(token_ids, np.arange(1500) // 30)
         found = knowing.knowledge(made_view(chosen[:, None], 4, random), seen)["token"]
         lefts.append(found)
     p = np.full((4, 4), 0.5 / 4) + np.eye(4) * 0.5
@@ -165,7 +165,7 @@ def test_a_card_counts_as_a_plain_loop_does():
             there = [i for i in range(300) if seen.domains[i] == d]
             own = sum(e in chosen[i] for i in there)
             assert card.domains[d] == pytest.approx(own / (chosen[there] < 3).sum())
-        often, own = Counter(seen.types.tolist()), Counter(seen.types[mine].tolist())
+        often, own = Counter(seen.token_ids.tolist()), Counter(seen.token_ids[mine].tolist())
         lifts = {t: own[t] / len(mine) / (often[t] / 300) for t in often}
         assert {int(w.token): w.lift for w in card.words} == pytest.approx(
             {t: lift for t, lift in lifts.items() if lift > 1}
@@ -178,7 +178,7 @@ def test_a_card_counts_as_a_plain_loop_does():
         assert card.deviation == pytest.approx(np.std(each, ddof=1))
         assert len({x.token for x in card.examples}) == len(card.examples) > 0
         first = next(i for i in range(300) if chosen[i, 0] == e)
-        assert card.examples[0].token == str(seen.types[first]), "the surest first"
+        assert card.examples[0].token == str(seen.token_ids[first]), "the surest first"
 
 
 def test_positions_and_frequencies():
@@ -369,8 +369,8 @@ def test_experts_stay_in_the_files_of_the_released_layout(tmp_path):
         **dict(decoder_layers=2, decoder_embed_dim=24, decoder_ffn_embed_dim=32),
         "moe_expert_count": 96,
     }
-    types = len(dictionary)
-    branch_files.write(str(tmp_path), settings, types, 4, branch_files.random_tensors())
+    vocabulary = len(dictionary)
+    branch_files.write(str(tmp_path), settings, vocabulary, 4, branch_files.random_tensors())
     (tmp_path / "data").mkdir()
     dictionary.save(str(tmp_path / "data" / "dict.txt"))
     (tmp_path / "my.txt").write_text("\n".join(f"w{i % 7} w{i % 11} w3" for i in range(40)))

@@ -65,7 +65,7 @@ def test_without_gradients():
 
 
 def test_float16_keeps_gradients_of_unlikely_types():
-    """A uniform softmax over many types has probabilities that float16 barely holds."""
+    """A uniform softmax over a large vocabulary has probabilities that float16 barely holds."""
     v = 50_000
     features = torch.zeros(2, 4, dtype=torch.float16, requires_grad=True)
     weight = torch.randn(v, 4).half()

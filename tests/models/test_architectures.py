@@ -10,7 +10,7 @@ from fairseq_moe_ext.cost import Shape, parameters
 from fairseq_moe_ext.models.architectures import ARCHITECTURES
 from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
 
-# shared, expert with 51,200 types: paper.md, "Cost"
+# shared, expert with a vocabulary of 51,200: paper.md, "Cost"
 PAPER = {
     "dense_lm_125m": (124_377_600, 0),
     "dense_lm_355m": (354_740_224, 0),
@@ -40,7 +40,7 @@ def test_parameters_of_the_built_model(name):
         layers=flags["decoder_layers"],
         dim=flags["decoder_embed_dim"],
         ffn_dim=flags["decoder_ffn_embed_dim"],
-        types=51_200,
+        vocabulary=51_200,
         moe_freq=flags.get("moe_freq", 0),
         experts=flags.get("moe_expert_count", 0),
     )

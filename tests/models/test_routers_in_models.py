@@ -3,7 +3,7 @@
 import pytest
 import torch
 from router_loops import LOOPS
-from small_models import MOE, PAD, TYPES, build_model, make_config, random_tokens
+from small_models import MOE, PAD, VOCABULARY, build_model, make_config, random_tokens
 
 from fairseq_moe_ext.branch.writing import branch_settings
 from fairseq_moe_ext.convert.targets import cast
@@ -121,7 +121,7 @@ def test_conversion_to_another_precision_leaves_the_state(name):
 def test_the_table_of_hash_is_by_the_dictionary_s_counts():
     model = build_model(**MOE, moe_router="hash")
     tables = [layer.moe_layer.gate.table for layer in model.decoder.layers if layer.moe_layer]
-    assert len(tables) == 2 and torch.equal(*tables) and tables[0].shape == (TYPES, 2)
+    assert len(tables) == 2 and torch.equal(*tables) and tables[0].shape == (VOCABULARY, 2)
 
 
 REFUSED = {
@@ -266,5 +266,5 @@ def test_what_the_branch_has_is_said_in_its_words(when):
 def test_its_parameters_are_counted(name):
     model = build_model(**MOE, moe_router=name, share_decoder_input_output_embed=True)
     cfg = make_config(**MOE, moe_router=name, share_decoder_input_output_embed=True)
-    counted = parameters(shape_of(cfg, TYPES)).total
+    counted = parameters(shape_of(cfg, VOCABULARY)).total
     assert counted == sum(p.numel() for p in model.parameters())

@@ -175,7 +175,7 @@ def test_rows_that_reach_null_experts_are_not_computed():
     assert counter.get_total_flops() == gate + rows * 4 * DIM * FFN
 
 
-COUNTS = [3, 1, 7, 2, 2, 5, 4, 1]  # of the types of a vocabulary, for the router hash
+COUNTS = [3, 1, 7, 2, 2, 5, 4, 1]  # of the tokens of a vocabulary, for the router hash
 
 
 ROUTED = [(name, 0) for name in sorted(LOOPS)]

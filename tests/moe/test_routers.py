@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from closeness import assert_near
-from router_layers import COUNTS, NAMES, TYPES, adapted, batch, layer_of, observed
+from router_layers import COUNTS, NAMES, VOCABULARY, adapted, batch, layer_of, observed
 from router_loops import LOOPS, Case, balance, best_assignment, l1
 
 from fairseq_moe_ext.convert import experts_fairseq_moe
@@ -173,7 +173,7 @@ def test_no_token_sees_the_future(name, when):
         before = layer(x, token_ids=ids).out
         for t in range(1, 8):
             other, other_ids = x.clone(), ids.clone()
-            other[t:], other_ids[t:] = -3 * other[t:], (ids[t:] + 1) % TYPES
+            other[t:], other_ids[t:] = -3 * other[t:], (ids[t:] + 1) % VOCABULARY
             after = layer(other, token_ids=other_ids).out
             seen += not torch.allclose(before[:t], after[:t], rtol=1e-10, atol=1e-12)
     leaks = name == "expert_choice" or (when == "training" and not ROUTERS[name].causal)

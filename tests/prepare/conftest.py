@@ -28,7 +28,7 @@ def documents():
 
 @pytest.fixture(scope="session")
 def bpe_folder(tmp_path_factory, documents):
-    """A folder with encoder.json and vocab.bpe of 400 types, trained on `documents`."""
+    """A folder with encoder.json and vocab.bpe of 400 tokens, trained on `documents`."""
     folder = tmp_path_factory.mktemp("bpe")
     assert train_bpe(documents, 400, folder) == 400
     return folder

@@ -22,22 +22,22 @@ def encoded(lines, newline):
     )
 
 
-@pytest.mark.parametrize("types", [54, 65499, 65500, 70000])
+@pytest.mark.parametrize("vocabulary", [54, 65499, 65500, 70000])
 @pytest.mark.parametrize("block", [1, 3, 1 << 22])
 @settings(max_examples=25, deadline=None)
 @given(parts=st.lists(LINES, min_size=1, max_size=4))
-def test_the_files_are_those_of_fairseqs_builder(tmp_path_factory, types, block, parts):
+def test_the_files_are_those_of_fairseqs_builder(tmp_path_factory, vocabulary, block, parts):
     folder = tmp_path_factory.mktemp("bin")
-    table = np.array([types - 1 - i for i in range(50)] + [2])
+    table = np.array([vocabulary - 1 - i for i in range(50)] + [2])
     writer = SplitWriter(folder / "ours", newline=50)
-    builder = indexed_dataset.make_builder(str(folder / "stock.bin"), "mmap", vocab_size=types)
+    builder = indexed_dataset.make_builder(str(folder / "stock.bin"), "mmap", vocab_size=vocabulary)
     for number, lines in enumerate(parts):
         writer.add(encoded(lines, newline=50))
         for line in [[]] * (number > 0) + lines:
-            builder.add_item(torch.tensor([types - 1 - i for i in line] + [2]))
+            builder.add_item(torch.tensor([vocabulary - 1 - i for i in line] + [2]))
     previous, binarize._BLOCK = binarize._BLOCK, block
     try:
-        writer.finish(table, dtype_of(types))
+        writer.finish(table, dtype_of(vocabulary))
     finally:
         binarize._BLOCK = previous
     builder.finalize(str(folder / "stock.idx"))
@@ -49,9 +49,9 @@ def test_the_files_are_those_of_fairseqs_builder(tmp_path_factory, types, block,
     assert writer.lines == sum(map(len, parts)) + len(parts) - 1
 
 
-@pytest.mark.parametrize("types", [1, 65499, 65500, 1 << 20])
-def test_the_type_of_a_token_is_fairseqs(types):
-    assert dtype_of(types) == np.dtype(indexed_dataset.best_fitting_int_dtype(types))
+@pytest.mark.parametrize("vocabulary", [1, 65499, 65500, 1 << 20])
+def test_the_type_of_a_token_is_fairseqs(vocabulary):
+    assert dtype_of(vocabulary) == np.dtype(indexed_dataset.best_fitting_int_dtype(vocabulary))
 
 
 def test_the_dictionary_is_sorted_filled_up_and_read_by_fairseq(tmp_path):

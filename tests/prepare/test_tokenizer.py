@@ -114,9 +114,9 @@ def test_training_learns_nothing_across_lines(tmp_path):
 
 
 def test_training_says_how_many_types_the_text_had(tmp_path):
-    types = train_bpe(["only these few words"], 5000, tmp_path)
-    assert 256 <= types < 300
-    assert len(json.loads((tmp_path / "encoder.json").read_text())) == types
+    size = train_bpe(["only these few words"], 5000, tmp_path)
+    assert 256 <= size < 300
+    assert len(json.loads((tmp_path / "encoder.json").read_text())) == size
 
 
 def test_files_of_another_format_are_refused(tmp_path, bpe_folder):

@@ -133,11 +133,11 @@ def test_blank_lines_and_line_ends_change_nothing(ends, tmp_path):
     path = tmp_path / "dev.tsv"
     path.write_bytes(b"\xef\xbb\xbf" + ends.join(lines).encode())
     items = read_items(TASKS["sst2"], path)
-    assert [item.place for item in items] == ["line 2", "line 4"]
+    assert [item.location for item in items] == ["line 2", "line 4"]
     assert items[0].example == 'a "fine" film All in all, it was good'
     path = tmp_path / "val.jsonl"
     path.write_bytes(ends.join([json.dumps(BOOLQ), "", json.dumps(BOOLQ), ""]).encode())
-    assert [item.place for item in read_items(TASKS["boolq"], path)] == ["line 1", "line 3"]
+    assert [item.location for item in read_items(TASKS["boolq"], path)] == ["line 1", "line 3"]
 
 
 def test_lines_without_a_right_answer_are_counted(tmp_path):

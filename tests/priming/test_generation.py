@@ -7,7 +7,7 @@ import pytest
 import sacrebleu
 import torch
 from processes import run_processes
-from small_models import MOE, TYPES, build_model
+from small_models import MOE, VOCABULARY, build_model
 
 from fairseq_moe_ext import cli
 from fairseq_moe_ext.errors import UserError
@@ -46,7 +46,7 @@ def plain_search(model, prompt, beam):
                 logits = model(torch.tensor([[EOS, *prompt.tokens, *new]]))[0][0, -1]
             logits[PAD] = -math.inf
             log_probs = torch.log_softmax(logits, 0).tolist()
-            longer += [(score + log_probs[t], (*new, t)) for t in range(TYPES)]
+            longer += [(score + log_probs[t], (*new, t)) for t in range(VOCABULARY)]
         longer.sort(reverse=True)
         live = []
         for score, new in longer[: 2 * beam if beam > 1 else 1]:

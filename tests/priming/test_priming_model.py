@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from processes import run_processes
-from small_models import MOE, TYPES, build_model, build_stock_model
+from small_models import MOE, VOCABULARY, build_model, build_stock_model
 
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.models import precision
@@ -19,7 +19,7 @@ def rows():
     rng = np.random.default_rng(0)
     found = []
     for length in (5, 1, 9, 9, 2, 17, 30, 3):
-        tokens = tuple(rng.integers(4, TYPES, length).tolist())
+        tokens = tuple(rng.integers(4, VOCABULARY, length).tolist())
         found.append(Row(tokens, int(rng.integers(length))))
     found.append(Row((7, EOS, 8, EOS), 0))  # newlines are scored, and seen, as any token
     before = (9, 5, EOS, 6, EOS)
@@ -65,7 +65,7 @@ def test_two_processes_equal_one(kind):
 
 def test_the_loss_of_logits_in_chunks(monkeypatch):
     whole = scores(0, {}, 100)
-    monkeypatch.setattr("fairseq_moe_ext.models.token_scores.LOGITS_AT_A_TIME", 3 * TYPES)
+    monkeypatch.setattr("fairseq_moe_ext.models.token_scores.LOGITS_AT_A_TIME", 3 * VOCABULARY)
     for got, want in zip(scores(0, {}, 100), whole):
         np.testing.assert_allclose(got, want, rtol=1e-9)
 

@@ -214,7 +214,7 @@ def test_no_group_is_split_and_the_share_is_met(kind, tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         sides = {split: files.read(split) for split in ("train", "valid")}
     of_line = {f"line {i}": group for i, group in enumerate(groups, 2 if name in TABLES else 1)}
-    found = {split: [of_line[item.place] for item in items] for split, items in sides.items()}
+    found = {split: [of_line[item.location] for item in items] for split, items in sides.items()}
     assert not set(found["train"]) & set(found["valid"])
     assert len(found["train"]) + len(found["valid"]) == len(groups)
     assert len(found["valid"]) == 12 * size  # a tenth of 120 groups of one size

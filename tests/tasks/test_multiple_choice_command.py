@@ -78,10 +78,14 @@ def of_branch(data, tmp_path_factory):
         memory_efficient_fp16=False,
         ddp_backend="legacy_ddp",
     )
-    types = len(Dictionary.load(str(data / "dict.txt")))
+    vocabulary = len(Dictionary.load(str(data / "dict.txt")))
     generator = torch.Generator().manual_seed(0)
     branch_files.write(
-        folder, settings, types, 2, lambda _, shape: torch.randn(shape, generator=generator) / 9
+        folder,
+        settings,
+        vocabulary,
+        2,
+        lambda _, shape: torch.randn(shape, generator=generator) / 9,
     )
     return folder / "model.pt"
 

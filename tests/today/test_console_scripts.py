@@ -10,7 +10,7 @@ def test_eval_lm(work, trained):
     line = "--task language_modeling --path ck/checkpoint_best.pt --tokens-per-sample 32"
     output = succeeded(run(f"fairseq-eval-lm bin {line} --gen-subset test --max-tokens 256", work))
     perplexity = float(re.search(r"Perplexity: ([\d.]+)", output).group(1))
-    assert 1 < perplexity < 64  # at worst about that of guessing among 32 types
+    assert 1 < perplexity < 64  # at worst about that of guessing among 32 tokens
 
 
 def test_validate(work, trained):

@@ -13,8 +13,9 @@ from ..routing import Routing, counted_tokens, not_padding, send
 
 
 def balanced_table(counts: Sequence[int], num_experts: int, k: int) -> List[List[int]]:
-    """Experts of each type, (V, K): types in falling frequency take the k experts with the least
-    load so far (the paper's balanced assignment); of equal ones the lower number."""
+    """Experts of each token id, (V, K). From the most frequent id to the least, each takes the k
+    experts with the least load so far (the paper's balanced assignment); of equally loaded experts
+    the one with the lower number."""
     table: List[List[int]] = [[] for _ in counts]
     loads: List[Tuple[int, int]] = [(0, expert) for expert in range(num_experts)]
     for token in sorted(range(len(counts)), key=lambda t: (-counts[t], t)):
@@ -25,9 +26,9 @@ def balanced_table(counts: Sequence[int], num_experts: int, k: int) -> List[List
     return table
 
 
-def plain_table(types: int, num_experts: int, k: int) -> List[List[int]]:
-    """Experts of each type, (V, K), by Fibonacci hashing: where no frequencies are known."""
-    first = [(t * 2654435769 % 2**32) * num_experts >> 32 for t in range(types)]
+def plain_table(vocabulary: int, num_experts: int, k: int) -> List[List[int]]:
+    """Experts of each token id, (V, K), by Fibonacci hashing, for unknown frequencies."""
+    first = [(t * 2654435769 % 2**32) * num_experts >> 32 for t in range(vocabulary)]
     return [[(expert + i) % num_experts for i in range(k)] for expert in first]
 
 
