@@ -39,6 +39,7 @@ benchmark: install  ## measure layer, training, evaluation, growth, start-up; ab
 	$(RUN) benchmarks/peers.py
 	$(RUN) benchmarks/train_step.py
 	$(RUN) benchmarks/train_step.py --shares
+	$(RUN) benchmarks/trainer.py
 	$(RUN) benchmarks/evaluate.py
 	$(RUN) benchmarks/growth.py
 	$(RUN) benchmarks/start_up.py

@@ -65,18 +65,18 @@ FLOPS = {
 }
 
 
-def make_data(folder: Path, tokens: int) -> None:
+def make_data(folder: Path, tokens: int, vocabulary: int = VOCABULARY) -> None:
     """A data-bin of random words, as frequent as Zipf has it."""
     from fairseq.data import Dictionary
     from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
 
     dictionary = Dictionary()
-    for i in range(VOCABULARY - len(dictionary)):
-        dictionary.add_symbol(f"w{i}", n=VOCABULARY - i)
+    for i in range(vocabulary - len(dictionary)):
+        dictionary.add_symbol(f"w{i}", n=vocabulary - i)
     dictionary.save(str(folder / "dict.txt"))
     rng = np.random.default_rng(0)
     builder = MMapIndexedDatasetBuilder(str(folder / "train.bin"), dtype=np.uint16)
-    words = 4 + np.minimum(rng.zipf(1.1, tokens) - 1, VOCABULARY - 5)
+    words = 4 + np.minimum(rng.zipf(1.1, tokens) - 1, vocabulary - 5)
     for line in np.split(words, range(1024, tokens, 1024)):
         builder.add_item(torch.from_numpy(line))
     builder.finalize(str(folder / "train.idx"))

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import fairseq
 import pytest
+import torch
 from fairseq.data import Dictionary, indexed_dataset
+from fairseq.trainer import Trainer
 from torch import tensor
 
 import fairseq_today
@@ -209,3 +211,21 @@ def test_the_command_prints_every_row(capsys):
     assert patch_list.state(row) == "in force"
     late = next(p for p in PATCHES if p.targets == ("fairseq_cli.train:main",))
     assert patch_list.state(late) in ("in force", "when the command is imported")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stock's own function runs there")
+@pytest.mark.parametrize("update", [0, 7])
+def test_an_update_has_the_random_numbers_of_stock(update, monkeypatch):
+    """Without torch.manual_seed, which takes milliseconds where there is no GPU."""
+    torch.manual_seed(3 + update)
+    expected = torch.rand(5)
+    common = types.SimpleNamespace(seed=3)
+    trainer = types.SimpleNamespace(
+        device=torch.device("cpu"),
+        tpu=False,
+        cfg=types.SimpleNamespace(common=common),
+        get_num_updates=lambda: update,
+    )
+    monkeypatch.setattr(torch, "manual_seed", None)
+    Trainer._set_seed(trainer)
+    assert torch.equal(torch.rand(5), expected)

@@ -22,13 +22,16 @@ def counted(trainer: Any, samples: Sequence[Dict[str, Any]]) -> Iterator[None]:
     that follow; this costs about a third of an update. With one micro-batch the processes' sums are
     at hand in its own forward pass, and nothing is counted.
     """
+    if len(samples) < 2:
+        yield
+        return
     model = trainer.get_model()
     balances = [
         module.balance
         for module in model.modules()
         if isinstance(module, MoELayer) and module.balance.over == "global_batch"
     ]
-    if not balances or len(samples) < 2 or not model.decoder.balanced_by_loss:
+    if not balances or not model.decoder.balanced_by_loss:
         yield
         return
     try:

@@ -1,0 +1,43 @@
+"""benchmarks/trainer.py measures the same updates twice, once by fairseq's trainer."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import trainer as benchmark  # noqa: E402
+from train_step import make_data  # noqa: E402
+
+SHAPE = benchmark.Shape(dim=8, heads=2, rows=2, context=8)
+
+
+@pytest.fixture
+def data(tmp_path):
+    for corpus in ("one", "two"):
+        (tmp_path / corpus).mkdir()
+        make_data(tmp_path / corpus, 4096, benchmark.VOCABULARY)
+    (tmp_path / "dict.txt").write_text((tmp_path / "one" / "dict.txt").read_text())
+    return tmp_path
+
+
+def test_the_bare_loop_makes_updates_and_says_what_took_how_long(data, monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr(benchmark, "wait", lambda: waited.append(torch.rand(1)))
+    line = benchmark.flags(data, SHAPE, benchmark.CASES["8 experts, adam"], 2 * benchmark.TURN)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    benchmark.bare(line)
+    parts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(waited) == 2, "once a turn"
+    assert list(parts) == list(benchmark.BARE) and all(spent > 0 for spent in parts.values())
+
+
+@pytest.mark.slow
+def test_the_parts_of_the_difference_add_up_to_it():
+    row = benchmark.compare(SHAPE, benchmark.CASES["8 experts"], 1)
+    assert row["bare_ms"] > 0 and row["trainer_ms"] > row["more_ms"]["metrics"] > 0
+    assert set(row["more_ms"]) == set(benchmark.PARTS)
+    whole = sum(row["more_ms"].values())
+    assert whole == pytest.approx(row["trainer_ms"] - row["bare_ms"], abs=0.1)
