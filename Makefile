@@ -33,7 +33,7 @@ study: install   ## train and compare three sizes a family, three seeds; an hour
 # glibc keeps what is freed: the gradients of many experts come from pages cleared before.
 KEEP_FREED := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
 
-benchmark: install  ## measure layer, training, evaluation, growth, start-up; about half an hour
+benchmark: install  ## measure layers, training, evaluation, generation and more; about 40 minutes
 	$(RUN) -m pip install --quiet -c constraints.txt -e ".[benchmark]"
 	$(KEEP_FREED) $(RUN) benchmarks/layer.py
 	$(RUN) benchmarks/peers.py
@@ -41,6 +41,9 @@ benchmark: install  ## measure layer, training, evaluation, growth, start-up; ab
 	$(RUN) benchmarks/train_step.py --shares
 	$(RUN) benchmarks/trainer.py
 	$(RUN) benchmarks/evaluate.py
+	$(RUN) benchmarks/evaluate.py --peers
+	$(RUN) benchmarks/generate.py
+	$(RUN) benchmarks/prepare.py
 	$(RUN) benchmarks/growth.py
 	$(RUN) benchmarks/start_up.py
 

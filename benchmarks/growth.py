@@ -1,13 +1,13 @@
 """How a training step grows: in tokens, in experts at fixed tokens, in layers, in processes.
 
     python benchmarks/growth.py
-    python benchmarks/growth.py --draw    draw docs/growth_*.svg again, from growth.json
+    python benchmarks/growth.py --draw    draw docs/growth_*.svg from this machine's growth.json
 
 Forward and backward of a model whose every second layer is sparse (top-2, dropless), width 256,
 context 256, a vocabulary of 8,000, float32; one thread, seconds of the processor. Memory is the
 peak of what a step allocates, gradients included. The processes are Gloo's, of one thread each, and
 share one batch; their seconds are the clock's.
-Writes results/PROCESSOR/growth.json and .md, and docs/growth_*.svg with the fitted exponents.
+Writes results/PROCESSOR/growth.json and .md.
 """
 
 from __future__ import annotations
@@ -22,16 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from measure import (
-    RESULTS,
-    in_turn,
-    keep,
-    keep_table,
-    language_model,
-    median,
-    peak_memory,
-    processor,
-)
+from measure import in_turn, keep, keep_table, language_model, median, own_folder, peak_memory
 
 from fairseq_moe_ext.evaluation.figures import Series, line_chart
 from fairseq_moe_ext.files import read_json
@@ -165,13 +156,14 @@ def measure() -> Dict[str, Dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--draw", action="store_true", help="measure nothing, draw again")
+    parser.add_argument(
+        "--draw", action="store_true", help="measure nothing; draw the figures of docs/ again"
+    )
     if parser.parse_args().draw:
-        draw(read_json(RESULTS / processor() / "growth.json")["rows"])
+        draw(read_json(own_folder("growth") / "growth.json")["rows"])
         return
     torch.set_num_threads(1)
     rows = measure()
-    draw(rows)
     names = ["seconds", "mb", "time_exponent", "memory_exponent", "exchanges"]
     keep_table(
         "growth",

@@ -2,7 +2,7 @@
 floor that the weights' bytes set, and other people's layers; at evaluation against a plain loop.
 
     python benchmarks/layer.py [--rows 0 1 2]      the shapes of the table, by number
-    python benchmarks/layer.py --gpu               the paper's shapes, bfloat16, on a CUDA device
+    python benchmarks/layer.py --gpu [--rows ...]  the paper's shapes, bfloat16, on a CUDA device
 
 float32, 2 threads, top-2, gelu, biases. Results: benchmarks/results/PROCESSOR/layer.json, .md.
 """
@@ -15,9 +15,10 @@ import os
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: large tensors in pages of 2 MB
 
 import tempfile  # noqa: E402
-from typing import Callable, Dict, NamedTuple, Optional  # noqa: E402
+from typing import Callable, Dict, NamedTuple, Optional, Sequence  # noqa: E402
 from unittest import mock  # noqa: E402
 
+import gpu_layers  # noqa: E402
 import measure  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
@@ -46,13 +47,11 @@ SHAPES = [
     Shape(4096, 128, 256, 1024, 1.70),
     Shape(2048, 512, 256, 1024),
 ]
-# Model and hidden widths of the 15B, 52B and 207B models (paper, table 1). Not yet run: no GPU.
+# Model and hidden widths of the 15B, 52B and 207B models (paper, table 1), with as many experts as
+# one GPU may hold, and all 512 of the first. Not yet run: no GPU.
 GPU_SHAPES = [
-    Shape(tokens, experts, dim, 4 * dim)
-    for dim in (768, 1024, 2048)
-    for experts in (8, 64, 512)
-    for tokens in (8192, 32768)
-]
+    Shape(16384, experts, dim, 4 * dim) for experts in (8, 64) for dim in (768, 1024, 2048)
+] + [Shape(16384, 512, 768, 3072)]
 
 
 def dense_ffn(shape: Shape, linear: Callable[..., nn.Module] = nn.Linear) -> nn.Sequential:
@@ -79,7 +78,7 @@ class OneHotLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, experts = self.moe.gate, self.moe.experts
         capacity = gate.capacity(len(x))
-        _, routing = gate(x, capacity)
+        _, routing = gate(x)
         chosen = F.one_hot(routing.experts, gate.wg.out_features).to(x)  # (S, K, E)
         slot = F.one_hot(routing.slots.clamp(max=capacity - 1), capacity).to(x)  # (S, K, C)
         combine = torch.einsum("ske,skc,sk->sec", chosen, slot, routing.weights)
@@ -214,19 +213,21 @@ def training(shape: Shape, rounds: int, peers: bool, like: Tensor) -> Dict[str, 
     x = torch.randn(shape.tokens, shape.dim, **options).requires_grad_()
     many = torch.randn(2 * shape.tokens, shape.dim, **options).requires_grad_()
     grad = torch.randn(2 * shape.tokens, shape.dim, **options)
-    layers: Dict[str, Optional[nn.Module]] = {
-        "dense": dense_ffn(shape),
-        "our dense": dense_ffn(shape, Linear),
-        "capacity": ours(shape, dropless=False),
-        "dropless": ours(shape, dropless=True),
-    }
-    if peers:
-        layers["one-hot"] = OneHotLayer(shape)
-        layers["transformers"] = mixtral_layer(shape)
-        if like.is_cuda:
-            layers["megablocks"] = megablocks_layer(shape)
-        else:
-            layers["fairscale"] = fairscale_layer(shape)
+    with like.device:  # initialises there, too
+        layers: Dict[str, Optional[nn.Module]] = {
+            "dense": dense_ffn(shape),
+            "our dense": dense_ffn(shape, Linear),
+            "capacity": ours(shape, dropless=False),
+            "dropless": ours(shape, dropless=True),
+        }
+        if peers:
+            layers["transformers"] = mixtral_layer(shape)
+            if like.is_cuda:
+                layers["megablocks"] = megablocks_layer(shape)
+                layers.update(gpu_layers.build(*shape[1:4]))
+            else:
+                layers["one-hot"] = OneHotLayer(shape)
+                layers["fairscale"] = fairscale_layer(shape)
     layers = {name: layer.to(like) for name, layer in layers.items() if layer is not None}
     cases = {
         name: step(layer, *((many, grad) if "dense" in name else (x, grad[: shape.tokens])))
@@ -282,19 +283,21 @@ def evaluation(shape: Shape, rounds: int) -> Dict[str, float]:
     }
 
 
-def table(name: str, rows: Dict[str, Dict], device: str) -> None:
+def table(rows: Dict[str, Dict], device: str) -> None:
     """Write and print what has been measured so far."""
-    peers = ["fairscale", "one-hot", "transformers", "megablocks"]
-    heads = ["S, E, M, F", "dense, ms", "our dense", "floor", "at most", "capacity", "dropless"]
-    heads += ["x floor"]
-    heads += [*peers, "memory", "eval dropless/capacity", "eval loop/dropless", "statistics"]
+    peers = ["fairscale", "one-hot", "transformers", "megablocks", *gpu_layers.NAMES]
+    peers = [peer for peer in peers if any(peer in row["times"] for row in rows.values())]
+    heads = ["S, E, M, F", "dense, ms", "dense TFLOP/s", "our dense", "floor", "at most"]
+    heads += ["capacity", "dropless", "x floor", *peers, "memory"]
+    heads += ["eval dropless/capacity", "eval loop/dropless", "statistics"]
     lines = []
     for key, row in rows.items():
         times, eval_row = row["times"], row.get("evaluation", {})
         worst = max(times["capacity"], times["dropless"])
         limit = row["target"] or 1.3 * row["floor"]
         lines.append(
-            [key, f"{row['dense_ms']:.0f}", f"{times['our dense']:.2f}"]
+            [key, f"{row['dense_ms']:.3g}", f"{row['dense_gflop_per_s'] / 1e3:.3g}"]
+            + [f"{times['our dense']:.2f}"]
             + [f"{row['floor']:.2f}", f"{limit:.2f}"]
             + [f"{times[ours]:.2f}" for ours in ("capacity", "dropless")]
             + [f"{worst / row['floor']:.2f}"]
@@ -314,7 +317,22 @@ def table(name: str, rows: Dict[str, Dict], device: str) -> None:
         "of the same run. Memory: peak of new tensors beyond the gradients, over the dense FFN's. "
         "statistics: their share of this layer's step alone."
     )
-    measure.keep_table(name, title, heads, lines, device)
+    measure.keep_table("layer", title, heads, lines, device)
+
+
+def run(shapes: Sequence[Shape], rounds: int, peers: bool, like: Tensor) -> None:
+    """Measure all of `shapes`; the table has what was measured before, too."""
+    with tempfile.NamedTemporaryFile() as store:
+        dist.init_process_group("gloo", init_method=f"file://{store.name}.d", rank=0, world_size=1)
+        for shape in shapes:
+            key = ", ".join(map(str, shape[:4]))
+            print(f"S, E, M, F = {key}", flush=True)
+            row = training(shape, rounds, peers, like)
+            if not like.is_cuda:
+                row["evaluation"] = evaluation(shape, min(rounds, 3))
+            rows = measure.keep("layer", {key: row}, like.device.type)
+            table(rows, like.device.type)  # now, as the next may not come to its end
+        dist.destroy_process_group()
 
 
 def main() -> None:
@@ -328,22 +346,13 @@ def main() -> None:
         parser.exit(1, "--gpu: this machine has no CUDA device\n")
     torch.set_num_threads(2)
     shapes = GPU_SHAPES if args.gpu else SHAPES
-    like = torch.empty(
-        0, dtype=torch.bfloat16 if args.gpu else torch.float32, device="cuda" if args.gpu else "cpu"
+    dtype, device = (torch.bfloat16, "cuda") if args.gpu else (torch.float32, "cpu")
+    run(
+        [shapes[number] for number in args.rows] if args.rows is not None else shapes,
+        args.rounds,
+        not args.no_peers,
+        torch.empty(0, dtype=dtype, device=device),
     )
-    name = "layer_gpu" if args.gpu else "layer"
-    with tempfile.NamedTemporaryFile() as store:
-        dist.init_process_group("gloo", init_method=f"file://{store.name}.d", rank=0, world_size=1)
-        for number in args.rows if args.rows is not None else range(len(shapes)):
-            shape = shapes[number]
-            key = ", ".join(map(str, shape[:4]))
-            print(f"S, E, M, F = {key}", flush=True)
-            row = training(shape, args.rounds, not args.no_peers, like)
-            if not args.gpu:
-                row["evaluation"] = evaluation(shape, min(args.rounds, 3))
-            rows = measure.keep(name, {key: row}, like.device.type)
-        dist.destroy_process_group()
-    table(name, rows, like.device.type)
 
 
 if __name__ == "__main__":

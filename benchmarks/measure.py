@@ -15,7 +15,9 @@ import torch
 
 from fairseq_moe_ext.kernels.matmul import product
 
-RESULTS = Path(__file__).resolve().parent / "results"
+# BENCHMARK_RESULTS: another folder, for a try
+RESULTS = Path(os.environ.get("BENCHMARK_RESULTS", Path(__file__).resolve().parent / "results"))
+_HARDWARE = ("cpu", "cores", "memory_gib", "system", "gpu")  # of `machine`: another is another's
 _COPIED = 256 * 2**20  # bytes: far beyond any cache
 
 
@@ -107,6 +109,12 @@ def in_turn(
     return seconds
 
 
+def clock() -> Callable[[], float]:
+    """Of one thread the processor's time, which other users of the machine disturb less; of several
+    the wall clock's."""
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
 def median(values: Sequence[float]) -> float:
     return statistics.median(values)
 
@@ -125,19 +133,22 @@ def copy_bandwidth(device: str = "cpu", rounds: int = 9) -> float:
     return 2 * _COPIED / median(seconds)
 
 
-def matrix_rate(rounds: int = 9, dtype: torch.dtype = torch.float32, threads: int = 1) -> float:
-    """FLOPs a second of a product of square matrices of 2048 rows, the fastest of some, by PyTorch
-    or by us: what no model's step can beat on a CPU. Of one thread by the processor's time, of
+def matrix_rate(
+    rounds: int = 9, dtype: torch.dtype = torch.float32, threads: int = 1, device: str = "cpu"
+) -> float:
+    """FLOPs a second of a product of square matrices, the fastest of some, by PyTorch or by us:
+    what no model's step can beat. On a CPU of 2048 rows; of one thread by the processor's time, of
     several by the clock."""
-    x, y = torch.ones(2, 2048, 2048, dtype=dtype)
+    rows = 2048 if device == "cpu" else 8192
+    x, y = torch.ones(2, rows, rows, dtype=dtype, device=device)
     out = torch.empty_like(x)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     cases = {"torch": lambda: torch.mm(x, y, out=out), "ours": lambda: product(x, y)}
-    clock = time.process_time if threads == 1 else time.perf_counter
+    clock = time.process_time if threads == 1 and device == "cpu" else time.perf_counter
     seconds = in_turn(cases, rounds, clock=clock)
     torch.set_num_threads(before)
-    return 2 * 2048**3 / min(map(min, seconds.values()))
+    return 2 * rows**3 / min(map(min, seconds.values()))
 
 
 def peak_memory(work: Callable[[], object]) -> int:
@@ -160,12 +171,25 @@ def peak_memory(work: Callable[[], object]) -> int:
     return most
 
 
+def own_folder(name: str, device: str = "cpu") -> Path:
+    """Where the results NAME of this machine go: results/PROCESSOR, or a folder of its own where a
+    machine of the same processor but with other cores or memory has kept some there."""
+    here = machine()
+    first = RESULTS / processor(device)
+    path = first / f"{name}.json"
+    if path.exists():
+        there = json.loads(path.read_text())["machine"]
+        if any(there.get(key) != here.get(key) for key in _HARDWARE):
+            return first.with_name(f"{first.name}-{here['cores']}-cores-{here['memory_gib']}-gib")
+    return first
+
+
 def keep(
     name: str, rows: Dict[str, Dict[str, Any]], device: str = "cpu"
 ) -> Dict[str, Dict[str, Any]]:
-    """Write rows into results/PROCESSOR/NAME.json, in place of those of the same names; rows that
-    the same processor made with other software go. Returns all rows that the file now has."""
-    path = RESULTS / processor(device) / f"{name}.json"
+    """Write rows into NAME.json of this machine's folder, in place of those of the same names; rows
+    that it made with other software go. Returns all rows that the file now has."""
+    path = own_folder(name, device) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     content = json.loads(path.read_text()) if path.exists() else {}
     if content.get("machine") != machine():
@@ -178,12 +202,12 @@ def keep(
 def keep_table(
     name: str, title: str, heads: Sequence[str], lines: Sequence[Sequence[str]], device: str = "cpu"
 ) -> None:
-    """Write results/PROCESSOR/NAME.md, a table in Markdown with the machine above it; print it."""
+    """Write NAME.md beside NAME.json, a table in Markdown with the machine above it; print it."""
     described = ", ".join(f"{key} {value}" for key, value in machine().items() if value is not None)
     rows = [heads, ["---"] * len(heads), *lines]
     text = f"{title}\n\nMachine: {processor(device)}, {described}.\n\n"
     text += "".join("| " + " | ".join(row) + " |\n" for row in rows)
-    _write(RESULTS / processor(device) / f"{name}.md", text)
+    _write(own_folder(name, device) / f"{name}.md", text)
     print(text)
 
 

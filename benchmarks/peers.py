@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import functools
 from types import SimpleNamespace
-from typing import Any, Callable, Dict, NamedTuple, Optional
+from typing import Any, Callable, Collection, Dict, NamedTuple, Optional
 
 import measure
 import torch
@@ -48,6 +48,7 @@ SHAPES = {
     "256": Shape(6, 256, 4, 1024, 4104, 32, 256),
     "96": Shape(4, 96, 3, 384, 4104, 32, 256),
 }
+GPU_SHAPES = {"125m": Shape(12, 768, 12, 3072, 50_000, 16, 1024)}
 Step = Callable[[Tensor, Tensor], Tensor]  # tokens, targets (B, T) -> loss
 
 
@@ -213,12 +214,19 @@ CASES = {
     "bf16: OLMoE, 8 experts": Case(functools.partial(hugging_face, experts=8), True, autocast=True),
 }
 BASE = "plain PyTorch"
+GPU_CASES = (
+    *(BASE, "ours", "bf16: plain PyTorch, autocast", "bf16: plain PyTorch, autocast, compiled"),
+    *("bf16: ours", "bf16: ours, --compile", "bf16: Hugging Face GPT-2, autocast"),
+    *("bf16: ours, 8 experts", "bf16: ours, 64 experts", "bf16: OLMoE, 8 experts"),
+)
 
 
 def training_step(case: Case, shape: Shape, like: Tensor) -> Callable[[], None]:
     """A new model's; `like` gives the device."""
     torch.manual_seed(0)
     model = case.build(shape).to(like.device).train()
+    if like.is_cuda and case.bf16 and not case.autocast:
+        model.to(torch.bfloat16)  # as `fairseq-train --bf16` does
     parameters = [p for p in model.parameters() if p.requires_grad]
     if case.stock_adam:
         from fairseq.optim.adam import Adam
@@ -253,7 +261,7 @@ def compare(name: str, shape: Shape, cases: Dict[str, Case], rounds: int, like: 
     rows = {}
     for bf16 in sorted({case.bf16 for case in cases.values()}):
         dtype = torch.bfloat16 if bf16 else torch.float32
-        floor = shape.flops / measure.matrix_rate(9, dtype, threads)
+        floor = shape.flops / measure.matrix_rate(9, dtype, threads, device)
         for label in (label for label, case in cases.items() if case.bf16 == bf16):
             rows[f"{name}: {label}"] = {
                 "seconds": round(measure.median(seconds[label]), 4),
@@ -264,25 +272,20 @@ def compare(name: str, shape: Shape, cases: Dict[str, Case], rounds: int, like: 
     return measure.keep("peers", rows, device)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="NAME")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--gpu", action="store_true", help="on a CUDA device")
-    parser.add_argument("--list", action="store_true", help="print the names of the cases")
-    args = parser.parse_args()
-    if args.list:
-        parser.exit(0, "\n".join(CASES) + "\n")
-    torch.set_num_threads(2)
-    like = torch.empty(0, device="cuda" if args.gpu else "cpu")
-    cases = {label: case for label, case in CASES.items() if label in (BASE, *args.cases)}
-    for name in args.shapes:
-        rows = compare(name, SHAPES[name], cases, args.rounds, like)
-    order = [f"{name}: {label}" for name in SHAPES for label in CASES]
+def run(shapes: Dict[str, Shape], chosen: Collection[str], rounds: int, like: Tensor) -> None:
+    """Measure cases on all of `shapes`; the table has what was measured before, too."""
+    cases = {label: case for label, case in CASES.items() if label in (BASE, *chosen)}
+    for name, shape in shapes.items():
+        table(compare(name, shape, cases, rounds, like), like)
+
+
+def table(rows: Dict[str, Dict], like: Tensor) -> None:
+    every = {**SHAPES, **GPU_SHAPES}
+    order = [f"{name}: {label}" for name in every for label in CASES]
     shapes = "; ".join(
         f"{name}: {s.layers} x {s.dim}, vocabulary {s.vocabulary}, {s.rows} x {s.context} tokens"
-        for name, s in SHAPES.items()
+        for name, s in every.items()
+        if any(key.startswith(f"{name}: ") for key in rows)
     )
     measure.keep_table(
         "peers",
@@ -297,6 +300,26 @@ def main() -> None:
             if (row := rows.get(key))
         ],
         like.device.type,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--shapes", nargs="+", choices=[*SHAPES, *GPU_SHAPES])
+    parser.add_argument("--cases", nargs="+", choices=CASES, metavar="NAME")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--gpu", action="store_true", help="on a CUDA device")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases")
+    args = parser.parse_args()
+    if args.list:
+        parser.exit(0, "\n".join(CASES) + "\n")
+    torch.set_num_threads(2)
+    names = args.shapes or (GPU_SHAPES if args.gpu else SHAPES)
+    run(
+        {name: {**SHAPES, **GPU_SHAPES}[name] for name in names},
+        args.cases or (GPU_CASES if args.gpu else list(CASES)),
+        args.rounds,
+        torch.empty(0, device="cuda" if args.gpu else "cpu"),
     )
 
 

@@ -7,7 +7,8 @@ From PyTorch 2.9 a public switch passes products to oneDNN. Its name allows bflo
 makes of float32 only where a processor has instructions for tiles of it (AMX). So we time one
 product and look at its error, and use the switch, for our own products alone, if oneDNN is clearly
 faster and as exact. Elsewhere, and under `torch.backends.mkldnn.flags(enabled=False)`, PyTorch's
-choice stays.
+choice stays. It stays for one or two rows as well, as generation has them: these only read the
+weights, and to call oneDNN takes longer (53 us against 5 for a row and 256 x 256 weights, Zen 5).
 """
 
 import contextlib
@@ -15,12 +16,14 @@ import functools
 import math
 import threading
 import time
-from typing import Any, Iterator, Optional, Tuple
+from typing import Any, ContextManager, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+_FEW_ROWS = 2
 
 
 class Linear(nn.Linear):
@@ -41,9 +44,13 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
         return F.linear(x, weight, bias)
     weight = weight.to(x.dtype)
     bias = bias if bias is None else bias.to(x.dtype)
-    if not _by_onednn(x, weight):
+    if _few(x) or not _by_onednn(x, weight):
         return F.linear(x, weight, bias)
-    out = _Linear.apply(x.reshape(-1, x.size(-1)), weight, bias)
+    rows = x.reshape(-1, x.size(-1))  # (N, K)
+    if torch.is_grad_enabled():
+        out = _Linear.apply(rows, weight, bias)
+    else:
+        out = _products()[0](rows, weight.t(), bias)
     return out.view(*x.shape[:-1], -1)
 
 
@@ -57,7 +64,7 @@ def autocast_dtype(x: Tensor) -> Optional[torch.dtype]:
 
 def product(a: Tensor, b: Tensor, bias: Optional[Tensor] = None) -> Tensor:
     """a (N, K) @ b (K, M) + bias (M,) -> (N, M); without autograd."""
-    rows, onednn = len(a), _by_onednn(a, b)
+    rows, onednn = len(a), not _few(a) and _by_onednn(a, b)
     if onednn:
         a = _padded(a)
     with _switched(onednn):
@@ -121,6 +128,11 @@ class _Linear(torch.autograd.Function):
         )
 
 
+def _few(x: Tensor) -> bool:
+    """Whether x (..., K) has so few rows that oneDNN gains nothing."""
+    return x.dtype == torch.float32 and x.numel() <= _FEW_ROWS * x.size(-1)
+
+
 def _by_onednn(a: Tensor, b: Tensor) -> bool:
     return (
         a.dtype == b.dtype
@@ -140,34 +152,42 @@ def watched() -> bool:
 
 
 class _Switch:
-    """PyTorch's switch, which is the process's; threads may need it at once."""
+    """Has oneDNN compute float32 products while it is entered. PyTorch's switch is the process's,
+    and threads may need it at once."""
 
-    lock = threading.Lock()
-    users = 0
-    before = "none"
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._before = "none"
+
+    def __enter__(self) -> None:
+        settings = _settings()
+        if settings is None:
+            return
+        with self._lock:
+            if self._users == 0:
+                self._before = settings.fp32_precision
+                settings.fp32_precision = "bf16"
+            self._users += 1
+
+    def __exit__(self, *exception: object) -> None:
+        settings = _settings()
+        if settings is None:
+            return
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                settings.fp32_precision = self._before
 
 
-@contextlib.contextmanager
-def _switched(on: bool) -> Iterator[None]:
-    """Have oneDNN compute float32 products."""
-    settings = _settings()
-    if not on or settings is None:
-        yield
-        return
-    with _Switch.lock:
-        if _Switch.users == 0:
-            _Switch.before = settings.fp32_precision
-            settings.fp32_precision = "bf16"
-        _Switch.users += 1
-    try:
-        yield
-    finally:
-        with _Switch.lock:
-            _Switch.users -= 1
-            if _Switch.users == 0:
-                settings.fp32_precision = _Switch.before
+_ON, _OFF = _Switch(), contextlib.nullcontext()
 
 
+def _switched(on: bool) -> ContextManager[None]:
+    return _ON if on else _OFF
+
+
+@functools.cache
 def _settings() -> Any:
     """That have the switch; None before PyTorch 2.9."""
     settings = getattr(torch.backends.mkldnn, "matmul", None)

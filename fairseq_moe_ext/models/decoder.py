@@ -143,7 +143,8 @@ class DecoderLayer(nn.Module):
         if unrouted is not None:
             missing = len(unrouted) - len(y)
             y, token_ids = F.pad(y, (0, 0, 0, missing)), F.pad(token_ids, (0, missing))
-        moe = self.moe_layer(y, unrouted, incremental_state is not None, token_ids, length)
+        alone = incremental_state is not None
+        moe = self.moe_layer(y, unrouted, alone, token_ids, length, output_alone=alone)
         return x + moe.out[: tokens.numel()].view_as(x), moe
 
     def _attend(
@@ -228,7 +229,8 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
 
         Returns:
             logits (B, S, V), or features (B, S, D) with features_only (S counts the computed
-            positions), and a dict with "moe": a LayerRecord for each MoE layer, "share" as
+            positions), and a dict with "moe": a LayerRecord for each MoE layer, but none with
+            incremental_state; "share" as
             padding.Filled has it, "balanced_by_loss": whether the balancing losses are to train
             the gates, "whole_sample_size": where they are parts of the loss of a whole batch, its
             sample size; and on request "traffic": metrics of the exchanges since the last call,
@@ -256,7 +258,7 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
         records: List[LayerRecord] = []
         for index, layer in enumerate(self.layers):
             x, moe = layer(x, attn_mask, unrouted, tokens[:, -new:], incremental_state)
-            if moe is not None:
+            if moe is not None and incremental_state is None:
                 records.append(LayerRecord(index, *moe[1:]))
                 # Here, as recomputation goes through layers alone, and would count twice.
                 self.router_updates.add(index, moe.observed)

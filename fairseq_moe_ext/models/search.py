@@ -75,7 +75,7 @@ class Generator:
         self.progress = progress
         self.choice = choice
         self.pad = dictionary.pad()
-        self.never = [self.pad, *never]
+        self.never = torch.tensor([self.pad, *never])
         self.start = dictionary.eos() if starts_with is None else starts_with
 
     def __call__(self, prompts: Sequence[Prompt]) -> List[List[int]]:
@@ -188,7 +188,7 @@ class Generator:
     def _log_probs(self, x: Tensor, before: Sequence[Sequence[int]]) -> Tensor:
         """(N, D), and the tokens before each -> (N, V) in float32 at least."""
         logits = exact_logits(self.model.decoder, x)
-        logits[:, self.never] = -torch.inf
+        logits.index_fill_(1, self.never.to(logits.device), -torch.inf)
         return self.choice.penalized(logits, before).log_softmax(-1)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, NamedTuple, Optional, Sequence
+from typing import Any, Dict, NamedTuple, Optional, Sequence, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,11 @@ from .dispatch import lay_out, permute, unpermute
 from .exchange import HERE, Exchange
 from .experts import Experts, FeedForward
 from .router import ROUTERS, GateSettings, TopKRouter
+from .routing import Routing
 from .scope import PROCESS, RoutingScope
 from .stats import routing_stats
+
+_FEW_TOKENS = 2
 
 
 class MoEOutput(NamedTuple):
@@ -124,6 +127,7 @@ class MoELayer(nn.Module):
         dropless: bool = False,
         token_ids: Optional[Tensor] = None,
         length: Optional[int] = None,
+        output_alone: bool = False,
     ) -> MoEOutput:
         """
         Args:
@@ -132,6 +136,8 @@ class MoELayer(nn.Module):
             dropless: ignore the capacity in this call.
             token_ids: (...) int64, the input tokens, for routers that go by them.
             length: tokens of a sequence, where x is whole sequences one after the other.
+            output_alone: leave losses at zero and metrics out; for generation, of whose time they
+                would take half.
         """
         tokens = x.reshape(-1, x.size(-1))  # (T, D)
         if padding_mask is not None:
@@ -139,17 +145,12 @@ class MoELayer(nn.Module):
         if token_ids is not None:
             token_ids = token_ids.reshape(-1)
         logits, routing = self.gate(tokens, padding_mask, dropless, token_ids)
-        rows = lay_out(routing)
-        y = tokens if self.latent is None else self.latent.down(tokens)  # (T, D), or (T, L)
-        y = permute(y, rows)  # (N, D)
-        counts = rows.counts[: len(rows.counts) - routing.null_experts]
-        y, arrival = self.exchange.send(y, counts)  # (N', D)
-        y = self.exchange.send_back(self.experts(y, arrival.counts), arrival)  # (N, D)
-        out = unpermute(y, routing.weights.to(y.dtype), rows)  # (T, D)
-        if self.latent is not None:
-            out = self.latent.up(out)
+        out = self._through_experts(tokens, routing)
         if self.shared is not None:
             out = out + self.shared(tokens)
+        if output_alone:
+            zero = out.new_zeros(())
+            return MoEOutput(out.view_as(x), zero, zero, {}, routing.counts, None, {})
         scope = self.gate.scope
         learns = self.gate.has_state and self.training and torch.is_grad_enabled()
         return MoEOutput(
@@ -160,4 +161,28 @@ class MoELayer(nn.Module):
             routing.counts,
             self.gate.loss(logits, routing, padding_mask),
             self.gate.observe(logits, routing, padding_mask) if learns else {},
+        )
+
+    def _through_experts(self, tokens: Tensor, routing: Routing) -> Tensor:
+        """The sum of the outputs of each token's experts, by weight: (T, D) -> (T, D)."""
+        y = tokens if self.latent is None else self.latent.down(tokens)  # (T, D), or (T, L)
+        if self._has_few(tokens):
+            out = cast(Experts, self.experts).choice_by_choice(y, routing)
+        else:
+            rows = lay_out(routing)
+            y = permute(y, rows)  # (N, D)
+            counts = rows.counts[: len(rows.counts) - routing.null_experts]
+            y, arrival = self.exchange.send(y, counts)  # (N', D)
+            y = self.exchange.send_back(self.experts(y, arrival.counts), arrival)  # (N, D)
+            out = unpermute(y, routing.weights.to(y.dtype), rows)  # (T, D)
+        return out if self.latent is None else self.latent.up(out)
+
+    def _has_few(self, tokens: Tensor) -> bool:
+        """Whether these (T, D) are best computed choice by choice."""
+        return (
+            0 < len(tokens) <= _FEW_TOKENS
+            and not self.training
+            and not torch.is_grad_enabled()
+            and self.exchange is HERE
+            and isinstance(self.experts, Experts)
         )

@@ -120,12 +120,14 @@ def test_few_sizes(dtype, computed, monkeypatch):
     padded = [shape[0] for _, shape in computed]
     assert all(n <= rows < 1.13 * n + 4 for n, rows in zip(range(1, 257), padded))
     sizes = sorted(set(padded))
-    assert sizes[:4] == [4, 8, 12, 16] and sizes[-1] == 256 and len(sizes) == 32
+    left = [1, 2] if dtype == torch.float32 else []  # to PyTorch's choice
+    assert sizes[: len(left) + 4] == [*left, 4, 8, 12, 16]
+    assert sizes[-1] == 256 and len(sizes) == len(left) + 32
     computed.clear()
     for rows in range(1, 257):
         a, b = torch.ones(rows, 3, dtype=dtype), torch.ones(rows, 5, dtype=dtype)
         matmul.write_outer(torch.empty(3, 5, dtype=dtype), a, b)
-    assert [shape[1] for _, shape in computed] == padded
+    assert [shape[1] for _, shape in computed] == [4, 4, *padded[2:]]
 
 
 @needs_onednn
@@ -175,6 +177,7 @@ def test_where_onednn_is_not_asked(computed, monkeypatch):
     with FlopCounterMode(display=False) as counter:
         layer(x)
     assert counter.get_total_flops() == 2 * 3 * 5 * 7
+    layer(x[:2])  # it would take longer than the rest of the product
     layer.double()(x.double())
     assert len(computed) == 1
 

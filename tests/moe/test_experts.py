@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 from closeness import assert_near
+from router_layers import NAMES, batch, layer_of
 
+from fairseq_moe_ext.moe.activations import swiglu
 from fairseq_moe_ext.moe.experts import Experts
 from fairseq_moe_ext.moe.layer import MoELayer
 from fairseq_moe_ext.moe.router import GateSettings
@@ -66,3 +68,47 @@ def test_dropout_is_where_it_should_be_and_off_at_evaluation(place):
     assert (zero | torch.isclose(values, torch.tensor(kept))).all()
     assert float(zero.float().mean()) == pytest.approx(0.25, abs=0.07)
     assert torch.equal(experts.eval()(x, COUNTS), torch.full((8, 50), 3.0))
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_token_or_two_are_computed_choice_by_choice(name, tokens, monkeypatch):
+    """As all rows sorted by expert, which gradients want."""
+    layer = layer_of(name).eval()
+    x, ids = batch(tokens)
+    _same(layer, x, monkeypatch, token_ids=ids)
+    _same(layer, x, monkeypatch, token_ids=ids, padding_mask=torch.arange(tokens) > 0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"activation": swiglu},
+        {"latent_dim": 3, "shared_ffn_dim": 4},
+        {"settings": GateSettings(top_k=3, second_expert_policy="all", null_experts=3)},
+        {"settings": GateSettings(second_expert_policy="all", eval_token_fraction=0.5)},
+    ],
+    ids=["gated", "latent", "null", "dropped"],
+)
+def test_choice_by_choice_for_all_kinds_of_experts(options, monkeypatch):
+    torch.manual_seed(0)
+    options = {"settings": GateSettings(second_expert_policy="all"), **options}
+    layer = MoELayer.build(6, 5, 3, **options).double().eval()
+    _same(layer, torch.randn(2, 6).double(), monkeypatch)
+
+
+def _same(layer, x, monkeypatch, **given):
+    expected = layer(x, **given)
+    calls = []
+    choice_by_choice = Experts.choice_by_choice
+
+    def watched(*arguments):
+        calls.append(arguments)
+        return choice_by_choice(*arguments)
+
+    monkeypatch.setattr(Experts, "choice_by_choice", watched)
+    with torch.no_grad():
+        for found in (layer(x, **given), layer(x, **given, output_alone=True)):
+            assert_near(found.out, expected.out.detach(), 1e-14)
+    assert len(calls) == 2
+    assert found.stats == {} and float(found.balance_loss) == 0
