@@ -18,7 +18,7 @@ from matplotlib import pyplot  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 GREY = "#7d8590"
-COLOURS = {"dense": ("Dense", "#d97706"), "moe": ("MoE, 8 experts", "#3b82f6")}
+COLOURS = {"dense": ("Dense", "#d97706"), "moe": ("MoE, 32 experts", "#3b82f6")}
 
 
 def points_of(result: dict) -> dict:
@@ -43,10 +43,10 @@ def draw(points: dict, path: Path) -> None:
                           xytext=(6, above), textcoords="offset points", ha="right",
                           color=colour)  # fmt: skip
         axes.set_yscale("log")
-        ticks = [100, 200, 400, 800]
+        ticks = [50, 100, 200, 400, 800]
         axes.set_yticks(ticks, labels=map(str, ticks))
         axes.minorticks_off()
-        axes.set_xticks(range(0, updates[-1] + 1, 100))
+        axes.set_xticks(range(0, updates[-1] + 1, 320))
         axes.set_ylim(bottom=0.8 * perplexities[-1])
         axes.set(xlabel="updates", ylabel="validation perplexity")
         axes.grid(color=GREY, alpha=0.25)

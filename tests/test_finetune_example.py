@@ -141,7 +141,7 @@ def test_all_of_it_in_small_and_again(tmp_path):
     base = tmp_path / "quickstart"
     subprocess.run(
         [sys.executable, str(FOLDER.parent / "quickstart" / "run.py"), "--out", str(base)]
-        + ["--updates", "6", "--text-bytes", "200000"],
+        + ["--router", "topk", "--updates", "6", "--text-bytes", "200000"],
         check=True,
     )
     command = [sys.executable, str(FOLDER / "run.py"), "--out", str(tmp_path / "out")]

@@ -33,6 +33,7 @@ from fairseq_moe_ext.study.plan import FAMILIES  # noqa: E402
 pytestmark = pytest.mark.timeout(1200)
 
 UPDATES = 6
+ROUTING = recipe.ROUTERS[recipe.ROUTER]
 ARGUMENTS = ["--updates", str(UPDATES), "--text-bytes", "20000"]
 
 
@@ -84,10 +85,10 @@ def finished(tmp_path_factory):
 
 def test_it_goes_on_from_the_checkpoint_and_repeats_no_finished_step(finished):
     out, _, said = finished
-    assert "1/5 Gather text from this Python installation: done before" in said
-    assert "2/5 Train a tokenizer and binarise: done before" in said
-    assert "3/5 Train a dense and an MoE model: going on" in said
-    assert "4/5 Evaluate both on every domain ..." in said
+    assert "1/6 Gather text from this Python installation: done before" in said
+    assert "2/6 Train a tokenizer and binarise: done before" in said
+    assert "3/6 Train a dense and an MoE model: going on" in said
+    assert "4/6 Evaluate both on every domain ..." in said
     log = (out / "dense" / "train.log").read_text()
     assert "Loaded checkpoint" in log, "the second process started from the first one's work"
     for model in FAMILIES:
@@ -143,7 +144,7 @@ def test_expert_use_counts_every_choice(finished):
     assert [layer["layer"] for layer in found] == list(range(recipe.LAYERS))
     for layer in found:
         for name, share in layer["share"].items():
-            assert len(share) == recipe.EXPERTS
+            assert len(share) == ROUTING.experts
             assert sum(share) == pytest.approx(1)
             assert layer["tokens"][name] > 0
     # Again for one domain, block by block.
@@ -152,7 +153,7 @@ def test_expert_use_counts_every_choice(finished):
     checkpoint = str(out / "moe" / "checkpoint_best.pt")
     (model,), _ = checkpoint_utils.load_model_ensemble([checkpoint], task=task)
     model.eval()
-    counts = torch.zeros(recipe.LAYERS, recipe.EXPERTS)
+    counts = torch.zeros(recipe.LAYERS, ROUTING.experts)
     tokens = 0
     for block in task.dataset("test"):
         with torch.no_grad():
@@ -160,7 +161,7 @@ def test_expert_use_counts_every_choice(finished):
         tokens += len(block["source"])
         for record in extra["moe"]:
             counts[record.layer] += record.expert_counts.sum(0)
-    assert counts.sum(1).tolist() == [2 * tokens] * recipe.LAYERS
+    assert counts.sum(1).tolist() == [ROUTING.top_k * tokens] * recipe.LAYERS
     assert found[0]["tokens"]["maths"] == tokens
     for layer in found:
         assert layer["among"] == [d.name for d in corpora.DOMAINS if not d.held_out]
@@ -176,8 +177,27 @@ def test_expert_use_counts_every_choice(finished):
         said = specialisation.verdict(found, by, words)
         assert escape(said) in html and "random gates of equal scale" in said
     for layer in found:
-        share = counts[layer["layer"]] / (2 * tokens)
+        share = counts[layer["layer"]] / (ROUTING.top_k * tokens)
         torch.testing.assert_close(torch.tensor(layer["share"]["maths"]), share)
+
+
+def test_both_models_write_after_each_prompt(finished):
+    """The page and the terminal show what `fairseq-moe generate` wrote, of the right model."""
+    out, _, said = finished
+    written = json.loads((out / "samples.json").read_text())
+    html = (out / "report.html").read_text()
+    models = [str(out / model / "checkpoint_best.pt") for model in page.MODELS]
+    assert [(one["model"], one["prompt"]) for one in written] == [
+        (model, prompt) for model in models for prompt in recipe.PROMPTS
+    ]
+    shown = page.samples({"samples": written})
+    assert [prompt for prompt, _ in shown] == list(recipe.PROMPTS)
+    for i, (prompt, texts) in enumerate(shown):
+        assert texts == [written[i]["texts"][0], written[i + len(recipe.PROMPTS)]["texts"][0]]
+        assert all(texts)
+        for text in texts:
+            assert f"<pre><b>{escape(prompt)}</b>{escape(text)}</pre>" in html
+    assert page.terminal_samples({"samples": written}).split("\n")[2] in said
 
 
 def test_a_third_start_measures_nothing_and_says_the_same(finished):
@@ -186,7 +206,7 @@ def test_a_third_start_measures_nothing_and_says_the_same(finished):
     third = start(out)
     output = third.communicate(timeout=120)[0]
     assert third.returncode == 0, output
-    assert output.count("done before") == 5
+    assert output.count("done before") == 6
     assert (out / "result.json").read_bytes() == before
     assert output.split("─" * 20)[-1] == said.split("─" * 20)[-1]
 
@@ -255,6 +275,7 @@ def test_the_readme_gives_the_same_commands(tmp_path, monkeypatch):
         *(recipe.train_command(args.out, model, args.updates) for model in FAMILIES),
         *(recipe.eval_command(args.out, m, name) for m in FAMILIES for name in held_out),
         recipe.expert_use_command(args.out, held_out),
+        recipe.samples_command(args.out),
     ]
     typed = [recipe.as_typed(command) for command in expected]
     for words in typed:

@@ -31,6 +31,7 @@ from fairseq_moe_ext.study.runner import Runner
 from fairseq_moe_ext.wording import clock
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "quickstart" / "run.py"
+PRETRAINED = ["--router", "topk"]  # some recipes need a learnt gate
 
 # What fairseq-train must be told of a checkpoint that it starts from.
 SHAPE = (
@@ -202,7 +203,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--quickstart",
         type=Path,
-        default=Path("runs/quickstart"),
+        default=Path("runs/quickstart-topk"),
         help="folder of the quickstart's run; made if it is not there",
     )
     parser.add_argument("--train", type=int, default=recipes.TRAIN, help="questions to train on")
@@ -224,7 +225,7 @@ def main(argv: Sequence[str]) -> int:
             if getattr(args, name) < 1:
                 raise UserError(f"--{name} {getattr(args, name)}: use 1 or more")
         if not all((args.quickstart / model / "finished").exists() for model in FAMILIES):
-            command = [sys.executable, str(QUICKSTART), "--out", str(args.quickstart)]
+            command = [sys.executable, str(QUICKSTART), "--out", str(args.quickstart), *PRETRAINED]
             status = subprocess.call(command)
             if status:
                 return status

@@ -8,6 +8,7 @@ from typing import Dict, List, NamedTuple, Sequence, Tuple
 
 from fairseq_moe_ext import wording
 from fairseq_moe_ext.evaluation import figures, report, specialisation
+from fairseq_moe_ext.generate import showing
 from fairseq_moe_ext.wording import clock
 
 DENSE, MOE = "dense", "moe"
@@ -112,6 +113,24 @@ def terminal_table(result: Dict) -> str:
     return "\n".join(out)
 
 
+def samples(result: Dict) -> List[Tuple[str, List[str]]]:
+    """Each prompt with what the two models wrote after it, in the order of MODELS."""
+    prompts = list(dict.fromkeys(one["prompt"] for one in result["samples"]))
+    return [
+        (prompt, [one["texts"][0] for one in result["samples"] if one["prompt"] == prompt])
+        for prompt in prompts
+    ]
+
+
+def terminal_samples(result: Dict) -> str:
+    """`samples` in two columns, for the terminal."""
+    heads = [LABELS[name] for name in MODELS]
+    return "\n".join(
+        showing.columns(*(prompt + text for text in texts), heads)
+        for prompt, texts in samples(result)
+    )
+
+
 def sentence(result: Dict) -> str:
     """The result in a few words, whichever way it went."""
     a, b = mean(result, DENSE, False), mean(result, MOE, False)
@@ -132,20 +151,28 @@ def _lower_or_higher(percent: float) -> str:
     return f"{abs(percent):.1f} % {'lower' if percent < 0 else 'higher'}"
 
 
+_ROUTING = {
+    "hash": "of which a token takes the one that a table has for it (hash routing: types are dealt "
+    "out by frequency, nothing is learnt)",
+    "topk": "of which a token takes the two of a learnt gate (top-2, with a balancing loss; the "
+    "gate's FLOPs are not counted, as in the paper)",
+}
+
+
 def description(result: Dict) -> str:
     """The recipe in words."""
     s, dense, moe = result["settings"], *(result["models"][name] for name in MODELS)
     return (
         f"Both models: {s['layers']} layers of width {s['dim']}, {s['heads']} heads, context "
         f"{s['context']}, a vocabulary of {s['dictionary']:,}, tied embeddings, no dropout. Dense: "
-        f"FFNs of width {2 * s['expert_ffn']}. MoE: in every layer {s['experts']} experts of width "
-        f"{s['expert_ffn']}, two of them for each token (top-2, no token dropped, balancing loss "
-        f"{s['balance_weight']}), so that a token costs {big(moe['flops_per_token'])}FLOPs against "
-        f"{big(dense['flops_per_token'])}FLOPs; the gate is not counted, as in the paper. "
+        f"FFNs of width {s['ffn']}. MoE: in every layer {s['experts']} experts of width "
+        f"{s['expert_ffn']}, {_ROUTING[s['router']]}, no token dropped, so that a token costs "
+        f"{big(moe['flops_per_token'])}FLOPs against {big(dense['flops_per_token'])}FLOPs. "
         f"{s['updates']} updates of {s['tokens_per_update']:,} tokens; Adam, learning rate "
         f"{s['learning_rate']:g} with linear warm-up and decay to 0, the same seed and order of "
         "text. The checkpoint with the best in-domain validation perplexity is evaluated on the "
-        f"test text, in blocks of {s['context']} tokens that are scored each on its own."
+        f"test text, in blocks of {s['context']} tokens that are scored each on its own. All "
+        f"of it computed in {s['precision']}."
     )
 
 
@@ -252,6 +279,18 @@ def _expert_use(result: Dict) -> _Grid:
     )
 
 
+_BY_TOKEN = {
+    "hash": [
+        "The experts are chosen by the token alone, so each knows its own types of token and no "
+        "domain; with --router topk a learnt gate chooses, as in the paper."
+    ],
+    "topk": [
+        "On another processor the MoE model's figures come out different, by up to 0.3 % so far: "
+        "rounding decides where a token goes that is near a tie of two experts."
+    ],
+}
+
+
 def findings(result: Dict) -> List[str]:
     """What holds and what does not, from the numbers."""
     inside, outside = domains(result, False), domains(result, True)
@@ -268,6 +307,7 @@ def findings(result: Dict) -> List[str]:
         _verdict(result, outside, "held-out domains"),
         f"The paper's finding that experts help more in domain than out of it {shows}: "
         f"{signed(inside_change)} in domain, {signed(outside_change)} out of domain.",
+        *_BY_TOKEN.get(result["settings"]["router"], []),
         "Do experts specialise? " + specialisation.verdict(layers, "domain", "domain"),
         specialisation.verdict(layers, "token", "type of token"),
         "Equal FLOPs are not equal time: on this machine the MoE model trained for "
@@ -275,9 +315,7 @@ def findings(result: Dict) -> List[str]:
         f"{clock(dense['training_seconds'])} min. It also holds "
         f"{moe['parameters'] / dense['parameters']:.1f} times the parameters in memory.",
         f"One run, one seed, about {tested / 1e3:.0f} kB of test text a domain: a difference of a "
-        "per cent on a single domain may be noise. On another processor the MoE model's figures "
-        "come out different, by up to 0.3 % so far: rounding decides where a token goes that is "
-        "near a tie of two experts.",
+        "per cent on a single domain may be noise.",
         f"Both models are far from trained out after {big(moe['training_tokens'])} tokens; what a "
         "longer training would give, these numbers do not say.",
         "Perplexities are per token of this run's own tokenizer on this installation's text: they "
@@ -321,6 +359,10 @@ def html(result: Dict) -> str:
         legend=figures.legend([LABELS[name] for name in MODELS], [STYLES[name] for name in MODELS]),
         curves=_learning_curves(result),
         use=_expert_use(result),
+        samples=[
+            (prompt, list(zip((LABELS[name] for name in MODELS), texts)))
+            for prompt, texts in samples(result)
+        ],
         vocabulary=f"{result['settings']['vocabulary']:,}",
         text=_text_table(result),
         description=description(result),

@@ -5,46 +5,80 @@ import platform
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Dict, List, Sequence
+from typing import Dict, List, NamedTuple, Sequence
 
 from fairseq_moe_ext.shape import Shape
 from fairseq_moe_ext.study.child import console_script
 from fairseq_moe_ext.study.plan import PACKAGE
 
 # The recipe. Chosen by experiment for ten minutes on two cores; README.md says what was tried.
-UPDATES = 420
-TEXT_BYTES = 1_500_000  # of training text per domain
+UPDATES = 440
+TEXT_BYTES = 2_000_000  # of training text per domain
 VALID_BYTES, TEST_BYTES = 16_000, 100_000
 VOCABULARY = 4096
 CONTEXT = 256  # tokens a block
-BLOCKS = 8  # blocks an update
+BLOCKS = 24  # blocks an update
 LAYERS, DIM, HEADS = 4, 128, 4
-EXPERTS = 8
-EXPERT_FFN = 256  # hidden width; two experts a token do the work of one FFN of twice the width
-LEARNING_RATE = 4e-3
+FFN = 512  # hidden width of the dense model, and of all experts of a token together
+LEARNING_RATE = 5e-3
 BALANCE_WEIGHT = 0.01
+PRECISION = "float32"
 SAVES = 8  # checkpoints, with validation, in one training
+# What both models go on from at the end: one of each training domain.
+PROMPTS = (
+    "Return the number of",
+    "def __init__(self",
+    "template <typename T>\nclass",
+    "def test_simplify():\n    assert",
+)
 
 SHORT_TITLES = {"dense": "dense", "moe": "MoE"}
 
 
-def settings(updates: int, text_bytes: int) -> Dict[str, object]:
-    """What the result depends on."""
-    return {
+class Routing(NamedTuple):
+    """How the MoE model's tokens choose experts; the FLOPs are those of one FFN of width FFN."""
+
+    experts: int
+    top_k: int
+
+    @property
+    def width(self) -> int:
+        """Hidden width of an expert."""
+        return FFN // self.top_k
+
+
+ROUTERS = {
+    "hash": Routing(32, 1),  # by the token's id alone, nothing is learnt
+    "topk": Routing(8, 2),  # by a learnt gate
+}
+ROUTER = "hash"
+
+
+def settings(updates: int, text_bytes: int, router: str = ROUTER) -> Dict[str, object]:
+    """What the result depends on; with 0 updates the data alone."""
+    data = {
         "updates": updates,
         "text_bytes": text_bytes,
         "vocabulary": VOCABULARY,
+        "python": platform.python_version(),
+        "torch": version("torch"),
+    }
+    if updates == 0:
+        return data
+    return {
+        **data,
         "context": CONTEXT,
         "blocks": BLOCKS,
         "layers": LAYERS,
         "dim": DIM,
         "heads": HEADS,
-        "experts": EXPERTS,
-        "expert_ffn": EXPERT_FFN,
+        "ffn": FFN,
+        "router": router,
+        **ROUTERS[router]._asdict(),
+        "expert_ffn": ROUTERS[router].width,
+        "precision": PRECISION,
         "learning_rate": LEARNING_RATE,
         "balance_weight": BALANCE_WEIGHT,
-        "python": platform.python_version(),
-        "torch": version("torch"),
     }
 
 
@@ -58,14 +92,15 @@ def prepare_command(out: Path, held_out: Dict[str, bool]) -> List[str]:
     return command + ["--train-bpe", str(VOCABULARY), "--workers", str(workers)]
 
 
-def shape_flags(model: str) -> List[str]:
+def shape_flags(model: str, router: str = ROUTER) -> List[str]:
     """The flags of fairseq-train that say what a model's parameters are."""
-    ffn = str(2 * EXPERT_FFN)
+    ffn, routing = str(FFN), ROUTERS[router]
     of_family = {
         "dense": ["--arch", "dense_lm_tiny", "--moe-freq", "1"]
         + ["--alternate-decoder-ffn-embed-dim", ffn],
-        "moe": ["--arch", "moe_lm_tiny", "--moe-freq", "1", "--moe-expert-count", str(EXPERTS)]
-        + ["--moe-expert-ffn-dim", str(EXPERT_FFN)],
+        "moe": ["--arch", "moe_lm_tiny", "--moe-freq", "1", "--moe-router", router]
+        + ["--moe-expert-count", str(routing.experts), "--moe-top-k", str(routing.top_k)]
+        + ["--moe-expert-ffn-dim", str(routing.width), "--moe-dropless"],
     }[model]
     return [
         *of_family,
@@ -74,18 +109,17 @@ def shape_flags(model: str) -> List[str]:
     ]
 
 
-def train_command(out: Path, model: str, updates: int) -> List[str]:
+def train_command(out: Path, model: str, updates: int, router: str = ROUTER) -> List[str]:
     every = max(1, updates // SAVES)
     return [
         console_script("fairseq-train"),
         str(out / "data"),
         *("--user-dir", str(PACKAGE), "--task", "mixture_language_modeling"),
-        *shape_flags(model),
-        *(["--moe-dropless"] if model == "moe" else []),
+        *shape_flags(model, router),
         *("--dropout", "0", "--attention-dropout", "0"),
         *("--tokens-per-sample", str(CONTEXT), "--batch-size", str(BLOCKS)),
         *("--criterion", "moe_cross_entropy", "--moe-gate-loss-wt", str(BALANCE_WEIGHT)),
-        *("--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--weight-decay", "0.01"),
+        *("--optimizer", "fused_adam", "--adam-betas", "(0.9, 0.98)", "--weight-decay", "0.01"),
         *("--clip-norm", "1.0", "--lr", str(LEARNING_RATE), "--lr-scheduler", "polynomial_decay"),
         *("--warmup-updates", str(max(1, updates // 10))),
         *("--total-num-update", str(updates), "--max-update", str(updates)),
@@ -118,18 +152,34 @@ def expert_use_command(out: Path, held_out: Dict[str, bool]) -> List[str]:
     return command + ["--json", str(out / "expert_use.json"), "--overwrite"]
 
 
+def samples_command(out: Path) -> List[str]:
+    checkpoints = [str(out / model / "checkpoint_best.pt") for model in ("dense", "moe")]
+    return [
+        *(sys.executable, "-m", "fairseq_moe_ext.cli", "generate", checkpoints[0]),
+        *("--side-by-side", checkpoints[1], *PROMPTS, "--max-tokens", "48"),
+        *("--temperature", "0.7", "--top-k", "40", "--seed", "1", "--cpu"),
+        *("--json", str(out / "samples.json"), "--overwrite"),
+    ]
+
+
 def as_typed(command: Sequence[str]) -> List[str]:
     """A command as one would type it: without the folders of the programs."""
     words = [Path(command[0]).name, *command[1:]]
-    if words[1:4] == ["-m", "fairseq_moe_ext.cli", "prepare"]:
+    if words[1:3] == ["-m", "fairseq_moe_ext.cli"]:
         return ["fairseq-moe", *words[3:]]
     return [os.path.relpath(word) if word == str(PACKAGE) else word for word in words]
 
 
-def shapes(vocabulary: int) -> Dict[str, Shape]:
+def shapes(vocabulary: int, router: str = ROUTER) -> Dict[str, Shape]:
     """For counting parameters and FLOPs; `vocabulary`: entries of the dictionary."""
-    both = Shape(layers=LAYERS, dim=DIM, ffn_dim=2 * EXPERT_FFN, vocabulary=vocabulary, moe_freq=1)
+    both = Shape(layers=LAYERS, dim=DIM, ffn_dim=FFN, vocabulary=vocabulary, moe_freq=1)
+    routing = ROUTERS[router]
     return {
-        "dense": both._replace(alternate_ffn_dim=2 * EXPERT_FFN),
-        "moe": both._replace(experts=EXPERTS, expert_ffn_dim=EXPERT_FFN),
+        "dense": both._replace(alternate_ffn_dim=FFN),
+        "moe": both._replace(
+            experts=routing.experts,
+            expert_ffn_dim=routing.width,
+            top_k=routing.top_k,
+            gates=router != "hash",
+        ),
     }

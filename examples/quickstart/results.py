@@ -65,6 +65,7 @@ class Result(TypedDict):
     domains: List[Domain]
     models: Dict[str, Model]
     expert_use: List[Dict[str, Any]]  # as evaluation.expert_use writes it
+    samples: List[Dict[str, Any]]  # as fairseq-moe generate writes them
     commands: List[str]
     stages: List[Dict[str, Any]]  # Stage, by its names
     environment: Dict[str, str]  # package -> version
@@ -119,7 +120,7 @@ def gathered(
         }
         for domain in corpora.DOMAINS
     ]
-    shapes = recipe.shapes(counts["types"])
+    shapes = recipe.shapes(counts["types"], settings["router"])
     environment = {"Python": platform.python_version(), "processors": str(os.cpu_count())}
     for package in ("torch", "numpy", "sympy", "fairseq", "fairseq-moe-ext"):
         with contextlib.suppress(PackageNotFoundError):
@@ -135,6 +136,7 @@ def gathered(
             name: _model(out, name, shape, settings["updates"]) for name, shape in shapes.items()
         },
         "expert_use": files.read_json(out / "expert_use.json"),
+        "samples": files.read_json(out / "samples.json"),
         "commands": [shlex.join(recipe.as_typed(command)) for command in commands],
         "stages": [stage._asdict() for stage in stages],
         "environment": environment,

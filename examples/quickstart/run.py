@@ -36,16 +36,19 @@ from fairseq_moe_ext.wording import clock  # noqa: E402
 class Run(Runner):
     """One output folder: what is asked of it, what is already done."""
 
-    def __init__(self, out: Path, updates: int, text_bytes: int, screen: Screen) -> None:
+    def __init__(
+        self, out: Path, updates: int, text_bytes: int, screen: Screen, router: str = recipe.ROUTER
+    ) -> None:
         super().__init__(out, f"--out {out}")
         self.updates = updates
         self.text_bytes = text_bytes
         self.screen = screen
+        self.router = router
 
     @property
     def settings(self) -> Dict[str, Any]:
         """What the result depends on; a folder is continued only with the same."""
-        return recipe.settings(self.updates, self.text_bytes)
+        return recipe.settings(self.updates, self.text_bytes, self.router)
 
     def open(self) -> None:
         """Make the folder, or check that it is this run's; raise UserError if it is not."""
@@ -181,6 +184,12 @@ def count_experts(run: Run, command: List[str]) -> str:
     return f"{len(files.read_json(run.out / 'expert_use.json'))} MoE layers"
 
 
+def write_samples(run: Run, command: List[str]) -> str:
+    log = run.out / "samples.log"
+    run.call(command, log, max(1, (os.cpu_count() or 1) // 2))
+    return f"{len(recipe.PROMPTS)} prompts"
+
+
 def work(run: Run, data_only: bool) -> None:
     """All steps, or those of the data."""
     import corpora
@@ -190,28 +199,33 @@ def work(run: Run, data_only: bool) -> None:
     report.check_renewable(run.out / "report.html")
     held_out = {domain.name: domain.held_out for domain in corpora.DOMAINS}
     preparing = recipe.prepare_command(run.out, held_out)
-    training = {model: recipe.train_command(run.out, model, run.updates) for model in FAMILIES}
+    training = {
+        model: recipe.train_command(run.out, model, run.updates, run.router) for model in FAMILIES
+    }
     testing = {
         f"{model}.{name}": recipe.eval_command(run.out, model, name)
         for name in held_out
         for model in FAMILIES
     }
     counting = recipe.expert_use_command(run.out, held_out)
+    sampling = recipe.samples_command(run.out)
 
-    run.stage("text", "1/5 Gather text from this Python installation", lambda: gather_text(run))
-    run.stage("prepare", "2/5 Train a tokenizer and binarise", lambda: prepare(run, preparing))
+    run.stage("text", "1/6 Gather text from this Python installation", lambda: gather_text(run))
+    run.stage("prepare", "2/6 Train a tokenizer and binarise", lambda: prepare(run, preparing))
     if data_only:
         return
-    run.stage("train", "3/5 Train a dense and an MoE model", lambda: train(run, training))
-    run.stage("evaluate", "4/5 Evaluate both on every domain", lambda: evaluate(run, testing))
-    run.stage("experts", "5/5 Count which expert takes what", lambda: count_experts(run, counting))
+    run.stage("train", "3/6 Train a dense and an MoE model", lambda: train(run, training))
+    run.stage("evaluate", "4/6 Evaluate both on every domain", lambda: evaluate(run, testing))
+    run.stage("experts", "5/6 Count which expert takes what", lambda: count_experts(run, counting))
+    run.stage("samples", "6/6 Let both write", lambda: write_samples(run, sampling))
 
-    commands = [preparing, *training.values(), *testing.values(), counting]
+    commands = [preparing, *training.values(), *testing.values(), counting, sampling]
     result = results.gathered(run.out, run.settings, list(run.stages().values()), commands)
     outputs.write_json(run.out / "result.json", result)
     report.write(run.out / "report.html", page.html(result))
     seconds = sum(stage["seconds"] for stage in result["stages"])
     run.screen.line()
+    run.screen.line(page.terminal_samples(result))
     run.screen.line(page.terminal_table(result))
     run.screen.line()
     run.screen.line(page.sentence(result))
@@ -257,6 +271,13 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         help=f"training text of each domain in bytes (default: {recipe.TEXT_BYTES})",
     )
     parser.add_argument(
+        "--router",
+        choices=recipe.ROUTERS,
+        default=recipe.ROUTER,
+        help="how the MoE model's tokens choose experts: by their id (hash), or by a learnt gate "
+        f"(topk); default: {recipe.ROUTER}",
+    )
+    parser.add_argument(
         "--data-only", action="store_true", help="gather and prepare the text, and stop"
     )
     return parser.parse_args(argv)
@@ -267,7 +288,8 @@ def main(argv: Sequence[str]) -> int:
     screen = Screen()
     what = "Text and data-bins" if args.data_only else "MoE against dense at equal FLOPs"
     screen.line(f"{what}; results go to {args.out}. Ctrl-C stops, the same command goes on.")
-    run = Run(args.out, 0 if args.data_only else args.updates, args.text_bytes, screen)
+    updates = 0 if args.data_only else args.updates
+    run = Run(args.out, updates, args.text_bytes, screen, args.router)
     try:
         if args.updates < 2:
             raise UserError(f"--updates {args.updates} is too few: use 2 or more")
