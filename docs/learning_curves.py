@@ -46,7 +46,7 @@ def draw(points: dict, path: Path) -> None:
         ticks = [50, 100, 200, 400, 800]
         axes.set_yticks(ticks, labels=map(str, ticks))
         axes.minorticks_off()
-        axes.set_xticks(range(0, updates[-1] + 1, 320))
+        axes.set_xticks(range(0, updates[-1] + 1, 100))
         axes.set_ylim(bottom=0.8 * perplexities[-1])
         axes.set(xlabel="updates", ylabel="validation perplexity")
         axes.grid(color=GREY, alpha=0.25)

@@ -28,8 +28,8 @@ SAVES = 8  # checkpoints, with validation, in one training
 PROMPTS = (
     "Return the number of",
     "def __init__(self",
-    "template <typename T>\nclass",
-    "def test_simplify():\n    assert",
+    "template <typename T>",
+    "assert simplify(",
 )
 
 SHORT_TITLES = {"dense": "dense", "moe": "MoE"}
