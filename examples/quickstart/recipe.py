@@ -25,12 +25,7 @@ BALANCE_WEIGHT = 0.01
 PRECISION = "float32"
 SAVES = 8  # checkpoints, with validation, in one training
 # What both models go on from at the end: one of each training domain.
-PROMPTS = (
-    "Return the number of",
-    "def __init__(self",
-    "template <typename T>",
-    "assert simplify(",
-)
+PROMPTS = ("Return the number of", "def __init__(self", "template <typename T>", "assert simplify(")
 
 SHORT_TITLES = {"dense": "dense", "moe": "MoE"}
 
