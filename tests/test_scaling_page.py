@@ -55,7 +55,7 @@ def test_sharding_of_the_largest():
     at_a_time = 2 * 2 * (51_200 * shape.dim + layer)  # parameters and gradients, 2 bytes each
     text = PAGE.replace("\n", " ")
     assert f"{at_a_time / 1e9:.1f} GB in `moe_lm_1_1t`" in text
-    assert f"= {3 * 2 * shared / 1e9:.1f} GB in" in text
+    assert f"= {3 * 2 * shared / 1e9:.1f} GB for each batch" in text
     assert f"= {4 * shared / 1e9:.1f} GB for each update" in text
     assert f"{3 * 2 * shared / 20e9:.1f} s, as long as" in text
 
