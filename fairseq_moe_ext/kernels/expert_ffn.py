@@ -6,17 +6,18 @@ PyTorch's grouped matrix products.
 
 from __future__ import annotations
 
-from typing import Any, Callable, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .matmul import autocast_dtype, product, write_outer, write_product
+from .matmul import autocast_dtype, faster_products, program_rows
 from .threads import side_by_side
 
 Stack = Union[Tensor, Sequence[Tensor]]
+_HIDDEN_AT_A_TIME = 2**17  # numbers, 512 KB in float32: half of a core's cache of the second level
 
 
 class Weights(NamedTuple):
@@ -60,11 +61,34 @@ def by_expert(
     if wanted is not None:
         with torch.autocast(x.device.type, enabled=False):
             return by_expert(x.to(wanted), counts, weights, activation, mask, grad_scale)
-    # Under FSDP with --fp16 experts stay in float32, which their optimizer needs.
-    same = [each.to(x.dtype) for each in weights if isinstance(each, Tensor)]
-    if len(same) < len(weights):  # a sequence, to be read expert by expert
-        return _compute(x, _blocks(counts), weights, activation, mask)
-    return _ByExpert.apply(x, *same, mask, counts, activation, grad_scale)
+    rounded = program_rows(x)
+    if rounded is not None and any(rounded(count) != count for count in counts):
+        return _spaced(rounded, x, counts, weights, activation, mask, grad_scale)
+    if not all(isinstance(each, Tensor) for each in weights):  # to be read expert by expert
+        return _compute(x, _blocks(counts, len(weights.b1[0])), weights, activation, mask)
+    return _ByExpert.apply(x, *weights, mask, counts, activation, grad_scale)
+
+
+def _spaced(
+    rounded: Callable[[int], int],
+    x: Tensor,
+    counts: List[int],
+    weights: Weights,
+    activation: Callable[[Tensor], Tensor],
+    mask: Optional[Tensor],
+    grad_scale: float,
+) -> Tensor:
+    """by_expert with spare rows of zeros behind those of each expert."""
+    rows = torch.tensor(counts)
+    spaced = torch.tensor([rounded(count) for count in counts])
+    shift = (spaced - rows).cumsum(0) - (spaced - rows)  # of each expert's first row
+    place = torch.arange(x.size(0)) + shift.repeat_interleave(rows)  # (N,)
+    total = int(spaced.sum())
+    x = x.new_zeros(total, x.size(1)).index_copy(0, place, x)
+    if mask is not None:
+        mask = mask.new_zeros(total, mask.size(1)).index_copy(0, place, mask)
+    out = by_expert(x, spaced.tolist(), weights, activation, mask, grad_scale)
+    return out.index_select(0, place)
 
 
 def grouped(
@@ -114,10 +138,10 @@ class _Block(NamedTuple):
         return slice(self.start, self.start + sum(self.counts))
 
 
-def _blocks(counts: List[int]) -> List[_Block]:
-    # Experts in a block share its overhead of some 0.1 ms; its hidden
-    # values stay in the processor's cache, and every thread has enough work.
-    enough = min(64, sum(counts) // (4 * torch.get_num_threads()))
+def _blocks(counts: List[int], inner: int) -> List[_Block]:
+    # Experts in a block share its overhead of some 0.1 ms; its hidden values, `inner` a row,
+    # stay in the processor's cache, and every thread has enough work.
+    enough = min(_HIDDEN_AT_A_TIME // inner, sum(counts) // (4 * torch.get_num_threads()))
     blocks: List[_Block] = []
     start = 0
     for e, count in enumerate(counts):
@@ -137,23 +161,20 @@ def _compute(
     weights: Weights,
     activation: Callable[[Tensor], Tensor],
     mask: Optional[Tensor],
-    hidden: Optional[List[Optional[Tensor]]] = None,
+    hidden: Optional[Tensor] = None,
 ) -> Tensor:
-    """-> (N, D); hidden, where given, gets of each block what the activation is applied to."""
+    """-> (N, D); hidden (N, F), where given, gets what the activation is applied to."""
     w1, b1, w2, b2 = weights
     out = x.new_empty(x.size(0), len(b2[0]))
 
     def compute(index: int) -> None:
         (experts, counts, _), rows = blocks[index], blocks[index].rows
-        h = _joined(
-            product(x_of_e, w1[e].to(x).t(), b1[e].to(x))
-            for e, x_of_e in zip(experts, x[rows].split(counts))
-        )
-        if hidden is not None:
-            hidden[index] = h
+        h = x.new_empty(sum(counts), len(b1[0])) if hidden is None else hidden[rows]
+        for e, given, room in zip(experts, x[rows].split(counts), h.split(counts)):
+            torch.addmm(b1[e].to(x), given, w1[e].to(x).t(), out=room)
         h = _activated(activation, h, mask, rows)
-        for e, h_of_e, out_of_e in zip(experts, h.split(counts), out[rows].split(counts)):
-            out_of_e.copy_(product(h_of_e, w2[e].to(x).t(), b2[e].to(x)))
+        for e, given, room in zip(experts, h.split(counts), out[rows].split(counts)):
+            torch.addmm(b2[e].to(x), given, w2[e].to(x).t(), out=room)
 
     _for_each(blocks, compute, 2 * w1[0].numel(), x)
     return out
@@ -166,14 +187,10 @@ def _activated(
     return h if mask is None else h * mask[rows]
 
 
-def _joined(parts: Iterable[Tensor]) -> Tensor:
-    """Rows under each other."""
-    parts = list(parts)
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
 def _for_each(blocks: List[_Block], work: Callable[[int], None], size: int, x: Tensor) -> None:
-    side_by_side(work, [sum(block.counts) for block in blocks], size, x.device.type == "cpu")
+    rows = [sum(block.counts) for block in blocks]
+    with faster_products(x):
+        side_by_side(work, rows, size, x.device.type == "cpu")
 
 
 class _ByExpert(torch.autograd.Function):
@@ -194,12 +211,10 @@ class _ByExpert(torch.autograd.Function):
         activation: Callable[[Tensor], Tensor],
         grad_scale: float,
     ) -> Tensor:
-        blocks = _blocks(counts)
-        hidden: Optional[List[Optional[Tensor]]] = None
-        if any(ctx.needs_input_grad):
-            hidden = [None] * len(blocks)
+        blocks = _blocks(counts, w1.size(1))
+        hidden = x.new_empty(x.size(0), w1.size(1)) if any(ctx.needs_input_grad) else None
         out = _compute(x, blocks, Weights(w1, b1, w2, b2), activation, mask, hidden)
-        ctx.save_for_backward(x, w1, w2, mask, *(hidden or ()))
+        ctx.save_for_backward(x, w1, w2, mask, hidden)
         ctx.blocks, ctx.activation, ctx.grad_scale = blocks, activation, grad_scale
         ctx.empty = [e for e, count in enumerate(counts) if count == 0]
         return out
@@ -207,7 +222,7 @@ class _ByExpert(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-        x, w1, w2, mask, *hidden = ctx.saved_tensors
+        x, w1, w2, mask, hidden = ctx.saved_tensors
         blocks, scale = ctx.blocks, ctx.grad_scale
         for_x, for_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:5])
         grad_x = torch.empty_like(x) if for_x else None
@@ -222,25 +237,30 @@ class _ByExpert(torch.autograd.Function):
         def compute(index: int) -> None:
             (experts, counts, _), rows = blocks[index], blocks[index].rows
             with torch.enable_grad():
-                before = hidden[index].detach().requires_grad_()
+                before = hidden[rows].detach().requires_grad_()
                 after = _activated(ctx.activation, before, mask, rows)
-            grad_out = grad[rows].split(counts)
-            if grads is not None:
-                for e, given, its_grad in zip(experts, after.detach().split(counts), grad_out):
+            grad_out, grad_after = grad[rows].split(counts), torch.empty_like(after)
+            parts = zip(experts, grad_out, after.detach().split(counts), grad_after.split(counts))
+            for e, its_grad, given, room in parts:
+                if grads is not None:
                     write_gradients(its_grad, given, grads[2][e], grads[3][e])
-            grad_after = _joined(product(each, w2[e]) for e, each in zip(experts, grad_out))
+                torch.mm(its_grad, w2[e].to(x), out=room)
             (grad_h,) = torch.autograd.grad(after, before, grad_after)
             grad_h = grad_h.split(counts)
             if grads is not None:
-                for e, given, its_grad in zip(experts, x[rows].split(counts), grad_h):
+                for e, its_grad, given in zip(experts, grad_h, x[rows].split(counts)):
                     write_gradients(its_grad, given, grads[0][e], grads[1][e])
             if grad_x is not None:
                 for e, its_grad, room in zip(experts, grad_h, grad_x[rows].split(counts)):
-                    write_product(room, its_grad, w1[e])
+                    torch.mm(its_grad, w1[e].to(x), out=room)
 
         def write_gradients(grad_out: Tensor, given: Tensor, w: Tensor, b: Tensor) -> None:
-            write_outer(w, grad_out, given, scale)
-            torch.sum(grad_out, dim=0, out=b)
+            # In the weights' precision, the part of one expert while it is in the cache.
+            if w.dtype == x.dtype:
+                torch.addmm(w, grad_out.t(), given, beta=0, alpha=scale, out=w)  # w is not read
+            else:
+                w.copy_(torch.mm(grad_out.t(), given)).mul_(scale)
+            torch.sum(grad_out, dim=0, dtype=b.dtype, out=b)
 
         _for_each(blocks, compute, 4 * w1[0].numel(), x)
         if grads is not None:

@@ -16,7 +16,7 @@ import functools
 import math
 import threading
 import time
-from typing import Any, ContextManager, Optional, Tuple
+from typing import Any, Callable, ContextManager, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -239,6 +239,20 @@ def _missing(rows: int) -> int:
     """Rows up to one of eight sizes between two powers of two."""
     step = max(4, 2 ** (rows.bit_length() - 4)) if rows > 8 else 4
     return -rows % step
+
+
+def program_rows(x: Tensor) -> Optional[Callable[[int], int]]:
+    """From a number of rows like x's (N, M) to the number to compute instead, see `_padded`; None
+    where any number serves."""
+    if not _by_onednn(x, x):
+        return None
+    return lambda rows: rows if rows <= _FEW_ROWS else rows + _missing(rows)
+
+
+def faster_products(x: Tensor) -> ContextManager[None]:
+    """Within, the faster library computes torch.mm and torch.addmm of matrices like x: without
+    padding, and without the microseconds of a switch for each product."""
+    return _switched(_by_onednn(x, x))
 
 
 def _padded(x: Tensor) -> Tensor:

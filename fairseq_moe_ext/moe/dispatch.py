@@ -1,14 +1,15 @@
 """Copy tokens to rows in expert order, and sum them back, by index.
 
-A row is a kept choice: N <= T * K rows, expert 0's first, each expert's in slot order. Moving a
+A row is a kept choice, or spare: N rows, expert 0's first, each expert's in slot order. Moving a
 token is one read and one write of its D numbers; there is no tensor over tokens x experts x slots.
 """
 
 from __future__ import annotations
 
-from typing import Any, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, List, NamedTuple, Optional, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -21,27 +22,31 @@ class Rows(NamedTuple):
 
     row: Tensor  # (T, K) int64: the row of a kept choice; 0 for a dropped one
     kept: Tensor  # (T, K) bool
-    token: Tensor  # (N,) int64: the token of a row
+    token: Tensor  # (N,) int64: the token of a row; of a spare row, the first
     counts: List[int]  # rows of each expert, summing to N
 
 
-def lay_out(routing: Routing) -> Rows:
-    """Lay the kept choices out in expert order."""
+def lay_out(routing: Routing, rounded: Optional[Callable[[int], int]] = None) -> Rows:
+    """Lay the kept choices out in expert order; each expert's number of rows is `rounded` up, with
+    spare rows whose results go nowhere."""
     tokens, k = routing.experts.shape
     # Kept choices occupy the first slots of their expert, without gaps.
     counts = torch.zeros_like(routing.counts[0])  # (E,)
     counts.scatter_add_(0, routing.experts.reshape(-1), routing.kept.reshape(-1).to(counts.dtype))
-    row = (counts.cumsum(0) - counts)[routing.experts] + routing.local_slots
-    spare = tokens * k  # dropped choices write here, behind all rows
-    token = row.new_empty(spare + 1)
-    index = torch.arange(tokens, device=row.device).unsqueeze(1).expand(tokens, k)
-    token.scatter_(0, row.where(routing.kept, spare).reshape(-1), index.reshape(-1))
     rows_of = counts.tolist()
+    if rounded is not None:
+        rows_of = [rounded(count) for count in rows_of]
+        counts = counts.new_tensor(rows_of)
+    row = (counts.cumsum(0) - counts)[routing.experts] + routing.local_slots
+    behind = sum(rows_of)  # dropped choices write here
+    token = row.new_zeros(behind + 1)
+    index = torch.arange(tokens, device=row.device).unsqueeze(1).expand(tokens, k)
+    token.scatter_(0, row.where(routing.kept, behind).reshape(-1), index.reshape(-1))
     kept = routing.kept
     if k == len(rows_of) > 2:  # a token has as many choices as it likes, mostly few
         k = max(1, int((kept.any(dim=0) * torch.arange(1, k + 1, device=kept.device)).max()))
         row, kept = row[:, :k], kept[:, :k]
-    return Rows(row.where(kept, 0), kept, token[: sum(rows_of)], rows_of)
+    return Rows(row.where(kept, 0), kept, token[:behind], rows_of)
 
 
 def permute(x: Tensor, rows: Rows) -> Tensor:
@@ -60,10 +65,7 @@ def _weighted_sum(y: Tensor, weights: Tensor, row: Tensor) -> Tensor:
     """sum_k weights[:, k] * y[row[:, k]]: (N, D), (T, K), (T, K) -> (T, D)."""
     if y.size(0) == 0:  # every choice was dropped
         return y.new_zeros(row.size(0), y.size(1))
-    out = y.index_select(0, row[:, 0]).mul_(weights[:, :1])
-    for k in range(1, row.size(1)):
-        out.addcmul_(y.index_select(0, row[:, k]), weights[:, k : k + 1])
-    return out
+    return F.embedding_bag(row, y, mode="sum", per_sample_weights=weights)
 
 
 class _Permute(torch.autograd.Function):
@@ -93,17 +95,15 @@ class _Unpermute(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         y, weights, row, kept, token = ctx.saved_tensors
-        grad_y = grad_weights = None
-        if ctx.needs_input_grad[0]:
-            # Scatter instead of a mask, whose size a GPU would have to be waited for.
-            spare = token.numel()  # dropped choices write here, behind all rows
-            weight = weights.new_empty(spare + 1)
-            weight.scatter_(0, row.where(kept, spare).reshape(-1), weights.reshape(-1))
-            grad_y = grad.index_select(0, token).mul_(weight[:spare].unsqueeze(1))
+        grad_weights = None
+        grad_y = grad.index_select(0, token)  # (N, D)
         if ctx.needs_input_grad[1]:
             grad_weights = torch.zeros_like(weights)
             if y.size(0) > 0:
-                for k in range(row.size(1)):
-                    grad_weights[:, k] = (y.index_select(0, row[:, k]) * grad).sum(dim=1)
-                grad_weights *= kept
+                grad_weights = (y * grad_y).sum(dim=1)[row] * kept
+        # Scatter instead of a mask, whose size a GPU would have to be waited for.
+        behind = token.numel()  # dropped choices write here
+        weight = weights.new_zeros(behind + 1)
+        weight.scatter_(0, row.where(kept, behind).reshape(-1), weights.reshape(-1))
+        grad_y.mul_(weight[:behind].unsqueeze(1))
         return grad_y, grad_weights, None, None, None

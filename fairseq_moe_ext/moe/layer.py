@@ -7,7 +7,7 @@ from typing import Any, Dict, NamedTuple, Optional, Sequence, cast
 import torch
 from torch import Tensor, nn
 
-from ..kernels.matmul import Linear
+from ..kernels.matmul import Linear, program_rows
 from . import routers  # noqa: F401 - registers them
 from .balance import Balance, z_loss
 from .dispatch import lay_out, permute, unpermute
@@ -169,7 +169,8 @@ class MoELayer(nn.Module):
         if self._has_few(tokens):
             out = cast(Experts, self.experts).choice_by_choice(y, routing)
         else:
-            rows = lay_out(routing)
+            # A process pads what it computes; what others send it has rows of their own.
+            rows = lay_out(routing, program_rows(y) if self.exchange is HERE else None)
             y = permute(y, rows)  # (N, D)
             counts = rows.counts[: len(rows.counts) - routing.null_experts]
             y, arrival = self.exchange.send(y, counts)  # (N', D)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from closeness import assert_near
 
+from fairseq_moe_ext.kernels import expert_ffn
 from fairseq_moe_ext.kernels.expert_ffn import (
     Weights,
     by_expert,
@@ -108,6 +109,64 @@ def test_listed_weights_come_to_where_the_rows_are():
     listed = Weights(*([part.detach() for part in each] for each in weights))
     out = by_expert(x.detach().to("meta", torch.float32), COUNTS, listed, F.gelu)
     assert (out.device.type, out.dtype, out.shape) == ("meta", torch.float32, x.shape)
+
+
+@pytest.fixture
+def few_sizes(monkeypatch):
+    """Products as where they are best of sizes with a program."""
+    monkeypatch.setattr(expert_ffn, "program_rows", lambda x: lambda rows: -(-rows // 4) * 4)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_spare_rows_change_nothing(masked, few_sizes, monkeypatch):
+    x, weights, mask = made(counts=MANY)
+    mask = mask if masked else None
+    true = results(loop, x, weights, F.gelu, mask, counts=MANY)
+    sizes, multiply = set(), torch.addmm
+    monkeypatch.setattr(
+        torch,
+        "addmm",
+        lambda c, a, *rest, **more: sizes.add(a.shape) or multiply(c, a, *rest, **more),
+    )
+    found = results(by_expert, x, weights, F.gelu, mask, counts=MANY)
+    # forward and the weights' gradients: a multiple of four rows in each
+    assert sizes == {(4, D), (4, HIDDEN), (HIDDEN, 4), (D, 4)}
+    for mine, each in zip(found, true):
+        assert_near(mine, each, 1e-12)
+    monkeypatch.undo()
+    with torch.no_grad():
+        listed = Weights(*(list(each) for each in weights))
+        assert_near(by_expert(x, MANY, listed, F.gelu, mask), true[0], 1e-12)
+
+
+def test_bfloat16_rows_through_float32_weights():
+    """As --bf16 on a CPU has them. Each number is rounded once to 8 bits when it is stored; the
+    bound is the sum of these roundings, carried to the end to the first order, twice."""
+    x, weights, _ = made(torch.float32)
+    x = x.detach().bfloat16().requires_grad_()
+    out, grad_x, *grads = results(by_expert, x, weights, torch.relu)
+    assert out.dtype == grad_x.dtype == torch.bfloat16
+    assert all(grad.dtype == torch.float32 for grad in grads)
+
+    half = 2.0**-9  # the largest relative error of rounding to bfloat16
+    x, (w1, b1, w2, b2) = x.detach().double(), (each.detach().double() for each in weights)
+    expert = torch.arange(len(COUNTS)).repeat_interleave(torch.tensor(COUNTS))
+    size_h = (w1.abs()[expert] @ x.abs().unsqueeze(2)).squeeze(2) + b1.abs()[expert]
+    h = (w1[expert] @ x.unsqueeze(2)).squeeze(2) + b1[expert]
+    a, error_a = h.relu(), half * (size_h + h.abs())
+    size_out = (w2.abs()[expert] @ a.unsqueeze(2)).squeeze(2) + b2.abs()[expert]
+    true = (w2[expert] @ a.unsqueeze(2)).squeeze(2) + b2[expert]
+    error = (w2.abs()[expert] @ error_a.unsqueeze(2)).squeeze(2) + half * (size_out + true.abs())
+    assert ((out.detach().double() - true).abs() <= 2 * error).all()
+
+    grad = 2 * out.detach().double()  # exact: of a sum of squares of bfloat16 numbers
+    grad_b2, grad_w2, error_w2 = (torch.zeros_like(each) for each in (b2, w2, w2))
+    grad_b2.index_add_(0, expert, grad)
+    grad_w2.index_add_(0, expert, grad.unsqueeze(2) * a.unsqueeze(1))
+    error_w2.index_add_(0, expert, grad.abs().unsqueeze(2) * error_a.unsqueeze(1))
+    assert_near(grads[3], grad_b2, 1e-6, "added in float32")
+    error_w2 += half * grad_w2.abs()
+    assert ((grads[2].double() - grad_w2).abs() <= 2 * error_w2).all()
 
 
 def test_which_way_is_taken():
