@@ -5,6 +5,7 @@ anything of it registers its models with fairseq.
 """
 
 import argparse
+import errno
 import os
 import re
 import sys
@@ -133,6 +134,9 @@ COMMANDS: Dict[str, Command] = {
 
 def main(argv: Optional[List[str]] = None) -> int:
     """The exit status of a command line."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by `>&-`
+            setattr(sys, name, open(os.devnull, "w"))
     try:
         try:
             return _run(sys.argv[1:] if argv is None else argv)
@@ -141,6 +145,15 @@ def main(argv: Optional[List[str]] = None) -> int:
     except BrokenPipeError:  # whoever read it, such as `head`, has enough
         sys.stdout = open(os.devnull, "w")
         return 0
+    except KeyboardInterrupt:  # while torch is being imported
+        print("interrupted", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        sys.stdout = open(os.devnull, "w")
+        print("error: stdout: cannot be written (no space left); make room", file=sys.stderr)
+        return 1
 
 
 def _run(argv: List[str]) -> int:

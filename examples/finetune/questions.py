@@ -68,8 +68,8 @@ def write(text: Path, names: List[str], sizes: Dict[str, int], folder: Path, see
             share = size // len(names) + (i < size % len(names))
             path = text / f"{name}.{'test' if split == 'test' else 'train'}.jsonl"
             if path not in left:
-                lines = path.read_text(encoding="utf-8").splitlines()
-                left[path] = [json.loads(line)["text"] for line in lines]
+                with open(path, encoding="utf-8") as lines:  # U+2028 in a string ends none
+                    left[path] = [json.loads(line)["text"] for line in lines]
                 rng.shuffle(left[path])
             # No more than needed, as choosing among all endings takes the square of their number.
             made = questions_of(_first(left[path], 3 * share), rng)

@@ -178,6 +178,8 @@ def _check(args: argparse.Namespace, checkpoints: List[Path], words: List[str]) 
         ):  # fmt: skip
             if given:
                 raise UserError(f"--interactive: does not go with {flag}; remove one of them")
+        if sys.stdin is None:
+            raise UserError("--interactive: stdin is closed; start it from a terminal or a pipe")
     if args.separator is not None and words and not args.file:
         raise UserError("--separator: stands between prompts in --file or stdin; add --file")
     if args.overwrite and args.json is None:

@@ -19,7 +19,7 @@ def read(words: Sequence[str], paths: Sequence[Path], separator: Optional[str]) 
     Raises:
         UserError: no prompt, a file that cannot be read, or text that is not UTF-8.
     """
-    found = [_checked(word) for word in words]
+    found = [checked(word) for word in words]
     if not words and not paths:
         paths = [Path("-")]
     for path in paths:
@@ -44,7 +44,9 @@ def _in_file(path: Path, separator: Optional[str]) -> List[str]:
     else:
         text = _stdin()
     if path.suffix in (".jsonl", ".ndjson"):
-        return [_of_line(path, n, line) for n, line in enumerate(text.splitlines(), 1) if line]
+        # not splitlines: JSON may hold U+2028 and the like as they are
+        lines = enumerate(text.split("\n"), 1)
+        return [_of_line(path, n, line) for n, line in lines if line.strip()]
     if separator is None:
         return [text.removesuffix("\n")]
     prompts: List[List[str]] = [[]]
@@ -80,7 +82,8 @@ def _of_line(path: Path, number: int, line: str) -> str:
     return value
 
 
-def _checked(word: str) -> str:
+def checked(word: str) -> str:
+    """A prompt. Raises UserError for one with bytes that are not UTF-8."""
     try:
         word.encode("utf-8")
     except UnicodeEncodeError:

@@ -4,7 +4,9 @@ import contextlib
 import sys
 from typing import Any, Callable, List, Optional
 
+from ..errors import UserError
 from ..models.text_generation import DEFAULT_TOKENS, Continuation, Settings, generate
+from .prompts import checked
 from .showing import piece
 
 HELP = """\
@@ -82,8 +84,10 @@ def _reader() -> Callable[[], Optional[str]]:
 
     def read() -> Optional[str]:
         try:
-            return input("> " if on_terminal else "")
+            return checked(input("> " if on_terminal else ""))
         except EOFError:
             return None
+        except UnicodeDecodeError:
+            raise UserError("stdin: not UTF-8; convert it to UTF-8") from None
 
     return read

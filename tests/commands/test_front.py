@@ -104,3 +104,34 @@ def test_a_reader_that_has_enough_gets_no_traceback(words):
     )
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "words, shell, status, err",
+    [
+        ("--version", ">&-", 0, ""),
+        ("user-dir", ">&- 2>&-", 0, ""),
+        ("user-dir", ">/dev/full", 1, "error: stdout: cannot be written"),
+    ],
+)
+def test_a_stdout_that_takes_nothing(words, shell, status, err):
+    code = "import sys, fairseq_moe_command as c; sys.exit(c.main(sys.argv[1:]))"
+    done = subprocess.run(
+        f"{shlex.quote(sys.executable)} -c '{code}' {words} {shell}",
+        shell=True,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=60,
+    )
+    assert done.returncode == status and done.stderr.count("\n") == status
+    assert done.stderr.startswith(err)
+
+
+def test_an_interrupt_while_torch_is_imported_is_one_word(monkeypatch, capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(front, "_run", interrupted)
+    assert front.main(["show", "x.pt"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"

@@ -48,7 +48,8 @@ def generate(runs, capsys, monkeypatch):
     """Arguments, and what stdin has -> stdout and stderr."""
 
     def command(*arguments, stdin=None, status=0, path=runs / "moe" / "checkpoint_last.pt"):
-        source = io.TextIOWrapper(io.BytesIO((stdin or "").encode()))
+        data = stdin if isinstance(stdin, bytes) else (stdin or "").encode()
+        source = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8")
         source.isatty = lambda: stdin is None
         monkeypatch.setattr(sys, "stdin", source)
         words = ["generate", *([str(path)] if path else []), "--cpu", *map(str, arguments)]
@@ -76,9 +77,9 @@ def test_a_prompt_of_any_source(runs, generate, lm, tmp_path):
 
 
 def test_prompts_of_a_file(generate, lm, tmp_path):
-    prompts = ["the cat", "a\ndog", ""]
-    (tmp_path / "p.txt").write_text("the cat\n%\na\ndog\n%\n")
-    (tmp_path / "p.jsonl").write_text('"the cat"\n{"prompt": "a\\ndog"}\n\n{"text": ""}\n')
+    prompts = ["the cat", "a\ndog\u2028", ""]
+    (tmp_path / "p.txt").write_text("the cat\n%\na\ndog\u2028\n%\n")
+    (tmp_path / "p.jsonl").write_text('"the cat"\n{"prompt": "a\\ndog\u2028"}\n \n{"text": ""}\n')
     expected = lm.generate(prompts, max_tokens=5)
     for name, more in (("p.txt", ["--separator", "%"]), ("p.jsonl", [])):
         out = tmp_path / f"{name}.json"
@@ -87,7 +88,7 @@ def test_prompts_of_a_file(generate, lm, tmp_path):
         found = json.loads(out.read_text())
         assert [one["prompt"] for one in found] == prompts
         assert [one["texts"] for one in found] == [[text] for text in expected]
-        assert f"── prompt 2 of 3 ──\na\ndog{expected[1]}\n" in printed
+        assert f"── prompt 2 of 3 ──\na\ndog\u2028{expected[1]}\n" in printed
 
 
 def test_samples_are_repeated_by_their_seed(generate, lm):
@@ -217,3 +218,10 @@ def test_files_that_are_none(generate, tmp_path):
     assert "x.jsonl, line 2: no prompt" in generate("-f", tmp_path / "x.jsonl", status=1).err
     assert "not UTF-8 at byte 1" in generate("-f", tmp_path / "bytes", status=1).err
     assert "which model?" in generate(status=1, path=None).err
+
+
+def test_a_session_without_text(generate, monkeypatch, runs, capsys):
+    assert "error: stdin: not UTF-8" in generate("-i", stdin=b"caf\xe9\n", status=1).err
+    monkeypatch.setattr(sys, "stdin", None)  # as by `<&-`
+    assert cli.main(["generate", str(runs / "moe" / "checkpoint_last.pt"), "-i"]) == 1
+    assert "error: --interactive: stdin is closed" in capsys.readouterr().err
