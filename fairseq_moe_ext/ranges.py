@@ -219,7 +219,7 @@ def _fits(range: Range, value: Any) -> bool:
     if isinstance(value, str):  # "(0.9, 0.98)", or a number if fairseq has no type for it
         try:
             value = ast.literal_eval(value)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             return False
     if range.items == 0:
         return value in range

@@ -266,7 +266,7 @@ def _fits(value: Any, kind: Any) -> bool:
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             return False
     if typing.get_origin(kind) is list:
         items = value if isinstance(value, (list, tuple)) else [value]

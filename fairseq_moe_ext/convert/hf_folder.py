@@ -146,12 +146,13 @@ def read_weights(folder: str) -> Dict[str, Tensor]:
         if os.path.isfile(index):
             try:
                 with open(index, encoding="utf-8") as stream:
-                    parts = sorted(set(json.load(stream)["weight_map"].values()))
+                    named = set(json.load(stream)["weight_map"].values())
+                parts = sorted(os.path.basename(part) for part in named)
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise UserError(f"{index}: there is no weight_map in it; copy it again") from error
             weights: Dict[str, Tensor] = {}
             for part in parts:
-                file = os.path.join(folder, os.path.basename(part))
+                file = os.path.join(folder, part)
                 if not os.path.isfile(file):
                     raise UserError(f"{file}: missing; {index} names it: copy the folder again")
                 weights.update(_read(file))

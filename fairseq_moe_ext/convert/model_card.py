@@ -3,8 +3,11 @@ how well it does."""
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any, List, Mapping, Optional, Tuple
+
+import yaml
 
 from ..cost import parameters
 from ..errors import UserError
@@ -33,7 +36,7 @@ def write(
     load = ", trust_remote_code=True" if custom else ""
     code = "The code of the model is `modeling_fairseq_moe.py` in this folder. " if custom else ""
     return f"""---
-license: {license}
+license: {_scalar(license)}
 library_name: transformers
 pipeline_tag: text-generation
 tags:
@@ -152,6 +155,15 @@ def _evaluation(evaluation: Optional[Mapping[str, Any]]) -> str:
             "--evaluation: not what `fairseq-moe evaluate --json` writes; name its file"
         ) from None
     return f"{markdown(rows)}\n\nSplit {evaluation.get('subset')}, {blocks}, nothing dropped."
+
+
+def _scalar(text: str) -> str:
+    """A text as YAML has it, in quotation marks where it would be something else without."""
+    try:
+        plain = yaml.safe_load(f"x: {text}") == {"x": text}
+    except yaml.YAMLError:
+        plain = False
+    return text if plain else json.dumps(text)
 
 
 def _hours(seconds: Any) -> Optional[str]:

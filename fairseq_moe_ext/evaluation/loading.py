@@ -27,9 +27,9 @@ def parse_overrides(text: Optional[str]) -> Dict[str, Any]:
         return {}
     try:
         overrides = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         overrides = None
-    if not isinstance(overrides, dict):
+    if not isinstance(overrides, dict) or not all(isinstance(name, str) for name in overrides):
         raise UserError(f"--model-overrides {text}: not a Python dictionary, as \"{{'a': 1}}\"")
     return overrides
 

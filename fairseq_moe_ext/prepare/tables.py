@@ -34,14 +34,23 @@ def no_column(where: str, field: str, columns: List[str]) -> UserError:
     )
 
 
+def _check_column(where: str, field: str, columns: List[str]) -> None:
+    """Raise UserError unless exactly one column has the name."""
+    if field not in columns:
+        raise no_column(where, field, columns)
+    if columns.count(field) > 1:
+        raise UserError(
+            f"{where}: {columns.count(field)} columns are called {field!r}; rename all but one"
+        )
+
+
 def csv_column(stream: BinaryIO, path: Path, form: str, field: str) -> Iterator[str]:
     """The cells of a column. Raises UserError for a row that is not as long as the header."""
     csv.field_size_limit(_LONGEST)
     rows = _reader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), form)
     try:
         columns: List[str] = next(rows, [])
-        if field not in columns:
-            raise no_column(str(path), field, columns)
+        _check_column(str(path), field, columns)
         column = columns.index(field)
         for row in rows:
             if not row:
@@ -78,10 +87,7 @@ def arrow_column(raw: BinaryIO, path: Path, form: str, field: str) -> Iterator[T
         number = 0
         for batch, share in _batches(raw, path, form, field):
             column = batch.column(batch.schema.get_field_index(field))
-            text = pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(
-                column.type
-            )
-            if not text:
+            if not _is_text(column.type):
                 raise UserError(
                     f"{path}: column {field!r} is {column.type}, not text; name the column with "
                     "--text-field"
@@ -98,6 +104,16 @@ def arrow_column(raw: BinaryIO, path: Path, form: str, field: str) -> Iterator[T
         raise UserError(f"{path}: broken {form} file ({words}); copy it again") from None
 
 
+def _is_text(kind: Any) -> bool:
+    """Also of pandas' categories (a dictionary of strings) and of polars' string views."""
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    is_view = getattr(types, "is_string_view", lambda kind: False)  # pyarrow 16
+    return types.is_string(kind) or types.is_large_string(kind) or is_view(kind)
+
+
 def _batches(raw: BinaryIO, path: Path, form: str, field: str) -> Iterator[Tuple[Any, float]]:
     import pyarrow.ipc
     import pyarrow.parquet
@@ -105,8 +121,7 @@ def _batches(raw: BinaryIO, path: Path, form: str, field: str) -> Iterator[Tuple
     if form == "parquet":
         table = pyarrow.parquet.ParquetFile(raw)
         names = table.schema_arrow.names
-        if field not in names:
-            raise no_column(str(path), field, names)
+        _check_column(str(path), field, names)
         done, rows = 0, max(1, table.metadata.num_rows)
         for batch in table.iter_batches(_ROWS, columns=[field]):
             done += batch.num_rows
@@ -115,8 +130,7 @@ def _batches(raw: BinaryIO, path: Path, form: str, field: str) -> Iterator[Tuple
     whole = raw.read(6) == b"ARROW1"
     raw.seek(0)
     reader = pyarrow.ipc.open_file(raw) if whole else pyarrow.ipc.open_stream(raw)
-    if field not in reader.schema.names:
-        raise no_column(str(path), field, reader.schema.names)
+    _check_column(str(path), field, reader.schema.names)
     if whole:
         number = reader.num_record_batches
         for i in range(number):

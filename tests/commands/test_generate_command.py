@@ -195,6 +195,8 @@ def test_an_old_checkpoint_takes_flags(runs, generate, tmp_path):
         (["a", "--gpt2-vocab-bpe", "x"], "go together: give both"),
         (["a", "--overwrite"], "--overwrite: without --json"),
         (["a", "--model-overrides", "{"], "not a Python dictionary"),
+        (["a", "--model-overrides", "{[]: 1}"], "not a Python dictionary"),
+        (["a", "--model-overrides", "{1: 2}"], "not a Python dictionary"),
         (["a", "--separator", "%"], "--separator: stands between prompts"),
         (["a", "--json", "no/x.json"], "no folder no"),
         (["a\udcff"], ": not UTF-8; convert it"),

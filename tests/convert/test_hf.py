@@ -8,10 +8,13 @@ from pathlib import Path
 import branch_files
 import pytest
 import torch
+import yaml
 from converting import convert, load, mistake, same
 
 import fairseq_moe_ext
 from fairseq_moe_ext import tokenizer_files
+from fairseq_moe_ext.convert import hf_folder, model_card
+from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
 from fairseq_moe_ext.prepare.command import Options, parse_corpora, prepare
 from fairseq_moe_ext.questions.vocabulary import Vocabulary
@@ -310,6 +313,19 @@ def test_a_config_that_contradicts_itself(converted, tmp_path, capsys, change, w
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     assert words in mistake(capsys, tmp_path / "hf", tmp_path / "x.pt", "--from", "hf")
     assert not (tmp_path / "x.pt").exists()
+
+
+def test_a_licence_is_text_in_yaml():
+    for words in ("mit", "cc-by-4.0", "no", "1.0", "a: b", "[x", "MIT # free", "Österreich's"):
+        assert yaml.safe_load(f"license: {model_card._scalar(words)}") == {"license": words}
+    assert model_card._scalar("cc-by-4.0") == "cc-by-4.0"
+
+
+@pytest.mark.parametrize("index", ["{}", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])
+def test_a_damaged_index_is_named(tmp_path, index):
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(UserError, match="there is no weight_map in it"):
+        hf_folder.read_weights(str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ def test_a_column_of_tsv_whose_quotation_marks_are_text(tmp_path):
         ("id,text\n1,x\n2\n", r"line 3: 1 columns, and the header has 2"),
         ('id,text\n1,"x\n', r"line 2: not CSV"),
         ("id,body\n1,x\n", r"without a column 'text' \(columns: id, body\); .*--text-field"),
+        ("text,text\n1,x\n", r"2 columns are called 'text'; rename all but one"),
         (b"id,text\n1,\xff\n", r"not UTF-8 near line \d \(0xff\)"),
     ],
 )
@@ -132,6 +133,22 @@ def test_parquet_and_arrow(tmp_path):
     (tmp_path / "cut.parquet").write_bytes(content[:-40])
     with pytest.raises(UserError, match="broken parquet file"):
         read(tmp_path / "cut.parquet")
+
+
+def test_other_types_of_text_and_two_columns_of_a_name(tmp_path):
+    """pandas' categories, polars' string views."""
+    pyarrow = pytest.importorskip("pyarrow")
+    texts = pyarrow.array(TEXTS)
+    for kind in (texts.dictionary_encode(), texts.cast(pyarrow.string_view())):
+        table = pyarrow.table({"text": kind})
+        with pyarrow.ipc.new_file(tmp_path / "a.arrow", table.schema) as file:
+            file.write(table)
+        assert read(tmp_path / "a.arrow") == TEXTS
+    table = pyarrow.table([texts, texts], names=["text", "text"])
+    with pyarrow.ipc.new_file(tmp_path / "two.arrow", table.schema) as file:
+        file.write(table)
+    with pytest.raises(UserError, match="2 columns are called 'text'"):
+        read(tmp_path / "two.arrow")
 
 
 def test_zstandard(tmp_path):
