@@ -19,7 +19,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     The parser itself exits with 2 for flags that it does not know, with one line.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = _parser(next((word for word in argv if not word.startswith("-")), None))
+    parser = parser_of(next((word for word in argv if not word.startswith("-")), None))
     # lm-eval parses what follows by itself
     handed_on = argv[1:] if argv[:1] == [LM_EVAL] else None
     args, rest = parser.parse_known_args(argv if handed_on is None else argv[:1])
@@ -67,7 +67,7 @@ def _takes_words(args: argparse.Namespace, rest: List[str]) -> bool:
     return True
 
 
-def _parser(chosen: Optional[str]) -> argparse.ArgumentParser:
+def parser_of(chosen: Optional[str]) -> argparse.ArgumentParser:
     parser, commands = fairseq_moe_command.parser(OneLineParser)
     if chosen in commands:  # some take seconds to import
         command = importlib.import_module(

@@ -26,19 +26,21 @@ _SIZE = 768  # of the product that is measured
 class Speed:
     """How fast a model could train."""
 
-    def __init__(self, settings: Any, vocabulary: int, processes: int) -> None:
+    def __init__(
+        self, settings: Any, vocabulary: int, processes: int, peak: Optional[float] = None
+    ) -> None:
         """settings: of the model."""
         self.flops = cost.training_flops_per_token(
             shape.shape_of(settings, vocabulary), settings.tokens_per_sample
         )
         self.processes = processes
-        self._peak: Optional[float] = None
+        self.peak = peak  # FLOP/s of a process's processor; measured when first needed
 
     def utilisation(self, tokens_per_second: float) -> float:
         """Model FLOPs utilisation of all processes."""
-        if self._peak is None:
-            self._peak = peak()
-        return tokens_per_second * self.flops / (self._peak * self.processes)
+        if self.peak is None:
+            self.peak = peak()
+        return tokens_per_second * self.flops / (self.peak * self.processes)
 
 
 def peak() -> float:

@@ -1,5 +1,7 @@
 """Locks: one owner, whatever happened to the last one."""
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -75,14 +77,19 @@ def test_one_of_a_container_that_was_ended_is_stale(path):
         pass
 
 
+def no_locks(*_):
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
 ELSEWHERE = {"host": "elsewhere", "boot": "another", "pid": 2**22 + 1}
 
 
-@pytest.mark.parametrize("changes, locking", [(ELSEWHERE, True), ({}, None)], ids=str)
+@pytest.mark.parametrize("changes, locking", [(ELSEWHERE, True), ({}, False)], ids=str)
 def test_another_machine_s_or_a_living_one_is_kept(path, changes, locking, monkeypatch):
     """The second on a file system without locks."""
     owner(path, **changes)
-    monkeypatch.setattr(locks, "_flock", lambda descriptor: locking)
+    if not locking:
+        monkeypatch.setattr(fcntl, "flock", no_locks)
     before = path.read_bytes()
     with pytest.raises(UserError, match="is being worked on by PID"):
         Lock(path, "it")
@@ -115,13 +122,22 @@ def test_all_names_of_an_output_have_one_lock(tmp_path):
     assert beside(tmp_path / "b") == tmp_path / "a.lock"
 
 
+def another(script, path):
+    """A process with locks and errors alone, without fairseq."""
+    package = os.path.dirname(locks.__file__)
+    prelude = "import sys, types; p = types.ModuleType('fairseq_moe_ext');"
+    prelude += f"p.__path__ = [{package!r}]; sys.modules['fairseq_moe_ext'] = p\n"
+    prelude += "from fairseq_moe_ext.locks import Lock\n"
+    command = [sys.executable, "-c", prelude + script, str(path)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
 def test_of_many_at_once_on_a_stale_lock_one_gets_it(path):
     """Each notes when it had the lock; no two of these times overlap, and all get it in the end."""
     owner(path, pid=2**22 + 1)
     script = """
 import sys, time
 from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.locks import Lock
 while True:
     try:
         with Lock(sys.argv[1], "it"):
@@ -132,12 +148,7 @@ while True:
     except UserError:
         time.sleep(0.005)
 """
-    # errors and locks alone, without fairseq
-    package = os.path.dirname(locks.__file__)
-    prelude = "import sys, types; p = types.ModuleType('fairseq_moe_ext');"
-    prelude += f"p.__path__ = [{package!r}]; sys.modules['fairseq_moe_ext'] = p\n"
-    command = [sys.executable, "-c", prelude + script, str(path)]
-    children = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(6)]
+    children = [another(script, path) for _ in range(6)]
     spans = sorted(tuple(map(float, c.communicate(timeout=60)[0].split())) for c in children)
     assert len(spans) == 6 and all(len(span) == 2 for span in spans)
     assert all(one[1] <= two[0] for one, two in zip(spans, spans[1:]))
@@ -145,22 +156,25 @@ while True:
 
 
 def test_a_forked_child_does_not_hold_it_when_its_parent_was_killed(path):
-    lock = Lock(path, "it")
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.write(writing, b"!")
-        time.sleep(30)
-        os._exit(0)
+    script = """
+import os, time
+lock = Lock(sys.argv[1], "it")
+child = os.fork()
+if child == 0:  # what a fork does in the child is done
+    print(os.getpid(), flush=True)
+    time.sleep(30)
+    os._exit(0)
+os.waitpid(child, 0)
+"""
+    parent = another(script, path)
+    child = int(parent.stdout.readline())
     try:
-        os.read(reading, 1)  # what a fork does in the child is done
-        path.write_text(json.dumps({**json.loads(path.read_text()), "start": "1"}))
-        os.close(lock.descriptor)
-        locks._held.remove(lock.descriptor)
+        with pytest.raises(UserError, match=f"is being worked on by PID {parent.pid}"):
+            Lock(path, "it")
+        parent.kill()
+        parent.wait()
         with Lock(path, "it"):
             pass
     finally:
         os.kill(child, 9)
-        os.waitpid(child, 0)
-        os.close(reading)
-        os.close(writing)
+        parent.stdout.close()

@@ -106,4 +106,4 @@ def test_too_little_text_is_one_clear_line(tmp_path, monkeypatch):
 
 def test_a_missing_package_is_named():
     with pytest.raises(UserError, match="'no_such_package'.*make install"):
-        corpora._package("no_such_package")
+        corpora.package_folder("no_such_package")

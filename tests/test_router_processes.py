@@ -62,7 +62,7 @@ def steps(name, layer, part, total):
     layer.eval()
     layer.gate.settings = layer.gate.settings._replace(eval_token_fraction=1.0)
     found["evaluated"] = layer(x, padding, token_ids=ids).out.detach()
-    found["state"] = [layer.gate._buffers[n] for n in layer.gate._state_names]
+    found["state"] = list(layer.gate.state.values())
     return found
 
 
@@ -95,7 +95,7 @@ def test_two_processes_route_as_one(sizes):
 def test_every_router_with_a_state_was_changed_by_it():
     for name in NAMES:
         layer = layer_of(name)
-        before = [layer.gate._buffers[n].clone() for n in layer.gate._state_names]
+        before = [state.clone() for state in layer.gate.state.values()]
         after = steps(name, layer, slice(None), lambda x: x)["state"]
         assert (ROUTERS[name] in (ROUTERS["relu"], ROUTERS["threshold"])) == bool(before)
         assert all(not torch.equal(a, b) for a, b in zip(before, after))

@@ -69,7 +69,7 @@ class Domain:
     candidates: Callable[[], List[Candidate]]
 
 
-def _package(name: str) -> Path:
+def package_folder(name: str) -> Path:
     """The folder of an installed package, found without importing it."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
@@ -149,7 +149,7 @@ def _docs() -> List[Candidate]:
     for package in ("torch", "numpy", "sympy"):
         files += [
             (name, path)
-            for name, path in _files(_package(package), package, (".py",))
+            for name, path in _files(package_folder(package), package, (".py",))
             if "/tests/" not in name
         ]
     return [(name + " docstrings", _reader(docstrings, path)) for name, path in files]
@@ -160,7 +160,7 @@ def _python() -> List[Candidate]:
 
 
 def _cpp() -> List[Candidate]:
-    files = _files(_package("torch") / "include", "torch/include", (".h", ".hpp", ".cuh"))
+    files = _files(package_folder("torch") / "include", "torch/include", (".h", ".hpp", ".cuh"))
     return [
         (name, _reader(_plain, path))
         for name, path in files
@@ -169,7 +169,7 @@ def _cpp() -> List[Candidate]:
 
 
 def _maths() -> List[Candidate]:
-    files = _files(_package("sympy"), "sympy", (".py",))
+    files = _files(package_folder("sympy"), "sympy", (".py",))
     return [
         (name, _reader(code_without_docstrings, path)) for name, path in files if "/tests/" in name
     ]

@@ -40,7 +40,7 @@ class View(NamedTuple):
     layers: List[LayerView]
 
 
-class _Gate:
+class WatchedGate:
     """Looks at one layer's gate."""
 
     def __init__(self, layer: int, gate: TopKRouter, detailed: bool, generator: Any) -> None:
@@ -125,7 +125,7 @@ def observe(
         detailed: keep the candidates of every token.
     """
     generator = torch.Generator().manual_seed(1)
-    gates = [_Gate(i, moe.gate, detailed, generator) for i, moe in moe_layers(model).items()]
+    gates = [WatchedGate(i, moe.gate, detailed, generator) for i, moe in moe_layers(model).items()]
     losses, done = [], 0
     try:
         while done < len(blocks):
@@ -144,7 +144,7 @@ def observe(
     return View(np.concatenate(losses), [gate.view() for gate in gates])
 
 
-def _pass(model: FairseqLanguageModel, tokens: Tensor, gates: Sequence[_Gate]) -> np.ndarray:
+def _pass(model: FairseqLanguageModel, tokens: Tensor, gates: Sequence[WatchedGate]) -> np.ndarray:
     """tokens (B, L) -> the losses of all but the first of each row, (B (L - 1),)."""
     tokens = tokens.to(next(model.parameters()).device)
     real = torch.ones_like(tokens, dtype=torch.bool)

@@ -275,12 +275,17 @@ class TopKRouter(nn.Module):
         self._state_names = (*self._state_names, name)
 
     @property
+    def state(self) -> Dict[str, Tensor]:
+        """What `after_update` changes, by name."""
+        return {name: getattr(self, name) for name in self._state_names}
+
+    @property
     def has_state(self) -> bool:
         """Whether there is any state for `after_update` to change."""
         return bool(self._state_names) and not self.frozen
 
     def _apply(self, fn: Callable[..., Any], *rest: Any, **named: Any) -> TopKRouter:
-        before = {name: self._buffers[name] for name in self._state_names}
+        before = self.state
         super()._apply(fn, *rest, **named)
         for name, state in before.items():
             cast, self._buffers[name] = self._buffers[name], state

@@ -128,7 +128,7 @@ def log_to_tensorboard(stock, self, stats, tag=None, step=None):
     more names; and how the load of the last batch was spread over the experts of each layer."""
     stock(self, _in_groups(stats), tag, step)
     writer = self._writer(tag or "")
-    for layer, load in _loads(tag).items() if writer is not None else ():
+    for layer, load in loads(tag).items() if writer is not None else ():
         writer.add_histogram(f"layer{layer}/expert_load", load, step)
 
 
@@ -136,7 +136,7 @@ def log_to_wandb(stock, self, stats, tag=None, step=None):
     """As log_to_tensorboard."""
     stock(self, _in_groups(stats), tag, step)
     wandb = stock.__globals__["wandb"]
-    for layer, load in _loads(tag).items() if wandb is not None else ():
+    for layer, load in loads(tag).items() if wandb is not None else ():
         wandb.log({f"{tag}/layer{layer}/expert_load": wandb.Histogram(load)}, step=step)
 
 
@@ -144,7 +144,7 @@ def _in_groups(stats: Dict[str, Any]) -> Dict[str, Any]:
     return {group_of(name): value for name, value in stats.items()}
 
 
-def _loads(tag: Optional[str]) -> Dict[int, Any]:
+def loads(tag: Optional[str]) -> Dict[int, Any]:
     """Layer -> (E,) choices of each expert over their mean, of the last batch of training."""
     running = context.training.get()
     if running is None or tag != "train_inner":

@@ -15,7 +15,7 @@ from fairseq_moe_ext.prepare.encode import EncodedSplit
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
-_BLOCK = 1 << 22  # tokens or lines at a time
+BLOCK = 1 << 22  # tokens or lines at a time
 _BPE_ID = np.dtype(np.uint32)
 _SIZE = np.dtype(np.int32)
 
@@ -95,10 +95,10 @@ _CODES = {np.uint16: 8, np.uint32: 9}
 
 
 def _blocks(path: str, dtype: np.dtype):
-    """The numbers in a file, _BLOCK of them at a time."""
+    """The numbers in a file, BLOCK of them at a time."""
     with open(path, "rb") as file:
         while True:
-            block = np.frombuffer(file.read(_BLOCK * dtype.itemsize), dtype)
+            block = np.frombuffer(file.read(BLOCK * dtype.itemsize), dtype)
             if not len(block):
                 return
             yield block

@@ -32,8 +32,8 @@ _WORD = regex.compile(
     r"\n|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|[^\S\n]+(?!\S)|[^\S\n]+"
 )
 _SPECIAL = re.compile(r"[<\[].*[>\]]")  # tokens that no text becomes
-_MAX_REMEMBERED_WORDS = 1 << 18
-_MAX_REMEMBERED_LENGTH = 64
+MAX_REMEMBERED_WORDS = 1 << 18
+MAX_REMEMBERED_LENGTH = 64
 
 
 def byte_symbols() -> List[str]:
@@ -120,7 +120,7 @@ class ByteLevelBPE:
 
     def encode(self, text: str) -> List[int]:
         """Ids of `text`: each line's as fairseq's encoder gives them, `newline` for each "\\n"."""
-        if len(self._words) > _MAX_REMEMBERED_WORDS:
+        if len(self._words) > MAX_REMEMBERED_WORDS:
             self._words.clear()
         return list(chain.from_iterable(map(self._words.__getitem__, _WORD.findall(text))))
 
@@ -156,7 +156,7 @@ class _Words(Dict[str, Tuple[int, ...]]):
 
     def __missing__(self, word: str) -> Tuple[int, ...]:
         ids = self._bpe.encode_word(word)
-        if len(word) <= _MAX_REMEMBERED_LENGTH:
+        if len(word) <= MAX_REMEMBERED_LENGTH:
             self[word] = ids
         return ids
 

@@ -170,7 +170,7 @@ def html(
     return report.render(
         "study.html",
         title=result["title"],
-        summary=_summary(result),
+        summary=summary_of(result),
         remarks=results.remarks(result),
         commands=result["commands"],
         tables=drawn,
@@ -184,7 +184,7 @@ def _primed(runs: results.Runs) -> bool:
     return bool(runs[0]["priming"]["tasks"])
 
 
-def _summary(result: StudyResult) -> str:
+def summary_of(result: StudyResult) -> str:
     words = []
     for group, of_paper in (("in_domain", "8 to 16"), ("out_of_domain", "2 to 4")):
         factors = result["factors"].get(group)

@@ -67,7 +67,7 @@ def of_run(run: Run, context: int, tokens_per_update: int) -> RunResult:
         "seconds": logs.training_seconds(run.folder / "train.log"),
         "sets": evaluation["sets"],
         "mean": evaluation["mean"],
-        "priming": _priming(run.folder / "priming.json"),
+        "priming": priming_of(run.folder / "priming.json"),
         "router": router_metrics(run.folder / "train.log", shape, context),
     }
 
@@ -77,7 +77,7 @@ def primed(path: Path) -> bool:
     return path.is_file() and files.read_json(path).get("complete", True)
 
 
-def _priming(path: Path) -> Priming:
+def priming_of(path: Path) -> Priming:
     """What `fairseq-moe priming` found: mean accuracies by shots, each task's, and the metrics of
     bias sets by domain."""
     if not primed(path):

@@ -23,7 +23,7 @@ class MixtureDataset(BaseWrapperDataset):
         """`counts`: blocks of each of `parts` an epoch."""
         super().__init__(ConcatDataset(list(parts.values())))
         self._names = list(parts)
-        self._counts = counts
+        self.counts = counts
         self._seed = seed
         self._epoch: Optional[int] = None
         self._all_sizes = np.concatenate([part.sizes for part in parts.values()])
@@ -35,7 +35,7 @@ class MixtureDataset(BaseWrapperDataset):
             return
         self._epoch = epoch
         drawn, start = [], 0
-        for name, part, count in zip(self._names, self.dataset.datasets, self._counts):
+        for name, part, count in zip(self._names, self.dataset.datasets, self.counts):
             drawn.append(start + self._draw(name, len(part), count, epoch))
             start += len(part)
         self._drawn = np.concatenate(drawn)  # (blocks of an epoch,) indices into the corpora
@@ -57,7 +57,7 @@ class MixtureDataset(BaseWrapperDataset):
     @property
     def can_reuse_epoch_itr_across_epochs(self) -> bool:
         """Only if every epoch holds every block once."""
-        return self._counts == [len(part) for part in self.dataset.datasets]
+        return self.counts == [len(part) for part in self.dataset.datasets]
 
     def __len__(self) -> int:
         return len(self._drawn)

@@ -60,7 +60,7 @@ def test_examples_are_command_lines_that_hold(name, capsys):
     for example in front.examples(name):
         assert example in shown
         words = shlex.split(example.split(">")[0])[1:]
-        assert cli._parser(name).parse_args(words).run
+        assert cli.parser_of(name).parse_args(words).run
 
 
 def test_nobody_is_asked_for_tensorboard():

@@ -233,13 +233,13 @@ def test_two_converts_do_not_mix(one, tmp_path, capsys):
 
 def test_what_another_convert_wrote_meanwhile_stays(one, tmp_path, monkeypatch, capsys):
     target = tmp_path / "x.pt"
-    stock = convert._check
+    stock = convert.alone
 
-    def check(args):
-        stock(args)
+    def alone(dest):
         target.write_text("another's")
+        return stock(dest)
 
-    monkeypatch.setattr(convert, "_check", check)
+    monkeypatch.setattr(convert, "alone", alone)
     assert main(["convert", str(one), str(target)]) == 1
     assert "exists; choose another name" in capsys.readouterr().err
     assert target.read_text() == "another's"

@@ -1,5 +1,8 @@
 """Products by oneDNN and as PyTorch has them, against sums in float64."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from closeness import assert_near
@@ -10,7 +13,8 @@ from fairseq_moe_ext.kernels import matmul
 from fairseq_moe_ext.kernels.linear_cross_entropy import linear_cross_entropy
 from fairseq_moe_ext.moe.experts import Experts
 
-has_onednn = torch.backends.mkldnn.is_available() and matmul._settings() is not None
+switch = getattr(torch.backends.mkldnn, "matmul", None)
+has_onednn = torch.backends.mkldnn.is_available() and hasattr(switch, "fp32_precision")
 needs_onednn = pytest.mark.skipif(not has_onednn, reason="this PyTorch has no switch to oneDNN")
 
 
@@ -132,20 +136,37 @@ def test_few_sizes(dtype, computed, monkeypatch):
 
 @needs_onednn
 def test_the_switch_is_on_in_our_products_alone(computed, monkeypatch):
-    settings = torch.backends.mkldnn.matmul
-    before = settings.fp32_precision
+    before = switch.fp32_precision
     monkeypatch.setattr(matmul, "onednn_is_faster", lambda: True)
     layer, x = matmul.Linear(5, 7), torch.ones(4, 5, requires_grad=True)
     layer(x).sum().backward()
-    assert [switch for switch, _ in computed] == ["bf16"] * 3
-    assert settings.fp32_precision == before
-    # Of several threads the last to leave turns it off.
-    first, second = matmul._switched(True), matmul._switched(True)
-    first.__enter__(), second.__enter__()
-    first.__exit__(None, None, None)
-    assert settings.fp32_precision == "bf16"
-    second.__exit__(None, None, None)
-    assert settings.fp32_precision == before
+    assert [precision for precision, _ in computed] == ["bf16"] * 3
+    assert switch.fp32_precision == before
+
+
+@needs_onednn
+def test_of_several_threads_the_last_turns_the_switch_off(monkeypatch):
+    monkeypatch.setattr(matmul, "onednn_is_faster", lambda: True)
+    before, multiply = switch.fp32_precision, torch.mm
+    inside, leave = threading.Barrier(3), {4: threading.Event(), 8: threading.Event()}
+
+    def mm(a, b):
+        inside.wait(10)
+        leave[len(a)].wait(10)
+        return multiply(a, b)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = (
+            pool.submit(matmul.product, torch.ones(n, 3), torch.ones(3, 2)) for n in leave
+        )
+        inside.wait(10)
+        leave[4].set()
+        first.result()
+        assert switch.fp32_precision == "bf16"
+        leave[8].set()
+        second.result()
+    assert switch.fp32_precision == before
 
 
 @needs_onednn
@@ -216,4 +237,4 @@ def test_they_are_measured_on_the_cpu_while_a_model_is_built_on_meta(computed):
             assert matmul.compared_with_mkl()[1] > 0
     finally:
         torch.set_default_dtype(default)
-    assert {switch for switch, _ in computed} > {"bf16"}
+    assert {precision for precision, _ in computed} > {"bf16"}

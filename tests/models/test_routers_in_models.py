@@ -82,7 +82,7 @@ def test_activation_checkpointing_changes_nothing(name, masked):
             loss.backward()
             model.decoder.router_updates.finish()
             gates = [layer.moe_layer.gate for layer in model.decoder.layers if layer.moe_layer]
-            states += [gate._buffers[n].clone() for gate in gates for n in gate._state_names]
+            states += [s.clone() for gate in gates for s in gate.state.values()]
         results.append(([p.grad for p in model.parameters()], states))
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
@@ -225,7 +225,7 @@ def test_pages_on_experts_look_at_any_router(name):
     model = model_of(name).float().eval()
     gate = model.decoder.layers[1].moe_layer.gate
     watch = specialisation.Watch(gate, torch.Generator().manual_seed(1))
-    look = observing._Gate(1, gate, False, torch.Generator().manual_seed(1))
+    look = observing.WatchedGate(1, gate, False, torch.Generator().manual_seed(1))
     look.real = torch.ones(36, dtype=torch.bool)
     with torch.no_grad():
         model(random_tokens(3, 12))

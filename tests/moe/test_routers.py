@@ -245,7 +245,7 @@ def test_what_is_observed_sums_over_batches(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_it_runs_in_half_precision_and_keeps_its_state(name, dtype):
     layer = adapted(layer_of(name), updates=2)
-    state = {n: layer.gate._buffers[n].clone() for n in layer.gate._state_names}
+    state = {name: value.clone() for name, value in layer.gate.state.items()}
     layer.to(dtype)
     x, ids = batch(10)
     x = x.to(dtype).requires_grad_()
@@ -254,8 +254,8 @@ def test_it_runs_in_half_precision_and_keeps_its_state(name, dtype):
     (loss if found.router_loss is None else loss + found.router_loss).backward()
     assert found.out.dtype == dtype and x.grad.isfinite().all()
     for n, before in state.items():
-        assert layer.gate._buffers[n].dtype == before.dtype
-        assert torch.equal(layer.gate._buffers[n], before)
+        assert layer.gate.state[n].dtype == before.dtype
+        assert torch.equal(layer.gate.state[n], before)
 
 
 def test_a_state_survives_fsdp_s_cast_by_assignment():

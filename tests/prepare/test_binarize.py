@@ -35,11 +35,11 @@ def test_the_files_are_those_of_fairseqs_builder(tmp_path_factory, vocabulary, b
         writer.add(encoded(lines, newline=50))
         for line in [[]] * (number > 0) + lines:
             builder.add_item(torch.tensor([vocabulary - 1 - i for i in line] + [2]))
-    previous, binarize._BLOCK = binarize._BLOCK, block
+    previous, binarize.BLOCK = binarize.BLOCK, block
     try:
         writer.finish(table, dtype_of(vocabulary))
     finally:
-        binarize._BLOCK = previous
+        binarize.BLOCK = previous
     builder.finalize(str(folder / "stock.idx"))
     for suffix in (".bin", ".idx"):
         ours, stock = (folder / f"{name}{suffix}" for name in ("ours", "stock"))

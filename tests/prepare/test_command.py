@@ -369,7 +369,7 @@ def peak_memory(corpus, dest):
     script = (
         "import sys, resource; from fairseq_moe_ext import cli; "
         "from fairseq_moe_ext.prepare import binarize, encode; "
-        "encode.CHUNK_CHARACTERS = 1 << 17; binarize._BLOCK = 1 << 14; "
+        "encode.CHUNK_CHARACTERS = 1 << 17; binarize.BLOCK = 1 << 14; "
         "status = cli.main(sys.argv[1:]); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(status)"
     )

@@ -79,8 +79,8 @@ def test_forgetting_words_changes_nothing(bpe_folder, documents, monkeypatch):
     texts = ["\n\n".join(documents[i : i + 50]) for i in range(0, 400, 50)]
     files = (bpe_folder / "encoder.json", bpe_folder / "vocab.bpe")
     expected = list(map(ByteLevelBPE.from_files(*files).encode, texts))
-    monkeypatch.setattr(tokenizer, "_MAX_REMEMBERED_WORDS", 3)
-    monkeypatch.setattr(tokenizer, "_MAX_REMEMBERED_LENGTH", 4)
+    monkeypatch.setattr(tokenizer, "MAX_REMEMBERED_WORDS", 3)
+    monkeypatch.setattr(tokenizer, "MAX_REMEMBERED_LENGTH", 4)
     assert list(map(ByteLevelBPE.from_files(*files).encode, texts)) == expected
 
 

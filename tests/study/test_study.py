@@ -142,7 +142,7 @@ def test_words_for_factors_and_seeds():
     runs = runs_of({"dense": [(1, 30), (4, 20), (16, 10)], "moe": [(8, 20), (64, 9)]}, (7,))
     mean = math.sqrt(4 / 8 * 16 / (8 * 8 ** (10 / 11)))
     found = {"runs": runs, "factors": result.factors(runs), "planned": 6}
-    said = page._summary(found)
+    said = page.summary_of(found)
     assert f"In domain MoE needs {1 / mean:.2f} times more compute than dense" in said
     assert "one seed, no interval" in said and "out of domain nothing was measured" in said
     assert "seeds" not in said and said.endswith("5 of 6 runs finished.")
@@ -151,7 +151,7 @@ def test_words_for_factors_and_seeds():
     for run in runs:
         run["flops"] *= {("moe", 1): 0.5, ("moe", 2): 3}.get((run["family"], run["seed"]), 1)
     found = {"runs": runs, "factors": result.factors(runs), "planned": 10}
-    assert "which do not agree on which family needs less" in page._summary(found)
+    assert "which do not agree on which family needs less" in page.summary_of(found)
 
 
 def test_no_interval_of_one_seed():
@@ -235,4 +235,4 @@ def test_priming_that_was_ended_is_not_taken_for_finished(tmp_path):
     for said, finished in (({}, True), ({"complete": True}, True), ({"complete": False}, False)):
         path.write_text(json.dumps({**found, **said}))
         assert result.primed(path) == finished
-        assert result._priming(path)["mean"] == (found["mean"] if finished else {})
+        assert result.priming_of(path)["mean"] == (found["mean"] if finished else {})

@@ -111,7 +111,7 @@ def entry_points(checkpoint, tmp_path):
 
 
 def command(line):
-    args = cli._parser(line.split()[0]).parse_args(line.split())
+    args = cli.parser_of(line.split()[0]).parse_args(line.split())
     args.run(args)
 
 

@@ -161,7 +161,7 @@ def test_weights_are_shares_of_tokens_even_if_blocks_differ_in_length(data):
         dataset.set_epoch(epoch)
         sizes = dataset.sizes
         start = 0
-        for name, count in zip(CORPORA, dataset._counts):
+        for name, count in zip(CORPORA, dataset.counts):
             tokens[name] += int(sizes[start : start + count].sum())
             start += count
     shares = {name: tokens[name] / sum(tokens.values()) for name in CORPORA}
@@ -170,11 +170,11 @@ def test_weights_are_shares_of_tokens_even_if_blocks_differ_in_length(data):
 
 def test_temperature_goes_from_proportional_to_even(data):
     total = sum(blocks_of(data, name) for name in CORPORA)
-    proportional = train_set(data)[1]._counts
-    assert train_set(data, "--corpus-temperature", 1)[1]._counts == proportional
-    hot = train_set(data, "--corpus-temperature", 1e9)[1]._counts
+    proportional = train_set(data)[1].counts
+    assert train_set(data, "--corpus-temperature", 1)[1].counts == proportional
+    hot = train_set(data, "--corpus-temperature", 1e9)[1].counts
     assert hot == pytest.approx([total / 3] * 3, rel=0.05)
-    warm = train_set(data, "--corpus-temperature", 2)[1]._counts
+    warm = train_set(data, "--corpus-temperature", 2)[1].counts
     roots = np.sqrt([tokens_of(data, name) for name in CORPORA])
     assert warm == pytest.approx((roots / roots.sum() * total).tolist(), rel=0.05)
 

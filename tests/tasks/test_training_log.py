@@ -66,10 +66,9 @@ def test_the_longest_line_fits():
 def test_utilisation_is_flops_over_the_peak():
     flags = dict(decoder_layers=2, decoder_embed_dim=8, decoder_ffn_embed_dim=12)
     settings = MoETransformerLMConfig(**flags, tokens_per_sample=16)
-    speed = training_line.Speed(settings, 100, 2)
+    speed = training_line.Speed(settings, 100, 2, peak=1e6)
     # Attention's 4 products of 8 x 8 and its scores with 16 tokens, 2 products of 8 x 12; logits.
     token = 2 * (4 * 8 * 8 + 2 * 8 * 16 + 2 * 8 * 12) * 2 + 2 * 8 * 100
-    speed._peak = 1e6
     assert speed.utilisation(50.0) == pytest.approx(3 * token * 50 / 2e6)
     before = torch.get_num_threads()
     assert 1e8 < training_line.peak() < 1e16 and torch.get_num_threads() == before
@@ -153,9 +152,9 @@ def test_the_load_of_the_last_batch_is_over_its_mean(monkeypatch):
     criterion = SimpleNamespace(last_counts=counts)
     trainer = SimpleNamespace(get_criterion=lambda: criterion)
     with context.during(context.training, context.Training(None, trainer)):
-        assert progress._loads("train_inner")[1].tolist() == [1.5, 0.5, 2, 0]
-        assert progress._loads("valid") == {}
-    assert progress._loads("train_inner") == {}
+        assert progress.loads("train_inner")[1].tolist() == [1.5, 0.5, 2, 0]
+        assert progress.loads("valid") == {}
+    assert progress.loads("train_inner") == {}
 
 
 def test_tensorboard_gets_groups_and_histograms(train, tmp_path):
