@@ -9,16 +9,14 @@ import fairseq_cli.eval_lm
 import pytest
 import torch
 from fairseq import options
-from fairseq.data import indexed_dataset
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from processes import run_processes
 from small_models import VOCABULARY, build_model
+from training import USER_DIR, status_of, write_data_bin
 from updates import as_sample, batches, configure, make_trainer
 
-import fairseq_moe_ext
 from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
 
-USER_DIR = str(Path(fairseq_moe_ext.__file__).parent)
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
 needs_reference = pytest.mark.skipif(
     not REFERENCE.is_dir(), reason=f"the branch's own checkpoint is not there: {REFERENCE}"
@@ -47,15 +45,13 @@ SMALL = {"_name": "transformer_lm_gpt2_tiny", **SHAPE}
 
 
 def make_data_bin(folder, dictionary):
-    dictionary.save(str(folder / "dict.txt"))
     generator = torch.Generator().manual_seed(3)
-    for split in ("train", "valid"):
-        writer = indexed_dataset.make_builder(str(folder / f"{split}.bin"), "mmap", len(dictionary))
-        for length in range(5, 17):
-            words = torch.randint(4, len(dictionary), (length,), generator=generator)
-            writer.add_item(torch.cat([words, torch.tensor([dictionary.eos()])]).int())
-        writer.finalize(str(folder / f"{split}.idx"))
-    return str(folder)
+
+    def rows():
+        sizes = range(5, 17)
+        return [torch.randint(4, len(dictionary), (n,), generator=generator) for n in sizes]
+
+    return write_data_bin(folder, {"train": rows(), "valid": rows()}, dictionary)
 
 
 def evaluate(rank, world, line):
@@ -178,16 +174,9 @@ def restored(rank, folder, path, flags, world, reset=False):
     return updates, found
 
 
-def run(capsys, monkeypatch, name, line):
+def run(capsys, name, line):
     """A command of fairseq in this process; its status and what it says on stderr."""
-    module = __import__(f"fairseq_cli.{name}", fromlist=["cli_main"])
-    monkeypatch.setattr(sys, "argv", [f"fairseq-{name}", *line.split()])
-    try:
-        module.cli_main()
-        status = 0
-    except SystemExit as stop:
-        status = stop.code or 0
-    return status, capsys.readouterr().err
+    return status_of(f"fairseq-{name} {line}"), capsys.readouterr().err
 
 
 TRAIN = f"--user-dir {USER_DIR} --task language_modeling --criterion moe_cross_entropy --cpu"

@@ -28,6 +28,26 @@ SMALL = dict(
 TRAINING = dict(max_tokens=None, batch_size=None, ddp_backend="legacy_ddp")
 MOE = dict(moe_freq=2, moe_expert_count=6, moe_second_expert_policy="all")
 
+# kinds of experts, to add to MOE
+KINDS = {
+    "gated": {"activation_fn": "swiglu"},
+    "shared": {"moe_shared_experts": 2, "moe_shared_expert_ffn_dim": 12},
+    "latent": {"moe_latent_dim": 5, "moe_expert_ffn_dim": 9, "moe_top_k": 3},
+    "null": {"moe_null_experts": 4, "moe_top_k": 3},
+    "listed": {"moe_layers": "0,3"},
+    "first dense": {"moe_freq": 1, "moe_first_dense": 2},
+    "all": {
+        "activation_fn": "geglu",
+        "moe_shared_experts": 1,
+        "moe_latent_dim": 6,
+        "moe_freq": 1,
+        "moe_first_dense": 1,
+        "moe_top_k": 3,
+        "moe_null_experts": 2,
+    },
+    "twin": {"moe_dense_twin": True, "activation_fn": "swiglu", "moe_latent_dim": 5},
+}
+
 
 def make_task(vocabulary=VOCABULARY):
     """All of a task that building a model asks for."""

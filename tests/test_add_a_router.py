@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import make_data
+from training import error_in, make_data
 
 ROOT = Path(__file__).resolve().parents[1]
 PLUGIN = ROOT / "examples" / "add_a_router"
@@ -93,7 +93,6 @@ def test_without_the_plugin_the_router_is_named(trained):
         [str(BIN / part) if i == 0 else part for i, part in enumerate(line.split())],
         cwd=trained, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    errors = [row for row in done.stderr.splitlines() if row.startswith("error:")]
-    assert done.returncode == 1 and len(errors) == 1
-    assert "--moe-router cosine is unknown: use topk, " in errors[0]
-    assert "or pass the plugin that registers it (--user-dir)" in errors[0]
+    assert done.returncode == 1
+    words = "--moe-router cosine is unknown: use topk, .* or pass the plugin that registers it"
+    assert re.search(words, error_in(done.stderr))

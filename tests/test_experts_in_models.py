@@ -1,11 +1,11 @@
-"""Kinds of experts in whole models: training on one process and on several, evaluation, generation,
-checkpoints, conversion, freezing, activation checkpointing."""
+"""Kinds of experts in whole models: training on several processes, checkpoints, conversion, frozen
+parts. tests/models/test_language_model.py has what one process computes."""
 
 import pytest
 import torch
 from converting import convert, evaluated, load, logits, mistake, same
 from processes import run_processes
-from small_models import MOE, build_model, make_config, random_tokens
+from small_models import MOE, make_config
 from training import SAVED, SHARDED, TRAIN, error_of, make_data, resume, train_on
 from training import first_run as first_run_of
 from updates import WORLD, assert_same, configure, one_process, processes, save_dictionary, train
@@ -14,25 +14,7 @@ from fairseq_moe_ext.branch.writing import branch_settings
 from fairseq_moe_ext.config_checks import validate
 from fairseq_moe_ext.errors import UserError
 
-KINDS = {
-    "gated": {"activation_fn": "swiglu"},
-    "shared": {"moe_shared_experts": 2, "moe_shared_expert_ffn_dim": 12},
-    "latent": {"moe_latent_dim": 5, "moe_expert_ffn_dim": 9, "moe_top_k": 3},
-    "null": {"moe_null_experts": 4, "moe_top_k": 3},
-    "listed": {"moe_layers": "0,3"},
-    "first dense": {"moe_freq": 1, "moe_first_dense": 2},
-    "all": {
-        "activation_fn": "geglu",
-        "moe_shared_experts": 1,
-        "moe_latent_dim": 6,
-        "moe_freq": 1,
-        "moe_first_dense": 1,
-        "moe_top_k": 3,
-        "moe_null_experts": 2,
-    },
-    "twin": {"moe_dense_twin": True, "activation_fn": "swiglu", "moe_latent_dim": 5},
-}
-# The same for command lines, of models with two layers.
+# Kinds of experts of models with two layers.
 LINES = {
     "gated": "--activation-fn swiglu --moe-layers 0",
     "shared": "--moe-shared-experts 2 --moe-expert-ffn-dim 5 --moe-freq 1",
@@ -51,65 +33,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return make_data(tmp_path_factory.mktemp("data"))
-
-
-def made(kind, **flags):
-    return build_model(**{**MOE, **KINDS[kind], **flags})
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_token_by_token_equals_one_pass(kind):
-    model, tokens = made(kind, moe_dropless=True).double().eval(), random_tokens()
-    whole, state = model(tokens)[0], {}
-    steps = [
-        model.decoder(tokens[:, : i + 1], incremental_state=state)[0] for i in range(tokens.size(1))
-    ]
-    torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=1e-9, atol=1e-9)
-    for row in range(len(tokens)):  # nor does a row depend on its batch
-        torch.testing.assert_close(model(tokens[row : row + 1])[0][0], whole[row])
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_follows_changes_nothing_in_training_either(kind):
-    model, tokens = made(kind, moe_dropless=True).double().train(), random_tokens()
-    other = tokens.clone()
-    other[:, 7:] = other[:, 7:].flip(0)
-    before, after = (model(each)[0][:, :7] for each in (tokens, other))
-    torch.testing.assert_close(before, after, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_activation_checkpointing_changes_no_number(kind):
-    tokens, found = random_tokens(), []
-    for recompute in (False, True):
-        model = made(kind, checkpoint_activations=recompute, dropout=0.1).double().train()
-        torch.manual_seed(7)
-        loss, extra = model(tokens, target=tokens.roll(-1, dims=1))
-        loss = loss + sum(record.balance_loss for record in extra["moe"])
-        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
-    for plain, again in zip(*found):
-        torch.testing.assert_close(again, plain, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("dtype, near", [(torch.float16, 0.01), (torch.bfloat16, 0.05)])
-@pytest.mark.parametrize("kind", ["gated", "all"])
-def test_half_precision_is_near(kind, dtype, near):
-    model, tokens = made(kind, moe_dropless=True, moe_gating_use_fp32=True).eval(), random_tokens()
-    expected = model(tokens, target=tokens)[0]
-    assert float(model.to(dtype)(tokens, target=tokens)[0]) == pytest.approx(float(expected), near)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["gated", "all", "twin"])
-def test_compiled_is_the_same(kind):
-    torch._dynamo.reset()
-    tokens, found = random_tokens(), []
-    for compiled in (False, True):
-        model = made(kind, compile=compiled).train()
-        loss = model(tokens, target=tokens.roll(-1, dims=1))[0]
-        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
-    for plain, again in zip(*found):
-        torch.testing.assert_close(again, plain, rtol=1e-4, atol=1e-5)
 
 
 def processes_errors(folder, flags):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from branch_checkpoints import SMALL
 from branch_files import random_tensors, write, write_dense
-from fairseq.data import Dictionary, indexed_dataset
+from training import words, write_data_bin
 
 from fairseq_today import finding
 
@@ -47,16 +47,8 @@ def fairseq(folder, line):
 def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finding")
     (folder / "bin").mkdir()
-    dictionary = Dictionary()
-    for i in range(36):
-        dictionary.add_symbol(f"w{i}")
-    dictionary.save(str(folder / "bin" / "dict.txt"))
-    for split in ("train", "valid"):
-        prefix = str(folder / "bin" / split)
-        writer = indexed_dataset.make_builder(prefix + ".bin", "mmap", len(dictionary))
-        for i in range(20):
-            writer.add_item(torch.tensor([4 + (i + j) % 30 for j in range(9)] + [2]))
-        writer.finalize(prefix + ".idx")
+    rows = [[4 + (i + j) % 30 for j in range(9)] for i in range(20)]
+    write_data_bin(folder / "bin", {"train": rows, "valid": rows}, words(36))
     return folder
 
 

@@ -1,19 +1,16 @@
 """Searches of fairseq's SequenceGenerator over our model, against plain loops."""
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from fairseq import checkpoint_utils, search
 from fairseq.sequence_generator import SequenceGenerator
 from small_models import MOE, PAD, build_model, make_task
+from training import USER_DIR, fairseq
 
-import fairseq_moe_ext
 from fairseq_moe_ext import context
 
-USER_DIR = Path(fairseq_moe_ext.__file__).parent
 EOS = 2
 DICTIONARY = make_task().source_dictionary
 
@@ -142,14 +139,11 @@ def test_an_overlong_line_does_not_end_the_session(model, monkeypatch, capsys, t
     path = tmp_path / "model.pt"
     lines = ["w1 w2", " ".join(["w3"] * 64), "none of these", "", "w4"]
     (tmp_path / "input").write_text("\n".join(lines) + "\n")
-    module = __import__("fairseq_cli.interactive", fromlist=["cli_main"])
     monkeypatch.setattr(
         checkpoint_utils, "load_model_ensemble", lambda *args, **kwargs: ([model.float()], None)
     )
-    line = f"{folder} --task language_modeling --path {path} --beam 2 --max-len-b 6 --cpu"
-    line += f" --input {tmp_path / 'input'} --user-dir {USER_DIR}"
-    monkeypatch.setattr(sys, "argv", ["fairseq-interactive", *line.split()])
-    module.cli_main()
+    line = f"fairseq-interactive {folder} --task language_modeling --path {path} --cpu"
+    fairseq(f"{line} --beam 2 --max-len-b 6 --input {tmp_path / 'input'} --user-dir {USER_DIR}")
     out, err = capsys.readouterr()
     assert [word for word in ("H-0", "H-1", "H-2", "H-3", "H-4") if word in out] == [
         "H-0",

@@ -17,7 +17,6 @@ import pytest
 import torch
 from fairseq import optim, tasks
 from fairseq.criterions.cross_entropy import CrossEntropyCriterionConfig
-from fairseq.data import Dictionary, indexed_dataset
 from fairseq.dataclass.initialize import add_defaults, hydra_init
 from fairseq.dataclass.utils import omegaconf_no_object_check
 from fairseq.optim import lr_scheduler
@@ -26,6 +25,7 @@ from fairseq.optim.lr_scheduler.polynomial_decay_schedule import PolynomialDecay
 from fairseq.tasks.language_modeling import LanguageModelingConfig
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
+from training import words, write_data_bin
 
 import fairseq_moe_ext
 from fairseq_moe_ext.config import MoETransformerLMConfig
@@ -172,28 +172,15 @@ def resolved(cfg: DictConfig) -> DictConfig:
         return OmegaConf.create(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
 
 
-def write_split(prefix: Path, dictionary: Dictionary, lines: int, seed: int) -> None:
-    generator = np.random.RandomState(seed)
-    builder = indexed_dataset.make_builder(f"{prefix}.bin", "mmap", vocab_size=len(dictionary))
-    for _ in range(lines):
-        tokens = generator.randint(dictionary.nspecial, len(dictionary), size=11)
-        builder.add_item(torch.tensor([*tokens, dictionary.eos()]))
-    builder.finalize(f"{prefix}.idx")
-
-
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Path:
     """A folder with the data-bin `data` and the mixture `corpora`, with a vocabulary of 20."""
     folder = tmp_path_factory.mktemp("hydra")
-    dictionary = Dictionary()
-    for number in range(16):
-        dictionary.add_symbol(f"w{number}")
+    rows = np.random.RandomState(1).randint(4, 20, size=(15, 11))
     for data_bin in ("data", "corpora", "corpora/docs", "corpora/code"):
         (folder / data_bin).mkdir()
-        dictionary.save(str(folder / data_bin / "dict.txt"))
-        if data_bin != "corpora":
-            write_split(folder / data_bin / "train", dictionary, lines=12, seed=1)
-            write_split(folder / data_bin / "valid", dictionary, lines=3, seed=2)
+        splits = {} if data_bin == "corpora" else {"train": rows[:12], "valid": rows[12:]}
+        write_data_bin(folder / data_bin, splits, words(16))
     return folder
 
 

@@ -79,7 +79,7 @@ ALLOWED = {
             priming accuracy data_bin evaluation expert_parallel models questions
             tokenizer_files
             """,
-        "forecast": "forecast",
+        "forecast": "forecast evaluation",
         "study": "study accuracy cli cost data_bin evaluation forecast ranges shape",
         "convert": """
             convert branch checkpoint config cost data_bin expert_parallel models moe.experts

@@ -13,9 +13,8 @@ from pathlib import Path
 import fairseq
 import pytest
 import torch
-from fairseq.data import Dictionary, indexed_dataset
 from fairseq.trainer import Trainer
-from torch import tensor
+from training import write_data_bin
 
 import fairseq_today
 from fairseq_moe_ext import cli, patch_list
@@ -162,15 +161,8 @@ print(json.dumps([sorted(found), sorted(views), "fairseq_moe_ext" in sys.modules
 
 def test_a_training_of_fairseqs_own_has_only_what_it_needs_to_run(tmp_path):
     """Where the plugin is installed, and the command line names nothing of it."""
-    dictionary = Dictionary()
-    for i in range(20):
-        dictionary.add_symbol(f"w{i}")
-    dictionary.save(str(tmp_path / "dict.txt"))
-    for split in ("train", "valid"):
-        builder = indexed_dataset.make_builder(str(tmp_path / f"{split}.bin"), "mmap", 24)
-        for _ in range(8):
-            builder.add_item(tensor([4, 5, 6, 7, 8, 9, 10, 2]))
-        builder.finalize(str(tmp_path / f"{split}.idx"))
+    rows = [range(4, 11)] * 8
+    write_data_bin(tmp_path, {"train": rows, "valid": rows})
     line = f"{tmp_path} --task language_modeling --arch transformer_lm --decoder-layers 1"
     line += " --decoder-embed-dim 8 --decoder-ffn-embed-dim 8 --decoder-attention-heads 1"
     line += " --tokens-per-sample 8 --batch-size 4 --optimizer adam --lr 0.01 --max-update 1"

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 from fairseq.distributed import utils as distributed_utils
 from omegaconf import OmegaConf
+from training import status_of
 
 import fairseq_moe_ext
 from fairseq_moe_ext import ranges, starting
@@ -208,13 +209,7 @@ def train(capsys, line):
     small = f"--user-dir {Path(fairseq_moe_ext.__file__).parent} --cpu --num-workers 0"
     small += " --decoder-layers 2 --decoder-embed-dim 16 --decoder-ffn-embed-dim 32"
     small += " --decoder-attention-heads 2 --tokens-per-sample 32 --optimizer adam --lr 0.01"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["fairseq-train", *small.split(), *line.split()])
-        try:
-            __import__("fairseq_cli.train", fromlist=["cli_main"]).cli_main()
-            status = 0
-        except SystemExit as stop:
-            status = stop.code
+    status = status_of(f"fairseq-train {small} {line}")
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     return status, errors
 

@@ -1,12 +1,14 @@
-"""Runs of fairseq-train and fairseq-eval-lm on tiny data, in this process and on several."""
+"""Tiny data, and runs of fairseq's commands on it, in this process and on several."""
 
 import hashlib
+import importlib
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from fairseq import checkpoint_utils, options
 from fairseq.data import Dictionary, indexed_dataset
@@ -18,31 +20,90 @@ from processes import run_processes
 import fairseq_moe_ext
 from fairseq_moe_ext.checkpoint.format import MANIFEST, Manifest
 from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.prepare.command import Options, parse_corpora, prepare
 
+USER_DIR = str(Path(fairseq_moe_ext.__file__).parent)
 GLOBAL_BATCH, SAVED, UPDATES = 8, 4, 14  # sentences; the updates before and after the checkpoint
 MODEL = "--task language_modeling --arch moe_lm_tiny --criterion moe_cross_entropy --cpu"
 MODEL += " --decoder-layers 2 --decoder-embed-dim 8 --decoder-ffn-embed-dim 12 --dropout 0"
 MODEL += " --decoder-attention-heads 2 --tokens-per-sample 8 --attention-dropout 0"
 MODEL += " --moe-gate-loss-wt 0.1 --moe-routing-scope world --ddp-backend legacy_ddp"
-MODEL += f" --user-dir {Path(fairseq_moe_ext.__file__).parent}"
+MODEL += f" --user-dir {USER_DIR}"
 TRAIN = f"{MODEL} --optimizer adam --lr 0.01 --clip-norm 0.5 --max-update {UPDATES}"
 TRAIN += " --required-batch-size-multiple 1 --num-workers 0 --curriculum 100"
 TRAIN += " --no-progress-bar --log-format none --disable-validation"
 
 
-def make_data(folder):
-    """A data-bin of 1,000 tokens: 125 rows, 16 updates an epoch."""
+def words(number):
+    """A dictionary of w0, w1, ..., which are 4, 5, ... in it."""
     dictionary = Dictionary()
-    for i in range(20):
+    for i in range(number):
         dictionary.add_symbol(f"w{i}", n=100 - i)
+    return dictionary
+
+
+def write_data_bin(folder, splits, dictionary=None):
+    """A data-bin of 20 words, or a dictionary's. splits: name -> rows of ids, without eos."""
+    dictionary = dictionary or words(20)
     dictionary.save(str(folder / "dict.txt"))
-    for split, sentences in (("train", 100), ("valid", 8)):
+    for split, rows in splits.items():
         writer = indexed_dataset.make_builder(str(folder / f"{split}.bin"), "mmap", len(dictionary))
-        for i in range(sentences):
-            words = " ".join(f"w{(i * i + j * (1 + i % 3)) % 20}" for j in range(9))
-            writer.add_item(dictionary.encode_line(words, add_if_not_exist=False))
+        for row in rows:
+            writer.add_item(torch.tensor([*row, dictionary.eos()]))
         writer.finalize(str(folder / f"{split}.idx"))
     return str(folder)
+
+
+def make_data(folder):
+    """A data-bin of 1,000 tokens: 125 rows, 16 updates an epoch."""
+    rows = [[4 + (i * i + j * (1 + i % 3)) % 20 for j in range(9)] for i in range(100)]
+    return write_data_bin(folder, {"train": rows, "valid": rows[:8]})
+
+
+def prepare_text(folder, text, vocabulary=280):
+    """folder/data, with a tokenizer, of one corpus `a`, whose splits are all the text."""
+    (folder / "a.txt").write_text(text)
+    specs = [f"a:{split}={folder / 'a.txt'}" for split in ("train", "valid", "test")]
+    prepare(folder / "data", Options(corpora=parse_corpora(specs, []), train_bpe=vocabulary))
+    return folder / "data"
+
+
+def fairseq(line):
+    """A command of fairseq in this process, as `fairseq-train data --arch ...`."""
+    words = line.split()
+    module = importlib.import_module(f"fairseq_cli.{words[0][len('fairseq-') :].replace('-', '_')}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", words)
+        # fairseq-validate sets up logging anew, on what capsys will have closed
+        patch.setattr(module, "reset_logging", lambda: None, raising=False)
+        module.cli_main()
+
+
+def status_of(line):
+    """As `fairseq`; the command's exit status."""
+    try:
+        fairseq(line)
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
+def error_in(err):
+    """The one error line of what a command wrote to stderr, without a traceback."""
+    errors = [line for line in err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "Traceback" not in err and "UserError" not in err, err
+    return errors[0]
+
+
+def train_small(data, folder, flags):
+    """fairseq-train of two layers of width 16, in this process -> the checkpoint."""
+    fairseq(
+        f"""fairseq-train {data} --user-dir {USER_DIR} --save-dir {folder} --cpu --num-workers 0
+        --arch moe_transformer_lm --decoder-layers 2 --decoder-embed-dim 16
+        --decoder-ffn-embed-dim 16 --decoder-attention-heads 2 --criterion moe_cross_entropy
+        --tokens-per-sample 32 --batch-size 4 --optimizer adam --lr 0.02 {flags}"""
+    )
+    return folder / "checkpoint_last.pt"
 
 
 def settings(line, rank, world):
@@ -135,7 +196,7 @@ def manifest_of(path):
 SHARDED = "--ddp-backend fully_sharded --min-params-to-wrap"
 
 
-EVAL = f"--user-dir {Path(fairseq_moe_ext.__file__).parent} --gen-subset valid --cpu"
+EVAL = f"--user-dir {USER_DIR} --gen-subset valid --cpu"
 EVAL += " --tokens-per-sample 8 --num-workers 0 --batch-size 4 --log-format none"
 
 

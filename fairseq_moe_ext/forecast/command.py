@@ -8,8 +8,8 @@ from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from typing import Any, Dict, List
 
-from .. import files
 from ..errors import UserError
+from ..evaluation import study_result
 from ..text_table import add_form_flags, formed
 from .fit import COEFFICIENTS, Estimate, Point, fit
 from .laws import HASH, LAWS, S_BASE, Model, number, outside
@@ -168,29 +168,28 @@ def _fitted(args: Namespace, model: Model) -> Dict[str, Any]:
 
 def study_points(path: Path, group: str) -> List[Point]:
     """The points of a study's result.json. Raises UserError where it lacks what a law needs."""
-    result = files.read_json(path)
-    runs = result.get("runs") if isinstance(result, dict) else None
-    if not isinstance(runs, list) or not runs:
-        raise UserError(f"--fit {path}: has no runs; give the result.json of fairseq-moe study")
-    points = []
-    for run in runs:
-        measured = {**run.get("sets", {}), **run.get("mean", {})}
-        if group not in measured:
-            raise UserError(f"--group {group}: not in {path}; it has {', '.join(measured)}")
-        if "experts" not in run:
-            raise UserError(
-                f"--fit {path}: does not say how many experts its models have; start the study's "
-                "command again to write it anew"
-            )
-        size = run["flops"] / run["tokens"] / 6
-        loss = math.log(measured[group]["perplexity"])
-        points.append(Point(size, max(1, run["experts"]), loss))
-    tokens = {run["tokens"] for run in runs}
+    runs = study_result.read(path, "--fit ")["runs"]
+    with study_result.as_written(f"--fit {path}"):
+        points = [_point(run, path, group) for run in runs]
+        tokens = {run["tokens"] for run in runs}
     if len(tokens) > 1:
         raise UserError(
             f"--fit {path}: its models saw different numbers of tokens; a law is fitted at one"
         )
     return points
+
+
+def _point(run: study_result.RunResult, path: Path, group: str) -> Point:
+    measured = {**run["sets"], **run["mean"]}
+    if group not in measured:
+        raise UserError(f"--group {group}: not in {path}; it has {', '.join(measured)}")
+    if "experts" not in run:
+        raise UserError(
+            f"--fit {path}: does not say how many experts its models have; start the study's "
+            "command again to write it anew"
+        )
+    size = run["flops"] / run["tokens"] / 6
+    return Point(size, max(1, run["experts"]), math.log(measured[group]["perplexity"]))
 
 
 def table() -> List[List[str]]:

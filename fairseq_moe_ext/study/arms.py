@@ -3,11 +3,11 @@
 import math
 from typing import Dict, List, Optional, Sequence, Tuple
 
+from ..evaluation.study_result import Compared, RunResult, StudyResult
 from ..text_table import markdown
 from ..wording import count, signed, small
 from .paired import Difference, holm, paired
 from .result import GROUPS, performance
-from .result_file import Compared, RunResult, StudyResult
 
 LEVEL = 0.05
 TITLES = {"in_domain": "in domain", "out_of_domain": "out of domain"}

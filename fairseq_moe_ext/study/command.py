@@ -13,9 +13,10 @@ from tqdm import tqdm
 
 from .. import files, outputs
 from ..errors import UserError
+from ..evaluation import study_result
 from ..text_table import plain
 from ..wording import count
-from . import arms, result_file
+from . import arms
 from . import plan as plans
 from . import result as results
 from .plan import Plan, Run
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     if plan.reference:
         result["reference"] = plan.reference
         result["comparison"] = arms.compare(result["runs"], plan.reference)
-    result_file.write(plan.out / "result.json", result)
+    study_result.write(plan.out / "result.json", result)
     if plan.reference:
         outputs.write_text(plan.out / "comparison.md", arms.page(result))
     print(plain(arms.table(result) if plan.reference else results.table(result)))
@@ -144,7 +145,7 @@ def _check_result(out: Path) -> None:
         raise UserError(f"{out}: `out` is not a folder; name another")
     outputs.check([("", path)], overwrite=True)
     if path.exists():
-        if not result_file.is_result(files.read_json(path)):
+        if not study_result.is_result(files.read_json(path)):
             raise UserError(f"{path}: is not a study's result; move it elsewhere")
 
 

@@ -6,16 +6,16 @@ from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, cast
 
 from .. import files, outputs
 from ..errors import UserError
-from ..evaluation import figures, paper, report, specialisation
+from ..evaluation import figures, paper, report, specialisation, study_result
 from ..evaluation.specialisation import LayerUse
 from ..evaluation.speedup import Points, in_words
+from ..evaluation.study_result import StudyResult
 from ..wording import count
-from . import fine_tuning, result_file, tables
+from . import fine_tuning, tables
 from . import result as results
 from .ladder import page as ladder_page
 from .ladder.result import LadderResult
 from .plan import FAMILIES
-from .result_file import StudyResult
 from .tables import LABELS, TITLES
 
 _OURS, _PAPER = 2, 3  # styles of factors, beside 0 and 1, the families'
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the page. Raises UserError for files that are missing."""
-    result = result_file.read(args.folder / "result.json")
+    result = study_result.read(args.folder / "result.json")
     if ladder_page.is_result(result):
         number = ladder_page.write(args.folder, cast(LadderResult, result), args.png)
         print(f"{args.folder / 'report.html'}, and {number} charts in {args.folder / 'figures'}")
@@ -47,15 +47,10 @@ def run(args: argparse.Namespace) -> None:
         )
     use = None if args.expert_use is None else specialisation.read(args.expert_use)
     tuned = None if args.fine_tuning is None else fine_tuning.read(args.fine_tuning)
-    try:
+    read = filter(None, (args.folder / "result.json", args.expert_use, args.fine_tuning))
+    with study_result.as_written(*read):
         charts = _charts(result)
         page = html(result, charts, use, tuned)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
-        read = filter(None, (args.folder / "result.json", args.expert_use, args.fine_tuning))
-        raise UserError(
-            f"{', '.join(map(str, read))}: not as it was written ({type(error).__name__}: {error})"
-            f": make it again"
-        ) from error
     folder = args.folder / "figures"
     try:
         folder.mkdir(exist_ok=True)

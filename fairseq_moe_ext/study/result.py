@@ -8,10 +8,10 @@ from .. import accuracy, cost, files
 from ..errors import UserError
 from ..evaluation.cost_table import checkpoint_settings
 from ..evaluation.speedup import Factor, overlap, speedup_factors
+from ..evaluation.study_result import GroupFactors, Priming, RunResult, StudyResult, TaskResult
 from ..shape import shape_of
 from . import logs
 from .plan import FAMILIES, Plan, Run, typed
-from .result_file import GroupFactors, Priming, RunResult, StudyResult, TaskResult
 from .router_metrics import router_metrics
 
 GROUPS = ("in_domain", "out_of_domain")

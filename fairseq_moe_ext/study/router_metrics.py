@@ -1,22 +1,13 @@
 """What a training's log says of its routers: load, drops, and the FLOPs that were computed."""
 
 from pathlib import Path
-from typing import TypedDict
 
 from .. import cost
+from ..evaluation.study_result import RouterMetrics
 from ..shape import Shape
 from . import logs
 
 LAST = 0.2  # the share of a training, at its end, over which load and drops are averaged
-
-
-class RouterMetrics(TypedDict, total=False):
-    """Means over MoE layers; of a dense model all are missing."""
-
-    load_max: float  # choices of the most chosen expert over the mean, per update
-    overflow: float  # choices dropped, in per cent
-    experts_per_token: float  # before dropping, over the whole training
-    flops_per_token: float  # computed in training
 
 
 def router_metrics(log: Path, shape: Shape, context: int) -> RouterMetrics:

@@ -6,10 +6,10 @@ from typing import Dict, List, Optional, Sequence, Tuple
 from ..accuracy import in_percent, wilson_interval
 from ..evaluation import figures, paper
 from ..evaluation.cost_table import TABLE_1_HEAD, table_1
+from ..evaluation.study_result import RunResult, StudyResult, TaskResult
 from ..wording import count, signed, small
 from . import fine_tuning
 from . import result as results
-from .result_file import RunResult, StudyResult, TaskResult
 
 LABELS = {"dense": "Dense", "moe": "MoE"}
 TITLES = {

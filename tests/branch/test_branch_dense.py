@@ -75,15 +75,15 @@ def test_all_commands_read_a_dense_file(
     line = f"{data} --user-dir {USER_DIR} --path {path} --cpu --batch-size 1"
     evaluated = f"{line} --gen-subset valid --sample-break-mode eos --tokens-per-sample 64"
     with caplog.at_level("INFO"):
-        assert run(capsys, monkeypatch, "eval_lm", evaluated)[0] == 0
+        assert run(capsys, "eval_lm", evaluated)[0] == 0
         assert f"Loss (base 2): {expected:.4f}" in caplog.text
     # without --task: the command goes by the checkpoint's
     monkeypatch.setattr("fairseq_cli.validate.reset_logging", lambda: None)
-    status, err = run(capsys, monkeypatch, "validate", f"{line} --num-workers 0")
+    status, err = run(capsys, "validate", f"{line} --num-workers 0")
     assert status == 0, err
     generated = f"{line} --gen-subset valid --sample-break-mode eos --beam 1 --prefix-size 2"
     generated += " --task language_modeling --max-len-b 5 --tokens-per-sample 64"
-    status, err = run(capsys, monkeypatch, "generate", generated)
+    status, err = run(capsys, "generate", generated)
     assert status == 0, err
     model_of_ours = priming_model.load(path, Path(data), cpu=True)
     torch.testing.assert_close(
@@ -108,7 +108,7 @@ def test_training_goes_on_from_a_dense_file(tmp_path, data, capsys, monkeypatch)
         raise SystemExit(0)
 
     monkeypatch.setattr(Trainer, "load_checkpoint", load_checkpoint)
-    assert run(capsys, monkeypatch, "train", f"{line} --save-dir {tmp_path / 'new'}") == (0, "")
+    assert run(capsys, "train", f"{line} --save-dir {tmp_path / 'new'}") == (0, "")
     for number, name in enumerate(names):
         expected = remembered(name, dict(model.named_parameters())[name].shape)
         assert torch.equal(found[number]["exp_avg"], expected["exp_avg"]), name

@@ -1,9 +1,12 @@
 """The layout of the released models, from their names to perplexities."""
 
+import re
+
 import branch_files
 import pytest
 from branch_checkpoints import SMALL, USER_DIR, make_data_bin, perplexities, run
 from fairseq.data import Dictionary
+from training import error_in
 
 from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
 
@@ -50,10 +53,8 @@ def test_a_dictionary_of_another_size_is_told_with_its_remedy(
 ):
     data = make_data_bin(tmp_path, gpt2_dictionary(50257))
     line = f"{data} --path {released}/model.pt --user-dir {USER_DIR} --gen-subset valid --cpu"
-    status, err = run(capsys, monkeypatch, "eval_lm", line)
-    errors = [line for line in err.splitlines() if line.startswith("error:")]
-    assert status == 1 and len(errors) == 1
-    assert "50264" in errors[0] and "50261" in errors[0] and "madeupword" in errors[0]
+    status, err = run(capsys, "eval_lm", line)
+    assert status == 1 and re.search("50264.*50261.*madeupword", error_in(err))
 
 
 def test_a_padded_dictionary_fits_a_padded_vocabulary(tmp_path):

@@ -194,7 +194,7 @@ def test_fairseq_train_starts_from_it(tmp_path, data, capsys, monkeypatch, caplo
         line += f" --save-dir {target}"
     line += " --max-target-positions 64"
     with caplog.at_level("INFO"):
-        status, err = run(capsys, monkeypatch, "train", line)
+        status, err = run(capsys, "train", line)
     assert status == 0, err
     assert "Loaded checkpoint" in caplog.text
     saved = torch.load(target / "checkpoint_last.pt", weights_only=True)

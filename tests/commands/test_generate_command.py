@@ -4,16 +4,14 @@ import io
 import json
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from training import prepare_text, train_small
 
-import fairseq_moe_ext
 from fairseq_moe_ext import cli, tokenizer_files
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
-from fairseq_moe_ext.prepare.command import Options, parse_corpora, prepare
 
 TEXT = "the cat sat on the mat\nand saw a dog\n\n" * 20
 
@@ -22,19 +20,10 @@ TEXT = "the cat sat on the mat\nand saw a dog\n\n" * 20
 def runs(tmp_path_factory):
     """A folder with data/, and two models in moe/ and dense/."""
     folder = tmp_path_factory.mktemp("generate")
-    (folder / "a.txt").write_text(TEXT)
-    specs = [f"a:{split}={folder / 'a.txt'}" for split in ("train", "valid", "test")]
-    prepare(folder / "data", Options(corpora=parse_corpora(specs, []), train_bpe=280))
+    data = prepare_text(folder, TEXT)
     for name, flags in (("moe", "--moe-freq 2 --moe-expert-count 2"), ("dense", "--moe-freq 0")):
-        line = f"""fairseq-train {folder / "data"} --task mixture_language_modeling --cpu {flags}
-            --user-dir {Path(fairseq_moe_ext.__file__).parent} --arch moe_transformer_lm
-            --decoder-layers 2 --decoder-embed-dim 16 --decoder-ffn-embed-dim 16 --batch-size 4
-            --decoder-attention-heads 2 --tokens-per-sample 32 --lr 0.02 --optimizer adam
-            --criterion moe_cross_entropy --max-update 20 --num-workers 0 --save-dir {folder / name}
-            """
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", line.split())
-            __import__("fairseq_cli.train", fromlist=["cli_main"]).cli_main()
+        flags += " --task mixture_language_modeling --max-update 20"
+        train_small(data, folder / name, flags)
     return folder
 
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from command_runs import EVAL, MOE, TRAIN
+from training import error_in
 
 from fairseq_moe_ext.checkpoint.starting import check_inputs
 from fairseq_moe_ext.errors import UserError
@@ -105,5 +106,4 @@ def test_the_suffix_of_a_shard_counts(tmp_path):
 def test_evaluation_of_what_is_no_file(make, command, data, tmp_path):
     path = make(tmp_path)
     status, _, _, err = command("eval_lm", f"{data} {EVAL} --path {path}")
-    errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert status == 1 and len(errors) == 1 and str(path) in errors[0]
+    assert status == 1 and str(path) in error_in(err)

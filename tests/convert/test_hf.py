@@ -2,21 +2,18 @@
 
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import branch_files
 import pytest
 import torch
 import yaml
 from converting import convert, load, mistake, same
+from training import prepare_text, train_small
 
-import fairseq_moe_ext
 from fairseq_moe_ext import tokenizer_files
 from fairseq_moe_ext.convert import hf_folder, model_card
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
-from fairseq_moe_ext.prepare.command import Options, parse_corpora, prepare
 from fairseq_moe_ext.questions.vocabulary import Vocabulary
 
 transformers = pytest.importorskip("transformers", reason="pip install transformers")
@@ -46,10 +43,7 @@ KINDS = {
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hf")
-    (folder / "a.txt").write_text(TEXT)
-    specs = [f"a:{split}={folder / 'a.txt'}" for split in ("train", "valid", "test")]
-    prepare(folder / "data", Options(corpora=parse_corpora(specs, []), train_bpe=290))
-    return folder / "data"
+    return prepare_text(folder, TEXT, vocabulary=290)
 
 
 @pytest.fixture(scope="module")
@@ -60,16 +54,9 @@ def converted(data, tmp_path_factory):
     def make(kind):
         if kind not in made:
             folder = tmp_path_factory.mktemp(kind)
-            line = f"""fairseq-train {data} --task mixture_language_modeling --cpu {KINDS[kind]}
-                --user-dir {Path(fairseq_moe_ext.__file__).parent} --arch moe_transformer_lm
-                --decoder-layers 2 --decoder-embed-dim 16 --decoder-ffn-embed-dim 24 --dropout 0
-                --decoder-attention-heads 2 --tokens-per-sample 32 --lr 0.02 --optimizer adam
-                --criterion moe_cross_entropy --max-update 4 --num-workers 0 --batch-size 4
-                --save-dir {folder / "run"} --moe-gate-loss-wt 0.25"""
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(sys, "argv", line.split())
-                __import__("fairseq_cli.train", fromlist=["cli_main"]).cli_main()
-            made[kind] = folder / "run" / "checkpoint_last.pt", folder / "hf"
+            flags = f"""--task mixture_language_modeling --decoder-ffn-embed-dim 24 --dropout 0
+                --max-update 4 --moe-gate-loss-wt 0.25 {KINDS[kind]}"""
+            made[kind] = train_small(data, folder / "run", flags), folder / "hf"
             convert(*made[kind], "--to", "hf")
         return made[kind]
 

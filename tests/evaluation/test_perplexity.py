@@ -4,12 +4,12 @@ import json
 import math
 import random
 import re
-import sys
 
 import numpy as np
 import pytest
 import torch
 from small_models import MOE, build_model
+from training import fairseq
 
 import fairseq_moe_ext
 from fairseq_moe_ext import cli
@@ -102,15 +102,8 @@ def trained(tmp_path_factory):
         --decoder-layers 2 --decoder-embed-dim 16 --decoder-ffn-embed-dim 32 --max-update 5
         --decoder-attention-heads 2 --tokens-per-sample 32 --batch-size 4 --optimizer adam
         --lr 0.01 --cpu --num-workers 0 --save-dir {folder / "model"}"""
-    run(line, "train")
+    fairseq(line)
     return folder / "data", folder / "model" / "checkpoint_best.pt"
-
-
-def run(line, name):
-    module = __import__(f"fairseq_cli.{name}", fromlist=["cli_main"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", line.split())
-        module.cli_main()
 
 
 def test_bfloat16_is_near(trained, monkeypatch, tmp_path):
@@ -140,11 +133,10 @@ def test_it_gives_what_fairseq_eval_lm_gives(trained, caplog, capsys, tmp_path):
     for name, one in found["sets"].items():
         caplog.clear()
         with caplog.at_level("INFO"):
-            run(
-                f"eval_lm {data / name} --user-dir {fairseq_moe_ext.__path__[0]} --path "
+            fairseq(
+                f"fairseq-eval-lm {data / name} --user-dir {fairseq_moe_ext.__path__[0]} --path "
                 f"{checkpoint} --gen-subset test --tokens-per-sample 32 --batch-size 4 --cpu "
-                "--num-workers 0 --model-overrides {'moe_eval_capacity_token_fraction':1.0}",
-                "eval_lm",
+                "--num-workers 0 --model-overrides {'moe_eval_capacity_token_fraction':1.0}"
             )
         bits = float(re.search(r"Loss \(base 2\): ([\d.]+)", caplog.text)[1])
         assert math.log2(one["perplexity"]) == pytest.approx(bits, abs=1e-3)

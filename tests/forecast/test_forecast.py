@@ -75,7 +75,7 @@ def study(path, found, **more):
         }
         for p in found
     ]
-    path.write_text(json.dumps({"runs": runs}))
+    path.write_text(json.dumps({"runs": runs, "planned": len(runs), "factors": {}}))
     return str(path)
 
 
@@ -138,7 +138,10 @@ def test_studies_that_do_not_say_enough(tmp_path, capsys):
     assert "does not say how many experts" in capsys.readouterr().err
     (tmp_path / "none.json").write_text("[]")
     assert run("--fit", str(tmp_path / "none.json")) == 1
-    assert "has no runs" in capsys.readouterr().err
+    assert "none.json: lacks factors and runs: run `fairseq-moe study`" in capsys.readouterr().err
+    (tmp_path / "other.json").write_text('{"runs": ["x"], "planned": 1, "factors": {}}')
+    assert run("--fit", str(tmp_path / "other.json")) == 1
+    assert "other.json: not as it was written (TypeError: " in capsys.readouterr().err
 
 
 def test_the_page(capsys):

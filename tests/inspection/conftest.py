@@ -2,9 +2,9 @@
 
 import logging
 import random
-import sys
 
 import pytest
+from training import fairseq
 
 import fairseq_moe_ext
 from fairseq_moe_ext.prepare.command import Options, parse_corpora, prepare
@@ -43,9 +43,6 @@ def trained(tmp_path_factory):
 
 
 def train(line):
-    from fairseq_cli.train import cli_main
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["fairseq-train", *line.split()])
         patch.setattr(logging.getLogger("fairseq"), "level", logging.INFO)
-        cli_main()
+        fairseq(f"fairseq-train {line}")

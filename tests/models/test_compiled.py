@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from small_models import MOE, build_model, random_tokens
+from small_models import KINDS, MOE, build_model, random_tokens
 
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.models import compiled
@@ -21,7 +21,14 @@ def step(model, tokens):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [{}, {**MOE, "checkpoint_activations": True}])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {**MOE, "checkpoint_activations": True},
+        *({**MOE, **KINDS[kind]} for kind in ("gated", "all", "twin")),
+    ],
+)
 def test_compiled_is_the_same(flags):
     torch._dynamo.reset()
     options = {"dropout": 0.3, "attention_dropout": 0.2}

@@ -1,19 +1,14 @@
 """`from_pretrained`: text to scores and to text, with the tokenizer in the data's folder."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from fairseq import checkpoint_utils
+from training import USER_DIR, fairseq, prepare_text, train_small
 
-import fairseq_moe_ext
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
-from fairseq_moe_ext.prepare.command import Options, parse_corpora, prepare
 from fairseq_moe_ext.questions.vocabulary import Vocabulary
 
-USER_DIR = Path(fairseq_moe_ext.__file__).parent
 TEXT = "the cat sat on the mat\nand saw a dog\n\n" * 20
 SHAPE = "--decoder-layers 2 --decoder-embed-dim 16 --decoder-ffn-embed-dim 16"
 SHAPE += " --decoder-attention-heads 2 --moe-freq 2 --moe-expert-count 2"
@@ -23,15 +18,8 @@ SHAPE += " --decoder-attention-heads 2 --moe-freq 2 --moe-expert-count 2"
 def folder(tmp_path_factory):
     """A prepared corpus `a` in `data`, and a model in `run`."""
     folder = tmp_path_factory.mktemp("hub")
-    (folder / "a.txt").write_text(TEXT)
-    specs = [f"a:{split}={folder / 'a.txt'}" for split in ("train", "valid", "test")]
-    prepare(folder / "data", Options(corpora=parse_corpora(specs, []), train_bpe=280))
-    line = f"{folder / 'data' / 'a'} --user-dir {USER_DIR} --task language_modeling --cpu"
-    line += f" --arch moe_transformer_lm {SHAPE} --tokens-per-sample 32 --batch-size 4 --lr 0.01"
-    line += " --optimizer adam --criterion moe_cross_entropy --max-update 5 --num-workers 0"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["fairseq-train", *line.split(), "--save-dir", f"{folder}/run"])
-        __import__("fairseq_cli.train", fromlist=["cli_main"]).cli_main()
+    flags = "--task language_modeling --moe-freq 2 --moe-expert-count 2 --max-update 5 --lr 0.01"
+    train_small(prepare_text(folder, TEXT) / "a", folder / "run", flags)
     return folder
 
 
@@ -109,10 +97,9 @@ def test_interactive_takes_the_same_tokenizer(folder, lm, monkeypatch, capsys, f
     monkeypatch.setattr(
         checkpoint_utils, "load_model_ensemble", lambda *args, **kwargs: (list(lm.models), None)
     )
-    line = f"{folder / 'data' / 'a'} --task language_modeling --path x.pt --beam 1 --cpu {flags}"
-    line += f" --max-len-b 12 --input {folder / 'input'} --user-dir {USER_DIR}"
-    monkeypatch.setattr(sys, "argv", ["fairseq-interactive", *line.split()])
-    __import__("fairseq_cli.interactive", fromlist=["cli_main"]).cli_main()
+    line = f"fairseq-interactive {folder / 'data' / 'a'} --task language_modeling --path x.pt"
+    line += f" --beam 1 --max-len-b 12 --input {folder / 'input'} --user-dir {USER_DIR}"
+    fairseq(f"{line} --cpu {flags}")
     out, err = capsys.readouterr()
     found = {row.split("\t")[0]: row.split("\t")[-1] for row in out.splitlines()}
     assert found["D-0"] == lm.sample("the cat", beam=1, max_len_b=12)

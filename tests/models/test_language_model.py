@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import MOE, SMALL, build_model, make_config, random_tokens
+from small_models import KINDS, MOE, SMALL, build_model, make_config, random_tokens
 
 from fairseq_moe_ext.config_checks import validate
 from fairseq_moe_ext.errors import UserError
@@ -19,7 +19,9 @@ LAYOUTS = [
     MOE,
     {**MOE, "moe_top1_expert": True, "use_moe_pad_mask": True},
     {**MOE, "moe_freq": 1, "moe_second_expert_policy": "sampling"},
+    {**MOE, "moe_second_expert_policy": "random"},
     {**MOE, "alternate_decoder_ffn_embed_dim": 64},
+    *({**MOE, **kind} for kind in KINDS.values()),
 ]
 
 
@@ -58,17 +60,12 @@ def test_activation_checkpointing_changes_no_number(tokens, flags):
         torch.testing.assert_close(grads[True][name], grad, rtol=1e-12, atol=1e-12)
 
 
-def test_balance_loss_reaches_the_gate_under_activation_checkpointing(tokens):
-    model = build_model(checkpoint_activations=True, **MOE).train()
-    _, extra = model(tokens)
-    assert [record.layer for record in extra["moe"]] == [1, 3]
-    sum(record.balance_loss for record in extra["moe"]).backward()
-    for layer in (1, 3):
-        assert model.decoder.layers[layer].moe_layer.gate.wg.weight.grad.abs().sum() > 0
+HALF = [{**MOE, "moe_gating_use_fp32": True}, MOE, {}]
+HALF += [{**HALF[0], **KINDS[kind]} for kind in ("gated", "all")]
 
 
 @pytest.mark.parametrize("dtype, rtol", [(torch.float16, 0.01), (torch.bfloat16, 0.05)])
-@pytest.mark.parametrize("flags", [{**MOE, "moe_gating_use_fp32": True}, MOE, {}])
+@pytest.mark.parametrize("flags", HALF)
 def test_half_precision_is_near_single(tokens, dtype, rtol, flags):
     exact, half = build_model(**flags), build_model(**flags).to(dtype)
     for model in (exact, half):
@@ -92,12 +89,30 @@ def one_by_one(model, tokens):
     return torch.cat(steps, dim=1)
 
 
-@pytest.mark.parametrize(
-    "flags", [{}, {**MOE, "moe_dropless": True}, {"decoder_learned_pos": True}]
-)
+DROPLESS = [
+    *({**flags, "moe_dropless": True} for flags in LAYOUTS if flags),
+    {"decoder_learned_pos": True},
+    {},
+]
+
+
+@pytest.mark.parametrize("flags", DROPLESS)
 def test_token_by_token_equals_one_pass(tokens, flags):
     model = build_model(**flags).double().eval()
-    torch.testing.assert_close(one_by_one(model, tokens), model(tokens)[0], rtol=1e-9, atol=1e-9)
+    whole = model(tokens)[0]
+    torch.testing.assert_close(one_by_one(model, tokens), whole, rtol=1e-9, atol=1e-9)
+    for row in range(len(tokens)):  # nor does a row depend on its batch
+        torch.testing.assert_close(model(tokens[row : row + 1])[0][0], whole[row])
+
+
+@pytest.mark.parametrize("flags", DROPLESS)
+def test_what_follows_changes_nothing_in_training_either(tokens, flags):
+    noiseless = {**flags, "moe_second_expert_policy": "all"} if "moe_freq" in flags else flags
+    model = build_model(**noiseless).double().train()
+    other = tokens.clone()
+    other[:, 7:] = other[:, 7:].flip(0)
+    before, after = (model(each)[0][:, :7] for each in (tokens, other))
+    torch.testing.assert_close(before, after, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("fraction", [0.25, -1.0, 1.0])

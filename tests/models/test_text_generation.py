@@ -2,17 +2,14 @@
 
 import math
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from training import prepare_text, train_small
 
-import fairseq_moe_ext
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
 from fairseq_moe_ext.models.next_token import Choice
-from fairseq_moe_ext.prepare.command import Options, parse_corpora, prepare
 
 TEXT = "the cat sat on the mat\nand saw a dog\n\né 木 a cat\n" * 20
 PROMPTS = ["the cat", "", "the\ncat sat on the", "a dog\n", "é"]
@@ -23,19 +20,9 @@ KINDS = {"dense": "--moe-freq 0", "moe": "--moe-freq 2 --moe-expert-count 3"}
 def folder(tmp_path_factory):
     """A prepared corpus, and for each kind a model that is trained a little."""
     folder = tmp_path_factory.mktemp("text")
-    (folder / "a.txt").write_text(TEXT)
-    specs = [f"a:{split}={folder / 'a.txt'}" for split in ("train", "valid", "test")]
-    prepare(folder / "data", Options(corpora=parse_corpora(specs, []), train_bpe=280))
+    data = prepare_text(folder, TEXT) / "a"
     for kind, flags in KINDS.items():
-        line = f"""fairseq-train {folder / "data" / "a"} --task language_modeling --cpu {flags}
-            --user-dir {Path(fairseq_moe_ext.__file__).parent} --arch moe_transformer_lm
-            --decoder-layers 2 --decoder-embed-dim 16 --decoder-ffn-embed-dim 16 --batch-size 4
-            --decoder-attention-heads 2 --tokens-per-sample 32 --lr 0.02 --optimizer adam
-            --criterion moe_cross_entropy --max-update 20 --num-workers 0 --save-dir {folder / kind}
-            """
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", line.split())
-            __import__("fairseq_cli.train", fromlist=["cli_main"]).cli_main()
+        train_small(data, folder / kind, f"--task language_modeling --max-update 20 {flags}")
     return folder
 
 

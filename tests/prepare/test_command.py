@@ -14,6 +14,7 @@ from fairseq.data import Dictionary, TokenBlockDataset, encoders
 from fairseq.data.data_utils import load_indexed_dataset
 from fairseq_cli import preprocess
 from omegaconf import OmegaConf
+from training import error_in
 
 from fairseq_moe_ext import cli
 from fairseq_moe_ext.prepare import encode
@@ -316,8 +317,7 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(
     os.mkfifo(text / "fifos" / "fifo")
     before = contents(text)
     assert run("data", *arguments) == 1
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and re.search(message, errors[0]), errors
+    assert re.search(message, error_in(capsys.readouterr().err))
     assert contents(text) == before
     assert not [path for path in text.iterdir() if "data" in path.name]
 

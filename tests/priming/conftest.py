@@ -1,9 +1,9 @@
 """A small MoE model with a tokenizer, trained for a few updates, and files of every task."""
 
 import random
-import sys
 
 import pytest
+from training import fairseq
 
 import fairseq_moe_ext
 from fairseq_moe_ext.prepare.command import Options, parse_corpora, prepare
@@ -26,7 +26,5 @@ def trained(tmp_path_factory):
         --decoder-layers 2 --decoder-embed-dim 16 --decoder-ffn-embed-dim 32 --max-update 5
         --decoder-attention-heads 2 --tokens-per-sample {CONTEXT} --batch-size 4 --optimizer adam
         --lr 0.01 --cpu --num-workers 0 --save-dir {folder / "model"}"""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", line.split())
-        __import__("fairseq_cli.train", fromlist=["cli_main"]).cli_main()
+    fairseq(line)
     return folder / "data", folder / "model" / "checkpoint_best.pt"

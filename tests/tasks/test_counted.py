@@ -3,7 +3,6 @@
 import math
 import re
 import shutil
-import sys
 from collections import Counter, defaultdict
 from types import SimpleNamespace
 
@@ -12,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import training
 from fairseq import tasks
 from fairseq.data.indexed_dataset import MMapIndexedDataset
 from fairseq.trainer import Trainer
 from fairseq_cli import train
 from mixture_data import configure, make_task, tokens_of
+from training import error_in
 
 import fairseq_moe_ext
 from fairseq_moe_ext import cli
@@ -30,19 +31,11 @@ SHAPE = f"""--arch moe_lm_tiny --moe-expert-count 2 --decoder-layers 2 --decoder
 
 def command(capsys, caplog, name, line):
     """Status, standard error and log of a command of fairseq within this process."""
-    module = __import__(f"fairseq_cli.{name}", fromlist=["cli_main"])
     line += f" --user-dir {fairseq_moe_ext.__path__[0]} --cpu --num-workers 0"
     capsys.readouterr()
     caplog.clear()
-    with pytest.MonkeyPatch.context() as patch, caplog.at_level("INFO"):
-        # fairseq-validate sets up logging anew, on what capsys will have closed
-        patch.setattr(module, "reset_logging", lambda: None, raising=False)
-        patch.setattr(sys, "argv", [f"fairseq-{name}", *line.split()])
-        try:
-            module.cli_main()
-            status = 0
-        except SystemExit as stop:
-            status = stop.code
+    with caplog.at_level("INFO"):
+        status = training.status_of(f"fairseq-{name} {line}")
     return status, capsys.readouterr().err, caplog.text
 
 
@@ -56,9 +49,7 @@ def checkpoint(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("counted")
     line = f"""fairseq-train {data} --task mixture_language_modeling {SHAPE} --max-update 2
         --user-dir {fairseq_moe_ext.__path__[0]} --cpu --num-workers 0 --save-dir {folder}"""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", line.split())
-        __import__("fairseq_cli.train", fromlist=["cli_main"]).cli_main()
+    training.fairseq(line)
     return folder / "checkpoint_last.pt"
 
 
@@ -82,13 +73,6 @@ def eval_lm(data, checkpoint, corpus="big", flags=""):
 def sizes_of(data):
     stored = MMapIndexedDataset(str(data / "big" / "valid"))  # `sizes` lives only as long as it
     return stored.sizes.copy()
-
-
-def one_line(err):
-    lines = [line for line in err.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("error: ")]
-    assert len(errors) == 1 and "UserError" not in err, err
-    return errors[0]
 
 
 def blocks(sizes, limit):
@@ -130,7 +114,7 @@ def test_eval_lm_refuses_samples_too_long_or_counts_them(fairseq, data, checkpoi
     line += f" --sample-break-mode {mode}{override}"
     status, err, log = fairseq("eval_lm", line)
     assert status == 1 and "Perplexity" not in log
-    assert f"longer than {takes}" in one_line(err) and "--tokens-per-sample" in err
+    assert f"longer than {takes}" in error_in(err) and "--tokens-per-sample" in err
     if made is None:
         return
     fitting = sum(int(size) for size in made if size <= takes)
@@ -157,7 +141,7 @@ def test_what_shorten_method_cuts_is_counted(fairseq, data, checkpoint):
 def test_nothing_left_is_refused_though_asked_to_skip(fairseq, data, checkpoint):
     line = eval_lm(data, checkpoint, "small").replace(f"sample {CONTEXT}", "sample 100000")
     status, err, log = fairseq("eval_lm", line + " --skip-invalid-size-inputs-valid-test")
-    assert status == 1 and "none is left" in one_line(err) and "Perplexity" not in log
+    assert status == 1 and "none is left" in error_in(err) and "Perplexity" not in log
 
 
 def test_blank_lines_that_complete_doc_leaves_out_and_shares_are_told(fairseq, data, checkpoint):
@@ -172,13 +156,13 @@ def test_blank_lines_that_complete_doc_leaves_out_and_shares_are_told(fairseq, d
     assert status == 0 and re.search(r"counted [\d,]+ of .*other shares", log)
     line = eval_lm(data, checkpoint, "small", flags="--num-shards 64 --shard-id 63")
     status, err, _ = fairseq("eval_lm", line)
-    assert status == 1 and "no token was scored" in one_line(err)
+    assert status == 1 and "no token was scored" in error_in(err)
 
 
 def test_a_context_window_counts_as_context(fairseq, data, checkpoint):
     line = eval_lm(data, checkpoint).replace(f"sample {CONTEXT}", f"sample {CONTEXT + 4}")
     status, err, _ = fairseq("eval_lm", line + " --context-window 8")
-    assert status == 1 and f"use --tokens-per-sample {CONTEXT}" in one_line(err)
+    assert status == 1 and f"use --tokens-per-sample {CONTEXT}" in error_in(err)
 
 
 def test_validate_refuses_or_counts(fairseq, data, checkpoint):
@@ -189,13 +173,13 @@ def test_validate_refuses_or_counts(fairseq, data, checkpoint):
     line += " --task mixture_language_modeling --sample-break-mode eos --model-overrides "
     few = line + f"{{'max_target_positions':{takes}}}"
     status, err, _ = fairseq("validate", few)
-    assert status == 1 and f"{fitting:,} of {sizes.sum():,} tokens" in one_line(err)
+    assert status == 1 and f"{fitting:,} of {sizes.sum():,} tokens" in error_in(err)
     status, err, log = fairseq("validate", few + " --skip-invalid-size-inputs-valid-test")
     assert status == 0 and f"counted {fitting:,} of {sizes.sum():,} tokens" in log
 
 
 @pytest.mark.parametrize("name", ["eval_lm", "validate", "evaluate", "generate"])
-def test_nan_is_one_line(fairseq, data, broken, capsys, name):
+def test_nan_is_error_in(fairseq, data, broken, capsys, name):
     if name == "evaluate":
         status = cli.main(f"evaluate {data} --path {broken} --cpu --subset valid".split())
         err, log = capsys.readouterr()[::-1]
@@ -210,7 +194,7 @@ def test_nan_is_one_line(fairseq, data, broken, capsys, name):
         line = f"{data} --path {broken} --valid-subset valid --batch-size 4"
         line += " --task mixture_language_modeling"
         status, err, log = fairseq(name, line)
-    assert status == 1 and "use an earlier one" in one_line(err)
+    assert status == 1 and "use an earlier one" in error_in(err)
     assert "Perplexity: nan" not in log
 
 
@@ -267,7 +251,7 @@ def test_other_tasks_say_how_much_max_valid_steps_takes(fairseq, data, tmp_path)
     assert status == 0
     assert f"--max-valid-steps 1: 16 of {samples} samples of valid are counted" in log
     status, err, log = fairseq("train", f"{line} --save-dir {tmp_path} --max-valid-steps 0")
-    assert status == 1 and "--max-valid-steps 0" in one_line(err)
+    assert status == 1 and "--max-valid-steps 0" in error_in(err)
     mixture = line.replace(str(data / "big"), str(data)).replace("language_m", "mixture_language_m")
     status, _, log = fairseq("train", f"{mixture} --save-dir {tmp_path} --max-valid-steps 1")
     assert status == 0 and re.search(r"--max-valid-steps 1: [\d,]+ of [\d,]+ samples of valid", log)
@@ -282,7 +266,7 @@ def test_forgotten_validation_sets_of_a_corpus_are_refused_or_combined(fairseq, 
         shutil.copyfile(data / "mid" / f"test{suffix}", copy / "mid" / f"valid1{suffix}")
     line = f"{copy} --task mixture_language_modeling {SHAPE} --max-update 1 --no-save"
     status, err, _ = fairseq("train", f"{line} --save-dir {tmp_path}")
-    assert status == 1 and "mid: Valid paths ['valid1'] will be ignored" in one_line(err)
+    assert status == 1 and "mid: Valid paths ['valid1'] will be ignored" in error_in(err)
     status, _, log = fairseq("train", f"{line} --save-dir {tmp_path} --combine-valid-subsets")
     assert status == 0
     task = make_task(copy)

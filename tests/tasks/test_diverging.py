@@ -1,12 +1,10 @@
 """A training that diverges ends in one line with the last good checkpoint, which stays good."""
 
-import sys
-
 import pytest
 import torch
 from fairseq.trainer import Trainer
+from training import USER_DIR, fairseq
 
-import fairseq_moe_ext
 from fairseq_moe_ext.diverging import check_weights
 from fairseq_moe_ext.errors import UserError
 
@@ -21,12 +19,9 @@ RUN = """--task mixture_language_modeling --criterion moe_cross_entropy --tokens
 
 
 def train(data, folder, flags):
-    module = __import__("fairseq_cli.train", fromlist=["cli_main"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOGLEVEL", "DEBUG")  # no one-line errors, but the exceptions
-        line = f"fairseq-train {data} {RUN} --save-dir {folder} {flags} --user-dir "
-        patch.setattr(sys, "argv", [*line.split(), fairseq_moe_ext.__path__[0]])
-        module.cli_main()
+        fairseq(f"fairseq-train {data} {RUN} --save-dir {folder} {flags} --user-dir {USER_DIR}")
 
 
 def poison(monkeypatch, after, name, value=NAN):

@@ -2,39 +2,34 @@
 
 import hashlib
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from fairseq.data import Dictionary
+from training import USER_DIR, fairseq
 
-import fairseq_moe_ext
 from fairseq_moe_ext import cli
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.fingerprint import KEY, fingerprint
 from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
 
-USER_DIR = fairseq_moe_ext.__path__[0]
 MODEL = """--decoder-layers 2 --decoder-embed-dim 16 --decoder-ffn-embed-dim 16
     --decoder-attention-heads 2"""
 LM = """--criterion moe_cross_entropy --tokens-per-sample 32 --best-checkpoint-metric loss"""
 RUN = """--optimizer adam --lr 0.01 --batch-size 8 --cpu --num-workers 0 --no-epoch-checkpoints"""
 
 
-def fairseq(name, line):
+def raising(name, line):
     """Raises UserError for a mistake, whatever the command makes of it."""
-    module = __import__(f"fairseq_cli.{name}", fromlist=["cli_main"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOGLEVEL", "DEBUG")  # no one-line errors, but the exceptions
-        patch.setattr(module, "reset_logging", lambda: None, raising=False)
-        patch.setattr(sys, "argv", [f"fairseq-{name}", *line.split(), "--user-dir", USER_DIR])
-        module.cli_main()
+        fairseq(f"fairseq-{name} {line} --user-dir {USER_DIR}")
 
 
 def train(data, folder, task="mixture_language_modeling", flags="", updates=1):
     line = f"{data} --task {task} --arch moe_lm_tiny --moe-expert-count 2 {MODEL} {LM} {RUN}"
-    fairseq("train", f"{line} --max-update {updates} --save-dir {folder} {flags}")
+    raising("train", f"{line} --max-update {updates} --save-dir {folder} {flags}")
     return folder / "checkpoint_last.pt"
 
 
@@ -80,7 +75,7 @@ def test_every_task_saves_it(data, choices, tmp_path, checkpoint):
     line = f"""{data} --task multiple_choice --choice-data {choices} --criterion multiple_choice
         --arch moe_lm_tiny --moe-expert-count 2 {MODEL} {RUN} --max-update 1 --tokens-per-sample 64
         --best-checkpoint-metric loss --save-dir {tmp_path / "choice"}"""
-    fairseq("train", line)
+    raising("train", line)
     for path in (stock, tmp_path / "choice" / "checkpoint_last.pt"):
         assert torch.load(path, weights_only=True)["task_state"][KEY] == expected
 
@@ -92,11 +87,11 @@ def entry_points(checkpoint, tmp_path):
     restore = f"--restore-file {checkpoint}"
     reset = f"{restore} --reset-optimizer --reset-dataloader --reset-meters"
     return {
-        "eval-lm": lambda data: fairseq("eval_lm", f"{data / 'mid'} {lm} {part}"),
-        "validate": lambda data: fairseq(
+        "eval-lm": lambda data: raising("eval_lm", f"{data / 'mid'} {lm} {part}"),
+        "validate": lambda data: raising(
             "validate", f"{data} {lm} --task mixture_language_modeling --valid-subset valid/small"
         ),
-        "generate": lambda data: fairseq(
+        "generate": lambda data: raising(
             "generate",
             f"{data / 'small'} {lm} {part} --sample-break-mode eos --max-len-b 2 --beam 1 --quiet",
         ),
@@ -178,7 +173,7 @@ def test_converted_checkpoints_keep_it(data, other, checkpoint, tmp_path):
     command(f"convert {branch} {tmp_path / 'back.pt'} --weights-only")
     dense = tmp_path / "dense"
     line = f"{data} --task mixture_language_modeling --arch dense_lm_tiny {MODEL} {LM} {RUN}"
-    fairseq("train", f"{line} --max-update 1 --save-dir {dense}")
+    raising("train", f"{line} --max-update 1 --save-dir {dense}")
     up = "--upcycle --moe-freq 2 --moe-expert-count 2"
     command(f"convert {dense / 'checkpoint_last.pt'} {tmp_path / 'up.pt'} {up}")
     for path in (spread, branch, tmp_path / "back.pt", tmp_path / "up.pt"):

@@ -2,13 +2,12 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
 from mixture_data import CORPORA, HELD_OUT, make_task
+from training import USER_DIR, fairseq
 
-import fairseq_moe_ext
 from fairseq_moe_ext import cli, data_bin
 
 SHAPE = """--arch dense_lm_tiny --decoder-layers 1 --decoder-embed-dim 16 --decoder-ffn-embed-dim 16
@@ -17,10 +16,7 @@ SHAPE = """--arch dense_lm_tiny --decoder-layers 1 --decoder-embed-dim 16 --deco
 
 
 def train(data, folder, flags):
-    line = f"fairseq-train {data} {SHAPE} {flags} --save-dir {folder}"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [*line.split(), "--user-dir", str(fairseq_moe_ext.__path__[0])])
-        __import__("fairseq_cli.train", fromlist=["cli_main"]).cli_main()
+    fairseq(f"fairseq-train {data} {SHAPE} {flags} --save-dir {folder} --user-dir {USER_DIR}")
     return folder / "checkpoint_last.pt"
 
 

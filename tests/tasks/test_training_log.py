@@ -9,8 +9,7 @@ import sys
 
 import pytest
 import torch
-from fairseq_cli import train as fairseq_train
-from training import MODEL, make_data
+from training import MODEL, fairseq, make_data
 
 from fairseq_moe_ext import metrics_file, training_line
 from fairseq_moe_ext.config import MoETransformerLMConfig
@@ -23,16 +22,15 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture
-def train(data, tmp_path, monkeypatch, caplog):
+def train(data, tmp_path, caplog):
     """flags -> the messages of the bar, of a run of fairseq-train in this process."""
 
     def run(flags, folder="run"):
         line = f"fairseq-train {data} {MODEL} --optimizer adam --lr 0.01 --num-workers 0"
         line += f" --batch-size 8 --no-progress-bar --save-dir {tmp_path / folder} {flags}"
-        monkeypatch.setattr(sys, "argv", line.split())
         caplog.clear()
         with caplog.at_level(logging.INFO):
-            fairseq_train.cli_main()
+            fairseq(line)
         brief = [r for r in caplog.records if getattr(r, "brief", False)]
         return [logging.getLogger().handlers[0].formatter.format(r) for r in brief]
 

@@ -1,7 +1,6 @@
 """A checkpoint that was tuned on candidates is a language model for every other command."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -9,20 +8,13 @@ from choice_data import batch_of
 from console import PACKAGE
 from converting import load, same
 from fairseq import checkpoint_utils
+from training import fairseq
 
 from fairseq_moe_ext import cli
 from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
 
 SHAPE = """--arch moe_lm_tiny --moe-expert-count 4 --decoder-layers 2 --decoder-embed-dim 16
     --decoder-ffn-embed-dim 32 --decoder-attention-heads 2 --share-decoder-input-output-embed"""
-
-
-def fairseq(command, line):
-    """A console script's function, in this process."""
-    module = __import__(f"fairseq_cli.{command}", fromlist=["cli_main"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [command, *line.split()])
-        module.cli_main()
 
 
 @pytest.fixture(scope="module", params=["choices-head", "classes-head", "choices-mean"])
@@ -32,12 +24,12 @@ def tuned(request, data, choices, classes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tuned")
     questions = {"choices": choices, "classes": classes}[kind]
     fairseq(
-        "train",
-        f"""{data} --user-dir {PACKAGE} --task multiple_choice --choice-data {questions} {SHAPE}
+        f"""fairseq-train {data} --user-dir {PACKAGE} --task multiple_choice {SHAPE}
+        --choice-data {questions}
         --choice-scoring {scoring} --tokens-per-sample 64 --criterion multiple_choice --cpu
         --batch-size 8 --optimizer adam --lr 0.01 --max-update 2 --num-workers 0
         --best-checkpoint-metric accuracy --maximize-best-checkpoint-metric --save-dir {folder}
-        --no-epoch-checkpoints --no-last-checkpoints""",
+        --no-epoch-checkpoints --no-last-checkpoints"""
     )
     return scoring, folder / "checkpoint_best.pt"
 

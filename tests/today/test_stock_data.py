@@ -47,50 +47,6 @@ def test_offsets_beyond_2_gib_are_right(tmp_path):
     assert index._pointers.tolist() == [i * 2**31 for i in range(5)]
 
 
-def copy_of_data(work, folder):
-    for name in ("train.bin", "train.idx"):
-        (folder / name).write_bytes((work / "bin" / name).read_bytes())
-    return str(folder / "train")
-
-
-@pytest.mark.parametrize("lost", [1, 100])
-@pytest.mark.parametrize("name", ["train.bin", "train.idx"])
-@pytest.mark.filterwarnings("error")  # an exception in __del__, too
-def test_a_truncated_data_bin_is_named_with_both_sizes(work, tmp_path, name, lost):
-    path = copy_of_data(work, tmp_path)
-    content = (tmp_path / name).read_bytes()
-    (tmp_path / name).write_bytes(content[:-lost])
-    with pytest.raises(UserError) as caught:
-        data_utils.load_indexed_dataset(path)
-    assert str(tmp_path / name) in str(caught.value)
-    assert f"{len(content) - lost} bytes" in str(caught.value)
-    assert str(len(content)) in str(caught.value)
-
-
-@pytest.mark.parametrize("missing", ["train.bin", "train.idx"])
-def test_half_a_data_bin_is_named(work, tmp_path, missing):
-    path = copy_of_data(work, tmp_path)
-    (tmp_path / missing).unlink()
-    with pytest.raises(UserError, match=f"{missing}: missing"):
-        data_utils.load_indexed_dataset(path)
-
-
-@pytest.mark.parametrize("length", [0, 7, 20])
-def test_a_header_cut_short_is_named(work, tmp_path, length):
-    path = copy_of_data(work, tmp_path)
-    content = Path(path + ".idx").read_bytes()
-    Path(path + ".idx").write_bytes(content[:length])
-    with pytest.raises(UserError, match=rf"train\.idx: .*{length} bytes"):
-        data_utils.load_indexed_dataset(path)
-
-
-def test_a_data_bin_without_tokens_is_named(tmp_path):
-    builder = indexed_dataset.MMapIndexedDatasetBuilder(str(tmp_path / "x.bin"))
-    builder.finalize(str(tmp_path / "x.idx"))
-    with pytest.raises(UserError, match=r"x\.bin: holds no tokens"):
-        data_utils.load_indexed_dataset(str(tmp_path / "x"))
-
-
 def test_a_whole_data_bin_loads_and_pickles(work):
     dataset = data_utils.load_indexed_dataset(str(work / "bin" / "train"))
     assert len(dataset) == 120

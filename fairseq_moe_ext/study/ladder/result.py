@@ -9,9 +9,9 @@ import numpy as np
 from ... import files
 from ...errors import UserError
 from ...evaluation.perplexity import UnitLosses
+from ...evaluation.study_result import RunResult
 from ..plan import Run
 from ..result import GROUPS, measured_on, of_run, performance
-from ..result_file import RunResult
 from . import forecast, rates, saving
 from .forecast import Forecast, router_flops
 from .saving import Saving

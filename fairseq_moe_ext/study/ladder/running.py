@@ -7,8 +7,8 @@ from typing import Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence
 
 from ... import cli, files, outputs
 from ...errors import UserError
+from ...evaluation import study_result
 from ...wording import count
-from .. import result_file
 from . import page, progress, rates, result
 from .forecast import training_flops
 from .result import LadderResult
@@ -134,7 +134,7 @@ def do(ladder: Ladder, stages: Sequence[Stage], jobs: int) -> int:
 def check_result(ladder: Ladder) -> None:
     """Raise UserError before any work if result.json is another's."""
     path = ladder.out / "result.json"
-    if path.exists() and not result_file.is_result(files.read_json(path)):
+    if path.exists() and not study_result.is_result(files.read_json(path)):
         raise UserError(f"{path}: is not a ladder's result; move it elsewhere")
 
 

@@ -4,13 +4,13 @@ Where a comment says that older files lack a value, the reader leaves it out or 
 one. Costs are FLOPs; intervals are at 95 %.
 """
 
+import contextlib
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, TypedDict, cast
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, TypedDict, cast
 
 from .. import files, outputs
 from ..errors import UserError
-from ..evaluation.perplexity import MeanResult, SetResult
-from .router_metrics import RouterMetrics
+from .perplexity import MeanResult, SetResult
 
 
 class TaskResult(TypedDict, total=False):
@@ -41,6 +41,15 @@ class Priming(TypedDict):
     mean: Dict[str, float]  # number of shots -> mean accuracy
     tasks: List[TaskResult]
     bias: List[BiasResult]  # older files lack it
+
+
+class RouterMetrics(TypedDict, total=False):
+    """Means over MoE layers; of a dense model all are missing."""
+
+    load_max: float  # choices of the most chosen expert over the mean, per update
+    overflow: float  # choices dropped, in per cent
+    experts_per_token: float  # before dropping, over the whole training
+    flops_per_token: float  # computed in training
 
 
 class RunResult(TypedDict):
@@ -109,21 +118,37 @@ def write(path: Path, result: StudyResult) -> None:
     outputs.write_json(path, result)
 
 
-def read(path: Path) -> StudyResult:
-    """Raises UserError for a file that is missing or holds something else."""
+def read(path: Path, flag: str = "") -> StudyResult:
+    """Raises UserError, which begins with the flag, for a file that is missing or holds something
+    else."""
     remedy = "run `fairseq-moe study` first"
     try:
-        content = files.read_json(path)
+        content = files.read_json(path, f"{flag}{path}")
     except UserError as error:
         raise UserError(f"{error}: {remedy}") from None
     if not is_result(content) or "factors" not in content:
-        raise UserError(f"{path}: lacks factors and runs: {remedy}")
+        raise UserError(f"{flag}{path}: lacks factors and runs: {remedy}")
     if not content["runs"]:
-        raise UserError(f"{path}: no run in it: run `fairseq-moe study`")
+        raise UserError(f"{flag}{path}: no run in it: run `fairseq-moe study`")
     for run in content["runs"] if isinstance(content["runs"], list) else ():
         if isinstance(run, dict) and isinstance(run.get("priming"), dict):
             run["priming"].setdefault("bias", [])
     return cast(StudyResult, content)
+
+
+@contextlib.contextmanager
+def as_written(*read: Any) -> Iterator[None]:
+    """Raise UserError, with the names of the files that were read, if what is computed from them
+    fails because something else is in them."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
+        raise UserError(
+            f"{', '.join(map(str, read))}: not as it was written ({type(error).__name__}: {error})"
+            f": make it again"
+        ) from error
 
 
 def is_result(content: object) -> bool:
