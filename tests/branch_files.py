@@ -14,8 +14,6 @@ from argparse import Namespace
 
 import torch
 
-BUFFERS = ("decoder.version", "decoder.embed_positions._float_tensor")
-
 # As `cfg.model` of the branch has them; the rest of its settings is in _OTHER_MODEL_SETTINGS.
 RELEASED_15B = dict(
     _name="transformer_lm_gpt",

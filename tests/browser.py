@@ -142,10 +142,6 @@ class Page:
             event = {"type": kind, "key": key, "code": key, "windowsVirtualKeyCode": code[key]}
             self.ask("Input.dispatchKeyEvent", **event)
 
-    def screenshot(self, path, whole=True):
-        found = self.ask("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
-        path.write_bytes(base64.b64decode(found["data"]))
-
     def pdf(self, path):
         found = self.ask("Page.printToPDF", printBackground=True)
         path.write_bytes(base64.b64decode(found["data"]))
