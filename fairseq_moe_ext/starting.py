@@ -82,7 +82,7 @@ def check(given: Mapping[str, Any], spell: Spell, training: bool) -> None:
             f"{spell('batch_size')} and {spell('max_tokens')} are both not given: say how many "
             "samples or tokens make a batch"
         )
-    of_training = [_check_kinds, _check_validation, _check_schedule, _check_evaluation_capacity]
+    of_training = [_check_kinds, _check_validation, _check_schedule, _check_capacity]
     others = [_check_window, _check_shards, _check_hypotheses, _check_pieces, _check_checkpoint]
     others += [_check_search, _check_steps]
     for one in of_training if training else others:
@@ -306,22 +306,25 @@ def _check_schedule(given: Mapping[str, Any], spell: Spell) -> None:
         )
 
 
-def _check_evaluation_capacity(given: Mapping[str, Any], spell: Spell) -> None:
-    """Only in training: a checkpoint with such a share loads, and evaluation may override it."""
-    name = "moe_eval_capacity_token_fraction"
-    share, router = given.get(name), ROUTERS.get(str(given.get("moe_router")))
-    if (
-        share in (None, MoETransformerLMConfig.moe_eval_capacity_token_fraction)
-        or not 0 < share < 1
-    ):
-        return
+def _check_capacity(given: Mapping[str, Any], spell: Spell) -> None:
+    """Flags of a capacity, of a model that has none. Only in training: checkpoints with such flags
+    load, and evaluation may override them."""
+    router, share = ROUTERS.get(str(given.get("moe_router"))), "moe_eval_capacity_token_fraction"
     if given.get("moe_dropless"):
         free = spell("moe_dropless")
     elif router is not None and router.capacity_free:
         free = f"{spell('moe_router')} {given['moe_router']}"
     else:
         return
-    raise UserError(f"{spell(name)} {share} has no effect with {free}: no capacity; remove it")
+    value = given.get(share)
+    useless = {"moe_batch_prioritized_routing": given.get("moe_batch_prioritized_routing")}
+    # 1 and a negative number drop nothing either
+    if value != MoETransformerLMConfig.moe_eval_capacity_token_fraction:
+        useless[share] = value is not None and 0 < value < 1 and value
+    for name, value in useless.items():
+        if value:
+            spelled = spell(name) + ("" if value is True else f" {value}")
+            raise UserError(f"{spelled} has no effect with {free}: no capacity; remove it")
 
 
 def check_trainer(cfg: Any, task: Any, model: Any) -> None:

@@ -97,6 +97,10 @@ def test_stocks_defaults_are_in_range():
             dict(moe_eval_capacity_token_fraction=0.5, moe_dropless=True),
             "--moe-eval-capacity-token-fraction 0.5 has no effect with --moe-dropless:",
         ),
+        (
+            dict(moe_batch_prioritized_routing=True, moe_dropless=True),
+            "--moe-batch-prioritized-routing has no effect with --moe-dropless: no capacity",
+        ),
         (dict(self_target=True), "--self-target: these models predict the next token"),
         (dict(write_checkpoints_asynchronously=True), "iopath"),
         (dict(ema_seed_model="no/x.pt"), "--ema-seed-model no/x.pt: cannot be read (No such file"),
