@@ -48,6 +48,17 @@ class Routing(NamedTuple):
     variable_width: bool = False  # a token takes any number of experts
 
 
+class Gate(nn.Linear):
+    """A linear layer that computes in a precision of its own."""
+
+    def forward(self, x: Tensor, dtype: Optional[torch.dtype] = None) -> Tensor:
+        """x (N, D) -> (N, E). dtype: None: as every linear layer."""
+        if dtype is None:
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(dtype), self.weight.to(dtype))
+
+
 class TopKRouter(nn.Module):
     """Sends each token to the experts that a linear layer without bias scores best."""
 
@@ -63,7 +74,7 @@ class TopKRouter(nn.Module):
 
     def add_gate(self, config: Any) -> None:
         outputs = self.num_experts + (self.settings["null_experts"] > 0)
-        self.wg = nn.Linear(config.hidden_size, outputs, bias=False)
+        self.wg = Gate(config.hidden_size, outputs, bias=False)
 
     def forward(self, x: Tensor, token_ids: Optional[Tensor]) -> Routing:
         """x (N, D), token_ids (N,)."""
@@ -73,9 +84,7 @@ class TopKRouter(nn.Module):
         """x (N, D) -> (N, E)."""
         s = self.settings
         if s["float32_product"]:
-            with torch.autocast(x.device.type, enabled=False):
-                dtype = at_least_float32(x)
-                return F.linear(x.to(dtype), self.wg.weight.to(dtype))
+            return self.wg(x, at_least_float32(x))
         logits = self.wg(x)
         if s["null_experts"] > 1:  # they share a logit
             logits = torch.cat([logits, *[logits[:, -1:]] * (s["null_experts"] - 1)], 1)
@@ -251,6 +260,10 @@ class StackedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(experts, outputs, inputs))
         self.bias = nn.Parameter(torch.empty(experts, outputs))
 
+    def forward(self) -> Tuple[Tensor, Tensor]:
+        """Both. By a call, since accelerate brings what is on disk or another device to a call."""
+        return self.weight, self.bias
+
 
 class FeedForward(nn.Module):
     """One feed-forward network, for all tokens: experts that are shared."""
@@ -283,14 +296,16 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """x (N, D) -> the weighted sum of each token's experts (N, D)."""
+        (w1, b1), (w2, b2) = self.fc1(), self.fc2()
         out = torch.zeros_like(x)
         for expert in routing.experts[routing.taken].unique().tolist():
             row, choice = ((routing.experts == expert) & routing.taken).nonzero(as_tuple=True)
-            hidden = F.linear(x[row], self.fc1.weight[expert], self.fc1.bias[expert])
+            hidden = F.linear(x[row], w1[expert], b1[expert])
             hidden = F.dropout(self.activation(hidden), self.hidden_dropout, self.training)
-            y = F.linear(hidden, self.fc2.weight[expert], self.fc2.bias[expert])
+            y = F.linear(hidden, w2[expert], b2[expert])
             y = F.dropout(y, self.dropout, self.training)
-            out = out.index_add(0, row, y * routing.weights[row, choice, None].to(y.dtype))
+            y = y * routing.weights[row, choice, None].to(y.dtype)
+            out = out.index_add(0, row, y.to(out.dtype))  # under autocast y is in half precision
         return out
 
 

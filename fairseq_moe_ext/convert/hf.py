@@ -45,6 +45,9 @@ FILES = (CONFIG, *CODE, GENERATION, CARD, "tokenizer.json", "tokenizer_config.js
 ROUTERS = ("base", "hash", "random", "relu", "sinkhorn", "threshold", "topk")
 
 _SPECIAL = {"bos_token_id": 2, "pad_token_id": 1, "eos_token_id": 2}
+# What fine-tuning may change in config.json, and the Trainer does, without changing the model.
+_FREE = {"auto_map", "use_cache", *_SPECIAL}
+_FREE |= {"dropout", "attention_dropout", "activation_dropout", "expert_dropout"}
 _DEFAULTS = {
     f.name: f.default
     for f in fields(MoETransformerLMConfig)
@@ -247,7 +250,7 @@ def _settings(path: str, config: Dict[str, Any]) -> Dict[str, Any]:
         raise UserError(f"{path}: vocab_size is {vocabulary!r}, not a whole number")
     expected = _translated(settings, vocabulary, config.get("router_aux_loss_coef", 0.0))
     for name, value in expected.items():
-        if name in config and name not in ("auto_map", *_SPECIAL) and config[name] != value:
+        if name in config and name not in _FREE and config[name] != value:
             raise UserError(
                 f"{path}: {name} is {config[name]!r}, and {value!r} by the settings under "
                 "fairseq.model: they do not belong together"

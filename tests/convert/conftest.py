@@ -1,7 +1,9 @@
 """Runs whose checkpoints are converted; each is made once."""
 
 import pytest
-from training import SAVED, TRAIN, make_data, train_on
+from converting import convert
+from hf_models import KINDS, TEXT
+from training import SAVED, TRAIN, make_data, prepare_text, train_on, train_small
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +25,25 @@ def run(data, tmp_path_factory):
         return made[flags]
 
     return start
+
+
+@pytest.fixture(scope="session")
+def hf_data(tmp_path_factory):
+    return prepare_text(tmp_path_factory.mktemp("hf"), TEXT, vocabulary=290)
+
+
+@pytest.fixture(scope="session")
+def converted(hf_data, tmp_path_factory):
+    """kind -> checkpoint and folder of transformers'; each is made once."""
+    made = {}
+
+    def make(kind):
+        if kind not in made:
+            folder = tmp_path_factory.mktemp(kind)
+            flags = f"""--task mixture_language_modeling --decoder-ffn-embed-dim 24 --dropout 0
+                --max-update 4 --moe-gate-loss-wt 0.25 {KINDS[kind]}"""
+            made[kind] = train_small(hf_data, folder / "run", flags), folder / "hf"
+            convert(*made[kind], "--to", "hf")
+        return made[kind]
+
+    return make

@@ -8,70 +8,14 @@ import pytest
 import torch
 import yaml
 from converting import convert, load, mistake, same
-from training import prepare_text, train_small
+from hf_models import KINDS, TEXT, ours, theirs, tokenizer_of
 
 from fairseq_moe_ext import tokenizer_files
 from fairseq_moe_ext.convert import hf_folder, model_card
 from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
 from fairseq_moe_ext.questions.vocabulary import Vocabulary
 
-transformers = pytest.importorskip("transformers", reason="pip install transformers")
-
-TEXT = "the cat sat on the mat\nand saw a dog\n\né 木 a cat <s> 12 \t\n" * 20
-MOE = "--moe-freq 2 --moe-expert-count 4"
-KINDS = {
-    "xglm": "--moe-freq 0 --share-decoder-input-output-embed",
-    "dense": "--moe-freq 0 --decoder-learned-pos --layernorm-embedding --no-decoder-final-norm",
-    "twin": f"{MOE} --moe-dense-twin --no-scale-embedding",
-    "top2": f"{MOE} --share-decoder-input-output-embed --moe-gating-use-fp32",
-    "top1": f"{MOE} --moe-top-k 1 --no-token-positional-embeddings --activation-fn relu",
-    "top3": f"{MOE} --moe-top-k 3 --moe-score sigmoid --moe-route-scale 1.5 --moe-first-dense 0",
-    "groups": "--moe-layers 0 --moe-expert-count 8 --moe-groups 4 --moe-top-groups 2",
-    "kinds": f"{MOE} --moe-shared-experts 2 --moe-latent-dim 8 --activation-fn swiglu "
-    "--moe-expert-ffn-dim 12 --moe-gating-fp32-product",
-    "null": f"{MOE} --moe-null-experts 3 --moe-top-k 3",
-    "bias": f"{MOE} --moe-balance both --moe-bias-update-rate 0.05 "
-    "--moe-score sigmoid --moe-second-expert-policy all",
-    **{
-        router: f"{MOE} --moe-router {router}"
-        for router in ("sinkhorn", "base", "hash", "threshold", "relu", "random")
-    },
-}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hf")
-    return prepare_text(folder, TEXT, vocabulary=290)
-
-
-@pytest.fixture(scope="module")
-def converted(data, tmp_path_factory):
-    """kind -> checkpoint and folder of transformers'; each is made once."""
-    made = {}
-
-    def make(kind):
-        if kind not in made:
-            folder = tmp_path_factory.mktemp(kind)
-            flags = f"""--task mixture_language_modeling --decoder-ffn-embed-dim 24 --dropout 0
-                --max-update 4 --moe-gate-loss-wt 0.25 {KINDS[kind]}"""
-            made[kind] = train_small(data, folder / "run", flags), folder / "hf"
-            convert(*made[kind], "--to", "hf")
-        return made[kind]
-
-    return make
-
-
-def ours(path):
-    return MoETransformerLanguageModel.from_pretrained(str(path.parent), path.name).eval()
-
-
-def theirs(folder, **settings):
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=True, **settings
-    ).eval()
-
+pytest.importorskip("transformers", reason="pip install transformers")
 
 QUICK = ("xglm", "dense", "top2", "kinds", "null", "bias", "hash", "threshold")
 
@@ -104,10 +48,6 @@ def test_logits_are_equal_and_the_way_back_is_exact(converted, kind, tmp_path):
         assert torch.equal(ours(tmp_path / "back.pt").models[0](tokens)[0], lm.models[0](tokens)[0])
 
 
-def tokenizer_of(folder):
-    return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-
-
 TEXTS = [
     "the cat", "", "\n", " \n\n  a\n", "the\ncat  sat \t\n on", "12 3rd  it's we'll \r\n x",
     "é 木 \U0001f600", "<s> <pad> </s> <unk> <|endoftext|> [MASK]", "Ċ Ġ ĉ",
@@ -115,10 +55,10 @@ TEXTS = [
 ]  # fmt: skip
 
 
-def test_the_tokenizer_gives_our_ids_for_any_text(converted, data):
+def test_the_tokenizer_gives_our_ids_for_any_text(converted, hf_data):
     """Also as the library of tokenizers reads the file, and for all code points."""
     tokenizers = pytest.importorskip("tokenizers")
-    vocabulary = Vocabulary(data)
+    vocabulary = Vocabulary(hf_data)
     generator = torch.Generator().manual_seed(3)
     every = [chr(i) for i in range(0x30000) if not 0xD800 <= i < 0xE000]
     order = torch.randperm(len(every), generator=generator).tolist()
@@ -241,7 +181,7 @@ def test_shards_and_half_precision(converted, tmp_path):
     assert same(load(tmp_path / "again.pt")["model"], load(path)["model"])
 
 
-def test_the_card(converted, data, tmp_path):
+def test_the_card(converted, hf_data, tmp_path):
     path, folder = converted("top1")
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlicense: unknown\n") and "trust_remote_code=True" in card
@@ -257,20 +197,20 @@ def test_the_card(converted, data, tmp_path):
     assert "trust_remote_code" not in (converted("xglm")[1] / "README.md").read_text()
 
 
-def test_a_released_model_in_one_command(tmp_path, data, capsys):
+def test_a_released_model_in_one_command(tmp_path, hf_data, capsys):
     """The layout of the moe branch; its tokenizer lies beside it, or is named."""
     small = {"decoder_layers": 2, "decoder_embed_dim": 16, "decoder_ffn_embed_dim": 32}
     settings = {**branch_files.RELEASED_15B, **small, "decoder_attention_heads": 2}
     settings["moe_expert_count"] = 4
-    vocabulary = Vocabulary(data).size
+    vocabulary = Vocabulary(hf_data).size
     branch_files.write(str(tmp_path), settings, vocabulary, 2, branch_files.random_tensors())
     source = tmp_path / "model.pt"
     assert "add --data FOLDER, or --no-tokenizer" in mistake(
         capsys, source, tmp_path / "hf", "--to", "hf"
     )
-    convert(source, tmp_path / "hf", "--to", "hf", "--data", data)
+    convert(source, tmp_path / "hf", "--to", "hf", "--data", hf_data)
     for name in tokenizer_files.NAMES:
-        shutil.copy(data / name, tmp_path)
+        shutil.copy(hf_data / name, tmp_path)
     convert(source, tmp_path / "again", "--to", "hf")
     for name in ("tokenizer.json", "config.json"):
         assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
