@@ -24,14 +24,14 @@ test: install lint  ## install, lint, and the tests but the slow ones
 test-all: install lint  ## the slow tests too
 	$(PYTEST) -m "slow or not slow"
 
+# glibc keeps what is freed: a step takes pages that the one before has cleared.
+KEEP_FREED := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
+
 quickstart: install  ## train and compare a dense and a Mixture-of-Experts model on real text
-	$(RUN) examples/quickstart/run.py
+	$(KEEP_FREED) $(RUN) examples/quickstart/run.py
 
 study: install   ## train and compare three sizes a family, three seeds; an hour and more
-	$(RUN) examples/study/run.py
-
-# glibc keeps what is freed: the gradients of many experts come from pages cleared before.
-KEEP_FREED := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
+	$(KEEP_FREED) $(RUN) examples/study/run.py
 
 benchmark: install  ## measure layers, training, evaluation, generation and more; about 40 minutes
 	$(RUN) -m pip install --quiet -c constraints.txt -e ".[benchmark]"
