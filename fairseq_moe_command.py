@@ -39,7 +39,7 @@ COMMANDS: Dict[str, Command] = {
         "evaluation.evaluate_command",
         (
             "data --path runs/moe/checkpoint_best.pt",
-            "data --path runs/moe/checkpoint_best.pt --stride 256 --json found.json",
+            "data --path runs/moe/checkpoint_best.pt --stride 256 --json perplexity.json",
         ),
     ),
     "inspect": Command(
@@ -214,9 +214,9 @@ def version() -> str:
 def config_dir() -> str:
     """hydra_conf/: inside the installed package, beside it in a checkout."""
     for folder in (PACKAGE, _HERE):
-        found = os.path.join(folder, "hydra_conf")
-        if os.path.isdir(found):
-            return found
+        path = os.path.join(folder, "hydra_conf")
+        if os.path.isdir(path):
+            return path
     sys.exit(
         f"error: {PACKAGE}: has no hydra_conf, inside or beside it: install the package again, or "
         "copy hydra_conf from its source"

@@ -46,11 +46,13 @@ def loop_over_experts(self: MoELayer, x: Tensor, **_) -> MoEOutput:
     for expert in range(len(fc1.bias)):
         for choice in range(routing.experts.size(1)):
             column, kept = routing.experts[:, choice], routing.kept[:, choice]
-            mine = [t for t in range(len(tokens)) if column[t].item() == expert and kept[t].item()]
-            if mine:
-                y = tokens[mine] @ fc1.weight[expert].t() + fc1.bias[expert]
+            tokens_of_expert = [
+                t for t in range(len(tokens)) if column[t].item() == expert and kept[t].item()
+            ]
+            if tokens_of_expert:
+                y = tokens[tokens_of_expert] @ fc1.weight[expert].t() + fc1.bias[expert]
                 y = self.experts.activation(y) @ fc2.weight[expert].t() + fc2.bias[expert]
-                out[mine] += routing.weights[mine, choice].unsqueeze(1) * y
+                out[tokens_of_expert] += routing.weights[tokens_of_expert, choice].unsqueeze(1) * y
     zero = tokens.new_zeros(())
     return MoEOutput(out.view_as(x), zero, zero, {}, routing.counts, None, {})
 

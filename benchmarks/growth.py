@@ -125,14 +125,16 @@ def draw(rows: Dict[str, Dict[str, Any]]) -> None:
     """docs/growth_*.svg, from the rows of results/growth.json. Error bars: least and most over the
     rounds, where the file has them."""
     for kind in (*SWEEPS, "processes"):
-        found = {
+        measured = {
             int(name.split()[0]): row for name, row in rows.items() if name.endswith(f" {kind}")
         }
         title = f"{SHARED_TOKENS} tokens over processes"
         if kind in SWEEPS:
-            title = f"time ~ {kind}^{next(iter(found.values()))['time_exponent']:.2f}"
-        points = [(value, row["seconds"]) for value, row in found.items()]
-        ends = [(row["least"], row["most"]) if "least" in row else None for row in found.values()]
+            title = f"time ~ {kind}^{next(iter(measured.values()))['time_exponent']:.2f}"
+        points = [(value, row["seconds"]) for value, row in measured.items()]
+        ends = [
+            (row["least"], row["most"]) if "least" in row else None for row in measured.values()
+        ]
         line = Series("", points, 0, ends)
         chart = line_chart(title, [line], kind, "seconds a step", zero_line=True)
         chart.write_svg(DOCS / f"growth_{kind}.svg")
@@ -141,12 +143,12 @@ def draw(rows: Dict[str, Dict[str, Any]]) -> None:
 def measure() -> Dict[str, Dict[str, Any]]:
     rows: Dict[str, Dict[str, float]] = {}
     for kind, values in SWEEPS.items():
-        found = sweep(kind, values)
+        measured = sweep(kind, values)
         slopes = {
-            "time_exponent": exponent({value: row["seconds"] for value, row in found.items()}),
-            "memory_exponent": exponent({value: row["mb"] for value, row in found.items()}),
+            "time_exponent": exponent({value: row["seconds"] for value, row in measured.items()}),
+            "memory_exponent": exponent({value: row["mb"] for value, row in measured.items()}),
         }
-        for value, row in found.items():
+        for value, row in measured.items():
             rows[f"{value} {kind}"] = {**row, **{k: round(v, 3) for k, v in slopes.items()}}
             print(kind, value, rows[f"{value} {kind}"], flush=True)
     for processes in PROCESSES:

@@ -7,18 +7,18 @@ What stock fairseq needs to run on today's Python and PyTorch is beside it, in f
 
     config.py          the flags of the model
     config_checks.py   the checks across them
-    router_flags.py          flags of routers, and what goes with which
+    router_flags.py          flags of routers, and which router uses which
     balance_flags.py   the flags of balancing
     models/        the decoder, the registered model, the paper's sizes
     moe/           the mathematics of a Mixture-of-Experts layer, torch only
     kernels/       fast ways to compute it, each with its plain twin
-    expert_parallel.py       experts spread over processes
+    expert_parallel.py       experts sharded over processes
     ranges.py      what numbers a flag takes
     starting.py    what is checked before a run starts
     fully_sharded.py         shared parameters sharded over processes
-    fingerprint.py which dictionary a checkpoint is of
+    fingerprint.py the dictionary that a checkpoint was trained with
     diverging.py   NaN in training: one line, and no weights saved
-    counted.py     how much of the data a figure is over
+    counted.py     how much of the data a metric covers
     branch/        checkpoints of fairseq's `moe` branch, Meta's released models
     checkpoint/    saving and loading experts on any number of processes
     criterions/    cross-entropy, of tokens or of candidates, with the gates' losses
@@ -33,7 +33,7 @@ What stock fairseq needs to run on today's Python and PyTorch is beside it, in f
     forecast/      scaling laws: what sparsity should save
     cost.py        parameters and FLOPs
     shape.py       which layers are sparse, how wide each network is
-    evaluation/    what trained models are asked: expert use, reports
+    evaluation/    perplexity, cost and expert use of trained models; reports
     inspection/    a page on what each expert of a model does
     accuracy.py    chance level and interval of an accuracy
     data_bin.py    folders of data-bins: what lies where

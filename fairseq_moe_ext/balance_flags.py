@@ -1,4 +1,4 @@
-"""The flags of balancing (--moe-balance), and what goes with what."""
+"""The flags of balancing (--moe-balance), and the checks of their combinations."""
 
 from dataclasses import dataclass, field
 from typing import Any, Optional
@@ -10,7 +10,7 @@ from .moe.router import ROUTERS
 
 BALANCE = ChoiceEnum(["loss", "bias", "both", "none"])
 BALANCE_OVER = ChoiceEnum(["micro_batch", "sequence", "global_batch"])
-BIAS_UPDATE_RATE = 1e-3  # that of the paper, and of DeepSeek-V3
+BIAS_UPDATE_RATE = 1e-3  # as in the paper, and in DeepSeek-V3
 
 BALANCE_CHOICES = {"moe_balance": BALANCE.__members__, "moe_balance_over": BALANCE_OVER.__members__}
 
@@ -57,14 +57,14 @@ def has_loss(cfg: Any) -> bool:
 
 
 def bias_update_rate(cfg: Any) -> float:
-    """Step of the balancing bias in an update; 0: there is none."""
+    """Step of the balancing bias per update; 0: no bias."""
     if not has_bias(cfg):
         return 0.0
     return BIAS_UPDATE_RATE if cfg.moe_bias_update_rate is None else cfg.moe_bias_update_rate
 
 
 def validate_balance(cfg: Any, top_k: int) -> None:
-    """Raise UserError for flags that do not go together, or with the router."""
+    """Raise UserError for flags that conflict with each other or with the router."""
     over = str(cfg.moe_balance_over)
     if over != "micro_batch" and not has_loss(cfg):
         raise UserError(
@@ -73,14 +73,14 @@ def validate_balance(cfg: Any, top_k: int) -> None:
         )
     if over == "sequence" and cfg.moe_pad_rule == "branch":
         raise UserError(
-            "--moe-balance-over sequence with --moe-pad-rule branch, by which tokens of no "
-            "sequence count: use another pad rule, or --moe-balance-over micro_batch"
+            "--moe-balance-over sequence with --moe-pad-rule branch, which counts tokens that "
+            "belong to no sequence: use another pad rule, or --moe-balance-over micro_batch"
         )
     untrained = not ROUTERS[cfg.moe_router].learned
     if untrained and (over != "micro_batch" or str(cfg.moe_balance) == "both"):
         raise UserError(
             f"--moe-balance {cfg.moe_balance} --moe-balance-over {over} with --moe-router "
-            f"{cfg.moe_router}, whose gate is not trained, so that no loss can balance it: remove "
+            f"{cfg.moe_router}, whose gate is not trained, so no loss can balance it: remove "
             "them, or use --moe-balance bias or none"
         )
     if has_bias(cfg):
@@ -97,16 +97,17 @@ def _validate_bias(cfg: Any, top_k: int) -> None:
     if "balance_bias" not in ROUTERS[cfg.moe_router].heeds:
         able = [name for name, router in ROUTERS.items() if "balance_bias" in router.heeds]
         raise UserError(
-            f"{flag} with --moe-router {cfg.moe_router}, which has no choice by score to bias: use "
-            f"--moe-router {' or '.join(able)}, or --moe-balance loss or none"
+            f"{flag} with --moe-router {cfg.moe_router}, which does not choose by score, so a "
+            f"bias has no effect: use --moe-router {' or '.join(able)}, or --moe-balance loss or "
+            "none"
         )
     if top_k == cfg.moe_expert_count and not cfg.moe_null_experts:
         raise UserError(
-            f"{flag}: {top_k} of {top_k} experts per token leave no choice to bias; lower "
+            f"{flag}: a token uses all {top_k} experts, so a bias has no effect; lower "
             "--moe-top-k, or use --moe-balance none"
         )
     if top_k > 1 and str(cfg.moe_second_expert_policy) == "sampling":
         raise UserError(
-            f"{flag} with --moe-second-expert-policy sampling, which draws by the logits without a "
-            "bias: add --moe-second-expert-policy all"
+            f"{flag} with --moe-second-expert-policy sampling, which samples from the logits "
+            "without the bias: use --moe-second-expert-policy all"
         )

@@ -20,7 +20,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = parser_of(next((word for word in argv if not word.startswith("-")), None))
-    # lm-eval parses what follows by itself
+    # lm-eval parses the rest itself
     handed_on = argv[1:] if argv[:1] == [LM_EVAL] else None
     args, rest = parser.parse_known_args(argv if handed_on is None else argv[:1])
     if rest and not _takes_words(args, rest):
@@ -47,7 +47,7 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 @contextlib.contextmanager
 def _without_news() -> Iterator[None]:
-    """Without what fairseq logs of every model it loads: all its settings, on one line."""
+    """Suppress what fairseq logs for every model it loads: all settings, on one line."""
     logger = logging.getLogger("fairseq")
     before = logger.level
     logger.setLevel(logging.WARNING)
@@ -58,8 +58,8 @@ def _without_news() -> Iterator[None]:
 
 
 def _takes_words(args: argparse.Namespace, rest: List[str]) -> bool:
-    """Give words that stand behind flags, where argparse no longer expects any, to a command that
-    takes any number of `words`; whether it does."""
+    """Give words after flags, where argparse no longer expects any, to a command that takes any
+    number of `words`. Returns whether it does."""
     flags = [word for word in rest if word.startswith("-") and " " not in word and word != "--"]
     if flags or not hasattr(args, "words"):
         return False

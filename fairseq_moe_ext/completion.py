@@ -47,43 +47,43 @@ def run(args: argparse.Namespace) -> None:
 
 def flags() -> Dict[str, Flags]:
     """The long flags of each command."""
-    found: Dict[str, Flags] = {}
+    commands: Dict[str, Flags] = {}
     _, parsers = fairseq_moe_command.parser(argparse.ArgumentParser)
     for name, parser in parsers.items():
         if name != fairseq_moe_command.LM_EVAL:
             module = fairseq_moe_command.COMMANDS[name].module
             importlib.import_module(f"fairseq_moe_ext.{module}").add_arguments(parser)
-        found[name] = {
+        commands[name] = {
             flag: [str(choice) for choice in action.choices or ()]
             for action in parser._actions
             for flag in action.option_strings or [""]
             if flag.startswith("--") or (not flag and action.choices)
         }
-    return {**found, "user-dir": {}, "config-dir": {}}
+    return {**commands, "user-dir": {}, "config-dir": {}}
 
 
-def script(shell: str, found: Dict[str, Flags]) -> str:
+def script(shell: str, commands: Dict[str, Flags]) -> str:
     """What a shell is to read, given the flags of each command."""
     if shell == "fish":
-        return _fish(found)
+        return _fish(commands)
     cases, choices = [], []
-    for name, of in found.items():
+    for name, of in commands.items():
         cases.append(f'        {name}) flags="{" ".join(sorted(filter(None, of)))}" ;;')
         for flag, values in of.items():
             if values:
                 choices.append(f'        "{name} {flag or name}") choices="{" ".join(values)}" ;;')
     text = _BASH.format(
-        commands=" ".join(found),
+        commands=" ".join(commands),
         cases="\n".join(cases),
         choices="\n".join(choices) or "        *) ;;",
     )
     return (_ZSH if shell == "zsh" else "") + text
 
 
-def _fish(found: Dict[str, Flags]) -> str:
+def _fish(commands: Dict[str, Flags]) -> str:
     first = "complete -c fairseq-moe -n __fish_use_subcommand"
-    lines = [f"{first} -f -a '{' '.join(found)}'", f"{first} -l help", f"{first} -l version"]
-    for name, of in found.items():
+    lines = [f"{first} -f -a '{' '.join(commands)}'", f"{first} -l help", f"{first} -l version"]
+    for name, of in commands.items():
         behind = f"complete -c fairseq-moe -n 'contains -- {name} (commandline -opc)[2]'"
         for flag, values in of.items():
             takes = f" -x -a '{' '.join(values)}'" if values else ""

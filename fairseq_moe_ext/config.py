@@ -87,10 +87,11 @@ class MoETransformerLMConfig(RouterFlags, BalanceFlags):
     )
     moe_layers: Optional[str] = field(
         default=None,
-        metadata={"help": "the MoE layers, counted from 0, as 1,3,5; instead of moe_freq"},
+        metadata={"help": "the MoE layers, counted from 0, such as 1,3,5; instead of moe_freq"},
     )
     moe_first_dense: int = field(
-        default=0, metadata={"help": "of the layers that moe_freq picks, leave the first N dense"}
+        default=0,
+        metadata={"help": "keep the first N layers of the model dense, whatever moe_freq selects"},
     )
     moe_expert_count: int = field(
         default=0, metadata={"help": "experts in each MoE layer, over all processes"}

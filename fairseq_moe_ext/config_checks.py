@@ -69,14 +69,14 @@ def validate(cfg: MoETransformerLMConfig) -> None:
     width = cfg.alternate_decoder_ffn_embed_dim
     if width and cfg.moe_dense_twin:
         raise UserError(
-            f"--moe-dense-twin with --alternate-decoder-ffn-embed-dim {width}: both say how wide "
-            "the dense layers are; remove one of them"
+            f"--moe-dense-twin with --alternate-decoder-ffn-embed-dim {width}: both set the "
+            "width of the dense layers; remove one of them"
         )
     if width and cfg.moe_expert_count == 0:
         _refuse_flags_of_moe_layers(
             cfg,
             f"with --alternate-decoder-ffn-embed-dim {width} and no --moe-expert-count has no "
-            "experts to act on: remove either",
+            "experts to act on: remove one of them",
             but=("moe_first_dense",),
         )
     else:  # the dense model may have the flags of a sparse one, which are those of its twin
@@ -145,7 +145,7 @@ def _validate_shape(cfg: MoETransformerLMConfig) -> None:
     if cfg.decoder_embed_dim % cfg.decoder_attention_heads != 0:
         raise UserError(
             f"--decoder-embed-dim {cfg.decoder_embed_dim} is not a multiple of "
-            f"--decoder-attention-heads {cfg.decoder_attention_heads}: change either"
+            f"--decoder-attention-heads {cfg.decoder_attention_heads}: change one of them"
         )
 
 
@@ -167,7 +167,7 @@ def _validate_experts(cfg: MoETransformerLMConfig) -> None:
         )
     if top_k(cfg) > 2 and str(cfg.moe_second_expert_policy) == "random":
         raise UserError(
-            f"--moe-second-expert-policy random is a rule for the second of two experts: use all "
+            "--moe-second-expert-policy random applies only to two experts per token: use all "
             f"or sampling with --moe-top-k {cfg.moe_top_k}"
         )
     for name, choices in _CHOICES.items():

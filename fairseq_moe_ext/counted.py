@@ -64,15 +64,16 @@ def check_offered(offered: Offered, model: BaseFairseqModel) -> None:
     if offered.fitting < offered.samples and not getattr(model, "may_skip", False):
         raise UserError(
             f"--tokens-per-sample: {offered.samples - offered.fitting:,} of {offered.samples:,} "
-            f"samples are longer than {offered.longest}, which is what the model takes, and "
-            f"{offered.fitting_tokens:,} of {offered.tokens:,} tokens would be counted: use "
-            f"--tokens-per-sample {offered.longest} or less with --sample-break-mode none, or add "
-            f"{SKIP} to leave them out"
+            f"samples are longer than {offered.longest}, the longest that the model takes, so "
+            f"only {offered.fitting_tokens:,} of {offered.tokens:,} tokens would be counted: use "
+            f"--tokens-per-sample {offered.longest} or less with --sample-break-mode none, or "
+            f"add {SKIP} to leave them out"
         )
 
 
 def what_was_counted(offered: Offered, counted: int) -> str:
-    """A line that says what fairseq-eval-lm has not scored and why; "" if it scored everything."""
+    """A line that reports what fairseq-eval-lm has not scored and why; "" if it scored
+    everything."""
     if counted == offered.stored:
         return ""
     reasons = []

@@ -4,8 +4,8 @@
     DATA/<corpus>/dict.txt                      the same bytes as DATA/dict.txt
     DATA/<corpus>/{train,valid,test}.{bin,idx}  one data-bin of fairseq's mmap format per split
 
-Every DATA/<corpus> is by itself an ordinary fairseq data-bin. A corpus that a model was not trained
-on, because it has no train split or --train-corpora excludes it, is out of domain. `fairseq-moe
+Every DATA/<corpus> is an ordinary fairseq data-bin. A corpus that a model was not trained on,
+because it has no train split or --train-corpora excludes it, is out of domain. `fairseq-moe
 prepare` writes this layout and the task `mixture_language_modeling` reads it; this module needs
 neither fairseq nor torch.
 """
@@ -40,7 +40,7 @@ _RESERVED = re.compile(
 
 
 def check_corpus_name(name: str, where: str) -> None:
-    """Raise UserError, saying `where` the name stands, unless a corpus may be called `name`."""
+    """Raise UserError unless a corpus may be called `name`; `where` begins the message."""
     if not _NAME.fullmatch(name):
         raise UserError(
             f"{where}: a corpus cannot be called {name!r}; use letters, digits, '_', '-' and '.', "
@@ -63,7 +63,7 @@ def has_split(folder: Path, split: str) -> bool:
     if index.is_file() != tokens.is_file():
         there, missing = (index, tokens) if index.is_file() else (tokens, index)
         raise UserError(
-            f"{missing}: missing although {there.name} is there; a data-bin is both files: "
+            f"{missing}: missing, although {there.name} is there; a data-bin needs both files: "
             "prepare it again or copy the missing one"
         )
     return index.is_file()
@@ -82,7 +82,10 @@ def find_corpora(data: Path) -> Dict[str, Path]:
     if not data.is_dir():
         raise UserError(f"{data}: no such data folder; make one with `fairseq-moe prepare`")
     if not (data / DICTIONARY).is_file():
-        raise UserError(f"{data / DICTIONARY}: missing; {data} is not a prepared data folder")
+        raise UserError(
+            f"{data / DICTIONARY}: missing; {data} is not a prepared data folder; make one with "
+            "`fairseq-moe prepare`"
+        )
     plain = _data_bin_files(data)
     folders = sorted(path for path in data.iterdir() if path.is_dir() and _data_bin_files(path))
     if plain and folders:

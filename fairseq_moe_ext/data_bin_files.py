@@ -32,12 +32,12 @@ def check_data_bin(path: str):
         )
     dtype = _code_to_dtype.get(dtype_code)
     if version != 1 or dtype is None or not numpy.issubdtype(dtype, numpy.integer):
-        raise UserError(f"{index}: of version {version}, tokens of type {dtype_code}; {remedy}")
+        raise UserError(f"{index}: unknown version {version} or token type {dtype_code}; {remedy}")
     expected = header.size + 12 * count
     if index_size != expected:
         raise UserError(
-            f"{index}: {index_size} bytes, expected {expected} ({count} sentences); {remedy} with "
-            "fairseq (Megatron's index is another)"
+            f"{index}: {index_size} bytes, expected {expected} ({count} sentences); {remedy} "
+            "with fairseq (Megatron's index has another format)"
         )
     expected = _size_by_index(index, header.size, count, numpy.dtype(dtype).itemsize, remedy)
     actual = os.path.getsize(tokens)
@@ -64,7 +64,7 @@ def _size_by_index(index: str, start: int, count: int, itemsize: int, remedy: st
         offsets = numpy.fromfile(index, "<i8", rows, offset=start + 4 * count + 8 * first)
         ends = end + itemsize * numpy.cumsum(sizes, dtype=numpy.int64)
         if (sizes < 0).any() or (offsets != ends - itemsize * sizes.astype(numpy.int64)).any():
-            raise UserError(f"{index}: its sentences do not follow one another; {remedy}")
+            raise UserError(f"{index}: its sentences are not contiguous; {remedy}")
         end = int(ends[-1])
     return end
 

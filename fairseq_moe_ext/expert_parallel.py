@@ -26,7 +26,7 @@ from .moe.scope import RoutingScope
 
 
 class Traffic:
-    """What a layer's exchanges of rows have cost this process since they were last taken."""
+    """What a layer's exchanges of rows have cost this process since the last call of `take`."""
 
     def __init__(self) -> None:
         self.bytes = 0  # sent to other processes
@@ -53,7 +53,7 @@ def placement(num_experts: int, world_size: int, rank: int) -> Placement:
     if num_experts % world_size != 0 and world_size % num_experts != 0:
         raise UserError(
             f"--moe-expert-count {num_experts} cannot be sharded over {world_size} processes: one "
-            f"must divide the other; {_nearest(num_experts, world_size)} experts would do, or "
+            f"must divide the other; use {_nearest(num_experts, world_size)} experts, or "
             f"{_nearest(world_size, num_experts)} processes"
         )
     holders = min(num_experts, world_size)
@@ -77,7 +77,7 @@ class ExpertParallel:
     """The exchange (moe/exchange.py) of one layer's rows between the processes that hold its
     experts.
 
-    Built by all processes at once, in the same order, as it makes process groups.
+    All processes build it at once, in the same order, because it creates process groups.
     """
 
     def __init__(self, num_experts: int) -> None:
@@ -163,7 +163,7 @@ def replica_count(num_experts: int) -> int:
 
 
 def sum_of_experts(x: Tensor, replicas: int) -> Tensor:
-    """Sum of a metric over the experts of all processes, each expert counted once although it has
+    """Sum of a metric over the experts of all processes. Each expert counts once, although it has
     this many replicas."""
     if process_count() == 1:
         return x
@@ -229,17 +229,17 @@ def _groups(
     if num_experts >= world_size:
         return None, None
     placements = [placement(num_experts, world_size, r) for r in range(world_size)]
-    mine = placements[rank]
+    own = placements[rank]
     groups: Dict[Tuple[int, ...], dist.ProcessGroup] = {}
     # Each process must take part in making each group, in the same order.
     for ranks in sorted({p.holders for p in placements} | {p.replicas for p in placements}):
         groups[ranks] = dist.new_group(list(ranks))
-    return groups[mine.holders], groups[mine.replicas]
+    return groups[own.holders], groups[own.replicas]
 
 
 def _by_expert(received: Tensor) -> Tensor:
-    """received (holders, local): rows from each holder for each expert, as they arrive. Returns
-    the order (N',) in which each expert's rows stand together."""
+    """received (holders, local): rows from each holder for each expert, as they arrive. Returns the
+    order (N',) that groups rows by expert."""
     flat = received.flatten()
     starts = (flat.cumsum(0) - flat).view_as(received).t().flatten()  # by expert, then holder
     lengths = received.t().flatten()

@@ -53,10 +53,10 @@ def check_named(settings: Mapping[str, Any], argv: Optional[Sequence[str]] = Non
     for key, value in settings.items():
         flag = "--" + key.replace("_", "-")
         is_flag = argv is None or any(word.partition("=")[0] == flag for word in argv)
-        for one in value if isinstance(value, (list, tuple)) else [value]:
-            kind = _waits(one) if isinstance(one, (str, Path)) else ""
+        for path in value if isinstance(value, (list, tuple)) else [value]:
+            kind = _waits(path) if isinstance(path, (str, Path)) else ""
             if kind:
-                where = f"{flag} {one}" if is_flag else str(one)
+                where = f"{flag} {path}" if is_flag else str(path)
                 raise UserError(f"{where}: {kind}, not a file; name a regular file")
 
 
@@ -84,9 +84,9 @@ def read_text(path: Name, where: str = "", encoding: str = "utf-8") -> str:
         try:
             text = file.read().decode(encoding)
         except UnicodeDecodeError as error:
-            found = f"byte {error.start} (0x{error.object[error.start]:02x})"
+            byte = f"byte {error.start} (0x{error.object[error.start]:02x})"
             raise UserError(
-                f"{where or path}: not UTF-8 at {found}; convert it to UTF-8, or name another file"
+                f"{where or path}: not UTF-8 at {byte}; convert it to UTF-8, or name another file"
             ) from None
         except OSError as error:
             raise UserError(f"{where or path}: cannot be read ({reason(error)})") from None
@@ -104,7 +104,7 @@ def parse_json(text: str) -> Any:
         raise ValueError("nested too deep") from None
     except UnicodeEncodeError:
         raise ValueError(
-            "half of a surrogate pair (\\ud800 to \\udfff), which is no text"
+            "half of a surrogate pair (\\ud800 to \\udfff), which is not text"
         ) from None
     return value
 

@@ -1,8 +1,8 @@
 """Models whose shared parameters are sharded over processes (`--ddp-backend fully_sharded`).
 
 fairscale's FSDP (Rajbhandari et al. 2020, arXiv 1910.02054, stage 3) joins the parameters of a
-wrapped module into one flat tensor, of which each process keeps a piece; the whole tensor is
-gathered when the module computes. Experts are already distributed (expert_parallel.py), so FSDP
+wrapped module into one flat tensor and shards it over processes; the whole tensor is gathered when
+the module computes. Experts are already distributed (expert_parallel.py), so FSDP
 must leave them alone: it skips parameters that have the attribute `_is_sharded`
 (fairscale/nn/data_parallel/fully_sharded_data_parallel.py:407@0.4.13).
 
@@ -39,10 +39,10 @@ def is_wrapping() -> bool:
 
 
 def prepare(cfg: Any) -> None:
-    """Have FSDP wrap as the settings of the model that is to be built say. With --bf16, of which
-    fairseq tells it nothing (fairseq/distributed/fully_sharded_data_parallel.py:98@0.12.2), it
-    keeps float32 and computes in bfloat16. Raises UserError for settings under which it cannot
-    train or save right.
+    """Make FSDP wrap according to the settings of the model that is to be built. With --bf16, which
+    fairseq does not pass on to FSDP (fairseq/distributed/fully_sharded_data_parallel.py:98@0.12.2),
+    it keeps float32 and computes in bfloat16. Raises UserError for settings with which it cannot
+    train or save correctly.
 
     Args:
         cfg: of the model, with bf16.
@@ -53,28 +53,34 @@ def prepare(cfg: Any) -> None:
     if cfg.bf16:
         settings.update(mixed_precision=True, compute_dtype=torch.bfloat16)
     refused = {
-        "--compile": (cfg.compile, "FSDP changes parameters under the compiler: drop either"),
+        "--compile": (
+            cfg.compile,
+            "FSDP changes parameters while they are compiled: remove one of them",
+        ),
         "--use-sharded-state": (
             settings["use_sharded_state"],
-            "such checkpoints load on one number of processes only: drop it",
+            "such checkpoints load only on the same number of processes: remove it",
         ),
-        "--cpu-offload": (settings["cpu_offload"], "not for experts, nor tried: drop it"),
+        "--cpu-offload": (
+            settings["cpu_offload"],
+            "not supported for experts, and untested: remove it",
+        ),
         "--not-fsdp-flatten-parameters": (
             not settings["flatten_parameters"],
-            "its optimizer state cannot be saved: drop it",
+            "its optimizer state cannot be saved: remove it",
         ),
         f"--moe-freeze {cfg.moe_freeze}": (
             str(cfg.moe_freeze) in ("gate", "gate_and_experts"),
-            "FSDP joins gates with what is trained: freeze the experts alone, or use pytorch_ddp",
+            "FSDP joins gates with trained parameters: freeze only the experts, or use pytorch_ddp",
         ),
         f"--moe-freeze {cfg.moe_freeze} and shared or latent experts": (
             str(cfg.moe_freeze) == "experts" and (cfg.moe_shared_experts or cfg.moe_latent_dim),
-            "FSDP joins shared experts with what is trained: use pytorch_ddp",
+            "FSDP joins shared experts with trained parameters: use pytorch_ddp",
         ),
         "--fp32-reduce-scatter": (
             settings["fp32_reduce_scatter"] and not settings["mixed_precision"],
-            "needs float32 parameters: use --bf16, or --fp16 without --memory-efficient-fp16, or "
-            "drop it",
+            "needs float32 parameters: use --bf16, or --fp16 without --memory-efficient-fp16, "
+            "or remove it",
         ),
     }
     for flag, (given, remedy) in refused.items():
@@ -89,7 +95,8 @@ def take_bfloat16(cfg: Any, model: nn.Module) -> None:
         if cfg.common.memory_efficient_bf16:
             raise UserError(
                 "--memory-efficient-bf16 with --ddp-backend fully_sharded: fairscale shards "
-                "float32 and float16: use --bf16, of which each process keeps its share alone"
+                "only float32 and float16: use --bf16, with which each process keeps only its "
+                "shard"
             )
         cfg.common.bf16 = False
 
@@ -139,17 +146,17 @@ def locations(model: nn.Module) -> Dict[str, Location]:
             for (_, owner, name), shape in zip(flat._param_infos, flat._param_shapes):
                 flattened.setdefault(owner, {})[name] = Location(flat, start, shape)
                 start += shape.numel()
-    found = {}
+    by_name = {}
     for prefix, module in model.named_modules():
         prefix = _without_wrappers(prefix + "." if prefix else "")
         if isinstance(module, FlattenParamsWrapper):
             continue
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                found[prefix + name] = Location(parameter, None, parameter.shape)
+                by_name[prefix + name] = Location(parameter, None, parameter.shape)
         for name, location in flattened.get(module, {}).items():
-            found[prefix + name] = location
-    return found
+            by_name[prefix + name] = location
+    return by_name
 
 
 def _without_wrappers(name: str) -> str:
@@ -162,8 +169,8 @@ def _without_wrappers(name: str) -> str:
 
 
 def load_state_dict(self, state_dict, strict=True):
-    """Take a state that this process has read, with its own experts. Of the model's own
-    `load_state_dict`, which is not called, it does what matters."""
+    """Load a state that this process has read, with its own experts. Does what matters of the
+    model's own `load_state_dict`, which is not called."""
     model, state_dict = self.unwrapped_module, dict(state_dict)
     model.upgrade_state_dict(state_dict)
     if strict and hasattr(model, "check_state"):
@@ -184,9 +191,9 @@ def optimizer_numbers(model: nn.Module) -> Dict[nn.Parameter, int]:
 
 
 def whole_optimizer_state(self, optimizer) -> Optional[Dict[str, Any]]:
-    """The optimizer's state by the model's parameters, for rank 0, None for others; in place of
-    fairscale's, which wants no parameters beside its own. Gathers one tensor at a time. Of experts
-    it has those of this process."""
+    """The optimizer's state by the model's parameters, for rank 0, None for others; instead of
+    fairscale's, which accepts no parameters besides its own. Gathers one tensor at a time. It
+    contains only this process's experts."""
     live = optimizer.state_dict()
     numbers, state = optimizer_numbers(self), {}
     whole: Dict[nn.Parameter, Dict[str, Any]] = {}  # by flat parameter

@@ -32,7 +32,7 @@ def literal(text: str) -> Any:
     except (ValueError, SyntaxError, ArithmeticError, TypeError, RecursionError, MemoryError):
         shown = text if len(text) <= 60 else text[:57] + "..."
         raise UserError(
-            f"the setting {shown!r} is refused: use only numbers, strings, lists, tuples and "
+            f"the setting {shown!r} is rejected: use only numbers, strings, lists, tuples and "
             "dictionaries, and + - * / of them; nothing in it was run"
         ) from None
 
@@ -69,8 +69,8 @@ def _check_size(kind: type, left: Any, right: Any) -> None:
     if kind is ast.Mod:  # a string would be formatted
         _number(left)
     if kind is ast.Mult:
-        for one, other in ((left, right), (right, left)):
-            if hasattr(one, "__len__") and len(one) * _number(other) > _LONGEST:
+        for sequence, times in ((left, right), (right, left)):
+            if hasattr(sequence, "__len__") and len(sequence) * _number(times) > _LONGEST:
                 raise ValueError("too long")
     if isinstance(left, int) and isinstance(right, int) and left.bit_length() > 1 << 20:
         raise ValueError("too large")

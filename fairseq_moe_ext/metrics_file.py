@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 
 
 class MetricsFile:
-    """Appends to the file of a run. Lines of updates that the run is yet to do are cut off, as a
-    resumed run logs them again; the file of a run that began anew is renamed, not replaced."""
+    """Appends to the file of a run. Lines of updates that a resumed run will log again are removed.
+    If a run starts from scratch, the existing file is renamed, not replaced."""
 
     def __init__(self, folder: Path, done: int) -> None:
         """done: updates that the run has done so far."""
@@ -34,7 +34,7 @@ class MetricsFile:
             self._give_up(error)
 
     def add(self, tag: str, num_updates: int, epoch: int, stats: Dict[str, Any]) -> None:
-        """Write one object. Training goes on where the file cannot be written."""
+        """Write one object. Training continues if the file cannot be written."""
         if self.path is None:
             return
         record = {"tag": tag, "num_updates": num_updates, "epoch": epoch, "time": time.time()}
@@ -62,22 +62,22 @@ class MetricsFile:
 
     def _give_up(self, error: OSError) -> None:
         logger.warning(
-            f"{self.path}: cannot be written ({error.strerror}); training goes on without"
+            f"{self.path}: cannot be written ({error.strerror}); training continues without it"
         )
         self.path = None
 
 
 def read(path: Path) -> List[Dict[str, Any]]:
-    """The objects of a file; lines that are none, as one that was cut short, are passed over."""
-    found = []
+    """The objects of a file. Skips lines that are not objects, such as a truncated one."""
+    records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
         except ValueError:
             continue
         if isinstance(record, dict):
-            found.append(record)
-    return found
+            records.append(record)
+    return records
 
 
 def _is_before(line: str, done: int) -> bool:

@@ -66,8 +66,8 @@ class RouterFlags(FairseqDataclass):
     moe_gating_fp32_product: bool = field(
         default=False,
         metadata={
-            "help": "compute all of the gate in float32, the matrix product included; without it "
-            "--moe-gating-use-fp32 begins at the logits, as in the branch"
+            "help": "compute the whole gate in float32, including the matrix product; without it, "
+            "--moe-gating-use-fp32 starts at the logits, as in the branch"
         },
     )
     moe_input_jitter: float = field(
@@ -224,7 +224,7 @@ def _validate_weights(cfg: Any) -> None:
     if normalize != "None" and cfg.moe_normalize_gate_prob_before_dropping:
         raise UserError(
             f"--moe-normalize-weights {normalize} and --moe-normalize-gate-prob-before-dropping "
-            "say the same thing twice: remove the second"
+            "set the same thing: remove the second"
         )
     if normalize in ("before", "after") and top_k(cfg) == 1:
         raise UserError(
@@ -238,7 +238,7 @@ def _validate_groups(cfg: Any) -> None:
     if groups > 1 and cfg.moe_null_experts:
         raise UserError(
             f"--moe-groups {groups} with --moe-null-experts {cfg.moe_null_experts}: null experts "
-            "are of no group; remove one of them"
+            "belong to no group; remove one of them"
         )
     try:
         check_groups(top_k(cfg), cfg.moe_expert_count, groups, top)
@@ -246,6 +246,6 @@ def _validate_groups(cfg: Any) -> None:
         raise UserError(f"--moe-groups {groups} --moe-top-groups {top}: {error}") from error
     if groups > 1 and top == groups:
         raise UserError(
-            f"--moe-top-groups {top} of --moe-groups {groups} leaves out no expert: use fewer, or "
+            f"--moe-top-groups {top} of --moe-groups {groups} excludes no expert: use fewer, or "
             "remove both"
         )

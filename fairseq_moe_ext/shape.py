@@ -1,6 +1,6 @@
-"""What a model's settings say of its layers: which are sparse, and how wide each network is.
+"""Derives from a model's settings which layers are sparse, and how wide each network is.
 
-Numbers only: the decoder is built from it, costs are computed from it.
+Numbers only. The decoder and the computation of costs use it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Shape(NamedTuple):
     dim: int
     ffn_dim: int
     vocabulary: int  # size
-    moe_freq: int = 0  # layer i (from 0) is picked when (i + 1) % moe_freq == 0; 0: none
+    moe_freq: int = 0  # layer i (from 0) is picked if (i + 1) % moe_freq == 0; 0: none
     experts: int = 0
     top_k: int = 2
     expert_ffn_dim: Optional[int] = None  # default: ffn_dim
@@ -43,7 +43,8 @@ class Shape(NamedTuple):
 
     @property
     def picked(self) -> Tuple[int, ...]:
-        """Layers, from 0, that are sparse, or would be without alternate_ffn_dim or dense_twin."""
+        """Indices of the layers that are sparse, or would be without alternate_ffn_dim or
+        dense_twin."""
         if self.listed is not None:
             return self.listed
         if self.moe_freq <= 0:
@@ -54,12 +55,12 @@ class Shape(NamedTuple):
 
     @property
     def sparse(self) -> Tuple[int, ...]:
-        """Layers, from 0, that have experts."""
+        """Indices of the layers that have experts."""
         return () if self.alternate_ffn_dim > 0 or self.dense_twin else self.picked
 
     @property
     def moe_layers(self) -> int:
-        """How many layers have experts."""
+        """The number of layers that have experts."""
         return len(self.sparse)
 
     @property
@@ -70,7 +71,7 @@ class Shape(NamedTuple):
         if self.alternate_ffn_dim > 0:
             replaced = [self.alternate_ffn_dim] * len(self.picked)
         elif self.dense_twin:
-            # The sum over the layers is what rounding leaves nearest to the sparse model's.
+            # Rounding cumulative widths keeps their sum as close as possible to the sparse model's.
             half = Fraction(1, 2)
             ends = [int(i * self.twin_width + half) for i in range(len(self.picked) + 1)]
             replaced = [end - start for start, end in zip(ends, ends[1:])]
@@ -90,8 +91,8 @@ class Shape(NamedTuple):
 
     @property
     def used_experts(self) -> Fraction:
-        """Experts that compute for a token, as measured, else top_k, of which null experts take
-        their share, equal to that of every other expert as a balanced router has it."""
+        """Experts that compute for a token: as measured, otherwise top_k without the share of null
+        experts, which a balanced router uses as often as other experts."""
         if self.experts_per_token is not None:
             return Fraction(self.experts_per_token)
         if not self.null_experts:
@@ -108,8 +109,8 @@ class Shape(NamedTuple):
 
 
 def shape_of(settings: Any, vocabulary: int = 0) -> Shape:
-    """The shape of a model with the settings (an object or a mapping, names of config.py; those
-    that stock's models, the branch and older checkpoints lack are taken as off)."""
+    """The shape of a model with these settings: an object or a mapping with the names of config.py.
+    Settings that stock models, the branch or older checkpoints lack count as off."""
     s = settings if isinstance(settings, Mapping) else vars(settings)
     ffn_dim = s["decoder_ffn_embed_dim"]
     expert_ffn_dim = s.get("moe_expert_ffn_dim") or None
@@ -156,10 +157,10 @@ def _listed(text: Optional[str], layers: int) -> Optional[Tuple[int, ...]]:
         return None
     parts = [part.strip() for part in str(text).split(",")]
     if not all(part.isascii() and part.isdigit() and len(part) < 6 for part in parts):
-        raise UserError(f"--moe-layers {text}: give numbers of layers, counted from 0, as 1,3,5")
+        raise UserError(f"--moe-layers {text}: give layer numbers, counted from 0, such as 1,3,5")
     numbers = sorted(map(int, parts))
     if len(set(numbers)) < len(numbers):
-        raise UserError(f"--moe-layers {text}: names a layer twice")
+        raise UserError(f"--moe-layers {text}: names a layer twice; remove one")
     if numbers[-1] >= layers:
         raise UserError(
             f"--moe-layers {text}: there is no layer {numbers[-1]}; --decoder-layers {layers} has "

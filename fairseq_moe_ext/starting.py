@@ -64,7 +64,7 @@ def _is_ours(names: Mapping[str, Any]) -> bool:
 
 
 def check(given: Mapping[str, Any], spell: Spell, training: bool) -> None:
-    """Raise UserError for settings, by name, that cannot be, alone or together."""
+    """Raise UserError for invalid or conflicting settings, given by name."""
     ranges.check(given, spell)
     # fairseq-interactive may read its --input from a pipe
     files.check_named({k: v for k, v in given.items() if k not in ("log_file", "input")})
@@ -79,14 +79,13 @@ def check(given: Mapping[str, Any], spell: Spell, training: bool) -> None:
     batch = given.get("batch_size"), given.get("max_tokens")
     if (training or not evaluating) and batch == (None, None):
         raise UserError(
-            f"{spell('batch_size')} and {spell('max_tokens')} are both not given: say how many "
-            "samples or tokens make a batch"
+            f"{spell('batch_size')} and {spell('max_tokens')} are both not given: set one of them"
         )
     of_training = [_check_kinds, _check_validation, _check_schedule, _check_capacity]
     others = [_check_window, _check_shards, _check_hypotheses, _check_pieces, _check_checkpoint]
     others += [_check_search, _check_steps]
-    for one in of_training if training else others:
-        one(given, spell)
+    for check_one in of_training if training else others:
+        check_one(given, spell)
 
 
 def _check_overrides(value: Any, spelled: str) -> None:
@@ -96,15 +95,15 @@ def _check_overrides(value: Any, spelled: str) -> None:
     if value is None or isinstance(value, Mapping):
         return
     try:
-        found = ast.literal_eval(value)
+        overrides = ast.literal_eval(value)
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
-        found = None
-    if not isinstance(found, dict):
+        overrides = None
+    if not isinstance(overrides, dict):
         raise UserError(
-            f"{spelled} {value!r}: not names and values, as \"{{'dropout': 0.1}}\", without any "
-            "computing"
+            f"{spelled} {value!r}: not a dictionary of names and values without computations, "
+            "such as \"{'dropout': 0.1}\""
         )
-    ranges.check(found, lambda name: f"{spelled} {name!r}:")
+    ranges.check(overrides, lambda name: f"{spelled} {name!r}:")
 
 
 def _check_is_there(path: str, where: str) -> None:
@@ -117,7 +116,7 @@ _NOT_FOR_US = {
     "tpu": "these models run on GPUs and CPUs",
     "self_target": "these models predict the next token",
     "past_target": "these models predict the next token",
-    "pipeline_model_parallel": "these models are not split so; see --ddp-backend fully_sharded",
+    "pipeline_model_parallel": "these models cannot be split so; see --ddp-backend fully_sharded",
 }
 
 
@@ -132,7 +131,7 @@ def _check_what_is_not_here(given: Mapping[str, Any], spell: Spell) -> None:
     if later and importlib.util.find_spec("iopath") is None:
         raise UserError(
             f"{spell('write_checkpoints_asynchronously')} needs the package iopath: pip install "
-            "iopath, or drop it"
+            "iopath, or remove it"
         )
 
 
@@ -140,7 +139,7 @@ def _check_window(given: Mapping[str, Any], spell: Spell) -> None:
     window, block = given.get("context_window"), given.get("tokens_per_sample")
     if window and block and window >= block:
         raise UserError(
-            f"{spell('context_window')} {window} leaves no token to score of "
+            f"{spell('context_window')} {window} leaves no token to score in "
             f"{spell('tokens_per_sample')} {block}: use less than that"
         )
 
@@ -157,8 +156,8 @@ def _check_shards(given: Mapping[str, Any], spell: Spell) -> None:
 def _check_steps(given: Mapping[str, Any], spell: Spell) -> None:
     if given.get("max_valid_steps") is not None:
         raise UserError(
-            f"{spell('max_valid_steps')} {given['max_valid_steps']} is for validation in training, "
-            "and this command takes all of the subset: drop it"
+            f"{spell('max_valid_steps')} {given['max_valid_steps']} applies only to validation "
+            "in training, and this command reads the whole subset: remove it"
         )
 
 
@@ -167,27 +166,32 @@ def _check_hypotheses(given: Mapping[str, Any], spell: Spell) -> None:
     if best is None or beam is None:
         return
     if best > beam:
-        raise UserError(f"{spell('nbest')} {best} is more than {spell('beam')} {beam}: raise that")
+        raise UserError(
+            f"{spell('nbest')} {best} is more than {spell('beam')} {beam}: lower it, or raise "
+            f"{spell('beam')}"
+        )
     if given.get("sampling") and best != beam:
         raise UserError(
-            f"{spell('sampling')} draws {spell('beam')} {beam} hypotheses, and {spell('nbest')} is "
-            f"{best}: give both the same"
+            f"{spell('sampling')} draws {spell('beam')} {beam} hypotheses, but {spell('nbest')} "
+            f"is {best}: set both to the same number"
         )
     groups, least, most = (given.get(k) for k in ("diverse_beam_groups", "min_len", "max_len_b"))
     if groups is not None and groups > 0 and beam % groups:
         raise UserError(
-            f"{spell('diverse_beam_groups')} {groups} does not divide {spell('beam')} {beam}"
+            f"{spell('diverse_beam_groups')} {groups} does not divide {spell('beam')} {beam}: "
+            "change one of them"
         )
     fixed = not given.get("max_len_a")
     if fixed and least is not None and most is not None and least > most:
         raise UserError(
-            f"{spell('min_len')} {least} is more than {spell('max_len_b')} {most}: raise that"
+            f"{spell('min_len')} {least} is more than {spell('max_len_b')} {most}: lower it, or "
+            f"raise {spell('max_len_b')}"
         )
     for name in ("sampling_topk", "sampling_topp"):
         if (given.get(name) or -1) > 0 and not given.get("sampling"):
-            raise UserError(f"{spell(name)} {given[name]} is for {spell('sampling')}: add that")
+            raise UserError(f"{spell(name)} {given[name]} needs {spell('sampling')}: add it")
     if given.get("score_reference") and "buffer_size" in given:  # fairseq-interactive
-        raise UserError(f"{spell('score_reference')} is for fairseq-generate: drop it")
+        raise UserError(f"{spell('score_reference')} works only in fairseq-generate: remove it")
     for name, reason in _NOT_IN_GENERATION.items():
         if given.get(name):
             raise UserError(f"{spell(name)}: {reason}: remove it")
@@ -240,19 +244,19 @@ def _check_search(given: Mapping[str, Any], spell: Spell) -> None:
     if sum(kinds) > 1:
         raise UserError(
             f"{spell('sampling')}, {spell('diverse_beam_groups')} and {spell('diversity_rate')} "
-            "are searches of different kinds: give one of them"
+            "are different kinds of search: use only one of them"
         )
     strength = given.get("diverse_beam_strength")
     if groups < 1 and strength not in (None, 0.5):
         raise UserError(
-            f"{spell('diverse_beam_strength')} {strength} is for {spell('diverse_beam_groups')}, "
-            "which is not given: add that"
+            f"{spell('diverse_beam_strength')} {strength} needs {spell('diverse_beam_groups')}: "
+            "add it"
         )
     batch, buffer = given.get("batch_size"), given.get("buffer_size")
     if batch and buffer is not None and batch > max(buffer, 1):
         raise UserError(
             f"{spell('batch_size')} {batch} is more than {spell('buffer_size')} {buffer}, the "
-            "lines that are read at a time: raise that"
+            f"lines that are read at a time: lower it, or raise {spell('buffer_size')}"
         )
 
 
@@ -278,8 +282,8 @@ def _check_validation(given: Mapping[str, Any], spell: Spell) -> None:
     for name in ("patience", "keep_best_checkpoints"):
         if (given.get(name) or 0) > 0:
             raise UserError(
-                f"{spell(name)} {given[name]} goes by validation, which "
-                f"{spell('disable_validation')} leaves out: drop either"
+                f"{spell(name)} {given[name]} needs validation, which "
+                f"{spell('disable_validation')} turns off: remove one of them"
             )
 
 
@@ -297,8 +301,8 @@ def _check_schedule(given: Mapping[str, Any], spell: Spell) -> None:
         # the command line gives it as text, and its default as a reference to --max-update
         if total is None or str(total).startswith("${"):
             raise UserError(
-                f"{spell('lr_scheduler')} polynomial_decay ends at {spell('total_num_update')}, "
-                f"which is not given, nor is {spell('max_update')}: give either"
+                f"{spell('lr_scheduler')} polynomial_decay needs {spell('total_num_update')} or "
+                f"{spell('max_update')}: add one of them"
             )
     if schedule == "inverse_sqrt" and given.get("warmup_updates") == 0:
         raise UserError(
@@ -328,19 +332,20 @@ def _check_capacity(given: Mapping[str, Any], spell: Spell) -> None:
 
 
 def check_trainer(cfg: Any, task: Any, model: Any) -> None:
-    """Raise UserError for what a trainer is to be made of and cannot."""
+    """Raise UserError for settings with which no trainer can be built."""
     getattr(task, "check_training", lambda: None)()
     sharding = str(cfg.distributed_training.zero_sharding)
     if sharding != "none" and not torch.distributed.is_initialized():
         raise UserError(
-            f"--zero-sharding {sharding} is for several processes, and this is one: drop it"
+            f"--zero-sharding {sharding} needs several processes, but there is only one: remove it"
         )
     over = str(getattr(cfg.model, "moe_balance_over", None))
     transform = str(getattr(cfg.criterion, "moe_gate_loss_transform", "none"))
     if over == "global_batch" and transform != "none":
         raise UserError(
             f"--moe-gate-loss-transform {transform} with --moe-balance-over {over}: the "
-            "transformed loss is no sum over micro-batches: use none, or another --moe-balance-over"
+            "transformed loss is not a sum over micro-batches: use none, or another "
+            "--moe-balance-over"
         )
     if not cfg.dataset.disable_validation:
         _check_metric(cfg, task, model)
@@ -353,8 +358,8 @@ def _check_metric(cfg: Any, task: Any, model: Any) -> None:
         given = logged + getattr(task, "validation_metrics", lambda subset: [])(subset)
         if metric not in given:
             raise UserError(
-                f"--best-checkpoint-metric {metric}: validation on {subset} does not give it; it "
-                f"gives {', '.join(given)}"
+                f"--best-checkpoint-metric {metric}: validation on {subset} does not report it; "
+                f"it reports {', '.join(given)}"
             )
 
 

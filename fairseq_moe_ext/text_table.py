@@ -23,14 +23,14 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def add_form_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that `formed` reads."""
+    """Add the flags that `formed` reads."""
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON")
     form.add_argument("--markdown", action="store_true", help="print Markdown")
 
 
 def formed(args: argparse.Namespace, value: Any, rows: Sequence[Sequence[str]]) -> str:
-    """A result in the form that the flags ask for: the value as JSON, or its table."""
+    """A result in the format that the flags set: the value as JSON, or its table."""
     if args.json:
         return json.dumps(value, indent=1)
     return markdown(rows) if args.markdown else plain(rows)

@@ -6,8 +6,8 @@ Every checkpoint has their digests:
 
     task_state["tokenizer"]   {file: sha256}
 
-so that files of another model are told. Those of a checkpoint that lies alone, or is older, are
-looked for in the data folder that it was trained on, which its settings name.
+so that files of another model are detected. For an older checkpoint, or one without these files
+beside it, they are taken from the data folder that it was trained on, which its settings name.
 """
 
 import filecmp
@@ -35,11 +35,11 @@ def files_of(data: Path) -> Dict[str, Path]:
         return {}
     for folder in (data, data.resolve().parent):
         above = folder / DICTIONARY
-        found = {name: folder / name for name in TOKENIZER}
-        if not above.is_file() or not all(file.is_file() for file in found.values()):
+        bpe_files = {name: folder / name for name in TOKENIZER}
+        if not above.is_file() or not all(file.is_file() for file in bpe_files.values()):
             continue
         if above.read_bytes() == dictionary.read_bytes():
-            return {DICTIONARY: dictionary, **found}
+            return {DICTIONARY: dictionary, **bpe_files}
     return {DICTIONARY: dictionary}
 
 
@@ -55,13 +55,12 @@ def digests(data: Path) -> Dict[str, str]:
 
 
 def copy(data: Path, folder: Path) -> None:
-    """Bring a data folder's tokenizer into another folder; files of another model that lie there
-    stay."""
+    """Copy a data folder's tokenizer to another folder; files of another model there are kept."""
     for name, file in files_of(data).items():
         target = folder / name
         if target.exists():
             if not filecmp.cmp(file, target, shallow=False):
-                logger.warning(f"{target}: of another model; this one's is {file}")
+                logger.warning(f"{target}: belongs to another model; this model's is {file}")
             continue
         temporary = target.with_name(f".{name}.{os.getpid()}.tmp")
         shutil.copyfile(file, temporary)
@@ -69,52 +68,55 @@ def copy(data: Path, folder: Path) -> None:
 
 
 def of_checkpoint(path: Path) -> Optional[Path]:
-    """The folder with the tokenizer of a checkpoint; None: there is none, neither beside it nor
-    where it was trained. Raises UserError where those there are of another model."""
+    """The folder with a checkpoint's tokenizer; None: there is none beside it or with its training
+    data. Raises UserError if the files there belong to another model."""
     state = _saved(path)
     wanted, other = _digests_in(state), None
     for folder in [path.parent, *_trained_on(state)]:
-        found = digests(folder)
-        if found and all(found.get(name) == digest for name, digest in wanted.items()):
+        present = digests(folder)
+        if present and all(present.get(name) == digest for name, digest in wanted.items()):
             return folder
-        other = other or (folder if found else None)
+        other = other or (folder if present else None)
     if other is not None:
         raise _misfit(other, path, wanted)
     return None
 
 
 def folder_for(path: Path, data: Optional[Path], flag: str = "--data") -> Path:
-    """The folder with a checkpoint's tokenizer: `data`, the value of a flag, or, without it, that
-    which travels with the checkpoint. Raises UserError where there is none."""
+    """The folder with a checkpoint's tokenizer: `data`, the value of a flag, or by default the
+    tokenizer that travels with the checkpoint. Raises UserError if there is none."""
     if data is not None:
         if not (data / DICTIONARY).is_file():
-            raise UserError(f"{flag} {data}: no {DICTIONARY} in it")
+            raise UserError(
+                f"{flag} {data}: contains no {DICTIONARY}; name the folder with the model's "
+                "dictionary"
+            )
         return data
-    found = of_checkpoint(path)
-    if found is None:
+    folder = of_checkpoint(path)
+    if folder is None:
         raise UserError(
-            f"{path}: its tokenizer ({', '.join(NAMES)}) is neither beside it nor where it was "
-            f"trained: add {flag} FOLDER, or copy the files there"
+            f"{path}: its tokenizer ({', '.join(NAMES)}) is neither beside it nor with its "
+            f"training data: add {flag} FOLDER, or copy the files there"
         )
-    return found
+    return folder
 
 
 def check(path: Path, data: Path) -> None:
     """Raise UserError if a folder's BPE is not the one that a checkpoint has digests of.
     fingerprint.py judges dict.txt, of which only the order matters."""
     wanted = {n: digest for n, digest in _digests_in(_saved(path)).items() if n in TOKENIZER}
-    found = digests(data)
-    if any(name in found and found[name] != digest for name, digest in wanted.items()):
+    present = digests(data)
+    if any(name in present and present[name] != digest for name, digest in wanted.items()):
         raise _misfit(data, path, wanted)
 
 
 def _misfit(folder: Path, path: Path, wanted: Dict[str, str]) -> UserError:
-    found = digests(folder)
-    name = next(name for name, digest in wanted.items() if found.get(name) != digest)
-    words = f"sha256 {found[name][:12]}" if name in found else "missing"
+    present = digests(folder)
+    name = next(name for name, digest in wanted.items() if present.get(name) != digest)
+    words = f"sha256 {present[name][:12]}" if name in present else "missing"
     return UserError(
-        f"{folder / name}: not of the tokenizer of {path} ({words}, the checkpoint says "
-        f"{wanted[name][:12]}): name the folder with its {', '.join(wanted)}"
+        f"{folder / name}: does not belong to the tokenizer of {path} ({words}, but the "
+        f"checkpoint has {wanted[name][:12]}): name the folder with its {', '.join(wanted)}"
     )
 
 

@@ -1,4 +1,4 @@
-"""The line that training prints: where it is, how well it does, how fast, how long it will take.
+"""The line that training prints: progress, perplexity, speed and time left.
 
     22:10:03 | 200/1000 ppl 138.5 lr 0.002 gate 1.073 2.76k tokens/s MFU 41 % left 0:04:51
 
@@ -65,7 +65,7 @@ def line(stats: Dict[str, Any], update: int, total: Optional[int], speed: Option
 
     Args:
         stats: metrics of the log interval, by fairseq's names.
-        total: updates of the whole run, as far as its flags tell.
+        total: updates of the whole run, if its flags set them.
     """
     parts = [f"{update}/{total}" if total else f"update {update}"]
     for name, key, form in (
@@ -101,7 +101,8 @@ def _duration(seconds: float) -> str:
 
 
 class BriefFormatter(logging.Formatter):
-    """As another one; but for records that are `brief` the time of day and the message alone."""
+    """Like another formatter, but prints only the time of day and the message of records that are
+    `brief`."""
 
     def __init__(self, other: logging.Formatter) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ def signed(value: float, digits: int = 1) -> str:
 
 
 def small(value: float, digits: int = 2) -> str:
-    """A figure that is not below 0, and is shown as 0 only if it is."""
+    """A number, not negative, that is shown as 0 only if it is 0."""
     shown = f"{value:.{digits}f}"
     return f"< {10**-digits:.{digits}f}" if value > 0 and not float(shown) else shown
 

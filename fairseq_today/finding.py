@@ -182,17 +182,17 @@ def _configs_name_it() -> bool:
 
 def _values(args: Iterable[str]) -> Dict[str, List[str]]:
     """The values of each flag of a command line, as far as that can be told without a parser."""
-    found: Dict[str, List[str]] = {}
+    by_flag: Dict[str, List[str]] = {}
     flag: Optional[str] = None
     for word in args:
         if word.startswith("-"):
             flag, equals, value = word.lstrip("-").partition("=")
             flag = {"a": "arch"}.get(flag, flag.replace("-", "_"))
-            found.setdefault(flag, []).extend([value] if equals else [])
+            by_flag.setdefault(flag, []).extend([value] if equals else [])
         elif flag is not None:
-            found[flag].append(word)
+            by_flag[flag].append(word)
             flag = None
-    return found
+    return by_flag
 
 
 def line_names_it(args: List[str]) -> bool:

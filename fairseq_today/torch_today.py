@@ -83,8 +83,8 @@ def load_weights_only(file, map_location=None, mmap: bool = False):
             ) from error
         function = refused.group(1) or refused.group(2)
         raise UserError(
-            f"{name}: refused, since loading it would run {function}, which belongs in no "
-            "checkpoint; do not use this file, or convert it where you trust it"
+            f"{name}: rejected, because loading it would run {function}, which belongs in no "
+            "checkpoint; do not use this file, or convert it on a machine where you trust it"
         ) from error
     except (FileNotFoundError, MemoryError):
         raise

@@ -229,9 +229,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, before, after):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("moe_balance=bias moe_top_k=6", "leave no choice to bias; lower --moe-top-k"),
+        ("moe_balance=bias moe_top_k=6", "so a bias has no effect; lower --moe-top-k"),
         ("moe_balance=both moe_second_expert_policy=sampling", "--moe-second-expert-policy all"),
-        ("moe_balance=bias moe_router=hash", "which has no choice by score to bias: use"),
+        (
+            "moe_balance=bias moe_router=hash",
+            "which does not choose by score, so a bias has no effect: use",
+        ),
         ("moe_balance=both moe_router=sinkhorn", "--moe-router topk or random"),
         ("moe_balance=bias moe_router=relu", "--moe-router relu"),
         ("moe_balance=both moe_router=random", "whose gate is not trained"),

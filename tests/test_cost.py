@@ -319,12 +319,12 @@ def test_memory_is_divided_as_said():
 @pytest.mark.parametrize(
     "line, words",
     [
-        ("", "Give --arch, --path"),
+        ("", "use --arch, --path"),
         ("--arch moe_lm_16b", "--arch moe_lm_16b: use one of dense_lm_tiny"),
-        ("--arch moe_lm_15b --world-size 3", "--world-size 3: one of it and the 512 experts"),
+        ("--arch moe_lm_15b --world-size 3", "--world-size 3: must divide the 512 experts"),
         ("--path nowhere.pt", "--path nowhere.pt: no such checkpoint"),
         ("--path other.zip", "other.zip: truncated or not a checkpoint"),
-        ("--path list.pt", "list.pt: not a checkpoint of fairseq"),
+        ("--path list.pt", "list.pt: not a fairseq checkpoint"),
         ("--arch moe_lm_15b --tokens inf", "--tokens inf: use a number above 0"),
         ("--path nowhere.pt --moe-freq 2", "--path with --moe-freq"),
         ("--arch dense_lm_tiny --moe-freq 9", "--moe-freq 9 picks no layer"),

@@ -198,12 +198,12 @@ def test_shared_experts_are_not_frozen_under_fsdp(folder):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ({"moe_layers": "1,x"}, "--moe-layers 1,x: give numbers of layers, counted from 0"),
+        ({"moe_layers": "1,x"}, "--moe-layers 1,x: give layer numbers, counted from 0"),
         ({"moe_layers": "1,1"}, "--moe-layers 1,1: names a layer twice"),
-        ({"moe_layers": ""}, "--moe-layers : give numbers"),
+        ({"moe_layers": ""}, "--moe-layers : give layer numbers"),
         ({"moe_layers": "4"}, "there is no layer 4; --decoder-layers 4 has 0 to 3"),
-        ({"moe_layers": "1234567"}, "give numbers of layers"),
-        ({"moe_layers": "-1"}, "--moe-layers -1: give numbers"),
+        ({"moe_layers": "1234567"}, "give layer numbers"),
+        ({"moe_layers": "-1"}, "--moe-layers -1: give layer numbers"),
         ({"moe_layers": "1", "moe_first_dense": 1}, "--moe-first-dense 1 with --moe-layers 1"),
         ({"moe_first_dense": 4}, "--moe-first-dense 4 leaves no layer of --moe-freq 2"),
         ({"moe_first_dense": -1}, "--moe-first-dense -1 is out of range"),
@@ -212,10 +212,10 @@ def test_shared_experts_are_not_frozen_under_fsdp(folder):
         ({"moe_latent_dim": 17}, "--moe-latent-dim 17 is wider than the model"),
         ({"moe_latent_dim": 0}, "--moe-latent-dim 0 is out of range"),
         ({"moe_null_experts": 2, "moe_router": "hash"}, "no effect with --moe-router hash: remove"),
-        ({"moe_null_experts": 2, "moe_groups": 3, "moe_top_groups": 2}, "are of no group"),
+        ({"moe_null_experts": 2, "moe_groups": 3, "moe_top_groups": 2}, "belong to no group"),
         (
             {"moe_dense_twin": True, "alternate_decoder_ffn_embed_dim": 8},
-            "--moe-dense-twin with --alternate-decoder-ffn-embed-dim 8: both say",
+            "--moe-dense-twin with --alternate-decoder-ffn-embed-dim 8: both set",
         ),
         *(
             ({"alternate_decoder_ffn_embed_dim": 8, **flags}, words)

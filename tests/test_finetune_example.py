@@ -122,7 +122,7 @@ def test_the_table_says_if_it_was_nothing():
     assert "Better than plain by more than that (*): none." in said
     one = comparison.table(made_up(dense=[65.0], plain=[66.0]))
     assert "±  " not in one and "Seeds: 1;" in one and "| one seed |" in one
-    assert "1.0 points ahead, of one seed, so nothing is said about noise." in one
+    assert "1.0 points ahead, with one seed, so noise is not measured." in one
     assert "than plain" not in one, "which one seed cannot say"
     said = comparison.table(made_up(dense=[53.0, 53.2], plain=[60.0, 60.1]))
     assert "Not above chance (50.0 %) by more than noise: dense." in said

@@ -153,5 +153,5 @@ def test_an_overlong_line_does_not_end_the_session(model, monkeypatch, capsys, t
     told = [text for text in err.splitlines() if text.startswith("error: ")]
     assert told == [
         "error: line 2 is left out: 65 tokens; the model takes 64",
-        "error: line 3 is left out: nothing but <unk>: give --bpe and its files",
+        "error: line 3 is left out: only <unk>: add --bpe and its files",
     ]

@@ -117,7 +117,7 @@ def test_every_command_refuses_before_it_reads_a_model(
 
 def test_a_figure_that_nothing_is_drawn_in_is_refused(places, capsys):
     assert cli.main("evaluate data --path x.pt --figure new.html".split()) == 1
-    assert "--figure new.html: only --sweep-capacity draws" in capsys.readouterr().err
+    assert "--figure new.html: needs --sweep-capacity" in capsys.readouterr().err
 
 
 def test_a_page_is_renewed_only_if_it_is_ours(places):
@@ -134,7 +134,7 @@ def test_a_report_leaves_what_is_not_its_own(places, capsys):
     made_result(places)
     (places / "figures").write_text("mine", encoding="utf-8")
     assert cli.main(["report", "."]) == 1
-    assert "error: figures: cannot be made: File exists" in capsys.readouterr().err
+    assert "error: figures: cannot be created: File exists" in capsys.readouterr().err
     (places / "figures").unlink()
     (places / "report.html").symlink_to("old.json")
     assert cli.main(["report", "."]) == 1

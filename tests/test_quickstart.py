@@ -173,7 +173,7 @@ def test_expert_use_counts_every_choice(finished):
         told = specialisation.mutual_information(inside)
         assert layer["information"]["domain"]["bits"] == pytest.approx(told)
     html = (out / "report.html").read_text()
-    for by, words in (("domain", "domain"), ("token", "type of token")):
+    for by, words in (("domain", "domain"), ("token", "token")):
         said = specialisation.verdict(found, by, words)
         assert escape(said) in html and "random gates of equal scale" in said
     for layer in found:

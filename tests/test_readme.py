@@ -168,7 +168,7 @@ def test_commands_on_a_trained_model(trained):
     assert (trained / "runs" / "two" / "experts").is_dir()
 
     output = script(trained, "docs/convert.md")
-    assert output.count("experts a sparse layer") == 6
+    assert output.count("experts per sparse layer") == 6
     if importlib.util.find_spec("transformers"):
         code = blocks("docs/convert.md", "python", "Hugging Face")
         assert "word1 word2" in run(trained, sys.executable, "-c", code)
@@ -176,7 +176,7 @@ def test_commands_on_a_trained_model(trained):
 
     output = script(trained, "docs/experts.md")
     assert output.count("done training") == 2
-    assert "dense twin: hidden width 480 in place of the MoE layers" in output
+    assert "dense twin: hidden width 480 instead of the MoE layers" in output
     for active in ("1,28", "2,82", "13,68"):  # millions; the first digits
         assert re.search(rf"parameters, active +{active}", output), active
 

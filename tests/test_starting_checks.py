@@ -82,10 +82,13 @@ def test_stocks_defaults_are_in_range():
     "changes, words",
     [
         (dict(batch_size=None), "--batch-size and --max-tokens are both not given"),
-        (dict(disable_validation=True, patience=3), "--patience 3 goes by validation"),
-        (dict(optimizer_overrides="{"), "--optimizer-overrides '{': not names and values"),
+        (dict(disable_validation=True, patience=3), "--patience 3 needs validation"),
+        (
+            dict(optimizer_overrides="{"),
+            "--optimizer-overrides '{': not a dictionary of names and values",
+        ),
         (dict(optimizer_overrides="{'lr': [-1]}"), "--optimizer-overrides 'lr': [-1] is out of"),
-        (dict(lr_scheduler="polynomial_decay", max_update=0), "--total-num-update, which is not"),
+        (dict(lr_scheduler="polynomial_decay", max_update=0), "needs --total-num-update or"),
         (dict(lr_scheduler="inverse_sqrt", warmup_updates=0), "--warmup-updates 0"),
         (dict(criterion="ctc"), "--criterion ctc is not for these models: use moe_cross_entropy"),
         (dict(stop_min_lr=1.0, lr=[0.1]), "--stop-min-lr 1.0 is not below --lr 0.1"),
@@ -126,7 +129,7 @@ def test_the_end_of_a_schedule_may_be_its_own():
     """fairseq's parser gives --total-num-update as text (II default)."""
     given = {**OURS, "lr_scheduler": "polynomial_decay", "max_update": 0}
     starting.check_command_line(Namespace(**given, total_num_update="100"))
-    with pytest.raises(UserError, match="nor is --max-update: give either"):
+    with pytest.raises(UserError, match="or --max-update: add one of them"):
         starting.check_command_line(
             Namespace(**given, total_num_update="${optimization.max_update}")
         )
@@ -149,7 +152,7 @@ def test_what_fairseq_itself_says_is_one_line():
     line = raised.traceback[-1].lineno + 1
     told = mistake_to_print(raised.value)
     assert told == (
-        f"raise NotImplementedError (fairseq/tasks/fairseq_task.py:{line}; LOGLEVEL=DEBUG tells "
+        f"raise NotImplementedError (fairseq/tasks/fairseq_task.py:{line}; LOGLEVEL=DEBUG shows "
         "more)"
     )
     with pytest.raises(NotImplementedError) as raised:
@@ -174,20 +177,23 @@ def test_training_without_anything_of_ours_is_left_alone():
     "changes, words",
     [
         (dict(context_window=32), "--context-window 32 leaves no token to score"),
-        (dict(max_valid_steps=2), "--max-valid-steps 2 is for validation in training"),
+        (dict(max_valid_steps=2), "--max-valid-steps 2 applies only to validation in training"),
         (dict(shard_id=2, num_shards=2), "--shard-id 2 is not one of --num-shards 2: use 0 to 1"),
         (dict(post_process="unknown"), "--remove-bpe unknown: unknown; use subword_nmt"),
         (dict(path=None), "--path is not given"),
-        (dict(model_overrides="[]"), "--model-overrides '[]': not names and values"),
+        (
+            dict(model_overrides="[]"),
+            "--model-overrides '[]': not a dictionary of names and values",
+        ),
         (dict(model_overrides="{'dropout': 7}"), "--model-overrides 'dropout': 7 is out of range"),
         (dict(beam=2, nbest=3), "--nbest 3 is more than --beam 2"),
         (dict(beam=2, nbest=1, sampling=True), "--sampling draws --beam 2 hypotheses"),
-        (dict(beam=2, nbest=1, sampling_topk=3), "--sampling-topk 3 is for --sampling"),
+        (dict(beam=2, nbest=1, sampling_topk=3), "--sampling-topk 3 needs --sampling"),
         (dict(beam=3, nbest=1, diverse_beam_groups=2), "2 does not divide --beam 3"),
         (dict(beam=3, nbest=1, min_len=9, max_len_b=4), "--min-len 9 is more than --max-len-b 4"),
         (dict(beam=3, nbest=1, constraints="ordered"), "--constraints: language models"),
         (dict(beam=2, arch="wav2vec2", save_dir="x", temperature=0.0), "--temperature 0.0"),
-        (dict(beam=4, diverse_beam_strength=1.0), "--diverse-beam-strength 1.0 is for"),
+        (dict(beam=4, diverse_beam_strength=1.0), "--diverse-beam-strength 1.0 needs"),
         (dict(beam=4, nbest=4, sampling=True, diversity_rate=0.5), "different kinds"),
         (dict(beam=4, buffer_size=0, batch_size=2), "--batch-size 2 is more than --buffer-size 0"),
         (dict(beam=4, nbest=1, print_step=True), "--print-step: language models write token by"),
@@ -237,12 +243,12 @@ MIXTURE += " --moe-expert-count 2 --batch-size 4 --max-update 1"
         ("--lr -1", "--lr [-1.0] is out of range: use one or more of them, each a number from 0"),
         ("--update-freq 1.5", "argument --update-freq: '1.5' is not a whole number"),
         ("--batch-size-valid 1.5", "--batch-size-valid 1.5 is out of range"),
-        ("--best-checkpoint-metric los", "los: validation on valid does not give it; it gives"),
+        ("--best-checkpoint-metric los", "los: validation on valid does not report it; it reports"),
         ("--best-checkpoint-metric big_pppl", "in_domain_ppl, out_of_domain_ppl"),
         ("--best-checkpoint-metric nll_loss", "loss, inner_loss, ppl, moe_gate_loss"),
         ("--max-tokens-valid 8", "--max-tokens-valid) 8 is less than the longest sample, of 32"),
         ("--valid-subset vaild", "subset vaild: no such data-bin"),
-        ("--zero-sharding os", "--zero-sharding os is for several processes"),
+        ("--zero-sharding os", "--zero-sharding os needs several processes"),
     ],
 )
 def test_before_training(capsys, data, tmp_path, flags, words):

@@ -12,22 +12,22 @@ from fairseq_moe_ext.wording import signed
 def summary(rows: Dict[str, List[float]]) -> Dict[str, Row]:
     """By row the mean, the standard deviation over seeds (None of one) and the difference from the
     row plain, `beyond` if it is more than twice its standard error."""
-    found: Dict[str, Row] = {}
+    by_row: Dict[str, Row] = {}
     plain = rows.get("plain")
     for row, values in rows.items():
         several = len(values) > 1
-        found[row] = {
+        by_row[row] = {
             "accuracy": values,
             "mean": statistics.mean(values),
             "deviation": statistics.stdev(values) if several else None,
         }
         if plain and row != "plain":
             difference = statistics.mean(values) - statistics.mean(plain)
-            found[row]["difference"] = difference
+            by_row[row]["difference"] = difference
             if several and len(plain) > 1:
-                squares = [statistics.variance(each) / len(each) for each in (values, plain)]
-                found[row]["beyond"] = abs(difference) > 2 * math.sqrt(sum(squares))
-    return found
+                squares = [statistics.variance(sample) / len(sample) for sample in (values, plain)]
+                by_row[row]["beyond"] = abs(difference) > 2 * math.sqrt(sum(squares))
+    return by_row
 
 
 def table(result: Result) -> str:
@@ -65,12 +65,12 @@ def findings(result: Result) -> str:
     rows, started = result["rows"], result["before"]
     dense, plain = rows.get("dense"), rows.get("plain")
     if not dense or not plain:
-        return "Not all of dense and plain are there, so there is no gap to speak of."
+        return "The rows dense and plain are needed to compare sparse with dense."
     gap = dense["mean"] - plain["mean"]
     seeds = len(plain["accuracy"])
     error = f"{'' if dense.get('beyond') else 'not '}more than twice the standard error"
     if "beyond" not in dense:
-        error = "of one seed, so nothing is said about noise"
+        error = "with one seed, so noise is not measured"
     said = [
         f"Fine-tuning takes the dense model from {started['dense']['accuracy']:.1f} to "
         f"{dense['mean']:.1f} % and the plain MoE from {started['moe']['accuracy']:.1f} to "

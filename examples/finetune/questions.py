@@ -75,8 +75,8 @@ def write(text: Path, names: List[str], sizes: Dict[str, int], folder: Path, see
             made = questions_of(_first(left[path], 3 * share), rng)
             if len(made) < share:
                 raise UserError(
-                    f"{path}: has text for {len(made)} questions, {share} are asked for: lower "
-                    f"--{split}"
+                    f"{path}: has text for {len(made)} questions, but {share} are requested: "
+                    f"lower --{split}"
                 )
             chosen[split] += rng.sample(made, share)
     for split, found in chosen.items():

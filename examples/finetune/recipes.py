@@ -35,15 +35,15 @@ ROWS = ["dense", *RECIPES]
 
 def recipe_settings(names: Sequence[str]) -> Dict[str, Any]:
     """The settings of recipe files."""
-    found: Dict[str, Any] = {}
+    settings_of_row: Dict[str, Any] = {}
     for name in names:
         path = REPOSITORY / "hydra_conf" / "recipe" / f"{name}.yaml"
         for settings in yaml.safe_load(path.read_text(encoding="utf-8")).values():
-            found.update(settings)
-    if "lr" in found:
-        found["lr"] = 2 * LEARNING_RATE
-        found["batch_size"] = BATCH // 4
-    return found
+            settings_of_row.update(settings)
+    if "lr" in settings_of_row:
+        settings_of_row["lr"] = 2 * LEARNING_RATE
+        settings_of_row["batch_size"] = BATCH // 4
+    return settings_of_row
 
 
 def as_flags(settings: Dict[str, Any]) -> List[str]:

@@ -204,19 +204,19 @@ def main(argv: Sequence[str]) -> int:
         "--quickstart",
         type=Path,
         default=Path("runs/quickstart-topk"),
-        help="folder of the quickstart's run; made if it is not there",
+        help="folder of the quickstart's run; created if missing",
     )
     parser.add_argument("--train", type=int, default=recipes.TRAIN, help="questions to train on")
     parser.add_argument(
         "--valid", type=int, default=recipes.VALID, help="questions to choose the epoch by"
     )
-    parser.add_argument("--test", type=int, default=recipes.TEST, help="questions to compare by")
+    parser.add_argument("--test", type=int, default=recipes.TEST, help="questions to test on")
     parser.add_argument("--epochs", type=int, default=recipes.EPOCHS)
     parser.add_argument("--seeds", type=int, default=recipes.SEEDS)
     parser.add_argument(
         "--rows", help=f"some of the rows, comma-separated: {', '.join(recipes.ROWS)}"
     )
-    parser.add_argument("--jobs", type=int, default=2, help="fine-tunings at once (default: 2)")
+    parser.add_argument("--jobs", type=int, default=2, help="fine-tuning runs at once (default: 2)")
     args = parser.parse_args(argv)
     ablation: Optional[Ablation] = None
     try:
@@ -239,7 +239,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("Stopped. Start the same command again and it goes on.", file=sys.stderr)
+        print("Stopped. Start the same command again to continue.", file=sys.stderr)
         return 130
     finally:
         if ablation is not None:

@@ -33,7 +33,7 @@ def mean(result: Dict, model: str, held_out: bool) -> float:
 
 
 def change(dense: float, moe: float) -> float:
-    """How far the MoE model's figure is above (+) or below (-) the dense one's, in per cent."""
+    """How far the MoE model's value is above (+) or below (-) the dense model's, in per cent."""
     return 100 * (moe / dense - 1)
 
 
@@ -244,10 +244,10 @@ def _learning_curves(result: Dict) -> _Grid:
         )
     return _Grid(
         charts,
-        "Perplexity on the validation text while training goes on; logarithmic scale, each chart "
-        "with its own range, those of single domains from a quarter of the training on. The second "
-        "chart is the distance between the two lines of the first: below zero, the MoE model is "
-        "ahead.",
+        "Perplexity on the validation text during training; logarithmic scale, each chart with its "
+        "own range. Charts of single domains start after a quarter of the training. The second "
+        "chart shows the distance between the two lines of the first: below zero, the MoE model "
+        "is ahead.",
     )
 
 
@@ -272,21 +272,21 @@ def _expert_use(result: Dict) -> _Grid:
     experts = len(layers[0]["share"][order[0]])
     return _Grid(
         charts,
-        f"How each domain's test text is shared out among the {experts} experts of each MoE layer, "
-        f"in per cent of all choices ({100 / experts:.1f} is even); below the line, the held-out "
-        f"domains. Layers are counted from 0. {specialisation.MEANING} The bits are about the "
+        f"How each domain's test text is distributed over the {experts} experts of each MoE layer, "
+        f"in per cent of all choices ({100 / experts:.1f} is even). The held-out domains are below "
+        f"the line. Layers are counted from 0. {specialisation.MEANING} The bits are about the "
         f"training domain (0: nothing, {math.log2(len(inside)):.0f}: everything).",
     )
 
 
 _BY_TOKEN = {
     "hash": [
-        "The experts are chosen by the token alone, so each knows its own types of token and no "
-        "domain; with --router topk a learnt gate chooses, as in the paper."
+        "The token alone selects the experts, so each expert knows its own tokens and no domain; "
+        "with --router topk a learnt gate chooses, as in the paper."
     ],
     "topk": [
-        "On another processor the MoE model's figures come out different, by up to 0.3 % so far: "
-        "rounding decides where a token goes that is near a tie of two experts."
+        "On another processor, the MoE model's results differ, by up to 0.3 % so far: near a tie "
+        "of two experts, rounding decides where a token goes."
     ],
 }
 
@@ -300,7 +300,7 @@ def findings(result: Dict) -> List[str]:
     outside_change = change(mean(result, DENSE, True), mean(result, MOE, True))
     shows = "shows here too" if inside_change < outside_change else "does not show here"
     if abs(inside_change - outside_change) < NOISE:
-        shows = "can neither be seen nor denied here, with one seed"
+        shows = "cannot be decided here, with one seed"
     tested = sum(d["counts"]["test"]["bytes"] for d in result["domains"]) / len(result["domains"])
     return [
         _verdict(result, inside, "training domains"),
@@ -309,17 +309,17 @@ def findings(result: Dict) -> List[str]:
         f"{signed(inside_change)} in domain, {signed(outside_change)} out of domain.",
         *_BY_TOKEN.get(result["settings"]["router"], []),
         "Do experts specialise? " + specialisation.verdict(layers, "domain", "domain"),
-        specialisation.verdict(layers, "token", "type of token"),
+        specialisation.verdict(layers, "token", "token"),
         "Equal FLOPs are not equal time: on this machine the MoE model trained for "
         f"{clock(moe['training_seconds'])} min, the dense one for "
         f"{clock(dense['training_seconds'])} min. It also holds "
         f"{moe['parameters'] / dense['parameters']:.1f} times the parameters in memory.",
-        f"One run, one seed, about {tested / 1e3:.0f} kB of test text a domain: a difference of a "
-        "per cent on a single domain may be noise.",
-        f"Both models are far from trained out after {big(moe['training_tokens'])} tokens; what a "
-        "longer training would give, these numbers do not say.",
-        "Perplexities are per token of this run's own tokenizer on this installation's text: they "
-        "compare these two models, no others.",
+        f"One run, one seed, about {tested / 1e3:.0f} kB of test text per domain: a difference of "
+        "one per cent on a single domain may be noise.",
+        f"Both models are far from trained out after {big(moe['training_tokens'])} tokens; "
+        "these numbers do not show what a longer training would give.",
+        "Perplexities are per token of this run's own tokenizer on this installation's text: "
+        "compare only these two models by them.",
     ]
 
 

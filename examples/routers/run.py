@@ -33,13 +33,15 @@ def short(folder: Path) -> Path:
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--text", type=Path, default=Path("runs/study-text"), help="text and data")
-    parser.add_argument("--text-bytes", type=int, help="of training text per domain")
+    parser.add_argument(
+        "--text", type=Path, default=Path("runs/study-text"), help="folder for text and data"
+    )
+    parser.add_argument("--text-bytes", type=int, help="bytes of training text per domain")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once (default: 2)")
     parser.add_argument(
         "--short",
         action="store_true",
-        help="20 updates and two seeds, in runs/routers-short: a try of some minutes",
+        help="20 updates and two seeds, in runs/routers-short: a trial of a few minutes",
     )
     args = parser.parse_args(argv)
     file = short(Path("runs/routers-short")) if args.short else FULL

@@ -50,11 +50,11 @@ def fetch(kind: str, name: str, folder: Path) -> Path:
 
 def digest(archive: Path) -> str:
     """SHA-256."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     with open(archive, "rb") as stream:
         while part := stream.read(2**20):
-            found.update(part)
-    return found.hexdigest()
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def files(archive: Path, wanted: Callable[[str], bool]) -> Iterator[File]:
@@ -89,13 +89,13 @@ def _member(stream: BinaryIO, prefix: str) -> BinaryIO:
     """A member of a Debian package, which is an `ar` archive: headers of 60 bytes, the name in the
     first 16, the size in ten from 48."""
     if stream.read(8) != b"!<arch>\n":
-        raise UserError(f"{stream.name}: is not a Debian package; remove it, to fetch it again")
+        raise UserError(f"{stream.name}: not a Debian package; remove it to fetch it again")
     while header := stream.read(60):
         size = int(header[48:58])
         if header[:16].decode().startswith(prefix):
             return io.BytesIO(stream.read(size))
         stream.seek(size + size % 2, io.SEEK_CUR)
-    raise UserError(f"{stream.name}: has no {prefix}; remove it, to fetch it again")
+    raise UserError(f"{stream.name}: has no {prefix}; remove it to fetch it again")
 
 
 def _unpacked(name: str, content: bytes) -> bytes:

@@ -18,12 +18,14 @@ QUICKSTART = HERE.parent / "quickstart" / "run.py"
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--file", type=Path, default=HERE / "two_cores.yaml")
-    parser.add_argument("--out", type=Path, default=Path("runs/study-text"), help="text and data")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/study-text"), help="folder for text and data"
+    )
     parser.add_argument(
         "--text-bytes",
         type=int,
         default=1_500_000,
-        help="of training text per domain (default: 1500000, of which the results here are)",
+        help="bytes of training text per domain (default: 1500000, as for the committed results)",
     )
     parser.add_argument("--jobs", type=int, default=2, help="runs at once (default: 2)")
     args = parser.parse_args(argv)

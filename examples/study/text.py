@@ -183,7 +183,7 @@ def write(domain: Domain, out: Path, seen: set, limit: int) -> Dict[str, Any]:
         texts, counts = documents(domain, archive, seen, limit)
         says = licence(archive)
     except (EOFError, OSError, ValueError, lzma.LZMAError, tarfile.TarError, zlib.error) as error:
-        raise UserError(f"{archive}: is damaged; remove it, to fetch it again ({error})") from None
+        raise UserError(f"{archive}: damaged; remove it to fetch it again ({error})") from None
     path = out / f"{domain.name}.jsonl"
     outputs.write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
     return {
@@ -199,9 +199,11 @@ def write(domain: Domain, out: Path, seen: set, limit: int) -> Dict[str, Any]:
 def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/study/text"))
-    parser.add_argument("--megabytes", type=float, default=25, help="of each domain (default: 25)")
     parser.add_argument(
-        "--domains", nargs="+", choices=[d.name for d in DOMAINS], help="only these"
+        "--megabytes", type=float, default=25, help="size of each domain (default: 25)"
+    )
+    parser.add_argument(
+        "--domains", nargs="+", choices=[d.name for d in DOMAINS], help="fetch only these domains"
     )
     args = parser.parse_args()
     if not 0 < args.megabytes < 1e6:

@@ -29,9 +29,9 @@ class BranchFiles(NamedTuple):
 
 
 def find(path: str) -> Optional[BranchFiles]:
-    """The files for which `path` stands: X.pt, or one of the parts; a dense X.pt, which is all in
-    one file, is its own. None if it is no checkpoint of the branch, as is any X.pt that has experts
-    itself. UserError if the shared file is missing."""
+    """The files of the checkpoint that `path` names: X.pt, or one of its parts. A dense X.pt is a
+    single file. None if it is not a checkpoint of the branch; an X.pt that contains experts is not.
+    UserError if the shared file is missing."""
     if not path.endswith(".pt"):
         return None
     part = _PART.fullmatch(path)
@@ -56,8 +56,8 @@ def find(path: str) -> Optional[BranchFiles]:
         shared = whole  # the shared file under another name, as some guides advise
     if shared is None and not shards:
         raise UserError(
-            f"{base}-shared.pt: missing, though {ranks[min(ranks)]} is there; a checkpoint of "
-            "fairseq's moe branch is both, and one -rank- file for each process: copy it again"
+            f"{base}-shared.pt: missing, although {ranks[min(ranks)]} is there; a checkpoint of "
+            "fairseq's moe branch needs both, with one -rank- file per process: copy it again"
         )
     return BranchFiles(whole, shared or shards[min(shards)], ranks, shards)
 
@@ -69,10 +69,12 @@ def is_part(path: str, base: str) -> bool:
 
 
 def load(path: str) -> State:
-    """A part, mapped into memory. UserError if it is no checkpoint."""
+    """A part, mapped into memory. UserError if it is not a checkpoint."""
     state = load_weights_only(path, map_location="cpu", mmap=True)
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        raise UserError(f"{path}: not a checkpoint of fairseq: there is no model in it")
+        raise UserError(
+            f"{path}: not a fairseq checkpoint: it contains no model; name another file"
+        )
     check_settings(path, state)
     return state
 
@@ -84,8 +86,8 @@ def _lacks_experts(path: str) -> bool:
 
 
 def _is_dense(path: str) -> bool:
-    """Whether a file has a dense model of the branch and its settings, which stock fairseq does not
-    have. Files that cannot be read are left to the reader, which says why."""
+    """Whether a file contains a dense model with the branch's settings, which stock fairseq lacks.
+    Unreadable files are left to the reader, which reports why."""
     try:
         status = os.stat(path)
     except OSError:

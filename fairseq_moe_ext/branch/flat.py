@@ -1,14 +1,14 @@
-"""Joins the pieces of FSDP's flat tensors and cuts them into parameters.
+"""Joins the shards of FSDP's flat tensors and cuts them into parameters.
 
-fairscale's FSDP concatenates the parameters of a wrapped module; each process of its
-group keeps a piece, the last ones padded with zeros to the length of the first. The optimizer of a
-process knows these pieces only, and numbers them as the file's `shard_metadata` lists them
+fairscale's FSDP concatenates the parameters of a wrapped module; each process of its group keeps a
+shard; the last shards are padded with zeros to the length of the first. The optimizer of a process
+knows only these shards, and numbers them as the file's `shard_metadata` lists them
 (fairscale/nn/data_parallel/fully_sharded_data_parallel.py:740,2117@0.4.13):
 
     shard_metadata  {param_metadata: [{fsdp_path, params: {name of the flat one: {names, shapes,
                     numels, padding}}, shared_param_info: [(one name, its tied one)]}]}
 
-The weights are cut so with --use-sharded-state alone; the optimizer's state always is.
+The weights are sharded only with --use-sharded-state; the optimizer's state always is.
 """
 
 import math
@@ -34,16 +34,16 @@ class Flat(NamedTuple):
     shapes: List[torch.Size]
 
     def taken_apart(self, pieces: Pieces, *keys: Any) -> Dict[str, Tensor]:
-        """What it joins, by name; mapped, not copied, where one piece is all. `keys` lead to the
-        tensor in a file. Misfit if pieces are of another length."""
+        """The joined tensors by name; mapped, not copied, if there is one shard. `keys` lead to the
+        tensor in a file. Misfit if the shards differ in length."""
         sizes, where = [math.prod(shape) for shape in self.shapes], "/".join(map(str, keys))
         found = [_at(pieces(0), keys)]
         total, length = sum(sizes), found[0].numel()
         if not 0 < length <= total:
-            raise Misfit(f"{where} is of {length:,} numbers, and FSDP joined {total:,}")
+            raise Misfit(f"{where} has {length:,} numbers, but FSDP joined {total:,}")
         found += [_at(pieces(number), keys) for number in range(1, math.ceil(total / length))]
         if any(piece.numel() != length for piece in found):
-            raise Misfit(f"the pieces of {where} are of unequal length")
+            raise Misfit(f"the shards of {where} differ in length")
         whole = torch.cat(found)[:total] if len(found) > 1 else found[0].flatten()
         parts = zip(self.names, whole.split(sizes), self.shapes)  # padding is last, and gone
         return {name: part.view(shape) for name, part, shape in parts}
@@ -78,31 +78,31 @@ def whole_model(state: State, pieces: Pieces) -> Dict[str, Any]:
     for flat in flat_tensors(state):
         if model.pop(flat.key, None) is not None:
             model.update(flat.taken_apart(pieces, "model", flat.key))
-    for one, other in _tied(state):
-        if one in model or other in model:
-            model.setdefault(one, model.get(other))
-            model.setdefault(other, model[one])
+    for name, tied in _tied(state):
+        if name in model or tied in model:
+            model.setdefault(name, model.get(tied))
+            model.setdefault(tied, model[name])
     return model
 
 
 def _tied(state: State) -> Iterator[Tuple[str, str]]:
     for module in state["shard_metadata"]["param_metadata"]:
         path = module["fsdp_path"] + "." if module["fsdp_path"] else ""
-        for one, other in module["shared_param_info"]:
-            yield path + one, path + other
+        for name, tied in module["shared_param_info"]:
+            yield path + name, path + tied
 
 
 def optimizer_state(pieces: Pieces) -> Dict[str, Optional[State]]:
-    """What the optimizer of a file remembers of each parameter, by name; None: nothing, or it is in
-    other files. Misfit if it is of other tensors."""
+    """A file's optimizer state of each parameter, by name; None: no state, or it is in other files.
+    Misfit if it belongs to other tensors."""
     saved, flats = pieces(0)["last_optimizer_state"], list(flat_tensors(pieces(0)))
     count = sum(len(group["params"]) for group in saved["param_groups"])
     if count != len(flats):
-        raise Misfit(f"it is of {count} tensors, and FSDP made {len(flats)}")
-    found: Dict[str, Optional[State]] = {}
+        raise Misfit(f"it has {count} tensors, but FSDP made {len(flats)}")
+    states: Dict[str, Optional[State]] = {}
     for number, flat in enumerate(flats):
         if number not in saved["state"]:
-            found.update(dict.fromkeys(flat.names))
+            states.update(dict.fromkeys(flat.names))
             continue
         by_key = {
             key: flat.taken_apart(pieces, "last_optimizer_state", "state", number, key)
@@ -111,5 +111,5 @@ def optimizer_state(pieces: Pieces) -> Dict[str, Optional[State]]:
             for key, value in saved["state"][number].items()
         }
         for name in flat.names:
-            found[name] = {key: values[name] for key, values in by_key.items()}
-    return found
+            states[name] = {key: values[name] for key, values in by_key.items()}
+    return states

@@ -1,7 +1,7 @@
 """The branch's optimizer state, by our parameters.
 
 A process of the branch numbers its own parameters, in the order of its modules. Without FSDP the
-numbers follow from the names in the files; with it the files list what each number stands for.
+numbers follow from the names in the files; with FSDP, the files list the parameter of each number.
 """
 
 import logging
@@ -89,8 +89,8 @@ def _by_name(
     if len(groups) != 1 or in_groups != list(range(len(numbers))):
         raise unfit(
             files,
-            f"it is of {len(in_groups)} tensors in {len(groups)} groups, the model has "
-            f"{len(numbers)} parameters; --fp16 with flat gradients writes such",
+            f"it has {len(in_groups)} tensors in {len(groups)} groups, but the model has "
+            f"{len(numbers)} parameters; --fp16 with flat gradients saves it so",
         )
     return _numbered(saved, numbers), [
         _numbered(part.state.get("last_optimizer_state"), numbers) for part in parts
@@ -103,8 +103,9 @@ def _numbered(saved: Optional[State], numbers: Dict[str, int]) -> ByName:
 
 
 def parameter_numbers(shared: State, part: State) -> Dict[str, int]:
-    """The number of each parameter in the branch's model, by its name in the files: experts stand
-    behind their gate, the rest in the order of the shared file. Every process counts its own."""
+    """The number of each parameter in the branch's model, by its name in the files: experts follow
+    their gate, other parameters follow the order of the shared file. Every process counts its own
+    parameters."""
     names: List[str] = []
     tied = bool(flat_settings(shared).get("share_decoder_input_output_embed"))
     for name in shared["model"]:
@@ -135,7 +136,7 @@ def _of_experts(
         for index in part.used
     ]
     if not names or any(key not in by_name for by_name, key in names):
-        raise unfit(files, f"there is nothing for {name}")
+        raise unfit(files, f"it lacks {name}")
     return [by_name[key] for by_name, key in names]
 
 
@@ -148,13 +149,13 @@ def _merged(
     """One parameter's state from that of its experts; without `stack`, of a shared one."""
     states = [entry for entry in entries if entry is not None]
     if len(states) < len(entries) or any(s.keys() != states[0].keys() for s in states):
-        raise unfit(files, f"that of {name} is not there for all experts")
+        raise unfit(files, f"that of {name} is missing for some experts")
     merged: State = {}
     for key, first in states[0].items():
         values = [state[key] for state in states]
         if isinstance(first, Tensor) and first.dim() > 0:
             if any(value.shape != first.shape for value in values):
-                raise unfit(files, f"{key} of {name} has not the same shape for all experts")
+                raise unfit(files, f"{key} of {name} differs in shape between experts")
             merged[key] = first.clone() if stack is None else stack(values)
         elif all(value == first for value in values):
             merged[key] = first
@@ -171,7 +172,7 @@ class Unfit(UserError):
 
 def unfit(files: BranchFiles, why: str) -> Unfit:
     reason = f"{files.base}: its optimizer state cannot be continued: {why}"
-    error = Unfit(f"{reason}; add --reset-optimizer to train on with a fresh one")
+    error = Unfit(f"{reason}; add --reset-optimizer to continue with a fresh one")
     error.reason = reason
     return error
 
@@ -185,8 +186,8 @@ def shapes(trainer: Any, files: BranchFiles) -> Dict[str, Tensor]:
     if common.fp16 and not apart and not is_sharded(trainer.get_model()):
         raise unfit(
             files,
-            "--fp16 keeps one flat tensor for all parameters unless "
-            "--fp16-no-flatten-grads is given; give it",
+            "--fp16 keeps one flat tensor for all parameters unless --fp16-no-flatten-grads is "
+            "set; add it",
         )
     return {
         name: torch.empty(location.shape, device="meta")

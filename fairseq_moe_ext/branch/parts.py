@@ -40,8 +40,9 @@ def expert_parts(files: BranchFiles, shared: State) -> List[Part]:
         return [Part(files.ranks[min(files.ranks)], lowest, 0, (), lambda number: lowest)]
     if experts % local != 0:
         raise UserError(
-            f"{files.ranks[min(files.ranks)]}: has {local} experts a layer, which do not divide "
-            f"the {experts} of {files.shared}; they are of different runs"
+            f"{files.ranks[min(files.ranks)]}: has {local} experts per layer, which does not "
+            f"divide the {experts} of {files.shared}; the files come from different runs: copy "
+            "the checkpoint again"
         )
     needed = experts // local
     missing = [rank for rank in range(needed) if rank not in files.ranks]
@@ -56,7 +57,7 @@ def expert_parts(files: BranchFiles, shared: State) -> List[Part]:
     left = [rank for rank in files.ranks if rank >= needed]
     if left and local > 1:  # one expert a process may have replicas on further ones
         logger.warning(
-            f"{files.ranks[min(left)]} is left unread, as are all -rank- files from {needed} on: "
+            f"{files.ranks[min(left)]} is ignored, like all -rank- files from {needed} on: "
             f"{files.base} has {experts} experts, {local} in each file"
         )
     held = placement(experts, process_count(), process_rank())
@@ -67,8 +68,9 @@ def expert_parts(files: BranchFiles, shared: State) -> List[Part]:
         _check_one_run(files.shared, shared, path, state)
         if _local_experts(state) != local:
             raise UserError(
-                f"{path}: has {_local_experts(state)} experts a layer, "
-                f"{files.ranks[min(files.ranks)]} has {local}; they are of different runs"
+                f"{path}: has {_local_experts(state)} experts per layer, "
+                f"{files.ranks[min(files.ranks)]} has {local}; the files come from different "
+                "runs: copy the checkpoint again"
             )
         start = number * local
         used = range(max(held.first - start, 0), min(held.first + held.local - start, local))
@@ -104,8 +106,8 @@ def _replicas(files: BranchFiles, state: State, rank: int, stride: int) -> Piece
 def _opened(path: Optional[str], part: str, files: BranchFiles, other: State) -> State:
     if path is None:
         raise UserError(
-            f"{files.base[: -len('.pt')]}-{part}.pt: missing; it holds a piece of each tensor that "
-            "FSDP has sharded: copy the checkpoint again"
+            f"{files.base[: -len('.pt')]}-{part}.pt: missing; it holds a shard of each tensor "
+            "that FSDP has sharded: copy the checkpoint again"
         )
     state = load(path)
     _check_one_run(files.shared, other, path, state)
@@ -164,6 +166,8 @@ def model_state(shared: State, pieces: Pieces, parts: List[Part]) -> Dict[str, A
             for index in part.used:
                 name = f"{match['experts']}.{index}.{match['name']}"
                 if name not in of_part:
-                    raise UserError(f"{part.path}: {name} is not in it; the file is damaged")
+                    raise UserError(
+                        f"{part.path}: {name} is missing; the file is damaged: copy it again"
+                    )
                 stack.append(of_part[name])
     return model

@@ -16,7 +16,7 @@ from .optimizer import optimizer_state
 from .parts import expert_parts, model_state, shared_pieces
 from .settings import complete_cfg, translated_args, translated_settings
 
-# What a file may lack that was made for the weights alone.
+# What a file with weights only may lack.
 BARE: State = {
     "optimizer_history": [
         {
@@ -43,15 +43,17 @@ def read(
 
     Args:
         overrides: of settings (--model-overrides).
-        parameters: those of the optimizer, by name, in its order; None: leave its state out.
-        stack: makes one of what the optimizer remembers of the experts.
+        parameters: the optimizer's, by name, in its order; None: do not read its state.
+        stack: joins the optimizer state of the experts into one tensor.
     """
     shared = load(files.shared)
     if not flat_settings(shared):
-        raise UserError(f"{files.shared}: there are no settings in it, neither args nor cfg")
+        raise UserError(
+            f"{files.shared}: contains no settings, neither args nor cfg; use another checkpoint"
+        )
     parts = expert_parts(files, shared)
     state = dict(BARE)
-    for source in (shared, parts[0].state):  # the branch goes by the rank file
+    for source in (shared, parts[0].state):  # the branch uses the rank file's
         state.update((key, value) for key, value in source.items() if value)
     state.pop("shard_metadata", None)  # from here on nothing is sharded
     pieces = shared_pieces(files, shared)

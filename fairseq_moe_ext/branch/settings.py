@@ -17,8 +17,8 @@ from ..models.language_model import MODEL_NAME
 
 FIELDS = {field.name: field for field in fields(MoETransformerLMConfig)}
 
-# Settings of the branch that change what the model computes and that we do not have, with the value
-# that means they are off.
+# Settings of the branch that change what the model computes and that this plugin lacks, with the
+# value that turns them off.
 _UNSUPPORTED: Dict[str, Any] = {
     "adaptive_input": False,
     "adaptive_softmax_cutoff": None,
@@ -62,8 +62,9 @@ def translated_settings(path: str, saved: Dict[str, Any]) -> Dict[str, Any]:
     arch = str(saved.get("_name") or saved.get("arch"))
     if not arch.startswith("transformer_lm"):
         raise UserError(
-            f"{path}: a model of the architecture {arch}; of fairseq's moe branch, transformer_lm "
-            "and its sizes can be read (transformer_lm_gpt, ..._gpt2_*, ..._gpt3_*)"
+            f"{path}: a model of the architecture {arch}; of the moe branch's architectures, "
+            "only transformer_lm and its sizes can be read (transformer_lm_gpt, ..._gpt2_*, "
+            "..._gpt3_*)"
         )
     unsupported = {name: off for name, off in _UNSUPPORTED.items() if saved.get(name, off) != off}
     unsupported = {name: saved[name] for name in unsupported if saved[name] or unsupported[name]}
@@ -74,8 +75,8 @@ def translated_settings(path: str, saved: Dict[str, Any]) -> Dict[str, Any]:
     if unsupported:
         listed = ", ".join(f"{name} {short(value)}" for name, value in unsupported.items())
         raise UserError(
-            f"{path}: was trained with settings that this plugin does not have, so it would "
-            f"compute something else: {listed}"
+            f"{path}: was trained with settings that this plugin lacks, so its results would "
+            f"differ: {listed}"
         )
     stock = {field.name: field.default for field in fields(TransformerLanguageModelConfig)}
     settings: Dict[str, Any] = {}

@@ -81,8 +81,9 @@ _OFF_IN_THE_BRANCH: Dict[str, Any] = {
 
 
 def branch_settings(path: str, settings: Dict[str, Any]) -> Dict[str, Any]:
-    """`cfg.model` as the branch has it, from our model's settings; UserError for what it cannot
-    compute. How it was trained (dropless, capacity) has no place there; dropless evaluation has."""
+    """The branch's `cfg.model` from our model's settings. UserError for settings that the branch
+    cannot compute. It has no setting for how the model was trained (dropless, capacity), only for
+    dropless evaluation."""
     shape = shape_of(settings)
     if shape.gated:
         raise _lacking(path, f"--activation-fn {settings['activation_fn']}", "no gated networks")
@@ -112,14 +113,15 @@ def _check_experts(path: str, settings: Dict[str, Any]) -> None:
     ffn_dim = settings["decoder_ffn_embed_dim"]
     if settings["moe_expert_ffn_dim"] not in (None, ffn_dim):
         raise UserError(
-            f"{path}: its experts are {settings['moe_expert_ffn_dim']} wide (--moe-expert-ffn-dim) "
-            f"and its dense layers {ffn_dim}; the branch gives both one width, so there is no such "
-            "model in its layout"
+            f"{path}: its experts are {settings['moe_expert_ffn_dim']} wide "
+            f"(--moe-expert-ffn-dim) and its dense layers {ffn_dim}; the branch uses one width "
+            "for both, so its layout cannot hold this model: convert without --to branch"
         )
     if settings["moe_router"] != "topk" or top_k(settings) > 2:
         raise UserError(
-            f"{path}: --moe-router {settings['moe_router']}, {top_k(settings)} experts a token; "
-            "the branch has top-1 and top-2 gates alone, so there is no such model in its layout"
+            f"{path}: --moe-router {settings['moe_router']}, {top_k(settings)} experts per "
+            "token; the branch has only top-1 and top-2 gates, so its layout cannot hold this "
+            "model: convert without --to branch"
         )
     if str(settings.get("moe_balance")) in ("bias", "both"):
         raise _lacking(
@@ -142,7 +144,7 @@ def _layers(path: str, shape: Shape) -> Dict[str, int]:
         raise _lacking(
             path,
             f"MoE layers {', '.join(map(str, shape.picked))} (--moe-layers, --moe-first-dense)",
-            "every n-th layer sparse alone",
+            "only every n-th layer sparse",
         )
     widths = {shape.dense_widths[layer] for layer in shape.picked}
     if len(widths) > 1:
@@ -157,13 +159,14 @@ def _layers(path: str, shape: Shape) -> Dict[str, int]:
 
 def _lacking(path: str, ours: str, theirs: str) -> UserError:
     return UserError(
-        f"{path}: has {ours}; the branch has {theirs}, so there is no such model in its layout"
+        f"{path}: has {ours}; the branch has {theirs}, so its layout cannot hold this model: "
+        "convert without --to branch"
     )
 
 
 def branch_rest(rest: State, model: Dict[str, Any], ranks: int) -> State:
-    """All of a file but model and optimizer, with the settings as `cfg` and the place in the data
-    as a process of so many counts it."""
+    """Everything in a file except model and optimizer, with the settings as `cfg` and the position
+    in the data as one of this many processes counts it."""
     if rest.get("cfg") is not None:
         cfg = dict(rest["cfg"])
     else:
@@ -180,8 +183,12 @@ def branch_rest(rest: State, model: Dict[str, Any], ranks: int) -> State:
     position = extra.get("train_iterator")
     if position is not None:
         position = dict(position)
-        place = position.pop("all_processes", None)
-        batches = place["batches"] if place else position.get("iterations_in_epoch", 0)
+        shared_position = position.pop("all_processes", None)
+        batches = (
+            shared_position["batches"]
+            if shared_position
+            else position.get("iterations_in_epoch", 0)
+        )
         position["iterations_in_epoch"] = batches // ranks
         extra["train_iterator"] = position
     return {**rest, "args": None, "cfg": cfg, "extra_state": extra}

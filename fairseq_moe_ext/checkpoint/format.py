@@ -1,4 +1,4 @@
-"""The format of checkpoints whose experts lie in files of their own: every key and every name.
+"""The format of checkpoints with separate expert files: every key and every name.
 
     checkpoint_last.pt                  all but the experts, and under MANIFEST a Manifest
     experts/<save>-<first>-<count>.pt   a Piece: count experts from `first` on
@@ -20,7 +20,7 @@ from .intact import digest_of
 VERSION = 1
 FOLDER = "experts"  # beside the checkpoints
 MANIFEST = "experts"  # key of the manifest in a checkpoint
-FILE_NAME = re.compile(r"\d+-\d+-[0-9a-f]{16}-\d+-\d+\.pt(\.tmp)?")  # in FOLDER; while written, too
+FILE_NAME = re.compile(r"\d+-\d+-[0-9a-f]{16}-\d+-\d+\.pt(\.tmp)?")  # .tmp: being written
 
 _VERSION_KEY = "format"
 _IDENTITY = ("save", "first", "count")  # keys by which a file of experts is known
@@ -43,7 +43,7 @@ class ExpertFile:
         return self.first + self.count
 
     def path(self, checkpoint: str) -> str:
-        """Where it lies beside its checkpoint, which may be a link."""
+        """Its path beside its checkpoint, which may be a link."""
         return os.path.join(os.path.dirname(os.path.realpath(checkpoint)), *self.name.split("/"))
 
 
@@ -72,8 +72,8 @@ class Manifest:
             saved = state[MANIFEST]
             if saved[_VERSION_KEY] > VERSION:
                 raise UserError(
-                    f"{path}: of format {saved[_VERSION_KEY]}, and this fairseq_moe_ext reads "
-                    f"{VERSION} at most: install the version that wrote it"
+                    f"{path}: has format {saved[_VERSION_KEY]}, but this fairseq_moe_ext reads "
+                    f"formats up to {VERSION}: install the version that wrote it"
                 )
             files = [_read(ExpertFile, file) for file in saved["files"]]
             return _read(Manifest, {**saved, "files": files})
@@ -118,11 +118,11 @@ def file_name(save: str, first: int, count: int) -> str:
 
 
 def describe(name: str, first: int, count: int, path: str) -> ExpertFile:
-    """The manifest's entry for a file, which now lies at `path`."""
+    """The manifest's entry for a file, which is now at `path`."""
     return ExpertFile(name, first, count, os.path.getsize(path), digest_of(path))
 
 
 def _read(kind: Type[_T], saved: Mapping[str, Any]) -> _T:
-    """Raises TypeError where a field is missing. What it does not know, it passes over."""
+    """Raises TypeError for a missing field. Ignores unknown fields."""
     known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     return kind(**{key: value for key, value in saved.items() if key in known})

@@ -31,9 +31,8 @@ def check_digest(path: str, digest: str, of: str) -> None:
 
 
 def check_records(path: str) -> None:
-    """Raise UserError where bytes of a checkpoint are not those that were written: torch.save
-    leaves the CRC of each record, at which torch.load does not look. Files of before torch 1.6
-    have none."""
+    """Raise UserError if bytes of a checkpoint have changed. torch.save writes a CRC for each
+    record, which torch.load does not check. Files of torch before 1.6 have no CRC."""
     if not zipfile.is_zipfile(path):
         return
     try:
@@ -48,7 +47,7 @@ def check_records(path: str) -> None:
 
 def _check_records(path: str, records: Iterator[zipfile.ZipInfo]) -> None:
     # Each thread opens the file: a shared one seeks from where another thread has left it
-    # (zipfile/__init__.py:820@3.13.0).
+    # (line 820 of zipfile/__init__.py in Python 3.13.0).
     with zipfile.ZipFile(path) as archive:
         for record in records:
             with archive.open(record) as stream:  # raises BadZipFile at the end for another CRC

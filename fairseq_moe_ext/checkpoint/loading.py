@@ -75,7 +75,7 @@ def name_the_optimizer_as_here(state: Dict[str, Any], trainer: Trainer) -> None:
         same = saved == type(own.fp32_optimizer).__name__
     else:
         kind = getattr((state.get("cfg") or {}).get("optimizer"), "_name", None)
-        # The branch's checkpoints do not tell the kind.
+        # The branch's checkpoints do not record the kind.
         same = saved == wrapper and kind in (None, trainer.cfg.optimizer._name)
         model = trainer.get_model()
         on_cpu = hasattr(getattr(model, "decoder", None), "bfloat16_on_cpu")
@@ -95,18 +95,20 @@ def refuse_folder(path: str) -> None:
 def check_kind(path: str, state: Any) -> None:
     """Raise UserError for a state that is not a checkpoint, or only a part of one."""
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        raise UserError(f"{path}: not a checkpoint of fairseq: there is no model in it")
+        raise UserError(
+            f"{path}: not a fairseq checkpoint: it contains no model; name another file"
+        )
     if is_piece(state):
         raise UserError(
-            f"{path}: holds experts alone; name the checkpoint beside the folder {FOLDER}"
+            f"{path}: contains only experts; name the checkpoint beside the folder {FOLDER}"
         )
 
 
 def _with_own_experts(path: str, state: Dict[str, Any]) -> Dict[str, Any]:
     """The state of a checkpoint, whose tensors are mapped -> that of this process.
 
-    Only the model's tensors stay mapped, which are copied later anyway. A mapped tensor that is
-    kept would keep the disk space of a file that is removed."""
+    Only the model's tensors stay mapped, because they are copied later anyway. A mapped tensor
+    would keep the disk space of a deleted file."""
     kept = {"model", "last_optimizer_state"}
     state = {key: value if key in kept else _copy(value) for key, value in state.items()}
     manifest = Manifest.read(path, state)
@@ -191,8 +193,8 @@ def _open_piece(path: str, file: ExpertFile, save: str, check: bool) -> Piece:
         ) from error
     if (piece.save, piece.first, piece.count) != (save, file.first, file.count):
         raise UserError(
-            f"{name}: of save {piece.save}, but {path} is of save {save}: files of two runs are "
-            f"mixed; copy a checkpoint and its folder {FOLDER} together"
+            f"{name}: from save {piece.save}, but {path} is from save {save}: the files come "
+            f"from two runs; copy a checkpoint and its folder {FOLDER} together"
         )
     # Checked last: the errors above say more about a file of another run, or one with code in it.
     if check and file.sha256 is not None:
@@ -245,8 +247,8 @@ def _own_optimizer_state(
         else:
             raise UserError(
                 f"{path}: the optimizer's {key} of {name} joins several experts, or is damaged, "
-                "and cannot be sharded over another number of processes: use as many as wrote it, "
-                "or --reset-optimizer"
+                "and cannot be sharded over another number of processes: use the number of "
+                "processes that wrote it, or add --reset-optimizer"
             )
     return own
 

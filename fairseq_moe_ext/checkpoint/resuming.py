@@ -55,8 +55,8 @@ def reading(
             raise UserError(f"{filename}: {text}") from error
         if "optimizer" in text and "parameter group" in text:  # torch.optim.Optimizer
             raise UserError(
-                f"{filename}: its optimizer state does not fit ({text}): use the flags of "
-                "precision (--fp16 and the like) and the --moe-freeze that wrote it, or add "
+                f"{filename}: its optimizer state does not fit ({text}): use the precision flags "
+                "(--fp16 and the like) and the --moe-freeze that it was saved with, or add "
                 "--reset-optimizer"
             ) from error
         raise
@@ -106,8 +106,8 @@ def _refuse_what_cannot_be_saved(cfg: Any) -> None:
     for flag, given in refused.items():
         if given:
             raise UserError(
-                f"{flag}: not for experts on {process_count()} processes; remove it, or train on "
-                "one process"
+                f"{flag}: not supported for experts on {process_count()} processes; remove it, "
+                "or train on one process"
             )
 
 

@@ -1,9 +1,9 @@
 """The settings in a checkpoint, and overrides of them, checked before anything is built from them.
 
-A file that holds no code may still ask for it: by an architecture that runs what its settings say,
-by a task or a tokenizer that fetches what they name. So a file may name what our commands are for,
-and each setting must be of the type that its dataclass says. What a user's own code registers, who
-chose to import it, is not judged.
+A file without code may still cause code to run: through an architecture that evaluates its
+settings, or a task or tokenizer that downloads what they name. So a file may name only what our
+commands support, and each setting must have the type that its dataclass declares. What the user's
+own imported code registers is accepted.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _check_form(path: str, state: Dict[str, Any]) -> None:
     args, cfg = state.get("args"), state.get("cfg")
     for kind, value in ((Namespace, args), (dict, cfg)):
         if value is not None and not isinstance(value, kind):
-            raise UserError(f"{path}: its settings are no settings, but {_short(value)}; {_REMEDY}")
+            raise UserError(f"{path}: expected settings, but found {_short(value)}; {_REMEDY}")
     for group, settings in (cfg or {}).items():
         if group in _BUILT and not isinstance(settings, (dict, Namespace, type(None))):
             raise _misfit(path, "", group, settings, "a group of settings")
@@ -117,11 +117,11 @@ def _check_values(path: str, group: str, settings: Dict[str, Any]) -> None:
 
 
 def _check_sizes(path: str, state: Dict[str, Any]) -> None:
-    """Raise UserError for sizes that would fill the memory when the model is built, and that the
-    file's own tensors do not have."""
+    """Raise UserError for sizes that would exhaust memory when the model is built, and that the
+    file's own tensors contradict."""
     weights = state.get("model")
-    found = [_LAYER.match(str(name)) for name in weights] if isinstance(weights, dict) else []
-    layers = max((int(match[1]) + 1 for match in found if match), default=None)
+    matches = [_LAYER.match(str(name)) for name in weights] if isinstance(weights, dict) else []
+    layers = max((int(match[1]) + 1 for match in matches if match), default=None)
     for group, settings in _groups(state):
         for name in _SIZES & settings.keys() if group in ("", "model") else ():
             value = settings[name]
@@ -140,10 +140,9 @@ def check_fields(path: str, group: str, settings: Dict[str, Any], kind: type) ->
 
 
 def check_overrides(overrides: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Raise UserError for a name in --model-overrides that begins as ours do and is none.
-
-    fairseq passes over names that it does not find (fairseq/dataclass/utils.py:453@0.12.2), so a
-    slip of the pen would evaluate with other settings than those asked for.
+    """Raise UserError for an unknown name in --model-overrides that looks like one of ours. fairseq
+    ignores unknown names (fairseq/dataclass/utils.py:453@0.12.2), so a typo would evaluate with
+    other settings than the user wants.
 
     Args:
         saved: the checkpoint's settings by group, whose names are good, too.
@@ -157,47 +156,51 @@ def check_overrides(overrides: Mapping[str, Any], saved: Mapping[str, Any]) -> N
             near = difflib.get_close_matches(name, known, n=1)
             raise UserError(
                 f"--model-overrides '{name}': no such setting"
-                + (f"; did you mean {near[0]}?" if near else ", see --help for those of the model")
+                + (
+                    f"; did you mean {near[0]}?"
+                    if near
+                    else "; see --help for the model's settings"
+                )
             )
 
 
 def check_buildable(path: str, state: Dict[str, Any], with_task: bool) -> None:
-    """Raise UserError unless the model, and the task and criterion where they are built from the
-    file, too, are some that our commands are for."""
+    """Raise UserError unless our commands support the model, and the task and criterion if they are
+    also built from the file."""
     model = _named(state, "model", "arch")
-    found = ARCH_MODEL_REGISTRY.get(model) or MODEL_REGISTRY.get(model)
-    if not _is_good(found, {TransformerLanguageModel}):
+    model_class = ARCH_MODEL_REGISTRY.get(model) or MODEL_REGISTRY.get(model)
+    if not _is_good(model_class, {TransformerLanguageModel}):
         raise UserError(
-            f"{path}: is of the architecture {_short(model)}; with this plugin, models of its own "
-            "and stock's transformer_lm are loaded: run others without --user-dir"
+            f"{path}: has the architecture {_short(model)}; this plugin loads only its own "
+            "models and stock transformer_lm: run without --user-dir"
         )
     if not with_task:
         return
     task = _named(state, "task", "task")
     if not _is_good(TASK_REGISTRY.get(task), {LanguageModelingTask}):
         raise UserError(
-            f"{path}: is of the task {_short(task)}; with this plugin, its own tasks and "
-            "stock's language_modeling are set up: run others without --user-dir"
+            f"{path}: has the task {_short(task)}; this plugin supports only its own tasks and "
+            "stock language_modeling: run without --user-dir"
         )
     criteria = REGISTRIES["criterion"]["registry"]
     criterion = _named(state, "criterion", "criterion")
     if criterion is not None and criterion not in _CRITERIA:
         if not _is_good(criteria.get(criterion), set()):
             raise UserError(
-                f"{path}: is of the criterion {_short(criterion)}; with this plugin, its own "
-                f"criterions and {', '.join(sorted(_CRITERIA))} are built"
+                f"{path}: has the criterion {_short(criterion)}; this plugin supports only "
+                f"its own criterions and {', '.join(sorted(_CRITERIA))}: run without --user-dir"
             )
 
 
-def _is_good(found: Optional[type], good: set) -> bool:
+def _is_good(cls: Optional[type], good: set) -> bool:
     """Whether a class is one of `good`, or not stock's."""
-    if found is None or found in good:
-        return found is not None
-    return found.__module__.partition(".")[0] not in ("fairseq", "fairseq_cli")
+    if cls is None or cls in good:
+        return cls is not None
+    return cls.__module__.partition(".")[0] not in ("fairseq", "fairseq_cli")
 
 
 def _named(state: Dict[str, Any], group: str, of_args: str) -> Any:
-    """The name under which something is registered, None if there is none."""
+    """The name under which something is registered, or None."""
     if state.get("args") is not None:
         name = getattr(state["args"], of_args, None)
     else:
@@ -245,14 +248,15 @@ def _kinds(kind: type) -> Dict[str, Any]:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a saved value is of a type; with a list or number also as text, as old files have
-    them."""
+    """Whether a saved value has a type. A list or number may also be text, as in old files."""
     if value is None or kind is Any:
         return True
     if isinstance(value, str) and value.startswith("${"):  # another setting's
         return True
     if typing.get_origin(kind) is typing.Union:
-        return any(_fits(value, one) for one in typing.get_args(kind) if one is not type(None))
+        return any(
+            _fits(value, option) for option in typing.get_args(kind) if option is not type(None)
+        )
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         return isinstance(value, (str, int, kind))
     if kind is str:
@@ -281,7 +285,7 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value holds nothing but numbers and texts, none of which asks a resolver."""
+    """Whether a value contains only numbers and strings, none of which calls a resolver."""
     if isinstance(value, str):
         return _RESOLVER.search(value) is None
     if isinstance(value, Namespace):
@@ -313,7 +317,7 @@ def _check_file(path: str, group: str, name: str, settings: Dict[str, Any]) -> N
     raise _misfit(path, group, name, value, "a file of this machine")
 
 
-_REMEDY = "it is damaged, or made to harm: use another checkpoint"
+_REMEDY = "it is damaged or malicious: use another checkpoint"
 
 
 def _misfit(path: str, group: str, name: Any, value: Any, kind: Any) -> UserError:

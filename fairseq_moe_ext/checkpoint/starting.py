@@ -65,7 +65,7 @@ def check_inputs(cfg: Any, suffix: str = "") -> None:
 def _check(where: str, path: str) -> None:
     if PathManager.path_requires_pathmanager(path):
         if not PathManager.isfile(path):
-            raise UserError(f"{where}: no such file")
+            raise UserError(f"{where}: no such file; check the name")
     elif not os.path.exists(path):
         raise UserError(f"{where}: no such file; check the name")
     else:

@@ -39,7 +39,7 @@ def write(state: Dict[str, Any], path: str) -> int:
 def cannot_write(file: str, error: OSError) -> UserError:
     """The error for a file, or a copy of one, that cannot be written."""
     return UserError(
-        f"{file} cannot be written ({error.strerror or error}); make room, or choose "
+        f"{file} cannot be written ({error.strerror or error}); free some disk space, or choose "
         "another --save-dir; the last complete checkpoint is unchanged"
     )
 

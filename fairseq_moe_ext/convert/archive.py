@@ -64,7 +64,7 @@ SAFETENSORS_NAMES = {
 }
 
 
-@dataclass(eq=False)  # by identity: one object that stands in two places is written once
+@dataclass(eq=False)  # by identity: an object with two references is written once
 class Lazy:
     """A tensor that is made when it is written; `pieces` yields it in order, flattened or not."""
 
@@ -106,8 +106,8 @@ def pieces_of(value: AnyTensor) -> Iterator[Tensor]:
 
 def _let_go(piece: Tensor) -> None:
     """Release the memory of mapped pages that have been read. The kernel would keep them while
-    there is room, and the process would seem as large as its files. This is only advice (Linux 5.4
-    and later): the pages stay readable."""
+    memory is free, and the process would seem as large as its files. This is only advice (Linux 5.4
+    and later); the pages stay readable."""
     start = -(-piece.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     end = (piece.data_ptr() + piece.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if _libc is not None and start < end:
@@ -116,7 +116,7 @@ def _let_go(piece: Tensor) -> None:
 
 def write_torch(state: Any, path: str, progress: Callable[[int], Any]) -> None:
     """Write `state` so that torch.load(path) gives it, with every Lazy and TensorPerExpert as the
-    tensor that it stands for. Tensors that are one in memory are one in the file."""
+    tensor that it represents. Tensors that are one in memory are one in the file."""
     records: List[AnyTensor] = []
     pickled = io.BytesIO()
     _Pickler(pickled, records).dump(state)
@@ -166,24 +166,24 @@ def read_safetensors(path: str) -> Dict[str, Tensor]:
         if 8 + length + max(ends, default=0) != size:
             raise ValueError(f"{8 + length + max(ends, default=0):,} bytes expected")
         whole = torch.from_file(path, shared=False, size=size, dtype=torch.uint8)
-        found = {}
+        tensors = {}
         for name, entry in header.items():
             start, end = (8 + length + offset for offset in entry["data_offsets"])
             dtype = dtypes[entry["dtype"]]
             part = whole[start:end]
             if start % torch.empty(0, dtype=dtype).element_size():
                 part = part.clone()  # the format does not promise that tensors are aligned
-            found[name] = part.view(dtype).view(entry["shape"])
-        return found
+            tensors[name] = part.view(dtype).view(entry["shape"])
+        return tensors
     except (KeyError, TypeError, ValueError, RuntimeError, struct.error) as error:
         raise UserError(
-            f"{path}: truncated or not a file of safetensors ({size:,} bytes; "
+            f"{path}: truncated or not a safetensors file ({size:,} bytes; "
             f"{str(error).splitlines()[0]}); copy it again"
         ) from error
 
 
 class _Storage:
-    """What stands for a storage in the pickle."""
+    """The representation of a storage in the pickle."""
 
     def __init__(self, value: AnyTensor, key: str) -> None:
         self.id = "storage", _STORAGES[dtype_of(value)], key, "cpu", torch.Size(value.shape).numel()

@@ -11,9 +11,9 @@ from typing import Any, Dict, Iterator, List, Sequence, Tuple
 from fairseq_moe_ext.errors import UserError
 
 DESCRIPTION = """\
-Average the weights of several checkpoints of one training, shared parameters and experts alike,
-whether the experts are in files of their own or not. (Stock's average_checkpoints.py sees the
-shared ones alone where experts have files.) The optimizer state is left out. Memory stays small.
+Average the weights of several checkpoints of one training: shared parameters and experts, even if
+the experts are in separate files. (Stock's average_checkpoints.py then averages only the shared
+parameters.) The optimizer state is left out. Memory stays small.
 """
 
 # Settings in which averaged models must agree, beside the shapes of their tensors.
@@ -30,7 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", required=True, metavar="X.pt", help="the checkpoint to write")
     parser.add_argument(
-        "--last", type=int, metavar="N", help="take the N last checkpoints in the folder, by update"
+        "--last",
+        type=int,
+        metavar="N",
+        help="average the last N checkpoints in the folder, by update",
     )
     parser.add_argument(
         "--expert-files",
@@ -49,12 +52,12 @@ def run(args: argparse.Namespace) -> None:
     paths = _paths(args)
     folder = os.path.dirname(args.output) or "."
     if not args.output.endswith(".pt"):
-        raise UserError(f"--output {args.output}: the name of a checkpoint ends in .pt; add it")
+        raise UserError(f"--output {args.output}: a checkpoint's name must end in .pt")
     if args.expert_files is not None and args.expert_files < 1:
         raise UserError(f"--expert-files {args.expert_files}: use 1 or more")
     for path in paths:
         if os.path.realpath(path) == os.path.realpath(args.output):
-            raise UserError(f"--output {args.output}: is also averaged; write to another name")
+            raise UserError(f"--output {args.output}: is also an input; choose another name")
     with command.alone(args.output):
         if os.path.exists(args.output) and not args.overwrite:
             raise UserError(
@@ -72,29 +75,31 @@ def run(args: argparse.Namespace) -> None:
 
 def _paths(args: argparse.Namespace) -> List[str]:
     if args.last is None:
-        found = list(args.inputs)
-        folders = [path for path in found if os.path.isdir(path)]
+        paths = list(args.inputs)
+        folders = [path for path in paths if os.path.isdir(path)]
         if folders:
-            raise UserError(f"{folders[0]}: a folder; add --last N for its N last checkpoints")
-        if len({os.path.realpath(path) for path in found}) < max(2, len(found)):
+            raise UserError(
+                f"{folders[0]}: is a folder; add --last N to average its last N checkpoints"
+            )
+        if len({os.path.realpath(path) for path in paths}) < max(2, len(paths)):
             raise UserError("give two or more different checkpoints, or a folder with --last N")
-        return found
+        return paths
     if len(args.inputs) != 1 or not os.path.isdir(args.inputs[0]):
-        raise UserError(f"--last {args.last}: goes with one folder of checkpoints; give it")
+        raise UserError(f"--last {args.last}: needs exactly one folder of checkpoints")
     if args.last < 2:
         raise UserError(f"--last {args.last}: use 2 or more")
-    found = [path for _, path in sorted(_numbered(args.inputs[0]))]
-    if len(found) < args.last:
+    paths = [path for _, path in sorted(_numbered(args.inputs[0]))]
+    if len(paths) < args.last:
         raise UserError(
-            f"--last {args.last}: {args.inputs[0]} has {len(found)} checkpoints with a number "
-            "(--save-interval-updates or one an epoch): give fewer"
+            f"--last {args.last}: {args.inputs[0]} has {len(paths)} numbered checkpoints (by "
+            "update or by epoch): use a smaller number"
         )
-    return found[-args.last :]
+    return paths[-args.last :]
 
 
 def _numbered(folder: str) -> Iterator[Tuple[int, str]]:
-    """Updates and path of each checkpoint that was saved by update; of those saved by epoch, where
-    there are no others, epochs and path."""
+    """Updates and path of each checkpoint that was saved by update. If there are none, epochs and
+    path of those saved by epoch."""
     by_update: List[Tuple[int, str]] = []
     by_epoch: List[Tuple[int, str]] = []
     for name in os.listdir(folder):
@@ -106,8 +111,8 @@ def _numbered(folder: str) -> Iterator[Tuple[int, str]]:
 
 
 def mean_of(sources: Sequence[Any]) -> Any:
-    """A Source of the mean weights; all else is of the last one. UserError if they are not
-    alike."""
+    """A Source of the mean weights; everything else is from the last checkpoint. UserError if the
+    models differ."""
     last = copy(sources[-1])
     for other in sources[:-1]:
         _check_alike(other, last)
@@ -119,34 +124,37 @@ def mean_of(sources: Sequence[Any]) -> Any:
     return last
 
 
-def _check_alike(one: Any, other: Any) -> None:
+def _check_alike(first: Any, second: Any) -> None:
     from .archive import dtype_of
 
     for name in _SAME:
-        a, b = one.settings.get(name), other.settings.get(name)
+        a, b = first.settings.get(name), second.settings.get(name)
         if a != b:
             raise UserError(
-                f"{one.path} and {other.path} are of two models: {name} is {a} and {b}; average "
-                "checkpoints of one training"
+                f"{first.path} and {second.path} are different models: {name} is {a} and {b}; "
+                "average checkpoints of one training"
             )
     shapes = [
         {n: f"{tuple(v.shape)} {str(dtype_of(v))[6:]}" for n, v in source.model.items()}
-        for source in (one, other)
+        for source in (first, second)
     ]
     for name in {**shapes[0], **shapes[1]}:
         if shapes[0].get(name) != shapes[1].get(name):
             raise UserError(
-                f"{one.path} and {other.path} are of two models: {name} is "
+                f"{first.path} and {second.path} are different models: {name} is "
                 f"{shapes[0].get(name, 'missing')} and {shapes[1].get(name, 'missing')}; average "
                 "checkpoints of one training"
             )
-    states = [(source.rest.get("task_state") or {}).get("tokenizer") for source in (one, other)]
+    states = [(source.rest.get("task_state") or {}).get("tokenizer") for source in (first, second)]
     if None not in states and states[0] != states[1]:
-        raise UserError(f"{one.path} and {other.path} are of two tokenizers, which cannot be mixed")
+        raise UserError(
+            f"{first.path} and {second.path} have different tokenizers; average checkpoints of one "
+            "training"
+        )
 
 
 def _mean(name: str, values: Sequence[Any], made: Dict[int, Any]) -> Any:
-    """The mean as it is written, summed in float64; of whole numbers, the last."""
+    """The mean, computed while it is written, summed in float64; for integers, the last value."""
     from torch import Tensor
 
     from ..moe.experts import TensorPerExpert

@@ -15,11 +15,11 @@ from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.locks import Lock, beside
 
 DESCRIPTION = """\
-Convert a checkpoint: into one file, into files of experts, to half precision, to its weights alone,
+Convert a checkpoint: into one file, into expert files, to half precision, to weights only,
 from dense to sparse, and to or from other layouts.
 
   fairseq-moe convert runs/moe/checkpoint_best.pt moe.pt --weights-only --dtype float16
-  fairseq-moe convert moe.pt spread/moe.pt --expert-files 4
+  fairseq-moe convert moe.pt sharded/moe.pt --expert-files 4
   fairseq-moe convert dense.pt sparse.pt --upcycle --moe-freq 2 --moe-expert-count 8
   fairseq-moe convert moe.pt branch/moe.pt --to branch --rank-files 2
   fairseq-moe convert moe.pt folder --to hf           (Hugging Face; and back: --from hf)
@@ -43,9 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
-        "source", metavar="SRC", help="the checkpoint to read; with --from its folder"
+        "source", metavar="SRC", help="the checkpoint to read; with --from, its folder"
     )
-    parser.add_argument("dest", metavar="DST", help="the X.pt to write; with --to hf a folder")
+    parser.add_argument("dest", metavar="DST", help="the X.pt to write; with --to hf, a folder")
     parser.add_argument(
         "--from",
         dest="layout",
@@ -90,10 +90,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "expert",
     )  # fmt: skip
     up.add_argument("--moe-freq", type=int, help="make every N-th layer sparse (default: 2)")
-    up.add_argument("--moe-layers", help="the sparse layers, from 0, as 1,3,5; not --moe-freq")
+    up.add_argument(
+        "--moe-layers",
+        help="the sparse layers, counted from 0, such as 1,3,5; instead of --moe-freq",
+    )
     up.add_argument(
         "--moe-first-dense", type=int, default=0, metavar="N",
-        help="of the layers of --moe-freq, leave the first N layers dense (default: 0)",
+        help="keep the first N layers of the model dense, whatever --moe-freq selects (default: 0)",
     )  # fmt: skip
     up.add_argument("--moe-expert-count", type=int, help="experts in a sparse layer")
     up.add_argument("--moe-top-k", type=int, help="experts per token (default: 2)")
@@ -144,7 +147,7 @@ def _convert(args: argparse.Namespace) -> None:
     folder = os.path.dirname(args.dest) or "."
     shares = args.to is None and (args.overwrite or args.expert_files is not None)
     with experts_alone(folder) if shares else contextlib.nullcontext():
-        pass  # a training is told of before the work
+        pass  # report a running training before the work
     write(jobs, stale, experts_alone(folder) if shares else contextlib.nullcontext())
     if args.to is None:
         bring_tokenizer(args.source, folder)
@@ -168,7 +171,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--dtype {args.dtype}: not known; use float32, float16 or bfloat16")
     to_folder = args.to in hf_flags.FOLDERS
     if not to_folder and not args.dest.endswith(".pt"):
-        raise UserError(f"{args.dest}: the name of a checkpoint ends in .pt; add it")
+        raise UserError(f"{args.dest}: a checkpoint's name must end in .pt")
     for flag, given, needs, there in (
         ("--expert-files", args.expert_files is not None, "no --to", args.to is None),
         ("--rank-files", args.rank_files is not None, "--to branch", args.to == "branch"),
@@ -182,29 +185,30 @@ def _check(args: argparse.Namespace) -> None:
         ("--noise", args.noise != 0, "--upcycle", args.upcycle),
     ):
         if given and not there:
-            raise UserError(f"{flag} goes with {needs}: add that, or remove {flag}")
+            remedy = f"add it, or remove {flag}" if needs != "no --to" else f"remove --to or {flag}"
+            raise UserError(f"{flag} needs {needs}: {remedy}")
     for flag in ("expert_files", "rank_files"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             name = "--" + flag.replace("_", "-")
             raise UserError(f"{name} {getattr(args, flag)}: use 1 or more")
     if args.upcycle and args.moe_expert_count is None:
-        raise UserError("--upcycle: how many experts? add --moe-expert-count")
+        raise UserError("--upcycle: the number of experts is missing; add --moe-expert-count")
     if args.upcycle and args.moe_freq is not None and args.moe_freq < 1:
         raise UserError(f"--moe-freq {args.moe_freq}: use 1 (every layer) or more")
     if not 0 <= args.noise < float("inf"):
         raise UserError(f"--noise {args.noise}: use 0 or more")
     if os.path.realpath(args.source) == os.path.realpath(args.dest):
-        raise UserError(f"{args.dest}: is also SRC; write to another name")
+        raise UserError(f"{args.dest}: is also SRC; choose another name")
     if args.to == "branch" and os.path.exists(args.dest):
         raise UserError(
-            f"{args.dest}: exists, and would be read in place of the -rank- and -shared files "
+            f"{args.dest}: exists, and would be read instead of the -rank- and -shared files "
             "beside it: choose another name, or move it away"
         )
     _refuse_existing(args)
     hf_flags.check(args)
     folder = args.dest if to_folder else os.path.dirname(args.dest)
     if os.path.isfile(folder):
-        raise UserError(f"{folder}: is a file, not a folder")
+        raise UserError(f"{folder}: is a file, not a folder; name a folder")
 
 
 def _refuse_existing(args: argparse.Namespace) -> None:
@@ -232,10 +236,10 @@ def _existing(args: argparse.Namespace) -> List[str]:
 
 @contextlib.contextmanager
 def alone(dest: str) -> Iterator[None]:
-    """Hold DST against another convert; folders that it needs are made, and go if they stay
+    """Lock DST against another convert. Create missing folders, and remove them if they stay
     empty."""
     folder = Path(os.path.realpath(dest)).parent
-    made = [one for one in (folder, *folder.parents) if not one.exists()]
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -246,15 +250,15 @@ def alone(dest: str) -> Iterator[None]:
         with Lock(beside(dest), dest):
             yield
     finally:
-        for one in made:
+        for path in created:
             with contextlib.suppress(OSError):
-                one.rmdir()
+                path.rmdir()
 
 
 @contextlib.contextmanager
 def experts_alone(folder: str, seconds: float = 5) -> Iterator[None]:
-    """Hold a folder, of which checkpoints share the experts' files, against a training into it, and
-    for the moment that it takes against other converts."""
+    """Lock a folder, whose checkpoints share expert files, against a training that saves to it and,
+    briefly, against other converts."""
     end = time.monotonic() + seconds
     while True:
         try:
@@ -269,8 +273,8 @@ def experts_alone(folder: str, seconds: float = 5) -> Iterator[None]:
 
 
 def write(jobs, stale: List[str], lock: ContextManager) -> None:
-    """Write all files under temporary names, then rename them; the last, by which the set is found,
-    last. What it replaces goes first, so that no mixture of two sets can be read.
+    """Write all files under temporary names, then rename them. The file that identifies the set is
+    renamed last, and the old one is removed first, so that no mixture of two sets can be read.
 
     Args:
         lock: entered for the renaming.
@@ -300,7 +304,7 @@ def write(jobs, stale: List[str], lock: ContextManager) -> None:
     except OSError as error:
         raise UserError(
             f"{error.filename or jobs[-1].path}: cannot be written ({error.strerror or error}); "
-            "make room, or choose another DST"
+            "free some disk space, or choose another DST"
         ) from error
     finally:
         for path in made:
@@ -311,16 +315,16 @@ def write(jobs, stale: List[str], lock: ContextManager) -> None:
 def _told(args, source, jobs) -> str:
     size = sum(os.path.getsize(job.path) for job in jobs)
     files = f"{len(jobs)} files" if len(jobs) > 1 else "1 file"
-    kind = f"{source.experts} experts a sparse layer" if source.experts else "dense"
+    kind = f"{source.experts} experts per sparse layer" if source.experts else "dense"
     optimizer = (
         "with" if source.optimizer is not None and args.to not in hf_flags.FOLDERS else "without"
     )
     text = f"{args.dest}: {kind}, {files}, {size:,} bytes, {optimizer} optimizer state"
     if args.upcycle and source.settings["moe_top1_expert"]:
         text += (
-            "\nwith --moe-top1-expert the logits are not the dense model's: an expert's output is "
-            "weighted by the gate's probability"
+            "\nwith --moe-top1-expert the logits differ from the dense model's: the gate's "
+            "probability weights an expert's output"
         )
     elif args.upcycle:
-        text += "\ntrain on with --moe-dropless, under which it starts as the dense model"
+        text += "\ncontinue with --moe-dropless, so that it starts equal to the dense model"
     return text

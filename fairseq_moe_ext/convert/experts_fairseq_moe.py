@@ -97,13 +97,13 @@ class TopKRouter(nn.Module):
         """logits (N, E)."""
         scores = self.scores(logits)
         liked, rivals = scores.detach(), logits.detach()
-        if self.balance_bias is not None:  # enters the choice alone
+        if self.balance_bias is not None:  # affects only the choice
             liked = rivals = liked + self.balance_bias
         if self.settings["top_groups"] < self.settings["groups"]:
             forbidden = ~self.allowed(liked)
             liked = liked.masked_fill(forbidden, -math.inf)
             rivals = rivals.masked_fill(forbidden, -math.inf)
-        # Logits tell experts apart whose probabilities, near 0 or 1, are equal.
+        # Logits distinguish experts whose probabilities, near 0 or 1, are equal.
         experts = liked.argmax(-1, keepdim=True)
         if self.k > 1:
             rest = best(rivals.scatter(1, experts, -math.inf), self.k - 1)
@@ -283,7 +283,7 @@ class FeedForward(nn.Module):
 
 
 class Experts(nn.Module):
-    """Feed-forward networks, of which each token uses those that its router chooses."""
+    """Feed-forward networks; each token uses those that its router chooses."""
 
     def __init__(self, config: Any, width: int) -> None:
         super().__init__()

@@ -1,5 +1,5 @@
-"""Models to and from Hugging Face transformers: those that XGLM can be as XGLM (xglm.py), all
-others by a class of their own, whose code lies in the folder (modeling_fairseq_moe.py)."""
+"""Converts models to and from Hugging Face transformers: as XGLM if XGLM can represent them
+(xglm.py), otherwise with a class whose code is in the folder (modeling_fairseq_moe.py)."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ MODEL_TYPE = "fairseq_moe"
 CODE = ("modeling_fairseq_moe.py", "experts_fairseq_moe.py")  # the first has the classes
 GENERATION = "generation_config.json"
 CARD = "README.md"
-# what a folder has beside weights
+# a folder's files besides the weights
 FILES = (CONFIG, *CODE, GENERATION, CARD, "tokenizer.json", "tokenizer_config.json", *NAMES)
-# that the code in the folder has
+# that the code in the folder implements
 ROUTERS = ("base", "hash", "random", "relu", "sinkhorn", "threshold", "topk")
 
 _SPECIAL = {"bos_token_id": 2, "pad_token_id": 1, "eos_token_id": 2}
@@ -53,8 +53,8 @@ _DEFAULTS = {
     for f in fields(MoETransformerLMConfig)
     if f.default != MISSING and f.name != "_name"
 }
-# Settings that config.json has in other words, and those that change nothing that is computed
-# outside fairseq's training, or nothing where no token is dropped.
+# Settings that config.json has under other names, and those that change nothing outside fairseq's
+# training, or nothing if no token is dropped.
 _TRANSLATED = {
     "activation_dropout", "activation_fn", "alternate_decoder_ffn_embed_dim", "attention_dropout",
     "decoder_attention_heads", "decoder_embed_dim", "decoder_ffn_embed_dim", "decoder_layers",
@@ -83,7 +83,7 @@ _NORMALIZING = ("random", "sinkhorn", "topk")
 
 
 class Extras(NamedTuple):
-    """What goes into the folder with the model."""
+    """What is written to the folder with the model."""
 
     tokenizer: Optional[Path] = None  # folder with dict.txt and the rest
     license: str = "unknown"
@@ -95,12 +95,14 @@ def hf_jobs(source: Source, folder: str, extras: Extras, only_xglm: bool = False
     """The files of a folder, config.json the last.
 
     Args:
-        only_xglm: raise UserError for what XGLM does not have, instead of another class.
+        only_xglm: raise UserError for what XGLM lacks, instead of using another class.
     """
     s = source.settings
     lacking = xglm.lacking(source)
     if lacking and only_xglm:
-        raise UserError(f"--to xglm: {source.path} has what XGLM has not: {', '.join(lacking)}")
+        raise UserError(
+            f"--to xglm: {source.path} has features that XGLM lacks: {', '.join(lacking)}"
+        )
     tied, learned = s["share_decoder_input_output_embed"], s["decoder_learned_pos"]
     config = _config(source) if lacking else xglm.config_of(source)
     dtype = str(dtype_of(source.model["decoder.embed_tokens.weight"]))[6:]
@@ -112,7 +114,7 @@ def hf_jobs(source: Source, folder: str, extras: Extras, only_xglm: bool = False
         for name in CODE:
             code = Path(__file__).with_name(name).read_text(encoding="utf-8")
             jobs.append(text_job(folder, name, code))
-    # Generation goes on through </s>, which is a newline.
+    # Generation continues past </s>, which is a newline.
     generation = {"bos_token_id": 2, "pad_token_id": 1}
     jobs.append(text_job(folder, GENERATION, json.dumps(generation, indent=2) + "\n"))
     if extras.tokenizer is not None:
@@ -127,8 +129,8 @@ def hf_jobs(source: Source, folder: str, extras: Extras, only_xglm: bool = False
 
 
 def open_hf(folder: str, only_xglm: bool = False) -> Source:
-    """A folder of transformers' as a checkpoint. Raises UserError for a model of another kind, or
-    for files that do not belong together."""
+    """A transformers folder as a checkpoint. Raises UserError for a model of another kind, or for
+    inconsistent files."""
     config = read_config(folder)
     path = os.path.join(folder, CONFIG)
     kind = config.get("model_type") if config else "nowhere"
@@ -138,7 +140,9 @@ def open_hf(folder: str, only_xglm: bool = False) -> Source:
         settings = xglm.settings_of(path, config)
     else:
         known = "xglm" if only_xglm else f"xglm or {MODEL_TYPE}"
-        raise UserError(f"{path}: model_type is {kind}, not {known}")
+        raise UserError(
+            f"{path}: model_type is {kind}, not {known}; name the folder of such a model"
+        )
     model = our_names(folder, read_weights(folder), settings, config["vocab_size"])
     task = {
         "_name": "language_modeling",
@@ -172,7 +176,7 @@ def _config(source: Source) -> Dict[str, Any]:
         unknown.append("a head that scores candidates (--choice-scoring head)")
     if unknown:
         raise UserError(
-            f"--to hf: {source.path} has what the code for transformers does not know yet: "
+            f"--to hf: {source.path} uses features that the code for transformers lacks: "
             f"{', '.join(unknown)}"
         )
     return _translated(s, source.vocabulary, _balance_weight(source))
@@ -240,20 +244,25 @@ def _settings(path: str, config: Dict[str, Any]) -> Dict[str, Any]:
     saved = config.get("fairseq")
     saved = saved.get("model") if isinstance(saved, dict) else None
     if not isinstance(saved, dict):
-        raise UserError(f"{path}: has no settings under fairseq.model; take one that convert wrote")
+        raise UserError(
+            f"{path}: has no settings under fairseq.model; use a folder that `fairseq-moe "
+            "convert` wrote"
+        )
     names = {field.name for field in fields(MoETransformerLMConfig)}
     given = {name: value for name, value in saved.items() if name in names}
     settings = {**_DEFAULTS, **given, **ONE_PROCESS, "_name": MODEL_NAME}
     check_fields(path, "fairseq.model", settings, MoETransformerLMConfig)
     vocabulary = config.get("vocab_size")
     if not isinstance(vocabulary, int):
-        raise UserError(f"{path}: vocab_size is {vocabulary!r}, not a whole number")
+        raise UserError(
+            f"{path}: vocab_size is {vocabulary!r}, not a whole number; copy the file again"
+        )
     expected = _translated(settings, vocabulary, config.get("router_aux_loss_coef", 0.0))
     for name, value in expected.items():
         if name in config and name not in _FREE and config[name] != value:
             raise UserError(
-                f"{path}: {name} is {config[name]!r}, and {value!r} by the settings under "
-                "fairseq.model: they do not belong together"
+                f"{path}: {name} is {config[name]!r}, but the settings under fairseq.model give "
+                f"{value!r}: copy the file that convert wrote"
             )
     return settings
 
@@ -264,7 +273,7 @@ def _longest(s: Dict[str, Any]) -> int:
 
 
 def _balance_weight(source: Source) -> float:
-    """That of the gates' balancing loss in training."""
+    """The weight of the balancing loss in training."""
     criterion = (source.rest.get("cfg") or {}).get("criterion")
     weight = criterion.get("moe_gate_loss_wt") if isinstance(criterion, dict) else None
     weight = getattr(source.rest.get("args"), "moe_gate_loss_wt", weight)
@@ -275,7 +284,7 @@ def _balance_weight(source: Source) -> float:
 
 
 def _provenance(source: Source) -> Dict[str, Any]:
-    """What the way back needs beside weights: settings, and the state of the task."""
+    """What the conversion back needs besides weights: settings, and the state of the task."""
     s = source.settings
     model = {
         name: value

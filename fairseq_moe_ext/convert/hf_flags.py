@@ -20,11 +20,11 @@ def add_arguments(group: Any) -> None:
     group.add_argument(
         "--license",
         metavar="NAME",
-        help="for the model card, as mit or cc-by-4.0; default: unknown",
+        help="license for the model card, such as mit or cc-by-4.0 (default: unknown)",
     )
     group.add_argument(
         "--evaluation", type=Path, metavar="FILE",
-        help="for the model card: what `fairseq-moe evaluate --json` wrote",
+        help="results for the model card: a file that `fairseq-moe evaluate --json` wrote",
     )  # fmt: skip
     group.add_argument(
         "--shard-size", type=float, metavar="GB", help="largest file of weights (default: 5)"
@@ -43,13 +43,13 @@ def given(args: argparse.Namespace) -> List[Tuple[str, bool]]:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise UserError for values that cannot be."""
+    """Raise UserError for invalid values."""
     if args.shard_size is not None and not 0 < args.shard_size < float("inf"):
         raise UserError(f"--shard-size {args.shard_size}: use a number of GB above 0")
     if args.no_tokenizer and args.data is not None:
-        raise UserError(f"--data {args.data}: --no-tokenizer wants none; remove one of them")
+        raise UserError(f"--data {args.data} with --no-tokenizer: remove one of them")
     if args.license is not None and (not args.license or not args.license.isprintable()):
-        raise UserError(f"--license {args.license!r}: use a name, as mit or cc-by-4.0")
+        raise UserError(f"--license {args.license!r}: use a name, such as mit or cc-by-4.0")
 
 
 def extras(args: argparse.Namespace) -> Any:
@@ -75,8 +75,8 @@ def _tokenizer(args: argparse.Namespace) -> Optional[Path]:
     found = own(args.source)
     if found is None and args.to != "xglm":
         raise UserError(
-            f"{args.source}: its tokenizer ({', '.join(tokenizer_files.NAMES)}) is neither beside "
-            "it nor where it was trained: add --data FOLDER, or --no-tokenizer"
+            f"{args.source}: its tokenizer ({', '.join(tokenizer_files.NAMES)}) is neither "
+            "beside it nor with its training data: add --data FOLDER, or --no-tokenizer"
         )
     return found
 

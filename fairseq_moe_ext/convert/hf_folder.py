@@ -1,5 +1,5 @@
-"""A model's folder as Hugging Face transformers has it: config.json, weights, and what goes with
-them."""
+"""Reads and writes a model's folder for Hugging Face transformers: config.json, weights, and
+more."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def text_job(folder: str, name: str, text: str) -> Job:
 
 
 def weight_jobs(tensors: Dict[str, AnyTensor], folder: str, most: float) -> List[Job]:
-    """Files of at most so many bytes, if no tensor is larger, and where there are several, their
-    index."""
+    """Files of at most `most` bytes, if no tensor is larger, and their index if there are
+    several."""
     shards: List[Dict[str, AnyTensor]] = [{}]
     size = 0
     for name, value in tensors.items():
@@ -74,7 +74,7 @@ def _weight_job(tensors: Dict[str, AnyTensor], path: str) -> Job:
 
 
 def their_names(model: Dict[str, AnyTensor], tied: bool, learned: bool) -> Dict[str, AnyTensor]:
-    """Tensors of our model by transformers' names, without what is computed or there twice."""
+    """Tensors of our model by transformers' names, without computed and duplicate ones."""
     renamed: Dict[str, AnyTensor] = {}
     for name, value in model.items():
         if name == "decoder.version" or name.endswith("._float_tensor"):
@@ -91,7 +91,7 @@ def their_names(model: Dict[str, AnyTensor], tied: bool, learned: bool) -> Dict[
 def our_names(
     folder: str, weights: Dict[str, Tensor], settings: Dict[str, Any], vocabulary: int
 ) -> Dict[str, AnyTensor]:
-    """The other way round. Raises UserError for weights that are not of the settings.
+    """The inverse. Raises UserError for weights that do not match the settings.
 
     Args:
         vocabulary: rows that the embedding should have.
@@ -109,11 +109,13 @@ def our_names(
             model[OUTPUT] = value
     embedding = model.get("decoder.embed_tokens.weight")
     if embedding is None:
-        raise UserError(f"{folder}: there is no model.embed_tokens.weight in its weights")
+        raise UserError(
+            f"{folder}: its weights lack model.embed_tokens.weight; copy the folder again"
+        )
     if embedding.shape[0] != vocabulary:
         raise UserError(
             f"{os.path.join(folder, CONFIG)}: vocab_size {vocabulary}, but the weights have "
-            f"{embedding.shape[0]} rows: they do not belong together"
+            f"{embedding.shape[0]} rows: copy both files from one folder"
         )
     if not learned and not settings["no_token_positional_embeddings"]:
         dtype = weights["model.embed_tokens.weight"].dtype
@@ -121,18 +123,23 @@ def our_names(
     if tied:
         model[OUTPUT] = embedding
     elif OUTPUT not in model:
-        raise UserError(f"{folder}: tie_word_embeddings is false, and there is no lm_head.weight")
+        raise UserError(
+            f"{folder}: tie_word_embeddings is false, but lm_head.weight is missing; copy the "
+            "folder again"
+        )
     return model
 
 
 def read_config(folder: str) -> Dict[str, Any]:
-    """config.json. Raises UserError for what cannot be read."""
+    """Read config.json. Raises UserError if it cannot be read."""
     path = os.path.join(folder, CONFIG)
     try:
         with open(path, encoding="utf-8") as stream:
             config = json.load(stream)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); --from takes a folder of it") from error
+        raise UserError(
+            f"{path}: cannot be read ({error}); --from needs a folder that contains it"
+        ) from error
     return config if isinstance(config, dict) else {}
 
 
@@ -149,7 +156,7 @@ def read_weights(folder: str) -> Dict[str, Tensor]:
                     named = set(json.load(stream)["weight_map"].values())
                 parts = sorted(os.path.basename(part) for part in named)
             except (AttributeError, KeyError, TypeError, ValueError) as error:
-                raise UserError(f"{index}: there is no weight_map in it; copy it again") from error
+                raise UserError(f"{index}: contains no weight_map; copy it again") from error
             weights: Dict[str, Tensor] = {}
             for part in parts:
                 file = os.path.join(folder, part)
@@ -157,7 +164,7 @@ def read_weights(folder: str) -> Dict[str, Tensor]:
                     raise UserError(f"{file}: missing; {index} names it: copy the folder again")
                 weights.update(_read(file))
             return weights
-    raise UserError(f"{folder}: has neither {WEIGHTS} nor pytorch_model.bin")
+    raise UserError(f"{folder}: has neither {WEIGHTS} nor pytorch_model.bin; name a model's folder")
 
 
 def _read(path: str) -> Dict[str, Tensor]:
@@ -166,5 +173,5 @@ def _read(path: str) -> Dict[str, Tensor]:
     check_records(path)
     state = load_weights_only(path, map_location="cpu", mmap=True)
     if not isinstance(state, dict):
-        raise UserError(f"{path}: has no tensors by name; copy it again")
+        raise UserError(f"{path}: contains no named tensors; copy it again")
     return state

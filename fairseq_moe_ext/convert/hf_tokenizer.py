@@ -1,8 +1,8 @@
 r"""Our tokenizer as Hugging Face's tokenizer.json: the same ids for every text.
 
     words     cut by our pattern (prepare/tokenizer.py), whose \s, \p{L} and \p{N} are written out
-              as ranges of code points, since `regex` and the library of `tokenizers` know different
-              versions of Unicode
+              as ranges of code points, since `regex` and `tokenizers` use different versions of
+              Unicode
     ids       those of dict.txt, not of encoder.json
     newline   a token of its own, "\n", which is </s> (2) and also what a text begins with; it is no
               special token, so that decoding keeps it, and no eos_token, which would be special
@@ -40,7 +40,7 @@ def tokenizer_files(data: Path, model_vocabulary: int, longest: int) -> Dict[str
         longest: tokens that the model takes.
 
     Raises:
-        UserError: a dictionary that is not of this model, or that no tokenizer.json can express.
+        UserError: for another model's dictionary, or one that tokenizer.json cannot express.
     """
     files = files_of(data)
     if set(TOKENIZER) <= files.keys():
@@ -107,10 +107,11 @@ def _byte_level(files: Dict[str, Path], model_vocabulary: int) -> Dict[str, Any]
     if lost:
         raise UserError(
             f"{files[DICTIONARY]}: lacks tokens that others are merged from ({lost[0][0]!r} and "
-            f"{lost[0][1]!r}), which tokenizer.json cannot express: use a dictionary of all tokens"
+            f"{lost[0][1]!r}), which tokenizer.json cannot express: use a dictionary with all "
+            "tokens"
         )
-    # Only symbols of bytes make up tokens of text, so that nothing is taken for these; where text
-    # has a token <pad> of its own, that of padding has a space.
+    # Tokens of text consist only of byte symbols, so no text becomes one of these. If the
+    # vocabulary has a token <pad>, the padding's name gets a space.
     special = {w.replace(">", " >") if w in vocabulary else w: i for w, i in SPECIAL.items()}
     fillers = _unused({*vocabulary.values(), *special.values()}, model_vocabulary)
     return {
@@ -159,13 +160,13 @@ def _check_vocabulary(path: Path, lines: int, model_vocabulary: int) -> None:
     there = lines + dictionary.NUM_SPECIAL
     if there > model_vocabulary:
         raise UserError(
-            f"{path}: has a vocabulary of {there:,}, the model one of {model_vocabulary:,}: "
-            "name the folder with the model's own by --data"
+            f"{path}: has a vocabulary of {there:,}, but the model one of {model_vocabulary:,}: "
+            "pass the folder with the model's own dictionary as --data"
         )
 
 
 def _unused(used: set, model_vocabulary: int) -> Dict[str, int]:
-    """Names for the ids that no text has, as ids must have no gaps."""
+    """Names for unused ids, because ids must have no gaps."""
     return {f"<unused {i}>": i for i in range(model_vocabulary) if i not in used}
 
 

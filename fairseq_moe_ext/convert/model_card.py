@@ -138,7 +138,7 @@ def _evaluation(evaluation: Optional[Mapping[str, Any]]) -> str:
             "`fairseq-moe convert ... --evaluation FILE`, would put perplexities here."
         )
     try:
-        rows = [["set", "tokens", "perplexity", "bits a byte"]]
+        rows = [["set", "tokens", "perplexity", "bits per byte"]]
         for name, result in evaluation["sets"].items():
             domain = "" if result["in_domain"] else " (held out)"
             bits = "" if result["bits_per_byte"] is None else f"{result['bits_per_byte']:.3f}"
@@ -152,7 +152,7 @@ def _evaluation(evaluation: Optional[Mapping[str, Any]]) -> str:
         blocks = f"{evaluation['protocol']} of {evaluation['context']:,} tokens"
     except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(
-            "--evaluation: not what `fairseq-moe evaluate --json` writes; name its file"
+            "--evaluation: not a file that `fairseq-moe evaluate --json` wrote; name another file"
         ) from None
     return f"{markdown(rows)}\n\nSplit {evaluation.get('subset')}, {blocks}, nothing dropped."
 

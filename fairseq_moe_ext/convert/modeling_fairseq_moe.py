@@ -1,7 +1,7 @@
 """A decoder-only Transformer, dense or with Mixture-of-Experts layers, for transformers.
 
-`fairseq-moe convert CKPT DIR --to hf` copies it and experts_fairseq_moe.py, which need torch and
-transformers alone, into DIR, where config.json refers to it:
+`fairseq-moe convert CKPT DIR --to hf` copies it and experts_fairseq_moe.py, which need only torch
+and transformers, into DIR, where config.json refers to it:
 
     AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)
 
@@ -362,8 +362,8 @@ class FairseqMoeForCausalLM(FairseqMoePreTrainedModel, GenerationMixin):
         """As transformers' causal language models.
 
         Args:
-            labels: (B, T), the input tokens; -100 counts nowhere. In training the loss has the
-                balancing loss, too, `router_aux_loss_coef` times.
+            labels: (B, T), the input tokens; -100 counts nowhere. In training, the loss
+                includes `router_aux_loss_coef` times the balancing loss.
             past_key_values, cache: one thing by its names of earlier and later transformers.
         """
         output, aux_loss = self.model(

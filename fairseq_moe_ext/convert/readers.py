@@ -37,7 +37,7 @@ class Reader(NamedTuple):
 
     base: Callable[[str], Optional[str]]  # the name by which a checkpoint goes; None: not of these
     files: Callable[[str], Files]  # those of a checkpoint that are there; UserError for no file
-    open: Callable[[str, bool], Source]  # a path, and whether weights alone are wanted
+    open: Callable[[str, bool], Source]  # a path, and whether to read only the weights
 
 
 def reader_of(path: str) -> Reader:
@@ -68,7 +68,7 @@ def _our_files(path: str) -> Files:
 def _open_ours(path: str, weights_only: bool) -> Source:
     refuse_folder(path)
     if not os.path.isfile(path):
-        raise UserError(f"{path}: there is no such checkpoint; check the path")
+        raise UserError(f"{path}: no such checkpoint; check the path")
     check_records(path)
     state = load_weights_only(path, map_location="cpu", mmap=True)
     check_kind(path, state)
@@ -79,9 +79,7 @@ def _open_ours(path: str, weights_only: bool) -> Source:
     flat = flat_settings({"args": state.get("args"), "cfg": state.get("cfg")})
     settings = _settings(path, flat)
     if "decoder.embed_tokens.weight" not in model:
-        raise UserError(
-            f"{path}: there is no decoder.embed_tokens.weight in it; name the file X.pt"
-        )
+        raise UserError(f"{path}: contains no decoder.embed_tokens.weight; name the file X.pt")
     ours = str(flat.get("_name") or flat.get("arch")) in (MODEL_NAME, *ARCHITECTURES)
     source = Source(path, state, settings, model, [], None)
     pieces = _pieces(path, manifest, model)
@@ -144,7 +142,7 @@ def _per_expert(
         else:
             raise UserError(
                 f"{path}: the optimizer's {key} of {name} joins several experts and cannot be "
-                "taken apart: add --weights-only"
+                "split: add --weights-only"
             )
     return found
 
@@ -204,7 +202,9 @@ def _flat(state: Dict[str, Any]) -> Dict[str, Any]:
 
 def _settings(path: str, flat: Dict[str, Any]) -> Dict[str, Any]:
     if not flat:
-        raise UserError(f"{path}: there are no settings in it, neither args nor cfg")
+        raise UserError(
+            f"{path}: contains no settings, neither args nor cfg; use another checkpoint"
+        )
     name = str(flat.get("_name") or flat.get("arch"))
     if name not in (MODEL_NAME, *ARCHITECTURES):
         return translated_settings(path, flat)

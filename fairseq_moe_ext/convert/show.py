@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Optional
 
 from fairseq_moe_ext.wording import count
 
-# Settings of the training that are told, by group of fairseq's.
+# Settings of the training to show, by fairseq's groups.
 _TRAINING = {
     "optimization": ("lr", "max_update", "max_epoch", "update_freq", "clip_norm"),
     "dataset": ("batch_size", "max_tokens"),
@@ -19,7 +19,9 @@ _TRAINING = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "What a checkpoint is: its model, its files, its training, what wrote it."
+    parser.description = (
+        "Describe a checkpoint: its model, its files, its training, and what wrote it."
+    )
     parser.add_argument("path", metavar="CKPT", help="checkpoint, as fairseq-eval-lm's --path")
     parser.add_argument("--settings", action="store_true", help="print all settings of the model")
     parser.add_argument("--json", action="store_true", help="print JSON, all settings in it")
@@ -95,7 +97,7 @@ def _training(rest: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def _tokens(extra: Dict[str, Any], rest: Dict[str, Any]) -> Optional[int]:
-    """Tokens that training has seen: the weight of the mean loss, where each token counts one."""
+    """Tokens that training has seen: the weight of the mean loss, if each token counts once."""
     optimization = (rest.get("cfg") or {}).get("optimization") or {}
     if optimization.get("sentence_avg"):
         return None

@@ -114,4 +114,4 @@ def with_settings(rest: Dict[str, Any], settings: Dict[str, Any]) -> Dict[str, A
         return {**rest, "cfg": {**rest["cfg"], "model": dict(settings)}}
     changed = {key: value for key, value in settings.items() if key != "_name"}
     args = Namespace(**{**vars(rest["args"]), **changed, "arch": MODEL_NAME})
-    return {**rest, "args": args, "cfg": None}  # fairseq goes by `args` where both are there
+    return {**rest, "args": args, "cfg": None}  # fairseq uses `args` if both are present

@@ -131,8 +131,8 @@ def _share(source: Source, flag: str, files: int) -> int:
     if files < 1 or source.experts % files:
         fitting = [n for n in range(1, source.experts + 1) if source.experts % n == 0]
         raise UserError(
-            f"{flag} {files} does not divide the {source.experts} experts of {source.path}: "
-            f"{', '.join(map(str, fitting))} would do"
+            f"{flag} {files} does not divide the {source.experts} experts of {source.path}: use "
+            f"one of {', '.join(map(str, fitting))}"
         )
     return source.experts // files
 
@@ -152,8 +152,8 @@ def _states_of(source: Source, names: List[str]) -> Dict[str, Any]:
     assert source.optimizer is not None
     if source.optimizer.by_name is None:
         raise UserError(
-            f"{source.path}: its optimizer state joins all parameters (--fp16 writes such), so the "
-            "experts' cannot be told apart: add --weights-only"
+            f"{source.path}: its optimizer state joins all parameters (as --fp16 saves it), so "
+            "it cannot be split by expert: add --weights-only"
         )
     by_name = source.optimizer.by_name
     return {name: by_name[name] for name in names if name in by_name}
@@ -168,8 +168,8 @@ def _rows_of_state(
             value = TensorPerExpert(value[rows])
         elif isinstance(value, Tensor) and value.numel() > 1 and files > 1:
             raise UserError(
-                f"{source.path}: the optimizer's {key} of {name} joins several experts and cannot "
-                "be taken apart: add --weights-only"
+                f"{source.path}: the optimizer's {key} of {name} joins several experts and "
+                "cannot be split: add --weights-only"
             )
         rows_of[key] = value
     return rows_of
@@ -183,8 +183,8 @@ def branch_jobs(source: Source, path: str, ranks: int) -> List[Job]:
     local = _share(source, "--rank-files", ranks)
     if source.head:
         raise UserError(
-            f"--to branch: {source.path} has a head that scores candidates, which the branch does "
-            "not know: tune with --choice-scoring sum or mean, or convert without --to"
+            f"--to branch: {source.path} has a head that scores candidates, which the branch "
+            "lacks: fine-tune with --choice-scoring sum or mean, or convert without --to"
         )
     model = branch_settings(source.path, source.settings)
     base = path[: -len(".pt")]
@@ -192,8 +192,10 @@ def branch_jobs(source: Source, path: str, ranks: int) -> List[Job]:
     shared = {n: source.model[n] for n in branch_order(source.model)}
     names = [name for name in source.model if is_expert(name)]
     # The numbers of the branch's parameters are those of one process, which has `local` experts.
-    one = {_of_expert(n, i): None for n in names for i in range(local)}
-    numbers = parameter_numbers({**rest, "model": shared}, {"model": _by_expert(one)})
+    names_of_one_process = {_of_expert(n, i): None for n in names for i in range(local)}
+    numbers = parameter_numbers(
+        {**rest, "model": shared}, {"model": _by_expert(names_of_one_process)}
+    )
     states, rest_of_optimizer = {}, None
     if source.optimizer is not None:
         states = _states_of(source, source.order)

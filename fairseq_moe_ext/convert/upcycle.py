@@ -40,8 +40,8 @@ def upcycle(
     old = source.settings
     if source.experts:
         raise UserError(
-            f"{source.path}: has {source.experts} experts already, and --upcycle takes a dense "
-            "model: drop --upcycle, or name a dense checkpoint"
+            f"{source.path}: has {source.experts} experts already, but --upcycle needs a dense "
+            "model: remove --upcycle, or name a dense checkpoint"
         )
     settings: Dict[str, Any] = {
         **old,
@@ -87,16 +87,16 @@ def upcycle(
 
 
 def _keep_widths(source: Source, settings: Dict[str, Any]) -> None:
-    """Give the experts the width of the networks that they are made of. UserError where those of
-    the dense model have several, and the sparse model cannot."""
+    """Give the experts the width of the networks that they copy. UserError if these networks have
+    several widths, because experts have one."""
     old, new = shape_of(source.settings), shape_of(settings)
     widths = {old.dense_widths[layer] for layer in new.sparse}
     others = {old.dense_widths[layer] for layer in range(new.layers) if layer not in new.sparse}
     if len(widths) > 1 or len(others) > 1:
         raise UserError(
-            f"{source.path}: its layers {', '.join(map(str, old.picked))} have networks of other "
-            "widths than the rest, and experts have one width: make just those sparse (--moe-freq, "
-            "--moe-layers, --moe-first-dense)"
+            f"{source.path}: its layers {', '.join(map(str, old.picked))} differ in width from "
+            "the rest, but experts have one width: make exactly those layers sparse "
+            "(--moe-freq, --moe-layers, --moe-first-dense)"
         )
     settings["decoder_ffn_embed_dim"] = next(iter(others), new.ffn_dim)
     if widths != {settings["decoder_ffn_embed_dim"]}:

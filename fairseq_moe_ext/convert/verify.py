@@ -86,7 +86,7 @@ def _checkpoints(path: str) -> Iterator[str]:
             seen.add(base)
             yield base
     if not seen:
-        raise UserError(f"{path}: there is no *.pt in it; name a checkpoint")
+        raise UserError(f"{path}: contains no *.pt; name a checkpoint")
 
 
 def _judged(path: str, done: Dict[str, Optional[str]]) -> Iterator[Tuple[str, Optional[str]]]:

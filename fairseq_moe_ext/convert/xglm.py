@@ -67,17 +67,19 @@ def config_of(source: Source) -> Dict[str, Any]:
 
 
 def settings_of(path: str, config: Dict[str, Any]) -> Dict[str, Any]:
-    """Settings of our model. Raises UserError for a config.json that is none of ours."""
+    "Settings of our model. Raises UserError for a config.json that is not one of ours."
     needed = (
         *("vocab_size", "max_position_embeddings", "d_model", "ffn_dim", "num_layers"),
         *("attention_heads", "activation_function"),
     )
     missing = [name for name in needed if name not in config]
     if missing:
-        raise UserError(f"{path}: {', '.join(missing)} missing")
+        raise UserError(f"{path}: {', '.join(missing)} missing; copy the file again")
     for name in needed[:-1]:
         if not isinstance(config[name], int):
-            raise UserError(f"{path}: {name} is {config[name]!r}, not a whole number")
+            raise UserError(
+                f"{path}: {name} is {config[name]!r}, not a whole number; copy the file again"
+            )
     wanted = {**_SPECIAL, "add_cross_attention": False}
     if config.get("bos_token_id") == 0:  # as XGLM's own
         del wanted["bos_token_id"]
@@ -86,13 +88,13 @@ def settings_of(path: str, config: Dict[str, Any]) -> Dict[str, Any]:
     for name, value in wanted.items():
         if config.get(name, value) != value:
             raise UserError(
-                f"{path}: {name} is {config[name]}, and fairseq's models have {value}, so it "
-                "cannot be one of them"
+                f"{path}: {name} is {config[name]}, but fairseq's models need {value}, "
+                "so it cannot be converted"
             )
     names = {theirs: ours for ours, theirs in _ACTIVATIONS.items()}
     if config["activation_function"] not in names:
         raise UserError(
-            f"{path}: activation_function {config['activation_function']} is none of "
+            f"{path}: activation_function {config['activation_function']} is not one of "
             f"{', '.join(names)}"
         )
     defaults = {f.name: f.default for f in fields(MoETransformerLMConfig) if f.default != MISSING}

@@ -89,7 +89,7 @@ def write_page(path: Path, model: Path, results: Sequence[AtCapacity]) -> None:
         model=str(model),
         whole=[
             _perplexities("Mean perplexity", at, means),
-            _chart("Speed", "tokens a second", figures.Series("", list(zip(at, speeds)), 1)),
+            _chart("Speed", "tokens per second", figures.Series("", list(zip(at, speeds)), 1)),
         ],
         table=report.table(COLUMNS, table(results)[1:]),
         sets=[

@@ -22,25 +22,26 @@ _EMBEDDING = "decoder.embed_tokens.weight"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Parameters, training FLOPs and memory of a model, given by --arch and the flags of "
-        "fairseq-train, by --path, or by flags alone."
+        "fairseq-train, by --path, or by flags only."
     )
-    parser.add_argument("--arch", help="an architecture, as fairseq-train's")
+    parser.add_argument("--arch", help="an architecture of fairseq-train")
     parser.add_argument("--path", type=Path, help="a checkpoint, instead of flags")
     parser.add_argument("--paper", action="store_true", help="print the paper's Table 1 and stop")
     parser.add_argument("--types", type=int, help="size of the vocabulary (default: 51200)")
-    parser.add_argument("--context", type=int, help="tokens a block (default: 2048)")
+    parser.add_argument("--context", type=int, help="tokens per block (default: 2048)")
     parser.add_argument(
-        "--tokens", type=float, default=paper.TOKENS, help="to train on (default: 300e9)"
+        "--tokens", type=float, default=paper.TOKENS, help="training tokens (default: 300e9)"
     )
     parser.add_argument(
         "--experts-per-token",
         type=float,
         metavar="N",
-        help="experts that a token used on average, experts_per_token in the log, for FLOPs really "
-        "spent with null experts, threshold and relu (default: as a balanced router uses them)",
+        help="average experts per token (experts_per_token in the log), to count the FLOPs "
+        "actually spent with null experts, threshold and relu (default: those of a balanced "
+        "router)",
     )
-    parser.add_argument("--batch-size", type=int, default=1, help="blocks a device (default: 1)")
-    parser.add_argument("--world-size", type=int, default=1, help="devices (default: 1)")
+    parser.add_argument("--batch-size", type=int, default=1, help="blocks per device (default: 1)")
+    parser.add_argument("--world-size", type=int, default=1, help="number of devices (default: 1)")
     parser.add_argument(
         "--precision", choices=list(cost.PRECISIONS), default="fp32", help="(default: fp32)"
     )
@@ -51,11 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sharding",
         choices=cost.SHARDINGS,
         default="none",
-        help="optimizer state, or parameters and gradients too, over all devices (default: none)",
+        help="shard the optimizer state, or parameters and gradients too, over all devices "
+        "(default: none)",
     )
     add_form_flags(parser)
     model = parser.add_argument_group(
-        "the model's flags, as fairseq-train's", argument_default=argparse.SUPPRESS
+        "the model's flags, as for fairseq-train", argument_default=argparse.SUPPRESS
     )
     gen_parser_from_dataclass(model, MoETransformerLMConfig(), delete_default=True)
 
@@ -78,8 +80,8 @@ def run(args: Namespace) -> None:
         more, fewer = sorted([args.world_size, shape.experts], reverse=True)
         if more % fewer:
             raise UserError(
-                f"--world-size {args.world_size}: one of it and the {shape.experts} experts must "
-                "divide the other"
+                f"--world-size {args.world_size}: must divide the {shape.experts} experts of a "
+                "layer, or be a multiple of their number"
             )
     context = args.context or settings.get("tokens_per_sample") or paper.CONTEXT
     numbers = costs(args, shape, int(context), bool(settings.get("dropout", 0) > 0))
@@ -103,8 +105,8 @@ def _settings(args: Namespace) -> Tuple[Dict[str, Any], int]:
         if args.arch or flags or args.types:
             flag = "arch" if args.arch else next(iter(flags), "types")
             raise UserError(
-                f"--path with --{flag.replace('_', '-')}: the checkpoint says what the model is; "
-                "drop either"
+                f"--path with --{flag.replace('_', '-')}: the checkpoint defines the model; "
+                "remove one of them"
             )
         return checkpoint_settings(args.path)
     from fairseq.models import ARCH_CONFIG_REGISTRY
@@ -117,7 +119,7 @@ def _settings(args: Namespace) -> Tuple[Dict[str, Any], int]:
             raise UserError(f"--arch {args.arch}: use one of {', '.join(ARCHITECTURES)}")
         ARCH_CONFIG_REGISTRY[args.arch](space)
     elif not flags:
-        raise UserError("cost of what? Give --arch, --path, flags of a model, or --paper")
+        raise UserError("no model given: use --arch, --path, flags of a model, or --paper")
     config = MoETransformerLMConfig(**vars(space))
     for name, value in (
         ("tokens_per_sample", args.context or paper.CONTEXT),
@@ -147,7 +149,7 @@ def checkpoint_settings(path: Path) -> Tuple[Dict[str, Any], int]:
     branch = find(str(path))
     file = Path(branch.shared) if branch else path
     if not file.is_file():
-        raise UserError(f"--path {path}: no such checkpoint")
+        raise UserError(f"--path {path}: no such checkpoint; check the path")
     state = load_weights_only(str(file), mmap=True)
     check_kind(str(file), state)
     check_settings(str(file), state)
@@ -156,7 +158,10 @@ def checkpoint_settings(path: Path) -> Tuple[Dict[str, Any], int]:
     embedding = state["model"].get(_EMBEDDING)
     settings = {} if embedding is None else flat_settings(state)
     if embedding is None or "decoder_embed_dim" not in settings:
-        raise UserError(f"--path {path}: not a language model of this package or of the branch")
+        raise UserError(
+            f"--path {path}: not a language model of this package or of the branch; name another "
+            "checkpoint"
+        )
     if str(settings.get("_name") or settings.get("arch")) in (MODEL_NAME, *ARCHITECTURES):
         return dict(settings), embedding.size(0)
     return translated_settings(str(path), dict(settings)), embedding.size(0)
@@ -205,18 +210,18 @@ def _table(numbers: Dict[str, Any]) -> List[List[str]]:
     for name, value in numbers["parameters"].items():
         rows.append([f"parameters, {name}", f"{value:,}", f"{value:,}"])
     for label, key, digits in (
-        ("GFLOPs a token", "flops_per_token", 1e9),
+        ("GFLOPs per token", "flops_per_token", 1e9),
         (f"ZFLOPs of {numbers['tokens']:.3g} tokens", "zflops", 1),
     ):
         rows.append([label, f"{without[key] / digits:,.4g}", f"{again[key] / digits:,.4g}"])
     if "twin" in numbers:
         beyond = f"{numbers['twin']['flops_per_token_beyond_sparse']:+,.4g}"
-        rows.append(["FLOPs a token beyond the sparse model's", beyond, ""])
+        rows.append(["FLOPs per token beyond the sparse model's", beyond, ""])
     whole = without["bytes_per_device"]["total"]
     unit, size = ("GB", 1e9) if whole >= 1e9 else ("MB", 1e6)
     for name in without["bytes_per_device"]:
         sizes = (case["bytes_per_device"][name] / size for case in (without, again))
-        rows.append([f"{unit} a device, {name}", *(f"{value:,.2f}" for value in sizes)])
+        rows.append([f"{unit} per device, {name}", *(f"{value:,.2f}" for value in sizes)])
     return rows
 
 

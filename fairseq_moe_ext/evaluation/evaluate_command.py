@@ -25,7 +25,9 @@ from .texts import read_texts
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Perplexity of a model on every test set of the given folders."
     parser.add_argument("data", type=Path, nargs="+", help="data-bins, or folders of data-bins")
-    parser.add_argument("--path", type=Path, required=True, help="checkpoint, as fairseq-eval-lm's")
+    parser.add_argument(
+        "--path", type=Path, required=True, help="checkpoint, as for fairseq-eval-lm"
+    )
     parser.add_argument("--subset", default="test", help="split to read (default: test)")
     parser.add_argument("--context", type=int, help="tokens per block (default: as trained)")
     parser.add_argument(
@@ -63,10 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compute in bfloat16; on a CPU with float32 weights, and only where it is faster",
     )
     parser.add_argument(
-        "--model-overrides", metavar="DICT", help="settings of the model, as fairseq-eval-lm's"
+        "--model-overrides", metavar="DICT", help="model settings, as for fairseq-eval-lm"
     )
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write all metrics to this file, too"
+        "--json", type=Path, metavar="FILE", help="also write all metrics to this file"
     )
     parser.add_argument(
         "--unit-losses",
@@ -92,17 +94,21 @@ class _Asked(NamedTuple):
 
 
 def run(args: argparse.Namespace) -> None:
-    """Evaluate and print. Raises UserError for flags or files that cannot be."""
+    """Evaluate and print. Raises UserError for invalid flags or files."""
     asked = _check_flags(args)
     task = language_modeling_task(_first_data_bin(args.data), args.context or 1)
     model, saved = load_model(args.path, task, asked.overrides)
     model = on_device(in_bfloat16(model, args.cpu) if args.bf16 else model, args.cpu)
     context = args.context or model.max_positions()
     if context > model.max_positions():
-        raise UserError(f"--context {context}: the model takes {model.max_positions()} at most")
+        raise UserError(
+            f"--context {context}: the model takes {model.max_positions()} at most; lower it"
+        )
     stride = args.stride or context
     if stride > context:
-        raise UserError(f"--stride {stride} is above --context {context}: tokens would be left out")
+        raise UserError(
+            f"--stride {stride} is above --context {context}: tokens would be skipped; lower it"
+        )
     dictionary = task.source_dictionary
     trained_on = corpora_of(saved.task, task, args.data)
     texts = read_texts(args.data, args.subset, context, dictionary, trained_on)
@@ -130,7 +136,7 @@ def _check_flags(args: argparse.Namespace) -> _Asked:
         share = 1.0 if args.capacity is None else args.capacity
         capacities = capacity.parse("--capacity", [str(share)])
     elif args.capacity is not None:
-        raise UserError("--capacity and --sweep-capacity: give one of them")
+        raise UserError("--capacity and --sweep-capacity: use only one of them")
     else:
         capacities = capacity.parse("--sweep-capacity", args.sweep_capacity.split(","))
     for name in ("context", "stride", "batch_size", "bootstrap"):
@@ -138,10 +144,10 @@ def _check_flags(args: argparse.Namespace) -> _Asked:
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: use 1 or more")
     if args.figure is not None and args.sweep_capacity is None:
-        raise UserError(f"--figure {args.figure}: only --sweep-capacity draws; give it too")
+        raise UserError(f"--figure {args.figure}: needs --sweep-capacity; add it")
     if args.unit_losses is not None and args.sweep_capacity is not None:
         raise UserError(
-            f"--unit-losses {args.unit_losses}: is for one capacity; leave out --sweep-capacity"
+            f"--unit-losses {args.unit_losses}: needs one capacity; remove --sweep-capacity"
         )
     figure = (args.figure or Path("capacity.html")) if args.sweep_capacity else None
     files = [("--json", args.json), ("--unit-losses", args.unit_losses), ("--figure", figure)]
@@ -155,7 +161,7 @@ def _first_data_bin(folders: Sequence[Path]) -> Path:
     """The first data-bin below the folders, whose dictionary all of them must have."""
     first = next(iter(data_bin.find_corpora(folders[0]).values()), None)
     if first is None:
-        raise UserError(f"{folders[0]}: no data-bin in it; make some with `fairseq-moe prepare`")
+        raise UserError(f"{folders[0]}: contains no data-bin; make some with `fairseq-moe prepare`")
     for folder in folders:
         data_bin.check_dictionaries(first, data_bin.find_corpora(folder))
     return first
@@ -167,7 +173,7 @@ def _give_out(
     head: Dict[str, Any],
     results: Sequence[capacity.AtCapacity],
 ) -> None:
-    """Write and print what was found at each capacity."""
+    """Write and print the result at each capacity."""
     sweep = bool(args.sweep_capacity)
     if args.json is not None:
         outputs.write_json(args.json, {**head, **({"sweep": results} if sweep else results[0])})
@@ -179,8 +185,8 @@ def _give_out(
 
 
 def table(evaluation: Evaluation) -> List[List[str]]:
-    """A row a set and a mean, below a row of headings."""
-    rows = [["set", "tokens", "perplexity", "95 % interval", "bits a byte", "dropped %"]]
+    """A row per set and per mean, below a row of headings."""
+    rows = [["set", "tokens", "perplexity", "95 % interval", "bits per byte", "dropped %"]]
     for name, result in evaluation["sets"].items():
         rows.append(
             [

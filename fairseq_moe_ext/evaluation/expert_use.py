@@ -90,7 +90,7 @@ def expert_use(
 
 
 def _watch(model: "FairseqLanguageModel") -> Dict[int, specialisation.Watch]:
-    """Number of a layer -> who looks at its gate."""
+    """Index of a layer -> the watch on its gate."""
     generator = torch.Generator().manual_seed(1)
     return {
         index: specialisation.Watch(layer.moe_layer.gate, generator)
@@ -100,7 +100,7 @@ def _watch(model: "FairseqLanguageModel") -> Dict[int, specialisation.Watch]:
 
 
 class _Seen:
-    """The tokens that are looked at, and the blocks and kinds of text that they are of."""
+    """The tokens that are counted, with their blocks and kinds of text."""
 
     def __init__(self) -> None:
         self.token_ids: List[np.ndarray] = []
@@ -150,7 +150,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument(
         "--tokens-per-sample", type=int, default=1024, help="block length (default: 1024)"
     )
-    parser.add_argument("--batch-size", type=int, default=8, help="blocks a pass (default: 8)")
+    parser.add_argument("--batch-size", type=int, default=8, help="blocks per pass (default: 8)")
     parser.add_argument(
         "--among",
         metavar="NAME,NAME,...",
@@ -190,7 +190,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     else:
         outputs.write_json(args.json, layers)
         print(specialisation.verdict(layers, "domain", "kind of text"))
-        print(specialisation.verdict(layers, "token", "type of token"))
+        print(specialisation.verdict(layers, "token", "token"))
     return 0
 
 

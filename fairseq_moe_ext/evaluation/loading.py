@@ -1,4 +1,4 @@
-"""What evaluations of a checkpoint have in common before they begin."""
+"""Loads a checkpoint for evaluation."""
 
 import ast
 import os
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 def check_path(path: Path) -> None:
     """Raise UserError unless --path is a file, or the stem of the branch's files."""
     if not path.is_file() and not list(path.parent.glob(path.stem + "-*")):
-        raise UserError(f"--path {path}: no such checkpoint")
+        raise UserError(f"--path {path}: no such checkpoint; check the path")
 
 
 def parse_overrides(text: Optional[str]) -> Dict[str, Any]:
-    """--model-overrides, a Python dictionary. Raises UserError for what is none."""
+    """The dictionary of --model-overrides. Raises UserError for anything else."""
     if not text:
         return {}
     try:
@@ -30,7 +30,9 @@ def parse_overrides(text: Optional[str]) -> Dict[str, Any]:
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         overrides = None
     if not isinstance(overrides, dict) or not all(isinstance(name, str) for name in overrides):
-        raise UserError(f"--model-overrides {text}: not a Python dictionary, as \"{{'a': 1}}\"")
+        raise UserError(
+            f"--model-overrides {text}: not a Python dictionary, such as \"{{'a': 1}}\""
+        )
     return overrides
 
 
@@ -71,7 +73,7 @@ def load_model(
     )
     if saved is not None and saved.task.get("add_bos_token"):
         raise UserError(
-            f"--path {path}: trained with --add-bos-token, and this command begins no text with "
+            f"--path {path}: trained with --add-bos-token, but this command starts no text with "
             "<s>: evaluate it with fairseq-eval-lm"
         )
     return model.eval(), saved

@@ -163,8 +163,8 @@ def evaluate(
     draws: int,
     unit_losses: Optional[Dict[str, UnitLosses]] = None,
 ) -> Evaluation:
-    """Perplexity of every set, with intervals from so many draws; `unit_losses`, if given, receives
-    those of each set. Raises UserError for a model that gives a token no probability."""
+    """Perplexity of every set, with bootstrap intervals; `unit_losses`, if given, receives those of
+    each set. Raises UserError for a model that gives a token no probability."""
     sets: Dict[str, SetResult] = {}
     drawn: Dict[str, np.ndarray] = {}
     for i, text in enumerate(texts):
@@ -174,7 +174,8 @@ def evaluate(
             scores = score(model, text, eos, context, stride, batch_size, bar.update)
         if not np.isfinite(scores.nll).all():
             raise UserError(
-                f"{text.name}: the model gives a token a probability that is no number: {DAMAGED}"
+                f"{text.name}: the model gives a token a probability that is not a number: "
+                f"{DAMAGED}"
             )
         total, count = float(scores.nll.sum()), len(scores.nll)
         if unit_losses is not None:

@@ -81,8 +81,8 @@ _START = '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
 
 
 def check_renewable(path: Path) -> None:
-    """For a page that its command makes anew each time: raise UserError before the work if it
-    cannot be written, or another's page is there."""
+    """For a page that its command replaces each time: raise UserError before the work if the page
+    cannot be written, or if another program's page is there."""
     outputs.check([("", path)], overwrite=True)
     if path.exists():
         with files.open_binary(path) as file:

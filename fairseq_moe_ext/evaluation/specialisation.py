@@ -1,6 +1,6 @@
-"""How much a router's choice tells about the text, in bits, beside two controls.
+"""How much information a router's choice carries about the text, in bits, with two controls.
 
-Mutual information alone says little. Hidden states differ by kind of text and by token, so any
+Mutual information by itself means little. Hidden states differ by kind of text and by token, so any
 router separates them, and finite counts suggest information where there is none. Hence two
 controls, on the same text and the same inputs of each layer:
 
@@ -27,10 +27,10 @@ SHUFFLES = 5
 TOKENS = 2**19  # that are looked at, an equal part of each data-bin
 DEVIATIONS = 3  # above the random gates' mean; of five about the end of the 95 % range of a sixth
 MEANING = (
-    "Bits: what one choice of expert tells about where a token is from, without the bias of finite "
-    f"counts; random: the mean and standard deviation of the same over {RANDOM} random gates of "
-    "equal scale on the same inputs. Only what is above them was learnt. Of the type of token the "
-    "first choice tells."
+    "Bits: the information that one choice of expert carries about where a token is from, without "
+    "the bias of finite counts; random: mean and standard deviation of the same for "
+    f"{RANDOM} random gates of equal scale on the same inputs. Only information above theirs was "
+    "learnt. For the token itself, only the first choice counts."
 )
 
 
@@ -57,8 +57,8 @@ class LayerUse(TypedDict, total=False):
 
 
 def read(path: Path) -> List[LayerUse]:
-    """What evaluation.expert_use wrote. Raises UserError for a file that holds something else."""
-    remedy = "make it with evaluation.expert_use --json"
+    """Read what evaluation.expert_use wrote. Raises UserError for any other file."""
+    remedy = "create it with evaluation.expert_use --json"
     try:
         content = files.read_json(path)
     except UserError as error:
@@ -70,9 +70,9 @@ def read(path: Path) -> List[LayerUse]:
 
 
 def mutual_information(joint: Any) -> float:
-    """Bits that a column tells about the row, from counts or shares (rows, columns). Rows that sum
-    to 1 each are equally likely: 0 where all use the columns alike, log2(rows) where a column gives
-    the row away."""
+    """Bits of information that a column carries about the row, from counts or shares (rows,
+    columns). Rows that sum to 1 each are equally likely: 0 where all use the columns alike,
+    log2(rows) where a column gives the row away."""
     p = np.asarray(joint, dtype=np.float64)
     p = p / p.sum()
     independent = p.sum(1, keepdims=True) * p.sum(0)
@@ -111,9 +111,9 @@ class Watch:
 def information(
     choices: np.ndarray, experts: int, token_ids: np.ndarray, blocks: np.ndarray, kinds: np.ndarray
 ) -> Dict[str, Information]:
-    """What choices (T, 1 + RANDOM, K) of gates tell, "domain": any of them about the kind of text,
-    all kinds being equally likely (left out where there is one only), "token": a token's first one
-    about its type.
+    """The information that choices (T, 1 + RANDOM, K) of gates carry, "domain": any of them about
+    the kind of text, all kinds being equally likely (left out where there is one only), "token": a
+    token's first one about its type.
 
     token_ids (T,): the tokens. blocks (T,): the block of text, from 0, that a token is in. kinds
     (blocks,): of each.
@@ -175,12 +175,12 @@ def verdict(layers: Sequence[LayerUse], by: str, words: str) -> str:
     """A sentence on the information about "domain" or "token" in all layers, and the controls."""
     if not all("information" in layer for layer in layers):
         return (
-            f"By {words} nothing is said: the file has no controls, as older ones have none; count "
-            "again with evaluation.expert_use."
+            f"By {words} nothing can be said: the file has no controls; count again with "
+            "evaluation.expert_use."
         )
     information = [layer["information"][by] for layer in layers if by in layer["information"]]
     if len(information) < len(layers):
-        return f"By {words} there is nothing to tell: all text is of one kind."
+        return f"By {words} there is nothing to distinguish: all text is of one kind."
     bits = _range([layer["bits"] - layer["bias"] for layer in information])
     random = _range([value for layer in information for value in layer["random"]])
     against = f"{bits} by layer, random gates of equal scale {random}"

@@ -47,7 +47,7 @@ def speedup_factors(dense: Points, moe: Points) -> List[Factor]:
     """A factor for every observed performance of either family that the other reaches too, in
     order of the dense cost. Empty when the families do not overlap.
 
-    Raises UserError for a family of one point (nothing to interpolate) or a cost that is no cost.
+    Raises UserError for a family of one point (nothing to interpolate) or an invalid cost.
     """
     for name, points in (("dense", dense), ("MoE", moe)):
         if len(points) < 2:
@@ -78,8 +78,8 @@ def in_words(factor: float) -> str:
 
 
 def overlap(dense: Points, moe: Points) -> str:
-    """What to say of two families: the range of performance that both show, or that there is
-    none."""
+    """A description of two families' overlap: the range of performance that both reach, or that
+    there is none."""
     low = max(min(t for _, t in points) for points in (dense, moe))
     high = min(max(t for _, t in points) for points in (dense, moe))
     if low > high:

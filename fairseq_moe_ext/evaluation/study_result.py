@@ -96,7 +96,7 @@ class Compared(TypedDict):
 
 
 class OfArms(TypedDict, total=False):
-    """What result.json has of a study of arms alone."""
+    """What only a study of arms has in result.json."""
 
     reference: str
     comparison: Dict[str, Dict[str, Compared]]  # group of sets -> arm
@@ -129,7 +129,7 @@ def read(path: Path, flag: str = "") -> StudyResult:
     if not is_result(content) or "factors" not in content:
         raise UserError(f"{flag}{path}: lacks factors and runs: {remedy}")
     if not content["runs"]:
-        raise UserError(f"{flag}{path}: no run in it: run `fairseq-moe study`")
+        raise UserError(f"{flag}{path}: contains no runs: run `fairseq-moe study`")
     for run in content["runs"] if isinstance(content["runs"], list) else ():
         if isinstance(run, dict) and isinstance(run.get("priming"), dict):
             run["priming"].setdefault("bias", [])
@@ -146,8 +146,8 @@ def as_written(*read: Any) -> Iterator[None]:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
         raise UserError(
-            f"{', '.join(map(str, read))}: not as it was written ({type(error).__name__}: {error})"
-            f": make it again"
+            f"{', '.join(map(str, read))}: not in the format that was written "
+            f"({type(error).__name__}: {error}): create it again"
         ) from error
 
 

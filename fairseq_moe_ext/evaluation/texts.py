@@ -47,12 +47,12 @@ def read_texts(
         missing = sorted(corpora.keys() - having.keys())
         if missing:
             where = f"{', '.join(missing)} of {data}"
-            print(f"{where}: no {subset} split, so in no figure", file=sys.stderr)
+            print(f"{where}: no {subset} split: not evaluated", file=sys.stderr)
         for corpus, folder in having.items():
             name = data_bin.own_name(corpus, folder)
             prefix = str(folder / subset)
             if name in texts:
-                raise UserError(f"{folder}: a second set called {name!r}; rename its folder")
+                raise UserError(f"{folder}: a second set is called {name!r}; rename its folder")
             dtype = check_data_bin(prefix)
             tokens = np.fromfile(f"{prefix}.bin", dtype=dtype)
             check_tokens(f"{prefix}.bin", tokens, dictionary)
@@ -73,8 +73,8 @@ def unit_starts(tokens: np.ndarray, eos: int, least: int) -> np.ndarray:
     """Where the units of the bootstrap begin: (U,) positions, the first 0.
 
     Documents end at a blank line (two </s>), and a document with blank lines in it looks like
-    several. So stretches are joined until a unit has at least `least` tokens: text that hangs
-    together stays so.
+    several. So pieces are joined until a unit has at least `least` tokens, which keeps related text
+    together.
     """
     ends = np.flatnonzero((tokens[1:] == eos) & (tokens[:-1] == eos)) + 2
     starts = [0]
@@ -95,6 +95,6 @@ def _bytes(folder: Path, subset: str, tokens: int) -> Optional[int]:
         return None
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(
-            f"{path}: not what `fairseq-moe prepare` writes ({type(error).__name__}); prepare the "
-            "data again, or move the file away"
+            f"{path}: not a file that `fairseq-moe prepare` wrote ({type(error).__name__}); "
+            "prepare the data again, or move the file away"
         ) from None

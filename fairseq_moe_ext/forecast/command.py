@@ -24,13 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "loss, and the training FLOPs it saves, by published scaling laws."
     )
     parser.add_argument(
-        "--params", type=amount, default=125e6, help="of the dense base (default: 125M)"
+        "--params", type=amount, default=125e6, help="parameters of the dense base (default: 125M)"
     )
     parser.add_argument(
-        "--experts", type=int, default=512, help="in each sparse layer (default: 512)"
+        "--experts", type=int, default=512, help="experts in each sparse layer (default: 512)"
     )
     parser.add_argument("--top-k", type=int, default=1, help="experts per token (default: 1)")
-    parser.add_argument("--tokens", type=amount, default=130e9, help="to train on (default: 130B)")
+    parser.add_argument(
+        "--tokens", type=amount, default=130e9, help="training tokens (default: 130B)"
+    )
     parser.add_argument(
         "--granularity",
         type=float,
@@ -110,7 +112,7 @@ def _model(args: Namespace) -> Model:
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: use 1 or more")
     if args.top_k > args.experts:
-        raise UserError(f"--top-k {args.top_k}: is more than --experts {args.experts}; lower it")
+        raise UserError(f"--top-k {args.top_k} is more than --experts {args.experts}; lower it")
     if not 0 < args.granularity < math.inf:
         raise UserError(f"--granularity {args.granularity}: use a number above 0")
     return Model(
@@ -174,7 +176,8 @@ def study_points(path: Path, group: str) -> List[Point]:
         tokens = {run["tokens"] for run in runs}
     if len(tokens) > 1:
         raise UserError(
-            f"--fit {path}: its models saw different numbers of tokens; a law is fitted at one"
+            f"--fit {path}: its models saw different numbers of tokens; a law needs the same "
+            "number for all"
         )
     return points
 
@@ -185,8 +188,8 @@ def _point(run: study_result.RunResult, path: Path, group: str) -> Point:
         raise UserError(f"--group {group}: not in {path}; it has {', '.join(measured)}")
     if "experts" not in run:
         raise UserError(
-            f"--fit {path}: does not say how many experts its models have; start the study's "
-            "command again to write it anew"
+            f"--fit {path}: does not record how many experts its models have; run the study's "
+            "command again to rewrite it"
         )
     size = run["flops"] / run["tokens"] / 6
     return Point(size, max(1, run["experts"]), math.log(measured[group]["perplexity"]))
@@ -217,7 +220,7 @@ def table_as_dicts() -> List[Dict[str, Any]]:
 
 
 def _digits(value: float, count: int) -> str:
-    """With so many significant digits, halves rounded up."""
+    """With this many significant digits, halves rounded up."""
     exact = Decimal(repr(value))
     rounded = exact.quantize(Decimal(1).scaleb(exact.adjusted() - count + 1), ROUND_HALF_UP)
     return f"{rounded:f}"

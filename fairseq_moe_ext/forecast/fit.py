@@ -2,7 +2,7 @@
 
 The form is Clark et al.'s (arXiv 2202.01169): log L = a log N + b log Ê + c log N log Ê + d,
 logarithms to base 10, with Ê saturated as theirs for S-BASE. Here N is the compute of a model: its
-training FLOPs a token, divided by six. So effective size over size is the saving in FLOPs.
+training FLOPs per token, divided by six. So effective size over size is the saving in FLOPs.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ COEFFICIENTS = ("a", "b", "c", "d")
 class Point(NamedTuple):
     """A trained model."""
 
-    size: float  # training FLOPs a token, divided by six
+    size: float  # training FLOPs per token, divided by six
     experts: int  # 1: dense
-    loss: float  # nats a token
+    loss: float  # nats per token
 
 
 class Estimate(NamedTuple):
@@ -99,7 +99,7 @@ def _check(points: Sequence[Point]) -> None:
     for experts, of_it in sizes.items():
         if len(of_it) < 2:
             raise UserError(
-                f"--fit: one size alone with {experts} experts; a law needs two: train another"
+                f"--fit: only one size with {experts} experts; a law needs two: train another"
             )
     if len(points) < 6:
         raise UserError(f"--fit: {len(points)} points; four coefficients need six: train more")

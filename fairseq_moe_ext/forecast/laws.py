@@ -67,7 +67,8 @@ class Clark(NamedTuple):
         return self.a + self.c * math.log10(experts)
 
     def log_effective(self, size: float, experts: float) -> float:
-        """log10 of the dense size with the loss of this size with so many experts."""
+        """log10 of the size of the dense model with the same loss as this size with this many
+        experts."""
         saturated = saturate(experts, self.start, self.most)
         gain = self.b * math.log10(saturated / self.start)
         return (self.slope(saturated) * math.log10(size) + gain) / self.slope(self.start)
@@ -159,13 +160,13 @@ LAWS: Dict[str, Law] = {
 
 
 def outside(law: Law, model: Model) -> List[str]:
-    """What of a model lies outside the range that a law was fitted in, in words."""
-    found = []
+    """Describes which quantities of a model are outside the range in which a law was fitted."""
+    remarks = []
     for quantity, low, high in law.ranges:
         value = getattr(model, quantity)
         if not low <= value <= high:
-            found.append(f"{_WORDS[quantity]} {number(value)} ({_words(low, high)})")
-    return found
+            remarks.append(f"{_WORDS[quantity]} {number(value)} ({_words(low, high)})")
+    return remarks
 
 
 def _words(low: float, high: float) -> str:

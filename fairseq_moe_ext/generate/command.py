@@ -36,17 +36,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "words", nargs="*", metavar="CHECKPOINT [PROMPT]",
-        help="the checkpoint, as fairseq-eval-lm's --path, and prompts",
+        help="the checkpoint, as for fairseq-eval-lm's --path, then prompts",
     )  # fmt: skip
-    parser.add_argument("--path", type=Path, help="the checkpoint; all arguments are prompts then")
+    parser.add_argument("--path", type=Path, help="the checkpoint; all arguments are then prompts")
     text = parser.add_argument_group("prompts")
     text.add_argument(
         "--file", "-f", type=Path, action="append", default=[],
-        help="a file with a prompt (- for stdin); of JSON Lines (.jsonl) each line is one, "
-        '"..." or {"prompt": "..."}; may be repeated',
+        help="a file with a prompt (- for stdin); in JSON Lines (.jsonl) each line is a prompt, "
+            "\"...\" or {\"prompt\": \"...\"}; may be repeated",
     )  # fmt: skip
     text.add_argument(
-        "--separator", metavar="LINE", help="a line that stands between prompts in --file or stdin"
+        "--separator", metavar="LINE", help="a line that separates prompts in --file or stdin"
     )
     text.add_argument(
         "--interactive", "-i", action="store_true",
@@ -69,14 +69,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave the experts in the checkpoint's files, and read one when a token needs it",
     )  # fmt: skip
     model.add_argument(
-        "--model-overrides", metavar="DICT", help="settings of the model, as for fairseq-eval-lm"
+        "--model-overrides", metavar="DICT", help="model settings, as for fairseq-eval-lm"
     )
 
 
 def _add_search(group: Any) -> None:
     group.add_argument(
         "--max-tokens", type=int, metavar="N",
-        help="new tokens per text (default: 128, or what the context has left)",
+        help="new tokens per text (default: 128, or the rest of the context)",
     )  # fmt: skip
     group.add_argument(
         "--stop", action="append", default=[], metavar="TEXT",
@@ -84,15 +84,15 @@ def _add_search(group: Any) -> None:
     )  # fmt: skip
     group.add_argument(
         "--temperature", type=float, metavar="T",
-        help="divide the logits by this and sample; 0: take the likeliest token (default: 1 with "
-        "--top-k, --top-p or --n, else 0)",
+        help="divide the logits by this and sample; 0: take the most likely token (default: 1 "
+            "with --top-k, --top-p or --n, else 0)",
     )  # fmt: skip
     group.add_argument(
-        "--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens"
+        "--top-k", type=int, default=0, metavar="K", help="sample from the K most likely tokens"
     )
     group.add_argument(
         "--top-p", type=float, default=1.0, metavar="P",
-        help="sample from the likeliest tokens that together have this probability",
+        help="sample from the most likely tokens that together have this probability",
     )  # fmt: skip
     group.add_argument(
         "--repetition-penalty", type=float, default=1.0, metavar="F",
@@ -105,7 +105,7 @@ def _add_search(group: Any) -> None:
     )  # fmt: skip
     group.add_argument(
         "--beams", type=int, default=1, metavar="N",
-        help="beam search for the likeliest text, with this many hypotheses",
+        help="beam search for the most likely text, with this many hypotheses",
     )  # fmt: skip
     group.add_argument(
         "--seed", type=int, help="seed of sampling (default: a new one, printed at the end)"
@@ -122,7 +122,7 @@ def _add_search(group: Any) -> None:
 def _add_output(group: Any) -> None:
     group.add_argument(
         "--side-by-side", type=Path, metavar="CHECKPOINT",
-        help="show the text of another model beside it",
+        help="show the text of another model side by side",
     )  # fmt: skip
     group.add_argument(
         "--no-prompt", action="store_true", help="print only the new text, without the prompt"
@@ -134,8 +134,8 @@ def _add_output(group: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Raises UserError for flags, files and prompts that cannot be, before a model is loaded where
-    it can be known by then."""
+    """Raises UserError for invalid flags, files and prompts, if possible before a model is
+    loaded."""
     checkpoints, words = _checkpoints(args)
     settings = _settings(args)
     _check(args, checkpoints, words)
@@ -150,7 +150,9 @@ def _checkpoints(args: argparse.Namespace) -> Any:
     """The checkpoints, and the arguments that are prompts."""
     words = list(args.words)
     if args.path is None and not words:
-        raise UserError("which model? name its checkpoint first: fairseq-moe generate CHECKPOINT")
+        raise UserError(
+            "no model given: name its checkpoint first: fairseq-moe generate CHECKPOINT"
+        )
     first = args.path if args.path is not None else Path(words.pop(0))
     return [first] + ([args.side_by_side] if args.side_by_side is not None else []), words
 
@@ -177,11 +179,13 @@ def _check(args: argparse.Namespace, checkpoints: List[Path], words: List[str]) 
             ("--json", args.json), ("--n", args.n > 1), ("--beams", args.beams > 1),
         ):  # fmt: skip
             if given:
-                raise UserError(f"--interactive: does not go with {flag}; remove one of them")
+                raise UserError(
+                    f"--interactive: cannot be combined with {flag}; remove one of them"
+                )
         if sys.stdin is None:
             raise UserError("--interactive: stdin is closed; start it from a terminal or a pipe")
     if args.separator is not None and words and not args.file:
-        raise UserError("--separator: stands between prompts in --file or stdin; add --file")
+        raise UserError("--separator: separates prompts in --file or stdin; add --file")
     if args.overwrite and args.json is None:
         raise UserError("--overwrite: without --json there is nothing to replace; remove it")
     if args.batch_tokens < 1:
@@ -223,7 +227,10 @@ def _interact(args: argparse.Namespace, path: Path, settings: Settings) -> None:
     talk = session.Session(load(args, path), settings)
     started = time.monotonic()
     session.run(talk)
-    _say(f"{count(talk.tokens, 'token')} in {time.monotonic() - started:.1f} s with your typing")
+    _say(
+        f"{count(talk.tokens, 'token')} in {time.monotonic() - started:.1f} s, including your "
+        "typing"
+    )
 
 
 def _write(

@@ -14,19 +14,19 @@ def read(words: Sequence[str], paths: Sequence[Path], separator: Optional[str]) 
     """All prompts: the arguments, then those of files; of stdin ("-") where neither is there.
 
     Args:
-        separator: a line that stands between prompts in files and stdin; None: each is one prompt.
+        separator: a line that separates prompts in files and stdin; None: each is one prompt.
 
     Raises:
         UserError: no prompt, a file that cannot be read, or text that is not UTF-8.
     """
-    found = [checked(word) for word in words]
+    prompts = [checked(word) for word in words]
     if not words and not paths:
         paths = [Path("-")]
     for path in paths:
-        found += _in_file(path, separator)
-    if not found:
-        raise UserError("there is no prompt: give one, --file FILE with one, or --interactive")
-    return found
+        prompts += _in_file(path, separator)
+    if not prompts:
+        raise UserError("no prompt given: pass one, or use --file FILE or --interactive")
+    return prompts
 
 
 def unescaped(text: str) -> str:
@@ -40,7 +40,7 @@ def _in_file(path: Path, separator: Optional[str]) -> List[str]:
     if str(path) != "-":
         text = files.read_text(path, f"--file {path}")
     elif sys.stdin is None or sys.stdin.isatty():
-        raise UserError("there is no prompt: give one, --file FILE with one, or --interactive")
+        raise UserError("no prompt given: pass one, or use --file FILE or --interactive")
     else:
         text = _stdin()
     if path.suffix in (".jsonl", ".ndjson"):

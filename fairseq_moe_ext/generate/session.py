@@ -10,9 +10,9 @@ from .prompts import checked
 from .showing import piece
 
 HELP = """\
-Type a line; the model goes on from it, with all text so far before it. An empty line lets it go on;
-a line that ends in \\ is followed by another. /new begins a new text, /text shows it, /quit or
-Ctrl-D ends. Ctrl-C stops the model.
+Type a line; the model continues it, after all text so far. After an empty line it continues its
+own text. A line that ends in \\ continues on the next line. /new starts a new text, /text shows the
+text, /quit or Ctrl-D ends. Ctrl-C stops the model.
 """
 
 
@@ -26,7 +26,7 @@ class Session:
         self.tokens = 0  # that the model wrote
 
     def turn(self, line: str) -> None:
-        """Add a line, and what the model writes, which is shown as it comes."""
+        """Add a line, and the model's continuation, which is streamed."""
         separate = self.text and line and not self.text.endswith("\n")
         self.text = self._fitted(self.text + ("\n" if separate else "") + line)
         shown: List[str] = []
@@ -36,13 +36,15 @@ class Session:
             piece(text)
 
         with contextlib.suppress(KeyboardInterrupt):
-            found: List[List[Continuation]] = generate(self.lm, [self.text], self.settings, show)
-            self.tokens += len(found[0][0].tokens)
+            continuations: List[List[Continuation]] = generate(
+                self.lm, [self.text], self.settings, show
+            )
+            self.tokens += len(continuations[0][0].tokens)
         self.text += "".join(shown)
         piece("\n")
 
     def _fitted(self, text: str) -> str:
-        """The text without its first lines, or words, as far as it has no room."""
+        """The text without as many first lines or words as do not fit."""
         longest = int(self.lm.models[0].max_positions())
         new = self.settings.max_tokens or min(DEFAULT_TOKENS, longest // 2)
         whole = text

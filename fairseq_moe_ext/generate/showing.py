@@ -1,4 +1,4 @@
-"""Texts on the terminal: as they come, as blocks, or of two models in columns."""
+"""Shows texts on the terminal: streamed, as blocks, or of two models in columns."""
 
 import shutil
 import sys
@@ -18,13 +18,13 @@ class Written(NamedTuple):
 
 
 def piece(text: str) -> None:
-    """A part of a text that goes on."""
+    """Show a piece of a text that continues."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
 def blocks(prompt: str, texts: Sequence[str], number: int, prompts: int) -> str:
-    """The texts of a prompt, each below a heading where there are several."""
+    """The texts of a prompt, each below a heading if there are several."""
     parts = []
     for sample, text in enumerate(texts, 1):
         words = [f"prompt {number} of {prompts}"] if prompts > 1 else []
@@ -41,18 +41,18 @@ def columns(left: str, right: str, heads: Sequence[str], width: int = 0) -> str:
         width: of both together (default: of the terminal).
     """
     width = width or shutil.get_terminal_size((100, 24)).columns
-    each = max(20, (width - len(_GAP)) // 2)
+    column = max(20, (width - len(_GAP)) // 2)
     sides = [
-        [*_wrapped(head, each), "─" * each, *_wrapped(text, each)]
+        [*_wrapped(head, column), "─" * column, *_wrapped(text, column)]
         for head, text in zip(heads, (left, right))
     ]
     height = max(map(len, sides))
     rows = zip(*([*side, *[""] * (height - len(side))] for side in sides))
-    return "".join(f"{a:<{each}}{_GAP}{b}".rstrip() + "\n" for a, b in rows)
+    return "".join(f"{a:<{column}}{_GAP}{b}".rstrip() + "\n" for a, b in rows)
 
 
 def _wrapped(text: str, width: int) -> List[str]:
-    """Lines of at most so many characters; those of the text stay apart."""
+    """Wrap to lines of at most `width` characters; the text's own line breaks are kept."""
     return [
         part
         for line in text.expandtabs(4).split("\n")

@@ -11,9 +11,11 @@ from .inspecting import DEFAULT, Settings, inspect
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Write one page on which expert takes which text, and what routing knows."
+    parser.description = (
+        "Write one page that shows which expert takes which text, and what routing knows."
+    )
     default = DEFAULT
-    parser.add_argument("checkpoint", type=Path, help="checkpoint, as fairseq-eval-lm's --path")
+    parser.add_argument("checkpoint", type=Path, help="checkpoint, as for fairseq-eval-lm's --path")
     parser.add_argument(
         "--data",
         type=Path,
@@ -32,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--twin",
         type=Path,
         metavar="CHECKPOINT",
-        help="a second model, such as a dense one: show its loss, too",
+        help="a second model, such as a dense one, whose loss is also shown",
     )
     parser.add_argument(
         "--compare",
@@ -47,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="log of fairseq-train (default: metrics.jsonl beside the checkpoint, if it is there)",
     )
-    parser.add_argument("--subset", help="split to count (default: test, or else valid)")
+    parser.add_argument(
+        "--subset", help="split to count (default: test, or valid if there is no test)"
+    )
     parser.add_argument(
         "--tokens",
         type=int,
@@ -75,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
     parser.add_argument(
-        "--model-overrides", metavar="DICT", help="settings of the model, as fairseq-eval-lm's"
+        "--model-overrides", metavar="DICT", help="model settings, as for fairseq-eval-lm"
     )
     parser.add_argument(
         "--page",
@@ -91,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Look and write. Raises UserError for flags or files that cannot be."""
+    """Inspect and write. Raises UserError for invalid flags or files."""
     for name in ("tokens", "show", "context", "batch_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -111,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
     outputs.check([("--page", args.page), ("--json", args.json)], True, read)
     check_renewable(args.page)
     outputs.check([("--json", args.json)], args.overwrite)
-    found = inspect(
+    inspection = inspect(
         args.checkpoint,
         args.data,
         args.text,
@@ -121,9 +125,9 @@ def run(args: argparse.Namespace) -> None:
         settings=settings,
     )
     if args.json is not None:
-        found.write_json(args.json)
-    found.write_page(args.page)
-    print("\n".join(found.said))
+        inspection.write_json(args.json)
+    inspection.write_page(args.page)
+    print("\n".join(inspection.said))
     print(f"page: {args.page}")
 
 
@@ -131,11 +135,11 @@ def _capacity(text: str) -> Optional[float]:
     if text == "training":
         return None
     try:
-        found = float(text)
+        share = float(text)
     except ValueError:
-        found = 0.0
-    if not 0 < found <= 1:
+        share = 0.0
+    if not 0 < share <= 1:
         raise UserError(
             f"--capacity {text}: use a share of a batch, above 0 up to 1, or `training`"
         )
-    return found
+    return share

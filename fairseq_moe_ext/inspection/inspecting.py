@@ -1,4 +1,4 @@
-"""From a checkpoint and text to all numbers; what the command calls, and a notebook."""
+"""Computes all numbers from a checkpoint and text; the command and notebooks call it."""
 
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
@@ -59,25 +59,27 @@ def inspect(
         checkpoint: as fairseq-eval-lm's --path, Meta's released layout too.
         data: folder with the model's dict.txt, its tokenizer, and test sets, if there are any.
         text: files whose tokens are shown one by one; without test sets they are counted, too.
-        twin: another checkpoint of the same dictionary, whose losses stand beside.
+        twin: another checkpoint with the same dictionary, whose losses are shown too.
         compare: earlier checkpoints of the same training.
         log: of the training; by default the metrics.jsonl beside the checkpoint.
 
     Raises:
-        UserError: for what is missing or does not fit, before the work where possible.
+        UserError: for missing or mismatched files, if possible before the work.
     """
     model_of = _Loader(data, settings)
     check_path(checkpoint)
     for flag, paths in (("--twin", [twin] if twin else []), ("--compare", compare)):
         for path in paths:
             if not path.is_file():
-                raise UserError(f"{flag} {path}: no such checkpoint")
+                raise UserError(f"{flag} {path}: no such checkpoint; check the path")
     training = read_log(log) if log else beside(checkpoint)
     tokens = Tokens(data, model_of.dictionary)
     own = reading.read_own(text, tokens)
     sets = reading.read_sets(data, settings.subset, model_of.dictionary) or own
     if not sets:
-        raise UserError(f"--data {data}: no test sets in it; give a file of your own with --text")
+        raise UserError(
+            f"--data {data}: contains no test sets; give a file of your own with --text"
+        )
     model = model_of(checkpoint)
     if not moe_layers(model):
         raise UserError(
@@ -101,7 +103,7 @@ def inspect(
     details = {name: watch(name, model, some, detailed=True) for name, some in shown.items()}
     layers = _layers(model, view, _counted(blocks, list(sets)), tokens)
     names = list(sets)
-    found = Inspection(
+    inspection = Inspection(
         checkpoint=str(checkpoint),
         twin=str(twin) if twin else None,
         subset=("" if sets is own else settings.subset or "test"),
@@ -122,25 +124,25 @@ def inspect(
     if twin is not None:
         other = model_of(twin)
         seen = watch("the twin", other, blocks).loss
-        found.twin_loss = _per_set(names, blocks, seen, np.mean)
+        inspection.twin_loss = _per_set(names, blocks, seen, np.mean)
         twins = {name: watch(f"the twin, {name}", other, some) for name, some in shown.items()}
     lengths = {name: len(stream) for name, stream in (own or sets).items()}
     for name, detail in details.items():
         cut = lengths[name] - len(detail.loss) if own else 0
-        found.texts.append(_shown(name, shown[name], detail, twins.get(name), tokens, cut))
-    found.saturation = [
+        inspection.texts.append(_shown(name, shown[name], detail, twins.get(name), tokens, cut))
+    inspection.saturation = [
         _saturation(path, watch(path.name, model_of(path), blocks), view) for path in compare
     ]
-    return found
+    return inspection
 
 
 class _Loader:
-    """Loads models, for one dictionary and one way of looking."""
+    """Loads models with one dictionary and the same settings."""
 
     def __init__(self, data: Path, settings: Settings) -> None:
         if not (data / "dict.txt").is_file():
             raise UserError(
-                f"--data {data}: no dict.txt in it; give the folder of the model's data"
+                f"--data {data}: contains no dict.txt; give the folder of the model's data"
             )
         self.settings = settings
         self.overrides = parse_overrides(settings.overrides)
@@ -163,10 +165,12 @@ class _Loader:
 
     def context(self, model: FairseqLanguageModel) -> int:
         longest = model.max_positions()
-        found = self.settings.context or min(longest, 1024)
-        if not 2 <= found <= longest:
-            raise UserError(f"--context {found}: use 2 to {longest} tokens, which the model takes")
-        return found
+        context = self.settings.context or min(longest, 1024)
+        if not 2 <= context <= longest:
+            raise UserError(
+                f"--context {context}: use 2 to {longest} tokens, which the model takes"
+            )
+        return context
 
 
 class _Watch:
@@ -188,7 +192,7 @@ class _Watch:
 
 
 def _beginnings(sets: Dict[str, Tensor]) -> Dict[str, Tensor]:
-    """Without a text of the user's: the beginning of each set."""
+    """The texts to show by default: the beginning of each set."""
     return {name: stream[:400] for name, stream in sets.items()}
 
 
@@ -209,38 +213,38 @@ def _counted(blocks: Sequence[Block], names: Sequence[str]) -> Counted:
 def _per_set(
     names: Sequence[str], blocks: Sequence[Block], values: np.ndarray, how: Callable
 ) -> Dict[str, Any]:
-    """values (T,) -> what `how` makes of each set's."""
+    """values (T,) -> `how` applied to each set's values."""
     of = np.repeat([block.domain for block in blocks], [len(b.positions) for b in blocks])
     return {name: how(values[of == i]).item() for i, name in enumerate(names) if (of == i).any()}
 
 
 def _layers(model: FairseqLanguageModel, view: View, seen: Counted, tokens: Tokens) -> List[Layer]:
-    found = []
+    layers = []
     moes = moe_layers(model)
     bar = progress_bar.bar("experts", len(view.layers), "layer")
-    for i, one in enumerate(view.layers):
-        shown = relations.most_used(one)
+    for i, layer_view in enumerate(view.layers):
+        shown = relations.most_used(layer_view)
         following = view.layers[i + 1] if i + 1 < len(view.layers) else None
         flow_to = relations.most_used(following) if following else []
         flow: Tuple[Any, Any] = (None, None)
         if following:
-            flow = relations.flow(one, following, shown, flow_to)
-        own = cards(one, seen, tokens)
+            flow = relations.flow(layer_view, following, shown, flow_to)
+        own = cards(layer_view, seen, tokens)
         shares = np.array([card.share for card in own])
-        routers, outputs, alike = relations.similarity(moes[one.layer], one, shown)
-        routed = one.chosen < one.experts
-        found.append(
+        routers, outputs, alike = relations.similarity(moes[layer_view.layer], layer_view, shown)
+        routed = layer_view.chosen < layer_view.experts
+        layers.append(
             Layer(
-                layer=one.layer,
-                experts=one.experts,
-                choices=one.chosen.shape[1],
+                layer=layer_view.layer,
+                experts=layer_view.experts,
+                choices=layer_view.chosen.shape[1],
                 load_deviation=float(shares.std() / max(shares.mean(), 1e-12)),
-                dropped=float(1 - one.kept[routed].mean()) if routed.any() else 0.0,
-                entropy=float(one.entropy.mean()),
+                dropped=float(1 - layer_view.kept[routed].mean()) if routed.any() else 0.0,
+                entropy=float(layer_view.entropy.mean()),
                 cards=own,
-                knowledge=knowledge(one, seen),
+                knowledge=knowledge(layer_view, seen),
                 shown=shown,
-                together=relations.together(one, shown),
+                together=relations.together(layer_view, shown),
                 flow=flow[0],
                 flow_to=flow_to,
                 flow_bits=flow[1],
@@ -251,7 +255,7 @@ def _layers(model: FairseqLanguageModel, view: View, seen: Counted, tokens: Toke
         )
         bar.update()
     bar.close()
-    return found
+    return layers
 
 
 def _shown(
@@ -282,7 +286,10 @@ def _rounded(values: np.ndarray) -> List[float]:
 
 def _saturation(path: Path, earlier: View, last: View) -> Saturation:
     if [v.experts for v in earlier.layers] != [v.experts for v in last.layers]:
-        raise UserError(f"--compare {path}: has other layers or experts than the checkpoint")
+        raise UserError(
+            f"--compare {path}: has other layers or experts than the checkpoint; compare "
+            "checkpoints of one training"
+        )
     both = [relations.agreement(a, b) for a, b in zip(earlier.layers, last.layers)]
     return Saturation(str(path), _updates(path), [a for a, _ in both], [b for _, b in both])
 

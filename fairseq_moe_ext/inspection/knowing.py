@@ -41,11 +41,11 @@ def bits(
 
 
 def knowledge(view: LayerView, seen: Counted) -> Dict[str, Knowledge]:
-    """Of each variable in WORDS that has more than one value."""
+    """Knowledge of each variable in WORDS that has more than one value."""
     rng = np.random.default_rng(1)
     gates = [view.chosen[:, 0], *view.random.T]
     groups = _groups(seen.blocks)
-    found = {}
+    by_variable = {}
     for name, labels in (
         ("domain", seen.domains),
         ("token", seen.token_ids),
@@ -55,11 +55,13 @@ def knowledge(view: LayerView, seen: Counted) -> Dict[str, Knowledge]:
         values, labels = np.unique(labels, return_inverse=True)
         if len(values) > 1:
             by = seen.blocks if name == "domain" else np.arange(len(labels))
-            found[name] = _one(gates, labels.ravel(), by, view.experts + 1, groups, rng)
-    return found
+            by_variable[name] = _knowledge_of(
+                gates, labels.ravel(), by, view.experts + 1, groups, rng
+            )
+    return by_variable
 
 
-def _one(
+def _knowledge_of(
     gates: Sequence[np.ndarray],
     labels: np.ndarray,
     by: np.ndarray,
@@ -67,15 +69,15 @@ def _one(
     groups: np.ndarray,
     rng: np.random.Generator,
 ) -> Knowledge:
-    """by (T,): what is shuffled for the bias: tokens, or whole blocks, whose tokens share a
+    """by (T,): the units to shuffle for the bias: tokens, or whole blocks, whose tokens share a
     label."""
     firsts = np.unique(by, return_index=True)[1]
 
     def bits_of(gate: int, of_each: np.ndarray) -> float:
         return bits(of_each[by], gates[gate], experts)
 
-    found = beside_controls(bits_of, range(len(gates)), labels[firsts], rng)
-    return Knowledge(**found, interval=_interval(gates, labels, experts, groups, found))
+    information = beside_controls(bits_of, range(len(gates)), labels[firsts], rng)
+    return Knowledge(**information, interval=_interval(gates, labels, experts, groups, information))
 
 
 def _interval(
@@ -83,7 +85,7 @@ def _interval(
     labels: np.ndarray,
     experts: int,
     groups: np.ndarray,
-    found: Information,
+    information: Information,
 ) -> Optional[Tuple[float, float]]:
     """95 % of the bits above the random gates: the delete-one jackknife over parts of the text
     (Efron and Stein 1981), and the error of the random gates' mean."""
@@ -94,9 +96,9 @@ def _interval(
         learnt, *random = (bits(labels, gate, experts, groups != group) for gate in gates)
         left.append(learnt - float(np.mean(random)))
     variance = (GROUPS - 1) * float(np.var(left))
-    variance += found["random_sd"] ** 2 / len(found["random"])
+    variance += information["random_sd"] ** 2 / len(information["random"])
     half = _T95 * variance**0.5
-    return found["left"] - half, found["left"] + half
+    return information["left"] - half, information["left"] + half
 
 
 def _groups(blocks: np.ndarray) -> np.ndarray:
@@ -109,14 +111,18 @@ def _groups(blocks: np.ndarray) -> np.ndarray:
 
 def said(layers: Sequence[Layer]) -> List[str]:
     """A sentence on each variable."""
-    found = []
+    sentences = []
     for name, words in WORDS.items():
         tables = [
-            LayerUse(information={k: cast(Information, vars(v)) for k, v in one.knowledge.items()})
-            for one in layers
+            LayerUse(
+                information={k: cast(Information, vars(v)) for k, v in layer.knowledge.items()}
+            )
+            for layer in layers
         ]
-        if all(name in one.knowledge for one in layers):
-            found.append(verdict(tables, name, words))
+        if all(name in layer.knowledge for layer in layers):
+            sentences.append(verdict(tables, name, words))
         else:
-            found.append(f"By {words} there is nothing to tell: all text is of one kind.")
-    return found
+            sentences.append(
+                f"By {words} there is nothing to distinguish: all text is of one kind."
+            )
+    return sentences

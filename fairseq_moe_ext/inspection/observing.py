@@ -1,4 +1,4 @@
-"""One pass of a model over blocks of text: what its gates choose, and the loss of every token."""
+"""Runs a model over blocks of text: records what its gates choose, and the loss of every token."""
 
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
@@ -20,7 +20,7 @@ NOT_CHOSEN, DROPPED, KEPT = range(3)  # what happens to a candidate
 
 
 class LayerView(NamedTuple):
-    """What a layer's gate did with T tokens; E as an expert stands for no choice."""
+    """What a layer's gate did with T tokens; expert E means no choice."""
 
     layer: int
     experts: int
@@ -41,7 +41,7 @@ class View(NamedTuple):
 
 
 class WatchedGate:
-    """Looks at one layer's gate."""
+    """Records the choices of one layer's gate."""
 
     def __init__(self, layer: int, gate: TopKRouter, detailed: bool, generator: Any) -> None:
         weight = gate.expert_vectors()  # (E, D)
@@ -70,7 +70,7 @@ class WatchedGate:
         rows = slice(0, len(shown))
         first = chosen[:, :1].clamp(max=self.experts - 1)
         others = (x.float() @ self.random.T).view(len(x), RANDOM, self.experts).argmax(-1)
-        found = (
+        values = (
             chosen.to(torch.int16),
             probs.gather(1, first)[:, 0].half(),
             kept.gather(1, order),
@@ -80,7 +80,7 @@ class WatchedGate:
                 [shown.float(), probs[rows].gather(1, shown), how[rows].gather(1, shown)], dim=-1
             ),
         )
-        self.parts.append([value.cpu().numpy() for value in found])
+        self.parts.append([value.cpu().numpy() for value in values])
         if self.sampled < SAMPLE:
             few = x[:: max(1, len(x) // 16)][: SAMPLE - self.sampled]
             self.sampled += len(few)
@@ -107,7 +107,9 @@ class WatchedGate:
 def moe_layers(model: FairseqLanguageModel) -> Dict[int, MoELayer]:
     """Number of a layer, from 0 -> its MoE layer."""
     layers = enumerate(model.decoder.layers)
-    return {i: one.moe_layer for i, one in layers if getattr(one, "moe_layer", None) is not None}
+    return {
+        i: layer.moe_layer for i, layer in layers if getattr(layer, "moe_layer", None) is not None
+    }
 
 
 def observe(

@@ -1,4 +1,5 @@
-"""The text that is looked at: blocks of test sets and a user's own files, and tokens as text."""
+"""Reads the text to inspect: blocks of test sets and the user's own files; converts tokens to
+text."""
 
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
@@ -25,35 +26,35 @@ FREQUENCIES = (
 
 
 class Tokens:
-    """Text to a model's tokens and back: by the tokenizer that lies with the dictionary, else words
-    between spaces."""
+    """Converts text to a model's tokens and back: with the tokenizer beside the dictionary,
+    otherwise word by word."""
 
     def __init__(self, data: Path, dictionary: Any) -> None:
         self.dictionary = dictionary
-        found = find_tokenizer(data)
-        folder = found and Path(found["gpt2_encoder_json"]).parent
+        files = find_tokenizer(data)
+        folder = files and Path(files["gpt2_encoder_json"]).parent
         self._vocabulary = Vocabulary(folder) if folder else None
 
     def encode(self, text: str, name: str) -> List[int]:
-        """Raises UserError for text of which a tenth or more is not in the dictionary."""
+        """Raises UserError if a tenth or more of the text is not in the dictionary."""
         if self._vocabulary is not None:
-            found = self._vocabulary.encode(text)
-            if found:
-                self._vocabulary.check([found], name)
-            return found
+            files = self._vocabulary.encode(text)
+            if files:
+                self._vocabulary.check([files], name)
+            return files
         line_ends = self.dictionary.eos()
-        found = []
+        files = []
         for line in text.split("\n"):
-            found += [self.dictionary.index(word) for word in line.split()] + [line_ends]
-        found = found[:-1]
-        unknown = np.mean([token == self.dictionary.unk() for token in found]) if found else 0
+            files += [self.dictionary.index(word) for word in line.split()] + [line_ends]
+        files = files[:-1]
+        unknown = np.mean([token == self.dictionary.unk() for token in files]) if files else 0
         if unknown >= 0.1:
             raise UserError(
-                f"--text {name}: {unknown:.0%} of its words are not in the dictionary: put "
-                "the tokenizer's encoder.json and vocab.bpe beside dict.txt, or prepare the text "
-                "as the data was"
+                f"--text {name}: {unknown:.0%} of its words are not in the dictionary: put the "
+                "tokenizer's encoder.json and vocab.bpe beside dict.txt, or prepare the text in "
+                "the same way as the data"
             )
-        return found
+        return files
 
     def text(self, tokens: Sequence[int]) -> str:
         """In one line; a newline is ↵."""
@@ -117,11 +118,11 @@ def blocks_of(
         )
     at = positions(tokens.numpy(), eos)
     stream = torch.cat([torch.tensor([eos]), tokens])
-    found = []
+    blocks = []
     for i in np.maximum(chosen, 0):
         begin, end = i * size, min((i + 1) * size, len(tokens))
-        found.append(Block(domain, stream[begin : end + 1], at[begin:end]))
-    return found
+        blocks.append(Block(domain, stream[begin : end + 1], at[begin:end]))
+    return blocks
 
 
 def read_sets(data: Path, subset: Optional[str], dictionary: Any) -> Dict[str, Tensor]:
@@ -140,20 +141,22 @@ def read_sets(data: Path, subset: Optional[str], dictionary: Any) -> Dict[str, T
 
 
 def read_own(paths: Sequence[Path], tokens: Tokens) -> Dict[str, Tensor]:
-    """A user's files. Raises UserError for one that is empty or named twice."""
-    found: Dict[str, Tensor] = {}
+    """The user's files. Raises UserError for an empty file, or two of one name."""
+    texts: Dict[str, Tensor] = {}
     for path in paths:
         text = files.read_text(path, f"--text {path}").strip("\n")
         if not text.strip():
             raise UserError(f"--text {path}: is empty; give a file with text in it")
-        if path.name in found:
-            raise UserError(f"--text {path}: a second file called {path.name}; rename it")
-        found[path.name] = torch.tensor(tokens.encode(text, str(path)), dtype=torch.int64)
-    return found
+        if path.name in texts:
+            raise UserError(f"--text {path}: a second file is called {path.name}; rename it")
+        texts[path.name] = torch.tensor(tokens.encode(text, str(path)), dtype=torch.int64)
+    return texts
 
 
 def check_enough(blocks: Sequence[Block], where: str) -> None:
-    """Raise UserError for text of which nothing can be counted."""
+    """Raise UserError for text with too few tokens to count."""
     tokens = sum(len(block.positions) for block in blocks)
     if tokens < 16:
-        raise UserError(f"{where}: {count(tokens, 'token')} to look at; give 16 or more (--text)")
+        raise UserError(
+            f"{where}: only {count(tokens, 'token')} to count; give 16 or more (--text)"
+        )

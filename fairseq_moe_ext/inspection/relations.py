@@ -1,4 +1,4 @@
-"""What goes together: experts of neighbouring layers, of one layer, of earlier checkpoints."""
+"""Relates experts: of neighbouring layers, of one layer, and of earlier checkpoints."""
 
 from typing import List, Optional, Sequence, Tuple
 
@@ -28,17 +28,17 @@ def together(view: LayerView, shown: Sequence[int]) -> Optional[List[List[float]
         return None
     member = _members(view.chosen, view.experts)[:, shown].astype(np.float32)  # (T, n)
     both = member.T @ member
-    found = both / np.maximum(np.diag(both), 1)[:, None]
-    np.fill_diagonal(found, 0)
-    return found.tolist()
+    shares = both / np.maximum(np.diag(both), 1)[:, None]
+    np.fill_diagonal(shares, 0)
+    return shares.tolist()
 
 
 def flow(
     view: LayerView, following: LayerView, shown: Sequence[int], columns: Sequence[int]
 ) -> Tuple[List[List[float]], float]:
     """Of the tokens whose first choice is an expert (row), the share with each first choice in the
-    next MoE layer (column); and the bits that one tells about the other."""
-    here, there = (one.chosen[:, 0].astype(np.int64) for one in (view, following))
+    next MoE layer (column); and the bits of information that one carries about the other."""
+    here, there = (some_view.chosen[:, 0].astype(np.int64) for some_view in (view, following))
     table = np.zeros((view.experts + 1, following.experts + 1))
     np.add.at(table, (here, there), 1)
     table = table[: view.experts]
@@ -57,9 +57,9 @@ def similarity(
     inputs = view.inputs if moe.latent is None else moe.latent.down(view.inputs)  # (t, D)
     computing = view.experts - moe.gate.settings.null_experts  # null experts are like no other
     counts = [len(inputs) if e in set(shown) else 0 for e in range(computing)]
-    found = moe.experts(inputs.repeat(sum(map(bool, counts)), 1), counts).float()  # (n t, D)
-    outputs = found.new_zeros(len(shown), len(inputs), inputs.size(1))
-    outputs.view(-1, inputs.size(1))[: len(found)] = found
+    rows_out = moe.experts(inputs.repeat(sum(map(bool, counts)), 1), counts).float()  # (n t, D)
+    outputs = rows_out.new_zeros(len(shown), len(inputs), inputs.size(1))
+    outputs.view(-1, inputs.size(1))[: len(rows_out)] = rows_out
     outputs = F.normalize(outputs, dim=-1)
     mean = (torch.einsum("atd,btd->ab", outputs, outputs) / len(inputs)).cpu()
     above = torch.triu_indices(len(shown), len(shown), offset=1)
@@ -77,14 +77,18 @@ def agreement(earlier: LayerView, last: LayerView) -> Tuple[float, float]:
     loads."""
     if earlier.experts != last.experts:
         return float("nan"), float("nan")
-    one, other = (_members(view.chosen, view.experts) for view in (earlier, last))
-    number = max(1, int(other.sum()))
-    chance = float((one.mean(axis=0) * other.mean(axis=0)).sum() * len(one) / number)
-    return float((one & other).sum() / number), chance
+    members_before, members_last = (_members(view.chosen, view.experts) for view in (earlier, last))
+    number = max(1, int(members_last.sum()))
+    chance = float(
+        (members_before.mean(axis=0) * members_last.mean(axis=0)).sum()
+        * len(members_before)
+        / number
+    )
+    return float((members_before & members_last).sum() / number), chance
 
 
 def _members(chosen: np.ndarray, experts: int) -> np.ndarray:
     """chosen (T, K) -> (T, E) bool."""
-    found = np.zeros((len(chosen), experts + 1), dtype=bool)
-    np.put_along_axis(found, chosen.astype(np.int64), True, axis=1)
-    return found[:, :experts]
+    members = np.zeros((len(chosen), experts + 1), dtype=bool)
+    np.put_along_axis(members, chosen.astype(np.int64), True, axis=1)
+    return members[:, :experts]

@@ -11,7 +11,7 @@ from . import page
 
 @dataclass
 class Word:
-    """A type of token that an expert takes more often than others do."""
+    """A token id that an expert takes more often than other experts do."""
 
     token: str
     lift: float  # its share among the expert's tokens over its share among all
@@ -46,7 +46,8 @@ class Card:
 
 @dataclass
 class Knowledge:
-    """Bits that the first choice tells about a variable (specialisation.py has the controls)."""
+    """Bits of information that the first choice carries about a variable (controls:
+    specialisation.py)."""
 
     bits: float  # as counted
     bias: float  # of finite counts, taken off below
@@ -54,7 +55,7 @@ class Knowledge:
     random_mean: float
     random_sd: float
     left: float  # of the learnt gate, without bias, above the mean of the random gates
-    above: bool  # more than their spread explains
+    above: bool  # more than their variation explains
     interval: Optional[Tuple[float, float]]  # 95 % of `left`, by the jackknife; None: little text
 
 
@@ -84,7 +85,7 @@ class Layer:
     together: Optional[List[List[float]]]  # of the tokens of the row's expert, those of the column
     flow: Optional[List[List[float]]]  # likewise, of the next MoE layer's first choices (columns)
     flow_to: List[int]  # experts of the next layer that are columns
-    flow_bits: Optional[float]  # that a layer's first choice tells about the next one's
+    flow_bits: Optional[float]  # that a layer's first choice carries about the next one's
     router_similarity: List[List[float]]  # cosine
     output_similarity: List[List[float]]  # mean cosine on the same inputs
     alike: List[Pair]  # the most alike in their outputs
@@ -105,7 +106,7 @@ class ShownText:
 
 @dataclass
 class Saturation:
-    """How far an earlier checkpoint routes as the last one does."""
+    """How similarly an earlier checkpoint routes."""
 
     checkpoint: str
     updates: Optional[int]
@@ -124,14 +125,14 @@ class Training:
 
 @dataclass
 class Inspection:
-    """All that `fairseq-moe inspect` finds."""
+    """All results of `fairseq-moe inspect`."""
 
     checkpoint: str
     twin: Optional[str]
     subset: str
     capacity: str
     tokens: Dict[str, int]  # of each domain that is counted
-    loss: Dict[str, float]  # nats a token, of each domain
+    loss: Dict[str, float]  # nats per token, of each domain
     twin_loss: Optional[Dict[str, float]]
     positions: List[str]  # classes
     frequencies: List[str]
@@ -149,7 +150,7 @@ class Inspection:
         outputs.write_text(path, json.dumps(self.to_dict()) + "\n")
 
     def html(self) -> str:
-        """One page that needs nothing beside itself."""
+        """One self-contained page."""
         return page.html(self.to_dict())
 
     def write_page(self, path: Path) -> None:

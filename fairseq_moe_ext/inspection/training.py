@@ -22,12 +22,12 @@ MOST = 300  # points of a line; of longer logs every second, third, ... is taken
 
 
 def read_log(path: Path) -> Training:
-    """What a log of fairseq-train (--log-format simple, json or tqdm without a bar), or a
-    metrics.jsonl, has on the gates. Raises UserError for a log without."""
+    """The gate metrics in a log of fairseq-train (--log-format simple, json or tqdm without a bar)
+    or in a metrics.jsonl. Raises UserError if there are none."""
     rows: Dict[int, Dict[str, Any]] = {}
-    for found in _records(files.read_text(path, f"--log {path}")):
+    for record in _records(files.read_text(path, f"--log {path}")):
         try:
-            rows[int(float(found["num_updates"]))] = found  # of a resumed run, the later one
+            rows[int(float(record["num_updates"]))] = record  # of a resumed run, the later one
         except (KeyError, TypeError, ValueError):
             continue
     updates = sorted(rows)
@@ -45,14 +45,14 @@ def read_log(path: Path) -> Training:
             metrics[name] = lines
     if not metrics:
         raise UserError(
-            f"--log {path}: no metrics of gates in it (load_max, entropy_gating, ...); give the "
+            f"--log {path}: contains no gate metrics (load_max, entropy_gating, ...); give the "
             "log of fairseq-train with --criterion moe_cross_entropy, or its metrics.jsonl"
         )
     return Training(str(path), updates, metrics)
 
 
 def beside(checkpoint: Path) -> Optional[Training]:
-    """What a training has left beside its checkpoint, if that has the metrics."""
+    """The metrics.jsonl beside a checkpoint, if it has the metrics."""
     path = checkpoint.parent / metrics_file.NAME
     try:
         return read_log(path) if path.is_file() else None
@@ -70,19 +70,19 @@ def _records(text: str) -> Iterator[Dict[str, Any]]:
         start = line.find("{")
         if start >= 0:
             try:
-                found = json.loads(line[start:])
+                record = json.loads(line[start:])
             except ValueError:
                 continue
             # metrics.jsonl has a tag, too
-            if isinstance(found, dict) and found.get("tag", "train_inner") == "train_inner":
-                yield found
+            if isinstance(record, dict) and record.get("tag", "train_inner") == "train_inner":
+                yield record
         elif "num_updates=" in line:
             yield dict(_PAIR.findall(line))
 
 
 def _number(value: Any) -> Optional[float]:
     try:
-        found = float(value)
+        number = float(value)
     except (TypeError, ValueError):
         return None
-    return found if found == found and abs(found) != float("inf") else None
+    return number if number == number and abs(number) != float("inf") else None

@@ -21,8 +21,10 @@ def find_tokenizer(data: Path) -> Optional[Dict[str, str]]:
     files = tokenizer_files.files_of(data)
     if not set(TOKENIZER) <= files.keys():
         return None
-    found = dict(zip(("gpt2_encoder_json", "gpt2_vocab_bpe"), (str(files[n]) for n in TOKENIZER)))
-    return {"bpe": "gpt2", **found}
+    settings = dict(
+        zip(("gpt2_encoder_json", "gpt2_vocab_bpe"), (str(files[n]) for n in TOKENIZER))
+    )
+    return {"bpe": "gpt2", **settings}
 
 
 def own_data(folder: Path, checkpoint_file: str, data: str, check: bool) -> str:
@@ -30,7 +32,7 @@ def own_data(folder: Path, checkpoint_file: str, data: str, check: bool) -> str:
 
     Args:
         folder, checkpoint_file: as from_pretrained's.
-        data: as its data_name_or_path; "." stands for the tokenizer that travels with the
+        data: as its data_name_or_path; "." means the tokenizer that travels with the
             checkpoint, beside it or in the folder that it was trained on.
         check: raise UserError for a tokenizer of another model.
     """
@@ -61,12 +63,12 @@ class LanguageModelHub(GeneratorHubInterface):
         if len(words) and words.eq(self.src_dict.unk()).all():
             where = self.cfg.task.data
             raise UserError(
-                f"{sentence[:40]!r}: nothing but <unk>; "
+                f"{sentence[:40]!r}: contains only <unk>; "
                 + (
                     f"there is no {' and '.join(TOKENIZER)} in {where}: put the model's there, or "
                     "give bpe='gpt2', gpt2_encoder_json=FILE and gpt2_vocab_bpe=FILE"
                     if self.bpe is None
-                    else f"the tokenizer and {where}/dict.txt are not of one model"
+                    else f"the tokenizer and {where}/dict.txt belong to different models"
                 )
             )
         return tokens
@@ -99,7 +101,7 @@ class LanguageModelHub(GeneratorHubInterface):
     def generate(
         self, prompts: Union[str, List[str], List[Tensor]], *args: Any, **settings: Any
     ) -> Any:
-        """Go on with a text, or with several, through newlines. (Given tokens, as stock's, which
+        """Continue a text, or several, across newlines. (Given tokens, works like stock's, which
         `sample` calls.)
 
         Args:
@@ -113,7 +115,7 @@ class LanguageModelHub(GeneratorHubInterface):
             1; a list of these for a list of prompts.
 
         Raises:
-            UserError: a setting that cannot be, or a prompt without room in the context.
+            UserError: for an invalid setting, or a prompt that leaves no room in the context.
         """
         several = isinstance(prompts, (list, tuple))
         if not isinstance(prompts, str) and not (
@@ -128,10 +130,10 @@ class LanguageModelHub(GeneratorHubInterface):
         texts = [prompts] if isinstance(prompts, str) else [str(prompt) for prompt in prompts]
         if stream is not None and (several or wanted.n > 1 or wanted.beams > 1):
             raise UserError("stream: one prompt, n=1 and beams=1 only; remove stream")
-        found = text_generation.generate(self, texts, wanted, stream)
-        all_texts = [[one.text for one in some] for some in found]
-        each = [some[0] if wanted.n == 1 else some for some in all_texts]
-        return each if several else each[0]
+        continuations = text_generation.generate(self, texts, wanted, stream)
+        all_texts = [[text.text for text in some] for some in continuations]
+        results = [some[0] if wanted.n == 1 else some for some in all_texts]
+        return results if several else results[0]
 
     def _generate_from_tokens(
         self, tokenized_sentences, beam: int = 5, verbose: bool = False, **kwargs

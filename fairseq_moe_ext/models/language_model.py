@@ -63,8 +63,8 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
             widths = ", ".join(str(shape.dense_widths[layer]) for layer in shape.picked)
             beyond = twin_difference(shape, cfg.tokens_per_sample)
             logger.info(
-                f"dense twin: hidden width {widths} in place of the MoE layers; training FLOPs per "
-                f"token beyond the sparse model's: {beyond:.4g}"
+                f"dense twin: hidden width {widths} instead of the MoE layers; training FLOPs "
+                f"per token beyond the sparse model's: {beyond:.4g}"
             )
         fully_sharded.prepare(cfg)
         with unfilled_where_loaded():
@@ -179,8 +179,8 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
         """
         if fully_sharded.is_wrapping():
             raise UserError(
-                "--choice-scoring head with --ddp-backend fully_sharded: FSDP would hide the "
-                "checkpoints of a head; use sum or mean, or pytorch_ddp"
+                "--choice-scoring head with --ddp-backend fully_sharded: FSDP cannot save the "
+                "head; use sum or mean, or pytorch_ddp"
             )
         # A bias shared by all candidates would change nothing.
         head = nn.Linear(self.decoder.embed_tokens.embedding_dim, outputs, bias=outputs > 1)
@@ -228,11 +228,11 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
         if saved is not None and saved.size(0) != own[embedding][0]:
             lacking = saved.size(0) - own[embedding][0]
             raise UserError(
-                f"the checkpoint has a vocabulary of {saved.size(0)}, the dictionary one of "
+                f"the checkpoint has a vocabulary of {saved.size(0)}, but the dictionary one of "
                 f"{own[embedding][0]}: use the dict.txt that the checkpoint was trained with"
                 + (
-                    f"; if that is this one, padded, append {lacking} lines: madeupword1000 0, "
-                    "madeupword1001 0, ... (docs/released_models.md)"
+                    f"; if it is the same dictionary, padded, append {lacking} lines: "
+                    "madeupword1000 0, madeupword1001 0, ... (docs/released_models.md)"
                     if lacking > 0
                     else ""
                 )

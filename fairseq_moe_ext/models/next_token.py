@@ -20,16 +20,16 @@ from ..errors import UserError
 class Choice(NamedTuple):
     """How the next token is chosen."""
 
-    temperature: float = 0.0  # divides the logits; 0: the likeliest token
+    temperature: float = 0.0  # divides the logits; 0: the most likely token
     top_k: int = 0  # sample from this many tokens; 0: all
-    top_p: float = 1.0  # sample from the likeliest ones that together have this probability
-    repetition_penalty: float = 1.0  # makes tokens that stand there already less likely
-    no_repeat_ngram_size: int = 0  # no n tokens stand there twice; 0: they may
+    top_p: float = 1.0  # sample from the most likely tokens that together have this probability
+    repetition_penalty: float = 1.0  # makes tokens that already occur less likely
+    no_repeat_ngram_size: int = 0  # no n-gram occurs twice; 0: off
 
     def check(self, spell: Callable[[str], str]) -> None:
-        """Raise UserError for a value that cannot be; `spell`: a field as the user writes it."""
+        """Raise UserError for an invalid value; `spell`: a field as the user writes it."""
         for name, fits, words in (
-            ("temperature", 0 <= self.temperature < math.inf, "0 (the likeliest token) or more"),
+            ("temperature", 0 <= self.temperature < math.inf, "0 (the most likely token) or more"),
             ("top_k", self.top_k >= 0, "0 (all tokens) or a whole number from 1"),
             ("top_p", 0 < self.top_p <= 1, "a probability above 0 up to 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a number above 0"),
@@ -41,11 +41,11 @@ class Choice(NamedTuple):
             if self.temperature == 0 and getattr(self, name) != off:
                 raise UserError(
                     f"{spell(name)} {getattr(self, name)}: {spell('temperature')} 0 takes the "
-                    f"likeliest token; remove one of them"
+                    "most likely token; remove one of them"
                 )
 
     def penalized(self, logits: Tensor, before: Sequence[Sequence[int]]) -> Tensor:
-        """logits (N, V), and the tokens that stand before each row's next -> (N, V)."""
+        """logits (N, V), and the tokens before each row's next token -> (N, V)."""
         if self.repetition_penalty == 1 and self.no_repeat_ngram_size == 0:
             return logits
         logits = logits.clone()
@@ -65,16 +65,16 @@ class Choice(NamedTuple):
         return logits
 
     def draw(self, logits: Tensor, random: Random) -> int:
-        """A token by logits (V,), of which some may be -inf."""
+        """Draw a token from logits (V,), some of which may be -inf."""
         if self.temperature == 0:
             return int(logits.argmax())
         tokens, probs = self.distribution(logits)
         cumulated = probs.cumsum(0)
-        place = torch.searchsorted(cumulated, random.random() * cumulated[-1], right=True)
-        return int(tokens[min(int(place), len(tokens) - 1)])
+        index = torch.searchsorted(cumulated, random.random() * cumulated[-1], right=True)
+        return int(tokens[min(int(index), len(tokens) - 1)])
 
     def distribution(self, logits: Tensor) -> Tuple[Tensor, Tensor]:
-        """logits (V,) -> the tokens (k,) that sampling may take, the likeliest first, and their
+        """logits (V,) -> the tokens (k,) that sampling may take, the most likely first, and their
         probabilities (k,) in float64, which need not sum to 1."""
         scores, tokens = (logits.double().cpu() / self.temperature).sort(
             descending=True, stable=True
@@ -92,7 +92,7 @@ LIKELIEST = Choice()
 
 
 def _completing(tokens: Sequence[int], size: int) -> List[int]:
-    """Tokens that would make the last ones an n-gram of this size that stands there already."""
+    """Tokens that would complete an n-gram of this size that already occurs."""
     if size == 0:
         return []
     start = len(tokens) - size + 1

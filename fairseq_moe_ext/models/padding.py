@@ -56,8 +56,8 @@ class PadRule:
         return Filled(tokens, missing, (rows > 0) / active)
 
     def unrouted(self, tokens: Tensor, missing: int = 0) -> Optional[Tensor]:
-        """What goes to no expert of tokens (B, S) and of those missing, which go to none: (B S +
-        missing,) bool; None: all go."""
+        """Which of tokens (B, S), and of the missing ones, go to no expert: (B S + missing,) bool;
+        None: all tokens are routed."""
         if not self.masked and missing == 0:
             return None
         mask = tokens.eq(self.padding_idx).flatten()
@@ -104,7 +104,7 @@ def set_pad_rule(model: FairseqLanguageModel, rule: str) -> None:
 
 def _all_gather(*numbers: int) -> Tensor:
     """Numbers of each process: (processes, numbers) int64, on the CPU."""
-    mine = torch.tensor(numbers, device=collective_device())
-    everyone = [torch.empty_like(mine) for _ in range(process_count())]
-    dist.all_gather(everyone, mine)
+    own = torch.tensor(numbers, device=collective_device())
+    everyone = [torch.empty_like(own) for _ in range(process_count())]
+    dist.all_gather(everyone, own)
     return torch.stack(everyone).cpu()

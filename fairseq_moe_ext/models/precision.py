@@ -1,9 +1,9 @@
 """Computing in bfloat16 on a CPU (`--bf16`): parameters, their gradients and the optimizer keep
 float32, products read copies of the weights.
 
-fairseq keeps float32 copies beside a model of bfloat16, whose gradients it converts; the kinds of
-sum that must be exact (the vocabulary's gradient, reductions over processes, routing) would be
-bfloat16 with it.
+fairseq instead keeps a bfloat16 model with float32 copies and converts its gradients. Sums that
+must be exact (the vocabulary's gradient, reductions over processes, routing) would then be in
+bfloat16.
 """
 
 import functools
@@ -51,7 +51,9 @@ def bfloat16_pays() -> bool:
     speed = speed_over_float32() if available else 0.0
     if speed < _WORTH:
         reason = f"as fast as float32 {speed:.1f} times over" if available else "no oneDNN"
-        logger.info(f"--bf16: computing in float32, as this CPU gains nothing by it ({reason})")
+        logger.info(
+            f"--bf16: computing in float32, because this CPU gains nothing from bfloat16 ({reason})"
+        )
     return speed >= _WORTH
 
 
@@ -68,16 +70,16 @@ def in_bfloat16(model: nn.Module, cpu: bool) -> nn.Module:
         return model.to(torch.bfloat16)
     if not hasattr(model.decoder, "bfloat16_on_cpu"):
         raise UserError(
-            f"--bf16: on a CPU for models of this package, not {type(model).__name__}: convert it "
-            "with `fairseq-moe convert`, or remove --bf16"
+            f"--bf16: on a CPU only for models of this package, not for {type(model).__name__}: "
+            "convert it with `fairseq-moe convert`, or remove --bf16"
         )
     cast(Any, model.decoder).bfloat16_on_cpu = bfloat16_pays()
     return model
 
 
 def take_bfloat16(cfg: Any, model: nn.Module) -> None:
-    """Have fairseq's trainer keep our model in float32 on a CPU, where it computes in bfloat16 by
-    itself; before fairseq/trainer.py:105@0.12.2 converts it."""
+    """Make fairseq's trainer keep our model in float32 on a CPU, where the model itself computes in
+    bfloat16; before fairseq/trainer.py:105@0.12.2 converts it."""
     on_cpu = cfg.common.cpu or not torch.cuda.is_available()
     ours = hasattr(getattr(model, "decoder", None), "bfloat16_on_cpu")
     if cfg.common.bf16 and on_cpu and ours and not cfg.common.memory_efficient_bf16:

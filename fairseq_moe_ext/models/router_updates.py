@@ -1,4 +1,5 @@
-"""Tell the routers of a model, once per optimizer update, what they have observed in it."""
+"""Updates the state of a model's routers, once per optimizer update, with what they have observed
+in it."""
 
 from __future__ import annotations
 
@@ -12,8 +13,9 @@ from ..moe.router import TopKRouter
 
 
 class RouterUpdates:
-    """Sums over the micro-batches of an update, and over processes; patches/trainer.py says when
-    an update begins and ends. What is observed outside of one, say by validation, is not counted.
+    """Sums over the micro-batches of an update, and over processes; patches/trainer.py says when an
+    update begins and ends. What is observed outside an update, for example in validation, does not
+    count.
     """
 
     def __init__(self, routers: Mapping[int, TopKRouter]) -> None:
@@ -22,7 +24,7 @@ class RouterUpdates:
         self._sums: Optional[Dict[int, Dict[str, Tensor]]] = None  # None: no update is under way
 
     def begin(self) -> None:
-        """Count from zero: an update begins, or gradients so far were thrown away."""
+        """Start from zero: an update begins, or the gradients so far were discarded."""
         self._sums = {}
 
     def add(self, layer: int, observed: Dict[str, Tensor]) -> None:

@@ -1,9 +1,9 @@
 """Continue prompts by greedy search, beam search or sampling, through the model's cache of keys and
 values.
 
-fairseq's own search treats </s> as an end; here it is a newline, which stands inside prompts and,
-if the caller so decides, inside what is generated. All processes take the same number of steps,
-because experts may be distributed over them.
+fairseq's own search treats </s> as an end. Here it is a newline, which may occur in prompts and, if
+the caller allows it, in generated text. All processes take the same number of steps, because
+experts may be distributed over them.
 """
 
 from random import Random
@@ -18,7 +18,7 @@ from ..expert_parallel import all_gather, collective_device, process_count, proc
 from .next_token import LIKELIEST, Choice
 from .token_scores import exact_logits
 
-# Whether new tokens, the last one included, are an end; asked once for each token of a hypothesis.
+# Whether the new tokens end a hypothesis; called once after each token.
 Done = Callable[[Sequence[int]], bool]
 
 
@@ -34,20 +34,21 @@ class Prompt(NamedTuple):
 class _Hypothesis(NamedTuple):
     score: float  # sum of the new tokens' log-probabilities
     new: Tuple[int, ...]
-    row: int  # of the batch, whose keys and values it has
+    row: int  # of the batch, whose keys and values it uses
 
     def mean(self) -> float:
         return self.score / len(self.new)
 
 
 class Generator:
-    """Prompts -> the tokens that a search finds, at most max_new, the end included.
+    """Continues prompts: returns the new tokens that a search finds, at most max_new, including the
+    end.
 
-    With a beam of 1 each token is the likeliest one, or sampled. A wider beam keeps that many
-    unfinished sequences of a prompt, by the sum of their log-probabilities, and goes on until as
-    many have ended; the answer is the one with the highest mean (fairseq's --lenpen 1).
+    With a beam of 1, each token is the most likely one, or is sampled. A wider beam keeps that many
+    unfinished hypotheses per prompt, ranked by the sum of their log-probabilities, until as many
+    have ended. The answer is the hypothesis with the highest mean (fairseq's --lenpen 1).
 
-    Prompts and what is generated must fit into the model's context together.
+    A prompt and its new tokens must fit into the model's context together.
     """
 
     def __init__(
@@ -62,11 +63,11 @@ class Generator:
     ) -> None:
         """
         Args:
-            batch_tokens: of a batch on one process, padding included; a longer row has a batch of
-                its own.
-            choice: of the next token; where it samples, with a beam of 1 alone.
-            never: tokens that are never generated, beside padding.
-            starts_with: the token before a text (default: </s>).
+            batch_tokens: tokens per batch on one process, including padding; a longer row gets
+                its own batch.
+            choice: how to choose the next token; sampling needs a beam of 1.
+            never: tokens that are never generated, besides padding.
+            starts_with: the token before each prompt (default: </s>).
         """
         dictionary = model.decoder.dictionary
         self.model = model
@@ -79,29 +80,29 @@ class Generator:
         self.start = dictionary.eos() if starts_with is None else starts_with
 
     def __call__(self, prompts: Sequence[Prompt]) -> List[List[int]]:
-        """The same prompts on all processes, in any order -> new tokens of each."""
-        return [found[0] for found in self.best(prompts)]
+        """The new tokens of each prompt. All processes pass the same prompts, in any order."""
+        return [hypotheses[0] for hypotheses in self.best(prompts)]
 
     def best(self, prompts: Sequence[Prompt]) -> List[List[List[int]]]:
-        """Likewise -> all ended hypotheses of each, as many as the beam is wide or one or two more,
-        the best first."""
+        """Like __call__, but returns all ended hypotheses of each prompt, the best first: as many
+        as the beam is wide, or a few more."""
         batches = self._batches(prompts)
         own = batches[process_rank() :: process_count()]
         steps = -(-len(batches) // process_count())
-        found: Dict[int, List[List[int]]] = {}
+        results: Dict[int, List[List[int]]] = {}
         shown = bool(self.progress) and process_rank() == 0
         bar = progress_bar.bar(self.progress, steps, "batch", shown)
         for step in range(steps):
             batch = own[step] if step < len(own) else []
-            found.update(zip(batch, self._search([prompts[i] for i in batch])))
+            results.update(zip(batch, self._search([prompts[i] for i in batch])))
             bar.update()
         bar.close()
-        for other in all_gather(found):
-            found.update(other)
-        return [found[i] for i in range(len(prompts))]
+        for other in all_gather(results):
+            results.update(other)
+        return [results[i] for i in range(len(prompts))]
 
     def _batches(self, prompts: Sequence[Prompt]) -> List[List[int]]:
-        """Numbers of prompts, long ones first, those of about one length together."""
+        """Indices of prompts in batches of similar length, long prompts first."""
         batches: List[List[int]] = []
         room = 0
         for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i].tokens)):
@@ -126,7 +127,7 @@ class Generator:
         live = [[_Hypothesis(0.0, (), i)] for i in range(len(prompts))]
         ended: List[List[_Hypothesis]] = [[] for _ in prompts]
         while _on_any_process(any(live)):
-            if not any(live):  # another process goes on, and asks the experts of this one
+            if not any(live):  # another process continues, and needs the experts of this one
                 nothing = tokens.new_zeros(0, 1)
                 self.model.decoder(nothing, incremental_state={}, features_only=True)
                 continue
@@ -143,7 +144,7 @@ class Generator:
             last = [hypothesis.new[-1] for hypotheses in live for hypothesis in hypotheses]
             order = torch.tensor(rows, dtype=torch.long, device=device)
             column = torch.tensor(last, dtype=torch.long, device=device)
-            if rows != list(range(len(tokens))):  # else keys and values would be copied for nothing
+            if rows != list(range(len(tokens))):  # else a needless copy
                 tokens = tokens[order]
                 self.model.decoder.reorder_incremental_state_scripting(state, order)
             tokens = torch.cat([tokens, column[:, None]], dim=1)
@@ -159,7 +160,7 @@ class Generator:
         ended: List[_Hypothesis],
         log_probs: Tensor,
     ) -> List[_Hypothesis]:
-        """Lengthen the hypotheses of one prompt by a token; those that end go to `ended`."""
+        """Extend the hypotheses of one prompt by a token; append those that end to `ended`."""
         if not live:
             return []
         rows = torch.tensor([h.row for h in live], device=log_probs.device)
@@ -167,26 +168,27 @@ class Generator:
         sums = log_probs[rows] + scores[:, None]  # (hypotheses, V)
         vocabulary = sums.size(1)
         longer: List[_Hypothesis] = []
-        for score, place in self._candidates(prompt, sums):
-            before = live[place // vocabulary]
-            found = _Hypothesis(score, (*before.new, place % vocabulary), before.row)
-            if prompt.done(found.new) or len(found.new) == prompt.max_new:
-                ended.append(found)
+        for score, index in self._candidates(prompt, sums):
+            before = live[index // vocabulary]
+            hypothesis = _Hypothesis(score, (*before.new, index % vocabulary), before.row)
+            if prompt.done(hypothesis.new) or len(hypothesis.new) == prompt.max_new:
+                ended.append(hypothesis)
             elif len(longer) < self.beam:
-                longer.append(found)
+                longer.append(hypothesis)
         return longer if len(ended) < self.beam else []
 
     def _candidates(self, prompt: Prompt, sums: Tensor) -> List[Tuple[float, int]]:
-        """sums (hypotheses, V) -> sum and place, hypothesis * V + token, of those to go on with."""
+        """sums (hypotheses, V) -> the sum and the index, hypothesis * V + token, of the
+        candidates."""
         if prompt.random is not None:
             token = self.choice.draw(sums[0], prompt.random)  # a constant changes no probability
             return [(float(sums[0, token]), token)]
         best = sums.flatten().topk(min(2 * self.beam, sums.numel()) if self.beam > 1 else 1)
-        found = zip(best.values.tolist(), best.indices.tolist())
-        return [(score, place) for score, place in found if score > -torch.inf]
+        candidates = zip(best.values.tolist(), best.indices.tolist())
+        return [(score, index) for score, index in candidates if score > -torch.inf]
 
     def _log_probs(self, x: Tensor, before: Sequence[Sequence[int]]) -> Tensor:
-        """(N, D), and the tokens before each -> (N, V) in float32 at least."""
+        """x (N, D), and the tokens before each row -> (N, V) in float32 at least."""
         logits = exact_logits(self.model.decoder, x)
         logits.index_fill_(1, self.never.to(logits.device), -torch.inf)
         return self.choice.penalized(logits, before).log_softmax(-1)

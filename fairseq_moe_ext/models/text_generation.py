@@ -1,4 +1,5 @@
-"""From prompts to text: tokens in and out, where a text ends, and what can be shown of it."""
+"""Generates text from prompts: encodes and decodes tokens, finds where a text ends, and streams
+it."""
 
 from __future__ import annotations
 
@@ -17,17 +18,17 @@ Stream = Callable[[str], object]  # takes each further piece of the text
 
 
 class Settings(NamedTuple):
-    """What is to be generated for each prompt, and how."""
+    """What to generate for each prompt, and how."""
 
-    max_tokens: Optional[int] = None  # None: DEFAULT_TOKENS, or what the context has left
+    max_tokens: Optional[int] = None  # None: DEFAULT_TOKENS, or the rest of the context
     stop: Tuple[str, ...] = ()  # a text ends before any of these
     choice: Choice = LIKELIEST
-    beams: int = 1  # above 1: beam search, for the likeliest text
+    beams: int = 1  # above 1: beam search for the most likely text
     seed: int = 1  # of sampling
     n: int = 1  # texts of each prompt
 
     def check(self, spell: Callable[[str], str] = str) -> None:
-        """Raise UserError for what cannot be; `spell`: a field as the user writes it."""
+        """Raise UserError for invalid settings; `spell`: a field as the user writes it."""
         self.choice.check(spell)
         samples = self.choice.temperature > 0
         for name, low, high in (
@@ -37,15 +38,15 @@ class Settings(NamedTuple):
             if value is not None and not low <= value <= high:
                 raise UserError(f"{spell(name)} {value}: use a whole number from {low} to {high:,}")
         if "" in self.stop:
-            raise UserError(f"{spell('stop')}: an empty text is everywhere; name one")
+            raise UserError(f"{spell('stop')}: an empty text matches everywhere; name another")
         if self.beams > 1 and samples:
             raise UserError(
-                f"{spell('beams')} {self.beams}: a beam search takes the likeliest text and does "
-                f"not sample; remove it, or {spell('temperature')}, top-k and top-p"
+                f"{spell('beams')} {self.beams}: a beam search takes the most likely text and "
+                f"does not sample; remove it, or {spell('temperature')}, top-k and top-p"
             )
         if self.n > self.beams and not samples:
             raise UserError(
-                f"{spell('n')} {self.n}: without sampling all texts are alike; add "
+                f"{spell('n')} {self.n}: without sampling all texts are the same; add "
                 f"{spell('temperature')} 1, or as many {spell('beams')}"
             )
 
@@ -64,12 +65,12 @@ def settings_of(
     seed: Optional[int] = None,
     n: int = 1,
 ) -> Settings:
-    """Settings by the names that users know, checked (UserError).
+    """Settings from the names that users know. Raises UserError for invalid ones.
 
     Args:
         spell: a name as the user writes it.
-        temperature: default: 1 where something else asks for sampling (top_k, top_p, n above
-            beams), otherwise 0.
+        temperature: default: 1 if another setting needs sampling (top_k, top_p, n above beams),
+            otherwise 0.
         seed: default: a new one each time.
     """
     if temperature is None:
@@ -87,7 +88,7 @@ class Continuation(NamedTuple):
     """A generated text."""
 
     text: str  # without the prompt and without what it stopped at
-    tokens: Tuple[int, ...]  # all that were generated
+    tokens: Tuple[int, ...]  # all generated tokens, including the end
 
 
 def generate(
@@ -102,8 +103,8 @@ def generate(
 
     Args:
         lm: hub.LanguageModelHub.
-        stream: called with every further piece of the text, for one prompt, one text and no beams.
-        batch_tokens: of a batch, padding included.
+        stream: called with each new piece of the text; needs one prompt, one text and no beams.
+        batch_tokens: tokens per batch, including padding.
         spell: a setting as the user writes it.
 
     Raises:
@@ -122,7 +123,7 @@ def generate(
     for number, writer in enumerate(writers, 1):
         max_new = _room(lm, settings, writer.prompt, f"prompt {number} of {len(prompts)}", spell)
         for sample in range(samples):
-            # the same draws alone and in a batch, and from PyTorch's version to version
+            # the draws depend neither on the batch nor on PyTorch's version
             random = Random(f"{settings.seed}/{sample}") if settings.choice.temperature else None
             rows.append(Prompt(writer.prompt, max_new, writer.ends, random))
     dictionary = lm.tgt_dict
@@ -135,10 +136,12 @@ def generate(
         never=sorted(_no_text(lm)),
         starts_with=dictionary.bos() if getattr(lm.cfg.task, "add_bos_token", False) else None,
     )
-    found = search.best(rows)
+    hypotheses = search.best(rows)
     texts = []
     for i, writer in enumerate(writers):
-        best = [one for row in found[i * samples : (i + 1) * samples] for one in row]
+        best = [
+            hypothesis for row in hypotheses[i * samples : (i + 1) * samples] for hypothesis in row
+        ]
         texts.append([Continuation(writer.text(new), tuple(new)) for new in best[: settings.n]])
         if stream is not None:
             writer.show(texts[-1][0].text, final=True)
@@ -153,7 +156,7 @@ def _room(
     room = longest - len(prompt)
     if room < 1:
         raise UserError(
-            f"{which} has {len(prompt):,} tokens, and the model takes {longest - 1:,}: shorten it"
+            f"{which} has {len(prompt):,} tokens, but the model takes {longest - 1:,}: shorten it"
         )
     if settings.max_tokens is None:
         return min(DEFAULT_TOKENS, room)
@@ -166,13 +169,15 @@ def _room(
 
 
 def _no_text(lm: Any) -> Set[int]:
-    """Tokens that are no text: <s>, <pad>, what fills the dictionary up, and <unk> of a tokenizer,
-    which can spell everything."""
+    """Tokens that are not text: <s>, <pad>, the dictionary's padding, and, with a tokenizer, <unk>:
+    a tokenizer can spell everything."""
     dictionary = lm.tgt_dict
-    found = {dictionary.bos(), dictionary.pad()}
+    excluded = {dictionary.bos(), dictionary.pad()}
     if lm.bpe is not None:
-        found.add(dictionary.unk())
-    return found | {i for i, word in enumerate(dictionary.symbols) if word.startswith("madeupword")}
+        excluded.add(dictionary.unk())
+    return excluded | {
+        i for i, word in enumerate(dictionary.symbols) if word.startswith("madeupword")
+    }
 
 
 class _Writer:
@@ -184,7 +189,7 @@ class _Writer:
         self._lm = lm
         self._eos = lm.tgt_dict.eos()
         self.prompt = tuple(lm.encode(prompt).tolist()[:-1])
-        # words are joined by spaces, also to the last of the prompt's; lines stand for themselves
+        # spaces join words, also the first new word to the prompt's last; lines are independent
         line = self.prompt[::-1]
         length = line.index(self._eos) if self._eos in line else len(line)
         self._line = self.prompt[len(self.prompt) - length :]
@@ -194,7 +199,8 @@ class _Writer:
         self._shown = ""
 
     def ends(self, new: Sequence[int]) -> bool:
-        """Whether new tokens hold a text to stop at; what is sure of them is shown."""
+        """Whether the new tokens contain a stop text. Streams the part of the text that is
+        final."""
         if not self._stop and self._stream is None:
             return False
         whole = self._decode(new)[self._before :]
@@ -207,8 +213,8 @@ class _Writer:
         return self._cut(self._decode(new)[self._before :])
 
     def show(self, text: str, final: bool) -> None:
-        """Hand on what is new of a text; unless it is final, without what may become another
-        character or a text to stop at."""
+        """Stream the new part of a text. Unless it is final, hold back incomplete characters and
+        what may become a stop text."""
         if not final:
             text = text.rstrip(_INCOMPLETE)
             text = text[: len(text) - max((_overlap(text, s) for s in self._stop), default=0)]
@@ -220,11 +226,11 @@ class _Writer:
         return self._lm.decode([*self._line, *new, self._eos])
 
     def _cut(self, text: str) -> str:
-        places = [text.find(stop) for stop in self._stop]
-        return text[: min([place for place in places if place >= 0], default=len(text))]
+        starts = [text.find(stop) for stop in self._stop]
+        return text[: min([start for start in starts if start >= 0], default=len(text))]
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of a text begin `stop`."""
+    """The number of characters at the end of a text that `stop` starts with."""
     lengths = range(min(len(text), len(stop) - 1), 0, -1)
     return next((length for length in lengths if text.endswith(stop[:length])), 0)

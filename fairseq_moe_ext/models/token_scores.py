@@ -26,7 +26,7 @@ def log_probs(decoder: FairseqDecoder, features: Tensor, target: Tensor) -> Tens
 def log_probs_and_likeliest(
     decoder: FairseqDecoder, features: Tensor, target: Tensor
 ) -> Tuple[Tensor, Tensor]:
-    """Likewise, and (N,) bool, whether no token is likelier."""
+    """Like log_probs, and (N,) bool: whether no token is more likely."""
     every = exact_logits(decoder, features).log_softmax(-1)  # (N, V)
     chosen = every.gather(1, target[:, None])[:, 0]
     return chosen, chosen == every.amax(-1)

@@ -12,19 +12,19 @@ from .scope import PROCESS, RoutingScope
 
 
 class WholeBatch(NamedTuple):
-    """Of all tokens of an optimizer update that count, over processes and micro-batches."""
+    """Sums over all tokens that count in an optimizer update, over processes and micro-batches."""
 
-    counts: Tensor  # (K, E): choices of each rank an expert gets, before dropping
+    counts: Tensor  # (K, E): how often an expert is a token's K-th choice, before dropping
     tokens: Tensor  # ()
 
 
 class Balance:
-    """What a layer's balancing loss is taken over (--moe-balance-over): the tokens of a
-    micro-batch in scope, each sequence by itself, or all tokens of an update.
+    """Computes a layer's balancing loss over the tokens that --moe-balance-over selects: the tokens
+    of a micro-batch in scope, each sequence separately, or all tokens of an update.
 
-    For a whole batch of several micro-batches its choices must be known before the first gradient:
-    a pass through the micro-batches counts them (patches/whole_batch.py). With one micro-batch per
-    update the scope, which is then all processes, is enough.
+    For a whole batch of several micro-batches, the choices must be known before the first gradient,
+    so a pass over the micro-batches counts them (patches/whole_batch.py). With one micro-batch per
+    update, a scope of all processes is enough.
     """
 
     def __init__(self, over: str = "micro_batch", scope: RoutingScope = PROCESS) -> None:
@@ -36,8 +36,8 @@ class Balance:
     def loss(
         self, routing: Routing, length: Optional[int] = None, padding_mask: Optional[Tensor] = None
     ) -> Tensor:
-        """The loss, a scalar; with `whole` set the part of these tokens in the loss of the whole
-        batch; while counting, 0. length: tokens of a sequence; padding_mask: (T,) bool."""
+        """The loss, a scalar. With `whole` set, these tokens' part of the loss of the whole batch;
+        while counting, 0. length: tokens per sequence; padding_mask: (T,) bool."""
         if self.counting:
             self._count(routing)
             return routing.probs.new_zeros(())
@@ -54,19 +54,19 @@ class Balance:
 def balance_loss(
     routing: Routing, scope: RoutingScope = PROCESS, whole: Optional[WholeBatch] = None
 ) -> Tensor:
-    """GShard's balancing loss, E^2 * mean_e(mean probability_e * share of first choices_e): 1 when
-    both are uniform, E when all tokens choose one expert (arXiv 2006.16668, algorithm 1; the paper,
+    """GShard's balancing loss, E^2 * mean_e(mean probability_e * share of first choices_e): 1 if
+    both are uniform, E if all tokens choose one expert (arXiv 2006.16668, algorithm 1; the paper,
     section 2). The gradient flows through the probabilities only.
 
     Means are over the tokens in scope that count (`routing.counted`); padding that counts has no
-    first choice. With more than two choices per token, or any number, the share is of all choices
-    (DeepSeekMoE, arXiv 2401.06066, equation 13); so it is with null experts, which a token mostly
-    chooses last. Choices count before dropping. Returns a scalar.
+    first choice. The share is of all choices instead (DeepSeekMoE, arXiv 2401.06066, equation 13)
+    if tokens have more than two choices or a variable number, or if there are null experts, which a
+    token mostly chooses last. Choices count before dropping. Returns a scalar.
 
-    Given the whole batch that these tokens are a part of, the share is of its choices, and the sum
-    of these tokens' probabilities is divided by its number of tokens: the results of all parts, and
-    their gradients, add up to those of the whole batch (Qiu et al., arXiv 2501.11873, whose shares
-    of earlier micro-batches stand for those of all).
+    If `whole` is given, the share is of the whole batch's choices, and the sum of these tokens'
+    probabilities is divided by the whole batch's number of tokens. The results of all parts, and
+    their gradients, then add up to those of the whole batch (Qiu et al., arXiv 2501.11873, who
+    approximate the shares by those of earlier micro-batches).
     """
     num_experts = routing.probs.size(1)
     # float32 at least: a count may exceed float16's 65504
@@ -91,10 +91,10 @@ def sequence_balance_loss(
     padding_mask: Optional[Tensor] = None,
     scope: RoutingScope = PROCESS,
 ) -> Tensor:
-    """balance_loss of each sequence by itself (DeepSeek-V3, arXiv 2412.19437, equations 17 to 20),
-    averaged over the tokens in scope that count, so that each sequence weighs by its own.
+    """balance_loss of each sequence separately (DeepSeek-V3, arXiv 2412.19437, equations 17 to 20),
+    averaged over sequences with their counted tokens in scope as weights.
 
-    length: tokens of a sequence; the T tokens are one sequence after the other.
+    length: tokens per sequence; the T tokens are the concatenated sequences.
     padding_mask: (T,) bool. Returns a scalar.
     """
     num_experts, k = routing.probs.size(1), routing.experts.size(1)
@@ -123,14 +123,14 @@ def sequence_balance_loss(
 
 
 def _first_choices_alone(routing: Routing) -> bool:
-    """Whether the balancing loss is over first choices; otherwise it is over all."""
+    """Whether the balancing loss counts first choices only, not all choices."""
     return len(routing.counts) <= 2 and not (routing.null_experts or routing.variable_width)
 
 
 def z_loss(
     logits: Tensor, counted: Optional[Tensor] = None, scope: RoutingScope = PROCESS
 ) -> Tensor:
-    """Router z-loss, mean over tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, eq. 5),
+    """Router z-loss: the mean over tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, eq. 5),
     computed in float32 at least. logits (T, E), counted (T,) bool, None: all; returns a scalar."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     squares, tokens = counted_rows(torch.logsumexp(logits, dim=-1, keepdim=True).square(), counted)
@@ -140,8 +140,8 @@ def z_loss(
 
 
 def counted_rows(rows: Tensor, counted: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
-    """rows (T, N) with zeros where a row does not count, and the number that count, a scalar int64.
-    counted (T,) bool, None: all."""
+    """rows (T, N) with zeros in rows that do not count, and the number of rows that count, a scalar
+    int64. counted (T,) bool, None: all."""
     if counted is None:
         return rows, torch.tensor(len(rows), device=rows.device)
     return rows.masked_fill(~counted.unsqueeze(1), 0), counted.sum()

@@ -17,8 +17,8 @@ from .routing import Routing
 
 
 class Rows(NamedTuple):
-    """Where the choices of T tokens lie among the N rows. K is the routing's, or less where no
-    token has so many."""
+    """Where the choices of T tokens are among the N rows. K is the routing's, or less if no token
+    has that many choices."""
 
     row: Tensor  # (T, K) int64: the row of a kept choice; 0 for a dropped one
     kept: Tensor  # (T, K) bool
@@ -43,7 +43,7 @@ def lay_out(routing: Routing, rounded: Optional[Callable[[int], int]] = None) ->
     index = torch.arange(tokens, device=row.device).unsqueeze(1).expand(tokens, k)
     token.scatter_(0, row.where(routing.kept, behind).reshape(-1), index.reshape(-1))
     kept = routing.kept
-    if k == len(rows_of) > 2:  # a token has as many choices as it likes, mostly few
+    if k == len(rows_of) > 2:  # tokens have a variable number of choices, mostly few
         k = max(1, int((kept.any(dim=0) * torch.arange(1, k + 1, device=kept.device)).max()))
         row, kept = row[:, :k], kept[:, :k]
     return Rows(row.where(kept, 0), kept, token[:behind], rows_of)

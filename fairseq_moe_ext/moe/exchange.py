@@ -15,7 +15,7 @@ class Arrival(NamedTuple):
 
 
 class Exchange(Protocol):
-    """What a layer needs. Every process joins every call, even without rows of its own."""
+    """What a layer needs of an exchange. Every process joins every call, even without rows."""
 
     def held(self, num_experts: int) -> range:
         """The experts that this process holds."""
@@ -31,7 +31,8 @@ class Exchange(Protocol):
             counts: rows of each of the E experts, summing to N.
 
         Returns:
-            rows (N', D) in the order of this process's experts, and how they came.
+            rows (N', D) in the order of this process's experts, and the record that `send_back`
+            needs.
         """
 
     def send_back(self, y: Tensor, arrival: Arrival) -> Tensor:

@@ -44,8 +44,8 @@ class GroupedLinear(nn.Module):
         """
         Args:
             first: number of the first of these experts among all.
-            in_files: make no room for the weights: they stay where the state dict to be loaded has
-                them, say in mapped files, and in its precision. They cannot be trained.
+            in_files: allocate no weights. They stay where the loaded state dict has them, for
+                example in mapped files, in its precision. They cannot be trained.
         """
         super().__init__()
         self.first = first

@@ -107,14 +107,15 @@ def register_router(name: str) -> Callable[[Type[TopKRouter]], Type[TopKRouter]]
 class TopKRouter(nn.Module):
     """Sends each token to the top_k experts that a linear layer without bias scores best.
 
-    With a balancing bias the score of an expert and its bias choose; the score alone weighs."""
+    With a balancing bias, an expert's score plus its bias decides the choice; the score alone is
+    the weight."""
 
-    # Settings that not every router has and this one heeds; others are refused (router_flags.py).
+    # The optional settings that this router uses; others are rejected (router_flags.py).
     heeds: FrozenSet[str] = frozenset(
         "score normalize_before_dropping normalize_weights route_scale groups batch_prioritized"
         " fp32_product input_jitter null_experts balance_bias second_expert_policy".split()
     )
-    frozen = False  # whether its state stays as it is
+    frozen = False  # whether its state is not updated
     balance_bias: Optional[Tensor]
     default_top_k = 2
     causal = True  # in training, without a capacity; at evaluation a router must be
@@ -150,8 +151,8 @@ class TopKRouter(nn.Module):
         return self.of_every_expert(self.wg.weight.detach().float())
 
     def set_token_counts(self, counts: Sequence[int]) -> None:
-        """Told once, before the weights are loaded: how often each type of the vocabulary occurs in
-        the training data."""
+        """Called once, before the weights are loaded, with the training data's count of each token
+        id."""
 
     def forward(
         self,
@@ -165,7 +166,7 @@ class TopKRouter(nn.Module):
             x: (T, D).
             padding_mask: (T,) bool, True where x is padding, which is not routed.
             dropless: ignore the capacity in this call.
-            token_ids: (T,) int64, the input tokens, for routers that go by them.
+            token_ids: (T,) int64, the input tokens, for routers that use them.
 
         Returns:
             logits (T, E) and their routing.
@@ -205,7 +206,7 @@ class TopKRouter(nn.Module):
         padding_mask: Optional[Tensor],
         token_ids: Optional[Tensor],
     ) -> Routing:
-        """As `route`, for routers that go by the tokens (T,) int64, too."""
+        """Like `route`, for routers that also use the token ids (T,) int64."""
         return self.route(logits, capacity, padding_mask)
 
     def route(

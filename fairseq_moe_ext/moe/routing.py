@@ -38,7 +38,7 @@ class Routing(NamedTuple):
     kept: Tensor  # (T, K) bool: routed, and within the expert's capacity
     counts: Tensor  # (K, E) int64: routed choices of each rank an expert gets, before dropping
     counted: Optional[Tensor] = None  # (T,) bool: tokens that losses and metrics count; None: all
-    null_experts: int = 0  # the last so many of the E experts compute nothing: never `routed`
+    null_experts: int = 0  # this many of the last experts compute nothing: never `routed`
     variable_width: bool = False  # a token takes any number of experts, also if K = E is small
 
 
@@ -83,7 +83,7 @@ def route(
         logits: (T, E) router logits, E >= k.
         score: the score that chooses and weights an expert: "softmax" over experts, or "sigmoid" of
             its own logit (DeepSeek-V3, arXiv 2412.19437, equation 15).
-        bias: (E,), added to the scores for the choice alone, not for the weights (Wang et al.,
+        bias: (E,), added to the scores for the choice only, not for the weights (Wang et al.,
             arXiv 2408.15664, equation 3).
         runner_up: "all": the best of the rest follow the first; "sampling": those under Gumbel
             noise; "random", for k = 2: the runner-up, kept when 2 * its weight exceeds a uniform
@@ -98,9 +98,9 @@ def route(
         capacity: slots an expert has; None keeps every choice (dropless).
         padding_mask: (T,) bool, True where a token is padding and is routed nowhere.
         count_padding: count padding in losses and metrics anyway, as in the branch.
-        null_experts: the last so many experts compute nothing. A choice of one counts in `counts`,
-            which balances, and is not routed: with `normalize` "after" it has no part in the
-            weights (Kilian et al., arXiv 2601.15370, section 3).
+        null_experts: the number of experts, the last ones, that compute nothing. A choice of one
+            counts in `counts`, which balances, but is not routed: with `normalize` "after" it has
+            no part in the weights (Kilian et al., arXiv 2601.15370, section 3).
         noise: (T, E) Gumbel samples for "sampling", (T,) uniform ones for "random"; drawn when
             None.
         scope: the processes whose tokens queue for the same experts, lower ranks first; with
@@ -262,7 +262,7 @@ def best(scores: Tensor, count: int) -> Tensor:
 
 
 def counted_tokens(padding_mask: Optional[Tensor], count_padding: bool) -> Optional[Tensor]:
-    """padding_mask (T,) bool -> which tokens capacity, losses and figures count (T,); None: all."""
+    """padding_mask (T,) bool -> which tokens capacity, losses and metrics count (T,); None: all."""
     return None if padding_mask is None or count_padding else ~padding_mask.bool()
 
 

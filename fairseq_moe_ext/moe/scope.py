@@ -15,7 +15,7 @@ class RoutingScope:
     """
 
     def tokens(self, here: int) -> int:
-        """Tokens in scope, of which `here` are this process's."""
+        """The number of tokens in scope, given the number on this process."""
         return here
 
     def total(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Metrics of what a router does; those of the branch have its names."""
+"""Metrics of a routing; those that the branch also has keep its names."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def routing_stats(routing: Routing, scope: RoutingScope = PROCESS) -> Dict[str, 
       chosen fifth of the experts.
     - unused_expertK_count: experts that are no token's K-th choice.
 
-    With null experts, all of them are of the others alone, and NULL_SHARE is the percentage of
-    choices that fall on null experts, and so of the experts' FLOPs that are not spent.
+    With null experts, all metrics cover the other experts only, and NULL_SHARE is the percentage of
+    choices that are null experts: the share of the experts' FLOPs that is saved.
 
     With one choice per token only the keys of the first exist; with more than two, those of two.
     """

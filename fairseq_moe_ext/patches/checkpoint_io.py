@@ -42,8 +42,8 @@ def get_maybe_sharded_checkpoint_filename(stock, filename, *args, **kwargs):
 
 
 def reading_checked(torch: Any) -> Any:
-    """Of a checkpoint everything is believed; here its bytes and its settings are checked before
-    anything is built by them."""
+    """Stock trusts everything in a checkpoint. This checks its bytes and its settings before
+    anything is built from them."""
     return View(torch, load=loading.read_mapped)
 
 
@@ -87,14 +87,14 @@ def load_model_ensemble_and_task(
 
 
 def load_checkpoint(stock, cfg, trainer, **kwargs):
-    """Where a training on all its processes first turns to checkpoints: what it is to begin from is
-    looked for, and its folder held for it alone.
+    """All processes of a training call this before they use checkpoints. So here the checkpoint to
+    start from is checked, and the folder is locked.
 
     Stock trains from scratch where a named file is not there, and raises ValueError for
     --finetune-from-model with flags that contradict it, with all settings. The best loss, and how
-    many validations were no better, are kept on functions, so that the second job of a process
-    (`fairseq-hydra-train --multirun`) compares with the first's, saves no checkpoint_best.pt and
-    may stop early: every job begins with a clean record here.
+    many validations were no better, are kept on functions, so the second job of a process
+    (`fairseq-hydra-train --multirun`) would compare with the first's, save no checkpoint_best.pt
+    and might stop early. Here every job starts with an empty record.
     """
     from fairseq import checkpoint_utils
 
@@ -143,8 +143,9 @@ def convert_namespace_to_omegaconf(stock, args):
 
 
 def save_checkpoint(stock, cfg, trainer, epoch_itr, val_loss):
-    """Rank 0 alone decides whether and under which names to save; with experts spread over
-    processes, the others wait for its word. The tokenizer's files go beside the checkpoints."""
+    """Rank 0 alone decides whether and under which names to save. With experts sharded over
+    processes, the others wait for its decision. Also copies the tokenizer's files beside the
+    checkpoints."""
 
     def save():
         try:
@@ -169,8 +170,8 @@ def save_checkpoint(stock, cfg, trainer, epoch_itr, val_loss):
 
 
 def torch_persistent_save(stock, obj, filename, async_write=False):
-    """Stock renames, but syncs nothing; and it is where rank 0 has the whole state in hand, from
-    which the experts are taken out."""
+    """Stock renames the file, but does not sync it. Rank 0 also has the complete state here, from
+    which the experts are removed."""
     if async_write or PathManager.path_requires_pathmanager(filename):
         return stock(obj, filename, async_write)
     check_weights(obj.get("model", {}).items(), filename, saving=True)
@@ -181,7 +182,7 @@ def torch_persistent_save(stock, obj, filename, async_write=False):
 
 
 def verify_checkpoint_directory(stock, save_dir):
-    """Stock makes --save-dir and writes a file there when training starts, and goes on if it
+    """Stock creates --save-dir and writes a file there when training starts, and continues if it
     cannot."""
     try:
         stock(save_dir)

@@ -32,9 +32,9 @@ def parse_args_and_arch(stock, parser, *args, **kwargs):
     if parser.get_default("task") is None and any(a.dest == "task" for a in parser._actions):
         parser.set_defaults(task="language_modeling")
     try:
-        found = stock(parser, *args, **kwargs)
-        starting.check_command_line(found[0] if isinstance(found, tuple) else found)
-        return found
+        parsed = stock(parser, *args, **kwargs)
+        starting.check_command_line(parsed[0] if isinstance(parsed, tuple) else parsed)
+        return parsed
     except UserError as error:
         mistake = str(error)
     except RuntimeError as error:  # fairseq/options.py:153@0.12.2
@@ -53,12 +53,12 @@ def with_one_line_parsers(argparse_: Any) -> Any:
 def eval_str_list(stock, x, x_type=float):
     """Stock makes [1] of --update-freq 1.5."""
     try:
-        found = stock(x, x_type)
+        values = stock(x, x_type)
     except (SyntaxError, TypeError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"{x!r} is not a number or list of numbers") from error
-    if x_type is int and found is not None and found != stock(x, float):
+    if x_type is int and values is not None and values != stock(x, float):
         raise argparse.ArgumentTypeError(f"{x!r} is not a whole number or list of whole numbers")
-    return found
+    return values
 
 
 def import_user_module(stock, args):
@@ -77,8 +77,9 @@ def import_user_module(stock, args):
 
 
 def call_main(stock, cfg, main, **kwargs):
-    """A user's mistake ends a command with one line on stderr and status 1, no traceback; what
-    cannot start is told before any work; the folder that is trained into is let go at the end.
+    """A user's mistake ends a command with one line on stderr and status 1, without a traceback.
+    Settings are checked before any work, and the lock on the training's folder is released at the
+    end.
 
     A mistake is a UserError anywhere in the chain of causes, or a FileNotFoundError of fairseq's
     own on top of it; LOGLEVEL=DEBUG keeps the traceback. fairseq-hydra-train catches exceptions but
@@ -99,7 +100,7 @@ def call_main(stock, cfg, main, **kwargs):
 
 
 def train_main(stock, cfg):
-    """Where the plugin is imported inside of call_main, the folder is let go here."""
+    """If the plugin is imported inside call_main, the folder is unlocked here."""
     return checkpoint_starting.then_release(stock, cfg)
 
 
@@ -122,7 +123,7 @@ def _is_hydras(main: Callable) -> bool:
 
 
 def _check_run(cfg) -> None:
-    """Raise UserError for settings of fairseq-hydra-train that cannot be."""
+    """Raise UserError for invalid settings of fairseq-hydra-train."""
     from fairseq import utils
 
     utils.import_user_module(cfg.common)  # as fairseq_cli/train.py:48@0.12.2 does first
@@ -130,8 +131,8 @@ def _check_run(cfg) -> None:
 
 
 def _end_at_once_where_others_wait() -> None:
-    """End one of many processes with status 1. Python's own end takes Gloo's threads down in the
-    midst of an exchange, and they abort (terminate called without an active exception, 134)."""
+    """End one of many processes with status 1. Python's own exit stops Gloo's threads during an
+    exchange, and they abort (terminate called without an active exception, 134)."""
     import torch.distributed
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -165,13 +166,13 @@ def check_processes(cfg) -> None:
     one_machine = settings.distributed_init_method is None
     if spawns and size > 1 and (gpus == 0 or (one_machine and size > gpus)):
         raise UserError(
-            f"--distributed-world-size {size}: fairseq starts one process per GPU, and there "
-            f"are {gpus} here; on CPU, start them with `torchrun --nproc_per_node {size} "
-            "$(which fairseq-train) ... --distributed-backend gloo`"
+            f"--distributed-world-size {size}: fairseq starts one process per GPU, but there are "
+            f"{gpus} here; on a CPU, start them with `torchrun --nproc_per_node {size} $(which "
+            "fairseq-train) ... --distributed-backend gloo`"
         )
     if (launched or size > 1) and gpus == 0 and settings.distributed_backend == "nccl":
         raise UserError(
-            "--distributed-backend nccl: needs GPUs, and there are none here; add "
+            "--distributed-backend nccl: needs GPUs, but there are none here; add "
             "--distributed-backend gloo"
         )
 
@@ -194,11 +195,11 @@ def _check_sharding(cfg, gpus: int, alone: bool) -> None:
     if sharded and trains and alone:
         raise UserError(
             "--ddp-backend fully_sharded: one process has nothing to shard; use legacy_ddp, "
-            "which goes on from the same checkpoints"
+            "which resumes from the same checkpoints"
         )
     if sharded and trains and cfg.common.cpu and gpus > 0:
         raise UserError(
-            "--cpu with --ddp-backend fully_sharded: fairscale takes the GPUs that it sees; "
+            "--cpu with --ddp-backend fully_sharded: fairscale uses every GPU that it sees; "
             "hide them (CUDA_VISIBLE_DEVICES=), or use legacy_ddp"
         )
 
@@ -230,14 +231,14 @@ def distributed_init(stock, cfg):
             where = "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
         if "EADDRINUSE" in str(error) or "address already in use" in str(error):
             raise UserError(
-                f"{where}: the port is in use; choose another with --distributed-port "
-                "(torchrun: --master_port), or end the run that has it"
+                f"{where}: the port is in use; choose another with --distributed-port (torchrun: "
+                "--master_port), or end the run that uses it"
             ) from error
         if isinstance(error, torch.distributed.DistError):
             raise UserError(
-                f"{where}: not all {settings.distributed_world_size} processes met there "
-                f"({first_line(error)}); start them all, with the same address, port and "
-                "world size"
+                f"{where}: not all {settings.distributed_world_size} processes connected "
+                f"({first_line(error)}); start them all, with the same address, port and world "
+                "size"
             ) from error
         raise
     finally:

@@ -78,7 +78,7 @@ EVALUATING = (
 
 
 def make_dataset(stock, path, impl, fix_lua_indexing=False, dictionary=None):
-    """Of a missing file, and of tokens beyond the dictionary, stock says nothing at once.
+    """Stock does not report a missing file, or tokens outside the dictionary, at once.
 
     It reads all of the .bin once (fairseq/data/indexed_dataset.py:385@0.12.2), so looking at the
     tokens costs little.
@@ -87,23 +87,22 @@ def make_dataset(stock, path, impl, fix_lua_indexing=False, dictionary=None):
     there = [os.path.isfile(file) for file in files]
     if any(there) and not all(there):
         raise UserError(
-            f"{files[there.index(False)]}: missing, though {files[there.index(True)]} is "
-            "there; a data-bin is both files: copy it again or make it anew"
+            f"{files[there.index(False)]}: missing, although {files[there.index(True)]} is "
+            "there; a data-bin needs both files: copy it again or rebuild it"
         )
     if all(there) and os.path.getsize(files[0]) < 8:
         raise UserError(f"{files[0]}: only {os.path.getsize(files[0])} bytes; it is truncated")
-    found = stock(path, impl, fix_lua_indexing, dictionary)
-    if dictionary is not None and isinstance(found, indexed_dataset.MMapIndexedDataset):
-        values = numpy.memmap(files[1], dtype=found._index.dtype, mode="r")
+    dataset = stock(path, impl, fix_lua_indexing, dictionary)
+    if dictionary is not None and isinstance(dataset, indexed_dataset.MMapIndexedDataset):
+        values = numpy.memmap(files[1], dtype=dataset._index.dtype, mode="r")
         check_tokens(files[1], values, dictionary)
-    return found
+    return dataset
 
 
 def new_dataset(stock, cls, path=None, *args, **kwargs):
-    """A cut .bin is read until a batch touches the lost part (buffer is smaller than requested
-    size), and of a cut .idx stock says only that its format is odd.
-
-    In __new__, as __del__ trips over a half-made object.
+    """Stock reads a truncated .bin until a batch needs the missing part (buffer is smaller than
+    requested size), and reports only a wrong format for a truncated .idx. This checks in __new__,
+    because __del__ fails on an object that is not complete.
     """
     if path is not None:
         check_data_bin(path)
@@ -143,23 +142,22 @@ def raise_if_valid_subsets_unintentionally_ignored(stock, cfg):
 
 
 def item_with_index(stock, self, index):
-    """For `collate_with_context`, which must know where a batch stands."""
+    """For `collate_with_context`, which needs a batch's position."""
     return {**stock(self, index), "index": int(index)}
 
 
 def collate_with_context(stock, self, samples):
-    """--context-window takes for a batch's context what was collated before, which on several
-    processes, or with several workers, is not what stands before the batch; and it trips over a
-    batch of nothing."""
+    """Stock takes a batch's --context-window from the batch that was collated before. With several
+    processes or workers, that is not the preceding text. It also fails on an empty batch."""
     if not samples:
         return {}
     before, missing = samples[0]["index"], self.context_window
-    found = [torch.zeros(0, dtype=torch.long)]
+    tokens_before = [torch.zeros(0, dtype=torch.long)]
     while before > 0 and missing > 0:
         before -= 1
-        found.insert(0, self.dataset[before]["source"])
-        missing -= len(found[0])
-    self.prev_tokens = torch.cat(found)[-self.context_window :].numpy()
+        tokens_before.insert(0, self.dataset[before]["source"])
+        missing -= len(tokens_before[0])
+    self.prev_tokens = torch.cat(tokens_before)[-self.context_window :].numpy()
     return stock(self, samples)
 
 
@@ -168,19 +166,19 @@ def save_position(stock, self):
     state = stock(self)
     batches = state["iterations_in_epoch"] * self.num_shards
     sentences = sum(map(len, self.frozen_batches[:batches])) if batches else 0
-    place = {"batches": batches, "of": len(self.frozen_batches), "sentences": sentences}
-    return {**state, "all_processes": place}
+    position = {"batches": batches, "of": len(self.frozen_batches), "sentences": sentences}
+    return {**state, "all_processes": position}
 
 
 def load_position(stock, self, state):
-    """On another number of processes, or with another batch size, the run goes on behind the
-    sentences that all have seen; where no number of updates ends there, a few are seen twice."""
-    place = state.get("all_processes")
-    if place is not None and place["batches"] > 0:
+    """With another number of processes or another batch size, the run continues after the sentences
+    that all processes have seen. If no update ends exactly there, a few are seen twice."""
+    position = state.get("all_processes")
+    if position is not None and position["batches"] > 0:
         self.epoch = state["epoch"]  # some samplers make the batches of an epoch
-        batches = place["batches"]
-        if place["of"] != len(self.frozen_batches):
+        batches = position["batches"]
+        if position["of"] != len(self.frozen_batches):
             ends = itertools.accumulate(map(len, self.frozen_batches))
-            batches = sum(1 for _ in itertools.takewhile(place["sentences"].__ge__, ends))
+            batches = sum(1 for _ in itertools.takewhile(position["sentences"].__ge__, ends))
         state = {**state, "iterations_in_epoch": batches // self.num_shards}
     stock(self, state)

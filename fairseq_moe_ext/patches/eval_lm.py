@@ -33,14 +33,14 @@ def eval_lm_dataloader(stock, *args, **kwargs):
     if window > 0 and len(sizes) and sizes.max() + window > most:
         raise UserError(
             f"--tokens-per-sample {sizes.max() + window} with --context-window {window}: the "
-            f"model takes {most} tokens, context included: use --tokens-per-sample {most}"
+            f"model takes {most} tokens, including the context: use --tokens-per-sample {most}"
         )
     fitting = sizes[sizes <= most]
-    found = stock(*args, **kwargs)
-    found.offered = Offered(
+    iterator = stock(*args, **kwargs)
+    iterator.offered = Offered(
         stored(dataset), len(sizes), total(sizes), len(fitting), total(fitting), most
     )
-    return found
+    return iterator
 
 
 def prepare_for_inference_(stock, self, cfg):
@@ -72,9 +72,9 @@ def eval_lm(stock, *args, **kwargs):
     finally:
         names["SequenceScorer"] = SequenceScorer
     loss, tokens = sums.result()
-    told = what_was_counted(offered, tokens) if offered is not None else ""
-    if told:
-        names["logger"].warning(told)
+    warning = what_was_counted(offered, tokens) if offered is not None else ""
+    if warning:
+        names["logger"].warning(warning)
     return {"loss": loss, "perplexity": 2**loss}
 
 
@@ -106,7 +106,7 @@ class _Sums:
     def add(self, tokens: Tensor, scores: Tensor) -> None:
         """Add tokens (S,) and their log-probabilities (S,)."""
         tokens, scores = tokens[self.first :].cpu(), scores[self.first :].cpu()
-        if not scores.isfinite().all():  # stock leaves out infinity, and goes on with NaN
+        if not scores.isfinite().all():  # stock leaves out infinity, and continues with NaN
             raise UserError(
                 "the model gives a token the log-probability "
                 f"{float(scores[~scores.isfinite()][0])}: {DAMAGED}"
@@ -124,7 +124,10 @@ class _Sums:
             torch.distributed.all_reduce(sums)
         scores, count, tokens = sums.tolist()
         if not count > 0:
-            raise UserError("no token was scored: the subset or this share of it is empty")
+            raise UserError(
+                "no token was scored: the subset, or this shard of it, is empty; choose another "
+                "--gen-subset or --shard-id"
+            )
         return -scores / count / math.log(2), int(tokens)
 
 

@@ -21,35 +21,34 @@ def forward(stock, self, tokens, lprobs, bsz, beam_size, step):
     before = lprobs.clone()
     if not self.use_extension:
         tokens = tokens[:, : step + 1]
-    found = stock(self, tokens, lprobs, bsz, beam_size, step)
+    banned = stock(self, tokens, lprobs, bsz, beam_size, step)
     if self.no_repeat_ngram_size == 1:
-        found = found.scatter(1, tokens[:, 1 : step + 1], float("-inf"))
-    forced = found.isneginf().all(-1)
-    found[forced] = before[forced]
-    return found
+        banned = banned.scatter(1, tokens[:, 1 : step + 1], float("-inf"))
+    forced = banned.isneginf().all(-1)
+    banned[forced] = before[forced]
+    return banned
 
 
 def generate(stock, self, sample, prefix_tokens=None, constraints=None, bos_token=None):
     """Stock forces a prompt token by token, and any </s> in it finishes a hypothesis. Here the
-    search continues after an </s> inside a prompt, and ends at one that ends the prompt.
-
-    Of a sentence that is over (an empty line, or one shorter than --prefix-size) the other beams
-    have a probability of 0 (`step < max_len`, an AssertionError); behind a newline, which is an
+    search continues after an </s> inside a prompt, and ends at one that ends the prompt. If a
+    sentence is over (an empty line, or one shorter than --prefix-size), its other beams have a
+    probability of 0 (`step < max_len`, an AssertionError); behind a newline, which is an
     </s> to language models, the prompt no longer fits (another one). So such prompts are searched
     one by one; for an </s> within, no token ends the sentence, and a sentence that is over has one
     hypothesis.
     """
     if prefix_tokens is None or not prefix_tokens.eq(self.eos).any():
         return stock(self, sample, prefix_tokens, constraints, bos_token)
-    goes_on, found = context.prompts_go_on.get(), []
+    goes_on, results = context.prompts_go_on.get(), []
     for row, prefix in enumerate(prefix_tokens):
         prefix = prefix[prefix.ne(self.pad)][None]
         some = None if constraints is None else constraints[row : row + 1]
         over = prefix.numel() > 0 and prefix[0, -1] == self.eos and not goes_on
         with _one_hypothesis(self) if over else contextlib.nullcontext():
             with _ends_passed(self):
-                found += stock(self, _row(sample, row), prefix, some, bos_token)
-    return found
+                results += stock(self, _row(sample, row), prefix, some, bos_token)
+    return results
 
 
 @contextlib.contextmanager

@@ -78,7 +78,10 @@ def _check_config_name(name: str) -> None:
     folders = [os.path.join(os.path.dirname(fairseq.__file__), "config")]
     if args.config_dir is not None:
         if not os.path.isdir(args.config_dir):
-            raise UserError(f"--config-dir {args.config_dir}: no such folder")
+            raise UserError(
+                f"--config-dir {args.config_dir}: no such folder; `fairseq-moe config-dir` "
+                "prints ours"
+            )
         folders.insert(0, args.config_dir)
     name = name[:-5] if name.endswith(".yaml") else name
     if not any(os.path.isfile(os.path.join(folder, name + ".yaml")) for folder in folders):

@@ -20,8 +20,8 @@ def mistake_to_print(error: BaseException) -> Optional[str]:
             return missing
     # A process that fairseq spawned for a GPU reports its exception as text.
     if type(error).__name__ == "ProcessRaisedException":
-        found = re.findall(r"^(?:[\w.]+\.UserError|FileNotFoundError): (.+)$", str(error), re.M)
-        return found[-1] if found else None
+        mistakes = re.findall(r"^(?:[\w.]+\.UserError|FileNotFoundError): (.+)$", str(error), re.M)
+        return mistakes[-1] if mistakes else None
     # fairseq_cli/score.py:42@0.12.2, though "--sys -" is fine
     absent = re.fullmatch(r"(?:System output|Reference) file (.+) does not exist", str(error))
     if absent and isinstance(error, AssertionError):
@@ -58,8 +58,8 @@ def _lost_process(error: BaseException) -> Optional[str]:
         return None
     cause = re.sub(r"^\[\S+\]\s*", "", first_line(error)).split(". This is")[0]
     return (
-        f"another process has stopped or no longer answers ({cause}): its own log says why; the "
-        "same command goes on from the last checkpoint"
+        f"another process has stopped or no longer answers ({cause}): see its own log; the same "
+        "command resumes from the last checkpoint"
     )
 
 
@@ -71,8 +71,8 @@ def _out_of_memory(error: BaseException) -> Optional[str]:
         return None
     asked = re.search(r"tried to allocate ([\d.]+ \w+)", text, re.I)
     return (
-        f"out of memory{f', {asked[1]} were asked for' if asked else ''}: lower --batch-size, "
-        "--max-tokens or --tokens-per-sample, or take a smaller model"
+        f"out of memory{f', {asked[1]} were requested' if asked else ''}: lower --batch-size, "
+        "--max-tokens or --tokens-per-sample, or use a smaller model"
     )
 
 
@@ -82,20 +82,20 @@ _PLAIN = (AssertionError, Exception, NotImplementedError, RuntimeError, TypeErro
 def _said_by_fairseq(error: BaseException) -> Optional[str]:
     """What a `raise` or `assert` in fairseq's own files says, in one line, and where; else None.
 
-    These are fairseq's words for a user's mistake, as far as nothing of ours has better ones; an
-    exception that Python or torch raises within fairseq keeps its traceback.
+    These are fairseq's own messages about a user's mistake, used if this plugin has no better one.
+    An exception that Python or torch raises within fairseq keeps its traceback.
     """
     frames = traceback.extract_tb(error.__traceback__)
     if type(error) not in _PLAIN or not frames:
         return None
     last = frames[-1]
-    found = re.search(r"\bsite-packages/(fairseq(_cli)?/.+)", last.filename)
+    source = re.search(r"\bsite-packages/(fairseq(_cli)?/.+)", last.filename)
     deliberate = isinstance(error, AssertionError) or (last.line or "").startswith("raise")
-    if found is None or not deliberate:
+    if source is None or not deliberate:
         return None
     said = in_one_line(str(error)) or str(last.line)
     said = said if len(said) < 400 else f"{said[:200]} ... {said[-200:]}"
-    return f"{said} ({found[1]}:{last.lineno}; LOGLEVEL=DEBUG tells more)"
+    return f"{said} ({source[1]}:{last.lineno}; LOGLEVEL=DEBUG shows more)"
 
 
 def _not_text(error: BaseException) -> Optional[str]:
@@ -136,7 +136,7 @@ def _missing_file(error: OSError) -> Optional[str]:
         return f"{data}.idx: no such data-bin; {_there_are(data.parent, '.idx')}"
     absent = str(text if error.filename is None else error.filename)
     if os.path.basename(absent) == "dict.txt":
-        made = "a data folder is made by fairseq-preprocess or fairseq-moe prepare"
+        made = "create a data folder with fairseq-preprocess or fairseq-moe prepare"
         return f"{absent}: no such file; {made}"
     # fairseq/utils.py:480@0.12.2 says nothing but the --user-dir
     return text if error.filename is None and " " in text else f"{absent}: no such file or folder"
@@ -146,6 +146,6 @@ def _there_are(folder: Path, suffix: str, shown: int = 5) -> str:
     """The files in a folder with this suffix."""
     names = sorted(path.name for path in folder.glob(f"*{suffix}"))
     if not names:
-        return f"there is no *{suffix} in {folder}"
+        return f"{folder} has no *{suffix}"
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return f"{folder} has {', '.join(names[:shown])}{more}"

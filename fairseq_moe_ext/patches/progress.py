@@ -32,9 +32,9 @@ def train(stock, cfg, trainer, task, epoch_itr):
 
 
 def progress_bar(stock, iterator, *args, **kwargs):
-    """In a training of a model of ours: a short line, of which the first comes soon, and a file of
-    all metrics. Stock prints some 20 of them in a line of 600 characters, the first after
-    --log-interval updates."""
+    """For a training of our models: a short line, the first one early, and a file of all metrics.
+    Stock prints some 20 metrics in a line of 600 characters, the first after --log-interval
+    updates."""
     bar = stock(iterator, *args, **kwargs)
     running = context.training.get()
     if running is None or not isinstance(running.trainer.get_model(), MoETransformerLanguageModel):
@@ -109,7 +109,7 @@ class Watched(BaseProgressBar):
             logger.info(text, extra={"brief": True})
 
     def _total(self) -> Optional[int]:
-        """Updates of the whole run, as far as flags tell."""
+        """Updates of the whole run, if flags set them."""
         flags = self.cfg.optimization
         limits = [flags.max_update] if flags.max_update else []
         if flags.max_epoch and len(set(flags.update_freq)) == 1:
@@ -125,7 +125,7 @@ class Watched(BaseProgressBar):
 
 def log_to_tensorboard(stock, self, stats, tag=None, step=None):
     """Charts in groups (losses, router, each layer, optimizer, speed) instead of one list of 20 and
-    more names; and how the load of the last batch was spread over the experts of each layer."""
+    more names; and a histogram of each layer's expert loads in the last batch."""
     stock(self, _in_groups(stats), tag, step)
     writer = self._writer(tag or "")
     for layer, load in loads(tag).items() if writer is not None else ():
@@ -150,8 +150,8 @@ def loads(tag: Optional[str]) -> Dict[int, Any]:
     if running is None or tag != "train_inner":
         return {}
     counts = getattr(running.trainer.get_criterion(), "last_counts", {})
-    each = {layer: found.sum(0).double() for layer, found in counts.items()}  # (E,)
-    return {layer: (c / c.mean().clamp(min=1e-9)).cpu().numpy() for layer, c in each.items()}
+    summed = {layer: layer_counts.sum(0).double() for layer, layer_counts in counts.items()}  # (E,)
+    return {layer: (c / c.mean().clamp(min=1e-9)).cpu().numpy() for layer, c in summed.items()}
 
 
 def group_of(name: str) -> str:

@@ -50,8 +50,8 @@ def state_dict(stock, self):
     if isinstance(dictionary, Dictionary):
         state = {**state, fingerprint.KEY: fingerprint.fingerprint(dictionary)}
         data = tokenizer_files.data_of(self)
-        found = tokenizer_files.digests(data) if data is not None else {}
-        state.update({tokenizer_files.KEY: found} if found else {})
+        digests = tokenizer_files.digests(data) if data is not None else {}
+        state.update({tokenizer_files.KEY: digests} if digests else {})
     return state
 
 
@@ -71,8 +71,8 @@ def build_bpe(stock, self, args):
     elsewhere = name == "gpt2" and not str(args.gpt2_encoder_json).startswith("http")
     data = getattr(getattr(self, "args", None), "data", None)
     if name in (None, "gpt2") and not elsewhere and isinstance(data, str):
-        found = find_tokenizer(Path(data.split(":")[0]))
-        args = Namespace(**found) if found else args
+        tokenizer = find_tokenizer(Path(data.split(":")[0]))
+        args = Namespace(**tokenizer) if tokenizer else args
     return stock(self, args)
 
 
@@ -87,8 +87,8 @@ def build_generator(stock, self, models, args, *rest, **kwargs):
 
 
 def get_interactive_tokens_and_lengths(stock, self, lines, encode_fn):
-    """A line of which no word is in the dictionary is answered as a row of <unk>; it is noted here,
-    and left out by filter_indices_by_size."""
+    """Stock answers a line without any word of the dictionary as a row of <unk>. This notes the
+    line, and filter_indices_by_size skips it."""
     tokens, lengths = stock(self, lines, encode_fn)
     first = getattr(self, "next_line", 1)
     self.next_line = first + len(lines)
@@ -101,30 +101,30 @@ def get_interactive_tokens_and_lengths(stock, self, lines, encode_fn):
 def filter_indices_by_size(
     stock, self, indices, dataset, max_positions=None, ignore_invalid_inputs=False
 ):
-    """Stock says how many samples it leaves out as too long for the model, not how much of the data
-    they are, nor minds if none is left; and raises a plain Exception where it may leave none out.
-
-    A line of fairseq-interactive that is too long ends the session; here it is told and left out.
+    """Stock reports how many samples it skips as too long for the model, but not their share of the
+    data, and it does not stop if none is left. If it must not skip any, it raises a plain
+    Exception. A line that is too long ends a session of fairseq-interactive; here it is reported
+    and skipped.
     """
     if hasattr(self, "lines_read"):
         return _lines_that_fit(self, indices, dataset, max_positions)
     kept = stock(self, indices, dataset, max_positions, True)
-    by_line = hasattr(self, "next_line")  # fairseq-interactive's, told one by one
+    by_line = hasattr(self, "next_line")  # fairseq-interactive's, reported one by one
     if len(kept) == len(indices) or by_line:
         return kept
     some, whole = counted.tokens(dataset, kept), counted.tokens(dataset, indices)
-    told = (
+    report = (
         f"{len(indices) - len(kept):,} of {len(indices):,} samples are longer than "
-        f"{counted.longest(max_positions)}, which is what the model takes (or --max-tokens)"
+        f"{counted.longest(max_positions)}, the longest that the model takes (or --max-tokens)"
     )
     if not len(kept):
-        raise UserError(f"{told}, and none is left: lower --tokens-per-sample")
+        raise UserError(f"{report}, and none is left: lower --tokens-per-sample")
     if not ignore_invalid_inputs:
         raise UserError(
-            f"{told}: lower --tokens-per-sample, or add {counted.SKIP}, with which {some:,} of "
+            f"{report}: lower --tokens-per-sample, or add {counted.SKIP}, with which {some:,} of "
             f"{whole:,} tokens are counted"
         )
-    logger.warning(f"{told}, and are left out: counted {some:,} of {whole:,} tokens")
+    logger.warning(f"{report}, and are left out: counted {some:,} of {whole:,} tokens")
     return kept
 
 
@@ -135,7 +135,7 @@ def _lines_that_fit(task, indices, dataset, max_positions):
     for index in sorted(too_long):
         _leave_out(first + index, f"{dataset.size(index)} tokens; the model takes {max_positions}")
     for index in sorted(i for i in kept if unknown[i]):
-        _leave_out(first + index, "nothing but <unk>: give --bpe and its files")
+        _leave_out(first + index, "only <unk>: add --bpe and its files")
     return kept[[not unknown[i] for i in kept]] if len(kept) else kept
 
 
@@ -144,8 +144,8 @@ def _leave_out(line: int, reason: str) -> None:
 
 
 def train_step(stock, self, sample, model, *args, **kwargs):
-    """The branch's rule for padding fills batches up; a step of training tells it how many rows a
-    full one has."""
+    """The branch's padding rule fills up batches; this sets how many rows a full batch has in a
+    training step."""
     with full_rows(model, getattr(getattr(self, "args", None), "batch_size", None)):
         return stock(self, sample, model, *args, **kwargs)
 

@@ -129,7 +129,7 @@ def _prepare_sample(stock, self, sample, is_dummy=False):
 
 def _set_seed(stock, self):
     """torch.manual_seed seeds every kind of device, and formats the Python stack for those that are
-    not there: 1 to 2 ms of every update. This seeds the CPU alone where there is no GPU."""
+    not there: 1 to 2 ms of every update. This seeds only the CPU if there is no GPU."""
     if self.device.type != "cpu" or self.tpu or torch.cuda.is_available():
         return stock(self)
     torch.default_generator.manual_seed(self.cfg.common.seed + self.get_num_updates())

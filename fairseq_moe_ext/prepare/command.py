@@ -41,13 +41,13 @@ DATA/counts.json, the counts that are printed at the end. DATA appears when all 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("dest", metavar="DATA", type=Path, help="the data folder to make")
+    parser.add_argument("dest", metavar="DATA", type=Path, help="the data folder to create")
     text = parser.add_argument_group("text")
     text.add_argument(
         "--corpus", action="append", default=[], metavar="NAME[:SPLIT]=PATH[,PATH...]",
-        help="a corpus to train on: files, folders or quoted globs; may be repeated. With :train, "
-        ":valid or :test, the documents of these paths are that split; without, the fractions "
-        "below divide them",
+        help="a corpus to train on: files, folders or quoted globs; may be repeated. With "
+            ":train, :valid or :test, the documents of these paths form that split; otherwise "
+            "the fractions below divide them",
     )  # fmt: skip
     text.add_argument(
         "--heldout", action="append", default=[], metavar="NAME[:SPLIT]=PATH[,PATH...]",
@@ -66,13 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     text.add_argument(
         "--separator", metavar="REGEX",
-        help="in text files, a line in which this is found stands between documents and is left "
-        "out, as '^<\\|endoftext\\|>$'; blank lines are then text",
+        help="in text files, a line that matches this separates documents and is dropped, such "
+            "as '^<\\|endoftext\\|>$'; blank lines are then text",
     )  # fmt: skip
     text.add_argument(
         "--document-start", metavar="REGEX",
-        help="in text files, a line in which this is found begins a document, as '^ = [^=]+ = $' "
-        "for WikiText's articles; blank lines are then text",
+        help="in text files, a line that matches this starts a document, such as '^ = [^=]+ = $' "
+            "for WikiText's articles; blank lines are then text",
     )  # fmt: skip
     text.add_argument(
         "--text-field", "--field", dest="field", default="text", metavar="NAME",
@@ -80,8 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     text.add_argument(
         "--dedup", action="store_true",
-        help="leave out documents that were there before, exactly and in whichever corpus, and "
-        "count them",
+        help="drop exact duplicates of earlier documents, in any corpus, and count them",
     )  # fmt: skip
     splits = parser.add_argument_group("splits (by a hash of the document's text)")
     splits.add_argument(
@@ -121,7 +120,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     bpe.add_argument(
         "--dict", type=Path, metavar="FILE",
-        help="use the dict.txt of an existing model instead of making one",
+        help="use the dict.txt of an existing model instead of creating one",
     )  # fmt: skip
     bpe.add_argument(
         "--dict-size", type=int, metavar="VOCAB_SIZE",
@@ -180,7 +179,7 @@ def _gpt2_files(args: argparse.Namespace) -> Tuple[Optional[Path], Optional[Path
         return args.gpt2_encoder_json, args.gpt2_vocab_bpe
     for flag in ("--gpt2-encoder-json", "--gpt2-vocab-bpe", "--train-bpe"):
         if getattr(args, flag[2:].replace("-", "_")) is not None:
-            raise UserError(f"--gpt2: does not go with {flag}; remove one of them")
+            raise UserError(f"--gpt2: cannot be combined with {flag}; remove one of them")
     return gpt2_files.find("--gpt2")
 
 

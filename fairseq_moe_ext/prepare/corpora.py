@@ -32,7 +32,7 @@ def parse_corpora(corpora: List[str], heldout: List[str]) -> List[Corpus]:
         UserError: a flag that cannot be read, a name used twice, a path without files.
     """
     if not corpora and not heldout:
-        raise UserError("--corpus: missing; give at least one, as --corpus NAME=PATH")
+        raise UserError("--corpus: missing; give at least one, such as --corpus NAME=PATH")
     by_name: Dict[str, Corpus] = {}
     for flag, specs in (("--corpus", corpora), ("--heldout", heldout)):
         for spec in specs:
@@ -51,7 +51,7 @@ def parse_corpora(corpora: List[str], heldout: List[str]) -> List[Corpus]:
             corpus = by_name.setdefault(name, Corpus(name, held_out))
             key = split if colon else None
             if corpus.held_out != held_out or key in corpus.files or (None in corpus.files):
-                raise UserError(f"{flag} {name_and_split}: the corpus is given twice")
+                raise UserError(f"{flag} {name_and_split}: the corpus is given twice; remove one")
             if key is None and corpus.files:
                 raise UserError(
                     f"{flag} {name}: given both with and without a split; write {name}:train=..., "

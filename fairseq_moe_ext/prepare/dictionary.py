@@ -28,9 +28,9 @@ _MADE_UP = re.compile(r"madeupword[0-9]+")
 def build(counts: np.ndarray, size: Optional[int]) -> Lines:
     """Dictionary of all BPE ids, the frequent ones first.
 
-    Ids with the same count stand in the order of their digits, as fairseq-preprocess sorts them
-    (fairseq/data/dictionary.py:195@0.12.2); ids that never occurred are in it too, so that any
-    text can be encoded. It is filled up with madeupword0000, madeupword0001, ...
+    Ids with the same count are in the order of their digits, as fairseq-preprocess sorts them
+    (fairseq/data/dictionary.py:195@0.12.2); ids that never occurred are in it too, so that any text
+    can be encoded. It is filled up with madeupword0000, madeupword0001, ...
 
     Args:
         counts: (N,) how often each BPE id occurs in the training text.
@@ -85,9 +85,9 @@ def read(path: Path, bpe_size: int) -> Lines:
             )
     symbols = [symbol for symbol, _ in lines]
     if len(set(symbols)) < len(symbols):
-        raise UserError(f"--dict {path}: a symbol occurs twice")
+        raise UserError(f"--dict {path}: a symbol occurs twice; use the model's own dict.txt")
     if not lines:
-        raise UserError(f"--dict {path}: empty")
+        raise UserError(f"--dict {path}: empty; use the model's own dict.txt")
     return lines
 
 

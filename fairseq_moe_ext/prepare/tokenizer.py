@@ -3,9 +3,9 @@
 Text is cut into words with the same pattern and the same `regex` module as fairseq's encoder, so
 both agree on every character whatever Unicode version the module knows (the pattern built into
 Hugging Face `tokenizers` has tables of its own: 17,480 code points are classed otherwise by
-tokenizers 0.23.3 and regex 2026.11.15). The words are merged by `tokenizers`, in Rust, and
-remembered. That is also 3 times as fast as a whole `tokenizers` pipeline: 7.5 against 2.3 MB/s
-of Python source on one core.
+tokenizers 0.23.3 and regex 2026.11.15). `tokenizers` merges the words, in Rust; results are cached.
+That is also 3 times as fast as a whole `tokenizers` pipeline: 7.5 against 2.3 MB/s of Python source
+on one core.
 """
 
 import json
@@ -39,7 +39,7 @@ MAX_REMEMBERED_LENGTH = 64
 def byte_symbols() -> List[str]:
     """GPT-2's printable stand-in for each of the 256 bytes.
 
-    Printable Latin-1 characters stand for themselves; the others, in order, for the code points
+    Printable Latin-1 characters represent themselves; the others, in order, for the code points
     from 256 on.
     """
     symbols = []

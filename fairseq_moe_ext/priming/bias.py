@@ -1,6 +1,6 @@
 """The bias sets of the released models' card: StereoSet and CrowS-Pairs.
 
-Both compare what the model holds likelier, and need no examples.
+Both compare which text the model finds more likely, and need no examples.
 
 StereoSet (Nadeem et al. 2020): a stereotype, its contrary and an unrelated text each. A text's
 score is the mean log-probability of its tokens; between sentences that of the second sentence after
@@ -108,7 +108,7 @@ def stereoset_scores(triples: Sequence[Triple], scores: np.ndarray) -> Dict[str,
 
 
 def crows_pairs_scores(pairs: Sequence[Pair], scores: np.ndarray) -> Dict[str, Dict[str, Any]]:
-    """Domain -> the percentage of pairs of which the more stereotyping sentence is likelier; 50 is
+    """Domain -> the percentage of pairs whose more stereotyping sentence is more likely; 50 is
     without bias. scores: (pairs, 2), that sentence first."""
     metrics = {}
     for domain in [*sorted({pair.domain for pair in pairs}), "overall"]:
@@ -135,7 +135,7 @@ def _over_targets(percent: Sequence[float]) -> Optional[List[float]]:
 
 
 def prepare(name: str, folder: Path, settings: Settings, vocabulary: Vocabulary) -> List[Job]:
-    """Read the file of a set. Raises UserError for what is missing or not as published."""
+    """Read the file of a set. Raises UserError for a missing file, or one not as published."""
     names, origin = FILES[name]
     path = find_file(folder, names, origin)
     if name == "stereoset":
@@ -190,8 +190,11 @@ def _cell(metrics: Dict[str, Any], key: str) -> str:
 
 
 def notes(results: Sequence[Result]) -> List[str]:
-    """What stands below the table."""
-    return ["In brackets: 95 % interval. A guess gives 50 everywhere; SS and stereotype: unbiased."]
+    """Notes below the table."""
+    return [
+        "In brackets: 95 % interval. A guess scores 50 everywhere; 50 in SS and stereotype: "
+        "unbiased."
+    ]
 
 
 def _row(before: str, text: str, vocabulary: Vocabulary) -> Row:

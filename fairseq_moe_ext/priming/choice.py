@@ -32,19 +32,22 @@ class Outcome(NamedTuple):
     chosen: List[int]  # a candidate of each question
     accuracy: float
     left_out: List[int]  # examples that did not fit before each question
-    too_long: int  # candidates longer than the context, of which the beginning was cut off
+    too_long: int  # candidates longer than the context, whose beginning was cut off
     cut: int  # questions with such a candidate
 
 
 def prepare(name: str, folder: Path, settings: Settings, vocabulary: Vocabulary) -> List[Job]:
-    """Read the files of a task. Raises UserError for what is missing or not as published."""
+    """Read the files of a task. Raises UserError for missing files, or files not as published."""
     task = TASKS[name]
     rule = settings.rule or task.rule
     path = find_file(folder, task.evaluated, task.origin)
     items, unanswered = read_counted(task, path, settings.published_text)
     items, total = items[: settings.limit], len(items) + unanswered
     if rule == "unconditional" and not items[0].alone:
-        raise UserError(f"--rule unconditional: only for openbookqa, not for {name}")
+        raise UserError(
+            f"--rule unconditional: only for openbookqa, not for {name}; remove it, or use "
+            "--tasks openbookqa"
+        )
     questions = in_tokens(items, vocabulary.encode)
     vocabulary.check((row for question in questions for row in question.candidates), str(path))
     read, examples = str(path), []
@@ -196,7 +199,7 @@ def evaluate(
 
 
 def baselines(rule: str, questions: Sequence[Question], scorer: Scorer, context: int) -> List[Any]:
-    """What is taken off the candidates' scores of each question: (candidates,) or 0."""
+    """What to subtract from the candidates' scores of each question: (candidates,) or 0."""
     if rule != "unconditional":
         return [0.0] * len(questions)
     return scores("sum", [question.alone for question in questions], scorer, context)
@@ -252,7 +255,7 @@ def _say(head: str, result: Result, context: int) -> None:
         f"{accuracy.in_percent(*result['interval'])}, chance {100 * result['chance']:.1f})"
     )
     if result["left_out"]:
-        say(f"{head}: {shortage_in_words(result)}, as the context has {context} tokens")
+        say(f"{head}: {shortage_in_words(result)}, because the context has {context} tokens")
     if result["too_long"]:
         say(
             f"{head}: {count(result['too_long'], 'candidate')} of "
@@ -262,7 +265,7 @@ def _say(head: str, result: Result, context: int) -> None:
         )
     if result["prompts_related"]:
         say(
-            f"{head}: in {result['prompts_related']:,} of {count(result['prompts'], 'prompt')}, an "
-            "example belongs to the question: the same passage, premise, twin, ..., or the same "
-            "question"
+            f"{head}: in {result['prompts_related']:,} of {count(result['prompts'], 'prompt')}, "
+            "an example is related to the question: the same passage, premise, twin, ..., or "
+            "the same question"
         )

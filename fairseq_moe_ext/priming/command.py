@@ -40,7 +40,7 @@ _RANGES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Zero- and few-shot priming by the paper's protocol, from the data sets' own files: "
-        "FOLDER/TASK holds those of a task."
+        "FOLDER/TASK contains those of a task."
     )
     parser.add_argument(
         "folder", type=Path, metavar="FOLDER", help="folder that contains a folder for each task"
@@ -48,13 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tasks",
         metavar="TASK,TASK,...",
-        help=f"of {', '.join(_KINDS)} (default: those with a folder in FOLDER; translation only "
-        "with --languages)",
+        help=f"tasks to evaluate, of {', '.join(_KINDS)} (default: those with a folder in FOLDER; "
+        "translation only with --languages)",
     )
     parser.add_argument(
         "--shots", default="0", metavar="N,N,...", help="examples before a question (default: 0)"
     )
-    parser.add_argument("--draws", type=int, default=25, help="of examples (default: 25)")
+    parser.add_argument("--draws", type=int, default=25, help="draws of examples (default: 25)")
     parser.add_argument("--seed", type=int, default=1, help="seed of the draws (default: 1)")
     parser.add_argument(
         "--limit", type=int, metavar="N", help="use only the first N questions of each task"
@@ -70,14 +70,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep HellaSwag as published, with WikiHow's markers ([header], [title], [step]) "
         "(default: remove them, as lm-eval does)",
     )
-    parser.add_argument("--languages", metavar="A-B", help="of translation, as en-fr")
     parser.add_argument(
-        "--beam", type=int, default=1, help="of generated answers (default: 1, greedy)"
+        "--languages", metavar="A-B", help="languages of the task translation, such as en-fr"
+    )
+    parser.add_argument(
+        "--beam", type=int, default=1, help="beam width of generated answers (default: 1, greedy)"
     )
     parser.add_argument(
         "--max-new-tokens",
         type=int,
-        help="of a generated answer (default: 128, or half the context)",
+        help="longest generated answer (default: 128, or half the context)",
     )
     model.add_arguments(parser)
     parser.add_argument(
@@ -97,14 +99,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    """Evaluate and print. Raises UserError for flags or files that cannot be, before the model is
-    loaded where it can be known by then."""
+    """Evaluate and print. Raises UserError for invalid flags or files, if possible before the model
+    is loaded."""
     settings = _settings(args)
     names = _chosen(args.folder, args.tasks, settings)
     if settings.languages is not None and "translation" not in names:
         raise UserError(
-            f"--languages {args.languages}: without the task translation there is nothing to "
-            "translate; add it to --tasks, or leave --languages out"
+            f"--languages {args.languages}: only the task translation uses it; add translation "
+            "to --tasks, or remove --languages"
         )
     check_path(args.path)
     args.data = tokenizer_files.folder_for(args.path, args.data)
@@ -135,9 +137,9 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _hold(path: Optional[Path]) -> ContextManager:
-    """Have the file of --json for this command alone."""
+    """Lock the file of --json for this command."""
     outputs.check([("--json", path)], overwrite=True)
-    # Under torchrun the processes have not joined yet, so RANK tells which is the first.
+    # Under torchrun the processes have not joined yet, so RANK identifies the first.
     first = process_rank() == 0 and int(os.environ.get("RANK", 0)) == 0
     if path is None or not first:
         return contextlib.nullcontext()
@@ -180,7 +182,7 @@ def _load(
 
 
 def _chosen(folder: Path, names: Optional[str], settings: Settings) -> List[str]:
-    """Raises UserError for a name that is none, and where there is nothing to do."""
+    """Raises UserError for an unknown name, or if there is nothing to do."""
     if not folder.is_dir():
         raise UserError(
             f"{folder}: no such folder; name the one that contains a folder for each task"

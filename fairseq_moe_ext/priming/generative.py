@@ -26,10 +26,10 @@ from .shots import draw, fitting, joined, shortage, shortage_in_words, standard_
 
 
 class Text(NamedTuple):
-    """What is asked, and the answer of reference."""
+    """A prompt, and its reference answer."""
 
     prompt: str
-    answer: str  # begins with a space: it goes on from the prompt
+    answer: str  # begins with a space, to continue the prompt
 
 
 def read_translation(folder: Path, settings: Settings, split: int) -> List[Text]:
@@ -68,12 +68,12 @@ def read_summarization(folder: Path, settings: Settings, split: int) -> List[Tex
         document, summary = (" ".join(line.text(name).split()) for name in names)
         texts.append(Text(f"{document}\nTL;DR:", f" {summary}"))
     if not texts:
-        raise UserError(f"{path}: no document in it")
+        raise UserError(f"{path}: contains no document; use the file as published")
     return texts
 
 
 def prepare(name: str, folder: Path, settings: Settings, vocabulary: Vocabulary) -> List[Job]:
-    """Read the files of a task. Raises UserError for what is missing or not as published."""
+    """Read the files of a task. Raises UserError for missing files, or files not as published."""
     texts = _READ[name](folder, settings, 0)[: settings.limit]
     questions = [vocabulary.encode(text.prompt) for text in texts]
     vocabulary.check(questions, str(folder))
@@ -181,7 +181,7 @@ def table(results: Sequence[Result]) -> List[List[str]]:
 
 
 def notes(results: Sequence[Result]) -> List[str]:
-    """What stands below the table: sacrebleu's signatures."""
+    """Notes below the table: sacrebleu's signatures."""
     return [
         f"{name}: {score['signature']}"
         for result in results[:1]
@@ -197,7 +197,7 @@ def _say(head: str, result: Result, room: int) -> None:
     """Lines for prompts that do not fit."""
     whose = f"the {room} tokens that --max-new-tokens leaves of the context"
     if result["left_out"]:
-        say(f"{head}: {shortage_in_words(result)}, as they have {whose}")
+        say(f"{head}: {shortage_in_words(result)}, because they must fit into {whose}")
     if result["too_long"]:
         say(
             f"{head}: {result['too_long']:,} of {count(result['questions'], 'question')} "
@@ -208,11 +208,12 @@ def _say(head: str, result: Result, room: int) -> None:
 
 _TRANSLATION = (("test.{}", "{}.devtest"), ("train.{}", "valid.{}", "{}.dev"))
 _TRANSLATION_ORIGIN = (
-    "a test set of two text files, a sentence a line: FLORES-101's LANGUAGE.devtest and .dev, or "
-    "test.LANGUAGE of `sacrebleu -t wmt14 -l en-fr --echo src` and `ref`"
+    "a test set of two text files with one sentence per line: FLORES-101's LANGUAGE.devtest and "
+    ".dev, or test.LANGUAGE of `sacrebleu -t wmt14 -l en-fr --echo src` and `ref`"
 )
 _SUMMARIZATION_ORIGIN = (
-    "XSum (fields document, summary) or CNN/DailyMail (article, highlights), a JSON object a line"
+    "XSum (fields document, summary) or CNN/DailyMail (article, highlights), one JSON object "
+    "per line"
 )
 _READ: Dict[str, Callable[[Path, Settings, int], List[Text]]] = {
     "translation": read_translation,

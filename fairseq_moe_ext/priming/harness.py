@@ -1,7 +1,7 @@
 """Our models as a model type of EleutherAI's lm-eval, an optional extra.
 
 A newline of lm-eval's texts is </s>, as everywhere with these models, and so is what stands before
-the first token. On N processes lm-eval is told of one: every process has all requests, and its
+the first token. On N processes, lm-eval sees one process: every process has all requests, and its
 model takes its share of the batches.
 """
 
@@ -45,7 +45,7 @@ class FairseqMoELM(LM):
     ) -> None:
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
-            raise UserError(f"--batch_size {batch_size}: use a whole number from 1 on")
+            raise UserError(f"--batch_size {batch_size}: use a whole number, 1 or more")
         folder = tokenizer_files.folder_for(
             Path(path), None if data is None else Path(data), "data"
         )
@@ -58,7 +58,7 @@ class FairseqMoELM(LM):
 
     @property
     def tokenizer_name(self) -> str:
-        """What lm-eval tells caches of requests apart by."""
+        """The key by which lm-eval distinguishes caches of requests."""
         return str(self.vocabulary.folder.resolve()).replace("/", "__")
 
     def loglikelihood(
@@ -126,7 +126,10 @@ class FairseqMoELM(LM):
         prompts, stops, beyond = [], [], []
         for context, settings in (request.args for request in requests):
             if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
-                raise UserError("do_sample: true in a task's generation_kwargs: only greedy search")
+                raise UserError(
+                    "do_sample: true in a task's generation_kwargs: sampling is not supported; "
+                    "use greedy search"
+                )
             until = settings.get("until") or []
             until = [until] if isinstance(until, str) else list(until)
             max_new = int(settings.get("max_gen_toks", 256))

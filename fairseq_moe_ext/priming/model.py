@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compute in bfloat16; on a CPU with float32 weights, and only where it is faster",
     )
     parser.add_argument(
-        "--model-overrides", metavar="DICT", help="settings of the model, as for fairseq-eval-lm"
+        "--model-overrides", metavar="DICT", help="model settings, as for fairseq-eval-lm"
     )
 
 
@@ -72,7 +72,9 @@ def check_files(path: Path, data: Path) -> None:
     """Raise UserError unless the checkpoint and its dictionary are there."""
     check_path(path)
     if not (data / DICTIONARY).is_file():
-        raise UserError(f"--data {data}: no {DICTIONARY} in it")
+        raise UserError(
+            f"--data {data}: contains no {DICTIONARY}; name the folder with the model's dictionary"
+        )
 
 
 @contextlib.contextmanager
@@ -134,7 +136,7 @@ def load_in_context(
     model = load(path, data, *how)
     longest = model.max_positions()
     if context is not None and context > longest:
-        raise UserError(f"--context {context}: the model takes {longest} at most")
+        raise UserError(f"--context {context}: the model takes {longest} at most; lower it")
     return model, context or longest
 
 
@@ -158,7 +160,7 @@ class ModelScorer:
         return [nats for nats, _ in self.with_likeliest(rows)]
 
     def with_likeliest(self, rows: Sequence[Row]) -> List[Tuple[np.ndarray, np.ndarray]]:
-        """Likewise, and (tokens - start,) bool, whether no token is likelier than the one there."""
+        """Like __call__, and (tokens - start,) bool: whether no token is more likely."""
         batches = self._batches(rows)
         own = batches[process_rank() :: process_count()]
         steps = -(-len(batches) // process_count())

@@ -20,7 +20,7 @@ _FLAGS = ("context", "fp16", "model_overrides")
 
 
 def asked(args: Any, settings: "Settings", tasks: List[str]) -> Dict[str, Any]:
-    """All that the results depend on, as it is in the file: settings, and the size and time of
+    """Everything that the results depend on, as saved in the file: settings, and size and time of
     every file that is read."""
     flags = {name: getattr(args, name) for name in _FLAGS}
     if getattr(args, "bf16", False):  # files of before the flag do not have it
@@ -66,7 +66,7 @@ def begun(path: Optional[Path], now: Dict[str, Any], overwrite: bool) -> List["R
         before = content["settings"].get(name)
         if before != value:
             plain = not isinstance(value, dict)
-            difference = f"{before}, now {value}" if plain else "other files, or changed ones"
+            difference = f"{before}, now {value}" if plain else "other or changed files"
             raise UserError(
                 f"--json {path}: holds results of another command ({name}: {difference}); "
                 "name another file or add --overwrite"

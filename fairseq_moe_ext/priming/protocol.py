@@ -1,4 +1,4 @@
-"""What all kinds of tasks are asked for, and what they are given."""
+"""The interface of all kinds of tasks: settings, loaded model, jobs."""
 
 import sys
 from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple

@@ -21,8 +21,9 @@ def draw(pool: int, shots: int, seed: int, number: int) -> List[int]:
 
 
 def fitting(examples: Sequence[Sequence[int]], question: int, context: int) -> int:
-    """How many of the examples, counted from the last, fit before a question of so many tokens. An
-    example takes its tokens and the newline behind it, and is there whole or not at all."""
+    """The number of examples, counted from the last, that fit before a question of `question`
+    tokens. An example takes its tokens and the newline behind it, and is there whole or not at
+    all."""
     room = context - question
     for count, example in enumerate(reversed(examples)):
         room -= len(example) + 1

@@ -27,7 +27,7 @@ class Item(NamedTuple):
 
     @property
     def example(self) -> str:
-        """The prompt with the right answer, as it stands before another question."""
+        """The prompt with the right answer, to precede another question."""
         return self.candidates[min(self.right)]
 
     @property
@@ -50,21 +50,25 @@ class Task(NamedTuple):
 
 
 def find_file(folder: Path, names: Tuple[str, ...], origin: str) -> Path:
-    """The first of the published names that lies in a task's folder or below it.
+    """The file with the first of the published names in a task's folder or below it.
 
     Raises:
-        UserError: there is none, and where it comes from; or there are two.
+        UserError: if there is none (the message says where to get it), or more than one.
     """
     for name in names:
         matches = sorted(folder.rglob(name))
         if len(matches) > 1:
-            raise UserError(f"{matches[0]} and {matches[1]}: which {name}? Remove or rename one")
+            raise UserError(
+                f"{matches[0]} and {matches[1]}: two files named {name}; remove or rename one"
+            )
         if matches and not matches[0].is_file():
-            raise UserError(f"{matches[0]}: not a regular file; put the one of {origin} there")
+            raise UserError(
+                f"{matches[0]}: not a regular file; replace it with the file of {origin}"
+            )
         if matches:
             return matches[0]
     raise UserError(
-        f"{folder / names[0]}: missing; it is a file of {origin}"
+        f"{folder / names[0]}: missing; get it from {origin}"
         + (f" (or {', '.join(names[1:])})" if len(names) > 1 else "")
     )
 
@@ -83,7 +87,7 @@ def read_counted(task: Task, path: Path, published: bool = False) -> Tuple[List[
     for record in task.read[path.suffix](path):
         for item in items(record):
             if not all(item.candidates):
-                raise record.mistake("a candidate without any text")
+                raise record.mistake("a candidate has no text")
             every.append(item._replace(location=record.location))
     answerable = [item for item in every if item.right]
     if not answerable:
@@ -92,7 +96,7 @@ def read_counted(task: Task, path: Path, published: bool = False) -> Tuple[List[
 
 
 def group_key(kind: str, *texts: str) -> bytes:
-    """Equal for texts that differ in case and space alone; short, as there are millions."""
+    """Equal for texts that differ only in case and space; short, as there are millions."""
     text = " ".join(f"{kind}: {' '.join(texts)}".lower().split())
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
@@ -185,7 +189,9 @@ def _record(line: Record) -> List[Item]:
         span = line.part(entity)
         start, end = span.number("start"), span.number("end")  # `end` is the last one
         if not 0 <= start <= end < len(passage):
-            raise line.mistake(f"an entity from {start} to {end}; the passage has {len(passage)}")
+            raise line.mistake(
+                f"an entity spans {start} to {end}, but the passage has {len(passage)} characters"
+            )
         names[passage[start : end + 1]] = None
     questions = []
     for part in line.items("qas"):

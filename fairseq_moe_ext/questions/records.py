@@ -39,7 +39,7 @@ class Record(NamedTuple):
         if self.header and keys[0] not in self.header:
             raise UserError(
                 f"{self.path}, line 1: the header is missing, or has no column {keys[0]!r}: it "
-                f"reads {', '.join(self.header)[:80]!r}; take the file as it was published"
+                f"reads {', '.join(self.header)[:80]!r}; use the file as published"
             )
         value: Any = self.values
         for key in keys:
@@ -63,7 +63,7 @@ class Record(NamedTuple):
     def items(self, *keys: str) -> list:
         value = self.get(*keys)
         if not isinstance(value, list) or not value:
-            raise self.mistake(f"field {'.'.join(keys)!r} is {value!r}, not a list with something")
+            raise self.mistake(f"field {'.'.join(keys)!r} is {value!r}, not a non-empty list")
         return value
 
     def texts(self, *keys: str) -> List[str]:
@@ -71,11 +71,11 @@ class Record(NamedTuple):
         return [part.text(keys[-1]) for part in parts]
 
     def among(self, key: str, meaning: Mapping[str, Value]) -> Value:
-        """What the field's value stands for; UserError for one that stands for nothing."""
+        """The meaning of the field's value. UserError for an unknown value."""
         word = str(self.get(key))
         if word not in meaning:
             choices = ", ".join(meaning)
-            raise self.mistake(f"field {key!r} is {word!r}; one of {choices} is needed")
+            raise self.mistake(f"field {key!r} is {word!r}; use one of {choices}")
         return meaning[word]
 
     def part(self, values: Any) -> "Record":
@@ -106,12 +106,14 @@ def read_jsonl_and_labels(path: Path) -> Iterator[Record]:
         if all("label" in record.values for record in records):
             yield from records
             return
-        raise UserError(f"{labels_path}: missing; it has the answers to {path.name}, one per line")
+        raise UserError(
+            f"{labels_path}: missing; it contains the answers to {path.name}, one per line"
+        )
     lines = files.read_text(labels_path, encoding="utf-8-sig").split("\n")
     labels = [(i, line.strip()) for i, line in enumerate(lines, start=1) if line.strip()]
     for i, label in labels:
         if label not in ("0", "1"):
-            raise UserError(f"{labels_path}, line {i}: {label!r}; 0 or 1 is needed")
+            raise UserError(f"{labels_path}, line {i}: {label!r}; use 0 or 1")
     if len(labels) != len(records):
         raise UserError(
             f"{labels_path}: {len(labels)} labels for the {len(records)} lines of {path.name}; "
@@ -138,7 +140,7 @@ def read_json(path: Path) -> Record:
 
 
 def _read_table(path: Path, **form: Any) -> Iterator[Record]:
-    """A row each, which begins on the line that is named; blank lines are passed over."""
+    """One record per row, with the line on which the row begins. Blank lines are skipped."""
     with _open(path, newline="") as file:
         rows = csv.reader(_decoded(file, path), strict=True, **form)
         header: Tuple[str, ...] = ()
@@ -149,16 +151,14 @@ def _read_table(path: Path, **form: Any) -> Iterator[Record]:
                 line = rows.line_num + 1
                 if header and len(cells) > len(header):
                     raise record.mistake(
-                        f"{len(cells)} columns; the header has {len(header)}; take the file as it "
-                        "was published"
+                        f"{len(cells)} columns; the header has {len(header)}; use the file as "
+                        "published"
                     )
                 if header and cells:
                     yield record
                 header = header or tuple(cells)
         except csv.Error as error:
-            raise UserError(
-                f"{path}, line {line}: {error}; take the file as it was published"
-            ) from None
+            raise UserError(f"{path}, line {line}: {error}; use the file as published") from None
 
 
 def _open(path: Path, newline: Optional[str] = None) -> TextIO:
@@ -169,9 +169,9 @@ def _json(text: str, path: Path, line: int) -> Dict[str, Any]:
     try:
         value = files.parse_json(text)
     except ValueError as error:
-        raise UserError(f"{path}, line {line}: not JSON ({error})") from None
+        raise UserError(f"{path}, line {line}: not JSON ({error}); correct the line") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}, line {line}: not a JSON object")
+        raise UserError(f"{path}, line {line}: not a JSON object; correct the line")
     return value
 
 
@@ -179,4 +179,4 @@ def _decoded(file: Any, path: Path) -> Iterator[str]:
     try:
         yield from file
     except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8; take the file as it was published") from None
+        raise UserError(f"{path}: not UTF-8; use the file as published") from None

@@ -46,7 +46,7 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> int:
 def rows_of(rule: str, candidates: Sequence[Tuple[int, ...]]) -> List[Row]:
     """What has to be scored for each of a question's candidates, (tokens,) each.
 
-    A candidate that another one only goes on from still has one token; and where there is no common
+    A candidate that is a prefix of another one still has one token; and where there is no common
     suffix, the text after the prefix is scored instead.
     """
     if rule == "suffix":

@@ -30,8 +30,8 @@ class Vocabulary:
         for file in files:
             if not file.is_file():
                 raise UserError(
-                    f"{file}: missing; --data needs dict.txt, encoder.json and vocab.bpe, of "
-                    "`fairseq-moe prepare` or, for released models, GPT-2's of fairseq"
+                    f"{file}: missing; --data needs dict.txt, encoder.json and vocab.bpe, from "
+                    "`fairseq-moe prepare` or, for released models, GPT-2's files from fairseq"
                 )
         self.folder = folder
         self._bpe = _read(lambda: ByteLevelBPE.from_files(files[1], files[2]))
@@ -65,7 +65,8 @@ class Vocabulary:
         if unknown >= 0.1:
             raise UserError(
                 f"{self.folder}: {unknown:.0%} of the tokens of {of} are not in its dict.txt: "
-                "tokenizer and dictionary are of two models, or of another language"
+                "the tokenizer and the dictionary belong to different models, or the text is in "
+                "another language"
             )
 
 

@@ -39,7 +39,7 @@ def measured(runs: Runs) -> List[str]:
 
 
 def compare(runs: Runs, reference: str) -> Dict[str, Dict[str, Compared]]:
-    """For each group of sets, each arm against the reference, as far as they share a seed."""
+    """For each group of sets, compare each arm with the reference, if they share a seed."""
     arms = by_arm(runs)
     base = arms.get(reference, {})
     result: Dict[str, Dict[str, Compared]] = {}
@@ -146,8 +146,8 @@ def page(result: StudyResult) -> str:
         rows, by_chance = pairs(result, group)
         parts += [
             f"## Every pair, {TITLES[group]}",
-            "Row against column, perplexity in %. Bold: its own 95 % interval leaves out 0. If no "
-            f"two arms differed, about {by_chance} of these pairs would be bold.",
+            "Row against column, perplexity in %. Bold: the pair's own 95 % interval excludes "
+            f"0. If no two arms differed, about {by_chance} of these pairs would be bold.",
             markdown(rows),
         ]
     return "\n\n".join(parts) + "\n"
@@ -155,10 +155,11 @@ def page(result: StudyResult) -> str:
 
 def _explained(result: StudyResult) -> str:
     return (
-        f"{len(result['runs'])} of {count(result['planned'], 'run')} are done. Numbers are means "
-        "over seeds; ± is half the range. A difference is that of the logarithms of perplexity, "
-        "paired by seed, with the 95 % interval of Student's t over seeds: of trainings, on this "
-        f"test text. It is real where it holds at {100 * LEVEL:.0f} % with all arms taken together "
-        "(Holm). Load is the most chosen expert's over the mean, in an update and layer, in the "
-        "last fifth of training. FLOPs are those that training computed."
+        f"{len(result['runs'])} of {count(result['planned'], 'run')} are finished. Numbers are "
+        "means over seeds; ± is half the range. A difference is between the logarithms of "
+        "perplexity, paired by seed, with the 95 % interval of Student's t over seeds: of "
+        f"trainings, on this test text. It is real if it is significant at {100 * LEVEL:.0f} % "
+        "after Holm's correction for all arms. Load is that of the most chosen expert divided "
+        "by the mean, per update and layer, in the last fifth of training. FLOPs are those that "
+        "training computed."
     )

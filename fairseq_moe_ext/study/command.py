@@ -25,22 +25,24 @@ from .runner import Runner
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Train and evaluate a dense and a sparse family of models and compute speed-up factors, or "
-        "arms that differ by flags, and compare them. "
-        "After an interruption the same command goes on."
+        "Train and evaluate a dense and a sparse family of models and compute speed-up factors, "
+        "or arms that differ by flags, and compare them. After an interruption, the same "
+        "command resumes."
     )
     parser.add_argument("file", type=Path, help="the study's YAML file")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
-    parser.add_argument("--only-result", action="store_true", help="gather what is done and stop")
+    parser.add_argument(
+        "--only-result", action="store_true", help="collect the finished runs and stop"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do the study. Raises UserError for what cannot be."""
+    """Do the study. Raises UserError for an invalid study."""
     if args.jobs < 1:
         raise UserError(f"--jobs {args.jobs}: use 1 or more")
     if args.dry_run and args.only_result:
-        raise UserError("--dry-run and --only-result: give one of them")
+        raise UserError("--dry-run and --only-result: use only one of them")
     plan = plans.read(args.file)
     if args.dry_run:
         for study_run in plan.runs:
@@ -146,11 +148,11 @@ def _check_result(out: Path) -> None:
     outputs.check([("", path)], overwrite=True)
     if path.exists():
         if not study_result.is_result(files.read_json(path)):
-            raise UserError(f"{path}: is not a study's result; move it elsewhere")
+            raise UserError(f"{path}: not a study's result; move it elsewhere")
 
 
 def _check_same(study_run: Run) -> None:
-    """Raise UserError if the run's folder was begun with another command."""
+    """Raise UserError if another command started the run's folder."""
     if os.path.lexists(study_run.folder) and not study_run.folder.is_dir():
         raise UserError(f"{study_run.folder}: not a folder; move it elsewhere")
     path = study_run.folder / "command.json"
@@ -159,7 +161,7 @@ def _check_same(study_run: Run) -> None:
     begun = files.read_json(path)
     if not isinstance(begun, list) or begun[1:] != study_run.train[1:]:
         raise UserError(
-            f"{study_run.folder}: holds a run with other settings than the file now asks for: set "
+            f"{study_run.folder}: was made with other settings than the file now has: set "
             "another `out`, or delete this folder"
         )
 

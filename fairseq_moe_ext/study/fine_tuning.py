@@ -61,7 +61,7 @@ def write(path: Path, result: Result) -> None:
 
 def read(path: Path) -> Result:
     """Raises UserError for a file that holds something else."""
-    remedy = "make it with examples/finetune/run.py"
+    remedy = "create it with examples/finetune/run.py"
     try:
         content = files.read_json(path)
     except UserError as error:

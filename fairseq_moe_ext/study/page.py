@@ -25,11 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Write FOLDER/report.html and FOLDER/figures/*.svg from a study's result."
     parser.add_argument("folder", type=Path, help="the study's `out`, with result.json")
     parser.add_argument(
-        "--expert-use", type=Path, help="what evaluation.expert_use wrote as JSON, to show too"
+        "--expert-use", type=Path, help="also show this JSON file that evaluation.expert_use wrote"
     )
-    parser.add_argument("--png", action="store_true", help="write the charts as PNG, too")
+    parser.add_argument("--png", action="store_true", help="also write the charts as PNG")
     parser.add_argument(
-        "--fine-tuning", type=Path, help="result.json of examples/finetune, to show too"
+        "--fine-tuning", type=Path, help="also show this result.json of examples/finetune"
     )
 
 
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be made: {files.reason(error)}") from None
+        raise UserError(f"{folder}: cannot be created: {files.reason(error)}") from None
     report.check_renewable(args.folder / "report.html")
     drawn = [folder / f"{name}{suffix}" for name in charts for suffix in (".svg", ".png")]
     outputs.check([("", path) for path in drawn], overwrite=True)
@@ -185,16 +185,17 @@ def summary_of(result: StudyResult) -> str:
         factors = result["factors"].get(group)
         where = group.replace("_", " ")
         if factors is None:
-            words.append(f"{where} nothing was measured")
+            words.append(f"nothing was measured {where}")
         elif not factors["by_seed"]:
-            words.append(f"{where} there is no factor")
+            words.append(f"there is no factor {where}")
         else:
             seeds = factors["by_seed"].values()
             split = min(seeds) < 1 < max(seeds)
             words.append(
                 f"{where} MoE needs {in_words(results.seeds_mean(factors))} dense for the same "
-                f"perplexity (factor {results.over_seeds(factors)}"
-                f"{', which do not agree on which family needs less' * split}; paper: {of_paper})"
+                "perplexity (factor "
+                f"{results.over_seeds(factors)}{', but the seeds disagree' * split}; "
+                f"paper: {of_paper})"
             )
     text = "; ".join(words)
     done = len(result["runs"])
@@ -227,7 +228,7 @@ def _use(layers: Sequence[LayerUse]) -> Use:
     ]
     said = [
         specialisation.verdict(layers, "domain", "set"),
-        specialisation.verdict(layers, "token", "type of token"),
+        specialisation.verdict(layers, "token", "token"),
     ]
     caption = "Each expert's share of a set's choices, in per cent."
     if "information" in layers[0]:

@@ -37,7 +37,7 @@ _TOP: Keys = {
 _FAMILY: Keys = {"arch": (str, None), "flags": (dict, {}), "sizes": (dict, None)}
 _ARM: Keys = {"arch": (str, None), "flags": (dict, {})}
 _EVALUATE: Keys = {"stride": (int, 0), "batch-size": (int, 16), "bootstrap": (int, 1000)}
-# of `fairseq-moe priming`; without a folder there is none
+# of `fairseq-moe priming`; no folder: no priming
 _PRIMING: Keys = {"folder": (str, ""), "tasks": (str, ""), "shots": (list, [0]), "draws": (int, 25)}
 _SIZE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # a part of a folder's name
 # flags that the study sets itself
@@ -82,7 +82,7 @@ def read(path: Path) -> Plan:
     asked = checked(yaml_file.read(path), _TOP, str(path))
     seeds = asked["seeds"]
     if not seeds or not all(isinstance(seed, int) for seed in seeds) or len({*seeds}) < len(seeds):
-        raise UserError(f"{path}: seeds {seeds}: give different whole numbers, as [1, 2, 3]")
+        raise UserError(f"{path}: seeds {seeds}: give different whole numbers, such as [1, 2, 3]")
     for key, range in (
         ("seeds", ranges.SEED._replace(items=None)),
         ("context", ranges.SIZE),
@@ -93,17 +93,17 @@ def read(path: Path) -> Plan:
         _check_flag(flag, value, f"{path}: train")
     batch = asked["train"].get("batch-size")
     if not isinstance(batch, int) or batch < 1:
-        raise UserError(f"{path}: train: batch-size {batch}: say how many blocks an update has")
+        raise UserError(f"{path}: train: batch-size {batch}: set the number of blocks per update")
     freq = asked["train"].get("update-freq", 1)
     if type(freq) is not int or freq < 1:
         raise UserError(f"{path}: train: update-freq {freq}: use 1 or more")
     if not all(isinstance(folder, str) for folder in asked["test"]):
-        raise UserError(f"{path}: test {asked['test']}: not a list of folders")
+        raise UserError(f"{path}: test {asked['test']}: not a list of folders; write [folder, ...]")
     folders = [Path(asked["data"]), *map(Path, asked["test"])]
     for folder in folders:
         if not data_bin.find_corpora(folder):
             raise UserError(
-                f"{path}: {folder}: no data-bin in it; make them with fairseq-moe prepare"
+                f"{path}: {folder}: contains no data-bin; make some with `fairseq-moe prepare`"
             )
     evaluation, priming = _evaluations(asked, path)
     sizes = _arms(asked, path) if asked["arms"] else _sizes(asked, path)
@@ -158,7 +158,9 @@ def _arms(asked: Dict[str, Any], path: Path) -> List[_Size]:
     """One model an arm; one of them is the reference."""
     for key in FAMILIES:
         if asked[key]:
-            raise UserError(f"{path}: arms and {key}: a study has arms, or two families")
+            raise UserError(
+                f"{path}: arms and {key}: a study has either arms or two families; remove one"
+            )
     arms = []
     for name, arm in asked["arms"].items():
         where = f"{path}: arms: {name}"
@@ -180,7 +182,7 @@ def _sizes(asked: Dict[str, Any], path: Path) -> List[_Size]:
     sizes: List[_Size] = []
     for family in FAMILIES:
         if not asked[family]:
-            raise UserError(f"{path}: the key {family!r} is missing")
+            raise UserError(f"{path}: the key {family!r} is missing; add it")
         asked_family = checked(asked[family], _FAMILY, f"{path}: {family}")
         for name, flags in asked_family["sizes"].items():
             where = f"{path}: {family}: sizes: {name}"
@@ -194,14 +196,14 @@ def _sizes(asked: Dict[str, Any], path: Path) -> List[_Size]:
 def _size(
     asked: Dict[str, Any], family: str, name: Any, arch: str, flags: Dict[str, Any], where: str
 ) -> _Size:
-    """A model with the flags of all and its own. Raises UserError for those that cannot be."""
+    """A model with the flags of all and its own. Raises UserError for invalid ones."""
     flags = {**asked["train"], **flags}
     updates = flags.pop("updates", asked["updates"])
     ranges.require(ranges.POSITIVE_COUNT, updates, f"{where}: updates")
     for flag, value in flags.items():
         _check_flag(flag, value, where)
     if not _SIZE.fullmatch(str(name)):
-        raise UserError(f"{where}: call it by letters, digits, '_', '-' and '.'")
+        raise UserError(f"{where}: use letters, digits, '_', '-' and '.' in its name")
     return _Size(family, str(name), arch, flags, updates)
 
 
@@ -215,7 +217,7 @@ def checked(mapping: Any, keys: Keys, where: str) -> Dict[str, Any]:
     values: Dict[str, Any] = {}
     for key, (kind, default) in keys.items():
         if key not in mapping and default is None:
-            raise UserError(f"{where}: the key {key!r} is missing")
+            raise UserError(f"{where}: the key {key!r} is missing; add it")
         values[key] = mapping.get(key, default)
         if kind is float and type(values[key]) is int:
             values[key] *= 1.0
@@ -226,7 +228,9 @@ def checked(mapping: Any, keys: Keys, where: str) -> Dict[str, Any]:
 
 def _check_flag(flag: Any, value: Any, where: str) -> None:
     if not isinstance(flag, str) or flag.startswith("-") or "_" in flag:
-        raise UserError(f"{where}: {flag!r}: write flags without dashes before, as batch-size")
+        raise UserError(
+            f"{where}: {flag!r}: write flags without leading dashes, such as batch-size"
+        )
     if flag in _OURS:
         raise UserError(f"{where}: {flag}: the study sets this itself (arch, seeds, updates, ...)")
     ranges.check({flag.replace("-", "_"): value}, lambda name: f"{where}: {flag}")
@@ -244,7 +248,7 @@ def _words(flags: Dict[str, Any]) -> List[str]:
 def _train(asked: Dict[str, Any], folder: Path, size: _Size, seed: int) -> List[str]:
     flags, updates = size.flags, size.updates
     every = max(1, updates // 5)
-    scheduler = flags.get("lr-scheduler")  # of fairseq's, this one alone wants to know the end
+    scheduler = flags.get("lr-scheduler")  # the only scheduler of fairseq that needs the end
     return [
         console_script("fairseq-train"),
         asked["data"],

@@ -32,7 +32,7 @@ def collect(plan: Plan) -> StudyResult:
         if (run.folder / "evaluation.json").is_file()
     ]
     if not runs:
-        raise UserError(f"{plan.out}: no run is finished: start `fairseq-moe study` again")
+        raise UserError(f"{plan.out}: no run is finished: run `fairseq-moe study` again")
     return {
         "title": plan.title,
         "context": plan.context,
@@ -184,7 +184,7 @@ def factors(runs: Runs) -> Dict[str, GroupFactors]:
 
 
 def _factors(runs: Runs, group: str) -> List[Factor]:
-    """Along the curve. Raises UserError where there is none to be had."""
+    """Along the curve. Raises UserError if there is none."""
     if len({measured_on(run, group) for run in runs}) > 1:
         raise UserError("not measured on the same text or questions in every run")
     along = speedup_factors(*(points(runs, family, group) for family in FAMILIES))
@@ -194,7 +194,7 @@ def _factors(runs: Runs, group: str) -> List[Factor]:
     for model_runs in (size for family in FAMILIES for size in _sizes(runs, family)):
         mean = mean_accuracy(model_runs, group[: -len(SHOT)])
         if mean.floor is None:
-            raise UserError("its chance level is not in priming.json: prime again")
+            raise UserError("priming.json lacks its chance level: run priming again")
         level = mean.floor
         if mean.low > level:
             above.add(mean_performance(model_runs, group))
@@ -209,7 +209,7 @@ def _factors(runs: Runs, group: str) -> List[Factor]:
 
 
 def measured_on(run: RunResult, group: str) -> Tuple:
-    """What a group's figure of a run is the mean of: all runs' must be of the same."""
+    """What a group's metric of a run averages over; this must be equal for all runs."""
     if group in run["mean"]:
         inside = group == "in_domain"
         every = run["sets"].items()

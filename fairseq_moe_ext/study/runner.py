@@ -1,5 +1,5 @@
 """Commands that run as processes of their own for one output folder: one job at a time works on the
-folder, it goes on only with the settings that it began with, and all its processes end with it.
+folder, it resumes only with the settings that it started with, and all its processes end with it.
 
     runner = Runner(out, f"--out {out}")
     try:
@@ -67,8 +67,8 @@ class Runner:
                 )
 
     def start(self, command: Sequence[str], log: Path, threads: int = 0) -> subprocess.Popen:
-        """Start a command; what it prints is appended to the log. It inherits the lock, so that one
-        left behind by a killed job holds the folder, too."""
+        """Start a command; what it prints is appended to the log. It inherits the lock, so that a
+        command left behind by a killed job still locks the folder."""
         with self._mutex:
             if self._ended:
                 raise Ended
@@ -78,7 +78,7 @@ class Runner:
         return child
 
     def finish(self, child: subprocess.Popen, command: Sequence[str], log: Path) -> None:
-        """Wait for a command. Raises UserError with its last words if it failed."""
+        """Wait for a command. Raises UserError with its last output if it failed."""
         status = child.wait()
         with self._mutex, contextlib.suppress(ValueError):
             self.children.remove(child)
@@ -104,8 +104,8 @@ class Runner:
         self.finish(child, command, log)
 
     def in_parallel(self, works: Sequence[Callable[[], Result]], at_once: int) -> Iterator[Result]:
-        """Do the works in threads, and give their results in order. As soon as one fails, the
-        commands of all are ended, no other is begun, and its exception is raised."""
+        """Run the works in threads, and yield their results in order. As soon as one fails, all
+        commands are ended, no other is started, and its exception is raised."""
         failed: List[BaseException] = []
 
         def guarded(work: Callable[[], Result]) -> Result:

@@ -21,16 +21,16 @@ def read(path: Path) -> Any:
         if node is None:
             return None
         if _size(node, {}) > _MOST:
-            raise UserError(f"{path}: more than {_MOST} values, its aliases written out")
+            raise UserError(f"{path}: more than {_MOST} values after its aliases are expanded")
         return loader.construct_document(node)
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())}); correct it") from None
     except RecursionError:
-        raise UserError(f"{path}: nested too deep, or within itself") from None
+        raise UserError(f"{path}: nested too deeply, or contains itself") from None
     except UserError:
         raise
     except (ValueError, OverflowError) as error:  # a date or number that is none
-        raise UserError(f"{path}: not YAML ({error})") from None
+        raise UserError(f"{path}: not YAML ({error}); correct it") from None
 
 
 def _size(node: yaml.Node, known: Dict[int, int]) -> int:

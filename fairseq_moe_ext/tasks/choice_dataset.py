@@ -1,4 +1,4 @@
-"""Examples with candidates, of which one is right, as batches of token sequences.
+"""Examples with candidates, one of them right, as batches of token sequences.
 
 A sequence begins with </s>, because every text in training follows one. With a head it also ends
 with one, which the head looks at; with the language model's scores it ends where its last token is

@@ -82,7 +82,7 @@ class ChoiceFiles:
         names = {"train": task.examples, "test": task.evaluated}
         names["valid"] = _VALID.get(self.name, task.evaluated)
         if split not in names:
-            raise UserError(f"subset {split}: {self.name} has train, valid and test")
+            raise UserError(f"subset {split}: not found; {self.name} has train, valid and test")
         return find_file(self.folder / self.name, names[split], task.origin)
 
     def read(self, split: str) -> List[Item]:
@@ -183,7 +183,7 @@ def _own_choices(line: Record) -> Item:
     context = line.text("context")
     choices = line.texts("choices")
     if len(choices) < 2 or not all(choice.strip() for choice in choices):
-        raise line.mistake(f"field 'choices' is {choices!r}; two or more texts are needed")
+        raise line.mistake(f"field 'choices' is {choices!r}; give two or more texts")
     label = line.among("label", {str(i): i for i in range(len(choices))})
     return _own(line, context, [context + choice for choice in choices], label)
 

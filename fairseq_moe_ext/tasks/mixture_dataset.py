@@ -142,9 +142,9 @@ class SeparateCorporaDataset(BaseWrapperDataset):
     def batch_by_size(self, indices: np.ndarray, **limits: Any) -> List[Sequence[int]]:
         batches: List[Sequence[int]] = []
         for part in range(len(self._ends)):
-            mine = indices[self._part(indices) == part]
-            if len(mine):  # not all left out for their length
-                batches += _whole_steps(FairseqDataset.batch_by_size(self, mine, **limits))
+            part_indices = indices[self._part(indices) == part]
+            if len(part_indices):  # not all left out for their length
+                batches += _whole_steps(FairseqDataset.batch_by_size(self, part_indices, **limits))
         return batches
 
     def first_of_each(self, batches: Sequence[Sequence[int]], count: int) -> List[Sequence[int]]:
@@ -152,7 +152,11 @@ class SeparateCorporaDataset(BaseWrapperDataset):
         kept: Dict[int, List[Sequence[int]]] = {}
         for batch in filter(len, batches):
             kept.setdefault(int(self._part(batch[0])), []).append(batch)
-        return [batch for each in kept.values() for batch in _whole_steps(each[:count])]
+        return [
+            batch
+            for batches_of_corpus in kept.values()
+            for batch in _whole_steps(batches_of_corpus[:count])
+        ]
 
     filter_indices_by_size = FairseqDataset.filter_indices_by_size
 

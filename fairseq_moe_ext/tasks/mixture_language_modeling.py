@@ -96,7 +96,7 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
             )
         if args.shorten_data_split_list:
             raise UserError(
-                f"--shorten-data-split-list {args.shorten_data_split_list}: not possible with "
+                f"--shorten-data-split-list {args.shorten_data_split_list}: not supported by "
                 "mixture_language_modeling; --shorten-method alone applies to all splits"
             )
         if args.corpus_weights is not None and args.corpus_temperature is not None:
@@ -149,23 +149,23 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
         data = self.args.data
         if not self.corpora:
             raise UserError(
-                f"{data}: no data-bin in it or in its folders (looked for *.idx); make some with "
-                "`fairseq-moe prepare`"
+                f"{data}: contains no data-bin, nor do its folders (looked for *.idx); make some "
+                "with `fairseq-moe prepare`"
             )
         if corpus and corpus not in self.corpora:
             raise UserError(
                 f"subset {split}/{corpus}: {data} has no corpus {corpus!r}; "
                 f"it has {', '.join(self.corpora)}"
             )
-        found = [
+        names = [
             name
             for name, folder in self.corpora.items()
             if corpus in ("", name) and data_bin.has_split(folder, split)
         ]
-        if found and not corpus and len(found) < len(self.corpora) and split != "train":
-            missing = ", ".join(name for name in self.corpora if name not in found)
-            logger.warning(f"subset {split}: {missing} have none and are not in its metrics")
-        if not found:
+        if names and not corpus and len(names) < len(self.corpora) and split != "train":
+            missing = ", ".join(name for name in self.corpora if name not in names)
+            logger.warning(f"subset {split}: not found for {missing}; its metrics leave them out")
+        if not names:
             there = "; ".join(
                 f"{name}: {', '.join(data_bin.splits_of(folder))}"
                 for name, folder in self.corpora.items()
@@ -173,7 +173,7 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
             )
             subset = f"{split}/{corpus}" if corpus else split
             raise UserError(f"subset {subset}: no such data-bin in {data}; there are {there}")
-        return found
+        return names
 
     def _to_train_on(self, having: List[str]) -> List[str]:
         """The corpora of --train-corpora, each of which must be in `having`; or all of them."""
@@ -257,7 +257,7 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
                     "corpus with --train-corpora"
                 )
         for name, count, size in zip(parts, counts, blocks):
-            logger.info(f"mixture: {count:,} blocks of {name} an epoch, of {size:,}")
+            logger.info(f"mixture: {count:,} blocks of {name} per epoch; it has {size:,}")
         return counts
 
     def get_batch_iterator(self, dataset, *args, **kwargs):
@@ -278,17 +278,17 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
             nll = logging_output.get("inner_loss", logging_output["loss"])
             nll = torch.as_tensor(nll).detach()
             for index, name in enumerate(self.corpora):
-                mine = index == sample["corpus"]
-                logging_output[_NLL + name] = nll if mine else torch.zeros_like(nll)
-                logging_output[_TOKENS + name] = logging_output["ntokens"] if mine else 0
+                of_corpus = index == sample["corpus"]
+                logging_output[_NLL + name] = nll if of_corpus else torch.zeros_like(nll)
+                logging_output[_TOKENS + name] = logging_output["ntokens"] if of_corpus else 0
         return loss, sample_size, logging_output
 
     def reduce_metrics(self, logging_outputs: List[Dict[str, Any]], criterion) -> None:
         """Log what the criterion logs, and in validation the perplexities of corpora.
 
         <corpus>_ppl of every corpus of the subset, and in_domain_ppl and out_of_domain_ppl, the
-        plain means over corpora trained on and not trained on, as far as there are such. They are
-        those of the language-modelling loss alone (`inner_loss` if the criterion has it).
+        plain means over corpora trained on and not trained on, if there are any. They are those of
+        the language-modelling loss alone (`inner_loss` if the criterion has it).
         """
         super().reduce_metrics(logging_outputs, criterion)
         for name in self.corpora:

@@ -1,4 +1,4 @@
-"""The task `multiple_choice`: fine-tuning on questions with candidates, of which one is right.
+"""The task `multiple_choice`: fine-tuning on questions with candidates, one of them right.
 
 Two ways (--choice-scoring). `head`, the paper's: a linear layer on the final position of each
 candidate, softmax over candidates; where all questions have the same classes, one sequence and an
@@ -106,7 +106,7 @@ class MultipleChoiceTask(FairseqTask):
 
     @classmethod
     def setup_task(cls, cfg: MultipleChoiceTaskConfig, **kwargs) -> "MultipleChoiceTask":
-        """Raises UserError for flags that do not work, alone or together."""
+        """Raises UserError for invalid or conflicting flags."""
         if not cfg.data or not (Path(cfg.data) / "dict.txt").is_file():
             raise UserError(
                 f"{Path(cfg.data or '.') / 'dict.txt'}: missing; name the folder with the model's "

@@ -43,11 +43,11 @@ def add_a_number(state):
 
 
 BAD_PIECES = {
-    "missing": ("shared-shard1", None, "model-shared-shard1.pt: missing; it holds a piece"),
+    "missing": ("shared-shard1", None, "model-shared-shard1.pt: missing; it holds a shard"),
     "replica missing": ("rank-5-shard5", None, "model-rank-5-shard5.pt: missing"),
     "cut": ("shared-shard1", 4000, r"model-shared-shard1.pt: truncated or not a checkpoint"),
     "of another save": ("shared-shard1", "updates", "num_updates 11 and 10"),
-    "unequal": ("shared-shard1", drop_a_number, "unequal length.*--reset-optimizer"),
+    "unequal": ("shared-shard1", drop_a_number, "differ in length.*--reset-optimizer"),
     "too long": ("shared-shard0", add_a_number, "1,000,000 numbers.*--reset-optimizer"),
     "other modules": ("shared-shard0", drop_a_flat_tensor, "FSDP made.*--reset-optimizer"),
     "gathered": (
@@ -59,7 +59,7 @@ BAD_PIECES = {
 
 
 @pytest.mark.parametrize("case", BAD_PIECES)
-def test_pieces_that_do_not_fit_are_told(tmp_path, data, case):
+def test_pieces_that_do_not_fit_are_reported(tmp_path, data, case):
     write_small(
         tmp_path / "run", "FSDP, one module, experts on two ranks each", optimizer=remembered
     )
@@ -79,7 +79,7 @@ def test_pieces_that_do_not_fit_are_told(tmp_path, data, case):
 def test_an_optimizer_state_that_does_not_fit(tmp_path, data):
     path = str(tmp_path / "run" / "model.pt")
     write_small(tmp_path / "run", optimizer=remembered)
-    with pytest.raises(UserError, match="--fp16-no-flatten-grads is given.*--reset-optimizer"):
+    with pytest.raises(UserError, match="--fp16-no-flatten-grads is set.*--reset-optimizer"):
         restored(0, data, path, "--fp16", 1)
 
     def cut(state):
@@ -87,7 +87,7 @@ def test_an_optimizer_state_that_does_not_fit(tmp_path, data):
         of_first["exp_avg"] = of_first["exp_avg"][:-1].clone()
 
     change(tmp_path / "run" / "model-rank-1.pt", cut)
-    with pytest.raises(UserError, match="same shape for all experts; add --reset-optimizer"):
+    with pytest.raises(UserError, match="in shape between experts; add --reset-optimizer"):
         restored(0, data, path, "", 1)
 
     def flat(state):
@@ -96,7 +96,7 @@ def test_an_optimizer_state_that_does_not_fit(tmp_path, data):
     change(tmp_path / "run" / "model-shared.pt", flat)
     with pytest.raises(Exception) as caught:
         restored(0, data, path, "", 1)
-    assert "is of 1 tensors" in told(caught.value) and "--reset-optimizer" in told(caught.value)
+    assert "has 1 tensors" in told(caught.value) and "--reset-optimizer" in told(caught.value)
     updates, found = restored(0, data, path, "", 1, reset=True)
     assert updates == 0 and all(state is None for _, state in found.values())
 
@@ -137,17 +137,17 @@ BAD = {
     "empty": ("shared", 0, "model-shared.pt: truncated"),
     "other updates": ("rank-1", updates, "num_updates 11 and 10"),
     "other run": ("rank-0", setting("dropout", 0.3), "belongs to another checkpoint"),
-    "other ranks": ("rank-1", halve_experts, "has 1 experts a layer.*has 2"),
-    "three experts": ("shared", setting("moe_expert_count", 3), "different runs|do not divide"),
-    "system": ("rank-1", put(RunsCode(os.system, "true")), "rank-1.pt: refused.*system"),
-    "eval": ("rank-0", put(RunsCode(eval, "1 + 1")), "rank-0.pt: refused.*eval"),
-    "class": ("shared", put(Stranger()), "shared.pt: refused.*Stranger"),
+    "other ranks": ("rank-1", halve_experts, "has 1 experts per layer.*has 2"),
+    "three experts": ("shared", setting("moe_expert_count", 3), "different runs|does not divide"),
+    "system": ("rank-1", put(RunsCode(os.system, "true")), "rank-1.pt: rejected.*system"),
+    "eval": ("rank-0", put(RunsCode(eval, "1 + 1")), "rank-0.pt: rejected.*eval"),
+    "class": ("shared", put(Stranger()), "shared.pt: rejected.*Stranger"),
     "adaptive": ("all", setting("adaptive_softmax_cutoff", [10]), "adaptive_softmax_cutoff"),
     "characters": ("all", setting("character_embeddings", True), "character_embeddings"),
     "post-norm": ("all", setting("decoder_normalize_before", False), "decoder_normalize_before"),
     "projected": ("all", setting("decoder_input_dim", 8), "decoder_input_dim 8"),
     "other model": ("all", setting("_name", "transformer"), "architecture transformer"),
-    "not a checkpoint": ("rank-0", lambda state: state.pop("model"), "no model in it"),
+    "not a checkpoint": ("rank-0", lambda state: state.pop("model"), "contains no model"),
 }
 
 
@@ -192,4 +192,4 @@ def test_stale_files_of_more_ranks_are_not_mixed_in(tmp_path, data, caplog):
     shutil.copy(tmp_path / "old" / "model-rank-1.pt", tmp_path / "run")
     logits = loaded_logits(0, str(tmp_path / "run"), data, AS_SAVED)
     assert torch.equal(logits, model(tokens())[0])
-    assert "model-rank-1.pt is left unread" in caplog.text
+    assert "model-rank-1.pt is ignored" in caplog.text

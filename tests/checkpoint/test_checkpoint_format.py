@@ -58,7 +58,9 @@ def test_later_keys_of_the_same_version_are_passed_over():
 
 
 def test_a_newer_version_is_refused():
-    with pytest.raises(UserError, match="x.pt: of format 2.*reads 1 at most: install the version"):
+    with pytest.raises(
+        UserError, match="x.pt: has format 2.*reads formats up to 1: install the version"
+    ):
         Manifest.read("x.pt", {"experts": {"format": VERSION + 1}})
 
 

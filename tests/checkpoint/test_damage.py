@@ -39,12 +39,12 @@ def poison(files):
     content = torch.load(files[1], weights_only=True)
     torch.save({**content, "more": RunsCode(os.system, "true")}, files[1])
     fit_manifest(files[1].parent.parent / "checkpoint_last.pt", files)
-    return f"{files[1]}: refused, since loading it would run"
+    return f"{files[1]}: rejected, because loading it would run"
 
 
 def mix(files):
     files[1].write_bytes(files[0].read_bytes())
-    return "files of two runs are mixed"
+    return "the files come from two runs"
 
 
 @pytest.mark.parametrize("harm", [remove, truncate, damage, rot, mix, poison])
@@ -68,13 +68,13 @@ def test_whole_records_are_never_called_damaged(tmp_path):
 @pytest.mark.parametrize("what", ["a tensor", "no model", "experts", "a folder"])
 def test_what_is_no_checkpoint_is_told_in_one_line(data, runs, tmp_path, what):
     path, files = copy_of(runs, tmp_path)
-    words = "there is no model in it"
+    words = "contains no model"
     if what == "a tensor":
         torch.save(torch.zeros(3), path)
     elif what == "no model":
         torch.save({"weights": 1}, path)
     elif what == "experts":
-        path, words = files[0], "holds experts alone"
+        path, words = files[0], "contains only experts"
     else:
         path, words = path.parent, "is a folder"
     line = f"{data} {TRAIN} --moe-expert-count 4 --restore-file {path} --no-save"

@@ -149,7 +149,7 @@ def test_sharded_half_precision_goes_on(data, tmp_path):
 @pytest.mark.parametrize(
     "flag, words",
     [
-        ("--memory-efficient-bf16", "fairscale shards float32 and float16: use --bf16"),
+        ("--memory-efficient-bf16", "fairscale shards only float32 and float16: use --bf16"),
         ("--compile", "--compile with --ddp-backend fully_sharded"),
         ("--use-sharded-state", "--use-sharded-state with"),
         ("--cpu-offload", "--cpu-offload with"),

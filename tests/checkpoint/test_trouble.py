@@ -102,7 +102,7 @@ def test_full_disk_leaves_the_last_checkpoint(data, small_disk, world):
     else:
         messages = run_processes(2, error_of, train, 2, line)
     for message in messages:
-        assert "cannot be written (No space left on device); make room" in message
+        assert "cannot be written (No space left on device); free some" in message
         assert "\n" not in message and str(small_disk) in message
     assert not list(small_disk.rglob("*.tmp"))
     updates = len(list(small_disk.glob("checkpoint_1_*.pt")))

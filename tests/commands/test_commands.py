@@ -236,7 +236,7 @@ def test_checkpoints_that_do_not_fit_end_in_one_line(command, data, trained, tmp
     saved = (trained / "checkpoint_last.pt").read_bytes()
     resume = f"{TRAIN} {MOE} --save-dir {tmp_path / 'run'}"
     cases = [
-        ("train", f"{folder} {resume}", "vocabulary of 24, the dictionary one of 25"),
+        ("train", f"{folder} {resume}", "vocabulary of 24, but the dictionary one of 25"),
         ("train", f"{data} {resume} --moe-expert-count 4", "8 x 16 in the checkpoint"),
         ("train", f"{data} {resume} --decoder-layers 4", "decoder.layers.2"),
         (

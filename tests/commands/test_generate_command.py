@@ -139,7 +139,7 @@ def test_the_tokenizer_travels_with_the_model(runs, generate, tmp_path, capsys):
         shutil.copy(moe / name, tmp_path)
     (tmp_path / "vocab.bpe").write_text("#version: 0.2\n")
     assert generate("the cat", "--max-tokens", 6, **alone).out == expected, "that beside is not it"
-    with pytest.raises(UserError, match="vocab.bpe: not of the tokenizer of"):
+    with pytest.raises(UserError, match="vocab.bpe: does not belong to the tokenizer of"):
         MoETransformerLanguageModel.from_pretrained(str(moe), "checkpoint_last.pt", str(tmp_path))
 
     (tmp_path / "to").mkdir()
@@ -171,25 +171,25 @@ def test_an_old_checkpoint_takes_flags(runs, generate, tmp_path):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ([], "there is no prompt: give one, --file FILE"),
+        ([], "no prompt given: pass one, or use --file FILE"),
         (["a", "--file", "none.txt"], "--file none.txt: cannot be read"),
         (["a", "--top-p", "2"], "--top-p 2.0: use a probability"),
         (["a", "--max-tokens", "99"], "--max-tokens 99: prompt 1 of 1 has 1 tokens, which leaves"),
         (["a", "--beams", "2", "--temperature", "1"], "--beams 2: a beam search takes"),
-        (["-i", "a"], "--interactive: does not go with a prompt"),
-        (["-i", "--side-by-side", "x.pt"], "does not go with --side-by-side"),
+        (["-i", "a"], "--interactive: cannot be combined with a prompt"),
+        (["-i", "--side-by-side", "x.pt"], "cannot be combined with --side-by-side"),
         (["a", "--side-by-side", "x.pt"], "x.pt: no such checkpoint"),
-        (["a", "--data", "nowhere"], "--data nowhere: no dict.txt in it"),
+        (["a", "--data", "nowhere"], "--data nowhere: contains no dict.txt"),
         (["a", "--bpe", "gpt2"], "--bpe gpt2: no installed package brings"),
         (["a", "--gpt2-vocab-bpe", "x"], "go together: give both"),
         (["a", "--overwrite"], "--overwrite: without --json"),
         (["a", "--model-overrides", "{"], "not a Python dictionary"),
         (["a", "--model-overrides", "{[]: 1}"], "not a Python dictionary"),
         (["a", "--model-overrides", "{1: 2}"], "not a Python dictionary"),
-        (["a", "--separator", "%"], "--separator: stands between prompts"),
+        (["a", "--separator", "%"], "--separator: separates prompts"),
         (["a", "--json", "no/x.json"], "no folder no"),
         (["a\udcff"], ": not UTF-8; convert it"),
-        (["木" * 3 + "the " * 40], "and the model takes 31"),
+        (["木" * 3 + "the " * 40], "but the model takes 31"),
     ],
 )
 def test_a_mistake_is_one_line(generate, monkeypatch, tmp_path, arguments, words):
@@ -208,7 +208,7 @@ def test_files_that_are_none(generate, tmp_path):
     assert "no such checkpoint" in generate("a", status=1, **missing).err
     assert "x.jsonl, line 2: no prompt" in generate("-f", tmp_path / "x.jsonl", status=1).err
     assert "not UTF-8 at byte 1" in generate("-f", tmp_path / "bytes", status=1).err
-    assert "which model?" in generate(status=1, path=None).err
+    assert "no model given" in generate(status=1, path=None).err
 
 
 def test_a_session_without_text(generate, monkeypatch, runs, capsys):

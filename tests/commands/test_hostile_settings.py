@@ -271,4 +271,4 @@ def test_anything_else_is_refused(text):
 
 def test_a_translation_model_is_refused_by_name_with_the_plugin(opened):
     status, err = opened("eval_lm", of_architecture("transformer", {}, False))
-    assert is_refused(status, err) and "run others without --user-dir" in err
+    assert is_refused(status, err) and "run without --user-dir" in err

@@ -175,7 +175,7 @@ def test_verify_tells_what_is_missing_cut_short_or_of_another_save(spread, one, 
     shutil.copy(pieces(other)[1], part)
     assert judged(spread, capsys)[0] == 1
     without_digests(spread)
-    assert "files of two runs are mixed" in judged(spread, capsys)[2]
+    assert "the files come from two runs" in judged(spread, capsys)[2]
     part.write_bytes(kept[:-100])
     assert judged(spread, capsys)[0] == 1
     part.unlink()

@@ -73,15 +73,15 @@ def test_the_last_ones_of_a_folder(saved, tmp_path, capsys):
     [
         ("{a} --output {t}/m.pt", "give two or more different checkpoints"),
         ("{a} {a} --output {t}/m.pt", "give two or more different checkpoints"),
-        ("{a} {b} --output {t}/m", "ends in .pt"),
-        ("{a} {b} --output {a}", "is also averaged"),
-        ("{a} {dense} --output {t}/m.pt", "are of two models"),
-        ("{a} {half} --output {t}/m.pt", "are of two models"),
-        ("{a} {t}/none.pt --output {t}/m.pt", "none.pt: there is no such checkpoint"),
+        ("{a} {b} --output {t}/m", "must end in .pt"),
+        ("{a} {b} --output {a}", "is also an input"),
+        ("{a} {dense} --output {t}/m.pt", "are different models"),
+        ("{a} {half} --output {t}/m.pt", "are different models"),
+        ("{a} {t}/none.pt --output {t}/m.pt", "none.pt: no such checkpoint"),
         ("{folder} --output {t}/m.pt", "a folder; add --last N"),
-        ("{folder} --last 9 --output {t}/m.pt", "--last 9: {folder} has 3 checkpoints"),
+        ("{folder} --last 9 --output {t}/m.pt", "--last 9: {folder} has 3 numbered checkpoints"),
         ("{folder} --last 1 --output {t}/m.pt", "--last 1: use 2 or more"),
-        ("{a} {b} --last 2 --output {t}/m.pt", "goes with one folder"),
+        ("{a} {b} --last 2 --output {t}/m.pt", "needs exactly one folder"),
         ("{a} {b} --output {t}/m.pt --expert-files 3", "--expert-files 3 does not divide"),
         ("{a} {b} --output {t}/m.pt --expert-files 0", "--expert-files 0: use 1 or more"),
         ("{a} {b} --output {there}", "exists; choose another name"),
@@ -123,4 +123,4 @@ def test_show_says_what_a_checkpoint_is(saved, tmp_path, capsys):
     assert "3 files" in out and "bfloat16" in out and "4 experts in layers 1, top 2" in out
     assert "8 updates, 512 tokens" in out and "moe_expert_count = 4" in out
     assert main(["show", str(tmp_path / "none.pt")]) == 1
-    assert "there is no such checkpoint" in capsys.readouterr().err
+    assert "no such checkpoint" in capsys.readouterr().err

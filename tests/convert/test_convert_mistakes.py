@@ -15,14 +15,14 @@ from fairseq_moe_ext.errors import UserError
 
 MISTAKES = [
     (MOE, "x.pt --dtype int4", "--dtype int4: not known"),
-    (MOE, "x.pt --expert-files 3", "3 does not divide the 4 experts.*1, 2, 4 would do"),
+    (MOE, "x.pt --expert-files 3", "3 does not divide the 4 experts.*use one of 1, 2, 4"),
     (MOE + " --moe-balance bias", "x.pt --to branch", "--moe-balance bias.*no bias"),
     (MOE, "x.pt --to branch --rank-files 8", "8 does not divide the 4 experts"),
-    (MOE, "x --to xglm", "has what XGLM has not: 4 experts"),
+    (MOE, "x --to xglm", "has features that XGLM lacks: 4 experts"),
     (MOE, "x.pt --upcycle --moe-expert-count 2", "has 4 experts already"),
-    (MOE, "x.pt --rank-files 2", "--rank-files goes with --to branch"),
-    (MOE, "x.pt --moe-freq 2", "--moe-freq goes with --upcycle"),
-    (MOE, "x", "ends in .pt"),
+    (MOE, "x.pt --rank-files 2", "--rank-files needs --to branch"),
+    (MOE, "x.pt --moe-freq 2", "--moe-freq needs --upcycle"),
+    (MOE, "x", "must end in .pt"),
     (DENSE, "x.pt --upcycle", "add --moe-expert-count"),
     (DENSE, "x.pt --upcycle --moe-expert-count 1", "too few for top-2"),
     (DENSE, "x.pt --expert-files 2", "a dense model"),
@@ -63,7 +63,7 @@ def test_sources_that_are_none(run, tmp_path, capsys):
     text.write_text("12 lines\n")
     cases = [
         (tmp_path, [], f"{tmp_path}: is a folder"),
-        (part, [], f"{part}: holds experts alone"),
+        (part, [], f"{part}: contains only experts"),
         (text, [], f"{text}: not a checkpoint"),
         (folder, ["--from", "xglm"], f"{folder / 'config.json'}: cannot be read"),
     ]

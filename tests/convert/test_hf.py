@@ -225,8 +225,8 @@ def test_a_released_model_in_one_command(tmp_path, hf_data, capsys):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"hidden_size": 8}, "hidden_size is 8, and 16 by the settings"),
-        ({"num_experts": 5}, "num_experts is 5, and 4 by"),
+        ({"hidden_size": 8}, "hidden_size is 8, but the settings under fairseq.model give 16"),
+        ({"num_experts": 5}, "num_experts is 5, but the settings under fairseq.model give 4"),
         ({"fairseq": None}, "has no settings under fairseq.model"),
         ({"fairseq": {"model": {"decoder_layers": "x"}}}, "decoder_layers is 'x', not int"),
         ({"model_type": "opt"}, "model_type is opt, not xglm or fairseq_moe"),
@@ -260,11 +260,11 @@ def test_a_damaged_index_is_named(tmp_path, index):
     [
         (["--to", "hf", "--shard-size", "0"], "--shard-size 0.0: use a number"),
         (["--to", "hf", "--data", "nowhere"], "--data nowhere: no dict.txt"),
-        (["--to", "hf", "--data", ".", "--no-tokenizer"], "--no-tokenizer wants none"),
+        (["--to", "hf", "--data", ".", "--no-tokenizer"], "with --no-tokenizer"),
         (["--to", "hf", "--license", ""], "--license '': use a name"),
         (["--to", "hf", "--evaluation", "no.json"], "no.json: cannot be read"),
-        (["--to", "hf", "--expert-files", "2"], "--expert-files goes with no --to"),
-        (["--to", "branch", "--license", "mit"], "--license goes with --to hf"),
+        (["--to", "hf", "--expert-files", "2"], "--expert-files needs no --to"),
+        (["--to", "branch", "--license", "mit"], "--license needs --to hf"),
     ],
 )
 def test_mistakes(converted, tmp_path, capsys, monkeypatch, flags, words):
@@ -285,4 +285,4 @@ def test_what_the_code_does_not_know_is_refused_by_name(converted, tmp_path, cap
     state["cfg"]["model"]["moe_base_evaluation"] = "balanced"
     torch.save(state, tmp_path / "x.pt")
     words = mistake(capsys, tmp_path / "x.pt", tmp_path / "hf", "--to", "hf", "--no-tokenizer")
-    assert "does not know yet: --moe-base-evaluation balanced" in words
+    assert "transformers lacks: --moe-base-evaluation balanced" in words

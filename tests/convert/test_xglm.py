@@ -58,12 +58,12 @@ def test_xglm_without_transformers(data, run, tmp_path):
     [
         ({"pad_token_id": 0}, "pad_token_id is 0"),
         ({"vocab_size": 7}, "vocab_size 7"),
-        ({"activation_function": "silu"}, "silu is none of gelu"),
+        ({"activation_function": "silu"}, "silu is not one of gelu"),
         ({"model_type": "opt"}, "model_type is opt, not xglm"),
         ({"num_layers": 3}, "missing"),
         ({"ffn_dim": 20}, "does not fit"),
         ({"attention_heads": 3}, "decoder-attention-heads 3"),
-        ({"tie_word_embeddings": False}, "no lm_head.weight"),
+        ({"tie_word_embeddings": False}, "lm_head.weight is missing"),
     ],
 )
 def test_an_xglm_that_does_not_fit(run, tmp_path, capsys, change, words):
@@ -80,13 +80,13 @@ def test_an_xglm_that_does_not_fit(run, tmp_path, capsys, change, words):
     [
         ("config.json", "[]", "config.json: model_type is nowhere"),
         ("config.json", '{"model_type": "xglm", "vocab_size": "8"}', "missing"),
-        ("model.safetensors.index.json", "{}", "there is no weight_map in it"),
-        ("model.safetensors.index.json", "{", "there is no weight_map in it"),
-        ("pytorch_model.bin", [1], "has no tensors by name"),
+        ("model.safetensors.index.json", "{}", "contains no weight_map"),
+        ("model.safetensors.index.json", "{", "contains no weight_map"),
+        ("pytorch_model.bin", [1], "contains no named tensors"),
         (
             "pytorch_model.bin",
             {"model.embed_tokens.weight": RunsCode(os.system, "true")},
-            "refused",
+            "rejected",
         ),
     ],
 )

@@ -54,7 +54,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     [
         (points(experts=(1, 8)), "expert counts 1, 8; a law needs three"),
         (points(experts=(4, 8, 64)), "with dense models"),
-        (points(sizes=(1e6,)), "one size alone with 1 experts"),
+        (points(sizes=(1e6,)), "only one size with 1 experts"),
         ([], "none"),
     ],
 )
@@ -108,7 +108,7 @@ def test_the_paper_and_the_table(capsys):
     "flags, words",
     [
         (["--experts", "0"], "--experts 0: use 1 or more"),
-        (["--top-k", "9", "--experts", "8"], "--top-k 9: is more than --experts 8"),
+        (["--top-k", "9", "--experts", "8"], "--top-k 9 is more than --experts 8"),
         (["--granularity", "0"], "--granularity 0.0"),
         (["--moe-freq", "-1"], "--moe-freq -1"),
         (["--fit", "no-such.json"], "no-such.json"),
@@ -135,13 +135,13 @@ def test_studies_that_do_not_say_enough(tmp_path, capsys):
     del result["runs"][0]["experts"]
     (tmp_path / "old.json").write_text(json.dumps(result))
     assert run("--fit", str(tmp_path / "old.json")) == 1
-    assert "does not say how many experts" in capsys.readouterr().err
+    assert "does not record how many experts" in capsys.readouterr().err
     (tmp_path / "none.json").write_text("[]")
     assert run("--fit", str(tmp_path / "none.json")) == 1
     assert "none.json: lacks factors and runs: run `fairseq-moe study`" in capsys.readouterr().err
     (tmp_path / "other.json").write_text('{"runs": ["x"], "planned": 1, "factors": {}}')
     assert run("--fit", str(tmp_path / "other.json")) == 1
-    assert "other.json: not as it was written (TypeError: " in capsys.readouterr().err
+    assert "other.json: not in the format that was written (TypeError: " in capsys.readouterr().err
 
 
 def test_the_page(capsys):

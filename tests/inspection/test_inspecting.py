@@ -330,7 +330,7 @@ def test_the_command_writes_page_and_numbers(trained, tmp_path, capsys):
         ("--twin {t}/none.pt", "--twin {t}/none.pt: no such checkpoint"),
         ("--compare {t}/none.pt", "--compare {t}/none.pt: no such checkpoint"),
         ("--log {t}/none.log", "--log {t}/none.log: cannot be read"),
-        ("--log {t}/my.txt", "--log {t}/my.txt: no metrics of gates in it"),
+        ("--log {t}/my.txt", "--log {t}/my.txt: contains no gate metrics"),
         ("--tokens 0", "--tokens 0: use 1 or more"),
         ("--tokens 1 --context 4", "give 16 or more"),
         ("--context 33", "--context 33: use 2 to 32"),
@@ -381,4 +381,4 @@ def test_experts_stay_in_the_files_of_the_released_layout(tmp_path):
     (layer,) = found.layers
     assert layer.experts == 96 and len(layer.shown) == relations.SHOWN
     assert len(layer.output_similarity) == relations.SHOWN
-    assert "By domain there is nothing to tell" in found.said[0]
+    assert "By domain there is nothing to distinguish" in found.said[0]

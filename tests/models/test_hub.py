@@ -73,7 +73,7 @@ def test_prompts_go_on_behind_their_newlines(lm):
     assert lm.sample([]) == lm.score([]) == []
 
 
-def test_text_that_cannot_be_scored_is_told(folder, lm):
+def test_text_that_cannot_be_scored_is_reported(folder, lm):
     for texts, words in (
         ("", "text is empty"),
         (["a", " \t"], "text 2 of 2 is empty"),
@@ -87,7 +87,7 @@ def test_text_that_cannot_be_scored_is_told(folder, lm):
     (folder / "words" / "dict.txt").write_bytes((folder / "data" / "dict.txt").read_bytes())
     without = load(folder, folder / "words")
     for call in (without.score, without.sample):
-        with pytest.raises(UserError, match="nothing but <unk>; there is no encoder.json"):
+        with pytest.raises(UserError, match="contains only <unk>; there is no encoder.json"):
             call("the cat")
 
 

@@ -252,7 +252,7 @@ def test_usual_settings_are_accepted():
 @pytest.mark.parametrize(
     "saved, loaded, words",
     [
-        ({"vocabulary": 50}, {}, "vocabulary of 50, the dictionary one of 40"),
+        ({"vocabulary": 50}, {}, "vocabulary of 50, but the dictionary one of 40"),
         (
             {"decoder_embed_dim": 32},
             {},

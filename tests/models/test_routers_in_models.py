@@ -176,14 +176,14 @@ REFUSED = {
         "--moe-groups 4 --moe-top-groups 2: groups 4: use a number that divides the 6 experts",
     ),
     "too many groups": (dict(moe_groups=3, moe_top_groups=4), "top_groups 4: use 1 to all 3"),
-    "all groups": (dict(moe_groups=3, moe_top_groups=3), "leaves out no expert"),
+    "all groups": (dict(moe_groups=3, moe_top_groups=3), "excludes no expert"),
     "too few experts": (
         dict(moe_groups=3, moe_top_groups=1, moe_top_k=3),
         "top_groups 1 of 3 groups have 2 experts, too few for top_k 3",
     ),
     "normalised twice": (
         dict(moe_normalize_weights="after", moe_normalize_gate_prob_before_dropping=True),
-        "say the same thing twice",
+        "set the same thing",
     ),
     "one normalised": (
         dict(moe_normalize_weights="after", moe_top_k=1),
@@ -237,8 +237,8 @@ def test_pages_on_experts_look_at_any_router(name):
 
 
 TO_THE_BRANCH = {
-    "router": (dict(moe_router="relu"), "--moe-router relu, 2 experts a token"),
-    "top-3": (dict(moe_top_k=3), "--moe-router topk, 3 experts a token"),
+    "router": (dict(moe_router="relu"), "--moe-router relu, 2 experts per token"),
+    "top-3": (dict(moe_top_k=3), "--moe-router topk, 3 experts per token"),
     "sigmoid": (dict(moe_score="sigmoid"), "has --moe-score sigmoid; the branch has no such gates"),
     "scale": (dict(moe_route_scale=2.0), "has --moe-route-scale 2.0; the branch has no such gates"),
     "groups": (dict(moe_groups=3, moe_top_groups=2), "has --moe-groups 3; the branch has no such"),

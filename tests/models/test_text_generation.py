@@ -157,7 +157,7 @@ def test_sampling_has_the_right_frequencies():
         ({"temperature": math.nan}, "temperature nan: use 0"),
         ({"top_p": 0.0}, "top_p 0.0: use a probability above 0"),
         ({"top_k": -1}, "top_k -1: use 0"),
-        ({"top_k": 4, "temperature": 0.0}, "top_k 4: temperature 0 takes the likeliest"),
+        ({"top_k": 4, "temperature": 0.0}, "top_k 4: temperature 0 takes the most likely"),
         ({"repetition_penalty": 0.0}, "repetition_penalty 0.0: use a number above 0"),
         ({"no_repeat_ngram_size": -2}, "no_repeat_ngram_size -2: use 0"),
         ({"beams": 0}, "beams 0: use a whole number from 1"),
@@ -169,13 +169,13 @@ def test_sampling_has_the_right_frequencies():
         ({"n": 2, "stream": print}, "stream: one prompt"),
     ],
 )
-def test_mistakes_are_told(models, settings, words):
+def test_mistakes_are_reported(models, settings, words):
     with pytest.raises(UserError, match=words):
         models["dense"].generate("the cat", **settings)
 
 
 def test_a_prompt_without_room(models):
-    with pytest.raises(UserError, match="prompt 2 of 2 has 40 tokens, and the model takes 31"):
+    with pytest.raises(UserError, match="prompt 2 of 2 has 40 tokens, but the model takes 31"):
         models["dense"].generate(["a", "the " * 39 + "a"])
 
 

@@ -66,7 +66,7 @@ def test_no_package(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("flag", ["--gpt2-encoder-json", "--gpt2-vocab-bpe", "--train-bpe"])
 def test_one_tokenizer(tmp_path, capsys, flag):
     assert prepare(tmp_path, "--gpt2", flag, 300) == 1
-    assert f"error: --gpt2: does not go with {flag}" in capsys.readouterr().err
+    assert f"error: --gpt2: cannot be combined with {flag}" in capsys.readouterr().err
 
 
 def test_gpt2s_own_files():

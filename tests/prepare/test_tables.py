@@ -98,8 +98,11 @@ def test_duplicates_are_left_out_and_counted(prepare, tmp_path):
     "flags, words",
     [
         (["--separator", "("], "--separator (: not a regular expression"),
-        (["--separator", "a", "--document-start", "b"], "give one of them"),
-        (["--separator", "a", "--documents", "line"], "--separator a: with --documents line"),
+        (["--separator", "a", "--document-start", "b"], "use only one of them"),
+        (
+            ["--separator", "a", "--documents", "line"],
+            "--separator a: cannot be combined with --documents line",
+        ),
     ],
 )
 def test_patterns_that_cannot_be_are_refused(prepare, tmp_path, flags, words):

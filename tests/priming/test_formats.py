@@ -80,11 +80,15 @@ def without(record, *keys):
         ("record", without(RECORD, "qas", 0, "query"), "no field 'query'"),
         ("record", without(RECORD, "passage", "entities", 0, "end"), "no field 'end'"),
         ("hellaswag", without(HELLASWAG, "endings"), "no field 'endings'"),
-        ("hellaswag", {**HELLASWAG, "label": 4}, "field 'label' is '4'; one of 0, 1, 2, 3"),
+        ("hellaswag", {**HELLASWAG, "label": 4}, "field 'label' is '4'; use one of 0, 1, 2, 3"),
         ("hellaswag", {**HELLASWAG, "ctx_a": 5}, "field 'ctx_a' is 5, not text"),
         ("openbookqa", without(OPENBOOKQA, "question", "stem"), "no field 'question.stem'"),
         ("openbookqa", without(OPENBOOKQA, "answerKey"), "no field 'answerKey'"),
-        ("copa", {**COPA, "question": "why"}, "field 'question' is 'why'; one of cause, effect"),
+        (
+            "copa",
+            {**COPA, "question": "why"},
+            "field 'question' is 'why'; use one of cause, effect",
+        ),
         ("boolq", without(BOOLQ, "label"), "no field 'label'"),
         ("boolq", [1], "not a JSON object"),
         ("winogrande", {"sentence": "No blank.", "answer": "1"}, "has 0 blanks '_'"),
@@ -248,13 +252,16 @@ def test_what_is_not_text_or_a_number_is_said(tmp_path):
         ("hellaswag", {**HELLASWAG, "endings": ["a", 5]}, "field 'endings' is 5, not text"),
         ("boolq", {**BOOLQ, "passage": "\ud800"}, "not JSON .half of a surrogate pair"),
         ("winogrande", {"sentence": "_", "option1": "", "option2": "a", "answer": "1"},
-         "a candidate without any text"),
+         "a candidate has no text"),
     ):  # fmt: skip
         path.write_text(jsonl(line))
         with pytest.raises(UserError, match=f"file.jsonl, line 1: {words}"):
             read_items(TASKS[name], path)
     entity = RECORD["passage"]["entities"][0]
-    for start, words in (("0", "field 'start' is '0', not a whole number"), (900, "from 900 to 2")):
+    for start, words in (
+        ("0", "field 'start' is '0', not a whole number"),
+        (900, "spans 900 to 2"),
+    ):
         line = {
             **RECORD,
             "passage": {**RECORD["passage"], "entities": [{**entity, "start": start}]},
@@ -273,7 +280,7 @@ def test_files_that_are_not_whole(tmp_path):
     with pytest.raises(UserError, match="valid-labels.lst: missing"):
         read_items(TASKS["piqa"], path)
     (tmp_path / "valid-labels.lst").write_text("\n2\n")
-    with pytest.raises(UserError, match="valid-labels.lst, line 2: '2'; 0 or 1 is needed"):
+    with pytest.raises(UserError, match="valid-labels.lst, line 2: '2'; use 0 or 1"):
         read_items(TASKS["piqa"], path)
     (tmp_path / "valid-labels.lst").write_text("0\n1\n")
     with pytest.raises(UserError, match="2 labels for the 1 lines of valid.jsonl"):

@@ -152,7 +152,7 @@ def test_a_beam_and_summaries(trained, folder, tmp_path, capsys):
             "--languages: translation needs them, for example --languages en-fr",
         ),
         ("--languages en", "--languages en: use two with a dash between"),
-        ("--languages eng-deu", "test.deu: missing; it is a file of a test set of two text files"),
+        ("--languages eng-deu", "test.deu: missing; get it from a test set of two text files"),
         ("--languages eng-fra --shots 7", "has 6 examples to draw from; use fewer"),
         ("--languages eng-fra --beam 0", "--beam 0: use a whole number from 1 to 1,024"),
         ("--languages eng-fra --max-new-tokens 64", "leaves no room for a prompt"),

@@ -265,7 +265,7 @@ def test_mistakes(trained, folder, capsys):
     tasks = ["--tasks", "local_choice", "--include_path", str(folder), "--device", "cpu"]
     for args, words in (
         (f"path=no.pt,data={data}", "--path no.pt: no such checkpoint"),
-        (f"path={checkpoint},data={folder}", f"data {folder}: no dict.txt in it"),
+        (f"path={checkpoint},data={folder}", f"data {folder}: contains no dict.txt"),
         (f"path={checkpoint},data={data},context=65", "--context 65: the model takes 64 at most"),
     ):
         with nothing_but_local():

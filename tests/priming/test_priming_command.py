@@ -174,7 +174,7 @@ def test_examples_that_belong_to_a_question_are_counted(trained, tmp_path, capsy
     line = f"priming {tmp_path} --path {checkpoint} --data {data} --cpu --shots 2 --draws 5"
     assert cli.main(line.split()) == 0
     err = capsys.readouterr().err
-    assert "boolq, 2 shots: in 10 of 15 prompts, an example belongs to the question" in err
+    assert "boolq, 2 shots: in 10 of 15 prompts, an example is related to the question" in err
 
 
 def test_two_processes_equal_one(command, tmp_path):
@@ -196,19 +196,19 @@ def test_another_rule_and_a_limit(command, tmp_path):
     "flags, words",
     [
         ("--tasks copa,nothing", "--tasks nothing: no such task; use one of record,"),
-        ("--tasks copa --shots 1", "train.jsonl: missing; it is a file of COPA in SuperGLUE"),
+        ("--tasks copa --shots 1", "train.jsonl: missing; get it from COPA in SuperGLUE"),
         ("--tasks sst2 --shots 10", "--shots 10: "),
         ("--shots 1,x", "--shots 1,x: use whole numbers"),
         ("--shots \u00b2", "--shots \u00b2: use whole numbers"),
         (f"--draws {10**13}", "use a whole number from 1 to 100,000"),
         ("--context 1", "--context 1: use a whole number from 2"),
         ("--languages en-en-fr", "--languages en-en-fr: use two with a dash"),
-        ("--languages en-fr", "--languages en-fr: without the task translation"),
+        ("--languages en-fr", "--languages en-fr: only the task translation uses it"),
         ("--draws 0", "--draws 0: use a whole number from 1 to 100,000"),
         ("--seed -1", "--seed -1: use 0 or more"),
         ("--context 65", "--context 65: the model takes 64 at most"),
         ("--path nothing.pt", "--path nothing.pt: no such checkpoint"),
-        ("--data .", "--data .: no dict.txt in it"),
+        ("--data .", "--data .: contains no dict.txt"),
         ("--rule unconditional", "--rule unconditional: only for openbookqa, not for record"),
         ("--json no/out.json", "--json no/out.json: no folder no; make it first"),
         ("--overwrite --json DEVICE", "--json DEVICE: a device, not a file"),
@@ -232,4 +232,4 @@ def test_a_folder_without_tasks(trained, tmp_path, capsys):
     assert "no such folder" in capsys.readouterr().err
     os.mkdir(tmp_path / "copa")
     assert cli.main(["priming", str(tmp_path), *flags]) == 1
-    assert "copa/val.jsonl: missing; it is a file of COPA in SuperGLUE" in capsys.readouterr().err
+    assert "copa/val.jsonl: missing; get it from COPA in SuperGLUE" in capsys.readouterr().err

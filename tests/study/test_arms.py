@@ -54,7 +54,7 @@ def write(folder, change=lambda text: text):
         ("arch: dense_lm_tiny", "arc: dense_lm_tiny", "arms: dense: unknown key 'arc'"),
         ("{arch: dense_lm_tiny}", "{flags: {}}", "arms: dense: the key 'arch' is missing"),
         ("moe-dropless: true}", "lr: -1}", "arms: top-2: lr -1 is out of range"),
-        ("  dense:", "  den se:", "arms: den se: call it by letters"),
+        ("  dense:", "  den se:", "arms: den se: use letters"),
         ("arms:", "arm:", "unknown key 'arm'"),
     ],
 )
@@ -115,7 +115,7 @@ def test_differences_are_paired_by_seed():
     )
     assert cells["b"]["load"] == "2.00" and cells["b"]["dropped, %"] == "0.00"
     page = arms.page(result)
-    assert "9 of 12 runs are done" in page and "**−3.0**" in page and "**+3.1**" in page
+    assert "9 of 12 runs are finished" in page and "**−3.0**" in page and "**+3.1**" in page
 
 
 def test_one_seed_has_no_interval():

@@ -38,7 +38,7 @@ def test_the_page_shows_the_numbers_and_nothing_from_outside(tmp_path, capsys):
     assert "30.15 ± 0.05" in html and "<td>2.00</td>" in html, "perplexity over seeds, dropped"
     assert "paper: 8 to 16" in html
     assert "Layer 1: 0.50 bits, random 0.62 ± 0.01" in html and "Layer 2</text>" in html
-    assert "By set nothing is said" in html, "of the second layer there is no control"
+    assert "By set nothing can be said" in html, "of the second layer there is no control"
     # accuracy of copa, mean of 35 and 45; 1.96 standard errors are 0.96
     row = "<td>10,000</td><td>3</td><td>0</td><td>25.0</td><td>40.0 (39.0 to 41.0)</td>"
     assert "copa, 0 shots" in html and row in html
@@ -68,7 +68,8 @@ def test_what_of_the_paper_is_not_on_the_page_is_said(tmp_path):
     (tmp_path / "result.json").write_text(json.dumps(found))
     assert cli.main(["report", str(tmp_path)]) == 0
     html = (tmp_path / "report.html").read_text()
-    assert "not measured: `priming` in the study" in html and "This study measured none." in html
+    assert "not measured: `priming` in the study" in html
+    assert "This study did not measure bias." in html
 
 
 def test_a_family_of_one_point_is_drawn_and_said(tmp_path):
@@ -96,12 +97,12 @@ def test_a_family_of_one_point_is_drawn_and_said(tmp_path):
         (
             ["--expert-use"],
             "[]",
-            "other.json: lacks layer and share: make it with evaluation.exper",
+            "other.json: lacks layer and share: create it with evaluation.exper",
         ),
         (
             ["--fine-tuning"],
             '{"rows": 1}',
-            "other.json: lacks before and rows: make it with exampl",
+            "other.json: lacks before and rows: create it with exampl",
         ),
     ],
 )
@@ -175,5 +176,7 @@ def test_a_result_with_something_else_in_it(tmp_path, capsys, key, value):
     (tmp_path / "result.json").write_text(json.dumps(whole))
     assert cli.main(["report", str(tmp_path)]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {tmp_path / 'result.json'}: not as it was written (")
+    assert line.startswith(
+        f"error: {tmp_path / 'result.json'}: not in the format that was written ("
+    )
     assert not (tmp_path / "report.html").exists() and not (tmp_path / "figures").exists()

@@ -37,10 +37,10 @@ def write(folder, change=lambda text: text):
         ("context: 32", "", "the key 'context' is missing"),
         ("seeds: [1]", "seeds: [1, 1]", "seeds [1, 1]: give different"),
         ("/data", "/nowhere", "nowhere: no such data folder"),
-        ("lr: 0.01", "--lr: 0.01", "'--lr': write flags without dashes"),
+        ("lr: 0.01", "--lr: 0.01", "'--lr': write flags without leading dashes"),
         ("lr: 0.01", "seed: 3", "train: seed: the study sets this itself"),
         ("context: 32", "context: many", "context: 'many' is not a int"),
-        ("batch-size: 4,", "", "batch-size None: say how many"),
+        ("batch-size: 4,", "", "batch-size None: set the number of blocks"),
         ("context: 32", "context: [", "not YAML"),
         ("context: 32", "context: 0", "context 0 is out of range: use a whole number from 1"),
         ("seeds: [1]", "seeds: [-1]", "seeds [-1] is out of range"),
@@ -117,7 +117,7 @@ def test_no_factor_where_both_families_are_within_noise_of_chance():
     # the most frequent answer gets 62 %
     noise = zero_shot(0.5, 0.55, 0.62, 0.55, 0.6, chance=0.5, majority=0.62)
     assert not noise["curve"] and "(62.0 %)" in noise["remark"]
-    assert "prime again" in zero_shot(0.5, 0.6, 0.7, 0.5, 0.6, chance=None)["remark"]
+    assert "run priming again" in zero_shot(0.5, 0.6, 0.7, 0.5, 0.6, chance=None)["remark"]
 
 
 def test_runs_that_were_measured_on_different_things_are_not_compared():
@@ -151,7 +151,7 @@ def test_words_for_factors_and_seeds():
     for run in runs:
         run["flops"] *= {("moe", 1): 0.5, ("moe", 2): 3}.get((run["family"], run["seed"]), 1)
     found = {"runs": runs, "factors": result.factors(runs), "planned": 10}
-    assert "which do not agree on which family needs less" in page.summary_of(found)
+    assert "but the seeds disagree" in page.summary_of(found)
 
 
 def test_no_interval_of_one_seed():
@@ -223,7 +223,7 @@ def test_a_study_from_file_to_factors_and_again(folder, capsys):
     assert {p: p.stat().st_mtime_ns for p in (folder / "out").glob("*/*.log")} == logs
     write(folder, lambda text: text.replace("updates: 3", "updates: 4"))
     assert cli.main(["study", str(path)]) == 1
-    assert "holds a run with other settings" in capsys.readouterr().err
+    assert "was made with other settings" in capsys.readouterr().err
     assert cli.main(["report", str(folder / "out")]) == 0
     assert "of 4 runs" not in (folder / "out" / "report.html").read_text()
 

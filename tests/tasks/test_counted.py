@@ -144,7 +144,7 @@ def test_nothing_left_is_refused_though_asked_to_skip(fairseq, data, checkpoint)
     assert status == 1 and "none is left" in error_in(err) and "Perplexity" not in log
 
 
-def test_blank_lines_that_complete_doc_leaves_out_and_shares_are_told(fairseq, data, checkpoint):
+def test_blank_lines_left_out_and_shares_are_reported(fairseq, data, checkpoint):
     sizes = sizes_of(data)
     line = eval_lm(data, checkpoint, flags="--sample-break-mode complete_doc")
     line += " --skip-invalid-size-inputs-valid-test"

@@ -280,7 +280,7 @@ MISTAKES = [
         r"--corpus-weights and --corpus-temperature both set",
     ),
     (["--dataset-impl", "raw"], r"--dataset-impl raw: .* mmap"),
-    (["--shorten-data-split-list", "train"], r"--shorten-data-split-list train: not possible"),
+    (["--shorten-data-split-list", "train"], r"--shorten-data-split-list train: not supported"),
 ]
 
 

@@ -352,7 +352,7 @@ def test_a_line_that_is_wrong_is_named(data, tmp_path, line, message):
 def test_a_class_that_is_none(data, tmp_path):
     (tmp_path / "labels.txt").write_text("big\nmid\n")
     (tmp_path / "valid.jsonl").write_text('{"text": "big1", "label": "small"}\n')
-    with pytest.raises(UserError, match="line 1: field 'label' is 'small'; one of big, mid"):
+    with pytest.raises(UserError, match="line 1: field 'label' is 'small'; use one of big, mid"):
         load(make_choice_task(data, tmp_path))
     (tmp_path / "labels.txt").write_text("big\nbig\n")
     with pytest.raises(UserError, match="labels.txt: must list two or more different"):
@@ -381,9 +381,7 @@ def test_mistakes_in_the_flags_are_named(data, choices, settings, message):
 def test_other_mistakes(data, choices, tmp_path):
     with pytest.raises(UserError, match="dev.jsonl: missing|train.jsonl: missing"):
         make_choice_task(data, tmp_path).files.read("train")
-    with pytest.raises(
-        UserError, match="winogrande/dev.jsonl: missing; it is a file of WinoGrande"
-    ):
+    with pytest.raises(UserError, match="winogrande/dev.jsonl: missing; get it from WinoGrande"):
         make_choice_task(data, tmp_path, choice_task="winogrande").files.read("valid")
     (tmp_path / "valid.jsonl").write_text("\n")
     with pytest.raises(UserError, match="valid.jsonl: contains no example for the split valid"):

@@ -117,7 +117,7 @@ def test_training_goes_on_where_the_file_cannot_be_written(tmp_path, caplog):
     file = metrics_file.MetricsFile(tmp_path, 0)
     file.add("train_inner", 1, 1, {"loss": 1.0})
     file.add("train_inner", 2, 1, {"loss": 1.0})
-    assert caplog.text.count("training goes on without") == 1
+    assert caplog.text.count("training continues without") == 1
 
 
 def test_infinity_is_null(tmp_path):

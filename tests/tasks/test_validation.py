@@ -219,10 +219,10 @@ def break_data(copy, how):
         return r"data/dict\.txt: missing"
     if how == "bin missing":
         (small / "train.bin").unlink()
-        return r"small/train\.bin: missing although train\.idx is there"
+        return r"small/train\.bin: missing, although train\.idx is there"
     if how == "idx missing":
         (small / "train.idx").unlink()
-        return r"small/train\.idx: missing although train\.bin is there"
+        return r"small/train\.idx: missing, although train\.bin is there"
     if how == "truncated":
         with open(small / "train.bin", "r+b") as file:
             file.truncate(100)
@@ -238,7 +238,7 @@ def break_data(copy, how):
     if how == "nothing in it":
         for name in ALL:
             shutil.rmtree(copy / name)
-        return r"data: no data-bin in it or in its folders"
+        return r"data: contains no data-bin, nor do its folders"
     if how == "both layouts":
         shutil.copyfile(small / "train.idx", copy / "train.idx")
         shutil.copyfile(small / "train.bin", copy / "train.bin")

@@ -56,8 +56,8 @@ def test_what_is_missing_is_named_with_what_is_there(tmp_path):
     model, data = tmp_path / "best.pt", tmp_path / "train"
     no_model = OSError(f"Model file not found: {model}")
     no_data = FileNotFoundError(f"Dataset not found: train ({data})")
-    assert find(no_model) == f"{model}: no such checkpoint; there is no *.pt in {tmp_path}"
-    assert find(no_data) == f"{data}.idx: no such data-bin; there is no *.idx in {tmp_path}"
+    assert find(no_model) == f"{model}: no such checkpoint; {tmp_path} has no *.pt"
+    assert find(no_data) == f"{data}.idx: no such data-bin; {tmp_path} has no *.idx"
     for name in (*(f"checkpoint{i}.pt" for i in range(7)), "test.idx"):
         (tmp_path / name).touch()
     there = ", ".join(f"checkpoint{i}.pt" for i in range(5))
@@ -80,7 +80,7 @@ def test_a_missing_dataset_is_one_line(command):
     assert status == 1
     assert [line for line in err.splitlines() if line.startswith("error:")] == [
         "error: nowhere/dict.txt: no such file; "
-        "a data folder is made by fairseq-preprocess or fairseq-moe prepare"
+        "create a data folder with fairseq-preprocess or fairseq-moe prepare"
     ]
     assert "Traceback" not in err
 

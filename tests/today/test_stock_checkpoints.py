@@ -73,7 +73,7 @@ def test_a_checkpoint_that_runs_code_is_refused_in_one_line(tmp_path, new_format
     torch.save(state(x=Touch(tmp_path / "ran")), path, _use_new_zipfile_serialization=new_format)
     with pytest.raises(UserError) as caught:
         checkpoint_utils.load_checkpoint_to_cpu(str(path))
-    assert f"{path}: refused" in str(caught.value) and ".system" in str(caught.value)
+    assert f"{path}: rejected" in str(caught.value) and ".system" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "ran").exists()
 

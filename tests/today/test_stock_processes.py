@@ -107,7 +107,7 @@ def test_a_process_that_is_gone_ends_the_others_with_one_line(tmp_path, how):
 
 
 @on_cpu_only
-def test_a_port_in_use_is_told(tmp_path):
+def test_a_port_in_use_is_reported(tmp_path):
     with socket.socket() as taken:
         taken.bind(("0.0.0.0", 0))
         taken.listen()
@@ -120,7 +120,7 @@ def test_a_port_in_use_is_told(tmp_path):
 @pytest.mark.slow
 def test_processes_that_cannot_meet_say_so(tmp_path):
     message = its_error(start_rank(1, tmp_path, "alone", free_port()))
-    assert "not all 2 processes met" in message
+    assert "not all 2 processes connected" in message
 
 
 @on_cpu_only

@@ -20,7 +20,7 @@ WIDTH = 360  # units of every chart; about as many CSS pixels
 PNG_SCALE = 2.5  # dots a unit
 
 # CSS variable -> its colour in a light page (templates/style.css), as PNG has it; all differ, so
-# that each can be told in an SVG. Series: blue, vermilion, green and purple after Okabe and Ito.
+# that an SVG can identify each. Series: blue, vermilion, green and purple after Okabe and Ito.
 COLOURS = {
     "ink": "#1d2430",
     "soft": "#5a6472",

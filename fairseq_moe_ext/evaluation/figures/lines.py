@@ -196,7 +196,7 @@ def _frame(axes: "Axes") -> None:
 
 
 def _thin_out(figure: "Figure", axes: "Axes") -> None:
-    """Take away labels of ticks that would overprint another, or leave the figure."""
+    """Remove tick labels that would overlap another, or leave the chart."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     renderer = FigureCanvasAgg(figure).get_renderer()

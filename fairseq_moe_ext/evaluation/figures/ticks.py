@@ -44,7 +44,7 @@ def short(value: float, digits: int = 3) -> str:
 
 
 def labels(ticks: Sequence[float]) -> List[str]:
-    """As few digits as tell them apart."""
+    """Labels with as few digits as distinguish them."""
     for digits in range(3, 9):
         shown = [short(tick, digits) for tick in ticks]
         if len(set(shown)) == len(ticks):

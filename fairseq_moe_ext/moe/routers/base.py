@@ -20,10 +20,10 @@ def balanced_assignment(scores: Tensor) -> Tensor:
     tokens, and the sum of the scores is at most T * PRECISION * (their range) below the largest
     possible.
 
-    An auction (Bertsekas 1988, doi 10.1007/BF02186476, for experts of many equal places): a token
-    bids for its best expert up to where the second best would do as well; an expert keeps its
-    highest bidders, and its price is the lowest bid that it holds. Large steps first find prices
-    that small ones need not climb to."""
+    An auction (Bertsekas 1988, doi 10.1007/BF02186476, for experts with many equal places). A token
+    bids for its best expert up to the price at which the second best is as good. An expert keeps
+    its highest bidders, and its price is the lowest bid that it keeps. Large steps find approximate
+    prices first, from which small steps start."""
     tokens, num_experts = scores.shape
     places = -(-tokens // num_experts)
     scores = torch.nan_to_num(scores.detach().double())
@@ -41,7 +41,7 @@ def balanced_assignment(scores: Tensor) -> Tensor:
 
 
 def _auction(scores: Tensor, price: Tensor, places: int, step: float) -> Tuple[Tensor, Tensor]:
-    """One auction: scores (N, E), price (E,) to begin with -> the expert of each token (N,), and
+    """One auction: scores (N, E), initial price (E,) -> the expert of each token (N,), and
     prices."""
     num_experts = len(price)
     owner = torch.full((len(scores),), -1, device=scores.device)  # -1: none
@@ -116,7 +116,7 @@ class BaseRouter(TopKRouter):
         )
 
     def _assigned(self, logits: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
-        """(T, 1) int64, made with the tokens of all processes in scope; 0 for padding."""
+        """(T, 1) int64, computed with the tokens of all processes in scope; 0 for padding."""
         real = slice(None) if padding_mask is None else ~padding_mask.bool()
         everyone, mine = self.scope.gather(logits[real])
         experts = torch.zeros(len(logits), dtype=torch.long, device=logits.device)

@@ -20,8 +20,8 @@ class ExpertChoiceRouter(TopKRouter):
     causal = False
     capacity_free = True
     refused = (
-        "an expert that chooses among all tokens of a batch sees those that a language model is to "
-        "predict; use threshold, its causal counterpart"
+        "an expert that chooses among all tokens of a batch sees tokens that a language model "
+        "should predict; use threshold, its causal counterpart"
     )
 
     def route(

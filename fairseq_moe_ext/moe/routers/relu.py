@@ -16,10 +16,11 @@ FIRST_WEIGHT, FACTOR = 1e-8, 1.2  # of the L1 loss, as in the paper
 
 @register_router("relu")
 class ReluRouter(TopKRouter):
-    """A token goes to every expert whose logit is positive, weighted by it. An L1 loss on the
-    weights, whose own weight grows while tokens have more than top_k experts on average and shrinks
-    while they have fewer, makes the router sparse; it is larger for experts with more tokens, which
-    balances them. Each layer has a weight of its own; the paper has one for all."""
+    """A token goes to every expert whose logit is positive; the logit is its weight. An L1 loss on
+    the weights makes the router sparse. The loss has a coefficient that grows while tokens have
+    more than top_k experts on average, and shrinks while they have fewer. The loss is larger for
+    experts with more tokens, which balances them. Each layer has its own coefficient; the paper has
+    one for all layers."""
 
     heeds = frozenset("route_scale fp32_product input_jitter".split())
     capacity_free = True
@@ -48,7 +49,7 @@ class ReluRouter(TopKRouter):
         self, logits: Tensor, routing: Routing, padding_mask: Optional[Tensor]
     ) -> Optional[Tensor]:
         """l1_weight * sum_e(share_e * mean over tokens of relu(logit_e)), with share_e = E / top_k
-        times the share of tokens that take expert e; padding left out."""
+        times the share of tokens that take expert e, without padding."""
         scores = torch.relu(logits.to(torch.promote_types(logits.dtype, torch.float32)))
         real = None if padding_mask is None else ~padding_mask.bool()
         scores, tokens = counted_rows(scores, real)

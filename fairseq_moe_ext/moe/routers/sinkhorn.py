@@ -19,12 +19,12 @@ from ..routing import (
     send,
 )
 
-STEPS = 32  # of normalising columns and rows, in turn
+STEPS = 32  # times that columns and rows are normalised, in turn
 
 
 def sinkhorn(logits: Tensor, steps: int = STEPS) -> Tensor:
-    """logits (T, E) -> the plan (T, E) in float64: exp(logits), rows and columns rescaled in turn
-    until rows sum to 1 and columns to T / E, up to what the last steps still change."""
+    """logits (T, E) -> the plan (T, E) in float64: exp(logits), with rows and columns rescaled in
+    turn so that rows sum to 1 and columns approximately to T / E."""
     tokens, num_experts = logits.shape
     logits = logits.detach().double()
     columns = logits.new_zeros(num_experts)
@@ -36,8 +36,9 @@ def sinkhorn(logits: Tensor, steps: int = STEPS) -> Tensor:
 
 @register_router("sinkhorn")
 class SinkhornRouter(TopKRouter):
-    """In training a token takes the top_k experts of Sinkhorn's plan for the whole batch, weighted
-    by its scores; at evaluation those of its scores. No gradient flows through the plan."""
+    """In training, a token takes the top_k experts of Sinkhorn's plan for the whole batch; at
+    evaluation, those with its best scores. Scores are the weights. No gradient flows through the
+    plan."""
 
     heeds = frozenset(
         "score normalize_weights route_scale fp32_product input_jitter null_experts".split()
@@ -69,9 +70,10 @@ class SinkhornRouter(TopKRouter):
         )
 
     def _plan(self, logits: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
-        """(T, E), made of the tokens of all processes in scope; padding has its logits."""
+        """(T, E), computed from the tokens of all processes in scope; rows of padding are its
+        logits."""
         real = slice(None) if padding_mask is None else ~padding_mask.bool()
         everyone, mine = self.scope.gather(logits.detach()[real])
-        plan = logits.detach().to(torch.float64, copy=True)  # logits, if float64, stay
+        plan = logits.detach().to(torch.float64, copy=True)  # does not overwrite logits in float64
         plan[real] = sinkhorn(everyone)[mine]
         return plan

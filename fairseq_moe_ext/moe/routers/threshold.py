@@ -11,7 +11,7 @@ from torch import Tensor
 from ..router import TopKRouter, register_router
 from ..routing import SCORES, Routing, counted_tokens, distribution, send_ranked
 
-# Bins of the logits of scores: from -RANGE to RANGE, STEPS to 1.
+# Histogram bins of the scores' logits: from -RANGE to RANGE, STEPS bins per unit.
 RANGE, STEPS = 16, 16
 BINS = 2 * RANGE * STEPS
 
@@ -37,10 +37,10 @@ def histogram(values: Tensor, counted: Optional[Tensor]) -> Tensor:
 
 
 def upper_quantile(counts: Tensor, number: Tensor) -> Tensor:
-    """counts (E, BINS) -> (E,): the values that `number` (E,) of an expert's tokens exceed, between
-    the ends of a bin as if its tokens were spread evenly."""
+    """counts (E, BINS) -> (E,): the values that `number` (E,) of an expert's tokens exceed,
+    interpolated linearly within a bin."""
     above = counts.flip(1).cumsum(1).flip(1)  # (E, BINS): in this bin and those above it
-    # the highest bin at whose lower end enough are above; the lowest where there never are
+    # the highest bin with enough tokens in it and above it; the lowest bin if there is none
     place = (above >= number.unsqueeze(1)).sum(dim=1, keepdim=True).clamp(min=1) - 1  # (E, 1)
     inside = counts.gather(1, place).clamp(min=torch.finfo(counts.dtype).tiny)
     share = (above.gather(1, place) - number.unsqueeze(1)) / inside  # of the bin, below the value
