@@ -251,7 +251,7 @@ def test_a_licence_is_text_in_yaml():
 @pytest.mark.parametrize("index", ["{}", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])
 def test_a_damaged_index_is_named(tmp_path, index):
     (tmp_path / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(UserError, match="there is no weight_map in it"):
+    with pytest.raises(UserError, match="contains no weight_map"):
         hf_folder.read_weights(str(tmp_path))
 
 
