@@ -153,11 +153,11 @@ def test_results_of_other_files_are_not_taken(trained, tasks, tmp_path, capsys):
     first = priming(0, line, out)
     os.utime(tmp_path / "m.pt", (1, 1))
     assert cli.main(line.split()) == 1
-    assert "(checkpoint: other files, or changed ones); name another" in capsys.readouterr().err
+    assert "(checkpoint: other or changed files); name another" in capsys.readouterr().err
     assert without_times(priming(0, f"{line} --overwrite", out)) == without_times(first)
     (folder / "copa" / "val.jsonl").write_text(CASES["copa"][0]["val.jsonl"] * 2)
     assert cli.main(line.split()) == 1
-    assert "(files: other files, or changed ones); name another" in capsys.readouterr().err
+    assert "(files: other or changed files); name another" in capsys.readouterr().err
     for content in ("", "{}", "[1]", "words"):
         out.write_text(content)
         assert cli.main(line.split()) == 1
