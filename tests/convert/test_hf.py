@@ -259,7 +259,7 @@ def test_a_damaged_index_is_named(tmp_path, index):
     "flags, words",
     [
         (["--to", "hf", "--shard-size", "0"], "--shard-size 0.0: use a number"),
-        (["--to", "hf", "--data", "nowhere"], "--data nowhere: no dict.txt"),
+        (["--to", "hf", "--data", "nowhere"], "--data nowhere: contains no dict.txt"),
         (["--to", "hf", "--data", ".", "--no-tokenizer"], "with --no-tokenizer"),
         (["--to", "hf", "--license", ""], "--license '': use a name"),
         (["--to", "hf", "--evaluation", "no.json"], "no.json: cannot be read"),
