@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 from typing import List, Sequence
 
+from fairseq_moe_ext import files
 from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.study.ladder import forecast, needed, probe, running, stages
+from fairseq_moe_ext.study.ladder import forecast, hours, needed, probe, running, stages
 
 FILE = Path(__file__).resolve().parent / "ladder.yaml"
 
@@ -85,13 +86,14 @@ def run(args: argparse.Namespace) -> int:
         named = {arm.name for stage in wanted for arm in stage.arms}
         probe.run(ladder, [arm for arm in ladder.arms if arm.name in named])
         return 0
-    running.say_hours(ladder, wanted, args.gflops)
+    print("\n".join(hours.said(ladder, wanted, args.gflops)), flush=True)
     if args.write:
         for stage in wanted:
-            print(running.write_study(ladder, running.screened(ladder, stage)))
+            stage = running.screened(ladder, stage)
+            print(running.write_study(ladder, stage) if stage.arms else f"{stage.name}: no arm")
     if args.dry_run or args.write:
         return 0
-    return running.do(ladder, wanted, args.jobs)
+    return running.do(ladder, wanted, args.jobs, args.gflops)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -99,6 +101,9 @@ def main(argv: Sequence[str]) -> int:
         return run(parser().parse_args(argv))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error.filename}: {files.reason(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -37,8 +37,7 @@ def run(args: argparse.Namespace) -> None:
     """Write the page. Raises UserError for files that are missing."""
     result = study_result.read(args.folder / "result.json")
     if ladder_page.is_result(result):
-        number = ladder_page.write(args.folder, cast(LadderResult, result), args.png)
-        print(f"{args.folder / 'report.html'}, and {number} charts in {args.folder / 'figures'}")
+        _of_ladder(args, cast(LadderResult, result))
         return
     if result.get("reference"):
         raise UserError(
@@ -65,6 +64,18 @@ def run(args: argparse.Namespace) -> None:
             figure.chart.write_png(folder / f"{name}.png")
     report.write(args.folder / "report.html", page)
     print(f"{args.folder / 'report.html'}, and {len(charts)} charts in {folder}")
+
+
+def _of_ladder(args: argparse.Namespace, result: LadderResult) -> None:
+    for flag in ("expert_use", "fine_tuning"):
+        if getattr(args, flag) is not None:
+            raise UserError(
+                f"--{flag.replace('_', '-')} {getattr(args, flag)}: is for a study of two "
+                f"families; {args.folder} is a ladder"
+            )
+    with study_result.as_written(args.folder / "result.json"):
+        number = ladder_page.write(args.folder, result, args.png)
+    print(f"{args.folder / 'report.html'}, and {number} charts in {args.folder / 'figures'}")
 
 
 class Figure(NamedTuple):

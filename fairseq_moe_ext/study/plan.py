@@ -39,7 +39,7 @@ _ARM: Keys = {"arch": (str, None), "flags": (dict, {})}
 _EVALUATE: Keys = {"stride": (int, 0), "batch-size": (int, 16), "bootstrap": (int, 1000)}
 # of `fairseq-moe priming`; no folder: no priming
 _PRIMING: Keys = {"folder": (str, ""), "tasks": (str, ""), "shots": (list, [0]), "draws": (int, 25)}
-_SIZE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # a part of a folder's name
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # a part of a folder's name
 # flags that the study sets itself
 _OURS = ("arch", "seed", "max-update", "total-num-update", "save-dir", "tokens-per-sample", "task")
 
@@ -202,7 +202,7 @@ def _size(
     ranges.require(ranges.POSITIVE_COUNT, updates, f"{where}: updates")
     for flag, value in flags.items():
         _check_flag(flag, value, where)
-    if not _SIZE.fullmatch(str(name)):
+    if not NAME.fullmatch(str(name)):
         raise UserError(f"{where}: use letters, digits, '_', '-' and '.' in its name")
     return _Size(family, str(name), arch, flags, updates)
 

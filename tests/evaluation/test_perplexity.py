@@ -125,7 +125,7 @@ def test_it_gives_what_fairseq_eval_lm_gives(trained, caplog, capsys, tmp_path):
     data, checkpoint = trained
     out = tmp_path / "found.json"
     line = f"evaluate {data} --path {checkpoint} --cpu --batch-size 4 --json {out}"
-    assert cli.main(line.split()) == 0
+    assert cli.main([*line.split(), "--unit-losses", str(tmp_path / "units.json")]) == 0
     assert "far (held out)" in capsys.readouterr().out
     found = json.loads(out.read_text())
     counts = json.loads((data / "counts.json").read_text())["corpora"]
@@ -146,6 +146,10 @@ def test_it_gives_what_fairseq_eval_lm_gives(trained, caplog, capsys, tmp_path):
         assert one["bits_per_byte"] == pytest.approx(bits * one["tokens"] / size, rel=1e-3)
         low, high = one["interval"]
         assert low < one["perplexity"] < high
+    for name, units in json.loads((tmp_path / "units.json").read_text()).items():
+        one, count = found["sets"][name], sum(units["tokens"])
+        assert (len(units["tokens"]), count) == (one["units"], one["tokens"])
+        assert math.exp(sum(units["nats"]) / count) == pytest.approx(one["perplexity"])
     both = [one["perplexity"] for one in found["sets"].values()]
     assert found["mean"]["all"]["perplexity"] == pytest.approx(sum(both) / 2)
 
@@ -179,6 +183,8 @@ def test_it_gives_what_fairseq_eval_lm_gives(trained, caplog, capsys, tmp_path):
         ("--model-overrides 5", "--model-overrides 5: not a Python dictionary"),
         ("--json no/x.json", "--json no/x.json: no folder no; make it first"),
         ("--sweep-capacity 1 --figure no/x.html", "--figure no/x.html: no folder no"),
+        ("--sweep-capacity 1 --unit-losses x", "--unit-losses x: is for one capacity"),
+        ("--unit-losses no/x.json", "--unit-losses no/x.json: no folder no"),
         ("--subset nothing", "no data-bin nothing"),
         ("--bootstrap 0", "--bootstrap 0: use 1 or more"),
     ],

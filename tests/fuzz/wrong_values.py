@@ -219,6 +219,7 @@ VALUES = {
         "--subset": ["vaild", ""],
         "--model-overrides": EVALUATION["--model-overrides"],
         "--json": ["{folder}", "{missing}/x.json", "{device}", "{fifo}", "{file}", ""],
+        "--unit-losses": ["{folder}", "{missing}/x.json", "{device}", "{fifo}", "{file}"],
     },
     "priming": {
         "--tasks": ["", "none", "copa,copa", "copa,", "translation"],

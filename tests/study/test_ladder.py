@@ -17,6 +17,7 @@ from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.study import plan
 from fairseq_moe_ext.study.ladder import (
     forecast,
+    hours,
     needed,
     progress,
     rates,
@@ -27,6 +28,7 @@ from fairseq_moe_ext.study.ladder import (
     tables,
 )
 from fairseq_moe_ext.study.ladder.saving import Saving
+from fairseq_moe_ext.text_table import markdown
 
 STUDY = Path(__file__).resolve().parents[2] / "examples" / "study"
 REAL = stages.read(STUDY / "ladder.yaml")
@@ -80,6 +82,8 @@ def command():
         ("screen: first", "screen: third", "screen third: not a stage before it: first"),
         ("tokens: 640", "tokens: 640, arms: [c*]", "stages: second: arms c*: no arm is called so"),
         ("experts: 4}}", "experts: 0}}", "moe: arms: E4: experts 0 is out of range"),
+        ("first: {{tokens", "probe: {{tokens", "stages: probe: is the name of a folder"),
+        ("first: {{tokens", "a/b: {{tokens", "stages: a/b: is the name of a folder"),
         ("warmup", "warmup", ""),
         ("context: 32", "context: 32\nwarmup: 1", "warmup 1.0: use a share"),
         ("decoder-ffn-embed-dim: 64", "dropout: 0", "dense: b: decoder-ffn-embed-dim is missing"),
@@ -88,7 +92,12 @@ def command():
     ],
 )
 def test_mistakes_in_the_file(folder, old, new, words, capsys):
-    path = write(folder, lambda text: text.replace(old.replace("}}", "}"), new.replace("}}", "}")))
+    path = write(
+        folder,
+        lambda text: text.replace(
+            *(word.replace("{{", "{").replace("}}", "}") for word in (old, new))
+        ),
+    )
     status = command().main([str(path), "--dry-run"])
     error = capsys.readouterr().err
     assert status == (1 if words else 0) and words in error
@@ -295,6 +304,8 @@ def test_only_arms_that_saved_enough_go_on(tmp_path, monkeypatch):
 def test_pages(tmp_path, capsys):
     made = made_result(tmp_path)
     (tmp_path / "result.json").write_text(json.dumps(made, allow_nan=False))
+    assert cli.main(["report", str(tmp_path), "--fine-tuning", "x"]) == 1
+    assert "--fine-tuning x: is for a study of two families" in capsys.readouterr().err
     assert cli.main(["report", str(tmp_path)]) == 0
     html = (tmp_path / "report.html").read_text()
     assert "d0-E64 saves most in domain" in html and "6 of 50 runs are done" in html
@@ -318,14 +329,28 @@ def test_the_forecast_that_is_committed_is_of_this_ladder():
 def test_what_would_be_needed(tmp_path, capsys):
     ladder = REAL._replace(out=tmp_path)
     rows = needed.table(ladder, 100.0, 10_000.0)
-    (four,) = [row for row in rows if row[:2] == ["trend, 64 experts, d1", "4"]]
+    found = {(row[0], row[1]): [float(x.replace(",", "")) for x in row[2:]] for row in rows[1:]}
     tokens = 5.2e9 * (4 / 3.15) ** (math.log(126 / 5.2) / math.log(4.83 / 3.15))
-    assert float(four[2]) == pytest.approx(tokens, rel=0.05)
-    hours = tokens * 13.27872e6 / 1e11 / 3600
-    assert float(four[3].replace(",", "")) == pytest.approx(hours, rel=0.01)
-    assert float(four[5].replace(",", "")) == pytest.approx(hours / 100, rel=0.01)
+    hours = tokens * 13.27872e6 * (1 + 4) / 1e11 / 3600
+    expected = [tokens, hours, hours / 8, hours / 100]
+    assert found["d1, 64 experts, by tokens", "4"] == pytest.approx(expected, rel=0.06)
+    fewer = [x * 8192 / 520_000 for x in expected]
+    assert found["d1, 64 experts, by updates", "4"] == pytest.approx(fewer, rel=0.06)
+    tokens = 5.2e9 * (8 / 6.01) ** (math.log(126 / 5.2) / math.log(12.3 / 6.01))
+    assert found["d1, 256 experts, unlike text, by tokens", "8"][0] == pytest.approx(tokens, 0.06)
+    made = made_result(tmp_path)
+    e64 = next(f for f in made["factors"] if f["arm"] == "d0-E64" and f["group"] == "in_domain")
+    (tmp_path / "result.json").write_text(
+        json.dumps({**made, "factors": [{**e64, "tokens": 4_000_000, "factor": 1.5}, e64]})
+    )
+    four = [row for row in needed.table(ladder, 100.0, 1e4) if row[0] == "d0-E64, measured"][0]
+    doublings = 2 * math.log(4 / e64["factor"]) / math.log(e64["factor"] / 1.5)
+    assert float(four[2]) == pytest.approx(16e6 * 2**doublings, rel=0.06)
+    docs = (STUDY.parents[1] / "docs" / "study.md").read_text(encoding="utf-8")
+    printed = re.findall(r"^\| d1, .*", docs, flags=re.M)
+    assert printed and {*printed} <= {*markdown(needed.table(ladder, 100, 20_000)).splitlines()}
     needed.say(ladder, 100.0, 10_000.0)
-    assert "Computed." in capsys.readouterr().out
+    assert "Computed, not measured." in capsys.readouterr().out
 
 
 def inner(update, loss=5.0):
@@ -349,10 +374,11 @@ def test_progress_of_every_run(folder, tmp_path):
     assert [s.word for s in found] == ["done", "running", "stopped", "to do"]
     assert found[1].updates == 2 and found[1].minutes == 1.0
     assert found[1].curve == [(1.0, 64.0), (2.0, 32.0)]
-    progress.write(ladder)
+    progress.write(ladder, 100.0)
     html = (tmp_path / "progress.html").read_text()
     assert '<meta http-equiv="refresh" content="60">' in html
     assert "1 of 11 runs are done, 1 at work" in html and "31.25" in html and "2 of 3" in html
+    assert "first: 3 runs left" in html
     assert not list(tmp_path.glob("*.tmp*"))
 
 
@@ -361,20 +387,40 @@ def test_hours_are_of_what_is_left(folder, tmp_path):
     stage = ladder.stage("first")
     probed = {"a": 2.0, "b": 1.0, "a-E4": 3.0}
     flops = forecast.training_flops(stage.arms[3], ladder)
-    left, hours = running.hours(ladder, stage, probed, 1e-9 * flops)  # one second a token
-    assert left == 4 and hours == pytest.approx(384 * (2 + 1 + 3 + 1) / 3600)
+    left, found = hours.left(ladder, stage, probed, 1e-9 * flops)  # one second a token
+    assert left == 4 and found == pytest.approx(384 * (2 + 1 + 3 + 1) / 3600)
     done = ladder.folder(stage, stage.arms[2], 1)
     done.mkdir(parents=True)
     (done / "evaluation.json").touch()
-    assert running.hours(ladder, stage, probed, 1e-9 * flops)[0] == 3
+    assert hours.left(ladder, stage, probed, 1e-9 * flops)[0] == 3
+
+
+def test_only_the_best_checkpoint_of_an_evaluated_run_is_kept(folder, tmp_path):
+    ladder = stages.read(write(folder))._replace(out=tmp_path)
+    folders = [ladder.folder(ladder.stages[1], arm, 1) for arm in ladder.arms[:2]]
+    names = {"checkpoint_best.pt", "checkpoint_last.pt", "checkpoint_1_5.pt", "train.log"}
+    for one in folders:
+        one.mkdir(parents=True)
+        for name in names:
+            (one / name).touch()
+    (folders[0] / "evaluation.json").touch()
+    running.tidy(ladder)
+    left = {path.name for path in folders[0].iterdir()}
+    assert left == {"checkpoint_best.pt", "train.log", "evaluation.json"}
+    assert {path.name for path in folders[1].iterdir()} == names
 
 
 @pytest.mark.slow
 def test_a_small_ladder_goes_on_where_it_was_killed(folder, monkeypatch, capsys):
     """The probe, all stages, a stop in the second, and the same command once more."""
-    path, out, main = write(folder), folder / "ladder", command().main
-    assert main([str(path), "--probe", "--jobs", "1"]) == 0
-    assert set(json.loads((out / "probe.json").read_text())["seconds_per_token"]) >= {"a", "a-E4"}
+    fewer = ", arms: [a, b, a-E4]"
+    path = write(
+        folder, lambda text: re.sub(r"(first|second): {tokens: \d+", lambda m: m[0] + fewer, text)
+    )
+    out, main = folder / "ladder", command().main
+    assert main([str(path), "--probe", "--arms", "a-E4"]) == 0
+    (speed,) = json.loads((out / "probe.json").read_text())["seconds_per_token"].values()
+    assert 1e-7 < speed < 0.1
     assert main([str(path), "--stages", "first"]) == 1
     assert "learning rates are chosen when the stage lr is done" in capsys.readouterr().err
     calls = []
@@ -392,8 +438,8 @@ def test_a_small_ladder_goes_on_where_it_was_killed(folder, monkeypatch, capsys)
     assert main([str(path), "--jobs", "2"]) == 0
     assert (out / "lr" / "arm-a-lr10-1" / "train.log").read_text() == first
     found = json.loads((out / "result.json").read_text())
-    assert len(found["runs"]) == found["planned"] == 11
+    assert len(found["runs"]) == found["planned"] == 9
     assert {f["tokens"] for f in found["factors"]} == {384, 640}
     assert {f["interval_over"] for f in found["factors"]} == {"test documents"}
-    assert "11 of 11 runs are done" in (out / "report.html").read_text()
+    assert "9 of 9 runs are done" in (out / "report.html").read_text()
     assert re.search(r"lr, taken|dense, taken", (out / "tables.md").read_text())

@@ -8,7 +8,7 @@ layer), computed by this project's definition, to fewer tokens: ln factor is lin
 
 import math
 from pathlib import Path
-from typing import Any, Dict, List, Optional, TypedDict
+from typing import Any, Dict, List, Mapping, Optional, Tuple, TypedDict
 
 from ... import cost, files, outputs
 from ...errors import UserError
@@ -19,6 +19,8 @@ from .stages import LR, Arm, Ladder
 
 # number of experts -> factor at 5.2 and at 126 billion tokens
 CURVES = {8: (1.91, 2.20), 64: (3.15, 4.83), 256: (3.80, 7.38)}
+CURVES_UNLIKE = {64: (4.28, 7.03), 256: (6.01, 12.3)}  # on EuroParl, unlike most of the training
+Curves = Mapping[int, Tuple[float, float]]
 CURVE_TOKENS = (5.2e9, 126e9)
 CURVE_TOKENS_PER_UPDATE = 5.2e5
 
@@ -82,13 +84,13 @@ def _saving(law: str, model: Model) -> Optional[float]:
     return saving if math.isfinite(saving) else None
 
 
-def trend(experts: int, tokens: float) -> Optional[float]:
+def trend(experts: int, tokens: float, curves: Curves = CURVES) -> Optional[float]:
     """The factor by DeepMind's curves; between their numbers of experts, ln factor is linear in ln
     experts. None outside those."""
     first, last = (math.log(x) for x in CURVE_TOKENS)
     along = (math.log(tokens) - first) / (last - first)
-    logs = {e: math.log(a) + along * math.log(b / a) for e, (a, b) in CURVES.items()}
-    counts = list(CURVES)
+    logs = {e: math.log(a) + along * math.log(b / a) for e, (a, b) in curves.items()}
+    counts = list(curves)
     for low, high in zip(counts, counts[1:]):
         if low <= experts <= high:
             r = math.log(experts / low) / math.log(high / low)

@@ -1,29 +1,32 @@
 """What saving 4 or 8 times would need, in tokens and hours: computed, not measured."""
 
 import math
-from typing import Callable, Dict, List, Tuple
+from typing import Callable, List, Tuple
 
 from ... import files
 from ...text_table import markdown
 from ..result import GROUPS
 from . import result, tables
-from .forecast import CURVES, training_flops, trend
+from .forecast import CURVE_TOKENS_PER_UPDATE, CURVES, CURVES_UNLIKE, Curves, training_flops, trend
 from .saving import tokens_for
 from .stages import Ladder
 
 TARGETS = (4.0, 8.0)
 CORES_16 = 8.0  # times two cores, if all scale
-CURVES_BASE = 25e6  # parameters of the model of the curves
+EXPERTS = (64, 256)
 
 
 def say(ladder: Ladder, gflops: float, gpu_gflops: float) -> None:
     """Print the table and what it rests on."""
     print(markdown(table(ladder, gflops, gpu_gflops)))
     print(
-        f"\nComputed. Hours of the sparse model's training alone, at {gflops:g} GFLOP/s on two "
-        f"cores, {CORES_16:g} times that on 16, and {gpu_gflops:g} GFLOP/s on a GPU. `trend`: "
-        "DeepMind's curves continued in ln tokens; `measured`: this ladder's factors in domain at "
-        "the fewest and the most tokens, continued the same way, far outside what was measured."
+        "\nComputed, not measured. Hours to train the sparse model and the dense one with so many "
+        f"times its FLOPs, at {gflops:g} GFLOP/s on two cores, {CORES_16:g} times that on 16, and "
+        f"{gpu_gflops:g} GFLOP/s on a GPU. `by tokens`: DeepMind's curves, ln factor linear in ln "
+        f"tokens; `by updates`: the same, with {ladder.tokens_per_update:,} tokens an update in "
+        f"place of their {CURVE_TOKENS_PER_UPDATE:,.0f}; the truth should lie between. `unlike "
+        "text`: their curves on EuroParl. `measured`: this ladder's factors in domain at the "
+        "fewest and the most tokens, continued in the same way."
     )
 
 
@@ -37,52 +40,57 @@ def table(ladder: Ladder, gflops: float, gpu_gflops: float) -> tables.Rows:
             if tokens is None:
                 rows.append([*row, "never by this curve", "", "", ""])
                 continue
-            hours = tokens * flops / 3.6e12
+            hours = tokens * flops * (1 + target) / 3.6e12
             speeds = (gflops, CORES_16 * gflops, gpu_gflops)
-            cells = [f"{hours / speed:,.3g}" for speed in speeds]
-            rows.append([*row, f"{tokens:.2g}", *cells])
+            cells = [_two_digits(hours / speed) for speed in speeds]
+            rows.append([*row, f"{tokens:.1e}", *cells])
     return rows
 
 
-def _curves(ladder: Ladder) -> List[Tuple[str, float, Callable[[float], float]]]:
+def _two_digits(value: float) -> str:
+    """0.16, 3.9, 31, 4,100."""
+    digits = 1 - math.floor(math.log10(value))
+    return f"{round(value, digits):,.{max(0, digits)}f}"
+
+
+_Curve = Callable[[float], float]  # factor by tokens
+
+
+def _curves(ladder: Ladder) -> List[Tuple[str, float, _Curve]]:
     """(name, training FLOPs a token, factor by tokens)."""
-    found: List[Tuple[str, float, Callable[[float], float]]] = []
-    largest = max(
-        (arm for arm in ladder.arms if arm.family == "moe"),
-        key=lambda a: a.flags["decoder-embed-dim"],
-    )
+    sparse = [arm for arm in ladder.arms if arm.family == "moe"]
+    largest = max(sparse, key=lambda arm: training_flops(arm, ladder))
     flops = training_flops(largest, ladder)
-    for experts in CURVES:
-        if experts > 8:
-            found.append((f"trend, {experts} experts, {largest.base}", flops, _trend(experts)))
-    for name, curve in _measured(ladder).items():
-        arm = next(arm for arm in ladder.arms if arm.name == name)
-        found.append((f"measured, {name}", training_flops(arm, ladder), curve))
-    return found
+    by_updates = CURVE_TOKENS_PER_UPDATE / ladder.tokens_per_update
+    found: List[Tuple[str, float, _Curve]] = []
+    for label, curves in (("", CURVES), (", unlike text", CURVES_UNLIKE)):
+        for experts in EXPERTS:
+            for how, times in (("by tokens", 1.0), ("by updates", by_updates)):
+                name = f"{largest.base}, {experts} experts{label}, {how}"
+                found.append((name, flops, _trend(experts, curves, times)))
+    return found + _measured(ladder)
 
 
-def _trend(experts: int) -> Callable[[float], float]:
-    return lambda tokens: trend(experts, tokens) or 0.0
+def _trend(experts: int, curves: Curves, times: float) -> _Curve:
+    return lambda tokens: trend(experts, tokens * times, curves) or 0.0
 
 
-def _measured(ladder: Ladder) -> Dict[str, Callable[[float], float]]:
+def _measured(ladder: Ladder) -> List[Tuple[str, float, _Curve]]:
     """Of each arm with two numbers, the line through the first and the last."""
     path = ladder.out / "result.json"
     if not path.is_file():
-        return {}
+        return []
     found: result.LadderResult = files.read_json(path)
-    curves = {}
+    curves = []
     for name, percent in tables.growth(found):
-        mine = [
-            f
-            for f in found["factors"]
-            if f["arm"] == name and f["group"] == GROUPS[0] and not f["beyond"]
-        ]
-        curves[name] = _line(mine[-1]["tokens"], mine[-1]["factor"], percent)
+        last = [f for f in found["factors"] if f["arm"] == name and f["group"] == GROUPS[0]][-1]
+        arm = next(arm for arm in ladder.arms if arm.name == name)
+        curve = _line(last["tokens"], last["factor"], percent)
+        curves.append((f"{name}, measured", training_flops(arm, ladder), curve))
     return curves
 
 
-def _line(tokens: float, factor: float, percent: float) -> Callable[[float], float]:
+def _line(tokens: float, factor: float, percent: float) -> _Curve:
     """Through a point, growing by so many per cent with each doubling."""
     slope = math.log2(1 + percent / 100)
     return lambda at: factor * (at / tokens) ** slope

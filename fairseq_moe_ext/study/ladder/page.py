@@ -7,15 +7,21 @@ from ... import outputs
 from ...evaluation import figures, paper, report
 from ...forecast.laws import S_BASE
 from ...wording import count
-from ..result import GROUPS
+from ..result import GROUPS, mean_performance
 from ..tables import TITLES
 from . import tables
 from .result import Factor, LadderResult
+from .stages import FIGURES
 from .tables import millions
 
-_LAW, _LAW_AT_PAPERS_SIZE, _OURS, _PAPER = range(4)  # styles
 _PAPER_SIZES = (125e6, 355e6, 1.3e9, 2.7e9, 6.7e9)
 _PAPER_EXPERTS = 512
+SAVING_LEGEND = (
+    "Clark et al.'s law at this study's models",
+    "the law at the paper's models, 512 experts",
+    "this study, the model that saves most",
+    "the paper, figure 1",
+)
 
 
 def is_result(content: Any) -> bool:
@@ -28,7 +34,7 @@ def write(folder: Path, result: LadderResult, png: bool = False) -> int:
     files that are another's."""
     report.check_renewable(folder / "report.html")
     drawn = charts(result)
-    figure_folder = folder / "figures"
+    figure_folder = folder / FIGURES
     figure_folder.mkdir(exist_ok=True)
     for name, chart in drawn.items():
         chart.write_svg(figure_folder / f"{name}.svg")
@@ -63,11 +69,15 @@ def _flops(result: LadderResult, arm: str) -> float:
 
 
 def saving_chart(result: LadderResult) -> figures.Chart:
-    """Ours, the paper's figure 1 and Clark et al.'s law at both sizes, over the training FLOPs of
-    the dense model with the same perplexity."""
+    """Of each number of tokens the arm that saves most, the paper's figure 1, and Clark et al.'s
+    law at both sizes, over the training FLOPs of the dense model with the same perplexity."""
     arms = result["ladder"]["arms"]
     ours, law = [], []
+    best: Dict[int, Factor] = {}
     for found in _in_domain(result):
+        if found["factor"] >= best.get(found["tokens"], found)["factor"]:
+            best[found["tokens"]] = found
+    for found in best.values():
         cost = _flops(result, found["arm"])
         ours.append((cost * found["tokens"] * found["factor"], found["factor"]))
         predicted = _law(cost / 6, arms[found["arm"]]["experts"])
@@ -80,24 +90,16 @@ def saving_chart(result: LadderResult) -> figures.Chart:
     return figures.line_chart(
         "Saving, in domain",
         [
-            figures.Series("law of Clark et al., at our models", sorted(law), _LAW),
-            figures.Series("the same at the paper's", papers, _LAW_AT_PAPERS_SIZE),
-            figures.Series("this study", sorted(ours), _OURS),
-            figures.Series("the paper", figure_1, _PAPER),
+            figures.Series(name, points, style)
+            for style, (name, points) in enumerate(
+                zip(SAVING_LEGEND, (sorted(law), papers, sorted(ours), figure_1))
+            )
         ],
         "training FLOPs of the dense model",
         "dense : MoE compute",
         log_x=True,
         log_y=True,
     )
-
-
-SAVING_LEGEND = (
-    "Clark et al.'s law at this study's models",
-    "the law at the paper's models, 512 experts",
-    "this study",
-    "the paper, figure 1",
-)
 
 
 def _law(size: float, experts: int) -> float:
@@ -159,11 +161,11 @@ def _perplexities(result: LadderResult, tokens: int, bases: Sequence[str]) -> fi
         n for n, s in result["ladder"]["stages"].items() if s["tokens"] == tokens and n != "lr"
     ]
     points: Dict[str, List[Tuple[float, float]]] = {name: [] for name in ("dense", *bases)}
-    for run in result["runs"]:
-        if run["stage"] in stages:
-            arm = arms[run["size"]]
+    for name, arm in arms.items():
+        mine = [r for r in result["runs"] if r["stage"] in stages and r["size"] == name]
+        if mine:
             line = "dense" if arm["family"] == "dense" else arm["base"]
-            points[line].append((run["flops"], run["mean"][GROUPS[0]]["perplexity"]))
+            points[line].append((mine[0]["flops"], mean_performance(mine, GROUPS[0])))
     series = [
         figures.Series(name, sorted(of_name), style)
         for style, (name, of_name) in enumerate(points.items())
@@ -180,10 +182,14 @@ def summary(result: LadderResult) -> str:
         return f"{done} There is no factor yet."
     most = max(found["tokens"] for found in numbers)
     best = max((f for f in numbers if f["tokens"] == most), key=lambda f: f["factor"])
-    over = f" over {best['interval_over']}" if best["interval"] else ""
+    shown = f"{('', 'more than ', 'less than ')[best['beyond']]}{best['factor']:.2f}"
+    low, high = best["interval"] or (None, None)
+    ends = ""
+    if low is not None and high is not None:
+        ends = f" ({low:.2f} to {high:.2f}, 95 % interval over {best['interval_over']})"
     return (
         f"{done} On {millions(most)} tokens {best['arm']} saves most in domain: the dense model "
-        f"needs {tables.factor(best)} times its training FLOPs (95 % interval{over})."
+        f"needs {shown} times its training FLOPs{ends}."
     )
 
 

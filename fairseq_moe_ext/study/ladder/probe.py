@@ -2,7 +2,6 @@
 that share a machine the clock says little."""
 
 import os
-import shutil
 import statistics
 from pathlib import Path
 from typing import List, Sequence
@@ -14,16 +13,16 @@ from .. import plan as plans
 from ..runner import Runner
 from . import result
 from .forecast import training_flops
-from .stages import LR, Arm, Ladder, Stage, study_file
+from .stages import LR, PROBE, Arm, Ladder, Stage, study_file
 
-UPDATES, SKIPPED = 12, 4  # of an arm; the first ones pay for the start
+UPDATES, SKIPPED = 10, 3  # of an arm; the first ones pay for the start
 
 
 def run(ladder: Ladder, arms: Sequence[Arm]) -> None:
     """Time the arms that are not yet in probe.json, and write it after each."""
     known = result.seconds_per_token(ladder)
     left = [arm for arm in arms if arm.name not in known]
-    folder = ladder.out / "probe"
+    folder = ladder.out / PROBE
     threads = os.cpu_count() or 1
     runner = Runner(folder, f"out: {folder}")
     try:
@@ -44,14 +43,13 @@ def run(ladder: Ladder, arms: Sequence[Arm]) -> None:
             )
     finally:
         runner.stop()
-    shutil.rmtree(folder / "none", ignore_errors=True)
     print(f"{len(known)} arms are in {ladder.out / 'probe.json'}")
 
 
 def _command(ladder: Ladder, arm: Arm, folder: Path) -> List[str]:
     """The arm's training, some updates of it, with nothing saved."""
     rates = {one.family: one.flags[LR] for one in ladder.stage(LR).arms}
-    stage = Stage("probe", 0, UPDATES, [1], [arm])
+    stage = Stage(PROBE, 0, UPDATES, [1], [arm])
     file = folder / f"{arm.name}.yaml"
     outputs.write_text(file, study_file(ladder, stage, rates))
     train = plans.read(file).runs[0].train

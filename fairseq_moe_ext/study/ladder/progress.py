@@ -11,6 +11,7 @@ from ...errors import UserError
 from ...evaluation import figures, report
 from .. import logs
 from ..result import GROUPS
+from . import hours
 from .stages import Arm, Ladder, Stage
 
 NAME = "progress.html"
@@ -36,7 +37,7 @@ def state(folder: Path, updates: int) -> State:
     if not log.is_file():
         return State("to do")
     lines = list(logs.measurements(log, "train_inner"))
-    curve = [(float(v["num_updates"]), 2 ** float(v["inner_loss"])) for v in lines]
+    curve = [(float(v["num_updates"]), 2 ** min(99, float(v["inner_loss"]))) for v in lines]
     step = max(1, len(curve) // _MOST_POINTS)
     curve = curve[step - 1 :: step]
     at = int(lines[-1]["num_updates"]) if lines else 0
@@ -53,12 +54,13 @@ def state(folder: Path, updates: int) -> State:
 Row = Tuple[Arm, int, State]  # and the seed
 
 
-def write(ladder: Ladder) -> None:
+def write(ladder: Ladder, gflops: float) -> None:
     """Write the page, whole or not at all."""
-    report.write(ladder.out / NAME, html(ladder))
+    report.write(ladder.out / NAME, html(ladder, gflops))
 
 
-def html(ladder: Ladder) -> str:
+def html(ladder: Ladder, gflops: float) -> str:
+    """progress.html as a string; `gflops` is the speed of arms that were not probed."""
     by_stage: Dict[str, List[Row]] = {
         stage.name: [
             (arm, seed, state(ladder.folder(stage, arm, seed), stage.updates))
@@ -76,6 +78,7 @@ def html(ladder: Ladder) -> str:
         reload=RELOAD,
         summary=f"{done} of {len(states)} runs are done, {now} at work; "
         f"written {time.strftime('%Y-%m-%d %H:%M:%S')}.",
+        hours=hours.said(ladder, ladder.stages, gflops),
         stages=[
             {
                 "name": f"{stage.name}: {stage.updates:,} updates",

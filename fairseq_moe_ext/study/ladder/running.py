@@ -3,16 +3,14 @@
 import contextlib
 import threading
 from pathlib import Path
-from typing import Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence
 
 from ... import cli, files, outputs
 from ...errors import UserError
 from ...evaluation import study_result
-from ...wording import count
 from . import page, progress, rates, result
-from .forecast import training_flops
 from .result import LadderResult
-from .stages import LR, Arm, Ladder, Stage, select, study_file
+from .stages import LR, Ladder, Stage, select, study_file
 
 PROGRESS_EVERY = 60.0  # seconds
 
@@ -32,15 +30,14 @@ def chosen(ladder: Ladder, asked: Chosen) -> List[Stage]:
     for name in asked.stages:
         if name not in names:
             raise UserError(f"--stages {name}: not a stage; they are {', '.join(names)}")
-    if asked.arms:
-        select(ladder.arms, asked.arms, "--arms")
+    picked = select(ladder.arms, asked.arms or ["*"], "--arms")
     wanted = []
     for stage in ladder.stages:
         if asked.stages and stage.name not in asked.stages:
             continue
         if stage.name != LR:
             stage = stage._replace(
-                arms=[a for a in stage.arms if not asked.arms or a in _picked(ladder, asked)],
+                arms=[arm for arm in stage.arms if arm in picked],
                 seeds=[s for s in stage.seeds if not asked.seeds or s in asked.seeds],
             )
         if stage.arms and stage.seeds:
@@ -48,42 +45,6 @@ def chosen(ladder: Ladder, asked: Chosen) -> List[Stage]:
     if not wanted:
         raise UserError("--stages, --arms, --seeds: no run is in all of them; leave one out")
     return wanted
-
-
-def _picked(ladder: Ladder, asked: Chosen) -> List[Arm]:
-    return select(ladder.arms, asked.arms, "--arms")
-
-
-def hours(
-    ladder: Ladder, stage: Stage, probed: Mapping[str, float], gflops: float
-) -> Tuple[int, float]:
-    """How many runs of a stage are left, and the hours of their training: by the probe, and at so
-    many GFLOP/s where an arm was not probed. One after the other, on all cores."""
-    left, seconds = 0, 0.0
-    tokens = stage.updates * ladder.tokens_per_update
-    for arm in stage.arms:
-        of_arm = training_flops(arm, ladder) / (1e9 * gflops)
-        each = tokens * probed.get(arm.name.split(f"-{LR}")[0], of_arm)
-        for seed in stage.seeds:
-            if not (ladder.folder(stage, arm, seed) / "evaluation.json").is_file():
-                left, seconds = left + 1, seconds + each
-    return left, seconds / 3600
-
-
-def say_hours(ladder: Ladder, stages: Sequence[Stage], gflops: float) -> None:
-    """A line for each stage, and their sum."""
-    probed = result.seconds_per_token(ladder)
-    total = 0.0
-    for stage in stages:
-        left, of_stage = hours(ladder, stage, probed, gflops)
-        total += of_stage
-        at_most = f", at most: only arms that saved {stage.at_least:g} times at {stage.screen}"
-        print(
-            f"{stage.name}: {count(left, 'run')} left, {of_stage:.1f} hours"
-            + (at_most if stage.screen else "")
-        )
-    by = "by the probe" if probed else f"at {gflops:g} GFLOP/s (--probe measures it)"
-    print(f"in all {total:.1f} hours of training, {by}", flush=True)
 
 
 def screened(ladder: Ladder, stage: Stage) -> Stage:
@@ -114,7 +75,7 @@ def write_study(ladder: Ladder, stage: Stage) -> Path:
     return path
 
 
-def do(ladder: Ladder, stages: Sequence[Stage], jobs: int) -> int:
+def do(ladder: Ladder, stages: Sequence[Stage], jobs: int, gflops: float) -> int:
     """Run the stages; the exit status. After each one result.json and the page are written."""
     check_result(ladder)
     for stage in stages:
@@ -123,7 +84,7 @@ def do(ladder: Ladder, stages: Sequence[Stage], jobs: int) -> int:
             print(f"{stage.name}: no arm saved {stage.at_least:g} times at {stage.screen}; not run")
             continue
         file = write_study(ladder, stage)
-        with _progress(ladder):
+        with _progress(ladder, gflops):
             status = cli.main(["study", str(file), "--jobs", str(jobs)])
         if status:
             return status
@@ -139,27 +100,40 @@ def check_result(ladder: Ladder) -> None:
 
 
 def write_result(ladder: Ladder) -> LadderResult:
-    """result.json, report.html, tables.md and the progress page, of what is done."""
+    """result.json, report.html and tables.md, of what is done."""
     found = result.collect(ladder)
     if not found["runs"]:
         raise UserError(f"{ladder.out}: no run is finished yet")
     outputs.write_json(ladder.out / "result.json", found)
     page.write(ladder.out, found)
-    progress.write(ladder)
     return found
 
 
+def tidy(ladder: Ladder) -> None:
+    """Delete all checkpoints but the best of runs that are evaluated: nothing goes on from them,
+    and those of many experts fill a disk."""
+    for stage in ladder.stages:
+        for arm in stage.arms:
+            for seed in stage.seeds:
+                folder = ladder.folder(stage, arm, seed)
+                if (folder / "evaluation.json").is_file():
+                    for path in folder.glob("checkpoint_*.pt"):
+                        if path.name != "checkpoint_best.pt":
+                            path.unlink()
+
+
 @contextlib.contextmanager
-def _progress(ladder: Ladder) -> Iterator[None]:
-    """The progress page is written now, every minute, and at the end."""
+def _progress(ladder: Ladder, gflops: float) -> Iterator[None]:
+    """The progress page is written now, every minute, and at the end; so is the disk tidied."""
     ended = threading.Event()
 
     def rewrite() -> None:
         while not ended.wait(PROGRESS_EVERY):
             with contextlib.suppress(OSError, UserError):  # a full disk must not end a training
-                progress.write(ladder)
+                progress.write(ladder, gflops)
+                tidy(ladder)
 
-    progress.write(ladder)
+    progress.write(ladder, gflops)
     print(f"progress: {ladder.out / progress.NAME}", flush=True)
     thread = threading.Thread(target=rewrite, daemon=True)
     thread.start()
@@ -168,4 +142,5 @@ def _progress(ladder: Ladder) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        progress.write(ladder)
+        progress.write(ladder, gflops)
+        tidy(ladder)

@@ -9,9 +9,10 @@ import yaml
 from ... import ranges
 from ...errors import UserError
 from .. import yaml_file
-from ..plan import ARM, FAMILIES, Keys, checked
+from ..plan import ARM, FAMILIES, NAME, Keys, checked
 
 LR = "lr"  # the stage that tries learning rates
+PROBE, FIGURES = "probe", "figures"  # folders beside those of the stages
 _DENSE_ARCH, _MOE_ARCH = "dense_lm_tiny", "moe_lm_tiny"
 
 _TOP: Keys = {
@@ -204,6 +205,11 @@ def _stages(asked: Mapping[str, Any], arms: List[Arm], per_update: int, path: Pa
         values = checked(stage, _STAGE, where)
         ranges.require(ranges.POSITIVE_COUNT, values["tokens"], f"{where}: tokens")
         before = [earlier.name for earlier in stages]
+        if str(name) in (LR, PROBE, FIGURES) or not NAME.fullmatch(str(name)):
+            raise UserError(
+                f"{where}: is the name of a folder in {asked['out']}: use letters, digits, '_', "
+                f"'-' and '.', and not {LR}, {PROBE} or {FIGURES}"
+            )
         if values["screen"] and values["screen"] not in before:
             raise UserError(
                 f"{where}: screen {values['screen']}: not a stage before it: "
@@ -233,15 +239,9 @@ def select(arms: Sequence[Arm], patterns: Sequence[str], where: str) -> List[Arm
     return [arm for arm in arms if any(fnmatch.fnmatchcase(arm.name, str(p)) for p in patterns)]
 
 
-def study_file(
-    ladder: Ladder, stage: Stage, rates: Optional[Mapping[str, Any]], seeds: Sequence[int] = ()
-) -> str:
-    """A stage as the YAML of a study of arms.
-
-    Args:
-        rates: the learning rate of each family; None in the stage LR, whose arms have theirs.
-        seeds: other than the stage's.
-    """
+def study_file(ladder: Ladder, stage: Stage, rates: Optional[Mapping[str, Any]]) -> str:
+    """A stage as the YAML of a study of arms. `rates` has the learning rate of each family; None in
+    the stage LR, whose arms have theirs."""
     train = dict(ladder.train)
     warmup = {"warmup-updates": int(ladder.warmup * stage.updates + 0.5)}
     train = _behind(train, "lr-scheduler", warmup)
@@ -255,7 +255,7 @@ def study_file(
         "out": str(ladder.out / stage.name),
         "context": ladder.context,
         "updates": stage.updates,
-        "seeds": list(seeds or stage.seeds),
+        "seeds": stage.seeds,
         "reference": stage.arms[0].name,
         "train": train,
         "evaluate": ladder.evaluate,

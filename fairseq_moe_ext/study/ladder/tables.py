@@ -17,9 +17,11 @@ NOTE = (
     "perplexity. Nothing is extrapolated: > and < stand where the sparse model is better than "
     "every dense model, or worse. In brackets the 95 % interval: with two seeds or more over seeds "
     "(Student's t); with one seed over test documents, drawn anew 1,000 times, the same ones for "
-    "all models. An end of - is beyond the dense models. FLOPs are matrix products without the "
-    "router; `router counted` has its products, too. `in seconds` is the same saving in the time "
-    "of a training step on one machine, each model measured alone."
+    "all models (or, where their losses were not written, from the intervals of the perplexities "
+    "as if those were independent, which is too wide). An end of - is beyond the dense models. "
+    "FLOPs are matrix products without the router; `router counted` has its products, too. `in "
+    "seconds` is the same saving in the time of a training step on one machine, each model "
+    "measured alone."
 )
 
 
@@ -33,7 +35,7 @@ def factor(found: Optional[Factor]) -> str:
         return ""
     shown = f"{('', '> ', '< ')[found['beyond']]}{found['factor']:.2f}"
     interval = found["interval"]
-    if interval is None:
+    if interval is None or (found["beyond"] and not any(interval)):
         return shown
     low, high = ("-" if end is None else f"{end:.2f}" for end in interval)
     return f"{shown} ({low} to {high})"
@@ -78,7 +80,8 @@ def costs(result: LadderResult) -> Rows:
     """In domain: the saving in FLOPs, with the router's counted, and in seconds."""
     head = ["", "seeds", "saving", "router counted", "in seconds", "interval over"]
     rows = []
-    for found in result["factors"]:
+    order = sparse(result)
+    for found in sorted(result["factors"], key=lambda f: (f["tokens"], order.index(f["arm"]))):
         if found["group"] == GROUPS[0]:
             seconds = found["in_seconds"]
             bound = ("", "> ", "< ")[found["beyond"]]

@@ -1,0 +1,40 @@
+"""How long the runs of a ladder that are left will take."""
+
+from typing import List, Mapping, Sequence, Tuple
+
+from ...wording import count
+from .forecast import training_flops
+from .result import seconds_per_token
+from .stages import LR, Ladder, Stage
+
+
+def left(
+    ladder: Ladder, stage: Stage, probed: Mapping[str, float], gflops: float
+) -> Tuple[int, float]:
+    """How many runs of a stage are left, and the hours of their training: by the probe, and at so
+    many GFLOP/s where an arm was not probed. One after the other, on all cores."""
+    runs, seconds = 0, 0.0
+    tokens = stage.updates * ladder.tokens_per_update
+    for arm in stage.arms:
+        of_arm = training_flops(arm, ladder) / (1e9 * gflops)
+        each = tokens * probed.get(arm.name.split(f"-{LR}")[0], of_arm)
+        for seed in stage.seeds:
+            if not (ladder.folder(stage, arm, seed) / "evaluation.json").is_file():
+                runs, seconds = runs + 1, seconds + each
+    return runs, seconds / 3600
+
+
+def said(ladder: Ladder, stages: Sequence[Stage], gflops: float) -> List[str]:
+    """A line for each stage, and one for their sum."""
+    probed = seconds_per_token(ladder)
+    total, lines = 0.0, []
+    for stage in stages:
+        runs, of_stage = left(ladder, stage, probed, gflops)
+        total += of_stage
+        at_most = f", at most: only arms that saved {stage.at_least:g} times at {stage.screen}"
+        lines.append(
+            f"{stage.name}: {count(runs, 'run')} left, {of_stage:.1f} hours"
+            + (at_most if stage.screen else "")
+        )
+    by = "by the probe" if probed else f"at {gflops:g} GFLOP/s (--probe measures it)"
+    return [*lines, f"in all {total:.1f} hours of training on an idle machine, {by}"]
