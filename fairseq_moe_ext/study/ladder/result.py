@@ -282,14 +282,8 @@ def passing(ladder: Ladder, stage: Stage, result: LadderResult) -> List[Arm]:
     """The sparse arms of a stage that saved enough in domain in the stage that screens it."""
     tokens = ladder.stage(stage.screen).tokens
     saved = {
-        factor["arm"]: factor
-        for factor in result["factors"]
-        if factor["tokens"] == tokens and factor["group"] == GROUPS[0]
+        found["arm"]: 0.0 if found["beyond"] < 0 else found["factor"]
+        for found in result["factors"]
+        if found["tokens"] == tokens and found["group"] == GROUPS[0]
     }
-    return [
-        arm
-        for arm in stage.arms
-        if arm.name in saved
-        and saved[arm.name]["factor"] >= stage.at_least
-        and saved[arm.name]["beyond"] >= 0
-    ]
+    return [a for a in stage.arms if a.name in saved and saved[a.name] >= stage.at_least]
