@@ -361,3 +361,20 @@ def balance_loss(routing: Routing, null_experts: int, real: Optional[Tensor] = N
 def inner_width(config: Any, width: int) -> int:
     """Outputs of the first linear layer of a network."""
     return 2 * width if config.activation in GATED else width
+
+
+def init_weights(module: nn.Module, dim: int) -> None:
+    """Only for models that are not loaded: as torch's layers, embeddings as fairseq's."""
+    if isinstance(module, StackedLinear):
+        bound = 1 / math.sqrt(module.weight.size(-1))
+        nn.init.uniform_(module.weight, -bound, bound)
+        nn.init.uniform_(module.bias, -bound, bound)
+    elif isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=dim**-0.5)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)

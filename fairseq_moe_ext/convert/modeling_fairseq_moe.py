@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
-from .experts_fairseq_moe import ACTIVATIONS, MoELayer, StackedLinear, inner_width
+from .experts_fairseq_moe import ACTIVATIONS, MoELayer, init_weights, inner_width
 
 # transformers 5.20 and later say `cache` where earlier ones say `past_key_values`
 CACHE = "cache" if "cache" in MoeModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -174,22 +174,14 @@ class FairseqMoePreTrainedModel(PreTrainedModel):
     _no_split_modules = ["DecoderLayer"]
     _supports_sdpa = True
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> PreTrainedModel:
+        """Routers have buffers, which transformers 4 otherwise does not load for layers on disk."""
+        kwargs.setdefault("offload_buffers", True)
+        return super().from_pretrained(*args, **kwargs)
+
     def _init_weights(self, module: nn.Module) -> None:
-        """Only for models that are not loaded: as torch's layers, embeddings as fairseq's."""
-        dim = self.config.hidden_size
-        if isinstance(module, StackedLinear):
-            bound = 1 / math.sqrt(module.weight.size(-1))
-            nn.init.uniform_(module.weight, -bound, bound)
-            nn.init.uniform_(module.bias, -bound, bound)
-        elif isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=dim**-0.5)
-        elif isinstance(module, nn.LayerNorm):
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
+        init_weights(module, self.config.hidden_size)
 
 
 class FairseqMoeModel(FairseqMoePreTrainedModel):

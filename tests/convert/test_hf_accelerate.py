@@ -23,7 +23,9 @@ def test_parts_on_devices_and_on_disk(converted, kind, where, tmp_path):
         rest = [name for name, _ in plain.model.named_children()]
         spread = {f"model.{name}": "cpu" for name in rest if name != "layers"}
         spread.update(DISK, lm_head="cpu")
-    model = theirs(folder, device_map=spread, offload_folder=tmp_path / "offloaded")
+    model = theirs(
+        folder, device_map=spread, offload_folder=tmp_path / "offloaded", offload_buffers=True
+    )
     if where == "disk":
         assert {p.device.type for p in model.model.layers.parameters()} == {"meta"}
     with torch.no_grad():
