@@ -59,8 +59,8 @@ def _is_ours(names: Mapping[str, Any]) -> bool:
         "criterion": CRITERION_REGISTRY,
         "optimizer": OPTIMIZER_REGISTRY,
     }
-    found = [registry.get(names.get(kind)) for kind, registry in registries.items()]
-    return any(one.__module__.startswith(f"{__package__}.") for one in found if one is not None)
+    classes = [registry.get(names.get(kind)) for kind, registry in registries.items()]
+    return any(cls.__module__.startswith(f"{__package__}.") for cls in classes if cls is not None)
 
 
 def check(given: Mapping[str, Any], spell: Spell, training: bool) -> None:

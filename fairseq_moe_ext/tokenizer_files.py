@@ -132,9 +132,9 @@ def _saved(path: Path) -> Dict[str, Any]:
 
 def _digests_in(state: Dict[str, Any]) -> Dict[str, str]:
     task_state = state.get("task_state")
-    found = task_state.get(KEY) if isinstance(task_state, dict) else None
-    found = found if isinstance(found, dict) else {}
-    return {name: digest for name, digest in found.items() if name in NAMES}
+    recorded = task_state.get(KEY) if isinstance(task_state, dict) else None
+    recorded = recorded if isinstance(recorded, dict) else {}
+    return {name: digest for name, digest in recorded.items() if name in NAMES}
 
 
 def _trained_on(state: Dict[str, Any]) -> List[Path]:

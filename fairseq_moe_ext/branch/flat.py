@@ -37,14 +37,14 @@ class Flat(NamedTuple):
         """The joined tensors by name; mapped, not copied, if there is one shard. `keys` lead to the
         tensor in a file. Misfit if the shards differ in length."""
         sizes, where = [math.prod(shape) for shape in self.shapes], "/".join(map(str, keys))
-        found = [_at(pieces(0), keys)]
-        total, length = sum(sizes), found[0].numel()
+        shards = [_at(pieces(0), keys)]
+        total, length = sum(sizes), shards[0].numel()
         if not 0 < length <= total:
             raise Misfit(f"{where} has {length:,} numbers, but FSDP joined {total:,}")
-        found += [_at(pieces(number), keys) for number in range(1, math.ceil(total / length))]
-        if any(piece.numel() != length for piece in found):
+        shards += [_at(pieces(number), keys) for number in range(1, math.ceil(total / length))]
+        if any(piece.numel() != length for piece in shards):
             raise Misfit(f"the shards of {where} differ in length")
-        whole = torch.cat(found)[:total] if len(found) > 1 else found[0].flatten()
+        whole = torch.cat(shards)[:total] if len(shards) > 1 else shards[0].flatten()
         parts = zip(self.names, whole.split(sizes), self.shapes)  # padding is last, and gone
         return {name: part.view(shape) for name, part, shape in parts}
 

@@ -98,6 +98,6 @@ def _shared_position(state: State) -> Dict[str, Any]:
     batches = position["iterations_in_epoch"] * (world_size or 1)
     extra["train_iterator"] = {**position, "iterations_in_epoch": batches // process_count()}
     if batch_size:
-        place = {"batches": batches, "of": None, "sentences": batches * batch_size}
-        extra["train_iterator"]["all_processes"] = place
+        position_of_all = {"batches": batches, "of": None, "sentences": batches * batch_size}
+        extra["train_iterator"]["all_processes"] = position_of_all
     return extra

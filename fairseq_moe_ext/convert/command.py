@@ -156,7 +156,7 @@ def _convert(args: argparse.Namespace) -> None:
 
         with experts_alone(folder):
             remove_unused_files(folder)
-    print(_told(args, source, jobs))
+    print(_report(args, source, jobs))
 
 
 def bring_tokenizer(source: str, folder: str) -> None:
@@ -312,7 +312,7 @@ def write(jobs, stale: List[str], lock: ContextManager) -> None:
                 os.remove(path)
 
 
-def _told(args, source, jobs) -> str:
+def _report(args, source, jobs) -> str:
     size = sum(os.path.getsize(job.path) for job in jobs)
     files = f"{len(jobs)} files" if len(jobs) > 1 else "1 file"
     kind = f"{source.experts} experts per sparse layer" if source.experts else "dense"

@@ -72,13 +72,13 @@ def _tokenizer(args: argparse.Namespace) -> Optional[Path]:
     """The folder with the tokenizer of SRC; None: there is none, and --to xglm needs none."""
     if args.data is not None:
         return tokenizer_files.folder_for(Path(args.source), args.data)
-    found = own(args.source)
-    if found is None and args.to != "xglm":
+    folder = own(args.source)
+    if folder is None and args.to != "xglm":
         raise UserError(
             f"{args.source}: its tokenizer ({', '.join(tokenizer_files.NAMES)}) is neither "
             "beside it nor with its training data: add --data FOLDER, or --no-tokenizer"
         )
-    return found
+    return folder
 
 
 def own(source: str) -> Optional[Path]:

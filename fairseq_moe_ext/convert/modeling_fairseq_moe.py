@@ -295,8 +295,8 @@ def sinusoids(places: Tensor, dim: int, pad: int) -> Tensor:
     rates = torch.arange(half, dtype=torch.float32, device=places.device)
     rates = torch.exp(rates * -(math.log(10000) / (half - 1)))
     angles = places.float()[..., None] * rates
-    found = torch.cat([angles.sin(), angles.cos()], -1)
-    return F.pad(found, (0, dim - 2 * half)) * places.ne(pad)[..., None]
+    waves = torch.cat([angles.sin(), angles.cos()], -1)
+    return F.pad(waves, (0, dim - 2 * half)) * places.ne(pad)[..., None]
 
 
 def _mask(real: Optional[Tensor], past: int, length: int, device: torch.device) -> Optional[Tensor]:
@@ -374,14 +374,14 @@ class FairseqMoeForCausalLM(FairseqMoePreTrainedModel, GenerationMixin):
             loss = _cross_entropy(logits, labels.to(logits.device), num_items_in_batch)
             if self.training and self.config.sparse_layers:
                 loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss)
-        found = MoeCausalLMOutputWithPast(
+        result = MoeCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             aux_loss=aux_loss if self.config.sparse_layers else None,
             hidden_states=output.hidden_states,
             **{CACHE: getattr(output, CACHE)},
         )
-        return found.to_tuple() if return_dict is False else found
+        return result.to_tuple() if return_dict is False else result
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, items: Any) -> Tensor:

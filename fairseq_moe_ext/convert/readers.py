@@ -133,18 +133,18 @@ def _optimizer(
 def _per_expert(
     path: str, name: str, states: List[Dict[str, Any]], pieces: List[Any]
 ) -> Dict[str, Any]:
-    found: Dict[str, Any] = {}
+    split: Dict[str, Any] = {}
     for key, value in states[0].items():
         if isinstance(value, Tensor) and value.shape == pieces[0].model[name].shape:
-            found[key] = TensorPerExpert(part for state in states for part in state[key])
+            split[key] = TensorPerExpert(part for state in states for part in state[key])
         elif len(states) == 1 or not isinstance(value, Tensor) or value.numel() == 1:
-            found[key] = value
+            split[key] = value
         else:
             raise UserError(
                 f"{path}: the optimizer's {key} of {name} joins several experts and cannot be "
                 "split: add --weights-only"
             )
-    return found
+    return split
 
 
 # ---- The branch's

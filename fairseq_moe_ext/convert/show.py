@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(content, indent=1, default=str))
         return
     width = max(map(len, content))
-    for name, words in _told(content).items():
+    for name, words in _table(content).items():
         print(f"{name:{width}}  {words}")
     if args.settings:
         for name, value in sorted(content["settings"].items()):
@@ -78,7 +78,7 @@ def _training(rest: Dict[str, Any]) -> Dict[str, Any]:
     history = (rest.get("optimizer_history") or [{}])[-1]
     extra = rest.get("extra_state") or {}
     position = extra.get("train_iterator") or {}
-    found = {
+    summary = {
         "updates": history.get("num_updates"),
         "epoch": position.get("epoch"),
         "tokens": _tokens(extra, rest),
@@ -92,8 +92,8 @@ def _training(rest: Dict[str, Any]) -> Dict[str, Any]:
     cfg = rest.get("cfg") or {}
     for group, names in _TRAINING.items():
         of_group = cfg.get(group) or {}
-        found.update({n: of_group.get(n) for n in names if of_group.get(n) not in (None, False)})
-    return {name: value for name, value in found.items() if value is not None}
+        summary.update({n: of_group.get(n) for n in names if of_group.get(n) not in (None, False)})
+    return {name: value for name, value in summary.items() if value is not None}
 
 
 def _tokens(extra: Dict[str, Any], rest: Dict[str, Any]) -> Optional[int]:
@@ -126,19 +126,19 @@ def _writer(path: str, files: List[str]) -> str:
     return "fairseq_moe_ext" if known else "fairseq, or an older fairseq_moe_ext"
 
 
-def _told(found: Dict[str, Any]) -> Dict[str, str]:
-    model, training, size = found["model"], found["training"], found["parameters"]
+def _table(summary: Dict[str, Any]) -> Dict[str, str]:
+    model, training, size = summary["model"], summary["training"], summary["parameters"]
     words = f"{count(model['layers'], 'layer')}, {model['dim']} wide"
     words += f", a vocabulary of {model['types']:,}"
     if model["experts"]:
         listed = ", ".join(map(str, model["sparse_layers"]))
         words += f"; {model['experts']} experts in layers {listed}, top {model['top_k']}"
-    told = {
-        "path": found["path"],
+    table = {
+        "path": summary["path"],
         "model": words,
         "parameters": f"{size['total']:,}, of which a token uses {size['active']:,}",
-        "files": f"{count(found['files']['count'], 'file')}, {found['files']['bytes']:,} bytes, "
-        + ", ".join(found["precision"]),
+        "files": f"{count(summary['files']['count'], 'file')}, "
+        f"{summary['files']['bytes']:,} bytes, " + ", ".join(summary["precision"]),
     }
     done = [count(training["updates"], "update")] if training.get("updates") else []
     done += [count(training["tokens"], "token")] if training.get("tokens") else []
@@ -146,12 +146,12 @@ def _told(found: Dict[str, Any]) -> Dict[str, str]:
     done += [f"{training['seconds']:,.0f} s"] if training.get("seconds") else []
     if training.get("validation_loss") is not None:
         done.append(f"validation loss {training['validation_loss']:.4g}")
-    told["training"] = ", ".join(done) or "none"
+    table["training"] = ", ".join(done) or "none"
     rest = ("updates", "tokens", "epoch", "seconds", "validation_loss")
-    told["with"] = ", ".join(
+    table["with"] = ", ".join(
         f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
         for name, value in training.items()
         if name not in rest
     )
-    told["written by"] = found["written_by"]
-    return {name: words for name, words in told.items() if words}
+    table["written by"] = summary["written_by"]
+    return {name: words for name, words in table.items() if words}

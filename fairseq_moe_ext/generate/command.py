@@ -242,18 +242,18 @@ def _write(
         lm = load(args, path)
         started = time.monotonic()
         if several:
-            found = generate(lm, texts, settings, None, args.batch_tokens, _flag)
+            answers = generate(lm, texts, settings, None, args.batch_tokens, _flag)
         else:
             showing.piece("" if args.no_prompt else texts[0])
-            found = generate(lm, texts, settings, showing.piece, args.batch_tokens, _flag)
+            answers = generate(lm, texts, settings, showing.piece, args.batch_tokens, _flag)
             showing.piece("\n")
         seconds = time.monotonic() - started
-        tokens = sum(len(one.tokens) for some in found for one in some)
+        tokens = sum(len(one.tokens) for some in answers for one in some)
         reports.append(_speed(tokens, seconds, path if len(checkpoints) > 1 else None))
         all_written.append(
             [
                 Written(str(path), prompt, [t.text for t in some], [len(t.tokens) for t in some])
-                for prompt, some in zip(texts, found)
+                for prompt, some in zip(texts, answers)
             ]
         )
         del lm  # before the next is loaded

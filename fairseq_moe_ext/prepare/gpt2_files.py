@@ -43,8 +43,8 @@ def _as_listed(digest: str) -> str:
 
 def _check(flag: str, path: Path, digest: str) -> None:
     try:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        actual = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
         raise UserError(f"{flag}: {path} cannot be read ({error.strerror}); reinstall it") from None
-    if found != digest:
+    if actual != digest:
         raise UserError(f"{flag}: {path} is not GPT-2's file any more; reinstall its package")

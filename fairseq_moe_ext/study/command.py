@@ -174,8 +174,8 @@ def _progress(study_run: Run, log: Path) -> str:
 
 def _updates(log: Path) -> int:
     """The last that a log of training names; 0: none."""
-    found = re.findall(rb'"num_updates": "(\d+)"', _end(log))
-    return int(found[-1]) if found else 0
+    updates = re.findall(rb'"num_updates": "(\d+)"', _end(log))
+    return int(updates[-1]) if updates else 0
 
 
 def _end(log: Path, size: int = 1 << 16) -> bytes:
