@@ -88,7 +88,7 @@ class CausalSelfAttention(nn.Module):
 
     def _split(self, x: Tensor) -> Tensor:
         """(B, S, D) -> (B, H, S, D / H), a view."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return x.view(*x.shape[:2], self.heads, x.size(2) // self.heads).transpose(1, 2)
 
     def reorder_incremental_state(
         self, incremental_state: IncrementalState, new_order: Tensor

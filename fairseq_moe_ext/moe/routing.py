@@ -304,6 +304,9 @@ def queue(
     tokens, k = experts.shape
     counts = experts.new_zeros(k, num_experts)
     counts.scatter_add_(1, experts.t(), routed.t().to(counts.dtype))
+    if tokens == 1 and scope is PROCESS:  # generation: behind the token's own better choices
+        slots = ((experts.t() == experts) & routed).tril(-1).sum(dim=1).view(1, k)
+        return counts, slots, slots
     # Choices that are not routed queue for a dummy expert, number E, after all others.
     line = experts.masked_fill(~routed, num_experts)  # (T, K)
     if order is not None:
@@ -315,6 +318,8 @@ def queue(
     local_slots = torch.empty_like(position).scatter_(0, choice, position).view(k, tokens).t()
     if order is not None:
         local_slots = torch.empty_like(local_slots).index_copy_(0, order, local_slots)
+    if scope is PROCESS:
+        return counts, local_slots, local_slots
     before, total = scope.before_and_total(counts)  # (K, E) each
     # Ahead of the local ones: better ranks on other processes, this rank on lower processes.
     ahead = before + (total - counts).cumsum(dim=0) - (total - counts)

@@ -12,6 +12,7 @@ from router_layers import COUNTS, NAMES, VOCABULARY, adapted, batch, layer_of, o
 from router_loops import LOOPS, Case, balance, best_assignment, l1
 
 from fairseq_moe_ext.convert import experts_fairseq_moe
+from fairseq_moe_ext.moe import routing
 from fairseq_moe_ext.moe.balance import balance_loss, sequence_balance_loss
 from fairseq_moe_ext.moe.router import ROUTERS
 from fairseq_moe_ext.moe.routers.base import PRECISION
@@ -284,3 +285,19 @@ def test_z_loss_is_that_of_the_logits(name):
     logits = torch.zeros(len(x), 4) if name == "hash" else x @ layer.gate.wg.weight.t()
     loss = layer(x, token_ids=ids).z_loss
     assert_near(loss, logits.double().exp().sum(dim=1).log().square().mean(), 1e-12, "z-loss")
+
+
+def test_the_queues_of_a_single_token():
+    """As those of two tokens of which the other goes nowhere."""
+    torch.manual_seed(0)
+    for k in (1, 2, 3, 6):
+        experts = torch.randint(4, (1, k))  # an expert may be there more than once
+        routed = torch.rand(1, k) < 0.7
+        nowhere = torch.zeros(1, k, dtype=torch.bool)
+        counts, local, slots = routing.queue(experts, routed, 4, routing.PROCESS)
+        expected = routing.queue(
+            torch.cat([experts, experts]), torch.cat([routed, nowhere]), 4, routing.PROCESS
+        )
+        assert torch.equal(counts, expected[0])
+        for found, true in ((local, expected[1]), (slots, expected[2])):
+            assert found.shape == (1, k) and torch.equal(found[routed], true[:1][routed])
