@@ -243,30 +243,34 @@ class _ByExpert(torch.autograd.Function):
             parts = zip(experts, grad_out, after.detach().split(counts), grad_after.split(counts))
             for e, its_grad, given, room in parts:
                 if grads is not None:
-                    write_gradients(its_grad, given, grads[2][e], grads[3][e])
+                    _write_gradients(grads[2][e], grads[3][e], its_grad, given, scale)
                 torch.mm(its_grad, w2[e].to(x), out=room)
             (grad_h,) = torch.autograd.grad(after, before, grad_after)
             grad_h = grad_h.split(counts)
             if grads is not None:
                 for e, its_grad, given in zip(experts, grad_h, x[rows].split(counts)):
-                    write_gradients(its_grad, given, grads[0][e], grads[1][e])
+                    _write_gradients(grads[0][e], grads[1][e], its_grad, given, scale)
             if grad_x is not None:
                 for e, its_grad, room in zip(experts, grad_h, grad_x[rows].split(counts)):
                     torch.mm(its_grad, w1[e].to(x), out=room)
-
-        def write_gradients(grad_out: Tensor, given: Tensor, w: Tensor, b: Tensor) -> None:
-            # In the weights' precision, the part of one expert while it is in the cache.
-            if w.dtype == x.dtype:
-                torch.addmm(w, grad_out.t(), given, beta=0, alpha=scale, out=w)  # w is not read
-            else:
-                w.copy_(torch.mm(grad_out.t(), given)).mul_(scale)
-            torch.sum(grad_out, dim=0, dtype=b.dtype, out=b)
 
         _for_each(blocks, compute, 4 * w1[0].numel(), x)
         if grads is not None:
             for bias in (grads[1], grads[3]):
                 bias.mul_(scale)
         return grad_x, *(grads or [None] * 4), None, None, None, None
+
+
+def _write_gradients(w: Tensor, b: Tensor, grad: Tensor, given: Tensor, scale: float) -> None:
+    """Of one expert's linear layer, scaled but for b's, in the weights' precision, while the
+    products are in the cache: w (M, K), b (M,), grad (n, M), given (n, K)."""
+    if w.dtype == given.dtype:
+        torch.addmm(w, grad.t(), given, beta=0, alpha=scale, out=w)  # w is not read
+    else:
+        w.copy_(torch.mm(grad.t(), given))
+        if scale != 1:
+            w.mul_(scale)
+    torch.sum(grad, dim=0, dtype=b.dtype, out=b)
 
 
 def scale_gradient(x: Tensor, scale: float) -> Tensor:

@@ -147,6 +147,8 @@ def test_bfloat16_rows_through_float32_weights():
     out, grad_x, *grads = results(by_expert, x, weights, torch.relu)
     assert out.dtype == grad_x.dtype == torch.bfloat16
     assert all(grad.dtype == torch.float32 for grad in grads)
+    for grad, scaled in zip(grads, results(by_expert, x, weights, torch.relu, None, 0.25)[2:]):
+        assert torch.equal(scaled, grad / 4)
 
     half = 2.0**-9  # the largest relative error of rounding to bfloat16
     x, (w1, b1, w2, b2) = x.detach().double(), (each.detach().double() for each in weights)
