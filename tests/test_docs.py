@@ -11,7 +11,8 @@ import pytest
 
 from fairseq_moe_ext.config import MoETransformerLMConfig
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
 
 
 def conf():
@@ -27,6 +28,13 @@ def test_the_page_of_flags_has_every_flag_that_has_a_help_text():
         shown = f"| `--{flag.name.replace('_', '-')}` |" in page
         assert shown == ("help" in flag.metadata), flag.name
     assert re.search(r"^\| `--moe-expert-count` \| `0` \| ", page, flags=re.M)
+
+
+def test_no_merge_left_its_marks():
+    """Of the code ruff would say so."""
+    for path in (*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(ROOT / "examples").rglob("*.md")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert not [line for line in lines if line.startswith(("<<<<<<< ", ">>>>>>> "))], path
 
 
 def test_every_page_is_in_the_table_of_contents():

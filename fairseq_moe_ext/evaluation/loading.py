@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from fairseq.tasks.language_modeling import LanguageModelingTask
 
 
-def check_path(path: Path) -> None:
-    """Raise UserError unless --path is a file, or the stem of the branch's files."""
+def check_path(path: Path, flag: str = "--path") -> None:
+    """Raise UserError unless a path is a file, or the stem of the branch's files; flag: that names
+    it, "" for an argument without one."""
     if not path.is_file() and not list(path.parent.glob(path.stem + "-*")):
-        raise UserError(f"--path {path}: no such checkpoint; check the path")
+        raise UserError(f"{flag} {path}: no such checkpoint; check the path".strip())
 
 
 def parse_overrides(text: Optional[str]) -> Dict[str, Any]:

@@ -197,10 +197,10 @@ def _check(args: argparse.Namespace, checkpoints: List[Path], words: List[str]) 
     for file in (args.gpt2_encoder_json, args.gpt2_vocab_bpe):
         if file is not None:
             files.check(file)
-    for path in checkpoints:
+    for path, flag in zip(checkpoints, ("--path" if args.path else "", "--side-by-side")):
         if path.is_dir():
-            raise UserError(f"{path}: is a folder; name a checkpoint in it, *.pt")
-        check_path(path)
+            raise UserError(f"{flag} {path}: is a folder; name a checkpoint in it, *.pt".strip())
+        check_path(path, flag)
     outputs.check([("--json", args.json)], args.overwrite, [*checkpoints, *args.file])
 
 

@@ -67,11 +67,11 @@ def inspect(
         UserError: for missing or mismatched files, if possible before the work.
     """
     model_of = _Loader(data, settings)
-    check_path(checkpoint)
-    for flag, paths in (("--twin", [twin] if twin else []), ("--compare", compare)):
-        for path in paths:
-            if not path.is_file():
-                raise UserError(f"{flag} {path}: no such checkpoint; check the path")
+    check_path(checkpoint, "")
+    others = [("--twin", twin)] if twin else []
+    others += [("--compare", path) for path in compare]
+    for flag, path in others:
+        check_path(path, flag)
     training = read_log(log) if log else beside(checkpoint)
     tokens = Tokens(data, model_of.dictionary)
     own = reading.read_own(text, tokens)
@@ -86,6 +86,8 @@ def inspect(
             f"{checkpoint}: a dense model, which has no experts; give an MoE checkpoint"
         )
     context = model_of.context(model)
+    for flag, path in others:  # loaded again when it is their turn, so that one is in memory
+        _check_other(f"{flag} {path}", model_of(path), model, context)
     eos = model_of.dictionary.eos()
     per_set = max(1, settings.tokens // len(sets))
     blocks = [
@@ -284,12 +286,26 @@ def _rounded(values: np.ndarray) -> List[float]:
     return [round(value, 4) for value in values.tolist()]
 
 
-def _saturation(path: Path, earlier: View, last: View) -> Saturation:
-    if [v.experts for v in earlier.layers] != [v.experts for v in last.layers]:
+def _check_other(
+    where: str, other: FairseqLanguageModel, model: FairseqLanguageModel, context: int
+) -> None:
+    """Raise UserError for a second model that cannot be looked at beside the first."""
+    if context > other.max_positions():
+        longest = other.max_positions()
+        raise UserError(f"{where}: takes {longest} tokens; add --context {longest}")
+    if where.startswith("--compare") and _experts(other) != _experts(model):
         raise UserError(
-            f"--compare {path}: has other layers or experts than the checkpoint; compare "
-            "checkpoints of one training"
+            f"{where}: has other layers or experts than the checkpoint; compare checkpoints of one "
+            "training"
         )
+
+
+def _experts(model: FairseqLanguageModel) -> Dict[int, int]:
+    """Layer -> its number of experts."""
+    return {i: len(moe.gate.expert_vectors()) for i, moe in moe_layers(model).items()}
+
+
+def _saturation(path: Path, earlier: View, last: View) -> Saturation:
     both = [relations.agreement(a, b) for a, b in zip(earlier.layers, last.layers)]
     return Saturation(str(path), _updates(path), [a for a, _ in both], [b for _, b in both])
 

@@ -193,7 +193,7 @@ def _check_size(size: int, path: Path, offset: int) -> None:
     if size > MAX_DOCUMENT_BYTES:
         raise UserError(
             f"{path}: the document at byte {offset} is longer than {MAX_DOCUMENT_BYTES:,} bytes; "
-            "set what separates documents with --documents (blank-line, line, file)"
+            "set what separates documents with --documents (blank-line, line, file) or --separator"
         )
 
 

@@ -65,12 +65,14 @@ def _check_patterns(source: Source) -> None:
                 "remove one of them"
             )
         try:
-            re.compile(pattern.encode())
+            found = re.compile(pattern.encode())
         except (re.error, UnicodeEncodeError) as error:
             raise UserError(
                 f"{flag} {pattern}: not a regular expression ({error}); put \\ before characters "
                 "like ( [ * that mean themselves"
             ) from None
+        if all(found.search(line) for line in (b"", b"Any line, as 1.")):
+            raise UserError(f"{flag} {pattern!r}: matches every line; begin it with ^ and be exact")
 
 
 def _check_training(options: Options, vocabulary: int) -> None:

@@ -13,9 +13,18 @@ from fairseq.data import Dictionary
 from small_models import MOE, build_model, random_tokens
 
 from fairseq_moe_ext import cli
+from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.evaluation.loading import set_gates
 from fairseq_moe_ext.evaluation.specialisation import mutual_information
-from fairseq_moe_ext.inspection import cards, knowing, observing, reading, relations, training
+from fairseq_moe_ext.inspection import (
+    cards,
+    inspecting,
+    knowing,
+    observing,
+    reading,
+    relations,
+    training,
+)
 from fairseq_moe_ext.inspection.inspecting import inspect
 from fairseq_moe_ext.inspection.observing import LayerView
 
@@ -329,6 +338,8 @@ def test_the_command_writes_page_and_numbers(trained, tmp_path, capsys):
         ("--text {t}/empty.txt", "--text {t}/empty.txt: is empty"),
         ("--twin {t}/none.pt", "--twin {t}/none.pt: no such checkpoint"),
         ("--compare {t}/none.pt", "--compare {t}/none.pt: no such checkpoint"),
+        ("--compare {t}/dense/checkpoint_last.pt", "has other layers or experts than"),
+        ("--twin {t}/my.txt", "{t}/my.txt: not a checkpoint, or damaged"),
         ("--log {t}/none.log", "--log {t}/none.log: cannot be read"),
         ("--log {t}/my.txt", "--log {t}/my.txt: contains no gate metrics"),
         ("--tokens 0", "--tokens 0: use 1 or more"),
@@ -351,6 +362,17 @@ def test_mistakes_are_one_line(trained, tmp_path, capsys, change, words):
     err = capsys.readouterr().err.splitlines()
     assert err[-1].startswith("error: ") and words.format(t=trained) in err[-1]
     assert not (tmp_path / "p.html").exists()
+
+
+def test_other_models_are_checked_before_the_work(trained, monkeypatch):
+    """The work can take minutes."""
+    monkeypatch.setattr(inspecting, "observe", None)
+    path, dense = (trained / name / "checkpoint_last.pt" for name in ("moe", "dense"))
+    with pytest.raises(UserError, match="--compare .* has other layers or experts"):
+        inspect(path, trained / "data", compare=[dense])
+    short = SimpleNamespace(max_positions=lambda: 16)
+    with pytest.raises(UserError, match="--twin x.pt: takes 16 tokens; add --context 16"):
+        inspecting._check_other("--twin x.pt", short, short, 17)
 
 
 def test_a_dense_model_has_no_experts(trained, tmp_path, capsys):

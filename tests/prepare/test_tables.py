@@ -98,6 +98,8 @@ def test_duplicates_are_left_out_and_counted(prepare, tmp_path):
     "flags, words",
     [
         (["--separator", "("], "--separator (: not a regular expression"),
+        (["--separator", ""], "--separator '': matches every line"),
+        (["--document-start", "x*"], "--document-start 'x*': matches every line"),
         (["--separator", "a", "--document-start", "b"], "use only one of them"),
         (
             ["--separator", "a", "--documents", "line"],
