@@ -175,10 +175,12 @@ class FairseqMoePreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> PreTrainedModel:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any
+    ) -> Any:
         """Routers have buffers, which transformers 4 otherwise does not load for layers on disk."""
         kwargs.setdefault("offload_buffers", True)
-        return super().from_pretrained(*args, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         init_weights(module, self.config.hidden_size)
