@@ -204,7 +204,7 @@ def summary_of(result: StudyResult) -> str:
             split = min(seeds) < 1 < max(seeds)
             words.append(
                 f"{where} MoE needs {in_words(results.seeds_mean(factors))} dense for the same "
-                "perplexity (factor "
+                f"perplexity ({'factor ' * (len(seeds) > 1)}"
                 f"{results.over_seeds(factors)}{', but the seeds disagree' * split}; "
                 f"paper: {of_paper})"
             )

@@ -183,7 +183,7 @@ def test_it_gives_what_fairseq_eval_lm_gives(trained, caplog, capsys, tmp_path):
         ("--model-overrides 5", "--model-overrides 5: not a Python dictionary"),
         ("--json no/x.json", "--json no/x.json: no folder no; make it first"),
         ("--sweep-capacity 1 --figure no/x.html", "--figure no/x.html: no folder no"),
-        ("--sweep-capacity 1 --unit-losses x", "--unit-losses x: is for one capacity"),
+        ("--sweep-capacity 1 --unit-losses x", "--unit-losses x: needs one capacity"),
         ("--unit-losses no/x.json", "--unit-losses no/x.json: no folder no"),
         ("--subset nothing", "no data-bin nothing"),
         ("--bootstrap 0", "--bootstrap 0: use 1 or more"),

@@ -298,7 +298,7 @@ def test_files_that_are_not_whole(tmp_path):
 
 def test_two_files_of_one_name(tmp_path):
     write(tmp_path / "sst2", {"a/dev.tsv": "", "b/dev.tsv": ""})
-    with pytest.raises(UserError, match="which dev.tsv"):
+    with pytest.raises(UserError, match="two files named dev.tsv"):
         find_file(tmp_path / "sst2", TASKS["sst2"].evaluated, "GLUE")
 
 

@@ -144,7 +144,7 @@ def test_words_for_factors_and_seeds():
     found = {"runs": runs, "factors": result.factors(runs), "planned": 6}
     said = page.summary_of(found)
     assert f"In domain MoE needs {1 / mean:.2f} times more compute than dense" in said
-    assert "one seed, no interval" in said and "out of domain nothing was measured" in said
+    assert "one seed, no interval" in said and "nothing was measured out of domain" in said
     assert "seeds" not in said and said.endswith("5 of 6 runs finished.")
     assert result.table(found)[1][2] == "one seed, no interval"
     runs = runs_of({"dense": [(1, 30), (4, 20), (16, 10)], "moe": [(1, 30), (16, 9)]}, (1, 2))

@@ -91,7 +91,7 @@ def test_published_files_are_read(data, tmp_path, name):
         assert item.label == right and len(item.inputs) == sequences
         candidates = len(mean.files.read(split)[0].candidates)
         assert head.outputs * sequences == candidates == len(load(mean, split).items[0].inputs)
-    with pytest.raises(UserError, match=f"subset dev: {name} has train, valid and test"):
+    with pytest.raises(UserError, match=f"subset dev: not found; {name} has train, valid and test"):
         head.files.path("dev")
 
 
