@@ -254,7 +254,7 @@ def inside(arguments: List[str]) -> None:
     clocks.watch(Trainer, "_reduce_and_log_stats", "logging")
     clocks.watch(JsonProgressBar, "log", "logging")
     clocks.watch(layer, "routing_stats", "routing statistics")
-    clocks.watch(MoECrossEntropyCriterion, "_figures", "routing statistics")
+    clocks.watch(MoECrossEntropyCriterion, "_averaged", "routing statistics")
     log, started = JsonProgressBar.log, []
 
     def after_an_update(*args, **kwargs):
