@@ -66,6 +66,14 @@ def _percent(logarithm: float) -> float:
     return 100 * math.expm1(logarithm)
 
 
+def percent(d: Difference) -> str:
+    """−0.31 (−0.52 to −0.10); without an interval where there is one seed."""
+    mean = signed(_percent(d.mean), 2)
+    if math.isnan(d.p):
+        return mean
+    return f"{mean} ({signed(_percent(d.low), 2)} to {signed(_percent(d.high), 2)})"
+
+
 def table(result: StudyResult) -> List[List[str]]:
     """The arms, the best in domain first: perplexity, the difference to the reference with its 95 %
     interval and whether it is real, load, drops, FLOPs and minutes. Means over seeds."""

@@ -154,8 +154,8 @@ def test_every_stage_is_a_study_that_can_be_run(folder):
 def test_a_part_of_a_ladder():
     part = running.chosen(REAL, running.Chosen(["16M", "16M-seeds"], ["d0*"], [1, 2]))
     assert [(s.name, s.seeds, len(s.arms)) for s in part] == [
-        ("16M", [1], 7),
-        ("16M-seeds", [2], 7),
+        ("16M", [1], 8),
+        ("16M-seeds", [2], 8),
     ]
     for asked, words in (
         (running.Chosen(stages=["8M"]), "--stages 8M: not a stage"),
@@ -253,6 +253,8 @@ def made_result(tmp_path):
         made_run("16M-seeds", "d0-E64", 2, low, 40.0),
         made_run("16M", "d1-E8", 1, high, 39.0),
         made_run("16M", "d0-256x4", 1, low, math.sqrt(50 * 40)),
+        made_run("16M", "d0-E64-bf16", 1, low, math.sqrt(50 * 40) * 1.01),
+        made_run("16M-seeds", "d0-E64-bf16", 2, low, 40.0 * 1.02),
     ]
     probed = {"d0": 1e-4, "d1": 4e-4, "d0-E64": 2e-4}
     return {
@@ -289,11 +291,11 @@ def test_only_arms_that_saved_enough_go_on(tmp_path, monkeypatch):
     made = made_result(tmp_path)
     stage = REAL.stage("64M")
     passed = result.passing(REAL, stage._replace(at_least=1.5), made)
-    assert [arm.name for arm in passed] == ["d0-E64"]
+    assert [arm.name for arm in passed] == ["d0-E64", "d0-E64-bf16"]
     monkeypatch.setattr(result, "collect", lambda ladder: made)
     assert [a.name for a in running.screened(REAL, stage._replace(at_least=1.4)).arms] == [
         *("d0", "d1", "d2", "d3"),
-        *("d0-E64", "d0-256x4"),
+        *("d0-E64", "d0-256x4", "d0-E64-bf16"),
     ]
     assert running.screened(REAL, stage).arms == []
     monkeypatch.setattr(result, "collect", lambda ladder: {**made, "factors": []})
@@ -308,9 +310,11 @@ def test_pages(tmp_path, capsys):
     assert "--fine-tuning x: is for a study of two families" in capsys.readouterr().err
     assert cli.main(["report", str(tmp_path)]) == 0
     html = (tmp_path / "report.html").read_text()
-    assert "d0-E64 saves most in domain" in html and "6 of 50 runs are done" in html
+    assert "d0-E64 saves most in domain" in html and "8 of 50 runs are done" in html
     text = (tmp_path / "tables.md").read_text()
     assert "| d0-256x4 | 1.46 (1." in text and "d0-E64, 16M | 1.77" in text
+    # ln 1.01 and ln 1.02: t of 0.975 with one degree of freedom is 12.706
+    assert "| d0-E64-bf16, 16M | 2 | +1.50 (−4.66 to +8.05) |" in text and "+1.50 (−" in html
     assert (tmp_path / "figures" / "saving.svg").is_file()
 
 

@@ -15,7 +15,7 @@ from ...errors import UserError
 from ...forecast.laws import LAWS, Model, outside
 from ...shape import shape_of
 from ...text_table import markdown
-from .stages import LR, Arm, Ladder
+from .stages import LR, Arm, Ladder, float32_twin
 
 # number of experts -> factor at 5.2 and at 126 billion tokens
 CURVES = {8: (1.91, 2.20), 64: (3.15, 4.83), 256: (3.80, 7.38)}
@@ -55,7 +55,7 @@ def forecasts(ladder: Ladder) -> List[Forecast]:
     budgets = {stage.tokens: stage for stage in ladder.stages if stage.name != LR}
     for tokens, stage in sorted(budgets.items()):
         for arm in ladder.arms:
-            if arm.family == "dense":
+            if arm.family == "dense" or float32_twin(arm, ladder.arms):  # no law knows a precision
                 continue
             model = model_of(arm, ladder, tokens)
             hash_router = arm.flags.get("moe-router") == "hash"

@@ -109,7 +109,8 @@ def _law(size: float, experts: int) -> float:
 def _plain(result: LadderResult, arm: str, base: str) -> bool:
     """Whether an arm is one of those that differ in the number of experts alone."""
     found = result["ladder"]["arms"][arm]
-    return found["base"] == base and found["granularity"] == 1 and found["router"] == "topk"
+    other = found["granularity"] > 1 or found["router"] != "topk" or found.get("float32")
+    return found["base"] == base and not other
 
 
 def _series(label: str, style: int, points: Sequence[Tuple[float, Factor]]) -> figures.Series:
@@ -218,6 +219,7 @@ def html(result: LadderResult, drawn: Dict[str, figures.Chart]) -> str:
             for g in GROUPS
             if any(g in run["mean"] for run in result["runs"])
         ],
+        precisions=table(tables.in_bfloat16(result)),
         rates=table(tables.learning_rates(result)),
         saving=drawn["saving"],
         saving_legend=figures.legend(SAVING_LEGEND, range(4)),

@@ -15,7 +15,7 @@ from ..result import GROUPS, measured_on, of_run, performance
 from . import forecast, rates, saving
 from .forecast import Forecast, router_flops
 from .saving import Saving
-from .stages import LR, Arm, Ladder, Stage
+from .stages import LR, Arm, Ladder, Stage, float32_twin
 
 OVER_SEEDS = "seeds"
 OVER_DOCUMENTS = "test documents"
@@ -95,6 +95,7 @@ def _described(ladder: Ladder) -> Dict[str, Any]:
             "experts": arm.experts,
             "granularity": arm.granularity,
             "router": arm.flags.get("moe-router", "topk") if arm.family == "moe" else "",
+            "float32": float32_twin(arm, ladder.arms),
         }
         for arm in ladder.arms
     }

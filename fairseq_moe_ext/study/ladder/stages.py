@@ -229,6 +229,13 @@ def _stages(asked: Mapping[str, Any], arms: List[Arm], per_update: int, path: Pa
     return stages
 
 
+def float32_twin(arm: Arm, arms: Sequence[Arm]) -> str:
+    """Of an arm that computes in bfloat16, the arm with the same other flags; "" if none has."""
+    flags = {name: value for name, value in arm.flags.items() if name != "bf16"}
+    twins = [other.name for other in arms if (other.arch, other.flags) == (arm.arch, flags)]
+    return twins[0] if arm.flags.get("bf16") and twins else ""
+
+
 def select(arms: Sequence[Arm], patterns: Sequence[str], where: str) -> List[Arm]:
     """Those whose name matches one of the patterns (d0, d0-*). Raises UserError for a pattern that
     matches none."""

@@ -5,10 +5,12 @@ from typing import Dict, List, Optional, Sequence, Tuple
 
 from ...text_table import markdown
 from ...wording import signed
+from ..arms import by_arm, difference, percent
 from ..result import GROUPS, mean_performance
 from ..tables import TITLES
 from .forecast import Forecast
 from .result import Factor, LadderResult, LadderRun
+from .stages import LR
 
 Rows = List[List[str]]
 NOTE = (
@@ -116,7 +118,7 @@ def over_sets(result: LadderResult, tokens: int) -> Rows:
 
 def perplexities(result: LadderResult, group: str) -> Rows:
     """A row an arm, dense ones first: FLOPs a token, and perplexity by tokens, mean over seeds."""
-    runs = [run for run in result["runs"] if run["stage"] != "lr"]
+    runs = [run for run in result["runs"] if run["stage"] != LR]
     tokens = sorted({_stage_tokens(result, run) for run in runs})
     head = ["", "MFLOPs a token", "parameters, M", *(millions(t) + " tokens" for t in tokens)]
     rows = []
@@ -135,6 +137,24 @@ def perplexities(result: LadderResult, group: str) -> Rows:
 
 def _stage_tokens(result: LadderResult, run: LadderRun) -> int:
     return int(result["ladder"]["stages"][run["stage"]]["tokens"])
+
+
+def in_bfloat16(result: LadderResult) -> Rows:
+    """Arms that compute in bfloat16 against the same arm in float32: how much higher perplexity is,
+    paired by seed."""
+    groups = [group for group in GROUPS if all(group in run["mean"] for run in result["runs"])]
+    rows = [["", "seeds", *(TITLES[group] for group in groups)]]
+    for name, arm in result["ladder"]["arms"].items():
+        for tokens in budgets(result):
+            of = [r for r in result["runs"] if _stage_tokens(result, r) == tokens]
+            runs = by_arm([run for run in of if run["stage"] != LR])
+            mine, base = runs.get(name, {}), runs.get(arm.get("float32", ""), {})
+            shared = len(mine.keys() & base.keys())
+            if shared:
+                found = [difference(mine, base, group) for group in groups]
+                cells = [percent(one) for one in found]
+                rows.append([f"{name}, {millions(tokens)}", str(shared), *cells])
+    return rows
 
 
 def learning_rates(result: LadderResult) -> Rows:
@@ -193,12 +213,15 @@ def page(result: LadderResult) -> str:
         parts += [f"## By set, {millions(tokens)} tokens", markdown(over_sets(result, tokens))]
     if forecasts:
         parts += ["## Against the forecast", markdown(against_forecast(result, forecasts))]
-    grown = ", ".join(f"{name} {signed(percent)} %" for name, percent in growth(result))
+    grown = ", ".join(f"{name} {signed(by)} %" for name, by in growth(result))
     if grown:
         parts += [f"The saving in domain grows with each doubling of tokens by: {grown}."]
     for group in GROUPS:
         if any(group in run["mean"] for run in result["runs"]):
             parts += [f"## Perplexity, {TITLES[group]}", markdown(perplexities(result, group))]
+    precisions = in_bfloat16(result)
+    if precisions[1:]:
+        parts += ["## bfloat16 against float32, perplexity, %", markdown(precisions)]
     if result["rates"]:
         parts += ["## Learning rates", markdown(learning_rates(result))]
     return "\n\n".join(parts) + "\n"
