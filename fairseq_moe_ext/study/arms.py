@@ -68,10 +68,12 @@ def _percent(logarithm: float) -> float:
 
 def percent(d: Difference) -> str:
     """−0.31 (−0.52 to −0.10); without an interval where there is one seed."""
-    mean = signed(_percent(d.mean), 2)
-    if math.isnan(d.p):
-        return mean
-    return f"{mean} ({signed(_percent(d.low), 2)} to {signed(_percent(d.high), 2)})"
+    mean, low, high = map(_percent, (d.mean, d.low, d.high))
+    return signed(mean, 2) if math.isnan(d.p) else _with_ends(mean, low, high, 2)
+
+
+def _with_ends(mean: float, low: float, high: float, digits: int = 1) -> str:
+    return f"{signed(mean, digits)} ({signed(low, digits)} to {signed(high, digits)})"
 
 
 def table(result: StudyResult) -> List[List[str]]:
@@ -104,7 +106,7 @@ def _against(compared: Optional[Compared], is_reference: bool) -> List[str]:
     if not compared["interval"]:
         return [signed(compared["difference"]), "one seed"]
     low, high = compared["interval"]
-    ends = f"{signed(compared['difference'])} ({signed(low)} to {signed(high)})"
+    ends = _with_ends(compared["difference"], low, high)
     return [ends, "yes" if compared["real"] else "no"]
 
 

@@ -109,7 +109,7 @@ def _law(size: float, experts: int) -> float:
 def _plain(result: LadderResult, arm: str, base: str) -> bool:
     """Whether an arm is one of those that differ in the number of experts alone."""
     found = result["ladder"]["arms"][arm]
-    other = found["granularity"] > 1 or found["router"] != "topk" or found.get("float32")
+    other = found["granularity"] > 1 or found["router"] != "topk" or found.get("float32_twin")
     return found["base"] == base and not other
 
 

@@ -95,7 +95,7 @@ def _described(ladder: Ladder) -> Dict[str, Any]:
             "experts": arm.experts,
             "granularity": arm.granularity,
             "router": arm.flags.get("moe-router", "topk") if arm.family == "moe" else "",
-            "float32": float32_twin(arm, ladder.arms),
+            "float32_twin": float32_twin(arm, ladder.arms),
         }
         for arm in ladder.arms
     }

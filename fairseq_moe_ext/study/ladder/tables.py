@@ -5,7 +5,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 
 from ...text_table import markdown
 from ...wording import signed
-from ..arms import by_arm, difference, percent
+from ..arms import by_arm, difference, measured, percent
 from ..result import GROUPS, mean_performance
 from ..tables import TITLES
 from .forecast import Forecast
@@ -118,8 +118,7 @@ def over_sets(result: LadderResult, tokens: int) -> Rows:
 
 def perplexities(result: LadderResult, group: str) -> Rows:
     """A row an arm, dense ones first: FLOPs a token, and perplexity by tokens, mean over seeds."""
-    runs = [run for run in result["runs"] if run["stage"] != LR]
-    tokens = sorted({_stage_tokens(result, run) for run in runs})
+    runs, tokens = _trained(result), _trained_tokens(result)
     head = ["", "MFLOPs a token", "parameters, M", *(millions(t) + " tokens" for t in tokens)]
     rows = []
     for name in result["ladder"]["arms"]:
@@ -135,6 +134,15 @@ def perplexities(result: LadderResult, group: str) -> Rows:
     return [head, *rows]
 
 
+def _trained(result: LadderResult) -> List[LadderRun]:
+    """Without the runs that tried learning rates."""
+    return [run for run in result["runs"] if run["stage"] != LR]
+
+
+def _trained_tokens(result: LadderResult) -> List[int]:
+    return sorted({_stage_tokens(result, run) for run in _trained(result)})
+
+
 def _stage_tokens(result: LadderResult, run: LadderRun) -> int:
     return int(result["ladder"]["stages"][run["stage"]]["tokens"])
 
@@ -142,17 +150,20 @@ def _stage_tokens(result: LadderResult, run: LadderRun) -> int:
 def in_bfloat16(result: LadderResult) -> Rows:
     """Arms that compute in bfloat16 against the same arm in float32: how much higher perplexity is,
     paired by seed."""
-    groups = [group for group in GROUPS if all(group in run["mean"] for run in result["runs"])]
+    groups = measured(result["runs"])
     rows = [["", "seeds", *(TITLES[group] for group in groups)]]
-    for name, arm in result["ladder"]["arms"].items():
-        for tokens in budgets(result):
-            of = [r for r in result["runs"] if _stage_tokens(result, r) == tokens]
-            runs = by_arm([run for run in of if run["stage"] != LR])
-            mine, base = runs.get(name, {}), runs.get(arm.get("float32", ""), {})
+    twins = {
+        name: arm["float32_twin"]
+        for name, arm in result["ladder"]["arms"].items()
+        if arm.get("float32_twin")  # a result of before it has none
+    }
+    for tokens in _trained_tokens(result):
+        runs = by_arm([r for r in _trained(result) if _stage_tokens(result, r) == tokens])
+        for name, twin in twins.items():
+            mine, base = runs.get(name, {}), runs.get(twin, {})
             shared = len(mine.keys() & base.keys())
             if shared:
-                found = [difference(mine, base, group) for group in groups]
-                cells = [percent(one) for one in found]
+                cells = [percent(difference(mine, base, group)) for group in groups]
                 rows.append([f"{name}, {millions(tokens)}", str(shared), *cells])
     return rows
 
