@@ -69,6 +69,23 @@ def speedup_factors(dense: Points, moe: Points) -> List[Factor]:
     return sorted(factors, key=lambda factor: factor.dense_cost)
 
 
+def worse_though_larger(models: Sequence[Tuple[str, float, float]]) -> str:
+    """A warning that names models whose perplexity is higher than that of a cheaper one; "" if
+    there are none. Of (name, training cost, perplexity) of a family."""
+    worse, best = [], math.inf
+    for name, _, perplexity in sorted(models, key=lambda model: model[1]):
+        if perplexity > best:
+            worse.append(name)
+        best = min(best, perplexity)
+    if not worse:
+        return ""
+    return (
+        f"{', '.join(worse)} {'has' if len(worse) == 1 else 'have'} a higher perplexity than a "
+        "smaller model of the family, which makes savings look larger (of dense models) or smaller "
+        "(of sparse ones) than they are; search the learning rate"
+    )
+
+
 def in_words(factor: float) -> str:
     """What MoE needs for the same performance: "1.30 times less compute than", dense."""
     shown = f"{max(factor, 1 / factor):.2f}"

@@ -62,6 +62,8 @@ def run(args: argparse.Namespace) -> None:
     print(plain(arms.table(result) if plan.reference else results.table(result)))
     for line in results.remarks(result):
         print(f"no factor for {line}")
+    for line in results.warnings(result):
+        print(line)
     done = f"{len(result['runs'])} of {count(result['planned'], 'run')}"
     print(f"{done}. All results: {plan.out}/result.json")
 

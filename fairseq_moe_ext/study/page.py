@@ -178,6 +178,7 @@ def html(
         title=result["title"],
         summary=summary_of(result),
         remarks=results.remarks(result),
+        warnings=results.warnings(result),
         commands=result["commands"],
         tables=drawn,
         charts=of_part,

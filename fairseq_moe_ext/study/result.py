@@ -7,7 +7,7 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, cast
 from .. import accuracy, cost, files
 from ..errors import UserError
 from ..evaluation.cost_table import checkpoint_settings
-from ..evaluation.speedup import Factor, overlap, speedup_factors
+from ..evaluation.speedup import Factor, overlap, speedup_factors, worse_though_larger
 from ..evaluation.study_result import GroupFactors, Priming, RunResult, StudyResult, TaskResult
 from ..shape import shape_of
 from . import logs
@@ -296,3 +296,17 @@ def remarks(result: StudyResult) -> List[str]:
         if not factors["curve"]:
             reasons.setdefault(factors["remark"], []).append(group.replace("_", " "))
     return [f"{', '.join(groups)}: {reason}" for reason, groups in reasons.items()]
+
+
+def warnings(result: StudyResult) -> List[str]:
+    """Models that are worse than smaller ones of their family, a line each family."""
+    lines = []
+    for family in FAMILIES:
+        models = [
+            (f"{family} {runs[0]['size']}", runs[0]["flops"], mean_performance(runs, GROUPS[0]))
+            for runs in _sizes(result["runs"], family)
+            if GROUPS[0] in runs[0]["mean"]
+        ]
+        warning = worse_though_larger(models)
+        lines += [f"In domain {warning}."] if warning else []
+    return lines

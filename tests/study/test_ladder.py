@@ -19,6 +19,7 @@ from fairseq_moe_ext.study.ladder import (
     forecast,
     hours,
     needed,
+    page,
     progress,
     rates,
     result,
@@ -51,8 +52,7 @@ moe:
   arms: {{E4: {{experts: 4}}, 4x2: {{experts: 4, granularity: 2}}}}
 learning-rate:
   tokens: 384
-  dense: {{arm: a, values: [1e-2, 1e-3]}}
-  moe: {{arm: a-E4, values: [1e-2]}}
+  values: {{a: [1e-2, 1e-3], a-E4: [1e-2]}}
 stages:
   first: {{tokens: 384}}
   second: {{tokens: 640, screen: first, at-least: 0}}
@@ -77,7 +77,9 @@ def command():
     "old, new, words",
     [
         ("bases: [a]", "bases: [c]", "moe: arms: E4: bases: c: not one of a, b"),
-        ("arm: a-E4", "arm: b", "learning-rate: moe: arm b: no moe arm is called so"),
+        ("a-E4: [1e-2]", "c: [1e-2]", "learning-rate: values: c: no arm is called so; they are a,"),
+        ("a-E4: [1e-2]", "b: [1e-2]", "learning-rate: values: name a moe arm too"),
+        ("a-E4: [1e-2]", "a-E4: 1e-2", "values: a-E4: '1e-2': list one learning rate or more"),
         ("[1e-2, 1e-3]", "[fast]", "'fast' is no learning rate"),
         ("screen: first", "screen: third", "screen third: not a stage before it: first"),
         ("tokens: 640", "tokens: 640, arms: [c*]", "stages: second: arms c*: no arm is called so"),
@@ -114,7 +116,11 @@ def test_the_studies_of_the_ladder():
         ("64M", 7813),
     ]
     study = yaml.safe_load(
-        stages.study_file(REAL, REAL.stage("16M-seeds"), {"dense": "4e-3", "moe": "2e-3"})
+        stages.study_file(
+            REAL,
+            REAL.stage("16M-seeds"),
+            {arm.name: "4e-3" if arm.family == "dense" else "2e-3" for arm in REAL.arms},
+        )
     )
     assert study["seeds"] == [2, 3] and study["train"]["warmup-updates"] == 195
     assert "d2" not in study["arms"] and "d1-hash64" not in study["arms"]
@@ -136,13 +142,13 @@ def test_the_studies_of_the_ladder():
     assert study["arms"]["d0-hash64"]["flags"]["moe-router"] == "hash"
     assert study["arms"]["d0"]["flags"]["lr"] == "4e-3"
     search = yaml.safe_load(stages.study_file(REAL, REAL.stages[0], None))
-    assert search["arms"]["d0-E64-lr8"]["flags"]["lr"] == "8e-3" and len(search["arms"]) == 6
+    assert search["arms"]["d0-E64-lr8"]["flags"]["lr"] == "8e-3" and len(search["arms"]) == 13
 
 
 def test_every_stage_is_a_study_that_can_be_run(folder):
     ladder = stages.read(write(folder))
     for stage in ladder.stages:
-        given = None if stage.name == "lr" else {"dense": "1e-2", "moe": "1e-2"}
+        given = None if stage.name == "lr" else dict.fromkeys([a.name for a in ladder.arms], "1e-2")
         path = folder / f"{stage.name}.yaml"
         path.write_text(stages.study_file(ladder, stage, given))
         planned = plan.read(path)
@@ -154,8 +160,8 @@ def test_every_stage_is_a_study_that_can_be_run(folder):
 def test_a_part_of_a_ladder():
     part = running.chosen(REAL, running.Chosen(["16M", "16M-seeds"], ["d0*"], [1, 2]))
     assert [(s.name, s.seeds, len(s.arms)) for s in part] == [
-        ("16M", [1], 8),
-        ("16M-seeds", [2], 8),
+        ("16M", [1], 9),
+        ("16M-seeds", [2], 9),
     ]
     for asked, words in (
         (running.Chosen(stages=["8M"]), "--stages 8M: not a stage"),
@@ -187,9 +193,22 @@ def test_the_best_learning_rate_on_validation_text_is_taken(folder, tmp_path):
         rates.choose(ladder)
     validation(ladder.folder(search, two, 1), "nan", 30.5, 32)
     found = rates.choose(ladder)
-    assert found["dense"].value == "1e-3" and found["moe"].value == "1e-2"
-    assert found["dense"].tried == [("1e-2", 31.0), ("1e-3", 30.5)]
-    assert found["dense"].at_the_edge and not found["moe"].at_the_edge
+    assert found["a"].value == "1e-3" and found["a-E4"].value == "1e-2"
+    assert found["a"].tried == [("1e-2", 31.0), ("1e-3", 30.5)]
+    assert found["a"].at_the_edge and not found["a-E4"].at_the_edge
+    values = {"a": "1e-3", "b": "1e-3", "a-E4": "1e-2", "a-4x2": "1e-2"}
+    assert rates.of_arms(ladder, found) == values
+
+
+def test_whose_learning_rate_an_arm_gets():
+    """Its own, that of its base and family, or else of its family."""
+    names = ("d2", "d1", "d0-hash64", "d1-256x4")
+    searched = {a.name: REAL.searched(a) for a in REAL.arms if a.name in names}
+    assert searched == {"d2": "d2", "d1": "d1", "d0-hash64": "d0-E64", "d1-256x4": "d0-E64"}
+    moe = [arm for arm in REAL.arms if arm.name in ("d0-E8", "d1-E64")]
+    other = REAL._replace(tried={**dict.fromkeys(["d0", "d1"], []), **{a.name: [] for a in moe}})
+    searched = {a.name: other.searched(a) for a in REAL.arms if a.name in names}
+    assert searched == {"d2": "d0", "d1": "d1", "d0-hash64": "d0-E8", "d1-256x4": "d1-E64"}
 
 
 def test_saving_by_hand():
@@ -198,6 +217,7 @@ def test_saving_by_hand():
     assert saving.saving(dense, 1.0, 100 * math.exp(-0.5)).factor == pytest.approx(4)
     assert saving.saving(dense, 2.0, 100 * math.exp(-0.25)).factor == pytest.approx(1)
     assert saving.saving(dense, 2.0, 30) == Saving(8, 1)
+    assert saving.saving([*dense, (64.0, 60.0)], 2.0, 30) == Saving(8, 1), "not 32: that is worse"
     assert saving.saving(dense, 2.0, 101) == Saving(0.5, -1)
     assert saving.ends_over_seeds([Saving(2.0)]) is None
     assert saving.ends_over_seeds([Saving(2.0), Saving(8, 1)]) is None
@@ -259,7 +279,9 @@ def made_result(tmp_path):
     probed = {"d0": 1e-4, "d1": 4e-4, "d0-E64": 2e-4}
     return {
         "ladder": result._described(ladder),
-        "rates": {"dense": {"value": "4e-3", "tried": [["4e-3", 30.0]], "at_the_edge": False}},
+        "rates": {
+            "d0": {"value": "4e-3", "tried": [["4e-3", 30.0]], "at_the_edge": False, "also": ["d1"]}
+        },
         "seconds_per_token": probed,
         "forecasts": forecast.forecasts(ladder),
         "planned": 50,
@@ -316,6 +338,10 @@ def test_pages(tmp_path, capsys):
     # ln 1.01 and ln 1.02: t of 0.975 with one degree of freedom is 12.706
     assert "| d0-E64-bf16, 16M | 2 | +1.50 (−4.66 to +8.05) |" in text and "+1.50 (−" in html
     assert (tmp_path / "figures" / "saving.svg").is_file()
+    assert "| d0 | 4e-3 | 30.00 | d0, d1 |" in text and "a higher perplexity" not in html + text
+    made["runs"][1]["mean"]["in_domain"]["perplexity"] = 51.0
+    assert tables.warnings(made)[0].startswith("On 16M tokens d1 has a higher perplexity than a")
+    assert "On 16M tokens d1 has" in page.html(made, page.charts(made))
 
 
 def test_the_forecast_that_is_committed_is_of_this_ladder():
@@ -446,4 +472,4 @@ def test_a_small_ladder_goes_on_where_it_was_killed(folder, monkeypatch, capsys)
     assert {f["tokens"] for f in found["factors"]} == {384, 640}
     assert {f["interval_over"] for f in found["factors"]} == {"test documents"}
     assert "9 of 9 runs are done" in (out / "report.html").read_text()
-    assert re.search(r"lr, taken|dense, taken", (out / "tables.md").read_text())
+    assert re.search(r"^\| a \| 1e-[23] .* \| a, b \|$", (out / "tables.md").read_text(), re.M)

@@ -204,6 +204,13 @@ def test_one_point_and_no_overlap_are_said():
     assert "performance inf: give" in found["a"]["remark"] and not found["a"]["curve"]
 
 
+def test_a_model_that_is_worse_than_a_smaller_one_is_named():
+    runs = runs_of({"dense": [(1, 30), (4, 31), (9, 29)], "moe": [(1, 20), (4, 19)]})
+    (line,) = result.warnings({"runs": runs})
+    assert line.startswith("In domain dense") and "has a higher perplexity than a smaller" in line
+    assert not result.warnings({"runs": runs_of({"dense": [(1, 30), (4, 30)], "moe": [(1, 2)]})})
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_study_from_file_to_factors_and_again(folder, capsys):

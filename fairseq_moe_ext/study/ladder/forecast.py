@@ -15,7 +15,7 @@ from ...errors import UserError
 from ...forecast.laws import LAWS, Model, outside
 from ...shape import shape_of
 from ...text_table import markdown
-from .stages import LR, Arm, Ladder, float32_twin
+from .stages import LR, Arm, Ladder
 
 # number of experts -> factor at 5.2 and at 126 billion tokens
 CURVES = {8: (1.91, 2.20), 64: (3.15, 4.83), 256: (3.80, 7.38)}
@@ -50,15 +50,19 @@ def router_flops(arm: Arm) -> float:
 
 
 def forecasts(ladder: Ladder) -> List[Forecast]:
-    """Of every sparse arm on every number of tokens of the stages."""
+    """Of every sparse arm on every number of tokens of the stages, but for arms that a law cannot
+    tell from an earlier one: it knows no precision and no score."""
     found = []
     budgets = {stage.tokens: stage for stage in ladder.stages if stage.name != LR}
     for tokens, stage in sorted(budgets.items()):
+        seen = set()
         for arm in ladder.arms:
-            if arm.family == "dense" or float32_twin(arm, ladder.arms):  # no law knows a precision
-                continue
-            model = model_of(arm, ladder, tokens)
             hash_router = arm.flags.get("moe-router") == "hash"
+            alike = (arm.base, arm.experts, arm.granularity, hash_router)
+            if arm.family == "dense" or alike in seen:
+                continue
+            seen.add(alike)
+            model = model_of(arm, ladder, tokens)
             updates = stage.updates * CURVE_TOKENS_PER_UPDATE
             found.append(
                 Forecast(

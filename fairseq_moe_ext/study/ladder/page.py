@@ -206,6 +206,7 @@ def html(result: LadderResult, drawn: Dict[str, figures.Chart]) -> str:
         "ladder.html",
         title=result["ladder"]["title"],
         summary=summary(result),
+        warnings=tables.warnings(result),
         note=tables.NOTE.replace("`", ""),
         savings=[(TITLES[g], table(tables.over_tokens(result, g))) for g in present],
         costs=table(tables.costs(result)),

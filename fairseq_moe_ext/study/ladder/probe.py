@@ -48,7 +48,7 @@ def run(ladder: Ladder, arms: Sequence[Arm]) -> None:
 
 def _command(ladder: Ladder, arm: Arm, folder: Path) -> List[str]:
     """The arm's training, some updates of it, with nothing saved."""
-    rates = {one.family: one.flags[LR] for one in ladder.stage(LR).arms}
+    rates = {arm.name: ladder.tried[ladder.searched(arm)][0].flags[LR]}
     stage = Stage(PROBE, 0, UPDATES, [1], [arm])
     file = folder / f"{arm.name}.yaml"
     outputs.write_text(file, study_file(ladder, stage, rates))

@@ -1,17 +1,16 @@
-"""The learning rate of each family: the best of those that the stage `lr` tried."""
+"""The learning rate of each arm: the best of those that the stage `lr` tried."""
 
 import math
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Tuple
 
 from ...errors import UserError
 from .. import logs
-from ..plan import FAMILIES
-from .stages import LR, Ladder, Stage
+from .stages import LR, Ladder
 
 
 class Rate(NamedTuple):
-    """A family's learning rate."""
+    """A learning rate that was chosen."""
 
     value: Any  # as the file has it
     tried: List[Tuple[Any, float]]  # each value, and the in-domain validation perplexity it gave
@@ -24,14 +23,18 @@ class Rate(NamedTuple):
 
 
 def choose(ladder: Ladder) -> Dict[str, Rate]:
-    """The best of each family. One value alone needs no run. Raises UserError unless all others are
-    trained."""
-    stage = ladder.stage(LR)
-    return {family: _best(ladder, stage, family) for family in FAMILIES}
+    """The best for each arm whose rate is searched. One value alone needs no run. Raises UserError
+    unless all others are trained."""
+    return {name: _best(ladder, name) for name in ladder.tried}
 
 
-def _best(ladder: Ladder, stage: Stage, family: str) -> Rate:
-    arms = [arm for arm in stage.arms if arm.family == family]
+def of_arms(ladder: Ladder, chosen: Mapping[str, Rate]) -> Dict[str, Any]:
+    """The value for every arm of the ladder."""
+    return {arm.name: chosen[ladder.searched(arm)].value for arm in ladder.arms}
+
+
+def _best(ladder: Ladder, name: str) -> Rate:
+    arms, stage = ladder.tried[name], ladder.stage(LR)
     if len(arms) == 1:
         return Rate(arms[0].flags[LR], [])
     tried = []

@@ -47,7 +47,7 @@ class LadderResult(TypedDict):
     """result.json."""
 
     ladder: Dict[str, Any]  # its title, and its arms and stages by name
-    rates: Dict[str, Dict[str, Any]]  # family -> learning rate, those tried, whether at the edge
+    rates: Dict[str, Dict[str, Any]]  # arm -> learning rate, those tried, the arms that take it
     seconds_per_token: Dict[str, float]  # of arms, by the probe
     forecasts: List[Forecast]  # made before the runs
     planned: int
@@ -70,8 +70,13 @@ def collect(ladder: Ladder) -> LadderResult:
                     runs.append(LadderRun(stage=stage.name, **found))
     try:
         chosen = {
-            family: {"value": rate.value, "tried": rate.tried, "at_the_edge": rate.at_the_edge}
-            for family, rate in rates.choose(ladder).items()
+            name: {
+                "value": rate.value,
+                "tried": rate.tried,
+                "at_the_edge": rate.at_the_edge,
+                "also": [a.name for a in ladder.arms if ladder.searched(a) == name != a.name],
+            }
+            for name, rate in rates.choose(ladder).items()
         }
     except UserError:
         chosen = {}

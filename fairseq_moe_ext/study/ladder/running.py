@@ -3,7 +3,7 @@
 import contextlib
 import threading
 from pathlib import Path
-from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence
+from typing import Iterator, List, NamedTuple, Sequence
 
 from ... import cli, files, outputs
 from ...errors import UserError
@@ -66,9 +66,7 @@ def screened(ladder: Ladder, stage: Stage) -> Stage:
 
 def write_study(ladder: Ladder, stage: Stage) -> Path:
     """The stage's file for `fairseq-moe study`. Raises UserError before the rates are chosen."""
-    found: Optional[Dict[str, str]] = None
-    if stage.name != LR:
-        found = {family: rate.value for family, rate in rates.choose(ladder).items()}
+    found = None if stage.name == LR else rates.of_arms(ladder, rates.choose(ladder))
     ladder.out.mkdir(parents=True, exist_ok=True)
     path = ladder.out / f"{stage.name}.yaml"
     outputs.write_text(path, study_file(ladder, stage, found))

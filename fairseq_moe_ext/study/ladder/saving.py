@@ -17,7 +17,8 @@ DRAWS = 1000
 class Saving(NamedTuple):
     """How many times the cost a dense model needs for the same perplexity. Beyond the dense models
     there is no number: `beyond` is 1 where the sparse model is better than all of them, -1 where it
-    is worse; then `factor` is that of the best, or worst, of them: the saving is more, or less."""
+    is worse; then `factor` is that of the best, or the smallest, of them: the saving is more, or
+    less."""
 
     factor: float
     beyond: int = 0
@@ -29,9 +30,9 @@ def saving(dense: Points, cost: float, perplexity: float) -> Saving:
     reached = cost_to_reach(logs, math.log(perplexity))
     if reached is not None:
         return Saving(reached / cost)
-    best = min(p for _, p in dense)
-    if perplexity < best:
-        return Saving(max(c for c, _ in dense) / cost, 1)
+    best, cost_of_best = min((p, c) for c, p in dense)
+    if perplexity < best:  # a larger dense model that is worse shows nothing
+        return Saving(cost_of_best / cost, 1)
     return Saving(min(c for c, _ in dense) / cost, -1)
 
 

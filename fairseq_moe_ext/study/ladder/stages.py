@@ -2,7 +2,7 @@
 
 import fnmatch
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import yaml
 
@@ -36,8 +36,7 @@ _ARM: Keys = {
     "bases": (list, []),
     "flags": (dict, {}),
 }
-_LEARNING_RATE: Keys = {"tokens": (int, None), "dense": (dict, None), "moe": (dict, None)}
-_TRIES: Keys = {"arm": (str, None), "values": (list, None)}
+_LEARNING_RATE: Keys = {"tokens": (int, None), "values": (dict, None)}
 _STAGE: Keys = {
     "tokens": (int, None),
     "seeds": (list, [1]),
@@ -88,6 +87,7 @@ class Ladder(NamedTuple):
     evaluate: Dict[str, Any]
     forecast: Path  # beside the file
     arms: List[Arm]
+    tried: Dict[str, List[Arm]]  # an arm whose learning rate is searched -> it, with each value
     stages: List[Stage]  # the first one is LR
 
     @property
@@ -96,6 +96,15 @@ class Ladder(NamedTuple):
 
     def stage(self, name: str) -> Stage:
         return next(stage for stage in self.stages if stage.name == name)
+
+    def searched(self, arm: Arm) -> str:
+        """The arm of `tried` whose learning rate an arm gets: itself, or else the first of its
+        family with its base, or else the first of its family."""
+        names = [other.name for other in self.arms if other.name in self.tried]
+        alike = {other.name: other for other in self.arms if other.family == arm.family}
+        near = [name for name in names if name in alike and alike[name].base == arm.base]
+        family = [name for name in names if name in alike]
+        return arm.name if arm.name in names else (near + family)[0]
 
     def folder(self, stage: Stage, arm: Arm, seed: int) -> Path:
         """Of a run, as a study of arms calls it."""
@@ -124,12 +133,13 @@ def read(path: Path) -> Ladder:
         asked["evaluate"],
         path.with_name(f"{path.stem}_forecast.json"),
         arms,
+        {},
         [],
     )
     per_update = ladder.tokens_per_update
-    return ladder._replace(
-        stages=[_search(asked, arms, per_update, path), *_stages(asked, arms, per_update, path)]
-    )
+    tokens, tried = _search(asked, arms, path)
+    search = Stage(LR, tokens, _updates(tokens, per_update), [1], sum(tried.values(), []))
+    return ladder._replace(tried=tried, stages=[search, *_stages(asked, arms, per_update, path)])
 
 
 def _arms(asked: Mapping[str, Any], path: Path) -> List[Arm]:
@@ -175,27 +185,34 @@ def _updates(tokens: int, per_update: int) -> int:
     return max(1, int(tokens / per_update + 0.5))
 
 
-def _search(asked: Mapping[str, Any], arms: List[Arm], per_update: int, path: Path) -> Stage:
-    """The stage that tries learning rates."""
+def _search(
+    asked: Mapping[str, Any], arms: List[Arm], path: Path
+) -> Tuple[int, Dict[str, List[Arm]]]:
+    """The tokens of a try, and Ladder.tried."""
     where = f"{path}: learning-rate"
     search = checked(asked["learning-rate"], _LEARNING_RATE, where)
     ranges.require(ranges.POSITIVE_COUNT, search["tokens"], f"{where}: tokens")
-    tried = []
-    for family in FAMILIES:
-        tries = checked(search[family], _TRIES, f"{where}: {family}")
-        found = [arm for arm in arms if arm.name == tries["arm"] and arm.family == family]
+    tried: Dict[str, List[Arm]] = {}
+    for name, values in search["values"].items():
+        found = [arm for arm in arms if arm.name == name]
         if not found:
-            raise UserError(f"{where}: {family}: arm {tries['arm']}: no {family} arm is called so")
-        if not tries["values"]:
-            raise UserError(f"{where}: {family}: values []: name one or more")
-        for value in tries["values"]:
-            try:
-                name = f"{found[0].name}-lr{1000 * float(value):g}"
-            except (TypeError, ValueError):
-                raise UserError(f"{where}: {family}: {value!r} is no learning rate") from None
-            tried.append(found[0]._replace(name=name, flags={**found[0].flags, LR: value}))
-    tokens = search["tokens"]
-    return Stage(LR, tokens, _updates(tokens, per_update), [1], tried)
+            names = ", ".join(arm.name for arm in arms)
+            raise UserError(f"{where}: values: {name}: no arm is called so; they are {names}")
+        if not isinstance(values, list) or not values:
+            raise UserError(f"{where}: values: {name}: {values!r}: list one learning rate or more")
+        tried[name] = [_with_rate(found[0], value, f"{where}: values: {name}") for value in values]
+    for family in FAMILIES:
+        if not any(arms[0].family == family for arms in tried.values()):
+            raise UserError(f"{where}: values: name a {family} arm too, with its learning rates")
+    return search["tokens"], tried
+
+
+def _with_rate(arm: Arm, value: Any, where: str) -> Arm:
+    try:
+        name = f"{arm.name}-lr{1000 * float(value):g}"
+    except (TypeError, ValueError):
+        raise UserError(f"{where}: {value!r} is no learning rate") from None
+    return arm._replace(name=name, flags={**arm.flags, LR: value})
 
 
 def _stages(asked: Mapping[str, Any], arms: List[Arm], per_update: int, path: Path) -> List[Stage]:
@@ -247,14 +264,14 @@ def select(arms: Sequence[Arm], patterns: Sequence[str], where: str) -> List[Arm
 
 
 def study_file(ladder: Ladder, stage: Stage, rates: Optional[Mapping[str, Any]]) -> str:
-    """A stage as the YAML of a study of arms. `rates` has the learning rate of each family; None in
+    """A stage as the YAML of a study of arms. `rates` has the learning rate of each arm; None in
     the stage LR, whose arms have theirs."""
     train = dict(ladder.train)
     warmup = {"warmup-updates": int(ladder.warmup * stage.updates + 0.5)}
     train = _behind(train, "lr-scheduler", warmup)
     arms = {}
     for arm in stage.arms:
-        rate = {} if rates is None else {LR: rates[arm.family]}
+        rate = {} if rates is None else {LR: rates[arm.name]}
         arms[arm.name] = {"arch": arm.arch, "flags": {**arm.flags, **rate}}
     study = {
         "title": f"{ladder.title}, {stage.name}",

@@ -3,6 +3,7 @@
 import math
 from typing import Dict, List, Optional, Sequence, Tuple
 
+from ...evaluation.speedup import worse_though_larger
 from ...text_table import markdown
 from ...wording import signed
 from ..arms import by_arm, difference, measured, percent
@@ -134,6 +135,22 @@ def perplexities(result: LadderResult, group: str) -> Rows:
     return [head, *rows]
 
 
+def warnings(result: LadderResult) -> List[str]:
+    """Dense models that are worse in domain than smaller ones, a line each number of tokens."""
+    lines = []
+    for tokens in budgets(result):
+        by_size = by_arm([r for r in _trained(result) if _stage_tokens(result, r) == tokens])
+        dense = [
+            (name, runs[0]["flops"], mean_performance(runs, GROUPS[0]))
+            for name, of_seeds in by_size.items()
+            if result["ladder"]["arms"][name]["family"] == "dense"
+            and (runs := list(of_seeds.values()))
+        ]
+        warning = worse_though_larger(dense)
+        lines += [f"On {millions(tokens)} tokens {warning}."] if warning else []
+    return lines
+
+
 def _trained(result: LadderResult) -> List[LadderRun]:
     """Without the runs that tried learning rates."""
     return [run for run in result["runs"] if run["stage"] != LR]
@@ -169,13 +186,14 @@ def in_bfloat16(result: LadderResult) -> Rows:
 
 
 def learning_rates(result: LadderResult) -> Rows:
-    rows = [["", "learning rate", "validation perplexity in domain"]]
-    for family, rate in result["rates"].items():
+    """A row a try: its perplexity, and for which arms it was taken."""
+    rows = [["", "learning rate", "validation perplexity in domain", "taken for"]]
+    for name, rate in result["rates"].items():
         for value, perplexity in rate["tried"] or [(rate["value"], math.nan)]:
-            taken = ", taken" if value == rate["value"] else ""
-            edge = ", at the edge of those tried" if taken and rate["at_the_edge"] else ""
+            taken = ", ".join([name, *rate["also"]]) if value == rate["value"] else ""
+            edge = " (at the edge of those tried)" if taken and rate["at_the_edge"] else ""
             shown = "not tried" if math.isnan(perplexity) else f"{perplexity:.2f}"
-            rows.append([f"{family}{taken}{edge}", str(value), shown])
+            rows.append([name, f"{value}{edge}", shown, taken])
     return rows
 
 
@@ -215,7 +233,7 @@ def growth(result: LadderResult) -> List[Tuple[str, float]]:
 def page(result: LadderResult) -> str:
     """tables.md: all tables, for a page of documentation."""
     forecasts = result["forecasts"]
-    parts = [NOTE]
+    parts = [NOTE, *warnings(result)]
     for group in GROUPS:
         if any(f["group"] == group for f in result["factors"]):
             parts += [f"## Saving, {TITLES[group]}", markdown(over_tokens(result, group))]
