@@ -36,6 +36,7 @@ study: install   ## train and compare three sizes a family, three seeds; an hour
 benchmark: install  ## measure layers, training, evaluation, generation and more; about 40 minutes
 	$(RUN) -m pip install --quiet -c constraints.txt -e ".[benchmark]"
 	$(KEEP_FREED) $(RUN) benchmarks/layer.py
+	$(KEEP_FREED) $(RUN) benchmarks/ablation.py
 	$(RUN) benchmarks/peers.py
 	$(RUN) benchmarks/train_step.py
 	$(RUN) benchmarks/train_step.py --shares

@@ -158,3 +158,32 @@ def test_gpu_script_keeps_to_its_time(program, monkeypatch, tmp_path, capsys):
 
 def test_all_parts_fit_into_eight_minutes(program):
     assert sum(program("gpu").PARTS.values()) <= 8 * 60
+
+
+def test_ablation(program, monkeypatch, tmp_path):
+    """Each part is left out while a step runs, and is back behind it."""
+    from fairseq_moe_ext.kernels import expert_ffn, matmul
+    from fairseq_moe_ext.moe import experts
+    from fairseq_moe_ext.moe import layer as moe_layer
+
+    ablation = program("ablation")
+    parts = [
+        (expert_ffn, "side_by_side"),
+        (expert_ffn, "program_rows"),
+        (moe_layer, "program_rows"),
+        (experts, "kernel_for"),
+        (matmul, "onednn_is_faster"),
+    ]
+    before = [getattr(*part) for part in parts]
+    changed = {}
+    for name, change in ablation.WITHOUT.items():
+        with change():
+            changed[name] = [p[1] for p, old in zip(parts, before) if getattr(*p) is not old]
+    assert list(changed.values()) == [["side_by_side"], ["program_rows"] * 2, ["kernel_for"]]
+    monkeypatch.setattr(ablation, "SHAPES", [ablation.Shape(16, 4, 8, 16)])
+    monkeypatch.setattr(sys, "argv", "ablation.py --rounds 1".split())
+    ablation.main()
+    assert [getattr(*part) for part in parts] == before
+    rows = kept(tmp_path, "ablation")
+    assert len(rows) == len(ablation.PRECISIONS)
+    assert all(row[name] > 0 for row in rows.values() for name in ablation.WITHOUT)

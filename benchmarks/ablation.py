@@ -1,0 +1,119 @@
+"""What each special way of computing experts on a CPU is worth: a step of an MoE layer without it.
+
+    python benchmarks/ablation.py [--rows 0 1]
+
+Dropless, top-2, 2 threads, new tokens in every step, so that numbers of rows change as in training;
+with oneDNN as it is used, with PyTorch's choice of products, and in bfloat16.
+Results: benchmarks/results/PROCESSOR/ablation.json, .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from typing import Callable, ContextManager, Dict, Iterator, Sequence
+from unittest import mock
+
+import layer
+import measure
+import torch
+from layer import Shape
+
+from fairseq_moe_ext.kernels import expert_ffn, matmul
+from fairseq_moe_ext.moe import experts
+from fairseq_moe_ext.moe import layer as moe_layer
+
+SHAPES = [
+    Shape(4096, 8, 96, 384),
+    Shape(4096, 64, 96, 384),
+    Shape(4096, 64, 256, 1024),
+    Shape(2048, 512, 256, 1024),
+]
+
+
+def _one_by_one(work: Callable[[int], None], counts: Sequence[int], size: int, cpu: bool) -> None:
+    for i in range(len(counts)):
+        work(i)
+
+
+@contextlib.contextmanager
+def _no_spare_rows() -> Iterator[None]:
+    with mock.patch.object(expert_ffn, "program_rows", lambda x: None):
+        with mock.patch.object(moe_layer, "program_rows", lambda x: None):
+            yield
+
+
+@contextlib.contextmanager
+def _autograd() -> Iterator[None]:
+    """The loop over experts with autograd's own backward pass, by the same library."""
+    with mock.patch.object(experts, "kernel_for", lambda x, weights: None):
+        with matmul.faster_products(torch.empty(1, 1)):
+            yield
+
+
+WITHOUT: Dict[str, Callable[[], ContextManager]] = {
+    "one expert per core": lambda: mock.patch.object(expert_ffn, "side_by_side", _one_by_one),
+    "spare rows": _no_spare_rows,
+    "hand-written backward": _autograd,
+}
+PRECISIONS = {
+    "float32": (torch.float32, True),
+    "float32, PyTorch's choice of products": (torch.float32, False),
+    "bfloat16": (torch.bfloat16, True),
+}
+
+
+def measured(shape: Shape, dtype: torch.dtype, onednn: bool, rounds: int) -> Dict[str, float]:
+    """name of what is left out -> time of a step without it over the time with all."""
+    torch.manual_seed(0)
+    model = layer.ours(shape, dropless=True)
+    tokens, grad = torch.randn(2, shape.tokens, shape.dim).to(dtype)
+
+    def step() -> None:
+        x = (tokens + torch.randn_like(tokens)).requires_grad_()
+        out = model(x)
+        torch.autograd.backward([out.out, out.balance_loss], [grad, None])
+        model.zero_grad(set_to_none=True)
+
+    def without(change: Callable[[], ContextManager]) -> Callable[[], None]:
+        def changed() -> None:
+            with change():
+                step()
+
+        return changed
+
+    cases = {"all": step, **{name: without(change) for name, change in WITHOUT.items()}}
+    faster = matmul.onednn_is_faster() and onednn
+    with mock.patch.object(matmul, "onednn_is_faster", lambda: faster):
+        seconds = measure.in_turn(cases, rounds, warmup=2)
+    times = {name: measure.ratio(seconds, name, "all") for name in WITHOUT}
+    return {"ms": 1e3 * measure.median(seconds["all"]), **times}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--rows", type=int, nargs="+", help="numbers of shapes; default: all")
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+    shapes = SHAPES if args.rows is None else [SHAPES[number] for number in args.rows]
+    rows: Dict[str, Dict[str, float]] = {}
+    for shape in shapes:
+        for name, (dtype, onednn) in PRECISIONS.items():
+            key = f"{', '.join(map(str, shape[:4]))}; {name}"
+            print(key, flush=True)
+            rows = measure.keep("ablation", {key: measured(shape, dtype, onednn, args.rounds)})
+    title = (
+        "A step of one MoE layer, forward and backward, without one part of its kernels, as "
+        "multiples of the time with all (`python benchmarks/ablation.py`). Above 1 the part pays."
+    )
+    heads = ["S, E, M, F", "ms", *(f"without {name}" for name in WITHOUT)]
+    lines = [
+        [key, f"{row['ms']:.3g}", *(f"{row[name]:.2f}" for name in WITHOUT)]
+        for key, row in rows.items()
+    ]
+    measure.keep_table("ablation", title, heads, lines)
+
+
+if __name__ == "__main__":
+    main()
