@@ -7,8 +7,8 @@ From PyTorch 2.9 a public switch passes products to oneDNN. Its name allows bflo
 makes of float32 only where a processor has instructions for tiles of it (AMX). So we time one
 product and look at its error, and use the switch, for our own products alone, if oneDNN is clearly
 faster and as exact. Elsewhere, and under `torch.backends.mkldnn.flags(enabled=False)`, PyTorch's
-choice stays. It stays for one or two rows as well, as generation has them: these only read the
-weights, and to call oneDNN takes longer (53 us against 5 for a row and 256 x 256 weights, Zen 5).
+choice stays. It stays for small products as well, as generation has them: one or two rows only read
+the weights, and to call oneDNN costs some 25 us more (Zen 5; equal at 2**22 multiplications).
 """
 
 import contextlib
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 _FEW_ROWS = 2
+SMALL = 2**22  # multiplications
 
 
 class Linear(nn.Linear):
@@ -44,7 +45,7 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
         return F.linear(x, weight, bias)
     weight = weight.to(x.dtype)
     bias = bias if bias is None else bias.to(x.dtype)
-    if _few(x) or not _by_onednn(x, weight):
+    if _is_small(x, weight.size(0)) or not _by_onednn(x, weight):
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.size(-1))  # (N, K)
     if torch.is_grad_enabled():
@@ -64,7 +65,7 @@ def autocast_dtype(x: Tensor) -> Optional[torch.dtype]:
 
 def product(a: Tensor, b: Tensor, bias: Optional[Tensor] = None) -> Tensor:
     """a (N, K) @ b (K, M) + bias (M,) -> (N, M); without autograd."""
-    rows, onednn = len(a), not _few(a) and _by_onednn(a, b)
+    rows, onednn = len(a), not _is_small(a, b.size(1)) and _by_onednn(a, b)
     if onednn:
         a = _padded(a)
     with _switched(onednn):
@@ -128,9 +129,10 @@ class _Linear(torch.autograd.Function):
         )
 
 
-def _few(x: Tensor) -> bool:
-    """Whether x (..., K) has so few rows that oneDNN gains nothing."""
-    return x.dtype == torch.float32 and x.numel() <= _FEW_ROWS * x.size(-1)
+def _is_small(x: Tensor, outputs: int) -> bool:
+    """Whether a product of x (..., K) is so small that oneDNN gains nothing."""
+    small = x.numel() <= _FEW_ROWS * x.size(-1) or x.numel() * outputs <= SMALL
+    return x.dtype == torch.float32 and small
 
 
 def _by_onednn(a: Tensor, b: Tensor) -> bool:

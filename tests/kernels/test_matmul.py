@@ -18,6 +18,12 @@ has_onednn = torch.backends.mkldnn.is_available() and hasattr(switch, "fp32_prec
 needs_onednn = pytest.mark.skipif(not has_onednn, reason="this PyTorch has no switch to oneDNN")
 
 
+@pytest.fixture(autouse=True)
+def none_is_small(monkeypatch):
+    """oneDNN computes the small products of these tests, too."""
+    monkeypatch.setattr(matmul, "SMALL", 0)
+
+
 @pytest.fixture(params=[False, pytest.param(True, marks=needs_onednn)], ids=["mkl", "onednn"])
 def onednn(request, monkeypatch):
     monkeypatch.setattr(matmul, "onednn_is_faster", lambda: request.param)
@@ -199,8 +205,12 @@ def test_where_onednn_is_not_asked(computed, monkeypatch):
         layer(x)
     assert counter.get_total_flops() == 2 * 3 * 5 * 7
     layer(x[:2])  # it would take longer than the rest of the product
+    monkeypatch.setattr(matmul, "SMALL", 3 * 5 * 7)
+    layer(x)
     layer.double()(x.double())
     assert len(computed) == 1
+    layer.float()(torch.ones(4, 5))
+    assert len(computed) == 2
 
 
 @pytest.mark.parametrize(

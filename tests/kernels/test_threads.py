@@ -12,6 +12,7 @@ from fairseq_moe_ext.kernels.threads import side_by_side
 from fairseq_moe_ext.moe.experts import Experts
 
 COUNTS = [40, 0, 31, 1, 50, 6]
+AS_IF = 256  # times as large matrices, for which threads pay
 LONG = 120  # seconds, after which a thread that has not come will not come
 
 
@@ -40,7 +41,7 @@ class Watched:
                 self.patience = 0
             work(expert)
 
-        side_by_side(watched, counts, size, cpu)
+        side_by_side(watched, counts, size * AS_IF, cpu)
 
 
 @pytest.fixture
