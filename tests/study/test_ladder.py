@@ -276,7 +276,7 @@ def made_result(tmp_path):
         made_run("16M", "d0-E64-bf16", 1, low, math.sqrt(50 * 40) * 1.01),
         made_run("16M-seeds", "d0-E64-bf16", 2, low, 40.0 * 1.02),
     ]
-    probed = {"d0": 1e-4, "d1": 4e-4, "d0-E64": 2e-4}
+    probed = {"d0": 1e-4, "d1": 4e-4, "d0-E64": 2e-4, "d1-E8": 8e-4}
     return {
         "ladder": result._described(ladder),
         "rates": {
@@ -306,7 +306,7 @@ def test_factors_of_runs(tmp_path):
     assert fine["interval"] == pytest.approx((fine["factor"] / wide, fine["factor"] * wide))
     better = found["d1-E8", 16_000_000, "in_domain"]
     assert better["beyond"] == 1 and better["factor"] == pytest.approx(1.0)
-    assert tables.factor(better) == "> 1.00"
+    assert tables.factor(better) == "> 1.00" and better["in_seconds"] == pytest.approx(0.5)
 
 
 def test_only_arms_that_saved_enough_go_on(tmp_path, monkeypatch):
@@ -334,6 +334,7 @@ def test_pages(tmp_path, capsys):
     html = (tmp_path / "report.html").read_text()
     assert "d0-E64 saves most in domain" in html and "8 of 50 runs are done" in html
     text = (tmp_path / "tables.md").read_text()
+    assert "| d1-E8, 16M | 1 | > 1.00 | > 1.00 | > 0.50 |" in text
     assert "| d0-256x4 | 1.46 (1." in text and "d0-E64, 16M | 1.77" in text
     # ln 1.01 and ln 1.02: t of 0.975 with one degree of freedom is 12.706
     assert "| d0-E64-bf16, 16M | 2 | +1.50 (−4.66 to +8.05) |" in text and "+1.50 (−" in html

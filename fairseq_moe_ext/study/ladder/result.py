@@ -34,7 +34,7 @@ class Factor(TypedDict):
     interval: Optional[saving.Ends]  # at 95 %; an end of None is beyond the dense models
     interval_over: str
     with_router: float  # the router's FLOPs counted
-    in_seconds: Optional[float]  # in seconds on this machine; None: not probed, or beyond
+    in_seconds: Optional[float]  # in seconds on this machine, a bound as `factor`; None: not probed
 
 
 class LadderRun(RunResult):
@@ -225,8 +225,7 @@ def _in_seconds(
         )
         for curve, one in zip(curves, mine)
     ]
-    whole = _mean(savings)
-    return None if whole.beyond else whole.factor
+    return _mean(savings).factor
 
 
 class _Units:

@@ -94,7 +94,7 @@ def costs(result: LadderResult) -> Rows:
                     str(found["seeds"]),
                     f"{bound}{found['factor']:.2f}",
                     f"{bound}{found['with_router']:.2f}",
-                    "-" if seconds is None else f"{seconds:.2f}",
+                    "-" if seconds is None else f"{bound}{seconds:.2f}",
                     found["interval_over"],
                 ]
             )
