@@ -202,7 +202,7 @@ def _search(
             raise UserError(f"{where}: values: {name}: {values!r}: list one learning rate or more")
         tried[name] = [_with_rate(found[0], value, f"{where}: values: {name}") for value in values]
     for family in FAMILIES:
-        if not any(arms[0].family == family for arms in tried.values()):
+        if not any(tries[0].family == family for tries in tried.values()):
             raise UserError(f"{where}: values: name a {family} arm too, with its learning rates")
     return search["tokens"], tried
 
