@@ -384,6 +384,20 @@ def test_what_would_be_needed(tmp_path, capsys):
     assert "Computed, not measured." in capsys.readouterr().out
 
 
+def test_the_result_that_is_committed():
+    """docs/ladder_two_cores, and the tables of docs/study.md."""
+    docs = STUDY.parents[1] / "docs"
+    found = json.loads((docs / "ladder_two_cores" / "result.json").read_text(encoding="utf-8"))
+    assert tables.page(found) == (docs / "ladder_two_cores" / "tables.md").read_text("utf-8")
+    text = (docs / "study.md").read_text(encoding="utf-8")
+    for group in ("in_domain", "out_of_domain"):
+        assert markdown(tables.over_tokens(found, group)).strip() in text
+    best = tables.by_key(found)["d0-256x4", 16_000_000, "in_domain"]
+    assert f"{best['factor']:.2f}" == "2.01" and f"{best['with_router']:.2f}" == "1.84"
+    assert "saves 2.01\n  times in domain (1.93 to 2.07)" in text
+    assert tables.factor(best) == "2.01 (1.93 to 2.07)" and f"{best['in_seconds']:.2f}" == "0.82"
+
+
 def inner(update, loss=5.0):
     return (
         f't | INFO | train_inner | {{"num_updates": "{update}", "inner_loss": "{loss}", '

@@ -56,9 +56,9 @@ def budgets(result: LadderResult) -> List[int]:
 def sparse(result: LadderResult) -> List[str]:
     """The sparse arms that have a factor: by base, then router, experts and granularity."""
     arms = result["ladder"]["arms"]
-    names = {found["arm"] for found in result["factors"]}
+    named = {found["arm"] for found in result["factors"]}
     return sorted(
-        names,
+        [name for name in arms if name in named],
         key=lambda name: (
             arms[name]["base"],
             arms[name]["router"] == "hash",
