@@ -105,7 +105,8 @@ def main() -> None:
             rows = measure.keep("ablation", {key: measured(shape, dtype, onednn, args.rounds)})
     title = (
         "A step of one MoE layer, forward and backward, without one part of its kernels, as "
-        "multiples of the time with all (`python benchmarks/ablation.py`). Above 1 the part pays."
+        "multiples of the time with all (`python benchmarks/ablation.py`). Above 1, the step is "
+        "slower without it."
     )
     heads = ["S, E, M, F", "ms", *(f"without {name}" for name in WITHOUT)]
     lines = [

@@ -81,8 +81,8 @@ def worse_though_larger(models: Sequence[Tuple[str, float, float]]) -> str:
         return ""
     return (
         f"{', '.join(worse)} {'has' if len(worse) == 1 else 'have'} a higher perplexity than a "
-        "smaller model of the family, which makes savings look larger (of dense models) or smaller "
-        "(of sparse ones) than they are; search the learning rate"
+        "smaller model of the family. If a dense model is badly trained, the saving looks too "
+        "large; if a sparse one is, too small. Check its learning rate"
     )
 
 

@@ -50,8 +50,8 @@ def router_flops(arm: Arm) -> float:
 
 
 def forecasts(ladder: Ladder) -> List[Forecast]:
-    """Of every sparse arm on every number of tokens of the stages, but for arms that a law cannot
-    tell from an earlier one: it knows no precision and no score."""
+    """One for each sparse arm and number of tokens. Skips arms that differ from an earlier one only
+    in precision or score, which no law models."""
     found = []
     budgets = {stage.tokens: stage for stage in ladder.stages if stage.name != LR}
     for tokens, stage in sorted(budgets.items()):
