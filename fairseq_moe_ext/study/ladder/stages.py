@@ -1,6 +1,7 @@
 """A ladder's YAML file -> its stages, each a file for `fairseq-moe study`."""
 
 import fnmatch
+import math
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
@@ -201,6 +202,8 @@ def _search(
         if not isinstance(values, list) or not values:
             raise UserError(f"{where}: values: {name}: {values!r}: list one learning rate or more")
         tried[name] = [_with_rate(found[0], value, f"{where}: values: {name}") for value in values]
+        if len({arm.name for arm in tried[name]}) < len(values):
+            raise UserError(f"{where}: values: {name}: {values}: a learning rate stands twice")
     for family in FAMILIES:
         if not any(tries[0].family == family for tries in tried.values()):
             raise UserError(f"{where}: values: name a {family} arm too, with its learning rates")
@@ -209,9 +212,12 @@ def _search(
 
 def _with_rate(arm: Arm, value: Any, where: str) -> Arm:
     try:
-        name = f"{arm.name}-lr{1000 * float(value):g}"
+        rate = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
-        raise UserError(f"{where}: {value!r} is no learning rate") from None
+        rate = math.nan
+    if not 0 < rate < math.inf:
+        raise UserError(f"{where}: {value!r} is no learning rate; use a number above 0")
+    name = f"{arm.name}-lr{1000 * rate:g}"
     return arm._replace(name=name, flags={**arm.flags, LR: value})
 
 
