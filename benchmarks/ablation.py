@@ -70,10 +70,7 @@ def measured(shape: Shape, dtype: torch.dtype, onednn: bool, rounds: int) -> Dic
     tokens, grad = torch.randn(2, shape.tokens, shape.dim).to(dtype)
 
     def step() -> None:
-        x = (tokens + torch.randn_like(tokens)).requires_grad_()
-        out = model(x)
-        torch.autograd.backward([out.out, out.balance_loss], [grad, None])
-        model.zero_grad(set_to_none=True)
+        layer.step(model, (tokens + torch.randn_like(tokens)).requires_grad_(), grad)()
 
     def without(change: Callable[[], ContextManager]) -> Callable[[], None]:
         def changed() -> None:

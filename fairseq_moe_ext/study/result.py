@@ -300,13 +300,16 @@ def remarks(result: StudyResult) -> List[str]:
 
 def warnings(result: StudyResult) -> List[str]:
     """Models that are worse than smaller ones of their family, a line each family."""
-    lines = []
-    for family in FAMILIES:
-        models = [
-            (f"{family} {runs[0]['size']}", runs[0]["flops"], mean_performance(runs, GROUPS[0]))
-            for runs in _sizes(result["runs"], family)
-            if GROUPS[0] in runs[0]["mean"]
+    found = (warning(result["runs"], family, f"{family} ") for family in FAMILIES)
+    return [f"In domain {line}." for line in found if line]
+
+
+def warning(runs: Runs, family: str, prefix: str = "") -> str:
+    """worse_though_larger of a family's sizes in domain, their names behind a prefix."""
+    return worse_though_larger(
+        [
+            (prefix + of_size[0]["size"], of_size[0]["flops"], mean_performance(of_size, GROUPS[0]))
+            for of_size in _sizes(runs, family)
+            if GROUPS[0] in of_size[0]["mean"]
         ]
-        warning = worse_though_larger(models)
-        lines += [f"In domain {warning}."] if warning else []
-    return lines
+    )

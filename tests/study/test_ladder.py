@@ -256,7 +256,13 @@ def test_documents_are_drawn_alike_for_all_models():
 def made_run(stage, arm, seed, flops, perplexity):
     one = {"perplexity": perplexity, "interval": [perplexity / 1.01, perplexity * 1.01]}
     return {
-        **{"stage": stage, "family": "arm", "size": arm, "seed": seed, "parameters": 10**6},
+        **{
+            "stage": stage,
+            "family": "moe" if "-" in arm else "dense",
+            "size": arm,
+            "seed": seed,
+            "parameters": 10**6,
+        },
         **{"active": 10**5, "experts": 1, "tokens": 16e6, "flops": flops, "seconds": 60.0},
         "sets": {"kernel": {**one, "in_domain": True, "tokens": 9, "dropped": None}},
         "mean": {"in_domain": one},

@@ -101,11 +101,8 @@ class Ladder(NamedTuple):
     def searched(self, arm: Arm) -> str:
         """The arm of `tried` whose learning rate an arm gets: itself, or else the first of its
         family with its base, or else the first of its family."""
-        names = [other.name for other in self.arms if other.name in self.tried]
-        alike = {other.name: other for other in self.arms if other.family == arm.family}
-        near = [name for name in names if name in alike and alike[name].base == arm.base]
-        family = [name for name in names if name in alike]
-        return arm.name if arm.name in names else (near + family)[0]
+        family = [a for a in self.arms if a.name in self.tried and a.family == arm.family]
+        return min(family, key=lambda a: (a.name != arm.name, a.base != arm.base)).name
 
     def folder(self, stage: Stage, arm: Arm, seed: int) -> Path:
         """Of a run, as a study of arms calls it."""

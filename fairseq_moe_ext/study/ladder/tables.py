@@ -3,11 +3,11 @@
 import math
 from typing import Dict, List, Optional, Sequence, Tuple
 
-from ...evaluation.speedup import worse_though_larger
 from ...text_table import markdown
 from ...wording import signed
 from ..arms import by_arm, difference, measured, percent
-from ..result import GROUPS, mean_performance
+from ..plan import FAMILIES
+from ..result import GROUPS, mean_performance, warning
 from ..tables import TITLES
 from .forecast import Forecast
 from .result import Factor, LadderResult, LadderRun
@@ -139,15 +139,9 @@ def warnings(result: LadderResult) -> List[str]:
     """Dense models that are worse in domain than smaller ones, a line each number of tokens."""
     lines = []
     for tokens in budgets(result):
-        by_size = by_arm([r for r in _trained(result) if _stage_tokens(result, r) == tokens])
-        dense = [
-            (name, runs[0]["flops"], mean_performance(runs, GROUPS[0]))
-            for name, of_seeds in by_size.items()
-            if result["ladder"]["arms"][name]["family"] == "dense"
-            and (runs := list(of_seeds.values()))
-        ]
-        warning = worse_though_larger(dense)
-        lines += [f"On {millions(tokens)} tokens {warning}."] if warning else []
+        runs = [run for run in _trained(result) if _stage_tokens(result, run) == tokens]
+        line = warning(runs, FAMILIES[0])
+        lines += [f"On {millions(tokens)} tokens {line}."] if line else []
     return lines
 
 
