@@ -8,6 +8,9 @@ class UserError(ValueError):
     prints it as ``error: <message>`` and exits with status 1, without a traceback.
     """
 
+    def __str__(self) -> str:
+        return " ".join(super().__str__().splitlines())  # a value may have line breaks
+
 
 def first_line(error: BaseException) -> str:
     """What an exception says, in one line."""

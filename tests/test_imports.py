@@ -80,7 +80,10 @@ ALLOWED = {
             tokenizer_files
             """,
         "forecast": "forecast evaluation",
-        "study": "study accuracy cli cost data_bin evaluation forecast ranges shape",
+        "study": """
+            study accuracy cli config config_checks cost data_bin evaluation forecast
+            models.architectures priming ranges shape
+            """,
         "convert": """
             convert branch checkpoint config cost data_bin expert_parallel models moe.experts
             prepare ranges router_flags shape tokenizer_files

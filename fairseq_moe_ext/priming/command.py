@@ -98,9 +98,8 @@ def run(args: argparse.Namespace) -> None:
         _run(args)
 
 
-def _run(args: argparse.Namespace) -> None:
-    """Evaluate and print. Raises UserError for invalid flags or files, if possible before the model
-    is loaded."""
+def checked(args: argparse.Namespace) -> Tuple[Settings, List[str]]:
+    """The settings, and the names of the tasks. Raises UserError for invalid ones."""
     settings = _settings(args)
     names = _chosen(args.folder, args.tasks, settings)
     if settings.languages is not None and "translation" not in names:
@@ -108,6 +107,13 @@ def _run(args: argparse.Namespace) -> None:
             f"--languages {args.languages}: only the task translation uses it; add translation "
             "to --tasks, or remove --languages"
         )
+    return settings, names
+
+
+def _run(args: argparse.Namespace) -> None:
+    """Evaluate and print. Raises UserError for invalid flags or files, if possible before the model
+    is loaded."""
+    settings, names = checked(args)
     check_path(args.path)
     args.data = tokenizer_files.folder_for(args.path, args.data)
     asked = progress.asked(args, settings, names)

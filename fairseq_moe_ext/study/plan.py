@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Sequence, Tuple
 
 from .. import data_bin, ranges
 from ..errors import UserError
-from . import yaml_file
+from . import command_line, yaml_file
 from .child import console_script
 
 FAMILIES = ("dense", "moe")
@@ -41,7 +41,17 @@ _EVALUATE: Keys = {"stride": (int, 0), "batch-size": (int, 16), "bootstrap": (in
 _PRIMING: Keys = {"folder": (str, ""), "tasks": (str, ""), "shots": (list, [0]), "draws": (int, 25)}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # a part of a folder's name
 # flags that the study sets itself
-_OURS = ("arch", "seed", "max-update", "total-num-update", "save-dir", "tokens-per-sample", "task")
+_OURS = (
+    *("arch", "seed", "max-update", "total-num-update", "save-dir", "tokens-per-sample", "task"),
+    "user-dir",
+)
+_KINDS = {
+    str: "text; write some, in quotes if it is a number",
+    int: "a whole number; write one",
+    float: "a number; write one",
+    list: "a list; write [one, another]",
+    dict: "a mapping; write {key: value}",
+}
 
 
 class Run(NamedTuple):
@@ -78,38 +88,44 @@ class Plan(NamedTuple):
 
 def read(path: Path) -> Plan:
     """Read and check a study's file; paths in it are relative to the folder one is in. Raises
-    UserError, before any work, for an unknown or missing key, or a corpus that is not there."""
-    asked = checked(yaml_file.read(path), _TOP, str(path))
-    seeds = asked["seeds"]
-    if not seeds or not all(isinstance(seed, int) for seed in seeds) or len({*seeds}) < len(seeds):
-        raise UserError(f"{path}: seeds {seeds}: give different whole numbers, such as [1, 2, 3]")
-    for key, range in (
-        ("seeds", ranges.SEED._replace(items=None)),
-        ("context", ranges.SIZE),
-        ("updates", ranges.POSITIVE_COUNT),
-    ):
-        ranges.require(range, asked[key], f"{path}: {key}")
-    for flag, value in asked["train"].items():
-        _check_flag(flag, value, f"{path}: train")
-    batch = asked["train"].get("batch-size")
-    if not isinstance(batch, int) or batch < 1:
-        raise UserError(f"{path}: train: batch-size {batch}: set the number of blocks per update")
-    freq = asked["train"].get("update-freq", 1)
-    if type(freq) is not int or freq < 1:
-        raise UserError(f"{path}: train: update-freq {freq}: use 1 or more")
+    UserError, before any work, for an unknown or missing key, an invalid value, or a corpus that is
+    not there."""
+    content = yaml_file.read(path)
+    plan = planned(content, path)
+    folders = [("data", content["data"])] + [("test", name) for name in content.get("test", [])]
+    for key, folder in folders:
+        try:
+            corpora = data_bin.find_corpora(Path(folder))
+        except UserError as error:
+            raise UserError(f"{path}: {key}: {error}") from None
+        if not corpora:
+            raise UserError(
+                f"{path}: {key}: {folder}: contains no data-bin; make some with `fairseq-moe "
+                "prepare`"
+            )
+    return plan
+
+
+def planned(content: Any, path: Path) -> Plan:
+    """Check what a study's file holds. Raises UserError as `read`, but does not look for data."""
+    asked = checked(content, _TOP, str(path))
+    check_seeds(asked["seeds"], str(path))
+    ranges.require(ranges.SIZE, asked["context"], f"{path}: context")
+    ranges.require(ranges.POSITIVE_COUNT, asked["updates"], f"{path}: updates")
+    blocks = blocks_per_update(asked["train"], f"{path}: train")
     if not all(isinstance(folder, str) for folder in asked["test"]):
         raise UserError(f"{path}: test {asked['test']}: not a list of folders; write [folder, ...]")
-    folders = [Path(asked["data"]), *map(Path, asked["test"])]
-    for folder in folders:
-        if not data_bin.find_corpora(folder):
-            raise UserError(
-                f"{path}: {folder}: contains no data-bin; make some with `fairseq-moe prepare`"
-            )
     evaluation, priming = _evaluations(asked, path)
     sizes = _arms(asked, path) if asked["arms"] else _sizes(asked, path)
     out = Path(asked["out"])
+    for size in sizes:
+        words = _train(asked, out, size, 1)[4:]  # behind --user-dir
+        where = f"{path}: {size.family} {size.name}"
+        command_line.check_training([asked["data"], *words], where)
+    if asked["priming"]:
+        command_line.check_priming(_prime(asked, priming, out)[4:], f"{path}: priming")
     runs = []
-    for seed in seeds:
+    for seed in asked["seeds"]:
         for size in sizes:
             folder = out / f"{size.family}-{size.name}-{seed}"
             train = _train(asked, folder, size, seed)
@@ -117,13 +133,26 @@ def read(path: Path) -> Plan:
             prime = _prime(asked, priming, folder)
             runs.append(Run(size.family, size.name, seed, size.updates, folder, train, test, prime))
     return Plan(
-        asked["title"],
-        out,
-        asked["context"],
-        asked["context"] * batch * freq,
-        runs,
-        asked["reference"],
+        asked["title"], out, asked["context"], asked["context"] * blocks, runs, asked["reference"]
     )
+
+
+def check_seeds(seeds: List[Any], where: str) -> None:
+    if not seeds or not all(isinstance(s, int) for s in seeds) or len({*seeds}) < len(seeds):
+        raise UserError(f"{where}: seeds {seeds}: give different whole numbers, such as [1, 2, 3]")
+    ranges.require(ranges.SEED._replace(items=None), seeds, f"{where}: seeds")
+
+
+def blocks_per_update(train: Mapping[str, Any], where: str) -> int:
+    """Raises UserError for invalid flags of all models, too."""
+    for flag, value in train.items():
+        _check_flag(flag, value, where)
+    batch, freq = train.get("batch-size"), train.get("update-freq", 1)
+    if type(batch) is not int or batch < 1:
+        raise UserError(f"{where}: batch-size {batch}: set the number of blocks per update")
+    if type(freq) is not int or freq < 1:
+        raise UserError(f"{where}: update-freq {freq}: use 1 or more")
+    return batch * freq
 
 
 def _evaluations(asked: Dict[str, Any], path: Path) -> Tuple[Dict[str, Any], Dict[str, Any]]:
@@ -132,11 +161,16 @@ def _evaluations(asked: Dict[str, Any], path: Path) -> Tuple[Dict[str, Any], Dic
     for key in _EVALUATE:
         range = ranges.COUNT if key == "stride" else ranges.POSITIVE_COUNT  # 0: as the context
         ranges.require(range, evaluation[key], f"{path}: evaluate: {key}")
+    if evaluation["stride"] > asked["context"]:
+        raise UserError(
+            f"{path}: evaluate: stride {evaluation['stride']}: is more than the context, "
+            f"{asked['context']}; lower it"
+        )
     priming = checked(asked["priming"], _PRIMING, f"{path}: priming")
     ranges.require(ranges.POSITIVE_COUNT, priming["draws"], f"{path}: priming: draws")
     shots = ranges.COUNT._replace(items=None)
     ranges.require(shots, priming["shots"], f"{path}: priming: shots")
-    if asked["priming"] and not Path(priming["folder"]).is_dir():
+    if asked["priming"] and not (priming["folder"] and Path(priming["folder"]).is_dir()):
         raise UserError(
             f"{path}: priming: folder {priming['folder'] or 'missing'}: name a folder that holds "
             "a folder for each task (docs/priming.md)"
@@ -166,7 +200,7 @@ def _arms(asked: Dict[str, Any], path: Path) -> List[_Size]:
         where = f"{path}: arms: {name}"
         asked_arm = checked(arm, _ARM, where)
         arms.append(_size(asked, ARM, name, asked_arm["arch"], asked_arm["flags"], where))
-    if asked["reference"] not in asked["arms"]:
+    if asked["reference"] not in map(str, asked["arms"]):
         raise UserError(
             f"{path}: reference {asked['reference'] or 'missing'}: name the arm that the others "
             f"are compared with, one of {', '.join(map(str, asked['arms']))}"
@@ -184,6 +218,8 @@ def _sizes(asked: Dict[str, Any], path: Path) -> List[_Size]:
         if not asked[family]:
             raise UserError(f"{path}: the key {family!r} is missing; add it")
         asked_family = checked(asked[family], _FAMILY, f"{path}: {family}")
+        if not asked_family["sizes"]:
+            raise UserError(f"{path}: {family}: sizes is empty; name a size")
         for name, flags in asked_family["sizes"].items():
             where = f"{path}: {family}: sizes: {name}"
             if not isinstance(flags, dict):
@@ -199,12 +235,25 @@ def _size(
     """A model with the flags of all and its own. Raises UserError for invalid ones."""
     flags = {**asked["train"], **flags}
     updates = flags.pop("updates", asked["updates"])
-    ranges.require(ranges.POSITIVE_COUNT, updates, f"{where}: updates")
+    if type(updates) is not int or updates not in ranges.POSITIVE_COUNT:
+        raise UserError(
+            f"{where}: updates {updates!r} is out of range: use {ranges.POSITIVE_COUNT}"
+        )
     for flag, value in flags.items():
         _check_flag(flag, value, where)
-    if not NAME.fullmatch(str(name)):
-        raise UserError(f"{where}: use letters, digits, '_', '-' and '.' in its name")
+    check_name(name, where)
     return _Size(family, str(name), arch, flags, updates)
+
+
+def check_name(name: Any, where: str) -> None:
+    """Raise UserError unless folders may be called so. YAML makes no text of names such as `on`."""
+    if name is None or isinstance(name, bool):
+        raise UserError(f"{where}: YAML reads this name as a value; write it in quotes")
+    if not NAME.fullmatch(str(name)):
+        raise UserError(
+            f"{where}: use letters, digits, '_', '-' and '.' in its name, 100 at most, and first a "
+            "letter or a digit"
+        )
 
 
 def checked(mapping: Any, keys: Keys, where: str) -> Dict[str, Any]:
@@ -218,12 +267,21 @@ def checked(mapping: Any, keys: Keys, where: str) -> Dict[str, Any]:
     for key, (kind, default) in keys.items():
         if key not in mapping and default is None:
             raise UserError(f"{where}: the key {key!r} is missing; add it")
-        values[key] = mapping.get(key, default)
-        if kind is float and type(values[key]) is int:
-            values[key] *= 1.0
-        if not isinstance(values[key], kind):
-            raise UserError(f"{where}: {key}: {values[key]!r} is not a {kind.__name__}")
+        value: Any = mapping.get(key, default)
+        if not _is(kind, value):
+            raise UserError(f"{where}: {key}: {repr(value)[:60]} is not {_KINDS[kind]}")
+        if value == "" and default is None:
+            raise UserError(f"{where}: {key} is empty; write some text")
+        values[key] = float(value) if kind is float else value
     return values
+
+
+def _is(kind: type, value: Any) -> bool:
+    if isinstance(value, bool):
+        return False
+    if kind is float:
+        return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max  # nor NaN
+    return isinstance(value, kind)
 
 
 def _check_flag(flag: Any, value: Any, where: str) -> None:
@@ -233,7 +291,13 @@ def _check_flag(flag: Any, value: Any, where: str) -> None:
         )
     if flag in _OURS:
         raise UserError(f"{where}: {flag}: the study sets this itself (arch, seeds, updates, ...)")
-    ranges.check({flag.replace("-", "_"): value}, lambda name: f"{where}: {flag}")
+    name = flag.replace("-", "_")
+    kinds: Tuple[type, ...] = (str, int, float)
+    if name in ranges.RANGES and ranges.RANGES[name].items != 0:
+        kinds += (list,)
+    if not isinstance(value, kinds):
+        raise UserError(f"{where}: {flag} {repr(value)[:60]}: write one number or text, or true")
+    ranges.check({name: value}, lambda name: f"{where}: {flag}")
 
 
 def _words(flags: Dict[str, Any]) -> List[str]:

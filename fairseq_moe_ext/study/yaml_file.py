@@ -9,11 +9,12 @@ from .. import files
 from ..errors import UserError
 
 _MOST = 100_000  # values, aliases written out
+_MERGE = "tag:yaml.org,2002:merge"  # of <<
 
 
 def read(path: Path) -> Any:
-    """Raises UserError for a file that cannot be read, is not YAML, is nested too deep, or is small
-    only because its aliases stand for ever more aliases."""
+    """Raises UserError for a file that cannot be read, is not YAML, has a key twice, is nested too
+    deep, or is small only because its aliases stand for ever more aliases."""
     text = files.read_text(path, encoding="utf-8-sig")
     try:
         loader = yaml.SafeLoader(text)
@@ -38,9 +39,21 @@ def _size(node: yaml.Node, known: Dict[int, int]) -> int:
     if id(node) not in known:
         parts = [] if isinstance(node, yaml.ScalarNode) else node.value
         if isinstance(node, yaml.MappingNode):
+            _check_keys(node)
             parts = [part for pair in parts for part in pair]
         known[id(node)] = -1  # at work
         known[id(node)] = 1 + sum(_size(part, known) for part in parts)
     elif known[id(node)] < 0:
         raise RecursionError
     return known[id(node)]
+
+
+def _check_keys(node: yaml.MappingNode) -> None:
+    """Of a key that stands twice YAML would keep the last. 1 and "1" name the same folder."""
+    seen = set()
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:
+            if key.value in seen:
+                problem = f"the key {key.value} stands twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)

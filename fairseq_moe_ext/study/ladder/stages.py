@@ -10,10 +10,12 @@ import yaml
 from ... import ranges
 from ...errors import UserError
 from .. import yaml_file
-from ..plan import ARM, FAMILIES, NAME, Keys, checked
+from ..plan import ARM, FAMILIES, Keys, blocks_per_update, check_name, check_seeds, checked, planned
 
 LR = "lr"  # the stage that tries learning rates
 PROBE, FIGURES = "probe", "figures"  # folders beside those of the stages
+_FILES = (".yaml", ".json", ".html", ".md")  # beside them
+_SET_ELSEWHERE = {"lr": "learning-rate", "warmup-updates": "warmup", "updates": "stages: tokens"}
 _DENSE_ARCH, _MOE_ARCH = "dense_lm_tiny", "moe_lm_tiny"
 
 _TOP: Keys = {
@@ -110,13 +112,13 @@ class Ladder(NamedTuple):
 
 
 def read(path: Path) -> Ladder:
-    """Read and check a ladder's file. What a study checks of its own file (flags, data) is checked
-    when a stage starts. Raises UserError for an unknown or missing key, or a name that is none."""
+    """Read and check a ladder's file, but for its data, which a study checks when a stage starts.
+    Raises UserError for an unknown or missing key, an invalid value, or a name that is none."""
     asked = checked(yaml_file.read(path), _TOP, str(path))
-    batch = asked["train"].get("batch-size")
-    if type(batch) is not int or batch < 1:
-        raise UserError(f"{path}: train: batch-size {batch}: say how many blocks an update has")
+    blocks_per_update(asked["train"], f"{path}: train")
+    _check_set_here(asked["train"], f"{path}: train")
     ranges.require(ranges.SIZE, asked["context"], f"{path}: context")
+    ranges.require(ranges.SIZE, asked["vocabulary"], f"{path}: vocabulary")
     if not 0 <= asked["warmup"] < 1:
         raise UserError(f"{path}: warmup {asked['warmup']}: use a share of the updates below 1")
     arms = _arms(asked, path)
@@ -136,51 +138,101 @@ def read(path: Path) -> Ladder:
     )
     per_update = ladder.tokens_per_update
     tokens, tried = _search(asked, arms, path)
-    search = Stage(LR, tokens, _updates(tokens, per_update), [1], sum(tried.values(), []))
+    updates = _updates(tokens, per_update, f"{path}: learning-rate: tokens")
+    search = Stage(LR, tokens, updates, [1], sum(tried.values(), []))
+    everything = search._replace(arms=arms + search.arms)
+    planned(
+        _study(ladder, everything, {arm.name: arm.flags.get(LR, 1) for arm in everything.arms}),
+        path,
+    )
+    for arm in arms:
+        _check_whole(arm, path)
     return ladder._replace(tried=tried, stages=[search, *_stages(asked, arms, per_update, path)])
+
+
+def _check_whole(arm: Arm, path: Path) -> None:
+    """Costs are computed from the flags as they are in the file."""
+    for flag, value in arm.flags.items():
+        range = ranges.RANGES.get(flag.replace("-", "_"), ranges.FINITE)
+        if isinstance(value, str) and range.whole:
+            raise UserError(f"{path}: {arm.name}: {flag} {value!r}: write it without quotes")
+
+
+def _check_set_here(flags: Mapping[str, Any], where: str) -> None:
+    for flag in flags:
+        if flag in _SET_ELSEWHERE:
+            raise UserError(f"{where}: {flag}: set {_SET_ELSEWHERE[flag]} of the ladder instead")
 
 
 def _arms(asked: Mapping[str, Any], path: Path) -> List[Arm]:
     """The dense sizes, then the sparse models of each."""
-    dense = [Arm(name, name, _DENSE_ARCH, flags) for name, flags in asked["dense"].items()]
+    dense = [
+        _dense(name, flags, f"{path}: dense: {name}") for name, flags in asked["dense"].items()
+    ]
     if len(dense) < 2:
         raise UserError(f"{path}: dense: name two sizes or more, to compute factors between them")
-    for arm in dense:
-        for flag in ("decoder-layers", "decoder-embed-dim", "decoder-ffn-embed-dim"):
-            if not isinstance(arm.flags, dict) or type(arm.flags.get(flag)) is not int:
-                raise UserError(f"{path}: dense: {arm.name}: {flag} is missing, or no whole number")
     moe = checked(asked["moe"], _MOE, f"{path}: moe")
-    by_base: Dict[str, List[Arm]] = {arm.name: [] for arm in dense}
+    _check_set_here(moe["flags"], f"{path}: moe: flags")
+    bases = {arm.name: arm for arm in dense}
+    sparse: List[Arm] = []
     for name, arm in moe["arms"].items():
         where = f"{path}: moe: arms: {name}"
+        check_name(name, where)
         values = checked(arm, _ARM, where)
+        _check_set_here(values["flags"], f"{where}: flags")
         for key in ("experts", "granularity"):
             ranges.require(ranges.POSITIVE_COUNT, values[key], f"{where}: {key}")
-        for base in values["bases"] or moe["bases"]:
-            if base not in by_base:
-                raise UserError(f"{where}: bases: {base}: not one of {', '.join(by_base)}")
-            by_base[base].append(_sparse(asked["dense"], base, str(name), moe["flags"], values))
-    return dense + [arm for arms in by_base.values() for arm in arms]
+        for base in map(str, values["bases"] or moe["bases"]):
+            if base not in bases:
+                raise UserError(f"{where}: bases: {base}: not one of {', '.join(bases)}")
+            sparse.append(_sparse(bases[base], str(name), moe["flags"], values, where))
+    arms = dense + sorted(sparse, key=lambda arm: list(bases).index(arm.base))
+    names = [arm.name for arm in arms]
+    for arm in arms:
+        if names.count(arm.name) > 1:
+            raise UserError(f"{path}: moe: two arms are called {arm.name}; rename or remove one")
+    return arms
+
+
+def _dense(name: Any, flags: Any, where: str) -> Arm:
+    check_name(name, where)
+    if not isinstance(flags, dict):
+        raise UserError(f"{where}: {flags!r} is not a mapping of flags to values")
+    _check_set_here(flags, where)
+    for flag in ("decoder-layers", "decoder-embed-dim", "decoder-ffn-embed-dim"):
+        if type(flags.get(flag)) is not int:
+            raise UserError(f"{where}: {flag} {flags.get(flag)!r}: write a whole number")
+    return Arm(str(name), str(name), _DENSE_ARCH, flags)
 
 
 def _sparse(
-    dense: Mapping[str, Any], base: str, name: str, common: Mapping[str, Any], asked: Dict[str, Any]
+    base: Arm, name: str, common: Mapping[str, Any], asked: Dict[str, Any], where: str
 ) -> Arm:
     """A sparse arm with the FLOPs of its base, but for the router."""
     experts, granularity = asked["experts"], asked["granularity"]
+    width, rest = divmod(base.flags["decoder-ffn-embed-dim"], granularity)
+    if rest:
+        raise UserError(
+            f"{where}: granularity {granularity}: does not divide the decoder-ffn-embed-dim of "
+            f"{base.name}, {base.flags['decoder-ffn-embed-dim']}"
+        )
     flags = {
-        **dense[base],
+        **base.flags,
         **common,
         "moe-expert-count": experts * granularity,
-        "moe-expert-ffn-dim": dense[base]["decoder-ffn-embed-dim"] // granularity,
+        "moe-expert-ffn-dim": width,
         "moe-top-k": granularity,
         **asked["flags"],
     }
-    return Arm(f"{base}-{name}", base, _MOE_ARCH, flags, experts, granularity)
+    return Arm(f"{base.name}-{name}", base.name, _MOE_ARCH, flags, experts, granularity)
 
 
-def _updates(tokens: int, per_update: int) -> int:
-    return max(1, int(tokens / per_update + 0.5))
+def _updates(tokens: int, per_update: int, where: str) -> int:
+    ranges.require(ranges.POSITIVE_COUNT, tokens, where)
+    updates = int(tokens / per_update + 0.5)
+    if not updates:
+        raise UserError(f"{where} {tokens}: an update has {per_update}; use as many or more")
+    return updates
 
 
 def _search(
@@ -189,9 +241,9 @@ def _search(
     """The tokens of a try, and Ladder.tried."""
     where = f"{path}: learning-rate"
     search = checked(asked["learning-rate"], _LEARNING_RATE, where)
-    ranges.require(ranges.POSITIVE_COUNT, search["tokens"], f"{where}: tokens")
     tried: Dict[str, List[Arm]] = {}
-    for name, values in search["values"].items():
+    for key, values in search["values"].items():
+        name = str(key)
         found = [arm for arm in arms if arm.name == name]
         if not found:
             names = ", ".join(arm.name for arm in arms)
@@ -210,7 +262,7 @@ def _search(
 def _with_rate(arm: Arm, value: Any, where: str) -> Arm:
     try:
         rate = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         rate = math.nan
     if not 0 < rate < math.inf:
         raise UserError(f"{where}: {value!r} is no learning rate; use a number above 0")
@@ -220,26 +272,34 @@ def _with_rate(arm: Arm, value: Any, where: str) -> Arm:
 
 def _stages(asked: Mapping[str, Any], arms: List[Arm], per_update: int, path: Path) -> List[Stage]:
     stages: List[Stage] = []
+    if not asked["stages"]:
+        raise UserError(f"{path}: stages is empty; name one, such as 4M: {{tokens: 4_000_000}}")
     for name, stage in asked["stages"].items():
         where = f"{path}: stages: {name}"
+        check_name(name, where)
         values = checked(stage, _STAGE, where)
-        ranges.require(ranges.POSITIVE_COUNT, values["tokens"], f"{where}: tokens")
         before = [earlier.name for earlier in stages]
-        if str(name) in (LR, PROBE, FIGURES) or not NAME.fullmatch(str(name)):
+        if str(name) in (LR, PROBE, FIGURES) or str(name).endswith(_FILES):
             raise UserError(
-                f"{where}: is the name of a folder in {asked['out']}: use letters, digits, '_', "
-                f"'-' and '.', and not {LR}, {PROBE} or {FIGURES}"
+                f"{where}: is the name of a folder in {asked['out']}: do not use {LR}, {PROBE}, "
+                f"{FIGURES}, or a name that ends in {', '.join(_FILES)}"
             )
+        check_seeds(values["seeds"], where)
+        if not values["arms"]:
+            raise UserError(f"{where}: arms is empty; list names or patterns such as d0-*")
+        ranges.require(ranges.WEIGHT, values["at-least"], f"{where}: at-least")
         if values["screen"] and values["screen"] not in before:
             raise UserError(
                 f"{where}: screen {values['screen']}: not a stage before it: "
                 f"{', '.join(before) or 'there is none'}"
             )
+        if "at-least" in stage and not values["screen"]:
+            raise UserError(f"{where}: at-least has no effect without screen; name a stage there")
         stages.append(
             Stage(
                 str(name),
                 values["tokens"],
-                _updates(values["tokens"], per_update),
+                _updates(values["tokens"], per_update, f"{where}: tokens"),
                 values["seeds"],
                 select(arms, values["arms"], f"{where}: arms"),
                 values["screen"],
@@ -269,6 +329,10 @@ def select(arms: Sequence[Arm], patterns: Sequence[str], where: str) -> List[Arm
 def study_file(ladder: Ladder, stage: Stage, rates: Optional[Mapping[str, Any]]) -> str:
     """A stage as the YAML of a study of arms. `rates` has the learning rate of each arm; None in
     the stage LR, whose arms have theirs."""
+    return yaml.safe_dump(_study(ladder, stage, rates), sort_keys=False, width=1000)
+
+
+def _study(ladder: Ladder, stage: Stage, rates: Optional[Mapping[str, Any]]) -> Dict[str, Any]:
     train = dict(ladder.train)
     warmup = {"warmup-updates": int(ladder.warmup * stage.updates + 0.5)}
     train = _behind(train, "lr-scheduler", warmup)
@@ -276,7 +340,7 @@ def study_file(ladder: Ladder, stage: Stage, rates: Optional[Mapping[str, Any]])
     for arm in stage.arms:
         rate = {} if rates is None else {LR: rates[arm.name]}
         arms[arm.name] = {"arch": arm.arch, "flags": {**arm.flags, **rate}}
-    study = {
+    return {
         "title": f"{ladder.title}, {stage.name}",
         "data": ladder.data,
         "out": str(ladder.out / stage.name),
@@ -288,7 +352,6 @@ def study_file(ladder: Ladder, stage: Stage, rates: Optional[Mapping[str, Any]])
         "evaluate": ladder.evaluate,
         "arms": arms,
     }
-    return yaml.safe_dump(study, sort_keys=False, width=1000)
 
 
 def _behind(flags: Dict[str, Any], flag: str, more: Dict[str, Any]) -> Dict[str, Any]:
