@@ -5,12 +5,13 @@ command goes on. Text and data-bins come first: examples/study/README.md.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import List, Sequence
 
 from fairseq_moe_ext import files
-from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.errors import OneLineParser, UserError
 from fairseq_moe_ext.study.ladder import forecast, hours, needed, probe, running, stages
 
 FILE = Path(__file__).resolve().parent / "ladder.yaml"
@@ -25,7 +26,7 @@ def numbers(text: str) -> List[int]:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    found = OneLineParser(description=__doc__.splitlines()[0])
     found.add_argument("file", type=Path, nargs="?", default=FILE, help="default: ladder.yaml")
     found.add_argument("--jobs", type=int, default=2, help="runs at once (default: 2)")
     found.add_argument("--stages", type=words, default=[], metavar="S,S", help="these alone")
@@ -66,8 +67,11 @@ def parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """The exit status. Raises UserError for what cannot be."""
-    if args.jobs < 1 or args.gflops <= 0 or args.gpu_gflops <= 0:
-        raise UserError("--jobs, --gflops, --gpu-gflops: use numbers above 0")
+    if args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs}: use 1 or more")
+    for flag, speed in (("--gflops", args.gflops), ("--gpu-gflops", args.gpu_gflops)):
+        if not 0 < speed < math.inf:
+            raise UserError(f"{flag} {speed}: use a number above 0")
     ladder = stages.read(args.file)
     if args.forecast:
         print(forecast.write(ladder))

@@ -72,11 +72,11 @@ def speedup_factors(dense: Points, moe: Points) -> List[Factor]:
 def worse_though_larger(models: Sequence[Tuple[str, float, float]]) -> str:
     """A warning that names models whose perplexity is higher than that of a cheaper one; "" if
     there are none. Of (name, training cost, perplexity) of a family."""
-    worse, best = [], math.inf
-    for name, _, perplexity in sorted(models, key=lambda model: model[1]):
-        if perplexity > best:
-            worse.append(name)
-        best = min(best, perplexity)
+    worse = [
+        name
+        for name, cost, perplexity in sorted(models, key=lambda model: model[1])
+        if any(c < cost and p < perplexity for _, c, p in models)
+    ]
     if not worse:
         return ""
     return (

@@ -149,7 +149,8 @@ def _check_result(out: Path) -> None:
         raise UserError(f"{out}: `out` is not a folder; name another")
     outputs.check([("", path)], overwrite=True)
     if path.exists():
-        if not study_result.is_result(files.read_json(path)):
+        content = files.read_json(path)
+        if not study_result.is_result(content) or "ladder" in content:
             raise UserError(f"{path}: not a study's result; move it elsewhere")
 
 

@@ -1,8 +1,12 @@
 """What fairseq's commands log with `--log-format json`."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional
+
+from .. import files
+from ..errors import UserError
 
 
 class Measurement(NamedTuple):
@@ -27,7 +31,8 @@ def measurement(line: str) -> Optional[Measurement]:
 
 
 def measurements(log: Path, tag: str) -> Iterator[Dict[str, Any]]:
-    """The values under a tag, line by line."""
+    """The values under a tag, line by line. Raises UserError for what is no file."""
+    files.check(log)
     with open(log, encoding="utf-8", errors="replace") as file:
         for line in file:
             measured = measurement(line)
@@ -44,10 +49,15 @@ def training_seconds(log: Path) -> float:
     """Seconds spent in training steps, without validation and saving, as fairseq counted them.
 
     fairseq saves its stopwatch in checkpoints, so the last line of an interrupted epoch counts the
-    whole epoch.
+    whole epoch. Raises UserError if no epoch has ended.
     """
     epochs: Dict[str, float] = {}
     for values in measurements(log, "train"):
         if "epoch" in values and "train_train_wall" in values:
             epochs[str(values["epoch"])] = float(values["train_train_wall"])
-    return sum(epochs.values())
+    if not epochs:
+        raise UserError(f"{log}: no epoch has ended in it; delete its folder and run again")
+    seconds = sum(epochs.values())
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"{seconds} seconds of training in {log}")
+    return seconds

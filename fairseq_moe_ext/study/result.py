@@ -8,7 +8,14 @@ from .. import accuracy, cost, files
 from ..errors import UserError
 from ..evaluation.cost_table import checkpoint_settings
 from ..evaluation.speedup import Factor, overlap, speedup_factors, worse_though_larger
-from ..evaluation.study_result import GroupFactors, Priming, RunResult, StudyResult, TaskResult
+from ..evaluation.study_result import (
+    GroupFactors,
+    Priming,
+    RunResult,
+    StudyResult,
+    TaskResult,
+    as_written,
+)
 from ..shape import shape_of
 from . import logs
 from .plan import FAMILIES, Plan, Run, typed
@@ -49,8 +56,18 @@ def collect(plan: Plan) -> StudyResult:
 
 
 def of_run(run: Run, context: int, tokens_per_update: int) -> RunResult:
-    """The result of a run that is trained and evaluated."""
+    """The result of a run that is trained and evaluated. Raises UserError for damaged files."""
+    with as_written(run.folder):
+        return _of_run(run, context, tokens_per_update)
+
+
+def _of_run(run: Run, context: int, tokens_per_update: int) -> RunResult:
     evaluation = files.read_json(run.folder / "evaluation.json")
+    if not evaluation["sets"] or not evaluation["mean"]:
+        raise ValueError("evaluation.json names no set")
+    for name, found in [*evaluation["sets"].items(), *evaluation["mean"].items()]:
+        if not 0 < found["perplexity"] < math.inf:
+            raise ValueError(f"perplexity {found['perplexity']} of {name} in evaluation.json")
     settings, vocabulary = checkpoint_settings(run.folder / "checkpoint_best.pt")
     shape = shape_of(settings, vocabulary)
     tokens = run.updates * tokens_per_update

@@ -205,7 +205,8 @@ def test_a_part_of_a_ladder():
     for asked, words in (
         (running.Chosen(stages=["8M"]), "--stages 8M: not a stage"),
         (running.Chosen(arms=["d9"]), "--arms d9: no arm"),
-        (running.Chosen(stages=["4M"], seeds=[9]), "no run is in all of them"),
+        (running.Chosen(stages=["4M"], seeds=[2]), "no run is in all of them"),
+        (running.Chosen(seeds=[9]), "--seeds 9: not a seed; they are 1, 2, 3"),
     ):
         with pytest.raises(UserError, match=words):
             running.chosen(REAL, asked)
@@ -237,6 +238,21 @@ def test_the_best_learning_rate_on_validation_text_is_taken(folder, tmp_path):
     assert found["a"].at_the_edge and not found["a-E4"].at_the_edge
     values = {"a": "1e-3", "b": "1e-3", "a-E4": "1e-2", "a-4x2": "1e-2"}
     assert rates.of_arms(ladder, found) == values
+
+
+def test_no_rate_is_chosen_where_all_diverged(folder, tmp_path):
+    ladder = stages.read(write(folder))._replace(out=tmp_path)
+    search = ladder.stages[0]
+    for arm in search.arms[:2]:
+        validation(ladder.folder(search, arm, 1), "nan", "inf")
+    with pytest.raises(UserError, match="values: a: no finite perplexity .* with any of 1e-2, 1e-"):
+        rates.choose(ladder)
+    (ladder.folder(search, search.arms[1], 1) / "train.log").write_text(
+        't | INFO | valid | {"epoch": 1, "valid_in_domain_ppl": "30"}\n'
+    )
+    assert rates.choose(ladder)["a"].value == "1e-3"
+    made = result.collect(ladder)["rates"]["a"]["tried"]
+    assert made == [("1e-2", None), ("1e-3", 30.0)]
 
 
 def test_whose_learning_rate_an_arm_gets():
@@ -352,6 +368,51 @@ def test_factors_of_runs(tmp_path):
     better = found["d1-E8", 16_000_000, "in_domain"]
     assert better["beyond"] == 1 and better["factor"] == pytest.approx(1.0)
     assert tables.factor(better) == "> 1.00" and better["in_seconds"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("result.json", '{"runs": [], "planned": 1, "factors": {}}', "is not a ladder's result"),
+        ("probe.json", "{}", "probe.json: not in the format .*seconds_per_token"),
+        ("probe.json", '{"seconds_per_token": {"a": NaN}}', "probe.json: .* nan seconds of a"),
+        ("first/arm-a-1/evaluation.json", '{"sets": ', "evaluation.json: not JSON"),
+        ("first/arm-a-1/evaluation.json", "[]", "arm-a-1: not in the format that was written"),
+        (
+            "first/arm-a-1/evaluation.json",
+            '{"sets": {"x": {"perplexity": NaN}}, "mean": {"in_domain": {"perplexity": 2}}}',
+            "arm-a-1: not in the format .* perplexity nan of x",
+        ),
+        ("first/arm-a-1/evaluation.json", '{"sets": {}, "mean": {}}', "names no set"),
+    ],
+)
+def test_damaged_files_are_named(folder, tmp_path, name, content, words, capsys):
+    path = write(folder, lambda text: text.replace(f"out: {folder}/ladder", f"out: {tmp_path}"))
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(content)
+    assert command().main([str(path), "--only-result"]) == 1 or name == "probe.json"
+    if name == "probe.json":
+        assert command().main([str(path), "--dry-run"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and re.search(words, error)
+    assert (tmp_path / name).read_text() == content
+
+
+def test_losses_of_other_documents_are_not_compared(folder, tmp_path):
+    ladder = stages.read(write(folder))._replace(out=tmp_path)
+    stage = ladder.stage("first")
+    folders = [ladder.folder(stage, arm, 1) for arm in stage.arms[:3]]
+    for one, tokens in zip(folders, ([5, 6], [5, 6], [6, 5])):
+        one.mkdir(parents=True)
+        units = {"kernel": {"nats": [1.0, 2.0], "tokens": tokens}}
+        (one / "unit_losses.json").write_text(json.dumps(units))
+    runs = [made_run("first", arm.name, 1, 1.0, 9.0) for arm in stage.arms[:3]]
+    units = result._Units(ladder, result._Of(384, [stage], {}))
+    with pytest.raises(UserError, match="arm-a-E4-1/unit_losses.json: has other documents of ker"):
+        units.interval(runs[:2], runs[2], "in_domain")
+    (folders[2] / "unit_losses.json").write_text('{"kernel": {"nats": [NaN], "tokens": [11]}}')
+    with pytest.raises(UserError, match="unit_losses.json: not in the format .*losses of kernel"):
+        result._Units(ladder, result._Of(384, [stage], {})).interval(runs[:2], runs[2], "in_domain")
 
 
 def test_only_arms_that_saved_enough_go_on(tmp_path, monkeypatch):
@@ -479,6 +540,8 @@ def test_hours_are_of_what_is_left(folder, tmp_path):
     flops = forecast.training_flops(stage.arms[3], ladder)
     left, found = hours.left(ladder, stage, probed, 1e-9 * flops)  # one second a token
     assert left == 4 and found == pytest.approx(384 * (2 + 1 + 3 + 1) / 3600)
+    named = stage.arms[0]._replace(name="b-lr1")  # only those of the stage lr end in their rate
+    assert hours.left(ladder, stage._replace(arms=[named]), {"b-lr1": 1.0}, 1.0)[1] * 3600 == 384
     done = ladder.folder(stage, stage.arms[2], 1)
     done.mkdir(parents=True)
     (done / "evaluation.json").touch()

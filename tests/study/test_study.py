@@ -229,6 +229,8 @@ def test_a_model_that_is_worse_than_a_smaller_one_is_named():
     (line,) = result.warnings({"runs": runs})
     assert line.startswith("In domain dense") and "has a higher perplexity than a smaller" in line
     assert not result.warnings({"runs": runs_of({"dense": [(1, 30), (4, 30)], "moe": [(1, 2)]})})
+    as_large = {"dense": [(4, 30), (4, 31)], "moe": [(1, 2)]}
+    assert not result.warnings({"runs": runs_of(as_large)}), "not smaller"
 
 
 @pytest.mark.slow

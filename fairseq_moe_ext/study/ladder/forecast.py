@@ -12,6 +12,7 @@ from typing import Any, Dict, List, Mapping, Optional, Tuple, TypedDict
 
 from ... import cost, files, outputs
 from ...errors import UserError
+from ...evaluation.study_result import as_written
 from ...forecast.laws import LAWS, Model, outside
 from ...shape import shape_of
 from ...text_table import markdown
@@ -113,9 +114,15 @@ def table(found: List[Forecast]) -> List[List[str]]:
 
 
 def read(path: Path) -> List[Forecast]:
-    """The forecasts of a file that `write` wrote; none if there is no file."""
-    found: List[Forecast] = files.read_json(path)["forecasts"] if path.is_file() else []
-    return found
+    """The forecasts of a file that `write` wrote; none if there is no file. Raises UserError for
+    another's."""
+    if not path.is_file():
+        return []
+    with as_written(path):
+        return [
+            Forecast(**{key: one[key] for key in Forecast.__annotations__})  # type: ignore[typeddict-item]
+            for one in files.read_json(path)["forecasts"]
+        ]
 
 
 def write(ladder: Ladder) -> Path:

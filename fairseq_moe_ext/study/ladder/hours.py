@@ -17,7 +17,8 @@ def left(
     tokens = stage.updates * ladder.tokens_per_update
     for arm in stage.arms:
         of_arm = training_flops(arm, ladder) / (1e9 * gflops)
-        each = tokens * probed.get(arm.name.split(f"-{LR}")[0], of_arm)
+        name = arm.name.rpartition(f"-{LR}")[0] if stage.name == LR else arm.name
+        each = tokens * probed.get(name, of_arm)
         for seed in stage.seeds:
             if not (ladder.folder(stage, arm, seed) / "evaluation.json").is_file():
                 runs, seconds = runs + 1, seconds + each

@@ -4,9 +4,10 @@ import math
 from typing import Callable, List, Tuple
 
 from ... import files
+from ...errors import UserError
 from ...text_table import markdown
 from ..result import GROUPS
-from . import result, tables
+from . import page, result, tables
 from .forecast import CURVE_TOKENS_PER_UPDATE, CURVES, CURVES_UNLIKE, Curves, training_flops, trend
 from .saving import tokens_for
 from .stages import Ladder
@@ -81,6 +82,8 @@ def _measured(ladder: Ladder) -> List[Tuple[str, float, _Curve]]:
     if not path.is_file():
         return []
     found: result.LadderResult = files.read_json(path)
+    if not page.is_result(found):
+        raise UserError(f"{path}: is not a ladder's result; move it elsewhere")
     curves = []
     for name, percent in tables.growth(found):
         last = [f for f in found["factors"] if f["arm"] == name and f["group"] == GROUPS[0]][-1]

@@ -45,7 +45,14 @@ def _best(ladder: Ladder, name: str) -> Rate:
                 f"{folder}: not trained yet; learning rates are chosen when the stage {LR} is done"
             )
         tried.append((arm.flags[LR], validated(folder / "train.log")))
-    return Rate(min(tried, key=lambda one: one[1])[0], tried)
+    value, perplexity = min(tried, key=lambda one: one[1])
+    if perplexity == math.inf:
+        values = ", ".join(str(value) for value, _ in tried)
+        raise UserError(
+            f"learning-rate: values: {name}: no finite perplexity on the validation text with any "
+            f"of {values}; list lower ones"
+        )
+    return Rate(value, tried)
 
 
 def validated(log: Path) -> float:

@@ -1,5 +1,6 @@
 """A ladder's finished runs -> its result.json: what each sparse arm saves."""
 
+import math
 import statistics
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, TypedDict
@@ -9,7 +10,7 @@ import numpy as np
 from ... import files
 from ...errors import UserError
 from ...evaluation.perplexity import UnitLosses
-from ...evaluation.study_result import RunResult
+from ...evaluation.study_result import RunResult, as_written
 from ..plan import Run
 from ..result import GROUPS, measured_on, of_run, performance
 from . import forecast, rates, saving
@@ -17,6 +18,7 @@ from .forecast import Forecast, router_flops
 from .saving import Saving
 from .stages import LR, Arm, Ladder, Stage, float32_twin
 
+UNITS = "unit_losses.json"
 OVER_SEEDS = "seeds"
 OVER_DOCUMENTS = "test documents"
 OVER_INTERVALS = "perplexities, as if independent"
@@ -72,7 +74,7 @@ def collect(ladder: Ladder) -> LadderResult:
         chosen = {
             name: {
                 "value": rate.value,
-                "tried": rate.tried,
+                "tried": [(v, p if p < math.inf else None) for v, p in rate.tried],
                 "at_the_edge": rate.at_the_edge,
                 "also": [a.name for a in ladder.arms if ladder.searched(a) == name != a.name],
             }
@@ -112,9 +114,16 @@ def _described(ladder: Ladder) -> Dict[str, Any]:
 
 
 def seconds_per_token(ladder: Ladder) -> Dict[str, float]:
-    """What the probe measured, so far."""
+    """What the probe measured, so far. Raises UserError for a damaged file."""
     path = ladder.out / "probe.json"
-    return files.read_json(path)["seconds_per_token"] if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    with as_written(path):
+        found: Dict[str, float] = files.read_json(path)["seconds_per_token"]
+        for name, seconds in found.items():
+            if not 0 < seconds < math.inf:
+                raise ValueError(f"{seconds} seconds of {name}")
+        return found
 
 
 class _Of(NamedTuple):
@@ -270,17 +279,35 @@ class _Units:
 
     def _of(self, folder: Path) -> Optional[Dict[str, UnitLosses]]:
         if folder not in self._losses:
-            path = folder / "unit_losses.json"
-            self._losses[folder] = files.read_json(path) if path.is_file() else None
+            path = folder / UNITS
+            self._losses[folder] = _unit_losses(path) if path.is_file() else None
         return self._losses[folder]
 
     def _draws(self, folders: Sequence[Path], name: str, seed: int) -> np.ndarray:
         """(draws, M) perplexities on a set."""
         key = (tuple(folders), name)
         if key not in self._drawn:
-            models = [(self._of(folder) or {})[name] for folder in folders]
-            self._drawn[key] = saving.drawn_perplexities(models, seed)
+            models = [(self._of(folder) or {}).get(name) for folder in folders]
+            for folder, model in zip(folders, models):
+                if model is None or model["tokens"] != (models[0] or model)["tokens"]:
+                    raise UserError(
+                        f"{folder / UNITS}: has other documents of {name} than {folders[0]}: "
+                        "delete it, or evaluate both again"
+                    )
+            self._drawn[key] = saving.drawn_perplexities([m for m in models if m], seed)
         return self._drawn[key]
+
+
+def _unit_losses(path: Path) -> Dict[str, UnitLosses]:
+    """Raises UserError for a damaged file."""
+    with as_written(path):
+        found: Dict[str, UnitLosses] = files.read_json(path)
+        for name, units in found.items():
+            nats, tokens = units["nats"], units["tokens"]
+            finite = all(0 <= n < math.inf for n in nats) and all(0 < n for n in tokens)
+            if not (nats and len(nats) == len(tokens) and finite):
+                raise ValueError(f"losses of {name}")
+        return found
 
 
 def passing(ladder: Ladder, stage: Stage, result: LadderResult) -> List[Arm]:

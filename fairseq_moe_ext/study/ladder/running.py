@@ -7,7 +7,6 @@ from typing import Iterator, List, NamedTuple, Sequence
 
 from ... import cli, files, outputs
 from ...errors import UserError
-from ...evaluation import study_result
 from . import page, progress, rates, result
 from .result import LadderResult
 from .stages import LR, Ladder, Stage, select, study_file
@@ -30,6 +29,10 @@ def chosen(ladder: Ladder, asked: Chosen) -> List[Stage]:
     for name in asked.stages:
         if name not in names:
             raise UserError(f"--stages {name}: not a stage; they are {', '.join(names)}")
+    seeds = sorted({seed for stage in ladder.stages for seed in stage.seeds})
+    for seed in asked.seeds:
+        if seed not in seeds:
+            raise UserError(f"--seeds {seed}: not a seed; they are {', '.join(map(str, seeds))}")
     picked = select(ladder.arms, asked.arms or ["*"], "--arms")
     wanted = []
     for stage in ladder.stages:
@@ -93,7 +96,7 @@ def do(ladder: Ladder, stages: Sequence[Stage], jobs: int, gflops: float) -> int
 def check_result(ladder: Ladder) -> None:
     """Raise UserError before any work if result.json is another's."""
     path = ladder.out / "result.json"
-    if path.exists() and not study_result.is_result(files.read_json(path)):
+    if path.exists() and not page.is_result(files.read_json(path)):
         raise UserError(f"{path}: is not a ladder's result; move it elsewhere")
 
 

@@ -186,7 +186,8 @@ def learning_rates(result: LadderResult) -> Rows:
         for value, perplexity in rate["tried"] or [(rate["value"], math.nan)]:
             taken = ", ".join([name, *rate["also"]]) if value == rate["value"] else ""
             edge = " (at the edge of those tried)" if taken and rate["at_the_edge"] else ""
-            shown = "not tried" if math.isnan(perplexity) else f"{perplexity:.2f}"
+            shown = "none" if perplexity is None else f"{perplexity:.2f}"
+            shown = "not tried" if shown == "nan" else shown
             rows.append([name, f"{value}{edge}", shown, taken])
     return rows
 
