@@ -26,6 +26,7 @@ from fairseq_moe_ext.moe import layer as moe_layer
 SHAPES = [
     Shape(4096, 8, 96, 384),
     Shape(4096, 64, 96, 384),
+    Shape(16384, 256, 96, 96),
     Shape(4096, 64, 256, 1024),
     Shape(2048, 512, 256, 1024),
 ]
@@ -36,25 +37,36 @@ def _one_by_one(work: Callable[[int], None], counts: Sequence[int], size: int, c
         work(i)
 
 
+def _no_pool(shape: Shape) -> ContextManager:
+    return mock.patch.object(expert_ffn, "side_by_side", _one_by_one)
+
+
 @contextlib.contextmanager
-def _no_spare_rows() -> Iterator[None]:
-    with mock.patch.object(expert_ffn, "program_rows", lambda x: None):
-        with mock.patch.object(moe_layer, "program_rows", lambda x: None):
+def _no_spare_rows(shape: Shape) -> Iterator[None]:
+    with mock.patch.object(expert_ffn, "program_rows", lambda x, size, counts: counts):
+        with mock.patch.object(moe_layer, "program_rows", lambda x, size, counts: counts):
             yield
 
 
 @contextlib.contextmanager
-def _autograd() -> Iterator[None]:
+def _autograd(shape: Shape) -> Iterator[None]:
     """The loop over experts with autograd's own backward pass, by the same library."""
+    each = [2 * shape.tokens // shape.experts] * shape.experts
     with mock.patch.object(experts, "kernel_for", lambda x, weights: None):
-        with matmul.faster_products(torch.empty(1, 1)):
+        with matmul.faster_products(torch.empty(1, 1), shape.dim * shape.hidden, each):
             yield
 
 
-WITHOUT: Dict[str, Callable[[], ContextManager]] = {
-    "one expert per core": lambda: mock.patch.object(expert_ffn, "side_by_side", _one_by_one),
-    "spare rows": _no_spare_rows,
+def _onednn_for_small(shape: Shape) -> ContextManager:
+    return mock.patch.object(matmul, "_CACHED", 0)
+
+
+SPARE = "spare rows"
+WITHOUT: Dict[str, Callable[[Shape], ContextManager]] = {
+    "one expert per core": _no_pool,
+    SPARE: _no_spare_rows,
     "hand-written backward": _autograd,
+    "PyTorch's products for small experts": _onednn_for_small,
 }
 PRECISIONS = {
     "float32": (torch.float32, True),
@@ -72,18 +84,22 @@ def measured(shape: Shape, dtype: torch.dtype, onednn: bool, rounds: int) -> Dic
     def step() -> None:
         layer.step(model, (tokens + torch.randn_like(tokens)).requires_grad_(), grad)()
 
-    def without(change: Callable[[], ContextManager]) -> Callable[[], None]:
+    def without(change: Callable[[Shape], ContextManager]) -> Callable[[], None]:
         def changed() -> None:
-            with change():
+            with change(shape):
                 step()
 
         return changed
 
-    cases = {"all": step, **{name: without(change) for name, change in WITHOUT.items()}}
+    cases = {name: without(change) for name, change in WITHOUT.items()}
+    # Without spare rows, oneDNN's programs drive out those of the other cases: so it comes last.
+    last = {SPARE: cases.pop(SPARE)}
     faster = matmul.onednn_is_faster() and onednn
     with mock.patch.object(matmul, "onednn_is_faster", lambda: faster):
-        seconds = measure.in_turn(cases, rounds, warmup=2)
-    times = {name: measure.ratio(seconds, name, "all") for name in WITHOUT}
+        seconds = measure.in_turn({"all": step, **cases}, rounds, warmup=2)
+        beside = measure.in_turn({"all": step, **last}, rounds, warmup=2)
+    times = {name: measure.ratio(seconds, name, "all") for name in cases}
+    times[SPARE] = measure.ratio(beside, SPARE, "all")
     return {"ms": 1e3 * measure.median(seconds["all"]), **times}
 
 

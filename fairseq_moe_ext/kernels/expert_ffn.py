@@ -61,8 +61,8 @@ def by_expert(
     if wanted is not None:
         with torch.autocast(x.device.type, enabled=False):
             return by_expert(x.to(wanted), counts, weights, activation, mask, grad_scale)
-    rounded = program_rows(x)
-    if rounded is not None and any(rounded(count) != count for count in counts):
+    rounded = program_rows(x, weights.w1[0].numel(), counts)
+    if rounded != counts:
         return _spaced(rounded, x, counts, weights, activation, mask, grad_scale)
     if not all(isinstance(each, Tensor) for each in weights):  # to be read expert by expert
         return _compute(x, _blocks(counts, len(weights.b1[0])), weights, activation, mask)
@@ -70,7 +70,7 @@ def by_expert(
 
 
 def _spaced(
-    rounded: Callable[[int], int],
+    spaced: List[int],
     x: Tensor,
     counts: List[int],
     weights: Weights,
@@ -78,16 +78,16 @@ def _spaced(
     mask: Optional[Tensor],
     grad_scale: float,
 ) -> Tensor:
-    """by_expert with spare rows of zeros behind those of each expert."""
+    """by_expert with spare rows of zeros behind those of each expert, up to spaced[e]."""
     rows = torch.tensor(counts)
-    spaced = torch.tensor([rounded(count) for count in counts])
-    shift = (spaced - rows).cumsum(0) - (spaced - rows)  # of each expert's first row
+    spare = torch.tensor(spaced) - rows
+    shift = spare.cumsum(0) - spare  # of each expert's first row
     place = torch.arange(x.size(0)) + shift.repeat_interleave(rows)  # (N,)
-    total = int(spaced.sum())
+    total = sum(spaced)
     x = x.new_zeros(total, x.size(1)).index_copy(0, place, x)
     if mask is not None:
         mask = mask.new_zeros(total, mask.size(1)).index_copy(0, place, mask)
-    out = by_expert(x, spaced.tolist(), weights, activation, mask, grad_scale)
+    out = by_expert(x, spaced, weights, activation, mask, grad_scale)
     return out.index_select(0, place)
 
 
@@ -176,7 +176,7 @@ def _compute(
         for e, given, room in zip(experts, h.split(counts), out[rows].split(counts)):
             torch.addmm(b2[e].to(x), given, w2[e].to(x).t(), out=room)
 
-    _for_each(blocks, compute, 2 * w1[0].numel(), x)
+    _for_each(blocks, compute, 2, w1[0].numel(), x)
     return out
 
 
@@ -187,10 +187,13 @@ def _activated(
     return h if mask is None else h * mask[rows]
 
 
-def _for_each(blocks: List[_Block], work: Callable[[int], None], size: int, x: Tensor) -> None:
+def _for_each(
+    blocks: List[_Block], work: Callable[[int], None], products: int, size: int, x: Tensor
+) -> None:
+    """Call work(i) for every block: products of its rows of x with matrices of `size` weights."""
     rows = [sum(block.counts) for block in blocks]
-    with faster_products(x):
-        side_by_side(work, rows, size, x.device.type == "cpu")
+    with faster_products(x, size, [count for block in blocks for count in block.counts]):
+        side_by_side(work, rows, products * size, x.device.type == "cpu")
 
 
 class _ByExpert(torch.autograd.Function):
@@ -254,7 +257,7 @@ class _ByExpert(torch.autograd.Function):
                 for e, its_grad, room in zip(experts, grad_h, grad_x[rows].split(counts)):
                     torch.mm(its_grad, w1[e].to(x), out=room)
 
-        _for_each(blocks, compute, 4 * w1[0].numel(), x)
+        _for_each(blocks, compute, 4, w1[0].numel(), x)
         if grads is not None:
             for bias in (grads[1], grads[3]):
                 bias.mul_(scale)

@@ -7,8 +7,9 @@ From PyTorch 2.9 a public switch passes products to oneDNN. Its name allows bflo
 makes of float32 only where a processor has instructions for tiles of it (AMX). So we time one
 product and look at its error, and use the switch, for our own products alone, if oneDNN is clearly
 faster and as exact. Elsewhere, and under `torch.backends.mkldnn.flags(enabled=False)`, PyTorch's
-choice stays. It stays for small products as well, as generation has them: one or two rows only read
-the weights, and to call oneDNN costs some 25 us more (Zen 5; equal at 2**22 multiplications).
+choice stays. It stays for small products as well, as generation and narrow experts have them: one
+or two rows only read the weights, and to call oneDNN costs some 25 us more (Zen 5; equal at 2**22
+multiplications, and about 3 * 2**20 in the backward pass of experts).
 """
 
 import contextlib
@@ -16,7 +17,7 @@ import functools
 import math
 import threading
 import time
-from typing import Any, Callable, ContextManager, Optional, Tuple
+from typing import Any, ContextManager, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,8 @@ from torch.autograd.function import once_differentiable
 
 _FEW_ROWS = 2
 SMALL = 2**22  # multiplications
+_SMALL_EXPERT = 3 * 2**20
+_CACHED = 2**16  # weights, 256 KB in float32; oneDNN reads those outside the cache faster
 
 
 class Linear(nn.Linear):
@@ -243,18 +246,28 @@ def _missing(rows: int) -> int:
     return -rows % step
 
 
-def program_rows(x: Tensor) -> Optional[Callable[[int], int]]:
-    """From a number of rows like x's (N, M) to the number to compute instead, see `_padded`; None
-    where any number serves."""
-    if not _by_onednn(x, x):
-        return None
-    return lambda rows: rows if rows <= _FEW_ROWS else rows + _missing(rows)
+def program_rows(x: Tensor, size: int, counts: List[int]) -> List[int]:
+    """The rows to compute of each expert, instead of counts: with those of `_padded`. With the
+    parameters of faster_products."""
+    if not _experts_by_onednn(x, size, counts):
+        return counts
+    return [rows if rows <= _FEW_ROWS else rows + _missing(rows) for rows in counts]
 
 
-def faster_products(x: Tensor) -> ContextManager[None]:
-    """Within, the faster library computes torch.mm and torch.addmm of matrices like x: without
-    padding, and without the microseconds of a switch for each product."""
-    return _switched(_by_onednn(x, x))
+def faster_products(x: Tensor, size: int, counts: List[int]) -> ContextManager[None]:
+    """Within, the faster library computes torch.mm and torch.addmm of rows like x's (..., K),
+    counts[e] of them with the `size` weights of expert e: without padding, and without the
+    microseconds of a switch for each product."""
+    return _switched(_experts_by_onednn(x, size, counts))
+
+
+def _experts_by_onednn(x: Tensor, size: int, counts: List[int]) -> bool:
+    if x.dtype == torch.float32 and size <= _CACHED:
+        # The rows of a typical row's expert: most work is in the experts with most rows.
+        rows = sum(count * count for count in counts) / max(1, sum(counts))
+        if rows * size <= _SMALL_EXPERT:
+            return False
+    return _by_onednn(x, x)
 
 
 def _padded(x: Tensor) -> Tensor:

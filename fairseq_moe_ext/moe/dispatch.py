@@ -26,8 +26,8 @@ class Rows(NamedTuple):
     counts: List[int]  # rows of each expert, summing to N
 
 
-def lay_out(routing: Routing, rounded: Optional[Callable[[int], int]] = None) -> Rows:
-    """Lay the kept choices out in expert order; each expert's number of rows is `rounded` up, with
+def lay_out(routing: Routing, rounded: Optional[Callable[[List[int]], List[int]]] = None) -> Rows:
+    """Lay the kept choices out in expert order; the experts' numbers of rows are `rounded` up, with
     spare rows whose results go nowhere."""
     tokens, k = routing.experts.shape
     # Kept choices occupy the first slots of their expert, without gaps.
@@ -35,7 +35,7 @@ def lay_out(routing: Routing, rounded: Optional[Callable[[int], int]] = None) ->
     counts.scatter_add_(0, routing.experts.reshape(-1), routing.kept.reshape(-1).to(counts.dtype))
     rows_of = counts.tolist()
     if rounded is not None:
-        rows_of = [rounded(count) for count in rows_of]
+        rows_of = rounded(rows_of)
         counts = counts.new_tensor(rows_of)
     row = (counts.cumsum(0) - counts)[routing.experts] + routing.local_slots
     behind = sum(rows_of)  # dropped choices write here

@@ -126,6 +126,7 @@ class Experts(nn.Module):
         self.grad_scale = grad_scale
         self.ffn_dim = ffn_dim
         inner = inner_width(activation, ffn_dim)
+        self.size = dim * inner  # weights of an expert's first layer
         self.fc1 = GroupedLinear(num_experts, dim, inner, first, in_files)
         self.fc2 = GroupedLinear(num_experts, ffn_dim, dim, first, in_files)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Dict, NamedTuple, Optional, Sequence, cast
 
 import torch
@@ -169,8 +170,11 @@ class MoELayer(nn.Module):
         if self._has_few(tokens):
             out = cast(Experts, self.experts).choice_by_choice(y, routing)
         else:
+            rounded = None
             # A process pads what it computes; what others send it has rows of their own.
-            rows = lay_out(routing, program_rows(y) if self.exchange is HERE else None)
+            if self.exchange is HERE and isinstance(self.experts, Experts):
+                rounded = partial(program_rows, y, self.experts.size)
+            rows = lay_out(routing, rounded)
             y = permute(y, rows)  # (N, D)
             counts = rows.counts[: len(rows.counts) - routing.null_experts]
             y, arrival = self.exchange.send(y, counts)  # (N', D)

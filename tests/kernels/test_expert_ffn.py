@@ -114,7 +114,9 @@ def test_listed_weights_come_to_where_the_rows_are():
 @pytest.fixture
 def few_sizes(monkeypatch):
     """Products as where they are best of sizes with a program."""
-    monkeypatch.setattr(expert_ffn, "program_rows", lambda x: lambda rows: -(-rows // 4) * 4)
+    monkeypatch.setattr(
+        expert_ffn, "program_rows", lambda x, size, counts: [-(-n // 4) * 4 for n in counts]
+    )
 
 
 @pytest.mark.parametrize("masked", [False, True])

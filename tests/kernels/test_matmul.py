@@ -213,6 +213,25 @@ def test_where_onednn_is_not_asked(computed, monkeypatch):
     assert len(computed) == 2
 
 
+@needs_onednn
+@pytest.mark.parametrize(
+    "hidden, counts, dtype, asked",
+    [
+        (64, [17, 17, 0], torch.float32, False),
+        (64, [501, 24, 24], torch.float32, True),  # most rows are in a large product
+        (64, [17, 17, 0], torch.bfloat16, True),
+        (1024, [5, 5, 0], torch.float32, True),  # as few multiplications, more weights
+    ],
+)
+def test_small_experts_are_left_to_pytorch(hidden, counts, dtype, asked, monkeypatch):
+    monkeypatch.setattr(matmul, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(matmul, "_SMALL_EXPERT", 2**20)
+    x, size = torch.ones(sum(counts), 128, dtype=dtype), 128 * hidden
+    assert (matmul.program_rows(x, size, counts) != counts) is asked
+    with matmul.faster_products(x, size, counts):
+        assert (switch.fp32_precision == "bf16") is asked
+
+
 @pytest.mark.parametrize(
     "capability, speed, error, taken",
     [

@@ -13,14 +13,16 @@ def routed(capacity):
     return route(torch.randn(23, 4, dtype=torch.float64), 2, capacity=capacity)
 
 
-@pytest.mark.parametrize("rounded", [None, lambda rows: -(-rows // 5) * 5], ids=["close", "spare"])
+@pytest.mark.parametrize(
+    "rounded", [None, lambda counts: [-(-n // 5) * 5 for n in counts]], ids=["close", "spare"]
+)
 @pytest.mark.parametrize("capacity", [None, 8])
 def test_there_and_back(capacity, rounded):
     """Through experts that multiply by their number: output and gradients of a loop."""
     routing = routed(capacity)
     rows = lay_out(routing, rounded)
     kept = [int((routing.kept & (routing.experts == e)).sum()) for e in range(4)]
-    assert rows.counts == (kept if rounded is None else [rounded(n) for n in kept])
+    assert rows.counts == (kept if rounded is None else rounded(kept))
     assert len(rows.token) == sum(rows.counts)
     x = torch.randn(23, 3, dtype=torch.float64, requires_grad=True)
     weights = routing.weights.detach().requires_grad_()
