@@ -172,14 +172,16 @@ def test_ablation(program, monkeypatch, tmp_path):
         (expert_ffn, "program_rows"),
         (moe_layer, "program_rows"),
         (experts, "kernel_for"),
+        (matmul, "_CACHED"),
         (matmul, "onednn_is_faster"),
     ]
     before = [getattr(*part) for part in parts]
     changed = {}
     for name, change in ablation.WITHOUT.items():
-        with change():
+        with change(ablation.SHAPES[0]):
             changed[name] = [p[1] for p, old in zip(parts, before) if getattr(*p) is not old]
-    assert list(changed.values()) == [["side_by_side"], ["program_rows"] * 2, ["kernel_for"]]
+    expected = [["side_by_side"], ["program_rows"] * 2, ["kernel_for"], ["_CACHED"]]
+    assert list(changed.values()) == expected
     monkeypatch.setattr(ablation, "SHAPES", [ablation.Shape(16, 4, 8, 16)])
     monkeypatch.setattr(sys, "argv", "ablation.py --rounds 1".split())
     ablation.main()
