@@ -109,10 +109,10 @@ def parse_json(text: str) -> Any:
     return value
 
 
-def read_json(path: Name, where: str = "", encoding: str = "utf-8") -> Any:
+def read_json(path: Name, where: str = "") -> Any:
     """Read JSON. Raises UserError for a file that cannot be read or is not JSON."""
     try:
-        return parse_json(read_text(path, where, encoding))
+        return parse_json(read_text(path, where))
     except UserError:
         raise
     except ValueError as error:

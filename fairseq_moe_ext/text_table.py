@@ -1,18 +1,16 @@
-"""Tables as plain text and as Markdown. The first row is the header; the first column is text, the
-others are numbers."""
+"""Tables as plain text and as Markdown. The first row is the header; the first columns are
+text, the others numbers."""
 
 import argparse
 import json
 from typing import Any, Sequence
 
 
-def plain(rows: Sequence[Sequence[str]]) -> str:
-    """A table in fixed width, for a terminal."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        row[0].ljust(widths[0]) + "".join(c.rjust(w + 2) for c, w in zip(row[1:], widths[1:]))
-        for row in rows
-    )
+def plain(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A table in fixed width, for a terminal. left: number of columns of text."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    align = [str.ljust] * left + [str.rjust] * (len(widths) - left)
+    return "\n".join("  ".join(f(c, w) for f, c, w in zip(align, row, widths)) for row in rows)
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -26,7 +27,7 @@ import recipe  # noqa: E402
 import results  # noqa: E402
 import run as quickstart  # noqa: E402
 
-from fairseq_moe_ext.study import logs  # noqa: E402
+from fairseq_moe_ext.study import logs, plan  # noqa: E402
 from fairseq_moe_ext.study.plan import FAMILIES  # noqa: E402
 
 # The whole pipeline: a minute of two idle cores, several on a busy machine.
@@ -277,7 +278,8 @@ def test_the_readme_gives_the_same_commands(tmp_path, monkeypatch):
         recipe.expert_use_command(args.out, held_out),
         recipe.samples_command(args.out),
     ]
-    typed = [recipe.as_typed(command) for command in expected]
+    user_dir = '"$(fairseq-moe user-dir)"'
+    typed = [shlex.split(plan.typed(c).replace(user_dir, "fairseq_moe_ext")) for c in expected]
     for words in typed:
         words[0] = "python" if words[0].startswith("python") else words[0]
     assert found == [sorted(words) for words in typed]

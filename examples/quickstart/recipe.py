@@ -5,7 +5,7 @@ import platform
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Sequence
+from typing import Dict, List, NamedTuple
 
 from fairseq_moe_ext.shape import Shape
 from fairseq_moe_ext.study.child import console_script
@@ -155,14 +155,6 @@ def samples_command(out: Path) -> List[str]:
         *("--temperature", "0.7", "--top-k", "40", "--seed", "1", "--cpu"),
         *("--json", str(out / "samples.json"), "--overwrite"),
     ]
-
-
-def as_typed(command: Sequence[str]) -> List[str]:
-    """A command as one would type it: without the folders of the programs."""
-    words = [Path(command[0]).name, *command[1:]]
-    if words[1:3] == ["-m", "fairseq_moe_ext.cli"]:
-        return ["fairseq-moe", *words[3:]]
-    return [os.path.relpath(word) if word == str(PACKAGE) else word for word in words]
 
 
 def shapes(vocabulary: int, router: str = ROUTER) -> Dict[str, Shape]:

@@ -4,7 +4,6 @@ import contextlib
 import os
 import platform
 import re
-import shlex
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Sequence, TypedDict
@@ -16,6 +15,7 @@ from fairseq_moe_ext import cost, files
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.shape import Shape
 from fairseq_moe_ext.study import logs
+from fairseq_moe_ext.study.plan import typed
 
 
 class Stage(NamedTuple):
@@ -137,7 +137,7 @@ def gathered(
         },
         "expert_use": files.read_json(out / "expert_use.json"),
         "samples": files.read_json(out / "samples.json"),
-        "commands": [shlex.join(recipe.as_typed(command)) for command in commands],
+        "commands": [typed(command) for command in commands],
         "stages": [stage._asdict() for stage in stages],
         "environment": environment,
     }

@@ -256,10 +256,10 @@ def alone(dest: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def experts_alone(folder: str, seconds: float = 5) -> Iterator[None]:
+def experts_alone(folder: str) -> Iterator[None]:
     """Lock a folder, whose checkpoints share expert files, against a training that saves to it and,
     briefly, against other converts."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + 5
     while True:
         try:
             lock = Lock(Path(folder) / "lock", folder)

@@ -44,9 +44,8 @@ FILES = (CONFIG, *CODE, GENERATION, CARD, "tokenizer.json", "tokenizer_config.js
 # that the code in the folder implements
 ROUTERS = ("base", "hash", "random", "relu", "sinkhorn", "threshold", "topk")
 
-_SPECIAL = {"bos_token_id": 2, "pad_token_id": 1, "eos_token_id": 2}
 # What fine-tuning may change in config.json, and the Trainer does, without changing the model.
-_FREE = {"auto_map", "use_cache", *_SPECIAL}
+_FREE = {"auto_map", "use_cache", *xglm.SPECIAL}
 _FREE |= {"dropout", "attention_dropout", "activation_dropout", "expert_dropout"}
 _DEFAULTS = {
     f.name: f.default
@@ -108,7 +107,7 @@ def hf_jobs(source: Source, folder: str, extras: Extras, only_xglm: bool = False
     dtype = str(dtype_of(source.model["decoder.embed_tokens.weight"]))[6:]
     whole = {**config, "torch_dtype": dtype, "fairseq": _provenance(source)}
     if not only_xglm and not lacking:
-        whole.update(_SPECIAL)
+        whole.update(xglm.SPECIAL)
     jobs = weight_jobs(their_names(source.model, tied, learned), folder, extras.shard)
     if lacking:
         for name in CODE:
@@ -212,7 +211,7 @@ def _translated(s: Dict[str, Any], vocabulary: int, balance_weight: float) -> Di
         "tie_word_embeddings": shape.tied,
         "use_cache": True,
         "sparse_layers": list(shape.sparse),
-        **_SPECIAL,
+        **xglm.SPECIAL,
     }
     if shape.sparse:
         gate = gate_settings(SimpleNamespace(**s))

@@ -15,7 +15,7 @@ from ..shape import shape_of
 from .source import Source
 
 _ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "gelu_accurate": "gelu_new", "tanh": "tanh"}
-_SPECIAL = {"bos_token_id": 2, "pad_token_id": 1, "eos_token_id": 2}  # </s> begins a text
+SPECIAL = {"bos_token_id": 2, "pad_token_id": 1, "eos_token_id": 2}  # </s> begins a text
 
 
 def lacking(source: Source) -> List[str]:
@@ -61,7 +61,7 @@ def config_of(source: Source) -> Dict[str, Any]:
         "scale_embedding": not s["no_scale_embedding"],
         "tie_word_embeddings": bool(s["share_decoder_input_output_embed"]),
         "use_cache": True,
-        **_SPECIAL,
+        **SPECIAL,
         "decoder_start_token_id": 2,
     }
 
@@ -80,7 +80,7 @@ def settings_of(path: str, config: Dict[str, Any]) -> Dict[str, Any]:
             raise UserError(
                 f"{path}: {name} is {config[name]!r}, not a whole number; copy the file again"
             )
-    wanted = {**_SPECIAL, "add_cross_attention": False}
+    wanted = {**SPECIAL, "add_cross_attention": False}
     if config.get("bos_token_id") == 0:  # as XGLM's own
         del wanted["bos_token_id"]
     if "fairseq" in config:  # of our own making; transformers' trainer sets it to the tokenizer's

@@ -11,16 +11,13 @@ controls, on the same text and the same inputs of each layer:
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Sequence, TypedDict, cast
+from typing import Any, Callable, Dict, List, Sequence, TypedDict, cast
 
 import numpy as np
 import torch
 
 from .. import files
 from ..errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 RANDOM = 5  # gates
 SHUFFLES = 5

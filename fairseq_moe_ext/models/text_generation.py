@@ -204,13 +204,13 @@ class _Writer:
         if not self._stop and self._stream is None:
             return False
         whole = self._decode(new)[self._before :]
-        text = self._cut(whole)
+        text = cut_before(whole, self._stop)
         if self._stream is not None:
             self.show(text, final=len(text) < len(whole))
         return len(text) < len(whole)
 
     def text(self, new: Sequence[int]) -> str:
-        return self._cut(self._decode(new)[self._before :])
+        return cut_before(self._decode(new)[self._before :], self._stop)
 
     def show(self, text: str, final: bool) -> None:
         """Stream the new part of a text. Unless it is final, hold back incomplete characters and
@@ -225,9 +225,11 @@ class _Writer:
     def _decode(self, new: Sequence[int]) -> str:
         return self._lm.decode([*self._line, *new, self._eos])
 
-    def _cut(self, text: str) -> str:
-        starts = [text.find(stop) for stop in self._stop]
-        return text[: min([start for start in starts if start >= 0], default=len(text))]
+
+def cut_before(text: str, stops: Sequence[str]) -> str:
+    """The text before the first of the stop texts in it."""
+    starts = [text.find(stop) for stop in stops]
+    return text[: min([start for start in starts if start >= 0], default=len(text))]
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -13,6 +13,7 @@ from fairseq_moe_ext.prepare.corpora import parse_corpora, parse_formats
 from fairseq_moe_ext.prepare.documents import SEPARATORS, Source
 from fairseq_moe_ext.prepare.options import Options
 from fairseq_moe_ext.prepare.pipeline import Report, prepare
+from fairseq_moe_ext.text_table import plain
 from fairseq_moe_ext.wording import count
 
 DESCRIPTION = """\
@@ -198,13 +199,7 @@ def format_table(report: Report) -> str:
     for name, split, counts in rows:
         numbers = [f"{counts[column]:,}" for column in columns]
         cells.append([name, split, *numbers, f"{counts['bytes'] / counts['tokens']:.2f}"])
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    lines = []
-    for row in cells:
-        left = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2])]
-        right = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:])]
-        lines.append("  ".join(left + right).rstrip())
-    return "\n".join(lines)
+    return plain(cells, left=2)
 
 
 def _cores() -> int:

@@ -15,6 +15,7 @@ from lm_eval.api.registry import register_model
 from .. import tokenizer_files
 from ..errors import UserError
 from ..models.search import Generator, Prompt
+from ..models.text_generation import cut_before
 from ..questions.scoring import Row
 from ..questions.vocabulary import EOS, Vocabulary
 from ..wording import count
@@ -172,6 +173,4 @@ class _Stop:
 
     def cut(self, new: Sequence[int]) -> str:
         """The text before the first of the texts."""
-        text = self._vocabulary.decode(new)
-        starts = [text.find(stop) for stop in self._texts]
-        return text[: min([start for start in starts if start >= 0], default=len(text))]
+        return cut_before(self._vocabulary.decode(new), self._texts)

@@ -359,4 +359,3 @@ CLASSES: Dict[str, Tuple[str, ...]] = {
     "mnli": ("entailment", "contradiction", "neutral"),
     "sst2": ("negative", "positive"),
 }
-PAPER = ("record", "hellaswag", "piqa", "winogrande", "storycloze", "openbookqa")

@@ -181,7 +181,7 @@ def _updates(log: Path) -> int:
     return int(updates[-1]) if updates else 0
 
 
-def _end(log: Path, size: int = 1 << 16) -> bytes:
+def _end(log: Path) -> bytes:
     with open(log, "rb") as file:
-        file.seek(max(0, log.stat().st_size - size))
+        file.seek(max(0, log.stat().st_size - 65_536))
         return file.read()

@@ -1,7 +1,7 @@
 """Lines over one x axis, with error bars, and the legend of a grid of such charts."""
 
 import math
-from typing import TYPE_CHECKING, Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from .chart import COLOURS, TEXT_SIZE, TITLE_SIZE, WIDTH, Chart, canvas, drawing, text_width, write
 from .ticks import labels, linear_ticks, log_ticks
@@ -97,15 +97,14 @@ def line_chart(
     log_y: bool = False,
     markers: bool = True,
     zero_line: bool = False,
-    y_range: Optional[Tuple[float, float]] = None,
     percent: bool = False,
     log_x: bool = False,
 ) -> Chart:
     """A chart of lines over one x axis.
 
     Points that are not finite (or not above 0 on a logarithmic axis) are left out. Without any
-    point the chart says so. `zero_line` includes y = 0 and draws it; `y_range` fixes the axis, so
-    that charts of a grid can be compared; `percent` prints y ticks with a sign and %.
+    point the chart says so. `zero_line` includes y = 0 and draws it; `percent` prints y ticks with
+    a sign and %.
     """
     drawn = [line for line in (_drawable(s, log_x, log_y) for s in series) if line.points]
     with drawing():
@@ -115,11 +114,8 @@ def line_chart(
             write(whole, 50, HEIGHT / 2, "no measurements yet", WIDTH - 56)
             return Chart(title, figure)
         x_low, x_high = _x_range([x for line in drawn for x, _ in line.points], log_x)
-        y_low, y_high = _y_range(
-            y_range or _ends_of(end for line in drawn for pair in line.ends for end in pair),
-            zero_line,
-            log_y,
-        )
+        ends = [end for line in drawn for pair in line.ends for end in pair]
+        y_low, y_high = _y_range(ends, zero_line, log_y)
         ticks = log_ticks(y_low, y_high) if log_y else linear_ticks(y_low, y_high, 4)
         shown = [_percent(tick) for tick in ticks] if percent else labels(ticks)
         left = max(50.0, 24 + max(text_width(label, TEXT_SIZE) for label in shown))
@@ -158,19 +154,14 @@ def line_chart(
     return Chart(title, figure)
 
 
-def _ends_of(values: Iterator[float]) -> Tuple[float, float]:
-    every = list(values)
-    return min(every), max(every)
-
-
 def _x_range(every: Sequence[float], log: bool) -> Tuple[float, float]:
     if log:
         return min(every) / 1.15, max(every) * 1.15
     return min(0.0, min(every)), max(every) or 1.0
 
 
-def _y_range(ends: Tuple[float, float], zero: bool, log: bool) -> Tuple[float, float]:
-    low, high = ends
+def _y_range(every: Sequence[float], zero: bool, log: bool) -> Tuple[float, float]:
+    low, high = min(every), max(every)
     if zero:
         low, high = min(low, 0.0), max(high, 0.0)
     if log:

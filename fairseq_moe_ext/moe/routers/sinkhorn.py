@@ -22,13 +22,13 @@ from ..routing import (
 STEPS = 32  # times that columns and rows are normalised, in turn
 
 
-def sinkhorn(logits: Tensor, steps: int = STEPS) -> Tensor:
+def sinkhorn(logits: Tensor) -> Tensor:
     """logits (T, E) -> the plan (T, E) in float64: exp(logits), with rows and columns rescaled in
     turn so that rows sum to 1 and columns approximately to T / E."""
     tokens, num_experts = logits.shape
     logits = logits.detach().double()
     columns = logits.new_zeros(num_experts)
-    for _ in range(steps):
+    for _ in range(STEPS):
         rows = -torch.logsumexp(logits + columns, dim=1, keepdim=True)  # (T, 1)
         columns = -torch.logsumexp(logits + rows, dim=0)  # (E,), up to log(T / E)
     return torch.softmax(logits + columns, dim=1)
