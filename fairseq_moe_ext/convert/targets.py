@@ -52,9 +52,9 @@ def cast(model: Dict[str, AnyTensor], dtype: torch.dtype) -> Dict[str, AnyTensor
 
 def _keeps_precision(name: str) -> bool:
     """Whether a tensor is no weight: a router's state (register_state), whose small steps float16
-    would lose, or stock's version."""
+    would lose, or stock's version, or the tensor that marks a device, which stock leaves unset."""
     state = ".moe_layer.gate." in name and not name.endswith(".wg.weight")
-    return state or name == "decoder.version"
+    return state or name == "decoder.version" or name.endswith("._float_tensor")
 
 
 def _cast_pieces(name: str, value: AnyTensor, dtype: torch.dtype) -> Iterator[Tensor]:

@@ -19,7 +19,7 @@ import torch
 from .. import outputs
 from ..errors import OneLineParser, UserError
 from . import specialisation
-from .loading import language_modeling_task, load_model
+from .loading import language_modeling_task, load_model, moe_layers
 
 if TYPE_CHECKING:
     from fairseq.data import FairseqDataset
@@ -59,6 +59,8 @@ def expert_use(
         if model is None:
             model, _ = load_model(checkpoint, task)
             watches = _watch(model)
+            if not watches:
+                raise UserError(f"checkpoint {checkpoint} has no MoE layer: nothing to count")
         task.load_dataset(subset)
         tokens[name] = 0
         for batch in _batches(task.dataset(subset), batch_size):
@@ -69,8 +71,6 @@ def expert_use(
                 seen.add(name, batch)
             with torch.no_grad():
                 _, extra = model.decoder(batch, features_only=True)  # batch (B, L)
-            if not extra["moe"]:
-                raise UserError(f"checkpoint {checkpoint} has no MoE layer: nothing to count")
             tokens[name] += batch.numel()
             for record in extra["moe"]:
                 layer = counts.setdefault(record.layer, {})
@@ -92,11 +92,7 @@ def expert_use(
 def _watch(model: "FairseqLanguageModel") -> Dict[int, specialisation.Watch]:
     """Index of a layer -> the watch on its gate."""
     generator = torch.Generator().manual_seed(1)
-    return {
-        index: specialisation.Watch(layer.moe_layer.gate, generator)
-        for index, layer in enumerate(model.decoder.layers)
-        if layer.moe_layer is not None
-    }
+    return {i: specialisation.Watch(moe.gate, generator) for i, moe in moe_layers(model).items()}
 
 
 class _Seen:

@@ -109,9 +109,15 @@ def corpora_of(saved: Any, task: Any, folders: Sequence[Path]) -> Optional[List[
     return None
 
 
+def moe_layers(model: "FairseqLanguageModel") -> Dict[int, Any]:
+    """Number of a layer, from 0 -> its MoE layer; a layer of fairseq's own model has none."""
+    layers = enumerate(model.decoder.layers)
+    return {
+        i: layer.moe_layer for i, layer in layers if getattr(layer, "moe_layer", None) is not None
+    }
+
+
 def set_gates(model: "FairseqLanguageModel", **settings: Any) -> None:
     """Change settings (moe/router.py: GateSettings) of all gates, from now on."""
-    for layer in model.decoder.layers:
-        moe = getattr(layer, "moe_layer", None)
-        if moe is not None:
-            moe.gate.settings = moe.gate.settings._replace(**settings)
+    for moe in moe_layers(model).values():
+        moe.gate.settings = moe.gate.settings._replace(**settings)

@@ -14,6 +14,7 @@ from ..evaluation.loading import (
     check_path,
     language_modeling_task,
     load_model,
+    moe_layers,
     on_device,
     parse_overrides,
     set_gates,
@@ -21,7 +22,7 @@ from ..evaluation.loading import (
 from . import reading, relations
 from .cards import Counted, cards
 from .knowing import knowledge, said
-from .observing import CANDIDATES, View, moe_layers, observe
+from .observing import CANDIDATES, View, observe
 from .reading import Block, Tokens
 from .result import Inspection, Layer, Saturation, ShownText
 from .training import beside, read_log

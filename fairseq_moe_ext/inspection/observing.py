@@ -1,15 +1,15 @@
 """Runs a model over blocks of text: records what its gates choose, and the loss of every token."""
 
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 import torch
 from fairseq.models import FairseqLanguageModel
 from torch import Tensor
 
+from ..evaluation.loading import moe_layers
 from ..evaluation.specialisation import RANDOM
 from ..models.token_scores import in_chunks, log_probs
-from ..moe.layer import MoELayer
 from ..moe.router import TopKRouter
 from .reading import Block
 
@@ -102,14 +102,6 @@ class WatchedGate:
             candidates,
             torch.cat(self.inputs),
         )
-
-
-def moe_layers(model: FairseqLanguageModel) -> Dict[int, MoELayer]:
-    """Number of a layer, from 0 -> its MoE layer."""
-    layers = enumerate(model.decoder.layers)
-    return {
-        i: layer.moe_layer for i, layer in layers if getattr(layer, "moe_layer", None) is not None
-    }
 
 
 def observe(

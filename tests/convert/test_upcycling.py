@@ -105,3 +105,7 @@ def test_a_model_of_stock_fairseq(data, tmp_path):
     assert same(load(tmp_path / "again.pt")["model"], load(source)["model"])
     optimizer = "last_optimizer_state"
     assert same(load(tmp_path / "again.pt")[optimizer], load(source)[optimizer])
+    state = load(source)
+    state["model"]["decoder.embed_positions._float_tensor"].fill_(1e30)  # stock leaves it unset
+    torch.save(state, source)
+    convert(source, tmp_path / "half.pt", "--dtype", "float16")

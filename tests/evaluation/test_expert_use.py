@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from training import fairseq, make_data
 
 from fairseq_moe_ext.evaluation.expert_use import main
 from fairseq_moe_ext.evaluation.specialisation import mutual_information
@@ -36,3 +37,18 @@ def test_wrong_input_is_one_line(arguments, words, capsys):
     assert main(arguments) == 1
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and words in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", ["transformer_lm", "dense_lm_tiny --user-dir fairseq_moe_ext"])
+def test_a_model_without_experts_is_named(tmp_path, capsys, flags):
+    data = make_data(tmp_path)
+    fairseq(
+        f"""fairseq-train {data} --arch {flags} --task language_modeling --decoder-layers 1 --cpu
+        --decoder-embed-dim 8 --decoder-ffn-embed-dim 8 --decoder-attention-heads 2 --num-workers 0
+        --tokens-per-sample 8 --batch-size 8 --optimizer sgd --lr 0.1 --max-update 1
+        --disable-validation --save-dir {tmp_path}"""
+    )
+    path = tmp_path / "checkpoint_last.pt"
+    capsys.readouterr()
+    assert main([str(path), "--bin", f"a={data}", "--subset", "valid"]) == 1
+    assert capsys.readouterr().err.startswith(f"error: checkpoint {path} has no MoE layer: ")

@@ -14,7 +14,7 @@ from small_models import MOE, build_model, random_tokens
 
 from fairseq_moe_ext import cli
 from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.evaluation.loading import set_gates
+from fairseq_moe_ext.evaluation.loading import moe_layers, set_gates
 from fairseq_moe_ext.evaluation.specialisation import mutual_information
 from fairseq_moe_ext.inspection import (
     cards,
@@ -44,7 +44,7 @@ def test_choices_and_losses_are_those_of_a_plain_pass(capacity):
     set_gates(model, eval_token_fraction=capacity)
     rows = random_tokens(4, 12)
     routings = {}
-    for i, moe in observing.moe_layers(model).items():
+    for i, moe in moe_layers(model).items():
         moe.gate.register_forward_hook(
             lambda gate, args, output, i=i: routings.setdefault(i, output)
         )
@@ -225,7 +225,7 @@ def test_flow_and_company_by_hand():
 
 def test_experts_with_the_same_weights_are_alike():
     model = build_model(**MOE).eval()
-    moe = observing.moe_layers(model)[1]
+    moe = moe_layers(model)[1]
     with torch.no_grad():
         for part in (moe.experts.fc1, moe.experts.fc2):
             part.weight[4], part.bias[4] = part.weight[2], part.bias[2]
