@@ -105,7 +105,10 @@ def measured(shape: Shape, dtype: torch.dtype, onednn: bool, rounds: int) -> Dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--rows", type=int, nargs="+", help="numbers of shapes; default: all")
+    numbers = range(len(SHAPES))
+    parser.add_argument(
+        "--rows", type=int, nargs="+", choices=numbers, help="numbers of shapes; default: all"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     torch.set_num_threads(2)

@@ -14,6 +14,8 @@ from ..text_table import add_form_flags, formed
 from .fit import COEFFICIENTS, Estimate, Point, fit
 from .laws import HASH, LAWS, S_BASE, Model, number, outside
 
+_UNITS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
+_MOST = 10**9  # experts
 TABLE_SIZES = (1e6, 5e6, 15e6, 50e6, 125e6)
 TABLE_EXPERTS = (8, 16, 32, 64, 128, 512)
 
@@ -65,12 +67,12 @@ def amount(text: str) -> float:
     """A number with a letter behind it: 125M, 5.2B, 3e9. Raises argparse.ArgumentTypeError."""
     match = re.fullmatch(r"([\d.]+(?:e\+?\d+)?)([kKMBGT]?)", text)
     try:
-        value = float(match[1]) if match else math.nan
+        value = float(match[1]) * _UNITS[match[2].lower()] if match else math.nan
     except ValueError:
         value = math.nan
-    if not match or not 0 < value < math.inf:
+    if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r}: use a number above 0, such as 125M or 3e9")
-    return value * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}[match[2].lower()]
+    return value
 
 
 def run(args: Namespace) -> None:
@@ -109,8 +111,10 @@ def run(args: Namespace) -> None:
 
 def _model(args: Namespace) -> Model:
     for name in ("experts", "top_k", "moe_freq"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: use 1 or more")
+        value = getattr(args, name)
+        if not 1 <= value <= _MOST:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} {value}: use 1 or more, and at most {_MOST:,}")
     if args.top_k > args.experts:
         raise UserError(f"--top-k {args.top_k} is more than --experts {args.experts}; lower it")
     if not 0 < args.granularity < math.inf:
@@ -191,8 +195,10 @@ def _point(run: study_result.RunResult, path: Path, group: str) -> Point:
             f"--fit {path}: does not record how many experts its models have; run the study's "
             "command again to rewrite it"
         )
-    size = run["flops"] / run["tokens"] / 6
-    return Point(size, max(1, run["experts"]), math.log(measured[group]["perplexity"]))
+    size, perplexity = run["flops"] / run["tokens"] / 6, measured[group]["perplexity"]
+    if not (0 < size < math.inf and 1 < perplexity < math.inf):
+        raise ValueError(f"perplexity {perplexity} of a model of size {size}")
+    return Point(size, max(1, run["experts"]), math.log(perplexity))
 
 
 def table() -> List[List[str]]:

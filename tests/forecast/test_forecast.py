@@ -111,6 +111,7 @@ def test_the_paper_and_the_table(capsys):
         (["--top-k", "9", "--experts", "8"], "--top-k 9 is more than --experts 8"),
         (["--granularity", "0"], "--granularity 0.0"),
         (["--moe-freq", "-1"], "--moe-freq -1"),
+        (["--experts", "9" * 400], "99: use 1 or more, and at most 1,000,000,000"),
         (["--fit", "no-such.json"], "no-such.json"),
     ],
 )
@@ -120,7 +121,7 @@ def test_mistakes(flags, words, capsys):
     assert words in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("text", ["-1M", "0", "many", "1e999", "nan", "1..5M"])
+@pytest.mark.parametrize("text", ["-1M", "0", "many", "1e999", "nan", "1..5M", "1e308T"])
 def test_amounts(text, capsys):
     with pytest.raises(SystemExit):
         run("--params", text)
@@ -142,6 +143,11 @@ def test_studies_that_do_not_say_enough(tmp_path, capsys):
     (tmp_path / "other.json").write_text('{"runs": ["x"], "planned": 1, "factors": {}}')
     assert run("--fit", str(tmp_path / "other.json")) == 1
     assert "other.json: not in the format that was written (TypeError: " in capsys.readouterr().err
+    result = json.loads(open(path).read())
+    result["runs"][0]["mean"]["in_domain"]["perplexity"] = 1.0  # a loss of 0 has no logarithm
+    (tmp_path / "one.json").write_text(json.dumps(result))
+    assert run("--fit", str(tmp_path / "one.json")) == 1
+    assert "one.json: not in the format" in capsys.readouterr().err
 
 
 def test_the_page(capsys):

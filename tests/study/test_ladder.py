@@ -370,6 +370,26 @@ def test_factors_of_runs(tmp_path):
     assert tables.factor(better) == "> 1.00" and better["in_seconds"] == pytest.approx(0.5)
 
 
+def test_bounds_over_seeds(tmp_path):
+    """A mean of bounds is a bound without an interval; above one and below another is nothing."""
+    ladder = REAL._replace(out=tmp_path)
+    low, high = (16e6 * forecast.training_flops(arm, ladder) for arm in ladder.arms[:2])
+    dense = [made_run("16M", "d0", 1, low, 50.0), made_run("16M", "d1", 1, high, 40.0)]
+
+    def found(*perplexities):
+        runs = [
+            made_run("16M-seeds", "d0-E64", seed, low, perplexity)
+            for seed, perplexity in enumerate(perplexities, 2)
+        ]
+        return [f for f in result.factors(ladder, dense + runs, {}) if f["group"] == "in_domain"]
+
+    (bound,) = found(39.0, math.sqrt(50 * 40))
+    assert bound["beyond"] == 1 and bound["interval"] is None and not bound["interval_over"]
+    assert bound["factor"] == pytest.approx((high / low) ** 0.75)
+    assert tables.factor(bound) == f"> {bound['factor']:.2f}"
+    assert found(39.0, 51.0) == []
+
+
 @pytest.mark.parametrize(
     "name, content, words",
     [
@@ -449,6 +469,9 @@ def test_pages(tmp_path, capsys):
     made["runs"][1]["mean"]["in_domain"]["perplexity"] = 51.0
     assert tables.warnings(made)[0].startswith("On 16M tokens d1 has a higher perplexity than a")
     assert "On 16M tokens d1 has" in page.html(made, page.charts(made))
+    best, other = [f for f in made["factors"] if f["group"] == "in_domain"][:2]
+    worse = {**other, "factor": 9.0, "beyond": -1}
+    assert f"{best['arm']} saves most" in page.summary({**made, "factors": [best, worse]})
 
 
 def test_the_forecast_that_is_committed_is_of_this_ladder():

@@ -182,7 +182,10 @@ def summary(result: LadderResult) -> str:
     if not numbers:
         return f"{done} There is no factor yet."
     most = max(found["tokens"] for found in numbers)
-    best = max((f for f in numbers if f["tokens"] == most), key=lambda f: f["factor"])
+    best = max(
+        (found for found in numbers if found["tokens"] == most),
+        key=lambda found: (found["beyond"] >= 0, found["factor"]),  # "less than" is no saving
+    )
     shown = f"{('', 'more than ', 'less than ')[best['beyond']]}{best['factor']:.2f}"
     low, high = best["interval"] or (None, None)
     ends = ""

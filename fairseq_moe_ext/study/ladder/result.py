@@ -33,7 +33,8 @@ class Factor(TypedDict):
     seeds: int
     factor: float  # in FLOPs; where `beyond`, a bound
     beyond: int  # 1: better than every dense model, -1: worse
-    interval: Optional[saving.Ends]  # at 95 %; an end of None is beyond the dense models
+    interval: Optional[saving.Ends]  # at 95 %; an end of None is beyond the dense models; None: of
+    # several seeds one has a bound
     interval_over: str
     with_router: float  # the router's FLOPs counted
     in_seconds: Optional[float]  # in seconds on this machine, a bound as `factor`; None: not probed
@@ -186,9 +187,13 @@ def _factor(
         saving.saving(_points(curve, group), run["flops"], performance(run, group))
         for curve, run in zip(curves, mine)
     ]
+    if len({one.beyond for one in savings} - {0}) > 1:
+        return None  # one seed is better than every dense model, another worse
     whole = _mean(savings)
-    interval, over = saving.ends_over_seeds(savings), OVER_SEEDS
-    if interval is None:
+    if len(mine) > 1:  # none where one seed has a bound
+        interval = saving.ends_over_seeds(savings)
+        over = OVER_SEEDS if interval else ""
+    else:
         interval, over = units.interval(curves[0], mine[0], group)
     flops = mine[0]["flops"]
     routed = flops + mine[0]["tokens"] * router_flops(arm)
