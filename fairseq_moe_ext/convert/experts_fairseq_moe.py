@@ -240,7 +240,12 @@ def normalized(weights: Tensor) -> Tensor:
 
 def best(scores: Tensor, count: int) -> Tensor:
     """scores (N, E) -> (N, count): the largest, best first; of equal ones the lower number."""
-    return scores.argsort(dim=-1, descending=True, stable=True)[:, :count]
+    chosen = []
+    left = scores.detach().clamp(min=torch.finfo(scores.dtype).min)
+    for _ in range(count):
+        chosen.append(left.argmax(1, keepdim=True))
+        left.scatter_(1, chosen[-1], -math.inf)
+    return torch.cat(chosen, dim=1)
 
 
 def distribution(scores: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..router import TopKRouter, register_router
-from ..routing import SCORES, Routing, counted_tokens, distribution, send_ranked
+from ..routing import SCORES, Routing, best, counted_tokens, distribution, send_ranked
 
 # Histogram bins of the scores' logits: from -RANGE to RANGE, STEPS bins per unit.
 RANGE, STEPS = 16, 16
@@ -73,8 +73,7 @@ class ThresholdRouter(TopKRouter):
         s = self.settings
         scores = SCORES[s.score](logits)
         values = logit_of_score(logits.detach(), s.score)
-        first = logits.detach().argsort(dim=1, descending=True, stable=True)[:, : s.top_k]
-        top = torch.zeros_like(values, dtype=torch.bool).scatter(1, first, True)
+        top = torch.zeros_like(values, dtype=torch.bool).scatter(1, best(logits, s.top_k), True)
         return send_ranked(
             scores if s.score == "softmax" else distribution(scores),
             scores,
