@@ -5,8 +5,8 @@ stock `transformer_lm` (fairseq/models/transformer_lm.py:31@0.12.2), unless the 
 otherwise.
 """
 
-from dataclasses import dataclass, field
-from typing import Any, Mapping, Optional
+from dataclasses import dataclass, field, fields
+from typing import Any, Dict, Mapping, Optional
 
 from fairseq import utils
 from fairseq.dataclass import ChoiceEnum
@@ -260,6 +260,11 @@ class MoETransformerLMConfig(RouterFlags, BalanceFlags):
     memory_efficient_fp16: bool = II("common.memory_efficient_fp16")
     fp16_no_flatten_grads: bool = II("common.fp16_no_flatten_grads")
     bf16: bool = II("common.bf16")
+
+
+def defaults() -> Dict[str, Any]:
+    """The default of every flag of the model; "${...}": the setting of another group."""
+    return {f.name: f.default for f in fields(MoETransformerLMConfig) if f.name != "_name"}
 
 
 def saved_pad_rule(settings: Mapping[str, Any]) -> Optional[str]:

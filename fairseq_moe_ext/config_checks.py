@@ -15,16 +15,14 @@ from .config import (
     ROUTING_SCOPES,
     SECOND_EXPERT_POLICIES,
     MoETransformerLMConfig,
+    defaults,
 )
 from .errors import UserError
 from .router_flags import CHOICES, RouterFlags, top_k, validate_router
 from .shape import shape_of
 
 # The model's own numbers and the length of its inputs, without the size of batches.
-_NUMBERS = sorted(
-    {field.name for field in fields(MoETransformerLMConfig)}
-    & ranges.RANGES.keys() - {"max_tokens", "batch_size"}
-)
+_NUMBERS = sorted(defaults().keys() & ranges.RANGES.keys() - {"max_tokens", "batch_size"})
 
 # Backends that leave the experts' gradients to us.
 _DDP_BACKENDS = ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d", "fully_sharded")

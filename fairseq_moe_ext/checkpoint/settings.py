@@ -27,7 +27,7 @@ from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY
 from fairseq.tasks.language_modeling import LanguageModelingTask
 from omegaconf import DictConfig
 
-from ..config import MoETransformerLMConfig
+from ..config import defaults
 from ..errors import UserError
 from ..literals import literal
 
@@ -147,7 +147,7 @@ def check_overrides(overrides: Mapping[str, Any], saved: Mapping[str, Any]) -> N
     Args:
         saved: the checkpoint's settings by group, whose names are good, too.
     """
-    known = {field.name for field in dataclasses.fields(MoETransformerLMConfig)}
+    known = set(defaults())
     for group in saved.values():
         if isinstance(group, (Mapping, DictConfig)):
             known.update(group)

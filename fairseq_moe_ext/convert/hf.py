@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import MISSING, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Dict, List, NamedTuple, Optional
 
 from ..branch.settings import ONE_PROCESS, complete_cfg
 from ..checkpoint.settings import check_fields
-from ..config import MoETransformerLMConfig
+from ..config import MoETransformerLMConfig, defaults
 from ..errors import UserError
 from ..models.language_model import MODEL_NAME
 from ..ranges import flag
@@ -47,11 +46,7 @@ ROUTERS = ("base", "hash", "random", "relu", "sinkhorn", "threshold", "topk")
 # What fine-tuning may change in config.json, and the Trainer does, without changing the model.
 _FREE = {"auto_map", "use_cache", *xglm.SPECIAL}
 _FREE |= {"dropout", "attention_dropout", "activation_dropout", "expert_dropout"}
-_DEFAULTS = {
-    f.name: f.default
-    for f in fields(MoETransformerLMConfig)
-    if f.default != MISSING and f.name != "_name"
-}
+_DEFAULTS = defaults()
 # Settings that config.json has under other names, and those that change nothing outside fairseq's
 # training, or nothing if no token is dropped.
 _TRANSLATED = {
@@ -247,8 +242,7 @@ def _settings(path: str, config: Dict[str, Any]) -> Dict[str, Any]:
             f"{path}: has no settings under fairseq.model; use a folder that `fairseq-moe "
             "convert` wrote"
         )
-    names = {field.name for field in fields(MoETransformerLMConfig)}
-    given = {name: value for name, value in saved.items() if name in names}
+    given = {name: value for name, value in saved.items() if name in _DEFAULTS}
     settings = {**_DEFAULTS, **given, **ONE_PROCESS, "_name": MODEL_NAME}
     check_fields(path, "fairseq.model", settings, MoETransformerLMConfig)
     vocabulary = config.get("vocab_size")

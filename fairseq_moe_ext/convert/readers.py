@@ -4,7 +4,6 @@ Source."""
 from __future__ import annotations
 
 import os
-from dataclasses import MISSING, fields
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 from omegaconf import OmegaConf
@@ -21,7 +20,7 @@ from ..checkpoint.format import MANIFEST, Manifest, Piece
 from ..checkpoint.intact import check_records
 from ..checkpoint.loading import check_kind, check_optimizer_parts, open_pieces, refuse_folder
 from ..checkpoint.settings import check_fields, check_settings
-from ..config import MoETransformerLMConfig, saved_pad_rule
+from ..config import MoETransformerLMConfig, defaults, saved_pad_rule
 from ..errors import UserError
 from ..expert_parallel import Placement, is_expert
 from ..models.architectures import ARCHITECTURES
@@ -208,8 +207,7 @@ def _settings(path: str, flat: Dict[str, Any]) -> Dict[str, Any]:
     name = str(flat.get("_name") or flat.get("arch"))
     if name not in (MODEL_NAME, *ARCHITECTURES):
         return translated_settings(path, flat)
-    defaults = {f.name: f.default for f in fields(MoETransformerLMConfig) if f.default != MISSING}
-    settings = {**defaults, **ARCHITECTURES.get(name, {})}
+    settings = {**defaults(), **ARCHITECTURES.get(name, {})}
     settings.update({key: flat[key] for key in settings if key in flat})
     settings["moe_pad_rule"] = saved_pad_rule(flat)
     # How a run was started is no matter for converting what it left.

@@ -4,11 +4,10 @@ Its first four tokens are fairseq's <s>, <pad>, </s>, <unk>, so rows need not be
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
 from typing import Any, Dict, List
 
 from ..branch.settings import ONE_PROCESS
-from ..config import MoETransformerLMConfig
+from ..config import defaults
 from ..errors import UserError
 from ..models.language_model import MODEL_NAME
 from ..shape import shape_of
@@ -97,9 +96,8 @@ def settings_of(path: str, config: Dict[str, Any]) -> Dict[str, Any]:
             f"{path}: activation_function {config['activation_function']} is not one of "
             f"{', '.join(names)}"
         )
-    defaults = {f.name: f.default for f in fields(MoETransformerLMConfig) if f.default != MISSING}
     return {
-        **defaults,
+        **defaults(),
         **ONE_PROCESS,
         "_name": MODEL_NAME,
         "activation_fn": names[config["activation_function"]],

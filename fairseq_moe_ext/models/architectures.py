@@ -4,13 +4,12 @@ Artetxe et al. 2021 (arXiv 2112.10684), table 1. An architecture is a set of def
 can be overridden by its flag.
 """
 
-from dataclasses import MISSING, fields
 from typing import Any, Dict
 
 from fairseq.models import register_model_architecture
 from omegaconf import DictConfig
 
-from ..config import MoETransformerLMConfig
+from ..config import defaults
 from .language_model import MODEL_NAME
 
 # Pre-norm, GELU, sinusoidal positions, tied embeddings; dropout and the rest as the config's.
@@ -61,18 +60,13 @@ ARCHITECTURES: Dict[str, Dict[str, Any]] = {
 def _register(name: str, sizes: Dict[str, Any]) -> None:
     # What neither the user nor the architecture sets has the config's default. That is written out
     # here for checkpoints of an earlier version, which lack the flags added since.
-    defaults = {f.name: f.default for f in fields(MoETransformerLMConfig)}
-    defaults = {
-        key: value
-        for key, value in {**defaults, **sizes}.items()
-        if not (key == "_name" or value is MISSING or str(value).startswith("${"))
-    }
+    values = {**defaults(), **sizes}.items()
 
     @register_model_architecture(MODEL_NAME, name)
     def architecture(args) -> None:
-        for key, value in defaults.items():
+        for key, value in values:
             present = key in args if isinstance(args, DictConfig) else hasattr(args, key)
-            if not present:
+            if not present and not str(value).startswith("${"):
                 setattr(args, key, value)
 
 

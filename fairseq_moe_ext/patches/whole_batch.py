@@ -3,7 +3,6 @@ global_batch), whose choices must be known before the first gradient."""
 
 import contextlib
 from typing import Any, Dict, Iterator, List, Sequence
-from unittest import mock
 
 import torch
 from fairseq import metrics
@@ -37,7 +36,8 @@ def counted(trainer: Any, samples: Sequence[Dict[str, Any]]) -> Iterator[None]:
     try:
         for balance in balances:
             balance.counting = True
-        sample_size = _forward(trainer, samples)
+        with _no_backward(trainer.optimizer):
+            sample_size = _forward(trainer, samples)
         model.decoder.whole_sample_size = _sum_over_processes(balances, sample_size)
         for balance in balances:
             balance.counting = False
@@ -48,14 +48,22 @@ def counted(trainer: Any, samples: Sequence[Dict[str, Any]]) -> Iterator[None]:
             balance.counting, balance.whole = False, None
 
 
+@contextlib.contextmanager
+def _no_backward(optimizer: Any) -> Iterator[None]:
+    optimizer.backward = lambda loss: None  # hides the class's
+    try:
+        yield
+    finally:
+        del optimizer.backward
+
+
 def _forward(trainer: Any, samples: Sequence[Dict[str, Any]]) -> float:
     """All forward passes as the update will make them; the sum of this process's sample sizes."""
     total = 0.0
     trainer._set_seed()  # as fairseq/trainer.py:782@0.12.2
     trainer.model.train()
     trainer.criterion.train()
-    without_backward = mock.patch.object(trainer.optimizer, "backward", lambda loss: None)
-    with torch.no_grad(), without_backward, metrics.aggregate(new_root=True):
+    with torch.no_grad(), metrics.aggregate(new_root=True):
         for sample in samples:
             sample, is_dummy = trainer._prepare_sample(sample)
             _, sample_size, _ = trainer.task.train_step(
