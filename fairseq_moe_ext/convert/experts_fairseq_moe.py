@@ -69,12 +69,22 @@ class TopKRouter(nn.Module):
         self.num_experts, null = config.num_experts, self.settings["null_experts"]
         self.register_buffer("balance_bias", None)
         if self.settings["bias"]:
-            self.balance_bias = torch.zeros(self.num_experts + null)
+            self.balance_bias = torch.zeros(self.num_experts + null, dtype=torch.float32)
         self.add_gate(config)
 
     def add_gate(self, config: Any) -> None:
         outputs = self.num_experts + (self.settings["null_experts"] > 0)
         self.wg = Gate(config.hidden_size, outputs, bias=False)
+
+    def _apply(self, fn: Any, *rest: Any, **named: Any) -> Any:
+        """What training has found keeps its precision where the model is cast."""
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, *rest, **named)
+        for name, value in before.items():
+            device = getattr(self, name).device
+            kept = torch.empty_like(value, device=device) if value.is_meta else value.to(device)
+            setattr(self, name, kept)
+        return self
 
     def forward(self, x: Tensor, token_ids: Optional[Tensor]) -> Routing:
         """x (N, D), token_ids (N,)."""
@@ -83,9 +93,7 @@ class TopKRouter(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """x (N, D) -> (N, E)."""
         s = self.settings
-        if s["float32_product"]:
-            return self.wg(x, at_least_float32(x))
-        logits = self.wg(x)
+        logits = self.wg(x, at_least_float32(x) if s["float32_product"] else None)
         if s["null_experts"] > 1:  # they share a logit
             logits = torch.cat([logits, *[logits[:, -1:]] * (s["null_experts"] - 1)], 1)
         return logits.to(at_least_float32(logits)) if s["float32"] else logits
@@ -172,8 +180,9 @@ class HashRouter(TopKRouter):
         if token_ids is None:
             raise ValueError("the router hash goes by tokens: pass input_ids, not inputs_embeds")
         experts = self.table[token_ids]
-        weights = x.new_full(experts.shape, 1 / self.k)
-        probs = x.new_zeros(len(x), self.num_experts).scatter(1, experts, weights)
+        dtype = at_least_float32(x) if self.settings["float32"] else x.dtype
+        weights = x.new_full(experts.shape, 1 / self.k, dtype=dtype)
+        probs = weights.new_zeros(len(x), self.num_experts).scatter(1, experts, weights)
         taken = torch.ones_like(experts, dtype=torch.bool)
         return Routing(probs, experts, weights * self.settings["scale"], taken, taken)
 
@@ -192,6 +201,7 @@ class ThresholdRouter(TopKRouter):
     def route(self, logits: Tensor) -> Routing:
         values = logits.detach()
         top = torch.zeros_like(values, dtype=torch.bool).scatter(1, best(values, self.k), True)
+        values = values.to(at_least_float32(values))
         if self.settings["score"] != "sigmoid":  # thresholds are of log(s / (1 - s))
             log_p = F.log_softmax(values, dim=-1)
             values = log_p - torch.log1p(-log_p.exp())

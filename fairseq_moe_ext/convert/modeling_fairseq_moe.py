@@ -248,10 +248,12 @@ class FairseqMoeModel(FairseqMoePreTrainedModel):
         mask = _mask(real, past, length, x.device)
         real = None if real is None else real[:, past : past + length]
 
+        wanted = output_hidden_states or self.config.output_hidden_states
         hidden: List[Tensor] = []
         losses: List[Tensor] = []
         for layer in self.layers:
-            hidden.append(x)
+            if wanted:
+                hidden.append(x)
             if self.gradient_checkpointing and self.training:
                 x, loss = self._gradient_checkpointing_func(
                     layer.__call__, x, mask, real, input_ids, None
@@ -261,7 +263,6 @@ class FairseqMoeModel(FairseqMoePreTrainedModel):
             if loss is not None:
                 losses.append(loss)
         x = x if self.layer_norm is None else self.layer_norm(x)
-        wanted = output_hidden_states or self.config.output_hidden_states
         output = MoeModelOutputWithPast(
             last_hidden_state=x,
             hidden_states=(*hidden, x) if wanted else None,

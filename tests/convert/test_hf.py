@@ -1,7 +1,9 @@
 """To Hugging Face transformers and back: logits, tokens, training, generation."""
 
+import gc
 import json
 import shutil
+import weakref
 
 import branch_files
 import pytest
@@ -179,6 +181,39 @@ def test_shards_and_half_precision(converted, tmp_path):
     theirs(converted("top3")[1]).save_pretrained(tmp_path / "again")
     convert(tmp_path / "again", tmp_path / "again.pt", "--from", "hf")
     assert same(load(tmp_path / "again.pt")["model"], load(path)["model"])
+
+
+@pytest.mark.parametrize("kind", ["bias", pytest.param("threshold", marks=pytest.mark.slow)])
+def test_a_router_s_state_keeps_its_precision(converted, kind):
+    """In transformers a router's state is float32 and float64, as it is here."""
+    _, folder = converted(kind)
+    whole, half = theirs(folder).state_dict(), theirs(folder, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    state = [n for n in whole if ".gate." in n and not n.endswith(".wg.weight")]
+    assert state and all(same(half.state_dict()[name], whole[name]) for name in state)
+
+
+def test_layers_outputs_are_kept_only_if_asked_for(converted):
+    """At the last layer the outputs of earlier ones are gone."""
+    model, kept = theirs(converted("top2")[1]), []
+
+    def look(module, args):
+        kept.append(weakref.ref(args[0]))
+
+    def count(*_):
+        gc.collect()
+        alive.append(sum(x() is not None for x in kept))
+
+    alive = []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(look)
+    model.model.layer_norm.register_forward_pre_hook(count)
+    for asked in (False, True):
+        kept.clear()
+        with torch.no_grad():
+            found = model(torch.tensor([[2, 9, 8]]), output_hidden_states=asked).hidden_states
+        assert (found is None) is not asked
+    assert alive == [0, len(model.model.layers)] and len(found) == alive[1] + 1
 
 
 def test_the_card(converted, hf_data, tmp_path):
