@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .errors import UserError
+from .kernels.transfer import to_device
 from .moe.exchange import Arrival
 from .moe.scope import RoutingScope
 
@@ -112,28 +113,32 @@ class ExpertParallel:
             rows (N', D) in the order of this process's experts, each expert's in the order of the
             ranks that they come from; and what `send_back` needs.
         """
-        holders = len(self.placement.holders)
-        sent = torch.tensor(counts, device=x.device).view(holders, self.placement.local)
-        received = torch.empty_like(sent)  # (holders, local): rows from each, for each expert
+        local = self.placement.local
+        sent = to_device(counts, x.device).view(-1, local)  # (holders, local)
+        received = torch.empty_like(sent)  # rows from each holder, for each expert
         dist.all_to_all_single(received, sent, group=self.holders)
-        splits = sent.sum(dim=1).tolist(), received.sum(dim=1).tolist()
-        x = _AllToAll.apply(x, *splits, self.holders, self.traffic)
-        order = _by_expert(received)
-        x = _Reorder.apply(x, order, order.argsort())
-        return x, Arrival(received.sum(dim=0).tolist(), (splits, order))
+        arrived = received.tolist()  # here alone a GPU is waited for
+        going = [sum(counts[i : i + local]) for i in range(0, len(counts), local)]
+        coming = [sum(of_holder) for of_holder in arrived]
+        x = _AllToAll.apply(x, going, coming, self.holders, self.traffic)
+        order = _by_expert(received, len(x))
+        inverse = order.argsort()
+        x = _Reorder.apply(x, order, inverse)
+        of_expert = [sum(rows) for rows in zip(*arrived)]
+        return x, Arrival(of_expert, (going, coming, order, inverse))
 
     def send_back(self, y: Tensor, arrival: Arrival) -> Tensor:
         """Rows (N', D) that `send` brought here -> those (N, D) that it sent away, in its order."""
-        (sent, received), order = arrival.way
-        y = _Reorder.apply(y, order.argsort(), order)
-        return _AllToAll.apply(y, received, sent, self.holders, self.traffic)
+        going, coming, order, inverse = arrival.way
+        y = _Reorder.apply(y, inverse, order)
+        return _AllToAll.apply(y, coming, going, self.holders, self.traffic)
 
 
 class WorldScope(RoutingScope):
     """The tokens of all processes: capacity, loss and metrics as if one process had them."""
 
     def tokens(self, here: int) -> int:
-        return int(self.total(torch.tensor(here, device=collective_device())))
+        return int(self.total(torch.full((), here, device=collective_device())))
 
     def total(self, x: Tensor) -> Tensor:
         return _Sum.apply(x)
@@ -141,7 +146,7 @@ class WorldScope(RoutingScope):
     def gather(self, x: Tensor) -> Tuple[Tensor, slice]:
         sizes = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(process_count())]
         dist.all_gather(sizes, sizes[0] + len(x))
-        rows = [int(size) for size in sizes]
+        rows = torch.cat(sizes).tolist()
         padded = x.new_zeros(max(rows), *x.shape[1:])  # the collective wants equal shapes
         padded[: len(x)] = x
         everyone = [torch.empty_like(padded) for _ in rows]
@@ -237,15 +242,15 @@ def _groups(
     return groups[own.holders], groups[own.replicas]
 
 
-def _by_expert(received: Tensor) -> Tensor:
-    """received (holders, local): rows from each holder for each expert, as they arrive. Returns the
-    order (N',) that groups rows by expert."""
+def _by_expert(received: Tensor, rows: int) -> Tensor:
+    """received (holders, local): rows from each holder for each expert, as they arrive, N' in all.
+    Returns the order (N',) that groups rows by expert."""
     flat = received.flatten()
     starts = (flat.cumsum(0) - flat).view_as(received).t().flatten()  # by expert, then holder
     lengths = received.t().flatten()
     ends = lengths.cumsum(0)
-    shift = (starts - (ends - lengths)).repeat_interleave(lengths)
-    return torch.arange(int(ends[-1]), device=received.device) + shift
+    shift = (starts - (ends - lengths)).repeat_interleave(lengths, output_size=rows)
+    return torch.arange(rows, device=received.device) + shift
 
 
 class _AllToAll(torch.autograd.Function):
@@ -261,19 +266,29 @@ class _AllToAll(torch.autograd.Function):
         traffic: Traffic,
     ) -> Tensor:
         ctx.args = received, sent, group, traffic
-        out = x.new_empty(sum(received), x.size(1))
-        away = sum(sent) - sent[dist.get_rank(group)]
-        traffic.bytes += away * x.size(1) * x.element_size()
-        start = time.perf_counter()
-        dist.all_to_all_single(out, x.contiguous(), received, sent, group=group)
-        if not x.is_cuda:  # there the call returns before the exchange is done
-            traffic.seconds += time.perf_counter() - start
-        return out
+        return _exchanged(x, sent, received, group, traffic)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None, None, None, None]:
-        return _AllToAll.forward(ctx, grad, *ctx.args), None, None, None, None
+        return _exchanged(grad, *ctx.args), None, None, None, None
+
+
+def _exchanged(
+    x: Tensor,
+    sent: List[int],
+    received: List[int],
+    group: Optional[dist.ProcessGroup],
+    traffic: Traffic,
+) -> Tensor:
+    out = x.new_empty(sum(received), x.size(1))
+    away = sum(sent) - sent[dist.get_rank(group)]
+    traffic.bytes += away * x.size(1) * x.element_size()
+    start = time.perf_counter()
+    dist.all_to_all_single(out, x.contiguous(), received, sent, group=group)
+    if not x.is_cuda:  # there the call returns before the exchange is done
+        traffic.seconds += time.perf_counter() - start
+    return out
 
 
 class _Reorder(torch.autograd.Function):

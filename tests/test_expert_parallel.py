@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from expert_layers import SETTINGS, TOKENS, assert_same, build, combined, inputs, step
 from processes import run_processes
+from waits import Waits
 
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.expert_parallel import ExpertParallel, WorldScope, placement
@@ -78,3 +79,35 @@ def test_process_pool_equals_one_process_with_the_batches_as_groups(world, exper
     for result, group in zip(results, groups):
         for key in ("balance_loss", "z_loss", "stats"):
             torch.testing.assert_close(result[key], group[key], rtol=1e-9, atol=1e-12)
+
+
+def exchange_in_a_process(rank):
+    """The waits of an exchange, and the gradients of two backward passes through it."""
+    parallel = ExpertParallel(4)
+    counts = [[2, 0, 1, 3], [1, 4, 0, 2]][rank]
+    x = torch.arange(sum(counts) * 2.0).view(-1, 2).add(100 * rank).requires_grad_()
+    with Waits() as waits:
+        rows, arrival = parallel.send(x, counts)
+        back = parallel.send_back(rows * (rank + 1), arrival)
+    assert arrival.counts == [[3, 4], [1, 5]][rank]
+    twice = [torch.autograd.grad((back * x).sum(), x, retain_graph=True)[0] for _ in range(2)]
+    return waits.counts, twice
+
+
+def test_an_exchange_waits_once_and_goes_back_as_often_as_asked():
+    for counts, (first, second) in run_processes(2, exchange_in_a_process):
+        assert torch.equal(first, second)
+        assert counts == {"tolist": 1}
+
+
+def scope_in_a_process(rank):
+    with Waits() as waits:
+        rows, mine = WorldScope().gather(torch.full((rank + 1, 2), float(rank)))
+        tokens = WorldScope().tokens(rank + 1)
+    assert rows[mine].unique().tolist() == [rank]
+    return waits.counts, tokens, len(rows)
+
+
+def test_a_scope_of_all_processes_waits_once_for_each_answer():
+    found = run_processes(2, scope_in_a_process)
+    assert found == [({"tolist": 1, "__int__": 1}, 3, 3)] * 2

@@ -53,7 +53,7 @@ ALLOWED = {
         "completion": "",
         "context": "",
         "data_bin_files": "",
-        "expert_parallel": "moe.exchange moe.scope",
+        "expert_parallel": "kernels.transfer moe.exchange moe.scope",
         "counted": "",
         "fingerprint": "data_bin",
         "diverging": "",

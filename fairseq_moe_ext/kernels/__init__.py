@@ -5,6 +5,7 @@
                               `plain_expert_ffn` of moe/experts.py
     threads.py                one expert per core, if experts have few rows; plain twin: a for loop
     dropout.py                sixteen random bits an element; plain twin: F.dropout
+    transfer.py               numbers to a GPU, without waiting for it; plain twin: torch.tensor
     linear_cross_entropy.py   the loss without holding all logits; plain twin: F.cross_entropy
 
 tests/kernels compares each with its twin, in outputs and gradients. One place each decides which

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from .matmul import autocast_dtype, faster_products, program_rows
 from .threads import side_by_side
+from .transfer import to_device
 
 Stack = Union[Tensor, Sequence[Tensor]]
 _HIDDEN_AT_A_TIME = 2**17  # numbers, 512 KB in float32: half of a core's cache of the second level
@@ -102,7 +103,7 @@ def grouped(
     """Like by_expert, with few kernel launches for any number of experts."""
     stacks = (each for each in weights if isinstance(each, Tensor))
     w1, b1, w2, b2 = (scale_gradient(each.to(x.dtype), grad_scale) for each in stacks)
-    rows = torch.tensor(counts, device=x.device)
+    rows = to_device(counts, x.device)
     ends = rows.cumsum(0, dtype=torch.int32)
     expert = torch.arange(len(counts), device=x.device)
     expert = expert.repeat_interleave(rows, output_size=x.size(0))  # (N,)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..kernels.transfer import to_device
 from .routing import Routing
 
 
@@ -33,19 +34,21 @@ def lay_out(routing: Routing, rounded: Optional[Callable[[List[int]], List[int]]
     # Kept choices occupy the first slots of their expert, without gaps.
     counts = torch.zeros_like(routing.counts[0])  # (E,)
     counts.scatter_add_(0, routing.experts.reshape(-1), routing.kept.reshape(-1).to(counts.dtype))
-    rows_of = counts.tolist()
+    wanted = [counts]
+    if k == len(counts) > 2:  # tokens have a variable number of choices, mostly few
+        used = routing.kept.any(dim=0) * torch.arange(1, k + 1, device=counts.device)  # (K,)
+        wanted.append(used.amax(dim=0, keepdim=True))
+    rows_of = torch.cat(wanted).tolist()  # here alone a GPU is waited for
+    widest = max(1, rows_of.pop()) if len(wanted) > 1 else k
     if rounded is not None:
         rows_of = rounded(rows_of)
-        counts = counts.new_tensor(rows_of)
+        counts = to_device(rows_of, counts.device)
     row = (counts.cumsum(0) - counts)[routing.experts] + routing.local_slots
     behind = sum(rows_of)  # dropped choices write here
     token = row.new_zeros(behind + 1)
     index = torch.arange(tokens, device=row.device).unsqueeze(1).expand(tokens, k)
     token.scatter_(0, row.where(routing.kept, behind).reshape(-1), index.reshape(-1))
-    kept = routing.kept
-    if k == len(rows_of) > 2:  # tokens have a variable number of choices, mostly few
-        k = max(1, int((kept.any(dim=0) * torch.arange(1, k + 1, device=kept.device)).max()))
-        row, kept = row[:, :k], kept[:, :k]
+    row, kept = row[:, :widest], routing.kept[:, :widest]
     return Rows(row.where(kept, 0), kept, token[:behind], rows_of)
 
 

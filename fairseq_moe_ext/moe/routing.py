@@ -7,7 +7,7 @@ computed by index: nothing here is larger than tokens x experts.
 from __future__ import annotations
 
 import math
-from typing import Any, Callable, Dict, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
@@ -281,6 +281,12 @@ def not_padding(experts: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
     return ~padding_mask.bool().unsqueeze(1).expand_as(experts)
 
 
+def real_rows(padding_mask: Optional[Tensor]) -> Union[slice, Tensor]:
+    """padding_mask (T,) bool -> the index of the tokens that are not padding, which a GPU is waited
+    for once, not each time that it is used."""
+    return slice(None) if padding_mask is None else (~padding_mask.bool()).nonzero()[:, 0]
+
+
 def normalized(weights: Tensor) -> Tensor:
     """(T, K) -> (T, K), each row divided by its sum; a row of zeros stays zero."""
     eps = torch.finfo(weights.dtype).eps
@@ -337,4 +343,5 @@ def queue(
 def _gumbel_like(logits: Tensor) -> Tensor:
     """Standard Gumbel samples, (T, E) float32; equal to the branch's for the same seed."""
     zero = torch.zeros((), device=logits.device)
-    return torch.distributions.Gumbel(zero, zero + 1).rsample(logits.shape)
+    # to validate the arguments would wait for a GPU
+    return torch.distributions.Gumbel(zero, zero + 1, validate_args=False).rsample(logits.shape)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..router import TopKRouter, register_router
-from ..routing import Routing, counted_tokens, distribution, not_padding, send
+from ..routing import Routing, counted_tokens, distribution, not_padding, real_rows, send
 
 PRECISION = 1e-3  # of the range of scores: how far their mean may be from the optimum
 ROUNDS = 10_000
@@ -117,7 +117,7 @@ class BaseRouter(TopKRouter):
 
     def _assigned(self, logits: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
         """(T, 1) int64, computed with the tokens of all processes in scope; 0 for padding."""
-        real = slice(None) if padding_mask is None else ~padding_mask.bool()
+        real = real_rows(padding_mask)
         everyone, mine = self.scope.gather(logits[real])
         experts = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
         experts[real] = balanced_assignment(everyone)[mine]

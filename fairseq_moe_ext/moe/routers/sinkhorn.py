@@ -16,6 +16,7 @@ from ..routing import (
     distribution,
     normalized,
     not_padding,
+    real_rows,
     send,
 )
 
@@ -72,7 +73,7 @@ class SinkhornRouter(TopKRouter):
     def _plan(self, logits: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
         """(T, E), computed from the tokens of all processes in scope; rows of padding are its
         logits."""
-        real = slice(None) if padding_mask is None else ~padding_mask.bool()
+        real = real_rows(padding_mask)
         everyone, mine = self.scope.gather(logits.detach()[real])
         plan = logits.detach().to(torch.float64, copy=True)  # does not overwrite logits in float64
         plan[real] = sinkhorn(everyone)[mine]
