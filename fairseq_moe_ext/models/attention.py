@@ -57,14 +57,17 @@ class CausalSelfAttention(nn.Module):
                 k = torch.cat([past["k"], k], dim=2)
                 v = torch.cat([past["v"], v], dim=2)
             self.set_incremental_state(incremental_state, "kv", {"k": k, "v": v})
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and past is None,
-        )  # (B, H, S, D / H)
+        if x.size(0) == 0:  # refused by flash attention before PyTorch 2.10
+            out = q + (k + v)[:, :, : q.size(2)]
+        else:
+            out = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                dropout_p=self.dropout if self.training else 0.0,
+                is_causal=mask is None and past is None,
+            )  # (B, H, S, D / H)
         return self.out_proj(out.transpose(1, 2).reshape(x.shape))
 
     def _project(self, x: Tensor) -> Iterable[Tensor]:

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from small_models import KINDS, MOE, SMALL, build_model, make_config, random_tokens
+import torch.nn.functional as F
+from small_models import KINDS, MOE, SMALL, VOCABULARY, build_model, make_config, random_tokens
 
 from fairseq_moe_ext.config_checks import validate
 from fairseq_moe_ext.errors import UserError
@@ -290,3 +291,32 @@ def test_an_output_projection_of_its_own_is_not_lost():
     tied = build_model(share_decoder_input_output_embed=True)
     with pytest.raises(UserError, match="separate output projection.*--arch moe_transformer_lm"):
         tied.load_state_dict(build_model().state_dict())
+
+
+@pytest.fixture
+def refused_empty(monkeypatch):
+    """As PyTorch's flash attention before 2.10, in half precision on a GPU."""
+    attend = F.scaled_dot_product_attention
+
+    def refusing(q, *rest, **more):
+        if q.size(0) == 0:
+            raise RuntimeError("batch size must be positive")
+        return attend(q, *rest, **more)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", refusing)
+
+
+@pytest.mark.parametrize("flags", [{}, MOE], ids=["dense", "moe"])
+def test_a_batch_without_rows_has_gradients_of_zero(tokens, flags, refused_empty):
+    """Processes that have run out of batches need them in every collective."""
+    model = build_model(**flags).train()
+    with pytest.raises(RuntimeError, match="must be positive"):
+        F.scaled_dot_product_attention(*torch.zeros(3, 0, 2, 4, 8))
+    loss, _ = model(tokens[:0], target=tokens[:0])
+    loss.backward()
+    trained = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert all(grad is not None and grad.eq(0).all() for grad in trained.values())
+    state = {}
+    logits, _ = model.eval()(tokens[:0, :3], incremental_state=state)
+    assert logits.shape == (0, 3, VOCABULARY)
+    assert model(tokens[:0, :4], incremental_state=state)[0].shape == (0, 1, VOCABULARY)
