@@ -339,6 +339,8 @@ def check_trainer(cfg: Any, task: Any, model: Any) -> None:
         raise UserError(
             f"--zero-sharding {sharding} needs several processes, but there is only one: remove it"
         )
+    if cfg.common.amp and torch.distributed.is_initialized():
+        _check_amp(cfg, model)
     over = str(getattr(cfg.model, "moe_balance_over", None))
     transform = str(getattr(cfg.criterion, "moe_gate_loss_transform", "none"))
     if over == "global_batch" and transform != "none":
@@ -349,6 +351,17 @@ def check_trainer(cfg: Any, task: Any, model: Any) -> None:
         )
     if not cfg.dataset.disable_validation:
         _check_metric(cfg, task, model)
+
+
+def _check_amp(cfg: Any, model: Any) -> None:
+    """PyTorch's scaler skips an update, and lowers its scale, where this process's gradients are
+    not finite. With gradients that other processes do not have, they would go on."""
+    backend = cfg.distributed_training.ddp_backend
+    if getattr(model, "has_experts", False) or backend == "fully_sharded":
+        raise UserError(
+            "--amp: each process would decide alone whether to skip an update, by its own "
+            "experts or shards: use --bf16, or --fp16 with --fp16-no-flatten-grads"
+        )
 
 
 def _check_metric(cfg: Any, task: Any, model: Any) -> None:
