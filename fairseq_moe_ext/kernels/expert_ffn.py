@@ -61,6 +61,7 @@ def by_expert(
     wanted = autocast_dtype(x)
     if wanted is not None:
         with torch.autocast(x.device.type, enabled=False):
+            mask = None if mask is None else mask.to(wanted)
             return by_expert(x.to(wanted), counts, weights, activation, mask, grad_scale)
     rounded = program_rows(x, weights.w1[0].numel(), counts)
     if rounded != counts:

@@ -64,12 +64,17 @@ def test_gate_in_float32_inside_a_half_precision_layer():
     assert torch.equal(exact.out, layer(x).out)
 
 
-def test_autocast():
+@pytest.mark.parametrize("dropout", ["activation_dropout", "dropout", None])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast(dropout, dtype):
     torch.manual_seed(0)
-    layer = MoELayer.build(16, 16, 4, GateSettings(**PLAIN))
+    rates = {dropout: 0.3} if dropout else {}
+    layer = MoELayer.build(16, 16, 4, GateSettings(**PLAIN), **rates)
     x = torch.randn(20, 16, requires_grad=True)
+    torch.manual_seed(1)
     exact = layer(x).out
-    with torch.autocast("cpu", torch.bfloat16):
+    torch.manual_seed(1)
+    with torch.autocast("cpu", dtype):
         output = layer(x)
     output.out.float().sum().backward()
     assert torch.isfinite(x.grad).all()
