@@ -202,31 +202,31 @@ def check(settings: Mapping[str, Any], spell: Callable[[str], str] = flag) -> No
         spell: gives a name as the user has written it.
     """
     for name, value in settings.items():
-        range = RANGES.get(name)
-        if range is None or value is None or (isinstance(value, str) and "${" in value):
+        allowed = RANGES.get(name)
+        if allowed is None or value is None or (isinstance(value, str) and "${" in value):
             continue  # the last refers to another setting
-        require(range, value, spell(name))
+        require(allowed, value, spell(name))
 
 
-def require(range: Range, value: Any, spelled: str) -> None:
+def require(allowed: Range, value: Any, spelled: str) -> None:
     """Raise UserError unless a value is in the range."""
-    if not _fits(range, value):
+    if not _fits(allowed, value):
         shown = repr(value) if value == "" else str(value)
-        raise UserError(f"{spelled} {shown[:60]} is out of range: use {range}")
+        raise UserError(f"{spelled} {shown[:60]} is out of range: use {allowed}")
 
 
-def _fits(range: Range, value: Any) -> bool:
+def _fits(allowed: Range, value: Any) -> bool:
     if isinstance(value, str):  # "(0.9, 0.98)", or a number if fairseq has no type for it
         try:
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             return False
-    if range.items == 0:
-        return value in range
+    if allowed.items == 0:
+        return value in allowed
     values = list(value) if hasattr(value, "__iter__") else [value]
-    if len(values) != (range.items or max(len(values), 1)):
+    if len(values) != (allowed.items or max(len(values), 1)):
         return False
-    return all(one in range for one in values)
+    return all(one in allowed for one in values)
 
 
 def flatten(settings: Mapping[str, Any]) -> Iterator[Tuple[str, str, Any]]:

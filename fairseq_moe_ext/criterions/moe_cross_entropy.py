@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import ranges
 from ..errors import not_finite
-from ..moe.stats import FIGURES, NULL_SHARE
+from ..moe.stats import METRICS, NULL_SHARE
 
 _TRAFFIC = ("all_to_all_mb", "all_to_all_cpu_time_ms")
 _LAYER_METRIC = re.compile(r"layer\d+_")
@@ -221,7 +221,7 @@ def _of_whole_batch(
 def logged_of_gates(cfg: MoECrossEntropyConfig) -> List[str]:
     """What log_gates logs for every model with experts, without the additions of
     --moe-log-per-layer."""
-    return ["moe_gate_loss", *(["moe_z_loss"] if cfg.moe_z_loss_wt > 0 else []), *FIGURES]
+    return ["moe_gate_loss", *(["moe_z_loss"] if cfg.moe_z_loss_wt > 0 else []), *METRICS]
 
 
 _LOGGED_LOSSES = {
@@ -244,5 +244,5 @@ def log_gates(logging_outputs: List[Dict[str, Any]]) -> None:
         if key in logged:
             metrics.log_scalar(name, total(key) / sample_size, sample_size, round=8)
     for key in logged:
-        if key in (*FIGURES, NULL_SHARE, *_TRAFFIC) or _LAYER_METRIC.match(key):
+        if key in (*METRICS, NULL_SHARE, *_TRAFFIC) or _LAYER_METRIC.match(key):
             metrics.log_scalar(key, total(key) / batches, batches, round=3)

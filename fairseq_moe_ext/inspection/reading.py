@@ -31,30 +31,30 @@ class Tokens:
 
     def __init__(self, data: Path, dictionary: Any) -> None:
         self.dictionary = dictionary
-        files = find_tokenizer(data)
-        folder = files and Path(files["gpt2_encoder_json"]).parent
+        own = find_tokenizer(data)
+        folder = own and Path(own["gpt2_encoder_json"]).parent
         self._vocabulary = Vocabulary(folder) if folder else None
 
     def encode(self, text: str, name: str) -> List[int]:
         """Raises UserError if a tenth or more of the text is not in the dictionary."""
         if self._vocabulary is not None:
-            files = self._vocabulary.encode(text)
-            if files:
-                self._vocabulary.check([files], name)
-            return files
+            ids = self._vocabulary.encode(text)
+            if ids:
+                self._vocabulary.check([ids], name)
+            return ids
         line_ends = self.dictionary.eos()
-        files = []
+        ids = []
         for line in text.split("\n"):
-            files += [self.dictionary.index(word) for word in line.split()] + [line_ends]
-        files = files[:-1]
-        unknown = np.mean([token == self.dictionary.unk() for token in files]) if files else 0
+            ids += [self.dictionary.index(word) for word in line.split()] + [line_ends]
+        ids = ids[:-1]
+        unknown = np.mean([token == self.dictionary.unk() for token in ids]) if ids else 0
         if unknown >= 0.1:
             raise UserError(
                 f"--text {name}: {unknown:.0%} of its words are not in the dictionary: put the "
                 "tokenizer's encoder.json and vocab.bpe beside dict.txt, or prepare the text in "
                 "the same way as the data"
             )
-        return files
+        return ids
 
     def text(self, tokens: Sequence[int]) -> str:
         """In one line; a newline is ↵."""

@@ -15,7 +15,7 @@ from .scope import PROCESS, RoutingScope
 # The share of experts that counts as most used, and as least used.
 BALANCE_SHARE = 0.2
 
-FIGURES = ("entropy_gating", "overflow", "load_max", "max_vio", "experts_per_token") + tuple(
+METRICS = ("entropy_gating", "overflow", "load_max", "max_vio", "experts_per_token") + tuple(
     figure
     for expert in ("expert1", "expert2")
     for figure in (
@@ -31,7 +31,7 @@ NULL_SHARE = "null_share"  # where there are null experts
 
 
 def routing_stats(routing: Routing, scope: RoutingScope = PROCESS) -> Dict[str, Tensor]:
-    """FIGURES of one routing, scalars without gradient, over the tokens in scope that count:
+    """METRICS of one routing, scalars without gradient, over the tokens in scope that count:
 
     - entropy_gating: mean entropy of the router's probabilities, in nats.
     - overflow: percentage of routed choices beyond capacity.

@@ -18,7 +18,7 @@ from .. import context, training_line
 from ..expert_parallel import process_count, process_rank
 from ..metrics_file import MetricsFile
 from ..models.language_model import MoETransformerLanguageModel
-from ..moe.stats import FIGURES
+from ..moe.stats import METRICS
 
 _LAYER = re.compile(r"(layer\d+)_(.+)")
 _SPEED = {"wps", "ups", "wpb", "bsz", "train_wall", "wall", "gb_free", "num_updates"}
@@ -159,7 +159,7 @@ def group_of(name: str) -> str:
     of_layer = _LAYER.fullmatch(name)
     if of_layer:
         return f"{of_layer[1]}/{of_layer[2]}"
-    for group, names in (("speed", _SPEED), ("optimizer", _OPTIMIZER), ("router", FIGURES)):
+    for group, names in (("speed", _SPEED), ("optimizer", _OPTIMIZER), ("router", METRICS)):
         if name in names:
             return name if name == "num_updates" else f"{group}/{name}"
     return f"router/{name}" if name.startswith("moe_") else f"loss/{name}"

@@ -7,7 +7,7 @@ bias.py        StereoSet and CrowS-Pairs
 model.py       log-probabilities from a checkpoint, on any number of processes
 generative.py  translation and summarisation
 protocol.py    what all kinds of tasks receive
-progress.py    the file of results, from which the same command resumes
+resuming.py    the file of results, from which the same command resumes
 command.py     `fairseq-moe priming`
 harness.py, lm_eval_command.py   `fairseq-moe lm-eval`: EleutherAI's harness
 """

@@ -216,10 +216,10 @@ def answer(
     """Answer all questions after the same examples; each gets those that fit, the last ones."""
     prompts, left_out, shared = [], [], []
     for question in questions:
-        count = fitting(examples, max(map(len, question.candidates)), context)
-        before = joined(examples[len(examples) - count :], EOS)
+        fit = fitting(examples, max(map(len, question.candidates)), context)
+        before = joined(examples[len(examples) - fit :], EOS)
         prompts.append([before + candidate for candidate in question.candidates])
-        left_out.append(len(examples) - count)
+        left_out.append(len(examples) - fit)
         shared.append(len(before))
     long = [sum(len(row) > context for row in rows) for rows in prompts]
     candidate_scores = scores(rule, prompts, scorer, context, shared)

@@ -16,7 +16,7 @@ from ..questions import formats, scoring
 from ..questions.vocabulary import Vocabulary
 from ..text_table import markdown, plain
 from ..wording import count
-from . import bias, choice, generative, model, progress
+from . import bias, choice, generative, model, resuming
 from .protocol import Loaded, Result, Settings, say
 
 # task -> the module with prepare(name, folder, settings, vocabulary) and table(results)
@@ -116,8 +116,8 @@ def _run(args: argparse.Namespace) -> None:
     settings, names = checked(args)
     check_path(args.path)
     args.data = tokenizer_files.folder_for(args.path, args.data)
-    asked = progress.asked(args, settings, names)
-    results = progress.begun(args.json, asked, args.overwrite)
+    asked = resuming.asked(args, settings, names)
+    results = resuming.begun(args.json, asked, args.overwrite)
     if not results:
         inputs = [args.folder, args.path, args.data]
         outputs.check([("--json", args.json)], args.overwrite, inputs)

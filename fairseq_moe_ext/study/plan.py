@@ -159,8 +159,8 @@ def _evaluations(asked: Dict[str, Any], path: Path) -> Tuple[Dict[str, Any], Dic
     """The settings of `fairseq-moe evaluate` and of `fairseq-moe priming`."""
     evaluation = checked(asked["evaluate"], _EVALUATE, f"{path}: evaluate")
     for key in _EVALUATE:
-        range = ranges.COUNT if key == "stride" else ranges.POSITIVE_COUNT  # 0: as the context
-        ranges.require(range, evaluation[key], f"{path}: evaluate: {key}")
+        allowed = ranges.COUNT if key == "stride" else ranges.POSITIVE_COUNT  # 0: as the context
+        ranges.require(allowed, evaluation[key], f"{path}: evaluate: {key}")
     if evaluation["stride"] > asked["context"]:
         raise UserError(
             f"{path}: evaluate: stride {evaluation['stride']}: is more than the context, "

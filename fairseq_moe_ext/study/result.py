@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, cast
 
 from .. import accuracy, cost, files
@@ -195,8 +196,7 @@ def factors(runs: Runs) -> Dict[str, GroupFactors]:
             except UserError:  # not all of its sizes are trained yet, or all are near chance
                 continue
             if of_seed:
-                logs = [math.log(f.factor) for f in of_seed]
-                entry["by_seed"][str(seed)] = math.exp(sum(logs) / len(logs))
+                entry["by_seed"][str(seed)] = geometric_mean([f.factor for f in of_seed])
     return by_group
 
 
@@ -282,25 +282,25 @@ def over_seeds(group: GroupFactors) -> str:
 
 def seeds_mean(group: GroupFactors) -> float:
     """The geometric mean of a group's factors over seeds; NaN of none."""
-    logs = [math.log(factor) for factor in group["by_seed"].values()]
-    return math.exp(sum(logs) / len(logs)) if logs else math.nan
+    seeds = group["by_seed"].values()
+    return geometric_mean(seeds) if seeds else math.nan
 
 
 def table(result: StudyResult) -> List[List[str]]:
     """Speed-up factors by group: geometric mean over seeds, its range, the range of the curve, and
     the performance that both families show."""
     rows = [["speed-up factor", "mean", "seeds", "along the curve", "overlap"]]
-    for group, factors in result["factors"].items():
-        along = [point["factor"] for point in factors["curve"]]
+    for group, found in result["factors"].items():
+        along = [point["factor"] for point in found["curve"]]
         ends = f"{min(along):.2f} to {max(along):.2f}" if len(along) > 1 else ""
-        mean = seeds_mean(factors)
+        mean = seeds_mean(found)
         rows.append(
             [
                 group.replace("_", " "),
                 "-" if math.isnan(mean) else f"{mean:.2f}",
-                over_seeds(factors) if along else "-",
+                over_seeds(found) if along else "-",
                 ends or (f"{along[0]:.2f}, one point" if along else "-"),
-                factors["remark"] if along else "none",
+                found["remark"] if along else "none",
             ]
         )
     return rows
@@ -309,10 +309,10 @@ def table(result: StudyResult) -> List[List[str]]:
 def remarks(result: StudyResult) -> List[str]:
     """Why groups have no factor, a line each reason."""
     reasons: Dict[str, List[str]] = {}
-    for group, factors in result["factors"].items():
-        if not factors["curve"]:
-            reasons.setdefault(factors["remark"], []).append(group.replace("_", " "))
-    return [f"{', '.join(groups)}: {reason}" for reason, groups in reasons.items()]
+    for group, found in result["factors"].items():
+        if not found["curve"]:
+            reasons.setdefault(found["remark"], []).append(group.replace("_", " "))
+    return [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
 
 
 def warnings(result: StudyResult) -> List[str]:

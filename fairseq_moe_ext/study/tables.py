@@ -143,7 +143,7 @@ def paper_stereoset() -> Table:
     return ["", "LMS", "SS", "ICAT"], rows
 
 
-def contents(result: StudyResult, use: bool, fine_tuning: bool) -> Table:
+def contents(result: StudyResult, use: bool, fine_tuned: bool) -> Table:
     """What the paper shows, and where it is on the page, in our numbers and in the paper's."""
     runs = result["runs"]
     curves = {group for group, factors in result["factors"].items() if factors["curve"]}
@@ -168,7 +168,7 @@ def contents(result: StudyResult, use: bool, fine_tuning: bool) -> Table:
         ["Zero-shot accuracy of each task", "table" if 0 in shots else primed, "with fine-tuning"],
         ["Few-shot accuracy", f"drawn and table, {few} shots" if few else primed, absent],
         ["Models, table 1", "table", "table"],
-        ["Fine-tuning", "table" if fine_tuning else "not given: --fine-tuning", "table"],
+        ["Fine-tuning", "table" if fine_tuned else "not given: --fine-tuning", "table"],
         ["StereoSet", "table" if bias(runs)[1] else primed, "table, of the models' card"],
         ["Use of experts by layer and set", "drawn" if use else "not given: --expert-use", ""],
         ["Choices dropped for capacity", "table, with every set", ""],

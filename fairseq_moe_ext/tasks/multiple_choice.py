@@ -216,10 +216,10 @@ class MultipleChoiceTask(FairseqTask):
         if split == self.cfg.train_subset:
             self._train_keys.update(key for question in questions for key in question.keys)
             return
-        count = sum(not self._train_keys.isdisjoint(question.keys) for question in questions)
-        if count:
+        related = sum(not self._train_keys.isdisjoint(question.keys) for question in questions)
+        if related:
             logger.warning(
-                f"{split}: {count:,} of {len(questions):,} questions are related to a training "
+                f"{split}: {related:,} of {len(questions):,} questions are related to a training "
                 "question: the same passage, premise, twin, ... or the same question"
             )
 

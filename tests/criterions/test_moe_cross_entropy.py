@@ -10,7 +10,7 @@ from small_models import MOE, build_model, build_stock_model, make_task, random_
 
 from fairseq_moe_ext.criterions.moe_cross_entropy import MoECrossEntropyCriterion
 from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.moe.stats import FIGURES
+from fairseq_moe_ext.moe.stats import METRICS
 
 
 def make_criterion(**options):
@@ -97,9 +97,9 @@ def test_logged_values(sample):
     assert logged["moe_gate_loss"] == pytest.approx(gate_loss, abs=1e-7)
     z_loss = sum(float(record.z_loss) for record in records) / 2
     assert logged["moe_z_loss"] == pytest.approx(z_loss, abs=1e-7)
-    for figure in FIGURES:
-        mean = sum(float(record.stats[figure]) for record in records) / 2
-        assert logged[figure] == pytest.approx(mean, abs=1e-3)
+    for metric in METRICS:
+        mean = sum(float(record.stats[metric]) for record in records) / 2
+        assert logged[metric] == pytest.approx(mean, abs=1e-3)
 
 
 def test_sentence_avg_logs_perplexity_per_token(sample):

@@ -31,8 +31,8 @@ class Legend(NamedTuple):
     sample: Chart
 
 
-def legend(labels: Sequence[str], styles: Sequence[int]) -> List[Legend]:
-    return [Legend(label, _sample(style)) for label, style in zip(labels, styles)]
+def legend(names: Sequence[str], styles: Sequence[int]) -> List[Legend]:
+    return [Legend(name, _sample(style)) for name, style in zip(names, styles)]
 
 
 def _sample(style: int) -> Chart:

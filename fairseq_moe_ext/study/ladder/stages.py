@@ -153,8 +153,8 @@ def read(path: Path) -> Ladder:
 def _check_whole(arm: Arm, path: Path) -> None:
     """Costs are computed from the flags as they are in the file."""
     for flag, value in arm.flags.items():
-        range = ranges.RANGES.get(flag.replace("-", "_"), ranges.FINITE)
-        if isinstance(value, str) and range.whole:
+        allowed = ranges.RANGES.get(flag.replace("-", "_"), ranges.FINITE)
+        if isinstance(value, str) and allowed.whole:
             raise UserError(f"{path}: {arm.name}: {flag} {value!r}: write it without quotes")
 
 
