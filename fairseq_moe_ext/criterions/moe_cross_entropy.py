@@ -147,9 +147,10 @@ class MoECrossEntropyCriterion(FairseqCriterion):
         """Raise UserError if a layer's loss was not finite in the batch before: finite (layers,)
         bool, on a GPU.
 
-        By now that answer has arrived; asking about this batch would synchronise. Nothing is lost,
-        because the trainer stops at gradients that are not finite and runs their batch again
-        (fairseq/trainer.py:964@0.12.2).
+        By now that answer has arrived; asking about this batch would synchronise. No update is made
+        with that batch: the trainer stops at gradients that are not finite and runs it again
+        (fairseq/trainer.py:964@0.12.2), which ends here. With --fp16 or --amp it lowers the loss
+        scale and skips that batch, or tries it again (fairseq/trainer.py:987@0.12.2).
         """
         asked = torch.empty(finite.shape, dtype=torch.bool, pin_memory=True)
         asked.copy_(finite, non_blocking=True)

@@ -1,6 +1,7 @@
 """fairseq/data: complete files, valid batch sizes, and the position in the data."""
 
 import itertools
+import logging
 import os
 import re
 from pathlib import Path
@@ -16,6 +17,8 @@ from .. import data_bin
 from ..data_bin_files import check_data_bin, check_tokens
 from ..files import read_text
 from ..literals import literal
+
+logger = logging.getLogger(__name__)
 
 
 def add_from_file(stock, self, f):
@@ -171,13 +174,24 @@ def save_position(stock, self):
 
 
 def load_position(stock, self, state):
-    """With another number of processes or another batch size, the run continues after the sentences
-    that all processes have seen. If no update ends exactly there, a few are seen twice."""
+    """With another number of processes, the run continues after the batches that all processes have
+    seen; if no update ends exactly there, a few are seen twice.
+
+    Another batch size makes other batches: it continues after as many sentences. Where batches are
+    shuffled, these are others, so in the rest of the epoch some are seen twice and some not at all.
+    """
     position = state.get("all_processes")
     if position is not None and position["batches"] > 0:
         self.epoch = state["epoch"]  # some samplers make the batches of an epoch
         batches = position["batches"]
         if position["of"] != len(self.frozen_batches):
+            if state.get("shuffle", True):
+                logger.warning(
+                    f"the checkpoint divides epoch {self.epoch} into {position['of']:,} batches, "
+                    f"this run into {len(self.frozen_batches):,}, in another shuffled order: until "
+                    "the epoch ends, some sentences are seen twice and others not; to avoid that, "
+                    "keep --batch-size or --max-tokens, or add --reset-dataloader"
+                )
             ends = itertools.accumulate(map(len, self.frozen_batches))
             batches = sum(1 for _ in itertools.takewhile(position["sentences"].__ge__, ends))
         state = {**state, "iterations_in_epoch": batches // self.num_shards}

@@ -103,20 +103,20 @@ class Rows(torch.utils.data.Dataset):
         return index
 
 
-def test_other_place_in_the_data_for_other_batches():
-    def iterator(size, shards):
-        rows = Rows()
-        batches = [list(range(i, min(i + size, 100))) for i in range(0, 100, size)]
-        return iterators.EpochBatchIterator(
-            rows, list, batches, seed=1, num_shards=shards, disable_shuffling=True
-        )
+def iterator(size, shards, in_order=False):
+    batches = [list(range(i, min(i + size, 100))) for i in range(0, 100, size)]
+    return iterators.EpochBatchIterator(
+        Rows(), list, batches, seed=1, num_shards=shards, disable_shuffling=in_order
+    )
 
+
+def test_other_place_in_the_data_for_other_batches(caplog):
     def next_rows(size, shards, state):
-        itr = iterator(size, shards)
+        itr = iterator(size, shards, in_order=True)
         itr.load_state_dict(state)
         return next(itr.next_epoch_itr(shuffle=False))
 
-    first = iterator(4, 2)
+    first = iterator(4, 2, in_order=True)
     batches = first.next_epoch_itr(shuffle=False)
     for _ in range(6):
         next(batches)
@@ -132,6 +132,20 @@ def test_other_place_in_the_data_for_other_batches():
         assert next_rows(size, shards, state)[0] == row
     stock = {key: value for key, value in state.items() if key != "all_processes"}
     assert next_rows(4, 1, stock)[0] == 24  # what stock does, and what its own files still do
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("size, all_once", [(4, True), (5, False), (2, False)])
+def test_other_batches_in_shuffled_order_are_warned_of(caplog, size, all_once):
+    first = iterator(4, 1)
+    batches = first.next_epoch_itr()
+    seen = [row for _ in range(6) for row in next(batches)]
+    then = iterator(size, 1)
+    then.load_state_dict(first.state_dict())
+    seen += [row for batch in then.next_epoch_itr() for row in batch]
+    assert (sorted(seen) == list(range(100))) == all_once
+    warned = [message for message in caplog.messages if "some sentences are seen twice" in message]
+    assert len(warned) == (not all_once)
 
 
 def test_the_patience_of_reduce_lr_on_plateau_is_resumed():
