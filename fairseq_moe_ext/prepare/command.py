@@ -131,7 +131,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("running")
     run.add_argument(
         "--workers", type=int, default=_cores(), metavar="N",
-        help="processes (default: all cores, here %(default)s); the result does not depend on it",
+        help="processes at most, one for each 25 MB of text (default: all cores, here "
+        "%(default)s); the result does not depend on it",
     )  # fmt: skip
     run.add_argument(
         "--overwrite", action="store_true",

@@ -12,7 +12,7 @@ import numpy as np
 
 from fairseq_moe_ext import data_bin, progress_bar
 from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.prepare import data_folder, dictionary, kinds
+from fairseq_moe_ext.prepare import data_folder, dictionary, encode, kinds
 from fairseq_moe_ext.prepare.binarize import SplitWriter, dtype_of
 from fairseq_moe_ext.prepare.corpora import Corpus
 from fairseq_moe_ext.prepare.documents import Source
@@ -85,7 +85,9 @@ def _prepare(folder: Path, options: Options) -> Report:
     duplicates = Duplicates() if options.dedup else None
     left_out: Dict[str, int] = {}
     files = (folder / ENCODER_FILE, folder / MERGES_FILE)
-    with Encoders(*files, options.workers) as encoders:
+    size = sum(_size(paths) for parts in todo.values() for paths, _, _ in parts)
+    workers = min(options.workers, max(1, size // encode.WORKER_BYTES))
+    with Encoders(*files, workers) as encoders:
         for corpus in options.corpora:
             (folder / corpus.name).mkdir()
             before = duplicates.number if duplicates else 0

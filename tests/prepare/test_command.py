@@ -170,8 +170,18 @@ def test_complete_doc_finds_the_documents(data):
 
 def test_the_result_does_not_depend_on_workers_or_chunks(text, flags, monkeypatch):
     monkeypatch.setattr(encode, "CHUNK_CHARACTERS", 700)
+    monkeypatch.setattr(encode, "WORKER_BYTES", 1)
+    started = []
+    start = encode.ProcessPoolExecutor
+    monkeypatch.setattr(
+        encode, "ProcessPoolExecutor", lambda n, **rest: started.append(n) or start(n, **rest)
+    )
     assert run(text / "two", *flags, "--train-bpe", 350, "--workers", 2) == 0
-    monkeypatch.setattr(encode, "CHUNK_CHARACTERS", 1 << 20)
+    assert started == [2]
+    monkeypatch.undo()  # too little text for another process
+    assert run(text / "small", *flags, "--train-bpe", 350, "--workers", 2) == 0
+    assert contents(text / "small") == contents(text / "two")
+    assert started == [2]
     assert run(text / "one", *flags, "--train-bpe", 350) == 0
     assert contents(text / "one") == contents(text / "two")
     assert json.loads((text / "one" / "counts.json").read_text())["bpe_types"] == 350

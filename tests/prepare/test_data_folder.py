@@ -105,6 +105,7 @@ def workers_of_a_killed_run(line, told):
             yield found
 
     encode.Encoders.encode = encode_all
+    encode.WORKER_BYTES = 1  # worth workers
     cli.main(line)
 
 
