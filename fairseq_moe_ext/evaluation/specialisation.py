@@ -77,16 +77,20 @@ def mutual_information(joint: Any) -> float:
     return float((p[some] * np.log2(p[some] / independent[some])).sum())
 
 
+def random_gates(weight: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """weight (E, D) -> (RANDOM E, D): RANDOM gates whose rows are as long as its own."""
+    drawn = torch.randn(RANDOM, *weight.shape, generator=generator).to(weight.device)
+    length = weight.norm(dim=-1, keepdim=True)  # 0 for a router without a gate
+    drawn *= length.where(length > 0, 1.0) / drawn.norm(dim=-1, keepdim=True)
+    return drawn.flatten(0, 1)
+
+
 class Watch:
     """The choices of one layer's gate, and those of random gates on the same inputs."""
 
     def __init__(self, gate: Any, generator: torch.Generator) -> None:
         weight = gate.expert_vectors()  # (E, D)
-        drawn = torch.randn(RANDOM, *weight.shape, generator=generator).to(weight.device)
-        length = weight.norm(dim=-1, keepdim=True)  # 0 for a router without a gate
-        drawn *= length.where(length > 0, 1.0) / drawn.norm(dim=-1, keepdim=True)
-        self.experts = len(weight)
-        self.random = drawn.flatten(0, 1)  # (RANDOM E, D)
+        self.experts, self.random = len(weight), random_gates(weight, generator)
         self.parts: List[np.ndarray] = []  # (T, 1 + RANDOM, K) each, the learnt gate's first
         self.on = True
         gate.register_forward_hook(self._see)

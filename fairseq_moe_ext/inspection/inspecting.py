@@ -1,5 +1,6 @@
 """Computes all numbers from a checkpoint and text; the command and notebooks call it."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -82,61 +83,43 @@ def inspect(
             f"--data {data}: contains no test sets; give a file of your own with --text"
         )
     model = model_of(checkpoint)
-    if not moe_layers(model):
-        raise UserError(
-            f"{checkpoint}: a dense model, which has no experts; give an MoE checkpoint"
-        )
-    context = model_of.context(model)
-    for flag, path in others:  # loaded again when it is their turn, so that one is in memory
-        _check_other(f"{flag} {path}", model_of(path), model, context)
-    eos = model_of.dictionary.eos()
-    per_set = max(1, settings.tokens // len(sets))
-    blocks = [
-        block
-        for i, stream in enumerate(sets.values())
-        for block in reading.blocks_of(i, stream, eos, context, per_set)
-    ]
+    context = _check_models(f"{checkpoint}", model, others, model_of)
+    blocks, shown = _blocks(sets, own, settings, model_of.dictionary.eos(), context)
     reading.check_enough(blocks, f"--data {data}")
-    shown = {
-        name: reading.blocks_of(0, stream[: settings.show], eos, context)
-        for name, stream in (own or _beginnings(sets)).items()
-    }
-    watch = _Watch(settings.batch_size)
+    watch = partial(_watch, settings.batch_size)
     view = watch("counting choices", model, blocks)
     details = {name: watch(name, model, some, detailed=True) for name, some in shown.items()}
-    layers = _layers(model, view, _counted(blocks, list(sets)), tokens)
     names = list(sets)
-    inspection = Inspection(
+    layers = _layers(model, view, _counted(blocks, names), tokens)
+    del model
+    twin_loss, twins = None, {}
+    if twin is not None:
+        other = model_of(twin)
+        twin_loss = _per_set(names, blocks, watch("the twin", other, blocks).loss, np.mean)
+        twins = {name: watch(f"the twin, {name}", other, some) for name, some in shown.items()}
+        del other
+    texts = []
+    for name, detail in details.items():
+        cut = len(own[name]) - len(detail.loss) if own else 0
+        texts.append(_shown(name, shown[name], detail, twins.get(name), tokens, cut))
+    return Inspection(
         checkpoint=str(checkpoint),
         twin=str(twin) if twin else None,
         subset=("" if sets is own else settings.subset or "test"),
         capacity="training's" if settings.capacity is None else f"{settings.capacity:g}",
         tokens=_per_set(names, blocks, np.ones(len(view.loss), dtype=int), np.sum),
         loss=_per_set(names, blocks, view.loss, np.mean),
-        twin_loss=None,
+        twin_loss=twin_loss,
         positions=list(reading.POSITIONS),
         frequencies=list(reading.FREQUENCIES),
         layers=layers,
-        texts=[],
-        saturation=[],
+        texts=texts,
+        saturation=[
+            _saturation(path, watch(path.name, model_of(path), blocks), view) for path in compare
+        ],
         training=training,
         said=said(layers),
     )
-    del model
-    twins: Dict[str, View] = {}
-    if twin is not None:
-        other = model_of(twin)
-        seen = watch("the twin", other, blocks).loss
-        inspection.twin_loss = _per_set(names, blocks, seen, np.mean)
-        twins = {name: watch(f"the twin, {name}", other, some) for name, some in shown.items()}
-    lengths = {name: len(stream) for name, stream in (own or sets).items()}
-    for name, detail in details.items():
-        cut = lengths[name] - len(detail.loss) if own else 0
-        inspection.texts.append(_shown(name, shown[name], detail, twins.get(name), tokens, cut))
-    inspection.saturation = [
-        _saturation(path, watch(path.name, model_of(path), blocks), view) for path in compare
-    ]
-    return inspection
 
 
 class _Loader:
@@ -176,27 +159,46 @@ class _Loader:
         return context
 
 
-class _Watch:
-    """Passes over text, with a bar on a terminal and a line elsewhere."""
-
-    def __init__(self, batch_size: int) -> None:
-        self.batch_size = batch_size
-
-    def __call__(
-        self,
-        words: str,
-        model: FairseqLanguageModel,
-        blocks: Sequence[Block],
-        detailed: bool = False,
-    ) -> View:
-        total = sum(len(block.positions) for block in blocks)
-        with progress_bar.bar(words, total, "token") as bar:
-            return observe(model, blocks, self.batch_size, bar.update, detailed)
+def _check_models(
+    where: str, model: FairseqLanguageModel, others: Sequence[Tuple[str, Path]], model_of: _Loader
+) -> int:
+    """The tokens of a row. Raises UserError for models that cannot be inspected together."""
+    if not moe_layers(model):
+        raise UserError(f"{where}: a dense model, which has no experts; give an MoE checkpoint")
+    context = model_of.context(model)
+    for flag, path in others:  # loaded again when it is their turn, so that one is in memory
+        _check_other(f"{flag} {path}", model_of(path), model, context)
+    return context
 
 
-def _beginnings(sets: Dict[str, Tensor]) -> Dict[str, Tensor]:
-    """The texts to show by default: the beginning of each set."""
-    return {name: stream[:400] for name, stream in sets.items()}
+def _blocks(
+    sets: Dict[str, Tensor], own: Dict[str, Tensor], settings: Settings, eos: int, context: int
+) -> Tuple[List[Block], Dict[str, List[Block]]]:
+    """What is counted, and the texts that are shown: by default the beginning of each set."""
+    per_set = max(1, settings.tokens // len(sets))
+    counted = [
+        block
+        for i, stream in enumerate(sets.values())
+        for block in reading.blocks_of(i, stream, eos, context, per_set)
+    ]
+    texts = own or {name: stream[:400] for name, stream in sets.items()}
+    return counted, {
+        name: reading.blocks_of(0, stream[: settings.show], eos, context)
+        for name, stream in texts.items()
+    }
+
+
+def _watch(
+    batch_size: int,
+    words: str,
+    model: FairseqLanguageModel,
+    blocks: Sequence[Block],
+    detailed: bool = False,
+) -> View:
+    """A pass over text, with a bar on a terminal and a line elsewhere."""
+    total = sum(len(block.positions) for block in blocks)
+    with progress_bar.bar(words, total, "token") as bar:
+        return observe(model, blocks, batch_size, bar.update, detailed)
 
 
 def _counted(blocks: Sequence[Block], names: Sequence[str]) -> Counted:

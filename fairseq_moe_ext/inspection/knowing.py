@@ -111,18 +111,8 @@ def _groups(blocks: np.ndarray) -> np.ndarray:
 
 def said(layers: Sequence[Layer]) -> List[str]:
     """A sentence on each variable."""
-    sentences = []
-    for name, words in WORDS.items():
-        tables = [
-            LayerUse(
-                information={k: cast(Information, vars(v)) for k, v in layer.knowledge.items()}
-            )
-            for layer in layers
-        ]
-        if all(name in layer.knowledge for layer in layers):
-            sentences.append(verdict(tables, name, words))
-        else:
-            sentences.append(
-                f"By {words} there is nothing to distinguish: all text is of one kind."
-            )
-    return sentences
+    tables = [
+        LayerUse(information={k: cast(Information, vars(v)) for k, v in layer.knowledge.items()})
+        for layer in layers
+    ]
+    return [verdict(tables, name, words) for name, words in WORDS.items()]

@@ -8,7 +8,7 @@ from fairseq.models import FairseqLanguageModel
 from torch import Tensor
 
 from ..evaluation.loading import moe_layers
-from ..evaluation.specialisation import RANDOM
+from ..evaluation.specialisation import RANDOM, random_gates
 from ..models.token_scores import in_chunks, log_probs
 from ..moe.router import TopKRouter
 from .reading import Block
@@ -45,11 +45,8 @@ class WatchedGate:
 
     def __init__(self, layer: int, gate: TopKRouter, detailed: bool, generator: Any) -> None:
         weight = gate.expert_vectors()  # (E, D)
-        drawn = torch.randn(RANDOM, *weight.shape, generator=generator).to(weight.device)
-        length = weight.norm(dim=-1, keepdim=True)  # 0 for a router without a gate
-        drawn *= length.where(length > 0, 1.0) / drawn.norm(dim=-1, keepdim=True)
         self.layer, self.experts, self.detailed = layer, len(weight), detailed
-        self.random = drawn.flatten(0, 1)  # (RANDOM E, D)
+        self.random = random_gates(weight, generator)  # (RANDOM E, D)
         self.real: Optional[Tensor] = None  # (T,) which tokens of the next batch count
         self.parts: List[List[np.ndarray]] = []
         self.inputs: List[Tensor] = []
