@@ -81,15 +81,14 @@ def call_main(stock, cfg, main, **kwargs):
     Settings are checked before any work, and the lock on the training's folder is released at the
     end.
 
-    A mistake is a UserError anywhere in the chain of causes, or a FileNotFoundError of fairseq's
-    own on top of it; LOGLEVEL=DEBUG keeps the traceback. fairseq-hydra-train catches exceptions but
-    lets SystemExit through.
+    `mistake_to_print` says what a mistake is; LOGLEVEL=DEBUG keeps the traceback.
+    fairseq-hydra-train catches exceptions but lets SystemExit through.
     """
     try:
         if _is_hydras(main):
             _check_run(cfg)
         check_processes(cfg)
-        return stock(cfg, functools.partial(checkpoint_starting.then_release, main), **kwargs)
+        return stock(cfg, functools.partial(run_process, main), **kwargs)
     except (Exception, KeyboardInterrupt) as error:  # the latter by --heartbeat-timeout, too
         mistake = mistake_to_print(error)
         if mistake is None:
@@ -97,6 +96,18 @@ def call_main(stock, cfg, main, **kwargs):
     print(f"error: {mistake}", file=sys.stderr, flush=True)
     _end_at_once_where_others_wait()
     raise SystemExit(1)
+
+
+def run_process(main: Callable, cfg: Any, **kwargs: Any) -> Any:
+    """What one process runs. A spawned one reports its exception as text, of which
+    `mistake_to_print` knows only UserError, so a mistake of any other class becomes one."""
+    try:
+        return checkpoint_starting.then_release(main, cfg, **kwargs)
+    except Exception as error:
+        mistake = mistake_to_print(error)
+        if mistake is None or type(error) is UserError:
+            raise
+        raise UserError(mistake) from error
 
 
 def train_main(stock, cfg):

@@ -18,9 +18,9 @@ def mistake_to_print(error: BaseException) -> Optional[str]:
         missing = _missing_file(error)
         if missing is not None:
             return missing
-    # A process that fairseq spawned for a GPU reports its exception as text.
+    # A process that fairseq spawned for a GPU reports its exception as text (`run_process`).
     if type(error).__name__ == "ProcessRaisedException":
-        mistakes = re.findall(r"^(?:[\w.]+\.UserError|FileNotFoundError): (.+)$", str(error), re.M)
+        mistakes = re.findall(r"^[\w.]+\.UserError: (.+)$", str(error), re.M)
         return mistakes[-1] if mistakes else None
     # fairseq_cli/score.py:42@0.12.2, though "--sys -" is fine
     absent = re.fullmatch(r"(?:System output|Reference) file (.+) does not exist", str(error))

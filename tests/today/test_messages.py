@@ -1,12 +1,16 @@
 """Mistakes in a command of fairseq end it with one line."""
 
 import re
+import traceback
 
 import pytest
 import torch
 from stock_commands import TRAIN, on_cpu_only
 
-from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.branch.files import BranchFiles
+from fairseq_moe_ext.branch.optimizer import unfit
+from fairseq_moe_ext.errors import NotFinite, UserError, not_finite
+from fairseq_moe_ext.patches import commands
 from fairseq_moe_ext.patches.messages import mistake_to_print
 
 
@@ -65,14 +69,68 @@ def test_what_is_missing_is_named_with_what_is_there(tmp_path):
     assert find(no_data) == f"{data}.idx: no such data-bin; {tmp_path} has test.idx"
 
 
-def fail(rank):
-    raise UserError("--moe-expert-count 0: too few")
+def stop(cfg):
+    raise not_finite(3)
 
 
-def test_a_mistake_in_a_spawned_process_is_found():
-    with pytest.raises(Exception) as caught:  # noqa: B017  (its class has moved between versions)
-        torch.multiprocessing.spawn(fail, nprocs=1)
-    assert mistake_to_print(caught.value) == "--moe-expert-count 0: too few"
+def run_as_fairseq_does(rank, main, cfg):  # fairseq/distributed/utils.py:319@0.12.2
+    main(cfg)
+
+
+def spawn(cfg, main):
+    torch.multiprocessing.spawn(run_as_fairseq_does, (main, cfg), nprocs=1)
+
+
+class PluginsError(UserError):
+    """A mistake that a user's own plugin finds."""
+
+
+MISTAKES = {
+    "ours": UserError("--moe-expert-count 0: too few"),
+    "another class": NotFinite("the router yields NaN"),
+    "the branch's": unfit(BranchFiles("x.pt", "x-shared.pt", {}, {}), "it is flat"),
+    "a plugin's": PluginsError("--mine 0: use 1"),
+    "behind another": RuntimeError("Cannot load model parameters"),
+    "a file": FileNotFoundError(2, "No such file or directory", "x.pt"),
+    "a folder": IsADirectoryError(21, "Is a directory", "x"),
+    "memory": MemoryError(),
+}
+
+
+@pytest.fixture
+def end(monkeypatch, capsys):
+    """The status and stderr of a command whose main is given, with its processes started so."""
+    monkeypatch.setattr(commands, "check_processes", lambda cfg: None)
+    monkeypatch.setattr(commands, "_is_hydras", lambda main: False)
+
+    def run(start, main):
+        with pytest.raises(SystemExit) as stopped:
+            commands.call_main(start, None, main)
+        return stopped.value.code, capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_in_a_spawned_process_is_the_line_it_is_in_one(end, name):
+    def fail(cfg):
+        raise MISTAKES[name] from (UserError("why") if name == "behind another" else None)
+
+    def in_text(cfg, main):  # as torch/multiprocessing/spawn.py does
+        try:
+            main(cfg)
+        except Exception:
+            text = "\n\n-- Process 0 terminated with the following error:\n"
+            text += traceback.format_exc()
+        raise type("ProcessRaisedException", (Exception,), {})(text)
+
+    status, line = end(lambda cfg, main: main(cfg), fail)
+    assert status == 1 and line.startswith("error: ") and line.count("\n") == 1
+    assert end(in_text, fail) == (status, line)
+
+
+def test_a_mistake_in_a_process_that_is_spawned(end):
+    assert end(spawn, stop) == (1, f"error: {not_finite(3)}\n")
 
 
 def test_a_missing_dataset_is_one_line(command):
