@@ -44,8 +44,8 @@ ALLOWED = {
         "literals": "",
         "patches": """
             patches branch checkpoint config_checks counted data_bin data_bin_files diverging
-            expert_parallel fingerprint fully_sharded literals metrics_file models moe.balance
-            moe.layer moe.stats ranges starting tokenizer_files training_line
+            expert_parallel fingerprint fully_sharded kernels.dtypes literals metrics_file models
+            moe.balance moe.layer moe.stats ranges starting tokenizer_files training_line
             """,
         "patch_list": "patches",
         "metrics_file": "outputs",
@@ -68,7 +68,7 @@ ALLOWED = {
             models balance_flags config config_checks cost data_bin expert_parallel
             fully_sharded kernels moe router_flags shape starting tokenizer_files
             """,
-        "criterions": "criterions accuracy moe.stats ranges",
+        "criterions": "criterions accuracy kernels.dtypes moe.stats ranges",
         "tasks": "tasks accuracy data_bin data_bin_files expert_parallel questions ranges",
         "prepare": "prepare data_bin",
         "inspection": """

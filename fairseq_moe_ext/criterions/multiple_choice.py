@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..accuracy import wilson_interval
 from ..errors import UserError
+from ..kernels.dtypes import at_least_float32
 from .moe_cross_entropy import (
     MoECrossEntropyConfig,
     MoECrossEntropyCriterion,
@@ -98,7 +99,7 @@ class MultipleChoiceCriterion(MoECrossEntropyCriterion):
         """Scores of the candidates, (B, C) in float32 at least, -inf where an example has fewer
         than C; and the model's second output."""
         scores, extra = model(**sample["net_input"])  # (R, outputs)
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        scores = scores.to(at_least_float32(scores))
         if self.mean:
             scores = scores / sample["net_input"]["scored"].sum(dim=1, keepdim=True)
         flat = torch.cat([scores.flatten(), scores.new_full((1,), -math.inf)])  # -1: no candidate

@@ -7,6 +7,7 @@
     dropout.py                sixteen random bits an element; plain twin: F.dropout
     transfer.py               numbers to a GPU, without waiting for it; plain twin: torch.tensor
     linear_cross_entropy.py   the loss without holding all logits; plain twin: F.cross_entropy
+    dtypes.py                 float32 where less is too coarse
 
 tests/kernels compares each with its twin, in outputs and gradients. One place each decides which
 computes: `matmul._by_onednn`, `dropout._ours`, `expert_ffn.kernel_for`, `threads.side_by_side`.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .dtypes import at_least_float32
 from .matmul import add_outer, autocast_dtype, outer, write_outer, write_product
 
 # At most 64 MB in float32, for vocabularies so large that fewer tokens at a time would make their
@@ -50,7 +51,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, features: Tensor, weight: Tensor, target: Tensor, ignore_index: int
     ) -> Tensor:
-        exact = torch.promote_types(features.dtype, torch.float32)
+        exact = at_least_float32(features)
         scale = _FP16_SCALE if features.dtype == torch.float16 else 1.0
         needs_features, needs_weight = ctx.needs_input_grad[:2]
         grad_features = torch.empty_like(features) if needs_features else None
@@ -115,7 +116,7 @@ def _add_outer(total: Tensor, z: Tensor, x: Tensor, scale: float, first: bool) -
 def _to_gradients(logits: Tensor, index: Tensor, keep: Tensor, scale: float) -> Tensor:
     """Put d loss / d logits, times scale, in the place of logits (C, V): softmax - onehot(index)
     for the tokens to keep, (C, 1) and (C,). Returns their loss, ()."""
-    exact = torch.promote_types(logits.dtype, torch.float32)
+    exact = at_least_float32(logits)
     loss = torch.zeros((), dtype=exact, device=logits.device)
     step = max(1, _SOFTMAX_AT_A_TIME // logits.size(1))
     if logits.device.type != "cpu":

@@ -2,11 +2,11 @@
 
 from typing import Callable, List, Tuple, TypeVar
 
-import torch
 import torch.nn.functional as F
 from fairseq.models import FairseqDecoder
 from torch import Tensor
 
+from ..kernels.dtypes import at_least_float32
 from ..kernels.linear_cross_entropy import LOGITS_AT_A_TIME
 
 Score = TypeVar("Score")
@@ -15,7 +15,7 @@ Score = TypeVar("Score")
 def exact_logits(decoder: FairseqDecoder, features: Tensor) -> Tensor:
     """features (N, D) -> (N, V) in float32 at least."""
     logits = decoder.output_layer(features)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits.to(at_least_float32(logits))
 
 
 def log_probs(decoder: FairseqDecoder, features: Tensor, target: Tensor) -> Tensor:

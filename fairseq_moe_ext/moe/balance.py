@@ -7,6 +7,7 @@ from typing import NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
+from ..kernels.dtypes import at_least_float32
 from .routing import Routing
 from .scope import PROCESS, RoutingScope
 
@@ -70,7 +71,7 @@ def balance_loss(
     """
     num_experts = routing.probs.size(1)
     # float32 at least: a count may exceed float16's 65504
-    probs = routing.probs.to(torch.promote_types(routing.probs.dtype, torch.float32))
+    probs = routing.probs.to(at_least_float32(routing.probs))
     probs, tokens = counted_rows(probs, routing.counted)
     counts = routing.counts if whole is None else whole.counts
     of_first = _first_choices_alone(routing)
@@ -98,7 +99,7 @@ def sequence_balance_loss(
     padding_mask: (T,) bool. Returns a scalar.
     """
     num_experts, k = routing.probs.size(1), routing.experts.size(1)
-    probs = routing.probs.to(torch.promote_types(routing.probs.dtype, torch.float32))
+    probs = routing.probs.to(at_least_float32(routing.probs))
     ones, _ = counted_rows(torch.ones_like(probs[:, :1]), routing.counted)
     tokens = ones.view(-1, length).sum(dim=1)  # (B,)
     probs, _ = counted_rows(probs, routing.counted)
@@ -132,7 +133,7 @@ def z_loss(
 ) -> Tensor:
     """Router z-loss: the mean over tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, eq. 5),
     computed in float32 at least. logits (T, E), counted (T,) bool, None: all; returns a scalar."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.to(at_least_float32(logits))
     squares, tokens = counted_rows(torch.logsumexp(logits, dim=-1, keepdim=True).square(), counted)
     squares = squares.sum()
     total, tokens = scope.total(torch.stack([squares, tokens.to(squares)]))

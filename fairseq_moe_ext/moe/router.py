@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.dtypes import at_least_float32
 from .routing import (
     RUNNER_UP_POLICIES,
     Routing,
@@ -314,7 +315,3 @@ class TopKRouter(nn.Module):
             return token_capacity(tokens, self.num_experts, fraction=s.eval_token_fraction)
         factor = s.top_k if s.capacity_factor is None else s.capacity_factor
         return token_capacity(tokens, self.num_experts, factor=factor)
-
-
-def at_least_float32(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)

@@ -18,6 +18,7 @@ from ..config_checks import validate_processes
 from ..diverging import last_good
 from ..errors import NotFinite
 from ..expert_parallel import process_count, sum_of_experts, sum_over_processes
+from ..kernels.dtypes import at_least_float32
 from ..models import compiled, precision
 from ..models.router_updates import RouterUpdates
 from . import whole_batch
@@ -250,10 +251,7 @@ def clip_grad_norm_(stock, params, max_norm, aggregate_norm_fn=None) -> Tensor:
 
 def _sum_of_squares(grads: List[Tensor]) -> Tensor:
     """In float32 at least, as float16 would overflow; a scalar."""
-    norms = [
-        torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32))
-        for g in grads
-    ]
+    norms = [torch.linalg.vector_norm(g, dtype=at_least_float32(g)) for g in grads]
     return torch.stack(norms).square().sum() if norms else torch.zeros(())
 
 

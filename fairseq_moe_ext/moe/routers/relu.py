@@ -7,6 +7,7 @@ from typing import Any, Dict, Optional
 import torch
 from torch import Tensor
 
+from ...kernels.dtypes import at_least_float32
 from ..balance import counted_rows
 from ..router import TopKRouter, register_router
 from ..routing import Routing, counted_tokens, distribution, send_ranked
@@ -50,7 +51,7 @@ class ReluRouter(TopKRouter):
     ) -> Optional[Tensor]:
         """l1_weight * sum_e(share_e * mean over tokens of relu(logit_e)), with share_e = E / top_k
         times the share of tokens that take expert e, without padding."""
-        scores = torch.relu(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+        scores = torch.relu(logits.to(at_least_float32(logits)))
         real = None if padding_mask is None else ~padding_mask.bool()
         scores, tokens = counted_rows(scores, real)
         load = routing.counts.sum(dim=0).to(scores)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...kernels.dtypes import at_least_float32
 from ..router import TopKRouter, register_router
 from ..routing import SCORES, Routing, best, counted_tokens, distribution, send_ranked
 
@@ -18,7 +19,7 @@ BINS = 2 * RANGE * STEPS
 
 def logit_of_score(logits: Tensor, score: str) -> Tensor:
     """log(s / (1 - s)) of the scores s, in float32 at least: (T, E) -> (T, E)."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.to(at_least_float32(logits))
     if score == "sigmoid":
         return logits
     log_p = F.log_softmax(logits, dim=-1)
