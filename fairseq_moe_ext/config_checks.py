@@ -83,7 +83,7 @@ def validate(cfg: MoETransformerLMConfig) -> None:
 
 
 # Flags that say nothing about a model without MoE layers, and their value when off.
-_OF_MOE_LAYERS = {
+OF_MOE_LAYERS = {
     "moe_first_dense": 0,
     "moe_shared_experts": 0,
     "moe_shared_expert_ffn_dim": None,
@@ -117,7 +117,7 @@ def _validate_dense(cfg: MoETransformerLMConfig) -> None:
 def _refuse_flags_of_moe_layers(
     cfg: MoETransformerLMConfig, reason: str, but: Sequence[str] = ()
 ) -> None:
-    for name, off in _OF_MOE_LAYERS.items():
+    for name, off in OF_MOE_LAYERS.items():
         value = getattr(cfg, name)
         if name not in but and str(value) != str(off):
             raise UserError(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..branch.reading import BARE
+from ..config_checks import OF_MOE_LAYERS
 from ..errors import UserError
 from ..models.language_model import MODEL_NAME
 from ..moe.experts import TensorPerExpert
@@ -45,7 +46,8 @@ def upcycle(
         )
     settings: Dict[str, Any] = {
         **old,
-        **DEFAULTS,  # a dense twin may have had another router
+        **DEFAULTS,  # a dense twin may have had the flags of a sparse model
+        **OF_MOE_LAYERS,
         "_name": MODEL_NAME,
         **layers,
         "moe_expert_count": experts,
@@ -56,11 +58,6 @@ def upcycle(
         "moe_second_expert_policy": "all",
         "moe_expert_ffn_dim": None,
         "alternate_decoder_ffn_embed_dim": 0,
-        "moe_dense_twin": False,
-        "moe_shared_experts": 0,
-        "moe_shared_expert_ffn_dim": None,
-        "moe_null_experts": 0,
-        "moe_latent_dim": None,
     }
     _keep_widths(source, settings)
     build_on_meta(settings, source.vocabulary)  # refuses settings that cannot be

@@ -8,6 +8,8 @@ from fairseq_cli import train as fairseq_train
 from training import TRAIN, settings, train_on
 
 from fairseq_moe_ext.branch.writing import branch_settings
+from fairseq_moe_ext.config import MoETransformerLMConfig
+from fairseq_moe_ext.config_checks import validate
 from fairseq_moe_ext.errors import UserError
 
 
@@ -79,6 +81,43 @@ def test_a_dense_twin_can_be_upcycled(data, run, tmp_path, flags):
     convert(source, tmp_path / "x.pt", *up)
     found = logits(tmp_path / "x.pt", data)
     torch.testing.assert_close(found, logits(source, data), rtol=1e-12, atol=1e-12)
+
+
+TWIN = f"{MOE} --alternate-decoder-ffn-embed-dim 12"
+OF_TWINS = [  # what a sparse model may have, and so its twin
+    {"moe_balance": "bias", "moe_bias_update_rate": 0.01},
+    {"moe_balance": "both"},
+    {"moe_balance": "none"},
+    {"moe_balance_over": "global_batch"},
+    {"moe_balance_over": "sequence", "moe_top_k": 3},
+    {"moe_router": "threshold", "moe_threshold_decay": 0.5},
+    {"moe_router": "hash"},
+    {"moe_router": "base"},
+    {"moe_score": "sigmoid", "moe_route_scale": 2.0, "moe_normalize_weights": "before"},
+    {"moe_groups": 4, "moe_top_groups": 2},
+    {"moe_null_experts": 2},
+    {"moe_shared_experts": 2, "moe_shared_expert_ffn_dim": 8},
+    {"moe_latent_dim": 4},
+    {"moe_batch_prioritized_routing": True},
+    {"moe_second_expert_policy": "random"},
+    {"moe_capacity_factor": 2.0},
+    {"moe_eom": 0.1, "moe_fom": 0.1, "moe_input_jitter": 0.1},
+    {"moe_gating_use_fp32": True, "moe_gating_fp32_product": True},
+    {"moe_routing_scope": "world", "moe_pad_rule": "branch"},
+    {"moe_first_dense": 1},
+]
+
+
+@pytest.mark.parametrize("flags", OF_TWINS, ids=str)
+def test_flags_of_a_dense_twin_do_not_reach_the_sparse_model(data, run, tmp_path, flags):
+    source, _ = run(TWIN)
+    expected, state = logits(source, data), load(source)
+    state["cfg"]["model"].update({"moe_second_expert_policy": "all", **flags})
+    twin = MoETransformerLMConfig(**{**state["cfg"]["model"], "_name": "moe_transformer_lm"})
+    validate(twin)  # fairseq-train takes them
+    torch.save(state, tmp_path / "twin.pt")
+    convert(tmp_path / "twin.pt", tmp_path / "x.pt", "--upcycle", "--moe-expert-count", 2)
+    torch.testing.assert_close(logits(tmp_path / "x.pt", data), expected, rtol=1e-12, atol=1e-12)
 
 
 STOCK = "--task language_modeling --arch transformer_lm_gpt --cpu --decoder-layers 2 --max-update 2"
