@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 
 from .errors import UserError
 from .kernels.transfer import to_device
@@ -91,17 +92,6 @@ class ExpertParallel:
         """The experts that this process holds."""
         return range(self.placement.first, self.placement.first + self.placement.local)
 
-    def join_gradients(self, experts: nn.Module) -> None:
-        """Make the gradients of these experts the sum over their replicas."""
-        for parameter in experts.parameters():
-            if len(self.placement.replicas) > 1:
-                parameter.register_hook(self._sum_over_replicas)
-
-    def _sum_over_replicas(self, grad: Tensor) -> Tensor:
-        grad = grad.contiguous()
-        dist.all_reduce(grad, group=self.replicas)
-        return grad
-
     def send(self, x: Tensor, counts: List[int]) -> Tuple[Tensor, Arrival]:
         """Send rows to the processes that hold their experts.
 
@@ -126,6 +116,14 @@ class ExpertParallel:
         x = _Reorder.apply(x, order, inverse)
         of_expert = [sum(rows) for rows in zip(*arrived)]
         return x, Arrival(of_expert, (going, coming, order, inverse))
+
+    def compute(self, experts: nn.Module, x: Tensor, counts: List[int]) -> Tensor:
+        """experts(x, counts), whose gradients are the sum over their replicas."""
+        weights = dict(experts.named_parameters())
+        if len(self.placement.replicas) == 1 or not weights:  # those in files are not trained
+            return experts(x, counts)
+        summed = _SumOfGradients.apply(self.replicas, *weights.values())
+        return functional_call(experts, dict(zip(weights, summed)), (x, counts))
 
     def send_back(self, y: Tensor, arrival: Arrival) -> Tensor:
         """Rows (N', D) that `send` brought here -> those (N, D) that it sent away, in its order."""
@@ -304,6 +302,26 @@ class _Reorder(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
         return grad.index_select(0, inverse), None, None
+
+
+class _SumOfGradients(torch.autograd.Function):
+    """Tensors, whose gradients are summed over a group: in the same order on all processes,
+    although a replica without rows computes in another way (kernels/expert_ffn.py)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, group: Optional[dist.ProcessGroup], *tensors: Tensor
+    ) -> Tuple[Tensor, ...]:
+        ctx.group = group
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tuple[Optional[Tensor], ...]:
+        summed = [grad.contiguous() for grad in grads]
+        for grad in summed:
+            dist.all_reduce(grad, group=ctx.group)
+        return None, *summed
 
 
 class _Sum(torch.autograd.Function):

@@ -1,5 +1,7 @@
 """N processes equal one: the layer, its losses, figures and gradients."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,6 +11,8 @@ from waits import Waits
 
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.expert_parallel import ExpertParallel, WorldScope, placement
+from fairseq_moe_ext.kernels.expert_ffn import by_expert
+from fairseq_moe_ext.moe import experts as moe_experts
 
 
 @pytest.mark.parametrize("experts, world", [(8, 2), (4, 4), (2, 4), (1, 3), (6, 1), (2, 8)])
@@ -111,3 +115,16 @@ def scope_in_a_process(rank):
 def test_a_scope_of_all_processes_waits_once_for_each_answer():
     found = run_processes(2, scope_in_a_process)
     assert found == [({"tolist": 1, "__int__": 1}, 3, 3)] * 2
+
+
+def replica_in_a_process(rank):
+    """One of two replicas computes by the plain loop, the other not, as on a GPU one without rows
+    does."""
+    kernel = [None, by_expert][rank]
+    with mock.patch.object(moe_experts, "kernel_for", lambda x, weights: kernel):
+        return in_a_process(rank, 1, SETTINGS["top1"], sizes_of(2, uneven=True), "world")
+
+
+def test_replicas_may_compute_in_different_ways():
+    one = step(build(1, SETTINGS["top1"]), *inputs())
+    assert_same(one, combined(run_processes(2, replica_in_a_process), 1))

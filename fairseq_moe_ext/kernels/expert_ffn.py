@@ -102,8 +102,10 @@ def grouped(
     grad_scale: float = 1.0,
 ) -> Tensor:
     """Like by_expert, with few kernel launches for any number of experts."""
-    stacks = (each for each in weights if isinstance(each, Tensor))
-    w1, b1, w2, b2 = (scale_gradient(each.to(x.dtype), grad_scale) for each in stacks)
+    stacks = (each.to(x.dtype) for each in weights if isinstance(each, Tensor))
+    # On Blackwell, grouped_mm does not write their gradients (pytorch #172439, open).
+    unused = [e for e, count in enumerate(counts) if count == 0]
+    w1, b1, w2, b2 = (scale_gradient(each, grad_scale, unused) for each in stacks)
     rows = to_device(counts, x.device)
     ends = rows.cumsum(0, dtype=torch.int32)
     expert = torch.arange(len(counts), device=x.device)
@@ -278,17 +280,20 @@ def _write_gradients(w: Tensor, b: Tensor, grad: Tensor, given: Tensor, scale: f
     torch.sum(grad, dim=0, dtype=b.dtype, out=b)
 
 
-def scale_gradient(x: Tensor, scale: float) -> Tensor:
-    """x, whose gradient is multiplied by scale."""
-    return _ScaleGradient.apply(x, scale)
+def scale_gradient(x: Tensor, scale: float, unused: Sequence[int] = ()) -> Tensor:
+    """x (E, ...), whose gradient is multiplied by scale, and set to 0 for the unused experts."""
+    return _ScaleGradient.apply(x, scale, unused)
 
 
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
+    def forward(ctx: Any, x: Tensor, scale: float, unused: Sequence[int]) -> Tensor:
+        ctx.scale, ctx.unused = scale, unused
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None]:
-        return grad * ctx.scale, None
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None, None]:
+        grad = grad * ctx.scale
+        if ctx.unused:
+            grad = grad.index_fill_(0, to_device(ctx.unused, grad.device), 0)
+        return grad, None, None

@@ -20,9 +20,6 @@ class Exchange(Protocol):
     def held(self, num_experts: int) -> range:
         """The experts that this process holds."""
 
-    def join_gradients(self, experts: nn.Module) -> None:
-        """Make the gradients of these experts cover the rows of all processes."""
-
     def send(self, x: Tensor, counts: List[int]) -> Tuple[Tensor, Arrival]:
         """Send rows to the processes that hold their experts.
 
@@ -35,6 +32,10 @@ class Exchange(Protocol):
             needs.
         """
 
+    def compute(self, experts: nn.Module, x: Tensor, counts: List[int]) -> Tensor:
+        """experts(x, counts), of the rows that `send` brought; the gradients of these experts cover
+        the rows of all processes."""
+
     def send_back(self, y: Tensor, arrival: Arrival) -> Tensor:
         """Rows (N', D) that `send` brought here -> the rows (N, D) that it sent, in that order."""
 
@@ -45,11 +46,11 @@ class Here:
     def held(self, num_experts: int) -> range:
         return range(num_experts)
 
-    def join_gradients(self, experts: nn.Module) -> None:
-        pass
-
     def send(self, x: Tensor, counts: List[int]) -> Tuple[Tensor, Arrival]:
         return x, Arrival(counts)
+
+    def compute(self, experts: nn.Module, x: Tensor, counts: List[int]) -> Tensor:
+        return experts(x, counts)
 
     def send_back(self, y: Tensor, arrival: Arrival) -> Tensor:
         return y

@@ -74,7 +74,6 @@ class MoELayer(nn.Module):
         self.shared = shared
         self.latent = latent
         self.balance = balance or Balance(scope=router.scope)
-        exchange.join_gradients(experts)
 
     @classmethod
     def build(
@@ -178,7 +177,8 @@ class MoELayer(nn.Module):
             y = permute(y, rows)  # (N, D)
             counts = rows.counts[: len(rows.counts) - routing.null_experts]
             y, arrival = self.exchange.send(y, counts)  # (N', D)
-            y = self.exchange.send_back(self.experts(y, arrival.counts), arrival)  # (N, D)
+            y = self.exchange.compute(self.experts, y, arrival.counts)  # (N', D)
+            y = self.exchange.send_back(y, arrival)  # (N, D)
             out = unpermute(y, routing.weights.to(y.dtype), rows)  # (T, D)
         return out if self.latent is None else self.latent.up(out)
 

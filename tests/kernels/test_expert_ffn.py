@@ -82,6 +82,33 @@ def test_scale_is_on_the_weights_gradients_alone(way):
         assert_near(grad, 0.25 * without, 1e-6, "weights")
 
 
+class GarbageWithoutRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, w, ends):
+        ctx.empty = ends.diff(prepend=ends.new_zeros(1)) == 0
+        return w.view_as(w)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.masked_fill(ctx.empty.view(-1, 1, 1), torch.nan), None
+
+
+@needs_grouped_mm
+@pytest.mark.parametrize("counts", [COUNTS, MANY, [5, 1, 2, 1]], ids=["few", "many", "all"])
+def test_grouped_products_that_leave_gradients_without_rows_unwritten(monkeypatch, counts):
+    """As PyTorch's do on Blackwell (pytorch #172439)."""
+    x, weights, _ = made(torch.float32, counts)
+    true = results(loop, x, weights, F.gelu, counts=counts)
+    multiply = F.grouped_mm
+    monkeypatch.setattr(
+        F,
+        "grouped_mm",
+        lambda a, b, offs: multiply(a, GarbageWithoutRows.apply(b, offs), offs=offs),
+    )
+    for mine, each in zip(results(grouped, x, weights, F.gelu, counts=counts), true):
+        assert_near(mine, each, 1e-5)
+
+
 @pytest.mark.parametrize("frozen", ["x", "weights"])
 def test_what_is_frozen_gets_no_gradient(frozen):
     x, weights, mask = made()
