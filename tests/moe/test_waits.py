@@ -44,6 +44,16 @@ def test_a_layer_waits_once(name, padded, over):
     assert waits.counts == {"tolist": 1, **(more.get(name, {}) if padded else {})}
 
 
+@pytest.mark.parametrize("name", ["bias", "relu", "threshold"])
+def test_a_router_updates_its_state_without_waiting(name):
+    router = name if name in ("relu", "threshold") else "topk"
+    layer = MoELayer.build(6, 5, 4, ROUTERS[name], router=router).double()
+    observed = layer(torch.randn(12, 6, dtype=torch.float64)).observed
+    with Waits() as waits:
+        layer.gate.after_update(observed)
+    assert observed and not waits.counts
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize("name", ["topk", "noise", "capacity"])

@@ -96,12 +96,12 @@ class ThresholdRouter(TopKRouter):
         return {**super().observe(logits, routing, padding_mask), "histogram": counts}
 
     def after_update(self, observed: Dict[str, Tensor]) -> None:
-        """Move the thresholds. The first updates weigh alike, so that none weighs too much."""
-        tokens = observed["tokens"]
-        if tokens == 0:
-            return
+        """Move the thresholds. The first updates weigh alike, so that none weighs too much; one
+        without tokens does not count."""
+        tokens = observed["tokens"]  # (1,)
         number = (tokens * self.settings.top_k / self.num_experts).expand(self.num_experts)
         new = upper_quantile(observed["histogram"], number)
-        rate = max(1 - self.settings.threshold_decay, 1 / (int(self.updates) + 1))
-        self.threshold.lerp_(new.to(self.threshold), rate)
-        self.updates += 1
+        counts = tokens[0] > 0
+        rate = (1 / (self.updates.to(new) + 1)).clamp(min=1 - self.settings.threshold_decay)
+        self.threshold.lerp_(new.to(self.threshold), (rate * counts).to(self.threshold))
+        self.updates += counts
