@@ -49,11 +49,6 @@ class LanguageModelHub(GeneratorHubInterface):
     """fairseq's interface (fairseq/hub_utils.py:85@0.12.2) for language models, to which a
     newline is an </s>, within a text and at its end."""
 
-    def __init__(self, cfg: Any, task: Any, models: List[Any]) -> None:
-        super().__init__(cfg, task, models)
-        for model in models:  # cfg is that of the training, whose --bf16 is no wish of today
-            model.decoder.bfloat16_on_cpu = False
-
     def encode(self, sentence: str) -> Tensor:
         """Tokens of all lines, </s> between them and at the end. Raises UserError for text of which
         nothing is in the dictionary."""

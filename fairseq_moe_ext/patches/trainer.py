@@ -40,6 +40,7 @@ def __init__(stock, self, cfg, task, model, criterion, *args, **kwargs):
             "--moe-experts-on-disk: experts that stay in a checkpoint's files cannot be "
             "trained; remove it (it is for fairseq-eval-lm's --model-overrides)"
         )
+    self.asked_bfloat16 = cfg.common.bf16
     fully_sharded.take_bfloat16(cfg, model)
     precision.take_bfloat16(cfg, model)
     starting.check_trainer(cfg, task, model)
@@ -105,10 +106,15 @@ def consolidate_optimizer(stock, self):
 
 def state_dict(stock, self):
     """All processes must join in gathering a state that FSDP has sharded, so the others wait for
-    rank 0 to ask for it. Checkpoints do not mention FSDP."""
+    rank 0 to ask for it. Checkpoints do not mention FSDP, and say --bf16 where it was asked for,
+    though our models need no conversion by the trainer."""
     saving.call_to_gather(self)
     state = stock(self)
     state.pop("fsdp_metadata", None)
+    for group in ("common", "model"):
+        settings = state["cfg"].get(group) or {}
+        if "bf16" in settings:
+            settings["bf16"] = self.asked_bfloat16
     return state
 
 

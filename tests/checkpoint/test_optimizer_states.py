@@ -7,6 +7,8 @@ from fairseq.trainer import Trainer
 from processes import run_processes
 from training import TRAIN, copy_of, error_of, fit_manifest, settings, train, train_on
 
+from fairseq_moe_ext.convert.show import facts
+
 
 def loaded(rank, world, line, path):
     """Name -> parameter and what the optimizer remembers of it, after loading a checkpoint."""
@@ -49,6 +51,7 @@ def test_every_number_is_there_again(data, tmp_path, precision):
         folder = tmp_path / str(writers)
         train_on(writers, f"{line} --max-update 2 --save-dir {folder}")
         path = str(folder / "checkpoint_last.pt")
+        assert facts(path)["training"].get("bf16", False) is (precision == "--bf16")
         one = joined([loaded(0, 1, line, path)], 4)
         assert torch.all(one["decoder.layers.1.moe_layer.experts.fc1.bias"]["exp_avg"] != 0)
         seen = joined(run_processes(readers, loaded, readers, line, path), 4)

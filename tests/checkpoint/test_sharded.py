@@ -46,6 +46,8 @@ def test_bfloat16_goes_on_sharded_and_back(data, tmp_path):
     runs = [(2, f"{SHARDED} 0"), (1, "")]
     for (first, backend), (then, other) in (runs, runs[::-1]):
         losses = first_run(data, tmp_path / str(first), first, 4, f"--bf16 {backend}")
+        saved = torch.load(tmp_path / str(first) / "checkpoint_last.pt", weights_only=True)["cfg"]
+        assert saved["common"]["bf16"] and saved["model"]["bf16"]
         resumed = resume(data, tmp_path / str(first), then, 4, f"--bf16 {other}")
         assert resumed == pytest.approx(losses[SAVED:], rel=0.02)
 

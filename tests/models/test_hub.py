@@ -6,6 +6,7 @@ from fairseq import checkpoint_utils
 from training import USER_DIR, fairseq, prepare_text, train_small
 
 from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.models import language_model
 from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
 from fairseq_moe_ext.questions.vocabulary import Vocabulary
 
@@ -45,6 +46,19 @@ def test_scores_are_those_of_the_tokens(folder, lm, text):
     expected = scores[torch.arange(len(tokens)), torch.tensor(tokens)]
     for found in (lm.score(text), lm.score(["the", text, "a dog sat"])[1]):
         torch.testing.assert_close(found["positional_scores"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_training_with_bf16_is_no_wish_for_it_today(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(language_model, "bfloat16_pays", lambda: True)
+    state = torch.load(folder / "run" / "checkpoint_last.pt", weights_only=True)
+    for group in ("common", "model"):
+        state["cfg"][group]["bf16"] = True
+    torch.save(state, tmp_path / "x.pt")
+    for wish in ({}, {"bf16": True}):
+        model = MoETransformerLanguageModel.from_pretrained(
+            str(tmp_path), "x.pt", str(folder / "data"), **wish
+        ).models[0]
+        assert model.decoder.bfloat16_on_cpu is bool(wish)
 
 
 def test_the_tokenizer_is_found_in_the_corpus_above_it_and_by_a_relative_path(folder, lm):
