@@ -4,11 +4,12 @@
 
 MFU (model FLOPs utilisation, Chowdhery et al., arXiv 2204.02311, appendix B): the FLOPs that the
 model's tokens need by cost.py, over those that the processors do at their peak: on a GPU by its
-data sheet, on a CPU as measured on a product of matrices.
+data sheet, if we have it, on a CPU as measured on a product of matrices.
 """
 
 import logging
 import math
+import re
 import time
 from typing import Any, Dict, Optional
 
@@ -18,8 +19,26 @@ from . import cost, shape
 
 FIRST = 10  # updates after which the first line comes at the latest
 
-# Peak of dense products in half precision, FLOP/s: NVIDIA's data sheets.
-_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "V100": 125e12, "L40S": 362e12}
+# Peak of dense products in half precision, FLOP/s, from NVIDIA's data sheets, by the driver's name.
+# Cards of one series have different peaks, and a part of one (MIG) has another name.
+_PEAKS = {
+    "H200": 989e12,
+    "H200 NVL": 835.5e12,
+    "GH200 480GB": 989e12,
+    "H100 80GB HBM3": 989e12,
+    "H100 NVL": 835.5e12,
+    "H100 PCIe": 756.5e12,
+    "A100-SXM4-40GB": 312e12,
+    "A100-SXM4-80GB": 312e12,
+    "A100-PCIE-40GB": 312e12,
+    "A100 80GB PCIe": 312e12,
+    "V100-SXM2-16GB": 125e12,
+    "V100-SXM2-32GB": 125e12,
+    "V100-PCIE-16GB": 112e12,
+    "V100-PCIE-32GB": 112e12,
+    "V100S-PCIE-32GB": 130e12,
+    "L40S": 362e12,
+}
 _SIZE = 768  # of the product that is measured
 
 
@@ -27,35 +46,32 @@ class Speed:
     """How fast a model could train."""
 
     def __init__(
-        self, settings: Any, vocabulary: int, processes: int, peak: Optional[float] = None
+        self, settings: Any, vocabulary: int, processes: int, peak: Optional[float]
     ) -> None:
-        """settings: of the model."""
+        """settings: of the model; peak: FLOP/s of each process's processor; None: not known."""
         self.flops = cost.training_flops_per_token(
             shape.shape_of(settings, vocabulary), settings.tokens_per_sample
         )
         self.processes = processes
-        self.peak = peak  # FLOP/s of a process's processor; measured when first needed
+        self.peak = peak
 
-    def utilisation(self, tokens_per_second: float) -> float:
-        """Model FLOPs utilisation of all processes."""
+    def utilisation(self, tokens_per_second: float) -> Optional[float]:
+        """Model FLOPs utilisation of all processes; None: the peak is not known."""
         if self.peak is None:
-            self.peak = peak()
+            return None
         return tokens_per_second * self.flops / (self.peak * self.processes)
 
 
-def peak() -> float:
-    """FLOP/s of one process's processor."""
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-        known = [rate for part, rate in _PEAKS.items() if part in name]
-        if known:
-            return known[0]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    x = torch.ones(_SIZE, _SIZE, device=device)
+def peak_of(device: torch.device) -> Optional[float]:
+    """FLOP/s of a processor; None for a GPU that is not in the table."""
+    if device.type != "cpu":
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        return _PEAKS.get(re.sub(r"^(NVIDIA|Tesla) ", "", name))
+    x = torch.ones(_SIZE, _SIZE)
     best = math.inf
     for _ in range(4):
         started = time.perf_counter()
-        float((x @ x)[0, 0])  # waits for a GPU
+        x @ x
         best = min(best, time.perf_counter() - started)
     return 2 * _SIZE**3 / best
 
@@ -78,8 +94,9 @@ def line(stats: Dict[str, Any], update: int, total: Optional[int], speed: Option
     rate = float(stats.get("wps") or 0)
     if rate > 0:
         parts.append(f"{_short(rate)} tokens/s")
-        if speed is not None:
-            parts.append(f"MFU {100 * speed.utilisation(rate):.0f} %")
+        utilisation = None if speed is None else speed.utilisation(rate)
+        if utilisation is not None:
+            parts.append(f"MFU {100 * utilisation:.0f} %")
     updates = float(stats.get("ups") or 0)
     if total and updates > 0:
         parts.append(f"left {_duration((total - update) / updates)}")

@@ -119,7 +119,10 @@ class Watched(BaseProgressBar):
     def _speed(self) -> training_line.Speed:
         if not hasattr(self.trainer, "speed"):
             vocabulary = self.trainer.get_model().decoder.embed_tokens.num_embeddings
-            self.trainer.speed = training_line.Speed(self.cfg.model, vocabulary, process_count())
+            peak = training_line.peak_of(self.trainer.device)
+            self.trainer.speed = training_line.Speed(
+                self.cfg.model, vocabulary, process_count(), peak
+            )
         return self.trainer.speed
 
 

@@ -55,7 +55,7 @@ def test_the_longest_line_fits():
     stats = {"ppl": 138512.3, "lr": 1.25e-4, "moe_gate_loss": 12.0712, "wps": 276123.0, "ups": 0.1}
     flags = dict(decoder_layers=2, decoder_embed_dim=8, decoder_ffn_embed_dim=8)
     settings = MoETransformerLMConfig(**flags, tokens_per_sample=64)
-    speed = training_line.Speed(settings, 100, 1)
+    speed = training_line.Speed(settings, 100, 1, peak=1e12)
     line = training_line.line(stats, 1_000_000, 2_000_000, speed)
     assert line.endswith("left 116 d") and len(line) <= 89
     assert training_line.line({"ppl": 2.0}, 5, None, None) == "update 5 ppl 2"
@@ -69,7 +69,34 @@ def test_utilisation_is_flops_over_the_peak():
     token = 2 * (4 * 8 * 8 + 2 * 8 * 16 + 2 * 8 * 12) * 2 + 2 * 8 * 100
     assert speed.utilisation(50.0) == pytest.approx(3 * token * 50 / 2e6)
     before = torch.get_num_threads()
-    assert 1e8 < training_line.peak() < 1e16 and torch.get_num_threads() == before
+    assert (
+        1e8 < training_line.peak_of(torch.device("cpu")) < 1e16
+        and torch.get_num_threads() == before
+    )
+
+
+@pytest.mark.parametrize(
+    "name, peak",
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756.5e12),
+        ("NVIDIA H100 NVL", 835.5e12),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("A100-SXM4-40GB", 312e12),
+        ("Tesla V100-PCIE-16GB", 112e12),
+        ("NVIDIA GeForce RTX 4090", None),
+        ("AMD Instinct MI300X", None),
+    ],
+)
+def test_the_peak_is_that_of_exactly_this_gpu_or_there_is_none(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    settings = MoETransformerLMConfig(decoder_layers=1, decoder_embed_dim=8, tokens_per_sample=8)
+    speed = training_line.Speed(settings, 100, 1, training_line.peak_of(torch.device("cuda")))
+    assert speed.peak == peak
+    line = training_line.line({"wps": 1e3}, 1, None, speed)
+    assert ("MFU" in line) is (peak is not None) and line.startswith("update 1 1k tokens/s")
 
 
 def test_metrics_are_kept_as_numbers(train, tmp_path):
