@@ -25,6 +25,14 @@ def not_finite(layer: int, training: bool = True) -> NotFinite:
     return NotFinite(f"the router of layer {layer} (from 0) yields NaN or infinity: {remedy}")
 
 
+def require_positive(args: argparse.Namespace, *flags: str) -> None:
+    """Raise UserError for a flag that is below 1; those that are None pass."""
+    for name in flags:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: use 1 or more")
+
+
 class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser that reports a mistake in one line instead of two to forty. So do the
     parsers of its subcommands."""

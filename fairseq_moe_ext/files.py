@@ -109,11 +109,12 @@ def parse_json(text: str) -> Any:
     return value
 
 
-def read_json(path: Name, where: str = "") -> Any:
+def read_json(path: Name, where: str = "", remedy: str = "") -> Any:
     """Read JSON. Raises UserError for a file that cannot be read or is not JSON."""
+    end = remedy and f": {remedy}"
     try:
         return parse_json(read_text(path, where))
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"{error}{end}") from None
     except ValueError as error:
-        raise UserError(f"{where or path}: not JSON: {error}") from None
+        raise UserError(f"{where or path}: not JSON: {error}{end}") from None

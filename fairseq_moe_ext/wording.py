@@ -6,6 +6,12 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
+def short(value: object) -> str:
+    """As text that fits a line."""
+    text = str(value)
+    return text if len(text) < 80 else text[:77] + "..."
+
+
 def signed(value: float, digits: int = 1) -> str:
     """With its sign, but for what is shown as 0."""
     shown = f"{value:+.{digits}f}".replace("-", "−")

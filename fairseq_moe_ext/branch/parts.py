@@ -9,9 +9,10 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 from ..errors import UserError
 from ..expert_parallel import placement, process_count, process_rank
 from ..moe.experts import TensorPerExpert
+from ..wording import short
 from .files import BranchFiles, State, flat_settings, load
 from .flat import Pieces, whole_model
-from .settings import FIELDS, short
+from .settings import FIELDS
 
 logger = logging.getLogger(__name__)
 

@@ -14,6 +14,7 @@ from ..checkpoint.settings import check_fields
 from ..config import EXPERT_GRAD_SCALES, MoETransformerLMConfig
 from ..errors import UserError
 from ..models.language_model import MODEL_NAME
+from ..wording import short
 
 FIELDS = {field.name: field for field in fields(MoETransformerLMConfig)}
 
@@ -146,9 +147,3 @@ def translated_args(path: str, saved: Namespace) -> Namespace:
     args.ddp_backend = "legacy_ddp"
     args.fp16 = args.memory_efficient_fp16 = False
     return args
-
-
-def short(value: Any) -> str:
-    """A setting, shortened to fit a line."""
-    text = str(value)
-    return text if len(text) < 80 else text[:77] + "..."

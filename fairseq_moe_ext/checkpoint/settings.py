@@ -30,6 +30,7 @@ from omegaconf import DictConfig
 from ..config import defaults
 from ..errors import UserError
 from ..literals import literal
+from ..wording import short
 
 _CRITERIA = {
     "adaptive_loss",
@@ -95,7 +96,7 @@ def _check_form(path: str, state: Dict[str, Any]) -> None:
     args, cfg = state.get("args"), state.get("cfg")
     for kind, value in ((Namespace, args), (dict, cfg)):
         if value is not None and not isinstance(value, kind):
-            raise UserError(f"{path}: expected settings, but found {_short(value)}; {_REMEDY}")
+            raise UserError(f"{path}: expected settings, but found {short(repr(value))}; {_REMEDY}")
     for group, settings in (cfg or {}).items():
         if group in _BUILT and not isinstance(settings, (dict, Namespace, type(None))):
             raise _misfit(path, "", group, settings, "a group of settings")
@@ -171,7 +172,7 @@ def check_buildable(path: str, state: Dict[str, Any], with_task: bool) -> None:
     model_class = ARCH_MODEL_REGISTRY.get(model) or MODEL_REGISTRY.get(model)
     if not _is_good(model_class, {TransformerLanguageModel}):
         raise UserError(
-            f"{path}: has the architecture {_short(model)}; this plugin loads only its own "
+            f"{path}: has the architecture {short(repr(model))}; this plugin loads only its own "
             "models and stock transformer_lm: run without --user-dir"
         )
     if not with_task:
@@ -179,15 +180,15 @@ def check_buildable(path: str, state: Dict[str, Any], with_task: bool) -> None:
     task = _named(state, "task", "task")
     if not _is_good(TASK_REGISTRY.get(task), {LanguageModelingTask}):
         raise UserError(
-            f"{path}: has the task {_short(task)}; this plugin supports only its own tasks and "
-            "stock language_modeling: run without --user-dir"
+            f"{path}: has the task {short(repr(task))}; this plugin supports only its own tasks "
+            "and stock language_modeling: run without --user-dir"
         )
     criteria = REGISTRIES["criterion"]["registry"]
     criterion = _named(state, "criterion", "criterion")
     if criterion is not None and criterion not in _CRITERIA:
         if not _is_good(criteria.get(criterion), set()):
             raise UserError(
-                f"{path}: has the criterion {_short(criterion)}; this plugin supports only "
+                f"{path}: has the criterion {short(repr(criterion))}; this plugin supports only "
                 f"its own criterions and {', '.join(sorted(_CRITERIA))}: run without --user-dir"
             )
 
@@ -324,9 +325,4 @@ def _misfit(path: str, group: str, name: Any, value: Any, kind: Any) -> UserErro
     if not isinstance(kind, str):
         kind = getattr(kind, "__name__", None) or str(kind).replace("typing.", "")
     name = f"{group}.{name}" if group else name
-    return UserError(f"{path}: its setting {name} is {_short(value)}, not {kind}; {_REMEDY}")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 80 else text[:77] + "..."
+    return UserError(f"{path}: its setting {name} is {short(repr(value))}, not {kind}; {_REMEDY}")

@@ -8,7 +8,7 @@ import re
 from copy import copy
 from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
-from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.errors import UserError, require_positive
 
 DESCRIPTION = """\
 Average the weights of several checkpoints of one training: shared parameters and experts, even if
@@ -53,8 +53,7 @@ def run(args: argparse.Namespace) -> None:
     folder = os.path.dirname(args.output) or "."
     if not args.output.endswith(".pt"):
         raise UserError(f"--output {args.output}: a checkpoint's name must end in .pt")
-    if args.expert_files is not None and args.expert_files < 1:
-        raise UserError(f"--expert-files {args.expert_files}: use 1 or more")
+    require_positive(args, "expert_files")
     for path in paths:
         if os.path.realpath(path) == os.path.realpath(args.output):
             raise UserError(f"--output {args.output}: is also an input; choose another name")

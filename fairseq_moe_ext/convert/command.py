@@ -11,7 +11,7 @@ import torch
 
 from fairseq_moe_ext import progress_bar, tokenizer_files
 from fairseq_moe_ext.convert import hf_flags
-from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.errors import UserError, require_positive
 from fairseq_moe_ext.locks import Lock, beside
 
 DESCRIPTION = """\
@@ -187,10 +187,7 @@ def _check(args: argparse.Namespace) -> None:
         if given and not there:
             remedy = f"add it, or remove {flag}" if needs != "no --to" else f"remove --to or {flag}"
             raise UserError(f"{flag} needs {needs}: {remedy}")
-    for flag in ("expert_files", "rank_files"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            name = "--" + flag.replace("_", "-")
-            raise UserError(f"{name} {getattr(args, flag)}: use 1 or more")
+    require_positive(args, "expert_files", "rank_files")
     if args.upcycle and args.moe_expert_count is None:
         raise UserError("--upcycle: the number of experts is missing; add --moe-expert-count")
     if args.upcycle and args.moe_freq is not None and args.moe_freq < 1:

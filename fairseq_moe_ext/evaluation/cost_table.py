@@ -11,7 +11,7 @@ from fairseq.dataclass.utils import gen_parser_from_dataclass
 from .. import cost
 from ..config import MoETransformerLMConfig
 from ..config_checks import validate
-from ..errors import UserError
+from ..errors import UserError, require_positive
 from ..shape import Shape, shape_of
 from ..text_table import add_form_flags, formed
 from . import paper
@@ -67,10 +67,7 @@ def run(args: Namespace) -> None:
     if args.paper:
         print(formed(args, paper_models(), [list(TABLE_1_HEAD), *table_1()]))
         return
-    for name in ("types", "context", "batch_size", "world_size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: use 1 or more")
+    require_positive(args, "types", "context", "batch_size", "world_size")
     if not 0 < args.tokens < math.inf:
         raise UserError(f"--tokens {args.tokens}: use a number above 0")
     settings, vocabulary = _settings(args)

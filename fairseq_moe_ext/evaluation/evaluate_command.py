@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 from .. import data_bin, outputs
-from ..errors import UserError
+from ..errors import UserError, require_positive
 from ..models.precision import in_bfloat16
 from ..text_table import markdown, plain
 from ..wording import small
 from . import capacity
 from .loading import (
+    add_model_flags,
     check_path,
     corpora_of,
     language_modeling_task,
@@ -58,15 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="HTML page for the charts of --sweep-capacity (default: capacity.html)",
     )
-    parser.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
-    parser.add_argument(
-        "--bf16",
-        action="store_true",
-        help="compute in bfloat16; on a CPU with float32 weights, and only where it is faster",
-    )
-    parser.add_argument(
-        "--model-overrides", metavar="DICT", help="model settings, as for fairseq-eval-lm"
-    )
+    add_model_flags(parser, "--bf16")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="also write all metrics to this file"
     )
@@ -139,10 +132,7 @@ def _check_flags(args: argparse.Namespace) -> _Asked:
         raise UserError("--capacity and --sweep-capacity: use only one of them")
     else:
         capacities = capacity.parse("--sweep-capacity", args.sweep_capacity.split(","))
-    for name in ("context", "stride", "batch_size", "bootstrap"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: use 1 or more")
+    require_positive(args, "context", "stride", "batch_size", "bootstrap")
     if args.figure is not None and args.sweep_capacity is None:
         raise UserError(f"--figure {args.figure}: needs --sweep-capacity; add it")
     if args.unit_losses is not None and args.sweep_capacity is not None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from .. import outputs
-from ..errors import OneLineParser, UserError
+from ..errors import OneLineParser, UserError, require_positive
 from . import specialisation
 from .loading import language_modeling_task, load_model, moe_layers
 
@@ -168,12 +168,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                 raise UserError(
                     f"--among {args.among}: no --bin {name}; there are {', '.join(bins)}"
                 )
-        for flag, value in (
-            ("--tokens-per-sample", args.tokens_per_sample),
-            ("--batch-size", args.batch_size),
-        ):
-            if value < 1:
-                raise UserError(f"{flag} {value}: use 1 or more")
+        require_positive(args, "tokens_per_sample", "batch_size")
         outputs.check([("--json", args.json)], args.overwrite, [args.checkpoint, *bins.values()])
         layers = expert_use(
             args.checkpoint, bins, args.subset, args.tokens_per_sample, args.batch_size, among

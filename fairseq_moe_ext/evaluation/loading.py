@@ -1,5 +1,6 @@
 """Loads a checkpoint for evaluation."""
 
+import argparse
 import ast
 import os
 from pathlib import Path
@@ -13,6 +14,22 @@ from ..errors import UserError
 if TYPE_CHECKING:
     from fairseq.models import FairseqLanguageModel
     from fairseq.tasks.language_modeling import LanguageModelingTask
+
+
+PRECISIONS = {
+    "--fp16": "use half precision for the weights",
+    "--bf16": "compute in bfloat16; on a CPU with float32 weights, and only where it is faster",
+}
+
+
+def add_model_flags(parser: argparse._ActionsContainer, *precisions: str) -> None:
+    """Add --cpu, these PRECISIONS and --model-overrides."""
+    parser.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
+    for flag in precisions:
+        parser.add_argument(flag, action="store_true", help=PRECISIONS[flag])
+    parser.add_argument(
+        "--model-overrides", metavar="DICT", help="model settings, as for fairseq-eval-lm"
+    )
 
 
 def check_path(path: Path, flag: str = "--path") -> None:

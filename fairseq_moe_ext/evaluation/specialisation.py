@@ -56,10 +56,7 @@ class LayerUse(TypedDict, total=False):
 def read(path: Path) -> List[LayerUse]:
     """Read what evaluation.expert_use wrote. Raises UserError for any other file."""
     remedy = "create it with evaluation.expert_use --json"
-    try:
-        content = files.read_json(path)
-    except UserError as error:
-        raise UserError(f"{error}: {remedy}") from None
+    content = files.read_json(path, remedy=remedy)
     layers = content if isinstance(content, list) else [content]
     if not layers or not all(isinstance(x, dict) and {"layer", "share"} <= set(x) for x in layers):
         raise UserError(f"{path}: lacks layer and share: {remedy}")

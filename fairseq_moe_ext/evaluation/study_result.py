@@ -122,10 +122,7 @@ def read(path: Path, flag: str = "") -> StudyResult:
     """Raises UserError, which begins with the flag, for a file that is missing or holds something
     else."""
     remedy = "run `fairseq-moe study` first"
-    try:
-        content = files.read_json(path, f"{flag}{path}")
-    except UserError as error:
-        raise UserError(f"{error}: {remedy}") from None
+    content = files.read_json(path, f"{flag}{path}", remedy)
     if not is_result(content) or "factors" not in content:
         raise UserError(f"{flag}{path}: lacks factors and runs: {remedy}")
     if not content["runs"]:

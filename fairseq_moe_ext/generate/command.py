@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Dict, List, Sequence
 
 from .. import files, outputs, tokenizer_files
-from ..errors import UserError
-from ..evaluation.loading import check_path, on_device, parse_overrides
+from ..errors import UserError, require_positive
+from ..evaluation.loading import add_model_flags, check_path, on_device, parse_overrides
 from ..models.language_model import MoETransformerLanguageModel
 from ..models.text_generation import Settings, generate, settings_of
 from ..prepare import gpt2_files
@@ -62,15 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     model.add_argument("--gpt2-encoder-json", type=Path, metavar="FILE", help="its encoder.json")
     model.add_argument("--gpt2-vocab-bpe", type=Path, metavar="FILE", help="its vocab.bpe")
-    model.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
-    model.add_argument("--fp16", action="store_true", help="use half precision for the weights")
+    add_model_flags(model, "--fp16")
     model.add_argument(
         "--experts-on-disk", action="store_true",
         help="leave the experts in the checkpoint's files, and read one when a token needs it",
     )  # fmt: skip
-    model.add_argument(
-        "--model-overrides", metavar="DICT", help="model settings, as for fairseq-eval-lm"
-    )
 
 
 def _add_search(group: Any) -> None:
@@ -188,8 +184,7 @@ def _check(args: argparse.Namespace, checkpoints: List[Path], words: List[str]) 
         raise UserError("--separator: separates prompts in --file or stdin; add --file")
     if args.overwrite and args.json is None:
         raise UserError("--overwrite: without --json there is nothing to replace; remove it")
-    if args.batch_tokens < 1:
-        raise UserError(f"--batch-tokens {args.batch_tokens}: use 1 or more")
+    require_positive(args, "batch_tokens")
     if (args.gpt2_encoder_json is None) != (args.gpt2_vocab_bpe is None):
         raise UserError("--gpt2-encoder-json and --gpt2-vocab-bpe go together: give both")
     if args.bpe is not None and args.gpt2_encoder_json is None:

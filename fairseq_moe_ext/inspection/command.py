@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Optional
 
 from .. import outputs
-from ..errors import UserError
+from ..errors import UserError, require_positive
+from ..evaluation.loading import add_model_flags
 from ..evaluation.report import check_renewable
 from .inspecting import DEFAULT, Settings, inspect
 
@@ -77,10 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="share of a batch that an expert takes, or `training` for the rule of training "
         "(default: 1, nothing is dropped)",
     )
-    parser.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
-    parser.add_argument(
-        "--model-overrides", metavar="DICT", help="model settings, as for fairseq-eval-lm"
-    )
+    add_model_flags(parser)
     parser.add_argument(
         "--page",
         type=Path,
@@ -96,10 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Inspect and write. Raises UserError for invalid flags or files."""
-    for name in ("tokens", "show", "context", "batch_size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: use 1 or more")
+    require_positive(args, "tokens", "show", "context", "batch_size")
     settings = Settings(
         args.subset,
         args.tokens,

@@ -7,7 +7,7 @@ experts may be distributed over them.
 """
 
 from random import Random
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,9 @@ from .token_scores import exact_logits
 # Whether the new tokens end a hypothesis; called once after each token.
 Done = Callable[[Sequence[int]], bool]
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
 
 class Prompt(NamedTuple):
     """A prompt to continue."""
@@ -29,6 +32,30 @@ class Prompt(NamedTuple):
     max_new: int  # tokens
     done: Done
     random: Optional[Random] = None  # for sampling: a row's draws do not depend on its batch
+
+
+def by_batches(
+    items: Sequence[Item],
+    batches: Sequence[Sequence[int]],
+    compute: Callable[[Sequence[Item]], Sequence[Result]],
+    progress: str,
+) -> List[Result]:
+    """The result of each item, on all processes. Each takes its share of the batches, and all take
+    the same number of steps: `compute` gets no items where a process has no batch left.
+
+    batches: numbers of items. progress: what a bar says; "": there is none.
+    """
+    own = batches[process_rank() :: process_count()]
+    steps = -(-len(batches) // process_count())
+    results: Dict[int, Result] = {}
+    with progress_bar.bar(progress, steps, "batch", bool(progress) and process_rank() == 0) as bar:
+        for step in range(steps):
+            batch = own[step] if step < len(own) else []
+            results.update(zip(batch, compute([items[i] for i in batch])))
+            bar.update()
+    for other in all_gather(results):
+        results.update(other)
+    return [results[i] for i in range(len(items))]
 
 
 class _Hypothesis(NamedTuple):
@@ -86,20 +113,7 @@ class Generator:
     def best(self, prompts: Sequence[Prompt]) -> List[List[List[int]]]:
         """Like __call__, but returns all ended hypotheses of each prompt, the best first: as many
         as the beam is wide, or a few more."""
-        batches = self._batches(prompts)
-        own = batches[process_rank() :: process_count()]
-        steps = -(-len(batches) // process_count())
-        results: Dict[int, List[List[int]]] = {}
-        shown = bool(self.progress) and process_rank() == 0
-        bar = progress_bar.bar(self.progress, steps, "batch", shown)
-        for step in range(steps):
-            batch = own[step] if step < len(own) else []
-            results.update(zip(batch, self._search([prompts[i] for i in batch])))
-            bar.update()
-        bar.close()
-        for other in all_gather(results):
-            results.update(other)
-        return [results[i] for i in range(len(prompts))]
+        return by_batches(prompts, self._batches(prompts), self._search, self.progress)
 
     def _batches(self, prompts: Sequence[Prompt]) -> List[List[int]]:
         """Indices of prompts in batches of similar length, long prompts first."""

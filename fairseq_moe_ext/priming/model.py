@@ -8,6 +8,7 @@ numbers depend neither on other rows nor, up to rounding, on the number of proce
 import argparse
 import contextlib
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
@@ -16,10 +17,10 @@ import torch
 import torch.distributed as dist
 from fairseq.models import FairseqLanguageModel
 
-from .. import progress_bar
 from ..data_bin import DICTIONARY
 from ..errors import UserError
 from ..evaluation.loading import (
+    add_model_flags,
     check_path,
     language_modeling_task,
     load_model,
@@ -27,9 +28,10 @@ from ..evaluation.loading import (
     parse_overrides,
     set_gates,
 )
-from ..expert_parallel import all_gather, process_count, process_rank
+from ..expert_parallel import process_count
 from ..models.language_model import MoETransformerLanguageModel
 from ..models.precision import in_bfloat16
+from ..models.search import by_batches
 from ..models.token_scores import in_chunks, log_probs_and_likeliest
 from ..questions.scoring import Row
 from ..questions.vocabulary import PAD
@@ -56,16 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=16384,
         help="tokens per batch and process (default: 16384)",
     )
-    parser.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
-    parser.add_argument("--fp16", action="store_true", help="use half precision for the weights")
-    parser.add_argument(
-        "--bf16",
-        action="store_true",
-        help="compute in bfloat16; on a CPU with float32 weights, and only where it is faster",
-    )
-    parser.add_argument(
-        "--model-overrides", metavar="DICT", help="model settings, as for fairseq-eval-lm"
-    )
+    add_model_flags(parser, "--fp16", "--bf16")
 
 
 def check_files(path: Path, data: Path) -> None:
@@ -162,19 +155,8 @@ class ModelScorer:
     def with_likeliest(self, rows: Sequence[Row]) -> List[Tuple[np.ndarray, np.ndarray]]:
         """Like __call__, and (tokens - start,) bool: whether no token is more likely."""
         batches = self._batches(rows)
-        own = batches[process_rank() :: process_count()]
-        steps = -(-len(batches) // process_count())
         share = any(rows[batch[0]].shared for batch in batches)
-        scored: Dict[int, Tuple[np.ndarray, np.ndarray]] = {}
-        bar = progress_bar.bar(self.progress, steps, "batch", shown=process_rank() == 0)
-        for step in range(steps):
-            batch = own[step] if step < len(own) else []
-            scored.update(zip(batch, self._score([rows[i] for i in batch], share)))
-            bar.update()
-        bar.close()
-        for other in all_gather(scored):
-            scored.update(other)
-        return [scored[i] for i in range(len(rows))]
+        return by_batches(rows, batches, partial(self._score, share=share), self.progress)
 
     def _batches(self, rows: Sequence[Row]) -> List[List[int]]:
         """Numbers of rows: those of a batch share their first tokens, if any do, and are of about

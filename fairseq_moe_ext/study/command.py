@@ -12,7 +12,7 @@ from typing import Dict, Sequence
 from tqdm import tqdm
 
 from .. import files, outputs
-from ..errors import UserError
+from ..errors import UserError, require_positive
 from ..evaluation import study_result
 from ..text_table import plain
 from ..wording import count
@@ -39,8 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Do the study. Raises UserError for an invalid study."""
-    if args.jobs < 1:
-        raise UserError(f"--jobs {args.jobs}: use 1 or more")
+    require_positive(args, "jobs")
     if args.dry_run and args.only_result:
         raise UserError("--dry-run and --only-result: use only one of them")
     plan = plans.read(args.file)

@@ -62,10 +62,7 @@ def write(path: Path, result: Result) -> None:
 def read(path: Path) -> Result:
     """Raises UserError for a file that holds something else."""
     remedy = "create it with examples/finetune/run.py"
-    try:
-        content = files.read_json(path)
-    except UserError as error:
-        raise UserError(f"{error}: {remedy}") from None
+    content = files.read_json(path, remedy=remedy)
     if not isinstance(content, dict) or not {"rows", "before"} <= set(content):
         raise UserError(f"{path}: lacks before and rows: {remedy}")
     return cast(Result, content)
