@@ -11,7 +11,7 @@ STANDARD = set(
     "__future__ concurrent contextlib functools heapq math os threading time typing".split()
 )
 
-EVERYWHERE = set("context errors files locks outputs progress_bar text_table wording".split())
+EVERYWHERE = set("context cores errors files locks outputs progress_bar text_table wording".split())
 
 
 # A part of the package -> the parts that it may import. A part is a module or a subpackage; "moe.x"
@@ -52,6 +52,7 @@ ALLOWED = {
         "training_line": "cost shape",
         "completion": "",
         "context": "",
+        "cores": "",
         "data_bin_files": "",
         "expert_parallel": "kernels.transfer moe.exchange moe.scope",
         "counted": "",

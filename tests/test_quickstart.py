@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from markupsafe import escape
 
+from fairseq_moe_ext import cores
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.evaluation import loading, specialisation
 
@@ -264,7 +265,7 @@ def test_the_readme_gives_the_same_commands(tmp_path, monkeypatch):
     found = [sorted(words.split("\n")) for words in noted.read_text().split("\n\n")[:-1]]
 
     monkeypatch.chdir(QUICKSTART.parents[1])
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(cores, "usable", lambda: 2)
     monkeypatch.setattr(recipe, "console_script", lambda name: name)
     args = quickstart.arguments([])
     held_out = {domain.name: domain.held_out for domain in corpora.DOMAINS}

@@ -1,12 +1,12 @@
 """The quickstart's models and its commands of fairseq and of this package."""
 
-import os
 import platform
 import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Dict, List, NamedTuple
 
+from fairseq_moe_ext import cores
 from fairseq_moe_ext.shape import Shape
 from fairseq_moe_ext.study.child import console_script
 from fairseq_moe_ext.study.plan import PACKAGE
@@ -83,7 +83,7 @@ def prepare_command(out: Path, held_out: Dict[str, bool]) -> List[str]:
         flag = "--heldout" if out_of_domain else "--corpus"
         for split in ("valid", "test") if out_of_domain else ("train", "valid", "test"):
             command += [flag, f"{name}:{split}={out / 'text' / f'{name}.{split}.jsonl'}"]
-    workers = min(os.cpu_count() or 1, 8)
+    workers = min(cores.usable(), 8)
     return command + ["--train-bpe", str(VOCABULARY), "--workers", str(workers)]
 
 

@@ -1,7 +1,6 @@
 """What the files of a quickstart run hold, and result.json, which the report shows."""
 
 import contextlib
-import os
 import platform
 import re
 from importlib.metadata import PackageNotFoundError, version
@@ -11,7 +10,7 @@ from typing import Any, Dict, List, NamedTuple, Sequence, TypedDict
 import corpora
 import recipe
 
-from fairseq_moe_ext import cost, files
+from fairseq_moe_ext import cores, cost, files
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.shape import Shape
 from fairseq_moe_ext.study import logs
@@ -121,7 +120,7 @@ def gathered(
         for domain in corpora.DOMAINS
     ]
     shapes = recipe.shapes(counts["types"], settings["router"])
-    environment = {"Python": platform.python_version(), "processors": str(os.cpu_count())}
+    environment = {"Python": platform.python_version(), "processors": str(cores.usable())}
     for package in ("torch", "numpy", "sympy", "fairseq", "fairseq-moe-ext"):
         with contextlib.suppress(PackageNotFoundError):
             environment[package] = version(package)

@@ -25,7 +25,7 @@ import results  # noqa: E402
 from progress import LogTail, Screen, TrainingProgress  # noqa: E402
 from results import Stage  # noqa: E402
 
-from fairseq_moe_ext import files, outputs  # noqa: E402
+from fairseq_moe_ext import cores, files, outputs  # noqa: E402
 from fairseq_moe_ext.errors import UserError  # noqa: E402
 from fairseq_moe_ext.evaluation import report  # noqa: E402
 from fairseq_moe_ext.study.plan import FAMILIES  # noqa: E402
@@ -119,7 +119,7 @@ def train(run: Run, commands: Dict[str, List[str]]) -> str:
     Small models do not fill two cores each, and so neither is timed on a busier machine than the
     other. One that is finished is not started again; the other goes on from its last checkpoint.
     """
-    threads = max(1, (os.cpu_count() or 1) // len(commands))
+    threads = max(1, cores.usable() // len(commands))
     trainings = {}
     for model, command in commands.items():
         if not (run.out / model / "finished").exists():
@@ -155,8 +155,7 @@ def evaluate(run: Run, commands: Dict[str, List[str]]) -> str:
     """All fairseq-eval-lm runs, as many at a time as there are cores; each has its own result."""
     folder = run.out / "evaluation"
     folder.mkdir(exist_ok=True)
-    cores = os.cpu_count() or 1
-    at_once = min(cores, 4)
+    at_once = min(cores.usable(), 4)
     done: List[str] = []
 
     def one(name: str) -> None:
@@ -164,7 +163,7 @@ def evaluate(run: Run, commands: Dict[str, List[str]]) -> str:
         if not result.exists():
             log = folder / f"{name}.log"
             log.unlink(missing_ok=True)
-            run.call(commands[name], log, max(1, cores // at_once))
+            run.call(commands[name], log, max(1, cores.usable() // at_once))
             outputs.write_json(result, results.eval_result(log))
         done.append(name)
         run.screen.show(f"  fairseq-eval-lm: {len(done)}/{len(commands)}")
@@ -180,13 +179,13 @@ def count_experts(run: Run, command: List[str]) -> str:
     def show() -> None:
         run.screen.show("  reading the gates' choices")
 
-    run.call(command, log, max(1, (os.cpu_count() or 1) // 2), watch=show, every=0.2)
+    run.call(command, log, max(1, cores.usable() // 2), watch=show, every=0.2)
     return f"{len(files.read_json(run.out / 'expert_use.json'))} MoE layers"
 
 
 def write_samples(run: Run, command: List[str]) -> str:
     log = run.out / "samples.log"
-    run.call(command, log, max(1, (os.cpu_count() or 1) // 2))
+    run.call(command, log, max(1, cores.usable() // 2))
     return f"{len(recipe.PROMPTS)} prompts"
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Iterator
 
+from .. import cores
 from ..errors import UserError
 
 _PIECE = 1 << 22  # bytes read at a time
-_THREADS = min(8, os.cpu_count() or 1)
 _REMEDY = "it is damaged: copy it again, or use another checkpoint"
 
 
@@ -38,8 +37,9 @@ def check_records(path: str) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             records = iter(archive.infolist())
-        with ThreadPoolExecutor(_THREADS) as pool:  # zlib sums without Python's lock
-            for check in [pool.submit(_check_records, path, records) for _ in range(_THREADS)]:
+        threads = min(8, cores.usable())
+        with ThreadPoolExecutor(threads) as pool:  # zlib sums without Python's lock
+            for check in [pool.submit(_check_records, path, records) for _ in range(threads)]:
                 check.result()
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError) as error:
         raise UserError(f"{path}: {str(error) or 'cut short'}; {_REMEDY}") from error

@@ -1,12 +1,11 @@
 """`fairseq-moe prepare`: the flags, and the table of counts at the end."""
 
 import argparse
-import os
 import time
 from pathlib import Path
 from typing import Optional, Tuple
 
-from fairseq_moe_ext import data_bin
+from fairseq_moe_ext import cores, data_bin
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.prepare import gpt2_files
 from fairseq_moe_ext.prepare.corpora import parse_corpora, parse_formats
@@ -130,8 +129,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     run = parser.add_argument_group("running")
     run.add_argument(
-        "--workers", type=int, default=_cores(), metavar="N",
-        help="processes at most, one for each 25 MB of text (default: all cores, here "
+        "--workers", type=int, default=cores.usable(), metavar="N",
+        help="processes at most, one for each 25 MB of text (default: all usable cores, here "
         "%(default)s); the result does not depend on it",
     )  # fmt: skip
     run.add_argument(
@@ -201,9 +200,3 @@ def format_table(report: Report) -> str:
         numbers = [f"{counts[column]:,}" for column in columns]
         cells.append([name, split, *numbers, f"{counts['bytes'] / counts['tokens']:.2f}"])
     return plain(cells, left=2)
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

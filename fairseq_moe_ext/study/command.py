@@ -11,7 +11,7 @@ from typing import Dict, Sequence
 
 from tqdm import tqdm
 
-from .. import files, outputs
+from .. import cores, files, outputs
 from ..errors import UserError, require_positive
 from ..evaluation import study_result
 from ..text_table import plain
@@ -73,7 +73,7 @@ class _Work:
     def __init__(self, plan: Plan, jobs: int) -> None:
         self.plan = plan
         self.jobs = jobs
-        self.threads = max(1, (os.cpu_count() or 1) // jobs)
+        self.threads = max(1, cores.usable() // jobs)
         self.runner = Runner(plan.out, f"out: {plan.out}")
         self.done = 0
         self.updates: Dict[str, int] = {}  # of each run, as far as it is known

@@ -1,12 +1,11 @@
 """The speed of each arm's training steps, one arm after the other with nothing beside it: of runs
 that share a machine the clock says little."""
 
-import os
 import statistics
 from pathlib import Path
 from typing import List, Sequence
 
-from ... import outputs
+from ... import cores, outputs
 from ...errors import UserError
 from .. import logs
 from .. import plan as plans
@@ -23,7 +22,7 @@ def run(ladder: Ladder, arms: Sequence[Arm]) -> None:
     known = result.seconds_per_token(ladder)
     left = [arm for arm in arms if arm.name not in known]
     folder = ladder.out / PROBE
-    threads = os.cpu_count() or 1
+    threads = cores.usable()
     runner = Runner(folder, f"out: {folder}")
     try:
         runner.open()
