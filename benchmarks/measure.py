@@ -13,6 +13,7 @@ from typing import Any, Callable, Dict, List, Sequence
 
 import torch
 
+from fairseq_moe_ext import outputs
 from fairseq_moe_ext.kernels.matmul import product
 
 # BENCHMARK_RESULTS: another folder, for a try
@@ -195,7 +196,7 @@ def keep(
     if content.get("machine") != machine():
         content = {"machine": machine(), "rows": {}}
     content["rows"].update(rows)
-    _write(path, json.dumps(content, indent=1) + "\n")
+    outputs.write_json(path, content)
     return content["rows"]
 
 
@@ -207,11 +208,5 @@ def keep_table(
     rows = [heads, ["---"] * len(heads), *lines]
     text = f"{title}\n\nMachine: {processor(device)}, {described}.\n\n"
     text += "".join("| " + " | ".join(row) + " |\n" for row in rows)
-    _write(own_folder(name, device) / f"{name}.md", text)
+    outputs.write_text(own_folder(name, device) / f"{name}.md", text)
     print(text)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import random
 import shutil
 import subprocess
 import sys
@@ -66,6 +67,19 @@ def prepare_text(folder, text, vocabulary=280):
     specs = [f"a:{split}={folder / 'a.txt'}" for split in ("train", "valid", "test")]
     prepare(folder / "data", Options(corpora=parse_corpora(specs, []), train_bpe=vocabulary))
     return folder / "data"
+
+
+def prepare_near_and_far(folder, heldout=()):
+    """Prepare folder/data from two corpora without a word in common."""
+    rng = random.Random(0)
+    specs, held = [], []
+    for name in ("near", "far"):
+        for split in ("train", "valid", "test")[name in heldout :]:
+            lines = [" ".join(f"{name}{rng.randint(0, 20)}" for _ in range(8)) for _ in range(60)]
+            path = folder / f"{name}.{split}.txt"
+            path.write_text("\n".join(f"{line}\n" for line in lines), encoding="utf-8")
+            (held if name in heldout else specs).append(f"{name}:{split}={path}")
+    prepare(folder / "data", Options(corpora=parse_corpora(specs, held), train_bpe=288))
 
 
 def fairseq(line):

@@ -10,6 +10,7 @@ import random
 from pathlib import Path
 from typing import Dict, Iterator, List, Tuple
 
+from fairseq_moe_ext import outputs
 from fairseq_moe_ext.errors import UserError
 
 CONTEXT = 160  # characters of context, rounded up to whole lines
@@ -81,10 +82,8 @@ def write(text: Path, names: List[str], sizes: Dict[str, int], folder: Path, see
             chosen[split] += rng.sample(made, share)
     for split, found in chosen.items():
         random.Random(seed).shuffle(found)
-        partial = folder / f"{split}.jsonl.partial"
-        with open(partial, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(question) + "\n" for question in found)
-        partial.rename(folder / f"{split}.jsonl")
+        lines = "".join(json.dumps(question) + "\n" for question in found)
+        outputs.write_text(folder / f"{split}.jsonl", lines)
 
 
 def _first(documents: List[str], wanted: int) -> List[str]:

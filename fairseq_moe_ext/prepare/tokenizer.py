@@ -9,7 +9,6 @@ on one core.
 """
 
 import json
-import os
 import re
 import tempfile
 from itertools import chain
@@ -19,7 +18,7 @@ from typing import Dict, Iterable, List, Tuple
 import regex
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from fairseq_moe_ext import files
+from fairseq_moe_ext import files, outputs
 from fairseq_moe_ext.data_bin import TOKENIZER
 from fairseq_moe_ext.errors import UserError
 
@@ -193,12 +192,7 @@ def train_bpe(documents: Iterable[str], vocabulary_size: int, folder: Path) -> i
         merges = merges[1:]
     # ASCII, because fairseq opens encoder.json in the locale's encoding
     # (fairseq/data/encoders/gpt2_bpe_utils.py:132@0.12.2).
-    _write(folder / ENCODER_FILE, json.dumps(encoder, ensure_ascii=True))
-    _write(folder / MERGES_FILE, "".join(f"{line}\n" for line in ["#version: 0.2", *merges]))
+    outputs.write_text(folder / ENCODER_FILE, json.dumps(encoder, ensure_ascii=True))
+    lines = ["#version: 0.2", *merges]
+    outputs.write_text(folder / MERGES_FILE, "".join(f"{line}\n" for line in lines))
     return len(encoder)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -2,14 +2,13 @@
 
 import json
 import math
-import random
 import re
 
 import numpy as np
 import pytest
 import torch
 from small_models import MOE, build_model
-from training import fairseq
+from training import fairseq, prepare_near_and_far
 
 import fairseq_moe_ext
 from fairseq_moe_ext import cli
@@ -17,7 +16,6 @@ from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.evaluation import capacity, evaluate_command, perplexity, texts
 from fairseq_moe_ext.evaluation.loading import language_modeling_task, load_model
 from fairseq_moe_ext.models import precision
-from fairseq_moe_ext.prepare.command import Options, parse_corpora, prepare
 
 EOS = 2
 
@@ -87,16 +85,7 @@ def test_a_model_that_is_beyond_hope_has_no_finite_perplexity():
 def trained(tmp_path_factory):
     """(data folder, checkpoint) of a few updates of an MoE model."""
     folder = tmp_path_factory.mktemp("perplexity")
-    rng = random.Random(0)
-    specs = {"corpus": [], "heldout": []}
-    for flag, name in (("corpus", "near"), ("heldout", "far")):
-        for split in ("train", "valid", "test")[flag == "heldout" :]:
-            lines = [" ".join(f"{name}{rng.randint(0, 20)}" for _ in range(8)) for _ in range(60)]
-            path = folder / f"{name}.{split}.txt"
-            path.write_text("\n".join(f"{line}\n" for line in lines), encoding="utf-8")
-            specs[flag].append(f"{name}:{split}={path}")
-    corpora = parse_corpora(specs["corpus"], specs["heldout"])
-    prepare(folder / "data", Options(corpora=corpora, train_bpe=288))
+    prepare_near_and_far(folder, ["far"])
     line = f"""fairseq-train {folder / "data"} --task mixture_language_modeling --arch moe_lm_tiny
         --user-dir {fairseq_moe_ext.__path__[0]} --criterion moe_cross_entropy
         --decoder-layers 2 --decoder-embed-dim 16 --decoder-ffn-embed-dim 32 --max-update 5

@@ -1,13 +1,11 @@
 """A small sparse model and its dense twin, trained for a few updates on text of two kinds."""
 
 import logging
-import random
 
 import pytest
-from training import fairseq
+from training import fairseq, prepare_near_and_far
 
 import fairseq_moe_ext
-from fairseq_moe_ext.prepare.command import Options, parse_corpora, prepare
 
 SMALL = "--decoder-layers 4 --decoder-embed-dim 16 --decoder-ffn-embed-dim 32 --batch-size 4"
 SMALL += " --decoder-attention-heads 2 --tokens-per-sample 32 --optimizer adam --lr 0.01 --cpu"
@@ -18,15 +16,7 @@ SMALL += " --num-workers 0 --no-progress-bar --log-interval 2 --max-update 6 --m
 def trained(tmp_path_factory):
     """A folder with data/, moe/, dense/, moe.log and my.txt."""
     folder = tmp_path_factory.mktemp("inspection")
-    rng = random.Random(0)
-    specs = []
-    for name in ("near", "far"):
-        for split in ("train", "valid", "test"):
-            lines = [" ".join(f"{name}{rng.randint(0, 20)}" for _ in range(8)) for _ in range(60)]
-            path = folder / f"{name}.{split}.txt"
-            path.write_text("\n".join(f"{line}\n" for line in lines), encoding="utf-8")
-            specs.append(f"{name}:{split}={path}")
-    prepare(folder / "data", Options(corpora=parse_corpora(specs, []), train_bpe=288))
+    prepare_near_and_far(folder)
     (folder / "my.txt").write_text("near1 far2 near3\nÄ <b>&amp;</b> 中\n\nfar19 </script> near\n")
     user_dir = fairseq_moe_ext.__path__[0]
     line = f"{folder / 'data'} --user-dir {user_dir} --task mixture_language_modeling {SMALL}"
