@@ -57,12 +57,16 @@ _OWN_SETTINGS: Dict[str, Any] = {
 }
 
 
+class OtherModel(UserError):
+    """A checkpoint of a model that this plugin does not have."""
+
+
 def translated_settings(path: str, saved: Dict[str, Any]) -> Dict[str, Any]:
-    """Our model's settings from the branch's flat ones. UserError for settings that we do not
+    """Our model's settings from the branch's flat ones. OtherModel for settings that we do not
     have."""
     arch = str(saved.get("_name") or saved.get("arch"))
     if not arch.startswith("transformer_lm"):
-        raise UserError(
+        raise OtherModel(
             f"{path}: a model of the architecture {arch}; of the moe branch's architectures, "
             "only transformer_lm and its sizes can be read (transformer_lm_gpt, ..._gpt2_*, "
             "..._gpt3_*)"
@@ -75,7 +79,7 @@ def translated_settings(path: str, saved: Dict[str, Any]) -> Dict[str, Any]:
             unsupported[name] = saved[name]
     if unsupported:
         listed = ", ".join(f"{name} {short(value)}" for name, value in unsupported.items())
-        raise UserError(
+        raise OtherModel(
             f"{path}: was trained with settings that this plugin lacks, so its results would "
             f"differ: {listed}"
         )

@@ -9,8 +9,9 @@ from fairseq_moe_ext.errors import UserError
 DESCRIPTION = """\
 Check that each file of a checkpoint is as it was written: by the CRC of its records and, for
 expert files, by the digest in the checkpoint. Then open the checkpoint as `convert` does, which
-detects missing files, files of another save, and tensors that do not fit the settings. List expert
-files that no checkpoint in the folder refers to.
+detects missing files, files of another save, and tensors that do not fit the settings; models that
+this plugin lacks are checked by their bytes alone. List expert files that no checkpoint in the
+folder refers to.
 
   fairseq-moe verify runs/moe/checkpoint_best.pt
   fairseq-moe verify runs/moe                      (each *.pt in the folder)
@@ -91,6 +92,7 @@ def _checkpoints(path: str) -> Iterator[str]:
 
 def _judged(path: str, done: Dict[str, Optional[str]]) -> Iterator[Tuple[str, Optional[str]]]:
     """Each file of a checkpoint not yet in `done`, and what is wrong with it."""
+    from fairseq_moe_ext.branch.settings import OtherModel
     from fairseq_moe_ext.checkpoint.intact import check_digest, check_records
 
     from .readers import reader_of
@@ -111,6 +113,8 @@ def _judged(path: str, done: Dict[str, Optional[str]]) -> Iterator[Tuple[str, Op
         return
     try:
         reader.open(path, False)
+    except OtherModel:
+        pass  # its bytes are those that were written
     except UserError as error:
         done[path] = str(error)
         yield path, str(error)

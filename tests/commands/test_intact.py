@@ -187,6 +187,19 @@ def test_verify_tells_what_is_missing_cut_short_or_of_another_save(spread, one, 
     assert judged(tmp_path / "nothing.pt", capsys)[0] == 1
 
 
+@pytest.mark.parametrize(
+    "settings", [{"_name": "transformer_lm", "decoder_normalize_before": False}, {"_name": "bart"}]
+)
+def test_verify_calls_no_other_model_damaged(one, settings, capsys):
+    state = torch.load(one, weights_only=True)
+    state["cfg"]["model"] = settings
+    torch.save(state, one)
+    assert main(["show", str(one)]) == 1
+    assert judged(one, capsys)[:2] == (0, {str(one): "ok"})
+    flip(one)
+    assert judged(one, capsys)[0] == 1
+
+
 def test_verify_takes_a_folder(trained, tmp_path, capsys):
     status, lines, _ = judged(trained, capsys)
     assert status == 0 and len(lines) == len(list(trained.glob("*.pt"))) > 1
