@@ -169,6 +169,8 @@ def check_buildable(path: str, state: Dict[str, Any], with_task: bool) -> None:
     """Raise UserError unless our commands support the model, and the task and criterion if they are
     also built from the file."""
     model = _named(state, "model", "arch")
+    if model is None:
+        raise UserError(f"{path}: its settings name no architecture; use another checkpoint")
     model_class = ARCH_MODEL_REGISTRY.get(model) or MODEL_REGISTRY.get(model)
     if not _is_good(model_class, {TransformerLanguageModel}):
         raise UserError(

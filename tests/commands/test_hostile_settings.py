@@ -190,6 +190,12 @@ def test_no_entry_runs_a_setting(entry, opened, marker):
     assert is_refused(status, err) or (entry in ("restore", "finetune") and status == 0)
 
 
+@pytest.mark.parametrize("entry", ["eval_lm", "evaluate"])
+def test_a_file_without_settings_is_named(entry, opened):
+    status, err = opened(entry, lambda state: state.pop("cfg"))
+    assert is_refused(status, err) and "name no architecture; use another checkpoint" in err
+
+
 @pytest.mark.parametrize("entry", ["validate", "from_pretrained"])
 @pytest.mark.parametrize(("group", "name", "value"), OUT_OF_MODEL)
 def test_settings_of_any_group_are_checked(entry, group, name, value, opened, marker):
