@@ -92,7 +92,7 @@ def measured(shape: Shape, dtype: torch.dtype, onednn: bool, rounds: int) -> Dic
         return changed
 
     cases = {name: without(change) for name, change in WITHOUT.items()}
-    # Without spare rows, oneDNN's programs drive out those of the other cases: so it comes last.
+    # Without spare rows, oneDNN's cache of primitives fills up and slows the others: it comes last.
     last = {SPARE: cases.pop(SPARE)}
     faster = matmul.onednn_is_faster() and onednn
     with mock.patch.object(matmul, "onednn_is_faster", lambda: faster):

@@ -5,13 +5,14 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-# Microseconds of all cores per period of the container (`docker run --cpus 2`: "200000 100000"), or
-# "max 100000" (cgroup v2).
+# CPU time per period, in microseconds ("200000 100000" by `docker run --cpus 2`), or "max 100000"
+# without a limit (cgroup v2).
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def usable() -> int:
-    """Those that it may run on (taskset, cpusets), but no more than the time of its container."""
+    """The cores that taskset and cpusets allow, but no more than the container's CPU quota, rounded
+    up."""
     found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with suppress(OSError, ValueError):
         quota, period = map(int, _QUOTA.read_text().split())  # ValueError: no limit

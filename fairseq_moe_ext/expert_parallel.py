@@ -107,7 +107,7 @@ class ExpertParallel:
         sent = to_device(counts, x.device).view(-1, local)  # (holders, local)
         received = torch.empty_like(sent)  # rows from each holder, for each expert
         dist.all_to_all_single(received, sent, group=self.holders)
-        arrived = received.tolist()  # here alone a GPU is waited for
+        arrived = received.tolist()  # the only wait for a GPU here
         going = [sum(counts[i : i + local]) for i in range(0, len(counts), local)]
         coming = [sum(of_holder) for of_holder in arrived]
         x = _AllToAll.apply(x, going, coming, self.holders, self.traffic)
@@ -305,8 +305,8 @@ class _Reorder(torch.autograd.Function):
 
 
 class _SumOfGradients(torch.autograd.Function):
-    """Tensors, whose gradients are summed over a group: in the same order on all processes,
-    although a replica without rows computes in another way (kernels/expert_ffn.py)."""
+    """Identity whose gradients are summed over a group. All processes sum them in the same order,
+    even if one computes its experts in another way (kernels/expert_ffn.py: no rows)."""
 
     @staticmethod
     def forward(

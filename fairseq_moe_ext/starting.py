@@ -354,8 +354,8 @@ def check_trainer(cfg: Any, task: Any, model: Any) -> None:
 
 
 def _check_amp(cfg: Any, model: Any) -> None:
-    """PyTorch's scaler skips an update, and lowers its scale, where this process's gradients are
-    not finite. With gradients that other processes do not have, they would go on."""
+    """Raise UserError if processes hold different gradients. PyTorch's scaler skips an update where
+    its own process's gradients are not finite; the other processes would still make it."""
     backend = cfg.distributed_training.ddp_backend
     if getattr(model, "has_experts", False) or backend == "fully_sharded":
         raise UserError(

@@ -77,7 +77,7 @@ class TopKRouter(nn.Module):
         self.wg = Gate(config.hidden_size, outputs, bias=False)
 
     def _apply(self, fn: Any, *rest: Any, **named: Any) -> Any:
-        """What training has found keeps its precision where the model is cast."""
+        """Move the router's state to another device, but keep its dtype when the model is cast."""
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, *rest, **named)
         for name, value in before.items():

@@ -9,8 +9,8 @@ from fairseq_moe_ext.errors import UserError
 DESCRIPTION = """\
 Check that each file of a checkpoint is as it was written: by the CRC of its records and, for
 expert files, by the digest in the checkpoint. Then open the checkpoint as `convert` does, which
-detects missing files, files of another save, and tensors that do not fit the settings; models that
-this plugin lacks are checked by their bytes alone. List expert files that no checkpoint in the
+detects missing files, files of another save, and tensors that do not fit the settings. Of models
+that this plugin lacks, only the bytes are checked. List expert files that no checkpoint in the
 folder refers to.
 
   fairseq-moe verify runs/moe/checkpoint_best.pt
@@ -114,7 +114,7 @@ def _judged(path: str, done: Dict[str, Optional[str]]) -> Iterator[Tuple[str, Op
     try:
         reader.open(path, False)
     except OtherModel:
-        pass  # its bytes are those that were written
+        pass  # the bytes are intact; the model cannot be built
     except UserError as error:
         done[path] = str(error)
         yield path, str(error)

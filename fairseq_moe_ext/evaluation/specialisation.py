@@ -75,7 +75,8 @@ def mutual_information(joint: Any) -> float:
 
 
 def random_gates(weight: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """weight (E, D) -> (RANDOM E, D): RANDOM gates whose rows are as long as its own."""
+    """weight (E, D) -> (RANDOM E, D): RANDOM gates; each row has the norm of its row in weight, or
+    1 if that is 0."""
     drawn = torch.randn(RANDOM, *weight.shape, generator=generator).to(weight.device)
     length = weight.norm(dim=-1, keepdim=True)  # 0 for a router without a gate
     drawn *= length.where(length > 0, 1.0) / drawn.norm(dim=-1, keepdim=True)

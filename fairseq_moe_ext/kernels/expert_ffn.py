@@ -103,7 +103,7 @@ def grouped(
 ) -> Tensor:
     """Like by_expert, with few kernel launches for any number of experts."""
     stacks = (each.to(x.dtype) for each in weights if isinstance(each, Tensor))
-    # On Blackwell, grouped_mm does not write their gradients (pytorch #172439, open).
+    # On Blackwell, grouped_mm leaves gradients of experts without rows unwritten (pytorch #172439).
     unused = [e for e, count in enumerate(counts) if count == 0]
     w1, b1, w2, b2 = (scale_gradient(each, grad_scale, unused) for each in stacks)
     rows = to_device(counts, x.device)
@@ -194,7 +194,8 @@ def _activated(
 def _for_each(
     blocks: List[_Block], work: Callable[[int], None], products: int, size: int, x: Tensor
 ) -> None:
-    """Call work(i) for every block: products of its rows of x with matrices of `size` weights."""
+    """Call work(i) for every block i. It multiplies its rows of x by `products` matrices of `size`
+    weights each."""
     rows = [sum(block.counts) for block in blocks]
     with faster_products(x, size, [count for block in blocks for count in block.counts]):
         side_by_side(work, rows, products * size, x.device.type == "cpu")

@@ -7,9 +7,9 @@ From PyTorch 2.9 a public switch passes products to oneDNN. Its name allows bflo
 makes of float32 only where a processor has instructions for tiles of it (AMX). So we time one
 product and look at its error, and use the switch, for our own products alone, if oneDNN is clearly
 faster and as exact. Elsewhere, and under `torch.backends.mkldnn.flags(enabled=False)`, PyTorch's
-choice stays. It stays for small products as well, as generation and narrow experts have them: one
-or two rows only read the weights, and to call oneDNN costs some 25 us more (Zen 5; equal at 2**22
-multiplications, and about 3 * 2**20 in the backward pass of experts).
+choice stays. It also stays for small products, as in generation and in narrow experts. One or two
+rows only read the weights, and a call of oneDNN costs some 25 us more. On Zen 5 the two libraries
+are equal at 2**22 multiplications, and at about 3 * 2**20 in the backward pass of experts.
 """
 
 import contextlib
@@ -26,8 +26,8 @@ from torch.autograd.function import once_differentiable
 
 _FEW_ROWS = 2
 SMALL = 2**22  # multiplications
-_SMALL_EXPERT = 3 * 2**20
-_CACHED = 2**16  # weights, 256 KB in float32; oneDNN reads those outside the cache faster
+_SMALL_EXPERT = 3 * 2**20  # multiplications, as SMALL
+_CACHED = 2**16  # weights, 256 KB in float32; oneDNN reads larger matrices faster
 
 
 class Linear(nn.Linear):
@@ -247,8 +247,8 @@ def _missing(rows: int) -> int:
 
 
 def program_rows(x: Tensor, size: int, counts: List[int]) -> List[int]:
-    """The rows to compute of each expert, instead of counts: with those of `_padded`. With the
-    parameters of faster_products."""
+    """How many rows to compute for each expert: counts, with the spare rows of `_padded` where
+    oneDNN computes. Parameters as for faster_products."""
     if not _experts_by_onednn(x, size, counts):
         return counts
     return [rows if rows <= _FEW_ROWS else rows + _missing(rows) for rows in counts]
@@ -263,7 +263,7 @@ def faster_products(x: Tensor, size: int, counts: List[int]) -> ContextManager[N
 
 def _experts_by_onednn(x: Tensor, size: int, counts: List[int]) -> bool:
     if x.dtype == torch.float32 and size <= _CACHED:
-        # The rows of a typical row's expert: most work is in the experts with most rows.
+        # Mean over rows of their expert's number of rows: large experts do most of the work.
         rows = sum(count * count for count in counts) / max(1, sum(counts))
         if rows * size <= _SMALL_EXPERT:
             return False

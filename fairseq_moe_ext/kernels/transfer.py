@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def to_device(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """(N,) int64. On a GPU the copy joins the queue of its work; that of ordinary memory would wait
-    until the queue is empty."""
+    """numbers -> (N,) int64 on the device. A copy from pinned memory is queued on a GPU; one from
+    ordinary memory would make the CPU wait for all work queued before."""
     here = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
     return here.to(device, non_blocking=True)

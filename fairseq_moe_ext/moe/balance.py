@@ -144,6 +144,6 @@ def counted_rows(rows: Tensor, counted: Optional[Tensor]) -> Tuple[Tensor, Tenso
     """rows (T, N) with zeros in rows that do not count, and the number of rows that count, a scalar
     int64. counted (T,) bool, None: all."""
     if counted is None:
-        # filled, not copied: a GPU would be waited for
+        # full, not tensor: copying a number would wait for the GPU
         return rows, torch.full((), len(rows), device=rows.device)
     return rows.masked_fill(~counted.unsqueeze(1), 0), counted.sum()

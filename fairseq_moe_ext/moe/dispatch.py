@@ -38,7 +38,7 @@ def lay_out(routing: Routing, rounded: Optional[Callable[[List[int]], List[int]]
     if k == len(counts) > 2:  # tokens have a variable number of choices, mostly few
         used = routing.kept.any(dim=0) * torch.arange(1, k + 1, device=counts.device)  # (K,)
         wanted.append(used.amax(dim=0, keepdim=True))
-    rows_of = torch.cat(wanted).tolist()  # here alone a GPU is waited for
+    rows_of = torch.cat(wanted).tolist()  # the only wait for a GPU here
     widest = max(1, rows_of.pop()) if len(wanted) > 1 else k
     if rounded is not None:
         rows_of = rounded(rows_of)

@@ -33,8 +33,8 @@ class Exchange(Protocol):
         """
 
     def compute(self, experts: nn.Module, x: Tensor, counts: List[int]) -> Tensor:
-        """experts(x, counts), of the rows that `send` brought; the gradients of these experts cover
-        the rows of all processes."""
+        """experts(x, counts) for the rows that `send` brought. The experts' gradients are the sum
+        over the rows of all processes."""
 
     def send_back(self, y: Tensor, arrival: Arrival) -> Tensor:
         """Rows (N', D) that `send` brought here -> the rows (N, D) that it sent, in that order."""

@@ -282,8 +282,8 @@ def not_padding(experts: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
 
 
 def real_rows(padding_mask: Optional[Tensor]) -> Union[slice, Tensor]:
-    """padding_mask (T,) bool -> the index of the tokens that are not padding, which a GPU is waited
-    for once, not each time that it is used."""
+    """padding_mask (T,) bool -> the indices of the tokens that are not padding; all for None. With
+    indices, the CPU waits for a GPU once; with a mask, at each use."""
     return slice(None) if padding_mask is None else (~padding_mask.bool()).nonzero()[:, 0]
 
 
@@ -343,5 +343,5 @@ def queue(
 def _gumbel_like(logits: Tensor) -> Tensor:
     """Standard Gumbel samples, (T, E) float32; equal to the branch's for the same seed."""
     zero = torch.zeros((), device=logits.device)
-    # to validate the arguments would wait for a GPU
+    # validating the arguments would wait for a GPU
     return torch.distributions.Gumbel(zero, zero + 1, validate_args=False).rsample(logits.shape)

@@ -177,8 +177,9 @@ def load_position(stock, self, state):
     """With another number of processes, the run continues after the batches that all processes have
     seen; if no update ends exactly there, a few are seen twice.
 
-    Another batch size makes other batches: it continues after as many sentences. Where batches are
-    shuffled, these are others, so in the rest of the epoch some are seen twice and some not at all.
+    Another batch size divides the epoch differently: the run continues after the same number of
+    sentences. If batches are shuffled, these are other sentences, so in the rest of the epoch some
+    are seen twice and some not at all.
     """
     position = state.get("all_processes")
     if position is not None and position["batches"] > 0:
@@ -189,8 +190,8 @@ def load_position(stock, self, state):
                 logger.warning(
                     f"the checkpoint divides epoch {self.epoch} into {position['of']:,} batches, "
                     f"this run into {len(self.frozen_batches):,}, in another shuffled order: until "
-                    "the epoch ends, some sentences are seen twice and others not; to avoid that, "
-                    "keep --batch-size or --max-tokens, or add --reset-dataloader"
+                    "the epoch ends, some sentences are seen twice and others not at all; to avoid "
+                    "that, use the --batch-size and --max-tokens of the checkpoint"
                 )
             ends = itertools.accumulate(map(len, self.frozen_batches))
             batches = sum(1 for _ in itertools.takewhile(position["sentences"].__ge__, ends))

@@ -130,7 +130,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("running")
     run.add_argument(
         "--workers", type=int, default=cores.usable(), metavar="N",
-        help="processes at most, one for each 25 MB of text (default: all usable cores, here "
+        help="most processes to start; one for each 25 MB of text (default: all usable cores, "
         "%(default)s); the result does not depend on it",
     )  # fmt: skip
     run.add_argument(

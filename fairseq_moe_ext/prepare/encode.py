@@ -23,7 +23,7 @@ from fairseq_moe_ext.prepare.documents import Source, read_documents
 from fairseq_moe_ext.prepare.tokenizer import ByteLevelBPE
 
 CHUNK_CHARACTERS = 1 << 20
-WORKER_BYTES = 25_000_000  # of text for each process: to start one takes half as long
+WORKER_BYTES = 25_000_000  # encoding them takes twice as long as starting a process
 
 Deal = Callable[[str], str]  # document -> split
 

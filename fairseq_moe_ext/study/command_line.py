@@ -35,7 +35,7 @@ def check_training(words: Sequence[str], where: str) -> None:
     said: List[str] = []
 
     def leave(status: int = 0, message: Optional[str] = None) -> None:
-        said.append(message or "not a flag of a training")  # --help
+        said.append(message or "--help only prints the flags; remove help")
         raise SystemExit(status)
 
     parser.exit = leave

@@ -56,7 +56,9 @@ def training_seconds(log: Path) -> float:
         if "epoch" in values and "train_train_wall" in values:
             epochs[str(values["epoch"])] = float(values["train_train_wall"])
     if not epochs:
-        raise UserError(f"{log}: no epoch has ended in it; delete its folder and run again")
+        raise UserError(
+            f"{log}: has no finished epoch; to train this run again, delete {log.parent}"
+        )
     seconds = sum(epochs.values())
     if not 0 <= seconds < math.inf:
         raise ValueError(f"{seconds} seconds of training in {log}")

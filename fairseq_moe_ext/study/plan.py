@@ -87,7 +87,7 @@ class Plan(NamedTuple):
 
 
 def read(path: Path) -> Plan:
-    """Read and check a study's file; paths in it are relative to the folder one is in. Raises
+    """Read and check a study's file; paths in it are relative to the current folder. Raises
     UserError, before any work, for an unknown or missing key, an invalid value, or a corpus that is
     not there."""
     content = yaml_file.read(path)
@@ -144,7 +144,7 @@ def check_seeds(seeds: List[Any], where: str) -> None:
 
 
 def blocks_per_update(train: Mapping[str, Any], where: str) -> int:
-    """Raises UserError for invalid flags of all models, too."""
+    """The blocks that an update has. Raises UserError for any invalid flag in `train`."""
     for flag, value in train.items():
         _check_flag(flag, value, where)
     batch, freq = train.get("batch-size"), train.get("update-freq", 1)
@@ -246,7 +246,8 @@ def _size(
 
 
 def check_name(name: Any, where: str) -> None:
-    """Raise UserError unless folders may be called so. YAML makes no text of names such as `on`."""
+    """Raise UserError unless the name can be part of a folder's name. YAML reads some, such as
+    `on`, as values."""
     if name is None or isinstance(name, bool):
         raise UserError(f"{where}: YAML reads this name as a value; write it in quotes")
     if not NAME.fullmatch(str(name)):
@@ -296,7 +297,7 @@ def _check_flag(flag: Any, value: Any, where: str) -> None:
     if name in ranges.RANGES and ranges.RANGES[name].items != 0:
         kinds += (list,)
     if not isinstance(value, kinds):
-        raise UserError(f"{where}: {flag} {repr(value)[:60]}: write one number or text, or true")
+        raise UserError(f"{where}: {flag} {repr(value)[:60]}: use a number, text, true or false")
     ranges.check({name: value}, lambda name: f"{where}: {flag}")
 
 

@@ -49,11 +49,11 @@ def _size(node: yaml.Node, known: Dict[int, int]) -> int:
 
 
 def _check_keys(node: yaml.MappingNode) -> None:
-    """Of a key that stands twice YAML would keep the last. 1 and "1" name the same folder."""
+    """YAML keeps the last of two equal keys. Text decides: 1 and "1" would name the same folder."""
     seen = set()
     for key, _ in node.value:
         if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:
             if key.value in seen:
-                problem = f"the key {key.value} stands twice"
+                problem = f"the key {key.value} appears twice"
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             seen.add(key.value)

@@ -84,7 +84,7 @@ def command():
         ("[1e-2, 1e-3]", "[.nan]", "nan is no learning rate; use a number above 0"),
         ("[1e-2, 1e-3]", "[-1e-3]", "'-1e-3' is no learning rate"),
         ("[1e-2, 1e-3]", "[true]", "True is no learning rate"),
-        ("[1e-2, 1e-3]", "[1e-2, 0.01]", "a: ['1e-2', 0.01]: a learning rate stands twice"),
+        ("[1e-2, 1e-3]", "[1e-2, 0.01]", "a: ['1e-2', 0.01]: a learning rate appears twice"),
         ("screen: first", "screen: third", "screen third: not a stage before it: first"),
         ("tokens: 640", "tokens: 640, arms: [c*]", "stages: second: arms c*: no arm is called so"),
         ("experts: 4}}", "experts: 0}}", "moe: arms: E4: experts 0 is out of range"),
@@ -104,10 +104,10 @@ def command():
         ("tokens: 640", "tokens: 640, seeds: [true]", "stages: second: seeds [True] is out of"),
         ("tokens: 640", "tokens: 640, seeds: []", "stages: second: seeds []: give different"),
         ("tokens: 640", "tokens: 640, arms: []", "stages: second: arms is empty; list names"),
-        ("tokens: 640", "tokens: 63", "second: tokens 63: an update has 128; use as many or more"),
+        ("tokens: 640", "tokens: 63", "second: tokens 63: less than an update, which has 128"),
         ("second:", "result.json:", "stages: result.json: is the name of a folder"),
         ("second:", "on:", "stages: True: YAML reads this name as a value; write it in quotes"),
-        ("second:", "first:", "not YAML (the key first stands twice"),
+        ("second:", "first:", "not YAML (the key first appears twice"),
         (
             "vocabulary: 300",
             "vocabulary: true",
@@ -116,13 +116,13 @@ def command():
         ("vocabulary: 300", "vocabulary: 0", "vocabulary 0 is out of range"),
         ("context: 32", "context: 32\nwarmup: .nan", "warmup: nan is not a number; write one"),
         ("batch-size: 4", "batch-size: 4, update-freq: no", "train: update-freq False is out of"),
-        ("batch-size: 4", "batch-size: 4, lr: 1", "train: lr: set learning-rate of the ladder"),
+        ("batch-size: 4", "batch-size: 4, lr: 1", "train: lr: remove it; the ladder's key"),
         ("optimizer: adam", "optimiser: adam", "unrecognized arguments: --optimiser adam"),
-        ("optimizer: adam", "optimizer: null", "train: optimizer None: write one number or text"),
+        ("optimizer: adam", "optimizer: null", "train: optimizer None: use a number, text"),
         ("cpu: true", "cpu: .nan", "fairseq-train: unrecognized arguments: nan"),
         ("decoder-embed-dim: 16", "decoder-embed-dim: 0", "arms: b: decoder-embed-dim 0 is out"),
         ("moe-freq: 1", "moe-freq: '1'", "a-E4: moe-freq '1': write it without quotes"),
-        ("moe-freq: 1", "moe-freq: 1, updates: 9", "moe: flags: updates: set stages: tokens"),
+        ("moe-freq: 1", "moe-freq: 1, updates: 9", "moe: flags: updates: remove it; the"),
         ("moe-freq: 1", "moe-freq: 2", "arm a-E4: --moe-freq 2 picks no layer"),
         ("granularity: 2", "granularity: 3", "granularity 3: does not divide the decoder-ffn-e"),
         ("bases: [a]", "bases: [a, a]", "moe: two arms are called a-E4; rename or remove one"),
@@ -428,7 +428,7 @@ def test_losses_of_other_documents_are_not_compared(folder, tmp_path):
         (one / "unit_losses.json").write_text(json.dumps(units))
     runs = [made_run("first", arm.name, 1, 1.0, 9.0) for arm in stage.arms[:3]]
     units = result._Units(ladder, result._Of(384, [stage], {}))
-    with pytest.raises(UserError, match="arm-a-E4-1/unit_losses.json: has other documents of ker"):
+    with pytest.raises(UserError, match="arm-a-E4-1/unit_losses.json: lacks ker"):
         units.interval(runs[:2], runs[2], "in_domain")
     (folders[2] / "unit_losses.json").write_text('{"kernel": {"nats": [NaN], "tokens": [11]}}')
     with pytest.raises(UserError, match="unit_losses.json: not in the format .*losses of kernel"):

@@ -96,8 +96,8 @@ class ThresholdRouter(TopKRouter):
         return {**super().observe(logits, routing, padding_mask), "histogram": counts}
 
     def after_update(self, observed: Dict[str, Tensor]) -> None:
-        """Move the thresholds. The first updates weigh alike, so that none weighs too much; one
-        without tokens does not count."""
+        """Move the thresholds. The first updates are averaged with equal weights, so that none
+        dominates. An update without tokens changes nothing."""
         tokens = observed["tokens"]  # (1,)
         number = (tokens * self.settings.top_k / self.num_experts).expand(self.num_experts)
         new = upper_quantile(observed["histogram"], number)

@@ -115,7 +115,7 @@ def table(found: List[Forecast]) -> List[List[str]]:
 
 def read(path: Path) -> List[Forecast]:
     """The forecasts of a file that `write` wrote; none if there is no file. Raises UserError for
-    another's."""
+    any other file."""
     if not path.is_file():
         return []
     with as_written(path):

@@ -33,8 +33,8 @@ class Factor(TypedDict):
     seeds: int
     factor: float  # in FLOPs; where `beyond`, a bound
     beyond: int  # 1: better than every dense model, -1: worse
-    interval: Optional[saving.Ends]  # at 95 %; an end of None is beyond the dense models; None: of
-    # several seeds one has a bound
+    # At 95 %. An end of None is beyond the dense models. None: one of several seeds has a bound.
+    interval: Optional[saving.Ends]
     interval_over: str
     with_router: float  # the router's FLOPs counted
     in_seconds: Optional[float]  # in seconds on this machine, a bound as `factor`; None: not probed
@@ -296,8 +296,8 @@ class _Units:
             for folder, model in zip(folders, models):
                 if model is None or model["tokens"] != (models[0] or model)["tokens"]:
                     raise UserError(
-                        f"{folder / UNITS}: has other documents of {name} than {folders[0]}: "
-                        "delete it, or evaluate both again"
+                        f"{folder / UNITS}: lacks {name}, or has other documents of it than "
+                        f"{folders[0] / UNITS}: delete this file, or evaluate both runs again"
                     )
             self._drawn[key] = saving.drawn_perplexities([m for m in models if m], seed)
         return self._drawn[key]

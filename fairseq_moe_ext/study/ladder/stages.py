@@ -112,8 +112,9 @@ class Ladder(NamedTuple):
 
 
 def read(path: Path) -> Ladder:
-    """Read and check a ladder's file, but for its data, which a study checks when a stage starts.
-    Raises UserError for an unknown or missing key, an invalid value, or a name that is none."""
+    """Read and check a ladder's file. A study checks its data when a stage starts. Raises UserError
+    for an unknown or missing key, an invalid value, or a name of an arm or stage that does not
+    exist."""
     asked = checked(yaml_file.read(path), _TOP, str(path))
     blocks_per_update(asked["train"], f"{path}: train")
     _check_set_here(asked["train"], f"{path}: train")
@@ -161,7 +162,8 @@ def _check_whole(arm: Arm, path: Path) -> None:
 def _check_set_here(flags: Mapping[str, Any], where: str) -> None:
     for flag in flags:
         if flag in _SET_ELSEWHERE:
-            raise UserError(f"{where}: {flag}: set {_SET_ELSEWHERE[flag]} of the ladder instead")
+            key = _SET_ELSEWHERE[flag]
+            raise UserError(f"{where}: {flag}: remove it; the ladder's key '{key}' sets it")
 
 
 def _arms(asked: Mapping[str, Any], path: Path) -> List[Arm]:
@@ -214,7 +216,7 @@ def _sparse(
     if rest:
         raise UserError(
             f"{where}: granularity {granularity}: does not divide the decoder-ffn-embed-dim of "
-            f"{base.name}, {base.flags['decoder-ffn-embed-dim']}"
+            f"{base.name}, {base.flags['decoder-ffn-embed-dim']}; use one of its divisors"
         )
     flags = {
         **base.flags,
@@ -231,7 +233,7 @@ def _updates(tokens: int, per_update: int, where: str) -> int:
     ranges.require(ranges.POSITIVE_COUNT, tokens, where)
     updates = int(tokens / per_update + 0.5)
     if not updates:
-        raise UserError(f"{where} {tokens}: an update has {per_update}; use as many or more")
+        raise UserError(f"{where} {tokens}: less than an update, which has {per_update}; raise it")
     return updates
 
 
@@ -252,7 +254,7 @@ def _search(
             raise UserError(f"{where}: values: {name}: {values!r}: list one learning rate or more")
         tried[name] = [_with_rate(found[0], value, f"{where}: values: {name}") for value in values]
         if len({arm.name for arm in tried[name]}) < len(values):
-            raise UserError(f"{where}: values: {name}: {values}: a learning rate stands twice")
+            raise UserError(f"{where}: values: {name}: {values}: a learning rate appears twice")
     for family in FAMILIES:
         if not any(tries[0].family == family for tries in tried.values()):
             raise UserError(f"{where}: values: name a {family} arm too, with its learning rates")
