@@ -330,6 +330,8 @@ def made_result(tmp_path):
     runs = [
         made_run("16M", "d0", 1, low, 50.0),
         made_run("16M", "d1", 1, high, 40.0),
+        made_run("16M-seeds", "d0", 2, low, 50.0),
+        made_run("16M-seeds", "d1", 2, high, 40.0),
         made_run("16M", "d0-E64", 1, low, math.sqrt(50 * 40)),
         made_run("16M-seeds", "d0-E64", 2, low, 40.0),
         made_run("16M", "d1-E8", 1, high, 39.0),
@@ -388,6 +390,38 @@ def test_bounds_over_seeds(tmp_path):
     assert bound["factor"] == pytest.approx((high / low) ** 0.75)
     assert tables.factor(bound) == f"> {bound['factor']:.2f}"
     assert found(39.0, 51.0) == []
+
+
+def test_an_interval_over_seeds_needs_dense_runs_of_these_seeds(tmp_path):
+    """d2 and d3 have seed 1 alone, as in examples/study/ladder.yaml."""
+    ladder = REAL._replace(out=tmp_path)
+    d0, d1, d2 = (16e6 * forecast.training_flops(arm, ladder) for arm in ladder.arms[:3])
+    runs = [made_run("16M", "d2", 1, d2, 20.0)]
+    for seed, base, larger, sparse in ((1, 50.0, 40.0, 45.0), (2, 51.0, 41.0, 44.0)):
+        stage = "16M" if seed == 1 else "16M-seeds"
+        runs += [made_run(stage, "d0", seed, d0, base), made_run(stage, "d1", seed, d1, larger)]
+        runs += [made_run(stage, "d0-E64", seed, d0, sparse)]
+
+    def found(runs):
+        (one,) = [f for f in result.factors(ladder, runs, {}) if f["group"] == "in_domain"]
+        return one
+
+    one = math.log(d1 / d0) * math.log(50 / 45) / math.log(50 / 40)
+    two = math.log(d1 / d0) * math.log(51 / 44) / math.log(51 / 41)
+    made = found(runs)
+    assert made["interval_over"] == "seeds" and made["seeds"] == 2
+    assert made["factor"] == pytest.approx(math.exp((one + two) / 2))
+    half = 12.7062 * abs(one - two) / 2  # t of 0.975 with one degree of freedom
+    ends = math.exp((one + two) / 2 - half), math.exp((one + two) / 2 + half)
+    assert made["interval"] == pytest.approx(ends, rel=1e-4)
+
+    lacking = found([run for run in runs if (run["size"], run["seed"]) != ("d1", 2)])
+    assert lacking["interval"] is None and lacking["interval_over"] == ""
+    assert lacking["seeds"] == 2 and 1 < lacking["factor"] < d1 / d0
+
+    runs[-1] = made_run("16M-seeds", "d0-E64", 2, d0, 39.0)  # between d1 and d2
+    beyond = found(runs)
+    assert beyond["interval"] is None and not beyond["beyond"]
 
 
 @pytest.mark.parametrize(
@@ -458,7 +492,7 @@ def test_pages(tmp_path, capsys):
     assert "--fine-tuning x: is for a study of two families" in capsys.readouterr().err
     assert cli.main(["report", str(tmp_path)]) == 0
     html = (tmp_path / "report.html").read_text()
-    assert "d0-E64 saves most in domain" in html and "8 of 50 runs are done" in html
+    assert "d0-E64 saves most in domain" in html and "10 of 50 runs are done" in html
     text = (tmp_path / "tables.md").read_text()
     assert "| d1-E8, 16M | 1 | > 1.00 | > 1.00 | > 0.50 |" in text
     assert "| d0-256x4 | 1.46 (1." in text and "d0-E64, 16M | 1.77" in text
@@ -466,7 +500,9 @@ def test_pages(tmp_path, capsys):
     assert "| d0-E64-bf16, 16M | 2 | +1.50 (−4.66 to +8.05) |" in text and "+1.50 (−" in html
     assert (tmp_path / "figures" / "saving.svg").is_file()
     assert "| d0 | 4e-3 | 30.00 | d0, d1 |" in text and "a higher perplexity" not in html + text
-    made["runs"][1]["mean"]["in_domain"]["perplexity"] = 51.0
+    for run in made["runs"]:
+        if run["size"] == "d1":
+            run["mean"]["in_domain"]["perplexity"] = 51.0
     assert tables.warnings(made)[0].startswith("On 16M tokens d1 has a higher perplexity than a")
     assert "On 16M tokens d1 has" in page.html(made, page.charts(made))
     best, other = [f for f in made["factors"] if f["group"] == "in_domain"][:2]

@@ -33,7 +33,8 @@ class Factor(TypedDict):
     seeds: int
     factor: float  # in FLOPs; where `beyond`, a bound
     beyond: int  # 1: better than every dense model, -1: worse
-    # At 95 %. An end of None is beyond the dense models. None: one of several seeds has a bound.
+    # At 95 %. An end of None is beyond the dense models. None: one of several seeds has a bound, or
+    # the dense models that it lies between lack that seed.
     interval: Optional[saving.Ends]
     interval_over: str
     with_router: float  # the router's FLOPs counted
@@ -183,15 +184,12 @@ def _factor(
     curves = [_curve(dense, of, run["seed"]) for run in mine]
     if len({measured_on(run, group) for run in [*mine, *(r for c in curves for r in c)]}) > 1:
         return None  # not on the same text
-    savings = [
-        saving.saving(_points(curve, group), run["flops"], performance(run, group))
-        for curve, run in zip(curves, mine)
-    ]
+    savings = _savings(curves, mine, group)
     if len({one.beyond for one in savings} - {0}) > 1:
         return None  # one seed is better than every dense model, another worse
     whole = _mean(savings)
-    if len(mine) > 1:  # none where one seed has a bound
-        interval = saving.ends_over_seeds(savings)
+    if len(mine) > 1:
+        interval = _over_seeds(savings, curves, mine, group)
         over = OVER_SEEDS if interval else ""
     else:
         interval, over = units.interval(curves[0], mine[0], group)
@@ -209,6 +207,30 @@ def _factor(
         "with_router": whole.factor * flops / routed,
         "in_seconds": _in_seconds(curves, mine, group, probed),
     }
+
+
+def _savings(
+    curves: Sequence[Sequence[LadderRun]], mine: Sequence[LadderRun], group: str
+) -> List[Saving]:
+    """Of each seed."""
+    return [
+        saving.saving(_points(curve, group), run["flops"], performance(run, group))
+        for curve, run in zip(curves, mine)
+    ]
+
+
+def _over_seeds(
+    savings: Sequence[Saving],
+    curves: Sequence[Sequence[LadderRun]],
+    mine: Sequence[LadderRun],
+    group: str,
+) -> Optional[saving.Ends]:
+    """None where one seed has a bound, or a saving that rests on a dense run of another seed: the
+    savings would share that run, and their interval be too narrow."""
+    paired = [[r for r in curve if r["seed"] == one["seed"]] for curve, one in zip(curves, mine)]
+    if min(map(len, paired)) < 2 or _savings(paired, mine, group) != savings:
+        return None
+    return saving.ends_over_seeds(savings)
 
 
 def _points(curve: Sequence[LadderRun], group: str) -> List[Tuple[float, float]]:
