@@ -71,24 +71,39 @@ def prepare(name: str, folder: Path, settings: Settings, vocabulary: Vocabulary)
         )
         result["majority"] = best if name in CLASSES else None
         result["questions_left_out"] = total - len(items)
-        result["prompts_related"] = related(items, examples, shots, settings)
+        result["prompts_related"] = related(
+            items, questions, examples, pool, shots, settings, loaded.context
+        )
         _say(head, result, loaded.context)
         return {"task": name, **result}
 
     return [partial(job, shots) for shots in settings.shots]
 
 
-def related(items: Sequence[Item], examples: Sequence[Item], shots: int, settings: Settings) -> int:
-    """How many prompts have an example that belongs to the question: the same passage, ..."""
-    if not shots:
-        return 0
-    keys = [item.keys for item in items]
+def related(
+    items: Sequence[Item],
+    questions: Sequence[Question],
+    examples: Sequence[Item],
+    pool: Pool,
+    shots: int,
+    settings: Settings,
+    context: int,
+) -> int:
+    """How many prompts contain an example that belongs to the question: the same passage, ..."""
     prompts = 0
-    for number in range(settings.draws):
+    for number in range(settings.draws if shots else 0):
         drawn = draw(len(examples), shots, settings.seed, number)
-        before = {key for i in drawn for key in examples[i].keys}
-        prompts += sum(not before.isdisjoint(own) for own in keys)
+        tokens = [pool[i] for i in drawn]
+        for item, question in zip(items, questions):
+            fit = _fitting(tokens, question, context)
+            before = {key for i in drawn[shots - fit :] for key in examples[i].keys}
+            prompts += not before.isdisjoint(item.keys)
     return prompts
+
+
+def _fitting(examples: Sequence[Sequence[int]], question: Question, context: int) -> int:
+    """The number of examples, counted from the last, that fit before a question."""
+    return fitting(examples, max(map(len, question.candidates)), context)
 
 
 def table(results: Sequence[Result]) -> List[List[str]]:
@@ -216,7 +231,7 @@ def answer(
     """Answer all questions after the same examples; each gets those that fit, the last ones."""
     prompts, left_out, shared = [], [], []
     for question in questions:
-        fit = fitting(examples, max(map(len, question.candidates)), context)
+        fit = _fitting(examples, question, context)
         before = joined(examples[len(examples) - fit :], EOS)
         prompts.append([before + candidate for candidate in question.candidates])
         left_out.append(len(examples) - fit)

@@ -168,13 +168,14 @@ def test_results_of_other_files_are_not_taken(trained, tasks, tmp_path, capsys):
 def test_examples_that_belong_to_a_question_are_counted(trained, tmp_path, capsys):
     data, checkpoint = trained
     questions = [{**BOOLQ, "passage": f"w{i}.", "question": "it"} for i in (1, 2, 3)]
-    examples = [{**BOOLQ, "passage": f"w{i}."} for i in (2, 3)]
+    examples = [{**BOOLQ, "passage": f"w{i}.", "question": "it"} for i in (2, 3)]
     files = {"val.jsonl": jsonl(*questions), "train.jsonl": jsonl(*examples)}
     write(tmp_path / "boolq", files)
     line = f"priming {tmp_path} --path {checkpoint} --data {data} --cpu --shots 2 --draws 5"
     assert cli.main(line.split()) == 0
     err = capsys.readouterr().err
-    assert "boolq, 2 shots: in 10 of 15 prompts, an example is related to the question" in err
+    assert "in 15 of 15 prompts, 1 example was left out" in err
+    assert "boolq, 2 shots: in 5 of 15 prompts, an example is related to the question" in err
 
 
 def test_two_processes_equal_one(command, tmp_path):

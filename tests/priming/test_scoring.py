@@ -9,6 +9,7 @@ from own_imports import PACKAGE, own_imports
 
 from fairseq_moe_ext.priming import choice
 from fairseq_moe_ext.priming.protocol import Settings
+from fairseq_moe_ext.priming.shots import Pool, draw
 from fairseq_moe_ext.questions.formats import Item
 from fairseq_moe_ext.questions.scoring import Row, common_prefix, cut, rows_of, value
 
@@ -154,3 +155,22 @@ def test_formats_and_rules_need_no_tokenizer():
         seen |= found
     assert "prepare.dictionary" in seen and "questions.records" in seen
     assert "prepare.tokenizer" not in seen
+
+
+def test_related_examples_count_only_in_prompts_that_contain_them():
+    """Of two examples, one of them related to the question, as many as fit precede it."""
+
+    def item(words, *keys):
+        return Item((words, words), frozenset([0]), (), keys)
+
+    items, examples = [item("a long", b"p")], [item("the cup", b"p"), item("the box", b"q")]
+    questions, pool = choice.in_tokens(items, encode), Pool(["the cup", "the box"], encode)
+    settings = Settings(shots=[2], draws=20)
+    last = [draw(2, 2, settings.seed, number)[-1] for number in range(20)]
+
+    def count(context):
+        return choice.related(items, questions, examples, pool, 2, settings, context)
+
+    assert count(2 + 2 * 3) == 20  # tokens of the question, and of both examples
+    assert count(2 + 3) == last.count(0) not in (0, 20)
+    assert count(2) == 0
