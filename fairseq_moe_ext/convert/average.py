@@ -16,11 +16,12 @@ the experts are in separate files. (Stock's average_checkpoints.py then averages
 parameters.) The optimizer state is left out. Memory stays small.
 """
 
-# Settings in which averaged models must agree, beside the shapes of their tensors.
-_SAME = (
-    *("activation_fn", "decoder_attention_heads", "moe_router", "moe_top_k", "moe_top1_expert"),
-    *("no_scale_embedding", "share_decoder_input_output_embed", "decoder_learned_pos"),
-)
+# Settings of training in which averaged models may differ, besides hf.ELSEWHERE. A bias that
+# balances is a tensor, and tensors are compared.
+_TRAINING = {
+    *("dropout", "attention_dropout", "activation_dropout", "moe_expert_dropout", "moe_balance"),
+    *("tokens_per_sample", "max_target_positions"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -124,9 +125,11 @@ def mean_of(sources: Sequence[Any]) -> Any:
 
 
 def _check_alike(first: Any, second: Any) -> None:
+    from ..config import defaults
     from .archive import dtype_of
+    from .hf import ELSEWHERE
 
-    for name in _SAME:
+    for name in sorted(defaults().keys() - _TRAINING - ELSEWHERE):
         a, b = first.settings.get(name), second.settings.get(name)
         if a != b:
             raise UserError(

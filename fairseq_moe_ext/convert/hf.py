@@ -62,7 +62,7 @@ _TRANSLATED = {
     "moe_top_k", "no_decoder_final_norm", "no_scale_embedding", "no_token_positional_embeddings",
     "share_decoder_input_output_embed", "tokens_per_sample",
 }  # fmt: skip
-_ELSEWHERE = {
+ELSEWHERE = {
     "checkpoint_activations", "compile", "min_params_to_wrap", "moe_balance_over",
     "moe_batch_prioritized_routing", "moe_bias_update_rate",
     "moe_capacity_factor", "moe_dropless", "moe_eom", "moe_eval_capacity_token_fraction",
@@ -160,7 +160,7 @@ def _config(source: Source) -> Dict[str, Any]:
         if name in s
         and str(s[name]) != str(default)
         and not str(s[name]).startswith("${")
-        and name not in _TRANSLATED | _ELSEWHERE
+        and name not in _TRANSLATED | ELSEWHERE
     ]
     if source.experts and s["moe_router"] not in ROUTERS:
         unknown.append(f"--moe-router {s['moe_router']}")

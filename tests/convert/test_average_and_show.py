@@ -8,6 +8,9 @@ import torch
 from converting import DENSE, MOE, convert, load, logits
 
 from fairseq_moe_ext.cli import main
+from fairseq_moe_ext.convert.average import mean_of
+from fairseq_moe_ext.convert.readers import open_checkpoint
+from fairseq_moe_ext.errors import UserError
 
 
 @pytest.fixture
@@ -103,6 +106,33 @@ def test_mistakes_are_one_line(saved, tmp_path, capsys, line, words):
     assert error.startswith("error: ") and error.count("\n") == 1
     assert words.format(**names) in error
     assert there.read_bytes() == b"mine" and sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("moe_score", "sigmoid"),
+        ("moe_normalize_weights", "before"),
+        ("moe_normalize_gate_prob_before_dropping", True),
+        ("moe_route_scale", 2.5),
+        ("moe_groups", 2),
+        ("moe_gating_use_fp32", False),
+        ("moe_gating_fp32_product", True),
+        ("layernorm_embedding", True),
+        ("dropout", None),
+        ("moe_capacity_factor", None),
+        ("max_target_positions", None),
+    ],
+)
+def test_models_that_compute_differently_are_refused(saved, name, value):
+    """The tensors have the same shapes. Settings that only training uses may differ (None)."""
+    one, other = (open_checkpoint(str(path), True) for path in saved(MOE)[:2])
+    other.settings[name] = 0.3 if value is None else value
+    if value is None:
+        assert mean_of([one, other]).settings is other.settings
+        return
+    with pytest.raises(UserError, match=f"are different models: {name} is .* and {value}; average"):
+        mean_of([one, other])
 
 
 def test_show_says_what_a_checkpoint_is(saved, tmp_path, capsys):
