@@ -77,7 +77,8 @@ def inspect(
     training = read_log(log) if log else beside(checkpoint)
     tokens = Tokens(data, model_of.dictionary)
     own = reading.read_own(text, tokens)
-    sets = reading.read_sets(data, settings.subset, model_of.dictionary) or own
+    sets, subset = reading.read_sets(data, settings.subset, model_of.dictionary)
+    sets = sets or own
     if not sets:
         raise UserError(
             f"--data {data}: contains no test sets; give a file of your own with --text"
@@ -105,7 +106,7 @@ def inspect(
     return Inspection(
         checkpoint=str(checkpoint),
         twin=str(twin) if twin else None,
-        subset=("" if sets is own else settings.subset or "test"),
+        subset=subset,
         capacity="training's" if settings.capacity is None else f"{settings.capacity:g}",
         tokens=_per_set(names, blocks, np.ones(len(view.loss), dtype=int), np.sum),
         loss=_per_set(names, blocks, view.loss, np.mean),

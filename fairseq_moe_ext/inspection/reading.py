@@ -2,7 +2,7 @@
 text."""
 
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -125,19 +125,21 @@ def blocks_of(
     return blocks
 
 
-def read_sets(data: Path, subset: Optional[str], dictionary: Any) -> Dict[str, Tensor]:
-    """The tokens of each corpus below a folder; none for one with a dictionary alone.
+def read_sets(data: Path, subset: Optional[str], dictionary: Any) -> Tuple[Dict[str, Tensor], str]:
+    """The tokens of each corpus below a folder, and their split; none for a folder with a
+    dictionary alone.
 
     subset: None: test where there is one, else valid.
     """
     corpora = data_bin.find_corpora(data)
     if not corpora:
-        return {}
+        return {}, ""
     data_bin.check_dictionaries(data, corpora)
     if subset is None:
         tested = any(data_bin.has_split(folder, "test") for folder in corpora.values())
         subset = "test" if tested else "valid"
-    return {text.name: text.tokens for text in read_texts([data], subset, 1, dictionary)}
+    texts = read_texts([data], subset, 1, dictionary)
+    return {text.name: text.tokens for text in texts}, subset
 
 
 def read_own(paths: Sequence[Path], tokens: Tokens) -> Dict[str, Tensor]:

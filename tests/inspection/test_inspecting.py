@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections import Counter
 from types import SimpleNamespace
 
@@ -25,7 +26,7 @@ from fairseq_moe_ext.inspection import (
     relations,
     training,
 )
-from fairseq_moe_ext.inspection.inspecting import inspect
+from fairseq_moe_ext.inspection.inspecting import Settings, inspect
 from fairseq_moe_ext.inspection.observing import LayerView
 
 EOS = 2
@@ -315,6 +316,18 @@ def test_the_whole(trained):
     again = json.loads(json.dumps(found.to_dict()))
     assert again["layers"][0]["cards"][0]["share"] == found.layers[0].cards[0].share
     assert found._repr_html_().startswith("<iframe")
+
+
+@pytest.mark.parametrize(
+    "tested, asked, used", [(1, None, "test"), (0, None, "valid"), (1, *["valid"] * 2)]
+)
+def test_the_split_that_is_counted_is_named(trained, tmp_path, tested, asked, used):
+    without = shutil.ignore_patterns("test.*") if not tested else None
+    data = shutil.copytree(trained / "data", tmp_path / "data", ignore=without)
+    found = inspect(
+        trained / "moe" / "checkpoint_last.pt", data, settings=Settings(asked, tokens=64, show=8)
+    )
+    assert found.subset == used and f"({used})" in found.html()
 
 
 def test_the_command_writes_page_and_numbers(trained, tmp_path, capsys):
