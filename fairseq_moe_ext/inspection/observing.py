@@ -13,7 +13,6 @@ from ..models.token_scores import in_chunks, log_probs
 from ..moe.router import TopKRouter
 from .reading import Block
 
-KEPT_CHOICES = 4  # of a token, its best
 CANDIDATES = 4  # of a token that are shown, chosen or not
 SAMPLE = 128  # inputs of a layer on which experts are compared
 NOT_CHOSEN, DROPPED, KEPT = range(3)  # what happens to a candidate
@@ -60,7 +59,8 @@ class WatchedGate:
         how = torch.zeros_like(probs)  # (T, E)
         how.scatter_(1, experts, routed.float() + kept.float())
         # a gate may rank all experts and route to some of them
-        order = (~routed).to(torch.int8).argsort(dim=1, stable=True)[:, :KEPT_CHOICES]
+        most = max(1, int(routed.sum(dim=1).max()))  # experts of a token
+        order = (~routed).to(torch.int8).argsort(dim=1, stable=True)[:, :most]
         chosen = experts.masked_fill(~routed, self.experts).gather(1, order)  # (T, K)
         shown = (probs + 2 * (how > 0)).topk(min(CANDIDATES, self.experts), dim=1).indices
         shown = shown if self.detailed else shown[:0]
@@ -85,20 +85,32 @@ class WatchedGate:
 
     def view(self) -> LayerView:
         self.handle.remove()
-        chosen, probability, kept, random, entropy, candidates = (
-            np.concatenate(part) for part in zip(*self.parts)
+        chosen, probability, kept, random, entropy, candidates = zip(*self.parts)
+        probability, random, entropy, candidates = map(
+            np.concatenate, (probability, random, entropy, candidates)
         )
         return LayerView(
             self.layer,
             self.experts,
-            chosen,
+            _joined(chosen, self.experts),
             probability,
-            kept,
+            _joined(kept, False),
             random,
             entropy,
             candidates,
             torch.cat(self.inputs),
         )
+
+
+def _joined(parts: Sequence[np.ndarray], no_choice: Any) -> np.ndarray:
+    """Parts (T, K) of several widths -> (sum T, max K), filled up with `no_choice`."""
+    most = max(part.shape[1] for part in parts)
+    return np.concatenate(
+        [
+            np.pad(part, [(0, 0), (0, most - part.shape[1])], constant_values=no_choice)
+            for part in parts
+        ]
+    )
 
 
 def observe(

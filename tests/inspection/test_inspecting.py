@@ -75,6 +75,39 @@ def test_choices_and_losses_are_those_of_a_plain_pass(capacity):
     assert some_dropped == (capacity < 1)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *(dict(moe_top_k=k) for k in (5, 6)),
+        *(dict(moe_router=name, moe_top_k=3) for name in ("threshold", "relu")),
+    ],
+)
+def test_all_choices_of_a_token_are_counted(flags):
+    """Also if a token goes to more experts in one batch than in another."""
+    model = build_model(**{**MOE, **flags}).double().eval()
+    set_gates(model, eval_token_fraction=1.0)
+    router = moe_layers(model)[1].gate
+    if flags.get("moe_router") == "threshold":
+        router.updates += 1
+        router.threshold -= 2
+    rows = random_tokens(4, 12)
+    taken = []
+
+    def see(gate, args, output):
+        routing = output[1]
+        for token in range(1, 12):
+            mine = zip(routing.experts[token].tolist(), routing.routed[token].tolist())
+            taken.append([expert for expert, routed in mine if routed])
+
+    router.register_forward_hook(see)
+    layer = observing.observe(model, blocks_of(rows), batch_size=1).layers[0]
+    most = max(map(len, taken))
+    assert layer.chosen.shape == layer.kept.shape == (44, most) and most > 4
+    for token, experts in enumerate(taken):
+        assert layer.chosen[token].tolist() == experts + [6] * (most - len(experts))
+        assert layer.kept[token].tolist() == [True] * len(experts) + [False] * (most - len(experts))
+
+
 def made_view(chosen, experts, random=None):
     chosen = np.asarray(chosen, dtype=np.int16)
     tokens = len(chosen)
