@@ -187,8 +187,10 @@ def load_position(stock, self, state):
         batches = position["batches"]
         if position["of"] != len(self.frozen_batches):
             if state.get("shuffle", True):
+                of = position["of"]  # None in the branch's checkpoints
+                theirs = "an unknown number of" if of is None else f"{of:,}"
                 logger.warning(
-                    f"the checkpoint divides epoch {self.epoch} into {position['of']:,} batches, "
+                    f"the checkpoint divides epoch {self.epoch} into {theirs} batches, "
                     f"this run into {len(self.frozen_batches):,}, in another shuffled order: until "
                     "the epoch ends, some sentences are seen twice and others not at all; to avoid "
                     "that, use the --batch-size and --max-tokens of the checkpoint"

@@ -146,6 +146,10 @@ def test_other_batches_in_shuffled_order_are_warned_of(caplog, size, all_once):
     assert (sorted(seen) == list(range(100))) == all_once
     warned = [message for message in caplog.messages if "some sentences are seen twice" in message]
     assert len(warned) == (not all_once)
+    state = first.state_dict()
+    state["all_processes"]["of"] = None  # as of the branch's checkpoints
+    then.load_state_dict(state)
+    assert "into an unknown number of batches" in caplog.messages[-1]
 
 
 def test_the_patience_of_reduce_lr_on_plateau_is_resumed():
