@@ -140,6 +140,8 @@ def run(args: argparse.Namespace) -> None:
     else:
         texts = prompts.read(words, args.file, args.separator)
         _write(args, checkpoints, texts, settings)
+    if settings.choice.temperature > 0 and args.seed is None:
+        _say(f"--seed {settings.seed}")
 
 
 def _checkpoints(args: argparse.Namespace) -> Any:
@@ -258,8 +260,6 @@ def _write(
         showing.piece(_shown(all_written, args.no_prompt))
     for report in reports:
         _say(report)
-    if settings.choice.temperature > 0 and args.seed is None:
-        _say(f"--seed {settings.seed}")
 
 
 def _shown(all_written: Sequence[Sequence[Written]], no_prompt: bool) -> str:

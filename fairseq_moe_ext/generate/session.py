@@ -24,6 +24,7 @@ class Session:
         self.settings = settings
         self.text = ""
         self.tokens = 0  # that the model wrote
+        self.turns = 0
 
     def turn(self, line: str) -> None:
         """Add a line, and the model's continuation, which is streamed."""
@@ -35,9 +36,10 @@ class Session:
             shown.append(text)
             piece(text)
 
+        self.turns += 1
         with contextlib.suppress(KeyboardInterrupt):
             continuations: List[List[Continuation]] = generate(
-                self.lm, [self.text], self.settings, show
+                self.lm, [self.text], self.settings, show, first=self.turns
             )
             self.tokens += len(continuations[0][0].tokens)
         self.text += "".join(shown)

@@ -98,6 +98,7 @@ def generate(
     stream: Optional[Stream] = None,
     batch_tokens: int = 16384,
     spell: Callable[[str], str] = str,
+    first: int = 1,
 ) -> List[List[Continuation]]:
     """The n texts of each prompt.
 
@@ -106,6 +107,7 @@ def generate(
         stream: called with each new piece of the text; needs one prompt, one text and no beams.
         batch_tokens: tokens per batch, including padding.
         spell: a setting as the user writes it.
+        first: number of the first prompt; each number has draws of its own.
 
     Raises:
         UserError: a prompt without room in the context, or of which the dictionary knows nothing;
@@ -123,8 +125,7 @@ def generate(
     for number, writer in enumerate(writers, 1):
         max_new = _room(lm, settings, writer.prompt, f"prompt {number} of {len(prompts)}", spell)
         for sample in range(samples):
-            # the draws depend neither on the batch nor on PyTorch's version
-            random = Random(f"{settings.seed}/{sample}") if settings.choice.temperature else None
+            random = _draws(settings, sample, first + number - 1)
             rows.append(Prompt(writer.prompt, max_new, writer.ends, random))
     dictionary = lm.tgt_dict
     search = Generator(
@@ -146,6 +147,15 @@ def generate(
         if stream is not None:
             writer.show(texts[-1][0].text, final=True)
     return texts
+
+
+def _draws(settings: Settings, sample: int, number: int) -> Optional[Random]:
+    """The random numbers of one text of prompt `number`, from 1; None: it is not sampled. They
+    depend neither on the batch nor on PyTorch's version."""
+    if not settings.choice.temperature:
+        return None
+    own = f"/{number}" if number > 1 else ""  # the first prompt's are those of version 0.2
+    return Random(f"{settings.seed}/{sample}{own}")
 
 
 def _room(

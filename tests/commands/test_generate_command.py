@@ -117,6 +117,18 @@ def test_a_session_remembers(generate, lm):
     assert err.startswith("16 tokens in ")
 
 
+def test_a_session_does_not_repeat_its_draws_and_prints_its_seed(generate, lm):
+    flags = ("-i", "--max-tokens", 8, "--temperature", 2)
+    lines = "the cat\n/new\nthe cat\n/new\nthe cat\n"
+    out, err = generate(*flags, stdin=lines)
+    again = generate(*flags, "--seed", err.split("--seed ")[1].strip(), stdin=lines)
+    assert again.out == out and "--seed" not in again.err
+    out = generate(*flags, "--seed", 1, stdin=lines).out
+    first = lm.generate("the cat", max_tokens=8, temperature=2, seed=1)
+    assert out.startswith(first + "\n") and out.count(first) == 1
+    assert "--seed" not in generate("-i", "--max-tokens", 2, stdin="the cat\n").err
+
+
 def test_a_session_that_no_longer_fits_loses_its_beginning(generate):
     out, err = generate("-i", "--max-tokens", 8, stdin="the cat sat\n" * 6)
     assert out.count("\n") >= 6 and "no longer fit" in err

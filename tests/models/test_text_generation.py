@@ -10,6 +10,7 @@ from training import prepare_text, train_small
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
 from fairseq_moe_ext.models.next_token import Choice
+from fairseq_moe_ext.models.text_generation import generate, settings_of
 
 TEXT = "the cat sat on the mat\nand saw a dog\n\né 木 a cat\n" * 20
 PROMPTS = ["the cat", "", "the\ncat sat on the", "a dog\n", "é"]
@@ -64,9 +65,9 @@ def greedy(logits):
     return max(range(len(logits)), key=lambda i: float(logits[i]))
 
 
-def sampler(seed, temperature, top_k, top_p):
+def sampler(number, seed, temperature, top_k, top_p):
     """Draws by hand, with the generator that generate() documents: one number for each token."""
-    draws = random.Random(f"{seed}/0")
+    draws = random.Random(f"{seed}/0" if number == 1 else f"{seed}/0/{number}")
 
     def pick(logits):
         probs = (logits / temperature).softmax(0).tolist()
@@ -106,12 +107,15 @@ def test_a_batch_equals_plain_loops(models, kind, settings, loop):
     """Through newlines, with prompts of all lengths padded on the left."""
     lm = models[kind]
     pick = loop.pop("pick", None) if loop else None
-    expected = [
-        plain_loop(lm, prompt, 12, sampler(*pick) if pick else greedy, **loop) for prompt in PROMPTS
-    ]
+
+    def plain(number, prompt):
+        return plain_loop(lm, prompt, 12, sampler(number, *pick) if pick else greedy, **loop)
+
+    expected = [plain(number, prompt) for number, prompt in enumerate(PROMPTS, 1)]
+    alone = [plain(1, prompt) for prompt in PROMPTS] if pick else expected
     loop.update({"pick": pick} if pick else {})
     assert lm.generate(PROMPTS, max_tokens=12, **settings) == expected
-    assert [lm.generate(p, max_tokens=12, **settings) for p in PROMPTS] == expected
+    assert [lm.generate(p, max_tokens=12, **settings) for p in PROMPTS] == alone
     if not settings:
         assert any("\n" in text for text in expected), "they go on through newlines"
 
@@ -124,6 +128,15 @@ def test_pieces_make_up_the_text(models, kind):
             text = models[kind].generate(prompt, max_tokens=20, stream=pieces.append, **settings)
             assert "".join(pieces) == text
             assert not any(piece.endswith("\ufffd") for piece in pieces[:-1])
+
+
+def test_prompts_do_not_share_random_numbers(models):
+    """The text of one depends on the seed and its number, not on its batch."""
+    lm, wanted = models["moe"], settings_of(temperature=2.0, seed=1, max_tokens=12)
+    texts = [some[0].text for some in generate(lm, ["the"] * 3, wanted)]
+    assert len(set(texts)) == 3
+    assert [some[0].text for some in generate(lm, ["the"] * 3, wanted, batch_tokens=1)] == texts
+    assert generate(lm, ["the"], wanted, first=2)[0][0].text == texts[1]
 
 
 def test_texts_of_a_prompt(models):
