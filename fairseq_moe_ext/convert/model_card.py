@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from typing import Any, List, Mapping, Optional, Tuple
 
 import yaml
@@ -13,6 +14,7 @@ from ..cost import parameters
 from ..errors import UserError
 from ..shape import shape_of
 from ..text_table import markdown
+from ..wording import small
 from .source import Source
 
 _SETTINGS = {
@@ -72,7 +74,7 @@ dropped for an expert's capacity.
 
 ## Evaluation
 
-{_evaluation(evaluation)}
+{_evaluation(source, evaluation)}
 
 ## Licence and use
 
@@ -130,14 +132,21 @@ def _training(source: Source) -> List[List[str]]:
     return rows or [["", "not recorded in the checkpoint"]]
 
 
-def _evaluation(evaluation: Optional[Mapping[str, Any]]) -> str:
-    """A table of perplexities. Raises UserError for what `evaluate` did not write."""
+def _evaluation(source: Source, evaluation: Optional[Mapping[str, Any]]) -> str:
+    """A table of perplexities. Raises UserError for what `evaluate` did not write, or for the
+    results of another checkpoint."""
     if evaluation is None:
         return (
             "Not given. `fairseq-moe evaluate DATA --path CKPT --json FILE`, and "
             "`fairseq-moe convert ... --evaluation FILE`, would put perplexities here."
         )
     try:
+        _check_path(source.path, str(evaluation["path"]))
+        if "sweep" in evaluation:
+            raise UserError(
+                "--evaluation: has the results of several capacities; name a file of `fairseq-moe "
+                "evaluate` without --sweep-capacity"
+            )
         rows = [["set", "tokens", "perplexity", "bits per byte"]]
         for name, result in evaluation["sets"].items():
             domain = "" if result["in_domain"] else " (held out)"
@@ -149,12 +158,42 @@ def _evaluation(evaluation: Optional[Mapping[str, Any]]) -> str:
                 bits,
             ]
             rows.append(row)
-        blocks = f"{evaluation['protocol']} of {evaluation['context']:,} tokens"
-    except (AttributeError, KeyError, TypeError, ValueError):
+        how = _conditions(evaluation, bool(source.experts))
+    except UserError:  # a ValueError
+        raise
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
         raise UserError(
             "--evaluation: not a file that `fairseq-moe evaluate --json` wrote; name another file"
         ) from None
-    return f"{markdown(rows)}\n\nSplit {evaluation.get('subset')}, {blocks}, nothing dropped."
+    return f"{markdown(rows)}\n\n{how}"
+
+
+def _check_path(path: str, evaluated: str) -> None:
+    """Raise UserError for a path in the results that is another checkpoint's. One that is not there
+    may have been named from another folder."""
+    if os.path.exists(evaluated) and os.path.realpath(evaluated) != os.path.realpath(path):
+        raise UserError(
+            f"--evaluation: has the results of {evaluated}, not of {path}; evaluate {path}, or "
+            f"convert {evaluated}"
+        )
+
+
+def _conditions(evaluation: Mapping[str, Any], sparse: bool) -> str:
+    """How the perplexities were measured."""
+    context, stride, share = (evaluation[name] for name in ("context", "stride", "capacity"))
+    rows = "blocks" if stride == context else f"sliding windows (stride {stride:,})"
+    text = f"Split {evaluation['subset']}, {rows} of {context:,} tokens"
+    if not sparse:
+        return f"{text}."
+    if share == 1:
+        return f"{text}, nothing dropped."
+    sets = evaluation["sets"].values()
+    choices = [sum(one["dropped"]) / len(one["dropped"]) * one["tokens"] for one in sets]
+    dropped = small(100 * sum(choices) / sum(one["tokens"] for one in sets))
+    return (
+        f"{text}. An expert took at most {100 * share:g} % of a batch's tokens; {dropped} % of the "
+        "choices of experts were dropped."
+    )
 
 
 def _scalar(text: str) -> str:

@@ -2,8 +2,10 @@
 
 import gc
 import json
+import re
 import shutil
 import weakref
+from types import SimpleNamespace
 
 import branch_files
 import pytest
@@ -222,14 +224,64 @@ def test_the_card(converted, hf_data, tmp_path):
     assert card.startswith("---\nlicense: unknown\n") and "trust_remote_code=True" in card
     for fact in ("| experts of a token | 1, router topk |", "| updates | 4 |", "| corpora | a |"):
         assert fact in card
-    sets = {"a": {"in_domain": True, "tokens": 1234, "perplexity": 12.5, "bits_per_byte": None}}
-    found = {"sets": sets, "subset": "test", "protocol": "blocks", "context": 32}
-    (tmp_path / "e.json").write_text(json.dumps(found))
+    (tmp_path / "e.json").write_text(json.dumps(evaluation(path)))
     convert(path, tmp_path / "hf", "--to", "hf", "--evaluation", tmp_path / "e.json",
             "--license", "cc-by-4.0")  # fmt: skip
     card = (tmp_path / "hf" / "README.md").read_text()
     assert "license: cc-by-4.0" in card and "| a | 1,234 | 12.50 |  |" in card
     assert "trust_remote_code" not in (converted("xglm")[1] / "README.md").read_text()
+
+
+def evaluation(path, **more):
+    """As `fairseq-moe evaluate --json` writes it."""
+    one = {"in_domain": True, "tokens": 1234, "perplexity": 12.5, "bits_per_byte": None}
+    head = {"path": str(path), "subset": "test", "protocol": "blocks", "context": 32, "stride": 32}
+    return {**head, "capacity": 1.0, "sets": {"a": {**one, "dropped": [0.0, 0.0]}}, **more}
+
+
+@pytest.mark.parametrize(
+    "sparse, change, words",
+    [
+        (True, {}, "Split test, blocks of 32 tokens, nothing dropped."),
+        (False, {}, "Split test, blocks of 32 tokens."),
+        (
+            True,
+            {"protocol": "sliding", "stride": 8},
+            "Split test, sliding windows (stride 8) of 32 tokens, nothing dropped.",
+        ),
+        (
+            True,
+            {"capacity": 0.05, "dropped": {"a": ([0.25, 0.5], 300), "b": ([0.0, 0.0], 100)}},
+            "An expert took at most 5 % of a batch's tokens; 28.12 % of the choices of experts",
+        ),
+    ],
+)
+def test_the_card_says_how_it_was_evaluated(tmp_path, sparse, change, words):
+    source = SimpleNamespace(path=str(tmp_path / "x.pt"), experts=4 if sparse else 0)
+    found = evaluation(source.path)
+    for name, (dropped, tokens) in change.pop("dropped", {}).items():
+        found["sets"][name] = {**found["sets"]["a"], "dropped": dropped, "tokens": tokens}
+    assert words in model_card._evaluation(source, {**found, **change})
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"path": "{other}"}, "has the results of {other}, not of {own}; evaluate {own}, or"),
+        ({"sweep": []}, "has the results of several capacities"),
+        ({"capacity": "x"}, "not a file that `fairseq-moe evaluate --json` wrote"),
+        ({"sets": None}, "not a file that `fairseq-moe evaluate --json` wrote"),
+    ],
+)
+def test_results_that_are_not_of_the_model_are_refused(tmp_path, change, words):
+    names = {"own": tmp_path / "x.pt", "other": tmp_path / "y.pt"}
+    names["other"].touch()
+    change = {k: v.format(**names) if isinstance(v, str) else v for k, v in change.items()}
+    source = SimpleNamespace(path=str(names["own"]), experts=4)
+    with pytest.raises(UserError, match=re.escape(words.format(**names))):
+        model_card._evaluation(source, {**evaluation(source.path), **change})
+    moved = {**evaluation("elsewhere/x.pt")}  # named from another folder
+    assert "nothing dropped" in model_card._evaluation(source, moved)
 
 
 def test_a_released_model_in_one_command(tmp_path, hf_data, capsys):
