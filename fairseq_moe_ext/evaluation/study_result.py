@@ -52,6 +52,13 @@ class RouterMetrics(TypedDict, total=False):
     flops_per_token: float  # computed in training
 
 
+class Protocol(TypedDict):
+    """How perplexity was evaluated, in tokens (evaluation/perplexity.py)."""
+
+    context: int
+    stride: int  # as the context: blocks
+
+
 class RunResult(TypedDict):
     """One trained and evaluated model."""
 
@@ -64,6 +71,7 @@ class RunResult(TypedDict):
     tokens: int  # trained on
     flops: float
     seconds: float  # in training steps
+    protocol: Protocol  # older files lack it
     sets: Dict[str, SetResult]
     mean: Dict[str, MeanResult]
     priming: Priming

@@ -7,7 +7,7 @@ from ..evaluation.study_result import Compared, RunResult, StudyResult
 from ..text_table import markdown
 from ..wording import count, signed, small
 from .paired import Difference, holm, paired
-from .result import GROUPS, performance
+from .result import GROUPS, measured_on, performance
 
 LEVEL = 0.05
 TITLES = {"in_domain": "in domain", "out_of_domain": "out of domain"}
@@ -23,12 +23,24 @@ def by_arm(runs: Runs) -> Dict[str, Dict[int, RunResult]]:
     return arms
 
 
-def difference(runs: Dict[int, RunResult], base: Dict[int, RunResult], group: str) -> Difference:
-    """Of the logarithms of perplexity, one minus the other, over the seeds that both have."""
+BySeed = Dict[int, RunResult]
+
+
+def shared(runs: BySeed, base: BySeed, group: str) -> List[int]:
+    """The seeds that both have, evaluated in the same way on the same text."""
+    return [
+        seed
+        for seed in sorted(runs.keys() & base.keys())
+        if measured_on(runs[seed], group) == measured_on(base[seed], group)
+    ]
+
+
+def difference(runs: BySeed, base: BySeed, group: str) -> Difference:
+    """Of the logarithms of perplexity, one minus the other, over the seeds that they share."""
     return paired(
         [
             math.log(performance(runs[seed], group) / performance(base[seed], group))
-            for seed in sorted(runs.keys() & base.keys())
+            for seed in shared(runs, base, group)
         ]
     )
 
@@ -47,7 +59,7 @@ def compare(runs: Runs, reference: str) -> Dict[str, Dict[str, Compared]]:
         differences = {
             name: difference(by_seed, base, group)
             for name, by_seed in arms.items()
-            if name != reference and by_seed.keys() & base.keys()
+            if name != reference and shared(by_seed, base, group)
         }
         real = holm({name: d.p for name, d in differences.items()}, LEVEL)
         result[group] = {
@@ -102,7 +114,7 @@ def table(result: StudyResult) -> List[List[str]]:
 
 def _against(compared: Optional[Compared], is_reference: bool) -> List[str]:
     if compared is None:
-        return ["reference" if is_reference else "no seed in common", ""]
+        return ["reference" if is_reference else "no seed in common on the same text", ""]
     if not compared["interval"]:
         return [signed(compared["difference"]), "one seed"]
     low, high = compared["interval"]
@@ -137,8 +149,7 @@ def pairs(result: StudyResult, group: str) -> Tuple[List[List[str]], int]:
     for name in names:
         cells = []
         for other in names:
-            shared = arms[name].keys() & arms[other].keys()
-            if name == other or not shared:
+            if name == other or not shared(arms[name], arms[other], group):
                 cells.append("")
                 continue
             d = difference(arms[name], arms[other], group)

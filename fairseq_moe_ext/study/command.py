@@ -7,7 +7,7 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import Dict, Sequence
+from typing import Dict, Iterator, Sequence, Tuple
 
 from tqdm import tqdm
 
@@ -16,7 +16,7 @@ from ..errors import UserError, require_positive
 from ..evaluation import study_result
 from ..text_table import plain
 from ..wording import count
-from . import arms
+from . import arms, stale
 from . import plan as plans
 from . import result as results
 from .plan import Plan, Run
@@ -49,7 +49,13 @@ def run(args: argparse.Namespace) -> None:
                 print(plans.typed(command))
         return
     _check_result(plan.out)
-    if not args.only_result:
+    if args.only_result:
+        for study_run, step in _stale(plan):
+            print(
+                f"{study_run.folder / step.name}.json: made with other settings than the file has "
+                "now; without --only-result it is made again"
+            )
+    else:
         _Work(plan, args.jobs).do()
     result = results.collect(plan)
     if plan.reference:
@@ -83,6 +89,12 @@ class _Work:
             self.runner.open()
             for study_run in self.plan.runs:
                 _check_same(study_run)
+            for study_run, step in [*_stale(self.plan)]:
+                stale.put_aside(study_run, step)
+                self._say(
+                    f"{study_run.name}: {step.name} again, because its settings have changed; the "
+                    f"old result is {step.name}.before.json"
+                )
             number = count(len(self.plan.runs), "run")
             self._say(f"{number}, {self.jobs} at once, in {self.plan.out}")
             works = [
@@ -100,18 +112,23 @@ class _Work:
 
     def _train_and_evaluate(self, study_run: Run) -> None:
         study_run.folder.mkdir(exist_ok=True)
+        evaluation, priming = stale.steps(study_run)
         if not (study_run.folder / "evaluation.json").exists():
             started = time.monotonic()
             outputs.write_json(study_run.folder / "command.json", study_run.train)
             if not (study_run.folder / "trained").exists():
                 self._call(study_run, study_run.train, study_run.folder / "train.log")
                 (study_run.folder / "trained").touch()
-            self._call(study_run, study_run.evaluate, study_run.folder / "evaluation.log")
+            self._step(study_run, evaluation)
             self._say(f"{study_run.name}: {(time.monotonic() - started) / 60:.1f} min")
         if study_run.prime and not results.primed(study_run.folder / "priming.json"):
-            self._call(study_run, study_run.prime, study_run.folder / "priming.log")
+            self._step(study_run, priming)
         self.done += 1
         self._show(study_run.name, study_run.updates)
+
+    def _step(self, study_run: Run, step: stale.Step) -> None:
+        stale.record(study_run, step)
+        self._call(study_run, step.command, study_run.folder / f"{step.name}.log")
 
     def _call(self, study_run: Run, command: Sequence[str], log: Path) -> None:
         def watch() -> None:
@@ -151,6 +168,14 @@ def _check_result(out: Path) -> None:
         content = files.read_json(path)
         if not study_result.is_result(content) or "ladder" in content:
             raise UserError(f"{path}: not a study's result; move it elsewhere")
+
+
+def _stale(plan: Plan) -> Iterator[Tuple[Run, stale.Step]]:
+    """The results that the file no longer asks for."""
+    for study_run in plan.runs:
+        for step in stale.steps(study_run):
+            if stale.is_stale(study_run, step, plan.sets):
+                yield study_run, step
 
 
 def _check_same(study_run: Run) -> None:

@@ -4,7 +4,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, NamedTuple, Sequence, Tuple
+from typing import Any, Collection, Dict, List, Mapping, NamedTuple, Sequence, Tuple
 
 from .. import data_bin, ranges
 from ..errors import UserError
@@ -84,6 +84,7 @@ class Plan(NamedTuple):
     tokens_per_update: int
     runs: List[Run]  # the first seed of every size first
     reference: str  # the arm that others are compared with; "" in a study of two families
+    sets: Collection[str] = ()  # names of the test sets; empty: not looked for
 
 
 def read(path: Path) -> Plan:
@@ -93,9 +94,15 @@ def read(path: Path) -> Plan:
     content = yaml_file.read(path)
     plan = planned(content, path)
     folders = [("data", content["data"])] + [("test", name) for name in content.get("test", [])]
+    sets = set()
     for key, folder in folders:
         try:
             corpora = data_bin.find_corpora(Path(folder))
+            sets |= {
+                data_bin.own_name(name, corpus)
+                for name, corpus in corpora.items()
+                if data_bin.has_split(corpus, "test")
+            }
         except UserError as error:
             raise UserError(f"{path}: {key}: {error}") from None
         if not corpora:
@@ -103,7 +110,7 @@ def read(path: Path) -> Plan:
                 f"{path}: {key}: {folder}: contains no data-bin; make some with `fairseq-moe "
                 "prepare`"
             )
-    return plan
+    return plan._replace(sets=sets)
 
 
 def planned(content: Any, path: Path) -> Plan:

@@ -83,6 +83,10 @@ def _of_run(run: Run, context: int, tokens_per_update: int) -> RunResult:
         "tokens": tokens,
         "flops": tokens * cost.training_flops_per_token(shape, context),
         "seconds": logs.training_seconds(run.folder / "train.log"),
+        "protocol": {
+            "context": evaluation.get("context", context),
+            "stride": evaluation.get("stride", context),
+        },
         "sets": evaluation["sets"],
         "mean": evaluation["mean"],
         "priming": priming_of(run.folder / "priming.json"),
@@ -225,20 +229,25 @@ def _factors(runs: Runs, group: str) -> List[Factor]:
     return kept
 
 
-def measured_on(run: RunResult, group: str) -> Tuple:
-    """What a group's metric of a run averages over; this must be equal for all runs."""
+def sets_of(run: RunResult, group: str) -> List[str]:
+    """The sets that a group's perplexity of a run averages over; none of an accuracy."""
     if group in run["mean"]:
         inside = group == "in_domain"
         every = run["sets"].items()
-        names = sorted(name for name, result in every if result.get("in_domain", inside) == inside)
-    elif group in run["sets"]:
-        names = [group]
-    else:
+        return sorted(name for name, found in every if found.get("in_domain", inside) == inside)
+    return [group] if group in run["sets"] else []
+
+
+def measured_on(run: RunResult, group: str) -> Tuple:
+    """How, and on what, a group's metric of a run was measured; this must be equal for all runs."""
+    names = sets_of(run, group)
+    if not names:
         tasks = [
             result for result in run["priming"]["tasks"] if f"{result['shots']}{SHOT}" == group
         ]
         return tuple(sorted((result["task"], result["questions"]) for result in tasks))
-    return tuple((name, run["sets"][name].get("tokens")) for name in names)
+    protocol = tuple(sorted(run.get("protocol", {}).items()))
+    return protocol, *((name, run["sets"][name].get("tokens")) for name in names)
 
 
 class Accuracy(NamedTuple):

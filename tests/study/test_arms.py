@@ -125,6 +125,35 @@ def test_one_seed_has_no_interval():
     json.dumps(found, allow_nan=False)
 
 
+def test_arms_with_one_seed_in_common_do_not_hide_others():
+    """Of 25 arms one has one seed, so no p."""
+    runs = [run_of("a", seed, 100.0 + seed) for seed in (1, 2, 3)]
+    runs.append(run_of("once", 1, 90.0))
+    for arm in range(24):
+        for seed in (1, 2, 3):
+            runs.append(run_of(f"b{arm}", seed, (100.0 + seed) * (0.5 + 1e-5 * seed)))
+    found = arms.compare(runs, "a")["in_domain"]
+    assert found.pop("once")["p"] is None
+    assert all(compared["real"] for compared in found.values())
+
+
+def test_runs_that_were_evaluated_otherwise_are_not_compared():
+    runs = [run_of(arm, seed, 10.0 + seed) for arm in "abc" for seed in (1, 2)]
+    for run in runs:
+        run["protocol"] = {"context": 32, "stride": 32}
+    for run in runs[3:]:
+        run["protocol"] = {"context": 32, "stride": 8}
+    assert arms.compare(runs, "a")["in_domain"].keys() == {"b"}
+    assert arms.compare(runs, "a")["in_domain"]["b"]["p"] is None, "of seed 1 alone"
+    result = {"runs": runs, "reference": "a", "comparison": arms.compare(runs, "a")}
+    rows = {row[0]: row for row in arms.table(result)}
+    assert rows["c"][3] == "no seed in common on the same text"
+    assert arms.pairs(result, "in_domain")[0][1][3] == ""  # a and c
+    runs[1]["sets"]["near"] = {"perplexity": 9.0, "tokens": 5}
+    runs[4]["sets"]["near"] = {"perplexity": 9.0, "tokens": 6}
+    assert arms.shared({1: runs[1]}, {1: runs[4]}, "in_domain") == []
+
+
 def test_student_and_holm():
     """By a table of Student's t, and by hand."""
     for freedom, t in ((1, 12.7062), (2, 4.3027), (3, 3.1824), (9, 2.2622), (30, 2.0423)):
@@ -133,7 +162,8 @@ def test_student_and_holm():
     assert one.low == pytest.approx(2 - 4.3027 / math.sqrt(3), abs=1e-3)
     assert one.p == pytest.approx(0.07418, abs=1e-5)  # t = 2 sqrt(3)
     p = {"a": 0.01, "b": 0.03, "c": 0.02, "d": math.nan}
-    assert holm(p) == ["a"]  # 0.05 / 4; then 0.02 > 0.05 / 3
+    assert holm(p) == ["a", "c", "b"], "d is no comparison"
+    assert holm({**p, "d": 0.9}) == ["a"]  # 0.05 / 4; then 0.02 > 0.05 / 3
     assert holm({"a": 0.01, "b": 0.03, "c": 0.02}) == ["a", "c", "b"]
 
 

@@ -146,12 +146,15 @@ def test_runs_that_were_measured_on_different_things_are_not_compared():
         prime(run, 0.6)
         value = {"tokens": 9, "in_domain": True}
         run["sets"] = {"a": {**value, "perplexity": run["sets"]["a"]["perplexity"]}}
+        run["protocol"] = {"context": 32, "stride": 32}
     prime(runs[1], 0.7, questions=9_999)
     runs[2]["sets"]["b"] = {**value, "perplexity": 9.0}
     found = result.factors(runs)
     for group in ("0-shot", "in_domain", "b"):
         assert "not measured on the same text" in found[group]["remark"], group
     assert found["a"]["curve"]
+    runs[2]["protocol"] = {"context": 32, "stride": 16}  # as many tokens
+    assert "not measured on the same text" in result.factors(runs)["a"]["remark"]
 
 
 def test_words_for_factors_and_seeds():
@@ -250,6 +253,16 @@ def test_a_study_from_file_to_factors_and_again(folder, capsys):
     logs = {p: p.stat().st_mtime_ns for p in (folder / "out").glob("*/*.log")}
     assert cli.main(["study", str(path)]) == 0, "again: nothing to do"
     assert {p: p.stat().st_mtime_ns for p in (folder / "out").glob("*/*.log")} == logs
+    write(folder, lambda text: text.replace("bootstrap: 20", "stride: 16"))
+    assert cli.main(["study", str(path), "--only-result"]) == 0
+    assert "evaluation.json: made with other settings" in capsys.readouterr().out
+    assert cli.main(["study", str(path)]) == 0
+    assert "dense s seed 1: evaluation again" in capsys.readouterr().err
+    again = json.loads((folder / "out" / "result.json").read_text())["runs"]
+    assert {run["protocol"]["stride"] for run in found["runs"]} == {32}
+    assert {run["protocol"]["stride"] for run in again} == {16}
+    before = json.loads((folder / "out" / "dense-s-1" / "evaluation.before.json").read_text())
+    assert before["sets"] == found["runs"][0]["sets"]
     write(folder, lambda text: text.replace("updates: 3", "updates: 4"))
     assert cli.main(["study", str(path)]) == 1
     assert "was made with other settings" in capsys.readouterr().err

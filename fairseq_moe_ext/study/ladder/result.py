@@ -12,7 +12,7 @@ from ...errors import UserError
 from ...evaluation.perplexity import UnitLosses
 from ...evaluation.study_result import RunResult, as_written
 from ..plan import Run
-from ..result import GROUPS, measured_on, of_run, performance
+from ..result import GROUPS, measured_on, of_run, performance, sets_of
 from . import forecast, rates, saving
 from .forecast import Forecast, router_flops
 from .saving import Saving
@@ -283,11 +283,10 @@ class _Units:
         """Of one seed, and over what it is."""
         runs = [*curve, mine]
         costs = [run["flops"] for run in runs]
-        sets = [name for name, _ in measured_on(mine, group)]
         folders = [self.folders[run["stage"], run["size"], run["seed"]] for run in runs]
         losses = [self._of(folder) for folder in folders]
         if all(losses):
-            by_set = [self._draws(folders, name, i) for i, name in enumerate(sorted(sets))]
+            by_set = [self._draws(folders, name, i) for i, name in enumerate(sets_of(mine, group))]
             perplexities = np.mean(by_set, axis=0)  # (draws, M)
             return saving.ends_over_documents(costs, perplexities), OVER_DOCUMENTS
         intervals = [

@@ -5,7 +5,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 
 from ...text_table import markdown
 from ...wording import signed
-from ..arms import by_arm, difference, measured, percent
+from ..arms import by_arm, difference, measured, percent, shared
 from ..plan import FAMILIES
 from ..result import GROUPS, mean_performance, warning
 from ..tables import TITLES
@@ -173,10 +173,13 @@ def in_bfloat16(result: LadderResult) -> Rows:
         runs = by_arm([r for r in _trained(result) if _stage_tokens(result, r) == tokens])
         for name, twin in twins.items():
             mine, base = runs.get(name, {}), runs.get(twin, {})
-            shared = len(mine.keys() & base.keys())
-            if shared:
-                cells = [percent(difference(mine, base, group)) for group in groups]
-                rows.append([f"{name}, {millions(tokens)}", str(shared), *cells])
+            seeds = [len(shared(mine, base, group)) for group in groups]
+            if any(seeds):
+                cells = [
+                    percent(difference(mine, base, group)) if number else ""
+                    for group, number in zip(groups, seeds)
+                ]
+                rows.append([f"{name}, {millions(tokens)}", str(max(seeds)), *cells])
     return rows
 
 
