@@ -1,5 +1,6 @@
 """examples/finetune: its questions, its flags, its table; and, slow, all of it in small."""
 
+import argparse
 import importlib.util
 import json
 import random
@@ -133,6 +134,23 @@ def test_rows_that_there_are_not():
     assert recipes.chosen_rows("dense, frozen gate") == ["dense", "frozen gate"]
     with pytest.raises(UserError, match="--rows dense,gate: no row 'gate'; there are dense, plain"):
         recipes.chosen_rows("dense,gate")
+
+
+def test_a_quickstart_without_learnt_gates_is_refused_before_any_work(tmp_path, capsys):
+    """Today's default routes by hash; folders of before the flag do not name a router."""
+    base, out = tmp_path / "quickstart", tmp_path / "out"
+    for model in ("dense", "moe"):
+        (base / model).mkdir(parents=True)
+        (base / model / "finished").touch()
+    finetune = load("run")
+    (base / "settings.json").write_text('{"router": "hash"}')
+    assert finetune.main(["--quickstart", str(base), "--out", str(out)]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "was trained with --router hash" in error
+    assert not out.exists()
+    for settings in ({"router": "topk"}, {}):
+        (base / "settings.json").write_text(json.dumps({**settings, "context": 256}))
+        finetune.Ablation(argparse.Namespace(out=out, quickstart=base, train=1, valid=1, test=1))
 
 
 @pytest.mark.slow

@@ -54,6 +54,12 @@ class Ablation(Runner):
         super().__init__(args.out, f"--out {args.out}")
         self.base: Path = args.quickstart
         self.base_settings = files.read_json(self.base / "settings.json")
+        router = self.base_settings.get("router", "topk")
+        if router != "topk":
+            raise UserError(
+                f"--quickstart {self.base}: was trained with --router {router}, and recipes need "
+                "the learnt gate of topk: name another folder; one that is missing is created"
+            )
         self.args = args
         self.sizes = {"train": args.train, "valid": args.valid, "test": args.test}
         self.names = ["docs", "python", "cpp", "maths"]

@@ -174,7 +174,13 @@ def _fitted(args: Namespace, model: Model) -> Dict[str, Any]:
 
 def study_points(path: Path, group: str) -> List[Point]:
     """The points of a study's result.json. Raises UserError where it lacks what a law needs."""
-    runs = study_result.read(path, "--fit ")["runs"]
+    result = study_result.read(path, "--fit ")
+    if "ladder" in result:
+        raise UserError(
+            f"--fit {path}: is a ladder's, with several numbers of tokens and tries of learning "
+            "rates; give the result.json of a study of two families"
+        )
+    runs = result["runs"]
     with study_result.as_written(f"--fit {path}"):
         points = [_point(run, path, group) for run in runs]
         tokens = {run["tokens"] for run in runs}

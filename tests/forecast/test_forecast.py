@@ -137,6 +137,9 @@ def test_studies_that_do_not_say_enough(tmp_path, capsys):
     (tmp_path / "old.json").write_text(json.dumps(result))
     assert run("--fit", str(tmp_path / "old.json")) == 1
     assert "does not record how many experts" in capsys.readouterr().err
+    (tmp_path / "ladder.json").write_text(json.dumps({**result, "ladder": {}}))
+    assert run("--fit", str(tmp_path / "ladder.json")) == 1
+    assert "ladder.json: is a ladder's, with several numbers" in capsys.readouterr().err
     (tmp_path / "none.json").write_text("[]")
     assert run("--fit", str(tmp_path / "none.json")) == 1
     assert "none.json: lacks factors and runs: run `fairseq-moe study`" in capsys.readouterr().err
