@@ -7,6 +7,7 @@ import fairseq_cli
 import pytest
 import torch
 from processes import run_processes
+from training import TRAIN, make_data, train_on
 from updates import (
     BACKENDS,
     CAPACITY,
@@ -146,6 +147,27 @@ def test_a_process_without_data_neither_hangs_nor_counts(folder, scope, backend)
     one = one_process(folder, flags, 2 if scope == "process" else 1, 2)
     many = processes(2, folder, flags, backend, 1, 2)
     assert_same(one._replace(outputs=[torch.cat(one.outputs)]), many, 2)
+
+
+@pytest.mark.parametrize(
+    "flags, backend",
+    [
+        ("--arch dense_lm_tiny --moe-freq 0", "legacy_ddp"),
+        ("--arch dense_lm_tiny --moe-freq 0", "pytorch_ddp"),
+        ("--arch dense_lm_tiny --moe-freq 0", "fully_sharded"),
+        ("--moe-expert-count 4 --moe-gate-loss-transform neg_log", "legacy_ddp"),
+        ("--moe-expert-count 4", "pytorch_ddp"),
+    ],
+)
+def test_a_process_may_lack_the_last_of_several_batches(tmp_path, flags, backend):
+    """Seven batches are an update of four and one of three, in each epoch. SGD without clipping:
+    the size of a gradient shows in the losses that follow."""
+    line = f"{make_data(tmp_path)} {TRAIN} --moe-routing-scope process {flags} --no-save"
+    line += " --moe-normalize-expert-grad world_size --optimizer sgd --lr 0.5 --clip-norm 0"
+    line += f" --max-update 6 --save-dir {tmp_path}"
+    one = train_on(1, f"{line} --update-freq 4", 18)
+    many = train_on(2, f"{line} --update-freq 2 --ddp-backend {backend}", 18)
+    assert many == pytest.approx(one, rel=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

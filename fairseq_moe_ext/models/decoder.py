@@ -130,9 +130,9 @@ class DecoderLayer(nn.Module):
         incremental_state: Optional[IncrementalState] = None,
     ) -> Tuple[Tensor, Optional[MoEOutput]]:
         # Evaluation is not compiled, because its batches differ in shape; nor are experts, because
-        # their numbers of rows do.
+        # their numbers of rows do; nor a batch without rows, which may occur once per epoch.
         attend, dense = DecoderLayer._attend, DecoderLayer._dense
-        if self.compiled and self.training:
+        if self.compiled and self.training and len(x):
             attend, dense = compiled(attend), compiled(dense)
         if self.moe_layer is None:
             return dense(self, x, attn_mask, incremental_state), None

@@ -126,11 +126,13 @@ def never(stock):
 
 def _prepare_sample(stock, self, sample, is_dummy=False):
     """A process that has run out of batches repeats its first one and discards the result, because
-    it must join every collective. Its tokens would take slots of other processes' experts, so it
-    runs on an empty batch instead."""
+    it must join every collective. Its tokens would take slots of other processes' experts, and with
+    --update-freq stock discards the sample sizes and logs of the batches before it, too
+    (fairseq/trainer.py:873@0.12.2). So our models run on an empty batch instead, which counts as
+    nothing."""
     sample, is_dummy = stock(self, sample, is_dummy)
-    if is_dummy and process_count() > 1 and getattr(self._model, "has_experts", False):
-        sample = no_sentences(sample)
+    if is_dummy and process_count() > 1 and hasattr(self._model, "has_experts"):
+        return no_sentences(sample), False
     return sample, is_dummy
 
 
