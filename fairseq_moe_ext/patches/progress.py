@@ -1,5 +1,6 @@
 """What training logs: the line on the console, metrics.jsonl, and names in groups elsewhere."""
 
+import logging
 import re
 import types
 from pathlib import Path
@@ -10,15 +11,18 @@ from fairseq.logging.progress_bar import (
     BaseProgressBar,
     SimpleProgressBar,
     TqdmProgressBar,
-    logger,
     rename_logger,
 )
+from fairseq.logging.progress_bar import logger as bar_logger
 
 from .. import context, training_line
 from ..expert_parallel import process_count, process_rank
 from ..metrics_file import MetricsFile
 from ..models.language_model import MoETransformerLanguageModel
 from ..moe.stats import METRICS
+from .checkpoint_io import patience
+
+logger = logging.getLogger(__name__)
 
 _LAYER = re.compile(r"(layer\d+)_(.+)")
 _SPEED = {"wps", "ups", "wpb", "bsz", "train_wall", "wall", "gb_free", "num_updates"}
@@ -26,9 +30,34 @@ _OPTIMIZER = {"lr", "gnorm", "clip", "loss_scale"}
 
 
 def train(stock, cfg, trainer, task, epoch_itr):
-    """One epoch; `progress_bar` within finds whose it is."""
+    """One epoch; `progress_bar` within finds whose it is.
+
+    Stock asks whether to stop only after an update, so a repeated command would train on from the
+    checkpoint of a run that has ended (fairseq_cli/train.py:374@0.12.2). Here it does not begin.
+    """
+    reason = _ended(cfg, trainer)
+    if reason is not None:
+        updates = trainer.get_num_updates()
+        logger.info(f"nothing left to train: {updates:,} updates are done, {reason}")
+        return [None], True
     with context.during(context.training, context.Training(cfg, trainer)):
         return stock(cfg, trainer, task, epoch_itr)
+
+
+def _ended(cfg: Any, trainer: Any) -> Optional[str]:
+    """Why the run has ended that the trainer's checkpoint is of; None if it has not. All processes
+    say the same: all of it is in the checkpoint."""
+    updates, limits = trainer.get_num_updates(), cfg.optimization
+    waited = patience().get("num_runs", 0)
+    if updates == 0:
+        return None
+    if 0 < limits.max_update <= updates:
+        return f"--max-update {limits.max_update}"
+    if 0 < limits.stop_time_hours < trainer._previous_training_time / 3600:
+        return f"--stop-time-hours {limits.stop_time_hours:g} have passed"
+    if 0 < cfg.checkpoint.patience <= waited:
+        return f"--patience {cfg.checkpoint.patience}: {waited} validations were no better"
+    return None
 
 
 def progress_bar(stock, iterator, *args, **kwargs):
@@ -105,8 +134,8 @@ class Watched(BaseProgressBar):
         if isinstance(base, TqdmProgressBar):
             base.tqdm.set_postfix_str(text, refresh=False)
             return
-        with rename_logger(logger, tag):
-            logger.info(text, extra={"brief": True})
+        with rename_logger(bar_logger, tag):
+            bar_logger.info(text, extra={"brief": True})
 
     def _total(self) -> Optional[int]:
         """Updates of the whole run, if flags set them."""

@@ -5,6 +5,7 @@ import logging
 from typing import Any, Dict, List, Optional
 
 import torch
+from fairseq.optim.lr_scheduler.reduce_lr_on_plateau import ReduceLROnPlateauLRSchedule
 from torch import Tensor
 
 from fairseq_today.errors import UserError
@@ -84,8 +85,19 @@ def load_checkpoint(
         best = extra_state.get("best")
         before = {} if best is None else {"best": best, "num_runs": 0}
         patience().update(extra_state.get("should_stop_early") or before)
+    if extra_state is not None and not reset_optimizer and not reset_lr_scheduler:
+        _count_validation(self, extra_state)
     pad_rule.train_on(self, extra_state)
     return extra_state
+
+
+def _count_validation(trainer, extra_state: Dict[str, Any]) -> None:
+    """Stock saves the checkpoint of an epoch before its validation may lower the rate
+    (fairseq_cli/train.py:195@0.12.2), so a resumed run would keep the higher one."""
+    place, loss = extra_state["train_iterator"], extra_state.get("val_loss")
+    at_the_end = place.get("iterations_in_epoch") == 0
+    if at_the_end and isinstance(trainer.lr_scheduler, ReduceLROnPlateauLRSchedule):
+        trainer.lr_step(place["epoch"] - 1, loss)
 
 
 def save_checkpoint(stock, self, filename, extra_state):

@@ -165,3 +165,16 @@ def test_the_patience_of_reduce_lr_on_plateau_is_resumed():
     rates = [first.step(epoch, loss) for epoch, loss in enumerate((3.0, 3.0, 3.0), 1)]
     resumed.load_state_dict(first.state_dict())
     assert rates == [1.0, 1.0, 1.0] and resumed.step(4, 3.0) == first.step(4, 3.0) == 0.5
+
+
+def test_reduce_lr_on_plateau_counts_the_validation_at_the_end_of_an_epoch(data, tmp_path):
+    """Stock saves the checkpoint of an epoch before its loss lowers the rate."""
+    line = f"{data} {TRAIN} --moe-expert-count 4 --lr-scheduler reduce_lr_on_plateau"
+    line = line.replace(" --disable-validation", "") + " --lr-patience 0 --lr-shrink 0.01"
+    line += " --maximize-best-checkpoint-metric"  # so the falling loss is no better
+    whole = train(0, 1, f"{line} --max-update 40 --save-dir {tmp_path}")  # 2 of validation an epoch
+    resumed = f"{line} --max-update 40 --no-save --save-dir {tmp_path}"
+    assert train(0, 1, f"{resumed} --restore-file {tmp_path}/checkpoint2.pt") == whole[36:]
+    flags = f"{line} --max-update 99 --stop-min-lr 1e-7 --save-dir {tmp_path / 'low'}"
+    assert len(train(0, 1, flags)) == 72
+    assert train(0, 1, flags) == []

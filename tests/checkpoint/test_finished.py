@@ -1,0 +1,65 @@
+"""A command that is repeated after its run has ended trains no further."""
+
+import pytest
+import torch
+from training import MODEL, train
+
+LINE = MODEL + " --moe-expert-count 4 --optimizer adam --lr 0.01 --num-workers 0"
+LINE += " --no-progress-bar --log-format none --disable-validation"
+
+
+@pytest.fixture(scope="module")
+def folder(data, tmp_path_factory):
+    """A run of 5 of its 16 updates an epoch."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert len(train(0, 1, f"{data} {LINE} --save-dir {folder} --max-update 5")) == 5
+    return folder
+
+
+def repeated(data, folder, flags, caplog):
+    """The number of updates of a repeated command, which leaves its checkpoint as it is."""
+    last = folder / "checkpoint_last.pt"
+    before = last.read_bytes()
+    caplog.clear()
+    caplog.set_level("INFO")
+    losses = train(0, 1, f"{data} {LINE} --save-dir {folder} {flags}")
+    assert last.read_bytes() == before or losses
+    return len(losses)
+
+
+@pytest.mark.parametrize("flags", ["--max-update 5", "--max-update 4"])
+def test_after_max_update(data, folder, caplog, flags):
+    assert repeated(data, folder, flags, caplog) == 0
+    assert f"nothing left to train: 5 updates are done, {flags}" in caplog.text
+
+
+def edited(folder, tmp_path, **extra):
+    """The checkpoint with other values in its extra state."""
+    state = torch.load(folder / "checkpoint_last.pt", weights_only=True)
+    state["extra_state"].update(extra)
+    torch.save(state, tmp_path / "checkpoint_last.pt")
+    return tmp_path
+
+
+def test_after_stop_time_hours(data, folder, tmp_path, caplog):
+    spent = edited(folder, tmp_path, previous_training_time=7300)
+    flags = "--max-update 6 --no-save --stop-time-hours"
+    assert repeated(data, spent, f"{flags} 2", caplog) == 0
+    assert "--stop-time-hours 2" in caplog.text
+    assert repeated(data, spent, f"{flags} 3", caplog) == 1
+
+
+def test_after_patience(data, folder, tmp_path, caplog):
+    waited = edited(folder, tmp_path, should_stop_early={"best": 1.0, "num_runs": 2})
+    flags = "--max-update 6 --no-save --patience"
+    line = LINE.replace(" --disable-validation", "")
+    for patience, updates in ((2, 0), (3, 1)):
+        run = f"{data} {line} --save-dir {waited} {flags} {patience} --validate-after-updates 9"
+        assert len(train(0, 1, run)) == updates
+
+
+def test_after_max_epoch_or_the_least_learning_rate(data, tmp_path, caplog):
+    flags = "--max-epoch 1 --lr 0.01 --lr-scheduler fixed"
+    line = f"{data} {LINE} --save-dir {tmp_path}"
+    assert len(train(0, 1, f"{line} {flags}")) == 16
+    assert repeated(data, tmp_path, flags, caplog) == 0
