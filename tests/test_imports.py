@@ -86,8 +86,8 @@ ALLOWED = {
             models.architectures priming ranges shape
             """,
         "convert": """
-            convert branch checkpoint config config_checks cost data_bin expert_parallel models
-            moe.experts prepare ranges router_flags shape tokenizer_files
+            convert balance_flags branch checkpoint config config_checks cost data_bin
+            expert_parallel models moe.experts prepare ranges router_flags shape tokenizer_files
             """,
         "evaluation": """
             evaluation branch checkpoint config config_checks cost data_bin data_bin_files

@@ -157,6 +157,9 @@ def _convert(args: argparse.Namespace) -> None:
         with experts_alone(folder):
             remove_unused_files(folder)
     print(_report(args, source, jobs))
+    missing = hf.left_out(source) if args.to in hf_flags.FOLDERS else []
+    if missing:
+        print(f"training with transformers leaves out {', '.join(missing)}")
 
 
 def bring_tokenizer(source: str, folder: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Dict, List, NamedTuple, Optional
 
+from ..balance_flags import has_loss
 from ..branch.settings import ONE_PROCESS, complete_cfg
 from ..checkpoint.settings import check_fields
 from ..config import MoETransformerLMConfig, defaults
@@ -265,15 +266,44 @@ def _longest(s: Dict[str, Any]) -> int:
     return s["max_target_positions"] or s["tokens_per_sample"]
 
 
+def left_out(source: Source) -> List[str]:
+    """Parts of the loss in training that training with transformers lacks."""
+    if not source.experts:
+        return []
+    criterion = _criterion(source)
+    parts = []
+    if _neg_log(criterion) and has_loss(SimpleNamespace(**source.settings)):
+        parts.append("the balancing loss (--moe-gate-loss-transform neg_log)")
+    if criterion.get("moe_z_loss_wt"):
+        parts.append(f"the z-loss (--moe-z-loss-wt {criterion['moe_z_loss_wt']})")
+    if source.settings["moe_router"] == "relu":
+        parts.append("the L1 loss of --moe-router relu")
+    return parts
+
+
 def _balance_weight(source: Source) -> float:
-    """The weight of the balancing loss in training."""
-    criterion = (source.rest.get("cfg") or {}).get("criterion")
-    weight = criterion.get("moe_gate_loss_wt") if isinstance(criterion, dict) else None
-    weight = getattr(source.rest.get("args"), "moe_gate_loss_wt", weight)
-    balances = str(source.settings.get("moe_balance", "loss")) in ("loss", "both")
-    if not (isinstance(weight, (int, float)) and source.experts and balances):
+    """The factor on the mean of the sparse layers' balancing losses in training."""
+    criterion = _criterion(source)
+    weight = criterion.get("moe_gate_loss_wt")
+    balances = source.experts and has_loss(SimpleNamespace(**source.settings))
+    if not (isinstance(weight, (int, float)) and balances) or _neg_log(criterion):
         return 0.0
-    return float(weight)
+    summed = str(criterion.get("moe_gate_loss_combine_method")) == "sum"
+    return float(weight) * (len(shape_of(source.settings).sparse) if summed else 1)
+
+
+def _criterion(source: Source) -> Dict[str, Any]:
+    """Settings of the criterion in training; of an old checkpoint, all its settings."""
+    criterion = (source.rest.get("cfg") or {}).get("criterion")
+    args = source.rest.get("args")
+    return {
+        **(criterion if isinstance(criterion, dict) else {}),
+        **(vars(args) if args is not None else {}),
+    }
+
+
+def _neg_log(criterion: Dict[str, Any]) -> bool:
+    return str(criterion.get("moe_gate_loss_transform")) == "neg_log"
 
 
 def _provenance(source: Source) -> Dict[str, Any]:

@@ -37,7 +37,7 @@ class FairseqMoeConfig(PretrainedConfig):
         router, router_settings: of ROUTERS, and what differs from ROUTER_DEFAULTS.
         shared_size: width of the experts that every token uses, together; 0: there are none.
         latent_size: width of the vectors that experts compute on; 0: hidden_size.
-        router_aux_loss_coef: weight of the balancing loss in training.
+        router_aux_loss_coef: weight in training of the balancing loss, the mean of sparse layers.
         positions: "sinusoidal", "learned" or "none".
         embedding_norm, final_norm: whether there is a LayerNorm on the embedding, and at the end.
         fairseq: the settings of the checkpoint that this came from, to go back by.
