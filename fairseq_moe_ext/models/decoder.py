@@ -323,6 +323,9 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
         table = self.embed_positions
         assert table is not None
         if not isinstance(table, SinusoidalPositionalEmbedding):
+            if length > self.max_target_positions and positions.numel():
+                # Not so long without its padding? On a GPU this waits.
+                length = int(positions.max()) - self.padding_idx
             if length > self.max_target_positions:
                 raise too_few_positions(length, self.max_target_positions)
             return F.embedding(positions, table.weight, table.padding_idx)

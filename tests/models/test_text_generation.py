@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from fairseq.modules import PositionalEmbedding
 from training import prepare_text, train_small
 
 from fairseq_moe_ext.errors import UserError
@@ -118,6 +119,22 @@ def test_a_batch_equals_plain_loops(models, kind, settings, loop):
     assert [lm.generate(p, max_tokens=12, **settings) for p in PROMPTS] == alone
     if not settings:
         assert any("\n" in text for text in expected), "they go on through newlines"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("flags", [{}, {"beams": 2}, {"temperature": 1.0, "seed": 1}])
+def test_a_short_prompt_goes_on_beside_one_that_fills_the_context(folder, kind, flags, monkeypatch):
+    """With learned positions: padding takes none. The context has 32 tokens."""
+    lm = load(folder / kind)
+    decoder = lm.models[0].decoder
+    decoder.embed_positions = PositionalEmbedding(32, 16, 1, learned=True).double()
+    full = "the " * 27
+    room = 32 - (len(lm.encode(full)) - 1)
+    assert 0 < room < 12
+    alone = [lm.generate(prompt, **flags) for prompt in ("a", full)]
+    assert lm.generate(["a", full], **flags)[:1] == alone[:1]
+    if "seed" not in flags:
+        assert lm.generate(["a", full], **flags) == alone
 
 
 @pytest.mark.parametrize("kind", KINDS)
