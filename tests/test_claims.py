@@ -62,3 +62,18 @@ def test_a_speed_without_a_processor_is_found(claim):
     assert len(unnamed(page)) == 1
     assert not unnamed(page + "\nThis is of an AMD EPYC of family 25.\n")
     assert not unnamed(page.replace("Text.", "All of it on Zen 5."))
+
+
+def test_a_step_of_peers_is_that_of_its_file():
+    """docs/performance.md: the peers that its table leaves out."""
+    found = (ROOT / "benchmarks" / "results" / "amd-family26-model2" / "peers.md").read_text(
+        "utf-8"
+    )
+    seconds = dict(re.findall(r"^\| ([^|]*) \| (\d\.\d+) \|", found, flags=re.M))
+
+    def shown(case):
+        return f"{seconds[f'96: {case}']} and {float(seconds[f'256: {case}']):.2f} s"
+
+    page = " ".join((ROOT / "docs" / "performance.md").read_text("utf-8").split())
+    assert f"GPT-2 took {shown('Hugging Face GPT-2')}" in page
+    assert f"stock `transformer_lm` {shown('stock fairseq')}" in page

@@ -238,3 +238,12 @@ def test_the_committed_comparison_is_that_of_its_result():
     result = json.loads((routers / "two_cores.json").read_text(encoding="utf-8"))
     assert arms.page(result) == (routers / "two_cores.md").read_text(encoding="utf-8")
     assert arms.compare(result["runs"], "top-2") == result["comparison"]
+    runs = arms.by_arm(result["runs"])
+    flops = {
+        name: [run["router"].get("flops_per_token", 0) for run in of.values()]
+        for name, of in runs.items()
+    }
+    more = {name for name in flops if min(flops[name]) > max(flops["top-2"])}
+    assert more == {"relu", "threshold"}
+    text = (routers / "README.md").read_text(encoding="utf-8")
+    assert "(`relu` and `threshold` computed more: below)" in text

@@ -52,9 +52,10 @@ def upper_quantile(counts: Tensor, number: Tensor) -> Tensor:
 class ThresholdRouter(TopKRouter):
     """A token goes to every expert whose score for it exceeds the expert's threshold: the moving
     average of the score that a share top_k / E of the tokens of an update exceeds. A token looks at
-    no other token of its batch, so the router is causal; it has top_k experts on average. Before
-    the first update it takes its top_k best. Evaluation uses the
-    thresholds of the last update, which checkpoints save."""
+    no other token of its batch, so the router is causal. It has top_k experts on average once the
+    thresholds keep up with the scores; at first they lag, and it has more. Before the first update
+    it takes its top_k best. Evaluation uses the thresholds of the last update, which checkpoints
+    save."""
 
     heeds = frozenset("score route_scale threshold_decay fp32_product input_jitter".split())
     capacity_free = True
