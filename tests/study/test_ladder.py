@@ -500,6 +500,10 @@ def test_pages(tmp_path, capsys):
     assert "| d0-E64-bf16, 16M | 2 | +1.50 (−4.66 to +8.05) |" in text and "+1.50 (−" in html
     assert (tmp_path / "figures" / "saving.svg").is_file()
     assert "| d0 | 4e-3 | 30.00 | d0, d1 |" in text and "a higher perplexity" not in html + text
+    made["runs"][-2]["protocol"] = {"context": 256, "stride": 64}  # bf16, seed 1
+    assert tables.in_bfloat16(made)[1] == ["d0-E64-bf16, 16M", "1", "+2.00"]
+    made["runs"][-1]["protocol"] = {"context": 256, "stride": 64}
+    assert tables.in_bfloat16(made)[1:] == [], "evaluated in another way"
     for run in made["runs"]:
         if run["size"] == "d1":
             run["mean"]["in_domain"]["perplexity"] = 51.0
