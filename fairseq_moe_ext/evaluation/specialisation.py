@@ -68,7 +68,7 @@ def mutual_information(joint: Any) -> float:
     columns). Rows that sum to 1 each are equally likely: 0 where all use the columns alike,
     log2(rows) where a column gives the row away."""
     p = np.asarray(joint, dtype=np.float64)
-    p = p / p.sum()
+    p = p / (p.sum() or 1)  # 0 of no choice at all
     independent = p.sum(1, keepdims=True) * p.sum(0)
     some = p > 0
     return float((p[some] * np.log2(p[some] / independent[some])).sum())
@@ -83,8 +83,25 @@ def random_gates(weight: torch.Tensor, generator: torch.Generator) -> torch.Tens
     return drawn.flatten(0, 1)
 
 
+def routed_first(routed: torch.Tensor) -> torch.Tensor:
+    """routed (T, N) bool, of ranked experts -> (T, K) int64: their places, the routed ones first. A
+    gate may rank all experts and route to some of them: a token to K at most."""
+    most = max(1, int(routed.sum(dim=1).max()))
+    return (~routed).to(torch.int8).argsort(dim=1, stable=True)[:, :most]
+
+
+def joined(parts: Sequence[np.ndarray], no_choice: Any) -> np.ndarray:
+    """Parts (T, ..., K) of several widths K -> one array, filled up with `no_choice`."""
+    most = max(part.shape[-1] for part in parts)
+    missing = [[(0, 0)] * (part.ndim - 1) + [(0, most - part.shape[-1])] for part in parts]
+    return np.concatenate(
+        [np.pad(part, pad, constant_values=no_choice) for part, pad in zip(parts, missing)]
+    )
+
+
 class Watch:
-    """The choices of one layer's gate, and those of random gates on the same inputs."""
+    """The choices of one layer's gate, and as many of random gates on the same inputs. Expert E
+    means no choice."""
 
     def __init__(self, gate: Any, generator: torch.Generator) -> None:
         weight = gate.expert_vectors()  # (E, D)
@@ -95,16 +112,17 @@ class Watch:
 
     def _see(self, gate: Any, args: Any, output: Any) -> None:
         if self.on:
-            # a gate may rank all experts, and route to the first few
-            learnt = output[1].experts[:, : gate.settings.top_k]  # (T, K)
+            routed, order = output[1].routed, routed_first(output[1].routed)
+            learnt = output[1].experts.masked_fill(~routed, self.experts).gather(1, order)  # (T, K)
             logits = (args[0].float() @ self.random.T).view(len(learnt), RANDOM, self.experts)
             others = logits.topk(learnt.size(1), dim=-1).indices
+            others = others.masked_fill(learnt.unsqueeze(1) == self.experts, self.experts)
             every = torch.cat([learnt.unsqueeze(1), others], dim=1)
             self.parts.append(every.to(torch.int16).cpu().numpy())
 
     def choices(self) -> np.ndarray:
         """(T, 1 + RANDOM, K)."""
-        return np.concatenate(self.parts)
+        return joined(self.parts, self.experts)
 
 
 def information(
@@ -112,7 +130,7 @@ def information(
 ) -> Dict[str, Information]:
     """The information that choices (T, 1 + RANDOM, K) of gates carry, "domain": any of them about
     the kind of text, all kinds being equally likely (left out where there is one only), "token": a
-    token's first one about its type.
+    token's first one about its type. Expert `experts` means no choice.
 
     token_ids (T,): the tokens. blocks (T,): the block of text, from 0, that a token is in. kinds
     (blocks,): of each.
@@ -123,17 +141,19 @@ def information(
     number = kinds.max() + 1
     result = {}
     if number > 1:
-        tables = [_counts(blocks, choices[:, gate], len(kinds), experts) for gate in every]
+        tables = [
+            _counts(blocks, choices[:, gate], len(kinds), experts + 1)[:, :-1] for gate in every
+        ]
 
         def of_kinds(gate: int, labels: np.ndarray) -> float:
             whole = (labels == np.arange(number)[:, None]) @ tables[gate]  # (kinds, experts)
-            return mutual_information(whole / whole.sum(1, keepdims=True))
+            return mutual_information(whole / np.maximum(whole.sum(1, keepdims=True), 1))
 
         result["domain"] = beside_controls(of_kinds, every, kinds, rng)
 
     def of_tokens(gate: int, labels: np.ndarray) -> float:
         return mutual_information(
-            _counts(labels, choices[:, gate, :1], token_ids.max() + 1, experts)
+            _counts(labels, choices[:, gate, :1], token_ids.max() + 1, experts + 1)
         )
 
     result["token"] = beside_controls(of_tokens, every, token_ids, rng)

@@ -8,7 +8,7 @@ from fairseq.models import FairseqLanguageModel
 from torch import Tensor
 
 from ..evaluation.loading import moe_layers
-from ..evaluation.specialisation import RANDOM, random_gates
+from ..evaluation.specialisation import RANDOM, joined, random_gates, routed_first
 from ..models.token_scores import in_chunks, log_probs
 from ..moe.router import TopKRouter
 from .reading import Block
@@ -58,9 +58,7 @@ class WatchedGate:
         routed, kept = routing.routed[self.real], routing.kept[self.real]
         how = torch.zeros_like(probs)  # (T, E)
         how.scatter_(1, experts, routed.float() + kept.float())
-        # a gate may rank all experts and route to some of them
-        most = max(1, int(routed.sum(dim=1).max()))  # experts of a token
-        order = (~routed).to(torch.int8).argsort(dim=1, stable=True)[:, :most]
+        order = routed_first(routed)
         chosen = experts.masked_fill(~routed, self.experts).gather(1, order)  # (T, K)
         shown = (probs + 2 * (how > 0)).topk(min(CANDIDATES, self.experts), dim=1).indices
         shown = shown if self.detailed else shown[:0]
@@ -92,25 +90,14 @@ class WatchedGate:
         return LayerView(
             self.layer,
             self.experts,
-            _joined(chosen, self.experts),
+            joined(chosen, self.experts),
             probability,
-            _joined(kept, False),
+            joined(kept, False),
             random,
             entropy,
             candidates,
             torch.cat(self.inputs),
         )
-
-
-def _joined(parts: Sequence[np.ndarray], no_choice: Any) -> np.ndarray:
-    """Parts (T, K) of several widths -> (sum T, max K), filled up with `no_choice`."""
-    most = max(part.shape[1] for part in parts)
-    return np.concatenate(
-        [
-            np.pad(part, [(0, 0), (0, most - part.shape[1])], constant_values=no_choice)
-            for part in parts
-        ]
-    )
 
 
 def observe(

@@ -79,6 +79,24 @@ def test_types_and_one_kind_alone():
     assert s.heading({"layer": 4, "information": found}) == "Layer 4"
 
 
+@pytest.mark.parametrize("relation", ["none", "kind"])
+def test_a_token_without_a_choice_counts_nowhere_by_kind(relation):
+    """Expert 4 of 4: no choice. Against the table of a plain loop."""
+    token_ids, blocks, kinds = text()
+    choices = at_random()
+    choices[::3, :, 1] = EXPERTS
+    if relation == "kind":
+        choices[kinds[blocks] == 0, 0] = EXPERTS
+    table = np.zeros((KINDS, EXPERTS))
+    for token, block in enumerate(blocks):
+        for expert in choices[token, 0]:
+            if expert < EXPERTS:
+                table[kinds[block], expert] += 1
+    shares = table / np.maximum(table.sum(1, keepdims=True), 1)
+    found = s.information(choices, EXPERTS, token_ids, blocks, kinds)
+    assert found["domain"]["bits"] == pytest.approx(s.mutual_information(shares))
+
+
 def test_random_gates_have_the_scale_of_the_learnt_one_and_its_inputs():
     torch.manual_seed(0)
     gate = TopKRouter(8, 4, GateSettings(dropless=True)).eval()

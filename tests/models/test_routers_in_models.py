@@ -1,5 +1,6 @@
 """Every router in a language model: generation, padding, activation checkpointing, precision."""
 
+import numpy as np
 import pytest
 import torch
 from router_loops import LOOPS
@@ -231,9 +232,13 @@ def test_pages_on_experts_look_at_any_router(name):
     with torch.no_grad():
         model(random_tokens(3, 12))
     choices = watch.choices()
-    assert choices.shape == (36, 1 + specialisation.RANDOM, 1 if name == "base" else 2)
-    assert len(set(choices[:, 1:].flatten())) > 3  # of 6: the controls are no constant
-    assert look.view().chosen.shape[0] == 36
+    chosen = look.view().chosen
+    assert choices.shape == (36, 1 + specialisation.RANDOM, chosen.shape[1])
+    assert (choices[:, 0] == chosen).all(), "both count the same choices"
+    assert (np.sort(choices == 6) == np.sort(choices[:, :1] == 6)).all(), "controls have as many"
+    if name not in ("threshold", "relu"):
+        assert chosen.shape[1] == (1 if name == "base" else 2) and (chosen < 6).all()
+    assert len(set(choices[:, 1:].flatten()) - {6}) > 3  # of 6: the controls are no constant
     assert gate.expert_vectors().shape == (6, 16)
 
 
