@@ -11,6 +11,7 @@ docstring.
     data.py           data-bins, dictionaries, batches, the place in the data
     tasks.py          fairseq's tasks
     trainer.py        the trainer, and what it builds
+    ema.py            the moving average of the weights
     whole_batch.py    the balancing loss over all micro-batches of an update
     checkpoint_io.py  checkpoints in and out
     progress.py       what training logs
@@ -26,13 +27,25 @@ import importlib.util
 from fairseq_today import finding
 from fairseq_today.registry import NEVER, Condition, replace, wrap
 
-from . import checkpoint_io, commands, data, eval_lm, generation, hydra, progress, tasks, trainer
+from . import (
+    checkpoint_io,
+    commands,
+    data,
+    ema,
+    eval_lm,
+    generation,
+    hydra,
+    progress,
+    tasks,
+    trainer,
+)
 
 NO_IOPATH = Condition("no iopath", lambda: importlib.util.find_spec("iopath") is None)
 FAIRSCALE = Condition("fairscale", lambda: importlib.util.find_spec("fairscale") is not None)
 _FSDP = "fairseq.distributed.fully_sharded_data_parallel:FullyShardedDataParallel."
 _PLATEAU = "fairseq.optim.lr_scheduler.reduce_lr_on_plateau:ReduceLROnPlateauLRSchedule."
 _TRAINER = "fairseq.trainer:Trainer."
+_EMA = "fairseq.models.ema.ema:EMA."
 _TASK = "fairseq.tasks:FairseqTask."
 _IO = "fairseq.checkpoint_utils:"
 
@@ -211,6 +224,8 @@ PATCHES = (
         trainer.get_valid_iterator,
         "fairseq/trainer.py:722@0.12.2, fairseq_cli/train.py:501@0.12.2",
     ),
+    wrap(_EMA + "step", ema.step, "fairseq/models/ema/ema.py:176@0.12.2"),
+    wrap(_EMA + "_step_internal", ema.step_internal, "fairseq/models/ema/ema.py:140@0.12.2"),
     wrap("fairseq_cli.train:train", progress.train, "fairseq_cli/train.py:245@0.12.2"),
     wrap(
         "fairseq.logging.progress_bar:progress_bar",

@@ -28,6 +28,7 @@ from ..checkpoint.writing import cannot_write, write
 from ..context import during
 from ..diverging import check_weights
 from ..expert_parallel import process_count, process_rank
+from .ema import begin_from_the_model
 
 logger = logging.getLogger(__name__)
 
@@ -50,14 +51,15 @@ def reading_checked(torch: Any) -> Any:
 def load_checkpoint_to_cpu(stock, path, arg_overrides=None, *args, **kwargs):
     """The one way to all checkpoints, of trainers, fairseq-eval-lm, from_pretrained, reads one
     file. What comes back has this process's experts, whoever wrote them, the branch too."""
-    files = find(path)
+    files, under_way = find(path), context.loading.get()
     if files is None:
         state = loading.load(stock, path, arg_overrides, *args, **kwargs)
     else:
-        under_way = context.loading.get()
         state = read(files, arg_overrides, under_way and under_way.shapes)
         if under_way is not None and under_way.optimizer:
             loading.name_the_optimizer_as_here(state, under_way.trainer)
+    if under_way is not None:
+        begin_from_the_model(under_way.trainer, state, path)
     pad_rule.note(state, arg_overrides or {})
     check_overrides(arg_overrides or {}, state.get("cfg") or {})
     fingerprint.note(state, path)

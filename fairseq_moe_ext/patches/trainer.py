@@ -24,6 +24,7 @@ from ..models import compiled, precision
 from ..models.router_updates import RouterUpdates
 from . import whole_batch
 from .checkpoint_io import patience
+from .ema import check_seed
 from .tasks import no_sentences
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ def __init__(stock, self, cfg, task, model, criterion, *args, **kwargs):
     if getattr(cfg.model, "compile", False):
         compiled.check()
     stock(self, cfg, task, model, criterion, *args, **kwargs)
+    check_seed(self)
     validates = not cfg.dataset.disable_validation
     for subset in cfg.dataset.valid_subset.split(",") if validates else ():
         if subset in task.datasets:
