@@ -165,6 +165,18 @@ PATCHES = (
         data.load_position,
         "fairseq/data/iterators.py:452@0.12.2",
     ),
+    wrap(
+        "fairseq.data.iterators:EpochBatchIterator._get_iterator_for_epoch",
+        data.iterate_rest,
+        "fairseq/data/iterators.py:477,522@0.12.2",
+        "a fairseq that counts from the same batch",
+    ),
+    wrap(
+        "fairseq.data.iterators:GroupedIterator.__init__",
+        data.group,
+        "fairseq/data/iterators.py:581,588,594@0.12.2",
+        "a fairseq that counts from the same batch",
+    ),
     # ---- tasks
     wrap("fairseq.tasks:setup_task", tasks.setup_task, "fairseq_cli/train.py:87,130@0.12.2"),
     wrap(_TASK + "state_dict", tasks.state_dict, "fairseq/tasks/fairseq_task.py:598@0.12.2"),

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 import os
 import re
 from pathlib import Path
@@ -199,3 +200,31 @@ def load_position(stock, self, state):
             batches = sum(1 for _ in itertools.takewhile(position["sentences"].__ge__, ends))
         state = {**state, "iterations_in_epoch": batches // self.num_shards}
     stock(self, state)
+
+
+def iterate_rest(stock, self, epoch, shuffle, fix_batches_to_gpus=False, offset=0):
+    """For --skip-remainder-batch stock compares a place in the epoch with the number of batches
+    after the place where a run continues, and drops most of them. An epoch without any batch ends
+    in a traceback, so one is kept."""
+    skips, self.skip_remainder_batch = self.skip_remainder_batch, False
+    try:
+        iterator = stock(self, epoch, shuffle, fix_batches_to_gpus, offset)
+    finally:
+        self.skip_remainder_batch = skips
+    if skips and iterator is not None:
+        iterator.take(offset + max(1, len(self.batch_sampler) - 1))
+    return iterator
+
+
+def group(stock, self, iterable, chunk_size, skip_remainder_batch=False):
+    """Stock rounds up both the updates before the place where a run continues and those of the
+    epoch. If that place is in the middle of an update of --update-freq batches, as after a change
+    of that number, it leaves batches over and repeats the epoch, or finds no update."""
+    first = getattr(iterable, "n", 0)
+    rest = len(iterable) - first
+    stock(self, iterable, chunk_size)
+    updates = math.ceil(rest / chunk_size)
+    if skip_remainder_batch and rest >= chunk_size:
+        updates = rest // chunk_size
+        iterable.take(first + updates * chunk_size)  # so that the epoch ends there
+    self.total = self.n + updates

@@ -1,5 +1,7 @@
 """Checkpoints on any number of processes: training goes on as if nothing had happened."""
 
+import itertools
+
 import pytest
 import torch
 from fairseq.data import iterators
@@ -150,6 +152,25 @@ def test_other_batches_in_shuffled_order_are_warned_of(caplog, size, all_once):
     state["all_processes"]["of"] = None  # as of the branch's checkpoints
     then.load_state_dict(state)
     assert "into an unknown number of batches" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_the_rest_of_an_epoch_is_seen_once_from_any_place(skip, ahead):
+    """--update-freq, --skip-remainder-batch and --data-buffer-size; 8 batches of one row."""
+    for place, each in itertools.product(range(8), (1, 2, 3, 4, 9)):
+        itr = iterators.EpochBatchIterator(
+            Rows(), list, [[i] for i in range(8)], buffer_size=ahead, skip_remainder_batch=skip
+        )
+        itr.load_state_dict({"epoch": 1, "iterations_in_epoch": place, "shuffle": False})
+        updates = iterators.GroupedIterator(itr.next_epoch_itr(shuffle=False), each, skip)
+        seen = [[row for batch in update for row in batch] for update in updates]
+        rest = list(range(place, max(7, place + 1) if skip else 8))
+        expected = [rest[i : i + each] for i in range(0, len(rest), each)]
+        if skip:  # what does not fill an update; but an epoch has one
+            expected = [rows for rows in expected if len(rows) == each] or expected
+        assert seen == expected, (place, each)
+        assert itr.next_epoch_idx == 2 and not updates.has_next(), (place, each)
 
 
 def test_the_patience_of_reduce_lr_on_plateau_is_resumed():
