@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fairseq.optim.adam import FairseqAdam
+from fairseq.optim.amp_optimizer import AMPOptimizer
 from omegaconf import OmegaConf
 
 from fairseq_moe_ext.errors import UserError
@@ -54,6 +55,28 @@ def test_a_run_goes_on_with_either(first, second):
         a.data.copy_(b.data)
     other.load_state_dict(state)
     assert_equal(walk(others, other, range(3, 6)), whole)
+
+
+@pytest.mark.parametrize("kind", [FairseqAdam, FairseqFusedAdam])
+def test_amp_divides_gradients_by_the_loss_scale_once(kind):
+    """And skips an update that overflows. The scaler that --amp makes works on a GPU alone."""
+    expected, optimizer = make(kind)
+    params, inner = make(kind)
+    common = {"fp16_init_scale": 1024, "min_loss_scale": 1e-4}
+    amp = AMPOptimizer(OmegaConf.create({"common": common, "optimizer": {}}), params, inner)
+    amp._grad_scaler = torch.amp.GradScaler("cpu", init_scale=1024)
+    for seed in range(3):
+        walk(expected, optimizer, [seed])
+        amp.zero_grad()
+        amp.backward(sum((p * q.grad).sum() for p, q in zip(params, expected)))
+        amp.clip_grad_norm(0.0)
+        amp.step()
+    assert_equal(params, expected)
+    amp.backward(torch.inf * params[0].sum())
+    amp.clip_grad_norm(0.0)
+    amp.step()
+    assert_equal(params, expected)
+    assert amp.scaler.get_scale() == 512
 
 
 def test_flags_of_adam_alone_are_refused():

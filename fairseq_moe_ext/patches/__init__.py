@@ -257,6 +257,12 @@ PATCHES = (
     wrap("fairseq_cli.train:validate", trainer.validate, "fairseq_cli/train.py:439@0.12.2"),
     wrap(_TRAINER + "clip_grad_norm", trainer.clip_grad_norm, "fairseq/trainer.py:1252@0.12.2"),
     wrap("fairseq.utils:clip_grad_norm_", trainer.clip_grad_norm_, "fairseq/utils.py:347@0.12.2"),
+    wrap(
+        "fairseq.optim.amp_optimizer:AMPOptimizer.step",
+        trainer.step_amp,
+        "fairseq/optim/amp_optimizer.py:48,54@0.12.2",
+        "a fairseq that steps the optimizer it unscales",
+    ),
     wrap("fairseq.optim:build_optimizer", trainer.build_optimizer, "fairseq/trainer.py:330@0.12.2"),
     wrap(
         "fairseq.optim.lr_scheduler:build_lr_scheduler",

@@ -277,6 +277,13 @@ def _sum_of_squares(grads: List[Tensor]) -> Tensor:
     return torch.stack(norms).square().sum() if norms else torch.zeros(())
 
 
+def step_amp(stock, self):
+    """Stock divides the gradients of torch's optimizer by the loss scale, and passes its own
+    optimizer round that one to the scaler, which divides them again."""
+    self.scaler.step(self.optimizer)
+    self.scaler.update()
+
+
 def build_optimizer(stock, cfg, *args, **kwargs):
     """The constructors assert, or divide by zero."""
     with _telling("optimizer", cfg):
