@@ -27,8 +27,9 @@ from updates import (
     save_dictionary,
 )
 
+from fairseq_moe_ext import patches
 from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.patches import eval_lm
+from fairseq_moe_ext.patches import eval_lm, messages
 from fairseq_today import registry
 
 
@@ -252,6 +253,43 @@ def test_sharding_layer_by_layer_equals_one_process(folder, model, options):
     many = processes(2, folder, flags, "fully_sharded", *how)
     single = model == DENSE or "--criterion cross_entropy" in options
     assert_same(one, many, 4, 1e-5 if single else 1e-9)
+
+
+@pytest.mark.parametrize(
+    "flags, world, ends",
+    [
+        (MOE, 2, ["train_step", "valid_step"]),
+        (MOE, 1, []),
+        (DENSE, 2, []),
+        (f"{DENSE} --ddp-backend pytorch_ddp", 2, ["train_step"]),
+        (f"{DENSE} --ddp-backend fully_sharded", 2, ["train_step", "valid_step"]),
+    ],
+)
+def test_lack_of_memory_ends_a_process_that_others_wait_for(
+    folder, monkeypatch, flags, world, ends
+):
+    """Elsewhere stock skips a batch of training, and tries one of validation again."""
+    cfg = configure(folder, f"--ddp-backend legacy_ddp {flags}")
+    trainer = make_trainer(cfg, "legacy_ddp", 1, torch.float32)
+    trainer.cfg.distributed_training.ddp_backend = cfg.distributed_training.ddp_backend
+    monkeypatch.setattr(patches.trainer, "process_count", lambda: world)
+    sample, left = as_sample(next(batches())), []
+
+    def full(task, *args, **kwargs):
+        if left.pop():
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return 0.0, 1, {}
+
+    for name, given in (("train_step", [sample]), ("valid_step", sample)):
+        left[:] = [False, True]
+        monkeypatch.setattr(type(trainer.task), name, full)
+        monkeypatch.setattr(trainer, "_reduce_and_log_stats", lambda logs, size: {})
+        if name in ends:
+            with pytest.raises(torch.cuda.OutOfMemoryError) as error:
+                getattr(trainer, name)(given)
+            assert "2.00 GiB were requested: lower" in messages.mistake_to_print(error.value)
+        else:
+            assert getattr(trainer, name)(given) == (None if name == "train_step" else {})
 
 
 def shard_sizes(rank, cfg):

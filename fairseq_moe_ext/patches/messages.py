@@ -65,9 +65,9 @@ def _lost_process(error: BaseException) -> Optional[str]:
 
 def _out_of_memory(error: BaseException) -> Optional[str]:
     """One line where a tensor did not fit, else None."""
-    full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     text = str(error)
-    if not full and not (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in text):
+    of_torch = "DefaultCPUAllocator" in text or "out of memory" in text
+    if not isinstance(error, MemoryError) and not (isinstance(error, RuntimeError) and of_torch):
         return None
     asked = re.search(r"tried to allocate ([\d.]+ \w+)", text, re.I)
     return (

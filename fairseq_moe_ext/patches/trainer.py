@@ -194,11 +194,29 @@ def step(stock, self, *args, **kwargs):
     raise UserError(f"{what}; {last_good(self.cfg.checkpoint.save_dir)}") from reason
 
 
-def train_step(stock, self, samples, *args, **kwargs):
+def train_step(stock, self, samples, raise_oom=False):
     """As step. A balancing loss over all tokens of an update needs their choices before the first
-    gradient."""
+    gradient.
+
+    Where memory runs out, stock skips a batch. A process whose passes exchange data with others
+    must not: they would wait for it.
+    """
+    # PyTorch's backend reduces gradients in the backward pass of the last batch.
+    reduces = self.cfg.distributed_training.ddp_backend == "pytorch_ddp" and len(samples) == 1
+    raise_oom = raise_oom or _exchanges(self) or (process_count() > 1 and reduces)
     with whole_batch.counted(self, samples):
-        return step(stock, self, samples, *args, **kwargs)
+        return step(stock, self, samples, raise_oom)
+
+
+def valid_step(stock, self, sample, raise_oom=False):
+    """As step. Where memory runs out, stock tries again; see train_step."""
+    return step(stock, self, sample, raise_oom or _exchanges(self))
+
+
+def _exchanges(trainer) -> bool:
+    """Whether each forward pass exchanges data with other processes."""
+    has_experts = getattr(trainer.get_model(), "has_experts", False)
+    return process_count() > 1 and (has_experts or trainer.is_fsdp)
 
 
 def get_valid_iterator(stock, self, subset, *args, **kwargs):
