@@ -50,8 +50,6 @@ def optimizer_state(
         if all(entry is None for entry in entries):
             continue
         merged = _merged(files, name, entries, stack if of_experts else None)
-        if "step" not in merged and "step" in groups[0]:  # apex's Adam counts for the group
-            merged["step"] = groups[0]["step"]
         for key, value in merged.items():
             same_kind = (
                 isinstance(value, (Tensor, TensorPerExpert)) and len(value.shape) == parameter.dim()

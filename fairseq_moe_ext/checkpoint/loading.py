@@ -7,6 +7,7 @@ import os
 from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
 
 import torch
+from fairseq.optim.adam import Adam
 from fairseq.trainer import Trainer
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
@@ -17,6 +18,7 @@ from fairseq_today.torch_today import load_weights_only
 from .. import context, files, fully_sharded
 from ..errors import UserError
 from ..expert_parallel import Placement, is_expert, placement, process_count, process_rank
+from ..optim import FusedAdam
 from .collective import same_error_on_all_ranks
 from .experts import expert_indices, saves_together, trained_parameters
 from .format import FOLDER, ExpertFile, Manifest, Piece, is_piece
@@ -45,10 +47,7 @@ def load(stock: Callable[..., Any], path: str, *args: Any, **kwargs: Any) -> Dic
     under_way = context.loading.get()
     together = under_way is not None and saves_together(under_way.trainer)
     with same_error_on_all_ranks() if together else contextlib.nullcontext():
-        state = _with_own_experts(path, _with_settings(path, stock, *args, **kwargs))
-    if under_way is not None and under_way.optimizer:
-        name_the_optimizer_as_here(state, under_way.trainer)
-    return state
+        return _with_own_experts(path, _with_settings(path, stock, *args, **kwargs))
 
 
 def _with_settings(path: str, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -82,6 +81,28 @@ def name_the_optimizer_as_here(state: Dict[str, Any], trainer: Trainer) -> None:
         same = same and (fully_sharded.is_sharded(model) or on_cpu)
     if same:
         history[-1] = {**history[-1], "optimizer_name": type(own).__name__}
+
+
+def count_updates_as_here(state: Dict[str, Any], trainer: Trainer) -> None:
+    """Move Adam's count of updates where this run's keeps it. Apex's has one for each group
+    (fairseq/optim/fused_adam.py:302@0.12.2), fairseq's and ours one for each parameter."""
+    own = getattr(trainer.optimizer, "optimizer", None)
+    of_groups = type(own).__name__ == "FusedAdamV2"
+    saved = state.get("last_optimizer_state")
+    if saved is None or not (of_groups or isinstance(own, (Adam, FusedAdam))):
+        return
+    entries, groups = dict(saved["state"]), [dict(group) for group in saved["param_groups"]]
+    for group in groups:
+        updated = [number for number in group["params"] if number in entries]
+        steps = [int(entries[n]["step"]) for n in updated if "step" in entries[n]]
+        if of_groups and steps:
+            group.setdefault("step", max(steps))
+            for n in updated:
+                entries[n] = {key: value for key, value in entries[n].items() if key != "step"}
+        elif not of_groups and "step" in group:
+            step = group.pop("step")
+            entries.update({n: {"step": step, **entries[n]} for n in updated})
+    state["last_optimizer_state"] = {**saved, "state": entries, "param_groups": groups}
 
 
 def refuse_folder(path: str) -> None:

@@ -56,8 +56,9 @@ def load_checkpoint_to_cpu(stock, path, arg_overrides=None, *args, **kwargs):
         state = loading.load(stock, path, arg_overrides, *args, **kwargs)
     else:
         state = read(files, arg_overrides, under_way and under_way.shapes)
-        if under_way is not None and under_way.optimizer:
-            loading.name_the_optimizer_as_here(state, under_way.trainer)
+    if under_way is not None and under_way.optimizer:
+        loading.name_the_optimizer_as_here(state, under_way.trainer)
+        loading.count_updates_as_here(state, under_way.trainer)
     if under_way is not None:
         begin_from_the_model(under_way.trainer, state, path)
     pad_rule.note(state, arg_overrides or {})

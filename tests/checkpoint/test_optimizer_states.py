@@ -1,12 +1,15 @@
 """The optimizer's state of each parameter: there again to the bit, or refused by name."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from fairseq import tasks
 from fairseq.trainer import Trainer
 from processes import run_processes
-from training import TRAIN, copy_of, error_of, fit_manifest, settings, train, train_on
+from training import SAVED, TRAIN, copy_of, error_of, fit_manifest, settings, train, train_on
 
+from fairseq_moe_ext.checkpoint.loading import count_updates_as_here
 from fairseq_moe_ext.convert.show import facts
 
 
@@ -111,3 +114,35 @@ def test_a_state_that_is_nan_is_refused(data, tmp_path):
     torch.save(state, path)
     words = f"{path}: its optimizer state (exp_avg) holds NaN or infinity"
     assert words in error_of(0, loaded, 1, line, str(path))
+
+
+@pytest.mark.parametrize("kind", ["adam", "fused_adam"])
+def test_a_state_of_apex_is_resumed(data, runs, tmp_path, kind):
+    """It counts the updates of a group, not of each parameter."""
+    folder, losses = runs(1, 4)
+    state = torch.load(folder / f"checkpoint_1_{SAVED}.pt", weights_only=True)
+    entries = state["last_optimizer_state"]["state"].values()
+    assert {entry.pop("step") for entry in entries} == {SAVED}
+    state["last_optimizer_state"]["param_groups"][0].update(step=SAVED, bias_correction=True)
+    torch.save(state, tmp_path / f"checkpoint_1_{SAVED}.pt")
+    options = f"--optimizer {kind} --save-interval-updates 6 --keep-interval-updates -1"
+    line = f"{data} {TRAIN} --moe-expert-count 4 {options} --save-dir {tmp_path}/2"
+    resumed = train(0, 1, f"{line} --restore-file {tmp_path}/checkpoint_1_{SAVED}.pt")
+    assert resumed == pytest.approx(losses[SAVED:], rel=1e-5)
+    saved = torch.load(tmp_path / "2" / "checkpoint_1_6.pt", weights_only=True)
+    assert {entry["step"] for entry in saved["last_optimizer_state"]["state"].values()} == {6}
+    assert "step" not in saved["last_optimizer_state"]["param_groups"][0]
+
+
+def test_apex_resumes_other_states():
+    class FusedAdamV2:
+        """That of fairseq, which needs apex and a GPU."""
+
+    entries = {0: {"step": 7, "exp_avg": torch.zeros(2)}, 1: {}}
+    saved = {"state": entries, "param_groups": [{"params": [0, 1, 2], "lr": 1.0}]}
+    state = {"last_optimizer_state": saved}
+    trainer = SimpleNamespace(optimizer=SimpleNamespace(optimizer=FusedAdamV2()))
+    count_updates_as_here(state, trainer)
+    found = state["last_optimizer_state"]
+    assert found["param_groups"] == [{"params": [0, 1, 2], "lr": 1.0, "step": 7}]
+    assert found["state"][0].keys() == {"exp_avg"} and entries[0]["step"] == 7
