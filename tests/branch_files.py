@@ -114,14 +114,17 @@ def parameters(settings, vocabulary):
         for projection in ("k_proj", "v_proj", "q_proj", "out_proj"):
             found += linear(f"{layer}.self_attn.{projection}", dim, dim)
         found += norm(f"{layer}.self_attn_layer_norm")
-        if s["moe_freq"] and (index + 1) % s["moe_freq"] == 0:
+        picked = s["moe_freq"] and (index + 1) % s["moe_freq"] == 0
+        twin = s["alternate_decoder_ffn_embed_dim"]  # the width, in place of experts
+        if picked and not twin:
             experts = f"{layer}.moe_layer.experts"
             found += [(f"{layer}.moe_layer.gate.wg.weight", (s["moe_expert_count"], dim))]
             for expert in range(s["moe_expert_count"]):
                 found += linear(f"{experts}.{expert}.fc1", dim, ffn)
                 found += linear(f"{experts}.{expert}.fc2", ffn, dim)
         else:
-            found += linear(f"{layer}.fc1", dim, ffn) + linear(f"{layer}.fc2", ffn, dim)
+            width = twin if picked else ffn
+            found += linear(f"{layer}.fc1", dim, width) + linear(f"{layer}.fc2", width, dim)
         found += norm(f"{layer}.final_layer_norm")
     if not s["no_decoder_final_norm"]:
         found += norm("decoder.layer_norm")

@@ -51,8 +51,9 @@ def find(path: str) -> Optional[BranchFiles]:
         return BranchFiles(path, path, {0: path}, {}) if _is_dense(path) else None
     whole = base + ".pt"
     if part is None and os.path.exists(whole):
-        if not _lacks_experts(whole):
-            return None
+        state = load(whole)
+        if _has_experts(state) or not _is_of_branch(state):
+            return None  # one of ours, beside the branch's from which its run began
         shared = whole  # the shared file under another name, as some guides advise
     if shared is None and not shards:
         raise UserError(
@@ -79,10 +80,18 @@ def load(path: str) -> State:
     return state
 
 
-def _lacks_experts(path: str) -> bool:
-    """Whether a checkpoint has neither experts nor, as checkpoint/'s, names of their files."""
-    state = load(path)
-    return MANIFEST not in state and not any(is_expert(name) for name in state["model"])
+def _has_experts(state: State) -> bool:
+    """Whether a checkpoint has experts or, as checkpoint/'s, names of their files."""
+    return MANIFEST in state or any(is_expert(name) for name in state["model"])
+
+
+def _is_of_branch(state: State) -> bool:
+    """Whether a checkpoint has the branch's settings, which stock fairseq lacks."""
+    settings = flat_settings(state)
+    name = str(settings.get("_name") or settings.get("arch"))
+    task = (state.get("cfg") or {}).get("task") or {}
+    extended = "moe_freq" in settings or "max_source_positions" in task
+    return name.startswith("transformer_lm") and extended
 
 
 def _is_dense(path: str) -> bool:
@@ -103,12 +112,7 @@ def _has_dense(path: str, changed: int, size: int) -> bool:
         state = load(path)
     except UserError:
         return False
-    settings = flat_settings(state)
-    name = str(settings.get("_name") or settings.get("arch"))
-    ours_too = MANIFEST in state or any(".experts." in key for key in state["model"])
-    task = (state.get("cfg") or {}).get("task") or {}
-    extended = "moe_freq" in settings or "max_source_positions" in task
-    return name.startswith("transformer_lm") and extended and not ours_too
+    return _is_of_branch(state) and not _has_experts(state)
 
 
 def flat_settings(state: State) -> Dict[str, Any]:

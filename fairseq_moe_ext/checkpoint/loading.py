@@ -7,7 +7,6 @@ import os
 from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
 
 import torch
-from fairseq.optim.adam import Adam
 from fairseq.trainer import Trainer
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
@@ -18,7 +17,6 @@ from fairseq_today.torch_today import load_weights_only
 from .. import context, files, fully_sharded
 from ..errors import UserError
 from ..expert_parallel import Placement, is_expert, placement, process_count, process_rank
-from ..optim import FusedAdam
 from .collective import same_error_on_all_ranks
 from .experts import expert_indices, saves_together, trained_parameters
 from .format import FOLDER, ExpertFile, Manifest, Piece, is_piece
@@ -86,10 +84,10 @@ def name_the_optimizer_as_here(state: Dict[str, Any], trainer: Trainer) -> None:
 def count_updates_as_here(state: Dict[str, Any], trainer: Trainer) -> None:
     """Move Adam's count of updates where this run's keeps it. Apex's has one for each group
     (fairseq/optim/fused_adam.py:302@0.12.2), fairseq's and ours one for each parameter."""
-    own = getattr(trainer.optimizer, "optimizer", None)
-    of_groups = type(own).__name__ == "FusedAdamV2"
+    own = type(getattr(trainer.optimizer, "optimizer", None)).__name__
+    of_groups = own == "FusedAdamV2"
     saved = state.get("last_optimizer_state")
-    if saved is None or not (of_groups or isinstance(own, (Adam, FusedAdam))):
+    if saved is None or not (of_groups or own in ("Adam", "FusedAdam")):
         return
     entries, groups = dict(saved["state"]), [dict(group) for group in saved["param_groups"]]
     for group in groups:

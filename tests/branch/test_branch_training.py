@@ -6,6 +6,7 @@ import torch
 from branch_checkpoints import (
     ADAM,
     CHECKPOINTS,
+    NOT_OURS,
     REFERENCE,
     SMALL,
     TRAIN,
@@ -199,3 +200,20 @@ def test_fairseq_train_starts_from_it(tmp_path, data, capsys, monkeypatch, caplo
     assert "Loaded checkpoint" in caplog.text
     saved = torch.load(target / "checkpoint_last.pt", weights_only=True)
     assert saved["optimizer_history"][-1]["num_updates"] == before + 2
+
+
+def test_a_dense_twin_goes_on_in_its_folder_again(tmp_path, data, capsys):
+    """Beside the branch's files lies a checkpoint of ours, which has no experts either."""
+    settings = {**SMALL, "moe_expert_count": 0, "alternate_decoder_ffn_embed_dim": 48}
+    flags = {key: value for key, value in settings.items() if key not in NOT_OURS}
+    of_model = branch_files.of_model(build_model(0, **flags))
+    names = {"name": "checkpoint_last", "optimizer": remembered}
+    tmp_path.joinpath("run").mkdir()
+    branch_files.write(str(tmp_path / "run"), settings, VOCABULARY, 1, of_model, **names)
+    line = f"{data} {TRAIN} --save-dir {tmp_path / 'run'} --tokens-per-sample 16"
+    line += " --max-target-positions 64 --moe-expert-count 0 --alternate-decoder-ffn-embed-dim 48"
+    for updates in (12, 14):
+        status, err = run(capsys, "train", f"{line} --max-update {updates}")
+        assert status == 0, err
+        saved = torch.load(tmp_path / "run" / "checkpoint_last.pt", weights_only=True)
+        assert saved["optimizer_history"][-1]["num_updates"] == updates
