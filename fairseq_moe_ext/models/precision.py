@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..expert_parallel import all_gather, process_rank
 from ..kernels.matmul import product
 
 logger = logging.getLogger(__name__)
@@ -44,9 +45,15 @@ def speed_over_float32() -> float:
     return best[0] / best[1]
 
 
-@functools.cache
 def bfloat16_pays() -> bool:
-    """Whether --bf16 is to compute in bfloat16 on this CPU; one line in the log says if not."""
+    """Whether --bf16 is to compute in bfloat16 on the CPU of rank 0, as processes exchange rows in
+    one precision. All processes call this at once."""
+    return bool(all_gather(process_rank() == 0 and _pays_here())[0])
+
+
+@functools.cache
+def _pays_here() -> bool:
+    """One line in the log says if not."""
     available = torch.backends.mkldnn.is_available()
     speed = speed_over_float32() if available else 0.0
     if speed < _WORTH:

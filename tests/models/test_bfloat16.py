@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import run_processes
 from small_models import MOE, build_model, build_stock_model, random_tokens
 
 from fairseq_moe_ext.errors import UserError
@@ -17,9 +18,9 @@ EPSILON = 2**-8  # bfloat16 rounds by half of this at most, relatively
 def pays(request, monkeypatch):
     speed = 2.0 if request.param else 0.9
     monkeypatch.setattr(precision, "speed_over_float32", lambda: speed)
-    precision.bfloat16_pays.cache_clear()
+    precision._pays_here.cache_clear()
     yield request.param
-    precision.bfloat16_pays.cache_clear()
+    precision._pays_here.cache_clear()
 
 
 def step(model, tokens):
@@ -97,3 +98,18 @@ def test_evaluation_of_a_stock_model_is_refused(pays):
 
 def test_its_speed_is_measured():
     assert 0.01 < precision.speed_over_float32() < 50
+
+
+def dtype_in_experts(rank):
+    """Where one process finds bfloat16 fast and the other does not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "speed_over_float32", lambda: 2.0 - rank)
+        precision._pays_here.cache_clear()
+        try:
+            return build(**MOE)(random_tokens())[0].dtype
+        finally:
+            precision._pays_here.cache_clear()
+
+
+def test_all_processes_compute_in_one_precision():
+    assert run_processes(2, dtype_in_experts) == [torch.bfloat16, torch.bfloat16]
