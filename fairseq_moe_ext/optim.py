@@ -6,7 +6,7 @@ reads and writes tensors of the parameter's size. PyTorch's fused AdamW needs on
 
 import math
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Iterable, Optional, Sequence
+from typing import Any, Callable, Dict, Iterable, Mapping, Optional, Sequence
 
 import torch
 from fairseq.optim import FairseqOptimizer, register_optimizer
@@ -39,6 +39,22 @@ class FairseqFusedAdam(FairseqAdam):
 
 # fairseq resumes from a state whose optimizer has this name (fairseq/trainer.py:597@0.12.2).
 FairseqFusedAdam.__name__ = FairseqAdam.__name__
+
+
+# These would keep their averages in half precision, too.
+_NEED_FLOAT32 = ("fused_adam", "sgd", "adagrad", "adadelta", "lamb")
+
+
+def check_precision(given: Mapping[str, Any], spell: Callable[[str], str]) -> None:
+    """Raise UserError for flags of half precision that an optimizer cannot follow. Stock names its
+    class and no flag (fairseq/optim/fp16_optimizer.py:486@0.12.2)."""
+    for half, instead in (("fp16", "fp16_no_flatten_grads"), ("bf16", "bf16")):
+        if given.get("optimizer") in _NEED_FLOAT32 and given.get(f"memory_efficient_{half}"):
+            needed = spell(half) if half == instead else f"{spell(half)} {spell(instead)}"
+            raise UserError(
+                f"{spell(f'memory_efficient_{half}')} does not work with {spell('optimizer')} "
+                f"{given['optimizer']}: use {needed}, or {spell('optimizer')} adam"
+            )
 
 
 class FusedAdam(torch.optim.AdamW):

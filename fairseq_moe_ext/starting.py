@@ -20,6 +20,7 @@ from . import files, outputs, ranges
 from .config import MoETransformerLMConfig
 from .errors import UserError
 from .moe.router import ROUTERS
+from .optim import check_precision
 
 Spell = Callable[[str], str]
 
@@ -81,7 +82,8 @@ def check(given: Mapping[str, Any], spell: Spell, training: bool) -> None:
         raise UserError(
             f"{spell('batch_size')} and {spell('max_tokens')} are both not given: set one of them"
         )
-    of_training = [_check_kinds, _check_validation, _check_schedule, _check_capacity]
+    of_training = [_check_kinds, check_precision, _check_validation, _check_schedule]
+    of_training += [_check_capacity]
     others = [_check_window, _check_shards, _check_hypotheses, _check_pieces, _check_checkpoint]
     others += [_check_search, _check_steps]
     for check_one in of_training if training else others:

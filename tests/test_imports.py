@@ -28,7 +28,7 @@ ALLOWED = {
         "config_checks": "balance_flags config ranges router_flags shape",
         "shape": "moe.activations moe.router router_flags",
         "ranges": "",
-        "starting": "config moe.router ranges",
+        "starting": "config moe.router optim ranges",
         "accuracy": "",
         "cost": "kernels shape",
         "errors": "",

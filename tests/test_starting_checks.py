@@ -106,6 +106,12 @@ def test_stocks_defaults_are_in_range():
         ),
         (dict(self_target=True), "--self-target: these models predict the next token"),
         (dict(write_checkpoints_asynchronously=True), "iopath"),
+        (
+            dict(optimizer="fused_adam", memory_efficient_fp16=True),
+            "--memory-efficient-fp16 does not work with --optimizer fused_adam: use --fp16 "
+            "--fp16-no-flatten-grads, or --optimizer adam",
+        ),
+        (dict(optimizer="sgd", memory_efficient_bf16=True), "use --bf16, or --optimizer adam"),
         (dict(ema_seed_model="no/x.pt"), "--ema-seed-model no/x.pt: cannot be read (No such file"),
         (dict(quantization_config_path="/"), "--quantization-config-path /: a folder, not a file"),
     ],
