@@ -161,6 +161,8 @@ def _check_steps(given: Mapping[str, Any], spell: Spell) -> None:
             f"{spell('max_valid_steps')} {given['max_valid_steps']} applies only to validation "
             "in training, and this command reads the whole subset: remove it"
         )
+    if given.get("bf16") and "context_window" not in given and "beam" not in given:
+        raise UserError(f"{spell('bf16')}: fairseq-validate computes in float32: remove it")
 
 
 def _check_hypotheses(given: Mapping[str, Any], spell: Spell) -> None:

@@ -214,6 +214,12 @@ def test_flags_that_contradict_in_evaluation(changes, words):
     assert words in str(error.value)
 
 
+def test_validation_ignores_bfloat16():
+    given = dict(path="x.pt", arch="moe_lm_tiny", batch_size=4, bf16=True)
+    with pytest.raises(UserError, match="^--bf16: fairseq-validate computes in float32"):
+        starting.check_command_line(Namespace(**given))
+
+
 def test_hydra_spells_group_and_key():
     settings = {"model": {"_name": "moe_transformer_lm"}, "dataset": {"batch_size": 0}}
     with pytest.raises(UserError, match="^dataset.batch_size 0 is out of range"):

@@ -26,7 +26,7 @@ from ..moe.router import TopKRouter
 from ..shape import shape_of
 from .decoder import MoETransformerDecoder, too_few_positions
 from .hub import LanguageModelHub, find_tokenizer, own_data
-from .precision import bfloat16_pays
+from .precision import in_bfloat16
 from .token_scores import in_chunks, log_probs
 from .unfilled import unfilled_where_loaded
 
@@ -113,10 +113,10 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
         return LanguageModelHub(hub.cfg, hub.task, list(hub.models))
 
     def prepare_for_inference_(self, cfg: DictConfig) -> None:
-        """As stock's (fairseq/models/fairseq_model.py:163@0.12.2), and --bf16 as in training on a
-        CPU; the decoder has no dropout to keep."""
+        """As stock's (fairseq/models/fairseq_model.py:163@0.12.2), and --bf16, which
+        stock ignores; the decoder has no dropout to keep."""
         if cfg.common.bf16:
-            self.decoder.bfloat16_on_cpu = bfloat16_pays()
+            in_bfloat16(self, cfg.common.cpu)
         if cfg.generation.retain_dropout:
             raise UserError(
                 "--retain-dropout: these models have no dropout in inference; remove it"

@@ -67,6 +67,15 @@ def test_near_float64(flags, pays, caplog):
     assert features.dtype == (torch.bfloat16 if pays else torch.float32)
 
 
+def test_evaluation_on_a_gpu_converts_the_model(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    cfg = SimpleNamespace(common=SimpleNamespace(bf16=True, fp16=False, cpu=False))
+    cfg.generation = SimpleNamespace(retain_dropout=False)
+    model = build_model().eval()
+    model.prepare_for_inference_(cfg)
+    assert model.decoder.embed_tokens.weight.dtype == torch.bfloat16
+
+
 def test_a_converted_model_stays_as_it_is(pays):
     model = build().bfloat16()
     assert model(random_tokens(), features_only=True)[0].dtype == torch.bfloat16
@@ -76,7 +85,7 @@ def test_a_converted_model_stays_as_it_is(pays):
 
 def test_evaluation_takes_the_flag(pays):
     model = build_model().eval()
-    cfg = SimpleNamespace(common=SimpleNamespace(bf16=True, fp16=False))
+    cfg = SimpleNamespace(common=SimpleNamespace(bf16=True, fp16=False, cpu=True))
     cfg.generation = SimpleNamespace(retain_dropout=False)
     model.prepare_for_inference_(cfg)
     features = model(random_tokens(), features_only=True)[0]

@@ -6,7 +6,7 @@ from fairseq import checkpoint_utils
 from training import USER_DIR, fairseq, prepare_text, train_small
 
 from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.models import language_model
+from fairseq_moe_ext.models import precision
 from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
 from fairseq_moe_ext.questions.vocabulary import Vocabulary
 
@@ -49,7 +49,7 @@ def test_scores_are_those_of_the_tokens(folder, lm, text):
 
 
 def test_a_training_with_bf16_is_no_wish_for_it_today(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(language_model, "bfloat16_pays", lambda: True)
+    monkeypatch.setattr(precision, "bfloat16_pays", lambda: True)
     state = torch.load(folder / "run" / "checkpoint_last.pt", weights_only=True)
     for group in ("common", "model"):
         state["cfg"][group]["bf16"] = True
