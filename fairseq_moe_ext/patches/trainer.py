@@ -223,7 +223,8 @@ def get_valid_iterator(stock, self, subset, *args, **kwargs):
     """A validation silently ends after --max-valid-steps batches, plus one, of each process; of
     several corpora it would see only the first.
 
-    Here the iterator has that many batches of each corpus, however many processes share them.
+    Here the iterator has that many batches of each corpus, or of plain data as many as stock takes
+    on one process, however many processes share them.
     """
     iterator = stock(self, subset, *args, **kwargs)
     steps = getattr(self, "max_valid_steps", None) or self.cfg.dataset.max_valid_steps
@@ -234,9 +235,9 @@ def get_valid_iterator(stock, self, subset, *args, **kwargs):
     batches = iterator.batches_in_all
     if hasattr(iterator.dataset, "first_of_each"):
         taken = iterator.dataset.first_of_each(batches, steps)
-        iterator._frozen_batches = tuple(taken)
     else:
-        taken = batches[: (steps + 1) * iterator.num_shards]
+        taken = batches[: steps + 1]
+    iterator._frozen_batches = tuple(taken)
     if len(taken) < len(batches):
         logger.warning(
             f"--max-valid-steps {steps}: {sum(map(len, taken)):,} of "

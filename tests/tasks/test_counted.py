@@ -244,6 +244,27 @@ def test_max_valid_steps_takes_that_many_batches_of_every_corpus(data, tmp_path)
     assert cfg.dataset.max_valid_steps == 2, "as it was, for the checkpoint"
 
 
+def test_max_valid_steps_takes_as_many_batches_on_any_number_of_processes(data):
+    cfg = configure(data / "big", "--max-valid-steps", 2, task="language_modeling")
+    task = tasks.setup_task(cfg.task)
+    task.load_dataset("valid")
+    model = task.build_model(cfg.model)
+    trainer = Trainer(cfg, task, model, task.build_criterion(cfg.criterion))
+    seen = []
+    for processes in (1, 2, 4):
+        task.dataset_to_epoch_iter.clear()
+        rows = []
+        for rank in range(processes):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Trainer, "data_parallel_world_size", processes)
+                patch.setattr(Trainer, "data_parallel_rank", rank)
+                iterator = trainer.get_valid_iterator("valid").next_epoch_itr(shuffle=False)
+                rows += [batch["id"].tolist() for batch in iterator if batch]
+            task.dataset_to_epoch_iter.clear()
+        seen.append(sorted(rows))
+    assert seen[0] == seen[1] == seen[2] and len(seen[0]) == 3
+
+
 def test_other_tasks_say_how_much_max_valid_steps_takes(fairseq, data, tmp_path):
     line = f"{data / 'big'} --task language_modeling {SHAPE} --max-update 1 --no-save"
     status, _, log = fairseq("train", f"{line} --save-dir {tmp_path} --max-valid-steps 1")
