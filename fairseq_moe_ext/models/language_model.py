@@ -20,7 +20,7 @@ from ..config import MoETransformerLMConfig
 from ..config_checks import validate
 from ..cost import twin_difference
 from ..errors import DAMAGED, UserError
-from ..expert_parallel import mark_experts, replica_count
+from ..expert_parallel import mark_experts, process_count, replica_count
 from ..kernels.linear_cross_entropy import linear_cross_entropy
 from ..moe.router import TopKRouter
 from ..shape import shape_of
@@ -189,6 +189,10 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
         if outputs > 1:
             nn.init.zeros_(head.bias)
         self.choice_head = head
+        projection = "decoder.output_projection.weight"
+        if process_count() > 1 and projection in dict(self.named_parameters()):
+            # Untied, it gets no gradient, and PyTorch's wrapper would wait for one.
+            self._ddp_params_and_buffers_to_ignore.append(projection)
 
     def upgrade_state_dict_named(self, state_dict: Dict[str, Tensor], name: str) -> None:
         """As stock's; a choice head that the checkpoint lacks, or has for another number of

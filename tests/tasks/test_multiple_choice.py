@@ -217,6 +217,22 @@ def test_two_processes_add_up_to_one(data, choices, scoring):
         )
 
 
+def updates_of_untied(rank, data, choices):
+    torch.manual_seed(0)
+    task = make_choice_task(data, choices, choice_scoring="head")
+    model = make_choice_model(task, **DROPLESS, share_decoder_input_output_embed=False).train()
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    sample, criterion = batch_of(load(task), FOUR), make_criterion(task, moe_gate_loss_wt=0.1)
+    for _ in range(3):  # PyTorch's wrapper raises at the second
+        criterion(wrapped, sample)[0].backward()
+    return model.decoder.output_projection.weight.grad
+
+
+def test_a_head_leaves_an_untied_output_without_gradient(data, choices):
+    """PyTorch's wrapper would wait for one."""
+    assert run_processes(2, updates_of_untied, data, choices) == [None, None]
+
+
 def test_a_process_without_questions(data, choices):
     """fairseq gives a process that has run out of batches an empty one."""
     from fairseq_moe_ext.patches.tasks import no_sentences
