@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-from typing import Any, Dict, Iterator, Optional
+from argparse import Namespace
+from typing import Any, Dict, Iterator, Mapping, Optional
 
 from fairseq.trainer import Trainer
 from torch import Tensor
@@ -12,10 +14,12 @@ from torch import Tensor
 from .. import context, fully_sharded
 from ..diverging import check_weights
 from ..errors import UserError
-from ..expert_parallel import all_gather, process_count
+from ..expert_parallel import all_gather, process_count, process_rank
 from .collective import check_code_versions, same_error_on_all_ranks
 from .experts import saves_together
 from .loading import refuse_folder
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -91,6 +95,25 @@ def _check_optimizer_state(trainer: Trainer, filename: str) -> None:
 
 
 _OF_EACH_NUMBER = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}
+
+
+def warn_of_kept_settings(trainer: Trainer, filename: str, overrides: Mapping[str, Any]) -> None:
+    """Stock keeps the optimizer's settings of the checkpoint, except --lr, without saying so
+    (fairseq/optim/fairseq_optimizer.py:86@0.12.2)."""
+    flags = trainer.cfg.optimizer
+    if process_rank() > 0 or getattr(flags, "_name", None) == "composite":
+        return
+    group = trainer.optimizer.param_groups[0]
+    names = vars(flags) if isinstance(flags, Namespace) else flags
+    for key, value in trainer.optimizer.optimizer_config.items():
+        wanted, kept = (tuple(v) if isinstance(v, list) else v for v in (value, group.get(key)))
+        if key in {"lr", *overrides} or key not in group or kept == wanted:
+            continue
+        flag = next((name for name in names if name == key or name.endswith(f"_{key}")), key)
+        logger.warning(
+            f"--{flag.replace('_', '-')} {wanted}: {filename} continues with {kept}; add "
+            f'--optimizer-overrides "{ {key: wanted} }" to change it'
+        )
 
 
 def _refuse_what_cannot_be_saved(cfg: Any) -> None:

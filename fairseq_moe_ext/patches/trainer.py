@@ -83,6 +83,8 @@ def load_checkpoint(
         )
         if extra_state is not None:
             resuming.check(self, filename, optimizer=not reset_optimizer)
+            if not reset_optimizer:
+                resuming.warn_of_kept_settings(self, filename, optimizer_overrides or {})
     if extra_state is not None and not reset_optimizer and not reset_meters:
         best = extra_state.get("best")
         before = {} if best is None else {"best": best, "num_runs": 0}

@@ -146,3 +146,23 @@ def test_apex_resumes_other_states():
     found = state["last_optimizer_state"]
     assert found["param_groups"] == [{"params": [0, 1, 2], "lr": 1.0, "step": 7}]
     assert found["state"][0].keys() == {"exp_avg"} and entries[0]["step"] == 7
+
+
+def test_settings_that_a_resumed_run_keeps_are_named(data, runs, caplog):
+    folder, losses = runs(1, 4)
+    line = f"{data} {TRAIN} --moe-expert-count 4 --no-save --save-dir {folder} --lr 0.02"
+    line += f" --restore-file {folder}/checkpoint_1_{SAVED}.pt --max-update {SAVED + 1}"
+    changed = "--weight-decay 0.5 --adam-betas (0.8,0.9)"
+    assert train(0, 1, f"{line} {changed}")[0] == losses[SAVED]
+    warned = [m for m in caplog.messages if "--optimizer-overrides" in m]
+    assert len(warned) == 2
+    assert warned[0].startswith("--adam-betas (0.8, 0.9): ") and "(0.9, 0.999)" in warned[0]
+    assert warned[1].startswith("--weight-decay 0.5: ")
+    assert warned[1].endswith("add --optimizer-overrides \"{'weight_decay': 0.5}\" to change it")
+    caplog.clear()
+    overrides = "{'betas':(0.8,0.9),'weight_decay':0.5}"
+    for flags in ("", f"{changed} --optimizer-overrides {overrides}", "--optimizer adafactor"):
+        if flags.endswith("adafactor"):
+            flags += " --reset-optimizer"
+        train(0, 1, f"{line} {flags}")
+    assert 'optimizer-overrides "' not in caplog.text
