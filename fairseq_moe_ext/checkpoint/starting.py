@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any, Optional
@@ -10,8 +11,11 @@ from fairseq.file_io import PathManager
 
 from .. import files
 from ..errors import UserError
+from ..expert_parallel import process_rank
 from ..locks import Lock
 from .loading import refuse_folder
+
+logger = logging.getLogger(__name__)
 
 _DEFAULT = "checkpoint_last.pt"  # fairseq/dataclass/configs.py:647@0.12.2
 # The lock on the --save-dir that this process trains into: one training at a time, process-wide.
@@ -53,6 +57,14 @@ def check_inputs(cfg: Any, suffix: str = "") -> None:
     if cfg.restore_file != _DEFAULT:
         restored = cfg.restore_file.replace(".pt", suffix + ".pt")
         _check(f"--restore-file {cfg.restore_file}", restored)
+        saves = process_rank() == 0 and not cfg.no_save
+        if saves and os.path.exists(last) and os.path.realpath(restored) != os.path.realpath(last):
+            # fairseq/checkpoint_utils.py:201@0.12.2
+            logger.warning(
+                f"--restore-file {cfg.restore_file}: the run starts from it and will overwrite "
+                f"{last}; to resume that one, remove the flag, or use --continue-once "
+                f"{cfg.restore_file}, which is read only where there is none"
+            )
     elif os.path.lexists(last):
         _check(last, last)
     else:  # a resumed run does not read these

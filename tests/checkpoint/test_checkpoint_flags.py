@@ -67,6 +67,24 @@ def test_flags_that_cannot_be_followed_end_in_one_line(
     assert not list(tmp_path.rglob("*.pt"))
 
 
+def test_a_run_that_begins_again_in_its_folder_is_warned_of(data, runs, tmp_path, caplog):
+    """As a command with --restore-file that is killed and repeated."""
+    folder, _ = runs(1, 4)
+    line = f"{data} {TRAIN} --moe-expert-count 4 --save-dir {tmp_path} --max-update 16"
+    first = f"--restore-file {folder}/checkpoint_last.pt"
+    for times in range(2):
+        train(0, 1, f"{line} {first}")
+        warned = [message for message in caplog.messages if message.startswith(first)]
+        assert len(warned) == times
+    assert f"will overwrite {tmp_path}/checkpoint_last.pt" in warned[0]
+    assert f"--continue-once {folder}/checkpoint_last.pt" in warned[0]
+    caplog.clear()
+    for flag in (first.replace("--restore-file", "--continue-once"), f"{first} --no-save"):
+        train(0, 1, f"{line} {flag}")
+    train(0, 1, f"{line} --restore-file {tmp_path}/checkpoint_last.pt")
+    assert "will overwrite" not in caplog.text
+
+
 @pytest.mark.parametrize("flag", ["--store-ema", "--zero-sharding os", "--use-bmuf"])
 def test_what_cannot_be_saved_is_refused_by_name(data, tmp_path, flag):
     line = f"{data} {TRAIN} --moe-expert-count 4 --save-dir {tmp_path} {flag}"
