@@ -16,6 +16,7 @@ SEPARATORS = ("blank-line", "line", "file")
 # The largest document held in memory; a file whose documents are not separated is the usual way
 # to meet it.
 MAX_DOCUMENT_BYTES = 1 << 30
+_BLOCK = 1 << 20  # bytes that are read at a time from a file whose lines end with "\r"
 _JSON_TYPES = {type(None): "null", bool: "true or false", list: "a list", dict: "an object"}
 
 
@@ -139,6 +140,24 @@ def _text(stream: BinaryIO, path: Path, source: Source) -> Iterator[str]:
         yield text[1:] if offset == 0 and text.startswith(BYTE_ORDER_MARK) else text
 
 
+def _lines(stream: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file, each with its end: "\\n", or "\\r" in a file that has no "\\n" where it
+    begins."""
+    block = stream.readline(_BLOCK)
+    if b"\r" not in block or block.endswith(b"\n"):
+        if block:
+            yield block if block.endswith(b"\n") else block + stream.readline()
+        yield from stream
+        return
+    rest = b""
+    while block:
+        *lines, rest = re.split(rb"(?<=\n)|(?<=\r)(?!\n|\Z)", rest + block)
+        yield from lines
+        block = stream.read(_BLOCK)
+    if rest:
+        yield rest
+
+
 def _pieces(stream: BinaryIO, path: Path, separator: str) -> Iterator[Tuple[bytes, int]]:
     """Yield (bytes of one document, its offset in the file)."""
     if separator == "file":
@@ -149,7 +168,7 @@ def _pieces(stream: BinaryIO, path: Path, separator: str) -> Iterator[Tuple[byte
     offset = 0  # of the next line
     lines: List[bytes] = []
     size = 0
-    for line in stream:
+    for line in _lines(stream):
         offset += len(line)
         size += len(line)
         blank = line.isspace()
@@ -173,7 +192,7 @@ def _between(stream: BinaryIO, path: Path, source: Source) -> Iterator[Tuple[byt
     )
     offset = begun = 0  # of the next line, of the document
     lines: List[bytes] = []
-    for line in stream:
+    for line in _lines(stream):
         bare = line.rstrip(b"\r\n")
         ended = ends is not None and ends.search(bare)
         if lines and (ended or (starts is not None and starts.search(bare))):
@@ -199,7 +218,7 @@ def _check_size(size: int, path: Path, offset: int) -> None:
 
 def _jsonl(stream: BinaryIO, path: Path, field: str) -> Iterator[str]:
     offset = 0
-    for number, line in enumerate(stream, start=1):
+    for number, line in enumerate(_lines(stream), start=1):
         text = _decode(line, path, offset)
         offset += len(line)
         if not text.strip():

@@ -12,6 +12,7 @@ import signal
 import threading
 from collections import deque
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Callable, Deque, Dict, Iterable, Iterator, List, Optional, Se
 
 import numpy as np
 
+from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.prepare.documents import Source, read_documents
 from fairseq_moe_ext.prepare.tokenizer import ByteLevelBPE
 
@@ -143,15 +145,26 @@ class Encoders:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def encode(self, todo: Iterable[Chunk]) -> Iterator[EncodedChunk]:
-        """The chunks encoded, in order."""
+        """The chunks encoded, in order. Raises UserError if a worker was killed."""
         if self._pool is None:
             assert self._bpe is not None, "Encoders is used as a context manager"
             for chunk in todo:
                 yield encode_chunk(self._bpe, chunk)
             return
+        try:
+            yield from self._by_workers(self._pool, todo)
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"--workers {self._workers}: one of these processes was killed, probably for lack "
+                "of memory: use fewer"
+            ) from error
+
+    def _by_workers(
+        self, pool: ProcessPoolExecutor, todo: Iterable[Chunk]
+    ) -> Iterator[EncodedChunk]:
         running: Deque[Future[EncodedChunk]] = deque()
         for chunk in todo:
-            running.append(self._pool.submit(_work, chunk))
+            running.append(pool.submit(_work, chunk))
             if len(running) > 2 * self._workers:  # bounds memory
                 yield running.popleft().result()
         while running:

@@ -242,3 +242,14 @@ def test_a_corpus_is_not_called_like_a_file_of_the_folder(name):
         command.parse_corpora([f"{name}=x"], [])
     with pytest.raises(UserError, match="has 101 characters; use 100 at most"):
         command.parse_corpora([f"{'x' * 101}=x"], [])
+
+
+def test_a_killed_worker_ends_in_one_line(bpe_folder):
+    chunk = encode.Chunk(["the cat"], len, 1)
+    with encode.Encoders(bpe_folder / "encoder.json", bpe_folder / "vocab.bpe", 2) as encoders:
+        results = encoders.encode([chunk] * 9)
+        next(results)
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGKILL)
+        with pytest.raises(UserError, match="--workers 2: .* was killed, .* use fewer"):
+            list(results)

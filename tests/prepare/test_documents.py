@@ -34,8 +34,29 @@ def test_all_newlines_count_alike(tmp_path, newline):
     assert read(path) == ["one\ntwo"]
     path.write_bytes(f"one{newline}{newline}two".encode())
     assert read(path, separator="file") == ["one\n\ntwo"]
-    if newline != "\r":  # lines of a file end with "\n"
-        assert read(path) == ["one", "two"]
+    assert read(path) == ["one", "two"]
+    path.write_bytes(newline.join(["one", "two", "three", ""]).encode())
+    assert read(path, separator="line") == ["one", "two", "three"]
+    assert read(path, ends="w") == ["one", "three"]
+    path.write_bytes(newline.join(json.dumps({"text": str(i)}) for i in range(3)).encode())
+    assert read(path, format="jsonl") == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("block", range(2, 9))
+def test_carriage_returns_end_lines_where_a_file_begins_with_them(tmp_path, monkeypatch, block):
+    """However its blocks fall; as in Python's text files."""
+    monkeypatch.setattr(documents, "_BLOCK", block)
+    path = tmp_path / "a.txt"
+    for text in ("a\rb\r\rc\r", "\r\ra\r", "a\rbcdefgh\r\nc\nd\r\r\ne", "\rbcdefghi\r\n"):
+        path.write_bytes(text.encode())
+        with open(path, "rb") as stream, open(path, newline="") as lines:
+            assert list(documents._lines(stream)) == [line.encode() for line in lines]
+
+
+def test_lines_of_other_files_end_with_newlines_only(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\n10 %\r20 %\r\rdone\n\ntwo")
+    assert read(path) == ["one\n10 %\n20 %\n\ndone", "two"]
 
 
 def test_a_byte_order_mark_is_dropped_at_the_beginning_only(tmp_path):
