@@ -1,6 +1,7 @@
 """Output files: checked before the work starts, and written completely or not at all."""
 
 import contextlib
+import glob
 import json
 import os
 from pathlib import Path
@@ -90,6 +91,28 @@ def _check_path(path: Path, where: str) -> bool:
     return True
 
 
+def temporary_name(path: Path) -> Path:
+    """The name under which this process writes a file. Removes what killed processes left under
+    theirs."""
+    begin = f".{path.name[:60]}."
+    for left in path.parent.glob(f"{glob.escape(begin)}*.tmp"):
+        pid = left.name[len(begin) : -len(".tmp")]
+        if pid.isdecimal() and _is_gone(int(pid)):
+            with contextlib.suppress(OSError):
+                os.unlink(left)
+    return path.with_name(f"{begin}{os.getpid()}.tmp")
+
+
+def _is_gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except OSError:
+        pass  # it is another user's
+    return False
+
+
 @contextlib.contextmanager
 def partial_file(path: Path, **how: Any) -> Iterator[IO]:
     """A file to write, under a temporary name until it is complete. Raises UserError if the path
@@ -98,7 +121,7 @@ def partial_file(path: Path, **how: Any) -> Iterator[IO]:
     Args:
         how: arguments of `open` for a text file.
     """
-    partial = path.with_name(f".{path.name[:60]}.{os.getpid()}.tmp")
+    partial = temporary_name(path)
     try:
         _check_path(path, str(path))
         with open(partial, "w" if how else "wb", **how) as file:

@@ -20,6 +20,7 @@ from typing import Any, Dict, List, Optional
 
 from .data_bin import DICTIONARY, TOKENIZER
 from .errors import UserError
+from .outputs import temporary_name
 
 KEY = "tokenizer"
 NAMES = (DICTIONARY, *TOKENIZER)
@@ -62,7 +63,7 @@ def copy(data: Path, folder: Path) -> None:
             if not filecmp.cmp(file, target, shallow=False):
                 logger.warning(f"{target}: belongs to another model; this model's is {file}")
             continue
-        temporary = target.with_name(f".{name}.{os.getpid()}.tmp")
+        temporary = temporary_name(target)
         shutil.copyfile(file, temporary)
         os.replace(temporary, target)
 

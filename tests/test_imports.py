@@ -39,7 +39,7 @@ ALLOWED = {
         "files": "",
         "outputs": "files",
         "data_bin": "",
-        "tokenizer_files": "data_bin",
+        "tokenizer_files": "data_bin outputs",
         "generate": "generate evaluation models prepare tokenizer_files",
         "literals": "",
         "patches": """

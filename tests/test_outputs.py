@@ -3,13 +3,14 @@
 import os
 import socket
 import stat
+import subprocess
 from argparse import Namespace
 
 import pytest
 from fairseq.data import Dictionary
 from study.study_results import made_result
 
-from fairseq_moe_ext import cli, outputs, starting
+from fairseq_moe_ext import cli, outputs, starting, tokenizer_files
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.evaluation import expert_use, report
 
@@ -184,3 +185,18 @@ def test_a_dictionary_is_a_file_of_utf8(places):
     for name, message in (("fifo", "fifo: a FIFO"), ("latin.txt", "latin.txt: not UTF-8 at byte")):
         with pytest.raises(UserError, match=message):
             Dictionary.load(name)
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    names = [f".{name}.{ended.pid}.tmp" for name in ("a.json", "dict.txt")]
+    kept = [f".a.json.{os.getppid()}.tmp", f".b.json.{ended.pid}.tmp", ".a.json.x.tmp"]
+    for name in [*names, *kept]:
+        (tmp_path / name).write_text("half", encoding="utf-8")
+    outputs.write_text(tmp_path / "a.json", "whole")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dict.txt").write_text("0 1\n", encoding="utf-8")
+    tokenizer_files.copy(tmp_path / "data", tmp_path)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {*kept, "a.json", "data", "dict.txt"}
