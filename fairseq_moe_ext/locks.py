@@ -5,8 +5,9 @@
 
 The file is created with O_EXCL, which is atomic on NFS too, names its owner in JSON, and is removed
 when the work is done. If a killed process left it, another process on the same machine takes it
-over. The owner also holds a flock on the file. That detects what a PID cannot: an owner in another
-container of this machine, or a child that outlived its parent (where `descriptor` was passed on).
+over, and so does the same SLURM job after a requeue, on any machine. The owner also holds a flock
+on the file. That detects what a PID cannot: an owner in another container of this machine, or a
+child that outlived its parent (where `descriptor` was passed on).
 """
 
 import atexit
@@ -19,7 +20,7 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, Optional, Set, Union
+from typing import Any, Dict, List, Optional, Set, Union
 
 from .errors import UserError
 
@@ -96,8 +97,14 @@ class Lock:
         flocked = _flock(descriptor)
         if flocked is False or not is_new:
             owner = _owner_in(descriptor)
-            # The kernel has released it, whatever the container's host name and PID were.
-            gone = flocked and owner is not None and owner["boot"] == _boot() is not None
+            # The kernel has released it, whatever the container's host name and PID were. SLURM
+            # ends a job before it requeues it, but not on a machine that it cannot reach: only
+            # with a flock.
+            gone = (
+                flocked
+                and owner is not None
+                and (owner["boot"] == _boot() is not None or _is_before(owner["job"], _job()))
+            )
             alive = not gone and _is_alive(owner, os.fstat(descriptor).st_mtime)
             if flocked is False or alive:
                 if _is(self.path, descriptor):
@@ -160,6 +167,7 @@ def _ourselves() -> Dict[str, Any]:
         "host": socket.gethostname(),
         "boot": _boot(),
         "start": _start_of(os.getpid()),
+        "job": _job(),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         "command": " ".join(map(shlex.quote, [os.path.basename(sys.argv[0]), *sys.argv[1:]]))[:80],
     }
@@ -171,7 +179,8 @@ def _owner_in(descriptor: int) -> Optional[Dict[str, Any]]:
     while True:
         with contextlib.suppress(ValueError, KeyError, TypeError):
             owner = json.loads(os.pread(descriptor, 10_000, 0))
-            return {key: owner[key] for key in ("pid", "host", "boot", "start", "since", "command")}
+            needed = ("pid", "host", "boot", "start", "since", "command")
+            return {**{key: owner[key] for key in needed}, "job": owner.get("job")}
         if time.time() - os.fstat(descriptor).st_mtime > 2:
             return None
         time.sleep(0.1)
@@ -192,6 +201,23 @@ def _is_alive(owner: Optional[Dict[str, Any]], written: float) -> bool:
     except OSError:
         pass  # it is another user's
     return _start_of(owner["pid"]) == owner["start"]
+
+
+def _job() -> Optional[List[str]]:
+    """Cluster, number and restarts of the SLURM job that this process belongs to, or None."""
+    number = os.environ.get("SLURM_JOB_ID")
+    if not number:
+        return None
+    environ = os.environ.get
+    return [environ("SLURM_CLUSTER_NAME", ""), number, environ("SLURM_RESTART_COUNT", "0")]
+
+
+def _is_before(theirs: Any, ours: Optional[List[str]]) -> bool:
+    """Whether ours is the same job after a restart."""
+    if not isinstance(theirs, list) or ours is None or theirs[:-1] != ours[:-1]:
+        return False
+    restarts = str(theirs[-1]), ours[-1]
+    return all(map(str.isdecimal, restarts)) and int(restarts[0]) < int(restarts[1])
 
 
 def _boot() -> Optional[str]:

@@ -77,6 +77,40 @@ def test_one_of_a_container_that_was_ended_is_stale(path):
         pass
 
 
+@pytest.mark.parametrize(
+    "job, restarts, taken",
+    [
+        (("c", "7", "0"), "1", True),
+        (("c", "7", "9"), "10", True),
+        (("c", "7", "0"), None, False),  # another step of this job
+        (("c", "7", "2"), "1", False),
+        (("c", "7", "1"), "2", False),
+        (("c", "8", "0"), "1", False),
+        (("d", "7", "0"), "1", False),
+        (None, "1", False),
+    ],
+)
+def test_a_requeued_job_takes_its_own_over_on_another_machine(
+    path, monkeypatch, job, restarts, taken
+):
+    monkeypatch.setenv("SLURM_CLUSTER_NAME", "c")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    owner(path, **ELSEWHERE, job=job)
+    if job == ("c", "7", "1"):  # where locks are not shared, its first run may still be there
+        monkeypatch.setattr(fcntl, "flock", no_locks)
+    if restarts is not None:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+    if not taken:
+        with pytest.raises(UserError, match="is being worked on by PID"):
+            Lock(path, "it")
+        return
+    with Lock(path, "it"):
+        assert json.loads(path.read_text())["job"] == ["c", "7", restarts]
+    with Lock(path, "it"):  # while it is held, nobody else gets it
+        with pytest.raises(UserError):
+            Lock(path, "it")
+
+
 def no_locks(*_):
     raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
