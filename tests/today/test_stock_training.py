@@ -6,6 +6,8 @@ import pytest
 import torch
 from stock_commands import TRAIN, on_cpu_only
 
+import fairseq_moe_ext  # noqa: F401 - it keeps stock's patience, and prints errors
+
 PRECISIONS = ["--fp16", "--memory-efficient-fp16", "--bf16", "--memory-efficient-bf16"]
 
 
