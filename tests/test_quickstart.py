@@ -360,6 +360,21 @@ def test_logs_cut_off_by_a_kill_are_read(tmp_path):
     assert logs.training_seconds(log) == 14
 
 
+def test_an_epoch_without_its_line_counts_what_was_logged_within_it(tmp_path):
+    """A kill between the last checkpoint and the epoch's line leaves the line out."""
+    log = tmp_path / "train.log"
+    inner = '2026 | INFO | train_inner | {"epoch": %d, "train_wall": "%d", "num_updates": "%d"}\n'
+    log.write_text(inner % (1, 3, 10) + inner % (1, 9, 20) + inner % (1, 4, 20))
+    assert logs.training_seconds(log) == 7, "of update 20 the last"
+    with open(log, "a") as file:
+        file.write('2026 | INFO | train | {"epoch": 1, "train_train_wall": "8"}\n')
+        file.write(inner % (2, 5, 30))
+    assert logs.training_seconds(log) == 13
+    log.write_text("nothing left to train\n")
+    with pytest.raises(UserError, match="train.log: logs no training; .* delete"):
+        logs.training_seconds(log)
+
+
 def test_the_live_line_says_how_far_how_good_how_fast(monkeypatch):
     now = iter([100.0, 109.0, 110.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))

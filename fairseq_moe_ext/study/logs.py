@@ -49,17 +49,24 @@ def training_seconds(log: Path) -> float:
     """Seconds spent in training steps, without validation and saving, as fairseq counted them.
 
     fairseq saves its stopwatch in checkpoints, so the last line of an interrupted epoch counts the
-    whole epoch. Raises UserError if no epoch has ended.
+    whole epoch. A kill between an epoch's last checkpoint and its line leaves none
+    (fairseq_cli/train.py:330@0.12.2); then the lines within it count, each in whole seconds. Raises
+    UserError if there are no such lines either.
     """
-    epochs: Dict[str, float] = {}
-    for values in measurements(log, "train"):
-        if "epoch" in values and "train_train_wall" in values:
-            epochs[str(values["epoch"])] = float(values["train_train_wall"])
-    if not epochs:
-        raise UserError(
-            f"{log}: has no finished epoch; to train this run again, delete {log.parent}"
-        )
-    seconds = sum(epochs.values())
+    epochs = {
+        values["epoch"]: float(values["train_train_wall"])
+        for values in measurements(log, "train")
+        if "epoch" in values and "train_train_wall" in values
+    }
+    within = {  # of an update that was repeated, the last
+        (values["epoch"], values["num_updates"]): float(values["train_wall"])
+        for values in measurements(log, "train_inner")
+        if {"epoch", "num_updates", "train_wall"} <= values.keys()
+    }
+    unfinished = [wall for (epoch, _), wall in within.items() if epoch not in epochs]
+    if not epochs and not unfinished:
+        raise UserError(f"{log}: logs no training; to train this run again, delete {log.parent}")
+    seconds = sum(epochs.values()) + sum(unfinished)
     if not 0 <= seconds < math.inf:
         raise ValueError(f"{seconds} seconds of training in {log}")
     return seconds

@@ -245,8 +245,15 @@ def test_no_rate_is_chosen_where_all_diverged(folder, tmp_path):
     search = ladder.stages[0]
     for arm in search.arms[:2]:
         validation(ladder.folder(search, arm, 1), "nan", "inf")
+    found = rates.choose(ladder)
     with pytest.raises(UserError, match="values: a: no finite perplexity .* with any of 1e-2, 1e-"):
-        rates.choose(ladder)
+        rates.of_arms(ladder, found)
+    made = result.collect(ladder)
+    assert made["rates"]["a-E4"]["value"] == "1e-2", "the others have theirs"
+    assert [row[1:] for row in tables.learning_rates(made)[1:3]] == [
+        ["1e-2", "none", ""],
+        ["1e-3", "none", ""],
+    ]
     (ladder.folder(search, search.arms[1], 1) / "train.log").write_text(
         't | INFO | valid | {"epoch": 1, "valid_in_domain_ppl": "30"}\n'
     )

@@ -12,14 +12,18 @@ from .stages import LR, Ladder
 class Rate(NamedTuple):
     """A learning rate that was chosen."""
 
-    value: Any  # as the file has it
+    value: Any  # as the file has it; None: all that were tried diverged
     tried: List[Tuple[Any, float]]  # each value, and the in-domain validation perplexity it gave
 
     @property
     def at_the_edge(self) -> bool:
         """Whether a rate beyond those that were tried might be better."""
         values = [float(value) for value, _ in self.tried]
-        return len(values) > 1 and float(self.value) in (min(values), max(values))
+        return (
+            len(values) > 1
+            and self.value is not None
+            and float(self.value) in (min(values), max(values))
+        )
 
 
 def choose(ladder: Ladder) -> Dict[str, Rate]:
@@ -29,8 +33,16 @@ def choose(ladder: Ladder) -> Dict[str, Rate]:
 
 
 def of_arms(ladder: Ladder, chosen: Mapping[str, Rate]) -> Dict[str, Any]:
-    """The value for every arm of the ladder."""
-    return {arm.name: chosen[ladder.searched(arm)].value for arm in ladder.arms}
+    """The value for every arm of the ladder. Raises UserError for one whose tries all diverged."""
+    names = {arm.name: ladder.searched(arm) for arm in ladder.arms}
+    for name in names.values():
+        if chosen[name].value is None:
+            values = ", ".join(str(value) for value, _ in chosen[name].tried)
+            raise UserError(
+                f"learning-rate: values: {name}: no finite perplexity on the validation text with "
+                f"any of {values}; list lower ones"
+            )
+    return {arm: chosen[name].value for arm, name in names.items()}
 
 
 def _best(ladder: Ladder, name: str) -> Rate:
@@ -46,13 +58,7 @@ def _best(ladder: Ladder, name: str) -> Rate:
             )
         tried.append((arm.flags[LR], validated(folder / "train.log")))
     value, perplexity = min(tried, key=lambda one: one[1])
-    if perplexity == math.inf:
-        values = ", ".join(str(value) for value, _ in tried)
-        raise UserError(
-            f"learning-rate: values: {name}: no finite perplexity on the validation text with any "
-            f"of {values}; list lower ones"
-        )
-    return Rate(value, tried)
+    return Rate(value if perplexity < math.inf else None, tried)
 
 
 def validated(log: Path) -> float:
