@@ -59,7 +59,7 @@ def check_inputs(cfg: Any, suffix: str = "") -> None:
         _check(f"--restore-file {cfg.restore_file}", restored)
         saves = process_rank() == 0 and not cfg.no_save
         if saves and os.path.exists(last) and os.path.realpath(restored) != os.path.realpath(last):
-            # fairseq/checkpoint_utils.py:201@0.12.2
+            # fairseq/checkpoint_utils.py:236@0.12.2
             logger.warning(
                 f"--restore-file {cfg.restore_file}: the run starts from it and will overwrite "
                 f"{last}; to resume that one, remove the flag, or use --continue-once "

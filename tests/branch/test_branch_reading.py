@@ -147,7 +147,8 @@ def test_what_the_files_may_be_called(tmp_path):
     for own in ({"model": {"l.experts.fc1.weight": 0}}, {"model": {}, "experts": {}}):
         torch.save(own, whole)
         assert find(whole) is None  # a checkpoint of its own
-    torch.save({"model": {"decoder.version": 0}}, whole)  # model-shared.pt, renamed
+    settings = {"cfg": {"model": {"_name": "transformer_lm", "moe_freq": 2}}}
+    torch.save({"model": {"decoder.version": 0}, **settings}, whole)  # model-shared.pt, renamed
     assert find(whole).shared == whole
     (tmp_path / "a-shared.pt").unlink()
     (tmp_path / "a.pt").unlink()

@@ -95,7 +95,7 @@ def test_what_is_there_is_used_and_the_default_may_be_absent(train, trained, tmp
 
 def test_the_suffix_of_a_shard_counts(tmp_path):
     cfg = SimpleNamespace(save_dir=str(tmp_path), restore_file=f"{tmp_path}/x.pt")
-    cfg.finetune_from_model = None
+    cfg.finetune_from_model, cfg.no_save = None, False
     (tmp_path / "x-shard0.pt").touch()
     check_inputs(cfg, "-shard0")
     with pytest.raises(UserError, match="--restore-file .*/x.pt: no such file"):
