@@ -10,6 +10,7 @@ from .paired import Difference, holm, paired
 from .result import GROUPS, measured_on, performance
 
 LEVEL = 0.05
+_NONE = "no seed in common on the same text, or diverged"
 TITLES = {"in_domain": "in domain", "out_of_domain": "out of domain"}
 
 Runs = Sequence[RunResult]
@@ -27,7 +28,10 @@ BySeed = Dict[int, RunResult]
 
 
 def shared(runs: BySeed, base: BySeed, group: str) -> List[int]:
-    """The seeds that both have, evaluated in the same way on the same text."""
+    """The seeds that both have, evaluated in the same way on the same text. None if a run of either
+    diverged: the seeds that are left would flatter it."""
+    if any(performance(run, group) == math.inf for run in [*runs.values(), *base.values()]):
+        return []
     return [
         seed
         for seed in sorted(runs.keys() & base.keys())
@@ -114,7 +118,7 @@ def table(result: StudyResult) -> List[List[str]]:
 
 def _against(compared: Optional[Compared], is_reference: bool) -> List[str]:
     if compared is None:
-        return ["reference" if is_reference else "no seed in common on the same text", ""]
+        return ["reference" if is_reference else _NONE, ""]
     if not compared["interval"]:
         return [signed(compared["difference"]), "one seed"]
     low, high = compared["interval"]

@@ -137,6 +137,22 @@ def test_arms_with_one_seed_in_common_do_not_hide_others():
     assert all(compared["real"] for compared in found.values())
 
 
+@pytest.mark.parametrize("diverged", ["a", "b"])
+def test_an_arm_that_diverged_is_not_compared(diverged):
+    """Its perplexity is infinite; the seeds that are left would flatter it."""
+    runs = [
+        run_of(arm, seed, math.inf if (arm, seed) == (diverged, 1) else 10.0 + seed)
+        for arm in "abc"
+        for seed in (1, 2)
+    ]
+    found = arms.compare(runs, "a")
+    assert found["in_domain"].keys() == ({"c"} if diverged == "b" else set())
+    result = {"title": "", "planned": 6, "runs": runs, "reference": "a", "comparison": found}
+    rows = {row[0]: row for row in arms.table(result)}
+    assert rows[diverged][2].startswith("inf") and "diverged" in rows["b"][3]
+    assert "inf" in arms.page(result)
+
+
 def test_runs_that_were_evaluated_otherwise_are_not_compared():
     runs = [run_of(arm, seed, 10.0 + seed) for arm in "abc" for seed in (1, 2)]
     for run in runs:
@@ -147,7 +163,7 @@ def test_runs_that_were_evaluated_otherwise_are_not_compared():
     assert arms.compare(runs, "a")["in_domain"]["b"]["p"] is None, "of seed 1 alone"
     result = {"runs": runs, "reference": "a", "comparison": arms.compare(runs, "a")}
     rows = {row[0]: row for row in arms.table(result)}
-    assert rows["c"][3] == "no seed in common on the same text"
+    assert rows["c"][3] == "no seed in common on the same text, or diverged"
     assert arms.pairs(result, "in_domain")[0][1][3] == ""  # a and c
     runs[1]["sets"]["near"] = {"perplexity": 9.0, "tokens": 5}
     runs[4]["sets"]["near"] = {"perplexity": 9.0, "tokens": 6}

@@ -399,6 +399,32 @@ def test_bounds_over_seeds(tmp_path):
     assert found(39.0, 51.0) == []
 
 
+def test_runs_that_diverged_have_no_factor(tmp_path):
+    ladder = REAL._replace(out=tmp_path)
+    flops = [16e6 * forecast.training_flops(arm, ladder) for arm in ladder.arms[:3]]
+    names = [arm.name for arm in ladder.arms[:3]]
+
+    def found(dense, sparse):
+        runs = [made_run("16M", n, 1, *of) for n, *of in zip(names, flops, dense)]
+        runs.append(made_run("16M", "d0-E64", 1, flops[0], sparse))
+        return [f for f in result.factors(ladder, runs, {}) if f["group"] == "in_domain"]
+
+    assert found((50.0, 40.0, 30.0), math.inf) == []
+    assert found((50.0, math.inf, math.inf), 45.0) == []
+    (one,) = found((50.0, 40.0, math.inf), 45.0)
+    assert [one] == found((50.0, 40.0, 80.0), 45.0), "the others are enough"
+
+
+def test_an_infinite_perplexity_is_collected(folder, tmp_path):
+    """As `fairseq-moe evaluate` writes it of a training that diverged."""
+    evaluation = {"sets": {"x": {"perplexity": math.inf}}, "mean": {"in_domain": {}}}
+    evaluation["mean"]["in_domain"]["perplexity"] = math.inf
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    run = plan.Run("dense", "a", 1, 3, tmp_path, [], [], [])
+    with pytest.raises(UserError, match="checkpoint_best.pt"):  # which is read next
+        result.of_run(run, 32, 128)
+
+
 def test_an_interval_over_seeds_needs_dense_runs_of_these_seeds(tmp_path):
     """d2 and d3 have seed 1 alone, as in examples/study/ladder.yaml."""
     ladder = REAL._replace(out=tmp_path)

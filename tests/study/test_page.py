@@ -1,6 +1,7 @@
 """The study's page: its numbers, and how a browser opens it."""
 
 import json
+import math
 import re
 import shutil
 import struct
@@ -70,6 +71,14 @@ def test_what_of_the_paper_is_not_on_the_page_is_said(tmp_path):
     html = (tmp_path / "report.html").read_text()
     assert "not measured: `priming` in the study" in html
     assert "This study did not measure bias." in html
+
+
+def test_a_model_that_diverged_has_no_factor(tmp_path):
+    made = made_result(tmp_path, moe=((1e12, math.inf), (4e12, 5.0)))
+    assert made["factors"]["in_domain"]["curve"] == []
+    assert cli.main(["report", str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "there is no factor in domain" in page.replace("There", "there") and "inf" in page
 
 
 def test_a_family_of_one_point_is_drawn_and_said(tmp_path):

@@ -154,9 +154,16 @@ def factors(ladder: Ladder, runs: Sequence[LadderRun], probed: Mapping[str, floa
         for arm in ladder.arms:
             if arm.family == "moe" and arm.name in by_arm:
                 for group in _groups(by_arm[arm.name]):
-                    one = _factor(arm, dense, of, group, probed, units)
+                    finite = [d for d in dense if not _diverged(by_arm[d.name], group)]
+                    if len(finite) < 2 or _diverged(by_arm[arm.name], group):
+                        continue
+                    one = _factor(arm, finite, of, group, probed, units)
                     found += [one] if one is not None else []
     return found
+
+
+def _diverged(by_seed: Mapping[int, LadderRun], group: str) -> bool:
+    return any(performance(run, group) == math.inf for run in by_seed.values())
 
 
 def _groups(by_seed: Mapping[int, LadderRun]) -> List[str]:
