@@ -262,6 +262,8 @@ def test_sharding_layer_by_layer_equals_one_process(folder, model, options):
         (MOE, 1, []),
         (DENSE, 2, []),
         (f"{DENSE} --ddp-backend pytorch_ddp", 2, ["train_step"]),
+        (f"{DENSE} --ddp-backend c10d", 2, ["train_step"]),
+        (f"{DENSE} --ddp-backend pytorch_ddp --update-freq 2", 2, ["train_step"]),
         (f"{DENSE} --ddp-backend fully_sharded", 2, ["train_step", "valid_step"]),
     ],
 )
@@ -280,8 +282,9 @@ def test_lack_of_memory_ends_a_process_that_others_wait_for(
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return 0.0, 1, {}
 
-    for name, given in (("train_step", [sample]), ("valid_step", sample)):
-        left[:] = [False, True]
+    micro_batches = cfg.optimization.update_freq[0]
+    for name, given in (("train_step", [sample] * micro_batches), ("valid_step", sample)):
+        left[:] = [False] * micro_batches + [True]
         monkeypatch.setattr(type(trainer.task), name, full)
         monkeypatch.setattr(trainer, "_reduce_and_log_stats", lambda logs, size: {})
         if name in ends:
