@@ -5,6 +5,7 @@ import glob
 import os
 import re
 import stat
+from argparse import Namespace
 from typing import Any, Dict, NamedTuple, Optional
 
 from fairseq_today.torch_today import load_weights_only
@@ -118,6 +119,5 @@ def _has_dense(path: str, changed: int, size: int) -> bool:
 def flat_settings(state: State) -> Dict[str, Any]:
     """The model's settings as the branch saved them: `args`, or the part `model` of `cfg`; nothing
     if neither is there."""
-    if state.get("args") is not None:
-        return dict(vars(state["args"]))
-    return (state.get("cfg") or {}).get("model") or {}
+    settings = state.get("args") or (state.get("cfg") or {}).get("model") or {}
+    return dict(vars(settings) if isinstance(settings, Namespace) else settings)

@@ -128,8 +128,9 @@ def state_dict(stock, self):
     state = stock(self)
     state.pop("fsdp_metadata", None)
     for group in ("common", "model"):
-        settings = state["cfg"].get(group) or {}
-        if "bf16" in settings:
+        settings = state["cfg"].get(group)
+        # Models without a dataclass (lstm_lm) have an argparse.Namespace, which is not changed.
+        if isinstance(settings, dict) and "bf16" in settings:
             settings["bf16"] = self.asked_bfloat16
     return state
 
@@ -204,7 +205,7 @@ def train_step(stock, self, samples, raise_oom=False):
     must not: they would wait for it.
     """
     # PyTorch's backend reduces gradients in the backward pass of the last batch.
-    reduces = self.cfg.distributed_training.ddp_backend == "pytorch_ddp" and len(samples) == 1
+    reduces = self.cfg.distributed_training.ddp_backend in ("pytorch_ddp", "c10d")
     raise_oom = raise_oom or _exchanges(self) or (process_count() > 1 and reduces)
     with whole_batch.counted(self, samples):
         return step(stock, self, samples, raise_oom)

@@ -7,6 +7,7 @@ import torch
 from stock_commands import TRAIN, on_cpu_only
 
 import fairseq_moe_ext  # noqa: F401 - it keeps stock's patience, and prints errors
+from fairseq_today.torch_today import load_weights_only as load
 
 PRECISIONS = ["--fp16", "--memory-efficient-fp16", "--bf16", "--memory-efficient-bf16"]
 
@@ -100,3 +101,17 @@ def test_patience_goes_on_where_it_was(command, work, tmp_path):
     assert command("train", new)[0] == 0
     state = torch.load(tmp_path / "new" / "checkpoint_last.pt", weights_only=True)
     assert state["optimizer_history"][-1]["num_updates"] == 12
+
+
+@pytest.mark.parametrize("precision", ["", pytest.param("--bf16", marks=pytest.mark.slow)])
+def test_a_model_without_a_dataclass_saves_and_resumes(command, work, tmp_path, precision):
+    """Its settings are an argparse.Namespace, which has no items."""
+    model = "--arch lstm_lm --decoder-embed-dim 8 --decoder-hidden-size 8 --decoder-layers 1"
+    model += " --decoder-out-embed-dim 8 --decoder-attention 0 --task language_modeling"
+    flags = f"--optimizer adam --lr 0.01 --max-tokens 256 --num-workers 0 {precision}"
+    line = f"bin {model} --tokens-per-sample 32 {flags} --save-dir {tmp_path} --disable-validation"
+    for updates in (1, 2):
+        status, err = command("train", f"{line} --max-update {updates}")
+        assert status == 0, err
+    cfg = load(tmp_path / "checkpoint_last.pt")["cfg"]
+    assert cfg["model"].bf16 is cfg["common"]["bf16"] is bool(precision)
