@@ -52,8 +52,8 @@ def run(args: argparse.Namespace) -> None:
     if args.only_result:
         for study_run, step in _stale(plan):
             print(
-                f"{study_run.folder / step.name}.json: made with other settings than the file has "
-                "now; without --only-result it is made again"
+                f"{study_run.folder / step.name}.json: its settings differ from the file's; run "
+                "without --only-result to make it again"
             )
     else:
         _Work(plan, args.jobs).do()
@@ -90,10 +90,10 @@ class _Work:
             for study_run in self.plan.runs:
                 _check_same(study_run)
             for study_run, step in [*_stale(self.plan)]:
-                stale.put_aside(study_run, step)
+                kept = stale.put_aside(study_run, step)
                 self._say(
-                    f"{study_run.name}: {step.name} again, because its settings have changed; the "
-                    f"old result is {step.name}.before.json"
+                    f"{study_run.name}: repeating {step.name}, because its settings have changed; "
+                    f"the old result is now {kept.name}"
                 )
             number = count(len(self.plan.runs), "run")
             self._say(f"{number}, {self.jobs} at once, in {self.plan.out}")

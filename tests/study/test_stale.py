@@ -51,12 +51,51 @@ def test_only_what_the_file_changed_is_done_again(tmp_path, capsys):
     capsys.readouterr()
     assert do(run(folder, stride="16")) == (16, [0])
     said = capsys.readouterr().err
-    assert said.count("again") == 1 and "arm a seed 1: evaluation again, because" in said
+    assert said.count("repeating") == 1 and "arm a seed 1: repeating evaluation, because" in said
     assert json.loads((folder / "evaluation.before.json").read_text())["stride"] == 32
     assert do(run(folder, stride="16", shots="8")) == (16, [8])
     assert json.loads((folder / "priming.before.json").read_text())["settings"]["shots"] == [0]
     (folder / "training").unlink()
     assert do(run(folder)) == (32, [0]) and not (folder / "training").exists(), "trained once"
+    assert json.loads((folder / "evaluation.before.json").read_text())["stride"] == 32, "kept"
+    assert json.loads((folder / "evaluation.before-2.json").read_text())["stride"] == 16
+
+
+def test_words_that_change_no_result_do_nothing_again(tmp_path):
+    """Such as the path of Python, or a flag of a newer plugin that writes more."""
+    one = run(tmp_path / "out" / "arm-a-1")
+    do(one)
+    other = one._replace(
+        evaluate=["python9", "-m", "x", *one.evaluate[3:], "--unit-losses", "x.json"],
+        prime=["python9", "-m", "x", *one.prime[3:], "--cpu"],
+    )
+    assert not any(stale.is_stale(other, step, SETS) for step in stale.steps(other))
+    for flag in ("--batch-size", "--bootstrap"):
+        changed = one._replace(evaluate=[*one.evaluate, flag, "9"])
+        assert [stale.is_stale(changed, step, SETS) for step in stale.steps(changed)] == [1, 0]
+    first = ["python", "-m", "x", "evaluate", "data", f"{tmp_path}/a", "--context", "32"]
+    stale.record(one._replace(evaluate=first), stale.Step("evaluation", first))
+    for folder, again in ((f"{tmp_path}/b/../a", False), (f"{tmp_path}/b", True)):
+        moved = one._replace(evaluate=[*first[:5], folder, *first[6:]])
+        assert stale.is_stale(moved, stale.steps(moved)[0], SETS) == again
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("priming.json", '{"settings": [8]}'),
+        ("priming.json", '{"settings": {"shots": 8}}'),
+        ("evaluation.json", '{"sets": 8}'),
+        ("priming.command.json", "8"),
+        ("evaluation.command.json", "[1, 2, 3, 4, 5]"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, name, content):
+    one = run(tmp_path / "out" / "arm-a-1")
+    do(one)
+    (one.folder / name).write_text(content)
+    with pytest.raises(UserError, match=f"{name}: not in the format"):
+        [stale.is_stale(one, step, SETS) for step in stale.steps(one)]
 
 
 def test_a_step_that_failed_is_done_the_next_time(tmp_path):

@@ -255,9 +255,9 @@ def test_a_study_from_file_to_factors_and_again(folder, capsys):
     assert {p: p.stat().st_mtime_ns for p in (folder / "out").glob("*/*.log")} == logs
     write(folder, lambda text: text.replace("bootstrap: 20", "stride: 16"))
     assert cli.main(["study", str(path), "--only-result"]) == 0
-    assert "evaluation.json: made with other settings" in capsys.readouterr().out
+    assert "evaluation.json: its settings differ from the file's" in capsys.readouterr().out
     assert cli.main(["study", str(path)]) == 0
-    assert "dense s seed 1: evaluation again" in capsys.readouterr().err
+    assert "dense s seed 1: repeating evaluation" in capsys.readouterr().err
     again = json.loads((folder / "out" / "result.json").read_text())["runs"]
     assert {run["protocol"]["stride"] for run in found["runs"]} == {32}
     assert {run["protocol"]["stride"] for run in again} == {16}
