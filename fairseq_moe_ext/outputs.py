@@ -4,6 +4,7 @@ import contextlib
 import glob
 import json
 import os
+import time
 from pathlib import Path
 from typing import IO, Any, Callable, Dict, Iterable, Iterator, Mapping, Optional, Tuple
 
@@ -91,14 +92,19 @@ def _check_path(path: Path, where: str) -> bool:
     return True
 
 
+_LEFT = 3600  # seconds since a file was last written to, after which its writer may be gone
+
+
 def temporary_name(path: Path) -> Path:
     """The name under which this process writes a file. Removes what killed processes left under
-    theirs."""
+    theirs, an hour ago or more: on a shared file system a PID may be one of another machine, which
+    is still writing."""
     begin = f".{path.name[:60]}."
     for left in path.parent.glob(f"{glob.escape(begin)}*.tmp"):
         pid = left.name[len(begin) : -len(".tmp")]
-        if pid.isdecimal() and _is_gone(int(pid)):
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            old = os.lstat(left).st_mtime < time.time() - _LEFT
+            if old and pid.isdecimal() and _is_gone(int(pid)):
                 os.unlink(left)
     return path.with_name(f"{begin}{os.getpid()}.tmp")
 

@@ -192,11 +192,14 @@ def test_what_killed_processes_left_is_removed(tmp_path):
     ended.wait()
     names = [f".{name}.{ended.pid}.tmp" for name in ("a.json", "dict.txt")]
     kept = [f".a.json.{os.getppid()}.tmp", f".b.json.{ended.pid}.tmp", ".a.json.x.tmp"]
-    for name in [*names, *kept]:
+    of_another_machine = f".a.json.0{ended.pid}.tmp"  # which writes to it
+    for name in [*names, *kept, of_another_machine]:
         (tmp_path / name).write_text("half", encoding="utf-8")
+    for name in [*names, *kept]:
+        os.utime(tmp_path / name, times=(0, 0))
     outputs.write_text(tmp_path / "a.json", "whole")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "dict.txt").write_text("0 1\n", encoding="utf-8")
     tokenizer_files.copy(tmp_path / "data", tmp_path)
     left = {path.name for path in tmp_path.iterdir()}
-    assert left == {*kept, "a.json", "data", "dict.txt"}
+    assert left == {*kept, of_another_machine, "a.json", "data", "dict.txt"}

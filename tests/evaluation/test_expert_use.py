@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from training import fairseq, make_data
+from training import USER_DIR, fairseq, make_data
 
 from fairseq_moe_ext.evaluation.expert_use import main
 from fairseq_moe_ext.evaluation.specialisation import mutual_information
@@ -39,7 +39,7 @@ def test_wrong_input_is_one_line(arguments, words, capsys):
     assert out == "" and err.startswith("error: ") and words in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("flags", ["transformer_lm", "dense_lm_tiny --user-dir fairseq_moe_ext"])
+@pytest.mark.parametrize("flags", ["transformer_lm", f"dense_lm_tiny --user-dir {USER_DIR}"])
 def test_a_model_without_experts_is_named(tmp_path, capsys, flags):
     data = make_data(tmp_path)
     fairseq(

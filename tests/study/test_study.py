@@ -70,6 +70,10 @@ def write(folder, change=lambda text: text):
         ("seeds: [1]", "seeds: [true]", "seeds [True] is out of range"),
         ("evaluate:", "priming: {shots: [0]}\nevaluate:", "priming: folder missing: name a"),
         ("evaluate:", "priming: {folder: .}\nevaluate:", "none of its folders is a task"),
+        (
+            *("evaluate:", "priming: {folder: ., tasks: -x}\nevaluate:"),
+            "priming: fairseq-moe priming: argument --tasks: expected one argument",
+        ),
         ("evaluate:", "priming: {shots: 3}\nevaluate:", "priming: shots: 3 is not a list"),
     ],
 )
