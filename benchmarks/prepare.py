@@ -4,7 +4,7 @@
 
 Python's library as text, a byte-level BPE of 8,000 tokens learned from it. Commands are timed as
 they are called, start-up included; `tokenizers` without reading and writing, and in this process.
-All use two cores, but where a line says otherwise.
+All may use two cores; `prepare` uses one for each 25 MB of text.
 """
 
 from __future__ import annotations
@@ -78,9 +78,9 @@ class Work:
         data = self._new(name)
         command("fairseq-moe", "prepare", data, "--corpus", f"text:train={self.text}", *flags)
 
-    def ours(self, workers: int) -> None:
+    def ours(self) -> None:
         encoder, merges = self.files
-        flags = ("--gpt2-encoder-json", encoder, "--gpt2-vocab-bpe", merges, "--workers", workers)
+        flags = ("--gpt2-encoder-json", encoder, "--gpt2-vocab-bpe", merges, "--workers", CORES)
         self.prepare("ours", *flags)
 
     def tokenizers(self) -> List[List[int]]:
@@ -128,8 +128,7 @@ def measured(most: int, rounds: int) -> Dict[str, Dict[str, float]]:
         work = Work(Path(folder), most)
         cases: Dict[str, Callable[[], object]] = {
             "tokenizers alone": work.tokenizers,
-            "fairseq-moe prepare": lambda: work.ours(CORES),
-            "fairseq-moe prepare, one worker": lambda: work.ours(1),
+            "fairseq-moe prepare": work.ours,
             "fairseq-preprocess, of tokenised text": work.preprocess,
             "read and write": work.copy,
             f"{TRAINING}tokenizers alone": work.learn_by_tokenizers,

@@ -77,3 +77,25 @@ def test_a_step_of_peers_is_that_of_its_file():
     page = " ".join((ROOT / "docs" / "performance.md").read_text("utf-8").split())
     assert f"GPT-2 took {shown('Hugging Face GPT-2')}" in page
     assert f"stock `transformer_lm` {shown('stock fairseq')}" in page
+
+
+def test_the_table_of_the_ablation_is_that_of_its_file():
+    kept = ROOT / "benchmarks" / "results" / "amd-family26-model2" / "ablation.md"
+    file = {}
+    for line in kept.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("| ").split("|")]
+        if ";" in cells[0] and len(cells) == 6:
+            file[cells[0]] = cells[2:]
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    table = page[page.index("**Which parts pay.**") :].split("\n\n")[1].splitlines()[2:]
+    assert len(table) == 2 * len(file) / 3 > 0
+    where = ""
+    for line in table:
+        shape, precision, *shown = [cell.strip() for cell in line.split("|")[1:-1]]
+        where = shape or where
+        expected = file[f"{where}; {precision}"]
+        if precision == "float32":
+            choice = file[f"{where}; float32, PyTorch's choice of products"]
+            both = [f"{one} ({other})" for one, other in zip(expected[:3], choice)]
+            expected = [*both, expected[3]]
+        assert shown == expected
