@@ -109,7 +109,7 @@ def test_prepare(program, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", "prepare.py --megabytes 0.02 --rounds 1".split())
     prepare.main()
     rows = kept(tmp_path, "prepare")
-    assert len(rows) == 7 and rows["tokenizers alone"]["speed"] == 1
+    assert len(rows) == 6 and rows["tokenizers alone"]["speed"] == 1
 
 
 @pytest.mark.parametrize("part", ["layer", "step", "statistics"])
