@@ -7,7 +7,9 @@ The file is created with O_EXCL, which is atomic on NFS too, names its owner in 
 when the work is done. If a killed process left it, another process on the same machine takes it
 over, and so does the same SLURM job after a requeue, on any machine. The owner also holds a flock
 on the file. That detects what a PID cannot: an owner in another container of this machine, or a
-child that outlived its parent (where `descriptor` was passed on).
+child that outlived its parent (where `descriptor` was passed on). Between machines a flock counts
+only where the file system shares it: NFS before Linux 2.6.12 or mounted with local_lock, and Lustre
+mounted with localflock, do not. There a requeued job relies on SLURM's having ended the first one.
 """
 
 import atexit

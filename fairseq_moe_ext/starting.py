@@ -343,7 +343,8 @@ def check_trainer(cfg: Any, task: Any, model: Any) -> None:
         raise UserError(
             f"--zero-sharding {sharding} needs several processes, but there is only one: remove it"
         )
-    if cfg.common.amp and torch.distributed.is_initialized():
+    together = torch.distributed.is_initialized()  # under torchrun also a process alone
+    if cfg.common.amp and together and torch.distributed.get_world_size() > 1:
         _check_amp(cfg, model)
     over = str(getattr(cfg.model, "moe_balance_over", None))
     transform = str(getattr(cfg.criterion, "moe_gate_loss_transform", "none"))

@@ -381,9 +381,15 @@ def test_what_cannot_be_right_is_refused_by_name(folder, flags, words):
         assert words in message and bool(words) == bool(message)
 
 
-def refusal(rank, cfg):
+def test_one_process_under_torchrun_may_use_amp(folder):
+    """It is a group of its own."""
+    cfg = configure(folder, "--ddp-backend legacy_ddp --moe-expert-count 2 --amp")
+    assert run_processes(1, refusal, cfg, 1) == [""]
+
+
+def refusal(rank, cfg, world=2):
     try:
-        make_trainer(cfg, cfg.distributed_training.ddp_backend, 2)
+        make_trainer(cfg, cfg.distributed_training.ddp_backend, world)
     except UserError as error:
         return str(error)
     return ""

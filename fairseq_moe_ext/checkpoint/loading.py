@@ -89,6 +89,8 @@ def count_updates_as_here(state: Dict[str, Any], trainer: Trainer) -> None:
     saved = state.get("last_optimizer_state")
     if saved is None or not (of_groups or own in ("Adam", "FusedAdam")):
         return
+    if "state" not in saved:  # that of --optimizer composite, which stock will refuse
+        return
     entries, groups = dict(saved["state"]), [dict(group) for group in saved["param_groups"]]
     for group in groups:
         updated = [number for number in group["params"] if number in entries]

@@ -74,6 +74,16 @@ def check_inputs(cfg: Any, suffix: str = "") -> None:
                 _check(f"--{flag.replace('_', '-')} {value}", value)
 
 
+def named(cfg: Any, suffix: str = "") -> Optional[str]:
+    """The flag and file that a run starts from; None if that is its own checkpoint_last.pt."""
+    last = os.path.join(cfg.save_dir, f"checkpoint_last{suffix}.pt")
+    if cfg.restore_file != _DEFAULT:
+        own = os.path.realpath(cfg.restore_file) == os.path.realpath(last)
+        return None if own else f"--restore-file {cfg.restore_file}"
+    once = getattr(cfg, "continue_once", None)
+    return None if once is None or os.path.lexists(last) else f"--continue-once {once}"
+
+
 def _check(where: str, path: str) -> None:
     if PathManager.path_requires_pathmanager(path):
         if not PathManager.isfile(path):

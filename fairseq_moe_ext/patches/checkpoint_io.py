@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional, Tuple
 
 import torch.distributed as dist
 from fairseq.file_io import PathManager
@@ -112,8 +112,9 @@ def load_checkpoint(stock, cfg, trainer, **kwargs):
             starting.hold(cfg.save_dir)
     vars(checkpoint_utils.save_checkpoint).pop("best", None)
     patience().clear()
+    start = starting.named(cfg, trainer.checkpoint_suffix or "")
     try:
-        return stock(cfg, trainer, **kwargs)
+        extra_state, epoch_itr = stock(cfg, trainer, **kwargs)
     except ValueError as error:
         text = str(error).split(": {")[0]
         if isinstance(error, UserError) or not text.startswith("--finetune-from-model"):
@@ -123,6 +124,32 @@ def load_checkpoint(stock, cfg, trainer, **kwargs):
         else:
             text += "; drop one of them"
         raise UserError(text) from error
+    end = ended(trainer, epoch_itr)
+    if start is not None and end is not None:  # otherwise the command of a run that has ended
+        raise UserError(f"{end[0]}: nothing left to train of {start}: raise it{end[1]}")
+    return extra_state, epoch_itr
+
+
+def ended(trainer: Any, epoch_itr: Any) -> Optional[Tuple[str, str]]:
+    """Why the run has ended that the trainer's checkpoint is of, and what else than a higher limit
+    lets it go on; None if it has not. All processes say the same: all of it is in the
+    checkpoint."""
+    updates, limits = trainer.get_num_updates(), trainer.cfg.optimization
+    waited = patience().get("num_runs", 0)
+    if 0 < limits.max_epoch < epoch_itr.next_epoch_idx:
+        return f"--max-epoch {limits.max_epoch}", ", or add --reset-dataloader"
+    if updates == 0:
+        return None
+    if 0 < limits.max_update <= updates:
+        return f"--max-update {limits.max_update}", ", or add --reset-optimizer"
+    if 0 < limits.stop_time_hours < trainer._previous_training_time / 3600:
+        return f"--stop-time-hours {limits.stop_time_hours:g} have passed", ""
+    if 0 < trainer.cfg.checkpoint.patience <= waited:
+        reason = (
+            f"--patience {trainer.cfg.checkpoint.patience}: {waited} validations were no better"
+        )
+        return reason, ", or add --reset-meters"
+    return None
 
 
 def patience() -> dict:

@@ -20,7 +20,7 @@ from ..expert_parallel import process_count, process_rank
 from ..metrics_file import MetricsFile
 from ..models.language_model import MoETransformerLanguageModel
 from ..moe.stats import METRICS
-from .checkpoint_io import patience
+from .checkpoint_io import ended
 
 logger = logging.getLogger(__name__)
 
@@ -35,29 +35,15 @@ def train(stock, cfg, trainer, task, epoch_itr):
     Stock asks whether to stop only after an update, so a repeated command would train on from the
     checkpoint of a run that has ended (fairseq_cli/train.py:374@0.12.2). Here it does not begin.
     """
-    reason = _ended(cfg, trainer)
-    if reason is not None:
+    end = ended(trainer, epoch_itr)
+    if end is not None:
         updates = trainer.get_num_updates()
-        logger.info(f"nothing left to train: {updates:,} updates are done, {reason}")
+        logger.info(
+            f"nothing left to train: {updates:,} updates are done, {end[0]}; raise it to train on"
+        )
         return [None], True
     with context.during(context.training, context.Training(cfg, trainer)):
         return stock(cfg, trainer, task, epoch_itr)
-
-
-def _ended(cfg: Any, trainer: Any) -> Optional[str]:
-    """Why the run has ended that the trainer's checkpoint is of; None if it has not. All processes
-    say the same: all of it is in the checkpoint."""
-    updates, limits = trainer.get_num_updates(), cfg.optimization
-    waited = patience().get("num_runs", 0)
-    if updates == 0:
-        return None
-    if 0 < limits.max_update <= updates:
-        return f"--max-update {limits.max_update}"
-    if 0 < limits.stop_time_hours < trainer._previous_training_time / 3600:
-        return f"--stop-time-hours {limits.stop_time_hours:g} have passed"
-    if 0 < cfg.checkpoint.patience <= waited:
-        return f"--patience {cfg.checkpoint.patience}: {waited} validations were no better"
-    return None
 
 
 def progress_bar(stock, iterator, *args, **kwargs):

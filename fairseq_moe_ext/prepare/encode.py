@@ -155,8 +155,8 @@ class Encoders:
             yield from self._by_workers(self._pool, todo)
         except BrokenProcessPool as error:
             raise UserError(
-                f"--workers {self._workers}: one of these processes was killed, probably for lack "
-                "of memory: use fewer"
+                f"--workers: one of {self._workers} processes was killed, probably for lack of "
+                f"memory: use fewer than {self._workers}"
             ) from error
 
     def _by_workers(

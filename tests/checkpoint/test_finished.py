@@ -4,6 +4,8 @@ import pytest
 import torch
 from training import MODEL, train
 
+from fairseq_moe_ext.errors import UserError
+
 LINE = MODEL + " --moe-expert-count 4 --optimizer adam --lr 0.01 --num-workers 0"
 LINE += " --no-progress-bar --log-format none --disable-validation"
 
@@ -30,7 +32,31 @@ def repeated(data, folder, flags, caplog):
 @pytest.mark.parametrize("flags", ["--max-update 5", "--max-update 4"])
 def test_after_max_update(data, folder, caplog, flags):
     assert repeated(data, folder, flags, caplog) == 0
-    assert f"nothing left to train: 5 updates are done, {flags}" in caplog.text
+    assert f"nothing left to train: 5 updates are done, {flags}; raise it to" in caplog.text
+
+
+@pytest.mark.parametrize("start", ["--restore-file", "--continue-once"])
+def test_a_new_run_from_a_checkpoint_beyond_its_end(data, folder, tmp_path, start):
+    """It would leave no checkpoint."""
+    flags = f"{start} {folder / 'checkpoint_last.pt'} --save-dir {tmp_path / 'new'}"
+    line = f"{data} {LINE} {flags} --max-update 3"
+    with pytest.raises(UserError, match=f"--max-update 3: .*{start} .*, or add --reset-optimizer"):
+        train(0, 1, line)
+    assert not list((tmp_path / "new").glob("*.pt"))
+    assert len(train(0, 1, f"{line} --reset-optimizer")) == 3
+    if start == "--continue-once":  # the command of a run that has ended
+        assert train(0, 1, line) == []
+
+
+def test_a_new_run_from_a_checkpoint_beyond_its_last_epoch(data, folder, tmp_path):
+    state = torch.load(folder / "checkpoint_last.pt", weights_only=True)
+    state["extra_state"]["train_iterator"] = {"epoch": 3, "iterations_in_epoch": 0}
+    torch.save(state, tmp_path / "pre.pt")
+    line = f"{data} {LINE} --restore-file {tmp_path / 'pre.pt'} --no-save --max-update 7"
+    line += " --max-epoch 2"
+    with pytest.raises(UserError, match="--max-epoch 2: .*, or add --reset-dataloader"):
+        train(0, 1, line)
+    assert len(train(0, 1, f"{line} --reset-dataloader")) == 2
 
 
 def edited(folder, tmp_path, **extra):

@@ -11,6 +11,7 @@ from training import SAVED, TRAIN, copy_of, error_of, fit_manifest, settings, tr
 
 from fairseq_moe_ext.checkpoint.loading import count_updates_as_here
 from fairseq_moe_ext.convert.show import facts
+from fairseq_moe_ext.errors import UserError
 
 
 def loaded(rank, world, line, path):
@@ -146,6 +147,18 @@ def test_apex_resumes_other_states():
     found = state["last_optimizer_state"]
     assert found["param_groups"] == [{"params": [0, 1, 2], "lr": 1.0, "step": 7}]
     assert found["state"][0].keys() == {"exp_avg"} and entries[0]["step"] == 7
+
+
+def test_a_state_of_several_optimizers_is_left_to_stock(data, runs, tmp_path):
+    """It has that of each optimizer by name; stock's message names the remedy."""
+    folder, _ = runs(1, 4)
+    state = torch.load(folder / f"checkpoint_1_{SAVED}.pt", weights_only=True)
+    state["last_optimizer_state"] = {"default": state["last_optimizer_state"]}
+    state["optimizer_history"][-1]["optimizer_name"] = "FairseqCompositeOptimizer"
+    torch.save(state, tmp_path / "composite.pt")
+    line = f"{data} {TRAIN} --moe-expert-count 4 --no-save --restore-file {tmp_path}/composite.pt"
+    with pytest.raises(UserError, match="Optimizer does not match; .*--reset-optimizer"):
+        train(0, 1, line)
 
 
 def test_settings_that_a_resumed_run_keeps_are_named(data, runs, caplog):
