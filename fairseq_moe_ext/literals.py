@@ -5,6 +5,7 @@ import operator
 from typing import Any, Optional
 
 from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.wording import short
 
 _LONGEST = 10_000  # characters of an expression, and items of a list that `*` makes
 _OPERATORS = {
@@ -30,10 +31,9 @@ def literal(text: str) -> Any:
             raise ValueError("too long")
         return _value(ast.parse(text.strip(), mode="eval").body)
     except (ValueError, SyntaxError, ArithmeticError, TypeError, RecursionError, MemoryError):
-        shown = text if len(text) <= 60 else text[:57] + "..."
         raise UserError(
-            f"the setting {shown!r} is rejected: use only numbers, strings, lists, tuples and "
-            "dictionaries, and + - * / of them; nothing in it was run"
+            f"the setting {short(text)!r} is rejected: use only numbers, strings, lists, tuples "
+            "and dictionaries, and + - * / of them; nothing in it was run"
         ) from None
 
 

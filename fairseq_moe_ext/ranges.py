@@ -10,6 +10,7 @@ import math
 from typing import Any, Callable, Dict, Iterator, Mapping, NamedTuple, Optional, Tuple
 
 from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.wording import short
 
 
 def _short(number: float) -> str:
@@ -212,7 +213,7 @@ def require(allowed: Range, value: Any, spelled: str) -> None:
     """Raise UserError unless a value is in the range."""
     if not _fits(allowed, value):
         shown = repr(value) if value == "" else str(value)
-        raise UserError(f"{spelled} {shown[:60]} is out of range: use {allowed}")
+        raise UserError(f"{spelled} {short(shown)} is out of range: use {allowed}")
 
 
 def _fits(allowed: Range, value: Any) -> bool:

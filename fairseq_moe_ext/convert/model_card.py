@@ -14,7 +14,7 @@ from ..cost import parameters
 from ..errors import UserError
 from ..shape import shape_of
 from ..text_table import markdown
-from ..wording import small
+from ..wording import short, small
 from .source import Source
 
 _SETTINGS = {
@@ -215,5 +215,4 @@ def _rounded(value: Any) -> Optional[str]:
 
 def _cell(value: Any) -> str:
     """A value as a table has room for it."""
-    text = " ".join(str(value).split()).replace("|", "\\|")
-    return text if len(text) <= 80 else text[:77] + "..."
+    return short(" ".join(str(value).split()).replace("|", "\\|"))

@@ -8,6 +8,7 @@ from typing import Any, Collection, Dict, List, Mapping, NamedTuple, Sequence, T
 
 from .. import data_bin, ranges
 from ..errors import UserError
+from ..wording import short
 from . import command_line, yaml_file
 from .child import console_script
 
@@ -277,7 +278,7 @@ def checked(mapping: Any, keys: Keys, where: str) -> Dict[str, Any]:
             raise UserError(f"{where}: the key {key!r} is missing; add it")
         value: Any = mapping.get(key, default)
         if not _is(kind, value):
-            raise UserError(f"{where}: {key}: {repr(value)[:60]} is not {_KINDS[kind]}")
+            raise UserError(f"{where}: {key}: {short(repr(value))} is not {_KINDS[kind]}")
         if value == "" and default is None:
             raise UserError(f"{where}: {key} is empty; write some text")
         values[key] = float(value) if kind is float else value
@@ -304,7 +305,7 @@ def _check_flag(flag: Any, value: Any, where: str) -> None:
     if name in ranges.RANGES and ranges.RANGES[name].items != 0:
         kinds += (list,)
     if not isinstance(value, kinds):
-        raise UserError(f"{where}: {flag} {repr(value)[:60]}: use a number, text, true or false")
+        raise UserError(f"{where}: {flag} {short(repr(value))}: use a number, text, true or false")
     ranges.check({name: value}, lambda name: f"{where}: {flag}")
 
 

@@ -85,6 +85,8 @@ def test_every_pair_of_settings(dtype):
     x = torch.randn(TOKENS, DIM, generator=generator).to(dtype)
     ids = torch.randint(VOCABULARY, (TOKENS,), generator=generator)
     assert len(PAIRS) > 90
+    # Two implementations may round otherwise in the lower precisions.
+    eps = 0 if dtype == torch.float64 else 4 * torch.finfo(dtype).eps
     for pair in PAIRS:
         ours, other = routers(accepted(*pair), dtype)
         with torch.no_grad():
@@ -92,11 +94,12 @@ def test_every_pair_of_settings(dtype):
             found = other(x, ids)
         assert found.weights.dtype == routing.weights.dtype, pair
         expected = combined(routing, routing.kept)
+        assert torch.equal(combined(found, found.taken) > 0, expected > 0), f"{pair}: the experts"
         torch.testing.assert_close(
             combined(found, found.taken),
             expected,
-            rtol=0,
-            atol=0,
+            rtol=eps,
+            atol=eps,
             msg=lambda m, pair=pair: f"{pair}: {m}",
         )
         loss = theirs.balance_loss(found, other.settings["null_experts"])
