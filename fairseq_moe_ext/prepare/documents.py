@@ -142,20 +142,27 @@ def _text(stream: BinaryIO, path: Path, source: Source) -> Iterator[str]:
 
 def _lines(stream: BinaryIO) -> Iterator[bytes]:
     """The lines of a file, each with its end: "\\n", or "\\r" in a file that has no "\\n" where it
-    begins."""
+    begins. A "\\r" alone in a first block may be of a long line."""
     block = stream.readline(_BLOCK)
-    if b"\r" not in block or block.endswith(b"\n"):
+    needed = 2 if len(block) == _BLOCK else 1
+    if block.endswith(b"\n") or block.count(b"\r") < needed:
         if block:
             yield block if block.endswith(b"\n") else block + stream.readline()
         yield from stream
         return
-    rest = b""
+    line: List[bytes] = []  # its parts in the blocks
     while block:
-        *lines, rest = re.split(rb"(?<=\n)|(?<=\r)(?!\n|\Z)", rest + block)
-        yield from lines
-        block = stream.read(_BLOCK)
-    if rest:
-        yield rest
+        following = stream.read(_BLOCK)
+        if following and block.endswith(b"\r"):  # together with a "\n" that follows
+            block, following = block[:-1], b"\r" + following
+        first, *others = re.split(rb"(?<=\n)|(?<=\r)(?!\n)", block)
+        line.append(first)
+        for other in others:
+            yield b"".join(line)
+            line = [other]
+        block = following
+    if any(line):
+        yield b"".join(line)
 
 
 def _pieces(stream: BinaryIO, path: Path, separator: str) -> Iterator[Tuple[bytes, int]]:
@@ -249,8 +256,7 @@ def _decode(data: bytes, path: Path, offset: int) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        packed = path.suffix.lower() in (".gz", ".bz2", ".xz", ".zst")
-        unpacked = " of the unpacked text" if packed else ""
+        unpacked = " of the unpacked text" if kinds.is_packed(path) else ""
         raise UserError(
             f"{path}: not UTF-8 at byte {offset + error.start}{unpacked} "
             f"(0x{data[error.start]:02x}); convert the file to UTF-8 or remove it"

@@ -205,9 +205,14 @@ def _refuse(head: bytes, path: Path) -> None:
         raise UserError(f"{path}: {refusal[0]}, which cannot be read; {refusal[1]}")
 
 
+def is_packed(path: Path) -> bool:
+    """Whether its name says so."""
+    return path.suffix.lower() in _SUFFIXES
+
+
 def _suffix(path: Path) -> str:
     """The ending of the name, without that of the packing."""
-    name = path.with_suffix("") if path.suffix.lower() in _SUFFIXES else path
+    name = path.with_suffix("") if is_packed(path) else path
     return name.suffix.lower()
 
 

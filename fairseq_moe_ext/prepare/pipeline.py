@@ -85,7 +85,7 @@ def _prepare(folder: Path, options: Options) -> Report:
     duplicates = Duplicates() if options.dedup else None
     left_out: Dict[str, int] = {}
     files = (folder / ENCODER_FILE, folder / MERGES_FILE)
-    size = sum(_size(paths) for parts in todo.values() for paths, _, _ in parts)
+    size = sum(_text_size(paths) for parts in todo.values() for paths, _, _ in parts)
     workers = min(options.workers, max(1, size // encode.WORKER_BYTES))
     with Encoders(*files, workers) as encoders:
         for corpus in options.corpora:
@@ -235,6 +235,12 @@ def _counts(writer: SplitWriter, table: np.ndarray) -> Dict[str, int]:
         "unknown": int(writer.counts[table == dictionary.UNK].sum()),
         "bytes": writer.bytes,
     }
+
+
+def _text_size(files: List[Path]) -> int:
+    """About how many bytes of text the files hold; compression leaves a quarter."""
+    packed = [path for path in files if kinds.is_packed(path) or path.suffix == ".parquet"]
+    return _size(files) + 3 * _size(packed)
 
 
 def _size(files: List[Path]) -> int:

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from training import error_in
 
 from fairseq_moe_ext import cli
-from fairseq_moe_ext.prepare import encode
+from fairseq_moe_ext.prepare import encode, pipeline
 from fairseq_moe_ext.prepare.splits import SplitRule
 
 SPLITS = ("train", "valid", "test")
@@ -185,6 +185,13 @@ def test_the_result_does_not_depend_on_workers_or_chunks(text, flags, monkeypatc
     assert run(text / "one", *flags, "--train-bpe", 350) == 0
     assert contents(text / "one") == contents(text / "two")
     assert json.loads((text / "one" / "counts.json").read_text())["bpe_types"] == 350
+
+
+def test_packed_text_counts_as_more_when_workers_are_chosen(tmp_path):
+    paths = [tmp_path / name for name in ("a.txt", "b.jsonl.gz", "c.parquet")]
+    for path in paths:
+        path.write_bytes(b"x" * 10)
+    assert pipeline._text_size(paths) == 10 + 40 + 40
 
 
 def test_a_second_domain_is_prepared_with_the_dictionary_of_the_first(data, text, documents):

@@ -1,7 +1,9 @@
 """Files to documents: what separates them, what stays as it is, and what is refused."""
 
 import gzip
+import io
 import json
+import re
 
 import pytest
 
@@ -47,10 +49,31 @@ def test_carriage_returns_end_lines_where_a_file_begins_with_them(tmp_path, monk
     """However its blocks fall; as in Python's text files."""
     monkeypatch.setattr(documents, "_BLOCK", block)
     path = tmp_path / "a.txt"
-    for text in ("a\rb\r\rc\r", "\r\ra\r", "a\rbcdefgh\r\nc\nd\r\r\ne", "\rbcdefghi\r\n"):
+    for text in ("\r\rb\r\rc\r", "\r\ra\r", "\r\rbcdefgh\r\nc\nd\r\r\ne", "\r\rbcdefghi\r\n"):
         path.write_bytes(text.encode())
         with open(path, "rb") as stream, open(path, newline="") as lines:
             assert list(documents._lines(stream)) == [line.encode() for line in lines]
+
+
+def test_a_carriage_return_within_a_long_first_line_ends_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "_BLOCK", 8)
+    path = tmp_path / "a.txt"
+    for text in (b"ab\rcdefghijk\nlm\rn\n", b"abcdefg\r\nh\ri\n"):
+        path.write_bytes(text)
+        with open(path, "rb") as stream:
+            assert list(documents._lines(stream)) == io.BytesIO(text).readlines()
+
+
+def test_a_long_line_between_carriage_returns_is_looked_at_once(tmp_path, monkeypatch):
+    """Not again with every block that it continues in."""
+    monkeypatch.setattr(documents, "_BLOCK", 4)
+    split, looked_at = re.split, []
+    monkeypatch.setattr(re, "split", lambda p, text: looked_at.append(len(text)) or split(p, text))
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\r\r" + b"a" * 4000 + b"\rb")
+    with open(path, "rb") as stream:
+        assert [len(line) for line in documents._lines(stream)] == [1, 1, 4001, 1]
+    assert sum(looked_at) == 4004
 
 
 def test_lines_of_other_files_end_with_newlines_only(tmp_path):
