@@ -66,7 +66,7 @@ def expert_use(
         for batch in _batches(task.dataset(subset), batch_size):
             looking = name in watched and tokens[name] < specialisation.TOKENS // len(watched)
             for watch in watches.values():
-                watch.on = looking
+                watch.on, watch.length = looking, batch.size(1)
             if looking:
                 seen.add(name, batch)
             with torch.no_grad():
@@ -81,9 +81,7 @@ def expert_use(
             "tokens": tokens,
             "share": {name: (c / c.sum()).tolist() for name, c in counts[layer].items()},
             "among": watched,
-            "information": specialisation.information(
-                watches[layer].choices(), watches[layer].experts, *seen.arrays()
-            ),
+            "information": specialisation.information(*watches[layer].counted(), *seen.arrays()),
         }
         for layer in sorted(counts)
     ]
@@ -96,24 +94,21 @@ def _watch(model: "FairseqLanguageModel") -> Dict[int, specialisation.Watch]:
 
 
 class _Seen:
-    """The tokens that are counted, with their blocks and kinds of text."""
+    """The tokens that are counted, and the kinds of their blocks of text."""
 
     def __init__(self) -> None:
         self.token_ids: List[np.ndarray] = []
-        self.lengths: List[int] = []  # of the blocks
         self.kinds: List[int] = []  # of the blocks
         self.names: Dict[str, int] = {}  # of the kinds
 
     def add(self, name: str, batch: torch.Tensor) -> None:
         """Blocks (B, L) of one kind."""
         self.token_ids.append(batch.flatten().numpy())
-        self.lengths += [batch.size(1)] * batch.size(0)
         self.kinds += [self.names.setdefault(name, len(self.names))] * batch.size(0)
 
-    def arrays(self) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def arrays(self) -> Tuple[np.ndarray, np.ndarray]:
         """As specialisation.information takes them."""
-        blocks = np.repeat(np.arange(len(self.lengths)), self.lengths)
-        return np.concatenate(self.token_ids), blocks, np.array(self.kinds)
+        return np.concatenate(self.token_ids), np.array(self.kinds)
 
 
 def _batches(dataset: "FairseqDataset", batch_size: int) -> Iterator[torch.Tensor]:

@@ -11,7 +11,7 @@ controls, on the same text and the same inputs of each layer:
 """
 
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Sequence, TypedDict, cast
+from typing import Any, Callable, Dict, List, Sequence, Tuple, TypedDict, cast
 
 import numpy as np
 import torch
@@ -100,13 +100,15 @@ def joined(parts: Sequence[np.ndarray], no_choice: Any) -> np.ndarray:
 
 
 class Watch:
-    """The choices of one layer's gate, and as many of random gates on the same inputs. Expert E
-    means no choice."""
+    """The choices of one layer's gate, and as many of random gates on the same inputs. Counts are
+    kept, and first choices alone: a router may choose many experts."""
 
     def __init__(self, gate: Any, generator: torch.Generator) -> None:
         weight = gate.expert_vectors()  # (E, D)
         self.experts, self.random = len(weight), random_gates(weight, generator)
-        self.parts: List[np.ndarray] = []  # (T, 1 + RANDOM, K) each, the learnt gate's first
+        self._tables: List[np.ndarray] = []  # (1 + RANDOM, blocks, E) each, the learnt gate's first
+        self._first: List[np.ndarray] = []  # (T, 1 + RANDOM) each
+        self.length = 1  # of the blocks in the next pass
         self.on = True
         gate.register_forward_hook(self._see)
 
@@ -117,33 +119,40 @@ class Watch:
             logits = (args[0].float() @ self.random.T).view(len(learnt), RANDOM, self.experts)
             others = logits.topk(learnt.size(1), dim=-1).indices
             others = others.masked_fill(learnt.unsqueeze(1) == self.experts, self.experts)
-            every = torch.cat([learnt.unsqueeze(1), others], dim=1)
-            self.parts.append(every.to(torch.int16).cpu().numpy())
+            every = torch.cat([learnt.unsqueeze(1), others], dim=1).cpu().numpy()
+            blocks = np.arange(len(every)) // self.length
+            self._tables.append(by_block(every, self.experts, blocks, int(blocks[-1]) + 1))
+            self._first.append(every[:, :, 0].astype(np.int16))
 
-    def choices(self) -> np.ndarray:
-        """(T, 1 + RANDOM, K)."""
-        return joined(self.parts, self.experts)
+    def counted(self) -> Tuple[np.ndarray, np.ndarray]:
+        """The first two arguments of `information`."""
+        return np.concatenate(self._tables, axis=1), np.concatenate(self._first)
+
+
+def by_block(choices: np.ndarray, experts: int, blocks: np.ndarray, number: int) -> np.ndarray:
+    """choices (T, G, K) of G gates, blocks (T,): the block of text that a token is in -> (G,
+    number, E) int32: how often each gate chose each expert in each block. Expert `experts` means no
+    choice."""
+    tables = [_counts(blocks, choices[:, i], number, experts + 1) for i in range(choices.shape[1])]
+    return np.stack(tables)[:, :, :-1].astype(np.int32)
 
 
 def information(
-    choices: np.ndarray, experts: int, token_ids: np.ndarray, blocks: np.ndarray, kinds: np.ndarray
+    tables: np.ndarray, first: np.ndarray, token_ids: np.ndarray, kinds: np.ndarray
 ) -> Dict[str, Information]:
-    """The information that choices (T, 1 + RANDOM, K) of gates carry, "domain": any of them about
-    the kind of text, all kinds being equally likely (left out where there is one only), "token": a
-    token's first one about its type. Expert `experts` means no choice.
+    """The information that choices of gates carry, "domain": any of them about the kind of text,
+    all kinds being equally likely (left out where there is one only), "token": a token's first one
+    about its type.
 
-    token_ids (T,): the tokens. blocks (T,): the block of text, from 0, that a token is in. kinds
-    (blocks,): of each.
+    tables (1 + RANDOM, blocks, E): `by_block`. first (T, 1 + RANDOM): first choices; E: none.
+    token_ids (T,): the tokens. kinds (blocks,): of the blocks of text.
     """
     rng = np.random.default_rng(1)
-    every = range(choices.shape[1])
+    every, experts = range(len(tables)), tables.shape[-1]
     token_ids = np.unique(token_ids, return_inverse=True)[1].ravel()
     number = kinds.max() + 1
     result = {}
     if number > 1:
-        tables = [
-            _counts(blocks, choices[:, gate], len(kinds), experts + 1)[:, :-1] for gate in every
-        ]
 
         def of_kinds(gate: int, labels: np.ndarray) -> float:
             whole = (labels == np.arange(number)[:, None]) @ tables[gate]  # (kinds, experts)
@@ -153,7 +162,7 @@ def information(
 
     def of_tokens(gate: int, labels: np.ndarray) -> float:
         return mutual_information(
-            _counts(labels, choices[:, gate, :1], token_ids.max() + 1, experts + 1)
+            _counts(labels, first[:, gate, None], token_ids.max() + 1, experts + 1)
         )
 
     result["token"] = beside_controls(of_tokens, every, token_ids, rng)

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import one_hot
 
 from fairseq_moe_ext.evaluation import specialisation as s
 from fairseq_moe_ext.moe.router import GateSettings, TopKRouter
@@ -25,9 +26,15 @@ def at_random(seed=1):
     return rng.random((BLOCKS * LENGTH, 1 + s.RANDOM, EXPERTS)).argsort(-1)[..., :2]
 
 
+def information(choices, experts, token_ids, blocks, kinds):
+    """Of choices (T, 1 + RANDOM, K)."""
+    tables = s.by_block(choices, experts, blocks, len(kinds))
+    return s.information(tables, choices[:, :, 0], token_ids, kinds)
+
+
 def test_of_choices_at_random_nothing_is_left():
     token_ids, blocks, kinds = text()
-    found = s.information(at_random(), EXPERTS, token_ids, blocks, kinds)
+    found = information(at_random(), EXPERTS, token_ids, blocks, kinds)
     for by, rows in (("domain", KINDS), ("token", 50)):
         one = found[by]
         # Miller and Madow: degrees of freedom / (2 n ln 2); of two choices a token n is twice that,
@@ -40,9 +47,7 @@ def test_of_choices_at_random_nothing_is_left():
         assert one["bits"] < 4 * one["bias"] and abs(one["left"]) < 3 * bias
         assert len(one["random"]) == s.RANDOM
         assert one["random_mean"] == pytest.approx(sum(one["random"]) / s.RANDOM)
-    every = [
-        s.information(at_random(seed), EXPERTS, token_ids, blocks, kinds) for seed in range(12)
-    ]
+    every = [information(at_random(seed), EXPERTS, token_ids, blocks, kinds) for seed in range(12)]
     assert sum(found["domain"]["above"] for found in every) <= 2, "of twelve"
     below = [{"layer": 0, "information": f} for f in every if not f["domain"]["above"]]
     said = s.verdict(below, "domain", "domain")
@@ -53,7 +58,7 @@ def test_a_gate_that_knows_the_kind_is_above_the_control():
     token_ids, blocks, kinds = text()
     choices = at_random()
     choices[:, 0] = np.stack([kinds[blocks], np.full(len(blocks), 3)], axis=1)
-    found = s.information(choices, EXPERTS, token_ids, blocks, kinds)
+    found = information(choices, EXPERTS, token_ids, blocks, kinds)
     # half of the choices give the kind away, half say nothing
     assert found["domain"]["bits"] == pytest.approx(math.log2(KINDS) / 2)
     assert found["domain"]["above"] and not found["token"]["above"]
@@ -70,7 +75,7 @@ def test_types_and_one_kind_alone():
     token_ids, blocks, kinds = text()
     choices = at_random()
     choices[:, 0] = np.stack([token_ids % 2, np.full(len(token_ids), 3)], axis=1)
-    found = s.information(choices, EXPERTS, token_ids, blocks, np.zeros_like(kinds))
+    found = information(choices, EXPERTS, token_ids, blocks, np.zeros_like(kinds))
     assert set(found) == {"token"} and found["token"]["above"]
     assert found["token"]["bits"] == pytest.approx(1, abs=0.02), "odd or even"
     assert "all text is of one kind" in s.verdict(
@@ -93,7 +98,7 @@ def test_a_token_without_a_choice_counts_nowhere_by_kind(relation):
             if expert < EXPERTS:
                 table[kinds[block], expert] += 1
     shares = table / np.maximum(table.sum(1, keepdims=True), 1)
-    found = s.information(choices, EXPERTS, token_ids, blocks, kinds)
+    found = information(choices, EXPERTS, token_ids, blocks, kinds)
     assert found["domain"]["bits"] == pytest.approx(s.mutual_information(shares))
 
 
@@ -107,14 +112,16 @@ def test_random_gates_have_the_scale_of_the_learnt_one_and_its_inputs():
     routed = gate(x, None)[1].experts
     watch.on = False
     gate(x, None)
-    choices = watch.choices()
-    assert choices.shape == (30, 1 + s.RANDOM, 2)
-    assert choices[:, 0].tolist() == routed.tolist()
+    tables, first = watch.counted()
+    assert tables.shape == (1 + s.RANDOM, 30, 4) and first.shape == (30, 1 + s.RANDOM)
+    assert first[:, 0].tolist() == routed[:, 0].tolist()
+    assert (tables[0] == one_hot(routed, 4).sum(1).numpy()).all()
     lengths = watch.random.view(s.RANDOM, 4, 8).norm(dim=-1)
     torch.testing.assert_close(lengths, gate.wg.weight.norm(dim=-1).expand(s.RANDOM, 4))
     for i, row in enumerate(watch.random.view(s.RANDOM, 4, 8)):
-        for token, chosen in zip(x, choices[:, 1 + i]):
-            assert chosen.tolist() == (row @ token).argsort(descending=True)[:2].tolist()
+        for token, chosen, best in zip(x, tables[1 + i], first[:, 1 + i]):
+            expected = (row @ token).argsort(descending=True)[:2].tolist()
+            assert best == expected[0] and chosen.nonzero()[0].tolist() == sorted(expected)
 
 
 def test_a_gate_that_was_not_trained_is_not_above_random_ones():
@@ -124,6 +131,7 @@ def test_a_gate_that_was_not_trained_is_not_above_random_ones():
     x = means[torch.from_numpy(kinds[blocks])] + torch.randn(len(blocks), 8)
     gate = TopKRouter(8, EXPERTS, GateSettings(dropless=True)).eval()
     watch = s.Watch(gate, torch.Generator().manual_seed(1))
+    watch.length = LENGTH
     gate(x, None)
-    found = s.information(watch.choices(), EXPERTS, token_ids, blocks, kinds)["domain"]
+    found = s.information(*watch.counted(), token_ids, kinds)["domain"]
     assert found["bits"] > 0.05 and not found["above"], "bits, but none that were learnt"
