@@ -96,7 +96,6 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
                 f"{model_name_or_path}: no such folder; name the one with the checkpoint"
             )
         kwargs.setdefault("moe_eval_capacity_token_fraction", 1.0)
-        kwargs.setdefault("bf16", False)  # --bf16 of the training says nothing about this use
         if "://" not in model_name_or_path:
             folder = Path(model_name_or_path)
             data_name_or_path = own_data(

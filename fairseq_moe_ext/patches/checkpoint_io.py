@@ -77,9 +77,14 @@ def load_model_ensemble_and_task(
     task's settings say so. Padding changes the capacity of the experts and takes a part of it, so
     blocks of the branch's models are padded here, too, for the same perplexity. `--model-overrides
     "{'pad_to_fixed_length': False}"` leaves them as they are.
+
+    The settings that come back are those of the training, whose --bf16 says nothing about this use,
+    but stock's hub gives them to our models as this use's.
     """
     with during(context.building, context.Building(task is None, strict)):
         models, cfg, task = stock(filenames, arg_overrides, task, strict, *args, **kwargs)
+    if hasattr(getattr(models[-1], "decoder", None), "bfloat16_on_cpu"):
+        cfg.common.bf16 = bool((arg_overrides or {}).get("bf16"))
     wanted = (arg_overrides or {}).get("pad_to_fixed_length", True)
     settings: Any = getattr(task, "args", None)
     pads = getattr(settings, "pad_to_fixed_length", True)

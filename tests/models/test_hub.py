@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fairseq import checkpoint_utils
+from fairseq import checkpoint_utils, hub_utils
 from training import USER_DIR, fairseq, prepare_text, train_small
 
 from fairseq_moe_ext.errors import UserError
@@ -59,6 +59,9 @@ def test_a_training_with_bf16_is_no_wish_for_it_today(folder, tmp_path, monkeypa
             str(tmp_path), "x.pt", str(folder / "data"), **wish
         ).models[0]
         assert model.decoder.bfloat16_on_cpu is bool(wish)
+        loaded = hub_utils.from_pretrained(str(tmp_path), "x.pt", str(folder / "data"), **wish)
+        hub = hub_utils.GeneratorHubInterface(loaded["args"], loaded["task"], loaded["models"])
+        assert hub.models[0].decoder.bfloat16_on_cpu is bool(wish)
 
 
 def test_the_tokenizer_is_found_in_the_corpus_above_it_and_by_a_relative_path(folder, lm):
