@@ -278,7 +278,7 @@ def checked(mapping: Any, keys: Keys, where: str) -> Dict[str, Any]:
             raise UserError(f"{where}: the key {key!r} is missing; add it")
         value: Any = mapping.get(key, default)
         if not _is(kind, value):
-            raise UserError(f"{where}: {key}: {short(repr(value))} is not {_KINDS[kind]}")
+            raise UserError(f"{where}: {key}: {repr(value)[:60]} is not {_KINDS[kind]}")
         if value == "" and default is None:
             raise UserError(f"{where}: {key} is empty; write some text")
         values[key] = float(value) if kind is float else value
