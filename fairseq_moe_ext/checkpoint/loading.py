@@ -277,12 +277,13 @@ def _own_optimizer_state(
 def _indices_in(optimizer: Dict[str, Any], path: str, trainer: Trainer) -> Dict[str, int]:
     """Like `expert_indices`, for the state in a single file, which does not list them."""
     names = trained_parameters(trainer)
-    saved = sum(len(group["params"]) for group in optimizer["param_groups"])
+    saved = sum(len(group["params"]) for group in optimizer.get("param_groups", ()))
     if saved != len(names):
         raise UserError(
             f"{path}: its optimizer state has {saved} tensors, the model has {len(names)} "
-            "parameters (--fp16 on one process joins them all into one), so it cannot be sharded "
-            f"over {process_count()} processes: add --reset-optimizer"
+            "parameters (--fp16 on one process joins them all into one; --optimizer composite "
+            f"names them otherwise), so it cannot be sharded over {process_count()} processes: add "
+            "--reset-optimizer"
         )
     return expert_indices(trainer)
 

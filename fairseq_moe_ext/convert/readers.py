@@ -108,6 +108,11 @@ def _pieces(path: str, manifest: Optional[Manifest], model: Dict[str, Tensor]) -
 def _optimizer(
     source: Source, saved: Dict[str, Any], pieces: List[Piece], manifest: Optional[Manifest]
 ) -> Optimizer:
+    if "state" not in saved:
+        raise UserError(
+            f"{source.path}: its optimizer state is of several optimizers (--optimizer composite); "
+            "add --weights-only"
+        )
     state = saved["state"]
     rest = {key: value for key, value in saved.items() if key != "state"}
     if sum(len(group["params"]) for group in saved["param_groups"]) != len(source.order):

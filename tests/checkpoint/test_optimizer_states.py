@@ -10,6 +10,7 @@ from processes import run_processes
 from training import SAVED, TRAIN, copy_of, error_of, fit_manifest, settings, train, train_on
 
 from fairseq_moe_ext.checkpoint.loading import count_updates_as_here
+from fairseq_moe_ext.convert.readers import reader_of
 from fairseq_moe_ext.convert.show import facts
 from fairseq_moe_ext.errors import UserError
 
@@ -159,6 +160,10 @@ def test_a_state_of_several_optimizers_is_left_to_stock(data, runs, tmp_path):
     line = f"{data} {TRAIN} --moe-expert-count 4 --no-save --restore-file {tmp_path}/composite.pt"
     with pytest.raises(UserError, match="Optimizer does not match; .*--reset-optimizer"):
         train(0, 1, line)
+    for message in run_processes(2, error_of, train, 2, line):
+        assert message.endswith("add --reset-optimizer")
+    with pytest.raises(UserError, match="composite.* --weights-only"):
+        reader_of(str(tmp_path / "composite.pt")).open(str(tmp_path / "composite.pt"), False)
 
 
 def test_settings_that_a_resumed_run_keeps_are_named(data, runs, caplog):
