@@ -85,7 +85,8 @@ def test_a_last_checkpoint_that_is_none_stops_the_run(make, train, tmp_path):
 def test_what_is_there_is_used_and_the_default_may_be_absent(train, trained, tmp_path):
     last = trained / "checkpoint_last.pt"
     for number, flag in enumerate(("--restore-file", "--finetune-from-model", "--continue-once")):
-        status, _, log = train(f"--save-dir {tmp_path}/{number} {flag} {last}")
+        line = f"--save-dir {tmp_path}/{number} {flag} {last} --max-update 9"
+        status, _, log = train(line)
         assert status == 0 and f"Loaded checkpoint {last}" in log
     # a start that went on does not need what it began from
     status, _, log = train(f"--save-dir {tmp_path}/1 --finetune-from-model {tmp_path}/removed.pt")
