@@ -83,8 +83,9 @@ def load_model_ensemble_and_task(
     """
     with during(context.building, context.Building(task is None, strict)):
         models, cfg, task = stock(filenames, arg_overrides, task, strict, *args, **kwargs)
-    if hasattr(getattr(models[-1], "decoder", None), "bfloat16_on_cpu"):
-        cfg.common.bf16 = bool((arg_overrides or {}).get("bf16"))
+    common = getattr(cfg, "common", None)  # a file that others wrote may lack it
+    if common is not None and hasattr(getattr(models[-1], "decoder", None), "bfloat16_on_cpu"):
+        common.bf16 = bool((arg_overrides or {}).get("bf16"))
     wanted = (arg_overrides or {}).get("pad_to_fixed_length", True)
     settings: Any = getattr(task, "args", None)
     pads = getattr(settings, "pad_to_fixed_length", True)

@@ -96,7 +96,7 @@ def entries(command, trained, data, capsys):
             return 1, f"error: {error}\n"
         return 0, ""
 
-    train = f"{{data}} {TRAIN} {MOE} --save-dir {trained}/again --no-save --max-update 1"
+    train = f"{{data}} {TRAIN} {MOE} --save-dir {trained}/again --no-save --max-update 9"
     return {
         "eval_lm": fairseq_command("eval_lm", f"{{data}} {EVAL} --path {{path}}"),
         "generate": fairseq_command(
