@@ -53,9 +53,8 @@ def check_inputs(cfg: Any, suffix: str = "") -> None:
         or cfg.reset_meters or cfg.reset_dataloader
     ):  # fmt: skip
         return  # stock rejects that
-    last = os.path.join(cfg.save_dir, f"checkpoint_last{suffix}.pt")
+    last, restored = _last(cfg, suffix), _restored(cfg, suffix)
     if cfg.restore_file != _DEFAULT:
-        restored = cfg.restore_file.replace(".pt", suffix + ".pt")
         _check(f"--restore-file {cfg.restore_file}", restored)
         saves = process_rank() == 0 and not cfg.no_save
         if saves and os.path.exists(last) and os.path.realpath(restored) != os.path.realpath(last):
@@ -76,12 +75,22 @@ def check_inputs(cfg: Any, suffix: str = "") -> None:
 
 def named(cfg: Any, suffix: str = "") -> Optional[str]:
     """The flag and file that a run starts from; None if that is its own checkpoint_last.pt."""
-    last = os.path.join(cfg.save_dir, f"checkpoint_last{suffix}.pt")
+    last = _last(cfg, suffix)
     if cfg.restore_file != _DEFAULT:
-        own = os.path.realpath(cfg.restore_file) == os.path.realpath(last)
+        own = os.path.realpath(_restored(cfg, suffix)) == os.path.realpath(last)
         return None if own else f"--restore-file {cfg.restore_file}"
     once = getattr(cfg, "continue_once", None)
     return None if once is None or os.path.lexists(last) else f"--continue-once {once}"
+
+
+def _last(cfg: Any, suffix: str) -> str:
+    """The run's own checkpoint, of this shard."""
+    return os.path.join(cfg.save_dir, f"checkpoint_last{suffix}.pt")
+
+
+def _restored(cfg: Any, suffix: str) -> str:
+    """The file of --restore-file, of this shard (fairseq/checkpoint_utils.py:238@0.12.2)."""
+    return str(cfg.restore_file.replace(".pt", suffix + ".pt"))
 
 
 def _check(where: str, path: str) -> None:

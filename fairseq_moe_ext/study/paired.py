@@ -30,8 +30,7 @@ def paired(differences: Sequence[float]) -> Difference:
 def holm(p: Dict[str, float], level: float = 0.05) -> List[str]:
     """The names whose differences are real at this level, all comparisons taken together (Holm
     1979): the smallest p is held against level / their number, the next against level / (that - 1),
-    and so on, up to the first that is too large. NaN is ignored: it is no
-    comparison."""
+    and so on, up to the first that is too large. NaN is ignored: it is no comparison."""
     p = {name: value for name, value in p.items() if not math.isnan(value)}
     real = []
     for rank, name in enumerate(sorted(p, key=lambda name: p[name])):

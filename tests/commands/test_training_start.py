@@ -7,7 +7,7 @@ import pytest
 from command_runs import EVAL, MOE, TRAIN
 from training import error_in
 
-from fairseq_moe_ext.checkpoint.starting import check_inputs
+from fairseq_moe_ext.checkpoint.starting import check_inputs, named
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.locks import Lock
 
@@ -101,6 +101,9 @@ def test_the_suffix_of_a_shard_counts(tmp_path):
     check_inputs(cfg, "-shard0")
     with pytest.raises(UserError, match="--restore-file .*/x.pt: no such file"):
         check_inputs(cfg)
+    assert named(cfg, "-shard0") == f"--restore-file {tmp_path}/x.pt"
+    cfg.restore_file = f"{tmp_path}/checkpoint_last.pt"  # the shard of the run's own
+    assert named(cfg, "-shard0") is None
 
 
 @pytest.mark.parametrize("make", [absent, broken_link, fifo, a_folder])

@@ -225,16 +225,7 @@ def test_max_valid_steps_takes_that_many_batches_of_every_corpus(data, tmp_path)
     cfg.dataset.max_valid_steps = 2
     seen = []
     for processes in (1, 2, 3):  # of several, all shares are gone through one after the other
-        task.dataset_to_epoch_iter.clear()
-        figures = []
-        for rank in range(processes):
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(Trainer, "data_parallel_world_size", processes)
-                patch.setattr(Trainer, "data_parallel_rank", rank)
-                iterator = trainer.get_valid_iterator("valid").next_epoch_itr(shuffle=False)
-                figures += [batch["id"].tolist() for batch in iterator if batch]
-            task.dataset_to_epoch_iter.clear()
-        seen.append(sorted(figures))
+        seen.append(validated(trainer, task, processes))
     assert seen[0] == seen[1] == seen[2] and len(seen[0]) == 2 * len(task.corpora)
 
     for _ in range(2):  # the second time from the iterator that is kept
@@ -242,6 +233,20 @@ def test_max_valid_steps_takes_that_many_batches_of_every_corpus(data, tmp_path)
     inside = [expected[name] for name in task.trained]
     assert valid_loss == pytest.approx(sum(inside) / len(inside), rel=1e-5)
     assert cfg.dataset.max_valid_steps == 2, "as it was, for the checkpoint"
+
+
+def validated(trainer, task, processes):
+    """The batches of a validation on so many processes."""
+    task.dataset_to_epoch_iter.clear()
+    batches = []
+    for rank in range(processes):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Trainer, "data_parallel_world_size", processes)
+            patch.setattr(Trainer, "data_parallel_rank", rank)
+            iterator = trainer.get_valid_iterator("valid").next_epoch_itr(shuffle=False)
+            batches += [batch["id"].tolist() for batch in iterator if batch]
+        task.dataset_to_epoch_iter.clear()
+    return sorted(batches)
 
 
 def test_max_valid_steps_takes_as_many_batches_on_any_number_of_processes(data):
@@ -252,16 +257,7 @@ def test_max_valid_steps_takes_as_many_batches_on_any_number_of_processes(data):
     trainer = Trainer(cfg, task, model, task.build_criterion(cfg.criterion))
     seen = []
     for processes in (1, 2, 4):
-        task.dataset_to_epoch_iter.clear()
-        rows = []
-        for rank in range(processes):
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(Trainer, "data_parallel_world_size", processes)
-                patch.setattr(Trainer, "data_parallel_rank", rank)
-                iterator = trainer.get_valid_iterator("valid").next_epoch_itr(shuffle=False)
-                rows += [batch["id"].tolist() for batch in iterator if batch]
-            task.dataset_to_epoch_iter.clear()
-        seen.append(sorted(rows))
+        seen.append(validated(trainer, task, processes))
     assert seen[0] == seen[1] == seen[2] and len(seen[0]) == 3
 
 
