@@ -172,9 +172,9 @@ class MoETransformerLMConfig(RouterFlags, BalanceFlags):
     moe_eval_capacity_token_fraction: float = field(
         default=0.25,
         metadata={
-            "help": "at evaluation an expert takes ceil(fraction * tokens) tokens of a batch; "
-            "1.0 drops none; negative: use the rule of training. Range (0, 1]. Token-by-token "
-            "generation, moe_dropless, and routers without a capacity never drop"
+            "help": "at evaluation an expert takes ceil(fraction * tokens) tokens of a batch, with "
+            "a fraction in (0, 1]; 1.0 drops none; a negative number: the rule of training. "
+            "Token-by-token generation, moe_dropless, and routers without a capacity never drop"
         },
     )
     moe_dropless: bool = field(

@@ -1,9 +1,11 @@
 """examples/study/text.py on small packages made here: nothing is fetched."""
 
+import argparse
 import gzip
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -11,6 +13,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
+
+from fairseq_moe_ext.prepare import command as prepare
 
 STUDY = Path(__file__).resolve().parents[1] / "examples" / "study"
 LONG = "Words about one thing, in a sentence long enough to be kept by the study. " * 4
@@ -91,7 +96,15 @@ def test_domains_of_every_kind_of_package(packages):
     assert (kernel["duplicates"], kernel["short"], kernel["licence"]) == (1, 1, "GPL-2")
     assert [result["domains"][name]["licence"] for name in ("aws", "mail")] == ["Apache-2.0"] * 2
     assert len(kernel["sha256"]) == 64 and kernel["file"] == "linux-doc-6.1_1_all.deb"
-    assert f"--corpus mail={packages / 'mail.jsonl'}" in done.stdout.splitlines()[-1]
+    printed = done.stdout.splitlines()[-1]
+    assert f"--corpus mail={packages / 'mail.jsonl'}" in printed
+    assert printed.startswith("fairseq-moe prepare ")
+    parser = argparse.ArgumentParser()
+    prepare.add_arguments(parser)
+    args = parser.parse_args(shlex.split(printed)[2:])
+    ladder = yaml.safe_load((STUDY / "ladder.yaml").read_text())
+    assert str(args.dest) == ladder["data"]
+    assert args.train_bpe + 8 == ladder["vocabulary"]  # fairseq's four, and up to a multiple of 8
 
 
 def test_the_limit_and_a_damaged_package(packages):

@@ -227,7 +227,7 @@ def main() -> None:
         f"--{'heldout' if entry['held_out'] else 'corpus'} {name}={args.out / name}.jsonl"
         for name, entry in entries.items()
     ]
-    print("fairseq-moe prepare " + " ".join(corpora) + f" --out {args.out.parent / 'data'}")
+    print("fairseq-moe prepare runs/ladder/data " + " ".join(corpora) + " --train-bpe 4096")
 
 
 if __name__ == "__main__":

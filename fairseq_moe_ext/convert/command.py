@@ -24,9 +24,9 @@ from dense to sparse, and to or from other layouts.
   fairseq-moe convert moe.pt branch/moe.pt --to branch --rank-files 2
   fairseq-moe convert moe.pt folder --to hf           (Hugging Face; and back: --from hf)
 
-What SRC is, this plugin's checkpoint, stock fairseq's or one of the moe branch (X.pt of
-X-rank-R.pt and X-shared.pt), is seen from the files. Memory stays small whatever the size: files
-are mapped, and written tensor by tensor. DST appears when all is done.
+SRC may be a checkpoint of this plugin, of stock fairseq, or of the moe branch (X.pt stands for
+X-rank-R.pt and X-shared.pt); the command detects which. Memory use stays small at any size: files
+are memory-mapped, and written tensor by tensor. DST appears when everything is done.
 """
 
 DTYPES = {

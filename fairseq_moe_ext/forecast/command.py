@@ -22,8 +22,8 @@ TABLE_EXPERTS = (8, 16, 32, 64, 128, 512)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Effective parameters of a sparse model, the parameters of the dense model with the same "
-        "loss, and the training FLOPs it saves, by published scaling laws."
+        "Compute from published scaling laws a sparse model's effective parameters (those of the "
+        "dense model with the same loss) and the training FLOPs that it saves."
     )
     parser.add_argument(
         "--params", type=amount, default=125e6, help="parameters of the dense base (default: 125M)"
