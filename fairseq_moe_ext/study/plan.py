@@ -44,7 +44,13 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # a part of a folder's na
 # flags that the study sets itself
 _OURS = (
     *("arch", "seed", "max-update", "total-num-update", "save-dir", "tokens-per-sample", "task"),
-    "user-dir",
+    *("user-dir", "distributed-world-size"),
+)
+_COUNTED = ("batch-size", "update-freq", "required-batch-size-multiple")  # for all runs alike
+# flags by which a run trains on other tokens than `context`, _COUNTED and the updates say
+_UNCOUNTED = (
+    *("max-sentences", "max-tokens", "sample-break-mode", "max-epoch", "patience"),
+    *("stop-time-hours", "stop-min-lr", "restore-file", "continue-once"),
 )
 _KINDS = {
     str: "text; write some, in quotes if it is a number",
@@ -158,8 +164,16 @@ def blocks_per_update(train: Mapping[str, Any], where: str) -> int:
     batch, freq = train.get("batch-size"), train.get("update-freq", 1)
     if type(batch) is not int or batch < 1:
         raise UserError(f"{where}: batch-size {batch}: set the number of blocks per update")
-    if type(freq) is not int or freq < 1:
-        raise UserError(f"{where}: update-freq {freq}: use 1 or more")
+    for flag in _COUNTED[1:]:
+        if type(train.get(flag, 1)) is not int:
+            raise UserError(f"{where}: {flag} {train[flag]!r}: write a whole number")
+    # fairseq lowers other batches to a multiple (fairseq/data/data_utils.py:306@0.12.2)
+    multiple = train.get("required-batch-size-multiple", 8)
+    if batch > multiple and batch % multiple:
+        raise UserError(
+            f"{where}: batch-size {batch}: fairseq would train on {batch // multiple * multiple} "
+            f"blocks, a multiple of {multiple}; use one, or set required-batch-size-multiple"
+        )
     return batch * freq
 
 
@@ -241,6 +255,11 @@ def _size(
     asked: Dict[str, Any], family: str, name: Any, arch: str, flags: Dict[str, Any], where: str
 ) -> _Size:
     """A model with the flags of all and its own. Raises UserError for invalid ones."""
+    for flag in _COUNTED:
+        if flag in flags:
+            raise UserError(
+                f"{where}: {flag}: move it to train: all runs have the same tokens per update"
+            )
     flags = {**asked["train"], **flags}
     updates = flags.pop("updates", asked["updates"])
     if type(updates) is not int or updates not in ranges.POSITIVE_COUNT:
@@ -300,6 +319,11 @@ def _check_flag(flag: Any, value: Any, where: str) -> None:
         )
     if flag in _OURS:
         raise UserError(f"{where}: {flag}: the study sets this itself (arch, seeds, updates, ...)")
+    if flag in _UNCOUNTED:
+        raise UserError(
+            f"{where}: {flag}: remove it: a run trains on all of its updates, each of batch-size "
+            "blocks, and on nothing else"
+        )
     name = flag.replace("-", "_")
     kinds: Tuple[type, ...] = (str, int, float)
     if name in ranges.RANGES and ranges.RANGES[name].items != 0:

@@ -54,6 +54,12 @@ def write(folder, change=lambda text: text):
         ("arch: dense_lm_tiny", "arc: dense_lm_tiny", "arms: dense: unknown key 'arc'"),
         ("{arch: dense_lm_tiny}", "{flags: {}}", "arms: dense: the key 'arch' is missing"),
         ("moe-dropless: true}", "lr: -1}", "arms: top-2: lr -1 is out of range"),
+        (
+            "moe-dropless: true}",
+            "batch-size: 32}",
+            "arms: top-2: batch-size: move it to train: all",
+        ),
+        ("moe-dropless: true}", "patience: 1}", "arms: top-2: patience: remove it: a run trains"),
         ("  dense:", "  den se:", "arms: den se: use letters"),
         ("arms:", "arm:", "unknown key 'arm'"),
     ],

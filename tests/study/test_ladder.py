@@ -129,6 +129,10 @@ def command():
         ("bases: [a]", "bases: [[1]]", "moe: arms: E4: bases: [1]: not one of a, b"),
         ("  a: {{dec", "  1: {{dec", "moe: arms: E4: bases: a: not one of 1, b"),
         ("bootstrap: 20", "stride: 64", "evaluate: stride 64: is more than the context, 32"),
+        ("batch-size: 4", "batch-size: 12", "train: batch-size 12: fairseq would train on 8"),
+        ("batch-size: 4", "batch-size: 4, max-tokens: 64", "train: max-tokens: remove it"),
+        ("moe-freq: 1", "moe-freq: 1, update-freq: 2", "arms: a-E4: update-freq: move it to train"),
+        ("decoder-layers: 2", "decoder-layers: 2, batch-size: 8", "arms: b: batch-size: move it"),
         ("batch-size: 4", "batch-size: 0", "train: batch-size 0 is out of range"),
     ],
 )

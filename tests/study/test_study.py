@@ -4,8 +4,10 @@ import json
 import math
 
 import pytest
+from fairseq.data.data_utils import batch_by_size
 
 from fairseq_moe_ext import cli
+from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.evaluation.speedup import in_words
 from fairseq_moe_ext.study import page, plan, result, tables
 
@@ -18,7 +20,8 @@ seeds: [1]
 train: {{batch-size: 4, optimizer: adam, lr: 0.01, cpu: true, num-workers: 0,
   decoder-layers: 2, decoder-attention-heads: 2, decoder-ffn-embed-dim: 32}}
 evaluate: {{bootstrap: 20}}
-dense: {{arch: dense_lm_tiny, sizes: {{s: {{decoder-embed-dim: 8}}, m: {{decoder-embed-dim: 16}}}}}}
+dense: {{arch: dense_lm_tiny, flags: {{}},
+  sizes: {{s: {{decoder-embed-dim: 8}}, m: {{decoder-embed-dim: 16}}}}}}
 moe: {{arch: moe_lm_tiny, sizes: {{s: {{decoder-embed-dim: 8}}, m: {{decoder-embed-dim: 16}}}}}}
 """
 
@@ -41,6 +44,33 @@ def write(folder, change=lambda text: text):
         ("lr: 0.01", "seed: 3", "train: seed: the study sets this itself"),
         ("context: 32", "context: many", "context: 'many' is not a whole number; write one"),
         ("batch-size: 4,", "", "batch-size None: set the number of blocks"),
+        ("batch-size: 4", "batch-size: 12", "batch-size 12: fairseq would train on 8 blocks, a"),
+        (
+            *("batch-size: 4", "batch-size: 24, required-batch-size-multiple: 5"),
+            "train: batch-size 24: fairseq would train on 20 blocks, a multiple of 5; use one",
+        ),
+        (
+            *("batch-size: 4", "batch-size: 4, required-batch-size-multiple: '5'"),
+            "train: required-batch-size-multiple '5': write a whole number",
+        ),
+        ("batch-size: 4", "batch-size: 4, update-freq: [2]", "update-freq [2]: write a whole"),
+        *(
+            ("batch-size: 4", f"batch-size: 4, {flag}: {value}", f"train: {flag}: remove it")
+            for flag, value in (
+                *(("max-sentences", 2), ("max-tokens", 64), ("sample-break-mode", "eos")),
+                *(("max-epoch", 1), ("patience", 1), ("stop-time-hours", 0.1)),
+                *(("stop-min-lr", 0.1), ("restore-file", "a.pt"), ("continue-once", "a.pt")),
+            )
+        ),
+        (
+            *("batch-size: 4", "batch-size: 4, distributed-world-size: 2"),
+            "train: distributed-world-size: the study sets this itself",
+        ),
+        *(
+            (old, f"{old}{flag}: 2, ", f"dense: sizes: s: {flag}: move it to train")
+            for old in ("sizes: {s: {", "dense_lm_tiny, flags: {")
+            for flag in ("batch-size", "update-freq", "required-batch-size-multiple")
+        ),
         ("context: 32", "context: [", "not YAML"),
         ("context: 32", "context: 0", "context 0 is out of range: use a whole number from 1"),
         ("seeds: [1]", "seeds: [-1]", "seeds [-1] is out of range"),
@@ -83,6 +113,27 @@ def test_mistakes_in_the_file(folder, old, new, words, capsys):
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
     assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("batch, multiple", [(12, 8), (9, 8), (20, 8), (24, 5)])
+def test_batches_that_fairseq_lowers(batch, multiple):
+    train = {"batch-size": batch, "required-batch-size-multiple": multiple}
+    with pytest.raises(UserError, match=f"train on {trained_on(batch, multiple)} blocks"):
+        plan.blocks_per_update(train, "train")
+
+
+@pytest.mark.parametrize("batch, multiple", [(8, 8), (6, 8), (16, 8), (12, 4), (12, 12), (9, 1)])
+def test_batches_that_fairseq_keeps(batch, multiple):
+    train = {"batch-size": batch, "update-freq": 2}
+    if multiple != 8:
+        train["required-batch-size-multiple"] = multiple
+    assert plan.blocks_per_update(train, "train") == 2 * batch
+    assert trained_on(batch, multiple) == batch
+
+
+def trained_on(batch, multiple):
+    """Blocks of stock fairseq's first batch."""
+    return len(batch_by_size(range(99), len, [9] * 99, None, batch, multiple)[0])
 
 
 def runs_of(costs, seeds=(1,)):
