@@ -29,7 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--params", type=amount, default=125e6, help="parameters of the dense base (default: 125M)"
     )
     parser.add_argument(
-        "--experts", type=int, default=512, help="experts in each sparse layer (default: 512)"
+        "--experts",
+        type=int,
+        default=512,
+        help="experts in each sparse layer, as wide as the base's network (default: 512)",
     )
     parser.add_argument("--top-k", type=int, default=1, help="experts per token (default: 1)")
     parser.add_argument(
@@ -39,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--granularity",
         type=float,
         default=1.0,
-        help="the base's hidden width divided by an expert's (default: 1)",
+        help="G: G times as many experts in a layer and per token, each 1/G as wide (default: 1)",
     )
     parser.add_argument(
         "--moe-freq", type=int, default=2, help="every n-th layer is sparse (default: 2)"

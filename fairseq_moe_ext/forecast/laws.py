@@ -14,10 +14,10 @@ class Model(NamedTuple):
     """A sparse model made from a dense base by replacing feed-forward layers."""
 
     base: float  # parameters of the dense base, without embeddings
-    experts: int  # in each sparse layer; 1: the dense base itself
+    experts: int  # in each sparse layer, as wide as the base's; 1: the dense base itself
     tokens: float  # to train on
-    top_k: int = 1  # experts per token, each as wide as the base's feed-forward layer
-    granularity: float = 1.0  # an expert's hidden width is the base's divided by this
+    top_k: int = 1  # such experts per token
+    granularity: float = 1.0  # G: G times as many experts and choices, each expert 1/G as wide
     layers: float = 0.5  # share of the layers that are sparse
 
     @property

@@ -104,6 +104,23 @@ def test_the_paper_and_the_table(capsys):
     assert "| 125M, S-BASE | 247 (2.0) |" in capsys.readouterr().out
 
 
+def test_granularity_splits_experts_as_wide_as_the_base(capsys):
+    """The published formulas for 256 experts of a quarter of the width, four per token, in every
+    second layer: by bisection, a dense model of so many parameters has the same loss."""
+    flags = ["--experts", "64", "--granularity", "4", "--law", "krajewski", "--json"]
+    assert run("--params", "125M", "--tokens", "130B", *flags) == 0
+    (found,) = json.loads(capsys.readouterr().out)["laws"]
+    width = 0.5 * 125e6 * 8 / 12 / 4  # of the parameters, what a narrow expert has
+    parameters = 125e6 - 4 * width + 256 * width
+    loss = (2.1 / 4**0.58 + 18.1) / parameters**0.115 + 30.8 / 130e9**0.147
+    assert 16.3 / found["effective"] ** 0.126 + 26.7 / 130e9**0.127 == pytest.approx(loss)
+    assert found["saving"] == pytest.approx(found["effective"] / 125e6)
+    with pytest.raises(SystemExit):
+        run("--help")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "G times as many experts in a layer and per token, each 1/G as wide" in said
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
