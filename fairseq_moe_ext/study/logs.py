@@ -40,9 +40,18 @@ def measurements(log: Path, tag: str) -> Iterator[Dict[str, Any]]:
                 yield measured.values
 
 
+def without_repeats(log: Path, tag: str) -> List[Dict[str, Any]]:
+    """The values under a tag; of an update that a resumed run repeated, the last."""
+    found: Dict[Any, Dict[str, Any]] = {}
+    for line, values in enumerate(measurements(log, tag)):
+        update = values.get("num_updates", values.get(f"{tag}_num_updates", f"line {line}"))
+        found[values.get("epoch"), update] = values
+    return list(found.values())
+
+
 def by_epoch(log: Path, tag: str, key: str) -> List[float]:
     """A metric under a tag in every line that has it."""
-    return [float(values[key]) for values in measurements(log, tag) if key in values]
+    return [float(values[key]) for values in without_repeats(log, tag) if key in values]
 
 
 def training_seconds(log: Path) -> float:
@@ -58,12 +67,11 @@ def training_seconds(log: Path) -> float:
         for values in measurements(log, "train")
         if "epoch" in values and "train_train_wall" in values
     }
-    within = {  # of an update that was repeated, the last
-        (values["epoch"], values["num_updates"]): float(values["train_wall"])
-        for values in measurements(log, "train_inner")
-        if {"epoch", "num_updates", "train_wall"} <= values.keys()
-    }
-    unfinished = [wall for (epoch, _), wall in within.items() if epoch not in epochs]
+    unfinished = [
+        float(values["train_wall"])
+        for values in without_repeats(log, "train_inner")
+        if {"epoch", "train_wall"} <= values.keys() and values["epoch"] not in epochs
+    ]
     if not epochs and not unfinished:
         raise UserError(f"{log}: logs no training; to train this run again, delete {log.parent}")
     seconds = sum(epochs.values()) + sum(unfinished)

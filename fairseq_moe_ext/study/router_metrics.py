@@ -13,7 +13,7 @@ LAST = 0.2  # the share of a training, at its end, over which load and drops are
 def router_metrics(log: Path, shape: Shape, context: int) -> RouterMetrics:
     """From fairseq-train's log. Dropped choices are not computed, and some routers settle the
     number of experts per token by themselves, so the FLOPs are by what was logged."""
-    lines = [v for v in logs.measurements(log, "train_inner") if "load_max" in v]
+    lines = [v for v in logs.without_repeats(log, "train_inner") if "load_max" in v]
     if not lines:
         return {}
     late = lines[-max(1, round(LAST * len(lines))) :]

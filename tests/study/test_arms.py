@@ -14,7 +14,7 @@ from fairseq_moe_ext.config_checks import validate
 from fairseq_moe_ext.cost import parameters, training_flops_per_token
 from fairseq_moe_ext.models.architectures import ARCHITECTURES
 from fairseq_moe_ext.shape import shape_of
-from fairseq_moe_ext.study import arms, plan, yaml_file
+from fairseq_moe_ext.study import arms, logs, plan, yaml_file
 from fairseq_moe_ext.study.paired import holm, paired, t_quantile
 from fairseq_moe_ext.study.router_metrics import router_metrics
 
@@ -189,6 +189,19 @@ def test_student_and_holm():
     assert holm({"a": 0.01, "b": 0.03, "c": 0.02}) == ["a", "c", "b"]
 
 
+def write_line(log, tag, values):
+    with open(log, "a") as file:
+        file.write(f"now | INFO | {tag} | {json.dumps(values)}\n")
+
+
+def test_a_validation_that_a_resumed_run_repeated_counts_once(tmp_path):
+    log = tmp_path / "train.log"
+    for epoch, updates, accuracy in ((1, 5, 0.5), (2, 10, 0.6), (2, 10, 0.7), (3, 15, 0.8)):
+        values = {"valid_accuracy": str(accuracy), "valid_num_updates": str(updates)}
+        write_line(log, "valid", {"epoch": epoch, **values})
+    assert logs.by_epoch(log, "valid", "valid_accuracy") == [0.5, 0.7, 0.8]
+
+
 def test_flops_are_those_that_were_computed(tmp_path):
     values = [dict(load_max=9, overflow=0, experts_per_token=4)] * 5
     values += [dict(load_max=3, overflow=50, experts_per_token=2)] * 5
@@ -199,6 +212,10 @@ def test_flops_are_those_that_were_computed(tmp_path):
     assert found["load_max"] == 3 and found["overflow"] == 50 and found["experts_per_token"] == 3
     cost = [training_flops_per_token(shape._replace(top_k=k), 32) for k in (1, 4)]
     assert found["flops_per_token"] == pytest.approx(sum(cost) / 2)
+    logged = [{**v, "epoch": 1, "num_updates": str(10 * i)} for i, v in enumerate(values)]
+    for v in (*logged[:6], *logged[3:]):  # killed behind update 50, resumed at 20
+        write_line(tmp_path / "resumed.log", "train_inner", v)
+    assert router_metrics(tmp_path / "resumed.log", shape, 32) == found
     (tmp_path / "dense.log").write_text('now | INFO | train_inner | {"loss": 3}\n')
     assert router_metrics(tmp_path / "dense.log", shape, 32) == {}
 

@@ -636,6 +636,10 @@ def test_progress_of_every_run(folder, tmp_path):
     assert [s.word for s in found] == ["done", "running", "stopped", "to do"]
     assert found[1].updates == 2 and found[1].minutes == 1.0
     assert found[1].curve == [(1.0, 64.0), (2.0, 32.0)]
+    with open(folders[1] / "train.log", "a") as file:
+        file.write(inner(2, 4))  # resumed at update 1
+    again = progress.state(folders[1], 3)
+    assert again.minutes == 1.0 and again.curve == [(1.0, 64.0), (2.0, 16.0)]
     progress.write(ladder, 100.0)
     html = (tmp_path / "progress.html").read_text()
     assert '<meta http-equiv="refresh" content="60">' in html

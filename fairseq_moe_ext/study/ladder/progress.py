@@ -36,7 +36,7 @@ def state(folder: Path, updates: int) -> State:
     log = folder / "train.log"
     if not log.is_file():
         return State("to do")
-    lines = list(logs.measurements(log, "train_inner"))
+    lines = logs.without_repeats(log, "train_inner")
     curve = [(float(v["num_updates"]), 2 ** min(99, float(v["inner_loss"]))) for v in lines]
     step = max(1, len(curve) // _MOST_POINTS)
     curve = curve[step - 1 :: step]
