@@ -4,6 +4,7 @@ from typing import Any, Callable, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from fairseq.models import FairseqLanguageModel
 from torch import Tensor
 
@@ -60,7 +61,10 @@ class WatchedGate:
         how.scatter_(1, experts, routed.float() + kept.float())
         order = routed_first(routed)
         chosen = experts.masked_fill(~routed, self.experts).gather(1, order)  # (T, K)
-        shown = (probs + 2 * (how > 0)).topk(min(CANDIDATES, self.experts), dim=1).indices
+        ranked = F.pad(probs, (0, 1))  # (T, E + 1): the choices first, in their order
+        ranks = probs.amax() + torch.arange(chosen.shape[1], 0, -1, device=probs.device)
+        ranked.scatter_(1, chosen, ranks.expand(chosen.shape))
+        shown = ranked[:, :-1].topk(min(CANDIDATES, self.experts), dim=1).indices
         shown = shown if self.detailed else shown[:0]
         rows = slice(0, len(shown))
         first = chosen[:, :1].clamp(max=self.experts - 1)

@@ -78,6 +78,32 @@ def test_choices_and_losses_are_those_of_a_plain_pass(capacity):
 @pytest.mark.parametrize(
     "flags",
     [
+        dict(moe_balance="bias", moe_bias_update_rate=0.1),
+        dict(moe_balance="bias", moe_bias_update_rate=0.1, moe_score="sigmoid", moe_top_k=5),
+        dict(moe_router="hash", moe_balance="none", moe_top_k=3),
+    ],
+)
+def test_candidates_are_the_choices_in_their_order_then_by_probability(flags):
+    model = build_model(**{**MOE, **flags}).double().eval()
+    set_gates(model, eval_token_fraction=1.0)
+    for moe in moe_layers(model).values():
+        if moe.gate.balance_bias is not None:
+            moe.gate.balance_bias.copy_(torch.tensor([0.3, -0.2, 0.1, 0.5, -0.4, 0.0]))
+    view = observing.observe(model, blocks_of(random_tokens(4, 12)), 4, detailed=True)
+    unlike = 0
+    for layer in view.layers:
+        for chosen, candidates in zip(layer.chosen, layer.candidates):
+            choices = [expert for expert in chosen.tolist() if expert < 6][:4]
+            mine, rest = candidates[: len(choices)], candidates[len(choices) :, 1].tolist()
+            assert mine[:, 0].tolist() == choices
+            assert rest == sorted(rest, reverse=True)
+            unlike += mine[:, 1].argmax() > 0
+    assert unlike or "moe_router" in flags
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
         *(dict(moe_top_k=k) for k in (5, 6)),
         *(dict(moe_router=name, moe_top_k=3) for name in ("threshold", "relu")),
     ],
