@@ -557,6 +557,44 @@ def test_pages(tmp_path, capsys):
     assert f"{best['arm']} saves most" in page.summary({**made, "factors": [best, worse]})
 
 
+@pytest.mark.parametrize("records_flags", [True, False])
+def test_a_line_is_of_arms_that_differ_in_the_number_of_experts_alone(
+    tmp_path, monkeypatch, records_flags
+):
+    made = made_result(tmp_path)
+    one = next(f for f in made["factors"] if f["arm"] == "d0-E64" and f["group"] == "in_domain")
+    names = ["E8", "E32", "E64", "E64-sigmoid", "E128", "256x4", "256x4-bf16", "hash64"]
+    made["factors"] = [
+        {**one, "arm": arm, "tokens": tokens, "factor": 1 + i}
+        for tokens in (4_000_000, 16_000_000)
+        for i, arm in enumerate([*(f"d0-{name}" for name in names), "d1-E32", "d1-E128"])
+    ]
+    arms = {found["arm"] for found in made["factors"]}
+    made["runs"] += [{**made["runs"][0], "size": arm, "family": "moe"} for arm in arms]
+    if not records_flags:  # an older file
+        for arm in made["ladder"]["arms"].values():
+            del arm["own_flags"]
+    drawn = {}
+
+    def line_chart(title, series, *words, **flags):
+        drawn[title] = {(line.label, line.style): line.points for line in series}
+
+    def legend(labels, styles):
+        return list(zip(labels, styles))
+
+    monkeypatch.setattr(page.figures, "line_chart", line_chart)
+    monkeypatch.setattr(page.figures, "legend", legend)
+    monkeypatch.setattr(page.report, "render", lambda template, **values: values)
+    shown = page.html(made, page.charts(made))
+    experts = [(8, 1), (32, 2), (64, 3), (128, 5)]
+    assert drawn["Saving over experts, d0"] == {("4M", 0): experts, ("16M", 1): experts}
+    assert shown["tokens_legend"] == [(f"{n} experts", i) for i, (n, _) in enumerate(experts)]
+    assert list(drawn["Saving over tokens, d0"]) == [
+        *(("d0-E8", 0), ("d0-E32", 1), ("d0-E64", 2), ("d0-E128", 3))
+    ]
+    assert list(drawn["Saving over tokens, d1"]) == [("d1-E32", 1), ("d1-E128", 3)]
+
+
 def test_the_forecast_that_is_committed_is_of_this_ladder():
     committed = json.loads((STUDY / "ladder_forecast.json").read_text())["forecasts"]
     assert committed == json.loads(json.dumps(forecast.forecasts(REAL)))

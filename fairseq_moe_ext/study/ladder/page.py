@@ -48,13 +48,17 @@ def write(folder: Path, result: LadderResult, png: bool = False) -> int:
 def charts(result: LadderResult) -> Dict[str, figures.Chart]:
     """name of the file -> chart."""
     drawn = {"saving": saving_chart(result)}
-    bases = sorted({result["ladder"]["arms"][name]["base"] for name in tables.sparse(result)})
+    bases = _bases(result)
     for base in bases:
         drawn[f"experts-{base}"] = _over_experts(result, base)
         drawn[f"tokens-{base}"] = _over_tokens(result, base)
     for tokens in tables.budgets(result):
         drawn[f"perplexity-{millions(tokens)}"] = _perplexities(result, tokens, bases)
     return drawn
+
+
+def _bases(result: LadderResult) -> List[str]:
+    return sorted({result["ladder"]["arms"][name]["base"] for name in tables.sparse(result)})
 
 
 def _in_domain(result: LadderResult) -> List[Factor]:
@@ -106,11 +110,20 @@ def _law(size: float, experts: int) -> float:
     return 10 ** S_BASE.log_effective(size, experts) / size
 
 
-def _plain(result: LadderResult, arm: str, base: str) -> bool:
-    """Whether an arm is one of those that differ in the number of experts alone."""
-    found = result["ladder"]["arms"][arm]
-    other = found["granularity"] > 1 or found["router"] != "topk" or found.get("float32_twin")
-    return found["base"] == base and not other
+def _plain(result: LadderResult, base: str) -> Dict[int, str]:
+    """number of experts -> arm, of those of a base that differ in nothing else."""
+    arms: Dict[int, str] = {}
+    for name in tables.sparse(result):
+        found = result["ladder"]["arms"][name]
+        other = found["granularity"] > 1 or found["router"] != "topk" or found.get("float32_twin")
+        if found["base"] == base and not other and not found.get("own_flags"):
+            arms.setdefault(found["experts"], name)  # an older result lacks own_flags
+    return arms
+
+
+def _counts(result: LadderResult) -> List[int]:
+    """The numbers of experts that have a line over tokens, the first four of them."""
+    return sorted({experts for base in _bases(result) for experts in _plain(result, base)})[:4]
 
 
 def _series(label: str, style: int, points: Sequence[Tuple[float, Factor]]) -> figures.Series:
@@ -125,15 +138,15 @@ def _series(label: str, style: int, points: Sequence[Tuple[float, Factor]]) -> f
 
 def _over_experts(result: LadderResult, base: str) -> figures.Chart:
     """A line a number of tokens, the first three of them."""
-    arms = result["ladder"]["arms"]
+    experts = {name: number for number, name in _plain(result, base).items()}
     series = [
         _series(
             millions(tokens),
             style,
             [
-                (arms[f["arm"]]["experts"], f)
+                (experts[f["arm"]], f)
                 for f in _in_domain(result)
-                if f["tokens"] == tokens and _plain(result, f["arm"], base)
+                if f["tokens"] == tokens and f["arm"] in experts
             ],
         )
         for style, tokens in enumerate(tables.budgets(result)[:3])
@@ -144,11 +157,16 @@ def _over_experts(result: LadderResult, base: str) -> figures.Chart:
 
 
 def _over_tokens(result: LadderResult, base: str) -> figures.Chart:
-    """A line a number of experts, four of them at most."""
-    names = [name for name in tables.sparse(result) if _plain(result, name, base)][:4]
+    """A line a number of experts."""
+    arms = _plain(result, base)
     series = [
-        _series(name, style, [(f["tokens"], f) for f in _in_domain(result) if f["arm"] == name])
-        for style, name in enumerate(names)
+        _series(
+            arms[experts],
+            style,
+            [(f["tokens"], f) for f in _in_domain(result) if f["arm"] == arms[experts]],
+        )
+        for style, experts in enumerate(_counts(result))
+        if experts in arms
     ]
     return figures.line_chart(
         f"Saving over tokens, {base}", series, "training tokens", "dense : MoE FLOPs", log_x=True
@@ -232,24 +250,12 @@ def html(result: LadderResult, drawn: Dict[str, figures.Chart]) -> str:
             [f"{millions(t)} tokens" for t in tables.budgets(result)[:3]], range(3)
         ),
         over_tokens=[chart for name, chart in drawn.items() if name.startswith("tokens-")],
-        tokens_legend=_tokens_legend(result),
+        tokens_legend=figures.legend([f"{n} experts" for n in _counts(result)], range(4)),
         curves=[chart for name, chart in drawn.items() if name.startswith("perplexity-")],
         curves_legend=_curves_legend(result),
     )
 
 
-def _tokens_legend(result: LadderResult) -> List[figures.Legend]:
-    """By the arms of the first base."""
-    arms = result["ladder"]["arms"]
-    for base in sorted({arms[name]["base"] for name in tables.sparse(result)}):
-        names = [n for n in tables.sparse(result) if _plain(result, n, base)][:4]
-        labels = [f"{arms[name]['experts']} experts" for name in names]
-        return figures.legend(labels, range(len(labels)))
-    return []
-
-
 def _curves_legend(result: LadderResult) -> List[figures.Legend]:
-    arms = result["ladder"]["arms"]
-    bases = sorted({arms[name]["base"] for name in tables.sparse(result)})
-    labels = ["dense", *(f"sparse, {base}" for base in bases)]
+    labels = ["dense", *(f"sparse, {base}" for base in _bases(result))]
     return figures.legend(labels, range(len(labels)))

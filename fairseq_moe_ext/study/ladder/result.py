@@ -105,6 +105,7 @@ def _described(ladder: Ladder) -> Dict[str, Any]:
             "granularity": arm.granularity,
             "router": arm.flags.get("moe-router", "topk") if arm.family == "moe" else "",
             "float32_twin": float32_twin(arm, ladder.arms),
+            "own_flags": dict(arm.own),
         }
         for arm in ladder.arms
     }

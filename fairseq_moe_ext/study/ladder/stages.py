@@ -59,6 +59,7 @@ class Arm(NamedTuple):
     flags: Dict[str, Any]
     experts: int = 1
     granularity: int = 1
+    own: Mapping[str, Any] = {}  # of `flags`, those that its base and other sparse arms lack
 
     @property
     def family(self) -> str:
@@ -226,7 +227,8 @@ def _sparse(
         "moe-top-k": granularity,
         **asked["flags"],
     }
-    return Arm(f"{base.name}-{name}", base.name, _MOE_ARCH, flags, experts, granularity)
+    name = f"{base.name}-{name}"
+    return Arm(name, base.name, _MOE_ARCH, flags, experts, granularity, asked["flags"])
 
 
 def _updates(tokens: int, per_update: int, where: str) -> int:
