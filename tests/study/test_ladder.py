@@ -122,6 +122,7 @@ def command():
         ("cpu: true", "cpu: .nan", "fairseq-train: unrecognized arguments: nan"),
         ("decoder-embed-dim: 16", "decoder-embed-dim: 0", "arms: b: decoder-embed-dim 0 is out"),
         ("moe-freq: 1", "moe-freq: '1'", "a-E4: moe-freq '1': write it without quotes"),
+        ("cpu: true", "cpu: true, max-target-positions: '32'", "positions '32': write it without"),
         ("moe-freq: 1", "moe-freq: 1, updates: 9", "moe: flags: updates: remove it; the"),
         ("moe-freq: 1", "moe-freq: 2", "arm a-E4: --moe-freq 2 picks no layer"),
         ("granularity: 2", "granularity: 3", "granularity 3: does not divide the decoder-ffn-e"),
@@ -368,6 +369,38 @@ def made_result(tmp_path):
         "runs": runs,
         "factors": result.factors(ladder, runs, probed),
     }
+
+
+@pytest.mark.parametrize(
+    "train, flags, matrices, sparse, logits",
+    [
+        ("", "moe-freq: 1", 2, 2, 4),
+        ("activation-fn: swiglu, ", "moe-freq: 1, moe-null-experts: 3", 3, 2, 5),
+        ("", "moe-freq: 1, moe-first-dense: 1", 2, 1, 4),
+        ("", "moe-layers: '1'", 2, 1, 4),
+        ("", "moe-dropless: true", 2, 1, 4),  # every second layer, as of the architecture
+        ("", "moe-freq: 1, moe-router: hash, moe-balance: none", 2, 2, 0),
+    ],
+)
+def test_costs_follow_all_flags(folder, train, flags, matrices, sparse, logits):
+    path = write(folder, lambda text: text.replace("bases: [a]", "bases: [b]"))
+    path.write_text(
+        path.read_text()
+        .replace("a-E4", "b-E4")
+        .replace("batch-size: 4, ", f"batch-size: 4, {train}")
+        .replace("moe-freq: 1, moe-dropless: true", flags)
+    )
+    ladder = stages.read(path)
+    arm = next(arm for arm in ladder.arms if arm.name == "b-E4")
+    null_share = 3 / 7 if "null" in flags else 0  # of the choices, if all are used alike
+    width = (2 - sparse) * 64 + sparse * 64 * (1 - null_share)
+    by_hand = 2 * (8 * 16**2 + 4 * 16 * 32) + 2 * matrices * 16 * width + 2 * 16 * 300
+    assert forecast.training_flops(arm, ladder) == pytest.approx(3 * by_hand)
+    assert forecast.router_flops(arm, ladder) == 6 * sparse * 16 * logits
+    assert forecast.model_of(arm, ladder, 1e6).layers == sparse / 2
+    named = result._described(ladder)["arms"]["b-E4"]["router"]
+    assert named == ("topk" if logits else "hash")
+    assert forecast.router_flops(ladder.arms[0], ladder) == 0, "dense"
 
 
 def test_factors_of_runs(tmp_path):

@@ -14,7 +14,7 @@ from ... import cost, files, outputs
 from ...errors import UserError
 from ...evaluation.study_result import as_written
 from ...forecast.laws import LAWS, Model, outside
-from ...shape import shape_of
+from ...shape import Shape, shape_of
 from ...text_table import markdown
 from .stages import LR, Arm, Ladder
 
@@ -38,16 +38,25 @@ class Forecast(TypedDict):
 
 def training_flops(arm: Arm, ladder: Ladder) -> float:
     """Of a token, as `fairseq-moe cost` counts them."""
-    settings = {flag.replace("-", "_"): value for flag, value in arm.flags.items()}
-    return cost.training_flops_per_token(shape_of(settings, ladder.vocabulary), ladder.context)
+    return cost.training_flops_per_token(_shape(arm, ladder), ladder.context)
 
 
-def router_flops(arm: Arm) -> float:
+def router_flops(arm: Arm, ladder: Ladder) -> float:
     """Training FLOPs a token of the linear routers, which the count leaves out."""
-    if arm.family == "dense" or arm.flags.get("moe-router") == "hash":
+    if router(arm, ladder) == "hash":
         return 0.0
-    layers = arm.flags["decoder-layers"] // arm.flags.get("moe-freq", 2)
-    return 6.0 * layers * arm.flags["decoder-embed-dim"] * arm.flags["moe-expert-count"]
+    shape = _shape(arm, ladder)
+    logits = shape.experts + (shape.null_experts > 0)  # null experts share one
+    return 6.0 * shape.moe_layers * shape.dim * logits
+
+
+def router(arm: Arm, ladder: Ladder) -> str:
+    """Its name; "" of a dense arm."""
+    return ladder.settings(arm).get("moe_router", "topk") if arm.family == "moe" else ""
+
+
+def _shape(arm: Arm, ladder: Ladder) -> Shape:
+    return shape_of(ladder.settings(arm), ladder.vocabulary)
 
 
 def forecasts(ladder: Ladder) -> List[Forecast]:
@@ -58,7 +67,7 @@ def forecasts(ladder: Ladder) -> List[Forecast]:
     for tokens, stage in sorted(budgets.items()):
         seen = set()
         for arm in ladder.arms:
-            hash_router = arm.flags.get("moe-router") == "hash"
+            hash_router = router(arm, ladder) == "hash"
             alike = (arm.base, arm.experts, arm.granularity, hash_router)
             if arm.family == "dense" or alike in seen:
                 continue
@@ -79,9 +88,10 @@ def forecasts(ladder: Ladder) -> List[Forecast]:
 
 def model_of(arm: Arm, ladder: Ladder, tokens: float) -> Model:
     """An arm as the laws see it."""
-    layers = 1 / arm.flags.get("moe-freq", 2)
+    shape = _shape(arm, ladder)
     size = training_flops(arm, ladder) / 6
-    return Model(size, arm.experts, tokens, 1, float(arm.granularity), layers)
+    sparse = shape.moe_layers / shape.layers
+    return Model(size, arm.experts, tokens, 1, float(arm.granularity), sparse)
 
 
 def _saving(law: str, model: Model) -> Optional[float]:

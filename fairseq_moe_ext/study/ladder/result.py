@@ -14,7 +14,7 @@ from ...evaluation.study_result import RunResult, as_written
 from ..plan import Run
 from ..result import GROUPS, measured_on, of_run, performance, sets_of
 from . import forecast, rates, saving
-from .forecast import Forecast, router_flops
+from .forecast import Forecast
 from .saving import Saving
 from .stages import LR, Arm, Ladder, Stage, float32_twin
 
@@ -103,7 +103,7 @@ def _described(ladder: Ladder) -> Dict[str, Any]:
             "base": arm.base,
             "experts": arm.experts,
             "granularity": arm.granularity,
-            "router": arm.flags.get("moe-router", "topk") if arm.family == "moe" else "",
+            "router": forecast.router(arm, ladder),
             "float32_twin": float32_twin(arm, ladder.arms),
             "own_flags": dict(arm.own),
         }
@@ -158,7 +158,7 @@ def factors(ladder: Ladder, runs: Sequence[LadderRun], probed: Mapping[str, floa
                     finite = [d for d in dense if not _diverged(by_arm[d.name], group)]
                     if len(finite) < 2 or _diverged(by_arm[arm.name], group):
                         continue
-                    one = _factor(arm, finite, of, group, probed, units)
+                    one = _factor(ladder, arm, finite, of, group, probed, units)
                     found += [one] if one is not None else []
     return found
 
@@ -180,6 +180,7 @@ def _curve(dense: Sequence[Arm], of: _Of, seed: int) -> List[LadderRun]:
 
 
 def _factor(
+    ladder: Ladder,
     arm: Arm,
     dense: Sequence[Arm],
     of: _Of,
@@ -202,7 +203,7 @@ def _factor(
     else:
         interval, over = units.interval(curves[0], mine[0], group)
     flops = mine[0]["flops"]
-    routed = flops + mine[0]["tokens"] * router_flops(arm)
+    routed = flops + mine[0]["tokens"] * forecast.router_flops(arm, ladder)
     return {
         "arm": arm.name,
         "tokens": of.tokens,

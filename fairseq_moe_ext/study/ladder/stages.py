@@ -9,6 +9,7 @@ import yaml
 
 from ... import ranges
 from ...errors import UserError
+from ...models.architectures import ARCHITECTURES
 from .. import yaml_file
 from ..plan import ARM, FAMILIES, Keys, blocks_per_update, check_name, check_seeds, checked, planned
 
@@ -98,6 +99,12 @@ class Ladder(NamedTuple):
     def tokens_per_update(self) -> int:
         return self.context * self.train["batch-size"] * self.train.get("update-freq", 1)
 
+    def settings(self, arm: Arm) -> Dict[str, Any]:
+        """An arm's model: its architecture, then the flags, by the names of config.py."""
+        flags = {**self.train, **arm.flags}
+        given = {flag.replace("-", "_"): v for flag, v in flags.items() if v is not False}
+        return {"tokens_per_sample": self.context, **ARCHITECTURES[arm.arch], **given}
+
     def stage(self, name: str) -> Stage:
         return next(stage for stage in self.stages if stage.name == name)
 
@@ -147,17 +154,18 @@ def read(path: Path) -> Ladder:
         _study(ladder, everything, {arm.name: arm.flags.get(LR, 1) for arm in everything.arms}),
         path,
     )
+    _check_whole(ladder.train, f"{path}: train")
     for arm in arms:
-        _check_whole(arm, path)
+        _check_whole(arm.flags, f"{path}: {arm.name}")
     return ladder._replace(tried=tried, stages=[search, *_stages(asked, arms, per_update, path)])
 
 
-def _check_whole(arm: Arm, path: Path) -> None:
+def _check_whole(flags: Mapping[str, Any], where: str) -> None:
     """Costs are computed from the flags as they are in the file."""
-    for flag, value in arm.flags.items():
+    for flag, value in flags.items():
         allowed = ranges.RANGES.get(flag.replace("-", "_"), ranges.FINITE)
         if isinstance(value, str) and allowed.whole:
-            raise UserError(f"{path}: {arm.name}: {flag} {value!r}: write it without quotes")
+            raise UserError(f"{where}: {flag} {value!r}: write it without quotes")
 
 
 def _check_set_here(flags: Mapping[str, Any], where: str) -> None:
