@@ -114,6 +114,7 @@ def _own_experts(trainer: Trainer) -> Tuple[Dict[str, Any], Dict[str, Any]]:
     if not trainer.cfg.checkpoint.no_save_optimizer_state:
         saved = trainer.optimizer.state_dict()["state"]
         numbers = fully_sharded.optimizer_numbers(trainer.get_model())
-        optimizer = {n: saved[numbers[p]] for n, p in own.items() if numbers[p] in saved}
+        # frozen parameters have no number
+        optimizer = {n: saved[numbers[p]] for n, p in own.items() if numbers.get(p) in saved}
     model = {name: parameter.detach() for name, parameter in own.items()}
     return utils.move_to_cpu(model), utils.move_to_cpu(optimizer)

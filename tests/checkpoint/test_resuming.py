@@ -10,7 +10,18 @@ from fairseq.optim.lr_scheduler.reduce_lr_on_plateau import (
     ReduceLROnPlateauLRSchedule,
     ReduceLROnPlateauLRScheduleConfig,
 )
-from training import GLOBAL_BATCH, SAVED, TRAIN, error_of, first_run, resume, train, train_on
+from processes import run_processes
+from training import (
+    GLOBAL_BATCH,
+    SAVED,
+    SHARDED,
+    TRAIN,
+    error_of,
+    first_run,
+    resume,
+    train,
+    train_on,
+)
 
 
 @pytest.mark.parametrize(
@@ -69,6 +80,25 @@ def test_with_update_freq_instead_of_processes(data, runs, tmp_path):
     losses = first_run(data, tmp_path, 2, 4, options)
     resumed = resume(data, tmp_path, 1, 4, f"{options} --update-freq 2", batch=GLOBAL_BATCH // 2)
     assert resumed == pytest.approx(losses[SAVED:], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--moe-freeze experts",
+        pytest.param(f"--moe-freeze experts {SHARDED} 0", marks=pytest.mark.slow),
+        pytest.param("--moe-freeze experts --bf16", marks=pytest.mark.slow),
+        pytest.param("--moe-freeze gate_and_experts", marks=pytest.mark.slow),
+    ],
+)
+def test_frozen_experts_have_no_optimizer_state(data, tmp_path, options):
+    losses = first_run(data, tmp_path, 2, 4, options)
+    assert resume(data, tmp_path, 2, 4, options) == losses[SAVED:]
+    rel = 1e-2 if "bf16" in options else 1e-5
+    alone = resume(data, tmp_path, 1, 4, options.split(SHARDED)[0])
+    assert alone == pytest.approx(losses[SAVED:], rel=rel)
+    line = f"{data} {TRAIN} --moe-expert-count 4 --no-save --save-dir {tmp_path}"
+    assert "--reset-optimizer" in run_processes(2, error_of, train, 2, line)[0]
 
 
 def test_adafactor_goes_on_where_its_factors_span_the_same_experts(data, tmp_path):
