@@ -110,10 +110,30 @@ def grouped(
     ends = rows.cumsum(0, dtype=torch.int32)
     expert = torch.arange(len(counts), device=x.device)
     expert = expert.repeat_interleave(rows, output_size=x.size(0))  # (N,)
-    hidden = activation(F.grouped_mm(x, w1.mT, offs=ends) + b1[expert])  # (N, F)
-    if mask is not None:
+    hidden = activation(_AddBias.apply(F.grouped_mm(x, w1.mT, offs=ends), b1, expert, ends))
+    if mask is not None:  # (N, F)
         hidden = hidden * mask
-    return F.grouped_mm(hidden, w2.mT, offs=ends) + b2[expert]
+    return _AddBias.apply(F.grouped_mm(hidden, w2.mT, offs=ends), b2, expert, ends)
+
+
+class _AddBias(torch.autograd.Function):
+    # Indexing's backward pass would add the rows' gradients one by one in bfloat16, on a GPU slowly
+    # (pytorch #171381); a product adds them in float32.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor, expert: Tensor, ends: Tensor) -> Tensor:
+        """x (N, M) + bias (E, M) of each row's expert (N,); ends (E,): of the experts' rows."""
+        ctx.save_for_backward(ends)
+        return x + bias[expert]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+        (ends,), grad_bias = ctx.saved_tensors, None
+        grad = grad.contiguous()
+        if ctx.needs_input_grad[1]:
+            ones = grad.new_ones(len(grad), 8)  # rows of 16 bytes, as grouped_mm requires
+            grad_bias = F.grouped_mm(grad.mT, ones, offs=ends)[..., 0]  # (E, M)
+        return grad, grad_bias, None, None
 
 
 def grouped_serves(x: Tensor, weights: Weights) -> bool:
