@@ -140,7 +140,8 @@ class MoECrossEntropyCriterion(FairseqCriterion):
             self._check_finite(torch.isfinite(balance), [record.layer for record in records])
         gate_loss = self.combine(balance)
         if self.neg_log:
-            gate_loss = -torch.log(gate_loss)
+            # without tokens the loss is 0, transformed too
+            gate_loss = -torch.log(gate_loss.masked_fill(gate_loss == 0, 1))
         return gate_loss, self.combine(torch.stack([record.z_loss for record in records]))
 
     def _check_finite(self, finite: Tensor, layers: List[int]) -> None:

@@ -67,6 +67,24 @@ def test_loss_is_the_sum_of_its_parts(sample):
         assert sample_size == (3 if options.get("sentence_avg") else n)
 
 
+@pytest.mark.parametrize("transform", ["none", "neg_log"])
+@pytest.mark.parametrize("rows", ["none", "padding"])
+def test_a_batch_without_tokens_has_no_loss(sample, transform, rows):
+    """As a process has that lacks a batch while others have one."""
+    model = build_model(**MOE, use_moe_pad_mask=True).train()
+    tokens, target = sample["net_input"]["src_tokens"], sample["target"]
+    if rows == "none":
+        tokens, target = tokens[:0], target[:0]
+    tokens, target = tokens.clone().fill_(1), target.clone().fill_(1)
+    empty = {"net_input": {"src_tokens": tokens, "src_lengths": None}, "target": target}
+    criterion = make_criterion(moe_gate_loss_transform=transform, moe_z_loss_wt=0.1)
+    loss, _, log = criterion(model, {**empty, "ntokens": 0})
+    loss.backward()
+    assert loss.item() == 0
+    assert all(math.isfinite(value) for value in log.values())
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
 def test_gradient_reaches_the_gates(sample):
     model = build_model(**MOE).train()
     loss, _, _ = make_criterion(moe_gate_loss_wt=1000.0)(model, sample)
