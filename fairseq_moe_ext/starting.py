@@ -1,14 +1,14 @@
 """Checks before a run starts, so that no mistake in a flag ends it after hours.
 
 patches/commands.py calls `check_command_line` and `check_run` as soon as the flags of a fairseq
-command are parsed; patches/trainer.py calls `check_trainer` with what a trainer is built from.
+command are parsed. What needs the task and the model is checked in trainer_checks.py.
 """
 
 import ast
 import glob
 import importlib.util
 import re
-from typing import Any, Callable, Dict, List, Mapping
+from typing import Any, Callable, Mapping
 
 import torch
 from fairseq.criterions import CRITERION_REGISTRY
@@ -38,7 +38,7 @@ def check_command_line(args: Any) -> None:
 
 def check_run(cfg: Mapping[str, Any]) -> None:
     """Like check_command_line, for the settings of fairseq-hydra-train, by group."""
-    names = {"arch" if g == "model" else g: _name_of(inner) for g, inner in cfg.items()}
+    names = {"arch" if g == "model" else g: name_of(inner) for g, inner in cfg.items()}
     if not _is_ours(names):
         return
     groups = {name: [group] for group, name, _ in ranges.flatten(cfg)}
@@ -49,7 +49,8 @@ def check_run(cfg: Mapping[str, Any]) -> None:
     check({**given, **names}, lambda name: ".".join([*groups.get(name, []), name]), True)
 
 
-def _name_of(group: Any) -> Any:
+def name_of(group: Any) -> Any:
+    """The name of what a group of settings is for: a criterion, an architecture, ..."""
     return group.get("_name") if isinstance(group, Mapping) else None
 
 
@@ -333,66 +334,3 @@ def _check_capacity(given: Mapping[str, Any], spell: Spell) -> None:
         if value:
             spelled = spell(name) + ("" if value is True else f" {value}")
             raise UserError(f"{spelled} has no effect with {free}: no capacity; remove it")
-
-
-def check_trainer(cfg: Any, task: Any, model: Any) -> None:
-    """Raise UserError for settings with which no trainer can be built."""
-    getattr(task, "check_training", lambda: None)()
-    sharding = str(cfg.distributed_training.zero_sharding)
-    if sharding != "none" and not torch.distributed.is_initialized():
-        raise UserError(
-            f"--zero-sharding {sharding} needs several processes, but there is only one: remove it"
-        )
-    together = torch.distributed.is_initialized()  # under torchrun also a process alone
-    if cfg.common.amp and together and torch.distributed.get_world_size() > 1:
-        _check_amp(cfg, model)
-    over = str(getattr(cfg.model, "moe_balance_over", None))
-    transform = str(getattr(cfg.criterion, "moe_gate_loss_transform", "none"))
-    if over == "global_batch" and transform != "none":
-        raise UserError(
-            f"--moe-gate-loss-transform {transform} with --moe-balance-over {over}: the "
-            "transformed loss is not a sum over micro-batches: use none, or another "
-            "--moe-balance-over"
-        )
-    if not cfg.dataset.disable_validation:
-        _check_metric(cfg, task, model)
-
-
-def _check_amp(cfg: Any, model: Any) -> None:
-    """Raise UserError if processes hold different gradients. PyTorch's scaler skips an update where
-    its own process's gradients are not finite; the other processes would still make it."""
-    backend = cfg.distributed_training.ddp_backend
-    if getattr(model, "has_experts", False) or backend == "fully_sharded":
-        raise UserError(
-            "--amp: each process would decide alone whether to skip an update, by its own "
-            "experts or shards: use --bf16, or --fp16 with --fp16-no-flatten-grads"
-        )
-
-
-def _check_metric(cfg: Any, task: Any, model: Any) -> None:
-    metric = cfg.checkpoint.best_checkpoint_metric
-    logged = _logged(cfg.criterion, bool(getattr(model, "has_experts", False)))
-    for subset in cfg.dataset.valid_subset.split(",") if logged else ():
-        given = logged + getattr(task, "validation_metrics", lambda subset: [])(subset)
-        if metric not in given:
-            raise UserError(
-                f"--best-checkpoint-metric {metric}: validation on {subset} does not report it; "
-                f"it reports {', '.join(given)}"
-            )
-
-
-def _logged(criterion: Any, sparse: bool) -> List[str]:
-    """Names of what a criterion logs; none if that is not known here."""
-    if not isinstance(criterion, Mapping):
-        return []
-    name = _name_of(criterion)
-    by_sentence = ["nll_loss"] if criterion.get("sentence_avg") else []
-    stock: Dict[str, List[str]] = {
-        "cross_entropy": ["loss", *by_sentence, "ppl"],
-        "label_smoothed_cross_entropy": ["loss", "nll_loss", "ppl"],
-    }
-    if name in stock:
-        report = name.startswith("label") and criterion.get("report_accuracy")
-        return stock[name] + (["accuracy"] if report else [])
-    kind = CRITERION_REGISTRY.get(name)
-    return kind.logged(criterion, sparse) if hasattr(kind, "logged") else []

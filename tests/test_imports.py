@@ -29,6 +29,7 @@ ALLOWED = {
         "shape": "moe.activations moe.router router_flags",
         "ranges": "",
         "starting": "config moe.router optim ranges",
+        "trainer_checks": "balance_flags moe.router starting",
         "accuracy": "",
         "cost": "kernels shape",
         "errors": "",
@@ -45,7 +46,8 @@ ALLOWED = {
         "patches": """
             patches branch checkpoint config_checks counted data_bin data_bin_files diverging
             expert_parallel fingerprint fully_sharded kernels.dtypes literals metrics_file models
-            moe.balance moe.layer moe.stats ranges starting tokenizer_files training_line
+            moe.balance moe.layer moe.stats ranges starting tokenizer_files trainer_checks
+            training_line
             """,
         "patch_list": "patches",
         "metrics_file": "outputs",

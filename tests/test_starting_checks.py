@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 from fairseq.distributed import utils as distributed_utils
 from omegaconf import OmegaConf
-from training import status_of
+from training import settings, status_of
 
 import fairseq_moe_ext
-from fairseq_moe_ext import ranges, starting
+from fairseq_moe_ext import ranges, starting, trainer_checks
 from fairseq_moe_ext.config import MoETransformerLMConfig
 from fairseq_moe_ext.errors import UserError
 
@@ -261,12 +261,38 @@ MIXTURE += " --moe-expert-count 2 --batch-size 4 --max-update 1"
         ("--max-tokens-valid 8", "--max-tokens-valid) 8 is less than the longest sample, of 32"),
         ("--valid-subset vaild", "subset vaild: no such data-bin"),
         ("--zero-sharding os", "--zero-sharding os needs several processes"),
+        (
+            "--moe-router relu --criterion cross_entropy",
+            "--criterion cross_entropy leaves out the loss that --moe-router relu adds",
+        ),
     ],
 )
 def test_before_training(capsys, data, tmp_path, flags, words):
     status, errors = train(capsys, f"{data} {MIXTURE} --save-dir {tmp_path / 'run'} {flags}")
     assert status in (1, 2) and len(errors) == 1 and words in errors[0]
     assert not list(tmp_path.glob("run/*.pt"))
+
+
+@pytest.mark.parametrize(
+    "model, warns",
+    [
+        ("--arch moe_lm_tiny", True),
+        ("--arch moe_lm_tiny --moe-balance both --moe-second-expert-policy all", True),
+        ("--arch moe_lm_tiny --moe-balance bias --moe-second-expert-policy all", False),
+        ("--arch moe_lm_tiny --moe-router hash", False),
+        ("--arch dense_lm_tiny", False),
+    ],
+)
+def test_a_criterion_without_the_balancing_loss(caplog, data, model, warns):
+    line = f"{data} --task mixture_language_modeling {model} --batch-size 4 --cpu"
+    line += " --criterion cross_entropy --disable-validation"
+    line += f" --user-dir {Path(fairseq_moe_ext.__file__).parent}"
+    if "moe_lm" in model:
+        line += " --moe-expert-count 4"
+    cfg = settings(line, 0, 1)
+    has_experts = SimpleNamespace(has_experts="moe_lm" in model)
+    trainer_checks.check_trainer(cfg, None, has_experts)
+    assert ("leaves out the balancing loss" in caplog.text) == warns
 
 
 @pytest.mark.parametrize("metric", ["big_ppl", "out_of_domain_ppl", "ppl", "entropy_gating"])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fairseq_today.errors import UserError
 
-from .. import context, diverging, fully_sharded, ranges, starting
+from .. import context, diverging, fully_sharded, ranges, trainer_checks
 from ..branch import optimizer as branch_optimizer
 from ..branch import pad_rule
 from ..branch.files import find
@@ -45,7 +45,7 @@ def __init__(stock, self, cfg, task, model, criterion, *args, **kwargs):
     self.asked_bfloat16 = cfg.common.bf16
     fully_sharded.take_bfloat16(cfg, model)
     precision.take_bfloat16(cfg, model)
-    starting.check_trainer(cfg, task, model)
+    trainer_checks.check_trainer(cfg, task, model)
     if process_count() > 1 and getattr(model, "has_experts", False):
         validate_processes(cfg.model, process_count())
     if getattr(cfg.model, "compile", False):
