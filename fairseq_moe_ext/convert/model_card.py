@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..shape import shape_of
 from ..text_table import markdown
 from ..wording import short, small
-from .source import Source
+from .source import Source, best_metric
 
 _SETTINGS = {
     "optimization": ("lr", "max_update", "clip_norm", "update_freq"),
@@ -115,7 +115,7 @@ def _training(source: Source) -> List[List[str]]:
         ("updates", history.get("num_updates")),
         ("epoch", (extra.get("train_iterator") or {}).get("epoch")),
         ("hours", _hours(extra.get("previous_training_time"))),
-        ("best validation loss", _rounded(extra.get("best"))),
+        (f"best validation {best_metric(rest)}", _rounded(extra.get("best"))),
         ("corpora", ", ".join(map(str, corpora)) if corpora else None),
         ("criterion", history.get("criterion_name")),
     ]

@@ -75,6 +75,8 @@ def facts(path: str) -> Dict[str, Any]:
 
 
 def _training(rest: Dict[str, Any]) -> Dict[str, Any]:
+    from .source import best_metric
+
     history = (rest.get("optimizer_history") or [{}])[-1]
     extra = rest.get("extra_state") or {}
     position = extra.get("train_iterator") or {}
@@ -83,7 +85,8 @@ def _training(rest: Dict[str, Any]) -> Dict[str, Any]:
         "epoch": position.get("epoch"),
         "tokens": _tokens(extra, rest),
         "seconds": extra.get("previous_training_time"),
-        "validation_loss": extra.get("val_loss"),
+        "best_checkpoint_metric": best_metric(rest),
+        "validation_loss": extra.get("val_loss"),  # a value of that metric
         "best": extra.get("best"),
         "optimizer": history.get("optimizer_name"),
         "criterion": history.get("criterion_name"),
@@ -144,14 +147,16 @@ def _table(summary: Dict[str, Any]) -> Dict[str, str]:
     done += [count(training["tokens"], "token")] if training.get("tokens") else []
     done += [f"epoch {training['epoch']}"] if training.get("epoch") else []
     done += [f"{training['seconds']:,.0f} s"] if training.get("seconds") else []
-    if training.get("validation_loss") is not None:
-        done.append(f"validation loss {training['validation_loss']:.4g}")
+    for name, words in (("validation_loss", "validation"), ("best", "best")):
+        if training.get(name) is not None:
+            done.append(f"{words} {training['best_checkpoint_metric']} {training[name]:.4g}")
     table["training"] = ", ".join(done) or "none"
-    rest = ("updates", "tokens", "epoch", "seconds", "validation_loss")
+    shown = {"updates", "tokens", "epoch", "seconds"}
+    shown |= {"best_checkpoint_metric", "validation_loss", "best"}
     table["with"] = ", ".join(
         f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
         for name, value in training.items()
-        if name not in rest
+        if name not in shown
     )
     table["written by"] = summary["written_by"]
     return {name: words for name, words in table.items() if words}

@@ -6,7 +6,7 @@ from argparse import Namespace
 from copy import deepcopy
 from dataclasses import dataclass, fields
 from types import SimpleNamespace
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Mapping, Optional
 
 import torch
 from fairseq.data import Dictionary
@@ -106,6 +106,13 @@ def build_on_meta(settings: Dict[str, Any], vocabulary: int) -> MoETransformerLa
 def fresh_rest(cfg: Dict[str, Any]) -> Dict[str, Any]:
     """The rest of the state for a model that was not trained."""
     return {"args": None, "cfg": cfg, "criterion": None, "task_state": {}, **deepcopy(BARE)}
+
+
+def best_metric(rest: Mapping[str, Any]) -> str:
+    """Name of the metric whose values a checkpoint keeps as `val_loss` and `best`."""
+    cfg = (rest.get("cfg") or {}).get("checkpoint") or {}
+    named = cfg.get("best_checkpoint_metric")
+    return str(named or getattr(rest.get("args"), "best_checkpoint_metric", None) or "loss")
 
 
 def with_settings(rest: Dict[str, Any], settings: Dict[str, Any]) -> Dict[str, Any]:

@@ -1,6 +1,7 @@
 """`fairseq-moe average` against a plain mean, and `fairseq-moe show`."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,10 @@ import torch
 from converting import DENSE, MOE, convert, load, logits
 
 from fairseq_moe_ext.cli import main
+from fairseq_moe_ext.convert import model_card
 from fairseq_moe_ext.convert.average import mean_of
 from fairseq_moe_ext.convert.readers import open_checkpoint
+from fairseq_moe_ext.convert.source import best_metric
 from fairseq_moe_ext.errors import UserError
 
 
@@ -133,6 +136,23 @@ def test_models_that_compute_differently_are_refused(saved, name, value):
         return
     with pytest.raises(UserError, match=f"are different models: {name} is .* and {value}; average"):
         mean_of([one, other])
+
+
+def test_the_metric_of_the_best_checkpoint_is_named(saved, tmp_path, capsys):
+    state = load(saved(MOE)[1])
+    state["extra_state"].update(val_loss=450.25, best=444.6816)
+    for metric in ("in_domain_ppl", "loss"):
+        state["cfg"]["checkpoint"]["best_checkpoint_metric"] = metric
+        torch.save(state, tmp_path / "x.pt")
+        assert main(["show", str(tmp_path / "x.pt")]) == 0
+        assert f"validation {metric} 450.2, best {metric} 444.7" in capsys.readouterr().out
+        assert main(["show", str(tmp_path / "x.pt"), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)["training"]
+        assert found["best_checkpoint_metric"] == metric and found["best"] == 444.6816
+        rows = model_card._training(open_checkpoint(str(tmp_path / "x.pt"), True))
+        assert [f"best validation {metric}", "444.6816"] in rows
+    old = {"args": Namespace(best_checkpoint_metric="ppl"), "cfg": None}
+    assert best_metric(old) == "ppl" and best_metric({"args": None}) == "loss"
 
 
 def test_show_says_what_a_checkpoint_is(saved, tmp_path, capsys):
