@@ -654,9 +654,9 @@ def test_what_would_be_needed(tmp_path, capsys):
     assert found["d1, 256 experts, unlike text, by tokens", "8"][0] == pytest.approx(tokens, 0.06)
     made = made_result(tmp_path)
     wide = next(f for f in made["factors"] if f["arm"] == "d0-256x4" and f["group"] == "in_domain")
-    (tmp_path / "result.json").write_text(
-        json.dumps({**made, "factors": [{**wide, "tokens": 4_000_000, "factor": 1.5}, wide]})
-    )
+    bound = {**wide, "tokens": 64_000_000, "factor": 3.9, "beyond": 1}  # no number, so left out
+    factors = [{**wide, "tokens": 4_000_000, "factor": 1.5}, wide, bound]
+    (tmp_path / "result.json").write_text(json.dumps({**made, "factors": factors}))
     four = [row for row in needed.table(ladder, 100.0, 1e4) if row[0] == "d0-256x4, measured"][0]
     doublings = 2 * math.log(4 / wide["factor"]) / math.log(wide["factor"] / 1.5)
     assert float(four[2]) == pytest.approx(16e6 * 2**doublings, rel=0.06)

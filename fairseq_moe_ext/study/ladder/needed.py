@@ -6,7 +6,6 @@ from typing import Callable, List, Tuple
 from ... import files
 from ...errors import UserError
 from ...text_table import markdown
-from ..result import GROUPS
 from . import page, result, tables
 from .forecast import CURVE_TOKENS_PER_UPDATE, CURVES, CURVES_UNLIKE, Curves, training_flops, trend
 from .saving import tokens_for
@@ -86,7 +85,7 @@ def _measured(ladder: Ladder) -> List[Tuple[str, float, _Curve]]:
         raise UserError(f"{path}: is not a ladder's result; move it elsewhere")
     curves = []
     for name, percent in tables.growth(found):
-        last = [f for f in found["factors"] if f["arm"] == name and f["group"] == GROUPS[0]][-1]
+        last = tables.in_domain(found, name)[-1]
         arm = next(arm for arm in ladder.arms if arm.name == name)
         curve = _line(last["tokens"], last["factor"], percent)
         curves.append((f"{name}, measured", training_flops(arm, ladder), curve))

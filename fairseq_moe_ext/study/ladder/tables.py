@@ -212,16 +212,18 @@ def against_forecast(result: LadderResult, forecasts: Sequence[Forecast]) -> Row
     return [head, *rows]
 
 
+def in_domain(result: LadderResult, arm: str) -> List[Factor]:
+    """The factors of an arm in domain that are numbers, from the fewest tokens on."""
+    mine = [f for f in result["factors"] if f["arm"] == arm and not f["beyond"]]
+    return [f for f in mine if f["group"] == GROUPS[0]]
+
+
 def growth(result: LadderResult) -> List[Tuple[str, float]]:
     """Of each sparse arm that has a number at its fewest and its most tokens: how many per cent the
     saving in domain grows each time the tokens double."""
     grown = []
     for name in sparse(result):
-        mine = [
-            f
-            for f in result["factors"]
-            if f["arm"] == name and f["group"] == GROUPS[0] and not f["beyond"]
-        ]
+        mine = in_domain(result, name)
         if len(mine) > 1:
             first, last = mine[0], mine[-1]
             doublings = math.log2(last["tokens"] / first["tokens"])
