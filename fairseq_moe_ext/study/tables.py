@@ -49,7 +49,8 @@ def models(runs: Runs) -> Table:
 
 
 def perplexities(runs: Runs) -> Table:
-    """Mean over seeds, and half the range over them; dropped choices at the end."""
+    """Mean over seeds, and half the range over them; the choices that training dropped at its end
+    (evaluation drops none) in the last row."""
     by_model = _by_model(runs)
     rows = []
     for group in [g for g in results.groups(runs) if g in runs[0]["mean"] or g in runs[0]["sets"]]:
@@ -61,11 +62,11 @@ def perplexities(runs: Runs) -> Table:
                 cell += f" ± {small((max(values) - min(values)) / 2)}"
             row.append("" if math.isnan(sum(values)) else cell)
         rows.append(row)
-    row = ["Choices dropped, %"]
+    row = ["Choices dropped in training, %"]
     for model_runs in by_model.values():
-        lost = [s["dropped"] for run in model_runs for s in run["sets"].values() if s["dropped"]]
-        shares = [sum(choices) / len(choices) for choices in lost]
-        row.append(small(100 * sum(shares) / len(shares)) if shares else "")
+        routers = [run.get("router", {}) for run in model_runs]  # older files lack it
+        lost = [router["overflow"] for router in routers if "overflow" in router]
+        row.append(small(sum(lost) / len(lost)) if lost else "")
     return ["", *by_model], [*rows, row]
 
 
@@ -171,7 +172,7 @@ def contents(result: StudyResult, use: bool, fine_tuned: bool) -> Table:
         ["Fine-tuning", "table" if fine_tuned else "not given: --fine-tuning", "table"],
         ["StereoSet", "table" if bias(runs)[1] else primed, "table, of the models' card"],
         ["Use of experts by layer and set", "drawn" if use else "not given: --expert-use", ""],
-        ["Choices dropped for capacity", "table, with every set", ""],
+        ["Choices dropped for capacity", "table, of the end of training", ""],
     ]
     return ["In the paper or beside it", "This study", "The paper's numbers"], rows
 

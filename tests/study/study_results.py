@@ -13,8 +13,9 @@ def made_result(folder, moe=((1e12, 20.0), (4e12, 5.0))):
             for seed in (1, 2):
                 one = {"perplexity": perplexity + 0.1 * seed, "dropped": None}
                 if family == "moe":
-                    one["dropped"] = [0.01, 0.03]
+                    one["dropped"] = [0.0, 0.0]  # evaluation drops nothing
                 run = {"family": family, "size": size, "seed": seed, "flops": flops}
+                run["router"] = {"overflow": 1.5 + seed / 3} if family == "moe" else {}
                 run.update(parameters=1000, active=500, tokens=10**6, seconds=60.0)
                 copa = {"task": "copa", "shots": 0, "spread": None, "questions": 10_000}
                 copa.update(chance=0.25, majority=None, questions_cut=3, questions_left_out=0)

@@ -234,16 +234,15 @@ def test_words_for_factors_and_seeds():
 
 def test_no_interval_of_one_seed():
     runs = runs_of({"dense": [(1, 30)], "moe": [(1, 20)]}, (0,))
-    for run in runs:
-        run["sets"]["a"]["dropped"] = None
     (row, *_) = tables.perplexities(runs)[1]
     assert row == ["In domain, mean", "30.00", "20.00"]
     runs = runs_of({"dense": [(1, 40)], "moe": [(1, 1)]}, (1, 2))
     for run in runs:
-        run["sets"]["a"]["dropped"] = [0.00001] if run["family"] == "moe" else None
+        run["sets"]["a"]["dropped"] = [0.0, 0.0] if run["family"] == "moe" else None
+        run["router"] = {"overflow": 0.001} if run["family"] == "moe" else {}
     rows = tables.perplexities(runs)[1]
     assert rows[0][1:] == ["40.06 ± 0.02", "1.00 ± < 0.01"], "half of 40.04 to 40.08"
-    assert rows[-1] == ["Choices dropped, %", "", "< 0.01"], "not 0.00"
+    assert rows[-1] == ["Choices dropped in training, %", "", "< 0.01"], "not 0.00"
 
 
 def test_accuracies_have_factors_too():
