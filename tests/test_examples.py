@@ -58,6 +58,20 @@ def test_the_batch_script_has_flags_that_exist(monkeypatch):
     args = options.parse_args_and_arch(options.get_training_parser(), words[1:])
     assert args.arch == "moe_lm_15b" and args.distributed_port == 12345
     assert args.distributed_world_size == 16
+    # the same training as of the Hydra config
+    config = {
+        name: yaml.safe_load((ROOT / "hydra_conf" / f"{name}.yaml").read_text(encoding="utf-8"))
+        for name in ("moe_lm_15b", "base", "optimizer/adam", "criterion/moe_cross_entropy")
+    }
+    optimization = config["moe_lm_15b"]["optimization"]
+    assert args.lr == optimization["lr"] and args.max_update == optimization["max_update"]
+    assert args.clip_norm == config["base"]["optimization"]["clip_norm"]
+    for name in ("weight_decay", "adam_betas", "adam_eps"):
+        assert getattr(args, name) == config["optimizer/adam"][name], name
+    assert args.warmup_updates == config["moe_lm_15b"]["lr_scheduler"]["warmup_updates"]
+    assert int(args.total_num_update) == args.max_update
+    assert args.moe_gate_loss_wt == config["criterion/moe_cross_entropy"]["moe_gate_loss_wt"]
+    assert args.batch_size * args.update_freq[0] * 16 * args.tokens_per_sample == 2**19
 
 
 def test_the_citation_has_the_version():
