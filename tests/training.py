@@ -63,8 +63,10 @@ def make_data(folder):
 
 def prepare_text(folder, text, vocabulary=280):
     """folder/data, with a tokenizer, of one corpus `a`, whose splits are all the text."""
-    (folder / "a.txt").write_text(text)
-    specs = [f"a:{split}={folder / 'a.txt'}" for split in ("train", "valid", "test")]
+    specs = []
+    for split in ("train", "valid", "test"):
+        (folder / f"{split}.txt").write_text(text)
+        specs.append(f"a:{split}={folder / split}.txt")
     prepare(folder / "data", Options(corpora=parse_corpora(specs, []), train_bpe=vocabulary))
     return folder / "data"
 

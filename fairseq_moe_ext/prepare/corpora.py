@@ -1,8 +1,9 @@
 """The files of each corpus, from --corpus, --heldout and --format."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Dict, Iterable, List, Optional, Tuple
 
 from fairseq_moe_ext import data_bin
 from fairseq_moe_ext.errors import UserError
@@ -29,7 +30,8 @@ def parse_corpora(corpora: List[str], heldout: List[str]) -> List[Corpus]:
     """The corpora that the flags --corpus and --heldout describe, their files listed.
 
     Raises:
-        UserError: a flag that cannot be read, a name used twice, a path without files.
+        UserError: a flag that cannot be read, a name used twice, a path without files, a file to
+            train on that is given twice.
     """
     if not corpora and not heldout:
         raise UserError("--corpus: missing; give at least one, such as --corpus NAME=PATH")
@@ -66,7 +68,25 @@ def parse_corpora(corpora: List[str], heldout: List[str]) -> List[Corpus]:
                 f"--corpus {corpus.name}: no train split; give {corpus.name}:train=..., or use "
                 "--heldout for a corpus that is only evaluated"
             )
+    _refuse_shared_files(by_name.values())
     return list(by_name.values())
+
+
+def _refuse_shared_files(corpora: Iterable[Corpus]) -> None:
+    """Raise UserError for a file to train on that is also in another split or corpus: its text
+    would be evaluated, or count twice."""
+    seen: Dict[str, Tuple[str, bool]] = {}
+    for corpus in corpora:
+        for split, paths in corpus.files.items():
+            flag = corpus.flag if split is None else f"{corpus.flag}:{split}"
+            trained = not corpus.held_out and split in (None, "train")
+            for path in paths:
+                first, also_trained = seen.setdefault(os.path.realpath(path), (flag, trained))
+                if first != flag and (trained or also_trained):
+                    raise UserError(
+                        f"{flag}: {path} is also a file of {first}, and text to train on must be "
+                        "in no other split or corpus; leave it out of one of them"
+                    )
 
 
 def parse_formats(words: List[str], corpora: List[Corpus]) -> str:
