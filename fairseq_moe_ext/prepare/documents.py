@@ -194,13 +194,14 @@ def _pieces(stream: BinaryIO, path: Path, separator: str) -> Iterator[Tuple[byte
 def _between(stream: BinaryIO, path: Path, source: Source) -> Iterator[Tuple[bytes, int]]:
     """Like _pieces, separated by the lines that match `ends` or `starts`."""
     ends, starts = (
-        None if pattern is None else re.compile(pattern.encode())
-        for pattern in (source.ends, source.starts)
+        None if pattern is None else re.compile(pattern) for pattern in (source.ends, source.starts)
     )
     offset = begun = 0  # of the next line, of the document
     lines: List[bytes] = []
     for line in _lines(stream):
-        bare = line.rstrip(b"\r\n")
+        bare = line.rstrip(b"\r\n").decode("utf-8", "surrogateescape")
+        if offset == 0:
+            bare = bare[bare.startswith(BYTE_ORDER_MARK) :]
         ended = ends is not None and ends.search(bare)
         if lines and (ended or (starts is not None and starts.search(bare))):
             yield b"".join(lines), begun

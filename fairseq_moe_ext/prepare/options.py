@@ -65,13 +65,13 @@ def _check_patterns(source: Source) -> None:
                 "remove one of them"
             )
         try:
-            found = re.compile(pattern.encode())
-        except (re.error, UnicodeEncodeError) as error:
+            found = re.compile(pattern)
+        except re.error as error:
             raise UserError(
                 f"{flag} {pattern}: not a regular expression ({error}); put \\ before characters "
                 "like ( [ * that mean themselves"
             ) from None
-        if all(found.search(line) for line in (b"", b"Any line, as 1.")):
+        if all(found.search(line) for line in ("", "Any line, as 1.")):
             raise UserError(f"{flag} {pattern!r}: matches every line; begin it with ^ and be exact")
 
 

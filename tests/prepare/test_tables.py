@@ -47,6 +47,17 @@ def test_damaged_tables_are_refused(tmp_path, content, words):
         read(path)
 
 
+def test_patterns_are_of_characters(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("\ufeff———\none\n———\néclair\nÄpfel\ntwo\n", encoding="utf-8")
+    assert read(path, ends="^—{3}$") == ["one", "éclair\nÄpfel\ntwo"]
+    assert read(path, starts="^[ÄÖ]") == ["———\none\n———\néclair", "Äpfel\ntwo"]
+    assert read(path, starts=r"^\w{6}$") == ["———\none\n———", "éclair\nÄpfel\ntwo"]
+    path.write_bytes("one\n———\n".encode() + b"\xe9\n")
+    with pytest.raises(UserError, match="not UTF-8 at byte 14"):
+        read(path, ends="^—{3}$")
+
+
 def test_a_separator_is_left_out_and_blank_lines_stay(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("one\n\ntwo\n<|end|>\nthree\n<|end|>\n<|end|>\n\nfour <|end|> five\n")
