@@ -12,6 +12,17 @@ class NotFinite(UserError):
     """NaN or infinity where a number should be."""
 
 
+class Unfit(UserError):
+    """An intact optimizer state that cannot be converted."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(reason, remedy)  # as they are, so that it can be pickled
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return " ".join("; ".join(self.args).splitlines())
+
+
 # The remedy if a trained model yields NaN or infinity.
 DAMAGED = "the checkpoint is damaged or its training diverged; use an earlier one"
 

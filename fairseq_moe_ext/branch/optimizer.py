@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import Unfit
 from ..fully_sharded import is_sharded, locations
 from ..moe.experts import TensorPerExpert
 from . import flat
@@ -162,17 +162,9 @@ def _merged(
     return merged
 
 
-class Unfit(UserError):
-    """An optimizer state that cannot be converted. `reason` lacks the remedy."""
-
-    reason: str
-
-
 def unfit(files: BranchFiles, why: str) -> Unfit:
     reason = f"{files.base}: its optimizer state cannot be continued: {why}"
-    error = Unfit(f"{reason}; add --reset-optimizer to continue with a fresh one")
-    error.reason = reason
-    return error
+    return Unfit(reason, "add --reset-optimizer to continue with a fresh one")
 
 
 def shapes(trainer: Any, files: BranchFiles) -> Dict[str, Tensor]:

@@ -13,7 +13,7 @@ from fairseq_today.torch_today import load_weights_only
 
 from .. import files as own_files
 from ..branch.files import BranchFiles, find, flat_settings
-from ..branch.optimizer import Unfit, is_parameter
+from ..branch.optimizer import is_parameter
 from ..branch.reading import read
 from ..branch.settings import ONE_PROCESS, translated_settings
 from ..checkpoint.format import MANIFEST, Manifest, Piece
@@ -21,7 +21,7 @@ from ..checkpoint.intact import check_records
 from ..checkpoint.loading import check_kind, check_optimizer_parts, open_pieces, refuse_folder
 from ..checkpoint.settings import check_fields, check_settings
 from ..config import MoETransformerLMConfig, defaults, saved_pad_rule
-from ..errors import UserError
+from ..errors import Unfit, UserError
 from ..expert_parallel import Placement, is_expert
 from ..models.architectures import ARCHITECTURES
 from ..models.language_model import MODEL_NAME
@@ -109,13 +109,20 @@ def _optimizer(
     source: Source, saved: Dict[str, Any], pieces: List[Piece], manifest: Optional[Manifest]
 ) -> Optimizer:
     if "state" not in saved:
-        raise UserError(
-            f"{source.path}: its optimizer state is of several optimizers (--optimizer composite); "
-            "add --weights-only"
+        raise Unfit(
+            f"{source.path}: its optimizer state is of several optimizers (--optimizer composite)",
+            "add --weights-only",
         )
     state = saved["state"]
     rest = {key: value for key, value in saved.items() if key != "state"}
-    if sum(len(group["params"]) for group in saved["param_groups"]) != len(source.order):
+    numbered = sum(len(group["params"]) for group in saved["param_groups"])
+    if numbered != len(source.order):
+        if manifest is not None and manifest.indices:
+            raise Unfit(
+                f"{source.path}: its optimizer state has {numbered} tensors, but its settings "
+                f"train {len(source.order)} parameters",
+                "add --weights-only",
+            )
         return Optimizer(rest, None, state)
     if manifest is not None:
         names = manifest.indices if state else ()
@@ -144,9 +151,10 @@ def _per_expert(
         elif len(states) == 1 or not isinstance(value, Tensor) or value.numel() == 1:
             split[key] = value
         else:
-            raise UserError(
+            raise Unfit(
                 f"{path}: the optimizer's {key} of {name} joins several experts and cannot be "
-                "split: add --weights-only"
+                "split",
+                "add --weights-only",
             )
     return split
 
@@ -184,7 +192,7 @@ def _open_branch(path: str, weights_only: bool) -> Source:
     try:
         state = read(files, None, parameters, stack=TensorPerExpert)
     except Unfit as error:
-        raise UserError(f"{error.reason}; add --weights-only") from error
+        raise Unfit(error.reason, "add --weights-only") from error
     settings = _settings(files.base, _flat(state))
     model, saved = state.pop("model"), state.pop("last_optimizer_state", None)
     if state["cfg"] is not None:

@@ -40,7 +40,7 @@ class Source:
     rest: Dict[str, Any]  # all of fairseq's state but model and optimizer
     settings: Dict[str, Any]  # of our model
     model: Dict[str, AnyTensor]  # in the order of the file to be
-    order: List[str]  # parameters as the optimizer numbers them
+    order: List[str]  # the trained parameters, as the optimizer numbers them
     optimizer: Optional[Optimizer]
 
     def per_expert(self, name: str) -> TensorPerExpert:
@@ -87,7 +87,7 @@ def set_order(source: Source) -> None:
                 f"not {tuple(expected[name].shape)}"
             )
     source.model = {name: source.model[name] for name in expected if name in source.model}
-    source.order = [name for name, _ in ours.named_parameters()]
+    source.order = [name for name, value in ours.named_parameters() if value.requires_grad]
 
 
 def build_on_meta(settings: Dict[str, Any], vocabulary: int) -> MoETransformerLanguageModel:

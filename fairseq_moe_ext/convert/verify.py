@@ -4,7 +4,7 @@ import argparse
 import os
 from typing import Dict, Iterator, Optional, Set, Tuple
 
-from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.errors import Unfit, UserError
 
 DESCRIPTION = """\
 Check that each file of a checkpoint is as it was written: by the CRC of its records and, for
@@ -112,7 +112,11 @@ def _judged(path: str, done: Dict[str, Optional[str]]) -> Iterator[Tuple[str, Op
     if wrong:
         return
     try:
-        reader.open(path, False)
+        try:
+            reader.open(path, False)
+        except Unfit as unfit:
+            reader.open(path, True)
+            print(f"{path}: only its weights can be converted: {unfit.reason}", flush=True)
     except OtherModel:
         pass  # the bytes are intact; the model cannot be built
     except UserError as error:

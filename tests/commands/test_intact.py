@@ -110,6 +110,11 @@ def without_digests(spread, change=lambda manifest: None):
     torch.save(state, spread)
 
 
+def fit_sizes(spread, manifest):
+    for file in manifest["files"]:
+        file["bytes"] = (spread.parent / file["name"]).stat().st_size
+
+
 def test_an_older_manifest_loads_and_its_files_are_checked_by_their_crc(spread):
     expected = model_of(spread)
     without_digests(spread)
@@ -124,11 +129,7 @@ def test_a_file_of_experts_without_optimizer_state_is_told(spread, command, data
     part = pieces(spread)[1]
     state = torch.load(part, weights_only=False)
     torch.save({**state, "optimizer": {}}, part)
-    without_digests(spread)
-    whole = torch.load(spread, weights_only=False)
-    for file in whole["experts"]["files"]:
-        file["bytes"] = (spread.parent / file["name"]).stat().st_size
-    torch.save(whole, spread)
+    without_digests(spread, lambda manifest: fit_sizes(spread, manifest))
     train = f"{data} {TRAIN} {SPARSE} --no-save --save-dir {spread}.d --restore-file {spread}"
     status, _, _, err = command("train", train)
     assert status == 1 and "is missing for experts 2 to 3, but not for others" in err
@@ -185,6 +186,36 @@ def test_verify_tells_what_is_missing_cut_short_or_of_another_save(spread, one, 
         stream.truncate(1000)
     assert judged(one, capsys)[0] == 1
     assert judged(tmp_path / "nothing.pt", capsys)[0] == 1
+
+
+@pytest.mark.parametrize("kind", ["composite", "one moment of all experts", "the branch's"])
+def test_verify_calls_no_optimizer_state_damaged_that_cannot_be_converted(
+    one, spread, branch, kind, capsys
+):
+    path = {"composite": one, "the branch's": branch}.get(kind, spread)
+    if kind == "composite":
+        state = torch.load(one, weights_only=False)
+        state["last_optimizer_state"] = {"decoder": state["last_optimizer_state"]}
+        torch.save(state, one)
+    elif kind == "the branch's":
+        shared = branch.with_name("branch-shared.pt")
+        state = torch.load(shared, weights_only=False)
+        state["last_optimizer_state"]["param_groups"] *= 2
+        torch.save(state, shared)
+    else:
+        for file in pieces(spread):
+            state = torch.load(file, weights_only=False)
+            for moments in state["optimizer"].values():
+                moments["exp_avg"] = torch.zeros(3)
+            torch.save(state, file)
+        without_digests(spread, lambda manifest: fit_sizes(spread, manifest))
+    assert main(["convert", str(path), f"{one}.1.pt"]) == 1
+    capsys.readouterr()
+    assert main(["verify", str(path)]) == 0
+    out, err = capsys.readouterr()
+    assert "only its weights can be converted: " in out
+    assert "add --" not in out and "damaged" not in out and not err
+    assert main(["convert", str(path), f"{one}.2.pt", "--weights-only"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from branch_checkpoints import (
     remembered,
     write_small,
 )
-from converting import ALL, MOE, convert, evaluated, load, same
+from converting import ALL, MOE, convert, evaluated, load, mistake, same
 from small_models import build_model
 from training import TRAIN, expert_files, train_on
 
@@ -42,6 +42,28 @@ def test_to_files_of_experts_and_back(data, run, tmp_path):
             assert torch.equal(value, load(source)["model"][name][rows])
     assert next_losses(data, tmp_path / "a" / "x.pt", tmp_path) == losses
     assert next_losses(data, tmp_path / "b" / "x.pt", tmp_path, 2) == pytest.approx(losses, 1e-5)
+
+
+@pytest.mark.parametrize("part", ["gate", "experts"])
+def test_frozen_parameters_have_no_number_in_the_optimizer(data, run, tmp_path, capsys, part):
+    frozen = f"{MOE} --moe-freeze {part}"
+    source, losses = run(frozen)
+    convert(source, tmp_path / "a" / "x.pt", "--expert-files", 2)
+    convert(tmp_path / "a" / "x.pt", tmp_path / "back.pt")
+    assert same(load(tmp_path / "back.pt"), load(source))
+    assert next_losses(data, tmp_path / "a" / "x.pt", tmp_path, flags=frozen) == losses
+    convert(source, tmp_path / "x.pt", "--to", "branch", "--rank-files", 2)
+    assert next_losses(data, tmp_path / "x.pt", tmp_path, flags=frozen) == losses
+
+
+def test_an_optimizer_state_of_other_parameters_is_refused(run, tmp_path, capsys):
+    """Without the numbers of the parameters, the experts' part would be lost."""
+    convert(run(MOE)[0], tmp_path / "a" / "x.pt", "--expert-files", 2)
+    state = load(tmp_path / "a" / "x.pt")
+    state["last_optimizer_state"]["param_groups"][0]["params"].append(99)
+    torch.save(state, tmp_path / "a" / "more.pt")
+    line = mistake(capsys, tmp_path / "a" / "more.pt", tmp_path / "one.pt")
+    assert re.search("optimizer state has .* tensors.*add --weights-only", line)
 
 
 def test_to_the_branch_and_back(data, run, tmp_path):
