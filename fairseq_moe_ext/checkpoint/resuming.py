@@ -9,6 +9,7 @@ from argparse import Namespace
 from typing import Any, Dict, Iterator, Mapping, Optional
 
 from fairseq.trainer import Trainer
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from .. import context, fully_sharded
@@ -114,6 +115,42 @@ def warn_of_kept_settings(trainer: Trainer, filename: str, overrides: Mapping[st
             f"--{flag.replace('_', '-')} {wanted}: {filename} continues with {kept}; add "
             f'--optimizer-overrides "{ {key: wanted} }" to change it'
         )
+
+
+def forget_other_validations(state: Dict[str, Any], trainer: Trainer, filename: str) -> None:
+    """Remove what a state says of the validations so far if this run compares another quantity:
+    checkpoint_best.pt, --patience and reduce_lr_on_plateau would compare a perplexity with a
+    loss."""
+    saved, here = _compared(state.get("cfg")), _compared(trainer.cfg)
+    changed = [flag for flag in saved if saved[flag] != here[flag]]
+    if not changed:
+        return
+    state["extra_state"] = {**state["extra_state"], "val_loss": None}
+    history = state["optimizer_history"]
+    schedule = history[-1].get("lr_scheduler_state") if history else None
+    for record in (state["extra_state"], schedule or {}):
+        for key in ("best", "should_stop_early", "bad_epochs"):
+            record.pop(key, None)
+    if process_rank() == 0:
+        flags = " and ".join(f"{flag} {here[flag]} (it has {saved[flag]})" for flag in changed)
+        logger.warning(
+            f"{flags}: the validations before {filename} measured something else: this run finds "
+            "its best checkpoint among its own, and counts --patience and --lr-patience anew"
+        )
+
+
+def _compared(cfg: Any) -> Dict[str, Any]:
+    """The flags that say which quantity of a validation is compared, as far as a run has them. Of
+    several subsets it is the first."""
+    names = {
+        "--valid-subset": "dataset.valid_subset",
+        "--best-checkpoint-metric": "checkpoint.best_checkpoint_metric",
+        "--maximize-best-checkpoint-metric": "checkpoint.maximize_best_checkpoint_metric",
+    }
+    found = {flag: cfg and OmegaConf.select(cfg, name) for flag, name in names.items()}
+    return {
+        f: v.split(",")[0] if isinstance(v, str) else v for f, v in found.items() if v is not None
+    }
 
 
 def _refuse_what_cannot_be_saved(cfg: Any) -> None:

@@ -19,7 +19,7 @@ from .. import context, fingerprint, tokenizer_files
 from ..branch import pad_rule
 from ..branch.files import find
 from ..branch.reading import read
-from ..checkpoint import loading, saving, starting
+from ..checkpoint import loading, resuming, saving, starting
 from ..checkpoint.cleanup import remove_unused_files
 from ..checkpoint.collective import same_error_on_all_ranks
 from ..checkpoint.experts import has_sharded_experts, saves_together
@@ -59,6 +59,7 @@ def load_checkpoint_to_cpu(stock, path, arg_overrides=None, *args, **kwargs):
     if under_way is not None and under_way.optimizer:
         loading.name_the_optimizer_as_here(state, under_way.trainer)
         loading.count_updates_as_here(state, under_way.trainer)
+        resuming.forget_other_validations(state, under_way.trainer, path)
     if under_way is not None:
         begin_from_the_model(under_way.trainer, state, path)
     pad_rule.note(state, arg_overrides or {})

@@ -85,6 +85,8 @@ def load_checkpoint(
             resuming.check(self, filename, optimizer=not reset_optimizer)
             if not reset_optimizer:
                 resuming.warn_of_kept_settings(self, filename, optimizer_overrides or {})
+    if self.get_num_updates() == 0:  # stock goes on counting the hours of --stop-time-hours
+        self._previous_training_time = 0
     if extra_state is not None and not reset_optimizer and not reset_meters:
         best = extra_state.get("best")
         before = {} if best is None else {"best": best, "num_runs": 0}
@@ -325,8 +327,9 @@ def save_plateau(stock, self):
 
 
 def load_plateau(stock, self, state):
-    """Like save_plateau."""
-    stock(self, state)
+    """Like save_plateau. There is no best loss where another quantity is compared (see
+    resuming.forget_other_validations)."""
+    stock(self, {"best": self.lr_scheduler.best, **state})
     self.lr_scheduler.num_bad_epochs = state.get("bad_epochs", 0)
 
 

@@ -84,6 +84,28 @@ def test_after_patience(data, folder, tmp_path, caplog):
         assert len(train(0, 1, run)) == updates
 
 
+def test_another_metric_is_compared_with_itself(data, tmp_path, caplog):
+    """A perplexity is never better than a loss."""
+    line = LINE.replace(" --disable-validation", " --validate-interval-updates 1 --patience 1")
+    line = f"{data} {line} --lr-scheduler reduce_lr_on_plateau --save-dir {tmp_path}"
+    best = tmp_path / "checkpoint_best.pt"
+    found = []
+    for updates, flags in ((2, ""), (3, ""), (5, "--best-checkpoint-metric ppl")):
+        train(0, 1, f"{line} --max-update {updates} {flags}")
+        state = torch.load(best, weights_only=True)
+        found.append(state["extra_state"]["best"])
+        assert state["optimizer_history"][-1]["num_updates"] == updates
+        assert caplog.text.count(f"{flags} (it has loss): the validations") == (updates == 5)
+    assert found[1] < found[0] and found[2] > 2 * found[0]
+
+
+@pytest.mark.parametrize("start", ["--finetune-from-model", "--reset-optimizer --restore-file"])
+def test_the_hours_begin_with_the_updates(data, folder, tmp_path, start):
+    pre = edited(folder, tmp_path, previous_training_time=36000) / "checkpoint_last.pt"
+    flags = f"--no-save --max-update 3 --stop-time-hours 5 --save-dir {tmp_path / 'new'}"
+    assert len(train(0, 1, f"{data} {LINE} {flags} {start} {pre}")) == 3
+
+
 def test_after_max_epoch_or_the_least_learning_rate(data, tmp_path, caplog):
     flags = "--max-epoch 1 --lr 0.01 --lr-scheduler fixed"
     line = f"{data} {LINE} --save-dir {tmp_path}"
