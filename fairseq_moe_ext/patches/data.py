@@ -5,8 +5,10 @@ import logging
 import math
 import os
 import re
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, Optional
 
 import numpy
 import torch
@@ -171,7 +173,25 @@ def save_position(stock, self):
     batches = state["iterations_in_epoch"] * self.num_shards
     sentences = sum(map(len, self.frozen_batches[:batches])) if batches else 0
     position = {"batches": batches, "of": len(self.frozen_batches), "sentences": sentences}
+    if batches:
+        position["order"] = _order(self, state["shuffle"])
     return {**state, "all_processes": position}
+
+
+def _order(iterator: Any, shuffle: bool) -> Optional[int]:
+    """A CRC of the order in which all processes see the sentences of an epoch; None for sentences
+    that are not known by a number."""
+    batches = iterator.frozen_batches
+    try:
+        sentences = numpy.concatenate(batches).astype(numpy.int64)
+    except (TypeError, ValueError):
+        return None
+    drawn = getattr(iterator.dataset, "drawn", None)  # of a mixture, for this epoch
+    order = [sentences if drawn is None else drawn[sentences]]
+    if shuffle:
+        group = iterator.num_shards if iterator.grouped_shuffling else 0
+        order += [numpy.array([*map(len, batches), group, iterator.seed])]
+    return zlib.crc32(numpy.concatenate(order).astype("<i8").tobytes())
 
 
 def load_position(stock, self, state):
@@ -180,26 +200,39 @@ def load_position(stock, self, state):
 
     Another batch size divides the epoch differently: the run continues after the same number of
     sentences. If batches are shuffled, these are other sentences, so in the rest of the epoch some
-    are seen twice and some not at all.
+    are seen twice and some not at all. So they are if another --seed orders them.
     """
     position = state.get("all_processes")
     if position is not None and position["batches"] > 0:
         self.epoch = state["epoch"]  # some samplers make the batches of an epoch
-        batches = position["batches"]
-        if position["of"] != len(self.frozen_batches):
-            if state.get("shuffle", True):
-                of = position["of"]  # None in the branch's checkpoints
-                theirs = "an unknown number of" if of is None else f"{of:,}"
-                logger.warning(
-                    f"the checkpoint divides epoch {self.epoch} into {theirs} batches, "
-                    f"this run into {len(self.frozen_batches):,}, in another shuffled order: until "
-                    "the epoch ends, some sentences are seen twice and others not at all; to avoid "
-                    "that, use the --batch-size and --max-tokens of the checkpoint"
-                )
+        batches, shuffle = position["batches"], state.get("shuffle", True)
+        other = position["of"] != len(self.frozen_batches)
+        if other and shuffle:
+            of = position["of"]  # None in the branch's checkpoints
+            theirs = "an unknown number of" if of is None else f"{of:,}"
+            _warn_of_another_order(
+                f"the checkpoint divides epoch {self.epoch} into {theirs} batches, "
+                f"this run into {len(self.frozen_batches):,}, in another shuffled order",
+                "--batch-size and --max-tokens",
+            )
+        elif position.get("order") not in (None, _order(self, shuffle)):
+            _warn_of_another_order(
+                f"this run has the sentences of epoch {self.epoch} in another order than the "
+                "checkpoint",
+                "--seed, --corpus-weights and, with --grouped-shuffling, number of processes",
+            )
+        if other:
             ends = itertools.accumulate(map(len, self.frozen_batches))
             batches = sum(1 for _ in itertools.takewhile(position["sentences"].__ge__, ends))
         state = {**state, "iterations_in_epoch": batches // self.num_shards}
     stock(self, state)
+
+
+def _warn_of_another_order(what: str, flags: str) -> None:
+    logger.warning(
+        f"{what}: until the epoch ends, some sentences are seen twice and others not at all; to "
+        f"avoid that, use the {flags} of the checkpoint"
+    )
 
 
 def iterate_rest(stock, self, epoch, shuffle, fix_batches_to_gpus=False, offset=0):

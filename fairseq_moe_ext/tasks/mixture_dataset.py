@@ -38,7 +38,7 @@ class MixtureDataset(BaseWrapperDataset):
         for name, part, count in zip(self._names, self.dataset.datasets, self.counts):
             drawn.append(start + self._draw(name, len(part), count, epoch))
             start += len(part)
-        self._drawn = np.concatenate(drawn)  # (blocks of an epoch,) indices into the corpora
+        self.drawn = np.concatenate(drawn)  # (blocks of an epoch,) indices into the corpora
 
     def _draw(self, name: str, size: int, count: int, epoch: int) -> np.ndarray:
         """(count,) indices below `size`: the epoch's stretch of the endless shuffled sequence."""
@@ -60,17 +60,17 @@ class MixtureDataset(BaseWrapperDataset):
         return self.counts == [len(part) for part in self.dataset.datasets]
 
     def __len__(self) -> int:
-        return len(self._drawn)
+        return len(self.drawn)
 
     def __getitem__(self, index: int) -> Dict[str, Any]:
-        return self.dataset[int(self._drawn[index])]
+        return self.dataset[int(self.drawn[index])]
 
     @property
     def sizes(self) -> np.ndarray:
-        return self._all_sizes[self._drawn]
+        return self._all_sizes[self.drawn]
 
     def num_tokens(self, index: int) -> int:
-        return self._all_sizes[self._drawn[index]]
+        return self._all_sizes[self.drawn[index]]
 
     def num_tokens_vec(self, indices: np.ndarray) -> np.ndarray:
         return self.sizes[indices]

@@ -135,10 +135,10 @@ class Rows(torch.utils.data.Dataset):
         return index
 
 
-def iterator(size, shards, in_order=False):
-    batches = [list(range(i, min(i + size, 100))) for i in range(0, 100, size)]
+def iterator(size, shards, in_order=False, rows=range(100), **options):
+    batches = [list(rows[i : i + size]) for i in range(0, 100, size)]
     return iterators.EpochBatchIterator(
-        Rows(), list, batches, seed=1, num_shards=shards, disable_shuffling=in_order
+        Rows(), list, batches, num_shards=shards, disable_shuffling=in_order, **options
     )
 
 
@@ -182,6 +182,39 @@ def test_other_batches_in_shuffled_order_are_warned_of(caplog, size, all_once):
     state["all_processes"]["of"] = None  # as of the branch's checkpoints
     then.load_state_dict(state)
     assert "into an unknown number of batches" in caplog.messages[-1]
+
+
+BACKWARDS = range(99, -1, -1)
+
+
+@pytest.mark.parametrize(
+    "first, then, warnings",
+    [
+        ({}, {}, 0),
+        ({"shards": 1}, {"shards": 2}, 0),
+        ({"seed": 1}, {"seed": 2}, 1),
+        ({}, {"rows": BACKWARDS}, 1),
+        ({}, {"grouped_shuffling": True}, 1),
+        ({"grouped_shuffling": True}, {"grouped_shuffling": True}, 0),
+        ({"grouped_shuffling": True}, {"grouped_shuffling": True, "shards": 1}, 1),
+        ({"in_order": True, "seed": 1}, {"in_order": True, "seed": 2}, 0),
+        ({"in_order": True}, {"in_order": True, "size": 5}, 0),
+        ({"in_order": True}, {"in_order": True, "rows": BACKWARDS}, 1),
+        ({"in_order": True}, {"in_order": True, "rows": BACKWARDS, "size": 5}, 1),
+    ],
+)
+def test_another_order_of_as_many_batches_is_warned_of(caplog, first, then, warnings):
+    old, new = (iterator(**{"size": 4, "shards": 2, **options}) for options in (first, then))
+    batches = old.next_epoch_itr(shuffle=not old.disable_shuffling)
+    for _ in range(6):
+        next(batches)
+    new.load_state_dict(old.state_dict())
+    new.next_epoch_itr()
+    assert sum("some sentences are seen twice" in m for m in caplog.messages) == warnings
+    state = old.state_dict()
+    del state["all_processes"]["order"]  # older checkpoints
+    new.load_state_dict(state)
+    assert len(caplog.messages) == warnings
 
 
 @pytest.mark.parametrize("skip", [False, True])

@@ -254,6 +254,18 @@ def test_an_iterator_in_use_is_not_released(data):
     assert len(list(batches)) == len(iterator) - 1
 
 
+def test_another_mixture_in_the_middle_of_an_epoch_is_warned_of(data, caplog):
+    def iterator(weights):
+        task, train = train_set(data, "--corpus-weights", weights)
+        return task.get_batch_iterator(train, max_sentences=4)
+
+    first = iterator("big=2,mid=1,small=1")
+    next(first.next_epoch_itr())
+    for weights, warnings in (("big=2,mid=1,small=1", 0), ("big=1,mid=2,small=1", 1)):
+        iterator(weights).load_state_dict(first.state_dict())
+        assert caplog.text.count("sentences of epoch 1 in another order") == warnings
+
+
 MISTAKES = [
     (["--train-corpora", "big,none"], r"--train-corpora big,none: .* no corpus 'none'.* big, mid"),
     (["--train-corpora", "far"], r"no corpus 'far' with a train split; those with one: big, mid"),
