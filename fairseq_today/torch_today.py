@@ -62,7 +62,7 @@ def load_weights_only(file, map_location=None, mmap: bool = False):
     """torch.load of data alone. Raises a one-line UserError for an invalid file.
 
     mmap: take a path, and map the file into memory instead of reading it. Files of before torch
-    1.6 and compressed ones cannot be mapped and are read.
+    1.6, compressed ones, and those whose path is not UTF-8 cannot be mapped and are read.
     """
     import torch
 
@@ -97,8 +97,12 @@ def load_weights_only(file, map_location=None, mmap: bool = False):
 
 
 def _can_be_mapped(path: str) -> bool:
-    """Whether a file stores tensors uncompressed; torch.load would read compressed bytes as
-    numbers."""
+    """Whether torch takes the path, and the file stores tensors uncompressed; torch.load would
+    read compressed bytes as numbers."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        return False
     if not zipfile.is_zipfile(path):
         return False
     try:

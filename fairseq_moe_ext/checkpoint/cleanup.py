@@ -9,7 +9,7 @@ import logging
 import os
 from typing import List, Set, Tuple
 
-import torch
+from fairseq_today.torch_today import load_weights_only
 
 from .format import FILE_NAME, FOLDER, Manifest
 
@@ -61,7 +61,7 @@ def unused_files(save_dir: str) -> List[str]:
 def _files_of(path: str, *identity: int) -> Tuple[str, ...]:
     """Names of the expert files that a checkpoint refers to. The checkpoint is mapped, not read
     whole."""
-    state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    state = load_weights_only(path, map_location="cpu", mmap=True)
     manifest = Manifest.read(path, state)
     return tuple(file.name for file in manifest.files) if manifest is not None else ()
 

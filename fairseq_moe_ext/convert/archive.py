@@ -25,6 +25,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, Tuple, Union
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -165,7 +166,8 @@ def read_safetensors(path: str) -> Dict[str, Tensor]:
         ends = [entry["data_offsets"][1] for entry in header.values()]
         if 8 + length + max(ends, default=0) != size:
             raise ValueError(f"{8 + length + max(ends, default=0):,} bytes expected")
-        whole = torch.from_file(path, shared=False, size=size, dtype=torch.uint8)
+        # torch.from_file takes only paths in UTF-8
+        whole = torch.from_numpy(numpy.memmap(path, numpy.uint8, mode="c"))
         tensors = {}
         for name, entry in header.items():
             start, end = (8 + length + offset for offset in entry["data_offsets"])

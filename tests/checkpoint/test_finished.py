@@ -1,9 +1,12 @@
 """A command that is repeated after its run has ended trains no further."""
 
+import os
+
 import pytest
 import torch
-from training import MODEL, train
+from training import MODEL, expert_files, train
 
+from fairseq_moe_ext.cli import main
 from fairseq_moe_ext.errors import UserError
 
 LINE = MODEL + " --moe-expert-count 4 --optimizer adam --lr 0.01 --num-workers 0"
@@ -104,6 +107,25 @@ def test_the_hours_begin_with_the_updates(data, folder, tmp_path, start):
     pre = edited(folder, tmp_path, previous_training_time=36000) / "checkpoint_last.pt"
     flags = f"--no-save --max-update 3 --stop-time-hours 5 --save-dir {tmp_path / 'new'}"
     assert len(train(0, 1, f"{data} {LINE} {flags} {start} {pre}")) == 3
+
+
+def test_a_folder_whose_name_is_not_utf8(data, folder, tmp_path, capsys):
+    """torch maps no file by such a path."""
+    other = tmp_path / os.fsdecode(b"caf\xe9")
+    line = f"{data} {LINE} --save-dir {other} --save-interval-updates 1 --max-update"
+    assert len(train(0, 1, f"{line} 1")) == len(train(0, 1, f"{line} 2")) == 1
+    last, new = str(other / "checkpoint_last.pt"), str(other / "new.pt")
+    for words in (
+        ["show", last],
+        ["convert", last, new, "--expert-files", "2"],
+        ["convert", last, new, "--overwrite", "--expert-files", "4"],
+        ["convert", new, str(other / "hf"), "--to", "hf", "--no-tokenizer"],
+        ["convert", str(other / "hf"), str(other / "back.pt"), "--from", "hf"],
+        ["average", last, new, "--output", str(other / "mean.pt")],
+        ["verify", str(other)],
+    ):
+        assert main(words) == 0, (words, capsys.readouterr().err)
+    assert len(expert_files(other)) == 4
 
 
 def test_after_max_epoch_or_the_least_learning_rate(data, tmp_path, caplog):
