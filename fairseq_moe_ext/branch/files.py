@@ -70,6 +70,20 @@ def is_part(path: str, base: str) -> bool:
     return match is not None and match["base"] == base
 
 
+def check_name(path: str, flag: str = "") -> None:
+    """Raise UserError if a file, which is to be written, would be taken for a part of a checkpoint
+    of the branch. `flag`: what names it, with a space."""
+    part = _PART.fullmatch(path)
+    if part is None:
+        return
+    others = glob.glob(glob.escape(part["base"]) + "-rank-*.pt")
+    if part["rank"] is not None or any(is_part(file, part["base"]) for file in others):
+        raise UserError(
+            f"{flag}{path}: would be read as a part of {part['base']}.pt, a checkpoint of "
+            "fairseq's moe branch; choose a name without -rank- and -shared"
+        )
+
+
 def load(path: str) -> State:
     """A part, mapped into memory. UserError if it is not a checkpoint."""
     state = load_weights_only(path, map_location="cpu", mmap=True)

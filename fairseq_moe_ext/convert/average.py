@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Raises UserError for what cannot be averaged, with nothing written."""
+    from ..branch.files import check_name
     from ..checkpoint.cleanup import remove_unused_files
     from . import command, readers, targets
 
@@ -54,6 +55,7 @@ def run(args: argparse.Namespace) -> None:
     folder = os.path.dirname(args.output) or "."
     if not args.output.endswith(".pt"):
         raise UserError(f"--output {args.output}: a checkpoint's name must end in .pt")
+    check_name(args.output, "--output ")
     require_positive(args, "expert_files")
     for path in paths:
         if os.path.realpath(path) == os.path.realpath(args.output):

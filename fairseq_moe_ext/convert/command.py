@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import logging
 import os
 import time
 from pathlib import Path
@@ -28,6 +29,8 @@ SRC may be a checkpoint of this plugin, of stock fairseq, or of the moe branch (
 X-rank-R.pt and X-shared.pt); the command detects which. Memory use stays small at any size: files
 are memory-mapped, and written tensor by tensor. DST appears when everything is done.
 """
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {
     "float32": torch.float32,
@@ -163,18 +166,25 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def bring_tokenizer(source: str, folder: str) -> None:
-    """Copy the tokenizer that travels with SRC, if there is one, beside DST."""
-    data = hf_flags.own(source)
-    if data is not None:
-        tokenizer_files.copy(data, Path(folder))
+    """Copy the tokenizer that travels with SRC, if there is one, beside DST. DST is complete
+    without it, so where that fails there is a warning."""
+    try:
+        data = hf_flags.own(source)
+        if data is not None:
+            tokenizer_files.copy(data, Path(folder))
+    except (UserError, OSError) as error:
+        logger.warning(f"{folder}: without the tokenizer of {source}: {error}")
 
 
 def _check(args: argparse.Namespace) -> None:
+    from fairseq_moe_ext.branch.files import check_name
+
     if args.dtype is not None and args.dtype not in DTYPES:
         raise UserError(f"--dtype {args.dtype}: not known; use float32, float16 or bfloat16")
     to_folder = args.to in hf_flags.FOLDERS
     if not to_folder and not args.dest.endswith(".pt"):
         raise UserError(f"{args.dest}: a checkpoint's name must end in .pt")
+    check_name(args.dest)
     for flag, given, needs, there in (
         ("--expert-files", args.expert_files is not None, "no --to", args.to is None),
         ("--rank-files", args.rank_files is not None, "--to branch", args.to == "branch"),
