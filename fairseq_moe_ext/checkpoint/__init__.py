@@ -21,6 +21,7 @@ refers to them.
     loading.py    the files -> the experts of this process
     starting.py   the checkpoint that a training starts from, and the lock on its folder
     resuming.py   checks when a trainer resumes
+    trained.py    epochs and tokens of a training
     collective.py messages between processes
 
 patches/checkpoint_io.py and patches/trainer.py wrap the functions of fairseq that call them.

@@ -10,6 +10,7 @@ from typing import Any, List, Mapping, Optional, Tuple
 
 import yaml
 
+from ..checkpoint import trained
 from ..cost import parameters
 from ..errors import UserError
 from ..shape import shape_of
@@ -113,7 +114,7 @@ def _training(source: Source) -> List[List[str]]:
     corpora = (rest.get("task_state") or {}).get("trained_corpora")
     facts: List[Tuple[str, Any]] = [
         ("updates", history.get("num_updates")),
-        ("epoch", (extra.get("train_iterator") or {}).get("epoch")),
+        ("epoch", trained.epoch(extra, history.get("num_updates"))),
         ("hours", _hours(extra.get("previous_training_time"))),
         (f"best validation {best_metric(rest)}", _rounded(extra.get("best"))),
         ("corpora", ", ".join(map(str, corpora)) if corpora else None),

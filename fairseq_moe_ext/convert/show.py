@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List
 
 from fairseq_moe_ext.wording import count
 
@@ -75,15 +75,16 @@ def facts(path: str) -> Dict[str, Any]:
 
 
 def _training(rest: Dict[str, Any]) -> Dict[str, Any]:
+    from ..checkpoint import trained
     from .source import best_metric
 
     history = (rest.get("optimizer_history") or [{}])[-1]
     extra = rest.get("extra_state") or {}
-    position = extra.get("train_iterator") or {}
+    updates = history.get("num_updates")
     summary = {
-        "updates": history.get("num_updates"),
-        "epoch": position.get("epoch"),
-        "tokens": _tokens(extra, rest),
+        "updates": updates,
+        "epoch": trained.epoch(extra, updates),
+        "tokens": trained.tokens(extra, updates),
         "seconds": extra.get("previous_training_time"),
         "best_checkpoint_metric": best_metric(rest),
         "validation_loss": extra.get("val_loss"),  # a value of that metric
@@ -97,17 +98,6 @@ def _training(rest: Dict[str, Any]) -> Dict[str, Any]:
         of_group = cfg.get(group) or {}
         summary.update({n: of_group.get(n) for n in names if of_group.get(n) not in (None, False)})
     return {name: value for name, value in summary.items() if value is not None}
-
-
-def _tokens(extra: Dict[str, Any], rest: Dict[str, Any]) -> Optional[int]:
-    """Tokens that training has seen: the weight of the mean loss, if each token counts once."""
-    optimization = (rest.get("cfg") or {}).get("optimization") or {}
-    if optimization.get("sentence_avg"):
-        return None
-    for _, name, _, state in (extra.get("metrics") or {}).get("default", ()):
-        if name == "loss":
-            return int(state["count"]) or None
-    return None
 
 
 def _writer(path: str, files: List[str]) -> str:

@@ -14,7 +14,7 @@ from .. import context, diverging, fully_sharded, ranges, trainer_checks
 from ..branch import optimizer as branch_optimizer
 from ..branch import pad_rule
 from ..branch.files import find
-from ..checkpoint import resuming, saving
+from ..checkpoint import resuming, saving, trained
 from ..config_checks import validate_processes
 from ..diverging import last_good
 from ..errors import NotFinite
@@ -85,8 +85,11 @@ def load_checkpoint(
             resuming.check(self, filename, optimizer=not reset_optimizer)
             if not reset_optimizer:
                 resuming.warn_of_kept_settings(self, filename, optimizer_overrides or {})
-    if self.get_num_updates() == 0:  # stock goes on counting the hours of --stop-time-hours
+    updates = self.get_num_updates()
+    if updates == 0:  # stock goes on counting the hours of --stop-time-hours
         self._previous_training_time = 0
+    seen = trained.tokens(extra_state or {}, updates) if updates else 0
+    self.tokens_before = None if seen is None else seen - trained.metered()
     if extra_state is not None and not reset_optimizer and not reset_meters:
         best = extra_state.get("best")
         before = {} if best is None else {"best": best, "num_runs": 0}
@@ -110,10 +113,14 @@ def save_checkpoint(stock, self, filename, extra_state):
     """A process in which training fails writes crash.pt. It has neither the experts nor the shards
     of other processes, and would wait for them to join. This skips that save.
 
-    Checkpoints also keep the record for --patience.
+    Checkpoints also keep the record for --patience and, if known, the number of tokens.
     """
     if saving.takes_part(self):
-        stock(self, filename, {**extra_state, "should_stop_early": dict(patience())})
+        extra_state = {**extra_state, "should_stop_early": dict(patience())}
+        before = getattr(self, "tokens_before", None)
+        if before is not None:
+            extra_state[trained.KEY] = before + trained.metered()
+        stock(self, filename, extra_state)
 
 
 def consolidate_optimizer(stock, self):

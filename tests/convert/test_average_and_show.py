@@ -1,12 +1,14 @@
 """`fairseq-moe average` against a plain mean, and `fairseq-moe show`."""
 
 import json
+import re
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 from converting import DENSE, MOE, convert, load, logits
+from training import TRAIN, train_on
 
 from fairseq_moe_ext.cli import main
 from fairseq_moe_ext.convert import model_card
@@ -65,6 +67,23 @@ def test_experts_in_files_are_averaged_too(saved, data, tmp_path):
     )
 
 
+def test_a_checkpoint_beside_another_tokenizer_is_converted_and_averaged(saved, tmp_path, caplog):
+    for number, path in enumerate(saved(MOE)):
+        state = load(path)
+        state["task_state"]["tokenizer"] = {"dict.txt": "0" * 64}
+        state["cfg"]["task"]["data"] = "none"
+        torch.save(state, tmp_path / f"{number}.pt")
+    (tmp_path / "dict.txt").write_text("of another model 1\n")
+    (tmp_path / "new").mkdir()
+    inputs = [tmp_path / "0.pt", tmp_path / "1.pt"]
+    convert(inputs[0], tmp_path / "new" / "x.pt")
+    convert(inputs[0], tmp_path / "new" / "x.pt", "--overwrite")
+    average(*inputs, "--output", tmp_path / "new" / "y.pt")
+    words = "without the tokenizer of .*dict.txt: does not belong to the tokenizer"
+    assert len(re.findall(words, caplog.text)) == 3
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["x.pt", "y.pt"]
+
+
 def test_the_last_ones_of_a_folder(saved, tmp_path, capsys):
     paths = saved(MOE)
     average(paths[0].parent, "--last", 2, "--output", tmp_path / "a.pt")
@@ -80,6 +99,7 @@ def test_the_last_ones_of_a_folder(saved, tmp_path, capsys):
         ("{a} --output {t}/m.pt", "give two or more different checkpoints"),
         ("{a} {a} --output {t}/m.pt", "give two or more different checkpoints"),
         ("{a} {b} --output {t}/m", "must end in .pt"),
+        ("{a} {b} --output {t}/m-rank-1.pt", "--output {t}/m-rank-1.pt: would be read as a part"),
         ("{a} {b} --output {a}", "is also an input"),
         ("{a} {dense} --output {t}/m.pt", "are different models"),
         ("{a} {half} --output {t}/m.pt", "are different models"),
@@ -153,6 +173,30 @@ def test_the_metric_of_the_best_checkpoint_is_named(saved, tmp_path, capsys):
         assert [f"best validation {metric}", "444.6816"] in rows
     old = {"args": Namespace(best_checkpoint_metric="ppl"), "cfg": None}
     assert best_metric(old) == "ppl" and best_metric({"args": None}) == "loss"
+
+
+def training_of(path, capsys):
+    assert main(["show", str(path), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)["training"]
+
+
+def test_show_counts_the_tokens_of_all_runs_and_the_last_epoch(data, tmp_path, capsys):
+    """fairseq's meters begin anew with a run that continues at the start of an epoch, of 1,000
+    tokens in 16 updates."""
+    line = f"{data} {TRAIN} {MOE} --sentence-avg --save-dir {tmp_path} --max-epoch"
+    for epoch in (1, 2):
+        train_on(1, f"{line.replace('--max-update 14', '')} {epoch}")
+        found = training_of(tmp_path / "checkpoint_last.pt", capsys)
+        counted = [found[name] for name in ("epoch", "updates", "tokens")]
+        assert counted == [epoch, 16 * epoch, 1000 * epoch]
+    state = load(tmp_path / "checkpoint_last.pt")
+    del state["extra_state"]["tokens"]  # as older checkpoints of a run that was continued
+    torch.save(state, tmp_path / "old.pt")
+    assert "tokens" not in training_of(tmp_path / "old.pt", capsys)
+    pre = f"--finetune-from-model {tmp_path / 'old.pt'} --save-dir {tmp_path / 'new'} --max-update"
+    train_on(1, f"{line} 9 {pre} 2")
+    found = training_of(tmp_path / "new" / "checkpoint_last.pt", capsys)
+    assert [found[name] for name in ("epoch", "updates", "tokens")] == [1, 2, 128]
 
 
 def test_show_says_what_a_checkpoint_is(saved, tmp_path, capsys):
