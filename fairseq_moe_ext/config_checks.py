@@ -223,8 +223,14 @@ def validate_processes(cfg: MoETransformerLMConfig, processes: int) -> None:
             f"{processes} processes cannot reduce separately: add "
             "--memory-efficient-fp16 or --fp16-no-flatten-grads"
         )
+
+
+def validate_scope(cfg: MoETransformerLMConfig) -> None:
+    """Raise UserError for settings with which several processes cannot route together, in training
+    or at evaluation."""
     if cfg.moe_routing_scope == "world" and cfg.moe_batch_prioritized_routing:
         raise UserError(
-            "--moe-batch-prioritized-routing orders the tokens of one process: use "
-            "--moe-routing-scope process"
+            "--moe-batch-prioritized-routing orders the tokens of one process: train with "
+            "--moe-routing-scope process; to evaluate on several processes, add --model-overrides "
+            "\"{'moe_routing_scope': 'process'}\""
         )

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import fully_sharded
 from ..config import MoETransformerLMConfig
-from ..config_checks import validate
+from ..config_checks import validate, validate_scope
 from ..cost import twin_difference
 from ..errors import DAMAGED, UserError
 from ..expert_parallel import mark_experts, process_count, replica_count
@@ -59,6 +59,8 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
         if cfg.decoder_learned_pos and longest > learned == cfg.tokens_per_sample:
             raise too_few_positions(longest, learned)
         shape = shape_of(cfg, len(task.source_dictionary))
+        if shape.sparse and process_count() > 1:
+            validate_scope(cfg)
         if shape.dense_twin:
             widths = ", ".join(str(shape.dense_widths[layer]) for layer in shape.picked)
             beyond = twin_difference(shape, cfg.tokens_per_sample)
