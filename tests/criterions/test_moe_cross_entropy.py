@@ -10,6 +10,7 @@ from small_models import MOE, build_model, build_stock_model, make_task, random_
 
 from fairseq_moe_ext.criterions.moe_cross_entropy import MoECrossEntropyCriterion
 from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.moe.router import ROUTERS
 from fairseq_moe_ext.moe.stats import METRICS
 
 
@@ -174,9 +175,14 @@ def test_other_keys_of_a_log_are_left_alone(sample):
     assert "a_task_s_own" not in reduced(criterion, [{**log, "a_task_s_own": 3.0}])
 
 
-def test_nan_in_a_gate_names_the_layer(sample):
-    model = build_model(**MOE).train()
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "router", [name for name, kind in ROUTERS.items() if kind.learned and not kind.refused]
+)
+def test_nan_in_a_gate_names_the_layer(sample, router, training):
+    model = build_model(**MOE, moe_router=router).train(training)
     model.decoder.layers[3].moe_layer.gate.wg.weight.data[0, 0] = math.nan
+    model.decoder.router_updates.begin()  # so that it observes
     with pytest.raises(UserError, match="router of layer 3"):
         make_criterion()(model, sample)
 

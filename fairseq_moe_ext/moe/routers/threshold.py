@@ -29,7 +29,8 @@ def logit_of_score(logits: Tensor, score: str) -> Tensor:
 def histogram(values: Tensor, counted: Optional[Tensor]) -> Tensor:
     """values (T, E), counted (T,) bool, None: all -> (E, BINS) float64: how many lie in each bin;
     those out of range in the first or last."""
-    bins = ((values + RANGE) * STEPS).floor().clamp(0, BINS - 1).long()  # (T, E)
+    # NaN, which is an error said elsewhere, has a bin too
+    bins = ((values + RANGE) * STEPS).floor().nan_to_num(0).clamp(0, BINS - 1).long()  # (T, E)
     ones = torch.ones_like(bins, dtype=torch.float64)
     if counted is not None:
         ones = ones * counted.unsqueeze(1)
