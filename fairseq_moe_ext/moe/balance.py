@@ -34,16 +34,14 @@ class Balance:
         self.counting = False
         self.whole: Optional[WholeBatch] = None
 
-    def loss(
-        self, routing: Routing, length: Optional[int] = None, padding_mask: Optional[Tensor] = None
-    ) -> Tensor:
+    def loss(self, routing: Routing, length: Optional[int] = None) -> Tensor:
         """The loss, a scalar. With `whole` set, these tokens' part of the loss of the whole batch;
-        while counting, 0. length: tokens per sequence; padding_mask: (T,) bool."""
+        while counting, 0. length: tokens per sequence."""
         if self.counting:
             self._count(routing)
             return routing.probs.new_zeros(())
         if self.over == "sequence" and length is not None:
-            return sequence_balance_loss(routing, length, padding_mask, self.scope)
+            return sequence_balance_loss(routing, length, self.scope)
         return balance_loss(routing, self.scope, self.whole)
 
     def _count(self, routing: Routing) -> None:
@@ -86,17 +84,11 @@ def balance_loss(
     return (prob / tokens * (chosen / choices)).mean() * num_experts**2
 
 
-def sequence_balance_loss(
-    routing: Routing,
-    length: int,
-    padding_mask: Optional[Tensor] = None,
-    scope: RoutingScope = PROCESS,
-) -> Tensor:
+def sequence_balance_loss(routing: Routing, length: int, scope: RoutingScope = PROCESS) -> Tensor:
     """balance_loss of each sequence separately (DeepSeek-V3, arXiv 2412.19437, equations 17 to 20),
     averaged over sequences with their counted tokens in scope as weights.
 
-    length: tokens per sequence; the T tokens are the concatenated sequences.
-    padding_mask: (T,) bool. Returns a scalar.
+    length: tokens per sequence; the T tokens are the concatenated sequences. Returns a scalar.
     """
     num_experts, k = routing.probs.size(1), routing.experts.size(1)
     probs = routing.probs.to(at_least_float32(routing.probs))
@@ -104,11 +96,7 @@ def sequence_balance_loss(
     tokens = ones.view(-1, length).sum(dim=1)  # (B,)
     probs, _ = counted_rows(probs, routing.counted)
     prob = probs.view(-1, length, num_experts).sum(dim=1)  # (B, E)
-    is_chosen = routing.routed
-    if routing.null_experts:
-        is_chosen = is_chosen | (routing.experts >= num_experts - routing.null_experts)
-        if padding_mask is not None:
-            is_chosen = is_chosen & ~padding_mask.bool().unsqueeze(1)
+    is_chosen = routing.routed if routing.chosen is None else routing.chosen
     of_first = _first_choices_alone(routing)
     ranks = 1 if of_first else k
     chosen = torch.zeros_like(prob).scatter_add_(

@@ -155,7 +155,7 @@ class MoELayer(nn.Module):
         learns = self.gate.has_state and self.training and torch.is_grad_enabled()
         return MoEOutput(
             out.view_as(x),
-            self.balance.loss(routing, length, padding_mask),
+            self.balance.loss(routing, length),
             z_loss(logits, routing.counted, scope),
             routing_stats(routing, scope),
             routing.counts,

@@ -40,6 +40,7 @@ class Routing(NamedTuple):
     counted: Optional[Tensor] = None  # (T,) bool: tokens that losses and metrics count; None: all
     null_experts: int = 0  # this many of the last experts compute nothing: never `routed`
     variable_width: bool = False  # a token takes any number of experts, also if K = E is small
+    chosen: Optional[Tensor] = None  # (T, K) bool: those in `counts`, null ones too; None: `routed`
 
 
 def token_capacity(
@@ -174,6 +175,7 @@ def send(
         capacity, null_experts, scope: as `route`.
     """
     counts, local_slots, slots = queue(experts, routed, probs.size(1), scope, order)
+    chosen = routed
     if null_experts:
         routed = routed & (experts < probs.size(1) - null_experts)
     kept = within(slots, routed, capacity)
@@ -183,7 +185,17 @@ def send(
     if scale != 1:
         weights = weights * scale
     return Routing(
-        probs, experts, weights, slots, local_slots, routed, kept, counts, counted, null_experts
+        probs,
+        experts,
+        weights,
+        slots,
+        local_slots,
+        routed,
+        kept,
+        counts,
+        counted,
+        null_experts,
+        chosen=chosen,
     )
 
 

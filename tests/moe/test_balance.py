@@ -8,7 +8,7 @@ from closeness import assert_near
 from fairseq_moe_ext.moe.balance import Balance, balance_loss, sequence_balance_loss
 from fairseq_moe_ext.moe.layer import MoELayer
 from fairseq_moe_ext.moe.router import GateSettings
-from fairseq_moe_ext.moe.routing import route
+from fairseq_moe_ext.moe.routing import RUNNER_UP_POLICIES, route
 
 ROWS, LENGTH, EXPERTS = 5, 7, 6
 
@@ -68,7 +68,7 @@ def test_the_loss_over_each_sequence(k, score, count_padding, null):
     padding[LENGTH : 2 * LENGTH] = True  # a row of padding alone
     mine, truth = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     options = k, score, count_padding, null
-    loss = sequence_balance_loss(routed(mine, padding, *options), LENGTH, padding)
+    loss = sequence_balance_loss(routed(mine, padding, *options), LENGTH)
     expected = sequence_loss_by_loop(by_loop(truth, padding, *options))
     assert_near(loss, expected, 1e-12, "loss")
     whole = balance_loss(routed(mine, padding, *options))
@@ -76,6 +76,17 @@ def test_the_loss_over_each_sequence(k, score, count_padding, null):
     (found,) = torch.autograd.grad(loss, mine)
     (true,) = torch.autograd.grad(expected, truth)
     assert_near(found, true, 1e-12, "gradient")
+
+
+@pytest.mark.parametrize("null", [0, 2])
+@pytest.mark.parametrize("policy", RUNNER_UP_POLICIES)
+def test_the_loss_of_one_sequence_is_that_of_its_tokens(policy, null):
+    """A second choice that the policy rejects counts in neither, also if it is a null expert."""
+    logits, padding = make_logits()
+    routing = route(logits, 2, runner_up=policy, padding_mask=padding, null_experts=null)
+    assert (routing.counts[1].sum() < routing.counts[0].sum()) == (policy == "random")
+    loss = sequence_balance_loss(routing, len(logits))
+    assert_near(loss, balance_loss(routing), 1e-12, policy)
 
 
 def test_without_tokens_the_loss_over_sequences_is_0():
