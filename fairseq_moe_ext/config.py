@@ -166,7 +166,7 @@ class MoETransformerLMConfig(RouterFlags, BalanceFlags):
         default=None,
         metadata={
             "help": "in training an expert takes int(factor * ceil(tokens / experts)) tokens of a "
-            "batch (default: the number of experts per token)"
+            "batch, where null experts count too (default: the number of experts per token)"
         },
     )
     moe_eval_capacity_token_fraction: float = field(
@@ -223,8 +223,9 @@ class MoETransformerLMConfig(RouterFlags, BalanceFlags):
     record_a2a_perf_stats: bool = field(
         default=False,
         metadata={
-            "help": "log what the exchanges between processes cost per update: all_to_all_mb, the "
-            "megabytes each process sends, and on CPU all_to_all_cpu_time_ms, including waiting"
+            "help": "log what the exchanges between processes cost per batch (an update has "
+            "--update-freq of them): all_to_all_mb, the megabytes each process sends, and on CPU "
+            "all_to_all_cpu_time_ms, including waiting"
         },
     )
     alternate_decoder_ffn_embed_dim: int = field(

@@ -5,6 +5,7 @@ import sys
 
 import fairseq_cli
 import pytest
+import small_models
 import torch
 from processes import run_processes
 from training import TRAIN, make_data, train_on
@@ -219,6 +220,17 @@ def test_exchanges_are_counted(folder):
     assert all(figures["all_to_all_cpu_time_ms"] > 0 for figures in run.figures)
 
 
+def test_exchanges_of_a_pass_that_counts_are_counted_too(folder):
+    """A mean over an update's batches, each of which goes forth and back three times."""
+    flags = "--moe-expert-count 2 --moe-dropless --record-a2a-perf-stats"
+    run, _ = processes(
+        2, folder, f"{flags} --moe-balance-over global_batch", "legacy_ddp", 2, None, 3
+    )
+    tokens = ROWS // 4 * (LENGTHS[0] + LENGTHS[2] + LENGTHS[4] + LENGTHS[6]) / 4
+    found = [figures["all_to_all_mb"] for figures in run.figures[1:]]
+    assert found == pytest.approx([6 * tokens * 2 * 8 * 8 / 2 / 1e6] * 2)
+
+
 MOE = f"--moe-expert-count 4 {WORLD}"
 DENSE = "--arch dense_lm_tiny --moe-freq 0"
 
@@ -379,6 +391,22 @@ def test_what_cannot_be_right_is_refused_by_name(folder, flags, words):
     cfg = configure(folder, f"--ddp-backend legacy_ddp {flags}")
     for message in run_processes(2, refusal, cfg):
         assert words in message and bool(words) == bool(message)
+
+
+def test_evaluation_orders_the_tokens_of_one_process(folder):
+    """A checkpoint of one process may say otherwise."""
+    settings = dict(small_models.MOE, moe_batch_prioritized_routing=True, moe_routing_scope="world")
+    small_models.build_model(**settings)
+    words = "add --model-overrides \"{'moe_routing_scope': 'process'}\""
+    assert all(words in message for message in run_processes(2, refused_model, settings))
+
+
+def refused_model(rank, settings):
+    try:
+        small_models.build_model(**settings)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def test_one_process_under_torchrun_may_use_amp(folder):

@@ -36,7 +36,7 @@ def counted(trainer: Any, samples: Sequence[Dict[str, Any]]) -> Iterator[None]:
     try:
         for balance in balances:
             balance.counting = True
-        with _no_backward(trainer.optimizer):
+        with _no_backward(trainer.optimizer), _no_logs_of_traffic(model.decoder):
             sample_size = _forward(trainer, samples)
         model.decoder.whole_sample_size = _sum_over_processes(balances, sample_size)
         for balance in balances:
@@ -55,6 +55,16 @@ def _no_backward(optimizer: Any) -> Iterator[None]:
         yield
     finally:
         del optimizer.backward
+
+
+@contextlib.contextmanager
+def _no_logs_of_traffic(decoder: Any) -> Iterator[None]:
+    """Leave the cost of the exchanges to the next pass, whose logging outputs are kept."""
+    logs, decoder.record_traffic = decoder.record_traffic, False
+    try:
+        yield
+    finally:
+        decoder.record_traffic = logs
 
 
 def _forward(trainer: Any, samples: Sequence[Dict[str, Any]]) -> float:
