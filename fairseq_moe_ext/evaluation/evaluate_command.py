@@ -67,8 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--unit-losses",
         type=Path,
         metavar="FILE",
-        help="write each document's (or block's) loss and tokens to this file, for intervals of "
-        "differences between models",
+        help="write the loss and tokens of each unit (documents, joined to at least a context) to "
+        "this file, for intervals of differences between models",
     )
     parser.add_argument(
         "--overwrite",

@@ -42,7 +42,7 @@ class SetResult(TypedDict, total=False):
     tokens: int
     perplexity: float
     interval: Optional[Interval]  # None of a single unit
-    units: int  # documents or blocks that the bootstrap draws
+    units: int  # that the bootstrap draws: documents, joined to at least a context
     bits_per_byte: Optional[float]  # None where the size of the text is not known
     dropped: Optional[Sequence[float]]  # as Scores.dropped
     tokens_per_second: float

@@ -138,6 +138,7 @@ def test_it_gives_what_fairseq_eval_lm_gives(trained, caplog, capsys, tmp_path):
     for name, units in json.loads((tmp_path / "units.json").read_text()).items():
         one, count = found["sets"][name], sum(units["tokens"])
         assert (len(units["tokens"]), count) == (one["units"], one["tokens"])
+        assert min(units["tokens"][:-1]) >= 32, "documents, joined to at least a context"
         assert math.exp(sum(units["nats"]) / count) == pytest.approx(one["perplexity"])
     both = [one["perplexity"] for one in found["sets"].values()]
     assert found["mean"]["all"]["perplexity"] == pytest.approx(sum(both) / 2)

@@ -274,7 +274,7 @@ def _in_seconds(
 
 
 class _Units:
-    """The losses of each test document in the runs on one number of tokens, read when needed."""
+    """The losses of units of test text in the runs on one number of tokens, read when needed."""
 
     def __init__(self, ladder: Ladder, of: _Of) -> None:
         self.folders = {
