@@ -104,7 +104,7 @@ def measured(shape: Shape, dtype: torch.dtype, onednn: bool, rounds: int) -> Dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0])
     numbers = range(len(SHAPES))
     parser.add_argument(
         "--rows", type=int, nargs="+", choices=numbers, help="numbers of shapes; default: all"

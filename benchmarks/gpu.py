@@ -172,7 +172,7 @@ def run(parts: Sequence[str], minutes: float, device: str, tiny: bool) -> List[O
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--minutes", type=float, default=8, help="most of all parts together")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")

@@ -157,7 +157,7 @@ def measure() -> Dict[str, Dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument(
         "--draw", action="store_true", help="measure nothing; draw the figures of docs/ again"
     )

@@ -336,7 +336,7 @@ def run(shapes: Sequence[Shape], rounds: int, peers: bool, like: Tensor) -> None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0])
     parser.add_argument("--rows", type=int, nargs="+", help="numbers of shapes; default: all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-peers", action="store_true", help="only our layer and the dense one")

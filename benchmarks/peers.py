@@ -304,7 +304,7 @@ def table(rows: Dict[str, Dict], like: Tensor) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0])
     parser.add_argument("--shapes", nargs="+", choices=[*SHAPES, *GPU_SHAPES])
     parser.add_argument("--cases", nargs="+", choices=CASES, metavar="NAME")
     parser.add_argument("--rounds", type=int, default=3)

@@ -298,7 +298,7 @@ def kind(operator: str, shapes: Sequence[Sequence[int]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0])
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     every = [name for cases in GROUPS.values() for name in cases]
     parser.add_argument("--cases", nargs="+", choices=every, default=every)

@@ -3,7 +3,8 @@
 import argparse
 import difflib
 import re
-from typing import List, NoReturn
+import sys
+from typing import Any, Callable, List, NoReturn, Sequence
 
 from fairseq_today.errors import UserError as UserError  # one class, with the plugin or without
 
@@ -45,17 +46,45 @@ def require_positive(args: argparse.Namespace, *flags: str) -> None:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser that reports a mistake in one line instead of two to forty. So do the
-    parsers of its subcommands."""
+    """An ArgumentParser that reports a mistake in one line instead of two to forty, and takes no
+    beginning of a flag for the flag. So do the parsers of its subcommands."""
+
+    words: Sequence[str] = ()  # of the command line
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        read_negative_numbers(self)
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
+        self.words = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {flag_mistake(self, message)}\n")
+        self.exit(2, f"error: {flag_mistake(self, message, self.words)}\n")
 
 
-def flag_mistake(parser: argparse.ArgumentParser, message: str) -> str:
+def read_negative_numbers(parser: argparse.ArgumentParser) -> None:
+    """Let -1e-3 and -125M be values, as Python 3.14 does, not unknown flags."""
+    parser._negative_number_matcher = re.compile(r"-\.?\d")
+
+
+def flag_mistake(
+    parser: argparse.ArgumentParser,
+    message: str,
+    words: Sequence[str] = (),
+    remedy: Callable[[argparse.ArgumentParser, str], str] = lambda parser, flag: "",
+) -> str:
     """argparse's complaint about a command line as one line, with the flag or choice probably
-    meant."""
+    meant.
+
+    Args:
+        words: of the command line.
+        remedy: what to do about an unknown flag; "" where the function does not know.
+    """
     message = " ".join(message.split())
+    like_flag = _value_like_a_flag(parser, message, words)
+    if like_flag:
+        return like_flag
     wanted, there = None, []
     refused = re.search(r"invalid choice: '?(.+?)'? \(choose from (.+)\)", message)
     unknown = re.search(r"unrecognized arguments: (?:(?!--)\S+ )*(--[\w-]+)", message)
@@ -63,10 +92,33 @@ def flag_mistake(parser: argparse.ArgumentParser, message: str) -> str:
         message = f"no command given; there are {', '.join(_commands(parser))}"
     elif refused:
         wanted, there = refused[1], re.findall(r"[^',\s]+", refused[2])
+    elif unknown and remedy(parser, unknown[1]):
+        return f"{message}; {remedy(parser, unknown[1])}"
     elif unknown:
         wanted, there = unknown[1], _flags(parser)
+        begun = [flag for flag in there if flag.startswith(unknown[1])]
+        there = begun if len(begun) == 1 else there
+    else:
+        there = re.findall(r"--[\w-]+", message.partition("required: ")[2])
+        given = (word.partition("=")[0] for word in words if word.startswith("--"))
+        near = (f for f in given if f not in there and difflib.get_close_matches(f, there))
+        wanted = next(near, None)
+        message += f"; {wanted} is given" if wanted else ""
     close = difflib.get_close_matches(wanted or "", there, n=1)
     return message + (f"; did you mean {close[0]}?" if close else "") + " (flags: --help)"
+
+
+def _value_like_a_flag(parser: argparse.ArgumentParser, message: str, words: Sequence[str]) -> str:
+    """What to write for a value that argparse took for a flag, as it begins with a minus; "": none
+    did."""
+    lacking = re.match(r"argument (\S+): expected ", message)
+    flags = lacking[1].split("/") if lacking else []
+    for flag, value in zip(words, words[1:]):
+        if flag in flags and re.match("-[^-]", value) and value not in _flags(parser):
+            return (
+                f"{flag}: its value {value} begins with a minus, as flags do: write {flag}={value}"
+            )
+    return ""
 
 
 def _commands(parser: argparse.ArgumentParser) -> List[str]:

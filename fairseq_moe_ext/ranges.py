@@ -212,7 +212,8 @@ def check(settings: Mapping[str, Any], spell: Callable[[str], str] = flag) -> No
 def require(allowed: Range, value: Any, spelled: str) -> None:
     """Raise UserError unless a value is in the range."""
     if not _fits(allowed, value):
-        shown = repr(value) if value == "" else str(value)
+        one = isinstance(value, list) and len(value) == 1 and allowed.items is None  # --lr -1
+        shown = repr(value) if value == "" else str(value[0] if one else value)
         raise UserError(f"{spelled} {short(shown)} is out of range: use {allowed}")
 
 

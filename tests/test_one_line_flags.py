@@ -1,9 +1,12 @@
 """A mistyped command line of fairseq-moe ends in one line and status 2, as those of fairseq."""
 
 import argparse
+import re
 import shlex
+from pathlib import Path
 
 import pytest
+from fairseq import options
 
 import fairseq_moe_command
 from fairseq_moe_ext import cli
@@ -38,7 +41,17 @@ def refused(capsys, line):
         ("evaluate --path", "expected one argument"),
         ("evaluate data --path x --context many", "--context: invalid int value: 'many'"),
         ("evaluate data --path x --context 'a\nb'", "invalid int value"),
-        ("evaluate data --path x --ca 1 --c 2", "ambiguous"),
+        ("evaluate data --path x --contex 64", "--contex 64; did you mean --context?"),
+        ("evaluate data --path x --markd", "did you mean --markdown?"),
+        ("prepare data --corpus a=b --train-bpe 400 --overwrit", "did you mean --overwrite?"),
+        ("prepare data --corpus a=b --overw", "did you mean --overwrite?"),
+        ("evaluate data --pat x", "required: --path; --pat is given; did you mean --path?"),
+        ("forecast --params -125M", "--params: '-125M': use a number above 0"),
+        (
+            "forecast --params -xM",
+            "its value -xM begins with a minus, as flags do: write --params=-xM",
+        ),
+        ("forecast --params --json", "--params: expected one argument"),
         ("prepare --corpsu a=b", "--corpsu"),
         ("convert a b --to brnch", "did you mean branch?"),
         ("user-dir --x", "--x"),
@@ -62,6 +75,53 @@ def test_lm_evals_own_parser_is_told_as_well():
     parser.add_argument("--tasks")
     told = flag_mistake(parser, "unrecognized arguments: --taskss a\nb")
     assert told == "unrecognized arguments: --taskss a b; did you mean --tasks? (flags: --help)"
+
+
+def test_programs_take_no_beginning_of_a_flag_for_it():
+    """Those of stock fairseq's that take it still do."""
+    folder = Path(fairseq_moe_command.__file__).parent
+    for path in (*folder.glob("benchmarks/*.py"), *folder.glob("examples/*/*.py")):
+        for made in re.findall(r"argparse.ArgumentParser\(\s*[^,)]*", path.read_text()):
+            assert "allow_abbrev=False" in made, path
+    assert OneLineParser().add_subparsers().add_parser("x").allow_abbrev is False
+    assert OneLineParser(allow_abbrev=True).allow_abbrev is True
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("--criterion cross_entropy --moe-gate-loss-wt 0.01", "--criterion moe_cross_entropy"),
+        ("--optimizer sgd --adam-eps 1", "--adam-eps is a flag of --optimizer fused_adam"),
+        ("--arch transformer_lm --moe-top-k 1", "--arch moe_transformer_lm or "),
+        ("--lr-scheduler fixed --t-mult 2", "--t-mult is a flag of --lr-scheduler cosine: "),
+        ("--corpus-temperature 2", "--task mixture_language_modeling"),
+        ("--arch moe_lm_tiny --moe-top-kk 1", "did you mean --moe-top-k?"),
+        ("--lr -1e-3", "--lr -0.001 is out of range"),
+        ("--lr -x", "--lr: its value -x begins with a minus, as flags do: write --lr=-x"),
+    ],
+)
+def test_a_flag_of_something_else_in_training(capsys, line, words):
+    parser = options.get_training_parser()
+    basis = ["x", "--task", "language_modeling", "--arch", "moe_lm_tiny", "--batch-size", "1"]
+    with pytest.raises(SystemExit):
+        options.parse_args_and_arch(parser, [*basis, *line.split()])
+    err = capsys.readouterr().err
+    assert words in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "parser, remedy",
+    [
+        (options.get_eval_lm_parser, "--model-overrides \"{'moe_top_k': ...}\""),
+        (options.get_interactive_generation_parser, "--model-overrides"),
+    ],
+)
+def test_a_setting_of_the_model_in_evaluation(capsys, parser, remedy):
+    with pytest.raises(SystemExit):
+        options.parse_args_and_arch(
+            parser(), ["x", "--task", "language_modeling", "--path", "x", "--moe-top-k", "1"]
+        )
+    assert remedy in capsys.readouterr().err
 
 
 def test_help_is_whole(capsys):

@@ -22,7 +22,7 @@ import recipes
 
 from fairseq_moe_ext import files, outputs
 from fairseq_moe_ext.accuracy import wilson_interval
-from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.errors import OneLineParser, UserError
 from fairseq_moe_ext.evaluation.cost_table import checkpoint_settings
 from fairseq_moe_ext.study import fine_tuning, logs
 from fairseq_moe_ext.study.child import console_script
@@ -204,7 +204,7 @@ def before(ablation: Ablation, family: str) -> fine_tuning.Before:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/finetune"))
     parser.add_argument(
         "--quickstart",

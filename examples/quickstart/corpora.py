@@ -10,7 +10,6 @@ The domains differ in the installed versions of Python, torch, numpy and sympy, 
 two installations are not comparable; those of two models of the same run are.
 """
 
-import argparse
 import ast
 import hashlib
 import importlib.metadata
@@ -24,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Sequence, Tuple
 
-from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.errors import OneLineParser, UserError
 
 SPLITS = ("test", "valid", "train")  # the order in which documents are dealt out
 LARGEST_DOCUMENT = 40_000  # bytes; larger ones are mostly tables and would swamp a test set
@@ -316,7 +315,7 @@ def gather(
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description="Gather text from this Python installation.")
+    parser = OneLineParser(description="Gather text from this Python installation.")
     parser.add_argument("folder", type=Path, help="where <domain>.<split>.jsonl are written")
     for split in SPLITS:
         parser.add_argument(

@@ -26,7 +26,7 @@ from progress import LogTail, Screen, TrainingProgress  # noqa: E402
 from results import Stage  # noqa: E402
 
 from fairseq_moe_ext import cores, files, outputs  # noqa: E402
-from fairseq_moe_ext.errors import UserError  # noqa: E402
+from fairseq_moe_ext.errors import OneLineParser, UserError  # noqa: E402
 from fairseq_moe_ext.evaluation import report  # noqa: E402
 from fairseq_moe_ext.study.plan import FAMILIES  # noqa: E402
 from fairseq_moe_ext.study.runner import Runner  # noqa: E402
@@ -246,7 +246,7 @@ def interruptible() -> Iterator[None]:
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description="Train a dense and an MoE language model at equal FLOPs per token on text of "
         "this Python installation, and compare them. Start it again after an interruption and it "
         "goes on."

@@ -1,12 +1,12 @@
 """Compare routers at equal FLOPs: the quickstart's text, then `fairseq-moe study`; resumable."""
 
-import argparse
 import subprocess
 import sys
 from pathlib import Path
 from typing import Sequence
 
 from fairseq_moe_ext import outputs
+from fairseq_moe_ext.errors import OneLineParser
 
 HERE = Path(__file__).resolve().parent
 STUDY = HERE.parent / "study" / "run.py"
@@ -32,7 +32,7 @@ def short(folder: Path) -> Path:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--text", type=Path, default=Path("runs/study-text"), help="folder for text and data"
     )

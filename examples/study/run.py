@@ -3,20 +3,20 @@
 The quickstart makes text and data-bins, once, in the folder --out.
 """
 
-import argparse
 import subprocess
 import sys
 from pathlib import Path
 from typing import Sequence
 
 from fairseq_moe_ext import cli
+from fairseq_moe_ext.errors import OneLineParser
 
 HERE = Path(__file__).resolve().parent
 QUICKSTART = HERE.parent / "quickstart" / "run.py"
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("--file", type=Path, default=HERE / "two_cores.yaml")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/study-text"), help="folder for text and data"

@@ -6,6 +6,7 @@ ours is round that. Each function takes what it wraps as its first argument, and
 docstring.
 
     commands.py       a command: its flags, its processes, its one line on a mistake
+    flag_owners.py    which --criterion, --arch, ... an unknown flag is of
     messages.py       what that line says
     hydra.py          fairseq-hydra-train
     data.py           data-bins, dictionaries, batches, the place in the data

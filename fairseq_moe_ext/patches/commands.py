@@ -10,7 +10,6 @@ import logging
 import os
 import sys
 import time
-import types
 from typing import Any, Callable
 
 from fairseq_today.errors import UserError, first_line
@@ -18,21 +17,28 @@ from fairseq_today.registry import View
 
 from .. import starting
 from ..checkpoint import starting as checkpoint_starting
-from ..errors import OneLineParser
+from ..errors import OneLineParser, flag_mistake, read_negative_numbers
+from . import flag_owners
 from .messages import mistake_to_print
 
 
-def parse_args_and_arch(stock, parser, *args, **kwargs):
+def parse_args_and_arch(stock, parser, input_args=None, *args, **kwargs):
     """argparse reports an unknown or invalid flag in two to forty lines; this takes one.
 
     fairseq-validate has no default task whose flags it could read
     (fairseq/options.py:79,155@0.12.2); its task is the checkpoint's.
     """
-    parser.error = types.MethodType(OneLineParser.error, parser)
+    words = list(sys.argv[1:] if input_args is None else input_args)
+
+    def refuse(message: str) -> None:
+        parser.exit(2, f"error: {flag_mistake(parser, message, words, flag_owners.remedy)}\n")
+
+    parser.error = refuse
+    read_negative_numbers(parser)
     if parser.get_default("task") is None and any(a.dest == "task" for a in parser._actions):
         parser.set_defaults(task="language_modeling")
     try:
-        parsed = stock(parser, *args, **kwargs)
+        parsed = stock(parser, input_args, *args, **kwargs)
         starting.check_command_line(parsed[0] if isinstance(parsed, tuple) else parsed)
         return parsed
     except UserError as error:
