@@ -21,6 +21,7 @@ D, HIDDEN = 8, 16
 needs_grouped_mm = pytest.mark.skipif(
     not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm"
 )
+ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 WAYS = [by_expert, plain_expert_ffn, pytest.param(grouped, marks=needs_grouped_mm)]
 
 
@@ -83,13 +84,14 @@ def test_scale_is_on_the_weights_gradients_alone(way):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_gradients_of_many_rows_are_added_in_float32(way):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_A_GPU)])
+def test_gradients_of_many_rows_are_added_in_float32(way, device):
     """One after the other in bfloat16, 256 and 1 are 256."""
     counts = [600, 0, 1000]
     x, weights, _ = made(torch.bfloat16, counts)
-    b1, b2 = torch.autograd.grad(
-        way(x, counts, weights, lambda h: h).sum(), (weights.b1, weights.b2)
-    )
+    there = Weights(*(each.to(device) for each in weights))
+    out = way(x.to(device), counts, there, lambda h: h)
+    b1, b2 = torch.autograd.grad(out.sum(), (weights.b1, weights.b2))
     rows = torch.tensor(counts, dtype=torch.float64).unsqueeze(1)  # (E, 1)
     assert_near(b2.double(), rows.expand(-1, D), 0.01, "b2")
     assert_near(b1.double(), rows * weights.w2.double().sum(dim=1), 0.01, "b1")
