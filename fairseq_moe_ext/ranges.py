@@ -206,14 +206,15 @@ def check(settings: Mapping[str, Any], spell: Callable[[str], str] = flag) -> No
         allowed = RANGES.get(name)
         if allowed is None or value is None or (isinstance(value, str) and "${" in value):
             continue  # the last refers to another setting
+        if spell is flag and isinstance(value, list):
+            value = ",".join(map(str, value))  # as it is written there
         require(allowed, value, spell(name))
 
 
 def require(allowed: Range, value: Any, spelled: str) -> None:
     """Raise UserError unless a value is in the range."""
     if not _fits(allowed, value):
-        one = isinstance(value, list) and len(value) == 1 and allowed.items is None  # --lr -1
-        shown = repr(value) if value == "" else str(value[0] if one else value)
+        shown = repr(value) if value == "" else str(value)
         raise UserError(f"{spelled} {short(shown)} is out of range: use {allowed}")
 
 

@@ -7,6 +7,7 @@ command are parsed. What needs the task and the model is checked in trainer_chec
 import ast
 import glob
 import importlib.util
+import os
 import re
 from typing import Any, Callable, Mapping
 
@@ -15,6 +16,8 @@ from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY, FairseqLanguageModel
 from fairseq.optim import OPTIMIZER_REGISTRY
 from fairseq.tasks import TASK_REGISTRY
+
+from fairseq_today.finding import checkpoint_names_it
 
 from . import files, outputs, ranges
 from .config import MoETransformerLMConfig
@@ -67,6 +70,8 @@ def _is_ours(names: Mapping[str, Any]) -> bool:
 
 def check(given: Mapping[str, Any], spell: Spell, training: bool) -> None:
     """Raise UserError for invalid or conflicting settings, given by name."""
+    if not training:
+        _check_checkpoint(given, spell)
     ranges.check(given, spell)
     # fairseq-interactive may read its --input from a pipe
     files.check_named({k: v for k, v in given.items() if k not in ("log_file", "input")})
@@ -77,16 +82,18 @@ def check(given: Mapping[str, Any], spell: Spell, training: bool) -> None:
     for name in ("model_overrides", "optimizer_overrides"):
         _check_overrides(given.get(name), spell(name))
     _check_what_is_not_here(given, spell)
+    if training:
+        _check_kinds(given, spell)
     evaluating = "context_window" in given or "beam" in given  # not fairseq-validate
     batch = given.get("batch_size"), given.get("max_tokens")
     if (training or not evaluating) and batch == (None, None):
         raise UserError(
             f"{spell('batch_size')} and {spell('max_tokens')} are both not given: set one of them"
         )
-    of_training = [_check_kinds, check_precision, _check_validation, _check_schedule]
+    of_training = [check_precision, _check_validation, _check_schedule]
     of_training += [_check_capacity]
-    others = [_check_window, _check_shards, _check_hypotheses, _check_pieces, _check_checkpoint]
-    others += [_check_search, _check_steps]
+    others = [_check_window, _check_shards, _check_hypotheses, _check_pieces]
+    others += [_check_task, _check_search, _check_steps]
     for check_one in of_training if training else others:
         check_one(given, spell)
 
@@ -221,8 +228,21 @@ _CRITERIONS = (  # of stock's, those of language models
 )
 
 
+_TASKS = ("language_modeling", "multilingual_language_modeling")  # likewise
+
+
 def _check_kinds(given: Mapping[str, Any], spell: Spell) -> None:
-    """Other criterions and models of stock's end in an exception at the first batch."""
+    """Other criterions and models of stock's end in an exception at the first batch, other tasks
+    when a model is built."""
+    name = given.get("task")
+    kind = TASK_REGISTRY.get(name)
+    if kind is not None and kind.__module__.startswith("fairseq.") and name not in _TASKS:
+        default = name == "translation"
+        what = "is not given, or is translation (fairseq's default)" if default else name
+        raise UserError(
+            f"{spell('task')} {what}, which is not for these models: use {spell('task')} "
+            "mixture_language_modeling or language_modeling"
+        )
     name = given.get("criterion")
     kind = CRITERION_REGISTRY.get(name)
     adaptive = name == "adaptive_loss" and given.get("adaptive_softmax_cutoff")  # stock's models
@@ -279,6 +299,16 @@ def _check_pieces(given: Mapping[str, Any], spell: Spell) -> None:
 def _check_checkpoint(given: Mapping[str, Any], spell: Spell) -> None:
     if "path" in given and not given["path"]:
         raise UserError("--path is not given: name the checkpoint")
+
+
+def _check_task(given: Mapping[str, Any], spell: Spell) -> None:
+    """Stock's default for fairseq-generate and -interactive is to translate."""
+    paths = str(given.get("path")).split(os.pathsep)
+    if given.get("task") == "translation" and any(map(checkpoint_names_it, paths)):
+        raise UserError(
+            f"{spell('task')} is not given, or is translation (fairseq's default), but "
+            f"{given['path']} is a language model: use {spell('task')} language_modeling"
+        )
 
 
 def _check_validation(given: Mapping[str, Any], spell: Spell) -> None:

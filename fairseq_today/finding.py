@@ -37,12 +37,25 @@ def parse_args_and_arch(stock, parser, input_args=None, *args, **kwargs):
 
     given = list(sys.argv[1:] if input_args is None else input_args)
     folders = _values(given).get("user_dir")
-    if is_imported() or not (line_names_it(given) or _names_ours(folders)):
+    named = line_names_it(given) or _names_ours(folders) or _lacks_checkpoint(parser, given)
+    if is_imported() or not named:
         return stock(parser, input_args, *args, **kwargs)
     if folders is None:
         input_args = [*given, "--user-dir", _FOLDER]
     import_plugin(folders[-1] if folders and _names_ours(folders) else _FOLDER)
     return options.parse_args_and_arch(parser, input_args, *args, **kwargs)  # wrapped by it now
+
+
+def import_user_module(stock, args):
+    """Stock looks for --user-dir before it parses the rest, and ends in a traceback for one that is
+    not there."""
+    from fairseq import utils
+
+    folder = getattr(args, "user_dir", None)
+    if is_imported() or folder is None or os.path.exists(folder) or not line_names_it(sys.argv[1:]):
+        return stock(args)
+    import_plugin()
+    return utils.import_user_module(args)
 
 
 def load_checkpoint_to_cpu(stock, path, *args, **kwargs):
@@ -114,6 +127,12 @@ PATCHES = (
         _PLUGINS,
     ),
     wrap(
+        "fairseq.utils:import_user_module",
+        import_user_module,
+        "fairseq/options.py:234@0.12.2, fairseq/utils.py:480@0.12.2",
+        _PLUGINS,
+    ),
+    wrap(
         "fairseq.checkpoint_utils:load_checkpoint_to_cpu",
         load_checkpoint_to_cpu,
         "fairseq/checkpoint_utils.py:281@0.12.2",
@@ -158,6 +177,15 @@ def _names_ours(folders: Optional[List[str]]) -> bool:
         return False
     same_name = os.path.basename(os.path.abspath(folders[-1])) == os.path.basename(_FOLDER)
     return same_name and os.path.isfile(os.path.join(folders[-1], "__init__.py"))
+
+
+def _lacks_checkpoint(parser: argparse.ArgumentParser, given: List[str]) -> bool:
+    """Whether a command has no --path, which it needs, or a folder. Stock ends in a traceback, the
+    plugin in a line."""
+    if not any(action.dest == "path" for action in parser._actions) or {"-h", "--help"} & {*given}:
+        return False
+    paths = _values(given).get("path")
+    return not paths or any(map(os.path.isdir, paths))
 
 
 def _configs_name_it() -> bool:

@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 from branch_checkpoints import SMALL
 from branch_files import random_tensors, write, write_dense
+from fairseq import options, utils
 from training import words, write_data_bin
 
 from fairseq_today import finding
@@ -110,6 +112,42 @@ for kind, registry in kinds.items():
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=60)
+
+
+@pytest.fixture
+def unfound(monkeypatch):
+    """As if the plugin had not been imported, and what imports it."""
+    imports = []
+    monkeypatch.setattr(finding, "is_imported", lambda: bool(imports))
+    monkeypatch.setattr(finding, "import_plugin", lambda *folder: imports.append(folder))
+    return imports
+
+
+@pytest.mark.parametrize("kind", ["eval_lm", "generation", "interactive_generation", "validation"])
+def test_a_command_without_its_checkpoint_ends_in_one_line(kind, unfound, capsys):
+    parser = getattr(options, f"get_{kind}_parser")()
+    given = ["data", "--task", "language_modeling"]
+    with pytest.raises(SystemExit) as stop:
+        finding.parse_args_and_arch(None, parser, given)
+    err = capsys.readouterr().err
+    assert (stop.value.code, err) == (1, "error: --path is not given: name the checkpoint\n")
+
+
+def test_a_folder_in_place_of_a_checkpoint_is_told_by_the_plugin(unfound, tmp_path):
+    def lacks(*given):
+        return finding._lacks_checkpoint(options.get_eval_lm_parser(), ["data", *given])
+
+    assert lacks("--path", str(tmp_path)) and lacks(f"--path={tmp_path}") and lacks()
+    assert not lacks("--path", str(tmp_path / "x.pt")) and not lacks("--help")
+    assert not finding._lacks_checkpoint(options.get_training_parser(), ["data"])
+
+
+@pytest.mark.parametrize("arch, named", [("moe_lm_tiny", True), ("transformer_lm", False)])
+def test_a_user_dir_that_is_not_there(arch, named, unfound, monkeypatch):
+    monkeypatch.setattr(sys, "argv", f"fairseq-train data --user-dir nodir -a {arch}".split())
+    monkeypatch.setattr(utils, "import_user_module", lambda args: "the plugin's")
+    told = finding.import_user_module(lambda args: "stock's", Namespace(user_dir="nodir"))
+    assert told == ("the plugin's" if named else "stock's") and bool(unfound) is named
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import fairseq_moe_ext
 from fairseq_moe_ext import ranges, starting, trainer_checks
 from fairseq_moe_ext.config import MoETransformerLMConfig
 from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.patches import commands
 
 OURS = dict(arch="moe_lm_tiny", max_update=9, batch_size=4, max_tokens=None)
 
@@ -91,6 +92,13 @@ def test_stocks_defaults_are_in_range():
         (dict(lr_scheduler="polynomial_decay", max_update=0), "needs --total-num-update or"),
         (dict(lr_scheduler="inverse_sqrt", warmup_updates=0), "--warmup-updates 0"),
         (dict(criterion="ctc"), "--criterion ctc is not for these models: use moe_cross_entropy"),
+        (
+            dict(task="translation", batch_size=None),
+            "--task is not given, or is translation (fairseq's default), which",
+        ),
+        (dict(task="masked_lm"), "--task masked_lm, which is not for these models: use --task"),
+        (dict(lr=[-1e-3]), "--lr -0.001 is out of range: use one or more of them, each a number"),
+        (dict(lr=[1e-3, -2.0]), "--lr 0.001,-2.0 is out of range"),
         (dict(stop_min_lr=1.0, lr=[0.1]), "--stop-min-lr 1.0 is not below --lr 0.1"),
         (
             dict(moe_eval_capacity_token_fraction=0.5, moe_router="relu"),
@@ -325,6 +333,16 @@ def test_hydras_settings_are_checked_however_its_main_is_wrapped(wrapped, monkey
     assert capsys.readouterr().err.startswith("error: optimization.lr [-1] is out of range")
 
 
+@pytest.mark.parametrize("hydra", [False, True])
+def test_a_training_without_an_optimizer(hydra):
+    cfg = OmegaConf.create({"common_eval": {"path": None}, "optimizer": None})
+    spelled = "add optimizer=adam" if hydra else "--optimizer is not given: use adam, fused_adam,"
+    with pytest.raises(UserError, match=spelled):
+        commands.check_optimizer(cfg, hydra)
+    commands.check_optimizer({**cfg, "common_eval": {"path": "x.pt"}}, hydra)
+    commands.check_optimizer({**cfg, "optimizer": {"_name": "adam"}}, hydra)
+
+
 def test_a_user_dir_that_is_no_package(tmp_path):
     from fairseq import utils
 
@@ -334,6 +352,17 @@ def test_a_user_dir_that_is_no_package(tmp_path):
             UserError, match=f"^--user-dir {folder}: not the folder of a Python package"
         ):
             utils.import_user_module(Namespace(user_dir=str(folder)))
+
+
+def test_a_user_dir_that_is_not_there(tmp_path):
+    from fairseq import utils
+
+    with pytest.raises(UserError, match=f"^--user-dir {tmp_path}/nodir: no such folder; `fairseq-"):
+        utils.import_user_module(Namespace(user_dir=f"{tmp_path}/nodir"))
+    (tmp_path / "module").mkdir()
+    (tmp_path / "module" / "__init__.py").write_text("open('/no/such/file')")
+    with pytest.raises(FileNotFoundError):  # the module's own
+        utils.import_user_module(Namespace(user_dir=f"{tmp_path}/module"))
 
 
 def test_a_setting_is_named_where_it_was_set():

@@ -68,11 +68,17 @@ def eval_str_list(stock, x, x_type=float):
 
 
 def import_user_module(stock, args):
-    """For a --user-dir that is not a package stock raises ModuleNotFoundError without the
-    folder."""
+    """For a --user-dir that is not a package stock raises ModuleNotFoundError without the folder,
+    for one that is not there FileNotFoundError without the flag."""
     folder = getattr(args, "user_dir", None) or ""
     try:
         return stock(args)
+    except FileNotFoundError as error:
+        if error.args != (os.path.abspath(folder),):
+            raise
+        raise UserError(
+            f"--user-dir {folder}: no such folder; `fairseq-moe user-dir` prints the plugin's"
+        ) from None
     except (ModuleNotFoundError, ValueError) as error:
         name = os.path.basename(os.path.abspath(folder))
         if getattr(error, "name", "") not in ("", name) or os.path.isdir(folder) and name:
@@ -94,6 +100,7 @@ def call_main(stock, cfg, main, **kwargs):
         if _is_hydras(main):
             _check_run(cfg)
         check_processes(cfg)
+        check_optimizer(cfg, _is_hydras(main))
         return stock(cfg, functools.partial(run_process, main), **kwargs)
     except (Exception, KeyboardInterrupt) as error:  # the latter by --heartbeat-timeout, too
         mistake = mistake_to_print(error)
@@ -137,6 +144,17 @@ def _is_hydras(main: Callable) -> bool:
     while isinstance(main, functools.partial) and main.args:
         main = main.args[0]
     return hydras is not None and inspect.unwrap(main) is inspect.unwrap(hydras)
+
+
+def check_optimizer(cfg, hydra: bool) -> None:
+    """Raise UserError for a training without one: stock has no default, and says so after it has
+    built the model."""
+    if cfg["common_eval"]["path"] is None and cfg["optimizer"] is None:
+        raise UserError(
+            "optimizer is not set: add optimizer=adam (or fused_adam, adafactor, ...)"
+            if hydra
+            else "--optimizer is not given: use adam, fused_adam, adafactor, ..."
+        )
 
 
 def _check_run(cfg) -> None:
