@@ -318,7 +318,7 @@ def test_documents_are_drawn_alike_for_all_models():
     other = {"nats": (nats - tokens).tolist(), "tokens": tokens}
     drawn = saving.drawn_perplexities([one, other], 1, 50)
     assert np.allclose(drawn[:, 0] / drawn[:, 1], math.e) and len(set(drawn[:, 0])) > 10
-    ends = saving.ends_over_documents([1.0, 16.0, 2.0], np.stack([*drawn.T, drawn[:, 0] ** 1]).T)
+    ends = saving.ends_over_units([1.0, 16.0, 2.0], np.stack([*drawn.T, drawn[:, 0] ** 1]).T)
     assert ends == pytest.approx((0.5, 0.5))
 
 
@@ -779,6 +779,6 @@ def test_a_small_ladder_goes_on_where_it_was_killed(folder, monkeypatch, capsys)
     found = json.loads((out / "result.json").read_text())
     assert len(found["runs"]) == found["planned"] == 9
     assert {f["tokens"] for f in found["factors"]} == {384, 640}
-    assert {f["interval_over"] for f in found["factors"]} == {"test documents"}
+    assert {f["interval_over"] for f in found["factors"]} == {"units of test text"}
     assert "9 of 9 runs are done" in (out / "report.html").read_text()
     assert re.search(r"^\| a \| 1e-[23] .* \| a, b \|$", (out / "tables.md").read_text(), re.M)

@@ -20,7 +20,7 @@ from .stages import LR, Arm, Ladder, Stage, float32_twin
 
 UNITS = "unit_losses.json"
 OVER_SEEDS = "seeds"
-OVER_DOCUMENTS = "test documents"
+OVER_UNITS = "units of test text"
 OVER_INTERVALS = "perplexities, as if independent"
 
 
@@ -297,7 +297,7 @@ class _Units:
         if all(losses):
             by_set = [self._draws(folders, name, i) for i, name in enumerate(sets_of(mine, group))]
             perplexities = np.mean(by_set, axis=0)  # (draws, M)
-            return saving.ends_over_documents(costs, perplexities), OVER_DOCUMENTS
+            return saving.ends_over_units(costs, perplexities), OVER_UNITS
         intervals = [
             where[group].get("interval")
             for run in runs
@@ -326,7 +326,7 @@ class _Units:
             for folder, model in zip(folders, models):
                 if model is None or model["tokens"] != (models[0] or model)["tokens"]:
                     raise UserError(
-                        f"{folder / UNITS}: lacks {name}, or has other documents of it than "
+                        f"{folder / UNITS}: lacks {name}, or has other units of it than "
                         f"{folders[0] / UNITS}: delete this file, or evaluate both runs again"
                     )
             self._drawn[key] = saving.drawn_perplexities([m for m in models if m], seed)

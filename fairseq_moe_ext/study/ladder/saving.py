@@ -58,7 +58,7 @@ def ends_of(savings: Sequence[Saving]) -> Ends:
 
 
 def drawn_perplexities(models: Sequence[UnitLosses], seed: int, draws: int = DRAWS) -> np.ndarray:
-    """(draws, M) perplexities of each model on a test set whose documents are drawn anew, the same
+    """(draws, M) perplexities of each model on a test set whose units are drawn anew, the same
     ones for all models."""
     sums = np.array([model["nats"] for model in models])  # (M, U)
     sizes = np.array(models[0]["tokens"], dtype=np.float64)  # (U,)
@@ -71,7 +71,7 @@ def drawn_perplexities(models: Sequence[UnitLosses], seed: int, draws: int = DRA
     return np.exp(found)
 
 
-def ends_over_documents(costs: Sequence[float], perplexities: np.ndarray) -> Ends:
+def ends_over_units(costs: Sequence[float], perplexities: np.ndarray) -> Ends:
     """Of draws, (draws, M): the last model is the sparse one."""
     return ends_of(
         [saving(list(zip(costs[:-1], row[:-1])), costs[-1], row[-1]) for row in perplexities]
