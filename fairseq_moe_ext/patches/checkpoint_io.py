@@ -17,7 +17,7 @@ from fairseq_today.registry import View
 
 from .. import context, fingerprint, tokenizer_files
 from ..branch import pad_rule
-from ..branch.files import find
+from ..branch.files import check_name, find
 from ..branch.reading import read
 from ..checkpoint import loading, resuming, saving, starting
 from ..checkpoint.cleanup import remove_unused_files
@@ -114,12 +114,16 @@ def load_checkpoint(stock, cfg, trainer, **kwargs):
         if files is not None:
             setattr(cfg, name, files.shared)
     with same_error_on_all_ranks() if process_count() > 1 else contextlib.nullcontext():
-        starting.check_inputs(cfg, trainer.checkpoint_suffix or "")
+        suffix = trainer.checkpoint_suffix or ""
+        starting.check_inputs(cfg, suffix)
+        if not cfg.no_save:
+            saved = os.path.join(cfg.save_dir, f"checkpoint_last{suffix}.pt")
+            check_name(saved, f"--checkpoint-suffix {suffix}: ")
         if process_rank() == 0 and not cfg.no_save:
             starting.hold(cfg.save_dir)
     vars(checkpoint_utils.save_checkpoint).pop("best", None)
     patience().clear()
-    start = starting.named(cfg, trainer.checkpoint_suffix or "")
+    start = starting.named(cfg, suffix)
     try:
         extra_state, epoch_itr = stock(cfg, trainer, **kwargs)
     except ValueError as error:

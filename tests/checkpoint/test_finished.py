@@ -109,6 +109,13 @@ def test_the_hours_begin_with_the_updates(data, folder, tmp_path, start):
     assert len(train(0, 1, f"{data} {LINE} {flags} {start} {pre}")) == 3
 
 
+def test_no_checkpoint_is_named_as_a_part_of_the_branchs(data, tmp_path):
+    line = f"{data} {LINE} --save-dir {tmp_path} --max-update 1 --checkpoint-suffix=-rank-0"
+    with pytest.raises(UserError, match="--checkpoint-suffix -rank-0: .* would be read as a part"):
+        train(0, 1, line)
+    assert not list(tmp_path.glob("*.pt"))
+
+
 def test_a_folder_whose_name_is_not_utf8(data, folder, tmp_path, capsys):
     """torch maps no file by such a path."""
     other = tmp_path / os.fsdecode(b"caf\xe9")

@@ -102,6 +102,7 @@ def test_a_checkpoint_in_the_branchs_layout(data, classes, of_branch, tmp_path):
     assert re.search(r"valid: 40 questions; right answer: big [\d.]+ %, mid [\d.]+ %", done.stdout)
     saved = torch.load(tmp_path / "new" / "checkpoint_best.pt", weights_only=True)
     assert saved["model"]["choice_head.weight"].shape == (3, 16)
+    assert saved["extra_state"]["tokens"] > 3 * 16  # not two updates of 8 questions
 
 
 @pytest.mark.slow
