@@ -20,6 +20,7 @@ from .config import (
 from .errors import UserError
 from .router_flags import CHOICES, RouterFlags, top_k, validate_router
 from .shape import shape_of
+from .wording import did_you_mean
 
 # The model's own numbers and the length of its inputs, without the size of batches.
 _NUMBERS = sorted(defaults().keys() & ranges.RANGES.keys() - {"max_tokens", "batch_size"})
@@ -173,6 +174,7 @@ def _validate_experts(cfg: MoETransformerLMConfig) -> None:
         if str(getattr(cfg, name)) not in choices:
             raise UserError(
                 f"{ranges.flag(name)} {getattr(cfg, name)} is unknown: use {', '.join(choices)}"
+                + did_you_mean(getattr(cfg, name), choices)
             )
     validate_router(cfg)
     validate_balance(cfg, top_k(cfg))

@@ -86,8 +86,7 @@ def find_corpora(data: Path) -> Dict[str, Path]:
             f"{data / DICTIONARY}: missing; {data} is not a prepared data folder; make one with "
             "`fairseq-moe prepare`"
         )
-    plain = _data_bin_files(data)
-    folders = sorted(path for path in data.iterdir() if path.is_dir() and _data_bin_files(path))
+    plain, folders = _data_bin_files(data), _folders(data)
     if plain and folders:
         raise UserError(
             f"{data}: holds data-bins of its own ({plain[0]}) and of corpora "
@@ -98,6 +97,18 @@ def find_corpora(data: Path) -> Dict[str, Path]:
     for folder in folders:
         check_corpus_name(folder.name, str(folder))
     return {folder.name: folder for folder in folders}
+
+
+def corpora_in(data: Path) -> List[str]:
+    """The names of a data folder's corpora; none if it is a data-bin itself, or no data folder."""
+    if not (data / DICTIONARY).is_file() or _data_bin_files(data):
+        return []
+    return [folder.name for folder in _folders(data)]
+
+
+def _folders(data: Path) -> List[Path]:
+    """Those in a data folder that are data-bins."""
+    return sorted(path for path in data.iterdir() if path.is_dir() and _data_bin_files(path))
 
 
 def check_dictionaries(data: Path, corpora: Dict[str, Path]) -> None:

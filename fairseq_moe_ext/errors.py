@@ -8,6 +8,8 @@ from typing import Any, Callable, List, NoReturn, Sequence
 
 from fairseq_today.errors import UserError as UserError  # one class, with the plugin or without
 
+from .wording import did_you_mean
+
 
 class NotFinite(UserError):
     """NaN or infinity where a number should be."""
@@ -22,6 +24,17 @@ class Unfit(UserError):
 
     def __str__(self) -> str:
         return " ".join("; ".join(self.args).splitlines())
+
+
+class ModelMisfit(UserError):
+    """A checkpoint that does not fit the model. `of` says which one, where its file is known."""
+
+    def __init__(self, what: str, remedy: str) -> None:
+        super().__init__(f"the checkpoint {what}: {remedy}")
+        self.what, self.remedy = what, remedy
+
+    def of(self, file: str, other_remedy: str = "") -> UserError:
+        return UserError(f"{file}: {self.what}: {self.remedy}{other_remedy}")
 
 
 # The remedy if a trained model yields NaN or infinity.
@@ -63,6 +76,9 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"error: {flag_mistake(self, message, self.words)}\n")
 
 
+_SHOWN = 20  # names of a choice; fairseq has 200 architectures
+
+
 def read_negative_numbers(parser: argparse.ArgumentParser) -> None:
     """Let -1e-3 and -125M be values, as Python 3.14 does, not unknown flags."""
     parser._negative_number_matcher = re.compile(r"-\.?\d")
@@ -85,13 +101,17 @@ def flag_mistake(
     like_flag = _value_like_a_flag(parser, message, words)
     if like_flag:
         return like_flag
-    wanted, there = None, []
+    wanted, there = "", []
     refused = re.search(r"invalid choice: '?(.+?)'? \(choose from (.+)\)", message)
     unknown = re.search(r"unrecognized arguments: (?:(?!--)\S+ )*(--[\w-]+)", message)
     if message.endswith("required: COMMAND"):
         message = f"no command given; there are {', '.join(_commands(parser))}"
     elif refused:
         wanted, there = refused[1], re.findall(r"[^',\s]+", refused[2])
+        if len(there) > _SHOWN:
+            like = difflib.get_close_matches(wanted, there, n=_SHOWN, cutoff=0)
+            few = "" if did_you_mean(wanted, there) else f"; most like it: {', '.join(like)}"
+            message = message.replace(f"choose from {refused[2]}", f"of {len(there)}{few}")
     elif unknown and remedy(parser, unknown[1]):
         return f"{message}; {remedy(parser, unknown[1])}"
     elif unknown:
@@ -102,10 +122,9 @@ def flag_mistake(
         there = re.findall(r"--[\w-]+", message.partition("required: ")[2])
         given = (word.partition("=")[0] for word in words if word.startswith("--"))
         near = (f for f in given if f not in there and difflib.get_close_matches(f, there))
-        wanted = next(near, None)
+        wanted = next(near, "")
         message += f"; {wanted} is given" if wanted else ""
-    close = difflib.get_close_matches(wanted or "", there, n=1)
-    return message + (f"; did you mean {close[0]}?" if close else "") + " (flags: --help)"
+    return message + did_you_mean(wanted, there) + " (flags: --help)"
 
 
 def _value_like_a_flag(parser: argparse.ArgumentParser, message: str, words: Sequence[str]) -> str:

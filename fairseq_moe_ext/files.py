@@ -30,6 +30,13 @@ def reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
+_REMEDY = "; name a file that is there and may be read"
+
+
+def _unreadable(where: str, error: Exception) -> UserError:
+    return UserError(f"{where}: cannot be read ({reason(error)}){_REMEDY}")
+
+
 def check(path: Name, where: str = "") -> None:
     """Raise UserError unless `path` is a regular file or a link to one. `where`: the
     beginning of the message, such as "--dict x"; by default the path."""
@@ -37,9 +44,33 @@ def check(path: Name, where: str = "") -> None:
     try:
         kind = kind_of(os.stat(path))
     except (OSError, ValueError) as error:  # ValueError: a null byte in a name from a file
-        raise UserError(f"{where}: cannot be read ({reason(error)})") from None
+        raise _unreadable(where, error) from None
     if kind:
         raise UserError(f"{where}: {kind}, not a file; name a regular file")
+
+
+def refuse_folder(path: Name, where: str = "") -> None:
+    """Raise UserError, with what to name instead, if a checkpoint's path is a folder."""
+    folder, where = Path(path), where or str(path)
+    if not folder.is_dir():
+        return
+    if (folder / "config.json").is_file():
+        raise UserError(
+            f"{where}: is a folder for Hugging Face transformers: convert it first, with "
+            f"`fairseq-moe convert {path} model.pt --from hf`"
+        )
+    there = listed(folder, ".pt")
+    remedy = f"name a checkpoint in it: {there}" if there else "it has no *.pt; name a checkpoint"
+    raise UserError(f"{where}: is a folder: {remedy}")
+
+
+def listed(folder: Path, suffix: str, shown: int = 5) -> str:
+    """The files of a folder with this suffix, the best and the last checkpoint first; "" for
+    none."""
+    names = sorted(path.name for path in folder.glob(f"*{suffix}"))
+    names.sort(key=lambda name: not name.startswith(("checkpoint_best", "checkpoint_last")))
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 def check_named(settings: Mapping[str, Any], argv: Optional[Sequence[str]] = None) -> None:
@@ -74,7 +105,7 @@ def open_binary(path: Name, where: str = "") -> BinaryIO:
     try:
         return open(path, "rb")
     except OSError as error:
-        raise UserError(f"{where or path}: cannot be read ({reason(error)})") from None
+        raise _unreadable(where or str(path), error) from None
 
 
 def read_text(path: Name, where: str = "", encoding: str = "utf-8") -> str:
@@ -89,7 +120,7 @@ def read_text(path: Name, where: str = "", encoding: str = "utf-8") -> str:
                 f"{where or path}: not UTF-8 at {byte}; convert it to UTF-8, or name another file"
             ) from None
         except OSError as error:
-            raise UserError(f"{where or path}: cannot be read ({reason(error)})") from None
+            raise _unreadable(where or str(path), error) from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -111,10 +142,10 @@ def parse_json(text: str) -> Any:
 
 def read_json(path: Name, where: str = "", remedy: str = "") -> Any:
     """Read JSON. Raises UserError for a file that cannot be read or is not JSON."""
-    end = remedy and f": {remedy}"
+    end = remedy and f": {remedy}"  # instead of the general one
     try:
         return parse_json(read_text(path, where))
     except UserError as error:
-        raise UserError(f"{error}{end}") from None
+        raise UserError(f"{str(error).replace(_REMEDY, '') if end else error}{end}") from None
     except ValueError as error:
         raise UserError(f"{where or path}: not JSON: {error}{end}") from None

@@ -20,6 +20,7 @@ from typing import Any, Dict, Optional
 from fairseq import utils
 from fairseq.data import Dictionary
 from fairseq.tasks import FairseqTask
+from torch import Tensor
 
 from . import context
 from .data_bin import DICTIONARY
@@ -43,23 +44,47 @@ def fingerprint(dictionary: Dictionary, size: Optional[int] = None) -> Dict[str,
     }
 
 
-def check(task: FairseqTask, saved: Optional[Dict[str, Any]], checkpoint: str) -> None:
-    """Raise UserError if the task's dictionary is not the one that a checkpoint was trained with. A
-    smaller dictionary is left to the model, which then does not fit."""
+def check(task: FairseqTask, saved: Optional[Dict[str, Any]]) -> None:
+    """Raise UserError if the task's dictionary is not the one that a checkpoint was trained with.
+
+    Args:
+        saved: what `note` found in the checkpoint.
+    """
     dictionary = getattr(task, "dictionary", None)
     if saved is None or not isinstance(dictionary, Dictionary):
         return
-    if len(dictionary) < saved["types"]:
-        return
-    own = fingerprint(dictionary, saved["types"])
-    if own["sha256"] != saved["sha256"]:
-        data = getattr(getattr(task, "args", None) or task.cfg, "data", None)
-        file = os.path.join(utils.split_paths(data)[0], DICTIONARY) if data else "the dictionary"
+    types: Any = saved.get("types")
+    own = saved if types is None else fingerprint(dictionary, types)
+    if own.get("sha256") != saved.get("sha256"):
+        differ = f"sha256 of its {types:,} symbols {own['sha256'][:12]}, the checkpoint's "
+        differ += saved["sha256"][:12]
+        if len(dictionary) < types:
+            differ = f"it has {len(dictionary):,} symbols, the checkpoint's {types:,}"
         raise UserError(
-            f"{file}: not the dictionary of {checkpoint} (sha256 of its {saved['types']:,} symbols "
-            f"{own['sha256'][:12]}, the checkpoint's {saved['sha256'][:12]}), so its "
-            f"ids mean other tokens: use the {DICTIONARY} that the checkpoint was trained with"
+            f"{_file(task)}: not the dictionary of {_checkpoint(saved)} ({differ}), so its ids "
+            f"mean other tokens: use the {DICTIONARY} that the checkpoint was trained with"
         )
+    lacking = saved.get("vocabulary", len(dictionary)) - len(dictionary)
+    if lacking:
+        remedy = f"use the {DICTIONARY} that it was trained with"
+        if lacking > 0:
+            remedy += ", or" if types is not None else "; if it is the same one, padded,"
+            remedy += f" append {lacking} lines: madeupword1000 0, madeupword1001 0, ... "
+            remedy += "(docs/released_models.md)"
+        raise UserError(
+            f"{_checkpoint(saved)}: has a vocabulary of {saved['vocabulary']}, but {_file(task)} "
+            f"one of {len(dictionary)}: {remedy}"
+        )
+
+
+def _checkpoint(saved: Dict[str, Any]) -> str:
+    return str(saved.get("of", "the checkpoint"))
+
+
+def _file(task: FairseqTask) -> str:
+    """The file of a task's dictionary."""
+    data = getattr(getattr(task, "args", None) or task.cfg, "data", None)
+    return os.path.join(utils.split_paths(data)[0], DICTIONARY) if data else "the dictionary"
 
 
 def note(state: Dict[str, Any], path: str) -> None:
@@ -67,9 +92,11 @@ def note(state: Dict[str, Any], path: str) -> None:
     ignores the task's state (fairseq/trainer.py:497@0.12.2). Otherwise store the file's name for
     the task."""
     task_state = state.get("task_state") or {}
-    saved = task_state.get(KEY)
-    if saved is not None:
-        under_way = context.loading.get()
-        if under_way is not None:
-            check(under_way.trainer.task, saved, path)
-        state["task_state"] = {**task_state, KEY: {**saved, "of": str(path)}}
+    saved = {**(task_state.get(KEY) or {}), "of": str(path)}
+    embedding = (state.get("model") or {}).get("decoder.embed_tokens.weight")
+    if isinstance(embedding, Tensor):
+        saved["vocabulary"] = len(embedding)
+    under_way = context.loading.get()
+    if under_way is not None:
+        check(under_way.trainer.task, saved)
+    state["task_state"] = {**task_state, KEY: saved}

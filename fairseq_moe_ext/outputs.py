@@ -81,15 +81,21 @@ def _check_path(path: Path, where: str) -> bool:
         if not os.path.isdir(folder):
             raise UserError(f"{where}: no folder {folder}; make it first") from None
         if not os.access(folder, os.W_OK | os.X_OK):
-            raise UserError(f"{where}: the folder {folder} cannot be written to") from None
+            raise UserError(
+                f"{where}: the folder {folder} cannot be written to; name another"
+            ) from None
         return False
     except (OSError, ValueError) as error:
-        raise UserError(f"{where}: cannot be written: {files.reason(error)}") from None
+        raise _unwritable(where, error) from None
     if kind:
         raise UserError(f"{where}: {kind}, not a file; name a regular file or a new one")
     if not os.access(path, os.W_OK):
         raise UserError(f"{where}: is read-only; name another file")
     return True
+
+
+def _unwritable(where: str, error: Exception) -> UserError:
+    return UserError(f"{where}: cannot be written: {files.reason(error)}; name another file")
 
 
 _LEFT = 3600  # seconds since a file was last written to, after which its writer may be gone
@@ -134,7 +140,7 @@ def partial_file(path: Path, **how: Any) -> Iterator[IO]:
             yield file
         os.replace(partial, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {files.reason(error)}") from None
+        raise _unwritable(str(path), error) from None
     finally:
         with contextlib.suppress(OSError):
             os.unlink(partial)

@@ -12,6 +12,7 @@ from .moe import routers  # noqa: F401 - registers them
 from .moe.router import ROUTERS, GateSettings
 from .moe.routing import check_groups
 from .ranges import flag
+from .wording import did_you_mean
 
 SCORES = ChoiceEnum(["softmax", "sigmoid"])
 NORMALIZED = ChoiceEnum(["before", "after", "none"])
@@ -182,7 +183,7 @@ def validate_router(cfg: Any) -> None:
         if router is None:
             raise UserError(
                 f"--moe-router {cfg.moe_router} is unknown: use {allowed}, or pass the plugin that "
-                "registers it (--user-dir)"
+                f"registers it (--user-dir){did_you_mean(cfg.moe_router, ROUTERS)}"
             )
         raise UserError(f"--moe-router {cfg.moe_router}: {router.refused}")
     for name, setting in _OF_SOME.items():

@@ -1,7 +1,7 @@
 """Checks before a run starts, so that no mistake in a flag ends it after hours.
 
 patches/commands.py calls `check_command_line` and `check_run` as soon as the flags of a fairseq
-command are parsed. What needs the task and the model is checked in trainer_checks.py.
+command are parsed. What needs the task or the model is checked in trainer_checks.py.
 """
 
 import ast
@@ -9,6 +9,7 @@ import glob
 import importlib.util
 import os
 import re
+from pathlib import Path
 from typing import Any, Callable, Mapping
 
 import torch
@@ -19,7 +20,7 @@ from fairseq.tasks import TASK_REGISTRY
 
 from fairseq_today.finding import checkpoint_names_it
 
-from . import files, outputs, ranges
+from . import data_bin, files, outputs, ranges
 from .config import MoETransformerLMConfig
 from .errors import UserError
 from .moe.router import ROUTERS
@@ -85,6 +86,8 @@ def check(given: Mapping[str, Any], spell: Spell, training: bool) -> None:
     if training:
         _check_kinds(given, spell)
     evaluating = "context_window" in given or "beam" in given  # not fairseq-validate
+    if training or evaluating:  # fairseq-validate has the task of the checkpoint
+        _check_data(given, spell)
     batch = given.get("batch_size"), given.get("max_tokens")
     if (training or not evaluating) and batch == (None, None):
         raise UserError(
@@ -96,6 +99,20 @@ def check(given: Mapping[str, Any], spell: Spell, training: bool) -> None:
     others += [_check_task, _check_search, _check_steps]
     for check_one in of_training if training else others:
         check_one(given, spell)
+
+
+def _check_data(given: Mapping[str, Any], spell: Spell) -> None:
+    """Stock reads the data only after it has built the model."""
+    data = str(given.get("data") or "").split(os.pathsep)[0]
+    if given.get("task") != "language_modeling" or not data or "buffer_size" in given:
+        return  # fairseq-interactive reads nothing but the dictionary
+    corpora = data_bin.corpora_in(Path(data))
+    if corpora:
+        raise UserError(
+            f"{spell('task')} language_modeling reads one data-bin, but {data} holds the corpora "
+            f"{', '.join(corpora)}: name one, {data}/{corpora[0]}, or use {spell('task')} "
+            "mixture_language_modeling"
+        )
 
 
 def _check_overrides(value: Any, spelled: str) -> None:

@@ -1,5 +1,5 @@
-"""Checks of what a trainer is built from, before the first update; patches/trainer.py calls
-`check_trainer`."""
+"""Checks of what a trainer is built from: `check_task` before the model is built, called by
+patches/tasks.py, and `check_trainer`, which needs the model, by patches/trainer.py."""
 
 import logging
 from typing import Any, Dict, List, Mapping
@@ -9,25 +9,24 @@ from fairseq.criterions import CRITERION_REGISTRY
 
 from .balance_flags import has_loss
 from .errors import UserError
+from .expert_parallel import process_rank
 from .moe.router import ROUTERS, TopKRouter
+from .shape import shape_of
 from .starting import name_of
+from .wording import did_you_mean
 
 logger = logging.getLogger(__name__)
 
 
-def check_trainer(cfg: Any, task: Any, model: Any) -> None:
-    """Raise UserError for settings with which no trainer can be built."""
+def check_task(cfg: Any, task: Any) -> None:
+    """Raise UserError for data that the task lacks, a metric that its validation does not report,
+    or settings with which no trainer can be built."""
     getattr(task, "check_training", lambda: None)()
     sharding = str(cfg.distributed_training.zero_sharding)
     if sharding != "none" and not torch.distributed.is_initialized():
         raise UserError(
             f"--zero-sharding {sharding} needs several processes, but there is only one: remove it"
         )
-    together = torch.distributed.is_initialized()  # under torchrun also a process alone
-    if cfg.common.amp and together and torch.distributed.get_world_size() > 1:
-        _check_amp(cfg, model)
-    if getattr(model, "has_experts", False):
-        _check_losses(cfg)
     over = str(getattr(cfg.model, "moe_balance_over", None))
     transform = str(getattr(cfg.criterion, "moe_gate_loss_transform", "none"))
     if over == "global_batch" and transform != "none":
@@ -37,7 +36,35 @@ def check_trainer(cfg: Any, task: Any, model: Any) -> None:
             "--moe-balance-over"
         )
     if not cfg.dataset.disable_validation:
-        _check_metric(cfg, task, model)
+        _check_metric(cfg, task)
+    if process_rank() == 0:
+        _warn_of_warmup(cfg)
+
+
+def check_trainer(cfg: Any, model: Any) -> None:
+    """Raise UserError for settings with which the model cannot be trained."""
+    together = torch.distributed.is_initialized()  # under torchrun also a process alone
+    if cfg.common.amp and together and torch.distributed.get_world_size() > 1:
+        _check_amp(cfg, model)
+    if getattr(model, "has_experts", False):
+        _check_losses(cfg)
+
+
+def _warn_of_warmup(cfg: Any) -> None:
+    """Of a warm-up that does not end before the training or the decay, which fairseq accepts."""
+    schedule = cfg.lr_scheduler if isinstance(cfg.lr_scheduler, Mapping) else {}
+    warmup, last = schedule.get("warmup_updates") or 0, cfg.optimization.max_update or 0
+    decay = schedule.get("total_num_update") or 0
+    if 0 < decay <= warmup:
+        logger.warning(
+            f"--warmup-updates {warmup} is not less than --total-num-update {decay:g}: after the "
+            f"warm-up the learning rate is {schedule.get('end_learning_rate', 0):g} at once"
+        )
+    elif 0 < last < warmup:
+        logger.warning(
+            f"--warmup-updates {warmup} is more than --max-update {last}: the learning rate never "
+            "reaches --lr"
+        )
 
 
 def _check_losses(cfg: Any) -> None:
@@ -71,15 +98,16 @@ def _check_amp(cfg: Any, model: Any) -> None:
         )
 
 
-def _check_metric(cfg: Any, task: Any, model: Any) -> None:
+def _check_metric(cfg: Any, task: Any) -> None:
     metric = cfg.checkpoint.best_checkpoint_metric
-    logged = _logged(cfg.criterion, bool(getattr(model, "has_experts", False)))
+    sparse = isinstance(cfg.model, Mapping) and "moe_freq" in cfg.model
+    logged = _logged(cfg.criterion, sparse and bool(shape_of(cfg.model).sparse))
     for subset in cfg.dataset.valid_subset.split(",") if logged else ():
         given = logged + getattr(task, "validation_metrics", lambda subset: [])(subset)
         if metric not in given:
             raise UserError(
                 f"--best-checkpoint-metric {metric}: validation on {subset} does not report it; "
-                f"it reports {', '.join(given)}"
+                f"it reports {', '.join(given)}{did_you_mean(metric, given)}"
             )
 
 

@@ -1,4 +1,7 @@
-"""Numbers in sentences and tables."""
+"""Numbers, values and names in sentences and tables."""
+
+import difflib
+from typing import Iterable
 
 
 def count(number: int, noun: str) -> str:
@@ -10,6 +13,12 @@ def short(value: object) -> str:
     """As text that fits a line."""
     text = str(value)
     return text if len(text) < 80 else text[:77] + "..."
+
+
+def did_you_mean(word: object, names: Iterable[object]) -> str:
+    """ "; did you mean NAME?" with the name that is most like a word; "" if none is like it."""
+    close = difflib.get_close_matches(str(word), [*map(str, names)], n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def signed(value: float, digits: int = 1) -> str:

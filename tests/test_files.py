@@ -98,3 +98,44 @@ def test_what_cannot_be_opened_is_named(tmp_path):
             files.read_text(tmp_path / name)
     with pytest.raises(UserError, match="--dict .*: a folder, not a file"):
         files.read_text(tmp_path, f"--dict {tmp_path}")
+
+
+@pytest.mark.parametrize("read", [files.check, files.read_text, files.read_json])
+def test_what_cannot_be_read_has_a_remedy(place, read):
+    with pytest.raises(UserError, match="none: cannot be read .*; name a file that is there and"):
+        read("none")
+
+
+def test_a_remedy_of_its_own_replaces_it(place):
+    with pytest.raises(UserError, match=r"none: cannot be read \(No such .*\): make it$"):
+        files.read_json("none", remedy="make it")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "evaluate data --path {}",
+        "generate {} text",
+        "generate --path {} text",
+        "inspect {} --data data --text text",
+        "cost --path {}",
+        "show {}",
+        "convert {} new.pt",
+    ],
+)
+def test_a_folder_is_no_checkpoint(place, line, capsys):
+    """It is there, so nobody is told to check the path, but what to name instead."""
+    for folder in ("runs", "hf", "empty"):
+        (place / folder).mkdir()
+    (place / "hf" / "config.json").touch()
+    for name in ("checkpoint_1_5.pt", "checkpoint_best.pt"):
+        (place / "runs" / name).touch()
+    (place / "text").touch()
+    for folder, words in {
+        "runs": "runs: is a folder: name a checkpoint in it: checkpoint_best.pt, checkpoint_1_5.pt",
+        "hf": "convert it first, with `fairseq-moe convert hf model.pt --from hf`",
+        "empty": "empty: is a folder: it has no *.pt; name a checkpoint",
+    }.items():
+        assert cli.main(line.format(folder).split()) == 1
+        err = capsys.readouterr().err
+        assert words in err and err.count("\n") == 1

@@ -28,8 +28,8 @@ ALLOWED = {
         "config_checks": "balance_flags config ranges router_flags shape",
         "shape": "moe.activations moe.router router_flags",
         "ranges": "",
-        "starting": "config moe.router optim ranges",
-        "trainer_checks": "balance_flags moe.router starting",
+        "starting": "config data_bin moe.router optim ranges",
+        "trainer_checks": "balance_flags expert_parallel moe.router shape starting",
         "accuracy": "",
         "cost": "kernels shape",
         "errors": "",
@@ -44,9 +44,9 @@ ALLOWED = {
         "generate": "generate evaluation models prepare tokenizer_files",
         "literals": "",
         "patches": """
-            patches branch checkpoint config_checks counted data_bin data_bin_files diverging
+            patches branch checkpoint config_checks cost counted data_bin data_bin_files diverging
             expert_parallel fingerprint fully_sharded kernels.dtypes literals metrics_file models
-            moe.balance moe.layer moe.stats ranges starting tokenizer_files trainer_checks
+            moe.balance moe.layer moe.stats ranges shape starting tokenizer_files trainer_checks
             training_line
             """,
         "patch_list": "patches",
@@ -68,7 +68,7 @@ ALLOWED = {
             models moe ranges router_flags shape
             """,
         "models": """
-            models balance_flags config config_checks cost data_bin expert_parallel
+            models balance_flags config config_checks data_bin expert_parallel
             fully_sharded kernels moe router_flags shape starting tokenizer_files
             """,
         "criterions": "criterions accuracy kernels.dtypes moe.stats ranges",
@@ -89,7 +89,8 @@ ALLOWED = {
             """,
         "convert": """
             convert balance_flags branch checkpoint config config_checks cost data_bin
-            expert_parallel models moe.experts prepare ranges router_flags shape tokenizer_files
+            evaluation.cost_table evaluation.loading expert_parallel models moe.experts prepare
+            ranges router_flags shape tokenizer_files
             """,
         "evaluation": """
             evaluation branch checkpoint config config_checks cost data_bin data_bin_files

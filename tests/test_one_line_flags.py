@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from fairseq import options
+from training import USER_DIR, error_in, status_of
 
 import fairseq_moe_command
 from fairseq_moe_ext import cli
@@ -129,3 +130,19 @@ def test_help_is_whole(capsys):
         cli.main(["evaluate", "--help"])
     assert stop.value.code == 0 and "--markdown" in capsys.readouterr().out
     assert issubclass(OneLineParser, argparse.ArgumentParser)
+
+
+@pytest.mark.parametrize(
+    "flag, typo, meant",
+    [
+        ("--arch", "moe_lm_tini", "did you mean moe_lm_tiny?"),
+        ("--task", "mixture_language_modelling", "did you mean mixture_language_modeling?"),
+        ("--task", "qqq", "; most like it: "),
+    ],
+)
+def test_a_choice_of_hundreds_is_not_listed(capsys, flag, typo, meant):
+    """A terminal would show the suggestion two screens below."""
+    line = f"fairseq-train data --user-dir {USER_DIR} --arch moe_lm_tiny --task dummy_lm"
+    assert status_of(f"{line} {flag} {typo}") == 2
+    error = error_in(capsys.readouterr().err)
+    assert meant in error and len(error) < 800

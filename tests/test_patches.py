@@ -221,3 +221,14 @@ def test_an_update_has_the_random_numbers_of_stock(update, monkeypatch):
     monkeypatch.setattr(torch, "manual_seed", None)
     Trainer._set_seed(trainer)
     assert torch.equal(torch.rand(5), expected)
+
+
+def test_a_bias_that_is_off_is_not_shared():
+    """Only what is tied is named, as stock names it."""
+    from fairseq.trainer import _catalog_shared_params
+    from torch import nn
+
+    model = nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in "abc"})
+    assert _catalog_shared_params(model) == []
+    model["c"].weight = model["a"].weight
+    assert _catalog_shared_params(model) == [["a.weight", "c.weight"]]

@@ -385,10 +385,20 @@ def test_the_live_line_says_how_far_how_good_how_fast(monkeypatch):
     assert str(shown) == "dense starts" and shown.left == 0
     shown.read(line % 10)
     shown.read(line % 20)
-    assert str(shown) == "dense 20/100 loss 5.25 9,000 tokens/s"
+    assert str(shown) == "dense 20/100 perplexity 38.05 9,000 tokens/s"
     assert shown.left == pytest.approx(72.0)
     shown.read("not a measurement | {")
     assert "20/100" in str(shown)
+
+
+def test_a_live_line_elsewhere_is_not_repeated(monkeypatch, capsys):
+    now = iter(range(100, 10_000, 20))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    screen = progress.Screen()
+    for text in ("  stalled", "  stalled", "  stalled", "  goes on"):
+        screen.show(text)
+    screen.line("done")
+    assert capsys.readouterr().out == "  stalled\n  goes on\ndone\n"
 
 
 def test_what_the_report_says_follows_the_numbers(finished):

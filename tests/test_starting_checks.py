@@ -10,13 +10,15 @@ from types import SimpleNamespace
 import pytest
 from fairseq.distributed import utils as distributed_utils
 from omegaconf import OmegaConf
-from training import settings, status_of
+from training import USER_DIR, error_in, settings, status_of
 
 import fairseq_moe_ext
 from fairseq_moe_ext import ranges, starting, trainer_checks
 from fairseq_moe_ext.config import MoETransformerLMConfig
 from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
 from fairseq_moe_ext.patches import commands
+from fairseq_moe_ext.trainer_checks import _warn_of_warmup
 
 OURS = dict(arch="moe_lm_tiny", max_update=9, batch_size=4, max_tokens=None)
 
@@ -260,7 +262,7 @@ MIXTURE += " --moe-expert-count 2 --batch-size 4 --max-update 1"
     "flags, words",
     [
         ("--batch-size 0", "--batch-size 0 is out of range: use a whole number from 1"),
-        ("--lr -1", "--lr [-1.0] is out of range: use one or more of them, each a number from 0"),
+        ("--lr -1", "--lr -1.0 is out of range: use one or more of them, each a number from 0"),
         ("--update-freq 1.5", "argument --update-freq: '1.5' is not a whole number"),
         ("--batch-size-valid 1.5", "--batch-size-valid 1.5 is out of range"),
         ("--best-checkpoint-metric los", "los: validation on valid does not report it; it reports"),
@@ -299,8 +301,67 @@ def test_a_criterion_without_the_balancing_loss(caplog, data, model, warns):
         line += " --moe-expert-count 4"
     cfg = settings(line, 0, 1)
     has_experts = SimpleNamespace(has_experts="moe_lm" in model)
-    trainer_checks.check_trainer(cfg, None, has_experts)
+    trainer_checks.check_trainer(cfg, has_experts)
     assert ("leaves out the balancing loss" in caplog.text) == warns
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--train-corpora smal", "'smal' with a train split; those with one: big, mid, small; did"),
+        ("--corpus-weights big=1,mid=1,smal=1", "'smal' is not among the training corpora"),
+        ("--corpus-weights big=1,mid=1", "no weight for 'small'"),
+        ("--best-checkpoint-metric in_domain_pl", "did you mean in_domain_ppl?"),
+        ("--valid-subset valid/bgi", "no corpus 'bgi'; it has big, far, further, mid, small; did"),
+        ("--restore-file nothere.pt", "--restore-file nothere.pt: no such file"),
+        ("--continue-once nothere.pt", "--continue-once nothere.pt: no such file"),
+        ("--finetune-from-model nothere.pt", "--finetune-from-model nothere.pt: no such file"),
+        ("--finetune-from-model a.pt --restore-file b.pt", "both name what to start from: remove"),
+        ("--finetune-from-model a.pt --reset-meters", "itself: remove --reset-meters"),
+        ("--zero-sharding os", "--zero-sharding os needs several processes"),
+        ("--task language_modeling", "holds the corpora big, far, further, mid, small: name one,"),
+    ],
+)
+def test_before_the_model_is_built(capsys, data, tmp_path, monkeypatch, flags, words):
+    def build_model(cfg, task):
+        raise AssertionError("built")
+
+    monkeypatch.setattr(MoETransformerLanguageModel, "build_model", build_model)
+    status, errors = train(capsys, f"{data} {MIXTURE} --save-dir {tmp_path / 'run'} {flags}")
+    assert status == 1 and len(errors) == 1 and words in errors[0]
+
+
+@pytest.mark.parametrize("name", ["eval-lm", "generate"])
+def test_the_data_of_several_corpora_are_no_data_bin(capsys, data, name):
+    """Before the checkpoint is read, which is none."""
+    line = f"{data} --path {data}/dict.txt --user-dir {USER_DIR} --batch-size 4"
+    assert status_of(f"fairseq-{name} {line} --task language_modeling") == 1
+    error = error_in(capsys.readouterr().err)
+    assert f"name one, {data}/big, or use --task mixture_language_modeling" in error
+
+
+@pytest.mark.parametrize(
+    "warmup, decay, last, words",
+    [
+        (
+            10,
+            5.0,
+            20,
+            "10 is not less than --total-num-update 5: after the warm-up the learning rat",
+        ),
+        (10, None, 5, "--warmup-updates 10 is more than --max-update 5: the learning rate never"),
+        (10, 20.0, 5, "--warmup-updates 10 is more than --max-update 5: the learning rate never"),
+        (5, 10.0, 10, ""),
+        (5, None, 5, ""),
+        (5, None, 0, ""),
+        (0, 10.0, 10, ""),
+    ],
+)
+def test_a_warm_up_that_does_not_end_is_warned_of(caplog, warmup, decay, last, words):
+    schedule = {"warmup_updates": warmup, "total_num_update": decay, "end_learning_rate": 0.0}
+    optimization = SimpleNamespace(max_update=last)
+    _warn_of_warmup(SimpleNamespace(lr_scheduler=schedule, optimization=optimization))
+    assert words in caplog.text and len(caplog.records) == (words != "")
 
 
 @pytest.mark.parametrize("metric", ["big_ppl", "out_of_domain_ppl", "ppl", "entropy_gating"])

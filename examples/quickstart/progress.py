@@ -1,7 +1,7 @@
 """What the quickstart shows while it works: one line a finished step, one live line below it.
 
 On a terminal the live line is overwritten in place; elsewhere (a file, a CI log) it is printed
-afresh every few seconds.
+afresh every few seconds, if it has changed.
 """
 
 import shutil
@@ -34,12 +34,12 @@ class Screen:
             text = text[:width]
             print("\r" + text.ljust(len(self.live)), end="", flush=True)
             self.live = text
-        elif time.monotonic() - self.last_printed >= SECONDS_BETWEEN_LINES:
-            self.last_printed = time.monotonic()
+        elif text != self.live and time.monotonic() - self.last_printed >= SECONDS_BETWEEN_LINES:
+            self.last_printed, self.live = time.monotonic(), text
             print(text, flush=True)
 
     def _clear(self) -> None:
-        if self.live:
+        if self.live and self.terminal:
             print("\r" + " " * len(self.live) + "\r", end="", flush=True)
             self.live = ""
 
@@ -82,7 +82,7 @@ class TrainingProgress:
             pace = (now - self._first[1]) / (update - self._first[0])
             self.left = pace * (self.updates - update)
         loss, speed = float(found.values["inner_loss"]), float(found.values["wps"])
-        self.text = f"{update}/{self.updates} loss {loss:.2f} {speed:,.0f} tokens/s"
+        self.text = f"{update}/{self.updates} perplexity {2**loss:,.2f} {speed:,.0f} tokens/s"
 
     def __str__(self) -> str:
         return f"{self.title} {self.text}"

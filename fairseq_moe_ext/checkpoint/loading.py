@@ -107,8 +107,7 @@ def count_updates_as_here(state: Dict[str, Any], trainer: Trainer) -> None:
 
 def refuse_folder(path: str) -> None:
     """Raise UserError if a checkpoint's path is a folder, FIFO, ..."""
-    if os.path.isdir(path):
-        raise UserError(f"{path}: is a folder; name a checkpoint in it, *.pt")
+    files.refuse_folder(path)
     if os.path.exists(path):
         files.check(path)
 

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from .. import context, fully_sharded
 from ..diverging import check_weights
-from ..errors import UserError
+from ..errors import ModelMisfit, UserError
 from ..expert_parallel import all_gather, process_count, process_rank
 from .collective import check_code_versions, same_error_on_all_ranks
 from .experts import saves_together
 from .loading import refuse_folder
+from .starting import with_flag
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,13 @@ def reading(
                 "(--fp16 and the like) and the --moe-freeze that it was saved with, or add "
                 "--reset-optimizer"
             ) from error
+        raise
+    except Exception as error:
+        # "Cannot load model parameters" hides it (fairseq/trainer.py:581@0.12.2)
+        if isinstance(error.__context__, ModelMisfit):
+            where = with_flag(settings, filename)
+            other = "--save-dir" if where.endswith("(--save-dir)") else "checkpoint"
+            raise error.__context__.of(where, f", or another {other}") from error
         raise
     finally:
         settings.load_checkpoint_on_all_dp_ranks = on_all_ranks
@@ -151,6 +159,20 @@ def _compared(cfg: Any) -> Dict[str, Any]:
     return {
         f: v.split(",")[0] if isinstance(v, str) else v for f, v in found.items() if v is not None
     }
+
+
+def warn_of_a_new_optimizer(state: Mapping[str, Any], filename: str) -> None:
+    """Stock starts anew without saying so where a file has no optimizer state."""
+    if state.get("last_optimizer_state") is not None:
+        return
+    place = (state.get("extra_state") or {}).get("train_iterator") or {}
+    epoch, batches = place.get("epoch", 1), place.get("iterations_in_epoch", 0)
+    data = f"in epoch {epoch}" if epoch > 1 or batches else "from their beginning"
+    logger.warning(
+        f"{filename}: has no optimizer state: the optimizer and the schedule start anew, at update "
+        f"0, and the data go on {data}; to start a training from weights, use "
+        "--finetune-from-model"
+    )
 
 
 def _refuse_what_cannot_be_saved(cfg: Any) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import enum
 import math
 import re
@@ -30,7 +29,7 @@ from omegaconf import DictConfig
 from ..config import defaults
 from ..errors import UserError
 from ..literals import literal
-from ..wording import short
+from ..wording import did_you_mean, short
 
 _CRITERIA = {
     "adaptive_loss",
@@ -154,15 +153,8 @@ def check_overrides(overrides: Mapping[str, Any], saved: Mapping[str, Any]) -> N
             known.update(group)
     for name in overrides:
         if name.startswith("moe_") and name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise UserError(
-                f"--model-overrides '{name}': no such setting"
-                + (
-                    f"; did you mean {near[0]}?"
-                    if near
-                    else "; see --help for the model's settings"
-                )
-            )
+            remedy = did_you_mean(name, known) or "; see --help for the model's settings"
+            raise UserError(f"--model-overrides '{name}': no such setting{remedy}")
 
 
 def check_buildable(path: str, state: Dict[str, Any], with_task: bool) -> None:

@@ -46,24 +46,24 @@ def then_release(main: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def check_inputs(cfg: Any, suffix: str = "") -> None:
-    """Raise UserError if a checkpoint to start from is named but is not one. Stock then trains from
-    scratch, because it looks for a regular file (fairseq/trainer.py:465@0.12.2)."""
-    if cfg.finetune_from_model is not None and (
-        cfg.restore_file != _DEFAULT or cfg.reset_optimizer or cfg.reset_lr_scheduler
-        or cfg.reset_meters or cfg.reset_dataloader
-    ):  # fmt: skip
-        return  # stock rejects that
+    """Raise UserError if a checkpoint to start from is named but is not one, where stock trains
+    from scratch, because it looks for a regular file (fairseq/trainer.py:465@0.12.2); or for flags
+    that contradict each other, which stock finds late (fairseq/checkpoint_utils.py:205@0.12.2)."""
+    if cfg.finetune_from_model is not None:
+        for name in ("optimizer", "lr_scheduler", "meters", "dataloader"):
+            if getattr(cfg, f"reset_{name}"):
+                raise UserError(
+                    f"--finetune-from-model resets everything itself: remove --reset-"
+                    f"{name.replace('_', '-')}"
+                )
+        if cfg.restore_file != _DEFAULT:
+            raise UserError(
+                f"--finetune-from-model {cfg.finetune_from_model} and --restore-file "
+                f"{cfg.restore_file} both name what to start from: remove one of them"
+            )
     last, restored = _last(cfg, suffix), _restored(cfg, suffix)
     if cfg.restore_file != _DEFAULT:
         _check(f"--restore-file {cfg.restore_file}", restored)
-        saves = process_rank() == 0 and not cfg.no_save
-        if saves and os.path.exists(last) and os.path.realpath(restored) != os.path.realpath(last):
-            # fairseq/checkpoint_utils.py:236@0.12.2
-            logger.warning(
-                f"--restore-file {cfg.restore_file}: the run starts from it and will overwrite "
-                f"{last}; to resume that one, remove the flag, or use --continue-once "
-                f"{cfg.restore_file}, which is read only where there is none"
-            )
     elif os.path.lexists(last):
         _check(last, last)
     else:  # a resumed run does not read these
@@ -71,6 +71,19 @@ def check_inputs(cfg: Any, suffix: str = "") -> None:
             value = getattr(cfg, flag, None)
             if value is not None:
                 _check(f"--{flag.replace('_', '-')} {value}", value)
+
+
+def warn_of_overwriting(cfg: Any, suffix: str = "") -> None:
+    """Of the run's own checkpoint, by one that goes on from another file."""
+    last, restored = _last(cfg, suffix), _restored(cfg, suffix)
+    saves = process_rank() == 0 and not cfg.no_save and cfg.restore_file != _DEFAULT
+    if saves and os.path.exists(last) and os.path.realpath(restored) != os.path.realpath(last):
+        # fairseq/checkpoint_utils.py:236@0.12.2
+        logger.warning(
+            f"--restore-file {cfg.restore_file}: the run starts from it and will overwrite "
+            f"{last}; to resume that one, remove the flag, or use --continue-once "
+            f"{cfg.restore_file}, which is read only where there is none"
+        )
 
 
 def named(cfg: Any, suffix: str = "") -> Optional[str]:
@@ -81,6 +94,13 @@ def named(cfg: Any, suffix: str = "") -> Optional[str]:
         return None if own else f"--restore-file {cfg.restore_file}"
     once = getattr(cfg, "continue_once", None)
     return None if once is None or os.path.lexists(last) else f"--continue-once {once}"
+
+
+def with_flag(cfg: Any, filename: str) -> str:
+    """A file that a run starts from, with the flag that names it."""
+    names = ("restore_file", "finetune_from_model", "continue_once")
+    flags = [f"--{n.replace('_', '-')}" for n in names if getattr(cfg, n, None) == filename]
+    return f"{filename} ({(flags or ['--save-dir'])[0]})"
 
 
 def _last(cfg: Any, suffix: str) -> str:

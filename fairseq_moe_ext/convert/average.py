@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 from copy import copy
+from pathlib import Path
 from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 from fairseq_moe_ext.errors import UserError, require_positive
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace) -> None:
     """Raises UserError for what cannot be averaged, with nothing written."""
     from ..branch.files import check_name
     from ..checkpoint.cleanup import remove_unused_files
+    from ..evaluation.loading import check_path
     from . import command, readers, targets
 
     paths = _paths(args)
@@ -58,6 +60,7 @@ def run(args: argparse.Namespace) -> None:
     check_name(args.output, "--output ")
     require_positive(args, "expert_files")
     for path in paths:
+        check_path(Path(path), "")
         if os.path.realpath(path) == os.path.realpath(args.output):
             raise UserError(f"--output {args.output}: is also an input; choose another name")
     with command.alone(args.output):

@@ -6,13 +6,14 @@ import logging
 import os
 import time
 from pathlib import Path
-from typing import ContextManager, Iterator, List
+from typing import Any, ContextManager, Dict, Iterator, List
 
 import torch
 
 from fairseq_moe_ext import progress_bar, tokenizer_files
 from fairseq_moe_ext.convert import hf_flags
 from fairseq_moe_ext.errors import UserError, require_positive
+from fairseq_moe_ext.evaluation.loading import check_path
 from fairseq_moe_ext.locks import Lock, beside
 
 DESCRIPTION = """\
@@ -124,24 +125,21 @@ def run(args: argparse.Namespace) -> None:
 
 def _convert(args: argparse.Namespace) -> None:
     from fairseq_moe_ext.convert import hf, readers, targets, upcycle
-    from fairseq_moe_ext.router_flags import top_k
 
+    extras: Any = hf_flags.extras(args) if args.to in hf_flags.FOLDERS else None
+    if args.layout is None:
+        _check_fit(args)
     if args.layout is not None:
         source = hf.open_hf(args.source, args.layout == "xglm")
     else:
         source = readers.open_checkpoint(args.source, args.weights_only or args.upcycle)
     if args.upcycle:
-        layers = {
-            "moe_freq": 2 if args.moe_freq is None else args.moe_freq,
-            "moe_layers": args.moe_layers,
-            "moe_first_dense": args.moe_first_dense,
-        }
-        shape = layers, args.moe_expert_count, top_k(args)
-        source = upcycle.upcycle(source, *shape, args.noise, args.seed)
+        settings = _sparse_settings(args, source.path, source.settings, source.vocabulary)
+        source = upcycle.upcycle(source, settings, args.noise, args.seed)
     if args.dtype is not None:
         source.model = targets.cast(source.model, DTYPES[args.dtype])
     if args.to in hf_flags.FOLDERS:
-        jobs = hf.hf_jobs(source, args.dest, hf_flags.extras(args), args.to == "xglm")
+        jobs = hf.hf_jobs(source, args.dest, extras, args.to == "xglm")
     elif args.to == "branch":
         jobs = targets.branch_jobs(source, args.dest, args.rank_files or 1)
     else:
@@ -163,6 +161,45 @@ def _convert(args: argparse.Namespace) -> None:
     missing = hf.left_out(source) if args.to in hf_flags.FOLDERS else []
     if missing:
         print(f"training with transformers leaves out {', '.join(missing)}")
+
+
+def _check_fit(args: argparse.Namespace) -> None:
+    """Raise UserError for flags that do not fit the model, before all its bytes are checked, which
+    takes minutes."""
+    from fairseq_moe_ext.convert import targets
+    from fairseq_moe_ext.evaluation.cost_table import checkpoint_settings
+    from fairseq_moe_ext.shape import shape_of
+
+    if not args.upcycle and args.expert_files is None and args.to != "branch":
+        return
+    try:
+        settings, vocabulary = checkpoint_settings(Path(args.source), "")
+    except UserError:
+        return  # the reader says more of what is wrong with a file
+    if args.upcycle:
+        settings = _sparse_settings(args, args.source, settings, vocabulary)
+    shape = shape_of(settings)
+    experts = shape.experts if shape.sparse else 0
+    if args.expert_files is not None:
+        targets.share(args.source, experts, "--expert-files", args.expert_files)
+    if args.to == "branch":
+        targets.share(args.source, experts, "--rank-files", args.rank_files or 1)
+
+
+def _sparse_settings(
+    args: argparse.Namespace, path: str, settings: Dict[str, Any], vocabulary: int
+) -> Dict[str, Any]:
+    """Of the model that --upcycle makes."""
+    from fairseq_moe_ext.convert import upcycle
+    from fairseq_moe_ext.router_flags import top_k
+
+    layers = {
+        "moe_freq": 2 if args.moe_freq is None else args.moe_freq,
+        "moe_layers": args.moe_layers,
+        "moe_first_dense": args.moe_first_dense,
+    }
+    experts = args.moe_expert_count
+    return upcycle.sparse_settings(path, settings, vocabulary, layers, experts, top_k(args))
 
 
 def bring_tokenizer(source: str, folder: str) -> None:
@@ -200,7 +237,7 @@ def _check(args: argparse.Namespace) -> None:
         if given and not there:
             remedy = f"add it, or remove {flag}" if needs != "no --to" else f"remove --to or {flag}"
             raise UserError(f"{flag} needs {needs}: {remedy}")
-    require_positive(args, "expert_files", "rank_files")
+    require_positive(args, "expert_files", "rank_files", "moe_expert_count", "moe_top_k")
     if args.upcycle and args.moe_expert_count is None:
         raise UserError("--upcycle: the number of experts is missing; add --moe-expert-count")
     if args.upcycle and args.moe_freq is not None and args.moe_freq < 1:
@@ -215,6 +252,8 @@ def _check(args: argparse.Namespace) -> None:
             "beside it: choose another name, or move it away"
         )
     _refuse_existing(args)
+    if args.layout is None:
+        check_path(Path(args.source), "")
     hf_flags.check(args)
     folder = args.dest if to_folder else os.path.dirname(args.dest)
     if os.path.isfile(folder):

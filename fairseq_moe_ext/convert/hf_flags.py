@@ -53,13 +53,16 @@ def check(args: argparse.Namespace) -> None:
 
 
 def extras(args: argparse.Namespace) -> Any:
-    """What goes into the folder beside the model. Raises UserError where there is no tokenizer."""
+    """What goes into the folder beside the model. Raises UserError where there is no tokenizer, or
+    for an --evaluation of another kind."""
+    from . import model_card
     from .hf import Extras
     from .hf_folder import SHARD
 
     evaluation = None
     if args.evaluation is not None:
         evaluation = files.read_json(args.evaluation, f"--evaluation {args.evaluation}")
+        model_card.check(evaluation)
     return Extras(
         None if args.no_tokenizer else _tokenizer(args),
         args.license or "unknown",

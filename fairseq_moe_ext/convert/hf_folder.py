@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fairseq_today.torch_today import load_weights_only
 
+from .. import files
 from ..checkpoint.intact import check_records
 from ..errors import UserError
 from ..expert_parallel import is_expert
@@ -133,13 +134,7 @@ def our_names(
 def read_config(folder: str) -> Dict[str, Any]:
     """Read config.json. Raises UserError if it cannot be read."""
     path = os.path.join(folder, CONFIG)
-    try:
-        with open(path, encoding="utf-8") as stream:
-            config = json.load(stream)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({error}); --from needs a folder that contains it"
-        ) from error
+    config = files.read_json(path, remedy="--from needs a folder that contains it")
     return config if isinstance(config, dict) else {}
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from typing import Any, List, Mapping, Optional, Tuple
+from typing import Any, List, Mapping, Optional, Sequence, Tuple
 
 import yaml
 
@@ -133,16 +133,26 @@ def _training(source: Source) -> List[List[str]]:
     return rows or [["", "not recorded in the checkpoint"]]
 
 
+def check(evaluation: Any) -> None:
+    """Raise UserError for what `evaluate` did not write."""
+    _perplexities(evaluation, True)
+
+
 def _evaluation(source: Source, evaluation: Optional[Mapping[str, Any]]) -> str:
-    """A table of perplexities. Raises UserError for what `evaluate` did not write, or for the
-    results of another checkpoint."""
+    """A table of perplexities. Raises UserError for the results of another checkpoint."""
     if evaluation is None:
         return (
             "Not given. `fairseq-moe evaluate DATA --path CKPT --json FILE`, and "
             "`fairseq-moe convert ... --evaluation FILE`, would put perplexities here."
         )
+    _check_path(source.path, str(evaluation["path"]))
+    return _perplexities(evaluation, bool(source.experts))
+
+
+def _perplexities(evaluation: Any, sparse: bool) -> str:
     try:
-        _check_path(source.path, str(evaluation["path"]))
+        if not isinstance(evaluation["path"], str):
+            raise TypeError
         if "sweep" in evaluation:
             raise UserError(
                 "--evaluation: has the results of several capacities; name a file of `fairseq-moe "
@@ -159,7 +169,7 @@ def _evaluation(source: Source, evaluation: Optional[Mapping[str, Any]]) -> str:
                 bits,
             ]
             rows.append(row)
-        how = _conditions(evaluation, bool(source.experts))
+        how = _conditions(evaluation, sparse)
     except UserError:  # a ValueError
         raise
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
@@ -215,5 +225,7 @@ def _rounded(value: Any) -> Optional[str]:
 
 
 def _cell(value: Any) -> str:
-    """A value as a table has room for it."""
+    """A value as a table has room for it; of a list its items."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        value = ", ".join(map(str, value))
     return short(" ".join(str(value).split()).replace("|", "\\|"))

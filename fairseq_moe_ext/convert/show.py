@@ -104,7 +104,7 @@ def _writer(path: str, files: List[str]) -> str:
     from ..branch.files import find
 
     if find(path) is not None:
-        return f"fairseq's moe branch, {count(len(files), 'file')}"
+        return f"fairseq's moe branch or in its format, {count(len(files), 'file')}"
     from fairseq_today.torch_today import load_weights_only
 
     from ..checkpoint.format import Manifest

@@ -79,7 +79,7 @@ def fairseq_jobs(source: Source, path: str, files: Optional[int]) -> List[Job]:
         state = {**source.rest, "model": source.model}
         state["last_optimizer_state"] = _whole_optimizer(source)
         return [_job(path, state)]
-    local = _share(source, "--expert-files", files)
+    local = share(source.path, source.experts, "--expert-files", files)
     save = new_save(source.rest)
     names = [name for name in source.model if is_expert(name)]
     states = _states_of(source, names) if source.optimizer is not None else {}
@@ -121,20 +121,20 @@ def _size(state: Any) -> int:
     return sum(map(_size, state)) if isinstance(state, (list, tuple)) else 0
 
 
-def _share(source: Source, flag: str, files: int) -> int:
+def share(path: str, experts: int, flag: str, files: int) -> int:
     """Experts per file. UserError if they cannot be distributed evenly."""
-    if not source.experts:
+    if not experts:
         raise UserError(
-            f"{flag} {files}: {source.path} is a dense model, which has no experts to "
+            f"{flag} {files}: {path} is a dense model, which has no experts to "
             f"distribute: remove {flag}, or add --upcycle"
         )
-    if files < 1 or source.experts % files:
-        fitting = [n for n in range(1, source.experts + 1) if source.experts % n == 0]
+    if files < 1 or experts % files:
+        fitting = [n for n in range(1, experts + 1) if experts % n == 0]
         raise UserError(
-            f"{flag} {files} does not divide the {source.experts} experts of {source.path}: use "
-            f"one of {', '.join(map(str, fitting))}"
+            f"{flag} {files} does not divide the {experts} experts of {path}: use one of "
+            f"{', '.join(map(str, fitting))}"
         )
-    return source.experts // files
+    return experts // files
 
 
 def _whole_optimizer(source: Source, without: Any = ()) -> Optional[Dict[str, Any]]:
@@ -180,7 +180,7 @@ def _rows_of_state(
 
 def branch_jobs(source: Source, path: str, ranks: int) -> List[Job]:
     """X-rank-0.pt, ..., and X-shared.pt, the last job, of X.pt."""
-    local = _share(source, "--rank-files", ranks)
+    local = share(source.path, source.experts, "--rank-files", ranks)
     if source.head:
         raise UserError(
             f"--to branch: {source.path} has a head that scores candidates, which the branch "

@@ -28,20 +28,24 @@ from .archive import Lazy, dtype_of
 from .source import Source, build_on_meta, set_order, with_settings
 
 
-def upcycle(
-    source: Source, layers: Dict[str, Any], experts: int, top_k: int, noise: float, seed: int
-) -> Source:
-    """
+def sparse_settings(
+    path: str,
+    old: Dict[str, Any],
+    vocabulary: int,
+    layers: Dict[str, Any],
+    experts: int,
+    top_k: int,
+) -> Dict[str, Any]:
+    """The settings of the sparse model. Raises UserError for those that cannot be.
+
     Args:
+        path: the checkpoint of the dense model, whose settings are `old`.
         layers: the settings that say which layers become sparse: moe_freq, moe_layers,
             moe_first_dense.
-        noise: standard deviation of what is added to each expert's matrices, as a multiple of that
-            of the matrix.
     """
-    old = source.settings
-    if source.experts:
+    if shape_of(old).sparse:
         raise UserError(
-            f"{source.path}: has {source.experts} experts already, but --upcycle needs a dense "
+            f"{path}: has {old['moe_expert_count']} experts already, but --upcycle needs a dense "
             "model: remove --upcycle, or name a dense checkpoint"
         )
     settings: Dict[str, Any] = {
@@ -59,8 +63,19 @@ def upcycle(
         "moe_expert_ffn_dim": None,
         "alternate_decoder_ffn_embed_dim": 0,
     }
-    _keep_widths(source, settings)
-    build_on_meta(settings, source.vocabulary)  # refuses settings that cannot be
+    _keep_widths(path, old, settings)
+    build_on_meta(settings, vocabulary)  # refuses settings that cannot be
+    return settings
+
+
+def upcycle(source: Source, settings: Dict[str, Any], noise: float, seed: int) -> Source:
+    """
+    Args:
+        settings: of the sparse model.
+        noise: standard deviation of what is added to each expert's matrices, as a multiple of that
+            of the matrix.
+    """
+    experts = settings["moe_expert_count"]
     model = dict(source.model)
     for layer in shape_of(settings).sparse:
         prefix = f"decoder.layers.{layer}"
@@ -83,15 +98,15 @@ def upcycle(
     return made
 
 
-def _keep_widths(source: Source, settings: Dict[str, Any]) -> None:
+def _keep_widths(path: str, dense: Dict[str, Any], settings: Dict[str, Any]) -> None:
     """Give the experts the width of the networks that they copy. UserError if these networks have
     several widths, because experts have one."""
-    old, new = shape_of(source.settings), shape_of(settings)
+    old, new = shape_of(dense), shape_of(settings)
     widths = {old.dense_widths[layer] for layer in new.sparse}
     others = {old.dense_widths[layer] for layer in range(new.layers) if layer not in new.sparse}
     if len(widths) > 1 or len(others) > 1:
         raise UserError(
-            f"{source.path}: its layers {', '.join(map(str, old.picked))} differ in width from "
+            f"{path}: its layers {', '.join(map(str, old.picked))} differ in width from "
             "the rest, but experts have one width: make exactly those layers sparse "
             "(--moe-freq, --moe-layers, --moe-first-dense)"
         )

@@ -26,7 +26,11 @@ _LAYER_METRIC = re.compile(r"layer\d+_")
 @dataclass
 class MoECrossEntropyConfig(FairseqDataclass):
     moe_gate_loss_wt: float = field(
-        default=1.0, metadata={"help": "weight of the balancing loss of the gates"}
+        default=1.0,
+        metadata={
+            "help": "weight of the balancing loss of the gates (the default is that of fairseq's "
+            "moe branch; the examples use 0.01)"
+        },
     )
     moe_gate_loss_combine_method: ChoiceEnum(["average", "sum"]) = field(
         default="average", metadata={"help": "how to combine the balancing losses of the layers"}

@@ -8,12 +8,13 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 
-from .. import cost
+from .. import cost, files
 from ..config import MoETransformerLMConfig
 from ..config_checks import validate
 from ..errors import UserError, require_positive
 from ..shape import Shape, shape_of
 from ..text_table import add_form_flags, formed
+from ..wording import did_you_mean
 from . import paper
 
 _EMBEDDING = "decoder.embed_tokens.weight"
@@ -113,7 +114,8 @@ def _settings(args: Namespace) -> Tuple[Dict[str, Any], int]:
     space = Namespace(**flags)
     if args.arch is not None:
         if args.arch not in ARCHITECTURES:
-            raise UserError(f"--arch {args.arch}: use one of {', '.join(ARCHITECTURES)}")
+            near = did_you_mean(args.arch, ARCHITECTURES)
+            raise UserError(f"--arch {args.arch}: use one of {', '.join(ARCHITECTURES)}{near}")
         ARCH_CONFIG_REGISTRY[args.arch](space)
     elif not flags:
         raise UserError("no model given: use --arch, --path, flags of a model, or --paper")
@@ -130,9 +132,10 @@ def _settings(args: Namespace) -> Tuple[Dict[str, Any], int]:
     return dict(vars(config)), args.types or 51_200
 
 
-def checkpoint_settings(path: Path) -> Tuple[Dict[str, Any], int]:
+def checkpoint_settings(path: Path, flag: str = "--path") -> Tuple[Dict[str, Any], int]:
     """The model's settings and the size of its vocabulary, from a checkpoint of ours or of
-    fairseq's moe branch; `path` as fairseq-eval-lm's --path. Weights stay on disk."""
+    fairseq's moe branch; `path` as fairseq-eval-lm's --path, flag: that names it. Weights stay on
+    disk."""
     from fairseq_today.torch_today import load_weights_only
 
     from ..branch.files import find, flat_settings
@@ -145,8 +148,10 @@ def checkpoint_settings(path: Path) -> Tuple[Dict[str, Any], int]:
 
     branch = find(str(path))
     file = Path(branch.shared) if branch else path
+    where = f"{flag} {path}".strip()
+    files.refuse_folder(file, where)
     if not file.is_file():
-        raise UserError(f"--path {path}: no such checkpoint; check the path")
+        raise UserError(f"{where}: no such checkpoint; check the path")
     state = load_weights_only(str(file), mmap=True)
     check_kind(str(file), state)
     check_settings(str(file), state)
@@ -156,7 +161,7 @@ def checkpoint_settings(path: Path) -> Tuple[Dict[str, Any], int]:
     settings = {} if embedding is None else flat_settings(state)
     if embedding is None or "decoder_embed_dim" not in settings:
         raise UserError(
-            f"--path {path}: not a language model of this package or of the branch; name another "
+            f"{where}: not a language model of this package or of the branch; name another "
             "checkpoint"
         )
     if str(settings.get("_name") or settings.get("arch")) in (MODEL_NAME, *ARCHITECTURES):

@@ -18,6 +18,7 @@ import torch
 
 from .. import outputs
 from ..errors import OneLineParser, UserError, require_positive
+from ..wording import did_you_mean
 from . import specialisation
 from .loading import language_modeling_task, load_model, moe_layers
 
@@ -162,6 +163,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             if name not in bins:
                 raise UserError(
                     f"--among {args.among}: no --bin {name}; there are {', '.join(bins)}"
+                    + did_you_mean(name, bins)
                 )
         require_positive(args, "tokens_per_sample", "batch_size")
         outputs.check([("--json", args.json)], args.overwrite, [args.checkpoint, *bins.values()])

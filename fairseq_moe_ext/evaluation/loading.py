@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 
-from .. import data_bin
+from .. import data_bin, files
 from ..errors import UserError
 
 if TYPE_CHECKING:
@@ -35,8 +35,10 @@ def add_model_flags(parser: argparse._ActionsContainer, *precisions: str) -> Non
 def check_path(path: Path, flag: str = "--path") -> None:
     """Raise UserError unless a path is a file, or the stem of the branch's files; flag: that names
     it, "" for an argument without one."""
+    where = f"{flag} {path}".strip()
+    files.refuse_folder(path, where)
     if not path.is_file() and not list(path.parent.glob(path.stem + "-*")):
-        raise UserError(f"{flag} {path}: no such checkpoint; check the path".strip())
+        raise UserError(f"{where}: no such checkpoint; check the path")
 
 
 def parse_overrides(text: Optional[str]) -> Dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any, Dict, List
 from ..errors import UserError
 from ..evaluation import study_result
 from ..text_table import add_form_flags, formed
+from ..wording import did_you_mean
 from .fit import COEFFICIENTS, Estimate, Point, fit
 from .laws import HASH, LAWS, S_BASE, Model, number, outside
 
@@ -198,7 +199,8 @@ def study_points(path: Path, group: str) -> List[Point]:
 def _point(run: study_result.RunResult, path: Path, group: str) -> Point:
     measured = {**run["sets"], **run["mean"]}
     if group not in measured:
-        raise UserError(f"--group {group}: not in {path}; it has {', '.join(measured)}")
+        there = ", ".join(measured) + did_you_mean(group, measured)
+        raise UserError(f"--group {group}: not in {path}; it has {there}")
     if "experts" not in run:
         raise UserError(
             f"--fit {path}: does not record how many experts its models have; run the study's "

@@ -141,7 +141,7 @@ def run(args: argparse.Namespace) -> None:
         texts = prompts.read(words, args.file, args.separator)
         _write(args, checkpoints, texts, settings)
     if settings.choice.temperature > 0 and args.seed is None:
-        _say(f"--seed {settings.seed}")
+        _say(f"repeat with --seed {settings.seed}")
 
 
 def _checkpoints(args: argparse.Namespace) -> Any:
@@ -191,12 +191,10 @@ def _check(args: argparse.Namespace, checkpoints: List[Path], words: List[str]) 
         raise UserError("--gpt2-encoder-json and --gpt2-vocab-bpe go together: give both")
     if args.bpe is not None and args.gpt2_encoder_json is None:
         args.gpt2_encoder_json, args.gpt2_vocab_bpe = gpt2_files.find("--bpe gpt2")
-    for file in (args.gpt2_encoder_json, args.gpt2_vocab_bpe):
-        if file is not None:
-            files.check(file)
+    for name in ("gpt2_encoder_json", "gpt2_vocab_bpe"):
+        if getattr(args, name) is not None:
+            files.check(getattr(args, name), f"{_flag(name)} {getattr(args, name)}")
     for path, flag in zip(checkpoints, ("--path" if args.path else "", "--side-by-side")):
-        if path.is_dir():
-            raise UserError(f"{flag} {path}: is a folder; name a checkpoint in it, *.pt".strip())
         check_path(path, flag)
     outputs.check([("--json", args.json)], args.overwrite, [*checkpoints, *args.file])
 
@@ -241,9 +239,9 @@ def _write(
         if several:
             answers = generate(lm, texts, settings, None, args.batch_tokens, _flag)
         else:
-            showing.piece("" if args.no_prompt else texts[0])
-            answers = generate(lm, texts, settings, showing.piece, args.batch_tokens, _flag)
-            showing.piece("\n")
+            stream = showing.after("" if args.no_prompt else texts[0])
+            answers = generate(lm, texts, settings, stream, args.batch_tokens, _flag)
+            stream("\n")
         seconds = time.monotonic() - started
         tokens = sum(len(one.tokens) for some in answers for one in some)
         reports.append(_speed(tokens, seconds, path if len(checkpoints) > 1 else None))

@@ -25,8 +25,15 @@ def read(words: Sequence[str], paths: Sequence[Path], separator: Optional[str]) 
     for path in paths:
         prompts += _in_file(path, separator)
     if not prompts:
-        raise UserError("no prompt given: pass one, or use --file FILE or --interactive")
+        raise _no_prompt()
     return prompts
+
+
+def _no_prompt(where: str = "") -> UserError:
+    return UserError(
+        f'no prompt given{where}: pass one ("" for a text from its beginning), or use --file FILE '
+        "or --interactive"
+    )
 
 
 def unescaped(text: str) -> str:
@@ -40,9 +47,11 @@ def _in_file(path: Path, separator: Optional[str]) -> List[str]:
     if str(path) != "-":
         text = files.read_text(path, f"--file {path}")
     elif sys.stdin is None or sys.stdin.isatty():
-        raise UserError("no prompt given: pass one, or use --file FILE or --interactive")
+        raise _no_prompt()
     else:
         text = _stdin()
+    if not text:
+        raise _no_prompt(f": {'stdin' if str(path) == '-' else f'--file {path}'} is empty")
     if path.suffix in (".jsonl", ".ndjson"):
         # not splitlines: JSON may hold U+2028 and the like as they are
         lines = enumerate(text.split("\n"), 1)

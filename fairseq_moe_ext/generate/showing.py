@@ -3,7 +3,7 @@
 import shutil
 import sys
 import textwrap
-from typing import List, NamedTuple, Sequence
+from typing import Callable, List, NamedTuple, Sequence
 
 _GAP = " │ "
 
@@ -21,6 +21,16 @@ def piece(text: str) -> None:
     """Show a piece of a text that continues."""
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def after(prompt: str) -> Callable[[str], None]:
+    """Like `piece`, with the prompt before the first one: a mistake in it shows no prompt."""
+    waiting = [prompt]
+
+    def show(text: str) -> None:
+        piece((waiting.pop() if waiting else "") + text)
+
+    return show
 
 
 def blocks(prompt: str, texts: Sequence[str], number: int, prompts: int) -> str:

@@ -4,7 +4,7 @@ import functools
 import logging
 import os
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, Iterable, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import fully_sharded
 from ..config import MoETransformerLMConfig
 from ..config_checks import validate, validate_scope
-from ..cost import twin_difference
-from ..errors import DAMAGED, UserError
+from ..errors import DAMAGED, ModelMisfit, UserError
 from ..expert_parallel import mark_experts, process_count, replica_count
 from ..kernels.linear_cross_entropy import linear_cross_entropy
 from ..moe.router import TopKRouter
@@ -58,16 +57,8 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
         learned = cfg.max_target_positions or cfg.tokens_per_sample
         if cfg.decoder_learned_pos and longest > learned == cfg.tokens_per_sample:
             raise too_few_positions(longest, learned)
-        shape = shape_of(cfg, len(task.source_dictionary))
-        if shape.sparse and process_count() > 1:
+        if process_count() > 1 and shape_of(cfg).sparse:
             validate_scope(cfg)
-        if shape.dense_twin:
-            widths = ", ".join(str(shape.dense_widths[layer]) for layer in shape.picked)
-            beyond = twin_difference(shape, cfg.tokens_per_sample)
-            logger.info(
-                f"dense twin: hidden width {widths} instead of the MoE layers; training FLOPs "
-                f"per token beyond the sparse model's: {beyond:.4g}"
-            )
         fully_sharded.prepare(cfg)
         with unfilled_where_loaded():
             model = cls(MoETransformerDecoder(cfg, task.source_dictionary))
@@ -232,16 +223,10 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
         embedding, projection = "decoder.embed_tokens.weight", "decoder.output_projection.weight"
         saved = state_dict.get(embedding)
         if saved is not None and saved.size(0) != own[embedding][0]:
-            lacking = saved.size(0) - own[embedding][0]
-            raise UserError(
-                f"the checkpoint has a vocabulary of {saved.size(0)}, but the dictionary one of "
-                f"{own[embedding][0]}: use the dict.txt that the checkpoint was trained with"
-                + (
-                    f"; if it is the same dictionary, padded, append {lacking} lines: "
-                    "madeupword1000 0, madeupword1001 0, ... (docs/released_models.md)"
-                    if lacking > 0
-                    else ""
-                )
+            raise ModelMisfit(
+                f"has a vocabulary of {saved.size(0)}, but the dictionary one of "
+                f"{own[embedding][0]}",
+                "use the dict.txt that it was trained with",
             )
         if self.decoder.share_input_output_embed:
             own = {**own, projection: own[embedding]}
@@ -256,19 +241,20 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
         shown = sizes[:2] + missing[:2] + unknown[:2]
         if shown:
             more = len(sizes) + len(missing) + len(unknown) - len(shown)
-            raise UserError(
-                f"the checkpoint does not fit the model: {'; '.join(shown)}"
-                + (f"; and {more} more" if more > 0 else "")
-                + ". Use the --arch and model flags that it was trained with"
+            raise ModelMisfit(
+                f"does not fit the model: {'; '.join(shown)}"
+                + (f"; and {more} more" if more > 0 else ""),
+                "use the --arch and model flags that it was trained with"
+                + (_UPCYCLE if _is_dense(state_dict) and not _is_dense(own) else ""),
             )
         tied = self.decoder.share_input_output_embed
         if tied and not torch.equal(state_dict[embedding], state_dict[projection]):
             if not state_dict[embedding].isfinite().all():  # NaN is equal to nothing
-                raise UserError(f"{embedding} of the checkpoint holds NaN or infinity: {DAMAGED}")
-            raise UserError(
-                "the checkpoint has a separate output projection, but the model ties it to the "
-                "embedding (--share-decoder-input-output-embed, as our sizes do): use --arch "
-                f"{MODEL_NAME}, which does not, and the flags that the checkpoint was trained with"
+                raise ModelMisfit(f"holds NaN or infinity in {embedding}", DAMAGED)
+            raise ModelMisfit(
+                "has a separate output projection, but the model ties it to the embedding "
+                "(--share-decoder-input-output-embed, as our sizes do)",
+                f"use --arch {MODEL_NAME}, which does not, and the flags that it was trained with",
             )
 
 
@@ -289,6 +275,13 @@ def freeze(model: nn.Module, part: str) -> None:
     for module in model.modules():
         if isinstance(module, TopKRouter):
             module.frozen = part in ("gate", "gate_and_experts")
+
+
+_UPCYCLE = ", or make a sparse model of it with `fairseq-moe convert --upcycle` (docs/convert.md)"
+
+
+def _is_dense(names: Iterable[str]) -> bool:
+    return not any(".moe_layer." in name for name in names)
 
 
 def _sizes(shape: torch.Size) -> str:

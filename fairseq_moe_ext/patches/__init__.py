@@ -209,6 +209,11 @@ PATCHES = (
     ),
     # ---- the trainer
     wrap(_TRAINER + "__init__", trainer.__init__, "fairseq/trainer.py:47@0.12.2"),
+    wrap(
+        "fairseq.trainer:_catalog_shared_params",
+        trainer.catalog_shared_params,
+        "fairseq/trainer.py:59,1560@0.12.2",
+    ),
     wrap(_TRAINER + "load_checkpoint", trainer.load_checkpoint, "fairseq/trainer.py:448@0.12.2"),
     wrap(_TRAINER + "save_checkpoint", trainer.save_checkpoint, "fairseq/trainer.py:860@0.12.2"),
     wrap(

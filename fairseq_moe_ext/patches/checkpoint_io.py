@@ -27,6 +27,7 @@ from ..checkpoint.settings import check_overrides
 from ..checkpoint.writing import cannot_write, write
 from ..context import during
 from ..diverging import check_weights
+from ..errors import ModelMisfit
 from ..expert_parallel import process_count, process_rank
 from .ema import begin_from_the_model
 
@@ -57,6 +58,8 @@ def load_checkpoint_to_cpu(stock, path, arg_overrides=None, *args, **kwargs):
     else:
         state = read(files, arg_overrides, under_way and under_way.shapes)
     if under_way is not None and under_way.optimizer:
+        if process_rank() == 0:
+            resuming.warn_of_a_new_optimizer(state, path)
         loading.name_the_optimizer_as_here(state, under_way.trainer)
         loading.count_updates_as_here(state, under_way.trainer)
         resuming.forget_other_validations(state, under_way.trainer, path)
@@ -83,7 +86,10 @@ def load_model_ensemble_and_task(
     but stock's hub gives them to our models as this use's.
     """
     with during(context.building, context.Building(task is None, strict)):
-        models, cfg, task = stock(filenames, arg_overrides, task, strict, *args, **kwargs)
+        try:
+            models, cfg, task = stock(filenames, arg_overrides, task, strict, *args, **kwargs)
+        except ModelMisfit as error:
+            raise error.of(":".join(filenames)) from None
     common = getattr(cfg, "common", None)  # a file that others wrote may lack it
     if common is not None and hasattr(getattr(models[-1], "decoder", None), "bfloat16_on_cpu"):
         common.bf16 = bool((arg_overrides or {}).get("bf16"))
@@ -100,45 +106,40 @@ def load_checkpoint(stock, cfg, trainer, **kwargs):
     """All processes of a training call this before they use checkpoints. So here the checkpoint to
     start from is checked, and the folder is locked.
 
-    Stock trains from scratch where a named file is not there, and raises ValueError for
-    --finetune-from-model with flags that contradict it, with all settings. The best loss, and how
-    many validations were no better, are kept on functions, so the second job of a process
-    (`fairseq-hydra-train --multirun`) would compare with the first's, save no checkpoint_best.pt
-    and might stop early. Here every job starts with an empty record.
+    The best loss, and how many validations were no better, are kept on functions, so the second job
+    of a process (`fairseq-hydra-train --multirun`) would compare with the first's, save no
+    checkpoint_best.pt and might stop early. Here every job starts with an empty record.
     """
     from fairseq import checkpoint_utils
 
-    for name in ("restore_file", "continue_once", "finetune_from_model"):
-        named = getattr(cfg, name, None)
-        files = None if named in (None, "checkpoint_last.pt") else find(named)
-        if files is not None:
-            setattr(cfg, name, files.shared)
+    suffix = trainer.checkpoint_suffix or ""
+    check_inputs(cfg, suffix)
     with same_error_on_all_ranks() if process_count() > 1 else contextlib.nullcontext():
-        suffix = trainer.checkpoint_suffix or ""
-        starting.check_inputs(cfg, suffix)
         if not cfg.no_save:
             saved = os.path.join(cfg.save_dir, f"checkpoint_last{suffix}.pt")
             check_name(saved, f"--checkpoint-suffix {suffix}: ")
         if process_rank() == 0 and not cfg.no_save:
             starting.hold(cfg.save_dir)
+    starting.warn_of_overwriting(cfg, suffix)
     vars(checkpoint_utils.save_checkpoint).pop("best", None)
     patience().clear()
     start = starting.named(cfg, suffix)
-    try:
-        extra_state, epoch_itr = stock(cfg, trainer, **kwargs)
-    except ValueError as error:
-        text = str(error).split(": {")[0]
-        if isinstance(error, UserError) or not text.startswith("--finetune-from-model"):
-            raise
-        if text.endswith("does not exist"):
-            text = f"--finetune-from-model {cfg.finetune_from_model}: no such file"
-        else:
-            text += "; drop one of them"
-        raise UserError(text) from error
+    extra_state, epoch_itr = stock(cfg, trainer, **kwargs)
     end = ended(trainer, epoch_itr)
     if start is not None and end is not None:  # otherwise the command of a run that has ended
         raise UserError(f"{end[0]}: nothing left to train of {start}: raise it{end[1]}")
     return extra_state, epoch_itr
+
+
+def check_inputs(cfg: Any, suffix: str) -> None:
+    """Give the checkpoints that a run may start from the names of their files, and check them."""
+    with same_error_on_all_ranks() if process_count() > 1 else contextlib.nullcontext():
+        for name in ("restore_file", "continue_once", "finetune_from_model"):
+            named = getattr(cfg, name, None)
+            files = None if named in (None, "checkpoint_last.pt") else find(named)
+            if files is not None:
+                setattr(cfg, name, files.shared)
+        starting.check_inputs(cfg, suffix)
 
 
 def ended(trainer: Any, epoch_itr: Any) -> Optional[Tuple[str, str]]:

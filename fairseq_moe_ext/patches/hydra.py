@@ -1,6 +1,5 @@
 """fairseq-hydra-train: one-line messages for mistakes in a command line or a YAML."""
 
-import difflib
 import os
 import sys
 from typing import Any, Callable, Optional, Set
@@ -8,6 +7,7 @@ from typing import Any, Callable, Optional, Set
 from fairseq_today.errors import UserError
 
 from ..errors import OneLineParser
+from ..wording import did_you_mean
 from .messages import in_one_line, mistake_to_print
 
 
@@ -86,7 +86,8 @@ def _check_config_name(name: str) -> None:
     name = name[:-5] if name.endswith(".yaml") else name
     if not any(os.path.isfile(os.path.join(folder, name + ".yaml")) for folder in folders):
         there = sorted(file[:-5] for file in os.listdir(folders[0]) if file.endswith(".yaml"))
-        raise UserError(f"--config-name {name}: not in {folders[0]}; there are {', '.join(there)}")
+        known = ", ".join(there) + did_you_mean(name, there)
+        raise UserError(f"--config-name {name}: not in {folders[0]}; there are {known}")
 
 
 def _exit_on_mistake(task: Callable):
@@ -128,7 +129,6 @@ def _describe_setting(error) -> str:
 
     if isinstance(error, (ConfigAttributeError, ConfigKeyError)) and error.parent_node is not None:
         there = [str(key) for key in error.parent_node if key != "_name"]
-        close = difflib.get_close_matches(str(error.key), there, n=1)
-        remedy = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(there))}"
-        return f"{error.full_key}: no such setting; {remedy}"
+        remedy = did_you_mean(error.key, there) or f"; there are {', '.join(sorted(there))}"
+        return f"{error.full_key}: no such setting{remedy}"
     return f"{error.full_key}: {in_one_line(str(error.msg or error))}"

@@ -8,6 +8,8 @@ from typing import List, Optional
 
 from fairseq_today.errors import UserError, first_line
 
+from .. import files
+
 
 def mistake_to_print(error: BaseException) -> Optional[str]:
     """The user's mistake that causes an exception, in one line; None if there is none, or with
@@ -142,10 +144,6 @@ def _missing_file(error: OSError) -> Optional[str]:
     return text if error.filename is None and " " in text else f"{absent}: no such file or folder"
 
 
-def _there_are(folder: Path, suffix: str, shown: int = 5) -> str:
+def _there_are(folder: Path, suffix: str) -> str:
     """The files in a folder with this suffix."""
-    names = sorted(path.name for path in folder.glob(f"*{suffix}"))
-    if not names:
-        return f"{folder} has no *{suffix}"
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return f"{folder} has {', '.join(names[:shown])}{more}"
+    return f"{folder} has {files.listed(folder, suffix) or f'no *{suffix}'}"

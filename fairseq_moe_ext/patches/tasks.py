@@ -14,22 +14,31 @@ from torch import Tensor
 
 from fairseq_today.errors import UserError
 
-from .. import counted, fingerprint, tokenizer_files
+from .. import context, counted, fingerprint, tokenizer_files
 from ..errors import DAMAGED, NotFinite
 from ..models.hub import find_tokenizer
+from ..trainer_checks import check_task
+from .checkpoint_io import check_inputs
 
 logger = logging.getLogger(__name__)
 
 
 def setup_task(stock, cfg, *args, **kwargs):
-    """fairseq-train loads the validation data even with --disable-validation; this skips it.
+    """fairseq-train builds the model before it looks at the data and at the checkpoint to start
+    from; here mistakes in what names them are found before. It loads the validation data even with
+    --disable-validation; this skips it.
 
     fairseq-validate sets up its task with the same setting, from the checkpoint, and needs the
     data. Only training passes `combine` without `task_cfg` (fairseq_cli/validate.py:87@0.12.2).
     """
     task = stock(cfg, *args, **kwargs)
-    whole = cfg._get_parent() if hasattr(cfg, "_get_parent") else None
+    whole: Any = cfg._get_parent() if hasattr(cfg, "_get_parent") else None
     dataset = whole.get("dataset") if isinstance(whole, Mapping) else None
+    training = dataset is not None and whole.common_eval.path is None
+    if training and context.building.get() is None:  # not the task of a checkpoint
+        check_task(whole, task)
+        if not whole.distributed_training.use_sharded_state:  # else the trainer knows the suffix
+            check_inputs(whole.checkpoint, whole.checkpoint.checkpoint_suffix)
     if dataset is not None and dataset.get("disable_validation"):
         unused = {"valid", *dataset.valid_subset.split(",")} - {dataset.train_subset}
         load = task.load_dataset
@@ -60,7 +69,7 @@ def load_state_dict(stock, self, state_dict):
     rest = dict(state_dict)
     saved = rest.pop(fingerprint.KEY, None)
     rest.pop(tokenizer_files.KEY, None)
-    fingerprint.check(self, saved, (saved or {}).get("of", "the checkpoint"))
+    fingerprint.check(self, saved)
     stock(self, rest)
 
 

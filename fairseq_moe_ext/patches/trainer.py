@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+from operator import attrgetter
 from typing import Any, Dict, List, Optional
 
 import torch
@@ -16,12 +17,14 @@ from ..branch import pad_rule
 from ..branch.files import find
 from ..checkpoint import resuming, saving, trained
 from ..config_checks import validate_processes
+from ..cost import twin_difference
 from ..diverging import last_good
 from ..errors import NotFinite
 from ..expert_parallel import process_count, sum_of_experts, sum_over_processes
 from ..kernels.dtypes import at_least_float32
 from ..models import compiled, precision
 from ..models.router_updates import RouterUpdates
+from ..shape import shape_of
 from . import whole_batch
 from .checkpoint_io import patience
 from .ema import check_seed
@@ -45,17 +48,36 @@ def __init__(stock, self, cfg, task, model, criterion, *args, **kwargs):
     self.asked_bfloat16 = cfg.common.bf16
     fully_sharded.take_bfloat16(cfg, model)
     precision.take_bfloat16(cfg, model)
-    trainer_checks.check_trainer(cfg, task, model)
+    trainer_checks.check_trainer(cfg, model)
     if process_count() > 1 and getattr(model, "has_experts", False):
         validate_processes(cfg.model, process_count())
     if getattr(cfg.model, "compile", False):
         compiled.check()
+    if getattr(cfg.model, "moe_dense_twin", False):
+        _describe_twin(cfg.model, task)
     stock(self, cfg, task, model, criterion, *args, **kwargs)
     check_seed(self)
     validates = not cfg.dataset.disable_validation
     for subset in cfg.dataset.valid_subset.split(",") if validates else ():
         if subset in task.datasets:
             self.get_valid_iterator(subset)
+
+
+def _describe_twin(settings, task) -> None:
+    shape = shape_of(settings, len(task.source_dictionary))
+    widths = ", ".join(str(shape.dense_widths[layer]) for layer in shape.picked)
+    beyond = twin_difference(shape, settings.tokens_per_sample)
+    logger.info(
+        f"dense twin: hidden width {widths} instead of the MoE layers; training FLOPs per token "
+        f"beyond the sparse model's: {beyond:.4g}"
+    )
+
+
+def catalog_shared_params(stock, module, memo=None, prefix=""):
+    """Stock takes all parameters that are None, such as biases, for one that modules share."""
+    if memo is not None:
+        return stock(module, memo, prefix)
+    return [names for names in stock(module) if attrgetter(names[0])(module) is not None]
 
 
 def load_checkpoint(

@@ -9,6 +9,7 @@ from fairseq_moe_ext import data_bin
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.prepare import kinds
 from fairseq_moe_ext.prepare.documents import list_files
+from fairseq_moe_ext.wording import did_you_mean
 
 
 @dataclass
@@ -96,11 +97,13 @@ def parse_formats(words: List[str], corpora: List[Corpus]) -> str:
     for word in words:
         name, equals, form = word.rpartition("=")
         if form not in kinds.FORMATS:
-            raise UserError(f"--format {word}: not one of {', '.join(kinds.FORMATS)}")
+            there = ", ".join(kinds.FORMATS) + did_you_mean(form, kinds.FORMATS)
+            raise UserError(f"--format {word}: not one of {there}")
         if not equals:
             of_all = form
         elif name in by_name:
             by_name[name].format = form
         else:
-            raise UserError(f"--format {word}: no corpus {name!r}; there are {', '.join(by_name)}")
+            there = ", ".join(by_name) + did_you_mean(name, by_name)
+            raise UserError(f"--format {word}: no corpus {name!r}; there are {there}")
     return of_all

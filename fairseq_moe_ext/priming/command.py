@@ -15,7 +15,7 @@ from ..locks import Lock, beside
 from ..questions import formats, scoring
 from ..questions.vocabulary import Vocabulary
 from ..text_table import markdown, plain
-from ..wording import count
+from ..wording import count, did_you_mean
 from . import bias, choice, generative, model, resuming
 from .protocol import Loaded, Result, Settings, say
 
@@ -204,7 +204,8 @@ def _chosen(folder: Path, names: Optional[str], settings: Settings) -> List[str]
         return present
     for name in names.split(","):
         if name not in _KINDS:
-            raise UserError(f"--tasks {name}: no such task; use one of {', '.join(_KINDS)}")
+            known = f"use one of {', '.join(_KINDS)}{did_you_mean(name, _KINDS)}"
+            raise UserError(f"--tasks {name}: no such task; {known}")
     return list(dict.fromkeys(names.split(",")))
 
 

@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import io
-from typing import Any, Iterator, List, Optional, Sequence
+from typing import Any, Iterable, Iterator, List, Optional, Sequence
 
 from fairseq import options
 
@@ -12,6 +12,7 @@ from ..config_checks import validate
 from ..errors import OneLineParser, UserError
 from ..models.architectures import ARCHITECTURES
 from ..priming import command as priming
+from ..wording import did_you_mean
 
 
 def check_priming(words: Sequence[str], where: str) -> None:
@@ -30,10 +31,20 @@ def check_training(words: Sequence[str], where: str) -> None:
         where: begins the message.
     """
     parser = options.get_training_parser()
+    parser.allow_abbrev = False  # update-fr would escape the study's own checks of update-freq
     with _one_line(parser, where, "fairseq-train"):
         args = options.parse_args_and_arch(parser, list(words))
         if args.arch in ARCHITECTURES:
             validate(_model(args))
+
+
+def no_batch_size(flags: Iterable[str], where: str) -> UserError:
+    """What to raise for flags without batch-size; one that fairseq-train lacks may mean it."""
+    known = options.get_training_parser()._option_string_actions
+    for flag in flags:
+        if f"--{flag}" not in known and did_you_mean(flag, ["batch-size"]):
+            return UserError(f"{where}: {flag}: no such flag; did you mean batch-size?")
+    return UserError(f"{where}: batch-size is missing: set the number of blocks per update")
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from typing import Any, Collection, Dict, List, Mapping, NamedTuple, Sequence, T
 
 from .. import data_bin, ranges
 from ..errors import UserError
-from ..wording import short
+from ..wording import did_you_mean, short
 from . import command_line, yaml_file
 from .child import console_script
 
@@ -162,6 +162,8 @@ def blocks_per_update(train: Mapping[str, Any], where: str) -> int:
     for flag, value in train.items():
         _check_flag(flag, value, where)
     batch, freq = train.get("batch-size"), train.get("update-freq", 1)
+    if batch is None:
+        raise command_line.no_batch_size(train, where)
     if type(batch) is not int or batch < 1:
         raise UserError(f"{where}: batch-size {batch}: set the number of blocks per update")
     for flag in _COUNTED[1:]:
@@ -226,6 +228,7 @@ def _arms(asked: Dict[str, Any], path: Path) -> List[_Size]:
         raise UserError(
             f"{path}: reference {asked['reference'] or 'missing'}: name the arm that the others "
             f"are compared with, one of {', '.join(map(str, asked['arms']))}"
+            + did_you_mean(asked["reference"], asked["arms"])
         )
     return arms
 
@@ -290,7 +293,8 @@ def checked(mapping: Any, keys: Keys, where: str) -> Dict[str, Any]:
         raise UserError(f"{where}: not a mapping with the keys {', '.join(keys)}")
     for key in mapping:
         if key not in keys:
-            raise UserError(f"{where}: unknown key {key!r}; the keys are {', '.join(keys)}")
+            known = f"the keys are {', '.join(keys)}{did_you_mean(key, keys)}"
+            raise UserError(f"{where}: unknown key {key!r}; {known}")
     values: Dict[str, Any] = {}
     for key, (kind, default) in keys.items():
         if key not in mapping and default is None:

@@ -21,6 +21,7 @@ from .. import files
 from ..errors import UserError
 from ..questions.formats import CLASSES, TASKS, Item, find_file, given_keys, group_key, read_counted
 from ..questions.records import Record, read_jsonl
+from ..wording import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +57,8 @@ class ChoiceFiles:
             )
         if name is not None and name not in NAMES:
             raise UserError(
-                f"--choice-task {name}: unknown; use one of {', '.join(NAMES)}; for your own files "
-                "remove the flag"
+                f"--choice-task {name}: unknown{did_you_mean(name, NAMES)}; use one of "
+                f"{', '.join(NAMES)}; for your own files remove the flag"
             )
         self.folder = folder
         self.name = name

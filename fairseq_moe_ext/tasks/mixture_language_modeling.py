@@ -25,6 +25,7 @@ from omegaconf import II
 from .. import data_bin, ranges
 from ..data_bin_files import check_data_bin
 from ..errors import UserError
+from ..wording import did_you_mean
 from .mixture_dataset import MixtureDataset, SeparateCorporaDataset, apportion, release
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,6 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
         super().__init__(args, dictionary, output_dictionary, targets)
         self._train_iterator: Optional[EpochBatchIterator] = None
         self.corpora: Dict[str, Path] = {}
-        self._given: Dict[str, List[str]] = {}  # by subset
         if args.data:
             data = Path(args.data)
             self.corpora = data_bin.find_corpora(data)
@@ -127,11 +127,13 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
         """
         name, _, corpus = split.partition("/")
         chosen = self._with_split(name, corpus)
+        if not corpus and len(chosen) < len(self.corpora) and split != "train":
+            missing = ", ".join(name for name in self.corpora if name not in chosen)
+            logger.warning(f"subset {split}: not found for {missing}; its metrics leave them out")
         training = split == self.args.train_subset
         if training:
             chosen = self._to_train_on(chosen)
         else:
-            self._given[split] = self._perplexities(chosen)
             if self.trained:
                 self._check_metric(split)
         parts = {corpus: self._load_part(corpus, name, epoch, combine) for corpus in chosen}
@@ -154,17 +156,15 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
             )
         if corpus and corpus not in self.corpora:
             raise UserError(
-                f"subset {split}/{corpus}: {data} has no corpus {corpus!r}; "
-                f"it has {', '.join(self.corpora)}"
+                f"subset {split}/{corpus}: {data} has no corpus {corpus!r}; it has "
+                + ", ".join(self.corpora)
+                + did_you_mean(corpus, self.corpora)
             )
         names = [
             name
             for name, folder in self.corpora.items()
             if corpus in ("", name) and data_bin.has_split(folder, split)
         ]
-        if names and not corpus and len(names) < len(self.corpora) and split != "train":
-            missing = ", ".join(name for name in self.corpora if name not in names)
-            logger.warning(f"subset {split}: not found for {missing}; its metrics leave them out")
         if not names:
             there = "; ".join(
                 f"{name}: {', '.join(data_bin.splits_of(folder))}"
@@ -185,6 +185,7 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
                 raise UserError(
                     f"--train-corpora {self.args.train_corpora}: {self.args.data} has no corpus "
                     f"{name!r} with a train split; those with one: {', '.join(having)}"
+                    + did_you_mean(name, having)
                 )
         return [name for name in having if name in chosen]
 
@@ -193,7 +194,7 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
 
         fairseq_cli/train.py:533@0.12.2 would fail only after the first validation, by a KeyError.
         """
-        metric, given = self.args.best_checkpoint_metric, self._given[subset]
+        metric, given = self.args.best_checkpoint_metric, self.validation_metrics(subset)
         ours = {f"{name}_ppl" for name in [*self.corpora, IN_DOMAIN, OUT_OF_DOMAIN]}
         if metric in ours and metric not in given:
             raise UserError(
@@ -201,20 +202,19 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
                 f"{', '.join(given)}"
             )
 
-    def _perplexities(self, corpora: List[str]) -> List[str]:
-        """Names of those that validation on these corpora logs."""
+    def validation_metrics(self, subset: str) -> List[str]:
+        """Names of what validation on a subset logs beside what the criterion does. Raises
+        UserError for a subset that is not there."""
+        split, _, corpus = subset.partition("/")
+        corpora = self._with_split(split, corpus)
         trained = [name in self.trained for name in corpora]
         means = {IN_DOMAIN: any(trained), OUT_OF_DOMAIN: not all(trained)}
         return [f"{name}_ppl" for name in [*corpora, *(mean for mean in means if means[mean])]]
 
-    def validation_metrics(self, subset: str) -> List[str]:
-        """Names of what validation on a loaded subset logs beside what the criterion does."""
-        return self._given.get(subset, [])
-
     def check_training(self) -> None:
         """Raise UserError for missing training corpora, before any is loaded."""
         split, _, corpus = self.args.train_subset.partition("/")
-        self._to_train_on(self._with_split(split, corpus))
+        self._weights_of(self._to_train_on(self._with_split(split, corpus)))
 
     def _load_part(self, corpus: str, split: str, epoch: int, combine: bool) -> FairseqDataset:
         """One corpus's split, as the stock task makes it."""
@@ -225,22 +225,28 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
         super().load_dataset(key, epoch=epoch, combine=combine)
         return self.datasets.pop(key)
 
-    def _blocks_per_epoch(self, parts: Dict[str, FairseqDataset]) -> List[int]:
-        """Blocks of each corpus in one epoch; in total as many as exist."""
-        blocks = np.array([len(part) for part in parts.values()])  # (corpora,)
-        tokens = np.array([part.sizes.sum(dtype=np.int64) for part in parts.values()])
+    def _weights_of(self, corpora: List[str]) -> Optional[Dict[str, float]]:
+        """The weights of --corpus-weights, which must name exactly these corpora."""
         weights = _weights(self.args.corpus_weights)
-        if weights is not None:
-            for name in weights.keys() - parts.keys():
-                raise UserError(
-                    f"--corpus-weights {self.args.corpus_weights}: {name!r} is not among the "
-                    f"training corpora: {', '.join(parts)}"
-                )
-            for name in parts.keys() - weights.keys():
+        for name in sorted(weights.keys() - {*corpora}) if weights else ():
+            raise UserError(
+                f"--corpus-weights {self.args.corpus_weights}: {name!r} is not among the training "
+                f"corpora: {', '.join(corpora)}{did_you_mean(name, corpora)}"
+            )
+        for name in corpora if weights else ():
+            if name not in (weights or {}):
                 raise UserError(
                     f"--corpus-weights {self.args.corpus_weights}: no weight for {name!r}; add "
                     "one, or exclude the corpus with --train-corpora"
                 )
+        return weights
+
+    def _blocks_per_epoch(self, parts: Dict[str, FairseqDataset]) -> List[int]:
+        """Blocks of each corpus in one epoch; in total as many as exist."""
+        blocks = np.array([len(part) for part in parts.values()])  # (corpora,)
+        tokens = np.array([part.sizes.sum(dtype=np.int64) for part in parts.values()])
+        weights = self._weights_of(list(parts))
+        if weights is not None:
             shares = np.array([weights[name] for name in parts])
         elif self.args.corpus_temperature is not None:
             # in proportion to the largest, so that no power overflows

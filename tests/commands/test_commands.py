@@ -235,11 +235,21 @@ def test_checkpoints_that_do_not_fit_end_in_one_line(command, data, trained, tmp
     folder.mkdir()
     damaged(data, folder, dict_txt=longer)
     saved = (trained / "checkpoint_last.pt").read_bytes()
-    resume = f"{TRAIN} {MOE} --save-dir {tmp_path / 'run'}"
+    run = tmp_path / "run"
+    last = run / "checkpoint_last.pt"
+    resume = f"{TRAIN} {MOE} --save-dir {run}"
+    other = f"{data} {TRAIN} {MOE} --save-dir {tmp_path}/new --decoder-layers 4"
     cases = [
-        ("train", f"{folder} {resume}", "vocabulary of 24, but the dictionary one of 25"),
+        ("train", f"{folder} {resume}", f"{last}: has a vocabulary of 24, but {folder}/dict.txt o"),
         ("train", f"{data} {resume} --moe-expert-count 4", "8 x 16 in the checkpoint"),
-        ("train", f"{data} {resume} --decoder-layers 4", "decoder.layers.2"),
+        ("train", f"{data} {resume} --decoder-layers 4", f"{last} (--save-dir): does not fit"),
+        ("train", f"{other} --restore-file {last}", f"{last} (--restore-file): does not fit"),
+        ("train", f"{other} --finetune-from-model {last}", f"{last} (--finetune-from-model): doe"),
+        ("train", f"{other} --continue-once {last}", f"{last} (--continue-once): does not fit"),
+        (
+            *("eval_lm", f"{data} {EVAL} --path {last} --model-overrides {{'moe_expert_count':4}}"),
+            f"{last}: does not fit the model: ",
+        ),
         (
             "eval_lm",
             f"{folder} {EVAL} --path {tmp_path}/run/checkpoint_last.pt",
@@ -252,6 +262,16 @@ def test_checkpoints_that_do_not_fit_end_in_one_line(command, data, trained, tmp
         status, _, _, err = command(name, line)
         assert status == 1 and words in error_in(err)
         assert (tmp_path / "run" / "checkpoint_last.pt").read_bytes() == saved  # nothing lost
+
+
+def test_a_dense_checkpoint_is_no_start_of_a_sparse_model(command, data, tmp_path):
+    dense = f"{data} {TRAIN} --arch dense_lm_tiny --save-dir {tmp_path}/dense --max-update 1"
+    assert command("train", dense)[0] == 0
+    last = tmp_path / "dense" / "checkpoint_last.pt"
+    line = f"{data} {TRAIN} {MOE} --save-dir {tmp_path}/new --finetune-from-model {last}"
+    status, _, _, err = command("train", line)
+    assert status == 1 and "(--finetune-from-model): does not fit" in error_in(err)
+    assert "or make a sparse model of it with `fairseq-moe convert --upcycle`" in error_in(err)
 
 
 def test_dense_checkpoint_of_stock_finetunes_as_ours(command, data, tmp_path):

@@ -183,7 +183,7 @@ def test_an_old_checkpoint_takes_flags(runs, generate, tmp_path):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ([], "no prompt given: pass one, or use --file FILE"),
+        ([], 'no prompt given: pass one ("" for a text from its beginning), or use --file FILE'),
         (["a", "--file", "none.txt"], "--file none.txt: cannot be read"),
         (["a", "--top-p", "2"], "--top-p 2.0: use a probability"),
         (["a", "--max-tokens", "99"], "--max-tokens 99: prompt 1 of 1 has 1 tokens, which leaves"),
@@ -206,8 +206,8 @@ def test_an_old_checkpoint_takes_flags(runs, generate, tmp_path):
 )
 def test_a_mistake_is_one_line(generate, monkeypatch, tmp_path, arguments, words):
     monkeypatch.chdir(tmp_path)
-    err = generate(*arguments, status=1).err
-    assert err.startswith("error: ") and err.count("\n") == 1 and words in err, err
+    out, err = generate(*arguments, status=1)
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and words in err, err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -219,6 +219,10 @@ def test_files_that_are_none(generate, tmp_path):
     missing = {"path": tmp_path / "x.pt"}
     assert "no such checkpoint" in generate("a", status=1, **missing).err
     assert "x.jsonl, line 2: no prompt" in generate("-f", tmp_path / "x.jsonl", status=1).err
+    (tmp_path / "empty.txt").touch()
+    assert "empty.txt is empty: pass" in generate("-f", tmp_path / "empty.txt", status=1).err
+    assert "no prompt given: stdin is empty: pass one" in generate(stdin="", status=1).err
+    assert generate("", "--max-tokens", 2).out  # a text from its beginning
     assert "not UTF-8 at byte 1" in generate("-f", tmp_path / "bytes", status=1).err
     assert "no model given" in generate(status=1, path=None).err
 

@@ -4,6 +4,7 @@ import os
 from types import SimpleNamespace
 
 import pytest
+import torch
 from command_runs import EVAL, MOE, TRAIN
 from training import error_in
 
@@ -92,6 +93,18 @@ def test_what_is_there_is_used_and_the_default_may_be_absent(train, trained, tmp
     status, _, log = train(f"--save-dir {tmp_path}/1 --finetune-from-model {tmp_path}/removed.pt")
     assert status == 0 and f"Loaded checkpoint {tmp_path}/1/checkpoint_last.pt" in log
     assert train(f"--save-dir {tmp_path}/new --restore-file checkpoint_last.pt")[0] == 0
+
+
+def test_a_start_from_weights_alone_is_warned_of(train, trained, tmp_path):
+    """Where the count of updates and the rate begin anew."""
+    state = torch.load(trained / "checkpoint_last.pt", weights_only=False)
+    weights = tmp_path / "weights.pt"
+    torch.save({**state, "last_optimizer_state": None}, weights)
+    for number, flag in enumerate(("--restore-file", "--finetune-from-model")):
+        status, _, log = train(f"--save-dir {tmp_path}/{number} {flag} {weights} --max-update 7")
+        assert status == 0
+        said = f"{weights}: has no optimizer state: the optimizer and the schedule start anew, at "
+        assert (said in log) == (flag == "--restore-file")
 
 
 def test_the_suffix_of_a_shard_counts(tmp_path):

@@ -11,7 +11,7 @@ from converting import DENSE, MOE, convert, load, logits
 from training import TRAIN, train_on
 
 from fairseq_moe_ext.cli import main
-from fairseq_moe_ext.convert import model_card
+from fairseq_moe_ext.convert import model_card, readers
 from fairseq_moe_ext.convert.average import mean_of
 from fairseq_moe_ext.convert.readers import open_checkpoint
 from fairseq_moe_ext.convert.source import best_metric
@@ -91,6 +91,16 @@ def test_the_last_ones_of_a_folder(saved, tmp_path, capsys):
     a, b = (load(tmp_path / name)["model"] for name in ("a.pt", "b.pt"))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert "checkpoint_1_8.pt, " in capsys.readouterr().out
+
+
+def test_no_checkpoint_is_read_if_one_is_missing(saved, tmp_path, capsys, monkeypatch):
+    def open_checkpoint(path, weights_only):
+        raise AssertionError("read")
+
+    monkeypatch.setattr(readers, "open_checkpoint", open_checkpoint)
+    line = f"average {saved(MOE)[0]} {tmp_path}/none.pt --output {tmp_path}/m.pt"
+    assert main(line.split()) == 1
+    assert "none.pt: no such checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -216,5 +226,8 @@ def test_show_says_what_a_checkpoint_is(saved, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "3 files" in out and "bfloat16" in out and "4 experts in layers 1, top 2" in out
     assert "8 updates, 512 tokens" in out and "moe_expert_count = 4" in out
+    convert(path, tmp_path / "b.pt", "--to", "branch")
+    assert main(["show", str(tmp_path / "b.pt")]) == 0
+    assert "written by  fairseq's moe branch or in its format, 2 files" in capsys.readouterr().out
     assert main(["show", str(tmp_path / "none.pt")]) == 1
     assert "no such checkpoint" in capsys.readouterr().err

@@ -50,6 +50,33 @@ def test_mistakes_end_in_one_line_and_nothing_is_written(run, tmp_path, capsys, 
     assert all(path.read_text() == "kept" for path in before)
 
 
+@pytest.mark.parametrize(
+    "flags, line, words",
+    [
+        (DENSE, "x.pt --upcycle --moe-expert-count -4", "--moe-expert-count -4: use 1 or more"),
+        (DENSE, "x.pt --upcycle --moe-expert-count 1", "too few for top-2"),
+        (DENSE, "x.pt --upcycle --moe-expert-count 4 --expert-files 3", "3 does not divide the 4"),
+        (MOE, "x.pt --upcycle --moe-expert-count 4", "has 4 experts already"),
+        (MOE, "x.pt --to branch --rank-files 3", "--rank-files 3 does not divide the 4 experts"),
+        (MOE, "x.pt --expert-files 3", "--expert-files 3 does not divide the 4 experts"),
+        (MOE, "x --to hf --no-tokenizer --evaluation t.json", "--evaluation: not a file that"),
+        (MOE, "x --to hf --no-tokenizer --evaluation no.json", "--evaluation no.json: cannot be"),
+    ],
+)
+def test_flags_are_checked_before_all_bytes_are(
+    run, tmp_path, capsys, monkeypatch, flags, line, words
+):
+    def open_checkpoint(path, weights_only):
+        raise AssertionError("read")
+
+    source, _ = run(flags)
+    monkeypatch.setattr(readers, "open_checkpoint", open_checkpoint)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.json").write_text('{"path": "x.pt"}')
+    assert re.search(words, mistake(capsys, source, *line.split()))
+    assert [path.name for path in tmp_path.iterdir()] == ["t.json"]
+
+
 def test_a_missing_part_is_named(run, tmp_path, capsys):
     source, _ = run(MOE)
     convert(source, tmp_path / "x.pt", "--expert-files", 2)

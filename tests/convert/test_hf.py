@@ -333,6 +333,11 @@ def test_a_licence_is_text_in_yaml():
     for words in ("mit", "cc-by-4.0", "no", "1.0", "a: b", "[x", "MIT # free", "Österreich's"):
         assert yaml.safe_load(f"license: {model_card._scalar(words)}") == {"license": words}
     assert model_card._scalar("cc-by-4.0") == "cc-by-4.0"
+    assert [model_card._cell(value) for value in ([0.002], [1, 2], "a|b")] == [
+        "0.002",
+        "1, 2",
+        "a\\|b",
+    ]
 
 
 @pytest.mark.parametrize("index", ["{}", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])

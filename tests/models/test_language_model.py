@@ -244,6 +244,13 @@ def test_settings_that_cannot_work_are_refused(flags, words):
     assert "\n" not in str(error.value)
 
 
+def test_a_dense_twin_is_built_without_a_word(caplog):
+    """Commands that convert or evaluate build models, too; a training says what its twin is."""
+    with caplog.at_level("INFO"):
+        build_model(**MOE, moe_dense_twin=True)
+    assert "twin" not in caplog.text
+
+
 def test_usual_settings_are_accepted():
     validate(make_config())
     for flags in LAYOUTS:
@@ -261,6 +268,7 @@ def test_usual_settings_are_accepted():
         ),
         ({"decoder_layers": 2}, {}, "decoder.layers.2"),
         (MOE, {}, "moe_layer"),
+        ({}, MOE, "trained with, or make a sparse model of it with `fairseq-moe convert --upcyc"),
         ({**MOE, "moe_expert_count": 4}, MOE, "is 4 x 16 in the checkpoint, 6 x 16 in the model"),
     ],
 )

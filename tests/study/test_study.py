@@ -36,6 +36,14 @@ def write(folder, change=lambda text: text):
     "old, new, words",
     [
         ("updates:", "updats:", "unknown key 'updats'; the keys are title, data"),
+        ("updates:", "update:", "arms, reference; did you mean updates?"),
+        ("batch-size: 4", "batch-sise: 4", "train: batch-sise: no such flag; did you mean batch-s"),
+        ("batch-size: 4,", "batch-size-valid: 4,", "train: batch-size is missing: set the number"),
+        (
+            "batch-size: 4",
+            "batch-size: 4, update-fre: 2",
+            "--update-fre 2; did you mean --update-f",
+        ),
         ("evaluate: {bootstrap", "evaluate: {boot", "evaluate: unknown key 'boot'"),
         ("context: 32", "", "the key 'context' is missing"),
         ("seeds: [1]", "seeds: [1, 1]", "seeds [1, 1]: give different"),
@@ -43,7 +51,7 @@ def write(folder, change=lambda text: text):
         ("lr: 0.01", "--lr: 0.01", "'--lr': write flags without leading dashes"),
         ("lr: 0.01", "seed: 3", "train: seed: the study sets this itself"),
         ("context: 32", "context: many", "context: 'many' is not a whole number; write one"),
-        ("batch-size: 4,", "", "batch-size None: set the number of blocks"),
+        ("batch-size: 4,", "", "train: batch-size is missing: set the number of blocks"),
         ("batch-size: 4", "batch-size: 12", "batch-size 12: fairseq would train on 8 blocks, a"),
         (
             *("batch-size: 4", "batch-size: 24, required-batch-size-multiple: 5"),
@@ -102,7 +110,7 @@ def write(folder, change=lambda text: text):
         ("evaluate:", "priming: {folder: .}\nevaluate:", "none of its folders is a task"),
         (
             *("evaluate:", "priming: {folder: ., tasks: -x}\nevaluate:"),
-            "priming: fairseq-moe priming: argument --tasks: expected one argument",
+            "priming: fairseq-moe priming: --tasks: its value -x begins with a minus",
         ),
         ("evaluate:", "priming: {shots: 3}\nevaluate:", "priming: shots: 3 is not a list"),
     ],

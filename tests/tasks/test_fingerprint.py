@@ -122,6 +122,25 @@ def test_another_dictionary_of_the_same_size_is_refused(name, data, other, check
     run(data)
 
 
+def test_a_smaller_dictionary_is_another_one(data, checkpoint, tmp_path):
+    """Padding it would only hide that."""
+    small = changed(data, tmp_path / "data", lambda lines: lines.__delitem__(slice(50, None)))
+    for name in ("evaluate", "from_pretrained"):
+        with pytest.raises(UserError, match="not the dictionary of .*it has 54 symbols, the ") as e:
+            entry_points(checkpoint, tmp_path)[name](small)
+        assert str(small) in str(e.value) and str(checkpoint) in str(e.value)
+        assert "madeupword" not in str(e.value)
+
+
+def test_missing_padding_is_named(data, checkpoint, tmp_path):
+    symbols = fingerprint(Dictionary.load(str(data / "dict.txt")))["types"] - 4  # of the file
+    shorter = changed(
+        data, tmp_path / "data", lambda lines: lines.__delitem__(slice(symbols, None))
+    )
+    with pytest.raises(UserError, match="has a vocabulary of .*, or append [0-9]+ lines: madeup"):
+        entry_points(checkpoint, tmp_path)["evaluate"](shorter)
+
+
 def test_priming_refuses_it(other, checkpoint):
     from fairseq_moe_ext.priming.model import load
 

@@ -67,6 +67,8 @@ def test_what_is_missing_is_named_with_what_is_there(tmp_path):
     there = ", ".join(f"checkpoint{i}.pt" for i in range(5))
     assert find(no_model) == f"{model}: no such checkpoint; {tmp_path} has {there} and 2 more"
     assert find(no_data) == f"{data}.idx: no such data-bin; {tmp_path} has test.idx"
+    (tmp_path / "checkpoint_best.pt").touch()
+    assert f"{tmp_path} has checkpoint_best.pt, checkpoint0.pt" in find(no_model)
 
 
 def stop(cfg):

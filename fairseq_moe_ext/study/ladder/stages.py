@@ -10,6 +10,7 @@ import yaml
 from ... import ranges
 from ...errors import UserError
 from ...models.architectures import ARCHITECTURES
+from ...wording import did_you_mean
 from .. import yaml_file
 from ..plan import ARM, FAMILIES, Keys, blocks_per_update, check_name, check_seeds, checked, planned
 
@@ -195,7 +196,8 @@ def _arms(asked: Mapping[str, Any], path: Path) -> List[Arm]:
             ranges.require(ranges.POSITIVE_COUNT, values[key], f"{where}: {key}")
         for base in map(str, values["bases"] or moe["bases"]):
             if base not in bases:
-                raise UserError(f"{where}: bases: {base}: not one of {', '.join(bases)}")
+                there = ", ".join(bases) + did_you_mean(base, bases)
+                raise UserError(f"{where}: bases: {base}: not one of {there}")
             sparse.append(_sparse(bases[base], str(name), moe["flags"], values, where))
     arms = dense + sorted(sparse, key=lambda arm: list(bases).index(arm.base))
     names = [arm.name for arm in arms]
