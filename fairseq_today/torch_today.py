@@ -5,6 +5,7 @@ import argparse
 import os
 import pickle
 import re
+import sys
 import zipfile
 from typing import Any
 
@@ -67,7 +68,8 @@ def load_weights_only(file, map_location=None, mmap: bool = False):
     import torch
 
     name = file if isinstance(file, str) else getattr(file, "name", "the checkpoint")
-    remedy = "copy it again, or name another (fairseq-train: --restore-file)"
+    trains = os.path.basename(sys.argv[0]) in ("fairseq-train", "fairseq-hydra-train")
+    remedy = "copy it again, or name another" + (" with --restore-file" if trains else "")
     try:
         if mmap and _can_be_mapped(file):
             return torch.load(file, map_location=map_location, weights_only=True, mmap=True)
@@ -75,11 +77,11 @@ def load_weights_only(file, map_location=None, mmap: bool = False):
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL ([\w.]+)|(?:class|function) ([\w.]+\.\w+)", str(error))
         if refused is None:
-            said = re.search(r"WeightsUnpickler error: ([^\n]+)", str(error))
+            said = re.search(r"WeightsUnpickler error: (?!Unsupported operand)([^\n]+)", str(error))
             # Not torch's own first line, which advises to load it with weights_only=False.
-            reason = said.group(1) if said else "unreadable"
+            reason = f"; {said.group(1)}" if said else ""
             raise UserError(
-                f"{name}: not a checkpoint, or damaged ({_size(name)}; {reason}); {remedy}"
+                f"{name}: not a checkpoint, or damaged ({_size(name)}{reason}); {remedy}"
             ) from error
         function = refused.group(1) or refused.group(2)
         raise UserError(
@@ -91,8 +93,11 @@ def load_weights_only(file, map_location=None, mmap: bool = False):
     except Exception as error:  # the bytes of any file may be any instruction to the unpickler
         if "allocat" in str(error):  # torch's RuntimeError for too little memory
             raise
+        # others are about bytes that were read as instructions, such as KeyError: 101
+        told = isinstance(error, (OSError, RuntimeError, zipfile.BadZipFile))
+        reason = f"; {first_line(error)}" if told else ""
         raise UserError(
-            f"{name}: truncated or not a checkpoint ({_size(name)}; {first_line(error)}); {remedy}"
+            f"{name}: truncated or not a checkpoint ({_size(name)}{reason}); {remedy}"
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -322,7 +323,8 @@ def test_memory_is_divided_as_said():
         ("--arch moe_lm_16b", "--arch moe_lm_16b: use one of dense_lm_tiny"),
         ("--arch moe_lm_15b --world-size 3", "--world-size 3: must divide the 512 experts"),
         ("--path nowhere.pt", "--path nowhere.pt: no such checkpoint"),
-        ("--path other.zip", "other.zip: truncated or not a checkpoint"),
+        ("--path other.zip", "error: --path other.zip: truncated or not a checkpoint"),
+        ("--path text.pt", "--path text.pt: truncated or not a checkpoint (12 bytes); copy it"),
         ("--path list.pt", "list.pt: not a fairseq checkpoint"),
         ("--arch moe_lm_15b --tokens inf", "--tokens inf: use a number above 0"),
         ("--path nowhere.pt --moe-freq 2", "--path with --moe-freq"),
@@ -339,6 +341,7 @@ def test_mistakes_are_told_in_one_line(line, words, capsys, tmp_path, monkeypatc
     np.savez("other.npz", np.zeros(3))
     os.rename("other.npz", "other.zip")
     torch.save([1, 2], "list.pt")
+    Path("text.pt").write_text("hello world\n")
     assert cli.main(["cost", *line.split()]) == 1
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1

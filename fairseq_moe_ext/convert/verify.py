@@ -97,7 +97,7 @@ def _judged(path: str, done: Dict[str, Optional[str]]) -> Iterator[Tuple[str, Op
 
     from .readers import reader_of
 
-    reader, wrong = reader_of(path), False
+    reader, wrong, new = reader_of(path), False, path not in done
     for file, digest in reader.files(path):
         if file not in done:
             done[file] = None
@@ -107,18 +107,22 @@ def _judged(path: str, done: Dict[str, Optional[str]]) -> Iterator[Tuple[str, Op
                 check_records(file)
             except (UserError, OSError) as error:
                 done[file] = str(error)
-            yield file, done[file]
+            if file != path:
+                yield file, done[file]
         wrong = wrong or done[file] is not None
-    if wrong:
-        return
+    only = ""
     try:
         try:
-            reader.open(path, False)
+            if not wrong:
+                reader.open(path, False)
         except Unfit as unfit:
             reader.open(path, True)
-            print(f"{path}: only its weights can be converted: {unfit.reason}", flush=True)
+            only = f"{path}: only its weights can be converted: {unfit.reason}"
     except OtherModel:
         pass  # the bytes are intact; the model cannot be built
     except UserError as error:
-        done[path] = str(error)
-        yield path, str(error)
+        done[path], new = str(error), True
+    if new and path in done:  # not if it stands for several files of the branch
+        yield path, done[path]
+    if only:
+        print(only, flush=True)

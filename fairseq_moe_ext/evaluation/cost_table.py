@@ -16,6 +16,7 @@ from ..shape import Shape, shape_of
 from ..text_table import add_form_flags, formed
 from ..wording import did_you_mean
 from . import paper
+from .loading import naming
 
 _EMBEDDING = "decoder.embed_tokens.weight"
 
@@ -106,7 +107,8 @@ def _settings(args: Namespace) -> Tuple[Dict[str, Any], int]:
                 f"--path with --{flag.replace('_', '-')}: the checkpoint defines the model; "
                 "remove one of them"
             )
-        return checkpoint_settings(args.path)
+        with naming(args.path):
+            return checkpoint_settings(args.path)
     from fairseq.models import ARCH_CONFIG_REGISTRY
 
     from ..models.architectures import ARCHITECTURES

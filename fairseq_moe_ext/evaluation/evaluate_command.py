@@ -16,6 +16,7 @@ from .loading import (
     corpora_of,
     language_modeling_task,
     load_model,
+    naming,
     on_device,
     parse_overrides,
 )
@@ -90,7 +91,8 @@ def run(args: argparse.Namespace) -> None:
     """Evaluate and print. Raises UserError for invalid flags or files."""
     asked = _check_flags(args)
     task = language_modeling_task(_first_data_bin(args.data), args.context or 1)
-    model, saved = load_model(args.path, task, asked.overrides)
+    with naming(args.path):
+        model, saved = load_model(args.path, task, asked.overrides)
     model = on_device(in_bfloat16(model, args.cpu) if args.bf16 else model, args.cpu)
     context = args.context or model.max_positions()
     if context > model.max_positions():

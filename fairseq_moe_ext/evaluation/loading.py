@@ -2,9 +2,10 @@
 
 import argparse
 import ast
+import contextlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 
@@ -39,6 +40,17 @@ def check_path(path: Path, flag: str = "--path") -> None:
     files.refuse_folder(path, where)
     if not path.is_file() and not list(path.parent.glob(path.stem + "-*")):
         raise UserError(f"{where}: no such checkpoint; check the path")
+
+
+@contextlib.contextmanager
+def naming(path: Path, flag: str = "--path") -> Iterator[None]:
+    """Let an error about a checkpoint's file begin with the flag that named it."""
+    try:
+        yield
+    except UserError as error:
+        if not str(error).startswith(f"{path}: "):
+            raise
+        raise UserError(f"{flag} {error}") from error
 
 
 def parse_overrides(text: Optional[str]) -> Dict[str, Any]:

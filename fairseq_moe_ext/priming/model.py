@@ -24,6 +24,7 @@ from ..evaluation.loading import (
     check_path,
     language_modeling_task,
     load_model,
+    naming,
     on_device,
     parse_overrides,
     set_gates,
@@ -105,7 +106,8 @@ def load(
     """
     check_files(path, data)
     task = language_modeling_task(data, 1)
-    model, _ = load_model(path, task, parse_overrides(overrides))
+    with naming(path):
+        model, _ = load_model(path, task, parse_overrides(overrides))
     if not isinstance(model, MoETransformerLanguageModel):
         raise UserError(
             f"--path {path}: a {type(model).__name__} of fairseq's own; convert it first, with "

@@ -1,5 +1,6 @@
 """Damaged, compressed and mixed files of checkpoints: told, never taken for numbers."""
 
+import re
 import shutil
 import zipfile
 
@@ -15,6 +16,7 @@ from fairseq_moe_ext.cli import main
 from fairseq_moe_ext.convert import command as convert
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.locks import Lock, beside
+from fairseq_today.torch_today import load_weights_only
 
 
 def flip(path, record="data/0"):
@@ -144,6 +146,23 @@ def judged(path, capsys):
     out, err = capsys.readouterr()
     lines = dict(line.split(": ", 1) for line in out.splitlines())
     return status, lines, err
+
+
+@pytest.mark.parametrize("text", ["hello world\n", "just text\n", ""])
+def test_verify_calls_what_is_no_checkpoint_damaged_and_never_ok(text, tmp_path, capsys):
+    (tmp_path / "t.txt").write_text(text)
+    assert main(["verify", str(tmp_path / "t.txt")]) == 1
+    out, err = capsys.readouterr()
+    assert ": ok" not in out and out.count("t.txt: damaged") == 1 and err.count("\n") == 1
+    said = rf"\({len(text)} bytes\); copy it again, or name another$"
+    assert re.search(said, err.strip())
+
+
+def test_training_names_its_flag_for_another_checkpoint(tmp_path, monkeypatch):
+    (tmp_path / "t.pt").write_text("hello world")
+    monkeypatch.setattr("sys.argv", ["/bin/fairseq-train"])
+    with pytest.raises(UserError, match="copy it again, or name another with --restore-file$"):
+        load_weights_only(str(tmp_path / "t.pt"))
 
 
 def test_verify_says_of_each_file_how_it_is(one, spread, branch, capsys):
