@@ -73,7 +73,8 @@ class OneLineParser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {flag_mistake(self, message, self.words)}\n")
+        words = getattr(self, "words", ())  # parsers of Hydra and lm-eval use this as their own
+        self.exit(2, f"error: {flag_mistake(self, message, words)}\n")
 
 
 _SHOWN = 20  # names of a choice; fairseq has 200 architectures

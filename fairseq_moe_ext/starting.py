@@ -46,8 +46,9 @@ def check_run(cfg: Mapping[str, Any]) -> None:
     if not _is_ours(names):
         return
     groups = {name: [group] for group, name, _ in ranges.flatten(cfg)}
-    # task and model refer to settings of other groups, where the user has set them.
-    for group, name, value in sorted(ranges.flatten(cfg), key=lambda s: s[0] in ("task", "model")):
+    # These refer to settings of other groups, where the user has set them.
+    referring = ("task", "model", "criterion", "optimizer", "lr_scheduler")
+    for group, name, value in sorted(ranges.flatten(cfg), key=lambda s: s[0] in referring):
         ranges.check({name: value}, f"{group}.{{}}".format)
     given = {name: value for _, name, value in ranges.flatten(cfg)}
     check({**given, **names}, lambda name: ".".join([*groups.get(name, []), name]), True)

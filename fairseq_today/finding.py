@@ -200,8 +200,12 @@ def _configs_name_it() -> bool:
         if key == "common.user_dir" and _names_ours([value]):
             return True
     values = _values(words)
+    named = [("arch", name) for flag in ("config_name", "cn") for name in values.get(flag, ())]
+    named += [(flag, value) for flag in NAMES for value in values.get(flag, ())]
+    if any(NAMES[flag].fullmatch(name) for flag, name in named):
+        return True
     folders = [*values.get("config_dir", ()), *values.get("cd", ())]
-    return any(
+    return not all(map(os.path.isdir, folders)) or any(
         b"fairseq_moe_ext" in file.read_bytes()
         for folder in folders
         for file in sorted(Path(folder).glob("**/*.yaml"))

@@ -28,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from training import words, write_data_bin
 
 import fairseq_moe_ext
+from fairseq_moe_ext import starting
 from fairseq_moe_ext.config import MoETransformerLMConfig
 from fairseq_moe_ext.criterions.moe_cross_entropy import MoECrossEntropyConfig
 from fairseq_moe_ext.criterions.multiple_choice import MultipleChoiceConfig
@@ -39,6 +40,7 @@ from fairseq_moe_ext.optim import FusedAdamConfig
 from fairseq_moe_ext.patches import hydra
 from fairseq_moe_ext.tasks.mixture_language_modeling import MixtureLanguageModelingConfig
 from fairseq_moe_ext.tasks.multiple_choice import MultipleChoiceTaskConfig
+from fairseq_today import finding
 
 pytestmark = [  # fairseq leans on these, and Hydra says that they will go
     pytest.mark.filterwarnings(r"ignore:\s*'.*' is validated against ConfigStore schema"),
@@ -375,6 +377,7 @@ def test_a_mistake_ends_in_one_line(workplace, tmp_path):
     "override, expected",
     [
         ("optimization.lr=fast", "optimization.lr: "),
+        ("optimization.lr=3e-4", "write optimization.lr=[...]"),
         ("optimization.max_update=1.5", "optimization.max_update: Value '1.5' of type 'float'"),
         ("model=moe_lm_16b", "Could not find 'model/moe_lm_16b'; Available options in 'model': "),
         ("taks.data=data", "taks: no such setting; did you mean task?"),
@@ -386,6 +389,45 @@ def test_what_hydra_refuses_is_told_in_one_line(override, expected):
         composed("moe_lm_tiny", [override])
     told = hydra.hydra_mistake_to_print(refused.value)
     assert expected in told and "\n" not in told and "full_key" not in told
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("--config-name moe_lm_tiny", '; for ours add --config-dir "$(fairseq-moe config-dir)"'),
+        ("--config-dir nowhere --config-name x", "--config-dir nowhere: no such folder"),
+        (f"--config-dir {CONF}", f"--config-name is not given: {CONF} has base, "),
+    ],
+)
+def test_which_config_is_meant(line, words, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["fairseq-hydra-train", *line.split()])
+    name = line.split()[-1] if "--config-name" in line else "config"
+    with pytest.raises(UserError) as refused:
+        hydra._check_config_name(name)
+    assert words in str(refused.value)
+    assert finding._configs_name_it()
+
+
+def test_a_folder_serves_where_the_overrides_choose_the_model(monkeypatch):
+    monkeypatch.setattr(sys, "argv", f"x --config-dir {CONF} model=moe_lm_tiny".split())
+    hydra._check_config_name("config")
+
+
+def test_settings_have_no_dashes(capsys):
+    from hydra._internal import utils
+
+    for word, example in (("--task", "task=..."), ("--max-update", "GROUP.max_update=...")):
+        with pytest.raises(SystemExit):
+            utils.get_args_parser().parse_args([f"{word}=x"])
+        assert f"settings have no dashes here: write {example}" in capsys.readouterr().err
+
+
+def test_a_number_out_of_range_is_named_where_it_was_set():
+    groups = {"lr_scheduler": {"total_num_update": -4.0}, "optimizer": {"lr": [-1]}}
+    for name, value in (("max_update", -4), ("lr", [-1])):
+        cfg = {**groups, "optimization": {name: value}, "model": {"_name": MODEL_NAME}}
+        with pytest.raises(UserError, match=rf"^optimization.{name} "):
+            starting.check_run(cfg)
 
 
 def test_the_data_must_be_given():

@@ -78,6 +78,12 @@ def test_lm_evals_own_parser_is_told_as_well():
     assert told == "unrecognized arguments: --taskss a b; did you mean --tasks? (flags: --help)"
 
 
+def test_other_parsers_use_the_method(capsys):
+    with pytest.raises(SystemExit):
+        OneLineParser.error(argparse.ArgumentParser(), "unrecognized arguments: --hlp")
+    assert "did you mean --help?" in capsys.readouterr().err
+
+
 def test_programs_take_no_beginning_of_a_flag_for_it():
     """Those of stock fairseq's that take it still do."""
     folder = Path(fairseq_moe_command.__file__).parent

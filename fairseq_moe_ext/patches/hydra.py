@@ -1,6 +1,8 @@
 """fairseq-hydra-train: one-line messages for mistakes in a command line or a YAML."""
 
+import logging
 import os
+import re
 import sys
 from typing import Any, Callable, Optional, Set
 
@@ -50,6 +52,7 @@ def merge_with_parent(stock, dc, cfg, *args, **kwargs):
 
 
 _reported: Set[str] = set()
+_CHOICES = ("task", "model", "criterion", "optimizer", "lr_scheduler")
 
 
 def get_args_parser(stock):
@@ -61,6 +64,13 @@ def get_args_parser(stock):
         if message in _reported:
             parser.exit(2)
         _reported.add(message)
+        # fairseq_cli/hydra_train.py:83@0.12.2 warns of the exit
+        logging.getLogger("fairseq_cli.hydra_train").setLevel(logging.ERROR)
+        flag = re.search(r"unrecognized arguments: --([\w-]+)", message)
+        if flag:
+            key = {"arch": "model"}.get(flag[1], flag[1].replace("-", "_"))
+            example = f"{key}=..." if key in _CHOICES else f"GROUP.{key}=..."
+            message += f"; settings have no dashes here: write {example}"
         OneLineParser.error(parser, message)
 
     parser.error = error
@@ -83,11 +93,24 @@ def _check_config_name(name: str) -> None:
                 "prints ours"
             )
         folders.insert(0, args.config_dir)
+        _check_a_config_is_named(args)
     name = name[:-5] if name.endswith(".yaml") else name
     if not any(os.path.isfile(os.path.join(folder, name + ".yaml")) for folder in folders):
         there = sorted(file[:-5] for file in os.listdir(folders[0]) if file.endswith(".yaml"))
         known = ", ".join(there) + did_you_mean(name, there)
+        if args.config_dir is None:
+            known += '; for ours add --config-dir "$(fairseq-moe config-dir)"'
         raise UserError(f"--config-name {name}: not in {folders[0]}; there are {known}")
+
+
+def _check_a_config_is_named(args: Any) -> None:
+    """Raise UserError for a folder without a name, unless the overrides choose a model."""
+    there = sorted(file[:-5] for file in os.listdir(args.config_dir) if file.endswith(".yaml"))
+    chosen = any(word.lstrip("+").startswith("model") for word in args.overrides)
+    if args.config_name is None and "config" not in there and not chosen:
+        raise UserError(
+            f"--config-name is not given: {args.config_dir} has {', '.join(there) or 'no *.yaml'}"
+        )
 
 
 def _exit_on_mistake(task: Callable):
@@ -131,4 +154,7 @@ def _describe_setting(error) -> str:
         there = [str(key) for key in error.parent_node if key != "_name"]
         remedy = did_you_mean(error.key, there) or f"; there are {', '.join(sorted(there))}"
         return f"{error.full_key}: no such setting{remedy}"
-    return f"{error.full_key}: {in_one_line(str(error.msg or error))}"
+    said = in_one_line(str(error.msg or error))
+    if "is not a ListConfig" in said:
+        said += f"; it is a list: write {error.full_key}=[...]"
+    return f"{error.full_key}: {said}"
