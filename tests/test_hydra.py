@@ -413,6 +413,23 @@ def test_a_folder_serves_where_the_overrides_choose_the_model(monkeypatch):
     hydra._check_config_name("config")
 
 
+def test_values_of_the_command_line_are_named(monkeypatch, capsys):
+    words = "x optimization.lr=3e-4 hydra.run.dir=/proc/x".split()
+    monkeypatch.setattr(sys, "argv", words)
+
+    def fail():
+        Path("/proc/x").mkdir()
+
+    with pytest.raises(SystemExit):
+        hydra._exit_on_mistake(fail)
+    said = "error: hydra.run.dir=/proc/x: cannot be created (No such file or directory); name"
+    assert capsys.readouterr().err.startswith(said)
+    with pytest.raises(Exception) as refused:
+        composed("moe_lm_tiny", words[1:2])
+    told = hydra.hydra_mistake_to_print(refused.value)
+    assert told.endswith("list or tuple: write optimization.lr=[3e-4]")
+
+
 def test_settings_have_no_dashes(capsys):
     from hydra._internal import utils
 

@@ -4,7 +4,7 @@ import logging
 import os
 import re
 import sys
-from typing import Any, Callable, Optional, Set
+from typing import Any, Callable, Dict, Optional, Set
 
 from fairseq_today.errors import UserError
 
@@ -118,11 +118,26 @@ def _exit_on_mistake(task: Callable):
     try:
         return task()
     except Exception as error:
-        mistake = mistake_to_print(error) or hydra_mistake_to_print(error)
+        mistake = _unusable_folder(error) or mistake_to_print(error)
+        mistake = mistake or hydra_mistake_to_print(error)
         if mistake is None:
             raise
     print(f"error: {mistake}", file=sys.stderr, flush=True)
     raise SystemExit(1)
+
+
+def _overrides() -> Dict[str, str]:
+    """The settings of the command line, as written."""
+    return dict(word.lstrip("+").split("=", 1) for word in sys.argv[1:] if "=" in word)
+
+
+def _unusable_folder(error: Exception) -> Optional[str]:
+    """A line about a folder for the run or sweep that Hydra cannot create, else None."""
+    for key in ("hydra.run.dir", "hydra.sweep.dir"):
+        folder = _overrides().get(key)
+        if folder and isinstance(error, OSError) and str(error.filename or "").startswith(folder):
+            return f"{key}={folder}: cannot be created ({error.strerror}); name another folder"
+    return None
 
 
 def hydra_mistake_to_print(error: BaseException) -> Optional[str]:
@@ -156,5 +171,6 @@ def _describe_setting(error) -> str:
         return f"{error.full_key}: no such setting{remedy}"
     said = in_one_line(str(error.msg or error))
     if "is not a ListConfig" in said:
-        said += f"; it is a list: write {error.full_key}=[...]"
+        value = _overrides().get(str(error.full_key), "...")
+        said = f"{said.rstrip('.')}: write {error.full_key}=[{value}]"
     return f"{error.full_key}: {said}"
