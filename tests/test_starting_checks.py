@@ -1,6 +1,7 @@
 """Flags that cannot be, or would silently do something else, end a command before it starts."""
 
 import functools
+import re
 import sys
 from argparse import Namespace
 from dataclasses import MISSING
@@ -396,12 +397,18 @@ def test_hydras_settings_are_checked_however_its_main_is_wrapped(wrapped, monkey
 
 @pytest.mark.parametrize("hydra", [False, True])
 def test_a_training_without_an_optimizer(hydra):
-    cfg = OmegaConf.create({"common_eval": {"path": None}, "optimizer": None})
+    cfg = OmegaConf.create({"optimizer": None})
     spelled = "add optimizer=adam" if hydra else "--optimizer is not given: use adam, fused_adam,"
     with pytest.raises(UserError, match=spelled):
         commands.check_optimizer(cfg, hydra)
-    commands.check_optimizer({**cfg, "common_eval": {"path": "x.pt"}}, hydra)
-    commands.check_optimizer({**cfg, "optimizer": {"_name": "adam"}}, hydra)
+    commands.check_optimizer({"optimizer": {"_name": "adam"}}, hydra)
+
+
+def test_the_command_asks_for_the_optimizer(capsys, data):
+    folder = Path(fairseq_moe_ext.__file__).parent
+    line = f"fairseq-train {data} {MIXTURE} --user-dir {folder} --cpu --tokens-per-sample 32"
+    assert status_of(line) == 1
+    assert re.search("^error: .*optimizer is not .*fused_adam", capsys.readouterr().err, re.M)
 
 
 def test_a_user_dir_that_is_no_package(tmp_path):

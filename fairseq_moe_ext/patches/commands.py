@@ -100,7 +100,8 @@ def call_main(stock, cfg, main, **kwargs):
         if _is_hydras(main):
             _check_run(cfg)
         check_processes(cfg)
-        check_optimizer(cfg, _is_hydras(main))
+        if _innermost(main).__module__ == "fairseq_cli.train":
+            check_optimizer(cfg, _is_hydras(main))
         return stock(cfg, functools.partial(run_process, main), **kwargs)
     except (Exception, KeyboardInterrupt) as error:  # the latter by --heartbeat-timeout, too
         mistake = mistake_to_print(error)
@@ -141,15 +142,19 @@ def excepthook(stock, kind, error, trace):
 def _is_hydras(main: Callable) -> bool:
     """Whether it is what fairseq-hydra-train calls, as it is or wrapped."""
     hydras = getattr(sys.modules.get("fairseq_cli.hydra_train"), "pre_main", None)
+    return hydras is not None and _innermost(main) is inspect.unwrap(hydras)
+
+
+def _innermost(main: Callable) -> Callable:
     while isinstance(main, functools.partial) and main.args:
         main = main.args[0]
-    return hydras is not None and inspect.unwrap(main) is inspect.unwrap(hydras)
+    return inspect.unwrap(main)
 
 
 def check_optimizer(cfg, hydra: bool) -> None:
     """Raise UserError for a training without one: stock has no default, and says so after it has
     built the model."""
-    if cfg["common_eval"]["path"] is None and cfg["optimizer"] is None:
+    if cfg["optimizer"] is None:
         raise UserError(
             "optimizer is not set: add optimizer=adam (or fused_adam, adafactor, ...)"
             if hydra
