@@ -37,8 +37,9 @@ def parse_args_and_arch(stock, parser, input_args=None, *args, **kwargs):
 
     given = list(sys.argv[1:] if input_args is None else input_args)
     folders = _values(given).get("user_dir")
-    named = line_names_it(given) or _names_ours(folders) or _lacks_checkpoint(parser, given)
-    if is_imported() or not named:
+    if is_imported() or not (
+        line_names_it(given) or _names_ours(folders) or _lacks_checkpoint(parser, given)
+    ):
         return stock(parser, input_args, *args, **kwargs)
     if folders is None:
         input_args = [*given, "--user-dir", _FOLDER]

@@ -126,6 +126,7 @@ def test_no_other_file_names_the_keys(path):
     others["convert/archive.py"] = {"format"}  # of safetensors
     others["branch/parts.py"] = {"experts"}  # a regular expression's group
     others["convert/show.py"] = {"experts", "files", "bytes", "count"}  # of its own JSON
+    others["checkpoint/trained.py"] = {"count"}  # of fairseq's meters
     others["convert/hf.py"] = {"num_experts"}  # of config.json
     allowed = others.get(f"{path.parent.name}/{path.name}", set())
     assert not KEYS & set(keys_in(path.read_text(encoding="utf-8"))) - allowed

@@ -69,8 +69,11 @@ def configure(data, *flags, task="mixture_language_modeling"):
     return cfg
 
 
-def make_task(data, *flags, **kwargs):
-    return tasks.setup_task(configure(data, *flags, **kwargs).task)
+def make_task(data, *flags, path=None, **kwargs):
+    """As training sets it up, or the evaluation of a checkpoint, its `path`."""
+    cfg = configure(data, *flags, **kwargs)
+    cfg.common_eval.path = path
+    return tasks.setup_task(cfg.task)
 
 
 def tokens_of(data, name, split="train"):

@@ -1,5 +1,6 @@
 """Every reader of data-bins refuses what is not whole, in the same words."""
 
+import functools
 import shutil
 import struct
 from pathlib import Path
@@ -13,6 +14,7 @@ from mixture_data import make_task
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.evaluation.texts import read_texts
 
+evaluated = functools.partial(make_task, path="checkpoint.pt")
 HEADER = "<9sQBQ"
 MAGIC = b"MMIDIDX\x00\x00"
 
@@ -118,8 +120,8 @@ def readers(folder):
     data = folder.parent
     return {
         "evaluate": lambda: read_texts([data], "test", 4, dictionary),
-        "stock's task": lambda: make_task(folder, task="language_modeling").load_dataset("test"),
-        "our task": lambda: make_task(data).load_dataset("test/c"),
+        "stock's task": lambda: evaluated(folder, task="language_modeling").load_dataset("test"),
+        "our task": lambda: evaluated(data).load_dataset("test/c"),
         "load_indexed_dataset": lambda: data_utils.load_indexed_dataset(
             str(folder / "test"), dictionary, "mmap"
         ),

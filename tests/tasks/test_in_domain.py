@@ -87,5 +87,6 @@ def test_the_task_takes_what_the_checkpoint_tells(data, some):
     assert task.trained == sorted(CORPORA)
     task.load_state_dict(torch.load(some, weights_only=False)["task_state"])
     assert task.trained == ["big", "small"]
-    assert make_task(data, "--train-corpora", "small, far").trained == ["far", "small"]
+    names = ("--train-corpora", "small, far")
+    assert make_task(data, *names, path="checkpoint.pt").trained == ["far", "small"]
     assert not set(HELD_OUT) & set(make_task(data).trained)

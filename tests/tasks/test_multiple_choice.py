@@ -378,7 +378,10 @@ def test_a_class_that_is_none(data, tmp_path):
 MISTAKES = [
     (dict(choice_data="/none"), "--choice-data /none: no such folder"),
     (dict(choice_data=None), "--choice-data is missing"),
-    (dict(choice_task="hellaswagg"), "--choice-task hellaswagg: unknown; use one of boolq"),
+    (
+        dict(choice_task="hellaswagg"),
+        "--choice-task hellaswagg: unknown; did you mean hellaswag.; use one of boolq",
+    ),
     (dict(choice_task="record"), "--choice-task record: unknown"),
     (dict(choice_valid_share=1.0), "--choice-valid-share 1.0"),
     (dict(data="/none"), "/none/dict.txt: missing"),
