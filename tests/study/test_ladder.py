@@ -684,6 +684,10 @@ def test_the_result_that_is_committed():
     assert f"{best['factor']:.2f} becomes {best['with_router']:.2f}." in plain
     assert f"`d0-hash64` saves {other['in_seconds']:.2f} times the seconds, and `d0-256x4`" in plain
     assert f": {best['in_seconds']:.2f}." in plain
+    _, (name, seeds, inside, outside) = tables.in_bfloat16(found)
+    assert (name, seeds) == ("d0-256x4-bf16, 16M", "3")
+    assert f"differs by {inside} % in domain and {outside} % out of domain" in plain
+    assert f"{inside} %" in (docs / "performance.md").read_text(encoding="utf-8")
 
 
 def inner(update, loss=5.0):
