@@ -8,7 +8,7 @@ from typing import Any, Callable, List, NoReturn, Sequence
 
 from fairseq_today.errors import UserError as UserError  # one class, with the plugin or without
 
-from .wording import did_you_mean
+from .wording import did_you_mean, flag
 
 
 class NotFinite(UserError):
@@ -55,7 +55,7 @@ def require_positive(args: argparse.Namespace, *flags: str) -> None:
     for name in flags:
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: use 1 or more")
+            raise UserError(f"{flag(name)} {value}: use 1 or more")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -133,10 +133,10 @@ def _value_like_a_flag(parser: argparse.ArgumentParser, message: str, words: Seq
     did."""
     lacking = re.match(r"argument (\S+): expected ", message)
     flags = lacking[1].split("/") if lacking else []
-    for flag, value in zip(words, words[1:]):
-        if flag in flags and re.match("-[^-]", value) and value not in _flags(parser):
+    for word, value in zip(words, words[1:]):
+        if word in flags and re.match("-[^-]", value) and value not in _flags(parser):
             return (
-                f"{flag}: its value {value} begins with a minus, as flags do: write {flag}={value}"
+                f"{word}: its value {value} begins with a minus, as flags do: write {word}={value}"
             )
     return ""
 

@@ -10,6 +10,7 @@ import math
 from typing import Any, Callable, Dict, Iterator, Mapping, NamedTuple, Optional, Tuple
 
 from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.wording import flag as flag
 from fairseq_moe_ext.wording import short
 
 
@@ -188,11 +189,6 @@ _GROUPS = {
 RANGES: Dict[str, Range] = {
     name: range for names, range in _GROUPS.items() for name in names.split()
 }
-
-
-def flag(name: str) -> str:
-    """moe_freq -> --moe-freq."""
-    return "--" + name.replace("_", "-")
 
 
 def check(settings: Mapping[str, Any], spell: Callable[[str], str] = flag) -> None:

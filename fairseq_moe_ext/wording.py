@@ -15,6 +15,11 @@ def short(value: object) -> str:
     return text if len(text) < 80 else text[:77] + "..."
 
 
+def flag(name: str) -> str:
+    """moe_freq -> --moe-freq."""
+    return "--" + name.replace("_", "-")
+
+
 def did_you_mean(word: object, names: Iterable[object]) -> str:
     """ "; did you mean NAME?" with the name that is most like a word; "" if none is like it."""
     close = difflib.get_close_matches(str(word), [*map(str, names)], n=1)

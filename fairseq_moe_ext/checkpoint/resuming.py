@@ -16,6 +16,7 @@ from .. import context, fully_sharded
 from ..diverging import check_weights
 from ..errors import ModelMisfit, UserError
 from ..expert_parallel import all_gather, process_count, process_rank
+from ..wording import flag
 from .collective import check_code_versions, same_error_on_all_ranks
 from .experts import saves_together
 from .loading import refuse_folder
@@ -118,9 +119,9 @@ def warn_of_kept_settings(trainer: Trainer, filename: str, overrides: Mapping[st
         wanted, kept = (tuple(v) if isinstance(v, list) else v for v in (value, group.get(key)))
         if key in {"lr", *overrides} or key not in group or kept == wanted:
             continue
-        flag = next((name for name in names if name == key or name.endswith(f"_{key}")), key)
+        given = next((name for name in names if name == key or name.endswith(f"_{key}")), key)
         logger.warning(
-            f"--{flag.replace('_', '-')} {wanted}: {filename} continues with {kept}; add "
+            f"{flag(given)} {wanted}: {filename} continues with {kept}; add "
             f'--optimizer-overrides "{ {key: wanted} }" to change it'
         )
 
@@ -185,10 +186,10 @@ def _refuse_what_cannot_be_saved(cfg: Any) -> None:
         "--use-bmuf": cfg.optimization.use_bmuf,
         "--optimizer composite": getattr(cfg.optimizer, "_name", None) == "composite",
     }
-    for flag, given in refused.items():
+    for refusal, given in refused.items():
         if given:
             raise UserError(
-                f"{flag}: not supported for experts on {process_count()} processes; remove it, "
+                f"{refusal}: not supported for experts on {process_count()} processes; remove it, "
                 "or train on one process"
             )
 

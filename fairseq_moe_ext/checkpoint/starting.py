@@ -13,6 +13,7 @@ from .. import files
 from ..errors import UserError
 from ..expert_parallel import process_rank
 from ..locks import Lock
+from ..wording import flag
 from .loading import refuse_folder
 
 logger = logging.getLogger(__name__)
@@ -53,8 +54,8 @@ def check_inputs(cfg: Any, suffix: str = "") -> None:
         for name in ("optimizer", "lr_scheduler", "meters", "dataloader"):
             if getattr(cfg, f"reset_{name}"):
                 raise UserError(
-                    f"--finetune-from-model resets everything itself: remove --reset-"
-                    f"{name.replace('_', '-')}"
+                    "--finetune-from-model resets everything itself: remove "
+                    + flag(f"reset_{name}")
                 )
         if cfg.restore_file != _DEFAULT:
             raise UserError(
@@ -67,10 +68,10 @@ def check_inputs(cfg: Any, suffix: str = "") -> None:
     elif os.path.lexists(last):
         _check(last, last)
     else:  # a resumed run does not read these
-        for flag in ("continue_once", "finetune_from_model"):
-            value = getattr(cfg, flag, None)
+        for name in ("continue_once", "finetune_from_model"):
+            value = getattr(cfg, name, None)
             if value is not None:
-                _check(f"--{flag.replace('_', '-')} {value}", value)
+                _check(f"{flag(name)} {value}", value)
 
 
 def warn_of_overwriting(cfg: Any, suffix: str = "") -> None:
@@ -99,7 +100,7 @@ def named(cfg: Any, suffix: str = "") -> Optional[str]:
 def with_flag(cfg: Any, filename: str) -> str:
     """A file that a run starts from, with the flag that names it."""
     names = ("restore_file", "finetune_from_model", "continue_once")
-    flags = [f"--{n.replace('_', '-')}" for n in names if getattr(cfg, n, None) == filename]
+    flags = [flag(name) for name in names if getattr(cfg, name, None) == filename]
     return f"{filename} ({(flags or ['--save-dir'])[0]})"
 
 

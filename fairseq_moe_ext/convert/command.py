@@ -127,11 +127,10 @@ def _convert(args: argparse.Namespace) -> None:
     from fairseq_moe_ext.convert import hf, readers, targets, upcycle
 
     extras: Any = hf_flags.extras(args) if args.to in hf_flags.FOLDERS else None
-    if args.layout is None:
-        _check_fit(args)
     if args.layout is not None:
         source = hf.open_hf(args.source, args.layout == "xglm")
     else:
+        _check_fit(args)
         source = readers.open_checkpoint(args.source, args.weights_only or args.upcycle)
     if args.upcycle:
         settings = _sparse_settings(args, source.path, source.settings, source.vocabulary)

@@ -14,7 +14,7 @@ from ..config_checks import validate
 from ..errors import UserError, require_positive
 from ..shape import Shape, shape_of
 from ..text_table import add_form_flags, formed
-from ..wording import did_you_mean
+from ..wording import did_you_mean, flag
 from . import paper
 from .loading import naming
 
@@ -102,10 +102,9 @@ def _settings(args: Namespace) -> Tuple[Dict[str, Any], int]:
     }
     if args.path is not None:
         if args.arch or flags or args.types:
-            flag = "arch" if args.arch else next(iter(flags), "types")
+            name = "arch" if args.arch else next(iter(flags), "types")
             raise UserError(
-                f"--path with --{flag.replace('_', '-')}: the checkpoint defines the model; "
-                "remove one of them"
+                f"--path with {flag(name)}: the checkpoint defines the model; remove one of them"
             )
         with naming(args.path):
             return checkpoint_settings(args.path)

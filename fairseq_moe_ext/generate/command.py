@@ -13,7 +13,7 @@ from ..evaluation.loading import add_model_flags, check_path, on_device, parse_o
 from ..models.language_model import MoETransformerLanguageModel
 from ..models.text_generation import Settings, generate, settings_of
 from ..prepare import gpt2_files
-from ..wording import count
+from ..wording import count, flag
 from . import prompts, session, showing
 from .showing import Written
 
@@ -158,11 +158,7 @@ def _checkpoints(args: argparse.Namespace) -> Any:
 def _settings(args: argparse.Namespace) -> Settings:
     names = ("max_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "beams", "seed")
     wanted = {name: getattr(args, name) for name in (*names, "no_repeat_ngram_size", "n")}
-    return settings_of(_flag, stop=[prompts.unescaped(stop) for stop in args.stop], **wanted)
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    return settings_of(flag, stop=[prompts.unescaped(stop) for stop in args.stop], **wanted)
 
 
 def _check(args: argparse.Namespace, checkpoints: List[Path], words: List[str]) -> None:
@@ -172,13 +168,13 @@ def _check(args: argparse.Namespace, checkpoints: List[Path], words: List[str]) 
             "models that do not fit into memory"
         )
     if args.interactive:
-        for flag, given in (
+        for other, given in (
             ("a prompt", words), ("--file", args.file), ("--side-by-side", args.side_by_side),
             ("--json", args.json), ("--n", args.n > 1), ("--beams", args.beams > 1),
         ):  # fmt: skip
             if given:
                 raise UserError(
-                    f"--interactive: cannot be combined with {flag}; remove one of them"
+                    f"--interactive: cannot be combined with {other}; remove one of them"
                 )
         if sys.stdin is None:
             raise UserError("--interactive: stdin is closed; start it from a terminal or a pipe")
@@ -193,9 +189,9 @@ def _check(args: argparse.Namespace, checkpoints: List[Path], words: List[str]) 
         args.gpt2_encoder_json, args.gpt2_vocab_bpe = gpt2_files.find("--bpe gpt2")
     for name in ("gpt2_encoder_json", "gpt2_vocab_bpe"):
         if getattr(args, name) is not None:
-            files.check(getattr(args, name), f"{_flag(name)} {getattr(args, name)}")
-    for path, flag in zip(checkpoints, ("--path" if args.path else "", "--side-by-side")):
-        check_path(path, flag)
+            files.check(getattr(args, name), f"{flag(name)} {getattr(args, name)}")
+    for path, named in zip(checkpoints, ("--path" if args.path else "", "--side-by-side")):
+        check_path(path, named)
     outputs.check([("--json", args.json)], args.overwrite, [*checkpoints, *args.file])
 
 
@@ -237,10 +233,10 @@ def _write(
         lm = load(args, path)
         started = time.monotonic()
         if several:
-            answers = generate(lm, texts, settings, None, args.batch_tokens, _flag)
+            answers = generate(lm, texts, settings, None, args.batch_tokens, flag)
         else:
             stream = showing.after("" if args.no_prompt else texts[0])
-            answers = generate(lm, texts, settings, stream, args.batch_tokens, _flag)
+            answers = generate(lm, texts, settings, stream, args.batch_tokens, flag)
             stream("\n")
         seconds = time.monotonic() - started
         tokens = sum(len(one.tokens) for some in answers for one in some)

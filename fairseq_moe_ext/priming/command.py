@@ -15,7 +15,7 @@ from ..locks import Lock, beside
 from ..questions import formats, scoring
 from ..questions.vocabulary import Vocabulary
 from ..text_table import markdown, plain
-from ..wording import count, did_you_mean
+from ..wording import count, did_you_mean, flag
 from . import bias, choice, generative, model, resuming
 from .protocol import Loaded, Result, Settings, say
 
@@ -157,8 +157,7 @@ def _settings(args: argparse.Namespace) -> Settings:
     for name, (low, high) in _RANGES.items():
         number = getattr(args, name)
         if number is not None and not low <= number <= high:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} {number}: use a whole number from {low} to {high:,}")
+            raise UserError(f"{flag(name)} {number}: use a whole number from {low} to {high:,}")
     if args.seed < 0:
         raise UserError(f"--seed {args.seed}: use 0 or more")
     if args.overwrite and args.json is None:

@@ -10,7 +10,7 @@ from ..evaluation import figures, paper, report, specialisation, study_result
 from ..evaluation.specialisation import LayerUse
 from ..evaluation.speedup import Points, in_words
 from ..evaluation.study_result import StudyResult
-from ..wording import count
+from ..wording import count, flag
 from . import fine_tuning, tables
 from . import result as results
 from .ladder import page as ladder_page
@@ -67,10 +67,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _of_ladder(args: argparse.Namespace, result: LadderResult) -> None:
-    for flag in ("expert_use", "fine_tuning"):
-        if getattr(args, flag) is not None:
+    for name in ("expert_use", "fine_tuning"):
+        if getattr(args, name) is not None:
             raise UserError(
-                f"--{flag.replace('_', '-')} {getattr(args, flag)}: is for a study of two "
+                f"{flag(name)} {getattr(args, name)}: is for a study of two "
                 f"families; {args.folder} is a ladder"
             )
     with study_result.as_written(args.folder / "result.json"):
