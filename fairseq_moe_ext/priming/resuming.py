@@ -16,15 +16,14 @@ if TYPE_CHECKING:  # loads torch, which a study has no need of
     from .protocol import Result, Settings
 
 # Flags that are not in protocol.Settings and change what is found.
-_FLAGS = ("context", "fp16", "model_overrides")
+_FLAGS = ("context", "fp16", "bf16", "model_overrides")
+_BEFORE = {"bf16": False}  # what files of before a flag do not say
 
 
 def asked(args: Any, settings: "Settings", tasks: List[str]) -> Dict[str, Any]:
     """Everything that the results depend on, as saved in the file: settings, and size and time of
     every file that is read."""
     flags = {name: getattr(args, name) for name in _FLAGS}
-    if getattr(args, "bf16", False):  # files of before the flag do not have it
-        flags["bf16"] = True
     checkpoint = [args.path, *args.path.parent.glob(args.path.stem + "-*")]
     data = [args.data / name for name in ("dict.txt", "encoder.json", "vocab.bpe")]
     own = None if args.json is None else os.path.realpath(args.json)
@@ -62,8 +61,9 @@ def begun(path: Optional[Path], now: Dict[str, Any], overwrite: bool) -> List["R
         content = None
     if not isinstance(content, dict) or not isinstance(content.get("settings"), dict):
         return []  # which outputs.check refuses to replace
+    settings = {**_BEFORE, **content["settings"]}
     for name, value in now.items():
-        before = content["settings"].get(name)
+        before = settings.get(name)
         if before != value:
             plain = not isinstance(value, dict)
             difference = f"{before}, now {value}" if plain else "other or changed files"

@@ -144,6 +144,20 @@ def test_two_commands_do_not_share_a_file(command, tmp_path, capsys):
     assert not list(tmp_path.glob("out*"))
 
 
+def test_results_in_bfloat16_are_not_taken_for_those_in_float32(command, tmp_path, capsys):
+    out, line = tmp_path / "out.json", f"{command} --tasks sst2"
+    assert cli.main(f"{line} --bf16".split()) == 0
+    for flags, words in (("", "bf16: True, now False"), ("--fp16", "fp16: False, now True")):
+        assert cli.main(f"{line} {flags}".split()) == 1
+        assert f"another command ({words}); name another" in capsys.readouterr().err
+    found = priming(0, f"{line} --overwrite", out)
+    del found["settings"]["bf16"]  # as files of before the flag
+    out.write_text(json.dumps(found))
+    assert without_times(priming(0, line, out)) == without_times(found)
+    assert cli.main(f"{line} --bf16".split()) == 1
+    assert "(bf16: False, now True)" in capsys.readouterr().err
+
+
 def test_results_of_other_files_are_not_taken(trained, tasks, tmp_path, capsys):
     data, checkpoint = trained
     out, folder = tmp_path / "out.json", tmp_path / "tasks"
