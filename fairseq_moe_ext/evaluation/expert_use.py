@@ -3,8 +3,8 @@
     python -m fairseq_moe_ext.evaluation.expert_use checkpoint_best.pt \\
         --bin docs=DATA/docs --bin code=DATA/code --subset test --json expert_use.json
 
-Counts every choice of the gates before any is dropped for capacity: with top-2 routing a token
-makes two in each MoE layer. Reports how much information the choices carry about text and token,
+Counts every choice of the gates, and drops none for capacity: with top-2 routing a token makes two
+in each MoE layer. Reports how much information the choices carry about text and token,
 beside that of random gates (specialisation.py).
 """
 
@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Dict, Iterator, List, Optional, Sequence, Tupl
 import numpy as np
 import torch
 
-from .. import outputs
+from .. import data_bin, outputs
 from ..errors import OneLineParser, UserError, require_positive
 from ..wording import did_you_mean
 from . import specialisation
-from .loading import language_modeling_task, load_model, moe_layers
+from .loading import language_modeling_task, load_model, moe_layers, set_gates
 
 if TYPE_CHECKING:
     from fairseq.data import FairseqDataset
@@ -46,10 +46,18 @@ def expert_use(
         among: data-bins over which to take the information; all, if empty.
 
     Returns one entry per MoE layer, with the information of the first TOKENS tokens. Raises
-    UserError for a model without experts.
+    UserError for a model without experts, for longer blocks than it takes, and for data-bins
+    without the subset or with different dictionaries.
     """
     if not checkpoint.is_file():
         raise UserError(f"checkpoint {checkpoint} does not exist: give a file fairseq-train wrote")
+    for name, folder in bins.items():
+        if not ((folder / data_bin.DICTIONARY).is_file() and data_bin.has_split(folder, subset)):
+            raise UserError(
+                f"--bin {name}={folder}: lacks {data_bin.DICTIONARY} or {subset}.idx; give a data-bin, "
+                "and one of its splits as --subset"
+            )
+    data_bin.check_dictionaries(next(iter(bins.values())), bins)
     counts: Dict[int, Dict[str, torch.Tensor]] = {}
     tokens: Dict[str, int] = {}
     model = None
@@ -59,9 +67,16 @@ def expert_use(
         task = language_modeling_task(folder, tokens_per_sample)
         if model is None:
             model, _ = load_model(checkpoint, task)
+            set_gates(model, dropless=True)
             watches = _watch(model)
             if not watches:
                 raise UserError(f"checkpoint {checkpoint} has no MoE layer: nothing to count")
+            longest = model.max_positions()
+            if tokens_per_sample > longest:
+                raise UserError(
+                    f"--tokens-per-sample {tokens_per_sample}: use {longest} at most, which the "
+                    "model takes"
+                )
         task.load_dataset(subset)
         tokens[name] = 0
         for batch in _batches(task.dataset(subset), batch_size):
@@ -157,6 +172,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             name, equals, folder = text.partition("=")
             if not equals or not name or not Path(folder).is_dir():
                 raise UserError(f"--bin {text}: give NAME=FOLDER with an existing data-bin")
+            if name in bins:
+                raise UserError(f"--bin {text}: {name} is there already; choose another name")
             bins[name] = Path(folder)
         among = args.among.split(",") if args.among else []
         for name in among:

@@ -1,11 +1,15 @@
 """Expert use: the information measure, and the command's answers to wrong input."""
 
 import math
+from pathlib import Path
 
 import pytest
-from training import USER_DIR, fairseq, make_data
+import torch
+from fairseq.data import Dictionary
+from training import MODEL, USER_DIR, fairseq, make_data, write_data_bin
 
-from fairseq_moe_ext.evaluation.expert_use import main
+from fairseq_moe_ext.evaluation import loading
+from fairseq_moe_ext.evaluation.expert_use import expert_use, main
 from fairseq_moe_ext.evaluation.specialisation import mutual_information
 
 
@@ -29,6 +33,7 @@ def test_a_half_known_kind():
         (["missing.pt", "--bin", "a=."], "missing.pt does not exist"),
         (["x.pt", "--bin", "a"], "--bin a: give NAME=FOLDER"),
         (["x.pt", "--bin", "a=no/such/folder"], "--bin a=no/such/folder"),
+        (["x.pt", "--bin", "a=.", "--bin", "a=/"], "--bin a=/: a is there already"),
         (["x.pt", "--bin", "a=.", "--among", "b"], "--among b: no --bin b; there are a"),
         (["x.pt", "--bin", "a=.", "--batch-size", "0"], "--batch-size 0: use 1 or more"),
     ],
@@ -52,3 +57,64 @@ def test_a_model_without_experts_is_named(tmp_path, capsys, flags):
     capsys.readouterr()
     assert main([str(path), "--bin", f"a={data}", "--subset", "valid"]) == 1
     assert capsys.readouterr().err.startswith(f"error: checkpoint {path} has no MoE layer: ")
+
+
+@pytest.fixture(scope="module")
+def with_capacity(tmp_path_factory):
+    """A data-bin, and a model of two MoE layers whose capacity at evaluation is a quarter."""
+    place = tmp_path_factory.mktemp("capacity")
+    data = make_data(place)
+    fairseq(
+        f"""fairseq-train {data} {MODEL} --moe-freq 1 --moe-expert-count 8 --optimizer adam --lr 0.1
+        --max-update 4 --batch-size 8 --num-workers 0 --disable-validation --no-progress-bar
+        --log-format none --save-dir {place}"""
+    )
+    return data, place / "checkpoint_last.pt"
+
+
+def test_no_choice_is_dropped_before_a_later_layer(with_capacity):
+    """The plain loop: one block a pass, with room for all of it in every expert."""
+    data, path = with_capacity
+    task = loading.language_modeling_task(data, 8)
+    task.load_dataset("valid")
+    blocks = [row["source"] for row in task.dataset("valid")]
+
+    def counts(**overrides):
+        model, _ = loading.load_model(path, task, overrides)
+        found = torch.zeros(2, 8)
+        for block in blocks:
+            with torch.no_grad():
+                _, extra = model(block.unsqueeze(0))
+            for record in extra["moe"]:
+                found[record.layer] += record.expert_counts.sum(0)
+        return found
+
+    free = counts(moe_eval_capacity_token_fraction=1.0)
+    assert not free.equal(counts()), "a quarter would have dropped some"
+    layers = expert_use(path, {"a": Path(data)}, "valid", 8)
+    found = torch.tensor([layer["share"]["a"] for layer in layers]) * free.sum(1, keepdim=True)
+    assert found.round().equal(free)
+
+
+@pytest.mark.parametrize("more", [["--subset", "test"], ["--tokens-per-sample", "99"]])
+def test_what_the_data_or_the_model_lacks_is_one_line(with_capacity, capsys, more):
+    data, path = with_capacity
+    assert main([str(path), "--bin", f"a={data}", "--subset", "valid", *more]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert f"error: --bin a={data}: lacks dict.txt or test.idx" in err or "99: use 8 at most" in err
+
+
+def test_data_bins_have_one_dictionary(with_capacity, tmp_path, capsys):
+    """As many entries, another order: a model reads other words in the same ids."""
+    data, path = with_capacity
+    other = Dictionary()
+    for i in reversed(range(20)):
+        other.add_symbol(f"w{i}", n=100)
+    write_data_bin(tmp_path, {"valid": [[4, 5, 6]]}, other)
+    capsys.readouterr()
+    bins = ["--bin", f"a={data}", "--bin", f"b={tmp_path}"]
+    assert main([str(path), *bins, "--subset", "valid"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert err.startswith(f"error: {tmp_path / 'dict.txt'} (20 entries) differs from {data}")
