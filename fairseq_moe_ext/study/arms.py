@@ -146,10 +146,10 @@ def _mean(values: Sequence[float]) -> float:
 
 def pairs(result: StudyResult, group: str) -> Tuple[List[List[str]], int]:
     """Row against column in %, of all pairs of arms, those in bold whose own 95 % interval leaves
-    out 0; and how many of them there would be by chance if no two arms differed."""
+    out 0; and how many pairs have an interval."""
     arms = by_arm(result["runs"])
     names = [row[0] for row in table(result)[1:]]
-    rows = [["", *names]]
+    rows, with_interval = [["", *names]], 0
     for name in names:
         cells = []
         for other in names:
@@ -157,10 +157,11 @@ def pairs(result: StudyResult, group: str) -> Tuple[List[List[str]], int]:
                 cells.append("")
                 continue
             d = difference(arms[name], arms[other], group)
+            with_interval += not math.isnan(d.p)
             cell = signed(_percent(d.mean))
             cells.append(f"**{cell}**" if d.low > 0 or d.high < 0 else cell)
         rows.append([name, *cells])
-    return rows, round(LEVEL * len(names) * (len(names) - 1) / 2)
+    return rows, with_interval // 2  # each pair is in two cells
 
 
 def page(result: StudyResult) -> str:
@@ -168,13 +169,14 @@ def page(result: StudyResult) -> str:
     runs = result["runs"]
     parts = [f"# {result['title']}", _explained(result), markdown(table(result))]
     for group in measured(runs):
-        rows, by_chance = pairs(result, group)
-        parts += [
-            f"## Every pair, {TITLES[group]}",
-            "Row against column, perplexity in %. Bold: the pair's own 95 % interval excludes "
-            f"0. If no two arms differed, about {by_chance} of these pairs would be bold.",
-            markdown(rows),
-        ]
+        rows, with_interval = pairs(result, group)
+        words = "Row against column, perplexity in %."
+        if with_interval:
+            words += (
+                " Bold: the pair's own 95 % interval excludes 0. If no two arms differed, about "
+                f"{LEVEL * with_interval:.0f} of these pairs would be bold."
+            )
+        parts += [f"## Every pair, {TITLES[group]}", words, markdown(rows)]
     return "\n\n".join(parts) + "\n"
 
 

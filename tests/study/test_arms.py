@@ -176,6 +176,24 @@ def test_runs_that_were_evaluated_otherwise_are_not_compared():
     assert arms.shared({1: runs[1]}, {1: runs[4]}, "in_domain") == []
 
 
+def test_pairs_without_an_interval_are_not_counted_among_the_bold():
+    """Of 15 arms there are 105 pairs, and five are 5 % of them."""
+    runs = [run_of(f"a{arm}", seed, 10.0 + arm + seed) for arm in range(15) for seed in (1, 2)]
+
+    def page(runs):
+        known = {"title": "", "planned": 1, "reference": "a0"}
+        return arms.page({**known, "runs": runs, "comparison": arms.compare(runs, "a0")})
+
+    assert "about 5 of these pairs would be bold" in page(runs)
+    # seven have one seed, one is on other text: 21 pairs are left of the seven others
+    for run in runs[:2]:
+        run["sets"]["near"] = {"perplexity": 9.0, "tokens": 5}
+    fewer = [run for i, run in enumerate(runs) if i < 16 or run["seed"] == 1]
+    assert "about 1 of these pairs would be bold" in page(fewer)
+    alone = page([run for run in runs if run["seed"] == 1])
+    assert "Row against column, perplexity in %.\n" in alone and "bold" not in alone
+
+
 def test_student_and_holm():
     """By a table of Student's t, and by hand."""
     for freedom, t in ((1, 12.7062), (2, 4.3027), (3, 3.1824), (9, 2.2622), (30, 2.0423)):
