@@ -54,8 +54,8 @@ def expert_use(
     for name, folder in bins.items():
         if not ((folder / data_bin.DICTIONARY).is_file() and data_bin.has_split(folder, subset)):
             raise UserError(
-                f"--bin {name}={folder}: lacks {data_bin.DICTIONARY} or {subset}.idx; give a data-bin, "
-                "and one of its splits as --subset"
+                f"--bin {name}={folder}: lacks {data_bin.DICTIONARY} or {subset}.idx; give a "
+                "data-bin, and one of its splits as --subset"
             )
     data_bin.check_dictionaries(next(iter(bins.values())), bins)
     counts: Dict[int, Dict[str, torch.Tensor]] = {}
