@@ -20,7 +20,7 @@ from .config import (
 from .errors import UserError
 from .router_flags import CHOICES, RouterFlags, top_k, validate_router
 from .shape import shape_of
-from .wording import did_you_mean
+from .wording import did_you_mean, flag
 
 # The model's own numbers and the length of its inputs, without the size of batches.
 _NUMBERS = sorted(defaults().keys() & ranges.RANGES.keys() - {"max_tokens", "batch_size"})
@@ -121,9 +121,7 @@ def _refuse_flags_of_moe_layers(
     for name, off in OF_MOE_LAYERS.items():
         value = getattr(cfg, name)
         if name not in but and str(value) != str(off):
-            raise UserError(
-                ranges.flag(name) + ("" if value is True else f" {value}") + f" {reason}"
-            )
+            raise UserError(flag(name) + ("" if value is True else f" {value}") + f" {reason}")
 
 
 def _validate_kinds_of_experts(cfg: MoETransformerLMConfig) -> None:
@@ -173,7 +171,7 @@ def _validate_experts(cfg: MoETransformerLMConfig) -> None:
         # The command line and Hydra check it themselves; --model-overrides does not.
         if str(getattr(cfg, name)) not in choices:
             raise UserError(
-                f"{ranges.flag(name)} {getattr(cfg, name)} is unknown: use {', '.join(choices)}"
+                f"{flag(name)} {getattr(cfg, name)} is unknown: use {', '.join(choices)}"
                 + did_you_mean(getattr(cfg, name), choices)
             )
     validate_router(cfg)

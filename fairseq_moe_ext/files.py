@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Mapping, Optional, Sequence, Union
 
 from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.wording import flag
 
 Name = Union[str, Path]
 
@@ -82,12 +83,12 @@ def check_named(settings: Mapping[str, Any], argv: Optional[Sequence[str]] = Non
             flags.
     """
     for key, value in settings.items():
-        flag = "--" + key.replace("_", "-")
-        is_flag = argv is None or any(word.partition("=")[0] == flag for word in argv)
+        spelled = flag(key)
+        is_flag = argv is None or any(word.partition("=")[0] == spelled for word in argv)
         for path in value if isinstance(value, (list, tuple)) else [value]:
             kind = _waits(path) if isinstance(path, (str, Path)) else ""
             if kind:
-                where = f"{flag} {path}" if is_flag else str(path)
+                where = f"{spelled} {path}" if is_flag else str(path)
                 raise UserError(f"{where}: {kind}, not a file; name a regular file")
 
 

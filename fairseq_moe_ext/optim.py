@@ -14,6 +14,7 @@ from fairseq.optim.adam import FairseqAdam, FairseqAdamConfig
 from torch import Tensor
 
 from .errors import UserError
+from .wording import flag
 
 
 @dataclass
@@ -28,11 +29,10 @@ class FairseqFusedAdam(FairseqAdam):
 
     def __init__(self, cfg: FusedAdamConfig, params: Iterable[Tensor]) -> None:
         FairseqOptimizer.__init__(self, cfg)
-        for flag in ("use_old_adam", "fp16_adam_stats"):
-            if getattr(cfg, flag):
+        for name in ("use_old_adam", "fp16_adam_stats"):
+            if getattr(cfg, name):
                 raise UserError(
-                    f"--{flag.replace('_', '-')} belongs to --optimizer adam: remove it, or use "
-                    "that optimizer"
+                    f"{flag(name)} belongs to --optimizer adam: remove it, or use that optimizer"
                 )
         self._optimizer = FusedAdam(params, **self.optimizer_config)
 

@@ -10,8 +10,7 @@ import math
 from typing import Any, Callable, Dict, Iterator, Mapping, NamedTuple, Optional, Tuple
 
 from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.wording import flag as flag
-from fairseq_moe_ext.wording import short
+from fairseq_moe_ext.wording import flag, short
 
 
 def _short(number: float) -> str:

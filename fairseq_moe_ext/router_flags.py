@@ -11,8 +11,7 @@ from .errors import UserError
 from .moe import routers  # noqa: F401 - registers them
 from .moe.router import ROUTERS, GateSettings
 from .moe.routing import check_groups
-from .ranges import flag
-from .wording import did_you_mean
+from .wording import did_you_mean, flag
 
 SCORES = ChoiceEnum(["softmax", "sigmoid"])
 NORMALIZED = ChoiceEnum(["before", "after", "none"])

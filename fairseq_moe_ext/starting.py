@@ -20,7 +20,7 @@ from fairseq.tasks import TASK_REGISTRY
 
 from fairseq_today.finding import checkpoint_names_it
 
-from . import data_bin, files, outputs, ranges
+from . import data_bin, files, outputs, ranges, wording
 from .config import MoETransformerLMConfig
 from .errors import UserError
 from .moe.router import ROUTERS
@@ -37,7 +37,7 @@ def check_command_line(args: Any) -> None:
     given = vars(args)
     training = "max_update" in given
     if not training or _is_ours(given):
-        check(given, ranges.flag, training)
+        check(given, wording.flag, training)
 
 
 def check_run(cfg: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
 from fairseq_moe_ext.patches import commands
 from fairseq_moe_ext.trainer_checks import _warn_of_warmup
+from fairseq_moe_ext.wording import flag
 
 OURS = dict(arch="moe_lm_tiny", max_update=9, batch_size=4, max_tokens=None)
 
@@ -47,7 +48,7 @@ def test_numbers_in_and_out_of_range(name, good, bad):
     for value in good:
         ranges.check({name: value})
     for value in bad:
-        with pytest.raises(UserError, match=f"^{ranges.flag(name)} .*: use "):
+        with pytest.raises(UserError, match=f"^{flag(name)} .*: use "):
             ranges.check({name: value})
 
 

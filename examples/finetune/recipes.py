@@ -6,6 +6,7 @@ from typing import Any, Dict, List, Optional, Sequence
 import yaml
 
 from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.wording import flag
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -50,7 +51,7 @@ def as_flags(settings: Dict[str, Any]) -> List[str]:
     """As flags of fairseq-train."""
     flags = []
     for key, value in settings.items():
-        flags.append("--" + key.replace("_", "-"))
+        flags.append(flag(key))
         if value is not True:
             flags.append(str(value))
     return flags

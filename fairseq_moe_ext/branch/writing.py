@@ -5,9 +5,9 @@ from typing import Any, Dict, Iterable, List
 
 from ..errors import UserError
 from ..expert_parallel import is_expert
-from ..ranges import flag
 from ..router_flags import RouterFlags, top_k
 from ..shape import Shape, shape_of
+from ..wording import flag
 from .files import State
 from .settings import FIELDS, complete_cfg
 

@@ -15,10 +15,10 @@ from ..checkpoint.settings import check_fields
 from ..config import MoETransformerLMConfig, defaults
 from ..errors import UserError
 from ..models.language_model import MODEL_NAME
-from ..ranges import flag
 from ..router_flags import gate_settings
 from ..shape import shape_of
 from ..tokenizer_files import NAMES, files_of
+from ..wording import flag
 from . import model_card, xglm
 from .archive import dtype_of
 from .hf_folder import (

@@ -11,6 +11,7 @@ from ..config import defaults
 from ..errors import UserError
 from ..models.language_model import MODEL_NAME
 from ..shape import shape_of
+from ..wording import flag
 from .source import Source
 
 _ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "gelu_accurate": "gelu_new", "tanh": "tanh"}
@@ -32,7 +33,7 @@ def lacking(source: Source) -> List[str]:
         "no_decoder_final_norm",
     ):
         if s[name]:
-            lacks.append("--" + name.replace("_", "-"))
+            lacks.append(flag(name))
     if str(s["activation_fn"]) not in _ACTIVATIONS:
         lacks.append(f"--activation-fn {s['activation_fn']}")
     if source.head:

@@ -11,7 +11,7 @@ from typing import Any, Dict, List
 from ..errors import UserError
 from ..evaluation import study_result
 from ..text_table import add_form_flags, formed
-from ..wording import did_you_mean
+from ..wording import did_you_mean, flag
 from .fit import COEFFICIENTS, Estimate, Point, fit
 from .laws import HASH, LAWS, S_BASE, Model, number, outside
 
@@ -117,8 +117,7 @@ def _model(args: Namespace) -> Model:
     for name in ("experts", "top_k", "moe_freq"):
         value = getattr(args, name)
         if not 1 <= value <= _MOST:
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} {value}: use 1 or more, and at most {_MOST:,}")
+            raise UserError(f"{flag(name)} {value}: use 1 or more, and at most {_MOST:,}")
     if args.top_k > args.experts:
         raise UserError(f"--top-k {args.top_k} is more than --experts {args.experts}; lower it")
     if not 0 < args.granularity < math.inf:

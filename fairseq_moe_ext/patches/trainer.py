@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fairseq_today.errors import UserError
 
-from .. import context, diverging, fully_sharded, ranges, trainer_checks
+from .. import context, diverging, fully_sharded, trainer_checks, wording
 from ..branch import optimizer as branch_optimizer
 from ..branch import pad_rule
 from ..branch.files import find
@@ -371,7 +371,7 @@ def _telling(kind: str, cfg: Any):
             raise
         reason = str(error).partition("\n")[0] or "its settings contradict each other"
         name = getattr(cfg, "_name", kind)
-        raise UserError(f"{ranges.flag(kind)} {name} rejects its settings: {reason}") from error
+        raise UserError(f"{wording.flag(kind)} {name} rejects its settings: {reason}") from error
 
 
 # ---- FSDP: whole models and optimizer states in the form of any other backend

@@ -13,7 +13,7 @@ from fairseq_moe_ext.prepare.documents import SEPARATORS, Source
 from fairseq_moe_ext.prepare.options import Options
 from fairseq_moe_ext.prepare.pipeline import Report, prepare
 from fairseq_moe_ext.text_table import plain
-from fairseq_moe_ext.wording import count
+from fairseq_moe_ext.wording import count, flag
 
 DESCRIPTION = """\
 Turn your own text into a data folder for fairseq: byte-level BPE as GPT-2's, one data-bin per
@@ -178,9 +178,9 @@ def run(args: argparse.Namespace) -> None:
 def _gpt2_files(args: argparse.Namespace) -> Tuple[Optional[Path], Optional[Path]]:
     if not args.gpt2:
         return args.gpt2_encoder_json, args.gpt2_vocab_bpe
-    for flag in ("--gpt2-encoder-json", "--gpt2-vocab-bpe", "--train-bpe"):
-        if getattr(args, flag[2:].replace("-", "_")) is not None:
-            raise UserError(f"--gpt2: cannot be combined with {flag}; remove one of them")
+    for name in ("gpt2_encoder_json", "gpt2_vocab_bpe", "train_bpe"):
+        if getattr(args, name) is not None:
+            raise UserError(f"--gpt2: cannot be combined with {flag(name)}; remove one of them")
     return gpt2_files.find("--gpt2")
 
 
