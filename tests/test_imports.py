@@ -24,7 +24,7 @@ ALLOWED = {
         "kernels": "kernels",
         "balance_flags": "moe",
         "config": "balance_flags moe.activations router_flags",
-        "router_flags": "balance_flags moe ranges",
+        "router_flags": "balance_flags moe",
         "config_checks": "balance_flags config ranges router_flags shape",
         "shape": "moe.activations moe.router router_flags",
         "ranges": "",
@@ -46,7 +46,7 @@ ALLOWED = {
         "patches": """
             patches branch checkpoint config_checks cost counted data_bin data_bin_files diverging
             expert_parallel fingerprint fully_sharded kernels.dtypes literals metrics_file models
-            moe.balance moe.layer moe.stats ranges shape starting tokenizer_files trainer_checks
+            moe.balance moe.layer moe.stats shape starting tokenizer_files trainer_checks
             training_line
             """,
         "patch_list": "patches",
@@ -65,7 +65,7 @@ ALLOWED = {
         "checkpoint": "checkpoint config diverging expert_parallel files fully_sharded literals",
         "branch": """
             branch checkpoint.format checkpoint.settings config expert_parallel fully_sharded
-            models moe ranges router_flags shape
+            models moe router_flags shape
             """,
         "models": """
             models balance_flags config config_checks data_bin expert_parallel
@@ -90,7 +90,7 @@ ALLOWED = {
         "convert": """
             convert balance_flags branch checkpoint config config_checks cost data_bin
             evaluation.cost_table evaluation.loading expert_parallel models moe.experts prepare
-            ranges router_flags shape tokenizer_files
+            router_flags shape tokenizer_files
             """,
         "evaluation": """
             evaluation branch checkpoint config config_checks cost data_bin data_bin_files
