@@ -150,7 +150,9 @@ class RandomRouter(TopKRouter):
 
     def add_gate(self, config: Any) -> None:
         super().add_gate(config)
-        self.wg.weight.requires_grad_(False)
+        weight = self.wg.weight.detach()
+        del self.wg.weight  # from_pretrained would have a parameter trained
+        self.wg.register_buffer("weight", weight)
 
 
 class SinkhornRouter(TopKRouter):

@@ -69,6 +69,8 @@ def routers(cfg, dtype):
             value.copy_(torch.randn(value.shape, generator=generator, dtype=value.dtype) * 0.3)
     config = SimpleNamespace(**_translated(vars(cfg), VOCABULARY, 0.0))
     other = theirs.ROUTERS[config.router](config)
+    trained = [{name for name, _ in router.named_parameters()} for router in (ours, other)]
+    assert trained[0] == trained[1], cfg.moe_router
     other.load_state_dict(ours.state_dict())
     return ours.to(dtype).eval(), other.to(dtype).eval()
 

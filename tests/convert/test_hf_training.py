@@ -52,6 +52,20 @@ def test_the_balancing_loss_weighs_as_in_our_training(exported, combine):
     assert found > (0.4 if combine == "sum" else 0.2) and "leaves out" not in out
 
 
+def test_the_gate_of_random_is_not_trained(exported):
+    path, folder, _ = exported({}, moe_router="random")
+    model = theirs(folder).train()
+    gates = {name: value for name, value in model.state_dict().items() if ".gate." in name}
+    before = {name: value.clone() for name, value in gates.items()}
+    assert len(before) == 2
+    tokens = torch.randint(4, 200, (2, 8), generator=torch.Generator().manual_seed(1))
+    model(tokens, labels=tokens).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    assert all(torch.equal(before[name], value) for name, value in gates.items())
+    saved = load(path)["model"]
+    assert all(torch.equal(value, saved[f"decoder.{name[6:]}"]) for name, value in before.items())
+
+
 @pytest.mark.parametrize(
     "criterion, model, words, weight",
     [
