@@ -26,6 +26,7 @@ from typing import Any, Dict, List, Optional, Set, Union
 
 from .errors import UserError
 
+_START = b'{"pid"'  # of the content of every lock; older versions' are empty
 _held: Set[int] = set()  # descriptors; a forked child must not hold them beyond its parent's end
 
 
@@ -96,6 +97,7 @@ class Lock:
         """Write this process into the file as its owner. Raises UserError if it has another."""
         if not is_new:
             _owner_in(descriptor)  # gives the process that has just made it time to flock it
+            self._refuse_foreign(descriptor)
         flocked = _flock(descriptor)
         if flocked is False or not is_new:
             owner = _owner_in(descriptor)
@@ -120,6 +122,16 @@ class Lock:
             with contextlib.suppress(OSError):
                 os.unlink(self.path)
             raise
+
+    def _refuse_foreign(self, descriptor: int) -> None:
+        """Raise UserError for a file that is no lock, such as poetry.lock. A crash of the machine
+        may leave a lock empty, cut or with zero bytes."""
+        start = os.pread(descriptor, 10_000, 0).replace(b"\0", b"")[: len(_START)]
+        if not _START.startswith(start):
+            raise UserError(
+                f"{self.path}: is not a lock, but has the name of the lock for {self.what}: move "
+                "it, or choose another path"
+            )
 
     def _held_by(self, owner: Optional[Dict[str, Any]]) -> str:
         who = "another process"

@@ -137,6 +137,26 @@ def test_an_empty_file_of_an_older_version_is_taken_over_when_nobody_has_it(path
         assert path.stat().st_size > 0
 
 
+@pytest.mark.parametrize("left", [b"\0" * 200, b'{"pi', b'{"pid": 3, "host"'], ids=str)
+def test_what_a_crash_leaves_of_one_is_taken_over(path, left):
+    path.write_bytes(left)
+    os.utime(path, (1, 1))
+    with Lock(path, "it"):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("age", [0, 100], ids=str)
+@pytest.mark.parametrize("content", ["[[package]]\n", "{}", '{"host": 1}', "1234\n"])
+def test_a_user_s_file_is_kept(path, content, age):
+    path.write_text(content)
+    os.utime(path, (time.time() - age - 3,) * 2)
+    with pytest.raises(
+        UserError, match=f"^{path}: is not a lock, but has the name of the lock for it"
+    ):
+        Lock(path, "it")
+    assert path.read_text() == content
+
+
 def test_what_is_no_file_is_refused(path, tmp_path):
     os.symlink(tmp_path / "nowhere", path)
     with pytest.raises(UserError, match="it: cannot be written"):
