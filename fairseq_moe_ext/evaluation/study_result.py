@@ -1,4 +1,5 @@
-"""result.json of a study: what it holds, and how it is read and written.
+"""result.json of a study: what it holds, how it is read and written, and which of its runs can be
+compared.
 
 Where a comment says that older files lack a value, the reader leaves it out or fills in an empty
 one. Costs are FLOPs; intervals are at 95 %.
@@ -6,11 +7,13 @@ one. Costs are FLOPs; intervals are at 95 %.
 
 import contextlib
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, TypedDict, cast
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, TypedDict, cast
 
 from .. import files, outputs
 from ..errors import UserError
 from .perplexity import MeanResult, SetResult
+
+SHOT = "-shot"  # behind a number of examples: the group of mean accuracies
 
 
 class TaskResult(TypedDict, total=False):
@@ -159,3 +162,24 @@ def as_written(*read: Any) -> Iterator[None]:
 def is_result(content: object) -> bool:
     """Whether a JSON file's content is a study's result, complete or not."""
     return isinstance(content, Mapping) and {"runs", "planned"} <= set(content)
+
+
+def sets_of(run: RunResult, group: str) -> List[str]:
+    """The sets that a group's perplexity of a run averages over; none of an accuracy."""
+    if group in run["mean"]:
+        inside = group == "in_domain"
+        every = run["sets"].items()
+        return sorted(name for name, found in every if found.get("in_domain", inside) == inside)
+    return [group] if group in run["sets"] else []
+
+
+def measured_on(run: RunResult, group: str) -> Tuple:
+    """How, and on what, a group's metric of a run was measured; this must be equal for all runs."""
+    names = sets_of(run, group)
+    if not names:
+        tasks = [
+            result for result in run["priming"]["tasks"] if f"{result['shots']}{SHOT}" == group
+        ]
+        return tuple(sorted((result["task"], result["questions"]) for result in tasks))
+    protocol = tuple(sorted(run.get("protocol", {}).items()))
+    return protocol, *((name, run["sets"][name].get("tokens")) for name in names)

@@ -183,10 +183,21 @@ def study_points(path: Path, group: str) -> List[Point]:
             f"--fit {path}: is a ladder's, with several numbers of tokens and tries of learning "
             "rates; give the result.json of a study of two families"
         )
+    if result.get("reference"):
+        raise UserError(
+            f"--fit {path}: is of arms, which differ by more than size and experts; give the "
+            "result.json of a study of two families"
+        )
     runs = result["runs"]
     with study_result.as_written(f"--fit {path}"):
         points = [_point(run, path, group) for run in runs]
         tokens = {run["tokens"] for run in runs}
+        texts = {study_result.measured_on(run, group) for run in runs}
+    if len(texts) > 1:
+        raise UserError(
+            f"--fit {path}: its models were not evaluated in the same way on the same text; run "
+            "the study's command again, without --only-result"
+        )
     if len(tokens) > 1:
         raise UserError(
             f"--fit {path}: its models saw different numbers of tokens; a law needs the same "

@@ -3,11 +3,11 @@
 import math
 from typing import Dict, List, Optional, Sequence, Tuple
 
-from ..evaluation.study_result import Compared, RunResult, StudyResult
+from ..evaluation.study_result import Compared, RunResult, StudyResult, measured_on
 from ..text_table import markdown
 from ..wording import count, signed, small
 from .paired import Difference, holm, paired
-from .result import GROUPS, measured_on, performance
+from .result import GROUPS, performance
 
 LEVEL = 0.05
 _NONE = "no seed in common on the same text, or diverged"

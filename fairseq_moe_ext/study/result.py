@@ -10,12 +10,14 @@ from ..errors import UserError
 from ..evaluation.cost_table import checkpoint_settings
 from ..evaluation.speedup import Factor, overlap, speedup_factors, worse_though_larger
 from ..evaluation.study_result import (
+    SHOT,
     GroupFactors,
     Priming,
     RunResult,
     StudyResult,
     TaskResult,
     as_written,
+    measured_on,
 )
 from ..shape import shape_of
 from . import logs
@@ -27,7 +29,6 @@ PRIMED = (
     *("task", "shots", "accuracy", "interval", "spread", "questions"),
     *("chance", "majority", "questions_cut", "questions_left_out"),  # older files lack these
 )
-SHOT = "-shot"  # behind a number of examples: the group of mean accuracies
 
 Runs = Sequence[RunResult]
 
@@ -229,27 +230,6 @@ def _factors(runs: Runs, group: str) -> List[Factor]:
     return kept
 
 
-def sets_of(run: RunResult, group: str) -> List[str]:
-    """The sets that a group's perplexity of a run averages over; none of an accuracy."""
-    if group in run["mean"]:
-        inside = group == "in_domain"
-        every = run["sets"].items()
-        return sorted(name for name, found in every if found.get("in_domain", inside) == inside)
-    return [group] if group in run["sets"] else []
-
-
-def measured_on(run: RunResult, group: str) -> Tuple:
-    """How, and on what, a group's metric of a run was measured; this must be equal for all runs."""
-    names = sets_of(run, group)
-    if not names:
-        tasks = [
-            result for result in run["priming"]["tasks"] if f"{result['shots']}{SHOT}" == group
-        ]
-        return tuple(sorted((result["task"], result["questions"]) for result in tasks))
-    protocol = tuple(sorted(run.get("protocol", {}).items()))
-    return protocol, *((name, run["sets"][name].get("tokens")) for name in names)
-
-
 class Accuracy(NamedTuple):
     """Shares; low and high are the ends of the 95 % interval over questions."""
 
@@ -331,11 +311,14 @@ def warnings(result: StudyResult) -> List[str]:
 
 
 def warning(runs: Runs, family: str, prefix: str = "") -> str:
-    """worse_though_larger of a family's sizes in domain, their names behind a prefix."""
+    """worse_though_larger of a family's sizes in domain, their names behind a prefix; "" where they
+    were not measured on the same text."""
+    sizes = [size for size in _sizes(runs, family) if GROUPS[0] in size[0]["mean"]]
+    if len({measured_on(run, GROUPS[0]) for of_size in sizes for run in of_size}) > 1:
+        return ""
     return worse_though_larger(
         [
             (prefix + of_size[0]["size"], of_size[0]["flops"], mean_performance(of_size, GROUPS[0]))
-            for of_size in _sizes(runs, family)
-            if GROUPS[0] in of_size[0]["mean"]
+            for of_size in sizes
         ]
     )

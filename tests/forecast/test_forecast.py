@@ -69,8 +69,9 @@ def study(path, found, **more):
             "flops": 6 * p.size * 1e6,
             "tokens": 1e6,
             "experts": p.experts,
-            "sets": {},
+            "sets": {"near": {"perplexity": math.exp(p.loss), "tokens": 100}},
             "mean": {"in_domain": {"perplexity": math.exp(p.loss)}},
+            "protocol": {"context": 32, "stride": 32},
             **more,
         }
         for p in found
@@ -168,6 +169,22 @@ def test_studies_that_do_not_say_enough(tmp_path, capsys):
     (tmp_path / "one.json").write_text(json.dumps(result))
     assert run("--fit", str(tmp_path / "one.json")) == 1
     assert "one.json: not in the format" in capsys.readouterr().err
+
+
+def test_runs_that_cannot_be_compared_are_not_fitted(tmp_path, capsys):
+    path = Path(study(tmp_path / "result.json", points()))
+
+    def answer(change):
+        result = json.loads(path.read_text())
+        change(result)
+        (tmp_path / "changed.json").write_text(json.dumps(result))
+        assert run("--fit", str(tmp_path / "changed.json")) == 1
+        return capsys.readouterr().err
+
+    words = "changed.json: its models were not evaluated in the same way on the same text"
+    assert words in answer(lambda result: result["runs"][-1]["protocol"].update(stride=8))
+    assert words in answer(lambda result: result["runs"][-1]["sets"]["near"].update(tokens=99))
+    assert "changed.json: is of arms" in answer(lambda result: result.update(reference="top-2"))
 
 
 def test_the_page(capsys):

@@ -296,6 +296,8 @@ def test_a_model_that_is_worse_than_a_smaller_one_is_named():
     assert not result.warnings({"runs": runs_of({"dense": [(1, 30), (4, 30)], "moe": [(1, 2)]})})
     as_large = {"dense": [(4, 30), (4, 31)], "moe": [(1, 2)]}
     assert not result.warnings({"runs": runs_of(as_large)}), "not smaller"
+    runs[1]["protocol"] = {"context": 32, "stride": 8}
+    assert not result.warnings({"runs": runs}), "not measured in the same way"
 
 
 @pytest.mark.slow

@@ -10,9 +10,9 @@ import numpy as np
 from ... import files
 from ...errors import UserError
 from ...evaluation.perplexity import UnitLosses
-from ...evaluation.study_result import RunResult, as_written
+from ...evaluation.study_result import RunResult, as_written, measured_on, sets_of
 from ..plan import Run
-from ..result import GROUPS, measured_on, of_run, performance, sets_of
+from ..result import GROUPS, of_run, performance
 from . import forecast, rates, saving
 from .forecast import Forecast
 from .saving import Saving
