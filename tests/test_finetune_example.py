@@ -1,6 +1,7 @@
 """examples/finetune: its questions, its flags, its table; and, slow, all of it in small."""
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import random
@@ -151,6 +152,40 @@ def test_a_quickstart_without_learnt_gates_is_refused_before_any_work(tmp_path, 
     for settings in ({"router": "topk"}, {}):
         (base / "settings.json").write_text(json.dumps({**settings, "context": 256}))
         finetune.Ablation(argparse.Namespace(out=out, quickstart=base, train=1, valid=1, test=1))
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_runs_of_a_recipe_that_has_changed_are_refused(tmp_path, monkeypatch, interrupted):
+    """The folder may have moved: of the command, flags count, not paths."""
+    base, run = tmp_path / "quickstart", load("run")
+    base.mkdir()
+    (base / "settings.json").write_text('{"router": "topk", "context": 256}')
+    sizes = dict(train=64, valid=1, test=1, epochs=1, seeds=1)
+
+    def call(self, command, log, threads=0):
+        if interrupted:
+            raise KeyboardInterrupt
+        log.write_text("")
+
+    tested = dict.fromkeys(["accuracy", "accuracy_low", "accuracy_high", "chance", "cut"], 50)
+    tested = {f"test_{name}": value for name, value in tested.items()}
+    monkeypatch.setattr(run.Ablation, "call", call)
+    monkeypatch.setattr(run, "model_flags", lambda _: ["--arch", "moe_lm_tiny"])
+    monkeypatch.setattr(run.logs, "measurements", lambda *_: [tested])
+    monkeypatch.setattr(run, "before", lambda *_: pytest.fail("work before the check"))
+
+    def ablation(out):
+        return run.Ablation(argparse.Namespace(out=out, quickstart=base, jobs=1, **sizes))
+
+    with contextlib.suppress(KeyboardInterrupt):
+        ablation(tmp_path / "out").one("z-loss", 1)
+    (tmp_path / "out").rename(tmp_path / "moved")
+    ablation(tmp_path / "moved").check_same("z-loss", 1)
+    ablation(tmp_path / "moved").check_same("plain", 1)
+    changed = {"moe_z_loss_wt": 0.5}
+    monkeypatch.setattr(run.recipes, "recipe_settings", lambda _: changed)
+    with pytest.raises(UserError, match="moved/runs/z-loss-1: was made with other flags"):
+        run.run_all(ablation(tmp_path / "moved"), ["plain", "z-loss"])
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ What is finished is not done again: after Ctrl-C the same command goes on.
 import argparse
 import functools
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -122,15 +123,31 @@ class Ablation(Runner):
             *("--num-workers", "0", "--log-format", "json"),
         ]
 
+    def folder(self, row: str, seed: int) -> Path:
+        return self.out / "runs" / f"{row.replace(' ', '_')}-{seed}"
+
+    def check_same(self, row: str, seed: int) -> None:
+        """Raise UserError if other flags made, or began, the run. Paths may differ."""
+        folder = self.folder(row, seed)
+        for path in (folder / "result.json", folder / "command.json"):
+            if path.exists():
+                begun = files.read_json(path)["command"]
+                if _flags(begun) != _flags(self.command(row, seed, folder)):
+                    raise UserError(
+                        f"{folder}: was made with other flags than {row} now has: name another "
+                        "--out, or delete this folder"
+                    )
+
     def one(self, row: str, seed: int) -> fine_tuning.Run:
         """Fine-tune and test; what is done already is read."""
-        folder = self.out / "runs" / f"{row.replace(' ', '_')}-{seed}"
+        folder = self.folder(row, seed)
         path = folder / "result.json"
         if path.exists():
             return files.read_json(path)
         folder.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
         command = self.command(row, seed, folder)
+        outputs.write_json(folder / "command.json", {"command": command})
         self.call(command, folder / "train.log", threads=1)
         self.call(self.test_command(folder), folder / "test.log", threads=1)
         *_, tested = logs.measurements(folder / "test.log", "test")
@@ -151,6 +168,11 @@ class Ablation(Runner):
         for checkpoint in folder.glob("*.pt"):
             checkpoint.unlink()
         return result
+
+
+def _flags(command: Sequence[str]) -> List[str]:
+    """The words of a command that are no paths."""
+    return [word for word in command if os.sep not in word]
 
 
 def before(ablation: Ablation, family: str) -> fine_tuning.Before:
@@ -256,12 +278,14 @@ def main(argv: Sequence[str]) -> int:
 
 def run_all(ablation: Ablation, rows: List[str]) -> fine_tuning.Result:
     """Every row and seed, seed by seed; the result so far is on disk after each. Returns it."""
+    plan = [(row, seed) for seed in range(1, ablation.args.seeds + 1) for row in rows]
+    for row, seed in plan:
+        ablation.check_same(row, seed)
     started = {model: before(ablation, model) for model in FAMILIES}
     for model, found in started.items():
         ends = "{:.1f} to {:.1f}".format(*found["interval"])
         chance = f"chance {found['chance']:.1f}"
         print(f"before: {model} {found['accuracy']:.1f} % ({ends}, {chance})", flush=True)
-    plan = [(row, seed) for seed in range(1, ablation.args.seeds + 1) for row in rows]
     results: List[fine_tuning.Run] = []
     begun = time.monotonic()
     works = [functools.partial(ablation.one, row, seed) for row, seed in plan]
