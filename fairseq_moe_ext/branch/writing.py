@@ -3,6 +3,7 @@
 from enum import Enum
 from typing import Any, Dict, Iterable, List
 
+from ..config import defaults
 from ..errors import UserError
 from ..expert_parallel import is_expert
 from ..router_flags import RouterFlags, top_k
@@ -46,29 +47,29 @@ _BRANCH_DEFAULTS: Dict[str, Any] = {
     "distributed_rank": 0,
     "batch_size_valid": None,
 }
-_NOT_THE_BRANCH_S = {
-    "bf16",
-    "compile",
-    "max_tokens",
+# Flags that the branch lacks, and which are translated, or change no number that it could keep.
+_TRANSLATED = {
+    *("bf16", "compile", "max_tokens", "moe_experts_on_disk"),
+    *("moe_dense_twin", "moe_first_dense", "moe_layers"),
+    *("moe_normalize_weights", "moe_router", "moe_top_k"),
+}
+# Flags that the branch lacks, and which are refused (_check_experts) or reported (left_out).
+_NOT_KEPT = {
     "moe_balance",
     "moe_balance_over",
     "moe_bias_update_rate",
     "moe_capacity_factor",
-    "moe_dense_twin",
     "moe_dropless",
     "moe_expert_dropout",
-    "moe_experts_on_disk",
-    "moe_first_dense",
     "moe_freeze",
     "moe_latent_dim",
-    "moe_layers",
     "moe_null_experts",
     "moe_pad_rule",
     "moe_routing_scope",
     "moe_shared_expert_ffn_dim",
     "moe_shared_experts",
     *RouterFlags.__dataclass_fields__,
-}
+} - {"_name", *_TRANSLATED}
 # What the branch does not have, with the value that means it is off.
 _OFF_IN_THE_BRANCH: Dict[str, Any] = {
     "moe_shared_experts": 0,
@@ -82,8 +83,7 @@ _OFF_IN_THE_BRANCH: Dict[str, Any] = {
 
 def branch_settings(path: str, settings: Dict[str, Any]) -> Dict[str, Any]:
     """The branch's `cfg.model` from our model's settings. UserError for settings that the branch
-    cannot compute. It has no setting for how the model was trained (dropless, capacity), only for
-    dropless evaluation."""
+    cannot compute, at evaluation on one process without padding; see `left_out` for the others."""
     shape = shape_of(settings)
     if shape.gated:
         raise _lacking(path, f"--activation-fn {settings['activation_fn']}", "no gated networks")
@@ -92,7 +92,7 @@ def branch_settings(path: str, settings: Dict[str, Any]) -> Dict[str, Any]:
     kept = {
         key: str(value) if isinstance(value, Enum) else value
         for key, value in settings.items()
-        if key in FIELDS and key not in _NOT_THE_BRANCH_S
+        if key in FIELDS and key not in _NOT_KEPT | _TRANSLATED
     }
     dim = settings["decoder_embed_dim"]
     made = {**_BRANCH_DEFAULTS, "decoder_input_dim": dim, "decoder_output_dim": dim, **kept}
@@ -101,11 +101,31 @@ def branch_settings(path: str, settings: Dict[str, Any]) -> Dict[str, Any]:
     if normalize != "None":
         made["moe_normalize_gate_prob_before_dropping"] = normalize == "before"
     made["moe_top1_expert"] = top_k(settings) == 1
+    made["moe_gating_use_fp32"] |= settings["moe_gating_fp32_product"]
     if settings["moe_dropless"]:
         made["moe_eval_capacity_token_fraction"] = 1.0
     if made["max_target_positions"] is None:
         made["max_target_positions"] = made["tokens_per_sample"]
     return made
+
+
+def left_out(settings: Dict[str, Any]) -> List[str]:
+    """Flags that the branch's settings cannot hold, with their values: of training, and of
+    evaluation where batches are padded, in half precision, or on several processes."""
+    same = {
+        **defaults(),
+        "moe_capacity_factor": top_k(settings),
+        "moe_expert_dropout": settings["activation_dropout"],
+        "moe_pad_rule": "branch",
+    }
+    if settings["moe_dropless"]:
+        same["moe_pad_rule"] = settings["moe_pad_rule"]  # padding takes no place
+    effective = {**settings, "moe_pad_rule": settings["moe_pad_rule"] or "real"}
+    return [
+        flag(name) if effective[name] is True else f"{flag(name)} {effective[name]}"
+        for name in sorted(_NOT_KEPT & effective.keys())
+        if effective[name] is not None and str(effective[name]) != str(same[name])
+    ]
 
 
 def _check_experts(path: str, settings: Dict[str, Any]) -> None:
@@ -131,6 +151,16 @@ def _check_experts(path: str, settings: Dict[str, Any]) -> None:
         if settings.get(name) not in (off, None):
             theirs = "no such experts" if "expert" in name or "latent" in name else "no such gates"
             raise _lacking(path, f"{flag(name)} {settings[name]}", theirs)
+    factor, fraction = (
+        settings.get(name) for name in ("moe_capacity_factor", "moe_eval_capacity_token_fraction")
+    )
+    if fraction < 0 and not settings["moe_dropless"] and factor not in (None, top_k(settings)):
+        raise _lacking(
+            path,
+            f"--moe-capacity-factor {factor} at evaluation, too "
+            f"(--moe-eval-capacity-token-fraction {fraction})",
+            "no factor",
+        )
     if str(settings.get("moe_normalize_weights")) == "none" and top_k(settings) > 1:
         raise _lacking(path, "--moe-normalize-weights none", "weights of two experts that sum to 1")
 

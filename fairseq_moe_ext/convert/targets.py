@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..branch.files import is_part
 from ..branch.optimizer import parameter_numbers
-from ..branch.writing import branch_order, branch_rest, branch_settings
+from ..branch.writing import branch_order, branch_rest, branch_settings, left_out
 from ..checkpoint.collective import code_version
 from ..checkpoint.format import MANIFEST, Manifest, Piece, describe, file_name, new_save
 from ..errors import UserError
@@ -19,6 +20,8 @@ from ..expert_parallel import is_expert
 from ..moe.experts import TensorPerExpert
 from .archive import AnyTensor, Lazy, bytes_of, dtype_of, pieces_of, write_torch
 from .source import Source
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int], Any]
 
@@ -187,6 +190,12 @@ def branch_jobs(source: Source, path: str, ranks: int) -> List[Job]:
             "lacks: fine-tune with --choice-scoring sum or mean, or convert without --to"
         )
     model = branch_settings(source.path, source.settings)
+    lost = left_out(source.settings)
+    if lost:
+        logger.warning(
+            f"{source.path}: the branch has no setting for {', '.join(lost)}: give the flags again "
+            "to train or evaluate with them"
+        )
     base = path[: -len(".pt")]
     rest = branch_rest(source.rest, model, ranks)
     shared = {n: source.model[n] for n in branch_order(source.model)}

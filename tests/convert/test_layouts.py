@@ -14,11 +14,14 @@ from branch_checkpoints import (
     write_small,
 )
 from converting import ALL, MOE, convert, evaluated, load, mistake, same
-from small_models import build_model
+from small_models import build_model, make_config
 from training import TRAIN, expert_files, train_on
 
 from fairseq_moe_ext.branch.settings import translated_settings
-from fairseq_moe_ext.branch.writing import branch_settings
+from fairseq_moe_ext.branch.writing import branch_settings, left_out
+from fairseq_moe_ext.config import defaults
+from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.ranges import flag
 
 
 def next_losses(data, path, folder, world=1, flags=MOE):
@@ -191,3 +194,57 @@ def test_half_precision(data, run, tmp_path, dtype):
     evaluate = "--model-overrides", ALL
     (expected,) = evaluated(data, source, *evaluate)
     assert evaluated(data, tmp_path / "y.pt", *evaluate)[0] == pytest.approx(expected, rel=1e-2)
+
+
+OTHER = {
+    **{"activation_fn": "relu", "moe_router": "hash", "moe_score": "sigmoid", "moe_freeze": "gate"},
+    **{"moe_second_expert_policy": "all", "moe_pad_rule": "counted", "moe_balance": "none"},
+    **{"moe_routing_scope": "world", "moe_normalize_weights": "before", "moe_layers": "0"},
+    **{"moe_normalize_expert_grad": "sqrt_world_size", "moe_balance_over": "sequence"},
+    **{"moe_base_evaluation": "balanced", "moe_capacity_factor": 1.25, "moe_expert_dropout": 0.3},
+    **{"moe_latent_dim": 4, "moe_bias_update_rate": 0.1, "moe_expert_ffn_dim": 5},
+    **dict.fromkeys(("fp16", "fp16_no_flatten_grads", "memory_efficient_fp16"), True),
+    **{"max_target_positions": 32, "moe_first_dense": 2},
+    "moe_shared_expert_ffn_dim": 5,
+}
+NO_NUMBER = {"bf16", "compile", "max_tokens", "moe_experts_on_disk"}
+NO_NUMBER |= {"batch_size", "ddp_backend", "moe_dense_twin"}  # of another kind of model
+
+
+def settings_of(**flags):
+    return {**vars(make_config(moe_freq=2, moe_expert_count=4, **flags)), "moe_pad_rule": "branch"}
+
+
+@pytest.mark.parametrize("name", sorted(defaults().keys() - NO_NUMBER))
+def test_no_setting_is_lost_on_the_way_to_the_branch_in_silence(name):
+    settings = settings_of()
+    old = settings[name]
+    new = OTHER[name] if name in OTHER else not old if isinstance(old, bool) else (old or 0) + 1
+    assert str(new) != str(old)
+    changed = {**settings, name: new}
+    try:
+        kept = branch_settings("x.pt", changed) != branch_settings("x.pt", settings)
+    except UserError as error:
+        assert re.search("--moe|gated", str(error))
+    else:
+        assert kept or flag(name) in " ".join(left_out(changed))
+    assert left_out(settings) == []
+
+
+def test_the_capacity_of_training_is_kept_at_evaluation_or_refused():
+    by_training = {"moe_eval_capacity_token_fraction": -1.0}
+    for factor in (None, 2.0):
+        branch_settings("x.pt", settings_of(moe_capacity_factor=factor, **by_training))
+    branch_settings("x.pt", settings_of(moe_capacity_factor=1.25))
+    with pytest.raises(UserError, match="--moe-capacity-factor 1.25.*no factor"):
+        branch_settings("x.pt", settings_of(moe_capacity_factor=1.25, **by_training))
+
+
+def test_a_gate_in_float32_stays_one_in_the_branch():
+    settings = settings_of(moe_gating_fp32_product=True)
+    assert branch_settings("x.pt", settings)["moe_gating_use_fp32"] is True
+
+
+def test_flags_that_the_branch_lacks_are_reported(run, tmp_path, caplog):
+    convert(run(MOE)[0], tmp_path / "x.pt", "--to", "branch")
+    assert "has no setting for --moe-pad-rule real, --moe-routing-scope world: give" in caplog.text
