@@ -24,6 +24,7 @@ from .archive import dtype_of
 from .hf_folder import (
     CONFIG,
     SHARD,
+    bytes_job,
     our_names,
     read_config,
     read_weights,
@@ -116,7 +117,7 @@ def hf_jobs(source: Source, folder: str, extras: Extras, only_xglm: bool = False
         for name, text in tokenizer_files(extras.tokenizer, source.vocabulary, _longest(s)).items():
             jobs.append(text_job(folder, name, text))
         for name, file in files_of(extras.tokenizer).items():
-            jobs.append(text_job(folder, name, file.read_text(encoding="utf-8")))
+            jobs.append(bytes_job(folder, name, file.read_bytes()))  # the checkpoint has digests
     card = model_card.write(source, config["model_type"], extras.license, extras.evaluation)
     jobs.append(text_job(folder, CARD, card))
     jobs.append(text_job(folder, CONFIG, json.dumps(whole, indent=2, default=str) + "\n"))

@@ -35,10 +35,13 @@ def is_weights(name: str) -> bool:
 
 def text_job(folder: str, name: str, text: str) -> Job:
     """A small file."""
+    return bytes_job(folder, name, text.encode("utf-8"))
 
+
+def bytes_job(folder: str, name: str, content: bytes) -> Job:
     def write(path: str, progress: Any) -> None:
-        with open(path, "w", encoding="utf-8", newline="\n") as stream:
-            stream.write(text)
+        with open(path, "wb") as stream:
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
 

@@ -309,6 +309,22 @@ def test_a_released_model_in_one_command(tmp_path, hf_data, capsys):
         )
 
 
+def test_tokenizer_files_with_crlf_fit_the_checkpoint_on_the_way_back(converted, tmp_path):
+    data = tmp_path / "crlf"
+    data.mkdir()
+    for name in tokenizer_files.NAMES:
+        content = (converted("top2")[0].parent / name).read_bytes()
+        (data / name).write_bytes(
+            content.replace(b"\n", b"\r\n") + b"\r\n" * (name == "encoder.json")
+        )
+    state = load(converted("top2")[0])
+    state["task_state"]["tokenizer"] = tokenizer_files.digests(data)
+    torch.save(state, data / "x.pt")
+    convert(data / "x.pt", tmp_path / "hf", "--to", "hf")
+    convert(tmp_path / "hf", tmp_path / "back" / "x.pt", "--from", "hf")
+    assert tokenizer_files.of_checkpoint(tmp_path / "back" / "x.pt") == tmp_path / "back"
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
