@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -192,10 +193,7 @@ class MoECrossEntropyCriterion(FairseqCriterion):
         """Log the loss (base 2, with the gates' share), inner_loss (base 2, the language model's
         alone), ppl, moe_gate_loss and moe_z_loss (natural, unweighted), and the mean over batches
         of every metric of the gates."""
-
-        def total(key: str) -> Any:
-            return sum(log.get(key, 0) for log in logging_outputs)
-
+        total = partial(summed, logging_outputs)
         sample_size, ntokens = total("sample_size"), total("ntokens")
         inner_loss = total("inner_loss")
         bits = sample_size * math.log(2)
@@ -211,6 +209,11 @@ class MoECrossEntropyCriterion(FairseqCriterion):
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:
         return True
+
+
+def summed(logging_outputs: List[Dict[str, Any]], key: str) -> Any:
+    """The sum of a value over logging outputs; some of them may lack it."""
+    return sum(log.get(key, 0) for log in logging_outputs)
 
 
 def _of_whole_batch(
@@ -240,10 +243,7 @@ _LOGGED_LOSSES = {
 def log_gates(logging_outputs: List[Dict[str, Any]]) -> None:
     """Log moe_gate_loss, moe_z_loss (natural, unweighted) and moe_router_loss, and the mean over
     batches of every metric, where there are any."""
-
-    def total(key: str) -> Any:
-        return sum(log.get(key, 0) for log in logging_outputs)
-
+    total = partial(summed, logging_outputs)
     logged = dict.fromkeys(key for log in logging_outputs for key in log)
     sample_size, batches = total("sample_size"), total("batch_count")
     for key, name in _LOGGED_LOSSES.items():

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Dict, List, Tuple
 
 import torch
@@ -22,6 +23,7 @@ from .moe_cross_entropy import (
     MoECrossEntropyCriterion,
     log_gates,
     logged_of_gates,
+    summed,
 )
 
 
@@ -117,10 +119,7 @@ class MultipleChoiceCriterion(MoECrossEntropyCriterion):
         in percent with the ends of its 95 % interval (Wilson 1927), accuracy_low and accuracy_high;
         chance, the accuracy of guessing; cut, the percentage of examples whose beginning was left
         out; and the gates' metrics."""
-
-        def total(key: str) -> Any:
-            return sum(log.get(key, 0) for log in logging_outputs)
-
+        total = partial(summed, logging_outputs)
         examples = total("sample_size")
         bits = examples * math.log(2)
         metrics.log_scalar("loss", total("loss") / bits, examples, round=3)
