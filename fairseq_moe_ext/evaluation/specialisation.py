@@ -133,7 +133,7 @@ def by_block(choices: np.ndarray, experts: int, blocks: np.ndarray, number: int)
     """choices (T, G, K) of G gates, blocks (T,): the block of text that a token is in -> (G,
     number, E) int32: how often each gate chose each expert in each block. Expert `experts` means no
     choice."""
-    tables = [_counts(blocks, choices[:, i], number, experts + 1) for i in range(choices.shape[1])]
+    tables = [counts(blocks, choices[:, i], number, experts + 1) for i in range(choices.shape[1])]
     return np.stack(tables)[:, :, :-1].astype(np.int32)
 
 
@@ -162,14 +162,14 @@ def information(
 
     def of_tokens(gate: int, labels: np.ndarray) -> float:
         return mutual_information(
-            _counts(labels, first[:, gate, None], token_ids.max() + 1, experts + 1)
+            counts(labels, first[:, gate, None], token_ids.max() + 1, experts + 1)
         )
 
     result["token"] = beside_controls(of_tokens, every, token_ids, rng)
     return result
 
 
-def _counts(rows: np.ndarray, chosen: np.ndarray, number: int, experts: int) -> np.ndarray:
+def counts(rows: np.ndarray, chosen: np.ndarray, number: int, experts: int) -> np.ndarray:
     """rows (T,), chosen (T, K) -> (number, experts): how often."""
     places = rows[:, None].astype(np.int64) * experts + chosen
     return np.bincount(places.ravel(), minlength=number * experts).reshape(number, experts)

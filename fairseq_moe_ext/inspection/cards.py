@@ -4,6 +4,7 @@ from typing import List, Sequence
 
 import numpy as np
 
+from ..evaluation.specialisation import counts
 from .observing import LayerView
 from .reading import FREQUENCIES, POSITIONS, Tokens
 from .result import Card, Example, Word
@@ -65,9 +66,7 @@ def cards(view: LayerView, seen: Counted, tokens: Tokens) -> List[Card]:
 
 def _table(labels: np.ndarray, view: LayerView, rows: int) -> np.ndarray:
     """labels (T,) -> (rows, E): how often an expert is chosen for tokens of each label."""
-    width = view.experts + 1  # the last: no choice
-    places = labels[:, None].astype(np.int64) * width + view.chosen
-    return np.bincount(places.ravel(), minlength=rows * width).reshape(rows, width)[:, :-1]
+    return counts(labels, view.chosen, rows, view.experts + 1)[:, :-1]  # the last: no choice
 
 
 def _shares(table: np.ndarray) -> np.ndarray:
