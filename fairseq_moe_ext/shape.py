@@ -35,9 +35,7 @@ class Shape(NamedTuple):
     null_experts: int = 0
     latent_dim: int = 0  # width of what experts compute on; 0: dim
     gated: bool = False  # three matrices a network instead of two
-    experts_per_token: Optional[float] = (
-        None  # as measured; default: as a balanced router uses them
-    )
+    experts_per_token: Optional[float] = None  # as measured; None: as a balanced router uses them
     gates: bool = True  # routers have a linear layer that is trained
     dense_twin: bool = False  # picked layers are dense, with the FLOPs that they would have sparse
 

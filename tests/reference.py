@@ -18,9 +18,8 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-FLOAT32_TINY = (
-    2.0**-126
-)  # the branch adds it to every expert's percentage, so that its logarithm exists
+# The branch adds it to every expert's percentage, so that its logarithm exists.
+FLOAT32_TINY = 2.0**-126
 
 
 class Choice(NamedTuple):

@@ -31,9 +31,8 @@ def on_gpu(rank, world, experts, name, folder):
     seen = [None] * world
     dist.all_gather_object(seen, rank)  # as checkpoint/ talks
     assert seen == list(range(world))
-    assert float(sum_of_experts(torch.ones(()), replica_count(experts))) == min(
-        experts, world
-    )  # from the CPU
+    from_cpu = sum_of_experts(torch.ones(()), replica_count(experts))
+    assert float(from_cpu) == min(experts, world)
     kept = {key: result[key] for key in ("out", "x", "gate", "experts", "weights")}
     torch.save(kept, f"{folder}/{rank}.pt")
     dist.destroy_process_group()

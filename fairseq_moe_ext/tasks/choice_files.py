@@ -158,9 +158,8 @@ def hold_out(items: Sequence[Item], groups: Sequence[List[int]], share: float) -
         (taken if len(group) <= room else left).append(group)
         room -= len(group) if len(group) <= room else 0
     smallest = min(left, key=len, default=None)
-    if (
-        smallest is not None and len(smallest) < 2 * room
-    ):  # nearer to the share with it than without
+    # nearer to the share with it than without
+    if smallest is not None and len(smallest) < 2 * room:
         taken.append(smallest)
     return taken
 

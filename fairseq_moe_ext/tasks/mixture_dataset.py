@@ -14,9 +14,8 @@ class MixtureDataset(BaseWrapperDataset):
     """A fixed number of blocks of every corpus each epoch.
 
     Each corpus is read in random order again and again, and an epoch continues where the previous
-    one
-    stopped: no block repeats until its whole corpus has been seen. The content of an epoch depends
-    only on its number and the seed, so training resumes exactly.
+    one stopped: no block repeats until its whole corpus has been seen. The content of an epoch
+    depends only on its number and the seed, so training resumes exactly.
     """
 
     def __init__(self, parts: Dict[str, FairseqDataset], counts: List[int], seed: int):

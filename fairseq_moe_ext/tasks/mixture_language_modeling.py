@@ -133,9 +133,8 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
         training = split == self.args.train_subset
         if training:
             chosen = self._to_train_on(chosen)
-        else:
-            if self.trained:
-                self._check_metric(split)
+        elif self.trained:
+            self._check_metric(split)
         parts = {corpus: self._load_part(corpus, name, epoch, combine) for corpus in chosen}
         if training:
             counts = self._blocks_per_epoch(parts)

@@ -22,9 +22,8 @@ class Ledger(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         held = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if tensor(t)}
         for leaf in tree_leaves(result):
-            if (
-                tensor(leaf) and leaf.untyped_storage()._cdata not in held
-            ):  # neither view nor in-place
+            # neither view nor in-place
+            if tensor(leaf) and leaf.untyped_storage()._cdata not in held:
                 self.largest = max(self.largest, leaf.numel())
                 self.total += leaf.numel()
         return result

@@ -27,9 +27,8 @@ def balanced_assignment(scores: Tensor) -> Tensor:
     tokens, num_experts = scores.shape
     places = -(-tokens // num_experts)
     scores = torch.nan_to_num(scores.detach().double())
-    absent = scores.new_zeros(
-        places * num_experts - tokens, num_experts
-    )  # fill the remaining places
+    # rows that fill the remaining places
+    absent = scores.new_zeros(places * num_experts - tokens, num_experts)
     scores = torch.cat([scores, absent])
     spread = float(scores.max() - scores.min()) if scores.numel() else 0.0
     if num_experts == 1 or spread == 0:
