@@ -88,9 +88,9 @@ def prepare(cfg: Any) -> None:
             raise UserError(f"{flag} with --ddp-backend fully_sharded: {remedy}")
 
 
-def take_bfloat16(cfg: Any, model: nn.Module) -> None:
-    """fairseq/trainer.py:72@0.12.2 refuses --bf16 with FSDP. As `prepare` does it, the trainer has
-    float32 parameters and gradients, and nothing to convert."""
+def pass_bfloat16_check(cfg: Any, model: nn.Module) -> None:
+    """Pass the check of fairseq/trainer.py:72@0.12.2, which refuses --bf16 with FSDP. As `prepare`
+    does it, the trainer has float32 parameters and gradients, and nothing to convert."""
     if is_sharded(model) and cfg.common.bf16:
         if cfg.common.memory_efficient_bf16:
             raise UserError(

@@ -17,6 +17,7 @@ from fairseq_today.torch_today import load_weights_only
 from .. import context, files, fully_sharded
 from ..errors import UserError
 from ..expert_parallel import Placement, is_expert, placement, process_count, process_rank
+from ..models.precision import has_own_bfloat16
 from .collective import same_error_on_all_ranks
 from .experts import expert_indices, saves_together, trained_parameters
 from .format import FOLDER, ExpertFile, Manifest, Piece, is_piece
@@ -75,8 +76,7 @@ def name_the_optimizer_as_here(state: Dict[str, Any], trainer: Trainer) -> None:
         # The branch's checkpoints do not record the kind.
         same = saved == wrapper and kind in (None, trainer.cfg.optimizer._name)
         model = trainer.get_model()
-        on_cpu = hasattr(getattr(model, "decoder", None), "bfloat16_on_cpu")
-        same = same and (fully_sharded.is_sharded(model) or on_cpu)
+        same = same and (fully_sharded.is_sharded(model) or has_own_bfloat16(model))
     if same:
         history[-1] = {**history[-1], "optimizer_name": type(own).__name__}
 

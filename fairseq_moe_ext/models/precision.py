@@ -64,6 +64,11 @@ def _pays_here() -> bool:
     return speed >= _WORTH
 
 
+def has_own_bfloat16(model: Any) -> bool:
+    """Whether a model is ours, which computes in bfloat16 on a CPU when its decoder says so."""
+    return hasattr(getattr(model, "decoder", None), "bfloat16_on_cpu")
+
+
 def rounded(x: Tensor, on: bool) -> Tensor:
     """What goes into the first layer, in bfloat16 if that is on and x float32 on a CPU."""
     on = on and x.device.type == "cpu" and x.dtype == torch.float32
@@ -75,7 +80,7 @@ def in_bfloat16(model: nn.Module, cpu: bool) -> nn.Module:
     UserError for a model of fairseq's own, on a CPU."""
     if torch.cuda.is_available() and not cpu:
         return model.to(torch.bfloat16)
-    if not hasattr(model.decoder, "bfloat16_on_cpu"):
+    if not has_own_bfloat16(model):
         raise UserError(
             f"--bf16: on a CPU only for models of this package, not for {type(model).__name__}: "
             "convert it with `fairseq-moe convert`, or remove --bf16"
@@ -88,7 +93,7 @@ def take_bfloat16(cfg: Any, model: nn.Module) -> None:
     """Make fairseq's trainer keep our model in float32 on a CPU, where the model itself computes in
     bfloat16; before fairseq/trainer.py:105@0.12.2 converts it."""
     on_cpu = cfg.common.cpu or not torch.cuda.is_available()
-    ours = hasattr(getattr(model, "decoder", None), "bfloat16_on_cpu")
-    if cfg.common.bf16 and on_cpu and ours and not cfg.common.memory_efficient_bf16:
+    wanted = cfg.common.bf16 and not cfg.common.memory_efficient_bf16
+    if wanted and on_cpu and has_own_bfloat16(model):
         cfg.common.bf16 = False
         cast(Any, model.decoder).bfloat16_on_cpu = bfloat16_pays()

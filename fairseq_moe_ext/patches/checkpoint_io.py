@@ -29,6 +29,7 @@ from ..context import during
 from ..diverging import check_weights
 from ..errors import ModelMisfit
 from ..expert_parallel import process_count, process_rank
+from ..models.precision import has_own_bfloat16
 from .ema import begin_from_the_model
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ def load_model_ensemble_and_task(
         except ModelMisfit as error:
             raise error.of(":".join(filenames)) from None
     common = getattr(cfg, "common", None)  # a file that others wrote may lack it
-    if common is not None and hasattr(getattr(models[-1], "decoder", None), "bfloat16_on_cpu"):
+    if common is not None and has_own_bfloat16(models[-1]):
         common.bf16 = bool((arg_overrides or {}).get("bf16"))
     wanted = (arg_overrides or {}).get("pad_to_fixed_length", True)
     settings: Any = getattr(task, "args", None)

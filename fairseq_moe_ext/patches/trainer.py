@@ -46,7 +46,7 @@ def __init__(stock, self, cfg, task, model, criterion, *args, **kwargs):
             "trained; remove it (it is for fairseq-eval-lm's --model-overrides)"
         )
     self.asked_bfloat16 = cfg.common.bf16
-    fully_sharded.take_bfloat16(cfg, model)
+    fully_sharded.pass_bfloat16_check(cfg, model)
     precision.take_bfloat16(cfg, model)
     trainer_checks.check_trainer(cfg, model)
     if process_count() > 1 and getattr(model, "has_experts", False):
