@@ -14,7 +14,7 @@ from ..wording import count, flag
 from . import fine_tuning, tables
 from . import result as results
 from .ladder import page as ladder_page
-from .ladder.result import LadderResult
+from .ladder import result as ladder_result
 from .plan import FAMILIES
 from .tables import LABELS, TITLES
 
@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write the page. Raises UserError for files that are missing."""
     result = study_result.read(args.folder / "result.json")
-    if ladder_page.is_result(result):
-        _of_ladder(args, cast(LadderResult, result))
+    if ladder_result.is_result(result):
+        _of_ladder(args, cast(ladder_result.LadderResult, result))
         return
     if result.get("reference"):
         raise UserError(
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.folder / 'report.html'}, and {len(charts)} charts in {folder}")
 
 
-def _of_ladder(args: argparse.Namespace, result: LadderResult) -> None:
+def _of_ladder(args: argparse.Namespace, result: ladder_result.LadderResult) -> None:
     for name in ("expert_use", "fine_tuning"):
         if getattr(args, name) is not None:
             raise UserError(

@@ -3,10 +3,8 @@
 import math
 from typing import Callable, List, Tuple
 
-from ... import files
-from ...errors import UserError
 from ...text_table import markdown
-from . import page, result, tables
+from . import result, tables
 from .forecast import CURVE_TOKENS_PER_UPDATE, CURVES, CURVES_UNLIKE, Curves, training_flops, trend
 from .saving import tokens_for
 from .stages import Ladder
@@ -77,12 +75,9 @@ def _trend(experts: int, curves: Curves, times: float) -> _Curve:
 
 def _measured(ladder: Ladder) -> List[Tuple[str, float, _Curve]]:
     """Of each arm with two numbers, the line through the first and the last."""
-    path = ladder.out / "result.json"
-    if not path.is_file():
+    found = result.read(ladder.out)
+    if found is None:
         return []
-    found: result.LadderResult = files.read_json(path)
-    if not page.is_result(found):
-        raise UserError(f"{path}: is not a ladder's result; move it elsewhere")
     curves = []
     for name, percent in tables.growth(found):
         last = tables.in_domain(found, name)[-1]

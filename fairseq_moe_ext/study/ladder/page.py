@@ -1,7 +1,7 @@
 """A ladder's result as one page (report.html), tables for documentation (tables.md) and charts."""
 
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 from ... import outputs
 from ...evaluation import figures, paper, report
@@ -22,11 +22,6 @@ SAVING_LEGEND = (
     "this study, the model that saves most",
     "the paper, figure 1",
 )
-
-
-def is_result(content: Any) -> bool:
-    """Whether a result.json is a ladder's."""
-    return isinstance(content, dict) and "ladder" in content and "factors" in content
 
 
 def write(folder: Path, result: LadderResult, png: bool = False) -> int:

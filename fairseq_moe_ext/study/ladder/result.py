@@ -3,7 +3,7 @@
 import math
 import statistics
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, TypedDict
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, TypedDict, cast
 
 import numpy as np
 
@@ -57,6 +57,22 @@ class LadderResult(TypedDict):
     planned: int
     runs: List[LadderRun]
     factors: List[Factor]
+
+
+def is_result(content: Any) -> bool:
+    """Whether a result.json is a ladder's."""
+    return isinstance(content, dict) and "ladder" in content and "factors" in content
+
+
+def read(folder: Path) -> Optional[LadderResult]:
+    """None before there is one. Raises UserError for a result.json that is another's."""
+    path = folder / "result.json"
+    if not path.exists():
+        return None
+    content = files.read_json(path)
+    if not is_result(content):
+        raise UserError(f"{path}: is not a ladder's result; move it elsewhere")
+    return cast(LadderResult, content)
 
 
 def collect(ladder: Ladder) -> LadderResult:

@@ -5,7 +5,7 @@ import threading
 from pathlib import Path
 from typing import Iterator, List, NamedTuple, Sequence
 
-from ... import cli, files, outputs
+from ... import cli, outputs
 from ...errors import UserError
 from . import page, progress, rates, result
 from .result import LadderResult
@@ -95,9 +95,7 @@ def do(ladder: Ladder, stages: Sequence[Stage], jobs: int, gflops: float) -> int
 
 def check_result(ladder: Ladder) -> None:
     """Raise UserError before any work if result.json is another's."""
-    path = ladder.out / "result.json"
-    if path.exists() and not page.is_result(files.read_json(path)):
-        raise UserError(f"{path}: is not a ladder's result; move it elsewhere")
+    result.read(ladder.out)
 
 
 def write_result(ladder: Ladder) -> LadderResult:
