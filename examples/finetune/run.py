@@ -292,7 +292,7 @@ def run_all(ablation: Ablation, rows: List[str]) -> fine_tuning.Result:
     for last in ablation.in_parallel(works, ablation.args.jobs):
         results.append(last)
         found = gathered(ablation, started, results)
-        fine_tuning.write(ablation.out / "result.json", found)
+        outputs.write_json(ablation.out / "result.json", found)
         (ablation.out / "result.md").write_text(comparison.table(found), encoding="utf-8")
         left = (time.monotonic() - begun) / len(results) * (len(plan) - len(results))
         print(

@@ -1,5 +1,4 @@
-"""result.json of a study: what it holds, how it is read and written, and which of its runs can be
-compared.
+"""result.json of a study: what it holds, how it is read, and which of its runs can be compared.
 
 Where a comment says that older files lack a value, the reader leaves it out or fills in an empty
 one. Costs are FLOPs; intervals are at 95 %.
@@ -9,7 +8,7 @@ import contextlib
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, TypedDict, cast
 
-from .. import files, outputs
+from .. import files
 from ..errors import UserError
 from .perplexity import MeanResult, SetResult
 
@@ -123,10 +122,6 @@ class StudyResult(OfArms):
     runs: List[RunResult]
     factors: Dict[str, GroupFactors]
     commands: List[str]
-
-
-def write(path: Path, result: StudyResult) -> None:
-    outputs.write_json(path, result)
 
 
 def read(path: Path, flag: str = "") -> StudyResult:

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     if plan.reference:
         result["reference"] = plan.reference
         result["comparison"] = arms.compare(result["runs"], plan.reference)
-    study_result.write(plan.out / "result.json", result)
+    outputs.write_json(plan.out / "result.json", result)
     if plan.reference:
         outputs.write_text(plan.out / "comparison.md", arms.page(result))
     print(plain(arms.table(result) if plan.reference else results.table(result)))

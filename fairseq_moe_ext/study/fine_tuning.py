@@ -4,7 +4,7 @@ per cent."""
 from pathlib import Path
 from typing import Any, Dict, List, Optional, TypedDict, cast
 
-from .. import files, outputs
+from .. import files
 from ..errors import UserError
 
 
@@ -53,10 +53,6 @@ class Result(TypedDict, total=False):
     rows: Dict[str, Row]
     runs: List[Run]
     commands: Dict[str, str]  # of each row
-
-
-def write(path: Path, result: Result) -> None:
-    outputs.write_json(path, result)
 
 
 def read(path: Path) -> Result:
