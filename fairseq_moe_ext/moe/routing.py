@@ -137,7 +137,7 @@ def route(
         lucky = 2 * weights[:, 1].detach() > uniform
         routed = torch.stack([routed[:, 0], routed[:, 1] & lucky], dim=1)
     return send(
-        scores if score == "softmax" else distribution(scores),
+        probabilities(scores, score),
         experts,
         weights,
         routed,
@@ -230,6 +230,11 @@ def allowed_experts(liked: Tensor, k: int, groups: int, top_groups: int) -> Tens
 def distribution(scores: Tensor) -> Tensor:
     """Scores (T, E) from 0 on, each row divided by its sum; a row of zeros stays zero."""
     return scores / scores.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+
+
+def probabilities(scores: Tensor, score: str) -> Tensor:
+    """Scores (T, E) of a kind in SCORES -> Routing.probs."""
+    return scores if score == "softmax" else distribution(scores)
 
 
 def check_routing(

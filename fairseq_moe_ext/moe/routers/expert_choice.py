@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..router import TopKRouter, register_router
-from ..routing import SCORES, Routing, counted_tokens, distribution, send_ranked
+from ..routing import SCORES, Routing, counted_tokens, probabilities, send_ranked
 
 
 @register_router("expert_choice")
@@ -36,7 +36,7 @@ class ExpertChoiceRouter(TopKRouter):
         number = min(len(logits), max(1, round(len(logits) * s.top_k / self.num_experts)))
         chosen = liked.argsort(dim=0, descending=True, stable=True)[:number]  # (number, E)
         return send_ranked(
-            scores if s.score == "softmax" else distribution(scores),
+            probabilities(scores, s.score),
             scores,
             torch.zeros_like(liked, dtype=torch.bool).scatter(0, chosen, True),
             padding_mask,

@@ -52,8 +52,7 @@ class ReluRouter(TopKRouter):
         """l1_weight * sum_e(share_e * mean over tokens of relu(logit_e)), with share_e = E / top_k
         times the share of tokens that take expert e, without padding."""
         scores = torch.relu(logits.to(at_least_float32(logits)))
-        real = None if padding_mask is None else ~padding_mask.bool()
-        scores, tokens = counted_rows(scores, real)
+        scores, tokens = counted_rows(scores, counted_tokens(padding_mask, count_padding=False))
         load = routing.counts.sum(dim=0).to(scores)
         summed = torch.cat([scores.sum(dim=0), load, tokens.to(scores).view(1)])
         sizes = [self.num_experts, self.num_experts, 1]

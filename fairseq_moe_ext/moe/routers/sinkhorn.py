@@ -13,9 +13,9 @@ from ..routing import (
     Routing,
     best,
     counted_tokens,
-    distribution,
     normalized,
     not_padding,
+    probabilities,
     real_rows,
     send,
 )
@@ -58,7 +58,7 @@ class SinkhornRouter(TopKRouter):
         if s.normalize == "before":
             weights = normalized(weights)
         return send(
-            scores if s.score == "softmax" else distribution(scores),
+            probabilities(scores, s.score),
             experts,
             weights,
             not_padding(experts, padding_mask),

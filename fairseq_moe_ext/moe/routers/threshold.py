@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...kernels.dtypes import at_least_float32
 from ..router import TopKRouter, register_router
-from ..routing import SCORES, Routing, best, counted_tokens, distribution, send_ranked
+from ..routing import SCORES, Routing, best, counted_tokens, probabilities, send_ranked
 
 # Histogram bins of the scores' logits: from -RANGE to RANGE, STEPS bins per unit.
 RANGE, STEPS = 16, 16
@@ -78,7 +78,7 @@ class ThresholdRouter(TopKRouter):
         values = logit_of_score(logits.detach(), s.score)
         top = torch.zeros_like(values, dtype=torch.bool).scatter(1, best(logits, s.top_k), True)
         return send_ranked(
-            scores if s.score == "softmax" else distribution(scores),
+            probabilities(scores, s.score),
             scores,
             torch.where(self.updates > 0, values > self.threshold, top),
             padding_mask,
@@ -93,8 +93,7 @@ class ThresholdRouter(TopKRouter):
         """Also histogram (E, BINS): of the scores' logits."""
         with torch.no_grad():
             values = logit_of_score(logits, self.settings.score)
-            real = None if padding_mask is None else ~padding_mask.bool()
-            counts = histogram(values, real)
+            counts = histogram(values, counted_tokens(padding_mask, count_padding=False))
         return {**super().observe(logits, routing, padding_mask), "histogram": counts}
 
     def after_update(self, observed: Dict[str, Tensor]) -> None:
