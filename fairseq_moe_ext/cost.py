@@ -29,7 +29,7 @@ def parameters(shape: Shape) -> Parameters:
 
     With null experts `active` is a mean, of a balanced router.
     """
-    s, sparse = shape, shape.moe_layers
+    s, sparse = shape, len(shape.sparse)
     norm = 2 * s.dim
     attention = 4 * (s.dim * s.dim + s.dim)
     embeddings = (s.vocabulary * (1 if s.tied else 2) + s.learned_positions) * s.dim

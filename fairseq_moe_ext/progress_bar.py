@@ -13,6 +13,8 @@ from typing import Optional, Type, Union
 
 from tqdm import tqdm
 
+from .wording import duration
+
 FIRST = 10.0  # seconds
 EVERY = 60.0  # between lines
 
@@ -36,7 +38,7 @@ class Lines:
         left = (now - self.started) * (self.total - self.n) / self.n
         print(
             f"{self.what}: {self.n:,.0f} of {self.total:,} {self.unit}s "
-            f"({self.n / self.total:.0%}), {_minutes(left)} left",
+            f"({self.n / self.total:.0%}), {duration(left)} left",
             file=sys.stderr,
             flush=True,
         )
@@ -64,8 +66,3 @@ def bar(what: str, total: int, unit: str, shown: bool = True) -> Union[tqdm, Lin
     return tqdm(
         total=total, desc=what, unit=unit, unit_scale=unit == "B", leave=False, disable=not shown
     )
-
-
-def _minutes(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

@@ -57,11 +57,6 @@ class Shape(NamedTuple):
         return () if self.alternate_ffn_dim > 0 or self.dense_twin else self.picked
 
     @property
-    def moe_layers(self) -> int:
-        """The number of layers that have experts."""
-        return len(self.sparse)
-
-    @property
     def dense_widths(self) -> List[Optional[int]]:
         """Hidden width of each layer's network; None for a sparse layer."""
         widths: List[Optional[int]] = [self.ffn_dim] * self.layers

@@ -16,6 +16,7 @@ from typing import Any, Dict, Optional
 import torch
 
 from . import cost, shape
+from .wording import duration, with_prefix
 
 FIRST = 10  # updates after which the first line comes at the latest
 
@@ -93,28 +94,14 @@ def line(stats: Dict[str, Any], update: int, total: Optional[int], speed: Option
             parts.append(f"{name} {form.format(float(stats[key]))}")
     rate = float(stats.get("wps") or 0)
     if rate > 0:
-        parts.append(f"{_short(rate)} tokens/s")
+        parts.append(f"{with_prefix(rate)} tokens/s")
         utilisation = None if speed is None else speed.utilisation(rate)
         if utilisation is not None:
             parts.append(f"MFU {100 * utilisation:.0f} %")
     updates = float(stats.get("ups") or 0)
     if total and updates > 0:
-        parts.append(f"left {_duration((total - update) / updates)}")
+        parts.append(f"left {duration((total - update) / updates)}")
     return " ".join(parts)
-
-
-def _short(value: float) -> str:
-    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= unit:
-            return f"{value / unit:.3g}{name}"
-    return f"{value:.3g}"
-
-
-def _duration(seconds: float) -> str:
-    seconds = max(0, round(seconds))
-    if seconds >= 100 * 3600:
-        return f"{seconds / 86400:.0f} d"
-    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
 class BriefFormatter(logging.Formatter):

@@ -38,7 +38,25 @@ def small(value: float, digits: int = 2) -> str:
     return f"< {10**-digits:.{digits}f}" if value > 0 and not float(shown) else shown
 
 
+def with_prefix(value: float, digits: int = 3) -> str:
+    """A number in short: 1500000 -> 1.5M, 0.25 -> 0.25, 3.0 -> 3."""
+    if abs(value) >= 1e15:
+        return f"{value:.{digits}g}".replace("e+", "e")
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.{digits}g}{letter}"
+    return f"{value:.{digits}g}"
+
+
 def clock(seconds: float) -> str:
     """As min:s."""
     whole = int(seconds + 0.5)
     return f"{whole // 60}:{whole % 60:02d}"
+
+
+def duration(seconds: float) -> str:
+    """As h:min:s; from 100 hours on in days."""
+    seconds = max(0, round(seconds))
+    if seconds >= 100 * 3600:
+        return f"{seconds / 86400:.0f} d"
+    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"

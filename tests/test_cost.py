@@ -93,13 +93,13 @@ def test_a_counting_run_agrees_with_the_formula(k):
             moe_second_expert_policy="all",
         )
         shape = shape._replace(moe_freq=2, experts=experts, top_k=k)
-        router = shape.moe_layers * 2 * dim * experts  # one pass
+        router = len(shape.sparse) * 2 * dim * experts  # one pass
     formula = training_flops_per_token(shape, context)
     counted = counted_flops((3, context), **flags)
     assert counted == formula + 3 * router
     assert counted == pytest.approx(formula, rel=0.02)
 
-    dense_layers = shape.layers - shape.moe_layers
+    dense_layers = shape.layers - len(shape.sparse)
     formula = training_flops_per_token(shape, context, recompute=True)
     counted = counted_flops((3, context), checkpoint_activations=True, **flags)
     assert counted == formula + 4 * router - dense_layers * 2 * dim * ffn
@@ -132,7 +132,7 @@ def test_a_counting_run_of_each_kind(name, recompute):
     context, flags = 16, {**KINDS[name], "moe_dropless": True}
     shape = shape_of(vars(make_config(**flags)), vocabulary=400)
     counted = counted_flops((3, context), checkpoint_activations=recompute, **flags)
-    router = 2 * shape.dim * shape.experts * shape.moe_layers if shape.gates else 0
+    router = 2 * shape.dim * shape.experts * len(shape.sparse) if shape.gates else 0
     formula = training_flops_per_token(shape, context, recompute)
     if recompute:
         # it stops before what nothing needs, the last product of a dense layer
@@ -145,7 +145,7 @@ def test_a_counting_run_of_each_kind(name, recompute):
     assert counted_flops((3, context), **flags, moe_dense_twin=True) == flops
     # equal where widths are whole numbers in all, else apart by less than one unit of width
     unit = 3 * 2 * (3 if shape.gated else 2) * shape.dim
-    whole = (shape.moe_layers * shape.twin_width).denominator == 1
+    whole = (len(shape.sparse) * shape.twin_width).denominator == 1
     assert flops == formula if whole else abs(flops - formula) < unit
 
 

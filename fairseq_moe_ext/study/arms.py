@@ -11,7 +11,6 @@ from .result import GROUPS, performance
 
 LEVEL = 0.05
 _NONE = "no seed in common on the same text, or diverged"
-TITLES = {"in_domain": "in domain", "out_of_domain": "out of domain"}
 
 Runs = Sequence[RunResult]
 
@@ -99,7 +98,7 @@ def table(result: StudyResult) -> List[List[str]]:
     groups = measured(runs)
     head = ["arm", "seeds"]
     for group in groups:
-        head += [f"perplexity {TITLES[group]}", f"against {reference}, %", "real"]
+        head += [f"perplexity {group.replace('_', ' ')}", f"against {reference}, %", "real"]
     head += ["load", "dropped, %", "experts per token", "FLOPs", "minutes"]
     rows = []
     for name, by_seed in by_arm(runs).items():
@@ -176,7 +175,7 @@ def page(result: StudyResult) -> str:
                 " Bold: the pair's own 95 % interval excludes 0. If no two arms differed, about "
                 f"{LEVEL * with_interval:.0f} of these pairs would be bold."
             )
-        parts += [f"## Every pair, {TITLES[group]}", words, markdown(rows)]
+        parts += [f"## Every pair, {group.replace('_', ' ')}", words, markdown(rows)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -80,7 +80,7 @@ def _of_run(run: Run, context: int, tokens_per_update: int) -> RunResult:
         "seed": run.seed,
         "parameters": parameters.total,
         "active": parameters.active,
-        "experts": shape.experts if shape.moe_layers else 1,
+        "experts": shape.experts if shape.sparse else 1,
         "tokens": tokens,
         "flops": tokens * cost.training_flops_per_token(shape, context),
         "seconds": logs.training_seconds(run.folder / "train.log"),

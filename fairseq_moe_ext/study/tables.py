@@ -4,10 +4,10 @@ import math
 from typing import Dict, List, Optional, Sequence, Tuple
 
 from ..accuracy import in_percent, wilson_interval
-from ..evaluation import figures, paper
+from ..evaluation import paper
 from ..evaluation.cost_table import TABLE_1_HEAD, table_1
 from ..evaluation.study_result import RunResult, StudyResult, TaskResult
-from ..wording import count, signed, small
+from ..wording import count, signed, small, with_prefix
 from . import fine_tuning
 from . import result as results
 
@@ -36,9 +36,9 @@ def models(runs: Runs) -> Table:
         rows.append(
             [
                 name,
-                figures.short(first["parameters"]),
-                figures.short(first["active"]),
-                figures.short(first["tokens"]),
+                with_prefix(first["parameters"]),
+                with_prefix(first["active"]),
+                with_prefix(first["tokens"]),
                 f"{first['flops']:.3g}",
                 f"{sum(run['seconds'] for run in model_runs) / len(model_runs) / 60:.1f}",
                 str(len(model_runs)),

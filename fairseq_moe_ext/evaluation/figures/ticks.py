@@ -1,7 +1,9 @@
-"""Round numbers along an axis, and how they are written."""
+"""Round numbers along an axis, and their labels."""
 
 import math
 from typing import List, Sequence
+
+from ...wording import with_prefix
 
 
 def linear_ticks(low: float, high: float, wanted: int = 5) -> List[float]:
@@ -33,20 +35,10 @@ def log_ticks(low: float, high: float) -> List[float]:
     return linear_ticks(low, high)
 
 
-def short(value: float, digits: int = 3) -> str:
-    """A number as an axis shows it: 1500000 -> 1.5M, 0.25 -> 0.25, 3.0 -> 3."""
-    if abs(value) >= 1e15:
-        return f"{value:.{digits}g}".replace("e+", "e")
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.{digits}g}{letter}"
-    return f"{value:.{digits}g}"
-
-
 def labels(ticks: Sequence[float]) -> List[str]:
     """Labels with as few digits as distinguish them."""
     for digits in range(3, 9):
-        shown = [short(tick, digits) for tick in ticks]
+        shown = [with_prefix(tick, digits) for tick in ticks]
         if len(set(shown)) == len(ticks):
             break
     return shown

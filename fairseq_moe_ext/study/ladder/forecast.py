@@ -47,7 +47,7 @@ def router_flops(arm: Arm, ladder: Ladder) -> float:
         return 0.0
     shape = _shape(arm, ladder)
     logits = shape.experts + (shape.null_experts > 0)  # null experts share one
-    return 6.0 * shape.moe_layers * shape.dim * logits
+    return 6.0 * len(shape.sparse) * shape.dim * logits
 
 
 def router(arm: Arm, ladder: Ladder) -> str:
@@ -90,7 +90,7 @@ def model_of(arm: Arm, ladder: Ladder, tokens: float) -> Model:
     """An arm as the laws see it."""
     shape = _shape(arm, ladder)
     size = training_flops(arm, ladder) / 6
-    sparse = shape.moe_layers / shape.layers
+    sparse = len(shape.sparse) / shape.layers
     return Model(size, arm.experts, tokens, 1, float(arm.granularity), sparse)
 
 
