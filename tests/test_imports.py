@@ -62,7 +62,10 @@ ALLOWED = {
         "diverging": "",
         "optim": "",
         "fully_sharded": "",
-        "checkpoint": "checkpoint config diverging expert_parallel files fully_sharded literals",
+        "checkpoint": """
+            checkpoint config diverging expert_parallel files fully_sharded literals
+            models.precision
+            """,
         "branch": """
             branch checkpoint.format checkpoint.settings config expert_parallel fully_sharded
             models moe router_flags shape
