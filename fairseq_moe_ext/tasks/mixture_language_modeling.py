@@ -280,7 +280,8 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
         if "corpus" in sample:
             # The same keys on every rank, of the same kind: they are summed over ranks in one
             # vector (fairseq/trainer.py:1411@0.12.2).
-            nll = logging_output.get("inner_loss", logging_output["loss"])
+            names = ("inner_loss", "nll_loss", "loss")  # the last may be smoothed, or include more
+            nll = next(logging_output[name] for name in names if name in logging_output)
             nll = torch.as_tensor(nll).detach()
             for index, name in enumerate(self.corpora):
                 of_corpus = index == sample["corpus"]
@@ -293,7 +294,7 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
 
         <corpus>_ppl of every corpus of the subset, and in_domain_ppl and out_of_domain_ppl, the
         plain means over corpora trained on and not trained on, if there are any. They are those of
-        the language-modelling loss alone (`inner_loss` if the criterion has it).
+        the language-modelling loss alone (`inner_loss` or `nll_loss` if the criterion has it).
         """
         super().reduce_metrics(logging_outputs, criterion)
         for name in self.corpora:

@@ -13,6 +13,7 @@ from fairseq.trainer import Trainer
 from fairseq_cli import train
 from fairseq_cli.eval_lm import eval_lm
 from mixture_data import CORPORA, HELD_OUT, configure, make_task
+from omegaconf import OmegaConf
 
 from fairseq_moe_ext.errors import UserError
 
@@ -124,6 +125,20 @@ def test_perplexity_is_of_the_language_modelling_loss_alone(data, model):
     _, _, log = task.valid_step(sample, model, GateLoss(stock))
     assert log["corpus_nll/far"] == expected["corpus_nll/far"] == expected["loss"]
     assert log["loss"] == expected["loss"] + 100
+
+
+@pytest.mark.parametrize(
+    "name, flags",
+    [("moe_cross_entropy", {}), ("label_smoothed_cross_entropy", {"label_smoothing": 0.1})],
+)
+def test_perplexity_is_of_the_likelihood_under_each_criterion(data, model, name, flags):
+    cfg = configure(data)
+    task = tasks.setup_task(cfg.task)
+    sample = next(iter(iterate(task, "valid/far")))
+    _, _, expected = task.valid_step(sample, model, task.build_criterion(cfg.criterion))
+    criterion = task.build_criterion(OmegaConf.create({**cfg.criterion, "_name": name, **flags}))
+    _, _, log = task.valid_step(sample, model, criterion)
+    assert float(log["corpus_nll/far"]) == pytest.approx(float(expected["loss"]), rel=1e-6)
 
 
 def test_sums_of_ranks_are_the_sums_of_the_whole(data, model):
