@@ -18,7 +18,6 @@ from fairseq.logging.progress_bar import logger as bar_logger
 from .. import context, training_line
 from ..expert_parallel import process_count, process_rank
 from ..metrics_file import MetricsFile
-from ..models.language_model import MoETransformerLanguageModel
 from ..moe.stats import METRICS
 from .checkpoint_io import ended
 
@@ -52,7 +51,8 @@ def progress_bar(stock, iterator, *args, **kwargs):
     updates."""
     bar = stock(iterator, *args, **kwargs)
     running = context.training.get()
-    if running is None or not isinstance(running.trainer.get_model(), MoETransformerLanguageModel):
+    # an attribute, which FSDP's wrapper hands on
+    if running is None or not getattr(running.trainer.get_model(), "computes_loss", False):
         return bar
     validating = kwargs.get("prefix") is not None
     return Watched(bar, running.cfg, running.trainer, kwargs.get("epoch") or 1, validating)
@@ -73,13 +73,14 @@ class Watched(BaseProgressBar):
         base = bar
         while hasattr(base, "wrapped_bar"):
             base = base.wrapped_bar
+        self.base = base  # the only one of stock's that knows its length
         self.prints_lines = isinstance(base, (SimpleProgressBar, TqdmProgressBar))
         if self.prints_lines and not validating:
             training_line.be_brief()
             base.log = types.MethodType(self._line, base)
 
     def __len__(self) -> int:
-        return len(self.wrapped_bar)
+        return len(self.base)
 
     def __iter__(self) -> Iterator[Any]:
         begun = self.trainer.get_num_updates()

@@ -22,6 +22,7 @@ from training import (
     train_on,
 )
 
+from fairseq_moe_ext import metrics_file
 from fairseq_moe_ext.checkpoint.format import Manifest
 
 
@@ -99,6 +100,14 @@ def test_files_tell_nothing_of_sharding(runs, sharded_run):
         assert_alike(one, other)
     for one, other in zip(files[0][4], files[1][4]):
         assert_alike(one, other)
+
+
+def test_a_sharded_run_keeps_its_metrics(runs, sharded_run):
+    logged = [
+        metrics_file.read(folder / metrics_file.NAME) for folder, _ in (runs(2, 4), sharded_run)
+    ]
+    assert [record["tag"] for record in logged[1]] == ["train"]
+    assert [record.keys() for record in logged[0]] == [record.keys() for record in logged[1]]
 
 
 def test_sharded_run_without_anything_to_save(data, tmp_path):

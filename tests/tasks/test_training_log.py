@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from fairseq.logging import progress_bar
 from training import MODEL, fairseq, make_data
 
 from fairseq_moe_ext import metrics_file, training_line
@@ -49,6 +50,15 @@ def test_the_line_is_short_and_the_first_comes_soon(train):
     form += r"left 0:00:\d\d"
     assert re.fullmatch(form, lines[0]), lines[0]
     assert "| 20/25 " in lines[1]
+
+
+def test_the_number_of_updates_is_known_under_other_logs(train, tmp_path, monkeypatch):
+    """Stock's bars of TensorBoard and the like do not know their length."""
+    monkeypatch.setattr(progress_bar, "SummaryWriter", None)
+    monkeypatch.setattr(progress_bar, "wandb", None)
+    flags = "--max-epoch 1 --log-interval 8 --disable-validation --wandb-project none"
+    lines = train(f"{flags} --tensorboard-logdir {tmp_path / 'logs'}")
+    assert [line.split()[2] for line in lines] == ["8/16", "16/16"]
 
 
 def test_the_longest_line_fits():
@@ -184,8 +194,6 @@ def test_the_load_of_the_last_batch_is_over_its_mean(monkeypatch):
 
 def test_tensorboard_gets_groups_and_histograms(train, tmp_path):
     pytest.importorskip("tensorboardX")
-    from fairseq.logging import progress_bar
-
     if progress_bar.SummaryWriter is None:
         pytest.skip("fairseq was imported without tensorboardX")
     logs = tmp_path / "logs"
