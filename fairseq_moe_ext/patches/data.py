@@ -154,14 +154,18 @@ def item_with_index(stock, self, index):
 
 def collate_with_context(stock, self, samples):
     """Stock takes a batch's --context-window from the batch that was collated before. With several
-    processes or workers, that is not the preceding text. It also fails on an empty batch."""
+    processes or workers, that is not the preceding text, and with several corpora (tasks/) it may
+    be another one's. It also fails on an empty batch."""
     if not samples:
         return {}
     before, missing = samples[0]["index"], self.context_window
     tokens_before = [torch.zeros(0, dtype=torch.long)]
     while before > 0 and missing > 0:
         before -= 1
-        tokens_before.insert(0, self.dataset[before]["source"])
+        sample = self.dataset[before]
+        if sample.get("corpus") != samples[0].get("corpus"):
+            break
+        tokens_before.insert(0, sample["source"])
         missing -= len(tokens_before[0])
     self.prev_tokens = torch.cat(tokens_before)[-self.context_window :].numpy()
     return stock(self, samples)

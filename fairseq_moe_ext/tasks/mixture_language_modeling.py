@@ -16,7 +16,7 @@ from typing import Any, Dict, List, Optional
 import numpy as np
 import torch
 from fairseq import metrics
-from fairseq.data import FairseqDataset
+from fairseq.data import FairseqDataset, LMContextWindowDataset
 from fairseq.data.iterators import EpochBatchIterator
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
@@ -267,7 +267,9 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
 
     def get_batch_iterator(self, dataset, *args, **kwargs):
         """Like stock's, but ends the workers of the previous epoch, which stock leaves to
-        chance."""
+        chance. With --context-window, too, no batch mixes two corpora."""
+        if isinstance(dataset, LMContextWindowDataset):
+            dataset.batch_by_size = dataset.dataset.batch_by_size
         iterator = super().get_batch_iterator(dataset, *args, **kwargs)
         if isinstance(dataset, MixtureDataset):
             previous, self._train_iterator = self._train_iterator, iterator

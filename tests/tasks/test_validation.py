@@ -315,3 +315,23 @@ def test_context_windows_work(data, model):
     )
     result = eval_lm([model], task.source_dictionary, loader, device=torch.device("cpu"))
     assert utils.item(result["perplexity"]) > 1
+
+
+def test_a_context_window_stays_within_its_corpus(data):
+    def batches(subset):
+        task = make_task(data, "--tokens-per-sample", 16)
+        task.load_dataset(subset)
+        dataset = task.dataset(subset)
+        return list(
+            task.eval_lm_dataloader(dataset, batch_size=4, num_workers=0, context_window=16)
+        )
+
+    together = batches("valid")
+    for index, name in enumerate(ALL):
+        alone = batches(f"valid/{name}")
+        own = [batch for batch in together if batch["corpus"] == index]
+        assert len(own) == len(alone) > 0
+        for one, other in zip(own, alone):
+            assert one["start_indices"] == other["start_indices"]
+            assert torch.equal(one["net_input"]["src_tokens"], other["net_input"]["src_tokens"])
+            assert torch.equal(one["target"], other["target"])
