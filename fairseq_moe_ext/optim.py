@@ -80,6 +80,7 @@ class FusedAdam(torch.optim.AdamW):
         """PyTorch adds epsilon to sqrt(v / (1 - beta2^t)); fairseq adds it to sqrt(v), before the
         division. The two agree if epsilon is scaled by the step t, which a group's parameters
         share."""
+        self._use_tensors()
         epsilons = [group["eps"] for group in self.param_groups]
         for group in self.param_groups:
             steps = [self.state[p]["step"] for p in group["params"] if p in self.state]
@@ -90,6 +91,14 @@ class FusedAdam(torch.optim.AdamW):
         finally:
             for group, eps in zip(self.param_groups, epsilons):
                 group["eps"] = eps
+
+    def _use_tensors(self) -> None:
+        """A saved state may come in past `load_state_dict`, as the file has it
+        (fairseq/optim/fp16_optimizer.py:385@0.12.2, fairscale/optim/oss.py:461@0.4.13)."""
+        for p, entry in self.state.items():
+            if entry and not torch.is_tensor(entry["step"]):
+                tensors = {name: torch.as_tensor(value) for name, value in entry.items()}
+                self.state[p] = {name: t.to(p.device, torch.float32) for name, t in tensors.items()}
 
     def state_dict(self) -> Dict[str, Any]:
         """In the form of fairseq's adam."""

@@ -1,15 +1,26 @@
 """fused_adam against fairseq's adam: parameters, state, and going from one to the other."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from fairseq.optim import MemoryEfficientFP16Optimizer
 from fairseq.optim.adam import FairseqAdam
 from fairseq.optim.amp_optimizer import AMPOptimizer
+from fairseq.optim.shard import shard_
 from omegaconf import OmegaConf
 
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.optim import FairseqFusedAdam
+
+
+@pytest.fixture
+def group_of_one(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def make(kind, seed=0, **flags):
@@ -54,6 +65,41 @@ def test_a_run_goes_on_with_either(first, second):
     for a, b in zip(others, params):
         a.data.copy_(b.data)
     other.load_state_dict(state)
+    assert_equal(walk(others, other, range(3, 6)), whole)
+
+
+def half(params, optimizer):
+    """As under --ddp-backend fully_sharded --fp16, whose parameters are float32."""
+    common = {"fp16_init_scale": 4, "fp16_scale_window": 10, "fp16_scale_tolerance": 0.0}
+    common.update(tpu=False, bf16=False, min_loss_scale=1e-4, threshold_loss_scale=None)
+    cfg = {"common": {**common, "model_parallel_size": 1}, "optimization": {"update_freq": [1]}}
+    cfg = OmegaConf.create({**cfg, "distributed_training": {"distributed_world_size": 2}})
+    return MemoryEfficientFP16Optimizer(cfg, params, optimizer, allow_unsupported=True)
+
+
+def sharded(params, optimizer):
+    """As under --zero-sharding os."""
+    shard_(optimizer, dist.group.WORLD)
+    return optimizer
+
+
+@pytest.mark.parametrize("wrap", [half, sharded])
+@pytest.mark.parametrize("second", [FairseqAdam, FairseqFusedAdam])
+@pytest.mark.parametrize("first", [FairseqAdam, FairseqFusedAdam])
+def test_a_run_goes_on_in_wrappers_that_set_the_state_themselves(group_of_one, wrap, first, second):
+    if wrap is sharded:
+        pytest.importorskip("fairscale")
+    whole = walk(*make(FairseqAdam), range(6))
+    params, optimizer = make(first)
+    optimizer = wrap(params, optimizer)
+    walk(params, optimizer, range(3))
+    if wrap is sharded:
+        optimizer.optimizer.consolidate_state_dict()
+    others, other = make(second, seed=1)
+    other = wrap(others, other)
+    for a, b in zip(others, params):
+        a.data.copy_(b.data)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert_equal(walk(others, other, range(3, 6)), whole)
 
 
