@@ -151,9 +151,8 @@ def _check_experts(path: str, settings: Dict[str, Any]) -> None:
         if settings.get(name) not in (off, None):
             theirs = "no such experts" if "expert" in name or "latent" in name else "no such gates"
             raise _lacking(path, f"{flag(name)} {settings[name]}", theirs)
-    factor, fraction = (
-        settings.get(name) for name in ("moe_capacity_factor", "moe_eval_capacity_token_fraction")
-    )
+    factor = settings["moe_capacity_factor"]
+    fraction = settings["moe_eval_capacity_token_fraction"]
     if fraction < 0 and not settings["moe_dropless"] and factor not in (None, top_k(settings)):
         raise _lacking(
             path,
