@@ -16,11 +16,11 @@ PACKAGE = os.path.join(_HERE, "fairseq_moe_ext")
 
 
 class Command(NamedTuple):
-    """A command with its two examples, as a user types them."""
+    """A command with its examples, as a user types them."""
 
     words: str  # what it does
     module: str  # of fairseq_moe_ext, with add_arguments(parser) and run(args)
-    examples: Tuple[str, str]
+    examples: Tuple[str, ...]
 
 
 LM_EVAL = "lm-eval"
@@ -56,6 +56,7 @@ COMMANDS: Dict[str, Command] = {
         "generate.command",
         (
             'runs/moe/checkpoint_best.pt "Once upon a time"',
+            "runs/moe/checkpoint_best.pt --file story.txt --temperature 0.8 --top-p 0.95",
             "runs/moe/checkpoint_best.pt --interactive --temperature 0.8",
         ),
     ),
@@ -82,7 +83,11 @@ COMMANDS: Dict[str, Command] = {
         "convert.command",
         (
             "runs/moe/checkpoint_best.pt small.pt --dtype float16 --weights-only",
-            "dense.pt sparse.pt --upcycle --moe-expert-count 8",
+            "moe.pt sharded/moe.pt --expert-files 4",
+            "dense.pt sparse.pt --upcycle --moe-freq 2 --moe-expert-count 8",
+            "moe.pt branch/moe.pt --to branch --rank-files 2",
+            "moe.pt folder --to hf",
+            "folder moe.pt --from hf",
         ),
     ),
     "average": Command(
@@ -101,7 +106,7 @@ COMMANDS: Dict[str, Command] = {
     "verify": Command(
         "whether the files of a checkpoint are undamaged",
         "convert.verify",
-        ("runs/moe/checkpoint_best.pt", "runs/moe"),
+        ("runs/moe/checkpoint_best.pt", "runs/moe", "en_moe_lm_15b/model.pt"),
     ),
     "cost": Command(
         "parameters, FLOPs and memory of a model",

@@ -20,12 +20,6 @@ DESCRIPTION = """\
 Convert a checkpoint: into one file, into expert files, to half precision, to weights only,
 from dense to sparse, and to or from other layouts.
 
-  fairseq-moe convert runs/moe/checkpoint_best.pt moe.pt --weights-only --dtype float16
-  fairseq-moe convert moe.pt sharded/moe.pt --expert-files 4
-  fairseq-moe convert dense.pt sparse.pt --upcycle --moe-freq 2 --moe-expert-count 8
-  fairseq-moe convert moe.pt branch/moe.pt --to branch --rank-files 2
-  fairseq-moe convert moe.pt folder --to hf           (Hugging Face; and back: --from hf)
-
 SRC may be a checkpoint of this plugin, of stock fairseq, or of the moe branch (X.pt stands for
 X-rank-R.pt and X-shared.pt); the command detects which. Memory use stays small at any size: files
 are memory-mapped, and written tensor by tensor. DST appears when everything is done.

@@ -13,10 +13,6 @@ detects missing files, files of another save, and tensors that do not fit the se
 that this plugin lacks, only the bytes are checked. List expert files that no checkpoint in the
 folder refers to.
 
-  fairseq-moe verify runs/moe/checkpoint_best.pt
-  fairseq-moe verify runs/moe                      (each *.pt in the folder)
-  fairseq-moe verify en_moe_lm_15b/model.pt        (X-rank-R.pt and X-shared.pt of the moe branch)
-
 Exits with status 1 if anything is damaged.
 """
 
@@ -25,8 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
-        "paths", metavar="PATH", nargs="+", help="a checkpoint, or a folder of checkpoints"
-    )
+        "paths", metavar="PATH", nargs="+",
+        help="a checkpoint (X.pt stands for X-rank-R.pt and X-shared.pt of the moe branch), or a "
+        "folder: each *.pt in it",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:

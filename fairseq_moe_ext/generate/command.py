@@ -20,9 +20,6 @@ from .showing import Written
 DESCRIPTION = """\
 Continue prompts with a model, token by token.
 
-  fairseq-moe generate runs/moe/checkpoint_best.pt "Once upon a time"
-  fairseq-moe generate runs/moe/checkpoint_best.pt --file story.txt --temperature 0.8 --top-p 0.95
-
 Prompts are arguments, files (--file) or stdin, and may be several lines long. A newline is </s> to
 these models, so generation goes on through it until --max-tokens or --stop. By default each token
 is the likeliest one; --temperature, --top-k, --top-p or --n sample. The text goes to stdout, the

@@ -19,9 +19,6 @@ DESCRIPTION = """\
 Turn your own text into a data folder for fairseq: byte-level BPE as GPT-2's, one data-bin per
 corpus, split by document into train, valid and test.
 
-  fairseq-moe prepare DATA --corpus wiki=wiki.txt --corpus code='src/**/*.py' \\
-      --heldout mail=mail.jsonl.gz --train-bpe 8000
-
 Input: a text file has one paragraph per line and a blank line between documents (see --documents);
 JSON Lines have one document per line in the field "text" (see --text-field), CSV, TSV, Parquet and
 Arrow tables (also folders of Hugging Face datasets) one per row. The command recognises them by

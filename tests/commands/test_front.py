@@ -50,7 +50,7 @@ def test_these_need_neither_torch_nor_fairseq(words):
 
 @pytest.mark.parametrize("name", front.COMMANDS)
 def test_examples_are_command_lines_that_hold(name, capsys):
-    assert len(front.examples(name)) == 2
+    assert len(front.examples(name)) >= 2
     if name == front.LM_EVAL:
         return
     with pytest.raises(SystemExit) as stop:
