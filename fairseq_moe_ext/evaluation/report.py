@@ -6,12 +6,16 @@ escapes all text) that extends templates/base.html and draws its parts with temp
 
 import functools
 from pathlib import Path
-from typing import Any, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 from .. import files, outputs
 from ..errors import UserError
 
+if TYPE_CHECKING:
+    from .figures import Chart
+
 TEMPLATES = Path(__file__).resolve().parent / "templates"
+FIGURES = "figures"  # the folder of a page's charts
 
 Text = Union[str, Tuple[str, str]]  # with a class of the style sheet
 
@@ -93,3 +97,23 @@ def check_renewable(path: Path) -> None:
 def write(path: Path, html: str) -> None:
     """Write the page, whole or not at all."""
     outputs.write_text(path, html)
+
+
+def write_with_charts(
+    folder: Path, html: str, charts: Mapping[str, "Chart"], png: bool = False
+) -> None:
+    """Write report.html and figures/NAME.svg, with `png` also figures/NAME.png. Raises UserError
+    before the first if one cannot be written, or if another program's page is there."""
+    page, figures = folder / "report.html", folder / FIGURES
+    check_renewable(page)
+    try:
+        figures.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{figures}: cannot be created: {files.reason(error)}") from None
+    drawn = [figures / f"{name}{suffix}" for name in charts for suffix in (".svg", ".png")]
+    outputs.check([("", path) for path in drawn], overwrite=True)
+    for name, chart in charts.items():
+        chart.write_svg(figures / f"{name}.svg")
+        if png:
+            chart.write_png(figures / f"{name}.png")
+    write(page, html)

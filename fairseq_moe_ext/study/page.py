@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, cast
 
-from .. import files, outputs
 from ..errors import UserError
 from ..evaluation import figures, paper, report, specialisation, study_result
 from ..evaluation.specialisation import LayerUse
@@ -50,20 +49,13 @@ def run(args: argparse.Namespace) -> None:
     with study_result.as_written(*read):
         charts = _charts(result)
         page = html(result, charts, use, tuned)
-    folder = args.folder / "figures"
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be created: {files.reason(error)}") from None
-    report.check_renewable(args.folder / "report.html")
-    drawn = [folder / f"{name}{suffix}" for name in charts for suffix in (".svg", ".png")]
-    outputs.check([("", path) for path in drawn], overwrite=True)
-    for name, figure in charts.items():
-        figure.chart.write_svg(folder / f"{name}.svg")
-        if args.png:
-            figure.chart.write_png(folder / f"{name}.png")
-    report.write(args.folder / "report.html", page)
-    print(f"{args.folder / 'report.html'}, and {len(charts)} charts in {folder}")
+    drawn = {name: figure.chart for name, figure in charts.items()}
+    report.write_with_charts(args.folder, page, drawn, args.png)
+    _announce(args.folder, len(drawn))
+
+
+def _announce(folder: Path, charts: int) -> None:
+    print(f"{folder / 'report.html'}, and {charts} charts in {folder / report.FIGURES}")
 
 
 def _of_ladder(args: argparse.Namespace, result: ladder_result.LadderResult) -> None:
@@ -75,7 +67,7 @@ def _of_ladder(args: argparse.Namespace, result: ladder_result.LadderResult) -> 
             )
     with study_result.as_written(args.folder / "result.json"):
         number = ladder_page.write(args.folder, result, args.png)
-    print(f"{args.folder / 'report.html'}, and {number} charts in {args.folder / 'figures'}")
+    _announce(args.folder, number)
 
 
 class Figure(NamedTuple):

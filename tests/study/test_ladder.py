@@ -566,6 +566,10 @@ def test_pages(tmp_path, capsys):
     (tmp_path / "result.json").write_text(json.dumps(made, allow_nan=False))
     assert cli.main(["report", str(tmp_path), "--fine-tuning", "x"]) == 1
     assert "--fine-tuning x: is for a study of two families" in capsys.readouterr().err
+    (tmp_path / "figures").write_text("mine")
+    assert cli.main(["report", str(tmp_path)]) == 1
+    assert "figures: cannot be created: File exists" in capsys.readouterr().err
+    (tmp_path / "figures").unlink()
     assert cli.main(["report", str(tmp_path)]) == 0
     html = (tmp_path / "report.html").read_text()
     assert "d0-256x4 saves most in domain" in html and "10 of 50 runs are done" in html

@@ -11,7 +11,6 @@ from ..result import GROUPS, mean_performance
 from ..tables import TITLES
 from . import tables
 from .result import Factor, LadderResult
-from .stages import FIGURES
 from .tables import millions
 
 _PAPER_SIZES = (125e6, 355e6, 1.3e9, 2.7e9, 6.7e9)
@@ -27,16 +26,9 @@ SAVING_LEGEND = (
 def write(folder: Path, result: LadderResult, png: bool = False) -> int:
     """Write the page, tables.md and figures/*.svg; how many charts there are. Raises UserError for
     files that are another's."""
-    report.check_renewable(folder / "report.html")
     drawn = charts(result)
-    figure_folder = folder / FIGURES
-    figure_folder.mkdir(exist_ok=True)
-    for name, chart in drawn.items():
-        chart.write_svg(figure_folder / f"{name}.svg")
-        if png:
-            chart.write_png(figure_folder / f"{name}.png")
+    report.write_with_charts(folder, html(result, drawn), drawn, png)
     outputs.write_text(folder / "tables.md", tables.page(result))
-    report.write(folder / "report.html", html(result, drawn))
     return len(drawn)
 
 

@@ -9,13 +9,14 @@ import yaml
 
 from ... import ranges
 from ...errors import UserError
+from ...evaluation.report import FIGURES
 from ...models.architectures import ARCHITECTURES
 from ...wording import did_you_mean
 from .. import yaml_file
 from ..plan import ARM, FAMILIES, Keys, blocks_per_update, check_name, check_seeds, checked, planned
 
 LR = "lr"  # the stage that tries learning rates
-PROBE, FIGURES = "probe", "figures"  # folders beside those of the stages
+PROBE = "probe"  # the folder of measurements, beside those of the stages
 _FILES = (".yaml", ".json", ".html", ".md")  # beside them
 _SET_ELSEWHERE = {"lr": "learning-rate", "warmup-updates": "warmup", "updates": "stages: tokens"}
 _DENSE_ARCH, _MOE_ARCH = "dense_lm_tiny", "moe_lm_tiny"
