@@ -14,9 +14,10 @@ from omegaconf import II
 
 from .balance_flags import BalanceFlags
 from .moe.activations import GATED
+from .moe.routing import RUNNER_UP_POLICIES
 from .router_flags import RouterFlags
 
-SECOND_EXPERT_POLICIES = ChoiceEnum(["sampling", "all", "random"])
+SECOND_EXPERT_POLICIES = ChoiceEnum([*RUNNER_UP_POLICIES])
 ROUTING_SCOPES = ChoiceEnum(["process", "world"])
 ACTIVATIONS = ChoiceEnum([*utils.get_available_activation_fns(), *GATED])
 EXPERT_GRAD_SCALES = ChoiceEnum(["world_size", "sqrt_world_size", "sqrt_num_experts"])

@@ -8,12 +8,12 @@ from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
 from .balance_flags import bias_update_rate
 from .errors import UserError
-from .moe import routers  # noqa: F401 - registers them
+from .moe import routers, routing  # noqa: F401 - routers registers them
 from .moe.router import ROUTERS, GateSettings
 from .moe.routing import check_groups
 from .wording import did_you_mean, flag
 
-SCORES = ChoiceEnum(["softmax", "sigmoid"])
+SCORES = ChoiceEnum([*routing.SCORES])
 NORMALIZED = ChoiceEnum(["before", "after", "none"])
 BASE_EVALUATION = ChoiceEnum(["greedy", "balanced"])
 

@@ -23,7 +23,7 @@ ALLOWED = {
         "moe": "moe kernels",
         "kernels": "kernels",
         "balance_flags": "moe",
-        "config": "balance_flags moe.activations router_flags",
+        "config": "balance_flags moe.activations moe.routing router_flags",
         "router_flags": "balance_flags moe",
         "config_checks": "balance_flags config ranges router_flags shape",
         "shape": "moe.activations moe.router router_flags",

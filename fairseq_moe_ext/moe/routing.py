@@ -18,7 +18,7 @@ SCORES: Dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits: torch.softmax(logits, dim=-1),
     "sigmoid": torch.sigmoid,
 }
-RUNNER_UP_POLICIES = ("all", "sampling", "random")
+RUNNER_UP_POLICIES = ("sampling", "all", "random")
 
 
 class Routing(NamedTuple):
