@@ -79,10 +79,11 @@ ALLOWED = {
         "prepare": "prepare data_bin",
         "inspection": """
             inspection data_bin evaluation metrics_file models moe.layer moe.router questions
+            tokenizer_files
             """,
         "questions": "questions prepare",
         "priming": """
-            priming accuracy data_bin evaluation expert_parallel models questions
+            priming accuracy evaluation expert_parallel models questions
             tokenizer_files
             """,
         "forecast": "forecast evaluation",

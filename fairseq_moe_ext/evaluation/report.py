@@ -6,13 +6,10 @@ escapes all text) that extends templates/base.html and draws its parts with temp
 
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 from .. import files, outputs
 from ..errors import UserError
-
-if TYPE_CHECKING:
-    from .figures import Chart
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 FIGURES = "figures"  # the folder of a page's charts
@@ -100,10 +97,11 @@ def write(path: Path, html: str) -> None:
 
 
 def write_with_charts(
-    folder: Path, html: str, charts: Mapping[str, "Chart"], png: bool = False
+    folder: Path, html: str, charts: Mapping[str, Any], png: bool = False
 ) -> None:
-    """Write report.html and figures/NAME.svg, with `png` also figures/NAME.png. Raises UserError
-    before the first if one cannot be written, or if another program's page is there."""
+    """Write report.html and each figures.Chart as figures/NAME.svg, with `png` also NAME.png.
+    Raises UserError before the first if one cannot be written, or if another program's page is
+    there."""
     page, figures = folder / "report.html", folder / FIGURES
     check_renewable(page)
     try:

@@ -20,6 +20,7 @@ from ..evaluation.loading import (
     parse_overrides,
     set_gates,
 )
+from ..tokenizer_files import folder_for
 from . import reading, relations
 from .cards import Counted, cards
 from .knowing import knowledge, said
@@ -68,7 +69,7 @@ def inspect(
     Raises:
         UserError: for missing or mismatched files, if possible before the work.
     """
-    model_of = _Loader(data, settings)
+    model_of = _Loader(folder_for(checkpoint, data), settings)
     check_path(checkpoint, "")
     others = [("--twin", twin)] if twin else []
     others += [("--compare", path) for path in compare]
@@ -127,10 +128,6 @@ class _Loader:
     """Loads models with one dictionary and the same settings."""
 
     def __init__(self, data: Path, settings: Settings) -> None:
-        if not (data / "dict.txt").is_file():
-            raise UserError(
-                f"--data {data}: contains no dict.txt; give the folder of the model's data"
-            )
         self.settings = settings
         self.overrides = parse_overrides(settings.overrides)
         self.task = language_modeling_task(data, 1)

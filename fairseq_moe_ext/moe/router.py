@@ -18,14 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.dtypes import at_least_float32
-from .routing import (
-    Routing,
-    check_groups,
-    check_routing,
-    counted_tokens,
-    route,
-    token_capacity,
-)
+from .routing import Routing, check_groups, check_routing, counted_tokens, route, token_capacity
 from .scope import PROCESS, RoutingScope
 
 

@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from fairseq.models import FairseqLanguageModel
 
-from ..data_bin import DICTIONARY
 from ..errors import UserError
 from ..evaluation.loading import (
     add_model_flags,
@@ -36,6 +35,7 @@ from ..models.search import by_batches
 from ..models.token_scores import in_chunks, log_probs_and_likeliest
 from ..questions.scoring import Row
 from ..questions.vocabulary import PAD
+from ..tokenizer_files import folder_for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,15 +60,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens per batch and process (default: 16384)",
     )
     add_model_flags(parser, "--fp16", "--bf16")
-
-
-def check_files(path: Path, data: Path) -> None:
-    """Raise UserError unless the checkpoint and its dictionary are there."""
-    check_path(path)
-    if not (data / DICTIONARY).is_file():
-        raise UserError(
-            f"--data {data}: contains no {DICTIONARY}; name the folder with the model's dictionary"
-        )
 
 
 @contextlib.contextmanager
@@ -104,8 +95,8 @@ def load(
     Raises:
         UserError: a file that is missing or does not fit.
     """
-    check_files(path, data)
-    task = language_modeling_task(data, 1)
+    check_path(path)
+    task = language_modeling_task(folder_for(path, data), 1)
     with naming(path):
         model, _ = load_model(path, task, parse_overrides(overrides))
     if not isinstance(model, MoETransformerLanguageModel):

@@ -419,7 +419,7 @@ def test_the_command_writes_page_and_numbers(trained, tmp_path, capsys):
         ("--context 33", "--context 33: use 2 to 32"),
         ("--capacity 2", "--capacity 2: use a share"),
         ("--subset never", "no data-bin never"),
-        ("--data {t}", "dict.txt"),
+        ("--data {t}", "--data {t}: contains no dict.txt; name the folder"),
         ("--page {t}/my.txt", "my.txt: is not a page of this command"),
         ("--page {t}/no/p.html", "no folder"),
         ("--json {t}/moe/checkpoint_last.pt", "is read by this command"),
