@@ -125,12 +125,12 @@ def ratio(seconds: Dict[str, List[float]], name: str, base: str) -> float:
     return statistics.median(a / b for a, b in zip(seconds[name], seconds[base]))
 
 
-def copy_bandwidth(device: str = "cpu", rounds: int = 9) -> float:
+def copy_bandwidth(device: str = "cpu") -> float:
     """Bytes a second, those read and those written together, of copying a large tensor into
     another that exists."""
     source = torch.ones(_COPIED, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
-    seconds = in_turn({"copy": lambda: target.copy_(source)}, rounds)["copy"]
+    seconds = in_turn({"copy": lambda: target.copy_(source)}, 9)["copy"]
     return 2 * _COPIED / median(seconds)
 
 

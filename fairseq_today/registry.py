@@ -121,11 +121,6 @@ def is_in_force(patch: Patch, target: str) -> bool:
     return any(patch is one and target == name for one, name in _in_force)
 
 
-def wrapped() -> List[str]:
-    """The targets of all rows in force, in order."""
-    return [target for _, target in _in_force]
-
-
 def _put(patch: Patch, target: str) -> None:
     name = target.partition(":")[0]
     if not name.startswith("fairseq_cli."):

@@ -43,14 +43,14 @@ def check_path(path: Path, flag: str = "--path") -> None:
 
 
 @contextlib.contextmanager
-def naming(path: Path, flag: str = "--path") -> Iterator[None]:
-    """Let an error about a checkpoint's file begin with the flag that named it."""
+def naming(path: Path) -> Iterator[None]:
+    """Let an error about the file of --path begin with that flag."""
     try:
         yield
     except UserError as error:
         if not str(error).startswith(f"{path}: "):
             raise
-        raise UserError(f"{flag} {error}") from error
+        raise UserError(f"--path {error}") from error
 
 
 def parse_overrides(text: Optional[str]) -> Dict[str, Any]:

@@ -8,7 +8,7 @@ training FLOPs per token, divided by six. So effective size over size is the sav
 from __future__ import annotations
 
 import math
-from typing import List, NamedTuple, Sequence, Tuple
+from typing import NamedTuple, Sequence, Tuple
 
 import numpy as np
 
@@ -38,7 +38,6 @@ class Fit(NamedTuple):
     covariance: np.ndarray  # (4, 4)
     quantile: float  # of Student's t
     residual: float  # root mean square of log10 L, by degrees of freedom
-    points: List[Point]
 
     def saving(self, size: float, experts: int) -> Estimate:
         """How many times more FLOPs a dense model needs for the same loss, with its interval from
@@ -82,7 +81,7 @@ def fit(points: Sequence[Point]) -> Fit:
     a, b, c, d = map(float, best)
     law = Clark(a, b, c, d, S_BASE.start, S_BASE.most)
     intervals = tuple(Estimate(float(x), float(x - w), float(x + w)) for x, w in zip(best, wide))
-    return Fit(law, intervals, covariance, quantile, math.sqrt(variance), list(points))
+    return Fit(law, intervals, covariance, quantile, math.sqrt(variance))
 
 
 def _check(points: Sequence[Point]) -> None:

@@ -183,7 +183,6 @@ _WORDS = {
     "tokens": "tokens",
     "top_k": "experts per token",
     "layers": "share of sparse layers",
-    "granularity": "granularity",
     "total": "total parameters",
     "active": "active parameters",
 }

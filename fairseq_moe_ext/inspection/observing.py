@@ -16,7 +16,6 @@ from .reading import Block
 
 CANDIDATES = 4  # of a token that are shown, chosen or not
 SAMPLE = 128  # inputs of a layer on which experts are compared
-NOT_CHOSEN, DROPPED, KEPT = range(3)  # what happens to a candidate
 
 
 class LayerView(NamedTuple):
@@ -57,7 +56,7 @@ class WatchedGate:
         x, routing = args[0][self.real], output[1]
         probs, experts = routing.probs[self.real].float(), routing.experts[self.real]
         routed, kept = routing.routed[self.real], routing.kept[self.real]
-        how = torch.zeros_like(probs)  # (T, E)
+        how = torch.zeros_like(probs)  # (T, E), 0: not chosen, 1: dropped, 2: kept
         how.scatter_(1, experts, routed.float() + kept.float())
         order = routed_first(routed)
         chosen = experts.masked_fill(~routed, self.experts).gather(1, order)  # (T, K)

@@ -85,16 +85,16 @@ def write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
         torch.mm(a, b, out=out)
 
 
-def write_outer(out: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
-    """out (N, M) = scale * the sum over k of a[k] (N,) outer b[k] (M,); without autograd.
+def write_outer(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out (N, M) = the sum over k of a[k] (N,) outer b[k] (M,); without autograd.
 
     a (K, N), b (K, M)."""
-    _outer(out, a, b, 0, scale)
+    _outer(out, a, b, 0)
 
 
 def add_outer(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out (N, M) += the sum over k of a[k] (N,) outer b[k] (M,); without autograd."""
-    _outer(out, a, b, 1, 1.0)
+    _outer(out, a, b, 1)
 
 
 def outer(a: Tensor, b: Tensor) -> Tensor:
@@ -104,12 +104,12 @@ def outer(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
-def _outer(out: Tensor, a: Tensor, b: Tensor, keep: int, scale: float) -> None:
+def _outer(out: Tensor, a: Tensor, b: Tensor, keep: int) -> None:
     onednn = _by_onednn(a, b)
     if onednn:
         a, b = _padded(a), _padded(b)
     with _switched(onednn):
-        torch.addmm(out, a.t(), b, beta=keep, alpha=scale, out=out)  # with beta=0 out is not read
+        torch.addmm(out, a.t(), b, beta=keep, out=out)  # with beta=0 out is not read
 
 
 class _Linear(torch.autograd.Function):

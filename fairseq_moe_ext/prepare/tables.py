@@ -9,7 +9,6 @@ from typing import Any, BinaryIO, Iterator, List, Tuple
 from fairseq_moe_ext.errors import UserError
 
 DELIMITERS = {"csv": ",", "tsv": "\t"}
-FORMATS = (*DELIMITERS, "parquet", "arrow")
 # first bytes -> format, where pyarrow is there to read it
 MAGIC = ((b"PAR1", "parquet"), (b"ARROW1", "arrow"), (b"\xff\xff\xff\xff", "arrow"))
 HAS_ARROW = find_spec("pyarrow") is not None

@@ -6,7 +6,7 @@ import pytest
 
 from fairseq_moe_ext import cli
 from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.prepare import kinds, tables
+from fairseq_moe_ext.prepare import kinds
 from fairseq_moe_ext.prepare.documents import Source, list_files, read_documents
 
 TEXTS = ['one,\n\ntwo "quoted"', "three", "vier Ä 中"]
@@ -179,5 +179,5 @@ def test_zstandard(tmp_path):
 
 
 def test_formats_have_words():
-    formats = {*kinds.FORMATS, *tables.FORMATS, ""} - {"auto"}
+    formats = {*kinds.FORMATS, "parquet", "arrow", ""} - {"auto"}
     assert all(kinds.count([kinds.Kind("", name)]) for name in formats)
