@@ -14,7 +14,6 @@ from ..errors import UserError
 from ..expert_parallel import process_rank
 from ..locks import Lock
 from ..wording import flag
-from .loading import refuse_folder
 
 logger = logging.getLogger(__name__)
 
@@ -121,5 +120,5 @@ def _check(where: str, path: str) -> None:
     elif not os.path.exists(path):
         raise UserError(f"{where}: no such file; check the name")
     else:
-        refuse_folder(path)
+        files.refuse_folder(path, where)
         files.check(path, where)
