@@ -10,10 +10,11 @@ from typing import Any, Dict, NamedTuple, Optional
 
 from fairseq_today.torch_today import load_weights_only
 
-from ..checkpoint.format import MANIFEST
+from ..checkpoint.format import MANIFEST, check_kind
 from ..checkpoint.settings import check_settings
 from ..errors import UserError
 from ..expert_parallel import is_expert
+from ..models.architectures import name_of
 
 State = Dict[str, Any]
 
@@ -87,10 +88,7 @@ def check_name(path: str, flag: str = "") -> None:
 def load(path: str) -> State:
     """A part, mapped into memory. UserError if it is not a checkpoint."""
     state = load_weights_only(path, map_location="cpu", mmap=True)
-    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        raise UserError(
-            f"{path}: not a fairseq checkpoint: it contains no model; name another file"
-        )
+    check_kind(path, state)
     check_settings(path, state)
     return state
 
@@ -103,10 +101,9 @@ def _has_experts(state: State) -> bool:
 def _is_of_branch(state: State) -> bool:
     """Whether a checkpoint has the branch's settings, which stock fairseq lacks."""
     settings = flat_settings(state)
-    name = str(settings.get("_name") or settings.get("arch"))
     task = (state.get("cfg") or {}).get("task") or {}
     extended = "moe_freq" in settings or "max_source_positions" in task
-    return name.startswith("transformer_lm") and extended
+    return name_of(settings).startswith("transformer_lm") and extended
 
 
 def _is_dense(path: str) -> bool:
@@ -135,3 +132,13 @@ def flat_settings(state: State) -> Dict[str, Any]:
     if neither is there."""
     settings = state.get("args") or (state.get("cfg") or {}).get("model") or {}
     return dict(vars(settings) if isinstance(settings, Namespace) else settings)
+
+
+def saved_settings(path: str, state: State) -> Dict[str, Any]:
+    """flat_settings of a file. Raises UserError if there are none."""
+    settings = flat_settings(state)
+    if not settings:
+        raise UserError(
+            f"{path}: contains no settings, neither args nor cfg; use another checkpoint"
+        )
+    return settings

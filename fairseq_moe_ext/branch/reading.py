@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..expert_parallel import process_count
-from .files import BranchFiles, State, flat_settings, load
+from .files import BranchFiles, State, load, saved_settings
 from .flat import Misfit
 from .optimizer import optimizer_state
 from .parts import expert_parts, model_state, shared_pieces
@@ -47,10 +47,7 @@ def read(
         stack: joins the optimizer state of the experts into one tensor.
     """
     shared = load(files.shared)
-    if not flat_settings(shared):
-        raise UserError(
-            f"{files.shared}: contains no settings, neither args nor cfg; use another checkpoint"
-        )
+    saved_settings(files.shared, shared)
     parts = expert_parts(files, shared)
     state = dict(BARE)
     for source in (shared, parts[0].state):  # the branch uses the rank file's

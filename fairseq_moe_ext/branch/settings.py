@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from ..checkpoint.settings import check_fields
 from ..config import EXPERT_GRAD_SCALES, MoETransformerLMConfig
 from ..errors import UserError
+from ..models.architectures import name_of
 from ..models.language_model import MODEL_NAME
 from ..wording import short
 
@@ -64,7 +65,7 @@ class OtherModel(UserError):
 def translated_settings(path: str, saved: Dict[str, Any]) -> Dict[str, Any]:
     """Our model's settings from the branch's flat ones. OtherModel for settings that we do not
     have."""
-    arch = str(saved.get("_name") or saved.get("arch"))
+    arch = name_of(saved)
     if not arch.startswith("transformer_lm"):
         raise OtherModel(
             f"{path}: a model of the architecture {arch}; of the moe branch's architectures, "

@@ -106,6 +106,18 @@ def is_piece(state: Mapping[str, Any]) -> bool:
     return set(_IDENTITY) <= state.keys()
 
 
+def check_kind(path: str, state: Any) -> None:
+    """Raise UserError for a state that is not a checkpoint, or only a part of one."""
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+        raise UserError(
+            f"{path}: not a fairseq checkpoint: it contains no model; name another file"
+        )
+    if is_piece(state):
+        raise UserError(
+            f"{path}: contains only experts; name the checkpoint beside the folder {FOLDER}"
+        )
+
+
 def new_save(state: Mapping[str, Any]) -> str:
     """A name for a save of a state of fairseq's, which no other save has."""
     history = (state.get("optimizer_history") or [{}])[-1]

@@ -20,7 +20,7 @@ from ..expert_parallel import Placement, is_expert, placement, process_count, pr
 from ..models.precision import has_own_bfloat16
 from .collective import same_error_on_all_ranks
 from .experts import expert_indices, saves_together, trained_parameters
-from .format import FOLDER, ExpertFile, Manifest, Piece, is_piece
+from .format import FOLDER, ExpertFile, Manifest, Piece, check_kind
 from .intact import check_digest, check_records
 from .settings import check_buildable, check_settings
 
@@ -110,18 +110,6 @@ def refuse_folder(path: str) -> None:
     files.refuse_folder(path)
     if os.path.exists(path):
         files.check(path)
-
-
-def check_kind(path: str, state: Any) -> None:
-    """Raise UserError for a state that is not a checkpoint, or only a part of one."""
-    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        raise UserError(
-            f"{path}: not a fairseq checkpoint: it contains no model; name another file"
-        )
-    if is_piece(state):
-        raise UserError(
-            f"{path}: contains only experts; name the checkpoint beside the folder {FOLDER}"
-        )
 
 
 def _with_own_experts(path: str, state: Dict[str, Any]) -> Dict[str, Any]:

@@ -12,18 +12,18 @@ from torch import Tensor
 from fairseq_today.torch_today import load_weights_only
 
 from .. import files as own_files
-from ..branch.files import BranchFiles, find, flat_settings
+from ..branch.files import BranchFiles, find, flat_settings, saved_settings
 from ..branch.optimizer import is_parameter
 from ..branch.reading import read
 from ..branch.settings import ONE_PROCESS, translated_settings
-from ..checkpoint.format import MANIFEST, Manifest, Piece
+from ..checkpoint.format import MANIFEST, Manifest, Piece, check_kind
 from ..checkpoint.intact import check_records
-from ..checkpoint.loading import check_kind, check_optimizer_parts, open_pieces, refuse_folder
+from ..checkpoint.loading import check_optimizer_parts, open_pieces, refuse_folder
 from ..checkpoint.settings import check_fields, check_settings
 from ..config import MoETransformerLMConfig, defaults, saved_pad_rule
 from ..errors import Unfit, UserError
 from ..expert_parallel import Placement, is_expert
-from ..models.architectures import ARCHITECTURES
+from ..models.architectures import ARCHITECTURES, is_ours, name_of
 from ..models.language_model import MODEL_NAME
 from ..moe.experts import TensorPerExpert
 from .source import Optimizer, Source, build_on_meta, set_order
@@ -75,16 +75,14 @@ def _open_ours(path: str, weights_only: bool) -> Source:
     manifest = Manifest.read(path, state)
     model, _ = state.pop("model"), state.pop(MANIFEST, None)
     optimizer = state.pop("last_optimizer_state", None)
-    flat = flat_settings({"args": state.get("args"), "cfg": state.get("cfg")})
-    settings = _settings(path, flat)
+    settings = _settings(path, state)
     if "decoder.embed_tokens.weight" not in model:
         raise UserError(f"{path}: contains no decoder.embed_tokens.weight; name the file X.pt")
-    ours = str(flat.get("_name") or flat.get("arch")) in (MODEL_NAME, *ARCHITECTURES)
     source = Source(path, state, settings, model, [], None)
     pieces = _pieces(path, manifest, model)
     for name in pieces[0].model if pieces else ():
         model[name] = TensorPerExpert(part for piece in pieces for part in piece.model[name])
-    if ours:
+    if is_ours(flat_settings(state)):
         set_order(source)
     else:
         tied = settings["share_decoder_input_output_embed"]
@@ -186,14 +184,14 @@ def _open_branch(path: str, weights_only: bool) -> Source:
         check_records(part)
     if not weights_only:
         model = read(files, None, None)
-        settings = _settings(files.base, _flat(model))
+        settings = _settings(files.base, model)
         vocabulary = model["model"]["decoder.embed_tokens.weight"].shape[0]
         parameters = dict(build_on_meta(settings, vocabulary).named_parameters())
     try:
         state = read(files, None, parameters, stack=TensorPerExpert)
     except Unfit as error:
         raise Unfit(error.reason, "add --weights-only") from error
-    settings = _settings(files.base, _flat(state))
+    settings = _settings(files.base, state)
     model, saved = state.pop("model"), state.pop("last_optimizer_state", None)
     if state["cfg"] is not None:
         state["cfg"] = OmegaConf.to_container(state["cfg"], resolve=True, enum_to_str=True)
@@ -205,22 +203,14 @@ def _open_branch(path: str, weights_only: bool) -> Source:
     return source
 
 
-def _flat(state: Dict[str, Any]) -> Dict[str, Any]:
-    return vars(state["args"]) if state.get("args") is not None else dict(state["cfg"]["model"])
-
-
 # ---- Both
 
 
-def _settings(path: str, flat: Dict[str, Any]) -> Dict[str, Any]:
-    if not flat:
-        raise UserError(
-            f"{path}: contains no settings, neither args nor cfg; use another checkpoint"
-        )
-    name = str(flat.get("_name") or flat.get("arch"))
-    if name not in (MODEL_NAME, *ARCHITECTURES):
+def _settings(path: str, state: Dict[str, Any]) -> Dict[str, Any]:
+    flat = saved_settings(path, state)
+    if not is_ours(flat):
         return translated_settings(path, flat)
-    settings = {**defaults(), **ARCHITECTURES.get(name, {})}
+    settings = {**defaults(), **ARCHITECTURES.get(name_of(flat), {})}
     settings.update({key: flat[key] for key in settings if key in flat})
     settings["moe_pad_rule"] = saved_pad_rule(flat)
     # How a run was started is no matter for converting what it left.

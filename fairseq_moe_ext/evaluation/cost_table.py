@@ -142,10 +142,9 @@ def checkpoint_settings(path: Path, flag: str = "--path") -> Tuple[Dict[str, Any
     from ..branch.files import find, flat_settings
     from ..branch.reading import read
     from ..branch.settings import translated_settings
-    from ..checkpoint.loading import check_kind
+    from ..checkpoint.format import check_kind
     from ..checkpoint.settings import check_settings
-    from ..models.architectures import ARCHITECTURES
-    from ..models.language_model import MODEL_NAME
+    from ..models.architectures import is_ours
 
     branch = find(str(path))
     file = Path(branch.shared) if branch else path
@@ -165,7 +164,7 @@ def checkpoint_settings(path: Path, flag: str = "--path") -> Tuple[Dict[str, Any
             f"{where}: not a language model of this package or of the branch; name another "
             "checkpoint"
         )
-    if str(settings.get("_name") or settings.get("arch")) in (MODEL_NAME, *ARCHITECTURES):
+    if is_ours(settings):
         return dict(settings), embedding.size(0)
     return translated_settings(str(path), dict(settings)), embedding.size(0)
 

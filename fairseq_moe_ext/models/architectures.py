@@ -4,7 +4,7 @@ Artetxe et al. 2021 (arXiv 2112.10684), table 1. An architecture is a set of def
 can be overridden by its flag.
 """
 
-from typing import Any, Dict
+from typing import Any, Dict, Mapping
 
 from fairseq.models import register_model_architecture
 from omegaconf import DictConfig
@@ -55,6 +55,16 @@ ARCHITECTURES: Dict[str, Dict[str, Any]] = {
     "moe_lm_207b": {**_size(24, 2048, 32), **_MOE},
     "moe_lm_1_1t": {**_size(32, 4096, 32), **_MOE},
 }
+
+
+def name_of(settings: Mapping[str, Any]) -> str:
+    """The architecture or model that a model's saved settings name."""
+    return str(settings.get("_name") or settings.get("arch"))
+
+
+def is_ours(settings: Mapping[str, Any]) -> bool:
+    """Whether a model's saved settings are of one of ours."""
+    return name_of(settings) in (MODEL_NAME, *ARCHITECTURES)
 
 
 def _register(name: str, sizes: Dict[str, Any]) -> None:
