@@ -2,7 +2,7 @@
 
 import ast
 import operator
-from typing import Any, Optional
+from typing import Any, Dict, Optional
 
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.wording import short
@@ -35,6 +35,28 @@ def literal(text: str) -> Any:
             f"the setting {short(text)!r} is rejected: use only numbers, strings, lists, tuples "
             "and dictionaries, and + - * / of them; nothing in it was run"
         ) from None
+
+
+def plain(text: Any) -> Any:
+    """The value of a literal without operators. Raises ValueError for anything else."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise ValueError("no literal") from error
+
+
+def overrides(text: str, flag: str) -> Dict[str, Any]:
+    """The dictionary of --model-overrides and its like. Raises UserError for anything else."""
+    try:
+        value = plain(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise UserError(
+            f"{flag} {text!r}: not a Python dictionary of names and values without computations, "
+            "such as \"{'dropout': 0.1}\""
+        )
+    return value
 
 
 def _value(node: Optional[ast.AST]) -> Any:

@@ -5,11 +5,11 @@ would silently mean something else (--batch-size 0: no limit), or raise an excep
 does not name the flag, perhaps after hours (--log-interval 0).
 """
 
-import ast
 import math
 from typing import Any, Callable, Dict, Iterator, Mapping, NamedTuple, Optional, Tuple
 
 from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.literals import plain
 from fairseq_moe_ext.wording import flag, short
 
 
@@ -216,8 +216,8 @@ def require(allowed: Range, value: Any, spelled: str) -> None:
 def _fits(allowed: Range, value: Any) -> bool:
     if isinstance(value, str):  # "(0.9, 0.98)", or a number if fairseq has no type for it
         try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            value = plain(value)
+        except ValueError:
             return False
     if allowed.items == 0:
         return value in allowed

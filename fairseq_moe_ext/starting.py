@@ -4,7 +4,6 @@ patches/commands.py calls `check_command_line` and `check_run` as soon as the fl
 command are parsed. What needs the task or the model is checked in trainer_checks.py.
 """
 
-import ast
 import glob
 import importlib.util
 import os
@@ -20,7 +19,7 @@ from fairseq.tasks import TASK_REGISTRY
 
 from fairseq_today.finding import checkpoint_names_it
 
-from . import data_bin, files, outputs, ranges, wording
+from . import data_bin, files, literals, outputs, ranges, wording
 from .config import MoETransformerLMConfig
 from .errors import UserError
 from .moe.router import ROUTERS
@@ -122,16 +121,7 @@ def _check_overrides(value: Any, spelled: str) -> None:
     (fairseq/checkpoint_utils.py:198@0.12.2)."""
     if value is None or isinstance(value, Mapping):
         return
-    try:
-        overrides = ast.literal_eval(value)
-    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
-        overrides = None
-    if not isinstance(overrides, dict):
-        raise UserError(
-            f"{spelled} {value!r}: not a dictionary of names and values without computations, "
-            "such as \"{'dropout': 0.1}\""
-        )
-    ranges.check(overrides, lambda name: f"{spelled} {name!r}:")
+    ranges.check(literals.overrides(value, spelled), lambda name: f"{spelled} {name!r}:")
 
 
 def _check_is_there(path: str, where: str) -> None:

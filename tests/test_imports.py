@@ -27,8 +27,8 @@ ALLOWED = {
         "router_flags": "balance_flags moe",
         "config_checks": "balance_flags config ranges router_flags shape",
         "shape": "moe.activations moe.router router_flags",
-        "ranges": "",
-        "starting": "config data_bin moe.router optim ranges",
+        "ranges": "literals",
+        "starting": "config data_bin literals moe.router optim ranges",
         "trainer_checks": "balance_flags expert_parallel moe.router shape starting",
         "accuracy": "",
         "cost": "kernels shape",
@@ -98,7 +98,7 @@ ALLOWED = {
             """,
         "evaluation": """
             evaluation branch checkpoint config config_checks cost data_bin data_bin_files
-            models shape
+            literals models shape
             """,
     }.items()
 }

@@ -8,7 +8,6 @@ own imported code registers is accepted.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import enum
 import math
@@ -28,7 +27,7 @@ from omegaconf import DictConfig
 
 from ..config import defaults
 from ..errors import UserError
-from ..literals import literal
+from ..literals import literal, plain
 from ..wording import did_you_mean, short
 
 _CRITERIA = {
@@ -264,8 +263,8 @@ def _fits(value: Any, kind: Any) -> bool:
         )
     if isinstance(value, str):
         try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            value = plain(value)
+        except ValueError:
             return False
     if typing.get_origin(kind) is list:
         items = value if isinstance(value, (list, tuple)) else [value]

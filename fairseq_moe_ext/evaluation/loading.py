@@ -1,7 +1,6 @@
 """Loads a checkpoint for evaluation."""
 
 import argparse
-import ast
 import contextlib
 import os
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Sequence,
 
 import torch
 
-from .. import data_bin, files
+from .. import data_bin, files, literals
 from ..errors import UserError
 
 if TYPE_CHECKING:
@@ -55,17 +54,7 @@ def naming(path: Path) -> Iterator[None]:
 
 def parse_overrides(text: Optional[str]) -> Dict[str, Any]:
     """The dictionary of --model-overrides. Raises UserError for anything else."""
-    if not text:
-        return {}
-    try:
-        overrides = ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        overrides = None
-    if not isinstance(overrides, dict) or not all(isinstance(name, str) for name in overrides):
-        raise UserError(
-            f"--model-overrides {text}: not a Python dictionary, such as \"{{'a': 1}}\""
-        )
-    return overrides
+    return literals.overrides(text, "--model-overrides") if text else {}
 
 
 def language_modeling_task(folder: Path, tokens_per_sample: int) -> "LanguageModelingTask":

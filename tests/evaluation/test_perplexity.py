@@ -170,7 +170,7 @@ def test_it_gives_what_fairseq_eval_lm_gives(trained, caplog, capsys, tmp_path):
         ("--sweep-capacity 0.1,x", "--sweep-capacity x: use shares"),
         ("--context 64", "--context 64: the model takes 32 at most"),
         ("--stride 33", "--stride 33 is above --context 32"),
-        ("--model-overrides 5", "--model-overrides 5: not a Python dictionary"),
+        ("--model-overrides 5", "--model-overrides '5': not a Python dictionary"),
         ("--json no/x.json", "--json no/x.json: no folder no; make it first"),
         ("--sweep-capacity 1 --figure no/x.html", "--figure no/x.html: no folder no"),
         ("--sweep-capacity 1 --unit-losses x", "--unit-losses x: needs one capacity"),

@@ -423,7 +423,7 @@ def test_the_command_writes_page_and_numbers(trained, tmp_path, capsys):
         ("--page {t}/my.txt", "my.txt: is not a page of this command"),
         ("--page {t}/no/p.html", "no folder"),
         ("--json {t}/moe/checkpoint_last.pt", "is read by this command"),
-        ("--model-overrides x", "--model-overrides x: not a Python dictionary"),
+        ("--model-overrides x", "--model-overrides 'x': not a Python dictionary"),
     ],
 )
 def test_mistakes_are_one_line(trained, tmp_path, capsys, change, words):
