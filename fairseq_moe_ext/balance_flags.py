@@ -1,7 +1,7 @@
 """The flags of balancing (--moe-balance), and the checks of their combinations."""
 
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any, Mapping, Optional
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
@@ -47,13 +47,18 @@ class BalanceFlags(FairseqDataclass):
 
 
 def has_bias(cfg: Any) -> bool:
-    """Whether a bias balances (--moe-balance bias, both)."""
-    return str(cfg.moe_balance) in ("bias", "both")
+    """Whether a bias balances (--moe-balance bias, both); cfg: an object or a mapping."""
+    return _balance(cfg) in ("bias", "both")
 
 
 def has_loss(cfg: Any) -> bool:
-    """Whether a loss balances (--moe-balance loss, both)."""
-    return str(cfg.moe_balance) in ("loss", "both")
+    """Whether a loss balances (--moe-balance loss, both); cfg: an object or a mapping."""
+    return _balance(cfg) in ("loss", "both")
+
+
+def _balance(cfg: Any) -> str:
+    settings = cfg if isinstance(cfg, Mapping) else vars(cfg)
+    return str(settings.get("moe_balance", "loss"))
 
 
 def bias_update_rate(cfg: Any) -> float:

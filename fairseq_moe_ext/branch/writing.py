@@ -3,6 +3,7 @@
 from enum import Enum
 from typing import Any, Dict, Iterable, List
 
+from ..balance_flags import has_bias
 from ..config import defaults
 from ..errors import UserError
 from ..expert_parallel import is_expert
@@ -143,7 +144,7 @@ def _check_experts(path: str, settings: Dict[str, Any]) -> None:
             "token; the branch has only top-1 and top-2 gates, so its layout cannot hold this "
             "model: convert without --to branch"
         )
-    if str(settings.get("moe_balance")) in ("bias", "both"):
+    if has_bias(settings):
         raise _lacking(
             path, f"--moe-balance {settings['moe_balance']}", "no bias in a gate's choice"
         )

@@ -273,7 +273,7 @@ def left_out(source: Source) -> List[str]:
         return []
     criterion = _criterion(source)
     parts = []
-    if _neg_log(criterion) and has_loss(SimpleNamespace(**source.settings)):
+    if _neg_log(criterion) and has_loss(source.settings):
         parts.append("the balancing loss (--moe-gate-loss-transform neg_log)")
     if criterion.get("moe_z_loss_wt"):
         parts.append(f"the z-loss (--moe-z-loss-wt {criterion['moe_z_loss_wt']})")
@@ -286,7 +286,7 @@ def _balance_weight(source: Source) -> float:
     """The factor on the mean of the sparse layers' balancing losses in training."""
     criterion = _criterion(source)
     weight = criterion.get("moe_gate_loss_wt")
-    balances = source.experts and has_loss(SimpleNamespace(**source.settings))
+    balances = source.experts and has_loss(source.settings)
     if not (isinstance(weight, (int, float)) and balances) or _neg_log(criterion):
         return 0.0
     summed = str(criterion.get("moe_gate_loss_combine_method")) == "sum"
