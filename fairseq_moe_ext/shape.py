@@ -104,7 +104,7 @@ class Shape(NamedTuple):
 def shape_of(settings: Any, vocabulary: int = 0) -> Shape:
     """The shape of a model with these settings: an object or a mapping with the names of config.py.
     Settings that stock models, the branch or older checkpoints lack count as off."""
-    s = settings if isinstance(settings, Mapping) else vars(settings)
+    s = _mapping(settings)
     ffn_dim = s["decoder_ffn_embed_dim"]
     expert_ffn_dim = s.get("moe_expert_ffn_dim") or None
     shared_width = s.get("moe_shared_expert_ffn_dim") or expert_ffn_dim or ffn_dim
@@ -132,6 +132,16 @@ def shape_of(settings: Any, vocabulary: int = 0) -> Shape:
     )
 
 
+def context_length(settings: Any) -> int:
+    """Tokens that a model takes at most; settings as for shape_of."""
+    s = _mapping(settings)
+    return s.get("max_target_positions") or s["tokens_per_sample"]
+
+
+def _mapping(settings: Any) -> Mapping[str, Any]:
+    return settings if isinstance(settings, Mapping) else vars(settings)
+
+
 def _has_gate(router: str) -> bool:
     known = ROUTERS.get(router)
     return known is None or known.learned
@@ -141,7 +151,7 @@ def _learned_positions(settings: Mapping[str, Any]) -> int:
     if not settings.get("decoder_learned_pos") or settings.get("no_token_positional_embeddings"):
         return 0
     # the first two rows are those of padding (fairseq/modules/positional_embedding.py:24@0.12.2)
-    return (settings.get("max_target_positions") or settings["tokens_per_sample"]) + 2
+    return context_length(settings) + 2
 
 
 def _listed(text: Optional[str], layers: int) -> Optional[Tuple[int, ...]]:

@@ -16,7 +16,7 @@ from ..config import MoETransformerLMConfig, defaults
 from ..errors import UserError
 from ..models.language_model import MODEL_NAME
 from ..router_flags import gate_settings
-from ..shape import shape_of
+from ..shape import context_length, shape_of
 from ..tokenizer_files import NAMES, files_of
 from ..wording import flag
 from . import model_card, xglm
@@ -114,7 +114,9 @@ def hf_jobs(source: Source, folder: str, extras: Extras, only_xglm: bool = False
     generation = {"bos_token_id": 2, "pad_token_id": 1}
     jobs.append(text_job(folder, GENERATION, json.dumps(generation, indent=2) + "\n"))
     if extras.tokenizer is not None:
-        for name, text in tokenizer_files(extras.tokenizer, source.vocabulary, _longest(s)).items():
+        for name, text in tokenizer_files(
+            extras.tokenizer, source.vocabulary, context_length(s)
+        ).items():
             jobs.append(text_job(folder, name, text))
         for name, file in files_of(extras.tokenizer).items():
             jobs.append(bytes_job(folder, name, file.read_bytes()))  # the checkpoint has digests
@@ -195,7 +197,7 @@ def _translated(s: Dict[str, Any], vocabulary: int, balance_weight: float) -> Di
         "intermediate_sizes": widths,
         "num_hidden_layers": shape.layers,
         "num_attention_heads": s["decoder_attention_heads"],
-        "max_position_embeddings": _longest(s),
+        "max_position_embeddings": context_length(s),
         "activation": str(s["activation_fn"]),
         "dropout": s["dropout"],
         "attention_dropout": s["attention_dropout"],
@@ -260,11 +262,6 @@ def _settings(path: str, config: Dict[str, Any]) -> Dict[str, Any]:
                 f"{value!r}: copy the file that convert wrote"
             )
     return settings
-
-
-def _longest(s: Dict[str, Any]) -> int:
-    """Tokens that the model takes."""
-    return s["max_target_positions"] or s["tokens_per_sample"]
 
 
 def left_out(source: Source) -> List[str]:

@@ -13,7 +13,7 @@ import yaml
 from ..checkpoint import trained
 from ..cost import parameters
 from ..errors import UserError
-from ..shape import shape_of
+from ..shape import context_length, shape_of
 from ..text_table import markdown
 from ..wording import short, small
 from .source import Source, best_metric
@@ -93,7 +93,7 @@ def _model(source: Source) -> List[List[str]]:
         ["parameters that a token uses", f"{counted.active:,}"],
         ["layers, width", f"{shape.layers}, {shape.dim}"],
         ["attention heads", str(s["decoder_attention_heads"])],
-        ["context", f"{s['max_target_positions'] or s['tokens_per_sample']:,} tokens"],
+        ["context", f"{context_length(s):,} tokens"],
         ["vocabulary", f"{source.vocabulary:,}"],
         ["activation", str(s["activation_fn"])],
     ]

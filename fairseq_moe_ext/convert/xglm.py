@@ -10,7 +10,7 @@ from ..branch.settings import ONE_PROCESS
 from ..config import defaults
 from ..errors import UserError
 from ..models.language_model import MODEL_NAME
-from ..shape import shape_of
+from ..shape import context_length, shape_of
 from ..wording import flag
 from .source import Source
 
@@ -48,7 +48,7 @@ def config_of(source: Source) -> Dict[str, Any]:
         "architectures": ["XGLMForCausalLM"],
         "model_type": "xglm",
         "vocab_size": source.vocabulary,
-        "max_position_embeddings": s["max_target_positions"] or s["tokens_per_sample"],
+        "max_position_embeddings": context_length(s),
         "d_model": s["decoder_embed_dim"],
         "ffn_dim": shape_of(s).dense_widths[0],
         "num_layers": s["decoder_layers"],

@@ -30,7 +30,7 @@ from ..moe.exchange import HERE
 from ..moe.layer import MoELayer, MoEOutput
 from ..moe.scope import PROCESS
 from ..router_flags import gate_settings
-from ..shape import shape_of
+from ..shape import context_length, shape_of
 from .activation import activation_named
 from .attention import CausalSelfAttention, IncrementalState
 from .compiled import compiled
@@ -182,7 +182,7 @@ class MoETransformerDecoder(FairseqIncrementalDecoder):
         # Set while balancing losses are parts of that of a whole batch (patches/whole_batch.py).
         self.whole_sample_size: Optional[float] = None
         self.share_input_output_embed = cfg.share_decoder_input_output_embed
-        self.max_target_positions = cfg.max_target_positions or cfg.tokens_per_sample
+        self.max_target_positions = context_length(cfg)
         self.embed_scale = 1.0 if cfg.no_scale_embedding else math.sqrt(dim)
 
         self.embed_tokens = Embedding(len(dictionary), dim, self.padding_idx)

@@ -22,7 +22,7 @@ from ..errors import DAMAGED, ModelMisfit, UserError
 from ..expert_parallel import mark_experts, process_count, replica_count
 from ..kernels.linear_cross_entropy import linear_cross_entropy
 from ..moe.router import TopKRouter
-from ..shape import shape_of
+from ..shape import context_length, shape_of
 from .decoder import MoETransformerDecoder, too_few_positions
 from .hub import LanguageModelHub, find_tokenizer, own_data
 from .precision import in_bfloat16
@@ -54,7 +54,7 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
         validate(cfg)
         adds_bos = getattr(getattr(task, "args", None), "add_bos_token", False)
         longest = cfg.tokens_per_sample + bool(adds_bos)
-        learned = cfg.max_target_positions or cfg.tokens_per_sample
+        learned = context_length(cfg)
         if cfg.decoder_learned_pos and longest > learned == cfg.tokens_per_sample:
             raise too_few_positions(longest, learned)
         if process_count() > 1 and shape_of(cfg).sparse:
