@@ -67,8 +67,8 @@ ALLOWED = {
             models.precision
             """,
         "branch": """
-            branch checkpoint.format checkpoint.settings config expert_parallel fully_sharded
-            models moe router_flags shape
+            branch balance_flags checkpoint.format checkpoint.settings config expert_parallel
+            fully_sharded models moe router_flags shape
             """,
         "models": """
             models balance_flags config config_checks data_bin expert_parallel

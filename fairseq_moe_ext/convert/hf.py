@@ -114,9 +114,8 @@ def hf_jobs(source: Source, folder: str, extras: Extras, only_xglm: bool = False
     generation = {"bos_token_id": 2, "pad_token_id": 1}
     jobs.append(text_job(folder, GENERATION, json.dumps(generation, indent=2) + "\n"))
     if extras.tokenizer is not None:
-        for name, text in tokenizer_files(
-            extras.tokenizer, source.vocabulary, context_length(s)
-        ).items():
+        written = tokenizer_files(extras.tokenizer, source.vocabulary, context_length(s))
+        for name, text in written.items():
             jobs.append(text_job(folder, name, text))
         for name, file in files_of(extras.tokenizer).items():
             jobs.append(bytes_job(folder, name, file.read_bytes()))  # the checkpoint has digests
