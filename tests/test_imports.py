@@ -81,7 +81,7 @@ ALLOWED = {
             inspection data_bin evaluation metrics_file models moe.layer moe.router questions
             tokenizer_files
             """,
-        "questions": "questions prepare",
+        "questions": "questions prepare tokenizer_files",
         "priming": """
             priming accuracy evaluation expert_parallel models questions
             tokenizer_files

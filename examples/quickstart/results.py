@@ -10,7 +10,7 @@ from typing import Any, Dict, List, NamedTuple, Sequence, TypedDict
 import corpora
 import recipe
 
-from fairseq_moe_ext import cores, cost, files
+from fairseq_moe_ext import cores, cost, data_bin, files
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.shape import Shape
 from fairseq_moe_ext.study import logs
@@ -106,7 +106,7 @@ def gathered(
     out: Path, settings: Dict[str, Any], stages: Sequence[Stage], commands: Sequence[Sequence[str]]
 ) -> Result:
     """Everything the report shows, from the files of a run."""
-    counts = files.read_json(out / "data" / "counts.json")
+    counts = files.read_json(out / "data" / data_bin.COUNTS)
     text = files.read_json(out / "text.json")
     domains: List[Domain] = [
         {

@@ -25,7 +25,7 @@ import results  # noqa: E402
 from progress import LogTail, Screen, TrainingProgress  # noqa: E402
 from results import Stage  # noqa: E402
 
-from fairseq_moe_ext import cores, files, outputs  # noqa: E402
+from fairseq_moe_ext import cores, data_bin, files, outputs  # noqa: E402
 from fairseq_moe_ext.errors import OneLineParser, UserError  # noqa: E402
 from fairseq_moe_ext.evaluation import report  # noqa: E402
 from fairseq_moe_ext.study.plan import FAMILIES  # noqa: E402
@@ -106,7 +106,7 @@ def prepare(run: Run, command: List[str]) -> str:
         run.screen.show(f"  fairseq-moe prepare: {clock(time.monotonic() - started)}")
 
     run.call(command, log, watch=show, every=0.2)
-    counts = files.read_json(run.out / "data" / "counts.json")
+    counts = files.read_json(run.out / "data" / data_bin.COUNTS)
     trained = sum(
         corpus["train"]["tokens"] for corpus in counts["corpora"].values() if "train" in corpus
     )

@@ -85,7 +85,7 @@ def unit_starts(tokens: np.ndarray, eos: int, least: int) -> np.ndarray:
 
 
 def _bytes(folder: Path, subset: str, tokens: int) -> Optional[int]:
-    path = folder.parent / "counts.json"
+    path = folder.parent / data_bin.COUNTS
     if not path.is_file():
         return None
     try:

@@ -8,7 +8,7 @@ from typing import List, Optional
 
 from fairseq_today.errors import UserError, first_line
 
-from .. import files
+from .. import data_bin, files
 
 
 def mistake_to_print(error: BaseException) -> Optional[str]:
@@ -137,7 +137,7 @@ def _missing_file(error: OSError) -> Optional[str]:
         data = Path(dataset.group(1))
         return f"{data}.idx: no such data-bin; {_there_are(data.parent, '.idx')}"
     absent = str(text if error.filename is None else error.filename)
-    if os.path.basename(absent) == "dict.txt":
+    if os.path.basename(absent) == data_bin.DICTIONARY:
         made = "create a data folder with fairseq-preprocess or fairseq-moe prepare"
         return f"{absent}: no such file; {made}"
     # fairseq/utils.py:480@0.12.2 says nothing but the --user-dir

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional
 
-from .. import files, outputs
+from .. import files, outputs, tokenizer_files
 from ..errors import UserError
 
 if TYPE_CHECKING:  # loads torch, which a study has no need of
@@ -25,7 +25,7 @@ def asked(args: Any, settings: "Settings", tasks: List[str]) -> Dict[str, Any]:
     every file that is read."""
     flags = {name: getattr(args, name) for name in _FLAGS}
     checkpoint = [args.path, *args.path.parent.glob(args.path.stem + "-*")]
-    data = [args.data / name for name in ("dict.txt", "encoder.json", "vocab.bpe")]
+    data = [args.data / name for name in tokenizer_files.NAMES]
     own = None if args.json is None else os.path.realpath(args.json)
     request = {
         "tasks": tasks,

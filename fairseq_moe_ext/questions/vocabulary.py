@@ -9,7 +9,8 @@ import numpy as np
 from ..errors import UserError
 from ..files import read_json
 from ..prepare import dictionary
-from ..prepare.tokenizer import ENCODER_FILE, MERGES_FILE, ByteLevelBPE, byte_symbols
+from ..prepare.tokenizer import ByteLevelBPE, byte_symbols
+from ..tokenizer_files import NAMES
 
 EOS = dictionary.EOS
 PAD = 1
@@ -26,7 +27,7 @@ class Vocabulary:
     """
 
     def __init__(self, folder: Path) -> None:
-        files = [folder / name for name in ("dict.txt", ENCODER_FILE, MERGES_FILE)]
+        files = [folder / name for name in NAMES]
         for file in files:
             if not file.is_file():
                 raise UserError(

@@ -20,6 +20,7 @@ from fairseq.tasks.language_modeling import LanguageModelingTask
 from omegaconf import II
 
 from .. import accuracy, ranges
+from ..data_bin import DICTIONARY
 from ..errors import UserError
 from ..questions import scoring
 from ..questions.formats import Item as Question
@@ -107,10 +108,10 @@ class MultipleChoiceTask(FairseqTask):
     @classmethod
     def setup_task(cls, cfg: MultipleChoiceTaskConfig, **kwargs) -> "MultipleChoiceTask":
         """Raises UserError for invalid or conflicting flags."""
-        if not cfg.data or not (Path(cfg.data) / "dict.txt").is_file():
+        if not cfg.data or not (Path(cfg.data) / DICTIONARY).is_file():
             raise UserError(
-                f"{Path(cfg.data or '.') / 'dict.txt'}: missing; name the folder with the model's "
-                "dict.txt"
+                f"{Path(cfg.data or '.') / DICTIONARY}: missing; name the folder with the model's "
+                f"{DICTIONARY}"
             )
         if cfg.choice_data is None:
             raise UserError("--choice-data is missing: name the folder with the questions")
@@ -130,7 +131,7 @@ class MultipleChoiceTask(FairseqTask):
                     else "the best loss is the smallest: remove --maximize-best-checkpoint-metric"
                 )
             )
-        return cls(cfg, Dictionary.load(str(Path(cfg.data) / "dict.txt")))
+        return cls(cfg, Dictionary.load(str(Path(cfg.data) / DICTIONARY)))
 
     # from_pretrained scores and samples by the language model, whatever the task.
     build_dataset_for_inference = LanguageModelingTask.build_dataset_for_inference
