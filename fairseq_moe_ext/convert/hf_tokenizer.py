@@ -15,6 +15,7 @@ Dictionaries of whole words become a WordLevel model, whose words are cut at whi
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
@@ -29,6 +30,8 @@ from ..tokenizer_files import files_of
 
 NEWLINE = "\n"
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+# of sentencepiece, Hugging Face's byte-level BPE, BERT, subword-nmt and the first GPT
+_PIECE = re.compile(r"[▁Ġ].*|##.+|.+(@@|</w>)")
 SPECIAL = {"<s>": 0, "<pad>": 1, NEWLINE: dictionary.EOS, "<unk>": dictionary.UNK}
 
 
@@ -142,6 +145,7 @@ def _words(path: Path, model_vocabulary: int) -> Dict[str, Any]:
     from fairseq.data import Dictionary
 
     symbols = Dictionary.load(str(path)).symbols
+    _check_words(path, symbols[dictionary.NUM_SPECIAL :])
     _check_vocabulary(path, len(symbols) - dictionary.NUM_SPECIAL, model_vocabulary)
     vocabulary = {word: i for i, word in enumerate(symbols)}
     fillers = _unused(set(vocabulary.values()), model_vocabulary)
@@ -154,6 +158,22 @@ def _words(path: Path, model_vocabulary: int) -> Dict[str, Any]:
             "unk_token": "<unk>",
         },
     }
+
+
+def _check_words(path: Path, symbols: List[str]) -> None:
+    """Raise UserError for symbols that only the program which cut the text can find in it."""
+    words = [symbol for symbol in symbols if not dictionary.MADE_UP.fullmatch(symbol)]
+    if 2 * sum(map(str.isdigit, words)) > len(words):
+        raise UserError(
+            f"{path}: contains BPE ids, which need {' and '.join(TOKENIZER)} beside it: put the "
+            "model's there, or add --no-tokenizer"
+        )
+    pieces = [word for word in words if _PIECE.fullmatch(word)]
+    if 20 * len(pieces) > len(words):
+        raise UserError(
+            f"{path}: contains pieces of words, such as {pieces[0]!r}, which tokenizer.json would "
+            "take for whole words: add --no-tokenizer, and cut text as for the training"
+        )
 
 
 def _check_vocabulary(path: Path, lines: int, model_vocabulary: int) -> None:

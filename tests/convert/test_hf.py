@@ -101,6 +101,33 @@ def test_a_dictionary_of_words(tmp_path):
         assert tokenizer.encode(text, add_special_tokens=False).ids == expected
 
 
+@pytest.mark.parametrize(
+    "symbols, words",
+    [
+        ("262 1234 5 madeupword0000 madeupword0001", "contains BPE ids, which need encoder.json"),
+        ("▁the ▁cat s", "contains pieces of words, such as '▁the'"),
+        ("the c@@ at s@@ it", "contains pieces of words, such as 'c@@'"),
+        ("Ġthe Ġcat s", "pieces of words"),
+        ("the sit ##ting", "pieces of words"),
+        ("the</w> sit ting</w>", "pieces of words"),
+        ("the cat ## @@ ▁▁ 12 1999 " + " ".join(f"w{i}" for i in range(60)), ""),
+    ],
+)
+@pytest.mark.parametrize("one_file", [False, True])
+def test_a_dictionary_that_is_not_of_words_is_refused(tmp_path, symbols, words, one_file):
+    from fairseq_moe_ext.convert.hf_tokenizer import tokenizer_files
+
+    path, symbols = tmp_path / "dict.txt", symbols.split()
+    path.write_text("".join(f"{symbol} 1\n" for symbol in symbols))
+    if one_file:
+        (tmp_path / "encoder.json").write_text("{}")
+    if not words:
+        assert tokenizer_files(tmp_path, len(symbols) + 4, 32)
+        return
+    with pytest.raises(UserError, match=f"^{path}: .*{re.escape(words)}.*--no-tokenizer"):
+        tokenizer_files(tmp_path, len(symbols) + 4, 32)
+
+
 @pytest.mark.parametrize("kind", ["xglm", "top2", "hash"])
 def test_generate_with_its_cache_writes_what_ours_does(converted, kind):
     path, folder = converted(kind)
