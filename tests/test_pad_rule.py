@@ -22,6 +22,7 @@ from small_models import (
 )
 from updates import as_sample, batches, configure, make_trainer, record
 
+from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.moe.router import TopKRouter
 
 
@@ -211,6 +212,17 @@ def test_training_on_keeps_the_rule(tmp_path, data):
     assert rule_of(trainer_from(data, own, "--moe-pad-rule counted")) == "counted"
     model, cfg, _ = checkpoint_utils.load_model_ensemble_and_task([str(own)], {"data": data})
     assert model[0].decoder.pad_rule.rule == cfg.model.moe_pad_rule == "branch"
+
+
+def test_a_checkpoints_rule_is_refused_where_the_flag_would_be(tmp_path, data):
+    write_small(tmp_path / "run")
+    path, flags = tmp_path / "run" / "model.pt", "--moe-balance-over sequence"
+    for source, rule in ((path, ""), (None, "--moe-pad-rule branch")):
+        with pytest.raises(
+            UserError, match="--moe-balance-over sequence with --moe-pad-rule branch"
+        ):
+            trainer_from(data, source, f"{flags} {rule}")
+    assert rule_of(trainer_from(data, path, f"{flags} --moe-pad-rule real")) == "real"
 
 
 @pytest.mark.parametrize("mask, rule", [("--use-moe-pad-mask", "counted"), ("", "real")])

@@ -6,8 +6,10 @@ from typing import Any, Dict, Optional
 
 from omegaconf import DictConfig, open_dict
 
+from ..balance_flags import validate_balance
 from ..config import saved_pad_rule
 from ..models.padding import set_pad_rule
+from ..router_flags import top_k
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +34,10 @@ def note(state: Dict[str, Any], overrides: Dict[str, Any]) -> None:
 
 
 def train_on(trainer: Any, extra_state: Optional[Dict[str, Any]]) -> None:
-    """Set the rule of a checkpoint that a trainer has loaded: it is a part of the model, too."""
+    """Set the rule of a checkpoint that a trainer has loaded: it is a part of the model, too.
+
+    Raises UserError where it conflicts with a flag.
+    """
     rule = (extra_state or {}).pop(_KEY, None)
     model, cfg = trainer.get_model(), trainer.cfg.model
     takes = hasattr(getattr(model, "decoder", None), "pad_rule")
@@ -40,3 +45,4 @@ def train_on(trainer: Any, extra_state: Optional[Dict[str, Any]]) -> None:
         cfg.moe_pad_rule = rule  # for the checkpoints to come
         set_pad_rule(model, rule)
         logger.info(f"padding counts by the checkpoint's rule: --moe-pad-rule {rule}")
+        validate_balance(cfg, top_k(cfg))
