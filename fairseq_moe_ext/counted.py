@@ -23,6 +23,14 @@ def longest(max_positions: Any) -> Any:
     return min(flat)
 
 
+def shorter(limit: Any, break_mode: Any = "any") -> str:
+    """The flags with which no sample is longer than limit. In other modes than none a sample may be
+    a line of any length, whatever --tokens-per-sample is."""
+    lines = " with --sample-break-mode none or --shorten-method truncate"
+    by_lines = str(break_mode).lower() != "none"
+    return f"use --tokens-per-sample {limit} or less{lines if by_lines else ''}"
+
+
 def tokens(dataset: FairseqDataset, indices: np.ndarray) -> int:
     """Tokens in some samples."""
     try:
@@ -65,9 +73,8 @@ def check_offered(offered: Offered, model: BaseFairseqModel) -> None:
         raise UserError(
             f"--tokens-per-sample: {offered.samples - offered.fitting:,} of {offered.samples:,} "
             f"samples are longer than {offered.longest}, the longest that the model takes, so "
-            f"only {offered.fitting_tokens:,} of {offered.tokens:,} tokens would be counted: use "
-            f"--tokens-per-sample {offered.longest} or less with --sample-break-mode none, or "
-            f"add {SKIP} to leave them out"
+            f"only {offered.fitting_tokens:,} of {offered.tokens:,} tokens would be counted: "
+            f"{shorter(offered.longest)}, or add {SKIP} to leave them out"
         )
 
 

@@ -16,7 +16,7 @@ from fairseq.data import indexed_dataset
 
 from fairseq_today.errors import UserError, first_line
 
-from .. import data_bin
+from .. import counted, data_bin
 from ..data_bin_files import check_data_bin, check_tokens
 from ..files import read_text
 from ..literals import literal
@@ -125,7 +125,7 @@ def batch_by_size(
         longest = max(num_tokens_fn(index) for index in indices)
         raise UserError(
             f"--max-tokens (--max-tokens-valid) {max_tokens} is less than the longest sample, "
-            f"of {longest} tokens: raise it to that, or lower --tokens-per-sample"
+            f"of {longest} tokens: raise it to that, or {counted.shorter(max_tokens)}"
         ) from error
 
 

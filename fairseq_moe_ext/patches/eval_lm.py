@@ -14,7 +14,7 @@ from torch import Tensor
 from fairseq_today.errors import UserError
 
 from ..checkpoint.collective import check_code_versions
-from ..counted import Offered, check_offered, longest, stored, total, what_was_counted
+from ..counted import Offered, check_offered, longest, shorter, stored, total, what_was_counted
 from ..errors import DAMAGED
 from ..expert_parallel import collective_device, process_count
 from .tasks import nothing
@@ -32,8 +32,8 @@ def eval_lm_dataloader(stock, *args, **kwargs):
     window = call["context_window"]
     if window > 0 and len(sizes) and sizes.max() + window > most:
         raise UserError(
-            f"--tokens-per-sample {sizes.max() + window} with --context-window {window}: the "
-            f"model takes {most} tokens, including the context: use --tokens-per-sample {most}"
+            f"--context-window {window} before a sample of {sizes.max()} tokens: the model takes "
+            f"{most} tokens, including the context: {shorter(most)}"
         )
     fitting = sizes[sizes <= most]
     iterator = stock(*args, **kwargs)

@@ -122,16 +122,20 @@ def filter_indices_by_size(
     if len(kept) == len(indices) or by_line:
         return kept
     some, whole = counted.tokens(dataset, kept), counted.tokens(dataset, indices)
+    longest = counted.longest(max_positions)
     report = (
-        f"{len(indices) - len(kept):,} of {len(indices):,} samples are longer than "
-        f"{counted.longest(max_positions)}, the longest that the model takes (or --max-tokens)"
+        f"{len(indices) - len(kept):,} of {len(indices):,} samples are longer than {longest}, the "
+        "longest that the model takes (or --max-tokens)"
+    )
+    remedy = counted.shorter(
+        longest, getattr(getattr(self, "args", None), "sample_break_mode", None)
     )
     if not len(kept):
-        raise UserError(f"{report}, and none is left: lower --tokens-per-sample")
+        raise UserError(f"{report}, and none is left: {remedy}")
     if not ignore_invalid_inputs:
         raise UserError(
-            f"{report}: lower --tokens-per-sample, or add {counted.SKIP}, with which {some:,} of "
-            f"{whole:,} tokens are counted"
+            f"{report}: {remedy}, or add {counted.SKIP}, with which {some:,} of {whole:,} tokens "
+            "are counted"
         )
     logger.warning(f"{report}, and are left out: counted {some:,} of {whole:,} tokens")
     return kept

@@ -27,6 +27,7 @@ CONTEXT = 32
 SHAPE = f"""--arch moe_lm_tiny --moe-expert-count 2 --decoder-layers 2 --decoder-embed-dim 16
     --decoder-ffn-embed-dim 32 --decoder-attention-heads 2 --tokens-per-sample {CONTEXT}
     --criterion moe_cross_entropy --optimizer adam --lr 0.01 --batch-size 8"""
+FIT = "with --sample-break-mode none or --shorten-method truncate"
 
 
 def command(capsys, caplog, name, line):
@@ -163,6 +164,27 @@ def test_a_context_window_counts_as_context(fairseq, data, checkpoint):
     line = eval_lm(data, checkpoint).replace(f"sample {CONTEXT}", f"sample {CONTEXT + 4}")
     status, err, _ = fairseq("eval_lm", line + " --context-window 8")
     assert status == 1 and f"use --tokens-per-sample {CONTEXT}" in error_in(err)
+    longest = max(sizes_of(data))
+    line = eval_lm(data, checkpoint, flags="--sample-break-mode eos --context-window 8")
+    line += f" --model-overrides {{'max_target_positions':{longest}}}"
+    status, err, _ = fairseq("eval_lm", line)
+    remedy = f"use --tokens-per-sample {longest} or less {FIT}"
+    assert status == 1 and f"sample of {longest} tokens" in err and remedy in error_in(err)
+    line += f" --tokens-per-sample {longest} --shorten-method truncate"
+    assert fairseq("eval_lm", line)[0] == 0
+
+
+def test_training_names_the_flags_with_which_lines_fit(fairseq, data, tmp_path):
+    """By --sample-break-mode eos a sample is a line, whatever --tokens-per-sample is."""
+    line = f"{data / 'big'} --task language_modeling {SHAPE} --tokens-per-sample 8 --max-update 1"
+    line += f" --no-save --save-dir {tmp_path}"
+    lines = f"{line} --sample-break-mode eos"
+    status, err, _ = fairseq("train", lines)
+    assert status == 1 and f"use --tokens-per-sample 8 or less {FIT}, or add" in error_in(err)
+    for remedy in ("--sample-break-mode none", "--shorten-method truncate"):
+        assert fairseq("train", f"{lines} {remedy}")[0] == 0, remedy
+    status, err, _ = fairseq("train", f"{line} --max-target-positions 4")
+    assert status == 1 and error_in(err).endswith("none is left: use --tokens-per-sample 4 or less")
 
 
 def test_validate_refuses_or_counts(fairseq, data, checkpoint):
