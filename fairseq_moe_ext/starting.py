@@ -229,11 +229,7 @@ _NOT_IN_GENERATION = {
     "iter_decode_force_max_iter": "language models write token by token",
     "eos_token": "language models end at </s>",
 }
-_CRITERIONS = (  # of stock's, those of language models
-    "cross_entropy",
-    "label_smoothed_cross_entropy",
-    "label_smoothed_cross_entropy_with_rdrop",
-)
+_CRITERIONS = ("cross_entropy", "label_smoothed_cross_entropy")  # stock's for language models
 
 
 _TASKS = ("language_modeling", "multilingual_language_modeling")  # likewise

@@ -9,7 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.distributed import utils as distributed_utils
+from fairseq.tasks import TASK_REGISTRY
 from omegaconf import OmegaConf
 from training import USER_DIR, error_in, settings, status_of
 
@@ -133,6 +135,11 @@ def test_flags_that_contradict_in_training(changes, words, monkeypatch):
     with pytest.raises(UserError) as error:
         starting.check_command_line(Namespace(**{**OURS, **changes}))
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_errors_suggest_of_stocks_exists():
+    assert set(starting._CRITERIONS) <= set(CRITERION_REGISTRY)
+    assert set(starting._TASKS) <= set(TASK_REGISTRY)
 
 
 def test_stocks_adaptive_softmax_is_trained_with_its_criterion():

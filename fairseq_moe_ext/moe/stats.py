@@ -44,8 +44,9 @@ def routing_stats(routing: Routing, scope: RoutingScope = PROCESS) -> Dict[str, 
       chosen fifth of the experts.
     - unused_expertK_count: experts that are no token's K-th choice.
 
-    With null experts, all metrics cover the other experts only, and NULL_SHARE is the percentage of
-    choices that are null experts: the share of the experts' FLOPs that is saved.
+    With null experts, all metrics but entropy_gating cover the other experts only, and NULL_SHARE
+    is the percentage of choices that are null experts: the share of the experts' FLOPs that is
+    saved.
 
     With one choice per token only the keys of the first exist; with more than two, those of two.
     """
