@@ -18,7 +18,7 @@ from ..errors import ModelMisfit, UserError
 from ..expert_parallel import all_gather, process_count, process_rank
 from ..wording import flag
 from .collective import check_code_versions, same_error_on_all_ranks
-from .experts import saves_together
+from .experts import has_sharded_experts, saves_together
 from .loading import refuse_folder
 from .starting import with_flag
 
@@ -49,7 +49,7 @@ def reading(
     if process_count() > 1:
         check_code_versions()
     if saves_together(trainer):
-        _refuse_what_cannot_be_saved(trainer.cfg)
+        _refuse_what_cannot_be_saved(trainer)
         _check_that_all_see(filename)
         everywhere = True
     settings.load_checkpoint_on_all_dp_ranks = on_all_ranks or everywhere
@@ -176,9 +176,13 @@ def warn_of_a_new_optimizer(state: Mapping[str, Any], filename: str) -> None:
     )
 
 
-def _refuse_what_cannot_be_saved(cfg: Any) -> None:
+def _refuse_what_cannot_be_saved(trainer: Trainer) -> None:
     """Raises UserError, when training starts, for settings with which experts on several
-    processes would be saved or trained wrongly."""
+    processes, or the pieces of a sharded model, would be saved or trained wrongly."""
+    cfg = trainer.cfg
+    where, remedy = "with --ddp-backend fully_sharded", "use pytorch_ddp"
+    if has_sharded_experts(trainer):
+        where, remedy = f"for experts on {process_count()} processes", "train on one process"
     refused = {
         "--store-ema": cfg.ema.store_ema,
         "--write-checkpoints-asynchronously": cfg.checkpoint.write_checkpoints_asynchronously,
@@ -188,10 +192,7 @@ def _refuse_what_cannot_be_saved(cfg: Any) -> None:
     }
     for refusal, given in refused.items():
         if given:
-            raise UserError(
-                f"{refusal}: not supported for experts on {process_count()} processes; remove it, "
-                "or train on one process"
-            )
+            raise UserError(f"{refusal}: not supported {where}; remove it, or {remedy}")
 
 
 def _refuse_optimizers_that_join_numbers(trainer: Trainer) -> None:

@@ -176,6 +176,16 @@ def test_what_cannot_be_sharded_right_is_refused_by_name(data, tmp_path, flag, w
         assert words in message and "\n" not in message
 
 
+def test_a_dense_model_is_not_refused_for_experts(data, tmp_path):
+    line = f"{data} {TRAIN} --moe-freq 0 --moe-expert-count 0 --save-dir {tmp_path}"
+    line = f"{line} --max-update 1 --store-ema".replace("--moe-routing-scope world", "")
+    for message in run_processes(2, error_of, train, 2, f"{line} {SHARDED} 0"):
+        assert message.startswith("--store-ema: not supported with --ddp-backend fully_sharded;")
+        assert message.endswith("or use pytorch_ddp")
+    line = line.replace("legacy", "pytorch")
+    assert set(run_processes(2, error_of, train, 2, line)) == {"no error"}
+
+
 def test_one_process_has_nothing_to_shard(data, tmp_path, capsys):
     line = f"{data} {TRAIN} --moe-expert-count 4 {SHARDED} 0 --save-dir {tmp_path}"
     cfg = settings(f"{line} --batch-size 8", 0, 1)
