@@ -66,7 +66,8 @@ def by_expert(
     rounded = program_rows(x, weights.w1[0].numel(), counts)
     if rounded != counts:
         return _spaced(rounded, x, counts, weights, activation, mask, grad_scale)
-    if not all(isinstance(each, Tensor) for each in weights):  # to be read expert by expert
+    in_files = not all(isinstance(each, Tensor) for each in weights)  # read expert by expert
+    if in_files or not torch.is_grad_enabled():
         return _compute(x, _blocks(counts, len(weights.b1[0])), weights, activation, mask)
     return _ByExpert.apply(x, *weights, mask, counts, activation, grad_scale)
 

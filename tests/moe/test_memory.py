@@ -89,3 +89,10 @@ def test_the_total_grows_linearly_in_experts(settings):
     experts, dim, hidden = 64, 16, 16
     total = measure(8, experts, dim, hidden, **settings).total
     assert total <= 4 * 2 * experts * dim * hidden + 100 * 8 * (experts + dim + hidden)
+
+
+def test_without_gradients_no_hidden_numbers_of_all_experts():
+    layer = MoELayer.build(16, 64, 4, GateSettings(top_k=1, dropless=True))
+    with torch.no_grad(), Ledger() as ledger:
+        layer(torch.randn(4000, 16))
+    assert ledger.largest < 4000 * 64
