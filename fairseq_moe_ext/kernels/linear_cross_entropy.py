@@ -21,6 +21,8 @@ LOGITS_AT_A_TIME = 2**24
 _IN_CACHE, _ENOUGH_TOKENS = 2**21, 512
 # Softmax goes through so many logits at a time.
 _SOFTMAX_AT_A_TIME = 2**19
+# The gradient of the vocabulary's weights is added up in float32 in parts of so many numbers.
+_GRADIENTS_AT_A_TIME = 2**20
 # In float16 a probability of 1/50,000 is below the smallest normal number; so gradients of the
 # logits are scaled by this factor, like loss scaling does.
 _FP16_SCALE = 128.0
@@ -104,13 +106,15 @@ def tokens_at_a_time(vocabulary: int, features: Tensor) -> int:
 def _add_outer(total: Tensor, z: Tensor, x: Tensor, scale: float, first: bool) -> None:
     """total (V, D) += z (C, V), transposed, @ x (C, D) / scale, in the precision of total; what
     total holds does not count the first time."""
-    if total.dtype != z.dtype:
-        part = outer(z, x if scale == 1 else x / scale)
-        total.copy_(part) if first else total.add_(part)
-    elif first:
-        write_outer(total, z, x)
-    else:
-        add_outer(total, z, x)
+    if total.dtype == z.dtype:
+        (write_outer if first else add_outer)(total, z, x)
+        return
+    x = x if scale == 1 else x / scale
+    # On a CPU in parts that are still in the cache when they are added.
+    rows = max(1, _GRADIENTS_AT_A_TIME // x.size(1)) if x.device.type == "cpu" else len(total)
+    for its_total, its_z in zip(total.split(rows), z.split(rows, dim=1)):
+        part = outer(its_z, x)
+        its_total.copy_(part) if first else its_total.add_(part)
 
 
 def _to_gradients(logits: Tensor, index: Tensor, keep: Tensor, scale: float) -> Tensor:
