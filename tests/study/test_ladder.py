@@ -20,6 +20,7 @@ from fairseq_moe_ext.study.ladder import (
     hours,
     needed,
     page,
+    probe,
     progress,
     rates,
     result,
@@ -506,6 +507,11 @@ def test_an_interval_over_seeds_needs_dense_runs_of_these_seeds(tmp_path):
         ("result.json", '{"runs": [], "planned": 1, "factors": {}}', "is not a ladder's result"),
         ("probe.json", "{}", "probe.json: not in the format .*seconds_per_token"),
         ("probe.json", '{"seconds_per_token": {"a": NaN}}', "probe.json: .* nan seconds of a"),
+        (
+            "probe.json",
+            '{"seconds_per_token": {"a": 1}, "timed_with": {"a": 2}}',
+            "probe.json: not in the format",
+        ),
         ("first/arm-a-1/evaluation.json", '{"sets": ', "evaluation.json: not JSON"),
         ("first/arm-a-1/evaluation.json", "[]", "arm-a-1: not in the format that was written"),
         (
@@ -740,6 +746,65 @@ def test_hours_are_of_what_is_left(folder, tmp_path):
     done.mkdir(parents=True)
     (done / "evaluation.json").touch()
     assert hours.left(ladder, stage, probed, 1e-9 * flops)[0] == 3
+
+
+@pytest.fixture
+def timing(monkeypatch):
+    """Time arms without training: a second a token, one more each; on two cores. Returns the names
+    of the arms that were timed."""
+    timed = []
+    monkeypatch.setattr(probe, "_command", lambda _, arm, folder: timed.append(arm.name) or [])
+    monkeypatch.setattr(probe, "_logged", lambda _: float(len(timed)))
+    monkeypatch.setattr(probe.Runner, "call", lambda *_: None)
+    monkeypatch.setattr(probe.cores, "usable", lambda: 2)
+    return timed
+
+
+def test_arms_are_timed_again_on_other_cores_or_with_other_settings(folder, tmp_path, timing):
+    ladder = stages.read(write(folder))._replace(out=tmp_path)
+    a, b, e4, narrow = ladder.arms
+    probe.run(ladder, [a, b])
+    probe.run(ladder, [a, b, e4])
+    assert timing == ["a", "b", "a-E4"], "each once"
+    before = probe.seconds_per_token(ladder)
+    assert before == {"a": 1.0, "b": 2.0, "a-E4": 3.0}
+    changed = ladder._replace(arms=[a, b._replace(flags={**b.flags, "decoder-layers": 3}), e4])
+    assert probe.seconds_per_token(changed) == {"a": 1.0, "a-E4": 3.0}, "b has changed since"
+    probe.run(changed, [a])
+    assert timing[3:] == ["b"] and probe.seconds_per_token(changed) == {**before, "b": 4.0}
+
+
+def test_times_on_different_cores_are_not_mixed(folder, tmp_path, timing, monkeypatch, capsys):
+    ladder = stages.read(write(folder))._replace(out=tmp_path)
+    a, b, e4, narrow = ladder.arms
+    probe.run(ladder, [a, b])
+    monkeypatch.setattr(probe.cores, "usable", lambda: 16)
+    stop = iter([None, KeyboardInterrupt])
+
+    def call(*_):
+        if error := next(stop, None):
+            raise error
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(probe.Runner, "call", call)
+        probe.run(ladder, [e4])
+    assert "a, b: timed again" in capsys.readouterr().out
+    assert probe.seconds_per_token(ladder) == {"a": 3.0}, "b was timed on two cores"
+    probe.run(ladder, [e4])
+    assert probe.seconds_per_token(ladder).keys() == {"a", "b", "a-E4"}
+    assert timing[-2:] == ["b", "a-E4"]
+
+
+def test_a_probe_that_does_not_say_how_it_timed_counts_as_it_is(folder, tmp_path, timing):
+    ladder = stages.read(write(folder))._replace(out=tmp_path)
+    old = {"seconds_per_token": {"a": 5.0, "gone": 6.0}, "updates": 10, "threads": 2}
+    (tmp_path / "probe.json").write_text(json.dumps(old))
+    assert probe.seconds_per_token(ladder) == old["seconds_per_token"]
+    probe.run(ladder, ladder.arms[:2])
+    assert timing == ["b"] and probe.seconds_per_token(ladder)["a"] == 5.0
+    (tmp_path / "probe.json").write_text('{"seconds_per_token": {"a": 5.0}}')
+    probe.run(ladder, ladder.arms[:1])
+    assert timing == ["b"]
 
 
 def test_only_the_best_checkpoint_of_an_evaluated_run_is_kept(folder, tmp_path):

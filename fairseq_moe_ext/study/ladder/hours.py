@@ -4,7 +4,7 @@ from typing import List, Mapping, Sequence, Tuple
 
 from ...wording import count
 from .forecast import training_flops
-from .result import seconds_per_token
+from .probe import seconds_per_token
 from .stages import LR, Ladder, Stage
 
 

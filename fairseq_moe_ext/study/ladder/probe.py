@@ -1,28 +1,78 @@
 """The speed of each arm's training steps, one arm after the other with nothing beside it: of runs
 that share a machine the clock says little."""
 
+import math
 import statistics
 from pathlib import Path
-from typing import List, Sequence
+from typing import Any, Dict, List, NamedTuple, Sequence
 
-from ... import cores, outputs
+from ... import cores, files, outputs
 from ...errors import UserError
+from ...evaluation.study_result import as_written
 from .. import logs
 from .. import plan as plans
 from ..runner import Runner
-from . import result
 from .forecast import training_flops
 from .stages import LR, PROBE, Arm, Ladder, Stage, study_file
 
 UPDATES, SKIPPED = 10, 3  # of an arm; the first ones pay for the start
 
 
+class _Probed(NamedTuple):
+    """probe.json: of arms by name."""
+
+    seconds_per_token: Dict[str, float]
+    how: Dict[str, Dict[str, Any]]  # threads and settings; older files do not say of an arm
+    threads: int  # of the arm that was timed last; 0: not known
+
+
+def seconds_per_token(ladder: Ladder) -> Dict[str, float]:
+    """What the probe measured so far, of arms that have the same settings as then, with as many
+    threads as the last one. Raises UserError for a damaged file."""
+    probed = _read(ladder)
+    outdated = _outdated(ladder, probed, probed.threads)
+    return {name: s for name, s in probed.seconds_per_token.items() if name not in outdated}
+
+
+def _read(ladder: Ladder) -> _Probed:
+    path = ladder.out / "probe.json"
+    if not path.is_file():
+        return _Probed({}, {}, 0)
+    with as_written(path):
+        content = files.read_json(path)
+        found: Dict[str, float] = content["seconds_per_token"]
+        for name, seconds in found.items():
+            if not 0 < seconds < math.inf:
+                raise ValueError(f"{seconds} seconds of {name}")
+        threads = content.get("threads", 0)
+        how = {name: {"threads": threads} for name in found if threads}
+        how.update({name: dict(of) for name, of in content.get("timed_with", {}).items()})
+        return _Probed(found, how, threads)
+
+
+def _outdated(ladder: Ladder, probed: _Probed, threads: int) -> List[str]:
+    """The arms that were timed with other settings or another number of threads."""
+    now = {arm.name: {"threads": threads, "settings": ladder.settings(arm)} for arm in ladder.arms}
+    return [
+        name
+        for name, how in probed.how.items()
+        if name in now and any(now[name].get(key) != value for key, value in how.items())
+    ]
+
+
 def run(ladder: Ladder, arms: Sequence[Arm]) -> None:
-    """Time the arms that are not yet in probe.json, and write it after each."""
-    known = result.seconds_per_token(ladder)
-    left = [arm for arm in arms if arm.name not in known]
-    folder = ladder.out / PROBE
+    """Time the arms that are not yet in probe.json, and all that were timed with other settings or
+    another number of threads, and write it after each."""
     threads = cores.usable()
+    probed = _read(ladder)
+    known, how = probed.seconds_per_token, probed.how
+    again = _outdated(ladder, probed, threads)
+    if again:
+        print(f"{', '.join(again)}: timed again, as settings or threads have changed", flush=True)
+    left = [
+        arm for arm in ladder.arms if arm.name in again or (arm in arms and arm.name not in known)
+    ]
+    folder = ladder.out / PROBE
     runner = Runner(folder, f"out: {folder}")
     try:
         runner.open()
@@ -31,10 +81,16 @@ def run(ladder: Ladder, arms: Sequence[Arm]) -> None:
             log = folder / f"{arm.name}.log"
             log.unlink(missing_ok=True)
             runner.call(command, log, threads)
-            known[arm.name] = seconds_per_token(log)
+            known[arm.name] = _logged(log)
+            how[arm.name] = {"threads": threads, "settings": ladder.settings(arm)}
             outputs.write_json(
                 ladder.out / "probe.json",
-                {"seconds_per_token": known, "updates": UPDATES, "threads": threads},
+                {
+                    "seconds_per_token": known,
+                    "updates": UPDATES,
+                    "threads": threads,
+                    "timed_with": how,
+                },
             )
             speed = training_flops(arm, ladder) / known[arm.name] / 1e9
             print(
@@ -55,8 +111,8 @@ def _command(ladder: Ladder, arm: Arm, folder: Path) -> List[str]:
     return [*train, "--no-save", "--disable-validation", "--log-interval", "1"]
 
 
-def seconds_per_token(log: Path) -> float:
-    """The median over the updates behind the first ones."""
+def _logged(log: Path) -> float:
+    """Seconds per token: the median over the updates behind the first ones."""
     speeds = [float(values["wps"]) for values in logs.measurements(log, "train_inner")][SKIPPED:]
     if not speeds:
         raise UserError(f"{log}: has no speed in it; probe again")

@@ -13,7 +13,7 @@ from ...evaluation.perplexity import UnitLosses
 from ...evaluation.study_result import RunResult, as_written, measured_on, sets_of
 from ..plan import Run
 from ..result import GROUPS, of_run, performance
-from . import forecast, rates, saving
+from . import forecast, probe, rates, saving
 from .forecast import Forecast
 from .saving import Saving
 from .stages import LR, Arm, Ladder, Stage, float32_twin
@@ -100,7 +100,7 @@ def collect(ladder: Ladder) -> LadderResult:
         }
     except UserError:
         chosen = {}
-    probed = seconds_per_token(ladder)
+    probed = probe.seconds_per_token(ladder)
     return {
         "ladder": _described(ladder),
         "rates": chosen,
@@ -130,19 +130,6 @@ def _described(ladder: Ladder) -> Dict[str, Any]:
         for stage in ladder.stages
     }
     return {"title": ladder.title, "arms": arms, "stages": stages}
-
-
-def seconds_per_token(ladder: Ladder) -> Dict[str, float]:
-    """What the probe measured, so far. Raises UserError for a damaged file."""
-    path = ladder.out / "probe.json"
-    if not path.is_file():
-        return {}
-    with as_written(path):
-        found: Dict[str, float] = files.read_json(path)["seconds_per_token"]
-        for name, seconds in found.items():
-            if not 0 < seconds < math.inf:
-                raise ValueError(f"{seconds} seconds of {name}")
-        return found
 
 
 class _Of(NamedTuple):
