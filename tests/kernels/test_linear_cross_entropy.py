@@ -58,10 +58,15 @@ def test_only_padding():
     assert not features.grad.any() and not weight.grad.any()
 
 
-def test_without_gradients():
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_none_are_computed(without, monkeypatch):
     features, weight, target = case(torch.float64)
-    with torch.no_grad():
-        loss = linear_cross_entropy(features, weight, target, PAD)
+    products, write = [], module.write_product
+    monkeypatch.setattr(module, "_add_outer", None)
+    monkeypatch.setattr(module, "write_product", lambda *args: products.append(write(*args)))
+    with without():
+        loss = linear_cross_entropy(features, torch.nn.Parameter(weight), target, PAD)
+    assert len(products) == 1 and not loss.requires_grad
     torch.testing.assert_close(loss, reference(features, weight, target))
 
 
