@@ -7,6 +7,7 @@ verify.py      `fairseq-moe verify`: whether files are as they were written
 source.py      a checkpoint as one view, whatever its layout, in which nothing is read yet
 readers.py     the layouts that are read: ours, and that of fairseq's moe branch
 targets.py     that view as files: ours, or those of fairseq's moe branch
+writing.py     writes such files: all or none, and alone
 upcycle.py     a dense view as a sparse one
 hf.py          Hugging Face's folders, both ways: config.json, and what else goes in
 hf_flags.py    their flags

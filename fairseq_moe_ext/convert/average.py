@@ -49,12 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Raises UserError for what cannot be averaged, with nothing written."""
     from ..branch.files import check_name
-    from ..checkpoint.cleanup import remove_unused_files
     from ..evaluation.loading import check_path
-    from . import command, readers, targets
+    from . import command, readers, targets, writing
 
     paths = _paths(args)
-    folder = os.path.dirname(args.output) or "."
     if not args.output.endswith(".pt"):
         raise UserError(f"--output {args.output}: a checkpoint's name must end in .pt")
     check_name(args.output, "--output ")
@@ -63,18 +61,15 @@ def run(args: argparse.Namespace) -> None:
         check_path(Path(path), "")
         if os.path.realpath(path) == os.path.realpath(args.output):
             raise UserError(f"--output {args.output}: is also an input; choose another name")
-    with command.alone(args.output):
+    command.check_fit(argparse.Namespace(**vars(args), source=paths[0], upcycle=False, to=None))
+    with writing.alone(args.output, writing.shares(args)):
         if os.path.exists(args.output) and not args.overwrite:
             raise UserError(
                 f"--output {args.output}: exists; choose another name, or add --overwrite"
             )
         source = mean_of([readers.open_checkpoint(path, True) for path in paths])
         jobs = targets.fairseq_jobs(source, args.output, args.expert_files)
-        command.write(jobs, [], command.experts_alone(folder))
-        command.bring_tokenizer(paths[-1], folder)
-        if args.overwrite:
-            with command.experts_alone(folder):
-                remove_unused_files(folder)
+        writing.write_checkpoint(jobs, args, paths[-1])
     print(f"{args.output}: the mean of {', '.join(paths)}")
 
 

@@ -1,20 +1,15 @@
 """`fairseq-moe convert`: the flags, and the order of the steps."""
 
 import argparse
-import contextlib
-import logging
 import os
-import time
 from pathlib import Path
-from typing import Any, ContextManager, Dict, Iterator, List
+from typing import Any, Dict, List
 
 import torch
 
-from fairseq_moe_ext import progress_bar, tokenizer_files
 from fairseq_moe_ext.convert import hf_flags
 from fairseq_moe_ext.errors import UserError, require_positive
 from fairseq_moe_ext.evaluation.loading import check_path
-from fairseq_moe_ext.locks import Lock, beside
 
 DESCRIPTION = """\
 Convert a checkpoint: into one file, into expert files, to half precision, to weights only,
@@ -24,8 +19,6 @@ SRC may be a checkpoint of this plugin, of stock fairseq, or of the moe branch (
 X-rank-R.pt and X-shared.pt); the command detects which. Memory use stays small at any size: files
 are memory-mapped, and written tensor by tensor. DST appears when everything is done.
 """
-
-logger = logging.getLogger(__name__)
 
 DTYPES = {
     "float32": torch.float32,
@@ -112,19 +105,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Raises UserError for what cannot be converted, with nothing written."""
     _check(args)
-    with alone(args.dest):
+    from fairseq_moe_ext.convert import writing
+
+    with writing.alone(args.dest, args.to is None and writing.shares(args)):
         _refuse_existing(args)  # another convert may have written it since
         _convert(args)
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from fairseq_moe_ext.convert import hf, readers, targets, upcycle
+    from fairseq_moe_ext.convert import hf, readers, targets, upcycle, writing
 
     extras: Any = hf_flags.extras(args) if args.to in hf_flags.FOLDERS else None
     if args.layout is not None:
         source = hf.open_hf(args.source, args.layout == "xglm")
     else:
-        _check_fit(args)
+        check_fit(args)
         source = readers.open_checkpoint(args.source, args.weights_only or args.upcycle)
     if args.upcycle:
         settings = _sparse_settings(args, source.path, source.settings, source.vocabulary)
@@ -138,25 +133,17 @@ def _convert(args: argparse.Namespace) -> None:
     else:
         jobs = targets.fairseq_jobs(source, args.dest, args.expert_files)
     stale = [path for path in _existing(args) if path not in {job.path for job in jobs}]
-    folder = os.path.dirname(args.dest) or "."
-    shares = args.to is None and (args.overwrite or args.expert_files is not None)
-    with experts_alone(folder) if shares else contextlib.nullcontext():
-        pass  # report a running training before the work
-    write(jobs, stale, experts_alone(folder) if shares else contextlib.nullcontext())
     if args.to is None:
-        bring_tokenizer(args.source, folder)
-    if args.to is None and args.overwrite:
-        from fairseq_moe_ext.checkpoint.cleanup import remove_unused_files
-
-        with experts_alone(folder):
-            remove_unused_files(folder)
+        writing.write_checkpoint(jobs, args, args.source)
+    else:
+        writing.write(jobs, stale)
     print(_report(args, source, jobs))
     missing = hf.left_out(source) if args.to in hf_flags.FOLDERS else []
     if missing:
         print(f"training with transformers leaves out {', '.join(missing)}")
 
 
-def _check_fit(args: argparse.Namespace) -> None:
+def check_fit(args: argparse.Namespace) -> None:
     """Raise UserError for flags that do not fit the model, before all its bytes are checked, which
     takes minutes."""
     from fairseq_moe_ext.convert import targets
@@ -193,17 +180,6 @@ def _sparse_settings(
     }
     experts = args.moe_expert_count
     return upcycle.sparse_settings(path, settings, vocabulary, layers, experts, top_k(args))
-
-
-def bring_tokenizer(source: str, folder: str) -> None:
-    """Copy the tokenizer that travels with SRC, if there is one, beside DST. DST is complete
-    without it, so where that fails there is a warning."""
-    try:
-        data = hf_flags.own(source)
-        if data is not None:
-            tokenizer_files.copy(data, Path(folder))
-    except (UserError, OSError) as error:
-        logger.warning(f"{folder}: without the tokenizer of {source}: {error}")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -274,84 +250,6 @@ def _existing(args: argparse.Namespace) -> List[str]:
 
         return sorted(targets.branch_files_in_the_way(args.dest))
     return [args.dest] if os.path.exists(args.dest) else []
-
-
-@contextlib.contextmanager
-def alone(dest: str) -> Iterator[None]:
-    """Lock DST against another convert. Create missing folders, and remove them if they stay
-    empty."""
-    folder = Path(os.path.realpath(dest)).parent
-    created = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{dest}: cannot be written ({error.strerror}); choose another DST"
-        ) from None
-    try:
-        with Lock(beside(dest), dest):
-            yield
-    finally:
-        for path in created:
-            with contextlib.suppress(OSError):
-                path.rmdir()
-
-
-@contextlib.contextmanager
-def experts_alone(folder: str) -> Iterator[None]:
-    """Lock a folder, whose checkpoints share expert files, against a training that saves to it and,
-    briefly, against other converts."""
-    end = time.monotonic() + 5
-    while True:
-        try:
-            lock = Lock(Path(folder) / "lock", folder)
-            break
-        except UserError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.1)
-    with lock:
-        yield
-
-
-def write(jobs, stale: List[str], lock: ContextManager) -> None:
-    """Write all files under temporary names, then rename them. The file that identifies the set is
-    renamed last, and the old one is removed first, so that no mixture of two sets can be read.
-
-    Args:
-        lock: entered for the renaming.
-    """
-    from fairseq_moe_ext.checkpoint.writing import sync_folder
-    from fairseq_moe_ext.convert.targets import TEMPORARY
-
-    made = []
-    try:
-        for folder in {os.path.dirname(job.path) for job in jobs} - {""}:
-            os.makedirs(folder, exist_ok=True)
-        total = sum(job.size for job in jobs)
-        with progress_bar.bar("converting", total, "B") as bar:
-            for job in jobs:
-                made.append(job.path + TEMPORARY)
-                job.write(made[-1], bar.update)
-        replaced = [job.path for job in jobs[:-1] if os.path.exists(job.path)]
-        with lock:
-            if replaced or stale:
-                for path in [jobs[-1].path, *stale]:
-                    with contextlib.suppress(FileNotFoundError):
-                        os.remove(path)
-            for job in jobs:
-                os.replace(job.path + TEMPORARY, job.path)
-        for folder in {os.path.dirname(job.path) or "." for job in jobs}:
-            sync_folder(folder)
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or jobs[-1].path}: cannot be written ({error.strerror or error}); "
-            "free some disk space, or choose another DST"
-        ) from error
-    finally:
-        for path in made:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(path)
 
 
 def _report(args, source, jobs) -> str:

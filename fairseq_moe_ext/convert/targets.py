@@ -102,14 +102,18 @@ def fairseq_jobs(source: Source, path: str, files: Optional[int]) -> List[Job]:
     state["last_optimizer_state"] = _whole_optimizer(source, without=names)
 
     def write(temporary: str, progress: Progress) -> None:
-        entries = [describe(*entry, job.path + TEMPORARY) for entry, job in zip(listed, jobs)]
+        scratch = os.path.basename(os.path.dirname(temporary))
+        parts = [partial(job.path, scratch) for job in jobs]
+        entries = [describe(*entry, part) for entry, part in zip(listed, parts)]
         manifest = Manifest(save, source.experts, indices, entries, files, code_version())
         write_torch({**state, MANIFEST: manifest.write()}, temporary, progress)
 
     return [*jobs, Job(path, _size(state), write)]
 
 
-TEMPORARY = ".tmp"
+def partial(path: str, scratch: str) -> str:
+    """Where a file is written before it is renamed: in a folder of the name `scratch` beside it."""
+    return os.path.join(os.path.dirname(path), scratch, os.path.basename(path))
 
 
 def _job(path: str, state: Dict[str, Any]) -> Job:

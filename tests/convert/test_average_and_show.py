@@ -1,9 +1,11 @@
 """`fairseq-moe average` against a plain mean, and `fairseq-moe show`."""
 
+import itertools
 import json
 import re
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,11 +13,12 @@ from converting import DENSE, MOE, convert, load, logits
 from training import TRAIN, train_on
 
 from fairseq_moe_ext.cli import main
-from fairseq_moe_ext.convert import model_card, readers
+from fairseq_moe_ext.convert import model_card, readers, writing
 from fairseq_moe_ext.convert.average import mean_of
 from fairseq_moe_ext.convert.readers import open_checkpoint
 from fairseq_moe_ext.convert.source import best_metric
 from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.locks import Lock
 
 
 @pytest.fixture
@@ -93,14 +96,53 @@ def test_the_last_ones_of_a_folder(saved, tmp_path, capsys):
     assert "checkpoint_1_8.pt, " in capsys.readouterr().out
 
 
-def test_no_checkpoint_is_read_if_one_is_missing(saved, tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def nothing_read(monkeypatch):
     def open_checkpoint(path, weights_only):
         raise AssertionError("read")
 
     monkeypatch.setattr(readers, "open_checkpoint", open_checkpoint)
-    line = f"average {saved(MOE)[0]} {tmp_path}/none.pt --output {tmp_path}/m.pt"
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        ("{t}/none.pt", "none.pt: no such checkpoint"),
+        ("{b} --expert-files 3", "--expert-files 3 does not divide the 4 experts"),
+    ],
+)
+def test_no_checkpoint_is_read_before_a_mistake(saved, tmp_path, capsys, nothing_read, more, words):
+    a, b, _ = saved(MOE)
+    line = f"average {a} {more.format(t=tmp_path, b=b)} --output {tmp_path}/m.pt"
     assert main(line.split()) == 1
-    assert "none.pt: no such checkpoint" in capsys.readouterr().err
+    assert words in capsys.readouterr().err
+
+
+@pytest.fixture
+def trains(tmp_path, monkeypatch):
+    """A folder that a training saves to; nobody waits for it."""
+    clock = SimpleNamespace(monotonic=itertools.count(0, 10).__next__, sleep=lambda seconds: None)
+    monkeypatch.setattr(writing, "time", clock)
+    with Lock(tmp_path / "lock", "training"):
+        yield tmp_path
+
+
+def test_one_file_is_written_beside_a_training(saved, trains):
+    average(*saved(MOE), "--output", trains / "mean.pt")
+    convert(saved(MOE)[0], trains / "x.pt")
+    assert {"mean.pt", "x.pt"} < {path.name for path in trains.iterdir()}
+
+
+@pytest.mark.parametrize("command", ["average {a} {b} --output", "convert {a}"])
+@pytest.mark.parametrize("flag", ["--overwrite", "--expert-files 2"])
+def test_nothing_is_read_where_a_training_is_in_the_way(
+    saved, trains, capsys, nothing_read, command, flag
+):
+    a, b, _ = saved(MOE)
+    line = f"{command.format(a=a, b=b)} {trains}/m.pt {flag}"
+    assert main(line.split()) == 1
+    assert f"{trains} is being worked on by PID" in capsys.readouterr().err
+    assert [path.name for path in trains.iterdir()] == ["lock"]
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,13 @@ import re
 
 import pytest
 import torch
-from converting import DENSE, MOE, convert, load, mistake
+from converting import DENSE, MOE, convert, load, mistake, same
 from training import expert_files
 
 from fairseq_moe_ext.branch.files import BranchFiles, find
 from fairseq_moe_ext.branch.optimizer import unfit
-from fairseq_moe_ext.convert import readers
+from fairseq_moe_ext.checkpoint import cleanup
+from fairseq_moe_ext.convert import readers, targets
 from fairseq_moe_ext.errors import UserError
 
 MISTAKES = [
@@ -83,7 +84,7 @@ def test_a_missing_part_is_named(run, tmp_path, capsys):
     sorted((tmp_path / "experts").iterdir())[0].unlink()
     assert "missing; it holds experts" in mistake(capsys, tmp_path / "x.pt", tmp_path / "y.pt")
     assert "no such checkpoint" in mistake(capsys, tmp_path / "z.pt", tmp_path / "y.pt")
-    assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "y.pt").exists()
+    assert not list(tmp_path.rglob(".*")) and not (tmp_path / "y.pt").exists()
 
 
 def test_sources_that_are_none(run, tmp_path, capsys):
@@ -125,14 +126,41 @@ def test_overwriting(run, tmp_path):
     assert find(str(tmp_path / "set.pt")).ranks.keys() == {0, 1}
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda source, folder: convert(source, folder / "b.pt", "--overwrite"),
+        lambda source, folder: cleanup.remove_unused_files(str(folder)),  # as trainings do
+    ],
+)
+@pytest.mark.parametrize("flags", [["--expert-files", 2], []])
+def test_what_is_being_written_is_left_alone(run, tmp_path, monkeypatch, other, flags):
+    source, _ = run(MOE)
+    stock = targets.write_torch
+
+    def write_torch(state, path, progress):
+        stock(state, path, progress)
+        monkeypatch.setattr(targets, "write_torch", stock)
+        other(source, tmp_path)
+
+    monkeypatch.setattr(targets, "write_torch", write_torch)
+    killed = tmp_path / ".checkpoint_a.pt.converting"
+    killed.mkdir()
+    (killed / "checkpoint_a.pt").write_text("half")
+    convert(source, tmp_path / "checkpoint_a.pt", *flags)
+    convert(tmp_path / "checkpoint_a.pt", tmp_path / "back.pt")
+    assert same(load(tmp_path / "back.pt"), load(source))
+    assert not list(tmp_path.rglob(".*"))
+
+
 def test_a_full_disk_leaves_nothing(run, tmp_path, capsys, monkeypatch):
     source, _ = run(MOE)
 
     stock = os.fsync
-    for suffix in (".tmp", ".lock"):
+    for name in (".x.pt.converting/", ".lock"):
 
-        def fsync(descriptor, suffix=suffix):
-            if os.readlink(f"/proc/self/fd/{descriptor}").endswith(suffix):
+        def fsync(descriptor, name=name):
+            if name in os.readlink(f"/proc/self/fd/{descriptor}"):
                 raise OSError(28, "No space left on device")
             stock(descriptor)
 
