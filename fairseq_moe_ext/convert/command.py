@@ -202,17 +202,14 @@ def _check(args: argparse.Namespace) -> None:
         ("--moe-top1-expert", args.moe_top1_expert, "--upcycle", args.upcycle),
         ("--moe-top-k", args.moe_top_k is not None, "--upcycle", args.upcycle),
         ("--noise", args.noise != 0, "--upcycle", args.upcycle),
+        ("--seed", args.seed != 1, "--upcycle", args.upcycle),
     ):
         if given and not there:
             remedy = f"add it, or remove {flag}" if needs != "no --to" else f"remove --to or {flag}"
             raise UserError(f"{flag} needs {needs}: {remedy}")
     require_positive(args, "expert_files", "rank_files", "moe_expert_count", "moe_top_k")
-    if args.upcycle and args.moe_expert_count is None:
-        raise UserError("--upcycle: the number of experts is missing; add --moe-expert-count")
-    if args.upcycle and args.moe_freq is not None and args.moe_freq < 1:
-        raise UserError(f"--moe-freq {args.moe_freq}: use 1 (every layer) or more")
-    if not 0 <= args.noise < float("inf"):
-        raise UserError(f"--noise {args.noise}: use 0 or more")
+    if args.upcycle:
+        _check_upcycling(args)
     if os.path.realpath(args.source) == os.path.realpath(args.dest):
         raise UserError(f"{args.dest}: is also SRC; choose another name")
     if args.to == "branch" and os.path.exists(args.dest):
@@ -227,6 +224,20 @@ def _check(args: argparse.Namespace) -> None:
     folder = args.dest if to_folder else os.path.dirname(args.dest)
     if os.path.isfile(folder):
         raise UserError(f"{folder}: is a file, not a folder; name a folder")
+
+
+def _check_upcycling(args: argparse.Namespace) -> None:
+    freq, layers, top_k = args.moe_freq, args.moe_layers, args.moe_top_k
+    if args.moe_expert_count is None:
+        raise UserError("--upcycle: the number of experts is missing; add --moe-expert-count")
+    if freq is not None and freq < 1:
+        raise UserError(f"--moe-freq {freq}: use 1 (every layer) or more")
+    if freq is not None and layers is not None:
+        raise UserError(f"--moe-freq {freq} with --moe-layers {layers}: remove one of them")
+    if args.moe_top1_expert and top_k not in (None, 1):
+        raise UserError(f"--moe-top-k {top_k} with --moe-top1-expert: remove one of them")
+    if not 0 <= args.noise < float("inf"):
+        raise UserError(f"--noise {args.noise}: use 0 or more")
 
 
 def _refuse_existing(args: argparse.Namespace) -> None:

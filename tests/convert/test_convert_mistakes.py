@@ -28,7 +28,18 @@ MISTAKES = [
     (MOE, "x-rank-1-shard0.pt --expert-files 2", "a part of .*/x.pt"),
     (MOE, "x-rank-0.pt --to branch", "a part of .*/x.pt"),
     (MOE, "set-shared.pt", "a part of .*/set.pt"),
+    (MOE, "x.pt --seed 2", "--seed needs --upcycle"),
     (DENSE, "x.pt --upcycle", "add --moe-expert-count"),
+    (
+        DENSE,
+        "x.pt --upcycle --moe-expert-count 4 --moe-top-k 3 --moe-top1-expert",
+        "--moe-top-k 3 with --moe-top1-expert: remove one",
+    ),
+    (
+        DENSE,
+        "x.pt --upcycle --moe-expert-count 4 --moe-freq 2 --moe-layers 0,1",
+        "--moe-freq 2 with --moe-layers 0,1: remove one",
+    ),
     (DENSE, "x.pt --upcycle --moe-expert-count 1", "too few for top-2"),
     (DENSE, "x.pt --expert-files 2", "a dense model"),
     (DENSE, "x.pt --to branch", "a dense model"),
