@@ -249,13 +249,11 @@ def _refuse_existing(args: argparse.Namespace) -> None:
 def _existing(args: argparse.Namespace) -> List[str]:
     """Files that are, or are parts of, an earlier DST."""
     if args.to in hf_flags.FOLDERS:
-        from fairseq_moe_ext.convert.hf import FILES
-        from fairseq_moe_ext.convert.hf_folder import is_weights
+        from fairseq_moe_ext.convert.hf import files_there
 
         if not os.path.isdir(args.dest):
             return []
-        names = [n for n in os.listdir(args.dest) if n in FILES or is_weights(n)]
-        return [os.path.join(args.dest, name) for name in sorted(names)]
+        return [os.path.join(args.dest, name) for name in files_there(args.dest)]
     if args.to == "branch":
         from fairseq_moe_ext.convert import targets
 

@@ -25,6 +25,7 @@ from .hf_folder import (
     CONFIG,
     SHARD,
     bytes_job,
+    is_weights,
     our_names,
     read_config,
     read_weights,
@@ -123,6 +124,20 @@ def hf_jobs(source: Source, folder: str, extras: Extras, only_xglm: bool = False
     jobs.append(text_job(folder, CARD, card))
     jobs.append(text_job(folder, CONFIG, json.dumps(whole, indent=2, default=str) + "\n"))
     return jobs
+
+
+def files_there(folder: str) -> List[str]:
+    """The files in a folder that belong to an earlier conversion. Beside checkpoints or data the
+    tokenizer's do not: they are also theirs. Raises UserError for a folder of something else."""
+    names = sorted(os.listdir(folder))
+    found = [name for name in names if name in FILES or is_weights(name)]
+    others = [name for name in found if name != CARD]
+    if others and CONFIG not in found and not any(map(is_weights, found)):
+        raise UserError(
+            f"{folder}: contains {others[0]}, but no model for transformers: choose another folder"
+        )
+    shared = any(name.endswith((".pt", ".idx")) for name in names)
+    return [name for name in found if not (shared and name in NAMES)]
 
 
 def open_hf(folder: str, only_xglm: bool = False) -> Source:

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from converting import convert, load, mistake, same
-from hf_models import KINDS, TEXT, ours, theirs, tokenizer_of
+from hf_models import KINDS, ours, theirs, tokenizer_of
 
 from fairseq_moe_ext import tokenizer_files
 from fairseq_moe_ext.convert import hf_folder, model_card
@@ -50,82 +50,6 @@ def test_logits_are_equal_and_the_way_back_is_exact(converted, kind, tmp_path):
     assert after["task_state"] == before["task_state"]
     with torch.no_grad():
         assert torch.equal(ours(tmp_path / "back.pt").models[0](tokens)[0], lm.models[0](tokens)[0])
-
-
-TEXTS = [
-    "the cat", "", "\n", " \n\n  a\n", "the\ncat  sat \t\n on", "12 3rd  it's we'll \r\n x",
-    "é 木 \U0001f600", "<s> <pad> </s> <unk> <|endoftext|> [MASK]", "Ċ Ġ ĉ",
-    "a\u00a0b\u3000c \u200b\x1c\x85", "\u0e01\u0302 ² ½ Ⅷ ᾳ", "don't'S 'T", "a" * 300, "   ",
-]  # fmt: skip
-
-
-def test_the_tokenizer_gives_our_ids_for_any_text(converted, hf_data):
-    """Also as the library of tokenizers reads the file, and for all code points."""
-    tokenizers = pytest.importorskip("tokenizers")
-    vocabulary = Vocabulary(hf_data)
-    generator = torch.Generator().manual_seed(3)
-    every = [chr(i) for i in range(0x30000) if not 0xD800 <= i < 0xE000]
-    order = torch.randperm(len(every), generator=generator).tolist()
-    mixed = "".join(every[i] + " "[: n % 2] for n, i in enumerate(order))
-    for kind in ("xglm", "top2"):
-        _, folder = converted(kind)
-        tokenizer = tokenizer_of(folder)
-        bare = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        for text in [*TEXTS, TEXT, mixed]:
-            expected = vocabulary.encode(text)
-            assert tokenizer(text, add_special_tokens=False)["input_ids"] == expected, text[:50]
-            assert tokenizer(text)["input_ids"] == [2, *expected]
-            assert bare.encode(text, add_special_tokens=False).ids == expected
-            assert tokenizer.decode(expected, skip_special_tokens=True) == text
-    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (1, 0)
-    assert tokenizer.convert_tokens_to_ids("\n") == 2
-
-
-def test_a_dictionary_of_words(tmp_path):
-    from fairseq.data import Dictionary
-
-    from fairseq_moe_ext.convert import hf_tokenizer
-
-    tokenizers = pytest.importorskip("tokenizers")
-    words = Dictionary()
-    for word in ("the", "cat", "sat"):
-        words.add_symbol(word)
-    words.save(str(tmp_path / "dict.txt"))
-    found = hf_tokenizer.tokenizer_files(tmp_path, len(words), 32)
-    (tmp_path / "tokenizer.json").write_text(found["tokenizer.json"])
-    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    for text in ("the cat\nsat  the", " a\tcat </s>", "\n"):
-        lines = text.split("\n")
-        tokens = [words.encode_line(line, add_if_not_exist=False).tolist() for line in lines]
-        expected = [token for line in tokens for token in line][:-1]
-        assert tokenizer.encode(text, add_special_tokens=False).ids == expected
-
-
-@pytest.mark.parametrize(
-    "symbols, words",
-    [
-        ("262 1234 5 madeupword0000 madeupword0001", "contains BPE ids, which need encoder.json"),
-        ("▁the ▁cat s", "contains pieces of words, such as '▁the'"),
-        ("the c@@ at s@@ it", "contains pieces of words, such as 'c@@'"),
-        ("Ġthe Ġcat s", "pieces of words"),
-        ("the sit ##ting", "pieces of words"),
-        ("the</w> sit ting</w>", "pieces of words"),
-        ("the cat ## @@ ▁▁ 12 1999 " + " ".join(f"w{i}" for i in range(60)), ""),
-    ],
-)
-@pytest.mark.parametrize("one_file", [False, True])
-def test_a_dictionary_that_is_not_of_words_is_refused(tmp_path, symbols, words, one_file):
-    from fairseq_moe_ext.convert.hf_tokenizer import tokenizer_files
-
-    path, symbols = tmp_path / "dict.txt", symbols.split()
-    path.write_text("".join(f"{symbol} 1\n" for symbol in symbols))
-    if one_file:
-        (tmp_path / "encoder.json").write_text("{}")
-    if not words:
-        assert tokenizer_files(tmp_path, len(symbols) + 4, 32)
-        return
-    with pytest.raises(UserError, match=f"^{path}: .*{re.escape(words)}.*--no-tokenizer"):
-        tokenizer_files(tmp_path, len(symbols) + 4, 32)
 
 
 @pytest.mark.parametrize("kind", ["xglm", "top2", "hash"])
@@ -413,6 +337,35 @@ def test_what_lies_in_the_folder_is_not_replaced(converted, tmp_path, capsys):
     (tmp_path / "README.md").write_text("mine")
     assert "README.md: exists" in mistake(capsys, converted("top2")[0], tmp_path, "--to", "hf")
     assert (tmp_path / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "files", ["dict.txt x.pt", "encoder.json", "tokenizer.json", "dict.txt a.idx"]
+)
+def test_a_folder_of_something_else_is_kept(converted, tmp_path, capsys, files):
+    for name in files.split():
+        (tmp_path / name).write_text("mine")
+    flags = "--to", "hf", "--overwrite", "--no-tokenizer"
+    words = mistake(capsys, converted("top2")[0], tmp_path, *flags)
+    assert f"{tmp_path}: contains {files.split()[0]}, but no model for transformers" in words
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(
+        files.split(), "mine"
+    )
+
+
+@pytest.mark.parametrize("checkpoint", ["", "x.pt"])
+def test_an_earlier_tokenizer_goes_unless_it_is_a_checkpoint_s(converted, tmp_path, checkpoint):
+    path, folder = converted("top2")
+    shutil.copytree(folder, tmp_path / "hf")
+    (tmp_path / "hf" / "model-00009-of-00009.safetensors").touch()
+    if checkpoint:
+        (tmp_path / "hf" / checkpoint).touch()
+    convert(path, tmp_path / "hf", "--to", "hf", "--overwrite", "--no-tokenizer")
+    names = {file.name for file in (tmp_path / "hf").iterdir()}
+    assert names.isdisjoint({"tokenizer.json", "model-00009-of-00009.safetensors"})
+    assert names >= {"config.json", "model.safetensors"}
+    kept = set(tokenizer_files.NAMES) if checkpoint else set()
+    assert names & set(tokenizer_files.NAMES) == kept
 
 
 def test_what_the_code_does_not_know_is_refused_by_name(converted, tmp_path, capsys):
