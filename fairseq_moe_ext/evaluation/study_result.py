@@ -71,7 +71,7 @@ class RunResult(TypedDict):
     active: int  # parameters that a token meets
     experts: int  # of an MoE layer; 1 in a dense model; older files lack it
     tokens: int  # trained on
-    flops: float
+    flops: float  # by the experts that tokens took, dropped ones included
     seconds: float  # in training steps
     protocol: Protocol  # older files lack it
     sets: Dict[str, SetResult]

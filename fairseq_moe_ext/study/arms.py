@@ -7,7 +7,7 @@ from ..evaluation.study_result import Compared, RunResult, StudyResult, measured
 from ..text_table import markdown
 from ..wording import count, signed, small
 from .paired import Difference, holm, paired
-from .result import GROUPS, performance
+from .result import GROUPS, mean_flops, performance
 
 LEVEL = 0.05
 _NONE = "no seed in common on the same text, or diverged"
@@ -128,7 +128,7 @@ def _against(compared: Optional[Compared], is_reference: bool) -> List[str]:
 def _cost(runs: Runs) -> List[str]:
     routers = [run["router"] for run in runs if run["router"]]
     cells = ["", "", ""]
-    flops = _mean([run["flops"] for run in runs])
+    flops = mean_flops(runs)
     if routers:
         cells = [
             f"{_mean([r['load_max'] for r in routers]):.2f}",

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from statistics import geometric_mean
+from statistics import geometric_mean, mean
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, cast
 
 from .. import accuracy, cost, files
@@ -72,6 +72,8 @@ def _of_run(run: Run, context: int, tokens_per_update: int) -> RunResult:
             raise ValueError(f"perplexity {found['perplexity']} of {name} in evaluation.json")
     settings, vocabulary = checkpoint_settings(run.folder / "checkpoint_best.pt")
     shape = shape_of(settings, vocabulary)
+    router = router_metrics(run.folder / "train.log", shape, context)
+    shape = shape._replace(experts_per_token=router.get("experts_per_token"))
     tokens = run.updates * tokens_per_update
     parameters = cost.parameters(shape)
     return {
@@ -91,7 +93,7 @@ def _of_run(run: Run, context: int, tokens_per_update: int) -> RunResult:
         "sets": evaluation["sets"],
         "mean": evaluation["mean"],
         "priming": priming_of(run.folder / "priming.json"),
-        "router": router_metrics(run.folder / "train.log", shape, context),
+        "router": router,
     }
 
 
@@ -129,10 +131,15 @@ def mean_performance(runs: Runs, group: str) -> float:
     return sum(performance(run, group) for run in runs) / len(runs)
 
 
+def mean_flops(runs: Runs) -> float:
+    """Over the seeds of one model, which differ where the router chooses the number of experts."""
+    return mean(run["flops"] for run in runs)
+
+
 def points(runs: Runs, family: str, group: str) -> List[Tuple[float, float]]:
     """(FLOPs, performance, mean over seeds) of each size of a family."""
     return sorted(
-        (model_runs[0]["flops"], mean_performance(model_runs, group))
+        (mean_flops(model_runs), mean_performance(model_runs, group))
         for model_runs in _sizes(runs, family)
     )
 
@@ -143,7 +150,7 @@ Intervals = List[Optional[Tuple[float, float]]]
 def intervals(runs: Runs, family: str, group: str) -> Intervals:
     """Of each of `points`: from the lowest to the highest seed, or, of one seed, the 95 % interval
     over the text that it was tested on; of an accuracy the one over questions. None: not known."""
-    sizes = sorted(_sizes(runs, family), key=lambda model_runs: model_runs[0]["flops"])
+    sizes = sorted(_sizes(runs, family), key=mean_flops)
     return [_interval(model_runs, group) for model_runs in sizes]
 
 
@@ -318,7 +325,7 @@ def warning(runs: Runs, family: str, prefix: str = "") -> str:
         return ""
     return worse_though_larger(
         [
-            (prefix + of_size[0]["size"], of_size[0]["flops"], mean_performance(of_size, GROUPS[0]))
+            (prefix + of_size[0]["size"], mean_flops(of_size), mean_performance(of_size, GROUPS[0]))
             for of_size in sizes
         ]
     )

@@ -39,7 +39,7 @@ def models(runs: Runs) -> Table:
                 with_prefix(first["parameters"]),
                 with_prefix(first["active"]),
                 with_prefix(first["tokens"]),
-                f"{first['flops']:.3g}",
+                f"{results.mean_flops(model_runs):.3g}",
                 f"{sum(run['seconds'] for run in model_runs) / len(model_runs) / 60:.1f}",
                 str(len(model_runs)),
             ]

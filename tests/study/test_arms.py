@@ -14,8 +14,9 @@ from fairseq_moe_ext.config_checks import validate
 from fairseq_moe_ext.cost import parameters, training_flops_per_token
 from fairseq_moe_ext.models.architectures import ARCHITECTURES
 from fairseq_moe_ext.shape import shape_of
-from fairseq_moe_ext.study import arms, logs, plan, yaml_file
+from fairseq_moe_ext.study import arms, logs, plan, result, yaml_file
 from fairseq_moe_ext.study.paired import holm, paired, t_quantile
+from fairseq_moe_ext.study.plan import Run
 from fairseq_moe_ext.study.router_metrics import router_metrics
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "routers"
@@ -236,6 +237,26 @@ def test_flops_are_those_that_were_computed(tmp_path):
     assert router_metrics(tmp_path / "resumed.log", shape, 32) == found
     (tmp_path / "dense.log").write_text('now | INFO | train_inner | {"loss": 3}\n')
     assert router_metrics(tmp_path / "dense.log", shape, 32) == {}
+
+
+@pytest.mark.parametrize("taken, counted", [((6, 3), 4.5), ((2, 2), 2), ((), 2)])
+def test_factors_count_the_experts_that_the_router_took(tmp_path, monkeypatch, taken, counted):
+    """For a run of a study or a ladder whose flags ask for two; without a log of it, these."""
+    for number in taken:
+        values = dict(load_max=9, overflow=50, experts_per_token=number)
+        write_line(tmp_path / "train.log", "train_inner", values)
+    write_line(tmp_path / "train.log", "train", {"epoch": 1, "train_train_wall": 9})
+    measured = {"perplexity": 9.0}
+    evaluation = {"sets": {"x": measured}, "mean": {"in_domain": measured}}
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    settings = {**vars(MoETransformerLMConfig()), "moe_freq": 1, "moe_expert_count": 8}
+    monkeypatch.setattr(result, "checkpoint_settings", lambda path: (settings, 40))
+    found = result.of_run(Run("moe", "a", 1, 3, tmp_path, [], [], []), 32, 128)
+    shape = shape_of({**settings, "moe_top_k": 1}, 40)._replace(experts_per_token=counted)
+    assert found["flops"] == 3 * 128 * training_flops_per_token(shape, 32)
+    assert found["active"] == parameters(shape).active
+    more = {**found, "seed": 2, "flops": 2 * found["flops"]}
+    assert result.points([found, more], "moe", "x") == [(1.5 * found["flops"], 9.0)]
 
 
 def configs():

@@ -613,7 +613,11 @@ def test_a_line_is_of_arms_that_differ_in_the_number_of_experts_alone(
         for i, arm in enumerate([*(f"d0-{name}" for name in names), "d1-E32", "d1-E128"])
     ]
     arms = {found["arm"] for found in made["factors"]}
-    made["runs"] += [{**made["runs"][0], "size": arm, "family": "moe"} for arm in arms]
+    made["runs"] += [
+        {**made["runs"][0], "size": arm, "family": "moe", "stage": stage}
+        for arm in arms
+        for stage in ("4M", "16M")
+    ]
     if not records_flags:  # an older file
         for arm in made["ladder"]["arms"].values():
             del arm["own_flags"]

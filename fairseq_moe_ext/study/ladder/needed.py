@@ -81,9 +81,8 @@ def _measured(ladder: Ladder) -> List[Tuple[str, float, _Curve]]:
     curves = []
     for name, percent in tables.growth(found):
         last = tables.in_domain(found, name)[-1]
-        arm = next(arm for arm in ladder.arms if arm.name == name)
         curve = _line(last["tokens"], last["factor"], percent)
-        curves.append((f"{name}, measured", training_flops(arm, ladder), curve))
+        curves.append((f"{name}, measured", tables.flops_per_token(found, last), curve))
     return curves
 
 

@@ -7,7 +7,7 @@ from ... import outputs
 from ...evaluation import figures, paper, report
 from ...forecast.laws import S_BASE
 from ...wording import count
-from ..result import GROUPS, mean_performance
+from ..result import GROUPS, mean_flops, mean_performance
 from ..tables import TITLES
 from . import tables
 from .result import Factor, LadderResult
@@ -53,12 +53,6 @@ def _in_domain(result: LadderResult) -> List[Factor]:
     return [f for f in result["factors"] if f["group"] == GROUPS[0] and not f["beyond"]]
 
 
-def _flops(result: LadderResult, arm: str) -> float:
-    """Training FLOPs a token."""
-    run = next(run for run in result["runs"] if run["size"] == arm)
-    return run["flops"] / run["tokens"]
-
-
 def saving_chart(result: LadderResult) -> figures.Chart:
     """Of each number of tokens the arm that saves most, the paper's figure 1, and Clark et al.'s
     law at both sizes, over the training FLOPs of the dense model with the same perplexity."""
@@ -69,7 +63,7 @@ def saving_chart(result: LadderResult) -> figures.Chart:
         if found["factor"] >= best.get(found["tokens"], found)["factor"]:
             best[found["tokens"]] = found
     for found in best.values():
-        cost = _flops(result, found["arm"])
+        cost = tables.flops_per_token(result, found)
         ours.append((cost * found["tokens"] * found["factor"], found["factor"]))
         predicted = _law(cost / 6, arms[found["arm"]]["experts"])
         law.append((cost * found["tokens"] * predicted, predicted))
@@ -163,15 +157,12 @@ def _over_tokens(result: LadderResult, base: str) -> figures.Chart:
 def _perplexities(result: LadderResult, tokens: int, bases: Sequence[str]) -> figures.Chart:
     """The dense models, and the sparse ones of each base above its FLOPs."""
     arms = result["ladder"]["arms"]
-    stages = [
-        n for n, s in result["ladder"]["stages"].items() if s["tokens"] == tokens and n != "lr"
-    ]
     points: Dict[str, List[Tuple[float, float]]] = {name: [] for name in ("dense", *bases)}
     for name, arm in arms.items():
-        mine = [r for r in result["runs"] if r["stage"] in stages and r["size"] == name]
+        mine = tables.runs_of(result, name, tokens)
         if mine:
             line = "dense" if arm["family"] == "dense" else arm["base"]
-            points[line].append((mine[0]["flops"], mean_performance(mine, GROUPS[0])))
+            points[line].append((mean_flops(mine), mean_performance(mine, GROUPS[0])))
     series = [
         figures.Series(name, sorted(of_name), style)
         for style, (name, of_name) in enumerate(points.items())

@@ -12,7 +12,7 @@ from ...errors import UserError
 from ...evaluation.perplexity import UnitLosses
 from ...evaluation.study_result import RunResult, as_written, measured_on, sets_of
 from ..plan import Run
-from ..result import GROUPS, of_run, performance
+from ..result import GROUPS, mean_flops, of_run, performance
 from . import forecast, probe, rates, saving
 from .forecast import Forecast
 from .saving import Saving
@@ -205,7 +205,7 @@ def _factor(
         over = OVER_SEEDS if interval else ""
     else:
         interval, over = units.interval(curves[0], mine[0], group)
-    flops = mine[0]["flops"]
+    flops = mean_flops(mine)
     routed = flops + mine[0]["tokens"] * forecast.router_flops(arm, ladder)
     return {
         "arm": arm.name,

@@ -7,7 +7,7 @@ from ...text_table import markdown
 from ...wording import signed
 from ..arms import by_arm, difference, measured, percent, shared
 from ..plan import FAMILIES
-from ..result import GROUPS, mean_performance, warning
+from ..result import GROUPS, mean_flops, mean_performance, warning
 from ..tables import TITLES
 from .forecast import Forecast
 from .result import Factor, LadderResult, LadderRun
@@ -53,6 +53,18 @@ def by_key(result: LadderResult) -> Dict[Tuple[str, int, str], Factor]:
 
 def budgets(result: LadderResult) -> List[int]:
     return sorted({found["tokens"] for found in result["factors"]})
+
+
+def flops_per_token(result: LadderResult, found: Factor) -> float:
+    """Of the sparse arm's training."""
+    runs = runs_of(result, found["arm"], found["tokens"])
+    return mean_flops(runs) / runs[0]["tokens"]
+
+
+def runs_of(result: LadderResult, arm: str, tokens: int) -> List[LadderRun]:
+    """Of an arm on a number of tokens, without the search for its rate."""
+    stages = {n for n, s in result["ladder"]["stages"].items() if s["tokens"] == tokens and n != LR}
+    return [run for run in result["runs"] if run["size"] == arm and run["stage"] in stages]
 
 
 def sparse(result: LadderResult) -> List[str]:
