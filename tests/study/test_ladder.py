@@ -551,6 +551,27 @@ def test_losses_of_other_documents_are_not_compared(folder, tmp_path):
         result._Units(ladder, result._Of(384, [stage], {})).interval(runs[:2], runs[2], "in_domain")
 
 
+@pytest.mark.parametrize("units, known", [(([11], [5, 6]), 0), (([5, 6], [5, 6]), 1)])
+def test_a_set_of_one_unit_has_no_interval(folder, tmp_path, units, known):
+    """As in `fairseq-moe evaluate`, and so has no mean with it."""
+    ladder = stages.read(write(folder))._replace(out=tmp_path)
+    stage = ladder.stage("first")
+    runs = [made_run("first", arm.name, 1, 1.0, 9.0) for arm in stage.arms[:3]]
+    for run, arm in zip(runs, stage.arms):
+        run["sets"]["other"] = run["sets"]["kernel"]
+        losses = {
+            name: {"nats": [1.0, 2.0][: len(tokens)], "tokens": tokens}
+            for name, tokens in zip(run["sets"], units)
+        }
+        path = ladder.folder(stage, arm, 1) / "unit_losses.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(losses))
+    found = result._Units(ladder, result._Of(384, [stage], {}))
+    for group, has_one in (("kernel", known), ("other", 1), ("in_domain", known)):
+        interval, over = found.interval(runs[:2], runs[2], group)
+        assert (interval is not None, over) == (has_one, "units of test text" if has_one else "")
+
+
 def test_only_arms_that_saved_enough_go_on(tmp_path, monkeypatch):
     made = made_result(tmp_path)
     stage = REAL.stage("64M")

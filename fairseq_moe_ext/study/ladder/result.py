@@ -298,7 +298,11 @@ class _Units:
         folders = [self.folders[run["stage"], run["size"], run["seed"]] for run in runs]
         losses = [self._of(folder) for folder in folders]
         if all(losses):
-            by_set = [self._draws(folders, name, i) for i, name in enumerate(sets_of(mine, group))]
+            names = sets_of(mine, group)
+            by_set = [self._draws(folders, name, i) for i, name in enumerate(names)]
+            units = losses[-1] or {}
+            if any(len(units[name]["tokens"]) == 1 for name in names):  # nothing to draw
+                return None, ""
             perplexities = np.mean(by_set, axis=0)  # (draws, M)
             return saving.ends_over_units(costs, perplexities), OVER_UNITS
         intervals = [
