@@ -78,10 +78,12 @@ class FairseqMoELM(LM):
 
     def _row(self, context: str, continuation: str) -> Row:
         """White space at the end of the context goes with the continuation, newlines included, as
-        in all that lm-eval scores by itself (lm_eval/api/model.py:415@0.4.13)."""
-        bare = context.rstrip()
-        whole = self.vocabulary.encode(context + continuation)
-        return Row(tuple(whole), len(self.vocabulary.encode(bare)))
+        in all that lm-eval scores by itself (lm_eval/api/model.py:415@0.4.13). A continuation has
+        at least the last token, of which the context may have the beginning ("num", "ber")."""
+        bare, text = context.rstrip(), context + continuation
+        whole = self.vocabulary.encode(text)
+        least = 1 if len(text) > len(bare) else 0
+        return Row(tuple(whole), min(len(self.vocabulary.encode(bare)), len(whole) - least))
 
     @staticmethod
     def _say_cut(beyond: Sequence[int]) -> None:

@@ -92,6 +92,8 @@ PAIRS = [
     ("", "\nw4"),
     ("w5", ""),
     ("w6 it was. " * 40, "w7 it"),  # longer than the context
+    ("w8 it wa", "s"),  # as many tokens without the continuation
+    ("w9 w1 it wa", "s"),
 ]
 
 
@@ -100,9 +102,12 @@ def test_loglikelihood_equals_a_plain_loop(lm, capsys):
     got = lm.loglikelihood([request(*pair) for pair in PAIRS])
     assert f"1 of {len(PAIRS)} requests do not fit into the context" in capsys.readouterr().err
     assert encode("\n") == [EOS]
+    swallowed = 0
     for (context, continuation), (nats, greedy) in zip(PAIRS, got):
         whole = encode(context + continuation)
         wanted = len(whole) - len(encode(context.rstrip()))
+        swallowed += wanted <= 0 < len(continuation)
+        wanted = max(wanted, min(1, len(continuation)))
         before = [EOS, *whole][: -lm.context] or [EOS]
         whole = whole[-lm.context :]
         expected, likeliest = 0.0, True
@@ -112,7 +117,7 @@ def test_loglikelihood_equals_a_plain_loop(lm, capsys):
             likeliest &= int(found.argmax()) == whole[i]
         assert nats == pytest.approx(expected, rel=1e-9, abs=1e-12)
         assert greedy == likeliest
-    assert got[7] == (0.0, True)
+    assert swallowed == 2 and got[7] == (0.0, True)
 
 
 def test_rolling_equals_a_plain_loop(lm):
