@@ -15,6 +15,7 @@ The wrappers in patches/ (checkpoint_io.py, tasks.py) call this module.
 import hashlib
 import os
 import re
+from pathlib import Path
 from typing import Any, Dict, Optional
 
 from fairseq import utils
@@ -22,7 +23,7 @@ from fairseq.data import Dictionary
 from fairseq.tasks import FairseqTask
 from torch import Tensor
 
-from . import context
+from . import context, tokenizer_files
 from .data_bin import DICTIONARY
 from .errors import UserError
 
@@ -75,6 +76,17 @@ def check(task: FairseqTask, saved: Optional[Dict[str, Any]]) -> None:
             f"{_checkpoint(saved)}: has a vocabulary of {saved['vocabulary']}, but {_file(task)} "
             f"one of {len(dictionary)}: {remedy}"
         )
+    if getattr(task, "encodes_text", False):
+        check_tokenizer(task, saved)
+
+
+def check_tokenizer(task: FairseqTask, saved: Dict[str, Any]) -> None:
+    """Raise UserError if a task encodes text with other BPE than the checkpoint's. Text that is
+    encoded already may lie beside any."""
+    data = tokenizer_files.data_of(task)
+    if data is not None:
+        digests = saved.get(tokenizer_files.KEY) or {}
+        tokenizer_files.check_digests(Path(_checkpoint(saved)), digests, data)
 
 
 def _checkpoint(saved: Dict[str, Any]) -> str:
@@ -93,6 +105,7 @@ def note(state: Dict[str, Any], path: str) -> None:
     the task."""
     task_state = state.get("task_state") or {}
     saved = {**(task_state.get(KEY) or {}), "of": str(path)}
+    saved[tokenizer_files.KEY] = tokenizer_files.digests_in(state)
     embedding = (state.get("model") or {}).get("decoder.embed_tokens.weight")
     if isinstance(embedding, Tensor):
         saved["vocabulary"] = len(embedding)

@@ -16,7 +16,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Mapping, Optional
 
 from .data_bin import DICTIONARY, TOKENIZER
 from .errors import UserError
@@ -72,7 +72,7 @@ def of_checkpoint(path: Path) -> Optional[Path]:
     """The folder with a checkpoint's tokenizer; None: there is none beside it or with its training
     data. Raises UserError if the files there belong to another model."""
     state = _saved(path)
-    wanted, other = _digests_in(state), None
+    wanted, other = digests_in(state), None
     for folder in [path.parent, *_trained_on(state)]:
         present = digests(folder)
         if present and all(present.get(name) == digest for name, digest in wanted.items()):
@@ -83,15 +83,22 @@ def of_checkpoint(path: Path) -> Optional[Path]:
     return None
 
 
-def folder_for(path: Path, data: Optional[Path], flag: str = "--data") -> Path:
+def folder_for(
+    path: Path, data: Optional[Path], flag: str = "--data", dictionary_alone: bool = False
+) -> Path:
     """The folder with a checkpoint's tokenizer: `data`, the value of a flag, or by default the
-    tokenizer that travels with the checkpoint. Raises UserError if there is none."""
+    tokenizer that travels with the checkpoint. Raises UserError if there is none, or another.
+
+    dictionary_alone: of `data` only dict.txt is used.
+    """
     if data is not None:
         if not (data / DICTIONARY).is_file():
             raise UserError(
                 f"{flag} {data}: contains no {DICTIONARY}; name the folder with the model's "
                 "dictionary"
             )
+        if not dictionary_alone:
+            check(path, data)
         return data
     folder = of_checkpoint(path)
     if folder is None:
@@ -105,7 +112,12 @@ def folder_for(path: Path, data: Optional[Path], flag: str = "--data") -> Path:
 def check(path: Path, data: Path) -> None:
     """Raise UserError if a folder's BPE is not the one that a checkpoint has digests of.
     fingerprint.py judges dict.txt, of which only the order matters."""
-    wanted = {n: digest for n, digest in _digests_in(_saved(path)).items() if n in TOKENIZER}
+    check_digests(path, digests_in(_saved(path)), data)
+
+
+def check_digests(path: Path, recorded: Mapping[str, str], data: Path) -> None:
+    """Like check, with the digests that the checkpoint has."""
+    wanted = {n: digest for n, digest in recorded.items() if n in TOKENIZER}
     present = digests(data)
     if any(name in present and present[name] != digest for name, digest in wanted.items()):
         raise _misfit(data, path, wanted)
@@ -131,7 +143,8 @@ def _saved(path: Path) -> Dict[str, Any]:
     return state if isinstance(state, dict) else {}
 
 
-def _digests_in(state: Dict[str, Any]) -> Dict[str, str]:
+def digests_in(state: Dict[str, Any]) -> Dict[str, str]:
+    """Those that a checkpoint has."""
     task_state = state.get("task_state")
     recorded = task_state.get(KEY) if isinstance(task_state, dict) else None
     recorded = recorded if isinstance(recorded, dict) else {}

@@ -58,7 +58,7 @@ ALLOWED = {
         "data_bin_files": "",
         "expert_parallel": "kernels.transfer moe.exchange moe.scope",
         "counted": "",
-        "fingerprint": "data_bin",
+        "fingerprint": "data_bin tokenizer_files",
         "diverging": "",
         "optim": "",
         "fully_sharded": "",

@@ -194,9 +194,10 @@ def _check(args: argparse.Namespace, checkpoints: List[Path], words: List[str]) 
 
 def load(args: argparse.Namespace, path: Path) -> Any:
     """The model of a checkpoint with its tokenizer, as from_pretrained gives it."""
-    data = tokenizer_files.folder_for(path, args.data).resolve()
+    own_bpe = args.gpt2_encoder_json is not None
+    data = tokenizer_files.folder_for(path, args.data, dictionary_alone=own_bpe).resolve()
     settings: Dict[str, Any] = dict(parse_overrides(args.model_overrides))
-    if args.gpt2_encoder_json is not None:
+    if own_bpe:
         settings.update(
             bpe="gpt2",
             gpt2_encoder_json=str(args.gpt2_encoder_json),

@@ -69,12 +69,12 @@ def inspect(
     Raises:
         UserError: for missing or mismatched files, if possible before the work.
     """
-    model_of = _Loader(folder_for(checkpoint, data), settings)
-    check_path(checkpoint, "")
     others = [("--twin", twin)] if twin else []
     others += [("--compare", path) for path in compare]
-    for flag, path in others:
+    for flag, path in [("", checkpoint), *others]:
         check_path(path, flag)
+        folder_for(path, data)
+    model_of = _Loader(data, settings)
     training = read_log(log) if log else beside(checkpoint)
     tokens = Tokens(data, model_of.dictionary)
     own = reading.read_own(text, tokens)

@@ -70,6 +70,7 @@ def load_state_dict(stock, self, state_dict):
     saved = rest.pop(fingerprint.KEY, None)
     rest.pop(tokenizer_files.KEY, None)
     fingerprint.check(self, saved)
+    self.loaded_from = saved
     stock(self, rest)
 
 
@@ -81,7 +82,9 @@ def build_bpe(stock, self, args):
     data = getattr(getattr(self, "args", None), "data", None)
     if name in (None, "gpt2") and not elsewhere and isinstance(data, str):
         tokenizer = find_tokenizer(Path(data.split(":")[0]))
-        args = Namespace(**tokenizer) if tokenizer else args
+        if tokenizer:
+            fingerprint.check_tokenizer(self, getattr(self, "loaded_from", None) or {})
+            args = Namespace(**tokenizer)
     return stock(self, args)
 
 

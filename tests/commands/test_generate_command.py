@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from training import prepare_text, train_small
 
 from fairseq_moe_ext import cli, tokenizer_files
 from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.evaluation.loading import language_modeling_task, load_model
 from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
 
 TEXT = "the cat sat on the mat\nand saw a dog\n\n" * 20
@@ -153,12 +155,44 @@ def test_the_tokenizer_travels_with_the_model(runs, generate, tmp_path, capsys):
     assert generate("the cat", "--max-tokens", 6, **alone).out == expected, "that beside is not it"
     with pytest.raises(UserError, match="vocab.bpe: does not belong to the tokenizer of"):
         MoETransformerLanguageModel.from_pretrained(str(moe), "checkpoint_last.pt", str(tmp_path))
+    bpe = ("--gpt2-encoder-json", moe / "encoder.json", "--gpt2-vocab-bpe", moe / "vocab.bpe")
+    flags = ("--max-tokens", 6, "--data", tmp_path, *bpe)
+    assert generate("the cat", *flags, **alone).out == expected
 
     (tmp_path / "to").mkdir()
     assert cli.main(["convert", str(tmp_path / "alone.pt"), str(tmp_path / "to" / "x.pt")]) == 0
     assert names <= {path.name for path in (tmp_path / "to").iterdir()}
     capsys.readouterr()
     assert generate("the cat", "--max-tokens", 6, path=tmp_path / "to" / "x.pt").out == expected
+
+
+def test_other_bpe_is_refused_where_text_is_encoded(runs, tmp_path, capsys):
+    """With the model's dict.txt, which has the ids of the BPE alone."""
+    data, path = tmp_path / "data", runs / "moe" / "checkpoint_last.pt"
+    data.mkdir()
+    for name in tokenizer_files.NAMES:
+        shutil.copy(runs / "data" / name, data)
+    first, *merges = (data / "vocab.bpe").read_text().splitlines()
+    (data / "vocab.bpe").write_text("\n".join([first, *reversed(merges)]) + "\n")
+    (tmp_path / "tasks" / "copa").mkdir(parents=True)
+    (tmp_path / "my.txt").write_text("the cat sat on the mat " * 9)
+    for line in (
+        f"generate the --path {path}",
+        f"priming {tmp_path}/tasks --path {path}",
+        f"inspect {path} --text {tmp_path}/my.txt --page {tmp_path}/p.html",
+        f"inspect {runs}/moe/checkpoint_best.pt --compare {path} --text {tmp_path}/my.txt",
+        f"convert --to hf {path} {tmp_path}/hf",
+    ):
+        assert cli.main(f"{line} --data {data}".split()) == 1, line
+        (error,) = capsys.readouterr().err.splitlines()
+        assert error.startswith(f"error: {data}/vocab.bpe: does not belong to the tokenizer of")
+    task = language_modeling_task(data, 1)
+    load_model(path, task)  # to evaluate text that is encoded
+    with pytest.raises(UserError, match="vocab.bpe: does not belong"):
+        task.build_bpe(Namespace(_name=None))  # as fairseq-interactive does
+    task.encodes_text = True  # as that of multiple choice
+    with pytest.raises(UserError, match="vocab.bpe: does not belong"):
+        load_model(path, task)
 
 
 def test_an_old_checkpoint_takes_flags(runs, generate, tmp_path):
