@@ -64,19 +64,45 @@ def test_a_speed_without_a_processor_is_found(claim):
     assert not unnamed(page.replace("Text.", "All of it on Zen 5."))
 
 
+PEERS = {
+    "plain PyTorch": "plain PyTorch",
+    "the same, compiled": "plain PyTorch, compiled",
+    "ours, with PyTorch's choice of products": "ours, PyTorch's products",
+    "ours": "ours",
+    "ours, 8 experts, top-2, equal FLOPs": "ours, 8 experts",
+    "ours, 64 experts, top-2, equal FLOPs": "ours, 64 experts",
+    "Hugging Face's OLMoE, 8 experts, equal FLOPs": "OLMoE, 8 experts",
+    "plain PyTorch, bfloat16 autocast": "bf16: plain PyTorch, autocast",
+    "ours, `--bf16`": "bf16: ours",
+    "ours, `--bf16`, 8 experts": "bf16: ours, 8 experts",
+    "ours, `--bf16`, 64 experts": "bf16: ours, 64 experts",
+    "OLMoE, 8 experts, bfloat16 autocast": "bf16: OLMoE, 8 experts",
+}
+
+
 def test_a_step_of_peers_is_that_of_its_file():
-    """docs/performance.md: the peers that its table leaves out."""
     found = (ROOT / "benchmarks" / "results" / "amd-family26-model2" / "peers.md").read_text(
         "utf-8"
     )
     seconds = dict(re.findall(r"^\| ([^|]*) \| (\d\.\d+) \|", found, flags=re.M))
-
-    def shown(case):
-        return f"{seconds[f'96: {case}']} and {float(seconds[f'256: {case}']):.2f} s"
-
-    page = " ".join((ROOT / "docs" / "performance.md").read_text("utf-8").split())
-    assert f"GPT-2 took {shown('Hugging Face GPT-2')}" in page
-    assert f"stock `transformer_lm` {shown('stock fairseq')}" in page
+    page = (ROOT / "docs" / "performance.md").read_text("utf-8")
+    page = page[page.index("## A step against plain PyTorch") :]
+    label = ""
+    for line in page.split("\n\n")[2].splitlines()[2:]:
+        before, (label, *cells) = label, [cell.strip() for cell in line.split("|")[1:-1]]
+        case = PEERS[label]
+        if before == "plain PyTorch, bfloat16 autocast":
+            case = "bf16: plain PyTorch, autocast, compiled"
+        kept = [seconds.get(f"{shape}: {case}", "nan") for shape in ("96", "256", "wide")]
+        expected = [kept[0], *(f"{float(each):.2f}" for each in kept[1:])]
+        assert cells == [each.replace("nan", "-") for each in expected], label
+    for case, name in (
+        ("Hugging Face GPT-2", "GPT-2 took"),
+        ("stock fairseq", "stock `transformer_lm`"),
+    ):
+        shown = [float(seconds[f"{shape}: {case}"]) for shape in ("96", "256", "wide")]
+        text = f"{name} {shown[0]:.3f}, {shown[1]:.2f} and {shown[2]:.2f} s"
+        assert text in " ".join(page.split())
 
 
 def test_the_table_of_the_ablation_is_that_of_its_file():
