@@ -28,7 +28,6 @@ import time
 import warnings
 from pathlib import Path
 from typing import Callable, Dict, List, NamedTuple, Sequence
-from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = {"layer": 140, "step": 170, "statistics": 50, "tests": 120}  # most seconds of each
@@ -66,12 +65,7 @@ def statistics(like, tiny: bool) -> None:
     module = module.to(like).train()
     x = torch.randn(shape.tokens, shape.dim).to(like).requires_grad_()
     plain = layer.step(module, x, torch.randn_like(x))
-
-    def without() -> None:
-        with mock.patch.object(layer.layer_module, "routing_stats", lambda routing, scope: {}):
-            plain()
-
-    cases = {"with": plain, "without": without}
+    cases = {"with": plain, "without": layer.without_statistics(plain)}
     seconds = measure.in_turn(cases, 2 if tiny else 30)
     rows = {
         name: {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Dict, Optional
 
+import measure
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -76,20 +77,17 @@ def _sonicmoe(experts: int, dim: int, hidden: int) -> nn.Module:
     from sonicmoe import KernelBackendMoE, MoE
     from sonicmoe.enums import ActivationType
 
-    class Layer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.moe = MoE(
-                num_experts=experts,
-                num_experts_per_tok=2,
-                hidden_size=dim,
-                intermediate_size=2 * hidden // 3 // 64 * 64,
-                activation_function=ActivationType.SWIGLU,
-                add_bias=False,
-                std=0.02,
-            )
+    moe = MoE(
+        num_experts=experts,
+        num_experts_per_tok=2,
+        hidden_size=dim,
+        intermediate_size=2 * hidden // 3 // 64 * 64,
+        activation_function=ActivationType.SWIGLU,
+        add_bias=False,
+        std=0.02,
+    )
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.moe(x, kernel_backend_moe=KernelBackendMoE.sonicmoe)[0].view_as(x)
+    def batched(moe: nn.Module, x: Tensor) -> Tensor:
+        return moe(x, kernel_backend_moe=KernelBackendMoE.sonicmoe)[0].view_as(x)
 
-    return Layer()
+    return measure.Wrapped(moe, batched)

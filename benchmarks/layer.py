@@ -96,15 +96,10 @@ def fairscale_layer(shape: Shape) -> nn.Module:
     experts = nn.ModuleList(dense_ffn(shape) for _ in range(shape.experts))
     layer = MOELayer(Top2Gate(shape.dim, shape.experts), experts)
 
-    class Grouped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = layer
+    def grouped(layer: nn.Module, x: Tensor) -> Tensor:
+        return layer(x.view(shape.experts, -1, shape.dim)).view_as(x)
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.layer(x.view(shape.experts, -1, shape.dim)).view_as(x)
-
-    return Grouped()
+    return measure.Wrapped(layer, grouped)
 
 
 def mixtral_layer(shape: Shape) -> Optional[nn.Module]:
@@ -129,16 +124,11 @@ def mixtral_layer(shape: Shape) -> Optional[nn.Module]:
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.02)
 
-    class Batched(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.block = block
+    def batched(block: nn.Module, x: Tensor) -> Tensor:
+        out = block(x.unsqueeze(0))
+        return (out[0] if isinstance(out, tuple) else out).view_as(x)
 
-        def forward(self, x: Tensor) -> Tensor:
-            out = self.block(x.unsqueeze(0))
-            return (out[0] if isinstance(out, tuple) else out).view_as(x)
-
-    return Batched()
+    return measure.Wrapped(block, batched)
 
 
 def megablocks_layer(shape: Shape) -> Optional[nn.Module]:
@@ -156,17 +146,7 @@ def megablocks_layer(shape: Shape) -> Optional[nn.Module]:
         mlp_impl="grouped",
         bf16=True,
     )
-    block = dMoE(arguments)
-
-    class Batched(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.block = block
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.block(x.unsqueeze(0))[0].view_as(x)
-
-    return Batched()
+    return measure.Wrapped(dMoE(arguments), lambda block, x: block(x.unsqueeze(0))[0].view_as(x))
 
 
 def step(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
@@ -253,6 +233,16 @@ def training(shape: Shape, rounds: int, peers: bool, like: Tensor) -> Dict[str, 
     }
 
 
+def without_statistics(work: Callable[[], None]) -> Callable[[], None]:
+    """The work of layers that compute no routing statistics."""
+
+    def run() -> None:
+        with mock.patch.object(layer_module, "routing_stats", lambda routing, scope: {}):
+            work()
+
+    return run
+
+
 def evaluation(shape: Shape, rounds: int) -> Dict[str, float]:
     """Forward without gradients: dropless and the plain loop against capacity evaluation, and the
     share of a training step that the routing figures take."""
@@ -270,12 +260,7 @@ def evaluation(shape: Shape, rounds: int) -> Dict[str, float]:
             warmup=1,
         )
     plain = step(capacity.train(), x, torch.randn_like(x))
-
-    def without() -> None:
-        with mock.patch.object(layer_module, "routing_stats", lambda routing, scope: {}):
-            plain()
-
-    both = measure.in_turn({"with": plain, "without": without}, 3 * rounds)
+    both = measure.in_turn({"with": plain, "without": without_statistics(plain)}, 3 * rounds)
     return {
         "dropless_to_capacity": measure.ratio(seconds, "dropless", "capacity"),
         "loop_to_dropless": measure.ratio(seconds, "loop", "dropless"),

@@ -88,6 +88,17 @@ def language_model(vocabulary: int, **flags: Any) -> Any:
     return MoETransformerLanguageModel.build_model(cfg, task)
 
 
+class Wrapped(torch.nn.Module):
+    """A model that is called by a function of it and its inputs."""
+
+    def __init__(self, model: torch.nn.Module, call: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.model, self.call = model, call
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return self.call(self.model, *inputs)
+
+
 def in_turn(
     cases: Dict[str, Callable[[], object]],
     rounds: int,

@@ -81,17 +81,12 @@ def ours(shape: Shape, experts: int = 0, bf16: bool = False, **flags: Any) -> nn
     )
     model.decoder.bfloat16_on_cpu = bf16  # as `fairseq-train --bf16` does
 
-    class Loss(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
+    def loss_of(model: Any, tokens: Tensor, target: Tensor) -> Tensor:
+        loss, extra = model(tokens, target=target)
+        balance = sum(record.balance_loss for record in extra["moe"])
+        return loss + 0.01 * tokens.numel() * balance if extra["moe"] else loss
 
-        def forward(self, tokens: Tensor, target: Tensor) -> Tensor:
-            loss, extra = self.model(tokens, target=target)
-            balance = sum(record.balance_loss for record in extra["moe"])
-            return loss + 0.01 * tokens.numel() * balance if extra["moe"] else loss
-
-    return Loss()
+    return measure.Wrapped(model, loss_of)
 
 
 def hugging_face(shape: Shape, experts: int = 0) -> nn.Module:
@@ -125,17 +120,12 @@ def hugging_face(shape: Shape, experts: int = 0) -> nn.Module:
         )
         model = transformers.GPT2LMHeadModel(config)
 
-    class Loss(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
+    def loss_of(model: Any, tokens: Tensor, target: Tensor) -> Tensor:
+        logits = model(tokens).logits
+        flat = logits.flatten(0, 1).float()
+        return nn.functional.cross_entropy(flat, target.flatten(), reduction="sum")
 
-        def forward(self, tokens: Tensor, target: Tensor) -> Tensor:
-            logits = self.model(tokens).logits
-            flat = logits.flatten(0, 1).float()
-            return nn.functional.cross_entropy(flat, target.flatten(), reduction="sum")
-
-    return Loss()
+    return measure.Wrapped(model, loss_of)
 
 
 def stock(shape: Shape) -> nn.Module:
@@ -167,19 +157,14 @@ def stock(shape: Shape) -> nn.Module:
     task = SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
     model = TransformerLanguageModel.build_model(cfg, task)
 
-    class Loss(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
+    def loss_of(model: Any, tokens: Tensor, target: Tensor) -> Tensor:
+        net_output = model(tokens)
+        lprobs = model.get_normalized_probs(net_output, log_probs=True)
+        return nn.functional.nll_loss(
+            lprobs.flatten(0, 1), target.flatten(), ignore_index=1, reduction="sum"
+        )
 
-        def forward(self, tokens: Tensor, target: Tensor) -> Tensor:
-            net_output = self.model(tokens)
-            lprobs = self.model.get_normalized_probs(net_output, log_probs=True)
-            return nn.functional.nll_loss(
-                lprobs.flatten(0, 1), target.flatten(), ignore_index=1, reduction="sum"
-            )
-
-    return Loss()
+    return measure.Wrapped(model, loss_of)
 
 
 class Case(NamedTuple):
