@@ -31,6 +31,14 @@ def device():
         os.close(end)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a dictionary, for the trainings of updates.py."""
+    import updates
+
+    return updates.save_dictionary(tmp_path_factory.mktemp("data"))
+
+
 @pytest.fixture(autouse=True)
 def one_thread(request):
     """In tests of the mathematics: tensors of a few hundred numbers are faster on one thread."""

@@ -9,7 +9,7 @@ from fairseq_moe_ext.moe.activations import GATED
 from fairseq_moe_ext.moe.layer import MoELayer
 from fairseq_moe_ext.moe.router import GateSettings
 
-DIM, FFN, EXPERTS, TOKENS = 6, 5, 4, 22
+DIM, FFN, EXPERTS = 6, 5, 4
 
 # Of MoELayer.build; what is off comes first.
 ACTIVATIONS = {"gelu": torch.nn.functional.gelu, **GATED}
@@ -96,14 +96,6 @@ def build(activation, shared, latent, null=0, top_k=2, **options):
         latent_dim=latent,
         **options,
     ).double()
-
-
-def inputs():
-    """Tokens (T, D), a weight for each number of the output, and padding (T,)."""
-    torch.manual_seed(6)
-    x = torch.randn(TOKENS, DIM, dtype=torch.float64)
-    # uneven use of the experts, so that capacity drops some
-    return x + x[:, :1], torch.randn(TOKENS, DIM, dtype=torch.float64), torch.rand(TOKENS) < 0.2
 
 
 def loss_of(output, weight):

@@ -16,11 +16,12 @@ def build(experts, settings, exchange=HERE, **options):
     return MoELayer.build(DIM, FFN, experts, settings, exchange=exchange, **options).double()
 
 
-def inputs():
+def inputs(tokens=TOKENS):
+    """Tokens (T, D), a weight for each number of the output, and padding (T,)."""
     torch.manual_seed(6)
-    x = torch.randn(TOKENS, DIM, dtype=torch.float64)
+    x = torch.randn(tokens, DIM, dtype=torch.float64)
     # uneven use of the experts, so that capacity drops some
-    return x + x[:, :1], torch.randn(TOKENS, DIM, dtype=torch.float64), torch.rand(TOKENS) < 0.2
+    return x + x[:, :1], torch.randn(tokens, DIM, dtype=torch.float64), torch.rand(tokens) < 0.2
 
 
 def step(layer, x, weight, padding, share=1.0):

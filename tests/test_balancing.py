@@ -17,7 +17,6 @@ from updates import (
     make_trainer,
     one_process,
     processes,
-    save_dictionary,
 )
 
 from fairseq_moe_ext.errors import UserError
@@ -28,11 +27,6 @@ FLAGS += " --moe-normalize-expert-grad world_size --moe-gate-loss-wt 2 --clip-no
 GLOBAL = f"{FLAGS} --moe-balance-over global_batch"
 GATE = "decoder.layers.1.moe_layer.gate.wg.weight"
 BIAS = "decoder.layers.1.moe_layer.gate.balance_bias"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_dictionary(tmp_path_factory.mktemp("data"))
 
 
 def assert_same_updates(many, one):

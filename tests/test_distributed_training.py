@@ -25,19 +25,12 @@ from updates import (
     make_trainer,
     one_process,
     processes,
-    save_dictionary,
 )
 
 from fairseq_moe_ext import patches
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.patches import eval_lm, messages
 from fairseq_today import registry
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_dictionary(tmp_path_factory.mktemp("data"))
-
 
 PLACES = [(2, 4), (2, 2), (4, 8), (4, 4), (4, 2)]  # processes, experts
 # Run always: each backend with experts more than, as many as and fewer than processes, both rules.

@@ -8,7 +8,7 @@ from processes import run_processes
 from small_models import MOE, make_config
 from training import SAVED, SHARDED, TRAIN, error_of, make_data, resume, train_on
 from training import first_run as first_run_of
-from updates import WORLD, assert_same, configure, one_process, processes, save_dictionary, train
+from updates import WORLD, assert_same, configure, one_process, processes, train
 
 from fairseq_moe_ext.branch.writing import branch_settings
 from fairseq_moe_ext.config_checks import validate
@@ -23,11 +23,6 @@ LINES = {
     "all": "--activation-fn geglu --moe-shared-experts 1 --moe-latent-dim 6 --moe-top-k 3"
     " --moe-null-experts 2 --moe-freq 1 --moe-first-dense 1",
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_dictionary(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,8 @@ from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.moe.router import TopKRouter
 
 
-def padded_tokens(lengths=(9, 4, 1, 7)):
+def padded_tokens():
+    lengths = 9, 4, 1, 7
     tokens = random_tokens(len(lengths), max(lengths))
     for row, length in zip(tokens, lengths):
         row[length:] = PAD

@@ -4,16 +4,7 @@ import pytest
 import torch
 from processes import run_processes
 from training import first_run, make_data, resume
-from updates import (
-    BACKENDS,
-    UPDATES,
-    WORLD,
-    as_sample,
-    batches,
-    configure,
-    make_trainer,
-    save_dictionary,
-)
+from updates import BACKENDS, UPDATES, WORLD, as_sample, batches, configure, make_trainer
 
 from fairseq_moe_ext.moe.router import GateSettings, TopKRouter, register_router
 
@@ -36,11 +27,6 @@ class CountingRouter(TopKRouter):
     def after_update(self, observed):
         self.seen += observed["load"].to(self.seen.dtype)
         self.updates += 1
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_dictionary(tmp_path_factory.mktemp("data"))
 
 
 FLAGS = f"--moe-router counting --moe-expert-count {EXPERTS} --moe-dropless --moe-top1-expert"

@@ -165,9 +165,9 @@ def first_run(data, folder, world, experts, options=""):
     return losses
 
 
-def resume(data, folder, world, experts, options="", batch=None, save_dir=None):
+def resume(data, folder, world, experts, options="", batch=None):
     """Losses of a run that goes on from checkpoint_1_4.pt."""
-    line = f"{data} {TRAIN} --moe-expert-count {experts} {options} --save-dir {save_dir or folder}"
+    line = f"{data} {TRAIN} --moe-expert-count {experts} {options} --save-dir {folder}"
     line += f" --restore-file {folder}/checkpoint_1_{SAVED}.pt --no-save"
     return train_on(world, line, batch)
 
@@ -231,8 +231,9 @@ def perplexity(rank, world, line):
     return float(eval_lm.main(cfg)["perplexity"])
 
 
-def copy_of(runs, tmp_path, world=2, experts=4):
-    folder, _ = runs(world, experts)
+def copy_of(runs, tmp_path):
+    """Of a run on 2 processes with 4 experts."""
+    folder, _ = runs(2, 4)
     shutil.copytree(folder, tmp_path / "copy")
     path = tmp_path / "copy" / "checkpoint_last.pt"
     return path, [path.parent / file.name for file in manifest_of(path).files]

@@ -42,6 +42,16 @@ def add_a_number(state):
     of["exp_avg"] = torch.zeros(10**6)
 
 
+def damage_file(path, damage):
+    """None: remove it; a number: cut it to so many bytes; a function of its state: change it."""
+    if damage is None:
+        path.unlink()
+    elif isinstance(damage, int):
+        path.write_bytes(path.read_bytes()[:damage])
+    else:
+        change(path, damage)
+
+
 BAD_PIECES = {
     "missing": ("shared-shard1", None, "model-shared-shard1.pt: missing; it holds a shard"),
     "replica missing": ("rank-5-shard5", None, "model-rank-5-shard5.pt: missing"),
@@ -65,12 +75,7 @@ def test_pieces_that_do_not_fit_are_reported(tmp_path, data, case):
     )
     part, damage, words = BAD_PIECES[case]
     path = tmp_path / "run" / f"model-{part}.pt"
-    if damage is None:
-        path.unlink()
-    elif isinstance(damage, int):
-        path.write_bytes(path.read_bytes()[:damage])
-    else:
-        change(path, updates if damage == "updates" else damage)
+    damage_file(path, updates if damage == "updates" else damage)
     with pytest.raises(Exception) as caught:
         restored(0, data, str(tmp_path / "run" / "model.pt"), "", 1)
     assert re.search(words, told(caught.value))
@@ -158,12 +163,7 @@ def test_bad_files_end_in_one_line(tmp_path, data, case, capsys, monkeypatch):
     paths = list((tmp_path / "run").glob("*.pt" if part == "all" else f"model-{part}.pt"))
     assert paths
     for path in paths:
-        if damage is None:
-            path.unlink()
-        elif isinstance(damage, int):
-            path.write_bytes(path.read_bytes()[:damage])
-        else:
-            change(path, damage)
+        damage_file(path, damage)
     line = f"{data} --path {tmp_path}/run/model.pt --user-dir {USER_DIR} --gen-subset valid --cpu"
     status, err = run(capsys, "eval_lm", line)
     assert status == 1 and re.search(words, error_in(err)), err

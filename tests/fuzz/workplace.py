@@ -9,22 +9,10 @@ from choice_data import write_choices
 from command_lines import GOOD, filled
 from forked_commands import PACKAGE
 from mixture_data import make_data
-from study_results import made_result
+from study_results import STUDY, made_result
 from task_files import CASES, write
 
 TASKS = ("sst2", "copa", "winogrande")
-STUDY = """
-data: {data}
-out: {root}/study-out
-context: 32
-updates: 3
-seeds: [1]
-train: {{batch-size: 4, optimizer: adam, lr: 0.01, cpu: true, num-workers: 0,
-  decoder-layers: 2, decoder-attention-heads: 2, decoder-ffn-embed-dim: 32}}
-evaluate: {{bootstrap: 20}}
-dense: {{arch: dense_lm_tiny, sizes: {{s: {{decoder-embed-dim: 8}}, m: {{decoder-embed-dim: 16}}}}}}
-moe: {{arch: moe_lm_tiny, sizes: {{s: {{decoder-embed-dim: 8}}, m: {{decoder-embed-dim: 16}}}}}}
-"""
 
 
 def make(root: Path, commands, device: str) -> dict:
@@ -38,7 +26,7 @@ def make(root: Path, commands, device: str) -> dict:
     rows = "".join(f"w{i} it was\t{i % 2}\n" for i in range(9))
     write(root / "tasks" / "sst2", {"SST-2/train.tsv": "sentence\tlabel\n" + rows})
     (root / "prompts").write_text("the big1\nof\n")
-    (root / "study.yaml").write_text(STUDY.format(data=data, root=root))
+    (root / "study.yaml").write_text(STUDY.format(data=data, out=root / "study-out"))
     places = {
         "data": data,
         "corpus": data / "big",

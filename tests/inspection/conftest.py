@@ -6,6 +6,7 @@ import pytest
 from training import fairseq, prepare_near_and_far
 
 import fairseq_moe_ext
+from fairseq_moe_ext.inspection.inspecting import inspect
 
 SMALL = "--decoder-layers 4 --decoder-embed-dim 16 --decoder-ffn-embed-dim 32 --batch-size 4"
 SMALL += " --decoder-attention-heads 2 --tokens-per-sample 32 --optimizer adam --lr 0.01 --cpu"
@@ -30,6 +31,19 @@ def trained(tmp_path_factory):
         f" --log-format json --log-file {folder / 'moe.log'}"
     )
     return folder
+
+
+@pytest.fixture(scope="module")
+def found(trained):
+    """Two test sets, a text, a twin, an earlier checkpoint."""
+    return inspect(
+        trained / "moe" / "checkpoint_last.pt",
+        trained / "data",
+        [trained / "my.txt"],
+        twin=trained / "dense" / "checkpoint_last.pt",
+        compare=sorted((trained / "moe").glob("checkpoint_*_3.pt")),
+        log=trained / "moe.log",
+    )
 
 
 def train(line):

@@ -5,20 +5,6 @@ import re
 import browser
 import pytest
 
-from fairseq_moe_ext.inspection.inspecting import inspect
-
-
-@pytest.fixture(scope="module")
-def found(trained):
-    return inspect(
-        trained / "moe" / "checkpoint_last.pt",
-        trained / "data",
-        [trained / "my.txt"],
-        twin=trained / "dense" / "checkpoint_last.pt",
-        compare=sorted((trained / "moe").glob("checkpoint_*_3.pt")),
-        log=trained / "moe.log",
-    )
-
 
 @pytest.fixture(scope="module")
 def path(found, tmp_path_factory):

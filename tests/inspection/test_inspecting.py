@@ -342,16 +342,8 @@ def test_the_metrics_beside_a_checkpoint_are_found_if_they_say_something(trained
     assert training.beside(tmp_path / "checkpoint_last.pt") is None
 
 
-def test_the_whole(trained):
-    """Two test sets, a text, a twin, an earlier checkpoint: sums and shapes."""
-    found = inspect(
-        trained / "moe" / "checkpoint_last.pt",
-        trained / "data",
-        [trained / "my.txt"],
-        twin=trained / "dense" / "checkpoint_last.pt",
-        compare=sorted((trained / "moe").glob("checkpoint_*_3.pt")),
-        log=trained / "moe.log",
-    )
+def test_the_whole(trained, found):
+    """Sums and shapes."""
     assert [layer.layer for layer in found.layers] == [1, 3] and list(found.tokens) == [
         *("far", "near")
     ]

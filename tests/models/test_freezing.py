@@ -5,7 +5,7 @@ import pytest
 import torch
 from processes import run_processes
 from small_models import MOE, build_model, random_tokens
-from updates import UPDATES, WORLD, assert_same, configure, save_dictionary, train
+from updates import UPDATES, WORLD, assert_same, configure, train
 
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.kernels.expert_ffn import by_expert
@@ -17,11 +17,6 @@ PARTS = {
     "experts": {"experts"},
     "gate_and_experts": {"gate", "experts"},
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_dictionary(tmp_path_factory.mktemp("data"))
 
 
 def part_of(name):

@@ -13,10 +13,10 @@ from fairseq_moe_ext.moe.routing import RUNNER_UP_POLICIES, route
 ROWS, LENGTH, EXPERTS = 5, 7, 6
 
 
-def make_logits(seed=0, rows=ROWS):
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(rows * LENGTH, EXPERTS, generator=generator, dtype=torch.float64)
-    padding = torch.rand(rows * LENGTH, generator=generator) < 0.3
+def make_logits():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(ROWS * LENGTH, EXPERTS, generator=generator, dtype=torch.float64)
+    padding = torch.rand(ROWS * LENGTH, generator=generator) < 0.3
     return logits + torch.linspace(-1, 1, EXPERTS), padding
 
 

@@ -12,12 +12,12 @@ from expert_kinds import (
     FFN,
     KINDS,
     build,
-    inputs,
     layer_by_loop,
     logits_of,
     loss_of,
     outputs,
 )
+from expert_layers import inputs
 from router_loops import LOOPS, Case
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,13 +28,15 @@ from fairseq_moe_ext.moe.experts import FeedForward, plain_expert_ffn
 from fairseq_moe_ext.moe.layer import MoELayer
 from fairseq_moe_ext.moe.router import ROUTERS, GateSettings
 
+TOKENS = 22
+
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_layer_equals_the_loop(kind, top_k):
     """Outputs, losses, metrics, and the gradient of everything."""
     layer = build(*kind, top_k=top_k)
-    x, weight, padding = inputs()
+    x, weight, padding = inputs(TOKENS)
     x.requires_grad_()
     output = layer(x, padding)
     parameters = dict(layer.named_parameters())
@@ -57,7 +59,7 @@ def test_layer_equals_the_loop(kind, top_k):
 @pytest.mark.parametrize("kind", KINDS[:: len(KINDS) // 7], ids=str)
 def test_gradients_against_finite_differences(kind):
     layer = build(*kind)
-    x, weight, padding = inputs()
+    x, weight, padding = inputs(TOKENS)
     x, weight, padding = x[:6], weight[:6], padding[:6]
     names = [name for name, _ in layer.named_parameters()]
 
@@ -104,7 +106,7 @@ def test_at_granularity_1_fine_grained_experts_are_the_others_to_the_bit():
         settings = GateSettings(top_k=2 * granularity, dropless=True, second_expert_policy="all")
         return MoELayer.build(DIM, 12 // granularity, 4 * granularity, settings).double()
 
-    x, _, _ = inputs()
+    x, _, _ = inputs(TOKENS)
     torch.manual_seed(3)
     plain = MoELayer.build(DIM, 12, 4, GateSettings(dropless=True, second_expert_policy="all"))
     assert torch.equal(made(1)(x).out, plain.double()(x).out)
@@ -117,7 +119,7 @@ def test_split_experts_add_up_to_the_whole():
     """A network of width 3 F is the sum of three of width F, which is what makes grains fine."""
     torch.manual_seed(0)
     whole = FeedForward(DIM, 3 * FFN, swiglu).double()
-    x, _, _ = inputs()
+    x, _, _ = inputs(TOKENS)
     total = -2 * whole.fc2.bias
     for part in range(3):
         rows = slice(part * FFN, (part + 1) * FFN)
@@ -136,7 +138,7 @@ def test_split_experts_add_up_to_the_whole():
 
 def test_a_token_that_no_expert_takes_gets_the_shared_ones_alone():
     layer = build("swiglu", 7, 3, factor=0.2)
-    x, _, _ = inputs()
+    x, _, _ = inputs(TOKENS)
     with torch.no_grad():
         out, shared = layer(x).out, layer.shared(x)
     dropped = (out == shared).all(dim=1)
@@ -166,7 +168,7 @@ def test_null_experts_as_published():
 def test_rows_that_reach_null_experts_are_not_computed():
     """Their FLOPs are not spent, which the metric says."""
     layer = build("gelu", 0, 0, 3, top_k=3, factor=9.0)
-    x, _, _ = inputs()
+    x, _, _ = inputs(TOKENS)
     with FlopCounterMode(display=False) as counter:
         output = layer(x)
     rows = round(3 * len(x) * (1 - float(output.stats["null_share"]) / 100))

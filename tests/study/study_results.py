@@ -1,8 +1,22 @@
-"""A study's results, made up."""
+"""A study's file, of small models, and a study's results, made up."""
 
 import json
 
 from fairseq_moe_ext.study import result
+
+STUDY = """
+data: {data}
+out: {out}
+context: 32
+updates: 3
+seeds: [1]
+train: {{batch-size: 4, optimizer: adam, lr: 0.01, cpu: true, num-workers: 0,
+  decoder-layers: 2, decoder-attention-heads: 2, decoder-ffn-embed-dim: 32}}
+evaluate: {{bootstrap: 20}}
+dense: {{arch: dense_lm_tiny, flags: {{}},
+  sizes: {{s: {{decoder-embed-dim: 8}}, m: {{decoder-embed-dim: 16}}}}}}
+moe: {{arch: moe_lm_tiny, sizes: {{s: {{decoder-embed-dim: 8}}, m: {{decoder-embed-dim: 16}}}}}}
+"""
 
 
 def made_result(folder, moe=((1e12, 20.0), (4e12, 5.0))):

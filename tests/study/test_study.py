@@ -5,30 +5,17 @@ import math
 
 import pytest
 from fairseq.data.data_utils import batch_by_size
+from study_results import STUDY
 
 from fairseq_moe_ext import cli
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.evaluation.speedup import in_words
 from fairseq_moe_ext.study import page, plan, result, tables
 
-SMALL = """
-data: {folder}/data
-out: {folder}/out
-context: 32
-updates: 3
-seeds: [1]
-train: {{batch-size: 4, optimizer: adam, lr: 0.01, cpu: true, num-workers: 0,
-  decoder-layers: 2, decoder-attention-heads: 2, decoder-ffn-embed-dim: 32}}
-evaluate: {{bootstrap: 20}}
-dense: {{arch: dense_lm_tiny, flags: {{}},
-  sizes: {{s: {{decoder-embed-dim: 8}}, m: {{decoder-embed-dim: 16}}}}}}
-moe: {{arch: moe_lm_tiny, sizes: {{s: {{decoder-embed-dim: 8}}, m: {{decoder-embed-dim: 16}}}}}}
-"""
-
 
 def write(folder, change=lambda text: text):
     path = folder / "study.yaml"
-    path.write_text(change(SMALL.format(folder=folder)))
+    path.write_text(change(STUDY.format(data=folder / "data", out=folder / "out")))
     return path
 
 

@@ -15,7 +15,7 @@ from fairseq.tasks import FairseqTask
 from processes import run_processes
 from small_models import MOE
 
-from fairseq_moe_ext.criterions.multiple_choice import MultipleChoiceCriterion
+from fairseq_moe_ext.criterions.multiple_choice import MultipleChoiceConfig, MultipleChoiceCriterion
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.questions.records import read_jsonl
 
@@ -24,16 +24,8 @@ FOUR = [3, 0, 7, 12]  # of different lengths and numbers of candidates
 
 
 def make_criterion(task, **options):
-    defaults = dict(
-        choice_loss="candidates",
-        moe_gate_loss_wt=0.0,
-        moe_gate_loss_combine_method="average",
-        moe_gate_loss_transform="none",
-        moe_z_loss_wt=0.0,
-        moe_log_per_layer=False,
-        sentence_avg=False,
-    )
-    return MultipleChoiceCriterion(SimpleNamespace(**{**defaults, **options}), task)
+    options = {"moe_gate_loss_wt": 0.0, "sentence_avg": False, **options}
+    return MultipleChoiceCriterion(MultipleChoiceConfig(**options), task)
 
 
 # ---- The truth: one candidate at a time, in Python

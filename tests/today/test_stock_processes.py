@@ -68,14 +68,14 @@ utils.call_main(cfg, main)
 """
 
 
-def start_rank(rank, tmp_path, how, port, world=2):
-    """A process as SLURM or torchrun starts it, but alone."""
+def start_rank(rank, tmp_path, how, port):
+    """One of two processes, as SLURM or torchrun starts it, but alone."""
     (tmp_path / "loss.py").write_text(LOSS)
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return subprocess.Popen(
         [BIN / "python", "loss.py", how],
         cwd=tmp_path,
-        env={**os.environ, **where, "WORLD_SIZE": str(world), "RANK": str(rank)},
+        env={**os.environ, **where, "WORLD_SIZE": "2", "RANK": str(rank)},
         stderr=subprocess.PIPE,
         text=True,
     )
