@@ -34,6 +34,15 @@ class Prompt(NamedTuple):
     random: Optional[Random] = None  # for sampling: a row's draws do not depend on its batch
 
 
+def no_text(model: Any, tokenizer: bool) -> List[int]:
+    """The tokens of a model's dictionary that are not text: <s>, <pad>, the dictionary's padding,
+    and, with a tokenizer, <unk>: a tokenizer can spell everything."""
+    dictionary = model.decoder.dictionary
+    padding = {i for i, word in enumerate(dictionary.symbols) if word.startswith("madeupword")}
+    unknown = {dictionary.unk()} if tokenizer else set()
+    return sorted({dictionary.bos(), dictionary.pad()} | padding | unknown)
+
+
 def by_batches(
     items: Sequence[Item],
     batches: Sequence[Sequence[int]],

@@ -4,11 +4,11 @@ it."""
 from __future__ import annotations
 
 from random import Random, SystemRandom
-from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from ..errors import UserError
 from .next_token import LIKELIEST, Choice
-from .search import Generator, Prompt
+from .search import Generator, Prompt, no_text
 
 DEFAULT_TOKENS = 128
 _INCOMPLETE = "\ufffd"  # a character whose bytes are not complete yet
@@ -134,7 +134,7 @@ def generate(
         batch_tokens,
         "generating" if len(rows) > 1 else "",
         choice=settings.choice,
-        never=sorted(_no_text(lm)),
+        never=no_text(lm.models[0], lm.bpe is not None),
         starts_with=dictionary.bos() if getattr(lm.cfg.task, "add_bos_token", False) else None,
     )
     hypotheses = search.best(rows)
@@ -176,18 +176,6 @@ def _room(
             f"which leaves {room:,} of the model's {longest:,}: lower it, or shorten the prompt"
         )
     return settings.max_tokens
-
-
-def _no_text(lm: Any) -> Set[int]:
-    """Tokens that are not text: <s>, <pad>, the dictionary's padding, and, with a tokenizer, <unk>:
-    a tokenizer can spell everything."""
-    dictionary = lm.tgt_dict
-    excluded = {dictionary.bos(), dictionary.pad()}
-    if lm.bpe is not None:
-        excluded.add(dictionary.unk())
-    return excluded | {
-        i for i, word in enumerate(dictionary.symbols) if word.startswith("madeupword")
-    }
 
 
 class _Writer:

@@ -16,7 +16,7 @@ import numpy as np
 
 from .. import files
 from ..errors import UserError
-from ..models.search import Generator, Prompt
+from ..models.search import Generator, Prompt, no_text
 from ..questions.formats import find_file
 from ..questions.records import read_jsonl
 from ..questions.vocabulary import EOS, Vocabulary
@@ -106,7 +106,8 @@ def _evaluate(
     max_new = settings.max_new_tokens or min(128, loaded.context // 2)
     room = loaded.context - max_new
     head = f"{name}, {count(shots, 'shot')}"
-    generator = Generator(loaded.model, settings.beam, loaded.max_tokens, head)
+    never = no_text(loaded.model, tokenizer=True)
+    generator = Generator(loaded.model, settings.beam, loaded.max_tokens, head, never=never)
     by_draw, left_out = [], []
     answers: List[str] = []
     too_long = sum(len(question) > room for question in questions)

@@ -14,7 +14,7 @@ from lm_eval.api.registry import register_model
 
 from .. import tokenizer_files
 from ..errors import UserError
-from ..models.search import Generator, Prompt
+from ..models.search import Generator, Prompt, no_text
 from ..models.text_generation import cut_before
 from ..questions.scoring import Row
 from ..questions.vocabulary import EOS, Vocabulary
@@ -148,7 +148,8 @@ class FairseqMoELM(LM):
             prompts.append(Prompt(tokens[-room:], max_new, stop))
             stops.append(stop)
         self._say_cut(beyond)
-        generator = Generator(self.model, 1, self.batch_tokens, "generate_until")
+        never = no_text(self.model, tokenizer=True)
+        generator = Generator(self.model, 1, self.batch_tokens, "generate_until", never=never)
         return [stop.cut(new) for stop, new in zip(stops, generator(prompts))]
 
 

@@ -11,12 +11,15 @@ from small_models import MOE, VOCABULARY, build_model
 
 from fairseq_moe_ext import cli
 from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.models import search as search_module
 from fairseq_moe_ext.models.search import Generator, Prompt
+from fairseq_moe_ext.prepare.dictionary import UNK
 from fairseq_moe_ext.priming import generative
 from fairseq_moe_ext.priming.model import load
 from fairseq_moe_ext.priming.protocol import Settings
 from fairseq_moe_ext.questions.vocabulary import EOS, PAD, Vocabulary
 
+BOS = 0
 MODELS = {"dense": {}, "moe": dict(MOE, moe_dropless=True)}
 
 
@@ -142,6 +145,24 @@ def test_a_beam_and_summaries(trained, folder, tmp_path, capsys):
     (found,) = json.loads(out.read_text())["results"]
     assert found["beam"] == 2 and len(found["answers"]) == 2
     assert "summarization" in capsys.readouterr().out
+
+
+def test_only_text_is_written(trained, folder, tmp_path, monkeypatch):
+    """A model to which <s> and <unk> are the likeliest tokens writes the best of the others."""
+    flags = "--languages eng-fra --max-new-tokens 8 --shots 0 --beam 2"
+    flags += " --tasks translation,summarization"
+
+    def answers(out):
+        assert command(trained, folder, flags, tmp_path / out) == 0
+        return [one["answers"] for one in json.loads((tmp_path / out).read_text())["results"]]
+
+    before, logits = answers("before.json"), search_module.exact_logits
+    likely = torch.tensor([BOS, UNK])
+    monkeypatch.setattr(
+        search_module, "exact_logits", lambda *of: logits(*of).index_fill_(1, likely, 1e4)
+    )
+    assert answers("after.json") == before
+    assert not any("<unk>" in answer for task in before for answer in task)
 
 
 @pytest.mark.parametrize(

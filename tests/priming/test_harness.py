@@ -13,6 +13,7 @@ import torch
 from processes import run_processes
 
 from fairseq_moe_ext import cli
+from fairseq_moe_ext.models import search
 from fairseq_moe_ext.priming import choice, lm_eval_command
 from fairseq_moe_ext.priming.model import ModelScorer
 from fairseq_moe_ext.questions.formats import Item
@@ -162,6 +163,15 @@ def test_generation_stops_where_it_is_told(lm, capsys):
     requests = [request(p, {"until": until, "max_gen_toks": n}) for p, until, n in cases]
     assert lm.generate_until(requests) == [plain(*case) for case in cases]
     assert "1 of 4 requests do not fit into the context" in capsys.readouterr().err
+
+
+def test_generation_writes_text_only(lm, monkeypatch):
+    """Also where <s> and <unk> are the likeliest tokens."""
+    requests = [request("w1 it was", {"until": ["."], "max_gen_toks": 8})]
+    before, logits = lm.generate_until(requests), search.exact_logits
+    likely = torch.tensor([lm.model.decoder.dictionary.bos(), lm.model.decoder.dictionary.unk()])
+    monkeypatch.setattr(search, "exact_logits", lambda *of: logits(*of).index_fill_(1, likely, 1e4))
+    assert lm.generate_until(requests) == before != ""
 
 
 def test_sampling_and_a_full_context_are_refused(lm):
