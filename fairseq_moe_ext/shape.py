@@ -127,7 +127,7 @@ def shape_of(settings: Any, vocabulary: int = 0) -> Shape:
         null_experts=s.get("moe_null_experts") or 0,
         latent_dim=s.get("moe_latent_dim") or 0,
         gated=str(s.get("activation_fn")) in GATED,
-        gates=_has_gate(s.get("moe_router") or "topk"),
+        gates=has_gate(s.get("moe_router") or "topk"),
         dense_twin=bool(s.get("moe_dense_twin")),
     )
 
@@ -142,7 +142,8 @@ def _mapping(settings: Any) -> Mapping[str, Any]:
     return settings if isinstance(settings, Mapping) else vars(settings)
 
 
-def _has_gate(router: str) -> bool:
+def has_gate(router: str) -> bool:
+    """Whether a router has a gate that is trained."""
     known = ROUTERS.get(router)
     return known is None or known.learned
 

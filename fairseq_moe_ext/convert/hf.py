@@ -16,7 +16,7 @@ from ..config import MoETransformerLMConfig, defaults
 from ..errors import UserError
 from ..models.language_model import MODEL_NAME
 from ..router_flags import gate_settings
-from ..shape import context_length, shape_of
+from ..shape import context_length, has_gate, shape_of
 from ..tokenizer_files import NAMES, files_of
 from ..wording import flag
 from . import model_card, xglm
@@ -284,7 +284,7 @@ def left_out(source: Source) -> List[str]:
         return []
     criterion = _criterion(source)
     parts = []
-    if _neg_log(criterion) and has_loss(source.settings):
+    if _neg_log(criterion) and _has_loss(source):
         parts.append("the balancing loss (--moe-gate-loss-transform neg_log)")
     if criterion.get("moe_z_loss_wt"):
         parts.append(f"the z-loss (--moe-z-loss-wt {criterion['moe_z_loss_wt']})")
@@ -297,11 +297,16 @@ def _balance_weight(source: Source) -> float:
     """The factor on the mean of the sparse layers' balancing losses in training."""
     criterion = _criterion(source)
     weight = criterion.get("moe_gate_loss_wt")
-    balances = source.experts and has_loss(source.settings)
+    balances = source.experts and _has_loss(source)
     if not (isinstance(weight, (int, float)) and balances) or _neg_log(criterion):
         return 0.0
     summed = str(criterion.get("moe_gate_loss_combine_method")) == "sum"
     return float(weight) * (len(shape_of(source.settings).sparse) if summed else 1)
+
+
+def _has_loss(source: Source) -> bool:
+    """Whether a balancing loss trains anything."""
+    return has_gate(source.settings["moe_router"]) and has_loss(source.settings)
 
 
 def _criterion(source: Source) -> Dict[str, Any]:

@@ -77,6 +77,8 @@ def test_the_gate_of_random_is_not_trained(exported):
             0.0,
         ),
         ({"moe_gate_loss_transform": "neg_log"}, {"moe_balance": "none"}, "", 0.0),
+        ({}, {"moe_router": "random"}, "", 0.0),
+        ({"moe_gate_loss_transform": "neg_log"}, {"moe_router": "random"}, "", 0.0),
     ],
 )
 def test_losses_that_transformers_lack_are_named(exported, criterion, model, words, weight):

@@ -135,6 +135,22 @@ def test_relu_becomes_sparse_and_its_loss_follows_the_sign_of_the_error():
     assert actives[0] > 4 and actives[-1] < 2
 
 
+@pytest.mark.parametrize("router, trains", [("random", False), ("hash", False), ("topk", True)])
+def test_losses_on_a_gate_that_is_not_trained_train_nothing_else(router, trains):
+    layer, plain = layer_of(router), layer_of("topk")
+    x, ids = batch(9)
+    x.requires_grad_()
+    found = layer(x, token_ids=ids)
+    assert found.balance_loss.requires_grad == found.z_loss.requires_grad == trains
+    found.out.sum().backward()
+    assert x.grad is not None and x.grad.abs().max() > 0
+    if router == "random":  # but they are logged as ever
+        plain.load_state_dict(layer.state_dict())
+        expected = plain(x, token_ids=ids)
+        assert torch.equal(found.balance_loss, expected.balance_loss)
+        assert torch.equal(found.z_loss, expected.z_loss)
+
+
 def test_random_has_nothing_to_train_and_its_gate_is_saved():
     layer = layer_of("random")
     assert [n for n, _ in layer.gate.named_parameters()] == []
