@@ -196,17 +196,23 @@ def _work(chunk: Chunk) -> EncodedChunk:
 def training_documents(
     parts: Iterable[Tuple[Iterable[Path], Source, Deal]],
     share: float,
+    most: float,
     progress: Callable[[int], object],
     duplicates: Optional[Duplicates] = None,
 ) -> Iterator[str]:
-    """The train documents of several corpora to learn a BPE from, evenly thinned to `share`."""
-    due = 0.0
+    """The train documents of several corpora to learn a BPE from, evenly thinned to `share`, and to
+    at most about `most` bytes of text for each byte of the files, which may be packed."""
+    due, left = 0.0, 0.0
     for files, source, deal in parts:
         for chunk in chunks(files, source, deal, duplicates):
-            for document in chunk.documents:
-                if deal(document) == "train":
-                    due += share
-                    if due >= 1:
-                        due -= 1
-                        yield document
+            documents = [document for document in chunk.documents if deal(document) == "train"]
+            sizes = [len(document.encode("utf-8")) for document in documents]
+            left += most * chunk.read
+            rate = min(share, max(0.0, left) / max(1, sum(sizes)))
+            for document, size in zip(documents, sizes):
+                due += rate
+                if due >= 1:
+                    due -= 1
+                    left -= size
+                    yield document
             progress(chunk.read)

@@ -153,10 +153,12 @@ def _tokenizer(folder: Path, options: Options, todo: Dict[str, Parts]) -> ByteLe
         if part[2] != WholeSplit("valid") and part[2] != WholeSplit("test")
     ]
     size = sum(_size(files) for files, _, _ in sources)
-    share = min(1.0, options.train_bpe_bytes / max(1, size))
+    text = sum(_text_size(files) for files, _, _ in sources)
+    share = min(1.0, options.train_bpe_bytes / max(1, text))
+    most = 1.25 * options.train_bpe_bytes / max(1, size)  # where packing saves more than expected
     with progress_bar.bar("reading for the BPE", size, "B") as bar:
         documents = training_documents(
-            sources, share, bar.update, Duplicates() if options.dedup else None
+            sources, share, most, bar.update, Duplicates() if options.dedup else None
         )
         size = train_bpe(documents, options.train_bpe, folder)
     if size < options.train_bpe:

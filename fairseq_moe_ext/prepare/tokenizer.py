@@ -10,7 +10,6 @@ on one core.
 
 import json
 import re
-import tempfile
 from itertools import chain
 from pathlib import Path
 from typing import Dict, Iterable, List, Tuple
@@ -183,13 +182,10 @@ def train_bpe(documents: Iterable[str], vocabulary_size: int, folder: Path) -> i
         show_progress=False,
     )
     tokenizer.train_from_iterator(documents, trainer)
-    # not below `folder`, as tokenizers takes no path that is not UTF-8
-    with tempfile.TemporaryDirectory() as scratch:
-        tokenizer.model.save(scratch)
-        encoder = json.loads(Path(scratch, "vocab.json").read_text(encoding="utf-8"))
-        merges = Path(scratch, "merges.txt").read_text(encoding="utf-8").splitlines()
-    if merges and merges[0].startswith("#version"):
-        merges = merges[1:]
+    model = json.loads(tokenizer.to_str())["model"]
+    encoder = model["vocab"]
+    # text before tokenizers 0.20, then pairs
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     # ASCII, because fairseq opens encoder.json in the locale's encoding
     # (fairseq/data/encoders/gpt2_bpe_utils.py:132@0.12.2).
     outputs.write_text(folder / ENCODER_FILE, json.dumps(encoder, ensure_ascii=True))

@@ -1,6 +1,7 @@
 """`fairseq-moe prepare` from end to end."""
 
 import gzip
+import hashlib
 import itertools
 import json
 import os
@@ -17,6 +18,7 @@ from omegaconf import OmegaConf
 from training import error_in
 
 from fairseq_moe_ext import cli
+from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.prepare import encode, pipeline
 from fairseq_moe_ext.prepare.splits import SplitRule
 
@@ -192,6 +194,34 @@ def test_packed_text_counts_as_more_when_workers_are_chosen(tmp_path):
     for path in paths:
         path.write_bytes(b"x" * 10)
     assert pipeline._text_size(paths) == 10 + 40 + 40
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+@pytest.mark.parametrize("kind", ["hexadecimal", "repetitive", "chinese"])
+def test_the_bpe_is_trained_on_as_much_text_as_asked_for(tmp_path, monkeypatch, name, kind):
+    """However well the text is packed."""
+    line = {
+        "hexadecimal": lambda i: hashlib.sha256(b"%d" % i).hexdigest(),
+        "repetitive": lambda i: f"document {i} the cat sat on the mat and more words here",
+        "chinese": lambda i: f"{i} 木木木木木木木木木木",
+    }[kind]
+    text = "\n\n".join(map(line, range(20_000))).encode()
+    pack = gzip.compress if name.endswith("gz") else bytes
+    (tmp_path / name).write_bytes(pack(text))
+    used = []
+
+    def train_bpe(documents, size, folder):
+        used.extend(documents)
+        raise UserError("enough")
+
+    monkeypatch.setattr(pipeline, "train_bpe", train_bpe)
+    line = ["--train-bpe", 300, "--train-bpe-bytes", 100_000]
+    assert run(tmp_path / "data", "--corpus", f"a={tmp_path / name}", *line) == 1
+    size = sum(len(document.encode()) for document in used)
+    assert 30_000 < size < 126_000
+    order = [text.index(document.encode()) for document in used]
+    assert order == sorted(order) and order[0] < len(text) / 100
+    assert order[-1] > len(text) * (0.85 if name == "a.txt" else 0.2)
 
 
 def test_a_second_domain_is_prepared_with_the_dictionary_of_the_first(data, text, documents):

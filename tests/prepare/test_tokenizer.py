@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import tempfile
 
 import pytest
 from fairseq.data.encoders.gpt2_bpe_utils import bytes_to_unicode, get_encoder
@@ -104,6 +105,12 @@ def test_training_gives_gpt2s_format_and_the_same_files_every_time(tmp_path, doc
     for name in ("encoder.json", "vocab.bpe"):
         assert (tmp_path / name).read_bytes() == (bpe_folder / name).read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["encoder.json", "vocab.bpe"]
+
+
+def test_training_needs_no_temporary_folder(tmp_path, monkeypatch):
+    """It may be full where the data folder is not."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    assert train_bpe(["some words, some words"], 258, tmp_path) == 258
 
 
 def test_training_learns_nothing_across_lines(tmp_path):
