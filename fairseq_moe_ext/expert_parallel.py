@@ -89,20 +89,9 @@ class ExpertParallel:
         self.traffic = Traffic()
 
     def held(self, num_experts: int) -> range:
-        """The experts that this process holds."""
         return range(self.placement.first, self.placement.first + self.placement.local)
 
     def send(self, x: Tensor, counts: List[int]) -> Tuple[Tensor, Arrival]:
-        """Send rows to the processes that hold their experts.
-
-        Args:
-            x: (N, D), in the order of all experts.
-            counts: rows of each of the E experts, summing to N.
-
-        Returns:
-            rows (N', D) in the order of this process's experts, each expert's in the order of the
-            ranks that they come from; and what `send_back` needs.
-        """
         local = self.placement.local
         sent = to_device(counts, x.device).view(-1, local)  # (holders, local)
         received = torch.empty_like(sent)  # rows from each holder, for each expert
@@ -118,7 +107,6 @@ class ExpertParallel:
         return x, Arrival(of_expert, (going, coming, order, inverse))
 
     def compute(self, experts: nn.Module, x: Tensor, counts: List[int]) -> Tensor:
-        """experts(x, counts), whose gradients are the sum over their replicas."""
         weights = dict(experts.named_parameters())
         if len(self.placement.replicas) == 1 or not weights:  # those in files are not trained
             return experts(x, counts)
@@ -126,7 +114,6 @@ class ExpertParallel:
         return functional_call(experts, dict(zip(weights, summed)), (x, counts))
 
     def send_back(self, y: Tensor, arrival: Arrival) -> Tensor:
-        """Rows (N', D) that `send` brought here -> those (N, D) that it sent away, in its order."""
         going, coming, order, inverse = arrival.way
         y = _Reorder.apply(y, inverse, order)
         return _AllToAll.apply(y, coming, going, self.holders, self.traffic)

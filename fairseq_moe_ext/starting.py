@@ -71,8 +71,8 @@ def _is_ours(names: Mapping[str, Any]) -> bool:
 
 def check(given: Mapping[str, Any], spell: Spell, training: bool) -> None:
     """Raise UserError for invalid or conflicting settings, given by name."""
-    if not training:
-        _check_checkpoint(given, spell)
+    if not training and "path" in given and not given["path"]:
+        raise UserError("--path is not given: name the checkpoint")
     ranges.check(given, spell)
     # fairseq-interactive may read its --input from a pipe
     files.check_named({k: v for k, v in given.items() if k not in ("log_file", "input")})
@@ -93,10 +93,11 @@ def check(given: Mapping[str, Any], spell: Spell, training: bool) -> None:
         raise UserError(
             f"{spell('batch_size')} and {spell('max_tokens')} are both not given: set one of them"
         )
-    of_training = [check_precision, _check_validation, _check_schedule]
-    of_training += [_check_capacity]
-    others = [_check_window, _check_shards, _check_hypotheses, _check_pieces]
-    others += [_check_task, _check_search, _check_steps]
+    of_training = (check_precision, _check_validation, _check_schedule, _check_capacity)
+    others = (
+        *(_check_window, _check_shards, _check_hypotheses, _check_pieces),
+        *(_check_task, _check_search, _check_steps),
+    )
     for check_one in of_training if training else others:
         check_one(given, spell)
 
@@ -298,11 +299,6 @@ def _check_pieces(given: Mapping[str, Any], spell: Spell) -> None:
         kinds += ["sentencepiece", "wordpiece", "letter", "silence", "_EOW", "none"]
     if kind is not None and kind not in [*kinds, "@@ ", "@@"][: None if "beam" in given else 2]:
         raise UserError(f"--remove-bpe {kind}: unknown; use {', '.join(kinds)}, or leave it out")
-
-
-def _check_checkpoint(given: Mapping[str, Any], spell: Spell) -> None:
-    if "path" in given and not given["path"]:
-        raise UserError("--path is not given: name the checkpoint")
 
 
 def _check_task(given: Mapping[str, Any], spell: Spell) -> None:

@@ -122,9 +122,8 @@ def _with_own_experts(path: str, state: Dict[str, Any]) -> Dict[str, Any]:
     manifest = Manifest.read(path, state)
     optimizer = state.get("last_optimizer_state")
     trainer = _trainer_that_wants_optimizer() if optimizer is not None else None
-    copy = _copy
-    if trainer is not None and fully_sharded.is_sharded(trainer.get_model()):
-        copy = _itself  # FSDP copies the pieces that it takes
+    sharded = trainer is not None and fully_sharded.is_sharded(trainer.get_model())
+    copy = (lambda state: state) if sharded else _copy  # FSDP copies the pieces that it takes
     if manifest is not None:
         indices = manifest.indices
         held = placement(manifest.num_experts, process_count(), process_rank())
@@ -273,10 +272,6 @@ def _indices_in(optimizer: Dict[str, Any], path: str, trainer: Trainer) -> Dict[
             "--reset-optimizer"
         )
     return expert_indices(trainer)
-
-
-def _itself(state: Any) -> Any:
-    return state
 
 
 def _copy(state: Any) -> Any:

@@ -29,8 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", help="an architecture of fairseq-train")
     parser.add_argument("--path", type=Path, help="a checkpoint, instead of flags")
     parser.add_argument("--paper", action="store_true", help="print the paper's Table 1 and stop")
-    parser.add_argument("--types", type=int, help="size of the vocabulary (default: 51200)")
-    parser.add_argument("--context", type=int, help="tokens per block (default: 2048)")
+    parser.add_argument(
+        "--types", type=int, help=f"size of the vocabulary (default: {paper.VOCABULARY})"
+    )
+    parser.add_argument("--context", type=int, help=f"tokens per block (default: {paper.CONTEXT})")
     parser.add_argument(
         "--tokens", type=float, default=paper.TOKENS, help="training tokens (default: 300e9)"
     )
@@ -130,7 +132,7 @@ def _settings(args: Namespace) -> Tuple[Dict[str, Any], int]:
     ):
         setattr(config, name, value)
     validate(config)
-    return dict(vars(config)), args.types or 51_200
+    return dict(vars(config)), args.types or paper.VOCABULARY
 
 
 def checkpoint_settings(path: Path, flag: str = "--path") -> Tuple[Dict[str, Any], int]:
@@ -240,7 +242,7 @@ def paper_models() -> List[Dict[str, Any]]:
             row.layers,
             row.dim,
             4 * row.dim,
-            vocabulary=51_200,
+            vocabulary=paper.VOCABULARY,
             moe_freq=2 if row.experts else 0,
             experts=row.experts,
         )

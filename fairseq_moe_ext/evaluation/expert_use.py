@@ -20,7 +20,7 @@ from .. import data_bin, outputs
 from ..errors import OneLineParser, UserError, require_positive
 from ..wording import did_you_mean
 from . import specialisation
-from .loading import language_modeling_task, load_model, moe_layers, set_gates
+from .loading import check_path, language_modeling_task, load_model, moe_layers, set_gates
 
 if TYPE_CHECKING:
     from fairseq.data import FairseqDataset
@@ -49,8 +49,7 @@ def expert_use(
     UserError for a model without experts, for longer blocks than it takes, and for data-bins
     without the subset or with different dictionaries.
     """
-    if not checkpoint.is_file():
-        raise UserError(f"checkpoint {checkpoint} does not exist: give a file fairseq-train wrote")
+    check_path(checkpoint, "checkpoint")
     for name, folder in bins.items():
         if not ((folder / data_bin.DICTIONARY).is_file() and data_bin.has_split(folder, subset)):
             raise UserError(

@@ -230,11 +230,9 @@ def _write(
     for path in checkpoints:
         lm = load(args, path)
         started = time.monotonic()
-        if several:
-            answers = generate(lm, texts, settings, None, args.batch_tokens, flag)
-        else:
-            stream = showing.after("" if args.no_prompt else texts[0])
-            answers = generate(lm, texts, settings, stream, args.batch_tokens, flag)
+        stream = None if several else showing.after("" if args.no_prompt else texts[0])
+        answers = generate(lm, texts, settings, stream, args.batch_tokens, flag)
+        if stream is not None:
             stream("\n")
         seconds = time.monotonic() - started
         tokens = sum(len(one.tokens) for some in answers for one in some)

@@ -28,8 +28,8 @@ class Exchange(Protocol):
             counts: rows of each of the E experts, summing to N.
 
         Returns:
-            rows (N', D) in the order of this process's experts, and the record that `send_back`
-            needs.
+            rows (N', D) in the order of this process's experts, each expert's in the order of the
+            ranks that they come from; and what `send_back` needs.
         """
 
     def compute(self, experts: nn.Module, x: Tensor, counts: List[int]) -> Tensor:

@@ -10,7 +10,7 @@ from fairseq_today.errors import UserError
 
 from ..errors import OneLineParser
 from ..wording import did_you_mean
-from .messages import in_one_line, mistake_to_print
+from .messages import debugging, in_one_line, mistake_to_print
 
 
 def hydra_init(stock, cfg_name="config"):
@@ -148,7 +148,7 @@ def hydra_mistake_to_print(error: BaseException) -> Optional[str]:
     from hydra.errors import HydraException
     from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-    if os.environ.get("LOGLEVEL", "").upper() == "DEBUG":
+    if debugging():
         return None
     if isinstance(error, InterpolationResolutionError):
         return _describe_setting(error)

@@ -11,10 +11,15 @@ from fairseq_today.errors import UserError, first_line
 from .. import data_bin, files
 
 
+def debugging() -> bool:
+    """Whether errors are to keep their traceback."""
+    return os.environ.get("LOGLEVEL", "").upper() == "DEBUG"
+
+
 def mistake_to_print(error: BaseException) -> Optional[str]:
     """The user's mistake that causes an exception, in one line; None if there is none, or with
     LOGLEVEL=DEBUG."""
-    if os.environ.get("LOGLEVEL", "").upper() == "DEBUG":
+    if debugging():
         return None
     if isinstance(error, OSError):
         missing = _missing_file(error)

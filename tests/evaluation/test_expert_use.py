@@ -30,7 +30,7 @@ def test_a_half_known_kind():
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["missing.pt", "--bin", "a=."], "missing.pt does not exist"),
+        (["missing.pt", "--bin", "a=."], "checkpoint missing.pt: no such checkpoint"),
         (["x.pt", "--bin", "a"], "--bin a: give NAME=FOLDER"),
         (["x.pt", "--bin", "a=no/such/folder"], "--bin a=no/such/folder"),
         (["x.pt", "--bin", "a=.", "--bin", "a=/"], "--bin a=/: a is there already"),

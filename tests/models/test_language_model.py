@@ -7,7 +7,8 @@ from small_models import KINDS, MOE, SMALL, VOCABULARY, build_model, make_config
 
 from fairseq_moe_ext.config_checks import validate
 from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.models.decoder import expert_grad_scale
+from fairseq_moe_ext.models.decoder import LayerRecord, expert_grad_scale
+from fairseq_moe_ext.moe.layer import MoEOutput
 
 
 @pytest.fixture
@@ -160,6 +161,11 @@ def test_beam_search_reorders_the_cache(tokens):
     longer = torch.cat([tokens[order, :1], tokens[:2, 1:2]], dim=1)
     out, _ = model.decoder(longer, incremental_state=state)
     torch.testing.assert_close(out[:, -1], model(longer)[0][:, -1])
+
+
+def test_a_layer_s_record_has_the_fields_of_its_output_in_their_order():
+    """It is filled by position."""
+    assert LayerRecord._fields[1:] == MoEOutput._fields[1:]
 
 
 def test_noise_is_off_at_evaluation(tokens):
