@@ -124,7 +124,7 @@ def test_a_figure_that_nothing_is_drawn_in_is_refused(places, capsys):
 def test_a_page_is_renewed_only_if_it_is_ours(places):
     page = places / "report.html"
     report.check_renewable(page)
-    report.write(page, report.render("base.html", title="Title"))
+    outputs.write_text(page, report.render("base.html", title="Title"))
     report.check_renewable(page)
     page.write_text("<html>mine", encoding="utf-8")
     with pytest.raises(UserError, match="report.html: is not a page of this command"):

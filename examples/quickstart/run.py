@@ -221,7 +221,7 @@ def work(run: Run, data_only: bool) -> None:
     commands = [preparing, *training.values(), *testing.values(), counting, sampling]
     result = results.gathered(run.out, run.settings, list(run.stages().values()), commands)
     outputs.write_json(run.out / "result.json", result)
-    report.write(run.out / "report.html", page.html(result))
+    outputs.write_text(run.out / "report.html", page.html(result))
     seconds = sum(stage["seconds"] for stage in result["stages"])
     run.screen.line()
     run.screen.line(page.terminal_samples(result))

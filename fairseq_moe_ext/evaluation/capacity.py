@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, List, Optional, Sequence, TypedDict, Union
 
+from .. import outputs
 from ..errors import UserError
 from ..wording import small
 from . import figures, report
@@ -97,7 +98,7 @@ def write_page(path: Path, model: Path, results: Sequence[AtCapacity]) -> None:
             for name in results[0]["sets"]
         ],
     )
-    report.write(path, page)
+    outputs.write_text(path, page)
 
 
 def _perplexities(

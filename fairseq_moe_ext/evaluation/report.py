@@ -91,11 +91,6 @@ def check_renewable(path: Path) -> None:
                 raise UserError(f"{path}: is not a page of this command; move it elsewhere")
 
 
-def write(path: Path, html: str) -> None:
-    """Write the page, whole or not at all."""
-    outputs.write_text(path, html)
-
-
 def write_with_charts(
     folder: Path, html: str, charts: Mapping[str, Any], png: bool = False
 ) -> None:
@@ -114,4 +109,4 @@ def write_with_charts(
         chart.write_svg(figures / f"{name}.svg")
         if png:
             chart.write_png(figures / f"{name}.png")
-    write(page, html)
+    outputs.write_text(page, html)

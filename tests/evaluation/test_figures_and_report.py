@@ -13,6 +13,7 @@ from html import unescape
 import pytest
 from markupsafe import escape
 
+from fairseq_moe_ext import outputs
 from fairseq_moe_ext.evaluation import figures, report
 
 
@@ -178,7 +179,7 @@ def test_a_page_refers_to_nothing_outside_itself(tmp_path):
     assert not re.search(r"https?:|<script|<link|<img|@import|url\((?!#)", html)
     path = tmp_path / "new" / "report.html"
     path.parent.mkdir()
-    report.write(path, html)
+    outputs.write_text(path, html)
     assert path.read_text(encoding="utf-8") == html
     assert list(path.parent.iterdir()) == [path]
     inside = re.findall(r'(?:href="|url\()#([\w-]+)', html)

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Sequence, Tuple
 
-from ... import files
+from ... import files, outputs
 from ...errors import UserError
 from ...evaluation import figures, report
 from .. import logs
@@ -56,7 +56,7 @@ Row = Tuple[Arm, int, State]  # and the seed
 
 def write(ladder: Ladder, gflops: float) -> None:
     """Write the page, whole or not at all."""
-    report.write(ladder.out / NAME, html(ladder, gflops))
+    outputs.write_text(ladder.out / NAME, html(ladder, gflops))
 
 
 def html(ladder: Ladder, gflops: float) -> str:
