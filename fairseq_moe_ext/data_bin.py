@@ -99,6 +99,36 @@ def find_corpora(data: Path) -> Dict[str, Path]:
     return {folder.name: folder for folder in folders}
 
 
+def sets_of(folders: Sequence[Path], split: str) -> Dict[str, Path]:
+    """The data-bins of a split in data folders, by their own names.
+
+    Raises:
+        UserError: for a folder without one, other dictionaries than that of the first one, or two
+            of one name; and as find_corpora.
+    """
+    found: Dict[str, Path] = {}
+    first: Optional[Path] = None
+    for data in folders:
+        corpora = find_corpora(data)
+        if not corpora:
+            raise UserError(f"{data}: contains no data-bin; make some with `fairseq-moe prepare`")
+        first = first or next(iter(corpora.values()))
+        check_dictionaries(first, corpora)
+        having = {own_name(n, f): f for n, f in corpora.items() if has_split(f, split)}
+        if not having:
+            raise UserError(
+                f"{data}: no data-bin {split} in it or its folders; prepare one, or name another "
+                "split or folder"
+            )
+        for name in having.keys() & found.keys():
+            raise UserError(
+                f"{having[name]}: a second set is called {name!r}; leave one out, or rename its "
+                "folder"
+            )
+        found.update(having)
+    return found
+
+
 def corpora_in(data: Path) -> List[str]:
     """The names of a data folder's corpora; none if it is a data-bin itself, or no data folder."""
     if not (data / DICTIONARY).is_file() or _data_bin_files(data):

@@ -90,7 +90,8 @@ class _Asked(NamedTuple):
 def run(args: argparse.Namespace) -> None:
     """Evaluate and print. Raises UserError for invalid flags or files."""
     asked = _check_flags(args)
-    task = language_modeling_task(_first_data_bin(args.data), args.context or 1)
+    first = next(iter(data_bin.sets_of(args.data, args.subset).values()))
+    task = language_modeling_task(first, args.context or 1)
     with naming(args.path):
         model, saved = load_model(args.path, task, asked.overrides)
     model = on_device(in_bfloat16(model, args.cpu) if args.bf16 else model, args.cpu)
@@ -147,16 +148,6 @@ def _check_flags(args: argparse.Namespace) -> _Asked:
     overrides = parse_overrides(args.model_overrides)
     check_path(args.path)
     return _Asked(capacities, figure, overrides)
-
-
-def _first_data_bin(folders: Sequence[Path]) -> Path:
-    """The first data-bin below the folders, whose dictionary all of them must have."""
-    first = next(iter(data_bin.find_corpora(folders[0]).values()), None)
-    if first is None:
-        raise UserError(f"{folders[0]}: contains no data-bin; make some with `fairseq-moe prepare`")
-    for folder in folders:
-        data_bin.check_dictionaries(first, data_bin.find_corpora(folder))
-    return first
 
 
 def _give_out(

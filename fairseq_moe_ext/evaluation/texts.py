@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 import torch
@@ -38,35 +38,30 @@ def read_texts(
     Args:
         trained_on: names of corpora that the model was trained on, as far as they are known.
     """
-    texts: Dict[str, Text] = {}
+    sets = data_bin.sets_of(folders, subset)
     for data in folders:
         corpora = data_bin.find_corpora(data)
-        having = {n: f for n, f in corpora.items() if data_bin.has_split(f, subset)}
-        if not having:
-            raise UserError(f"{data}: no data-bin {subset} in it or its folders (--subset)")
-        missing = sorted(corpora.keys() - having.keys())
+        missing = [name for name, folder in corpora.items() if folder not in sets.values()]
         if missing:
             where = f"{', '.join(missing)} of {data}"
             print(f"{where}: no {subset} split: not evaluated", file=sys.stderr)
-        for corpus, folder in having.items():
-            name = data_bin.own_name(corpus, folder)
-            prefix = str(folder / subset)
-            if name in texts:
-                raise UserError(f"{folder}: a second set is called {name!r}; rename its folder")
-            dtype = check_data_bin(prefix)
-            tokens = np.fromfile(f"{prefix}.bin", dtype=dtype)
-            check_tokens(f"{prefix}.bin", tokens, dictionary)
-            tokens = tokens.astype(np.int64)
-            trained = corpus in data_bin.trained_on(corpora, trained_on)
-            texts[name] = Text(
-                name,
-                folder,
-                trained,
-                torch.from_numpy(tokens),
-                unit_starts(tokens, dictionary.eos(), context),
-                _bytes(folder, subset, len(tokens)),
-            )
-    return list(texts.values())
+    texts = []
+    for name, folder in sets.items():
+        prefix = str(folder / subset)
+        dtype = check_data_bin(prefix)
+        tokens = np.fromfile(f"{prefix}.bin", dtype=dtype)
+        check_tokens(f"{prefix}.bin", tokens, dictionary)
+        tokens = tokens.astype(np.int64)
+        text = Text(
+            name,
+            folder,
+            bool(data_bin.trained_on({name: folder}, trained_on)),
+            torch.from_numpy(tokens),
+            unit_starts(tokens, dictionary.eos(), context),
+            _bytes(folder, subset, len(tokens)),
+        )
+        texts.append(text)
+    return texts
 
 
 def unit_starts(tokens: np.ndarray, eos: int, least: int) -> np.ndarray:

@@ -8,9 +8,10 @@ from typing import Any, Collection, Dict, List, Mapping, NamedTuple, Sequence, T
 
 from .. import data_bin, ranges
 from ..errors import UserError
-from ..wording import did_you_mean, short
+from ..wording import did_you_mean
 from . import command_line, yaml_file
 from .child import console_script
+from .flags import COUNTED, as_words, blocks_per_update, check_flag
 
 FAMILIES = ("dense", "moe")
 ARM = "arm"  # the family of every arm
@@ -41,17 +42,6 @@ _EVALUATE: Keys = {"stride": (int, 0), "batch-size": (int, 16), "bootstrap": (in
 # of `fairseq-moe priming`; no folder: no priming
 _PRIMING: Keys = {"folder": (str, ""), "tasks": (str, ""), "shots": (list, [0]), "draws": (int, 25)}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # a part of a folder's name
-# flags that the study sets itself
-_OURS = (
-    *("arch", "seed", "max-update", "total-num-update", "save-dir", "tokens-per-sample", "task"),
-    *("user-dir", "distributed-world-size"),
-)
-_COUNTED = ("batch-size", "update-freq", "required-batch-size-multiple")  # for all runs alike
-# flags by which a run trains on other tokens than `context`, _COUNTED and the updates say
-_UNCOUNTED = (
-    *("max-sentences", "max-tokens", "sample-break-mode", "max-epoch", "patience"),
-    *("stop-time-hours", "stop-min-lr", "restore-file", "continue-once"),
-)
 _KINDS = {
     str: "text; write some, in quotes if it is a number",
     int: "a whole number; write one",
@@ -100,24 +90,15 @@ def read(path: Path) -> Plan:
     not there."""
     content = yaml_file.read(path)
     plan = planned(content, path)
-    folders = [("data", content["data"])] + [("test", name) for name in content.get("test", [])]
-    sets = set()
-    for key, folder in folders:
+    folders: List[Path] = []
+    sets: Dict[str, Path] = {}
+    for key in ("data", "test"):
+        folders += map(Path, [content["data"]] if key == "data" else content.get("test", []))
         try:
-            corpora = data_bin.find_corpora(Path(folder))
-            sets |= {
-                data_bin.own_name(name, corpus)
-                for name, corpus in corpora.items()
-                if data_bin.has_split(corpus, "test")
-            }
+            sets = data_bin.sets_of(folders, "test")
         except UserError as error:
             raise UserError(f"{path}: {key}: {error}") from None
-        if not corpora:
-            raise UserError(
-                f"{path}: {key}: {folder}: contains no data-bin; make some with `fairseq-moe "
-                "prepare`"
-            )
-    return plan._replace(sets=sets)
+    return plan._replace(sets={*sets})
 
 
 def planned(content: Any, path: Path) -> Plan:
@@ -155,28 +136,6 @@ def check_seeds(seeds: List[Any], where: str) -> None:
     if not seeds or not all(isinstance(s, int) for s in seeds) or len({*seeds}) < len(seeds):
         raise UserError(f"{where}: seeds {seeds}: give different whole numbers, such as [1, 2, 3]")
     ranges.require(ranges.SEED._replace(items=None), seeds, f"{where}: seeds")
-
-
-def blocks_per_update(train: Mapping[str, Any], where: str) -> int:
-    """The blocks that an update has. Raises UserError for any invalid flag in `train`."""
-    for flag, value in train.items():
-        _check_flag(flag, value, where)
-    batch, freq = train.get("batch-size"), train.get("update-freq", 1)
-    if batch is None:
-        raise command_line.no_batch_size(train, where)
-    if type(batch) is not int or batch < 1:
-        raise UserError(f"{where}: batch-size {batch}: set the number of blocks per update")
-    for flag in _COUNTED[1:]:
-        if type(train.get(flag, 1)) is not int:
-            raise UserError(f"{where}: {flag} {train[flag]!r}: write a whole number")
-    # fairseq lowers other batches to a multiple (fairseq/data/data_utils.py:306@0.12.2)
-    multiple = train.get("required-batch-size-multiple", 8)
-    if batch > multiple and batch % multiple:
-        raise UserError(
-            f"{where}: batch-size {batch}: fairseq would train on {batch // multiple * multiple} "
-            f"blocks, a multiple of {multiple}; use one, or set required-batch-size-multiple"
-        )
-    return batch * freq
 
 
 def _evaluations(asked: Dict[str, Any], path: Path) -> Tuple[Dict[str, Any], Dict[str, Any]]:
@@ -258,7 +217,7 @@ def _size(
     asked: Dict[str, Any], family: str, name: Any, arch: str, flags: Dict[str, Any], where: str
 ) -> _Size:
     """A model with the flags of all and its own. Raises UserError for invalid ones."""
-    for flag in _COUNTED:
+    for flag in COUNTED:
         if flag in flags:
             raise UserError(
                 f"{where}: {flag}: move it to train: all runs have the same tokens per update"
@@ -270,7 +229,13 @@ def _size(
             f"{where}: updates {updates!r} is out of range: use {ranges.POSITIVE_COUNT}"
         )
     for flag, value in flags.items():
-        _check_flag(flag, value, where)
+        check_flag(flag, value, where)
+    first = flags.get("validate-after-updates", 0)
+    if isinstance(first, int) and first > updates:
+        raise UserError(
+            f"{where}: validate-after-updates {first}: is after the last of {updates} updates, so "
+            "that no checkpoint is the best; lower it"
+        )
     check_name(name, where)
     return _Size(family, str(name), arch, flags, updates)
 
@@ -316,36 +281,6 @@ def _is(kind: type, value: Any) -> bool:
     return isinstance(value, kind)
 
 
-def _check_flag(flag: Any, value: Any, where: str) -> None:
-    if not isinstance(flag, str) or flag.startswith("-") or "_" in flag:
-        raise UserError(
-            f"{where}: {flag!r}: write flags without leading dashes, such as batch-size"
-        )
-    if flag in _OURS:
-        raise UserError(f"{where}: {flag}: the study sets this itself (arch, seeds, updates, ...)")
-    if flag in _UNCOUNTED:
-        raise UserError(
-            f"{where}: {flag}: remove it: a run trains on all of its updates, each of batch-size "
-            "blocks, and on nothing else"
-        )
-    name = flag.replace("-", "_")
-    kinds: Tuple[type, ...] = (str, int, float)
-    if name in ranges.RANGES and ranges.RANGES[name].items != 0:
-        kinds += (list,)
-    if not isinstance(value, kinds):
-        raise UserError(f"{where}: {flag} {short(repr(value))}: use a number, text, true or false")
-    ranges.check({name: value}, lambda name: f"{where}: {flag}")
-
-
-def _words(flags: Dict[str, Any]) -> List[str]:
-    """{"lr": 0.1, "cpu": True} -> --lr 0.1 --cpu; False leaves a flag out."""
-    words = []
-    for flag, value in flags.items():
-        if value is not False:
-            words += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
-    return words
-
-
 def _train(asked: Dict[str, Any], folder: Path, size: _Size, seed: int) -> List[str]:
     flags, updates = size.flags, size.updates
     every = max(1, updates // 5)
@@ -361,7 +296,7 @@ def _train(asked: Dict[str, Any], folder: Path, size: _Size, seed: int) -> List[
         *("--keep-interval-updates", "1", "--no-epoch-checkpoints"),
         *("--best-checkpoint-metric", "in_domain_ppl", "--distributed-world-size", "1"),
         *("--log-format", "json", "--log-interval", str(min(10, every))),
-        *_words(flags),
+        *as_words(flags),
     ]
 
 

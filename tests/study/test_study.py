@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 from fairseq.data.data_utils import batch_by_size
@@ -10,7 +11,7 @@ from study_results import STUDY
 from fairseq_moe_ext import cli
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.evaluation.speedup import in_words
-from fairseq_moe_ext.study import page, plan, result, tables
+from fairseq_moe_ext.study import flags, page, plan, result, tables
 
 
 def write(folder, change=lambda text: text):
@@ -55,7 +56,14 @@ def write(folder, change=lambda text: text):
                 *(("max-sentences", 2), ("max-tokens", 64), ("sample-break-mode", "eos")),
                 *(("max-epoch", 1), ("patience", 1), ("stop-time-hours", 0.1)),
                 *(("stop-min-lr", 0.1), ("restore-file", "a.pt"), ("continue-once", "a.pt")),
+                *(("log-format", "simple"), ("no-save", "true"), ("disable-validation", "true")),
+                *(("add-bos-token", "true"), ("maximize-best-checkpoint-metric", "true")),
+                *(("checkpoint-suffix", "x"), ("use-sharded-state", "true")),
             )
+        ),
+        (
+            *("batch-size: 4", "batch-size: 4, validate-after-updates: 4"),
+            "dense: sizes: s: validate-after-updates 4: is after the last of 3 updates",
         ),
         (
             *("batch-size: 4", "batch-size: 4, distributed-world-size: 2"),
@@ -110,11 +118,45 @@ def test_mistakes_in_the_file(folder, old, new, words, capsys):
     assert not (folder / "out").exists()
 
 
+def test_flags_that_change_nothing_are_taken(folder):
+    """So that a study that has them can go on."""
+    more = "batch-size: 4, log-format: json, no-save: false, validate-after-updates: 3"
+    path = write(folder, lambda text: text.replace("batch-size: 4", more))
+    assert plan.read(path).runs[0].train.count("json") == 2
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ("no split", "test: {t}: no data-bin test in it or its folders"),
+        ("same name", "test: {t}/far: a second set is called 'far'; leave one out"),
+        ("dictionary", "test: {t}/new/dict.txt (0 entries) differs from"),
+    ],
+)
+def test_test_sets_that_cannot_be_evaluated(folder, tmp_path, change, words, capsys):
+    """What `fairseq-moe evaluate` would say behind the first training."""
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(folder / "data" / "dict.txt", other)
+    name = "far" if change == "same name" else "new"
+    shutil.copytree(folder / "data" / "far", other / name)
+    if change == "no split":
+        (other / name / "test.bin").rename(other / name / "valid2.bin")
+        (other / name / "test.idx").rename(other / name / "valid2.idx")
+    if change == "dictionary":
+        (other / name / "dict.txt").write_text("")
+    path = write(folder, lambda text: text.replace("context:", f"test: [{other}]\ncontext:"))
+    assert cli.main(["study", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert f"{path}: {words.format(t=other)}" in error and error.count("\n") == 1
+    assert not (folder / "out").exists()
+
+
 @pytest.mark.parametrize("batch, multiple", [(12, 8), (9, 8), (20, 8), (24, 5)])
 def test_batches_that_fairseq_lowers(batch, multiple):
     train = {"batch-size": batch, "required-batch-size-multiple": multiple}
     with pytest.raises(UserError, match=f"train on {trained_on(batch, multiple)} blocks"):
-        plan.blocks_per_update(train, "train")
+        flags.blocks_per_update(train, "train")
 
 
 @pytest.mark.parametrize("batch, multiple", [(8, 8), (6, 8), (16, 8), (12, 4), (12, 12), (9, 1)])
@@ -122,7 +164,7 @@ def test_batches_that_fairseq_keeps(batch, multiple):
     train = {"batch-size": batch, "update-freq": 2}
     if multiple != 8:
         train["required-batch-size-multiple"] = multiple
-    assert plan.blocks_per_update(train, "train") == 2 * batch
+    assert flags.blocks_per_update(train, "train") == 2 * batch
     assert trained_on(batch, multiple) == batch
 
 

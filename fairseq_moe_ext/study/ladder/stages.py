@@ -13,7 +13,8 @@ from ...evaluation.report import FIGURES
 from ...models.architectures import ARCHITECTURES
 from ...wording import did_you_mean
 from .. import yaml_file
-from ..plan import ARM, FAMILIES, Keys, blocks_per_update, check_name, check_seeds, checked, planned
+from ..flags import blocks_per_update
+from ..plan import ARM, FAMILIES, Keys, check_name, check_seeds, checked, planned
 
 LR = "lr"  # the stage that tries learning rates
 PROBE = "probe"  # the folder of measurements, beside those of the stages
