@@ -146,7 +146,8 @@ def _convert(args: argparse.Namespace) -> None:
 def check_fit(args: argparse.Namespace) -> None:
     """Raise UserError for flags that do not fit the model, before all its bytes are checked, which
     takes minutes."""
-    from fairseq_moe_ext.convert import targets
+    from fairseq_moe_ext.branch.writing import branch_settings
+    from fairseq_moe_ext.convert import readers, targets
     from fairseq_moe_ext.evaluation.cost_table import checkpoint_settings
     from fairseq_moe_ext.shape import shape_of
 
@@ -164,6 +165,7 @@ def check_fit(args: argparse.Namespace) -> None:
         targets.share(args.source, experts, "--expert-files", args.expert_files)
     if args.to == "branch":
         targets.share(args.source, experts, "--rank-files", args.rank_files or 1)
+        branch_settings(args.source, readers.complete_settings(args.source, settings))
 
 
 def _sparse_settings(

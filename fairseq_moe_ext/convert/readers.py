@@ -207,7 +207,11 @@ def _open_branch(path: str, weights_only: bool) -> Source:
 
 
 def _settings(path: str, state: Dict[str, Any]) -> Dict[str, Any]:
-    flat = saved_settings(path, state)
+    return complete_settings(path, saved_settings(path, state))
+
+
+def complete_settings(path: str, flat: Dict[str, Any]) -> Dict[str, Any]:
+    """All settings of our model, from those saved by us, stock fairseq or the branch."""
     if not is_ours(flat):
         return translated_settings(path, flat)
     settings = {**defaults(), **ARCHITECTURES.get(name_of(flat), {})}
