@@ -16,11 +16,18 @@ from fairseq_today.torch_today import load_weights_only
 
 from .. import context, files, fully_sharded
 from ..errors import UserError
-from ..expert_parallel import Placement, is_expert, placement, process_count, process_rank
+from ..expert_parallel import (
+    Placement,
+    all_gather,
+    is_expert,
+    placement,
+    process_count,
+    process_rank,
+)
 from ..models.precision import has_own_bfloat16
 from .collective import same_error_on_all_ranks
 from .experts import expert_indices, saves_together, trained_parameters
-from .format import FOLDER, ExpertFile, Manifest, Piece, check_kind
+from .format import FOLDER, MANIFEST, ExpertFile, Manifest, Piece, check_kind
 from .intact import check_digest, check_records
 from .settings import check_buildable, check_settings
 
@@ -46,7 +53,28 @@ def load(stock: Callable[..., Any], path: str, *args: Any, **kwargs: Any) -> Dic
     under_way = context.loading.get()
     together = under_way is not None and saves_together(under_way.trainer)
     with same_error_on_all_ranks() if together else contextlib.nullcontext():
-        return _with_own_experts(path, _with_settings(path, stock, *args, **kwargs))
+        state = _with_own_experts(path, _with_settings(path, stock, *args, **kwargs))
+    # A trainer without them reads on one rank; all processes of an evaluation read.
+    if together or (under_way is None and any(map(is_expert, state["model"]))):
+        _check_same_save(path, state)
+    return state
+
+
+def _check_same_save(path: str, state: Dict[str, Any]) -> None:
+    """Raise UserError, on all ranks, if a training has saved between the reading of two."""
+    history = (state.get("optimizer_history") or [{}])[-1]
+    extra = state.get("extra_state") or {}
+    save = (state.get(MANIFEST) or {}).get("save")
+    saves = all_gather((save, history.get("num_updates"), extra.get("previous_training_time")))
+    if saves != saves[:1] * len(saves):
+        raise _changed(path)
+
+
+def _changed(path: str) -> UserError:
+    return UserError(
+        f"{path}: changed while it was read: repeat the command, or name a copy (with the folder "
+        f"{FOLDER} beside it, if there is one)"
+    )
 
 
 def _with_settings(path: str, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -179,6 +207,8 @@ def _open_piece(path: str, file: ExpertFile, save: str, check: bool) -> Piece:
     """Open a file of experts; its tensors are mapped."""
     name = file.path(path)
     if not os.path.isfile(name):
+        if _save_at(path) != save:
+            raise _changed(path)
         raise UserError(
             f"{name}: missing; it holds experts {file.first} to {file.end - 1} of {path}: copy the "
             f"folder {FOLDER} with the checkpoint, or load another one"
@@ -209,6 +239,14 @@ def _open_piece(path: str, file: ExpertFile, save: str, check: bool) -> Piece:
     elif check:
         check_records(name)
     return piece
+
+
+def _save_at(path: str) -> Optional[str]:
+    """Which save the checkpoint is of now; None: it has gone, or is one without expert files."""
+    if not os.path.isfile(path):
+        return None
+    manifest = Manifest.read(path, load_weights_only(path, map_location="cpu", mmap=True))
+    return manifest and manifest.save
 
 
 def check_optimizer_parts(path: str, pieces: List[Piece], names: Iterable[str], flag: str) -> None:

@@ -5,10 +5,24 @@ import shutil
 import subprocess
 
 import pytest
+import torch
 from processes import run_processes
-from training import TRAIN, UPDATES, error_of, expert_files, referred_files, train, train_on
+from training import (
+    EVAL,
+    SAVED,
+    TRAIN,
+    UPDATES,
+    copy_of,
+    error_of,
+    expert_files,
+    perplexity,
+    referred_files,
+    train,
+    train_on,
+)
 
-from fairseq_moe_ext.checkpoint import collective, saving
+from fairseq_moe_ext.checkpoint import collective, loading, saving
+from fairseq_moe_ext.checkpoint.format import MANIFEST
 
 
 def train_with(rank, patch, line):
@@ -61,6 +75,40 @@ def test_trouble_on_one_rank_ends_all_with_one_line(data, tmp_path, patch, words
         assert words in message and "\n" not in message
     assert not list(tmp_path.rglob("*.tmp"))
     assert expert_files(tmp_path) == referred_files(tmp_path)
+
+
+def of_two_saves(rank, function, line, flag, paths):
+    return function(rank, 2, f"{line} {flag} {paths[rank]}")
+
+
+@pytest.mark.parametrize(
+    "world", [pytest.param(1, marks=pytest.mark.slow), 2], ids=["one file", "files of experts"]
+)
+def test_processes_that_read_two_saves_end_in_one_line(data, runs, tmp_path, world):
+    folder, _ = runs(world, 4)
+    paths = folder / f"checkpoint_1_{SAVED}.pt", folder / "checkpoint_last.pt"
+    tuned = f"{data} {TRAIN} --moe-expert-count 4 --save-dir {tmp_path}"
+    for case in ((perplexity, f"{data} {EVAL}", "--path"), (train, tuned, "--finetune-from-model")):
+        messages = run_processes(2, error_of, of_two_saves, *case, paths)
+        assert all("changed while it was read: repeat the command" in m for m in messages)
+        same = run_processes(2, of_two_saves, *case, paths[:1] * 2)
+        assert same[0] == same[1]
+
+
+def test_a_save_that_replaces_what_is_read_is_named(data, runs, tmp_path, monkeypatch):
+    path, files = copy_of(runs, tmp_path)
+    stock = loading.open_pieces
+
+    def after_the_next_save(*args):
+        state = torch.load(path, weights_only=True)
+        torch.save({**state, MANIFEST: {**state[MANIFEST], "save": "next"}}, tmp_path / "next.pt")
+        os.replace(tmp_path / "next.pt", path)
+        files[1].unlink()
+        return stock(*args)
+
+    monkeypatch.setattr(loading, "open_pieces", after_the_next_save)
+    words = error_of(0, perplexity, 1, f"{data} {EVAL} --path {path}")
+    assert words.startswith(f"{path}: changed while it was read") and "\n" not in words
 
 
 def test_dense_models_want_the_same_code_too(data, tmp_path):
