@@ -246,7 +246,7 @@ def _save_at(path: str) -> Optional[str]:
     if not os.path.isfile(path):
         return None
     manifest = Manifest.read(path, load_weights_only(path, map_location="cpu", mmap=True))
-    return manifest and manifest.save
+    return None if manifest is None else manifest.save
 
 
 def check_optimizer_parts(path: str, pieces: List[Piece], names: Iterable[str], flag: str) -> None:
