@@ -30,6 +30,8 @@ COMMANDS: Dict[str, Command] = {
         "prepare.command",
         (
             'data --corpus docs="docs/*.md" --train-bpe 8000',
+            "data --corpus wiki=wiki.txt --corpus code='src/**/*.py' --heldout mail=mail.jsonl.gz "
+            "--train-bpe 8000",
             "data --corpus a=a.jsonl --heldout b=b.txt --gpt2-encoder-json encoder.json "
             "--gpt2-vocab-bpe vocab.bpe",
         ),

@@ -234,7 +234,7 @@ def training(shape: Shape, rounds: int, peers: bool, like: Tensor) -> Dict[str, 
 
 
 def without_statistics(work: Callable[[], None]) -> Callable[[], None]:
-    """The work of layers that compute no routing statistics."""
+    """`work` without the layers' routing statistics."""
 
     def run() -> None:
         with mock.patch.object(layer_module, "routing_stats", lambda routing, scope: {}):

@@ -89,7 +89,7 @@ def language_model(vocabulary: int, **flags: Any) -> Any:
 
 
 class Wrapped(torch.nn.Module):
-    """A model that is called by a function of it and its inputs."""
+    """A model whose forward pass is call(model, *inputs)."""
 
     def __init__(self, model: torch.nn.Module, call: Callable[..., torch.Tensor]) -> None:
         super().__init__()

@@ -117,8 +117,8 @@ def sets_of(folders: Sequence[Path], split: str) -> Dict[str, Path]:
         having = {own_name(n, f): f for n, f in corpora.items() if has_split(f, split)}
         if not having:
             raise UserError(
-                f"{data}: no data-bin {split} in it or its folders; prepare one, or name another "
-                "split or folder"
+                f"{data}: has no data-bin for the split {split}; prepare it, or name another split "
+                "or folder"
             )
         for name in having.keys() & found.keys():
             raise UserError(

@@ -53,8 +53,8 @@ def overrides(text: str, flag: str) -> Dict[str, Any]:
         value = None
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         raise UserError(
-            f"{flag} {text!r}: not a Python dictionary of names and values without computations, "
-            "such as \"{'dropout': 0.1}\""
+            f"{flag} {text!r}: use a Python dictionary of setting names and plain values, such as "
+            "\"{'dropout': 0.1}\""
         )
     return value
 

@@ -144,7 +144,7 @@ def _saved(path: Path) -> Dict[str, Any]:
 
 
 def digests_in(state: Dict[str, Any]) -> Dict[str, str]:
-    """Those that a checkpoint has."""
+    """The digests of tokenizer files that a checkpoint has, by file name."""
     task_state = state.get("task_state")
     recorded = task_state.get(KEY) if isinstance(task_state, dict) else None
     recorded = recorded if isinstance(recorded, dict) else {}

@@ -184,7 +184,7 @@ def test_runs_of_a_recipe_that_has_changed_are_refused(tmp_path, monkeypatch, in
     ablation(tmp_path / "moved").check_same("plain", 1)
     changed = {"moe_z_loss_wt": 0.5}
     monkeypatch.setattr(run.recipes, "recipe_settings", lambda _: changed)
-    with pytest.raises(UserError, match="moved/runs/z-loss-1: was made with other flags"):
+    with pytest.raises(UserError, match="moved/runs/z-loss-1: was trained with other flags"):
         run.run_all(ablation(tmp_path / "moved"), ["plain", "z-loss"])
 
 

@@ -92,7 +92,7 @@ def test_stocks_defaults_are_in_range():
         (dict(disable_validation=True, patience=3), "--patience 3 needs validation"),
         (
             dict(optimizer_overrides="{"),
-            "--optimizer-overrides '{': not a Python dictionary of names and values",
+            "--optimizer-overrides '{': use a Python dictionary of setting names and plain",
         ),
         (dict(optimizer_overrides="{'lr': [-1]}"), "--optimizer-overrides 'lr': [-1] is out of"),
         (dict(lr_scheduler="polynomial_decay", max_update=0), "needs --total-num-update or"),
@@ -208,7 +208,7 @@ def test_training_without_anything_of_ours_is_left_alone():
         (dict(path=None), "--path is not given"),
         (
             dict(model_overrides="[]"),
-            "--model-overrides '[]': not a Python dictionary of names and values",
+            "--model-overrides '[]': use a Python dictionary of setting names and plain",
         ),
         (dict(model_overrides="{'dropout': 7}"), "--model-overrides 'dropout': 7 is out of range"),
         (dict(beam=2, nbest=3), "--nbest 3 is more than --beam 2"),

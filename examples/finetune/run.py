@@ -134,8 +134,8 @@ class Ablation(Runner):
                 begun = files.read_json(path)["command"]
                 if _flags(begun) != _flags(self.command(row, seed, folder)):
                     raise UserError(
-                        f"{folder}: was made with other flags than {row} now has: name another "
-                        "--out, or delete this folder"
+                        f"{folder}: was trained with other flags than the recipe {row!r} has now: "
+                        "name another --out, or delete this folder"
                     )
 
     def one(self, row: str, seed: int) -> fine_tuning.Run:
@@ -171,7 +171,7 @@ class Ablation(Runner):
 
 
 def _flags(command: Sequence[str]) -> List[str]:
-    """The words of a command that are no paths."""
+    """The words of a command that are not paths."""
     return [word for word in command if os.sep not in word]
 
 

@@ -48,13 +48,13 @@ _BRANCH_DEFAULTS: Dict[str, Any] = {
     "distributed_rank": 0,
     "batch_size_valid": None,
 }
-# Flags that the branch lacks, and which are translated, or change no number that it could keep.
+# Flags that the branch lacks: translated to its own, or without effect on what its files hold.
 _TRANSLATED = {
     *("bf16", "compile", "max_tokens", "moe_experts_on_disk"),
     *("moe_dense_twin", "moe_first_dense", "moe_layers"),
     *("moe_normalize_weights", "moe_router", "moe_top_k"),
 }
-# Flags that the branch lacks, and which are refused (_check_experts) or reported (left_out).
+# Flags that the branch lacks: refused (_check_experts) or reported (left_out).
 _NOT_KEPT = {
     "moe_balance",
     "moe_balance_over",
@@ -83,8 +83,9 @@ _OFF_IN_THE_BRANCH: Dict[str, Any] = {
 
 
 def branch_settings(path: str, settings: Dict[str, Any]) -> Dict[str, Any]:
-    """The branch's `cfg.model` from our model's settings. UserError for settings that the branch
-    cannot compute, at evaluation on one process without padding; see `left_out` for the others."""
+    """The branch's `cfg.model` from our model's settings. UserError for settings with which
+    the branch would compute other numbers even at evaluation on one process without padding;
+    `left_out` names the others."""
     shape = shape_of(settings)
     if shape.gated:
         raise _lacking(path, f"--activation-fn {settings['activation_fn']}", "no gated networks")

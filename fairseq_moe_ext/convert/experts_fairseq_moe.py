@@ -151,7 +151,7 @@ class RandomRouter(TopKRouter):
     def add_gate(self, config: Any) -> None:
         super().add_gate(config)
         weight = self.wg.weight.detach()
-        del self.wg.weight  # from_pretrained would have a parameter trained
+        del self.wg.weight  # a buffer: from_pretrained makes every parameter trainable
         self.wg.register_buffer("weight", weight)
 
 

@@ -127,8 +127,9 @@ def hf_jobs(source: Source, folder: str, extras: Extras, only_xglm: bool = False
 
 
 def files_there(folder: str) -> List[str]:
-    """The files in a folder that belong to an earlier conversion. Beside checkpoints or data the
-    tokenizer's do not: they are also theirs. Raises UserError for a folder of something else."""
+    """The files in a folder that an earlier conversion wrote. In a folder that also has checkpoints
+    or data, the tokenizer's files are left out, because those need them, too. Raises UserError for
+    such files in a folder without a converted model."""
     names = sorted(os.listdir(folder))
     found = [name for name in names if name in FILES or is_weights(name)]
     others = [name for name in found if name != CARD]

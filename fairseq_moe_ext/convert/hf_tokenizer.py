@@ -165,14 +165,14 @@ def _check_words(path: Path, symbols: List[str]) -> None:
     words = [symbol for symbol in symbols if not dictionary.MADE_UP.fullmatch(symbol)]
     if 2 * sum(map(str.isdigit, words)) > len(words):
         raise UserError(
-            f"{path}: contains BPE ids, which need {' and '.join(TOKENIZER)} beside it: put the "
-            "model's there, or add --no-tokenizer"
+            f"{path}: seems to contain BPE ids, which need {' and '.join(TOKENIZER)}: copy the "
+            "model's beside it, or add --no-tokenizer"
         )
     pieces = [word for word in words if _PIECE.fullmatch(word)]
     if 20 * len(pieces) > len(words):
         raise UserError(
-            f"{path}: contains pieces of words, such as {pieces[0]!r}, which tokenizer.json would "
-            "take for whole words: add --no-tokenizer, and cut text as for the training"
+            f"{path}: contains subwords, such as {pieces[0]!r}, which tokenizer.json would take "
+            "for whole words: add --no-tokenizer, and tokenize text as for training"
         )
 
 

@@ -112,7 +112,7 @@ def fairseq_jobs(source: Source, path: str, files: Optional[int]) -> List[Job]:
 
 
 def partial(path: str, scratch: str) -> str:
-    """Where a file is written before it is renamed: in a folder of the name `scratch` beside it."""
+    """Where a file is written before it is renamed: in the folder `scratch` beside it."""
     return os.path.join(os.path.dirname(path), scratch, os.path.basename(path))
 
 
@@ -197,8 +197,8 @@ def branch_jobs(source: Source, path: str, ranks: int) -> List[Job]:
     lost = left_out(source.settings)
     if lost:
         logger.warning(
-            f"{source.path}: the branch has no setting for {', '.join(lost)}: give the flags again "
-            "to train or evaluate with them"
+            f"{source.path}: the branch's layout cannot record {', '.join(lost)}: fairseq's moe "
+            "branch does without them; with this plugin, pass them again"
         )
     base = path[: -len(".pt")]
     rest = branch_rest(source.rest, model, ranks)

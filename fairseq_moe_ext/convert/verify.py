@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "paths", metavar="PATH", nargs="+",
-        help="a checkpoint (X.pt stands for X-rank-R.pt and X-shared.pt of the moe branch), or a "
-        "folder: each *.pt in it",
+        help="a checkpoint (X.pt stands for the moe branch's X-rank-R.pt and X-shared.pt), or a "
+        "folder, to verify each *.pt in it",
     )  # fmt: skip
 
 

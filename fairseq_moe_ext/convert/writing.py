@@ -1,4 +1,5 @@
-"""Writes the files of a conversion: all of them or none, alone, without disturbing a training."""
+"""Writes the files of a conversion: all of them or none, under locks that keep out other converts
+and, where checkpoints share expert files, trainings."""
 
 from __future__ import annotations
 
@@ -95,7 +96,7 @@ def write(jobs: Sequence[Job], stale: List[str], lock: Optional[ContextManager] 
     Args:
         lock: entered for the renaming.
     """
-    # not the *.tmp of trainings, which the next training there removes
+    # not *.tmp: a training in this folder removes those
     scratch = f".{os.path.basename(jobs[-1].path)}.converting"
     made = [partial(job.path, scratch) for job in jobs]
     folders = {os.path.dirname(path) for path in made}

@@ -73,8 +73,8 @@ def expert_use(
             longest = model.max_positions()
             if tokens_per_sample > longest:
                 raise UserError(
-                    f"--tokens-per-sample {tokens_per_sample}: use {longest} at most, which the "
-                    "model takes"
+                    f"--tokens-per-sample {tokens_per_sample}: the model takes at most {longest} "
+                    f"tokens; use {longest} or less"
                 )
         task.load_dataset(subset)
         tokens[name] = 0
@@ -172,7 +172,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             if not equals or not name or not Path(folder).is_dir():
                 raise UserError(f"--bin {text}: give NAME=FOLDER with an existing data-bin")
             if name in bins:
-                raise UserError(f"--bin {text}: {name} is there already; choose another name")
+                raise UserError(f"--bin {text}: the name {name} is given twice; choose another")
             bins[name] = Path(folder)
         among = args.among.split(",") if args.among else []
         for name in among:

@@ -185,8 +185,8 @@ def study_points(path: Path, group: str) -> List[Point]:
         )
     if result.get("reference"):
         raise UserError(
-            f"--fit {path}: is of arms, which differ by more than size and experts; give the "
-            "result.json of a study of two families"
+            f"--fit {path}: is of a study of arms, which differ in more than size and experts; "
+            "give the result.json of a study with dense and moe families"
         )
     runs = result["runs"]
     with study_result.as_written(f"--fit {path}"):

@@ -45,7 +45,7 @@ def linear_cross_entropy(
     if wanted is not None:
         with torch.autocast(features.device.type, enabled=False):
             return linear_cross_entropy(features.to(wanted), weight, target, ignore_index)
-    if not torch.is_grad_enabled():  # autograd would still ask for a parameter's gradient
+    if not torch.is_grad_enabled():  # needs_input_grad is true of parameters even under no_grad
         features, weight = features.detach(), weight.detach()
     return _LinearCrossEntropy.apply(features, weight, target, ignore_index)
 

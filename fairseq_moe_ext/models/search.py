@@ -35,8 +35,8 @@ class Prompt(NamedTuple):
 
 
 def no_text(model: Any, tokenizer: bool) -> List[int]:
-    """The tokens of a model's dictionary that are not text: <s>, <pad>, the dictionary's padding,
-    and, with a tokenizer, <unk>: a tokenizer can spell everything."""
+    """The tokens of a model's dictionary that are not text: <s>, <pad>, the madeupword entries
+    that pad it and, with a tokenizer, which can spell everything, <unk>."""
     dictionary = model.decoder.dictionary
     padding = {i for i, word in enumerate(dictionary.symbols) if word.startswith("madeupword")}
     unknown = {dictionary.unk()} if tokenizer else set()

@@ -32,8 +32,8 @@ def eval_lm_dataloader(stock, *args, **kwargs):
     window = call["context_window"]
     if window > 0 and len(sizes) and sizes.max() + window > most:
         raise UserError(
-            f"--context-window {window} before a sample of {sizes.max()} tokens: the model takes "
-            f"{most} tokens, including the context: {shorter(most)}"
+            f"--context-window {window}: with a sample of {sizes.max()} tokens this is more than "
+            f"the {most} tokens that the model takes: {shorter(most)}"
         )
     fitting = sizes[sizes <= most]
     iterator = stock(*args, **kwargs)

@@ -200,8 +200,9 @@ def training_documents(
     progress: Callable[[int], object],
     duplicates: Optional[Duplicates] = None,
 ) -> Iterator[str]:
-    """The train documents of several corpora to learn a BPE from, evenly thinned to `share`, and to
-    at most about `most` bytes of text for each byte of the files, which may be packed."""
+    """The train documents of several corpora to learn a BPE from: an even sample of the share
+    `share`, and at most about `most` bytes of text per byte of the files, which may be
+    compressed."""
     due, left = 0.0, 0.0
     for files, source, deal in parts:
         for chunk in chunks(files, source, deal, duplicates):

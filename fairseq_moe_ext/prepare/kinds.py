@@ -1,8 +1,8 @@
 """Detect the kind of an input file by its content, and refuse unsupported kinds by name.
 
-Files are Parquet or Arrow tables, or text, JSON Lines, CSV or TSV, optionally compressed with gzip,
-bzip2, xz or Zstandard. Of these four the ending of the file's name decides first (.csv, .tsv,
-.jsonl, .ndjson).
+Files are Parquet or Arrow tables, or text, JSON Lines, CSV or TSV. The last four may be compressed
+with gzip, bzip2, xz or Zstandard; among them the file name's ending (.csv, .tsv, .jsonl, .ndjson)
+decides first, then the content.
 """
 
 import bz2

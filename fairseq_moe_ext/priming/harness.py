@@ -78,8 +78,8 @@ class FairseqMoELM(LM):
 
     def _row(self, context: str, continuation: str) -> Row:
         """White space at the end of the context goes with the continuation, newlines included, as
-        in all that lm-eval scores by itself (lm_eval/api/model.py:415@0.4.13). A continuation has
-        at least the last token, of which the context may have the beginning ("num", "ber")."""
+        in all that lm-eval scores by itself (lm_eval/api/model.py:415@0.4.13). At least the last
+        token counts as the continuation's, even if it begins in the context ("num" + "ber")."""
         bare, text = context.rstrip(), context + continuation
         whole = self.vocabulary.encode(text)
         least = 1 if len(text) > len(bare) else 0

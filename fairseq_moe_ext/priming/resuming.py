@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # loads torch, which a study has no need of
 
 # Flags that are not in protocol.Settings and change what is found.
 _FLAGS = ("context", "fp16", "bf16", "model_overrides")
-_BEFORE = {"bf16": False}  # what files of before a flag do not say
+_BEFORE = {"bf16": False}  # values of flags that older files lack
 
 
 def asked(args: Any, settings: "Settings", tasks: List[str]) -> Dict[str, Any]:

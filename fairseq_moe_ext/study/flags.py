@@ -13,12 +13,12 @@ _OURS = (
     *("arch", "seed", "max-update", "total-num-update", "save-dir", "tokens-per-sample", "task"),
     *("user-dir", "distributed-world-size"),
 )
-# by which a run trains on other tokens than `context`, COUNTED and the updates say
+# with which a run would train on other tokens than `context`, COUNTED and the updates say
 _UNCOUNTED = (
     *("max-sentences", "max-tokens", "sample-break-mode", "max-epoch", "patience"),
     *("stop-time-hours", "stop-min-lr", "restore-file", "continue-once"),
 )
-# by which a run has no log or no checkpoint_best.pt that can be read, or another one
+# with which a run would have no readable log or checkpoint_best.pt, or would choose another
 _UNREAD = (
     *("log-format", "no-save", "disable-validation", "maximize-best-checkpoint-metric"),
     *("checkpoint-suffix", "use-sharded-state", "add-bos-token"),
@@ -27,8 +27,8 @@ _REFUSED = {
     **dict.fromkeys(_OURS, "the study sets this itself (arch, seeds, updates, ...)"),
     **dict.fromkeys(
         _UNCOUNTED,
-        "remove it: a run trains on all of its updates, each of batch-size blocks, and on nothing "
-        "else",
+        "remove it: every run makes all of its updates, each on batch-size blocks of context "
+        "tokens",
     ),
     **dict.fromkeys(
         _UNREAD,

@@ -233,8 +233,8 @@ def _size(
     first = flags.get("validate-after-updates", 0)
     if isinstance(first, int) and first > updates:
         raise UserError(
-            f"{where}: validate-after-updates {first}: is after the last of {updates} updates, so "
-            "that no checkpoint is the best; lower it"
+            f"{where}: validate-after-updates {first}: is more than the {updates} updates, so the "
+            "run would never validate and have no checkpoint_best.pt; lower it"
         )
     check_name(name, where)
     return _Size(family, str(name), arch, flags, updates)

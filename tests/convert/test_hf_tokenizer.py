@@ -61,12 +61,15 @@ def test_a_dictionary_of_words(tmp_path):
 @pytest.mark.parametrize(
     "symbols, words",
     [
-        ("262 1234 5 madeupword0000 madeupword0001", "contains BPE ids, which need encoder.json"),
-        ("▁the ▁cat s", "contains pieces of words, such as '▁the'"),
-        ("the c@@ at s@@ it", "contains pieces of words, such as 'c@@'"),
-        ("Ġthe Ġcat s", "pieces of words"),
-        ("the sit ##ting", "pieces of words"),
-        ("the</w> sit ting</w>", "pieces of words"),
+        (
+            "262 1234 5 madeupword0000 madeupword0001",
+            "seems to contain BPE ids, which need encoder.json",
+        ),
+        ("▁the ▁cat s", "contains subwords, such as '▁the'"),
+        ("the c@@ at s@@ it", "contains subwords, such as 'c@@'"),
+        ("Ġthe Ġcat s", "contains subwords"),
+        ("the sit ##ting", "contains subwords"),
+        ("the</w> sit ting</w>", "contains subwords"),
         ("the cat ## @@ ▁▁ 12 1999 " + " ".join(f"w{i}" for i in range(60)), ""),
     ],
 )

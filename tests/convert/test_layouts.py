@@ -21,7 +21,7 @@ from fairseq_moe_ext.branch.settings import translated_settings
 from fairseq_moe_ext.branch.writing import branch_settings, left_out
 from fairseq_moe_ext.config import defaults
 from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.ranges import flag
+from fairseq_moe_ext.wording import flag
 
 
 def next_losses(data, path, folder, world=1, flags=MOE):
@@ -247,4 +247,4 @@ def test_a_gate_in_float32_stays_one_in_the_branch():
 
 def test_flags_that_the_branch_lacks_are_reported(run, tmp_path, caplog):
     convert(run(MOE)[0], tmp_path / "x.pt", "--to", "branch")
-    assert "has no setting for --moe-pad-rule real, --moe-routing-scope world: give" in caplog.text
+    assert "cannot record --moe-pad-rule real, --moe-routing-scope world: fairseq's" in caplog.text

@@ -33,7 +33,7 @@ def test_a_half_known_kind():
         (["missing.pt", "--bin", "a=."], "checkpoint missing.pt: no such checkpoint"),
         (["x.pt", "--bin", "a"], "--bin a: give NAME=FOLDER"),
         (["x.pt", "--bin", "a=no/such/folder"], "--bin a=no/such/folder"),
-        (["x.pt", "--bin", "a=.", "--bin", "a=/"], "--bin a=/: a is there already"),
+        (["x.pt", "--bin", "a=.", "--bin", "a=/"], "--bin a=/: the name a is given twice"),
         (["x.pt", "--bin", "a=.", "--among", "b"], "--among b: no --bin b; there are a"),
         (["x.pt", "--bin", "a=.", "--batch-size", "0"], "--batch-size 0: use 1 or more"),
     ],
@@ -102,7 +102,7 @@ def test_what_the_data_or_the_model_lacks_is_one_line(with_capacity, capsys, mor
     assert main([str(path), "--bin", f"a={data}", "--subset", "valid", *more]) == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    assert f"error: --bin a={data}: lacks dict.txt or test.idx" in err or "99: use 8 at most" in err
+    assert f"error: --bin a={data}: lacks dict.txt or test.idx" in err or "use 8 or less" in err
 
 
 def test_data_bins_have_one_dictionary(with_capacity, tmp_path, capsys):

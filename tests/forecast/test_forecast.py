@@ -184,7 +184,9 @@ def test_runs_that_cannot_be_compared_are_not_fitted(tmp_path, capsys):
     words = "changed.json: its models were not evaluated in the same way on the same text"
     assert words in answer(lambda result: result["runs"][-1]["protocol"].update(stride=8))
     assert words in answer(lambda result: result["runs"][-1]["sets"]["near"].update(tokens=99))
-    assert "changed.json: is of arms" in answer(lambda result: result.update(reference="top-2"))
+    assert "changed.json: is of a study of arms" in answer(
+        lambda result: result.update(reference="top-2")
+    )
 
 
 def test_the_page(capsys):

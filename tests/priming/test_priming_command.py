@@ -227,7 +227,7 @@ def test_another_rule_and_a_limit(command, tmp_path):
         ("--rule unconditional", "--rule unconditional: only for openbookqa, not for record"),
         ("--json no/out.json", "--json no/out.json: no folder no; make it first"),
         ("--overwrite --json DEVICE", "--json DEVICE: a device, not a file"),
-        ("--model-overrides 5", "--model-overrides '5': not a Python dictionary"),
+        ("--model-overrides 5", "--model-overrides '5': use a Python dictionary"),
     ],
 )
 def test_mistakes(command, device, flags, words, capsys, tmp_path):

@@ -813,7 +813,7 @@ def test_times_on_different_cores_are_not_mixed(folder, tmp_path, timing, monkey
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(probe.Runner, "call", call)
         probe.run(ladder, [e4])
-    assert "a, b: timed again" in capsys.readouterr().out
+    assert "timing a, b again" in capsys.readouterr().out
     assert probe.seconds_per_token(ladder) == {"a": 3.0}, "b was timed on two cores"
     probe.run(ladder, [e4])
     assert probe.seconds_per_token(ladder).keys() == {"a", "b", "a-E4"}

@@ -63,7 +63,7 @@ def write(folder, change=lambda text: text):
         ),
         (
             *("batch-size: 4", "batch-size: 4, validate-after-updates: 4"),
-            "dense: sizes: s: validate-after-updates 4: is after the last of 3 updates",
+            "dense: sizes: s: validate-after-updates 4: is more than the 3 updates",
         ),
         (
             *("batch-size: 4", "batch-size: 4, distributed-world-size: 2"),
@@ -128,7 +128,7 @@ def test_flags_that_change_nothing_are_taken(folder):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ("no split", "test: {t}: no data-bin test in it or its folders"),
+        ("no split", "test: {t}: has no data-bin for the split test"),
         ("same name", "test: {t}/far: a second set is called 'far'; leave one out"),
         ("dictionary", "test: {t}/new/dict.txt (0 entries) differs from"),
     ],

@@ -22,7 +22,7 @@ class _Probed(NamedTuple):
     """probe.json: of arms by name."""
 
     seconds_per_token: Dict[str, float]
-    how: Dict[str, Dict[str, Any]]  # threads and settings; older files do not say of an arm
+    how: Dict[str, Dict[str, Any]]  # threads and settings of each arm; older files lack it
     threads: int  # of the arm that was timed last; 0: not known
 
 
@@ -68,7 +68,10 @@ def run(ladder: Ladder, arms: Sequence[Arm]) -> None:
     known, how = probed.seconds_per_token, probed.how
     again = _outdated(ladder, probed, threads)
     if again:
-        print(f"{', '.join(again)}: timed again, as settings or threads have changed", flush=True)
+        print(
+            f"timing {', '.join(again)} again: their settings or the number of threads has changed",
+            flush=True,
+        )
     left = [
         arm for arm in ladder.arms if arm.name in again or (arm in arms and arm.name not in known)
     ]
