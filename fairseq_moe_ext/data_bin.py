@@ -99,8 +99,11 @@ def find_corpora(data: Path) -> Dict[str, Path]:
     return {folder.name: folder for folder in folders}
 
 
-def sets_of(folders: Sequence[Path], split: str) -> Dict[str, Path]:
+def sets_of(folders: Sequence[Path], split: str, flag: str = "the split") -> Dict[str, Path]:
     """The data-bins of a split in data folders, by their own names.
+
+    Args:
+        flag: that names the split.
 
     Raises:
         UserError: for a folder without one, other dictionaries than that of the first one, or two
@@ -117,8 +120,8 @@ def sets_of(folders: Sequence[Path], split: str) -> Dict[str, Path]:
         having = {own_name(n, f): f for n, f in corpora.items() if has_split(f, split)}
         if not having:
             raise UserError(
-                f"{data}: has no data-bin for the split {split}; prepare it, or name another split "
-                "or folder"
+                f"{data}: has no data-bin for {flag} {split}; prepare it, or name another split or "
+                "folder"
             )
         for name in having.keys() & found.keys():
             raise UserError(

@@ -84,12 +84,13 @@ def of_checkpoint(path: Path) -> Optional[Path]:
 
 
 def folder_for(
-    path: Path, data: Optional[Path], flag: str = "--data", dictionary_alone: bool = False
+    path: Path, data: Optional[Path], flag: str = "--data", check_bpe: bool = True
 ) -> Path:
     """The folder with a checkpoint's tokenizer: `data`, the value of a flag, or by default the
     tokenizer that travels with the checkpoint. Raises UserError if there is none, or another.
 
-    dictionary_alone: of `data` only dict.txt is used.
+    Args:
+        check_bpe: whether the files of the BPE in `data` must be the model's, too.
     """
     if data is not None:
         if not (data / DICTIONARY).is_file():
@@ -97,7 +98,7 @@ def folder_for(
                 f"{flag} {data}: contains no {DICTIONARY}; name the folder with the model's "
                 "dictionary"
             )
-        if not dictionary_alone:
+        if check_bpe:
             check(path, data)
         return data
     folder = of_checkpoint(path)

@@ -116,7 +116,7 @@ def left_out(settings: Dict[str, Any]) -> List[str]:
     evaluation where batches are padded, in half precision, or on several processes."""
     same = {
         **defaults(),
-        "moe_capacity_factor": top_k(settings),
+        "moe_capacity_factor": float(top_k(settings)),
         "moe_expert_dropout": settings["activation_dropout"],
         "moe_pad_rule": "branch",
     }

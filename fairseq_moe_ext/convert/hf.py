@@ -287,7 +287,7 @@ def left_out(source: Source) -> List[str]:
     parts = []
     if _neg_log(criterion) and _has_loss(source):
         parts.append("the balancing loss (--moe-gate-loss-transform neg_log)")
-    if criterion.get("moe_z_loss_wt"):
+    if criterion.get("moe_z_loss_wt") and has_gate(source.settings["moe_router"]):
         parts.append(f"the z-loss (--moe-z-loss-wt {criterion['moe_z_loss_wt']})")
     if source.settings["moe_router"] == "relu":
         parts.append("the L1 loss of --moe-router relu")

@@ -90,7 +90,7 @@ class _Asked(NamedTuple):
 def run(args: argparse.Namespace) -> None:
     """Evaluate and print. Raises UserError for invalid flags or files."""
     asked = _check_flags(args)
-    first = next(iter(data_bin.sets_of(args.data, args.subset).values()))
+    first = next(iter(data_bin.sets_of(args.data, args.subset, "--subset").values()))
     task = language_modeling_task(first, args.context or 1)
     with naming(args.path):
         model, saved = load_model(args.path, task, asked.overrides)

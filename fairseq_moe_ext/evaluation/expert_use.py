@@ -22,6 +22,8 @@ from ..wording import did_you_mean
 from . import specialisation
 from .loading import check_path, language_modeling_task, load_model, moe_layers, set_gates
 
+_LENGTH = 1024  # tokens of a block
+
 if TYPE_CHECKING:
     from fairseq.data import FairseqDataset
     from fairseq.models import FairseqLanguageModel
@@ -31,7 +33,7 @@ def expert_use(
     checkpoint: Path,
     bins: Dict[str, Path],
     subset: str,
-    tokens_per_sample: int,
+    tokens_per_sample: Optional[int] = None,
     batch_size: int = 8,
     among: Sequence[str] = (),
 ) -> List[specialisation.LayerUse]:
@@ -41,7 +43,8 @@ def expert_use(
         checkpoint: a file of fairseq-train with a model of this package.
         bins: name -> ordinary fairseq data-bin (a folder with dict.txt and subset.{bin,idx}).
         subset: valid, test, ...
-        tokens_per_sample: length of the blocks the text is cut into.
+        tokens_per_sample: length of the blocks the text is cut into; by default 1,024, or the
+            model's context if that is shorter.
         batch_size: blocks a forward pass.
         among: data-bins over which to take the information; all, if empty.
 
@@ -49,7 +52,7 @@ def expert_use(
     UserError for a model without experts, for longer blocks than it takes, and for data-bins
     without the subset or with different dictionaries.
     """
-    check_path(checkpoint, "checkpoint")
+    check_path(checkpoint, "")
     for name, folder in bins.items():
         if not ((folder / data_bin.DICTIONARY).is_file() and data_bin.has_split(folder, subset)):
             raise UserError(
@@ -62,20 +65,23 @@ def expert_use(
     model = None
     watched = list(among) or list(bins)
     seen = _Seen()
+    length = tokens_per_sample or _LENGTH
     for name, folder in bins.items():
-        task = language_modeling_task(folder, tokens_per_sample)
         if model is None:
-            model, _ = load_model(checkpoint, task)
+            model, _ = load_model(checkpoint, language_modeling_task(folder, 1))
             set_gates(model, dropless=True)
             watches = _watch(model)
             if not watches:
                 raise UserError(f"checkpoint {checkpoint} has no MoE layer: nothing to count")
             longest = model.max_positions()
-            if tokens_per_sample > longest:
+            if tokens_per_sample is None:
+                length = min(length, longest)
+            elif length > longest:
                 raise UserError(
-                    f"--tokens-per-sample {tokens_per_sample}: the model takes at most {longest} "
-                    f"tokens; use {longest} or less"
+                    f"--tokens-per-sample {length}: the model takes at most {longest} tokens; use "
+                    f"{longest} or less"
                 )
+        task = language_modeling_task(folder, length)
         task.load_dataset(subset)
         tokens[name] = 0
         for batch in _batches(task.dataset(subset), batch_size):
@@ -154,7 +160,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     )
     parser.add_argument("--subset", default="test", help="split to read (default: test)")
     parser.add_argument(
-        "--tokens-per-sample", type=int, default=1024, help="block length (default: 1024)"
+        "--tokens-per-sample",
+        type=int,
+        help=f"block length (default: {_LENGTH}, or the model's context if that is shorter)",
     )
     parser.add_argument("--batch-size", type=int, default=8, help="blocks per pass (default: 8)")
     parser.add_argument(

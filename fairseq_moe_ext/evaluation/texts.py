@@ -38,7 +38,7 @@ def read_texts(
     Args:
         trained_on: names of corpora that the model was trained on, as far as they are known.
     """
-    sets = data_bin.sets_of(folders, subset)
+    sets = data_bin.sets_of(folders, subset, "--subset")
     for data in folders:
         corpora = data_bin.find_corpora(data)
         missing = [name for name, folder in corpora.items() if folder not in sets.values()]

@@ -195,8 +195,9 @@ def study_points(path: Path, group: str) -> List[Point]:
         texts = {study_result.measured_on(run, group) for run in runs}
     if len(texts) > 1:
         raise UserError(
-            f"--fit {path}: its models were not evaluated in the same way on the same text; run "
-            "the study's command again, without --only-result"
+            f"--fit {path}: its models were not evaluated in the same way on the same text: run "
+            "the study's command again, without --only-result; if the text itself has changed, "
+            "first delete evaluation.json of the older runs"
         )
     if len(tokens) > 1:
         raise UserError(

@@ -195,7 +195,7 @@ def _check(args: argparse.Namespace, checkpoints: List[Path], words: List[str]) 
 def load(args: argparse.Namespace, path: Path) -> Any:
     """The model of a checkpoint with its tokenizer, as from_pretrained gives it."""
     own_bpe = args.gpt2_encoder_json is not None
-    data = tokenizer_files.folder_for(path, args.data, dictionary_alone=own_bpe).resolve()
+    data = tokenizer_files.folder_for(path, args.data, check_bpe=not own_bpe).resolve()
     settings: Dict[str, Any] = dict(parse_overrides(args.model_overrides))
     if own_bpe:
         settings.update(

@@ -115,13 +115,15 @@ def _run(args: argparse.Namespace) -> None:
     is loaded."""
     settings, names = checked(args)
     check_path(args.path)
-    args.data = tokenizer_files.folder_for(args.path, args.data, dictionary_alone=True)
+    given = args.data
+    args.data = tokenizer_files.folder_for(args.path, given, check_bpe=False)
     asked = resuming.asked(args, settings, names)
     results = resuming.begun(args.json, asked, args.overwrite)
     if not results:
         inputs = [args.folder, args.path, args.data]
         outputs.check([("--json", args.json)], args.overwrite, inputs)
-    tokenizer_files.check(args.path, args.data)
+    if given is not None:  # after the checks that do not read the checkpoint
+        tokenizer_files.check(args.path, given)
     vocabulary = Vocabulary(args.data)
     jobs = [
         job

@@ -20,8 +20,8 @@ _UNCOUNTED = (
 )
 # with which a run would have no readable log or checkpoint_best.pt, or would choose another
 _UNREAD = (
-    *("log-format", "no-save", "disable-validation", "maximize-best-checkpoint-metric"),
-    *("checkpoint-suffix", "use-sharded-state", "add-bos-token"),
+    *("log-format", "no-save", "disable-validation", "best-checkpoint-metric"),
+    *("maximize-best-checkpoint-metric", "checkpoint-suffix", "use-sharded-state"),
 )
 _REFUSED = {
     **dict.fromkeys(_OURS, "the study sets this itself (arch, seeds, updates, ...)"),
@@ -32,11 +32,15 @@ _REFUSED = {
     ),
     **dict.fromkeys(
         _UNREAD,
-        "remove it: the study reads a run's log as JSON, and `fairseq-moe evaluate` its "
-        "checkpoint_best.pt, that with the lowest perplexity",
+        "remove it: the study reads each run's log as JSON and evaluates checkpoint_best.pt, the "
+        "checkpoint with the lowest in-domain perplexity",
     ),
+    "add-bos-token": "remove it: `fairseq-moe evaluate` starts no text with <s>",
 }
-_HARMLESS = [("log-format", "json"), *((flag, False) for flag in _UNREAD)]
+_HARMLESS = [
+    *(("log-format", "json"), ("best-checkpoint-metric", "in_domain_ppl")),
+    *((flag, False) for flag in (*_UNREAD, "add-bos-token")),
+]
 
 
 def check_flag(flag: Any, value: Any, where: str) -> None:

@@ -92,7 +92,7 @@ def read(path: Path) -> Plan:
     plan = planned(content, path)
     folders: List[Path] = []
     sets: Dict[str, Path] = {}
-    for key in ("data", "test"):
+    for key in ("data", "test") if content.get("test") else ("data",):
         folders += map(Path, [content["data"]] if key == "data" else content.get("test", []))
         try:
             sets = data_bin.sets_of(folders, "test")

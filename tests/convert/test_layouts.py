@@ -21,6 +21,7 @@ from fairseq_moe_ext.branch.settings import translated_settings
 from fairseq_moe_ext.branch.writing import branch_settings, left_out
 from fairseq_moe_ext.config import defaults
 from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.router_flags import top_k
 from fairseq_moe_ext.wording import flag
 
 
@@ -229,6 +230,7 @@ def test_no_setting_is_lost_on_the_way_to_the_branch_in_silence(name):
     else:
         assert kept or flag(name) in " ".join(left_out(changed))
     assert left_out(settings) == []
+    assert left_out({**settings, "moe_capacity_factor": float(top_k(settings))}) == []
 
 
 def test_the_capacity_of_training_is_kept_at_evaluation_or_refused():

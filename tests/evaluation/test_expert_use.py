@@ -30,7 +30,7 @@ def test_a_half_known_kind():
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["missing.pt", "--bin", "a=."], "checkpoint missing.pt: no such checkpoint"),
+        (["missing.pt", "--bin", "a=."], "error: missing.pt: no such checkpoint"),
         (["x.pt", "--bin", "a"], "--bin a: give NAME=FOLDER"),
         (["x.pt", "--bin", "a=no/such/folder"], "--bin a=no/such/folder"),
         (["x.pt", "--bin", "a=.", "--bin", "a=/"], "--bin a=/: the name a is given twice"),
@@ -102,7 +102,20 @@ def test_what_the_data_or_the_model_lacks_is_one_line(with_capacity, capsys, mor
     assert main([str(path), "--bin", f"a={data}", "--subset", "valid", *more]) == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    assert f"error: --bin a={data}: lacks dict.txt or test.idx" in err or "use 8 or less" in err
+    assert (
+        f"error: --bin a={data}: lacks dict.txt or test.idx" in err
+        or "99: the model takes at most 8" in err
+    )
+
+
+def test_blocks_are_as_long_as_the_model_takes(with_capacity, capsys):
+    data, path = with_capacity
+    capsys.readouterr()
+    found = []
+    for more in ([], ["--tokens-per-sample", "8"]):
+        assert main([str(path), "--bin", f"a={data}", "--subset", "valid", *more]) == 0
+        found.append(capsys.readouterr().out)
+    assert found[0] == found[1] != ""
 
 
 def test_data_bins_have_one_dictionary(with_capacity, tmp_path, capsys):

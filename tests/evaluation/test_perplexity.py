@@ -175,7 +175,7 @@ def test_it_gives_what_fairseq_eval_lm_gives(trained, caplog, capsys, tmp_path):
         ("--sweep-capacity 1 --figure no/x.html", "--figure no/x.html: no folder no"),
         ("--sweep-capacity 1 --unit-losses x", "--unit-losses x: needs one capacity"),
         ("--unit-losses no/x.json", "--unit-losses no/x.json: no folder no"),
-        ("--subset nothing", "no data-bin for the split nothing"),
+        ("--subset nothing", "no data-bin for --subset nothing"),
         ("--bootstrap 0", "--bootstrap 0: use 1 or more"),
     ],
 )

@@ -597,6 +597,11 @@ def test_pages(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path)]) == 1
     assert "figures: cannot be created: File exists" in capsys.readouterr().err
     (tmp_path / "figures").unlink()
+    (tmp_path / "tables.md").mkdir()
+    assert cli.main(["report", str(tmp_path)]) == 1
+    assert "tables.md: " in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
+    (tmp_path / "tables.md").rmdir()
     assert cli.main(["report", str(tmp_path)]) == 0
     html = (tmp_path / "report.html").read_text()
     assert "d0-256x4 saves most in domain" in html and "10 of 50 runs are done" in html

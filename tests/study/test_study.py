@@ -59,6 +59,7 @@ def write(folder, change=lambda text: text):
                 *(("log-format", "simple"), ("no-save", "true"), ("disable-validation", "true")),
                 *(("add-bos-token", "true"), ("maximize-best-checkpoint-metric", "true")),
                 *(("checkpoint-suffix", "x"), ("use-sharded-state", "true")),
+                ("best-checkpoint-metric", "loss"),
             )
         ),
         (

@@ -26,6 +26,7 @@ SAVING_LEGEND = (
 def write(folder: Path, result: LadderResult, png: bool = False) -> int:
     """Write the page, tables.md and figures/*.svg; how many charts there are. Raises UserError for
     files that are another's."""
+    outputs.check([("", folder / "tables.md")], overwrite=True)
     drawn = charts(result)
     report.write_with_charts(folder, html(result, drawn), drawn, png)
     outputs.write_text(folder / "tables.md", tables.page(result))
