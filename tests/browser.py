@@ -19,7 +19,7 @@ def find():
 class Page:
     """One page of a browser; a context manager."""
 
-    def __init__(self, width=1200, height=900, dark=False, timeout=30):
+    def __init__(self, width=1200, height=900, dark=False, timeout=90):
         self.timeout, self._answers, self._number, self.errors = timeout, b"", 0, []
         self._profile = tempfile.mkdtemp(prefix="browser")
         command_read, self._to = os.pipe()

@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 from dataclasses import dataclass, fields
-from typing import Any, Dict, List, Mapping, Optional, Type, TypeVar
+from typing import Any, Dict, List, Mapping, Optional, Tuple, Type, TypeVar
 
 from ..errors import UserError
 from .intact import digest_of
@@ -123,6 +123,14 @@ def new_save(state: Mapping[str, Any]) -> str:
     history = (state.get("optimizer_history") or [{}])[-1]
     position = (state.get("extra_state") or {}).get("train_iterator") or {}
     return f"{position.get('epoch', 1)}-{history.get('num_updates', 0)}-{secrets.token_hex(8)}"
+
+
+def save_of(state: Mapping[str, Any]) -> Tuple[Optional[str], int, float]:
+    """What tells a save from the others of its training: the name, updates, seconds of training."""
+    history = (state.get("optimizer_history") or [{}])[-1]
+    seconds = (state.get("extra_state") or {}).get("previous_training_time") or 0  # or a tensor
+    name = (state.get(MANIFEST) or {}).get("save")
+    return name, history.get("num_updates", 0), float(seconds)
 
 
 def file_name(save: str, first: int, count: int) -> str:

@@ -27,7 +27,7 @@ from ..expert_parallel import (
 from ..models.precision import has_own_bfloat16
 from .collective import same_error_on_all_ranks
 from .experts import expert_indices, saves_together, trained_parameters
-from .format import FOLDER, MANIFEST, ExpertFile, Manifest, Piece, check_kind
+from .format import FOLDER, ExpertFile, Manifest, Piece, check_kind, save_of
 from .intact import check_digest, check_records
 from .settings import check_buildable, check_settings
 
@@ -62,10 +62,7 @@ def load(stock: Callable[..., Any], path: str, *args: Any, **kwargs: Any) -> Dic
 
 def _check_same_save(path: str, state: Dict[str, Any]) -> None:
     """Raise UserError, on all ranks, if a training has saved between the reading of two."""
-    history = (state.get("optimizer_history") or [{}])[-1]
-    extra = state.get("extra_state") or {}
-    save = (state.get(MANIFEST) or {}).get("save")
-    saves = all_gather((save, history.get("num_updates"), extra.get("previous_training_time")))
+    saves = all_gather(save_of(state))
     if saves != saves[:1] * len(saves):
         raise _changed(path)
 

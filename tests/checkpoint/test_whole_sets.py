@@ -25,6 +25,7 @@ from training import (
 )
 
 from fairseq_moe_ext import fingerprint
+from fairseq_moe_ext.branch import files as branch_files
 from fairseq_moe_ext.errors import UserError
 
 
@@ -128,8 +129,9 @@ def test_fairseq_validate_is_of_the_whole_set(data, tmp_path, model):
         assert many == [pytest.approx(one, rel=1e-3)] * world  # as printed
 
 
-def files_read(rank, world, line):
+def files_read(rank, world, path, line):
     """Names of the files that an evaluation loads, in this process."""
+    branch_files.find(path)  # whether it is the branch's: kept for as long as the process lives
     names, stock = [], torch.load
 
     def load(file, *args, **kwargs):
@@ -138,18 +140,18 @@ def files_read(rank, world, line):
 
     with pytest.MonkeyPatch.context() as context:
         context.setattr(torch, "load", load)
-        perplexity(rank, world, line)
+        perplexity(rank, world, f"{line} --path {path}")
     return sorted(names)
 
 
 def test_each_file_is_read_once(data, runs):
     """And on two processes, no process reads the other's experts."""
     folder, _ = runs(2, 4)
-    line = f"{data} {EVAL} --path {folder}/checkpoint_last.pt"
+    path, line = str(folder / "checkpoint_last.pt"), f"{data} {EVAL}"
     files = manifest_of(folder / "checkpoint_last.pt").files
     experts = [os.path.basename(file.name) for file in files]
-    assert files_read(0, 1, line) == sorted(["checkpoint_last.pt", *experts])
-    for rank, names in enumerate(run_processes(2, files_read, 2, line)):
+    assert files_read(0, 1, path, line) == sorted(["checkpoint_last.pt", *experts])
+    for rank, names in enumerate(run_processes(2, files_read, 2, path, line)):
         assert names == sorted(["checkpoint_last.pt", experts[rank]])
 
 

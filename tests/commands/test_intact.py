@@ -13,7 +13,7 @@ from training import error_in
 
 from fairseq_moe_ext.checkpoint.intact import digest_of
 from fairseq_moe_ext.cli import main
-from fairseq_moe_ext.convert import command as convert
+from fairseq_moe_ext.convert import writing
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.locks import Lock, beside
 from fairseq_today.torch_today import load_weights_only
@@ -296,13 +296,13 @@ def test_two_converts_do_not_mix(one, tmp_path, capsys):
 
 def test_what_another_convert_wrote_meanwhile_stays(one, tmp_path, monkeypatch, capsys):
     target = tmp_path / "x.pt"
-    stock = convert.alone
+    stock = writing.alone
 
-    def alone(dest):
+    def alone(*args):
         target.write_text("another's")
-        return stock(dest)
+        return stock(*args)
 
-    monkeypatch.setattr(convert, "alone", alone)
+    monkeypatch.setattr(writing, "alone", alone)
     assert main(["convert", str(one), str(target)]) == 1
     assert "exists; choose another name" in capsys.readouterr().err
     assert target.read_text() == "another's"

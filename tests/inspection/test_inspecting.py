@@ -410,7 +410,7 @@ def test_the_command_writes_page_and_numbers(trained, tmp_path, capsys):
         ("--tokens 1 --context 4", "give 16 or more"),
         ("--context 33", "--context 33: use 2 to 32"),
         ("--capacity 2", "--capacity 2: use a share"),
-        ("--subset never", "no data-bin for the split never"),
+        ("--subset never", "no data-bin for --subset never"),
         ("--data {t}", "--data {t}: contains no dict.txt; name the folder"),
         ("--page {t}/my.txt", "my.txt: is not a page of this command"),
         ("--page {t}/no/p.html", "no folder"),

@@ -60,7 +60,7 @@ def write(folder, change=lambda text: text):
             "batch-size: 32}",
             "arms: top-2: batch-size: move it to train: all",
         ),
-        ("moe-dropless: true}", "patience: 1}", "arms: top-2: patience: remove it: a run trains"),
+        ("moe-dropless: true}", "patience: 1}", "arms: top-2: patience: remove it: every run"),
         ("  dense:", "  den se:", "arms: den se: use letters"),
         ("arms:", "arm:", "unknown key 'arm'"),
     ],
