@@ -29,9 +29,9 @@ def shares(args: argparse.Namespace) -> bool:
 
 
 @contextlib.contextmanager
-def alone(dest: str, shares: bool) -> Iterator[None]:
+def alone(dest: str, shared: bool) -> Iterator[None]:
     """Lock DST against another convert. Create missing folders, and remove them if they stay
-    empty. With `shares`, raise UserError if a training saves to the folder."""
+    empty. With `shared`, raise UserError if a training saves to the folder."""
     folder = Path(os.path.realpath(dest)).parent
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -42,7 +42,7 @@ def alone(dest: str, shares: bool) -> Iterator[None]:
         ) from None
     try:
         with Lock(beside(dest), dest):
-            with experts_alone(os.path.dirname(dest)) if shares else contextlib.nullcontext():
+            with experts_alone(os.path.dirname(dest)) if shared else contextlib.nullcontext():
                 pass  # before the work
             yield
     finally:

@@ -96,7 +96,7 @@ def load(
         UserError: a file that is missing or does not fit.
     """
     check_path(path)
-    task = language_modeling_task(folder_for(path, data), 1)
+    task = language_modeling_task(folder_for(path, data, check_bpe=False), 1)
     with naming(path):
         model, _ = load_model(path, task, parse_overrides(overrides))
     if not isinstance(model, MoETransformerLanguageModel):

@@ -92,10 +92,10 @@ def read(path: Path) -> Plan:
     plan = planned(content, path)
     folders: List[Path] = []
     sets: Dict[str, Path] = {}
-    for key in ("data", "test") if content.get("test") else ("data",):
-        folders += map(Path, [content["data"]] if key == "data" else content.get("test", []))
+    for key, names in (("data", [content["data"]]), ("test", content.get("test", []))):
+        folders += map(Path, names)
         try:
-            sets = data_bin.sets_of(folders, "test")
+            sets = data_bin.sets_of(folders, "test") if names else sets
         except UserError as error:
             raise UserError(f"{path}: {key}: {error}") from None
     return plan._replace(sets={*sets})
