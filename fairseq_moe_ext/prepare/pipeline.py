@@ -37,6 +37,7 @@ class Report(TypedDict):
 
     bpe_types: int  # size of the tokenizer's vocabulary
     types: int  # size of the dictionary
+    split: Dict[str, float]  # valid_fraction, test_fraction, split_seed
     corpora: Dict[str, Dict[str, Any]]  # name -> "held_out", and counts of each split
 
 
@@ -44,10 +45,10 @@ def prepare(dest: Path, options: Options) -> Report:
     """Create the data folder `dest`.
 
     Returns:
-        What counts.json holds: the vocabulary sizes of tokenizer and dictionary, and per
-        corpus and split the documents, lines, tokens (each line's `</s>` counted), `<unk>` tokens
-        and bytes (UTF-8, each line's newline counted, so tokens and bytes belong together in bits
-        per byte).
+        What counts.json holds: the vocabulary sizes of tokenizer and dictionary, how documents
+        were assigned to splits, and per corpus and split the documents, lines, tokens (each line's
+        `</s>` counted), `<unk>` tokens and bytes (UTF-8, each line's newline counted, so tokens and
+        bytes belong together in bits per byte).
 
     Raises:
         UserError: see the flags; `dest` is then as it was before.
@@ -99,7 +100,12 @@ def _prepare(folder: Path, options: Options) -> Report:
     lines = existing or dictionary.build(_training_counts(writers, bpe), options.dict_size)
     table = dictionary.lookup(lines, len(bpe))
     size = dictionary.NUM_SPECIAL + len(lines)
-    report: Report = {"bpe_types": len(bpe), "types": size, "corpora": {}}
+    split = {
+        "valid_fraction": options.valid_fraction,
+        "test_fraction": options.test_fraction,
+        "split_seed": options.split_seed,
+    }
+    report: Report = {"bpe_types": len(bpe), "types": size, "split": split, "corpora": {}}
     for corpus in options.corpora:
         for writer in writers[corpus.name].values():
             writer.finish(table, dtype_of(size))

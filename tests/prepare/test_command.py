@@ -382,6 +382,8 @@ def test_an_existing_folder_is_replaced_only_if_told_and_only_if_ours(text, flag
     assert contents(text / "data") == before
     assert run(text / "data", *flags, "--split-seed", 2, "--overwrite") == 0
     assert contents(text / "data") != before
+    split = json.loads((text / "data" / "counts.json").read_text())["split"]
+    assert split == {"valid_fraction": 0.1, "test_fraction": 0.1, "split_seed": 2}
     (text / "home").mkdir()
     (text / "home" / "thesis.tex").touch()
     assert run(text / "home", *flags, "--overwrite") == 1

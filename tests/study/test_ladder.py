@@ -366,6 +366,14 @@ def made_result(tmp_path):
         },
         "seconds_per_token": probed,
         "forecasts": forecast.forecasts(ladder),
+        "text": {
+            "split": {"valid_fraction": 0.02, "test_fraction": 0.01, "split_seed": 1},
+            "corpora": {
+                "news": {"held_out": True, "valid": {"tokens": 70}, "test": {"tokens": 80}},
+                "mail": {"held_out": False, "train": {"tokens": 5000}, "test": {"tokens": 60}},
+                "code": {"held_out": False, "train": {"tokens": 3000}},
+            },
+        },
         "planned": 50,
         "runs": runs,
         "factors": result.factors(ladder, runs, probed),
@@ -467,6 +475,19 @@ def test_an_infinite_perplexity_is_collected(folder, tmp_path):
     run = plan.Run("dense", "a", 1, 3, tmp_path, [], [], [])
     with pytest.raises(UserError, match="checkpoint_best.pt"):  # which is read next
         result.of_run(run, 32, 128)
+
+
+def test_the_text_is_noted_and_stays_so(tmp_path):
+    ladder = REAL._replace(out=tmp_path / "out", data=str(tmp_path / "data"))
+    assert result._text(ladder) == {}
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "counts.json").write_text('{"corpora": {"a": {}}}')
+    noted = result._text(ladder)
+    assert noted == {"corpora": {"a": {}}}
+    (tmp_path / "data" / "counts.json").unlink()
+    ladder.out.mkdir()
+    (ladder.out / "result.json").write_text(json.dumps({**made_result(tmp_path), "text": noted}))
+    assert result._text(ladder) == noted
 
 
 def test_an_interval_over_seeds_needs_dense_runs_of_these_seeds(tmp_path):
@@ -612,6 +633,9 @@ def test_pages(tmp_path, capsys):
     assert "| d0-256x4-bf16, 16M | 2 | +1.50 (−4.66 to +8.05) |" in text and "+1.50 (−" in html
     assert (tmp_path / "figures" / "saving.svg").is_file()
     assert "| d0 | 4e-3 | 30.00 | d0, d1 |" in text and "a higher perplexity" not in html + text
+    assert "|  | train | valid (2.00% of documents) | test (1.00% of documents) |" in text
+    for row in ("news (held out) |  | 70 | 80 |", "mail | 5,000 |  | 60 |", "together | 8,000 |"):
+        assert f"| {row}" in text
     made["runs"][-2]["protocol"] = {"context": 256, "stride": 64}  # bf16, seed 1
     assert tables.in_bfloat16(made)[1] == ["d0-256x4-bf16, 16M", "1", "+2.00"]
     made["runs"][-1]["protocol"] = {"context": 256, "stride": 64}

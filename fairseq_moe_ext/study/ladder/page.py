@@ -222,6 +222,7 @@ def html(result: LadderResult, drawn: Dict[str, figures.Chart]) -> str:
         ],
         precisions=table(tables.in_bfloat16(result)),
         rates=table(tables.learning_rates(result)),
+        text=table(tables.text(result)),
         saving=drawn["saving"],
         saving_legend=figures.legend(SAVING_LEGEND, range(4)),
         over_experts=[chart for name, chart in drawn.items() if name.startswith("experts-")],

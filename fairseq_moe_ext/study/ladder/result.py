@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tup
 
 import numpy as np
 
-from ... import files
+from ... import data_bin, files
 from ...errors import UserError
 from ...evaluation.perplexity import UnitLosses
 from ...evaluation.study_result import RunResult, as_written, measured_on, sets_of
@@ -54,6 +54,7 @@ class LadderResult(TypedDict):
     rates: Dict[str, Dict[str, Any]]  # arm -> learning rate, those tried, the arms that take it
     seconds_per_token: Dict[str, float]  # of arms, by the probe
     forecasts: List[Forecast]  # made before the runs
+    text: Dict[str, Any]  # counts.json of `fairseq-moe prepare`; {} where there is none
     planned: int
     runs: List[LadderRun]
     factors: List[Factor]
@@ -106,10 +107,20 @@ def collect(ladder: Ladder) -> LadderResult:
         "rates": chosen,
         "seconds_per_token": probed,
         "forecasts": forecast.read(ladder.forecast),
+        "text": _text(ladder),
         "planned": planned,
         "runs": runs,
         "factors": factors(ladder, runs, probed),
     }
+
+
+def _text(ladder: Ladder) -> Dict[str, Any]:
+    """Of the data folder, or as it was noted before that was deleted."""
+    path = Path(ladder.data) / data_bin.COUNTS
+    if path.is_file():
+        return cast(Dict[str, Any], files.read_json(path))
+    earlier = read(ladder.out)
+    return earlier.get("text", {}) if earlier else {}
 
 
 def _described(ladder: Ladder) -> Dict[str, Any]:

@@ -3,6 +3,7 @@
 import math
 from typing import Dict, List, Optional, Sequence, Tuple
 
+from ... import data_bin
 from ...text_table import markdown
 from ...wording import signed
 from ..arms import by_arm, difference, measured, percent, shared
@@ -209,6 +210,25 @@ def learning_rates(result: LadderResult) -> Rows:
     return rows
 
 
+def text(result: LadderResult) -> Rows:
+    """Tokens of each corpus by split, with the shares of documents; none of an older result."""
+    counted = result.get("text") or {}
+    split = counted.get("split", {})
+    shares = (None, split.get("valid_fraction"), split.get("test_fraction"))
+    head = [""]
+    for name, share in zip(data_bin.SPLITS, shares):
+        head.append(name if share is None else f"{name} ({share:.2%} of documents)")
+    rows = []
+    for name, corpus in counted.get("corpora", {}).items():
+        tokens = [corpus.get(split, {}).get("tokens") for split in data_bin.SPLITS]
+        held_out = " (held out)" if corpus.get("held_out") else ""
+        rows.append([name + held_out, *("" if n is None else f"{n:,}" for n in tokens)])
+    if rows:
+        trained = sum(c.get("train", {}).get("tokens", 0) for c in counted["corpora"].values())
+        rows.append(["together", f"{trained:,}", "", ""])
+    return [head, *rows]
+
+
 def against_forecast(result: LadderResult, forecasts: Sequence[Forecast]) -> Rows:
     """Measured in domain, beside what was forecast before."""
     found = by_key(result)
@@ -267,4 +287,7 @@ def page(result: LadderResult) -> str:
         parts += ["## bfloat16 against float32, perplexity, %", markdown(precisions)]
     if result["rates"]:
         parts += ["## Learning rates", markdown(learning_rates(result))]
+    corpora = text(result)
+    if corpora[1:]:
+        parts += ["## Text, tokens", markdown(corpora)]
     return "\n\n".join(parts) + "\n"
