@@ -23,27 +23,39 @@ class Factor(NamedTuple):
         return self.dense_cost / self.moe_cost
 
 
-def cost_to_reach(points: Points, performance: float) -> Optional[float]:
+def frontier(points: Points, rising: bool = False) -> List[Tuple[float, float]]:
+    """The models that no cheaper or equally costly one equals or beats, the cheapest first.
+
+    Args:
+        rising: whether a higher performance is better (accuracy), not a lower one (perplexity).
+    """
+    sign = -1 if rising else 1
+    kept: List[Tuple[float, float]] = []
+    for cost, performance in sorted(points, key=lambda point: (point[0], sign * point[1])):
+        if not kept or sign * performance < sign * kept[-1][1]:
+            kept.append((cost, performance))
+    return kept
+
+
+def cost_to_reach(points: Points, performance: float, rising: bool = False) -> Optional[float]:
     """Training cost c(t) that a family needs to reach performance t; None outside what it showed.
 
-    Between the two neighbouring models that have t between them, ln c is linear in t:
-    c(t) = exp(ln c_lo + r (ln c_hi - ln c_lo)), r = (t - t_lo) / (t_hi - t_lo). Where several pairs
-    have (a larger model was worse), the cheapest counts. No extrapolation.
+    Between the two neighbouring models of the frontier that have t between them, ln c is linear in
+    t: c(t) = exp(ln c_lo + r (ln c_hi - ln c_lo)), r = (t - t_lo) / (t_hi - t_lo). No
+    extrapolation.
     """
-    ordered = sorted(points)
-    for cost, reached in ordered[:1]:
+    kept = frontier(points, rising)
+    for cost, reached in kept:
         if reached == performance:
             return cost
-    for (low_cost, low), (high_cost, high) in zip(ordered, ordered[1:]):
-        if high == performance:
-            return high_cost
-        if min(low, high) <= performance <= max(low, high):
+    for (low_cost, low), (high_cost, high) in zip(kept, kept[1:]):
+        if min(low, high) < performance < max(low, high):
             r = (performance - low) / (high - low)
             return math.exp(math.log(low_cost) + r * math.log(high_cost / low_cost))
     return None
 
 
-def speedup_factors(dense: Points, moe: Points) -> List[Factor]:
+def speedup_factors(dense: Points, moe: Points, rising: bool = False) -> List[Factor]:
     """A factor for every observed performance of either family that the other reaches too, in
     order of the dense cost. Empty when the families do not overlap.
 
@@ -63,7 +75,7 @@ def speedup_factors(dense: Points, moe: Points) -> List[Factor]:
                 )
     factors = set()
     for performance in {t for _, t in [*dense, *moe]}:
-        a, b = cost_to_reach(dense, performance), cost_to_reach(moe, performance)
+        a, b = (cost_to_reach(points, performance, rising) for points in (dense, moe))
         if a is not None and b is not None:
             factors.add(Factor(performance, a, b))
     return sorted(factors, key=lambda factor: factor.dense_cost)
@@ -94,9 +106,10 @@ def in_words(factor: float) -> str:
     return f"{shown} times {'less' if factor > 1 else 'more'} compute than"
 
 
-def overlap(dense: Points, moe: Points) -> str:
-    """A description of two families' overlap: the range of performance that both reach, or that
-    there is none."""
+def overlap(dense: Points, moe: Points, rising: bool = False) -> str:
+    """A description of two families' overlap: the range of performance that both frontiers reach,
+    or that there is none."""
+    dense, moe = frontier(dense, rising), frontier(moe, rising)
     low = max(min(t for _, t in points) for points in (dense, moe))
     high = min(max(t for _, t in points) for points in (dense, moe))
     if low > high:

@@ -185,6 +185,10 @@ def groups(runs: Runs) -> List[str]:
     return [group for group in GROUPS if group in means] + list(shots) + list(sets)
 
 
+def _is_accuracy(runs: Runs, group: str) -> bool:
+    return group.endswith(SHOT) and group not in runs[0]["sets"]
+
+
 def factors(runs: Runs) -> Dict[str, GroupFactors]:
     """For each group: the factors of the families' means over seeds, the geometric mean of each
     seed's factors, and a remark: the overlap, or why there is no factor."""
@@ -197,7 +201,8 @@ def factors(runs: Runs) -> Dict[str, GroupFactors]:
         except UserError as error:
             entry["remark"] = str(error)
             continue
-        entry["remark"] = overlap(*(points(runs, family, group) for family in FAMILIES))
+        dense, moe = (points(runs, family, group) for family in FAMILIES)
+        entry["remark"] = overlap(dense, moe, _is_accuracy(runs, group))
         entry["curve"] = [
             {"performance": f.performance, "dense_flops": f.dense_cost, "factor": f.factor}
             for f in curve
@@ -216,8 +221,10 @@ def _factors(runs: Runs, group: str) -> List[Factor]:
     """Along the curve. Raises UserError if there is none."""
     if len({measured_on(run, group) for run in runs}) > 1:
         raise UserError("not measured on the same text or questions in every run")
-    along = speedup_factors(*(points(runs, family, group) for family in FAMILIES))
-    if not group.endswith(SHOT) or group in runs[0]["sets"]:
+    rising = _is_accuracy(runs, group)
+    dense, moe = (points(runs, family, group) for family in FAMILIES)
+    along = speedup_factors(dense, moe, rising)
+    if not rising:
         return along
     above, level = set(), 0.0
     for model_runs in (size for family in FAMILIES for size in _sizes(runs, family)):

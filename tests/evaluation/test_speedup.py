@@ -25,9 +25,9 @@ PERPLEXITY = {
 }
 
 
-def assert_factors(dense, moe, printed):
+def assert_factors(dense, moe, printed, rising=False):
     """That performances of the paper's models give its printed (cost, factor)."""
-    found = speedup_factors(list(zip(DENSE_COST, dense)), list(zip(MOE_COST, moe)))
+    found = speedup_factors(list(zip(DENSE_COST, dense)), list(zip(MOE_COST, moe)), rising)
     for cost, factor in printed:
         nearest = min(found, key=lambda f: abs(math.log(f.dense_cost / cost)))
         assert nearest.dense_cost == pytest.approx(cost, rel=0.04)
@@ -47,7 +47,7 @@ def test_zero_shot_means_give_their_curve_of_figure_1():
     """paper.md, "Priming protocol" and "Speed-up factor"."""
     dense, moe = [53.6, 60.4, 66.8, 69.6, 72.2, 74.2], [62.4, 68.2, 70.8, 75.0]
     printed = [(1.55, 3.6), (5.05, 3.9), (7.1, 2.8), (17.1, 2.3), (32.7, 2.05)]
-    assert_factors(dense, moe, printed)
+    assert_factors(dense, moe, printed, rising=True)
     assert paper.ZERO_SHOT == {"dense": dense, "moe": moe}
     assert paper.FIGURE_1["0-shot"] == printed
 
@@ -57,11 +57,42 @@ def test_half_way_in_performance_is_half_way_in_the_logarithm_of_cost():
     assert cost_to_reach(family, 20.0) == pytest.approx(10.0)
     assert cost_to_reach(family, 30.0) == 1.0 and cost_to_reach(family, 10.0) == 100.0
     assert cost_to_reach(family, 9.9) is None and cost_to_reach(family, 30.1) is None
-    assert cost_to_reach([(1.0, 50.0), (100.0, 70.0)], 60.0) == pytest.approx(10.0), "accuracy"
+    accuracy = [(1.0, 50.0), (100.0, 70.0)]
+    assert cost_to_reach(accuracy, 60.0, rising=True) == pytest.approx(10.0)
 
 
 def test_a_larger_model_that_is_worse_costs_no_one_anything():
     assert cost_to_reach([(1, 30.0), (4, 10.0), (16, 20.0), (64, 5.0)], 20.0) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    "family, reached, cost",
+    [
+        ([(1, 90), (2, 95), (10, 80)], 92, None),  # the cheapest is better already
+        ([(1, 90), (2, 95), (10, 80)], 95, None),
+        ([(1, 90), (2, 95), (10, 80)], 90, 1),
+        ([(1, 90), (2, 95), (100, 80)], 85, 10),  # half way between 1 and 100
+        ([(1, 90), (4, 70), (9, 80), (64, 50)], 60, 16),  # half way between 4 and 64
+        ([(1, 90), (4, 70), (9, 80), (64, 50)], 75, 4**0.75),
+        ([(1, 90), (1, 80), (16, 60)], 70, 4),  # of two that cost as much, the better one
+        ([(1, 90), (1, 80), (16, 60)], 85, None),
+    ],
+)
+def test_a_model_that_a_cheaper_one_beats_is_left_out(sign, family, reached, cost):
+    """In perplexity, and turned round as an accuracy."""
+    found = cost_to_reach([(c, sign * t) for c, t in family], sign * reached, rising=sign < 0)
+    assert found == (None if cost is None else pytest.approx(cost))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_no_factor_where_a_family_is_better_at_less_cost(sign):
+    """MoE models of 94 and 92 against [90 at a cost of 1]: nothing that the dense family needs."""
+    dense = [(c, sign * t) for c, t in ((1, 90), (2, 95), (10, 80))]
+    moe = [(c, sign * t) for c, t in ((1, 94), (4, 92))]
+    for families in ((dense, moe), (moe, dense)):
+        assert speedup_factors(*families, rising=sign < 0) == []
+        assert overlap(*families, rising=sign < 0).startswith("no overlap: dense models reach")
 
 
 def test_a_point_for_every_observation_inside_the_overlap():

@@ -293,6 +293,9 @@ def test_saving_by_hand():
     assert saving.saving(dense, 2.0, 30) == Saving(8, 1)
     assert saving.saving([*dense, (64.0, 60.0)], 2.0, 30) == Saving(8, 1), "not 32: that is worse"
     assert saving.saving(dense, 2.0, 101) == Saving(0.5, -1)
+    uneven = [(1.0, 90.0), (2.0, 95.0), (10.0, 80.0)]
+    assert saving.saving(uneven, 1.0, 92.0) == Saving(1, -1), "the dense one of its cost is better"
+    assert saving.saving(uneven, 1.0, math.sqrt(90 * 80)).factor == pytest.approx(math.sqrt(10))
     assert saving.ends_over_seeds([Saving(2.0)]) is None
     assert saving.ends_over_seeds([Saving(2.0), Saving(8, 1)]) is None
     low, high = saving.ends_over_seeds([Saving(2.0), Saving(3.0), Saving(4.0)])
