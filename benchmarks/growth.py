@@ -162,7 +162,10 @@ def main() -> None:
         "--draw", action="store_true", help="measure nothing; draw the figures of docs/ again"
     )
     if parser.parse_args().draw:
-        draw(read_json(own_folder("growth") / "growth.json")["rows"])
+        file = own_folder("growth") / "growth.json"
+        if not file.exists():
+            parser.exit(1, f"--draw: {file} does not exist; run `python benchmarks/growth.py`\n")
+        draw(read_json(file)["rows"])
         return
     torch.set_num_threads(1)
     rows = measure()

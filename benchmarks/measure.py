@@ -1,4 +1,4 @@
-"""Measure things in turn in one run, and keep what was measured with the machine that did it."""
+"""Measure things in turn in one run, and keep what was measured with the machine and the day."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import platform
 import re
 import statistics
 import time
+from datetime import date
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Sequence
 
@@ -19,6 +20,7 @@ from fairseq_moe_ext.kernels.matmul import product
 # BENCHMARK_RESULTS: another folder, for a try
 RESULTS = Path(os.environ.get("BENCHMARK_RESULTS", Path(__file__).resolve().parent / "results"))
 _HARDWARE = ("cpu", "cores", "memory_gib", "system", "gpu")  # of `machine`: another is another's
+_VARIABLES = ("LD_PRELOAD", "MALLOC_", "MKL_", "OMP_", "ONEDNN_", "THP_")  # they change speeds
 _COPIED = 256 * 2**20  # bytes: far beyond any cache
 
 
@@ -32,7 +34,11 @@ def machine() -> Dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "system": f"{platform.system()} {platform.machine()}",
         "huge_pages": huge_pages.read_text().strip() if huge_pages.exists() else None,
-        "malloc": " ".join(f"{k}={v}" for k, v in os.environ.items() if k.startswith("MALLOC_")),
+        "variables": " ".join(
+            f"{name}={value}"
+            for name, value in sorted(os.environ.items())
+            if name.startswith(_VARIABLES)
+        ),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
@@ -184,40 +190,66 @@ def peak_memory(work: Callable[[], object]) -> int:
 
 
 def own_folder(name: str, device: str = "cpu") -> Path:
-    """Where the results NAME of this machine go: results/PROCESSOR, or a folder of its own where a
-    machine of the same processor but with other cores or memory has kept some there."""
+    """Where the results NAME of this machine go: results/PROCESSOR, or, if those there are of other
+    cores, memory or environment variables, a folder that is named after ours too."""
     here = machine()
-    first = RESULTS / processor(device)
-    path = first / f"{name}.json"
-    if path.exists():
-        there = json.loads(path.read_text())["machine"]
-        if any(there.get(key) != here.get(key) for key in _HARDWARE):
-            return first.with_name(f"{first.name}-{here['cores']}-cores-{here['memory_gib']}-gib")
-    return first
+    folder = RESULTS / processor(device)
+    variables = re.sub(r"[^a-z0-9]+", "-", here["variables"].lower()).strip("-")
+    for keys, ending in (
+        (_HARDWARE, f"{here['cores']}-cores-{here['memory_gib']}-gib"),
+        (("variables",), variables or "no-variables"),
+    ):
+        there = {"variables": here["variables"], **_content(folder, name).get("machine", here)}
+        if any(there.get(key) != here.get(key) for key in keys):
+            folder = folder.with_name(f"{folder.name}-{ending}")
+    return folder
+
+
+def _content(folder: Path, name: str) -> Dict[str, Any]:
+    path = folder / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def keep(
     name: str, rows: Dict[str, Dict[str, Any]], device: str = "cpu"
 ) -> Dict[str, Dict[str, Any]]:
-    """Write rows into NAME.json of this machine's folder, in place of those of the same names; rows
-    that it made with other software go. Returns all rows that the file now has."""
-    path = own_folder(name, device) / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = json.loads(path.read_text()) if path.exists() else {}
-    if content.get("machine") != machine():
-        content = {"machine": machine(), "rows": {}}
+    """Write rows into NAME.json of this machine's folder, in place of those of the same names only.
+    `measured` has the day of each, and what then was not as `machine` says: another version of
+    PyTorch. Returns all rows that the file now has."""
+    folder, here = own_folder(name, device), machine()
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"machine": here, "rows": {}, "measured": {}, **_content(folder, name)}
+    others = {key: value for key, value in here.items() if content["machine"].get(key) != value}
     content["rows"].update(rows)
-    outputs.write_json(path, content)
+    content["measured"].update(dict.fromkeys(rows, {"date": date.today().isoformat(), **others}))
+    outputs.write_json(folder / f"{name}.json", content)
     return content["rows"]
 
 
 def keep_table(
     name: str, title: str, heads: Sequence[str], lines: Sequence[Sequence[str]], device: str = "cpu"
 ) -> None:
-    """Write NAME.md beside NAME.json, a table in Markdown with the machine above it; print it."""
-    described = ", ".join(f"{key} {value}" for key, value in machine().items() if value is not None)
-    rows = [heads, ["---"] * len(heads), *lines]
-    text = f"{title}\n\nMachine: {processor(device)}, {described}.\n\n"
-    text += "".join("| " + " | ".join(row) + " |\n" for row in rows)
-    outputs.write_text(own_folder(name, device) / f"{name}.md", text)
+    """Write NAME.md beside NAME.json, a table in Markdown with the machine above it; print it. The
+    rows of the file, its first column or its heads, are told when each was measured."""
+    folder = own_folder(name, device)
+    content = _content(folder, name)
+    facts = {key: value for key, value in content["machine"].items() if value is not None}
+    described = ", ".join(f"{key} {value or 'none'}" for key, value in facts.items())
+    when = {row: _told(measured) for row, measured in content.get("measured", {}).items()}
+    if lines[0][0] in content["rows"]:
+        heads, lines = [*heads, "measured"], [[*line, when.get(line[0], "-")] for line in lines]
+    else:
+        lines = [*lines, ["measured", *(when.get(head, "-") for head in heads[1:])]]
+    table = [heads, ["---"] * len(heads), *lines]
+    text = f"{title}\n\nMachine: {folder.name}, {described}.\n\n"
+    text += "".join("| " + " | ".join(row) + " |\n" for row in table)
+    outputs.write_text(folder / f"{name}.md", text)
     print(text)
+
+
+def _told(measured: Dict[str, Any]) -> str:
+    """The day, and what was another."""
+    others = {key: value for key, value in measured.items() if key != "date"}
+    return ", ".join(
+        [measured["date"], *(f"{key} {value or 'none'}" for key, value in others.items())]
+    )

@@ -141,7 +141,7 @@ def measured(most: int, rounds: int) -> Dict[str, Dict[str, float]]:
     for name in cases:
         base = f"{TRAINING}tokenizers alone" if TRAINING in name else "tokenizers alone"
         cpu = {each: found[1:] for each, found in spent.items()}  # without the warm-up
-        rows[name] = {
+        rows[f"{most / 1e6:g} MB: {name}"] = {
             "mb_per_second": round(work.bytes / 1e6 / measure.median(seconds[name]), 2),
             "speed": round(1 / measure.ratio(seconds, name, base), 3),
             "mb_per_cpu_second": round(work.bytes / 1e6 / measure.median(cpu[name]), 2),
@@ -169,8 +169,8 @@ def main() -> None:
     rows = measured(int(args.megabytes * 1e6), args.rounds)
     measure.keep_table(
         "prepare",
-        f"Text to tokens: {args.megabytes:g} MB of Python source, a vocabulary of {VOCABULARY}. MB "
-        "of text a second; speed against `tokenizers` alone, which neither reads nor writes files. "
+        f"Text to tokens: so many MB of Python source, a vocabulary of {VOCABULARY}. MB of text a "
+        "second; speed against `tokenizers` alone, which neither reads nor writes files. "
         "By CPU: the same of the processor's seconds, of all threads and processes.",
         ["case", "MB/s", "speed", "MB per CPU second", "speed by CPU"],
         [

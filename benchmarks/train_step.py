@@ -37,6 +37,8 @@ from fairseq_moe_ext.cost import Shape, training_flops_per_token
 
 VOCABULARY, DIM, HIDDEN = 50_000, 768, 3072
 TOKENS = 2048  # an update, unless told otherwise
+# Of the processes: a thread that waits sleeps, as the other cases take their turn meanwhile.
+THREADS = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
 SHAPE = f"""--decoder-layers 4 --decoder-embed-dim {DIM} --decoder-ffn-embed-dim {HIDDEN}
     --decoder-attention-heads 12 --activation-fn gelu --share-decoder-input-output-embed
     --dropout 0.1 --attention-dropout 0.0"""
@@ -93,9 +95,8 @@ class Training:
     """A process of fairseq-train that stands still but for the updates that it is told to make."""
 
     def __init__(self, command: Sequence[str]) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
         pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        self.process = subprocess.Popen(command, env=environment, **pipe)
+        self.process = subprocess.Popen(command, **pipe)
         self.lines: List[str] = []
         self.updates: List[Tuple[float, float]] = []  # seconds by the clock, of the processor
         self.peak_mib = 0.0
@@ -308,6 +309,7 @@ def main() -> None:
     parser.add_argument("--shares", action="store_true", help="where the time goes, in its place")
     args = parser.parse_args()
     torch.set_num_threads(2)
+    os.environ.update(THREADS)
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder)
         make_data(data, args.tokens * (args.updates + 2))

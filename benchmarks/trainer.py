@@ -23,7 +23,7 @@ from typing import Any, Callable, Dict, List, NamedTuple
 
 import measure
 import torch
-from train_step import Clocks, make_data
+from train_step import THREADS, Clocks, make_data
 
 import fairseq_moe_ext
 
@@ -77,14 +77,12 @@ class Program:
     """A process of this file that makes ten updates when told to, and else waits."""
 
     def __init__(self, kind: str, line: List[str]) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
         self.process = subprocess.Popen(
             [sys.executable, __file__, kind, *line],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=environment,
         )
         self.lines: List[str] = []
         self.cpu: List[float] = []  # seconds of all threads until the end of each turn
@@ -287,6 +285,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(2)
+    os.environ.update(THREADS)
     for name in args.shapes:
         for case in args.cases:
             found = compare(SHAPES[name], CASES[case], args.rounds)

@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import os
 import sys
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,32 +36,124 @@ def kept(tmp_path, name):
     return json.loads(path.read_text())["rows"]
 
 
-def test_no_machine_writes_over_the_results_of_another(program, monkeypatch, tmp_path):
-    """Neither one of another processor, nor one of the same with other cores; but the same machine
-    replaces what it measured with other software."""
+@pytest.fixture
+def measure(program, monkeypatch):
+    """The module, on a machine whose facts a test names: measure.on(cores=64)."""
+    module = program("measure")
+
+    def on(name="a", **facts):
+        machine = {
+            "cpu": name,
+            "cores": 2,
+            "memory_gib": 8,
+            "system": "x",
+            "variables": "",
+            **facts,
+        }
+        monkeypatch.setattr(module, "processor", lambda device="cpu": name)
+        monkeypatch.setattr(module, "machine", lambda: dict(machine))
+        return module
+
+    monkeypatch.setattr(module, "on", on, raising=False)
+    return module
+
+
+def keep_row(measure, row):
+    measure.keep("speed", {row: {"s": 1}})
+    measure.keep_table("speed", "Speed", ["row", "s"], [[row, "1"]])
+
+
+def test_no_machine_writes_over_the_results_of_another(measure, tmp_path):
+    """Neither one of another processor, nor one of the same with other cores, nor the same with
+    other environment variables: `export MALLOC_MMAP_MAX_=0` changes what a step takes."""
+    places = {
+        "a": {},
+        "b": {"name": "b"},
+        "a-64-cores-8-gib": {"cores": 64},
+        "a-malloc-mmap-max-0": {"variables": "MALLOC_MMAP_MAX_=0"},
+        "a-64-cores-8-gib-malloc-mmap-max-0": {"cores": 64, "variables": "MALLOC_MMAP_MAX_=0"},
+    }
+    for turn in range(2):
+        for folder, facts in places.items():
+            keep_row(measure.on(**facts), f"{folder} {turn}")
+    assert {path.parent.name for path in tmp_path.glob("results/*/speed.json")} == set(places)
+    for folder in places:
+        content = json.loads((tmp_path / f"results/{folder}/speed.json").read_text())
+        assert list(content["rows"]) == [f"{folder} 0", f"{folder} 1"]
+        assert f"| {folder} 1 | 1 | " in (tmp_path / f"results/{folder}/speed.md").read_text()
+
+
+def test_results_kept_with_variables_stay_apart_from_those_without(measure, tmp_path):
+    keep_row(measure.on(variables="MALLOC_MMAP_MAX_=0"), "kept")
+    keep_row(measure.on(), "plain")
+    kept = json.loads((tmp_path / "results/a/speed.json").read_text())["rows"]
+    plain = json.loads((tmp_path / "results/a-no-variables/speed.json").read_text())["rows"]
+    assert list(kept) == ["kept"] and list(plain) == ["plain"]
+
+
+def test_rows_of_other_software_stay_and_say_so(measure, tmp_path):
+    """With the day of each row; a row goes only if the same is measured again."""
+    keep_row(measure.on(torch="1"), "first")
+    keep_row(measure.on(torch="1"), "second")
+    keep_row(measure.on(torch="2"), "second")
+    keep_row(measure.on(torch="2"), "third")
+    content = json.loads((tmp_path / "results/a/speed.json").read_text())
+    assert list(content["rows"]) == ["first", "second", "third"]
+    today = {"date": date.today().isoformat()}
+    assert content["machine"]["torch"] == "1" and content["measured"] == {
+        "first": today,
+        "second": {**today, "torch": "2"},
+        "third": {**today, "torch": "2"},
+    }
+    table = (tmp_path / "results/a/speed.md").read_text()
+    assert "torch 1." in table and table.endswith(f"| third | 1 | {today['date']}, torch 2 |\n")
+
+
+def test_results_of_an_older_version_are_read(measure, tmp_path):
+    """It kept neither days nor all variables."""
+    machine = {"cpu": "a", "cores": 2, "memory_gib": 8, "system": "x", "malloc": "", "torch": "1"}
+    path = tmp_path / "results/a/speed.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"machine": machine, "rows": {"old": {"s": 2}, "again": {"s": 2}}}))
+    rows = measure.on(torch="1").keep("speed", {"again": {"s": 1}})
+    assert rows == {"old": {"s": 2}, "again": {"s": 1}}
+    measure.keep_table("speed", "Speed", ["row", "s"], [["old", "2"], ["again", "1"]])
+    today = date.today().isoformat()
+    last = path.with_suffix(".md").read_text().splitlines()[-2:]
+    assert last == ["| old | 2 | - |", f"| again | 1 | {today}, variables none |"]
+
+
+def test_a_table_with_rows_as_columns_says_when_each_was_measured(measure, tmp_path):
+    keep_row(measure.on(), "first")
+    measure.keep_table("speed", "Speed", ["what", "first"], [["s", "1"]])
+    last = (tmp_path / "results/a/speed.md").read_text().splitlines()[-1]
+    assert last == f"| measured | {date.today().isoformat()} |"
+
+
+def test_variables_that_change_speeds_are_kept(program, monkeypatch):
     measure = program("measure")
-    seen = {}
-    for number, (name, cores, version) in enumerate(
-        [("a", 2, "1"), ("b", 2, "1"), ("a", 64, "1"), ("a", 2, "1"), ("a", 2, "2"), ("a", 64, "1")]
-    ):
-        machine = {"cpu": name, "cores": cores, "memory_gib": 8, "system": "x", "torch": version}
-        monkeypatch.setattr(measure, "processor", lambda device="cpu", name=name: name)
-        monkeypatch.setattr(measure, "machine", lambda machine=machine: dict(machine))
-        measure.keep("speed", {f"row {number}": {"s": number}})
-        measure.keep_table("speed", "Speed", ["s"], [[str(number)]])
-        seen[name, cores, version] = number
-        for path in tmp_path.glob("results/*/speed.json"):
-            content = json.loads(path.read_text())
-            there = content["machine"]
-            key = there["cpu"], there["cores"], there["torch"]
-            assert f"row {seen[key]}" in content["rows"]
-            assert str(seen[key]) in path.with_suffix(".md").read_text().splitlines()[-1]
-    folders = {path.parent.name for path in tmp_path.glob("results/*/speed.json")}
-    assert folders == {"a", "b", "a-64-cores-8-gib"}
-    rows = json.loads((tmp_path / "results/a/speed.json").read_text())["rows"]
-    assert list(rows) == ["row 4"]  # those of the older version are gone
-    rows = json.loads((tmp_path / "results/a-64-cores-8-gib/speed.json").read_text())["rows"]
-    assert list(rows) == ["row 2", "row 5"]
+    for name in list(os.environ):
+        if name.startswith(measure._VARIABLES):
+            monkeypatch.delenv(name)
+    assert measure.machine()["variables"] == ""
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
+    assert measure.machine()["variables"] == "MALLOC_MMAP_MAX_=0 THP_MEM_ALLOC_ENABLE=1"
+
+
+@pytest.mark.parametrize("name", ["trainer", "train_step"])
+def test_what_a_program_sets_for_its_processes_is_kept(program, monkeypatch, name):
+    module, kept = program(name), []
+    for variable in module.THREADS:
+        monkeypatch.setenv(variable, "")
+    measured = {"trainer": "compare", "train_step": "speeds"}[name]
+    monkeypatch.setattr(module, measured, lambda *of: kept.append(program("measure").machine()))
+    monkeypatch.setattr(module, "make_data", lambda *of: None)
+    monkeypatch.setattr(program("measure"), "keep", lambda *of: {})
+    monkeypatch.setattr(module, "show", lambda rows: None, raising=False)
+    monkeypatch.setattr(sys, "argv", [name])
+    module.main()
+    assert "OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive" in kept[0]["variables"]
 
 
 @pytest.mark.parametrize("peers", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -109,7 +203,17 @@ def test_prepare(program, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", "prepare.py --megabytes 0.02 --rounds 1".split())
     prepare.main()
     rows = kept(tmp_path, "prepare")
-    assert len(rows) == 6 and rows["tokenizers alone"]["speed"] == 1
+    assert len(rows) == 6 and rows["0.02 MB: tokenizers alone"]["speed"] == 1
+
+
+def test_growth_draws_nothing_before_it_has_measured(program, monkeypatch, tmp_path, capsys):
+    growth = program("growth")
+    monkeypatch.setattr(sys, "argv", ["growth.py", "--draw"])
+    with pytest.raises(SystemExit):
+        growth.main()
+    assert (
+        "growth.json does not exist; run `python benchmarks/growth.py`" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("part", ["layer", "step", "statistics"])
