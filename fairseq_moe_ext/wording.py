@@ -3,6 +3,9 @@
 import difflib
 from typing import Iterable
 
+# Of the log line of a CPU that gains nothing from bfloat16; a study reads it there.
+BF16_IN_FLOAT32 = "--bf16: computing in float32"
+
 
 def count(number: int, noun: str) -> str:
     """(1, "seed") -> "1 seed", (2000, "seed") -> "2,000 seeds"."""

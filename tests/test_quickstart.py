@@ -123,6 +123,9 @@ def test_the_models_are_what_the_report_says(finished):
     result = json.loads((out / "result.json").read_text())
     dense, moe = (result["models"][model] for model in FAMILIES)
     assert dense["flops_per_token"] == moe["flops_per_token"]
+    html = (out / "report.html").read_text()
+    assert dense["precision"] in ("bfloat16", "float32"), "as this processor gains from it"
+    assert f"Training computed in {dense['precision']}, evaluation in float32." in html
     assert moe["parameters"] > 2 * dense["parameters"]
     counts = json.loads((out / "data" / "counts.json").read_text())["corpora"]
     for model in FAMILIES:

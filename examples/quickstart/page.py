@@ -171,9 +171,15 @@ def description(result: Dict) -> str:
         f"{s['updates']} updates of {s['tokens_per_update']:,} tokens; Adam, learning rate "
         f"{s['learning_rate']:g} with linear warm-up and decay to 0, the same seed and order of "
         "text. The checkpoint with the best in-domain validation perplexity is evaluated on the "
-        f"test text, in blocks of {s['context']} tokens that are scored each on its own. All "
-        f"of it computed in {s['precision']}."
+        f"test text, in blocks of {s['context']} tokens that are scored each on its own. "
+        f"Training computed in {_precision(dense, moe)}, evaluation in float32."
     )
+
+
+def _precision(dense: Dict, moe: Dict) -> str:
+    if dense["precision"] == moe["precision"]:
+        return dense["precision"]
+    return f"{dense['precision']} (dense) and {moe['precision']} (MoE)"
 
 
 class _Grid(NamedTuple):

@@ -22,7 +22,6 @@ LAYERS, DIM, HEADS = 4, 128, 4
 FFN = 512  # hidden width of the dense model, and of all experts of a token together
 LEARNING_RATE = 1e-2
 BALANCE_WEIGHT = 0.01
-PRECISION = "float32"
 SAVES = 8  # checkpoints, with validation, in one training
 # What both models go on from at the end: one of each training domain.
 PROMPTS = ("Return the number of", "def __init__(self", "template <typename T>", "assert simplify(")
@@ -71,7 +70,7 @@ def settings(updates: int, text_bytes: int, router: str = ROUTER) -> Dict[str, o
         "router": router,
         **ROUTERS[router]._asdict(),
         "expert_ffn": ROUTERS[router].width,
-        "precision": PRECISION,
+        "bf16": True,  # where it is faster
         "learning_rate": LEARNING_RATE,
         "balance_weight": BALANCE_WEIGHT,
     }
@@ -118,7 +117,7 @@ def train_command(out: Path, model: str, updates: int, router: str = ROUTER) -> 
         *("--clip-norm", "1.0", "--lr", str(LEARNING_RATE), "--lr-scheduler", "polynomial_decay"),
         *("--warmup-updates", str(max(1, updates // 10))),
         *("--total-num-update", str(updates), "--max-update", str(updates)),
-        *("--seed", "1", "--cpu", "--num-workers", "0"),
+        *("--seed", "1", "--cpu", "--bf16", "--num-workers", "0"),
         *("--save-dir", str(out / model), "--save-interval-updates", str(every)),
         *("--keep-interval-updates", "1", "--no-epoch-checkpoints"),
         *("--best-checkpoint-metric", "in_domain_ppl"),

@@ -43,6 +43,7 @@ class Model(TypedDict):
     training_flops: float
     training_tokens: int
     training_seconds: float
+    precision: str  # that it was trained in
     perplexity: Dict[str, float]  # on the test split, by domain
     test_tokens: Dict[str, int]
     validation: List[Validation]
@@ -158,6 +159,7 @@ def _model(out: Path, name: str, shape: Shape, updates: int) -> Model:
         "training_flops": flops * tokens,
         "training_tokens": tokens,
         "training_seconds": logs.training_seconds(log),
+        "precision": logs.precision(log),
         "perplexity": {domain: 2 ** values["loss"] for domain, values in tested.items()},
         "test_tokens": {domain: values["tokens"] for domain, values in tested.items()},
         "validation": validations(log),

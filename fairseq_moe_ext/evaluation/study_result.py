@@ -73,6 +73,7 @@ class RunResult(TypedDict):
     tokens: int  # trained on
     flops: float  # by the experts that tokens took, dropped ones included
     seconds: float  # in training steps
+    precision: str  # that the training computed in; older files lack it
     protocol: Protocol  # older files lack it
     sets: Dict[str, SetResult]
     mean: Dict[str, MeanResult]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..expert_parallel import all_gather, process_rank
 from ..kernels.matmul import product
+from ..wording import BF16_IN_FLOAT32
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +59,7 @@ def _pays_here() -> bool:
     speed = speed_over_float32() if available else 0.0
     if speed < _WORTH:
         reason = f"as fast as float32 {speed:.1f} times over" if available else "no oneDNN"
-        logger.info(
-            f"--bf16: computing in float32, because this CPU gains nothing from bfloat16 ({reason})"
-        )
+        logger.info(f"{BF16_IN_FLOAT32}, because this CPU gains nothing from bfloat16 ({reason})")
     return speed >= _WORTH
 
 

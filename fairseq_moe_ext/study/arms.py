@@ -7,7 +7,7 @@ from ..evaluation.study_result import Compared, RunResult, StudyResult, measured
 from ..text_table import markdown
 from ..wording import count, signed, small
 from .paired import Difference, holm, paired
-from .result import GROUPS, mean_flops, performance
+from .result import GROUPS, computed_in, mean_flops, performance
 
 LEVEL = 0.05
 _NONE = "no seed in common on the same text, or diverged"
@@ -187,5 +187,5 @@ def _explained(result: StudyResult) -> str:
         f"trainings, on this test text. It is real if it is significant at {100 * LEVEL:.0f} % "
         "after Holm's correction for all arms. Load is that of the most chosen expert divided "
         "by the mean, per update and layer, in the last fifth of training. FLOPs are those that "
-        "training computed."
+        f"training computed. {computed_in(result['runs'])}".rstrip()
     )

@@ -2,11 +2,16 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional
 
 from .. import files
 from ..errors import UserError
+from ..wording import BF16_IN_FLOAT32
+
+# The settings that fairseq logs when a training starts (fairseq_cli/train.py:74@0.12.2).
+_COMMON = re.compile(r"\| fairseq_cli\.train \| \{.*?'common': (\{[^{}]*\})")
 
 
 class Measurement(NamedTuple):
@@ -78,3 +83,27 @@ def training_seconds(log: Path) -> float:
     if not 0 <= seconds < math.inf:
         raise ValueError(f"{seconds} seconds of training in {log}")
     return seconds
+
+
+def precision(log: Path) -> str:
+    """What a training computed in, "float32", "bfloat16" or "float16", by the settings that it
+    logged at its start and the line of a CPU that gains nothing from bfloat16. Of one that was
+    continued on another machine perhaps two: "bfloat16 and float32". "" where nothing was logged.
+    """
+    files.check(log)
+    starts: List[str] = []
+    with open(log, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            common = _COMMON.search(line)
+            if common:
+                starts.append(_asked(common.group(1)))
+            elif starts and BF16_IN_FLOAT32 in line:
+                starts[-1] = "float32"
+    return " and ".join(dict.fromkeys(starts))
+
+
+def _asked(common: str) -> str:
+    flags = set(re.findall(r"'(\w+)': True", common))
+    if "bf16" in flags or "memory_efficient_bf16" in flags:
+        return "bfloat16"
+    return "float16" if flags & {"fp16", "memory_efficient_fp16", "amp"} else "float32"

@@ -170,6 +170,7 @@ def html(
         title=result["title"],
         summary=summary_of(result),
         remarks=results.remarks(result),
+        precision=results.computed_in(runs),
         warnings=results.warnings(result),
         commands=result["commands"],
         tables=drawn,

@@ -86,6 +86,7 @@ def _of_run(run: Run, context: int, tokens_per_update: int) -> RunResult:
         "tokens": tokens,
         "flops": tokens * cost.training_flops_per_token(shape, context),
         "seconds": logs.training_seconds(run.folder / "train.log"),
+        "precision": logs.precision(run.folder / "train.log"),
         "protocol": {
             "context": evaluation.get("context", context),
             "stride": evaluation.get("stride", context),
@@ -134,6 +135,19 @@ def mean_performance(runs: Runs, group: str) -> float:
 def mean_flops(runs: Runs) -> float:
     """Over the seeds of one model, which differ where the router chooses the number of experts."""
     return mean(run["flops"] for run in runs)
+
+
+def computed_in(runs: Runs) -> str:
+    """A sentence on the precision of trainings; "" of older results."""
+    sizes: Dict[str, List[str]] = {}
+    for run in runs:
+        names = sizes.setdefault(run.get("precision") or "", [])
+        names += [run["size"]] * (run["size"] not in names)
+    sizes.pop("", None)
+    if len(sizes) < 2:
+        return "".join(f"Trainings computed in {precision}." for precision in sizes)
+    parts = [f"in {precision} {', '.join(names)}" for precision, names in sizes.items()]
+    return f"Trainings computed {'; '.join(parts)}."
 
 
 def points(runs: Runs, family: str, group: str) -> List[Tuple[float, float]]:

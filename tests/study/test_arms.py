@@ -221,6 +221,43 @@ def test_a_validation_that_a_resumed_run_repeated_counts_once(tmp_path):
     assert logs.by_epoch(log, "valid", "valid_accuracy") == [0.5, 0.7, 0.8]
 
 
+FALLS_BACK = "now | INFO | fairseq_moe_ext.models.precision | --bf16: computing in float32, because"
+
+
+@pytest.mark.parametrize(
+    "lines, precision",
+    [
+        ([], ""),
+        (["'amp': False"], "float32"),
+        (["'bf16': True"], "bfloat16"),
+        (["'bf16': True", FALLS_BACK], "float32"),
+        (["'memory_efficient_bf16': True"], "bfloat16"),
+        (["'memory_efficient_fp16': True"], "float16"),
+        (["'bf16': True", "'bf16': True", FALLS_BACK], "bfloat16 and float32"),
+        (["'bf16': True", FALLS_BACK, "'bf16': True, 'x': 1", FALLS_BACK], "float32"),
+    ],
+)
+def test_the_precision_of_a_training(tmp_path, lines, precision):
+    """Other settings of fairseq have keys of the same names."""
+    log = tmp_path / "train.log"
+    starts = "now | INFO | fairseq_cli.train | {{'_name': None, 'common': {{'seed': 1, {}}}, {}}}\n"
+    others = "'optimizer': {'fp16': True}, 'bf16': True"
+    log.write_text(
+        "".join(
+            starts.format(line, others) if line != FALLS_BACK else line + "\n" for line in lines
+        )
+    )
+    assert logs.precision(log) == precision
+
+
+def test_a_result_says_in_what_trainings_computed():
+    runs = [{"size": "a", "precision": "float32"}, {"size": "b", "precision": "bfloat16"}]
+    assert result.computed_in(runs[:1] * 2) == "Trainings computed in float32."
+    said = "Trainings computed in float32 a, c; in bfloat16 b."
+    assert result.computed_in([*runs, {**runs[0], "size": "c"}]) == said
+    assert result.computed_in([{"size": "a"}]) == "", "an older result"
+
+
 def test_flops_are_those_that_were_computed(tmp_path):
     values = [dict(load_max=9, overflow=0, experts_per_token=4)] * 5
     values += [dict(load_max=3, overflow=50, experts_per_token=2)] * 5

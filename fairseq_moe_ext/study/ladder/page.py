@@ -207,7 +207,7 @@ def html(result: LadderResult, drawn: Dict[str, figures.Chart]) -> str:
         title=result["ladder"]["title"],
         summary=summary(result),
         warnings=tables.warnings(result),
-        note=tables.NOTE.replace("`", ""),
+        note=tables.note(result).replace("`", ""),
         savings=[(TITLES[g], table(tables.over_tokens(result, g))) for g in present],
         costs=table(tables.costs(result)),
         sets=[

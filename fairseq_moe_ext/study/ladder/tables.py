@@ -8,7 +8,7 @@ from ...text_table import markdown
 from ...wording import signed
 from ..arms import by_arm, difference, measured, percent, shared
 from ..plan import FAMILIES
-from ..result import GROUPS, mean_flops, mean_performance, warning
+from ..result import GROUPS, computed_in, mean_flops, mean_performance, warning
 from ..tables import TITLES
 from .forecast import Forecast
 from .result import Factor, LadderResult, LadderRun
@@ -29,6 +29,11 @@ NOTE = (
     "seconds` is the same saving in the time of a training step on one machine, each model "
     "measured alone."
 )
+
+
+def note(result: LadderResult) -> str:
+    """What the numbers are."""
+    return f"{NOTE} {computed_in(result['runs'])}".rstrip()
 
 
 def millions(tokens: float) -> str:
@@ -267,7 +272,7 @@ def growth(result: LadderResult) -> List[Tuple[str, float]]:
 def page(result: LadderResult) -> str:
     """tables.md: all tables, for a page of documentation."""
     forecasts = result["forecasts"]
-    parts = [NOTE, *warnings(result)]
+    parts = [note(result), *warnings(result)]
     for group in GROUPS:
         if any(f["group"] == group for f in result["factors"]):
             parts += [f"## Saving, {TITLES[group]}", markdown(over_tokens(result, group))]
