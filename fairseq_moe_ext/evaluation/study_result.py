@@ -12,6 +12,7 @@ from .. import files
 from ..errors import UserError
 from .perplexity import MeanResult, SetResult
 
+UNLIKE_TRAINING = "not trained on the same text in every run"
 SHOT = "-shot"  # behind a number of examples: the group of mean accuracies
 
 
@@ -79,6 +80,7 @@ class RunResult(TypedDict):
     mean: Dict[str, MeanResult]
     priming: Priming
     router: RouterMetrics  # older files lack it
+    text: str  # digest of what it was trained on; "": not noted; older files lack it
 
 
 class CurvePoint(TypedDict):
@@ -169,8 +171,18 @@ def sets_of(run: RunResult, group: str) -> List[str]:
     return [group] if group in run["sets"] else []
 
 
-def measured_on(run: RunResult, group: str) -> Tuple:
-    """How, and on what, a group's metric of a run was measured; this must be equal for all runs."""
+def unlike(runs: Sequence[RunResult], group: str) -> str:
+    """Why a group's metrics of the runs cannot be compared or averaged; "" if they can be. Text
+    that was not noted counts as that of the others."""
+    if len({run["text"] for run in runs if run.get("text")}) > 1:
+        return UNLIKE_TRAINING
+    if len({_measured_on(run, group) for run in runs}) > 1:
+        return "not measured on the same text or questions in every run"
+    return ""
+
+
+def _measured_on(run: RunResult, group: str) -> Tuple:
+    """How, and on what, a group's metric of a run was measured."""
     names = sets_of(run, group)
     if not names:
         tasks = [

@@ -192,12 +192,13 @@ def study_points(path: Path, group: str) -> List[Point]:
     with study_result.as_written(f"--fit {path}"):
         points = [_point(run, path, group) for run in runs]
         tokens = {run["tokens"] for run in runs}
-        texts = {study_result.measured_on(run, group) for run in runs}
-    if len(texts) > 1:
+        reason = study_result.unlike(runs, group)
+    if reason == study_result.UNLIKE_TRAINING:
+        raise UserError(f"--fit {path}: {reason}: give a study of one text")
+    if reason:
         raise UserError(
-            f"--fit {path}: its models were not evaluated in the same way on the same text: run "
-            "the study's command again, without --only-result; if the text itself has changed, "
-            "first delete evaluation.json of the older runs"
+            f"--fit {path}: {reason}: run the study's command again, without --only-result; if the "
+            "text itself has changed, first delete evaluation.json of the older runs"
         )
     if len(tokens) > 1:
         raise UserError(

@@ -3,7 +3,7 @@
 import math
 from typing import Dict, List, Optional, Sequence, Tuple
 
-from ..evaluation.study_result import Compared, RunResult, StudyResult, measured_on
+from ..evaluation.study_result import Compared, RunResult, StudyResult, unlike
 from ..text_table import markdown
 from ..wording import count, signed, small
 from .paired import Difference, holm, paired
@@ -34,7 +34,7 @@ def shared(runs: BySeed, base: BySeed, group: str) -> List[int]:
     return [
         seed
         for seed in sorted(runs.keys() & base.keys())
-        if measured_on(runs[seed], group) == measured_on(base[seed], group)
+        if not unlike([runs[seed], base[seed]], group)
     ]
 
 

@@ -16,7 +16,7 @@ from ..errors import UserError, require_positive
 from ..evaluation import study_result
 from ..text_table import plain
 from ..wording import count
-from . import arms, stale
+from . import arms, stale, trained
 from . import plan as plans
 from . import result as results
 from .plan import Plan, Run
@@ -50,6 +50,8 @@ def run(args: argparse.Namespace) -> None:
         return
     _check_result(plan.out)
     if args.only_result:
+        for line in results.left_out(plan):
+            print(line)
         for study_run, step in _stale(plan):
             print(
                 f"{study_run.folder / step.name}.json: its settings differ from the file's; run "
@@ -88,7 +90,7 @@ class _Work:
         try:
             self.runner.open()
             for study_run in self.plan.runs:
-                _check_same(study_run)
+                trained.check(study_run)
             for study_run, step in [*_stale(self.plan)]:
                 kept = stale.put_aside(study_run, step)
                 self._say(
@@ -115,8 +117,8 @@ class _Work:
         evaluation, priming = stale.steps(study_run)
         if not (study_run.folder / "evaluation.json").exists():
             started = time.monotonic()
-            outputs.write_json(study_run.folder / "command.json", study_run.train)
             if not (study_run.folder / "trained").exists():
+                trained.record(study_run)
                 self._call(study_run, study_run.train, study_run.folder / "train.log")
                 (study_run.folder / "trained").touch()
             self._step(study_run, evaluation)
@@ -176,21 +178,6 @@ def _stale(plan: Plan) -> Iterator[Tuple[Run, stale.Step]]:
         for step in stale.steps(study_run):
             if stale.is_stale(study_run, step, plan.sets):
                 yield study_run, step
-
-
-def _check_same(study_run: Run) -> None:
-    """Raise UserError if another command started the run's folder."""
-    if os.path.lexists(study_run.folder) and not study_run.folder.is_dir():
-        raise UserError(f"{study_run.folder}: not a folder; move it elsewhere")
-    path = study_run.folder / "command.json"
-    if not os.path.lexists(path):
-        return
-    begun = files.read_json(path)
-    if not isinstance(begun, list) or begun[1:] != study_run.train[1:]:
-        raise UserError(
-            f"{study_run.folder}: was made with other settings than the file now has: set "
-            "another `out`, or delete this folder"
-        )
 
 
 def _progress(study_run: Run, log: Path) -> str:

@@ -17,10 +17,10 @@ from ..evaluation.study_result import (
     StudyResult,
     TaskResult,
     as_written,
-    measured_on,
+    unlike,
 )
 from ..shape import shape_of
-from . import logs
+from . import logs, trained
 from .plan import FAMILIES, Plan, Run, typed
 from .router_metrics import router_metrics
 
@@ -38,7 +38,7 @@ def collect(plan: Plan) -> StudyResult:
     runs = [
         of_run(run, plan.context, plan.tokens_per_update)
         for run in plan.runs
-        if (run.folder / "evaluation.json").is_file()
+        if (run.folder / "evaluation.json").is_file() and not trained.differs(run)
     ]
     if not runs:
         raise UserError(f"{plan.out}: no run is finished: run `fairseq-moe study` again")
@@ -55,6 +55,15 @@ def collect(plan: Plan) -> StudyResult:
             for command in run.commands
         ],
     }
+
+
+def left_out(plan: Plan) -> List[str]:
+    """Finished runs that are not the file's, a line each."""
+    return [
+        f"{run.folder}: left out: {other}"
+        for run in plan.runs
+        if (run.folder / "evaluation.json").is_file() and (other := trained.differs(run))
+    ]
 
 
 def of_run(run: Run, context: int, tokens_per_update: int) -> RunResult:
@@ -95,6 +104,7 @@ def _of_run(run: Run, context: int, tokens_per_update: int) -> RunResult:
         "mean": evaluation["mean"],
         "priming": priming_of(run.folder / "priming.json"),
         "router": router,
+        "text": trained.digest(run.folder / trained.TEXT),
     }
 
 
@@ -233,8 +243,8 @@ def factors(runs: Runs) -> Dict[str, GroupFactors]:
 
 def _factors(runs: Runs, group: str) -> List[Factor]:
     """Along the curve. Raises UserError if there is none."""
-    if len({measured_on(run, group) for run in runs}) > 1:
-        raise UserError("not measured on the same text or questions in every run")
+    if reason := unlike(runs, group):
+        raise UserError(reason)
     rising = _is_accuracy(runs, group)
     dense, moe = (points(runs, family, group) for family in FAMILIES)
     along = speedup_factors(dense, moe, rising)
@@ -342,7 +352,7 @@ def warning(runs: Runs, family: str, prefix: str = "") -> str:
     """worse_though_larger of a family's sizes in domain, their names behind a prefix; "" where they
     were not measured on the same text."""
     sizes = [size for size in _sizes(runs, family) if GROUPS[0] in size[0]["mean"]]
-    if len({measured_on(run, GROUPS[0]) for of_size in sizes for run in of_size}) > 1:
+    if unlike([run for of_size in sizes for run in of_size], GROUPS[0]):
         return ""
     return worse_though_larger(
         [

@@ -181,7 +181,7 @@ def test_runs_that_cannot_be_compared_are_not_fitted(tmp_path, capsys):
         assert run("--fit", str(tmp_path / "changed.json")) == 1
         return capsys.readouterr().err
 
-    words = "changed.json: its models were not evaluated in the same way on the same text"
+    words = "changed.json: not measured on the same text or questions in every run: run"
     assert words in answer(lambda result: result["runs"][-1]["protocol"].update(stride=8))
     assert words in answer(lambda result: result["runs"][-1]["sets"]["near"].update(tokens=99))
     assert "changed.json: is of a study of arms" in answer(

@@ -250,6 +250,17 @@ def test_runs_that_were_measured_on_different_things_are_not_compared():
     assert "not measured on the same text" in result.factors(runs)["a"]["remark"]
 
 
+def test_runs_of_different_training_text_are_not_compared():
+    runs = runs_of({"dense": [(1, 30), (4, 20), (16, 10)], "moe": [(1, 20), (4, 5)]})
+    runs[0]["text"] = ""  # of an older folder
+    for run in runs[1:]:
+        run["text"] = "8f"
+    assert result.factors(runs)["a"]["curve"]
+    runs[2]["text"] = "9a"
+    found = result.factors(runs)["a"]
+    assert found["remark"] == "not trained on the same text in every run" and not found["curve"]
+
+
 def test_words_for_factors_and_seeds():
     assert in_words(1.3) == "1.30 times less compute than"
     assert in_words(0.93) == "1.08 times more compute than"
@@ -359,7 +370,14 @@ def test_a_study_from_file_to_factors_and_again(folder, capsys):
     assert before["sets"] == found["runs"][0]["sets"]
     write(folder, lambda text: text.replace("updates: 3", "updates: 4"))
     assert cli.main(["study", str(path)]) == 1
-    assert "was made with other settings" in capsys.readouterr().err
+    said = (
+        f"{folder}/out/dense-s-1: was trained with --max-update 3, and the file now trains with -"
+    )
+    assert said in capsys.readouterr().err
+    assert cli.main(["study", str(path), "--only-result"]) == 1
+    shown = capsys.readouterr()
+    assert shown.out.count(": left out: was trained with --max-update 3") == 4
+    assert "no run is finished" in shown.err
     assert cli.main(["report", str(folder / "out")]) == 0
     assert "of 4 runs" not in (folder / "out" / "report.html").read_text()
 

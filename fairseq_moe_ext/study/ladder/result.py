@@ -10,7 +10,7 @@ import numpy as np
 from ... import data_bin, files
 from ...errors import UserError
 from ...evaluation.perplexity import UnitLosses
-from ...evaluation.study_result import RunResult, as_written, measured_on, sets_of
+from ...evaluation.study_result import RunResult, as_written, sets_of, unlike
 from ..plan import Run
 from ..result import GROUPS, mean_flops, of_run, performance
 from . import forecast, probe, rates, saving
@@ -205,7 +205,7 @@ def _factor(
     by_seed = of.runs[arm.name]
     mine = [by_seed[seed] for seed in sorted(by_seed)]
     curves = [_curve(dense, of, run["seed"]) for run in mine]
-    if len({measured_on(run, group) for run in [*mine, *(r for c in curves for r in c)]}) > 1:
+    if unlike([*mine, *(run for curve in curves for run in curve)], group):
         return None  # not on the same text
     savings = _savings(curves, mine, group)
     if len({one.beyond for one in savings} - {0}) > 1:
