@@ -189,6 +189,17 @@ def peak_memory(work: Callable[[], object]) -> int:
     return most
 
 
+def free_memory(device: str = "cpu") -> int:
+    """Bytes that programs may still take; where the system does not say, all that it has."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    info = Path("/proc/meminfo")
+    available = re.search(r"MemAvailable: +(\d+) kB", info.read_text()) if info.exists() else None
+    if available:
+        return 1024 * int(available[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def own_folder(name: str, device: str = "cpu") -> Path:
     """Where the results NAME of this machine go: results/PROCESSOR, or, if those there are of other
     cores, memory or environment variables, a folder that is named after ours too."""

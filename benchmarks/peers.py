@@ -4,17 +4,19 @@ Hugging Face's GPT-2 and OLMoE, stock fairseq.
     python benchmarks/peers.py [--shapes wide 256 96] [--cases NAME ...] [--rounds 3]
     python benchmarks/peers.py --list
 
-Forward, backward and fused AdamW (stock: its own Adam), all in one process, in turn; dropout 0.1
-but in attention. Every call measures plain PyTorch, too, which the others are multiples of. Calls
-with a part of the shapes or cases merge into one table, benchmarks/results/PROCESSOR/peers.md.
+Forward, backward and fused AdamW (stock: its own Adam), in one process, in turn; dropout 0.1 but in
+attention. If not all models fit into memory, the cases run in groups. Each group has plain PyTorch,
+which the others are multiples of, and the dense model of each sparse one. Calls with a part of the
+shapes or cases merge into one table, benchmarks/results/PROCESSOR/peers.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import gc
 from types import SimpleNamespace
-from typing import Any, Callable, Collection, Dict, NamedTuple, Optional
+from typing import Any, Callable, Collection, Dict, List, NamedTuple, Optional
 
 import measure
 import torch
@@ -24,6 +26,8 @@ from torch import Tensor, nn
 from fairseq_moe_ext import cost
 
 DROPOUT = 0.1
+FILLED = 0.75  # of the free memory, by models; the rest is for what a step allocates
+GIB = 2**30
 
 
 class Shape(NamedTuple):
@@ -174,6 +178,7 @@ class Case(NamedTuple):
     compiled: bool = False  # by torch.compile from outside
     onednn: Optional[bool] = None  # False: what PyTorch alone would choose
     stock_adam: bool = False
+    dense: str = ""  # of a sparse case, the dense one of equal FLOPs that it is compared with
 
 
 OURS_BF16 = {"bf16": True}
@@ -190,12 +195,16 @@ CASES = {
     "bf16: ours": Case(functools.partial(ours, **OURS_BF16), True),
     "bf16: ours, --compile": Case(functools.partial(ours, compile=True, **OURS_BF16), True),
     "bf16: Hugging Face GPT-2, autocast": Case(hugging_face, True, autocast=True),
-    "ours, 8 experts": Case(functools.partial(ours, experts=8)),
-    "ours, 64 experts": Case(functools.partial(ours, experts=64)),
+    "ours, 8 experts": Case(functools.partial(ours, experts=8), dense="ours"),
+    "ours, 64 experts": Case(functools.partial(ours, experts=64), dense="ours"),
     "OLMoE, 8 experts": Case(functools.partial(hugging_face, experts=8)),
     "OLMoE, 64 experts": Case(functools.partial(hugging_face, experts=64)),
-    "bf16: ours, 8 experts": Case(functools.partial(ours, experts=8, **OURS_BF16), True),
-    "bf16: ours, 64 experts": Case(functools.partial(ours, experts=64, **OURS_BF16), True),
+    "bf16: ours, 8 experts": Case(
+        functools.partial(ours, experts=8, **OURS_BF16), True, dense="bf16: ours"
+    ),
+    "bf16: ours, 64 experts": Case(
+        functools.partial(ours, experts=64, **OURS_BF16), True, dense="bf16: ours"
+    ),
     "bf16: OLMoE, 8 experts": Case(functools.partial(hugging_face, experts=8), True, autocast=True),
 }
 BASE = "plain PyTorch"
@@ -238,8 +247,32 @@ def training_step(case: Case, shape: Shape, like: Tensor) -> Callable[[], None]:
     return without_onednn if case.onednn is False else run
 
 
-def compare(name: str, shape: Shape, cases: Dict[str, Case], rounds: int, like: Tensor) -> Dict:
-    """Measure the cases on one shape and keep them."""
+def model_bytes(case: Case, shape: Shape) -> int:
+    """Of the parameters, their gradients and Adam's two moments, in float32."""
+    with torch.device("meta"):
+        return 16 * sum(p.numel() for p in case.build(shape).parameters())
+
+
+def groups(cases: Dict[str, Case], sizes: Dict[str, int], room: float) -> List[List[str]]:
+    """Names of the cases to measure together, so that their models take at most `room` bytes. A
+    group of one case may take more: it cannot be measured."""
+    found: List[List[str]] = []
+    for label, case in cases.items():
+        together = [each for each in (BASE, case.dense, label) if each]
+        for group in found:
+            more = list(dict.fromkeys([*group, *together]))
+            if sum(sizes[each] for each in more) <= room:
+                group[:] = more
+                break
+        else:
+            found.append(list(dict.fromkeys(together)))
+    return found
+
+
+def together(
+    name: str, shape: Shape, cases: Dict[str, Case], rounds: int, like: Tensor
+) -> Dict[str, Dict]:
+    """The rows of cases that take turns."""
     runs = {label: training_step(case, shape, like) for label, case in cases.items()}
     seconds = measure.in_turn(runs, rounds, warmup=2)
     device, threads = like.device.type, torch.get_num_threads()
@@ -247,24 +280,64 @@ def compare(name: str, shape: Shape, cases: Dict[str, Case], rounds: int, like: 
     for bf16 in sorted({case.bf16 for case in cases.values()}):
         dtype = torch.bfloat16 if bf16 else torch.float32
         floor = shape.flops / measure.matrix_rate(9, dtype, threads, device)
-        for label in (label for label, case in cases.items() if case.bf16 == bf16):
-            rows[f"{name}: {label}"] = {
+        for label, case in cases.items():
+            if case.bf16 != bf16:
+                continue
+            row = rows[f"{name}: {label}"] = {
                 "seconds": round(measure.median(seconds[label]), 4),
                 "floor": round(floor, 4),
                 "speed": round(1 / measure.ratio(seconds, label, BASE), 3),
                 "mib": round(measure.peak_memory(runs[label]) / 2**20),
             }
-    return measure.keep("peers", rows, device)
+            if case.dense:
+                row["to_dense"] = round(measure.ratio(seconds, label, case.dense), 3)
+    return rows
+
+
+def compare(name: str, shape: Shape, cases: Dict[str, Case], rounds: int, like: Tensor) -> None:
+    """Measure the cases on one shape, group by group; keep and show each as it ends. Of a case that
+    is in several, the first counts."""
+    sizes = {label: model_bytes(case, shape) for label, case in cases.items()}
+    room = FILLED * measure.free_memory(like.device.type)
+    done: Dict[str, Dict] = {}
+    for group in groups(cases, sizes, room):
+        needed = sum(sizes[label] for label in group)
+        if needed > room:
+            print(
+                f"{name}: {group[-1]}: left out: needs {needed / FILLED / GIB:.1f} GiB of free "
+                f"memory, there are {room / FILLED / GIB:.1f}; end other programs",
+                flush=True,
+            )
+            continue
+        print(f"{name}: {'; '.join(group)}", flush=True)
+        rows = together(name, shape, {label: cases[label] for label in group}, rounds, like)
+        new = {key: row for key, row in rows.items() if key not in done}
+        done.update(new)
+        table(measure.keep("peers", new, like.device.type), like)
+        gc.collect()
+        torch.compiler.reset()  # frees compiled models; the next ones are compiled for their sizes
 
 
 def run(shapes: Dict[str, Shape], chosen: Collection[str], rounds: int, like: Tensor) -> None:
-    """Measure cases on all of `shapes`; the table has what was measured before, too."""
-    cases = {label: case for label, case in CASES.items() if label in (BASE, *chosen)}
+    """Measure cases on all of `shapes`, and what they are compared with."""
+    wanted = {BASE, *chosen, *(CASES[label].dense for label in chosen)}
+    cases = {label: case for label, case in CASES.items() if label in wanted}
     for name, shape in shapes.items():
-        table(compare(name, shape, cases, rounds, like), like)
+        compare(name, shape, cases, rounds, like)
+
+
+def to_dense(rows: Dict[str, Dict], key: str) -> str:
+    """A sparse case's time over the dense one's; with a star if they did not take turns, from the
+    speeds against plain PyTorch, which did with each."""
+    name, label = key.split(": ", 1)
+    row, dense = rows[key], rows.get(f"{name}: {CASES[label].dense}")
+    if "to_dense" in row:
+        return f"{row['to_dense']:.2f}"
+    return f"{dense['speed'] / row['speed']:.2f}*" if dense else "-"
 
 
 def table(rows: Dict[str, Dict], like: Tensor) -> None:
+    """Of all that was measured, now or before."""
     every = {**SHAPES, **GPU_SHAPES}
     order = [f"{name}: {label}" for name in every for label in CASES]
     shapes = "; ".join(
@@ -275,11 +348,15 @@ def table(rows: Dict[str, Dict], like: Tensor) -> None:
     measure.keep_table(
         "peers",
         f"A training step ({shapes}). Speed: against plain PyTorch in float32, in the same run. "
-        "Of the floor: the FLOPs at the rate of the best product of that precision, over the time. "
-        "MiB: the most that a step allocates beside parameters and moments.",
-        ["case", "seconds", "speed", "of the floor", "MiB"],
+        "Plain PyTorch's: its seconds in that run, seconds x speed. To dense: the time of a sparse "
+        "model over that of our dense one of equal FLOPs and the same precision, in the same run; "
+        "*: they ran apart, and this is the quotient of their speeds. Of the floor: the FLOPs at "
+        "the rate of the best product of that precision, over the time. MiB: the most that a step "
+        "allocates beside parameters and moments.",
+        ["case", "seconds", "speed", "plain PyTorch's", "to dense", "of the floor", "MiB"],
         [
             [key, f"{row['seconds']:.3f}", f"{row['speed']:.2f}"]
+            + [f"{row['seconds'] * row['speed']:.2f}", to_dense(rows, key)]
             + [f"{row['floor'] / row['seconds']:.2f}", str(row["mib"])]
             for key in order
             if (row := rows.get(key))

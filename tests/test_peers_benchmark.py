@@ -1,0 +1,141 @@
+"""benchmarks/peers.py measures in groups what does not fit into memory at once."""
+
+import gc
+import importlib
+import json
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+MIB = 2**20
+
+
+@pytest.fixture
+def peers(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    module = importlib.import_module("peers")
+    monkeypatch.setattr(module.measure, "RESULTS", tmp_path)
+    monkeypatch.setattr(module.measure, "matrix_rate", lambda *sizes: 1e9)
+    return module
+
+
+class Models:
+    """Cases with models of so many MiB, gradients and moments included; how many of them lived at
+    once, and what was measured together."""
+
+    def __init__(self, peers, monkeypatch, sizes):
+        self.alive, self.most, self.groups = weakref.WeakSet(), 0, []
+        dense = {"sparse": "dense", "large sparse": "dense"}
+        cases = {
+            label: peers.Case(self.build(mib), dense=dense.get(label, ""))
+            for label, mib in sizes.items()
+        }
+        monkeypatch.setattr(peers, "CASES", cases)
+        monkeypatch.setattr(peers, "training_step", self.training_step)
+        monkeypatch.setattr(peers.measure, "peak_memory", lambda work: MIB)
+        monkeypatch.setattr(peers.measure, "in_turn", self.in_turn)
+
+    @staticmethod
+    def build(mib):
+        def build(shape):
+            model = torch.nn.Module()
+            model.weight = torch.nn.Parameter(torch.empty(mib * MIB // 16))
+            return model
+
+        return build
+
+    def training_step(self, case, shape, like):
+        model = case.build(shape)
+        self.alive.add(model)
+        held = sum(each.weight.numel() for each in self.alive) * 16 // MIB
+        self.most = max(self.most, held)
+        return lambda: model
+
+    def in_turn(self, runs, rounds, warmup):
+        """The machine is slower by a second in each group; a case takes a second more than the one
+        before it."""
+        self.groups.append(list(runs))
+        number = len(self.groups)
+        return {label: [number + place] * rounds for place, label in enumerate(runs)}
+
+
+SIZES = {"plain PyTorch": 10, "dense": 10, "sparse": 20, "other": 10, "large sparse": 60}
+
+
+def test_groups_fit_and_have_what_their_cases_are_compared_with(peers):
+    cases = {label: peers.Case(None, dense="dense" if "sparse" in label else "") for label in SIZES}
+    for room in (80, 90, 100, 110, 1000):
+        found = peers.groups(cases, SIZES, room)
+        assert {label for group in found for label in group} == set(SIZES)
+        for group in found:
+            assert group[0] == "plain PyTorch" and sum(SIZES[label] for label in group) <= room
+            assert "dense" in group or not any("sparse" in label for label in group)
+    assert len(peers.groups(cases, SIZES, 1000)) == 1
+    assert len(peers.groups(cases, SIZES, 80)) == 2
+    assert [*SIZES][:3] + ["other"] in peers.groups(cases, SIZES, 50)
+    assert ["plain PyTorch", "dense", "large sparse"] in peers.groups(cases, SIZES, 50)
+
+
+def test_a_shape_runs_in_groups_of_the_free_memory(peers, monkeypatch, tmp_path):
+    models = Models(peers, monkeypatch, SIZES)
+    monkeypatch.setattr(peers.measure, "free_memory", lambda device: 80 * MIB / peers.FILLED)
+    peers.run({"96": peers.SHAPES["96"]}, ["sparse", "other", "large sparse"], 3, torch.empty(0))
+    first = ["plain PyTorch", "dense", "sparse", "other"]
+    second = ["plain PyTorch", "dense", "large sparse"]
+    assert models.groups == [first, second]
+    gc.collect()
+    assert models.most <= 80 and not models.alive, "models of a group stay"
+    (path,) = tmp_path.glob("*/peers.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert list(rows) == [f"96: {label}" for label in [*first, "large sparse"]]
+    # each ratio from its own group: 1, 2, 3, 4 s in the first, 2, 3, 4 s in the second
+    assert [row["seconds"] for row in rows.values()] == [1, 2, 3, 4, 4]
+    assert [row["speed"] for row in rows.values()] == [1, 0.5, 0.333, 0.25, 0.5]
+    assert [row.get("to_dense") for row in rows.values()] == [None, None, 1.5, None, 1.333]
+    table = path.with_suffix(".md").read_text()
+    assert "| 96: large sparse | 4.000 | 0.50 | 2.00 | 1.33 |" in table
+
+
+def test_a_case_that_cannot_fit_is_left_out_and_named(peers, monkeypatch, tmp_path, capsys):
+    models = Models(peers, monkeypatch, SIZES)
+    monkeypatch.setattr(peers, "GIB", MIB)
+    monkeypatch.setattr(peers.measure, "free_memory", lambda device: 60 * MIB)
+    peers.run({"96": peers.SHAPES["96"]}, ["large sparse", "other"], 1, torch.empty(0))
+    assert models.groups == [["plain PyTorch", "dense", "other"]]
+    message = (
+        "96: large sparse: left out: needs 106.7 GiB of free memory, there are 60.0; end other "
+        "programs\n"
+    )
+    assert message in capsys.readouterr().out
+
+
+def test_every_case_is_built_for_its_size_without_memory(peers):
+    """As many bytes as the model has, on the meta device, where 64 experts take none."""
+    pytest.importorskip("transformers")
+    shape = peers.Shape(2, 16, 2, 96, 40, 2, 64)
+    for label, case in peers.CASES.items():
+        parameters = list(case.build(shape).parameters())
+        assert peers.model_bytes(case, shape) == 16 * sum(p.numel() for p in parameters), label
+    for label, case in peers.CASES.items():
+        assert bool(case.dense) == ("ours" in label and "experts" in label), label
+        assert case.dense in ("", "bf16: ours" if case.bf16 else "ours")
+
+
+def test_ratios_of_an_older_file_come_by_way_of_plain_pytorch(peers):
+    rows = {"96: ours": {"speed": 2.0}, "96: ours, 8 experts": {"speed": 1.6}}
+    assert peers.to_dense(rows, "96: ours, 8 experts") == "1.25*"
+    assert peers.to_dense(rows, "96: ours") == "-"
+    rows["96: ours, 8 experts"]["to_dense"] = 1.2
+    assert peers.to_dense(rows, "96: ours, 8 experts") == "1.20"
+
+
+def test_free_memory_is_what_the_system_says(peers):
+    free = peers.measure.free_memory()
+    assert 0 < free
+    if sys.platform == "linux":
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        assert free < 1024 * int(lines["MemTotal"].split()[0])
