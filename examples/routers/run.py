@@ -33,9 +33,6 @@ def short(folder: Path) -> Path:
 
 def main(argv: Sequence[str]) -> int:
     parser = OneLineParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--text", type=Path, default=Path("runs/study-text"), help="folder for text and data"
-    )
     parser.add_argument("--text-bytes", type=int, help="bytes of training text per domain")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once (default: 2)")
     parser.add_argument(
@@ -45,8 +42,7 @@ def main(argv: Sequence[str]) -> int:
     )
     args = parser.parse_args(argv)
     file = short(Path("runs/routers-short")) if args.short else FULL
-    command = [sys.executable, str(STUDY), "--file", str(file), "--out", str(args.text)]
-    command += ["--jobs", str(args.jobs)]
+    command = [sys.executable, str(STUDY), "--file", str(file), "--jobs", str(args.jobs)]
     if args.text_bytes is not None:
         command += ["--text-bytes", str(args.text_bytes)]
     try:

@@ -1,6 +1,6 @@
 """`make study`: the quickstart's text, then `fairseq-moe study` on a file; resumable.
 
-The quickstart makes text and data-bins, once, in the folder --out.
+The quickstart makes text and data-bins, once, where the file's `data` is.
 """
 
 import subprocess
@@ -9,30 +9,43 @@ from pathlib import Path
 from typing import Sequence
 
 from fairseq_moe_ext import cli
-from fairseq_moe_ext.errors import OneLineParser
+from fairseq_moe_ext.errors import OneLineParser, UserError, require_positive
+from fairseq_moe_ext.study import plan, yaml_file
 
 HERE = Path(__file__).resolve().parent
 QUICKSTART = HERE.parent / "quickstart" / "run.py"
+
+
+def text_folder(file: Path) -> Path:
+    """Where the quickstart must put its text, for its data-bins to be where the study looks for
+    them. Raises UserError for a file that the study would refuse."""
+    content = yaml_file.read(file)
+    plan.planned(content, file)
+    data = Path(content["data"])
+    if data.name != "data":
+        raise UserError(f"{file}: data {data}: use a folder called data, as the quickstart does")
+    return data.parent
 
 
 def main(argv: Sequence[str]) -> int:
     parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("--file", type=Path, default=HERE / "two_cores.yaml")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/study-text"), help="folder for text and data"
-    )
-    parser.add_argument(
         "--text-bytes",
         type=int,
         default=1_500_000,
-        help="bytes of training text per domain (default: 1500000, as for the committed results)",
+        help="bytes of training text per domain (default: 1500000)",
     )
     parser.add_argument("--jobs", type=int, default=2, help="runs at once (default: 2)")
     args = parser.parse_args(argv)
-    command = [sys.executable, str(QUICKSTART), "--out", str(args.out), "--data-only"]
-    command += ["--text-bytes", str(args.text_bytes)]
     try:
-        status = subprocess.call(command)
+        require_positive(args, "jobs")
+        text = text_folder(args.file)
+        command = [sys.executable, str(QUICKSTART), "--out", str(text), "--data-only"]
+        status = subprocess.call([*command, "--text-bytes", str(args.text_bytes)])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     return status or cli.main(["study", str(args.file), "--jobs", str(args.jobs)])
