@@ -13,12 +13,16 @@ from typing import List, Sequence
 from fairseq_moe_ext import files
 from fairseq_moe_ext.errors import OneLineParser, UserError
 from fairseq_moe_ext.study.ladder import forecast, hours, needed, probe, running, stages
+from fairseq_moe_ext.wording import flag
 
 FILE = Path(__file__).resolve().parent / "ladder.yaml"
 
 
 def words(text: str) -> List[str]:
-    return [word for word in text.split(",") if word]
+    found = [word for word in text.split(",") if word]
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r}: name one or more, or leave it out")
+    return found
 
 
 def numbers(text: str) -> List[int]:
@@ -40,18 +44,19 @@ def parser() -> argparse.ArgumentParser:
         default=100.0,
         help="speed for the hours of arms that were not probed (default: 100)",
     )
-    found.add_argument("--dry-run", action="store_true", help="print the hours and stop")
-    found.add_argument(
+    instead = found.add_mutually_exclusive_group()
+    instead.add_argument("--dry-run", action="store_true", help="print the hours and stop")
+    instead.add_argument(
         "--write", action="store_true", help="write the files of the stages and stop"
     )
-    found.add_argument(
+    instead.add_argument(
         "--probe", action="store_true", help="time each arm's training steps and stop"
     )
-    found.add_argument(
+    instead.add_argument(
         "--forecast", action="store_true", help="write FILE_forecast.json (.md) and stop"
     )
-    found.add_argument("--only-result", action="store_true", help="gather what is done and stop")
-    found.add_argument(
+    instead.add_argument("--only-result", action="store_true", help="gather what is done and stop")
+    instead.add_argument(
         "--needed",
         action="store_true",
         help="print what saving 4 and 8 times would need, in tokens and hours, and stop",
@@ -69,9 +74,15 @@ def run(args: argparse.Namespace) -> int:
     """The exit status. Raises UserError for what cannot be."""
     if args.jobs < 1:
         raise UserError(f"--jobs {args.jobs}: use 1 or more")
-    for flag, speed in (("--gflops", args.gflops), ("--gpu-gflops", args.gpu_gflops)):
-        if not 0 < speed < math.inf:
-            raise UserError(f"{flag} {speed}: use a number above 0")
+    for name in ("gflops", "gpu_gflops"):
+        if not 0 < getattr(args, name) < math.inf:
+            raise UserError(f"{flag(name)} {getattr(args, name)}: use a number above 0")
+    asked = running.Chosen(args.stages, args.arms, args.seeds)
+    for action in ("forecast", "only_result", "needed"):
+        if getattr(args, action) and any(asked):
+            raise UserError(
+                f"{flag(action)} is of the whole ladder: leave out --stages, --arms and --seeds"
+            )
     ladder = stages.read(args.file)
     if args.forecast:
         print(forecast.write(ladder))
@@ -84,10 +95,9 @@ def run(args: argparse.Namespace) -> int:
     if args.needed:
         needed.say(ladder, args.gflops, args.gpu_gflops)
         return 0
-    asked = running.Chosen(args.stages, args.arms, args.seeds)
     wanted = running.chosen(ladder, asked)
     if args.probe:
-        named = {arm.name for stage in wanted for arm in stage.arms}
+        named = {stage.model(arm) for stage in wanted for arm in stage.arms}
         probe.run(ladder, [arm for arm in ladder.arms if arm.name in named])
         return 0
     print("\n".join(hours.said(ladder, wanted, args.gflops)), flush=True)

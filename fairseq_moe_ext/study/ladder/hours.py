@@ -5,7 +5,7 @@ from typing import List, Mapping, Sequence, Tuple
 from ...wording import count
 from .forecast import training_flops
 from .probe import seconds_per_token
-from .stages import LR, Ladder, Stage
+from .stages import Ladder, Stage
 
 
 def left(
@@ -17,8 +17,7 @@ def left(
     tokens = stage.updates * ladder.tokens_per_update
     for arm in stage.arms:
         of_arm = training_flops(arm, ladder) / (1e9 * gflops)
-        name = arm.name.rpartition(f"-{LR}")[0] if stage.name == LR else arm.name
-        each = tokens * probed.get(name, of_arm)
+        each = tokens * probed.get(stage.model(arm), of_arm)
         for seed in stage.seeds:
             if not (ladder.folder(stage, arm, seed) / "evaluation.json").is_file():
                 runs, seconds = runs + 1, seconds + each

@@ -81,6 +81,10 @@ class Stage(NamedTuple):
     screen: str = ""  # the stage by whose factors the sparse arms of this one are chosen
     at_least: float = 0.0  # the factor that they must have had in domain
 
+    def model(self, arm: Arm) -> str:
+        """The name of an arm of this stage, without its rate in the stage LR."""
+        return arm.name.rpartition(f"-{LR}")[0] if self.name == LR else arm.name
+
 
 class Ladder(NamedTuple):
     """What the file asks for."""

@@ -1,0 +1,41 @@
+"""The flags of examples/study/ladder.py, and what it says before it trains."""
+
+import pytest
+from small_ladder import command, write
+
+from fairseq_moe_ext.study.ladder import probe
+
+
+@pytest.mark.parametrize(
+    "words, error",
+    [
+        (["--dry-run", "--only-result"], "--only-result: not allowed with argument --dry-run"),
+        (["--forecast", "--dry-run"], "--dry-run: not allowed with argument --forecast"),
+        (["--probe", "--write"], "--write: not allowed with argument --probe"),
+        (["--arms", ""], "--arms: '': name one or more, or leave it out"),
+        (["--stages", ","], "--stages: ',': name one or more, or leave it out"),
+        (["--seeds", ""], "--seeds: '': name one or more, or leave it out"),
+        (["--seeds", "a"], "--seeds: invalid numbers value: 'a'"),
+    ],
+)
+def test_flags_that_cannot_be(words, error, capsys):
+    with pytest.raises(SystemExit):
+        command().main(words)
+    said = capsys.readouterr().err
+    assert error in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("action", ["--forecast", "--only-result", "--needed"])
+def test_what_is_of_the_whole_ladder_refuses_a_part(action, folder, capsys):
+    path = write(folder)
+    assert command().main([str(path), action, "--arms", "a"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {action} is of the whole ladder: leave out --stages")
+    assert not path.with_name("ladder_forecast.json").exists()
+
+
+def test_the_models_of_tries_are_probed(folder, monkeypatch):
+    timed = []
+    monkeypatch.setattr(probe, "run", lambda ladder, arms: timed.extend(arm.name for arm in arms))
+    assert command().main([str(write(folder)), "--probe", "--stages", "lr"]) == 0
+    assert timed == ["a", "a-E4"]
