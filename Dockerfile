@@ -8,8 +8,11 @@ FROM python:3.11-slim
 RUN apt-get update && apt-get install -y --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/*
 
+# The version that the second installation asks for: another one it would replace by PyPI's, with CUDA.
 ARG TORCH_INDEX="--index-url https://download.pytorch.org/whl/cpu"
-RUN pip install --no-cache-dir torch ${TORCH_INDEX}
+COPY constraints.txt /src/
+RUN grep ^torch== /src/constraints.txt > /tmp/torch.txt \
+    && pip install --no-cache-dir -c /tmp/torch.txt torch ${TORCH_INDEX}
 
 COPY . /src
 RUN pip install --no-cache-dir -c /src/constraints.txt /src \

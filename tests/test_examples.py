@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 import fairseq_moe_command
 
@@ -86,3 +87,15 @@ def test_the_docker_file_installs_as_the_readme_does():
     assert "--no-deps fairseq==0.12.2" in text
     for name in re.findall(r"/src/(\S+\.txt)", text):
         assert (ROOT / name).is_file()
+    # a torch of another version would be replaced by PyPI's, with CUDA
+    torch, *others = re.findall(r"pip install (.*?)(?:\n\n| \\\n)", text)
+    assert torch.endswith("-c /tmp/torch.txt torch ${TORCH_INDEX}")
+    assert all("-c /src/constraints.txt" in each or "--no-deps" in each for each in others)
+    assert (
+        "COPY constraints.txt /src/\nRUN grep ^torch== /src/constraints.txt > /tmp/torch.txt"
+        in text
+    )
+    pins = re.findall("^torch==.*", (ROOT / "constraints.txt").read_text(), flags=re.M)
+    image = {"python_version": re.search(r"FROM python:([\d.]+)", text)[1]}
+    (pin,) = (p for p in map(Requirement, pins) if not p.marker or p.marker.evaluate(image))
+    assert pin.specifier.contains(f"{str(pin.specifier)[2:]}+cpu")
