@@ -7,15 +7,13 @@ start the same command again and it goes on where it stopped.
 """
 
 import argparse
-import contextlib
 import functools
 import logging
 import os
-import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Sequence
+from typing import Any, Callable, Dict, List, Sequence
 
 # fairseq says on import that a package of its speech tasks is missing.
 logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)
@@ -231,20 +229,6 @@ def work(run: Run, data_only: bool) -> None:
     run.screen.line(f"\n{clock(seconds)} min in all. Figures: {run.out / 'report.html'}")
 
 
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """SIGTERM ends the run as Ctrl-C does."""
-
-    def interrupt(number, frame):
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = OneLineParser(
         description="Train a dense and an MoE language model at equal FLOPs per token on text of "
@@ -294,8 +278,7 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f"--updates {args.updates} is too few: use 2 or more")
         if args.text_bytes < 20_000:
             raise UserError(f"--text-bytes {args.text_bytes} is too little: use 20000 or more")
-        with interruptible():
-            work(run, args.data_only)
+        work(run, args.data_only)
     except UserError as error:
         screen.line()
         print(f"error: {error}", file=sys.stderr)

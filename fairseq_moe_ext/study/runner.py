@@ -10,6 +10,7 @@ folder, it resumes only with the settings that it started with, and all its proc
 """
 
 import contextlib
+import signal
 import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -38,9 +39,11 @@ class Runner:
         self.lock: Optional[Lock] = None
         self._ended = False
         self._mutex = threading.Lock()  # of children and _ended
+        self._on_terminate: Any = None  # what SIGTERM did before
 
     def open(self) -> None:
-        """Make the folder and hold it. Raises UserError if another works on it."""
+        """Make the folder and hold it; SIGTERM now raises KeyboardInterrupt, until `stop`. Raises
+        UserError if another works on it."""
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -48,6 +51,8 @@ class Runner:
                 f"{self.what} cannot be written ({error.strerror}): name another folder"
             ) from None
         self.lock = Lock(self.out / "lock", self.what)
+        if threading.current_thread() is threading.main_thread():
+            self._on_terminate = signal.signal(signal.SIGTERM, _interrupt)
 
     def check_settings(self, settings: Dict[str, Any], job: str, kind: str) -> None:
         """Note what the result depends on, or raise UserError unless the folder is empty or began
@@ -152,3 +157,11 @@ class Runner:
         self.end()
         if self.lock is not None:
             self.lock.release()
+        if self._on_terminate is not None:
+            signal.signal(signal.SIGTERM, self._on_terminate)
+            self._on_terminate = None
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    """SIGTERM, by which `kill` and queues end a job, does what Ctrl-C does."""
+    raise KeyboardInterrupt

@@ -1,5 +1,8 @@
 """The runner of child processes: one at a time in a folder, all ended together."""
 
+import os
+import signal
+import subprocess
 import sys
 import time
 
@@ -78,3 +81,41 @@ def test_a_folder_goes_on_with_the_same_settings_only(runner, tmp_path):
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["file"]
     with pytest.raises(UserError, match="cannot be written"):
         Runner(tmp_path / "mine" / "file", "--out x").open()
+
+
+JOB = """
+import sys
+from pathlib import Path
+from fairseq_moe_ext.study.runner import Runner
+runner = Runner(Path(sys.argv[1]), "out")
+try:
+    runner.open()
+    code = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    runner.call([sys.executable, "-c", code], runner.out / "log")
+except KeyboardInterrupt:
+    print("interrupted")
+finally:
+    runner.stop()
+"""
+
+
+def test_what_ends_the_job_ends_its_commands(tmp_path):
+    """`kill` and a queue send SIGTERM."""
+    job = subprocess.Popen([*python(JOB), str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    log = tmp_path / "log"
+    while not (log.exists() and log.read_text().endswith("\n")):
+        assert job.poll() is None
+        time.sleep(0.05)
+    job.terminate()
+    assert job.communicate(timeout=30)[0] == "interrupted\n" and job.returncode == 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(log.read_text()), 0)
+
+
+def test_sigterm_is_as_before_when_a_job_has_ended(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    made = Runner(tmp_path, "out")
+    made.open()
+    assert signal.getsignal(signal.SIGTERM) is not before
+    made.stop()
+    assert signal.getsignal(signal.SIGTERM) is before
