@@ -6,7 +6,7 @@ import json
 import os
 from itertools import takewhile
 from pathlib import Path
-from typing import Dict, Optional, Sequence
+from typing import Collection, Dict, Optional, Sequence
 
 from .. import data_bin, files, outputs
 from ..errors import UserError
@@ -39,16 +39,16 @@ def check(run: Run) -> None:
         )
 
 
-def differs(run: Run) -> str:
-    """The first setting of its training that the file has changed since, in words; "" for none.
-    Raises UserError for a damaged file."""
+def differs(run: Run, ignored: Collection[str] = ()) -> str:
+    """The first setting of its training that the file has changed since, in words; "" for none, or
+    only ignored flags. Raises UserError for a damaged file."""
     path = run.folder / COMMAND
     if not os.path.lexists(path):
         return ""
     with as_written(path):
         begun, asked = _settings(files.read_json(path)), _settings(run.train)
         for name in [*begun, *asked]:
-            if not _same(begun.get(name), asked.get(name)):
+            if name not in ignored and not _same(begun.get(name), asked.get(name)):
                 was, now = _shown(name, begun.get(name)), _shown(name, asked.get(name))
                 return f"was trained {was}, and the file now trains {now}"
     return ""

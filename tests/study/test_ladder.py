@@ -15,6 +15,7 @@ from fairseq_moe_ext import cli
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.study import plan
 from fairseq_moe_ext.study.ladder import (
+    finished,
     forecast,
     hours,
     needed,
@@ -29,6 +30,7 @@ from fairseq_moe_ext.study.ladder import (
     tables,
 )
 from fairseq_moe_ext.study.ladder.saving import Saving
+from fairseq_moe_ext.study.ladder.units import Units
 from fairseq_moe_ext.text_table import markdown
 
 REAL = stages.read(STUDY / "ladder.yaml")
@@ -339,7 +341,7 @@ def made_result(tmp_path):
         },
         "planned": 50,
         "runs": runs,
-        "factors": result.factors(ladder, runs, probed),
+        "factors": result.savings(ladder, runs, probed)[0],
     }
 
 
@@ -405,13 +407,93 @@ def test_bounds_over_seeds(tmp_path):
             made_run("16M-seeds", "d0-E64", seed, low, perplexity)
             for seed, perplexity in enumerate(perplexities, 2)
         ]
-        return [f for f in result.factors(ladder, dense + runs, {}) if f["group"] == "in_domain"]
+        return [f for f in result.savings(ladder, dense + runs, {})[0] if f["group"] == "in_domain"]
 
     (bound,) = found(39.0, math.sqrt(50 * 40))
     assert bound["beyond"] == 1 and bound["interval"] is None and not bound["interval_over"]
     assert bound["factor"] == pytest.approx((high / low) ** 0.75)
     assert tables.factor(bound) == f"> {bound['factor']:.2f}"
     assert found(39.0, 51.0) == []
+
+
+def test_every_saving_that_is_missing_has_a_reason(tmp_path):
+    ladder = REAL._replace(out=tmp_path)
+    low, high = (16e6 * forecast.training_flops(arm, ladder) for arm in ladder.arms[:2])
+    dense = [made_run("16M", "d0", 1, low, 50.0), made_run("16M", "d1", 1, high, 40.0)]
+
+    def said(*runs):
+        return result.savings(ladder, [*dense, *runs], {})[1]
+
+    sparse = made_run("16M", "d0-E64", 1, low, 45.0)
+    seeds = [made_run("16M-seeds", "d0-E64", seed, low, p) for seed, p in ((2, 39.0), (3, 51.0))]
+    assert said(sparse) == []
+    (line,) = said(made_run("16M", "d0-E64", 1, low, math.inf))
+    assert line == "d0-E64 on 16,000,000 tokens: no saving (in domain, kernel): it diverged."
+    (line,) = said(*seeds)
+    assert line.endswith(": one seed is better than every dense model, another worse.")
+    (line,) = said({**sparse, "protocol": {"context": 256, "stride": 64}})
+    assert line.endswith(": not measured on the same text or questions in every run.")
+    dense[0]["text"], sparse["text"] = "8f", ""
+    assert said(sparse) == [], "an older run does not say"
+    sparse["text"] = "9a"
+    assert said(sparse)[0].endswith(": not trained on the same text in every run.")
+    dense[1]["mean"]["in_domain"]["perplexity"] = math.inf
+    assert "(in domain): all dense models but one diverged." in said(sparse)[0]
+    del dense[1]
+    (line,) = said(sparse)
+    assert line == "On 16,000,000 tokens no saving: fewer than two dense models are done."
+
+
+def test_means_are_of_runs_of_the_same_text(tmp_path):
+    made = made_result(tmp_path)
+    assert tables.perplexities(made, "in_domain")[1][3:] == ["50.00"]
+    made["runs"][0]["text"], made["runs"][2]["text"] = "8f", "9a"  # d0, seeds 1 and 2
+    assert tables.perplexities(made, "in_domain")[1][3:] == ["different text"]
+    drawn = page._perplexities(made, 16_000_000, ["d0", "d1"])
+    made["remarks"] = ["d0-E64 on 16,000,000 tokens: no saving."]
+    assert made["remarks"][0] in page.html(made, page.charts(made))
+    assert made["remarks"][0] in tables.page(made)
+    assert drawn != page._perplexities(made_result(tmp_path), 16_000_000, ["d0", "d1"])
+
+
+def test_runs_of_another_file_are_left_out(folder, tmp_path, monkeypatch):
+    """By command.json; a folder without it, as older ones, counts."""
+    ladder = stages.read(write(folder))._replace(out=tmp_path)
+    stage = ladder.stage("first")
+    given = {arm.name: ladder.tried[ladder.searched(arm)][0].flags["lr"] for arm in ladder.arms}
+    for arm, run in zip(stage.arms, stages.runs_of(ladder, stage, given)):
+        run.folder.mkdir(parents=True)
+        (run.folder / "evaluation.json").write_text("{}")
+        if arm.name != "a-E4":
+            (run.folder / "command.json").write_text(json.dumps(["/elsewhere", *run.train[1:]]))
+    monkeypatch.setattr(finished, "of_run", lambda run, *_: {"size": run.size, "of": run.family})
+
+    def collected(ladder):
+        runs, left_out = finished.collect(ladder)
+        return [(run["size"], run["of"], run["stage"]) for run in runs], left_out
+
+    every = [("a", "dense"), ("b", "dense"), ("a-E4", "moe"), ("a-4x2", "moe")]
+    assert collected(ladder) == ([(*one, "first") for one in every], []), "rates not chosen yet"
+    validation(ladder.folder(ladder.stages[0], ladder.tried["a"][0], 1), 30)
+    validation(ladder.folder(ladder.stages[0], ladder.tried["a"][1], 1), 20)  # another than given
+    runs, left_out = collected(ladder)
+    assert [run[0] for run in runs] == ["a-E4", "a-4x2"]
+    words = "with --lr 1e-2, and the file now trains with --lr 1e-3"
+    assert left_out[0] == f"{tmp_path}/first/arm-a-1: left out: was trained {words}"
+    longer = ladder._replace(stages=[s._replace(updates=9) for s in ladder.stages])
+    runs, left_out = collected(longer)
+    assert [run[0] for run in runs] == ["a-E4"] and "with --max-update 3, and" in left_out[0]
+
+
+def test_a_rate_is_chosen_from_tries_with_the_settings_of_the_file(folder, tmp_path):
+    ladder = stages.read(write(folder))._replace(out=tmp_path)
+    for run in stages.runs_of(ladder, ladder.stages[0], None):
+        validation(run.folder, 30)
+        (run.folder / "command.json").write_text(json.dumps(run.train))
+    assert rates.choose(ladder)["a"].value == "1e-2"
+    longer = ladder._replace(stages=[s._replace(updates=9) for s in ladder.stages])
+    with pytest.raises(UserError, match="arm-a-lr10-1: was trained with --max-update 3, and"):
+        rates.choose(longer)
 
 
 def test_runs_that_diverged_have_no_factor(tmp_path):
@@ -422,7 +504,7 @@ def test_runs_that_diverged_have_no_factor(tmp_path):
     def found(dense, sparse):
         runs = [made_run("16M", n, 1, *of) for n, *of in zip(names, flops, dense)]
         runs.append(made_run("16M", "d0-E64", 1, flops[0], sparse))
-        return [f for f in result.factors(ladder, runs, {}) if f["group"] == "in_domain"]
+        return [f for f in result.savings(ladder, runs, {})[0] if f["group"] == "in_domain"]
 
     assert found((50.0, 40.0, 30.0), math.inf) == []
     assert found((50.0, math.inf, math.inf), 45.0) == []
@@ -437,7 +519,7 @@ def test_an_infinite_perplexity_is_collected(folder, tmp_path):
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
     run = plan.Run("dense", "a", 1, 3, tmp_path, [], [], [])
     with pytest.raises(UserError, match="checkpoint_best.pt"):  # which is read next
-        result.of_run(run, 32, 128)
+        finished.of_run(run, 32, 128)
 
 
 def test_the_text_is_noted_and_stays_so(tmp_path):
@@ -451,6 +533,10 @@ def test_the_text_is_noted_and_stays_so(tmp_path):
     ladder.out.mkdir()
     (ladder.out / "result.json").write_text(json.dumps({**made_result(tmp_path), "text": noted}))
     assert result._text(ladder) == noted
+    folder = ladder.folder(ladder.stage("4M"), ladder.arms[0], 1)
+    folder.mkdir(parents=True)
+    (folder / "text.json").write_text('{"corpora": {"b": {}}}')
+    assert result._text(ladder) == {"corpora": {"b": {}}}, "what a run was trained on"
 
 
 def test_an_interval_over_seeds_needs_dense_runs_of_these_seeds(tmp_path):
@@ -464,7 +550,7 @@ def test_an_interval_over_seeds_needs_dense_runs_of_these_seeds(tmp_path):
         runs += [made_run(stage, "d0-E64", seed, d0, sparse)]
 
     def found(runs):
-        (one,) = [f for f in result.factors(ladder, runs, {}) if f["group"] == "in_domain"]
+        (one,) = [f for f in result.savings(ladder, runs, {})[0] if f["group"] == "in_domain"]
         return one
 
     one = math.log(d1 / d0) * math.log(50 / 45) / math.log(50 / 40)
@@ -527,12 +613,12 @@ def test_losses_of_other_documents_are_not_compared(folder, tmp_path):
         units = {"kernel": {"nats": [1.0, 2.0], "tokens": tokens}}
         (one / "unit_losses.json").write_text(json.dumps(units))
     runs = [made_run("first", arm.name, 1, 1.0, 9.0) for arm in stage.arms[:3]]
-    units = result._Units(ladder, result._Of(384, [stage], {}))
+    units = Units(ladder, [stage])
     with pytest.raises(UserError, match="arm-a-E4-1/unit_losses.json: lacks ker"):
         units.interval(runs[:2], runs[2], "in_domain")
     (folders[2] / "unit_losses.json").write_text('{"kernel": {"nats": [NaN], "tokens": [11]}}')
     with pytest.raises(UserError, match="unit_losses.json: not in the format .*losses of kernel"):
-        result._Units(ladder, result._Of(384, [stage], {})).interval(runs[:2], runs[2], "in_domain")
+        Units(ladder, [stage]).interval(runs[:2], runs[2], "in_domain")
 
 
 @pytest.mark.parametrize("units, known", [(([11], [5, 6]), 0), (([5, 6], [5, 6]), 1)])
@@ -550,13 +636,13 @@ def test_a_set_of_one_unit_has_no_interval(folder, tmp_path, units, known):
         path = ladder.folder(stage, arm, 1) / "unit_losses.json"
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(losses))
-    found = result._Units(ladder, result._Of(384, [stage], {}))
+    found = Units(ladder, [stage])
     for group, has_one in (("kernel", known), ("other", 1), ("in_domain", known)):
         interval, over = found.interval(runs[:2], runs[2], group)
         assert (interval is not None, over) == (has_one, "units of test text" if has_one else "")
 
 
-def test_only_arms_that_saved_enough_go_on(tmp_path, monkeypatch):
+def test_only_arms_that_saved_enough_go_on(tmp_path, monkeypatch, capsys):
     made = made_result(tmp_path)
     stage = REAL.stage("64M")
     passed = result.passing(REAL, stage._replace(at_least=1.5), made)
@@ -566,6 +652,9 @@ def test_only_arms_that_saved_enough_go_on(tmp_path, monkeypatch):
         *("d0", "d1", "d2", "d3"),
         *("d0-E64", "d0-256x4", "d0-256x4-bf16"),
     ]
+    said = capsys.readouterr().out
+    assert said.startswith("stage 64M: not run, because they have no saving at 16M: d0-E8, d0-E128")
+    assert "d0-E64," not in said and "d1-E8," not in said
     assert running.screened(REAL, stage).arms == []
     monkeypatch.setattr(result, "collect", lambda ladder: {**made, "factors": []})
     with pytest.raises(UserError, match="stage 64M: .* in the stage 16M, which has no factor yet"):

@@ -5,6 +5,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 
 from ... import outputs
 from ...evaluation import figures, paper, report
+from ...evaluation.study_result import unlike
 from ...forecast.laws import S_BASE
 from ...wording import count
 from ..result import GROUPS, mean_flops, mean_performance
@@ -161,7 +162,7 @@ def _perplexities(result: LadderResult, tokens: int, bases: Sequence[str]) -> fi
     points: Dict[str, List[Tuple[float, float]]] = {name: [] for name in ("dense", *bases)}
     for name, arm in arms.items():
         mine = tables.runs_of(result, name, tokens)
-        if mine:
+        if mine and not unlike(mine, GROUPS[0]):
             line = "dense" if arm["family"] == "dense" else arm["base"]
             points[line].append((mean_flops(mine), mean_performance(mine, GROUPS[0])))
     series = [
@@ -206,7 +207,7 @@ def html(result: LadderResult, drawn: Dict[str, figures.Chart]) -> str:
         "ladder.html",
         title=result["ladder"]["title"],
         summary=summary(result),
-        warnings=tables.warnings(result),
+        warnings=[*tables.warnings(result), *tables.remarks(result)],
         note=tables.note(result).replace("`", ""),
         savings=[(TITLES[g], table(tables.over_tokens(result, g))) for g in present],
         costs=table(tables.costs(result)),

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Tuple
 
 from ...errors import UserError
-from .. import logs
-from .stages import LR, Ladder
+from .. import logs, trained
+from ..plan import Run
+from .stages import LR, Ladder, runs_of
 
 
 class Rate(NamedTuple):
@@ -28,8 +29,9 @@ class Rate(NamedTuple):
 
 def choose(ladder: Ladder) -> Dict[str, Rate]:
     """The best for each arm whose rate is searched. One value alone needs no run. Raises UserError
-    unless all others are trained."""
-    return {name: _best(ladder, name) for name in ladder.tried}
+    unless all others are trained, with the settings that the file has."""
+    tries = {run.folder: run for run in runs_of(ladder, ladder.stage(LR), None)}
+    return {name: _best(ladder, name, tries) for name in ladder.tried}
 
 
 def of_arms(ladder: Ladder, chosen: Mapping[str, Rate]) -> Dict[str, Any]:
@@ -45,7 +47,7 @@ def of_arms(ladder: Ladder, chosen: Mapping[str, Rate]) -> Dict[str, Any]:
     return {arm: chosen[name].value for arm, name in names.items()}
 
 
-def _best(ladder: Ladder, name: str) -> Rate:
+def _best(ladder: Ladder, name: str, tries: Mapping[Path, Run]) -> Rate:
     arms, stage = ladder.tried[name], ladder.stage(LR)
     if len(arms) == 1:
         return Rate(arms[0].flags[LR], [])
@@ -56,6 +58,9 @@ def _best(ladder: Ladder, name: str) -> Rate:
             raise UserError(
                 f"{folder}: not trained yet; learning rates are chosen when the stage {LR} is done"
             )
+        other = trained.differs(tries[folder])
+        if other:
+            raise UserError(f"{folder}: {other}: delete this folder to try it again")
         tried.append((arm.flags[LR], validated(folder / "train.log")))
     value, perplexity = min(tried, key=lambda one: one[1])
     return Rate(value if perplexity < math.inf else None, tried)

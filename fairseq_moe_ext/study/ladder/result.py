@@ -3,25 +3,33 @@
 import math
 import statistics
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, TypedDict, cast
-
-import numpy as np
+from typing import (
+    Any,
+    Dict,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    TypedDict,
+    Union,
+    cast,
+)
 
 from ... import data_bin, files
 from ...errors import UserError
-from ...evaluation.perplexity import UnitLosses
-from ...evaluation.study_result import RunResult, as_written, sets_of, unlike
-from ..plan import Run
-from ..result import GROUPS, mean_flops, of_run, performance
-from . import forecast, probe, rates, saving
+from ...evaluation.study_result import unlike
+from .. import trained
+from ..result import GROUPS, mean_flops, performance
+from . import finished, forecast, probe, rates, saving
+from .finished import LadderRun
 from .forecast import Forecast
 from .saving import Saving
 from .stages import LR, Arm, Ladder, Stage, float32_twin
+from .units import Units
 
-UNITS = "unit_losses.json"
 OVER_SEEDS = "seeds"
-OVER_UNITS = "units of test text"
-OVER_INTERVALS = "perplexities, as if independent"
 
 
 class Factor(TypedDict):
@@ -41,12 +49,6 @@ class Factor(TypedDict):
     in_seconds: Optional[float]  # in seconds on this machine, a bound as `factor`; None: not probed
 
 
-class LadderRun(RunResult):
-    """A run of a stage."""
-
-    stage: str
-
-
 class LadderResult(TypedDict):
     """result.json."""
 
@@ -58,6 +60,7 @@ class LadderResult(TypedDict):
     planned: int
     runs: List[LadderRun]
     factors: List[Factor]
+    remarks: List[str]  # what was left out, and which savings are missing; older files lack it
 
 
 def is_result(content: Any) -> bool:
@@ -78,17 +81,7 @@ def read(folder: Path) -> Optional[LadderResult]:
 
 def collect(ladder: Ladder) -> LadderResult:
     """Of all runs that are finished, also those of stages that were not asked for this time."""
-    runs: List[LadderRun] = []
-    planned = 0
-    for stage in ladder.stages:
-        for seed in stage.seeds:
-            for arm in stage.arms:
-                planned += 1
-                folder = ladder.folder(stage, arm, seed)
-                if (folder / "evaluation.json").is_file():
-                    run = Run(arm.family, arm.name, seed, stage.updates, folder, [], [], [])
-                    found = of_run(run, ladder.context, ladder.tokens_per_update)
-                    runs.append(LadderRun(stage=stage.name, **found))
+    runs, left_out = finished.collect(ladder)
     try:
         chosen = {
             name: {
@@ -102,23 +95,33 @@ def collect(ladder: Ladder) -> LadderResult:
     except UserError:
         chosen = {}
     probed = probe.seconds_per_token(ladder)
+    found, missing = savings(ladder, runs, probed)
     return {
         "ladder": _described(ladder),
         "rates": chosen,
         "seconds_per_token": probed,
         "forecasts": forecast.read(ladder.forecast),
         "text": _text(ladder),
-        "planned": planned,
+        "planned": sum(len(stage.seeds) * len(stage.arms) for stage in ladder.stages),
         "runs": runs,
-        "factors": factors(ladder, runs, probed),
+        "factors": found,
+        "remarks": left_out + missing,
     }
 
 
 def _text(ladder: Ladder) -> Dict[str, Any]:
-    """Of the data folder, or as it was noted before that was deleted."""
-    path = Path(ladder.data) / data_bin.COUNTS
-    if path.is_file():
-        return cast(Dict[str, Any], files.read_json(path))
+    """As the first run noted it; of an older run that of the data folder, or as it was noted before
+    that was deleted."""
+    folders = (
+        ladder.folder(stage, arm, seed)
+        for stage in ladder.stages
+        for seed in stage.seeds
+        for arm in stage.arms
+    )
+    noted = (folder / trained.TEXT for folder in folders)
+    for path in (*noted, Path(ladder.data) / data_bin.COUNTS):
+        if path.is_file():
+            return cast(Dict[str, Any], files.read_json(path))
     earlier = read(ladder.out)
     return earlier.get("text", {}) if earlier else {}
 
@@ -147,13 +150,17 @@ class _Of(NamedTuple):
     """The runs on one number of tokens: arm -> seed -> run."""
 
     tokens: int
-    stages: List[Stage]
     runs: Dict[str, Dict[int, LadderRun]]
+    units: Units
 
 
-def factors(ladder: Ladder, runs: Sequence[LadderRun], probed: Mapping[str, float]) -> List[Factor]:
-    """Of every sparse arm, on every number of tokens, by every group and set."""
+def savings(
+    ladder: Ladder, runs: Sequence[LadderRun], probed: Mapping[str, float]
+) -> Tuple[List[Factor], List[str]]:
+    """Of every sparse arm, on every number of tokens, by every group and set; and a line for each
+    arm that lacks some, with the reason."""
     found: List[Factor] = []
+    remarks: List[str] = []
     for tokens in sorted({stage.tokens for stage in ladder.stages if stage.name != LR}):
         stages = [s for s in ladder.stages if s.name != LR and s.tokens == tokens]
         names = {stage.name for stage in stages}
@@ -161,20 +168,24 @@ def factors(ladder: Ladder, runs: Sequence[LadderRun], probed: Mapping[str, floa
         for run in runs:
             if run["stage"] in names:
                 by_arm.setdefault(run["size"], {})[run["seed"]] = run
-        of = _Of(tokens, stages, by_arm)
+        of = _Of(tokens, by_arm, Units(ladder, stages))
         dense = [arm for arm in ladder.arms if arm.family == "dense" and arm.name in by_arm]
-        if len(dense) < 2:
+        sparse = [arm for arm in ladder.arms if arm.family == "moe" and arm.name in by_arm]
+        if sparse and len(dense) < 2:
+            remarks.append(f"On {tokens:,} tokens no saving: fewer than two dense models are done.")
             continue
-        units = _Units(ladder, of)
-        for arm in ladder.arms:
-            if arm.family == "moe" and arm.name in by_arm:
-                for group in _groups(by_arm[arm.name]):
-                    finite = [d for d in dense if not _diverged(by_arm[d.name], group)]
-                    if len(finite) < 2 or _diverged(by_arm[arm.name], group):
-                        continue
-                    one = _factor(ladder, arm, finite, of, group, probed, units)
-                    found += [one] if one is not None else []
-    return found
+        for arm in sparse:
+            lacking: Dict[str, List[str]] = {}
+            for group in _groups(by_arm[arm.name]):
+                one = _factor(ladder, arm, dense, of, group, probed)
+                if isinstance(one, str):
+                    lacking.setdefault(one, []).append(group.replace("_", " "))
+                else:
+                    found.append(one)
+            for reason, groups in lacking.items():
+                where = f"{arm.name} on {tokens:,} tokens"
+                remarks.append(f"{where}: no saving ({', '.join(groups)}): {reason}.")
+    return found, remarks
 
 
 def _diverged(by_seed: Mapping[int, LadderRun], group: str) -> bool:
@@ -194,28 +205,29 @@ def _curve(dense: Sequence[Arm], of: _Of, seed: int) -> List[LadderRun]:
 
 
 def _factor(
-    ladder: Ladder,
-    arm: Arm,
-    dense: Sequence[Arm],
-    of: _Of,
-    group: str,
-    probed: Mapping[str, float],
-    units: "_Units",
-) -> Optional[Factor]:
+    ladder: Ladder, arm: Arm, dense: Sequence[Arm], of: _Of, group: str, probed: Mapping[str, float]
+) -> Union[Factor, str]:
+    """Or why there is none."""
     by_seed = of.runs[arm.name]
+    if _diverged(by_seed, group):
+        return "it diverged"
+    dense = [one for one in dense if not _diverged(of.runs[one.name], group)]
+    if len(dense) < 2:
+        return "all dense models but one diverged" if dense else "all dense models diverged"
     mine = [by_seed[seed] for seed in sorted(by_seed)]
     curves = [_curve(dense, of, run["seed"]) for run in mine]
-    if unlike([*mine, *(run for curve in curves for run in curve)], group):
-        return None  # not on the same text
-    savings = _savings(curves, mine, group)
-    if len({one.beyond for one in savings} - {0}) > 1:
-        return None  # one seed is better than every dense model, another worse
-    whole = _mean(savings)
+    reason = unlike([*mine, *(run for curve in curves for run in curve)], group)
+    if reason:
+        return reason
+    of_seeds = _savings(curves, mine, group)
+    if len({one.beyond for one in of_seeds} - {0}) > 1:
+        return "one seed is better than every dense model, another worse"
+    whole = _mean(of_seeds)
     if len(mine) > 1:
-        interval = _over_seeds(savings, curves, mine, group)
+        interval = _over_seeds(of_seeds, curves, mine, group)
         over = OVER_SEEDS if interval else ""
     else:
-        interval, over = units.interval(curves[0], mine[0], group)
+        interval, over = of.units.interval(curves[0], mine[0], group)
     flops = mean_flops(mine)
     routed = flops + mine[0]["tokens"] * forecast.router_flops(arm, ladder)
     return {
@@ -287,88 +299,23 @@ def _in_seconds(
     return _mean(savings).factor
 
 
-class _Units:
-    """The losses of units of test text in the runs on one number of tokens, read when needed."""
-
-    def __init__(self, ladder: Ladder, of: _Of) -> None:
-        self.folders = {
-            (stage.name, arm.name, seed): ladder.folder(stage, arm, seed)
-            for stage in of.stages
-            for arm in stage.arms
-            for seed in stage.seeds
-        }
-        self._losses: Dict[Path, Optional[Dict[str, UnitLosses]]] = {}
-        self._drawn: Dict[Tuple[Tuple[Path, ...], str], np.ndarray] = {}
-
-    def interval(
-        self, curve: Sequence[LadderRun], mine: LadderRun, group: str
-    ) -> Tuple[Optional[saving.Ends], str]:
-        """Of one seed, and over what it is."""
-        runs = [*curve, mine]
-        costs = [run["flops"] for run in runs]
-        folders = [self.folders[run["stage"], run["size"], run["seed"]] for run in runs]
-        losses = [self._of(folder) for folder in folders]
-        if all(losses):
-            names = sets_of(mine, group)
-            by_set = [self._draws(folders, name, i) for i, name in enumerate(names)]
-            units = losses[-1] or {}
-            if any(len(units[name]["tokens"]) == 1 for name in names):  # nothing to draw
-                return None, ""
-            perplexities = np.mean(by_set, axis=0)  # (draws, M)
-            return saving.ends_over_units(costs, perplexities), OVER_UNITS
-        intervals = [
-            where[group].get("interval")
-            for run in runs
-            for where in (run["mean"], run["sets"])
-            if group in where
-        ]
-        width = saving.joint_width(intervals)
-        if width is None:
-            return None, ""
-        ends = saving.ends_by_intervals(
-            _points(curve, group), mine["flops"], performance(mine, group), width
-        )
-        return ends, OVER_INTERVALS
-
-    def _of(self, folder: Path) -> Optional[Dict[str, UnitLosses]]:
-        if folder not in self._losses:
-            path = folder / UNITS
-            self._losses[folder] = _unit_losses(path) if path.is_file() else None
-        return self._losses[folder]
-
-    def _draws(self, folders: Sequence[Path], name: str, seed: int) -> np.ndarray:
-        """(draws, M) perplexities on a set."""
-        key = (tuple(folders), name)
-        if key not in self._drawn:
-            models = [(self._of(folder) or {}).get(name) for folder in folders]
-            for folder, model in zip(folders, models):
-                if model is None or model["tokens"] != (models[0] or model)["tokens"]:
-                    raise UserError(
-                        f"{folder / UNITS}: lacks {name}, or has other units of it than "
-                        f"{folders[0] / UNITS}: delete this file, or evaluate both runs again"
-                    )
-            self._drawn[key] = saving.drawn_perplexities([m for m in models if m], seed)
-        return self._drawn[key]
-
-
-def _unit_losses(path: Path) -> Dict[str, UnitLosses]:
-    """Raises UserError for a damaged file."""
-    with as_written(path):
-        found: Dict[str, UnitLosses] = files.read_json(path)
-        for name, units in found.items():
-            nats, tokens = units["nats"], units["tokens"]
-            finite = all(0 <= n < math.inf for n in nats) and all(0 < n for n in tokens)
-            if not (nats and len(nats) == len(tokens) and finite):
-                raise ValueError(f"losses of {name}")
-        return found
-
-
 def passing(ladder: Ladder, stage: Stage, result: LadderResult) -> List[Arm]:
     """The sparse arms of a stage that saved enough in domain in the stage that screens it."""
+    saved = _screen(ladder, stage, result)
+    return [a for a in stage.arms if a.name in saved and saved[a.name] >= stage.at_least]
+
+
+def without_saving(ladder: Ladder, stage: Stage, result: LadderResult) -> List[Arm]:
+    """The sparse arms of a stage that the stage that screens it knows nothing of."""
+    saved = _screen(ladder, stage, result)
+    return [arm for arm in stage.arms if arm.family == "moe" and arm.name not in saved]
+
+
+def _screen(ladder: Ladder, stage: Stage, result: LadderResult) -> Dict[str, float]:
+    """Arm -> saving in domain in the stage that screens a stage."""
     tokens = ladder.stage(stage.screen).tokens
-    saved = {
+    return {
         found["arm"]: 0.0 if found["beyond"] < 0 else found["factor"]
         for found in result["factors"]
         if found["tokens"] == tokens and found["group"] == GROUPS[0]
     }
-    return [a for a in stage.arms if a.name in saved and saved[a.name] >= stage.at_least]

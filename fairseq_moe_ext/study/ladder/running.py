@@ -63,6 +63,12 @@ def screened(ladder: Ladder, stage: Stage) -> Stage:
             "has no factor yet; run that first"
         )
     passed = result.passing(ladder, stage, found)
+    unknown = result.without_saving(ladder, stage, found)
+    if unknown:
+        print(
+            f"stage {stage.name}: not run, because they have no saving at {stage.screen}: "
+            + ", ".join(arm.name for arm in unknown)
+        )
     arms = [arm for arm in stage.arms if arm.family == "dense" or arm in passed]
     return stage._replace(arms=arms if passed else [])
 
@@ -105,6 +111,8 @@ def write_result(ladder: Ladder) -> LadderResult:
         raise UserError(f"{ladder.out}: no run is finished yet")
     outputs.write_json(ladder.out / "result.json", found)
     page.write(ladder.out, found)
+    for line in found["remarks"]:
+        print(line)
     return found
 
 

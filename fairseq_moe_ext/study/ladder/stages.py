@@ -14,7 +14,7 @@ from ...models.architectures import ARCHITECTURES
 from ...wording import did_you_mean
 from .. import yaml_file
 from ..flags import blocks_per_update
-from ..plan import ARM, FAMILIES, Keys, check_name, check_seeds, checked, planned
+from ..plan import ARM, FAMILIES, Keys, Run, check_name, check_seeds, checked, planned
 
 LR = "lr"  # the stage that tries learning rates
 PROBE = "probe"  # the folder of measurements, beside those of the stages
@@ -350,6 +350,11 @@ def study_file(ladder: Ladder, stage: Stage, rates: Optional[Mapping[str, Any]])
     """A stage as the YAML of a study of arms. `rates` has the learning rate of each arm; None in
     the stage LR, whose arms have theirs."""
     return yaml.safe_dump(_study(ladder, stage, rates), sort_keys=False, width=1000)
+
+
+def runs_of(ladder: Ladder, stage: Stage, rates: Optional[Mapping[str, Any]]) -> List[Run]:
+    """A stage's runs as its study makes them, in order of seeds, then arms; `rates` as above."""
+    return planned(_study(ladder, stage, rates), ladder.out / f"{stage.name}.yaml").runs
 
 
 def _study(ladder: Ladder, stage: Stage, rates: Optional[Mapping[str, Any]]) -> Dict[str, Any]:

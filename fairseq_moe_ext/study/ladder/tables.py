@@ -4,14 +4,16 @@ import math
 from typing import Dict, List, Optional, Sequence, Tuple
 
 from ... import data_bin
+from ...evaluation.study_result import unlike
 from ...text_table import markdown
 from ...wording import signed
 from ..arms import by_arm, difference, measured, percent, shared
 from ..plan import FAMILIES
 from ..result import GROUPS, computed_in, mean_flops, mean_performance, warning
 from ..tables import TITLES
+from .finished import LadderRun
 from .forecast import Forecast
-from .result import Factor, LadderResult, LadderRun
+from .result import Factor, LadderResult
 from .stages import LR
 
 Rows = List[List[str]]
@@ -150,7 +152,8 @@ def perplexities(result: LadderResult, group: str) -> Rows:
         row.append(f"{mine[0]['parameters'] / 1e6:.2f}")
         for budget in tokens:
             of_budget = [run for run in mine if _stage_tokens(result, run) == budget]
-            row.append(f"{mean_performance(of_budget, group):.2f}" if of_budget else "")
+            mean = f"{mean_performance(of_budget, group):.2f}" if of_budget else ""
+            row.append("different text" if unlike(of_budget, group) else mean)
         rows.append(row)
     return [head, *rows]
 
@@ -163,6 +166,11 @@ def warnings(result: LadderResult) -> List[str]:
         line = warning(runs, FAMILIES[0])
         lines += [f"On {millions(tokens)} tokens {line}."] if line else []
     return lines
+
+
+def remarks(result: LadderResult) -> List[str]:
+    """What was left out, and which savings are missing, a line each."""
+    return result.get("remarks", [])  # older results lack it
 
 
 def _trained(result: LadderResult) -> List[LadderRun]:
@@ -272,7 +280,7 @@ def growth(result: LadderResult) -> List[Tuple[str, float]]:
 def page(result: LadderResult) -> str:
     """tables.md: all tables, for a page of documentation."""
     forecasts = result["forecasts"]
-    parts = [note(result), *warnings(result)]
+    parts = [note(result), *warnings(result), *remarks(result)]
     for group in GROUPS:
         if any(f["group"] == group for f in result["factors"]):
             parts += [f"## Saving, {TITLES[group]}", markdown(over_tokens(result, group))]
