@@ -839,6 +839,28 @@ def test_progress_of_every_run(folder, tmp_path):
     assert not list(tmp_path.glob("*.tmp*"))
 
 
+def test_progress_of_a_run_that_diverged_or_has_another_criterion(folder, tmp_path):
+    ladder = stages.read(write(folder))._replace(out=tmp_path)
+    stage = ladder.stage("first")
+    logs = [
+        inner(1, 6) + inner(2, "nan") + inner(3, 5000),
+        inner(1, "nan"),
+        inner(1, 6).replace("inner_loss", "loss"),
+        inner(1, 6).replace("inner_loss", "nll_loss").replace("{", '{"loss": "7", '),
+    ]
+    curves = []
+    for arm, log in zip(stage.arms, logs):
+        one = ladder.folder(stage, arm, 1)
+        one.mkdir(parents=True)
+        (one / "train.log").write_text(log)
+        curves.append([y for _, y in progress.state(one, 3).curve])
+    assert curves[0][0] == 64.0 and all(map(math.isnan, curves[0][1:] + curves[1]))
+    assert list(map(len, curves)) == [3, 1, 1, 1] and curves[2:] == [[64.0], [64.0]]
+    progress.write(ladder, 100.0)
+    html = (tmp_path / "progress.html").read_text()
+    assert "0 of 11 runs are done, 4 at work" in html
+
+
 def test_hours_are_of_what_is_left(folder, tmp_path):
     ladder = stages.read(write(folder))._replace(out=tmp_path)
     stage = ladder.stage("first")

@@ -4,7 +4,7 @@ import contextlib
 import math
 import time
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Sequence, Tuple
 
 from ... import files, outputs
 from ...errors import UserError
@@ -37,7 +37,7 @@ def state(folder: Path, updates: int) -> State:
     if not log.is_file():
         return State("to do")
     lines = logs.without_repeats(log, "train_inner")
-    curve = [(float(v["num_updates"]), 2 ** min(99, float(v["inner_loss"]))) for v in lines]
+    curve = [(float(values["num_updates"]), _perplexity(values)) for values in lines]
     step = max(1, len(curve) // _MOST_POINTS)
     curve = curve[step - 1 :: step]
     at = int(lines[-1]["num_updates"]) if lines else 0
@@ -49,6 +49,13 @@ def state(folder: Path, updates: int) -> State:
         return State("evaluation", updates, minutes, curve=curve)
     young = time.time() - log.stat().st_mtime < RUNS_IF_YOUNGER
     return State("running" if young else "stopped", at, minutes, curve=curve)
+
+
+def _perplexity(values: Mapping[str, Any]) -> float:
+    """Of a line of training; NaN where it diverged."""
+    names = ("inner_loss", "nll_loss", "loss")  # not all criterions log the first ones
+    bits = next((float(values[name]) for name in names if name in values), math.nan)
+    return 2**bits if bits < 100 else math.nan
 
 
 Row = Tuple[Arm, int, State]  # and the seed
