@@ -67,6 +67,12 @@ def parser() -> argparse.ArgumentParser:
         default=20_000.0,
         help="of --needed: speed of a GPU on models so small (default: 20000, assumed)",
     )
+    found.add_argument(
+        "--measured",
+        type=Path,
+        metavar="FOLDER",
+        help="of --needed: the ladder whose savings it continues (default: the file's `out`)",
+    )
     return found
 
 
@@ -93,7 +99,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"{ladder.out / 'report.html'} and {ladder.out / 'tables.md'}")
         return 0
     if args.needed:
-        needed.say(ladder, args.gflops, args.gpu_gflops)
+        if args.measured and not (args.measured / "result.json").is_file():
+            raise UserError(f"--measured {args.measured}: has no result.json; name another folder")
+        needed.say(ladder, args.measured or ladder.out, args.gflops, args.gpu_gflops)
         return 0
     wanted = running.chosen(ladder, asked)
     if args.probe:

@@ -758,7 +758,7 @@ def test_the_forecast_that_is_committed_is_of_this_ladder():
 
 def test_what_would_be_needed(tmp_path, capsys):
     ladder = REAL._replace(out=tmp_path)
-    rows = needed.table(ladder, 100.0, 10_000.0)
+    rows = needed.table(ladder, tmp_path, 100.0, 10_000.0)
     found = {(row[0], row[1]): [float(x.replace(",", "")) for x in row[2:]] for row in rows[1:]}
     tokens = 5.2e9 * (4 / 3.15) ** (math.log(126 / 5.2) / math.log(4.83 / 3.15))
     hours = tokens * 13.27872e6 * (1 + 4) / 1e11 / 3600
@@ -773,14 +773,27 @@ def test_what_would_be_needed(tmp_path, capsys):
     bound = {**wide, "tokens": 64_000_000, "factor": 3.9, "beyond": 1}  # no number, so left out
     factors = [{**wide, "tokens": 4_000_000, "factor": 1.5}, wide, bound]
     (tmp_path / "result.json").write_text(json.dumps({**made, "factors": factors}))
-    four = [row for row in needed.table(ladder, 100.0, 1e4) if row[0] == "d0-256x4, measured"][0]
+    four = [
+        row for row in needed.table(ladder, tmp_path, 100.0, 1e4) if row[0] == "d0-256x4, measured"
+    ][0]
     doublings = 2 * math.log(4 / wide["factor"]) / math.log(wide["factor"] / 1.5)
     assert float(four[2]) == pytest.approx(16e6 * 2**doublings, rel=0.06)
-    docs = (STUDY.parents[1] / "docs" / "study.md").read_text(encoding="utf-8")
-    printed = re.findall(r"^\| d1, .*", docs, flags=re.M)
-    assert printed and {*printed} <= {*markdown(needed.table(ladder, 100, 20_000)).splitlines()}
-    needed.say(ladder, 100.0, 10_000.0)
+    needed.say(ladder, tmp_path, 100.0, 10_000.0)
     assert "Computed, not measured." in capsys.readouterr().out
+
+
+def test_what_would_be_needed_by_the_result_that_is_committed(capsys):
+    """Of docs/study.md, by its own command."""
+    docs = STUDY.parents[1] / "docs"
+    text = (docs / "study.md").read_text(encoding="utf-8")
+    words = re.search(r"`python examples/study/ladder.py (--needed .*?)`", text)[1].split()
+    assert words.pop() == "docs/ladder_two_cores"
+    assert command().main([*words, str(docs / "ladder_two_cores")]) == 0
+    rows = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    printed = re.findall(r"^\| d\d.*, (?:measured|by tokens|by updates) \|.*", text, flags=re.M)
+    assert len(printed) == 13 and {*printed} <= {*rows}
+    left_out = [row for row in rows if row not in text]
+    assert all("never by" in row or row.startswith("| d1, 64 experts") for row in left_out)
 
 
 def test_the_result_that_is_committed():

@@ -39,3 +39,14 @@ def test_the_models_of_tries_are_probed(folder, monkeypatch):
     monkeypatch.setattr(probe, "run", lambda ladder, arms: timed.extend(arm.name for arm in arms))
     assert command().main([str(write(folder)), "--probe", "--stages", "lr"]) == 0
     assert timed == ["a", "a-E4"]
+
+
+def test_results_of_another_format_or_no_result_are_one_line(folder, tmp_path, capsys):
+    """For --needed --measured."""
+    path, main = write(folder), command().main
+    assert main([str(path), "--needed", "--measured", str(tmp_path)]) == 1
+    assert "has no result.json; name another folder" in capsys.readouterr().err
+    (tmp_path / "result.json").write_text('{"ladder": {}, "factors": [{}]}')
+    assert main([str(path), "--needed", "--measured", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'result.json'}: not in the format" in said and said.count("\n") == 1
