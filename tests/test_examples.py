@@ -3,7 +3,7 @@
 import json
 import os
 import re
-import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -46,20 +46,36 @@ def test_the_notebook_runs(tmp_path, monkeypatch, capsys):
     assert "By token" in capsys.readouterr().out and names["found"].html()
 
 
-def test_the_batch_script_has_flags_that_exist(monkeypatch):
+def batch_script(tmp_path, tasks, **variables):
+    """What the batch script gives to srun, as a list of words, and its exit status and messages."""
+    srun = tmp_path / "srun"
+    srun.write_text(f"#!/bin/bash\nprintf '%s\\0' \"$@\" > {tmp_path}/words\n")
+    srun.chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(ROOT / "examples" / "slurm" / "train.sbatch"), "--log-interval", "7"],
+        env={
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            **{"SLURM_NTASKS": str(tasks), "SLURM_JOB_ID": "21", "SLURM_CPUS_PER_TASK": "8"},
+            **variables,
+        },
+        capture_output=True,
+        text=True,
+    )
+    words = tmp_path / "words"
+    return words.read_text().split("\0")[:-1] if words.exists() else [], done
+
+
+@pytest.mark.parametrize("tasks", (16, 64))
+def test_the_batch_script_trains_as_the_hydra_config(tasks, tmp_path, monkeypatch):
     from fairseq import options
 
-    text = (ROOT / "examples" / "slurm" / "train.sbatch").read_text(encoding="utf-8")
-    command = re.search(r"srun (fairseq-train .*?)\n\n|srun (fairseq-train .*)", text, flags=re.S)
-    line = (command[1] or command[2]).replace("\\\n", " ")
-    line = re.sub(r"\$\(\(.*?\)\)", "12345", line).replace("$DATA", "data").replace("$SAVE", "runs")
-    line = line.replace("$SLURM_NTASKS", "16").replace('"$@"', "")
-    words = shlex.split(line)
-    monkeypatch.setattr(sys, "argv", words)
-    args = options.parse_args_and_arch(options.get_training_parser(), words[1:])
-    assert args.arch == "moe_lm_15b" and args.distributed_port == 12345
-    assert args.distributed_world_size == 16
-    # the same training as of the Hydra config
+    words, done = batch_script(tmp_path, tasks)
+    assert done.returncode == 0, done.stderr
+    assert words[:3] == ["--cpus-per-task", "8", "fairseq-train"]
+    monkeypatch.setattr(sys, "argv", words[2:])
+    args = options.parse_args_and_arch(options.get_training_parser(), words[3:])
+    assert args.arch == "moe_lm_15b" and args.distributed_port == 20021
+    assert args.distributed_world_size == tasks and args.log_interval == 7
     config = {
         name: yaml.safe_load((ROOT / "hydra_conf" / f"{name}.yaml").read_text(encoding="utf-8"))
         for name in ("moe_lm_15b", "base", "optimizer/adam", "criterion/moe_cross_entropy")
@@ -71,8 +87,21 @@ def test_the_batch_script_has_flags_that_exist(monkeypatch):
         assert getattr(args, name) == config["optimizer/adam"][name], name
     assert args.warmup_updates == config["moe_lm_15b"]["lr_scheduler"]["warmup_updates"]
     assert int(args.total_num_update) == args.max_update
-    assert args.moe_gate_loss_wt == config["criterion/moe_cross_entropy"]["moe_gate_loss_wt"]
-    assert args.batch_size * args.update_freq[0] * 16 * args.tokens_per_sample == 2**19
+    criterion = config["criterion/moe_cross_entropy"]
+    for name in ("wt", "combine_method", "transform"):
+        name = f"moe_gate_loss_{name}"
+        assert getattr(args, name) == criterion[name], name
+    assert args.moe_z_loss_wt == criterion["moe_z_loss_wt"]
+    assert args.no_epoch_checkpoints == config["base"]["checkpoint"]["no_epoch_checkpoints"]
+    assert args.best_checkpoint_metric.endswith("ppl")  # not the loss with the balancing loss
+    assert args.batch_size * args.update_freq[0] * tasks * args.tokens_per_sample == 2**19
+
+
+@pytest.mark.parametrize("tasks, variables", ((12, {}), (512, {}), (64, {"BATCH": "8"})))
+def test_the_batch_script_refuses_another_batch(tasks, variables, tmp_path):
+    words, done = batch_script(tmp_path, tasks, **variables)
+    assert done.returncode == 1 and not words
+    assert done.stderr.startswith("error: BATCH=") and done.stderr.count("\n") == 1
 
 
 def test_the_citation_has_the_version():
