@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.nn.functional as F
 from closeness import assert_near
 from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
@@ -193,6 +194,13 @@ def test_compiled_twice_for_all_lengths(monkeypatch):
     assert counter.frame_count <= 2  # one for the first, one for any other
 
 
+def test_compiled_in_one_piece_with_the_answer_of_this_machine():
+    torch.manual_seed(0)
+    layer, x = matmul.Linear(8, 16), torch.randn(20, 8)
+    compiled = torch.compile(lambda x: F.gelu(layer(x)), backend="eager", fullgraph=True)
+    assert_near(compiled(x), F.gelu(layer(x)), 1e-6)
+
+
 @needs_onednn
 def test_where_onednn_is_not_asked(computed, monkeypatch):
     monkeypatch.setattr(matmul, "onednn_is_faster", lambda: True)
@@ -248,13 +256,15 @@ def test_onednn_is_taken_where_it_is_clearly_faster_and_exact(
 ):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(matmul, "compared_with_mkl", lambda: (speed, error))
-    assert matmul.onednn_is_faster.__wrapped__() is taken
+    monkeypatch.setattr(matmul, "_faster", None)
+    assert matmul.onednn_is_faster() is taken
 
 
 @needs_onednn
 def test_its_speed_and_error_are_measured():
     speed, error = matmul.compared_with_mkl()
-    assert 0.05 < speed < 50 and 0 < error < 1e-2
+    assert 0.05 < speed < 50
+    assert 0 < error < 1e-5 or 1e-4 < error < 1e-2  # that of float32, or of bfloat16
 
 
 @needs_onednn

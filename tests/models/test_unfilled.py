@@ -9,6 +9,7 @@ from small_models import MOE, build_model, make_config, make_task
 from torch.overrides import TorchFunctionMode
 
 from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.kernels import matmul
 from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
 
 
@@ -67,3 +68,13 @@ def test_a_load_that_fails_leaves_the_next_model_initialised(tmp_path):
     with Draws() as draws:
         build_model()
     assert draws.count > 0
+
+
+def test_loading_first_decides_on_the_matrix_products_as_building_first_does(tmp_path, monkeypatch):
+    if matmul._settings() is None:
+        pytest.skip("this PyTorch has no switch to oneDNN")
+    weights = build_model().state_dict()
+    monkeypatch.setattr(matmul, "_found_faster", lambda: 0 < matmul.compared_with_mkl()[1] < 1e-2)
+    monkeypatch.setattr(matmul, "_faster", None)  # as in a new process
+    load(tmp_path / "x.pt", {}, weights)
+    assert matmul._faster is True
