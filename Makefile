@@ -33,18 +33,22 @@ quickstart: install  ## train and compare a dense and a Mixture-of-Experts model
 study: install   ## train and compare three sizes a family, three seeds; an hour and more
 	$(KEEP_FREED) $(RUN) examples/study/run.py
 
-benchmark: install  ## measure layers, training, evaluation, generation and more; about 40 minutes
+# What docs/performance.md shows, by the commands that it names.
+benchmark: install  ## measure layers, training, evaluation, generation and more; not timed as a whole yet
 	$(RUN) -m pip install --quiet -c constraints.txt -e ".[benchmark]"
-	$(KEEP_FREED) $(RUN) benchmarks/layer.py
+	$(KEEP_FREED) $(RUN) benchmarks/layer.py --rounds 7
 	$(KEEP_FREED) $(RUN) benchmarks/ablation.py
 	$(RUN) benchmarks/peers.py
+	$(KEEP_FREED) $(RUN) benchmarks/peers.py --shapes 256 96 --cases ours
 	$(RUN) benchmarks/train_step.py
-	$(RUN) benchmarks/train_step.py --shares
-	$(RUN) benchmarks/trainer.py
+	$(RUN) benchmarks/train_step.py --groups dense --cases stock ours --context 512 --tokens 8192 --updates 2
+	$(RUN) benchmarks/train_step.py --shares --updates 2
+	$(KEEP_FREED) $(RUN) benchmarks/trainer.py --cases dense "8 experts"
 	$(RUN) benchmarks/evaluate.py
 	$(RUN) benchmarks/evaluate.py --peers
-	$(RUN) benchmarks/generate.py
-	$(RUN) benchmarks/prepare.py
+	$(RUN) benchmarks/generate.py --shapes 256
+	$(RUN) benchmarks/generate.py --shapes wide --rounds 2
+	$(RUN) benchmarks/prepare.py --megabytes 8 --rounds 1
 	$(RUN) benchmarks/growth.py
 	$(RUN) benchmarks/start_up.py
 

@@ -37,7 +37,7 @@ from fairseq_moe_ext.cost import Shape, training_flops_per_token
 
 VOCABULARY, DIM, HIDDEN = 50_000, 768, 3072
 TOKENS = 2048  # an update, unless told otherwise
-# Of the processes: a thread that waits sleeps, as the other cases take their turn meanwhile.
+# Of the processes: a thread that waits sleeps, and takes no seconds of the processor.
 THREADS = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
 SHAPE = f"""--decoder-layers 4 --decoder-embed-dim {DIM} --decoder-ffn-embed-dim {HIDDEN}
     --decoder-attention-heads 12 --activation-fn gelu --share-decoder-input-output-embed
