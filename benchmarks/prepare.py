@@ -4,7 +4,8 @@
 
 Python's library as text, a byte-level BPE of 8,000 tokens learned from it. Commands are timed as
 they are called, start-up included; `tokenizers` without reading and writing, and in this process.
-All may use two cores; `prepare` uses one for each 25 MB of text.
+All may use two cores; `prepare` uses one for each 25 MB of text. Commands run under
+OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations

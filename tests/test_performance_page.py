@@ -170,6 +170,14 @@ def test_the_table_of_the_ablation_is_that_of_its_file():
         assert shown == expected
 
 
+def test_every_row_of_the_results_has_its_day():
+    for path in (ROOT / "benchmarks" / "results").glob("*/*.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        assert set(content["measured"]) == set(content["rows"]) != set(), path
+        for measured in content["measured"].values():
+            assert re.fullmatch(r"20\d\d-\d\d-\d\d", measured["date"])
+
+
 def recipe():
     """(with KEEP_FREED, command) of each program that `make benchmark` runs."""
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
