@@ -135,7 +135,7 @@ def test_a_report_leaves_what_is_not_its_own(places, capsys):
     made_result(places)
     (places / "figures").write_text("mine", encoding="utf-8")
     assert cli.main(["report", "."]) == 1
-    assert "error: figures: cannot be created: File exists" in capsys.readouterr().err
+    assert "error: figures: is not a folder; move it elsewhere" in capsys.readouterr().err
     (places / "figures").unlink()
     (places / "report.html").symlink_to("old.json")
     assert cli.main(["report", "."]) == 1

@@ -91,14 +91,23 @@ def check_renewable(path: Path) -> None:
                 raise UserError(f"{path}: is not a page of this command; move it elsewhere")
 
 
+def check_with_charts(folder: Path) -> None:
+    """Raise UserError before the work if `write_with_charts` could not write to the folder, which
+    is there."""
+    check_renewable(folder / "report.html")
+    figures = folder / FIGURES
+    if figures.exists() and not figures.is_dir():
+        raise UserError(f"{figures}: is not a folder; move it elsewhere")
+
+
 def write_with_charts(
     folder: Path, html: str, charts: Mapping[str, Any], png: bool = False
 ) -> None:
     """Write report.html and each figures.Chart as figures/NAME.svg, with `png` also NAME.png.
     Raises UserError before the first if one cannot be written, or if another program's page is
     there."""
-    page, figures = folder / "report.html", folder / FIGURES
-    check_renewable(page)
+    check_with_charts(folder)
+    figures = folder / FIGURES
     try:
         figures.mkdir(exist_ok=True)
     except OSError as error:
@@ -109,4 +118,4 @@ def write_with_charts(
         chart.write_svg(figures / f"{name}.svg")
         if png:
             chart.write_png(figures / f"{name}.png")
-    outputs.write_text(page, html)
+    outputs.write_text(folder / "report.html", html)

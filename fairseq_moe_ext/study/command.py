@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
             for command in study_run.commands:
                 print(plans.typed(command))
         return
-    _check_result(plan.out)
+    _check_result(plan)
     if args.only_result:
         for line in results.left_out(plan):
             print(line)
@@ -157,15 +157,16 @@ class _Work:
         self.bar.refresh()
 
 
-def _check_result(out: Path) -> None:
-    """Raise UserError before any work unless result.json can be made anew: it is missing, or a
-    study's."""
-    path = out / "result.json"
-    if not os.path.lexists(out):
+def _check_result(plan: Plan) -> None:
+    """Raise UserError before any work unless the results can be made anew: result.json is missing,
+    or a study's."""
+    path = plan.out / "result.json"
+    if not os.path.lexists(plan.out):
         return
-    if not out.is_dir():
-        raise UserError(f"{out}: `out` is not a folder; name another")
-    outputs.check([("", path)], overwrite=True)
+    if not plan.out.is_dir():
+        raise UserError(f"{plan.out}: `out` is not a folder; name another")
+    written = [path, *([plan.out / "comparison.md"] if plan.reference else [])]
+    outputs.check([("", name) for name in written], overwrite=True)
     if path.exists():
         content = files.read_json(path)
         if not study_result.is_result(content) or "ladder" in content:

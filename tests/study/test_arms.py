@@ -14,7 +14,7 @@ from fairseq_moe_ext.config_checks import validate
 from fairseq_moe_ext.cost import parameters, training_flops_per_token
 from fairseq_moe_ext.models.architectures import ARCHITECTURES
 from fairseq_moe_ext.shape import shape_of
-from fairseq_moe_ext.study import arms, logs, plan, result, yaml_file
+from fairseq_moe_ext.study import arms, command, logs, plan, result, yaml_file
 from fairseq_moe_ext.study.paired import holm, paired, t_quantile
 from fairseq_moe_ext.study.plan import Run
 from fairseq_moe_ext.study.router_metrics import router_metrics
@@ -327,6 +327,16 @@ def test_the_short_example_is_the_whole_one_with_less(tmp_path):
     short, full = (yaml_file.read(f) for f in (module.short(tmp_path / "s"), module.FULL))
     assert short["arms"] == full["arms"] and short["updates"] == 20
     assert Path(short["out"]) == tmp_path / "s" and len(short["seeds"]) == 2
+
+
+def test_a_comparison_that_cannot_be_written_is_found_before_the_first_run(
+    folder, monkeypatch, capsys
+):
+    monkeypatch.setattr(command, "_Work", lambda *_: pytest.fail("a run began"))
+    path = write(folder, lambda text: text.replace("/arms", "/taken"))
+    (folder / "taken" / "comparison.md").mkdir(parents=True)
+    assert cli.main(["study", str(path)]) == 1
+    assert "taken/comparison.md: a folder, not a file" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -668,7 +668,7 @@ def test_pages(tmp_path, capsys):
     assert "--fine-tuning x: is for a study of two families" in capsys.readouterr().err
     (tmp_path / "figures").write_text("mine")
     assert cli.main(["report", str(tmp_path)]) == 1
-    assert "figures: cannot be created: File exists" in capsys.readouterr().err
+    assert "figures: is not a folder; move it elsewhere" in capsys.readouterr().err
     (tmp_path / "figures").unlink()
     (tmp_path / "tables.md").mkdir()
     assert cli.main(["report", str(tmp_path)]) == 1

@@ -3,7 +3,7 @@
 import pytest
 from small_ladder import command, write
 
-from fairseq_moe_ext.study.ladder import probe
+from fairseq_moe_ext.study.ladder import probe, running
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,25 @@ def test_results_of_another_format_or_no_result_are_one_line(folder, tmp_path, c
     assert main([str(path), "--needed", "--measured", str(tmp_path)]) == 1
     said = capsys.readouterr().err
     assert f"{tmp_path / 'result.json'}: not in the format" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "name, error",
+    [
+        ("report.html", "is not a page of this command; move it elsewhere"),
+        ("tables.md/x", "a folder, not a file"),
+        ("figures", "is not a folder; move it elsewhere"),
+    ],
+)
+def test_a_page_of_another_is_found_before_the_first_training(
+    folder, name, error, monkeypatch, capsys
+):
+    monkeypatch.setattr(running.cli, "main", lambda words: pytest.fail("a stage began"))
+    path = write(folder, lambda text: text.replace("/ladder", f"/{name[:5]}"))
+    there = folder / name[:5] / name
+    there.parent.mkdir(parents=True)
+    there.write_text("mine")
+    assert command().main([str(path)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {folder / name[:5]}/{name.split('/')[0]}: {error}")
+    assert said.count("\n") == 1 and there.read_text() == "mine"

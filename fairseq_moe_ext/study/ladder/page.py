@@ -27,11 +27,17 @@ SAVING_LEGEND = (
 def write(folder: Path, result: LadderResult, png: bool = False) -> int:
     """Write the page, tables.md and figures/*.svg; how many charts there are. Raises UserError for
     files that are another's."""
-    outputs.check([("", folder / "tables.md")], overwrite=True)
+    check(folder)
     drawn = charts(result)
     report.write_with_charts(folder, html(result, drawn), drawn, png)
     outputs.write_text(folder / "tables.md", tables.page(result))
     return len(drawn)
+
+
+def check(folder: Path) -> None:
+    """Raise UserError before the work if `write` could not write to the folder, which is there."""
+    outputs.check([("", folder / "tables.md")], overwrite=True)
+    report.check_with_charts(folder)
 
 
 def charts(result: LadderResult) -> Dict[str, figures.Chart]:

@@ -100,8 +100,10 @@ def do(ladder: Ladder, stages: Sequence[Stage], jobs: int, gflops: float) -> int
 
 
 def check_result(ladder: Ladder) -> None:
-    """Raise UserError before any work if result.json is another's."""
+    """Raise UserError before any work if result.json or a page is another's."""
     result.read(ladder.out)
+    if ladder.out.is_dir():
+        page.check(ladder.out)
 
 
 def write_result(ladder: Ladder) -> LadderResult:
