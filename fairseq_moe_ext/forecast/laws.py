@@ -7,7 +7,7 @@ same loss on the same number of tokens.
 from __future__ import annotations
 
 import math
-from typing import Callable, Dict, List, NamedTuple, Tuple
+from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
 
 
 class Model(NamedTuple):
@@ -19,6 +19,7 @@ class Model(NamedTuple):
     top_k: int = 1  # such experts per token
     granularity: float = 1.0  # G: G times as many experts and choices, each expert 1/G as wide
     layers: float = 0.5  # share of the layers that are sparse
+    idle: Optional[float] = None  # parameters of experts that a token leaves out; None: by `layers`
 
     @property
     def expert_share(self) -> float:
@@ -33,6 +34,8 @@ class Model(NamedTuple):
 
     @property
     def total(self) -> float:
+        if self.idle is not None:
+            return self.active + self.idle
         return self.base * (1 + self.expert_share * (self.experts - 1))
 
 

@@ -87,6 +87,19 @@ REAL = stages.read(STUDY / "ladder.yaml")
         ("moe-freq: 1", "moe-freq: '1'", "a-E4: moe-freq '1': write it without quotes"),
         ("cpu: true", "cpu: true, max-target-positions: '32'", "positions '32': write it without"),
         ("moe-freq: 1", "moe-freq: 1, updates: 9", "moe: flags: updates: remove it; the"),
+        *(
+            (
+                "experts: 4}}",
+                f"experts: 4, flags: {{{{{flag}: 2}}}}}}}}",
+                f"flags: {flag}: remove it; the",
+            )
+            for flag in ("moe-expert-count", "moe-expert-ffn-dim", "moe-top-k")
+        ),
+        (
+            "moe-freq: 1",
+            "moe-freq: 1, moe-top-k: 2",
+            "moe: flags: moe-top-k: remove it; the ladder",
+        ),
         ("moe-freq: 1", "moe-freq: 2", "arm a-E4: --moe-freq 2 picks no layer"),
         ("granularity: 2", "granularity: 3", "granularity 3: does not divide the decoder-ffn-e"),
         ("bases: [a]", "bases: [a, a]", "moe: two arms are called a-E4; rename or remove one"),
@@ -354,6 +367,7 @@ def made_result(tmp_path):
         ("", "moe-layers: '1'", 2, 1, 4),
         ("", "moe-dropless: true", 2, 1, 4),  # every second layer, as of the architecture
         ("", "moe-freq: 1, moe-router: hash, moe-balance: none", 2, 2, 0),
+        ("", "moe-freq: 1, moe-router: random, moe-balance: none", 2, 2, 0),
     ],
 )
 def test_costs_follow_all_flags(folder, train, flags, matrices, sparse, logits):
@@ -373,7 +387,7 @@ def test_costs_follow_all_flags(folder, train, flags, matrices, sparse, logits):
     assert forecast.router_flops(arm, ladder) == 6 * sparse * 16 * logits
     assert forecast.model_of(arm, ladder, 1e6).layers == sparse / 2
     named = result._described(ladder)["arms"]["b-E4"]["router"]
-    assert named == ("topk" if logits else "hash")
+    assert named == ("topk" if logits else flags.split()[3].rstrip(","))
     assert forecast.router_flops(ladder.arms[0], ladder) == 0, "dense"
 
 
@@ -702,6 +716,29 @@ def test_pages(tmp_path, capsys):
     assert f"{best['arm']} saves most" in page.summary({**made, "factors": [best, worse]})
 
 
+def test_a_budget_with_a_model_better_than_all_dense_ones_has_no_point(tmp_path, monkeypatch):
+    """That model may be the one that saves most."""
+    made = made_result(tmp_path)
+    monkeypatch.setattr(
+        page.figures,
+        "line_chart",
+        lambda title, series, *words, **flags: [s.points for s in series],
+    )
+    assert any(f["beyond"] > 0 for f in made["factors"] if f["group"] == "in_domain")
+    law, _, ours, _ = page.saving_chart(made)
+    assert law == ours == []
+    for found in made["factors"]:
+        if found["arm"] == "d1-E8":
+            found["beyond"] = -1  # worse than all: it does not save most
+    law, _, ours, _ = page.saving_chart(made)
+    most = max(f["factor"] for f in made["factors"] if f["arm"] != "d1-E8")
+    assert [y for _, y in ours] == [most] and len(law) == 1
+    for found in made["factors"]:
+        if found["arm"] == "d1-E8" and found["group"] != "in_domain":
+            found["beyond"] = 1
+    assert page.saving_chart(made)[2] == ours, "out of domain says nothing"
+
+
 @pytest.mark.parametrize("records_flags", [True, False])
 def test_a_line_is_of_arms_that_differ_in_the_number_of_experts_alone(
     tmp_path, monkeypatch, records_flags
@@ -748,12 +785,55 @@ def test_the_forecast_that_is_committed_is_of_this_ladder():
     committed = json.loads((STUDY / "ladder_forecast.json").read_text())["forecasts"]
     assert committed == json.loads(json.dumps(forecast.forecasts(REAL)))
     found = {(f["arm"], f["tokens"]): f for f in committed}
+    page = (STUDY / "ladder_forecast.md").read_text(encoding="utf-8")
+    assert markdown(forecast.table(committed)) in page
     # science: E = 64, continued in tokens
     assert found["d0-E64", 16_000_000]["trend_tokens"] == pytest.approx(1.45, abs=0.005)
     assert found["d0-E64", 64_000_000]["trend_tokens"] == pytest.approx(1.7, abs=0.05)
     assert forecast.trend(512, 1e9) is None and forecast.trend(64, 5.2e9) == pytest.approx(3.15)
     with pytest.raises(UserError, match=r"ladder_forecast.json: exists"):
         forecast.write(REAL)
+
+
+def test_the_laws_count_the_parameters_that_arms_have():
+    """All of a sparse model, from its widths; the dense model of the saving has the same loss."""
+    arms = {arm.name: arm for arm in REAL.arms}
+    found = {(f["arm"], f["tokens"]): f["laws"] for f in forecast.forecasts(REAL)}
+    for name, layers, dim, ffn, left_out in (
+        *(("d0-E64", 4, 96, 384, 63), ("d0-E8", 4, 96, 384, 7), ("d0-hash64", 4, 96, 384, 63)),
+        *(("d0-256x4", 4, 96, 96, 252), ("d1-E64", 4, 160, 640, 63)),
+    ):
+        base = forecast.training_flops(arms[name], REAL) / 6
+        total = base + layers * left_out * (2 * dim * ffn + dim + ffn)
+        assert forecast.model_of(arms[name], REAL, 4e6).total == total
+        fine = 2.1 / arms[name].granularity ** 0.58 + 18.1
+        loss = fine / total**0.115 + 30.8 / 4e6**0.147
+        dense = found[name, 4_000_000]["krajewski"] * base
+        assert 16.3 / dense**0.126 + 26.7 / 4e6**0.127 == pytest.approx(loss, rel=1e-9)
+        used = arms[name].granularity / arms[name].flags["moe-expert-count"]
+        loss = (
+            16612.5 / total**0.5962 + 17.26 / (used**0.1603 * total**0.1595) + 0.4598 * used**0.1666
+        )
+        dense = found[name, 4_000_000]["abnar"] * base
+        assert 16612.5 / dense**0.5962 + 17.26 / dense**0.1595 + 0.4598 == pytest.approx(
+            loss, rel=1e-9
+        )
+
+
+def test_arms_that_a_law_tells_apart_are_forecast(folder):
+    """Skipped: what differs in precision or score alone."""
+    arms = """{E4: {experts: 4}, bf16: {experts: 4, flags: {bf16: true}},
+    score: {experts: 4, flags: {moe-score: sigmoid}}, half: {experts: 4, flags: {moe-freq: 2}},
+    random: {experts: 4, flags: {moe-router: random, moe-balance: none}},
+    hash: {experts: 4, flags: {moe-router: hash, moe-balance: none}}}"""
+    path = write(folder, lambda text: re.sub("arms: {E4.*", f"arms: {arms}", text))
+    path.write_text(path.read_text().replace("bases: [a]", "bases: [b]").replace("a-E4", "b-E4"))
+    ladder = stages.read(path)
+    found = [f for f in forecast.forecasts(ladder) if f["tokens"] == 384]
+    assert [f["arm"] for f in found] == ["b-E4", "b-half", "b-random", "b-hash"]
+    ladder = ladder._replace(arms=[arm._replace(experts=64) for arm in ladder.arms])
+    found = [f for f in forecast.forecasts(ladder) if f["tokens"] == 384]
+    assert [f["trend_tokens"] is None for f in found] == [False, False, True, True]
 
 
 def test_what_would_be_needed(tmp_path, capsys):
@@ -813,6 +893,13 @@ def test_the_result_that_is_committed():
     assert f"{best['factor']:.2f} becomes {best['with_router']:.2f}." in plain
     assert f"`d0-hash64` saves {other['in_seconds']:.2f} times the seconds, and `d0-256x4`" in plain
     assert f": {best['in_seconds']:.2f}." in plain
+    committed = json.loads((STUDY / "ladder_forecast.json").read_text("utf-8"))["forecasts"]
+    assert found["forecasts"] == committed
+    laws = {name: f"{value:.2f}" for name, value in committed[0]["laws"].items()}
+    said = (
+        "(`d0-E64` on 4M: {s-base} times by Clark et al., {krajewski} by Krajewski et al., {abnar}"
+    )
+    assert said.format(**laws) in plain
     _, (name, seeds, inside, outside) = tables.in_bfloat16(found)
     assert (name, seeds) == ("d0-256x4-bf16, 16M", "3")
     assert f"differs by {inside} % in domain and {outside} % out of domain" in plain

@@ -1,9 +1,11 @@
 """What the published laws and DeepMind's curves say that each arm will save, before it is trained.
 
 A law's N is taken as training FLOPs a token / 6, as `fairseq-moe forecast --fit` takes it, so that
-its saving is one of FLOPs. The trend continues the factors of Clark et al.'s published curves
-(google-deepmind/scaling_laws_for_routing, data/curves.csv.gz: 25M parameters, S-BASE in every
-layer), computed by this project's definition, to fewer tokens: ln factor is linear in ln tokens.
+its saving is one of FLOPs. Where a law counts all parameters of a sparse model (Krajewski, Abnar),
+they are that and the parameters of the experts that a token leaves out. The trend continues the
+factors of Clark et al.'s published curves (google-deepmind/scaling_laws_for_routing,
+data/curves.csv.gz: 25M parameters, S-BASE in every layer), computed by this project's definition,
+to fewer tokens: ln factor is linear in ln tokens.
 """
 
 import math
@@ -43,9 +45,9 @@ def training_flops(arm: Arm, ladder: Ladder) -> float:
 
 def router_flops(arm: Arm, ladder: Ladder) -> float:
     """Training FLOPs a token of the linear routers, which the count leaves out."""
-    if router(arm, ladder) == "hash":
-        return 0.0
     shape = _shape(arm, ladder)
+    if not shape.gates:
+        return 0.0
     logits = shape.experts + (shape.null_experts > 0)  # null experts share one
     return 6.0 * len(shape.sparse) * shape.dim * logits
 
@@ -60,27 +62,27 @@ def _shape(arm: Arm, ladder: Ladder) -> Shape:
 
 
 def forecasts(ladder: Ladder) -> List[Forecast]:
-    """One for each sparse arm and number of tokens. Skips arms that differ from an earlier one only
-    in precision or score, which no law models."""
+    """One for each sparse arm and number of tokens. Skips arms that no law tells from an earlier
+    one with the same router: they differ in precision or score, for example."""
     found = []
     budgets = {stage.tokens: stage for stage in ladder.stages if stage.name != LR}
     for tokens, stage in sorted(budgets.items()):
         seen = set()
         for arm in ladder.arms:
-            hash_router = router(arm, ladder) == "hash"
-            alike = (arm.base, arm.experts, arm.granularity, hash_router)
+            model = model_of(arm, ladder, tokens)
+            alike = (model, router(arm, ladder))
             if arm.family == "dense" or alike in seen:
                 continue
             seen.add(alike)
-            model = model_of(arm, ladder, tokens)
+            learned = _shape(arm, ladder).gates  # as in S-BASE, which the trend is of
             updates = stage.updates * CURVE_TOKENS_PER_UPDATE
             found.append(
                 Forecast(
                     arm=arm.name,
                     tokens=tokens,
                     laws={name: _saving(name, model) for name in LAWS},
-                    trend_tokens=None if hash_router else trend(arm.experts, tokens),
-                    trend_updates=None if hash_router else trend(arm.experts, updates),
+                    trend_tokens=trend(arm.experts, tokens) if learned else None,
+                    trend_updates=trend(arm.experts, updates) if learned else None,
                 )
             )
     return found
@@ -91,7 +93,9 @@ def model_of(arm: Arm, ladder: Ladder, tokens: float) -> Model:
     shape = _shape(arm, ladder)
     size = training_flops(arm, ladder) / 6
     sparse = len(shape.sparse) / shape.layers
-    return Model(size, arm.experts, tokens, 1, float(arm.granularity), sparse)
+    parameters = cost.parameters(shape)
+    idle = float(parameters.total - parameters.active)
+    return Model(size, arm.experts, tokens, 1, float(arm.granularity), sparse, idle)
 
 
 def _saving(law: str, model: Model) -> Optional[float]:

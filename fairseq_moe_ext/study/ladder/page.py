@@ -63,13 +63,16 @@ def _in_domain(result: LadderResult) -> List[Factor]:
 
 def saving_chart(result: LadderResult) -> figures.Chart:
     """Of each number of tokens the arm that saves most, the paper's figure 1, and Clark et al.'s
-    law at both sizes, over the training FLOPs of the dense model with the same perplexity."""
+    law at both sizes, over the training FLOPs of the dense model with the same perplexity. Without
+    the numbers of tokens on which an arm is better than every dense model: it may save most."""
     arms = result["ladder"]["arms"]
     ours, law = [], []
+    above = {f["tokens"] for f in result["factors"] if f["group"] == GROUPS[0] and f["beyond"] > 0}
     best: Dict[int, Factor] = {}
     for found in _in_domain(result):
-        if found["factor"] >= best.get(found["tokens"], found)["factor"]:
-            best[found["tokens"]] = found
+        tokens = found["tokens"]
+        if tokens not in above and found["factor"] >= best.get(tokens, found)["factor"]:
+            best[tokens] = found
     for found in best.values():
         cost = tables.flops_per_token(result, found)
         ours.append((cost * found["tokens"] * found["factor"], found["factor"]))

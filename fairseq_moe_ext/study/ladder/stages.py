@@ -19,7 +19,11 @@ from ..plan import ARM, FAMILIES, Keys, Run, check_name, check_seeds, checked, p
 LR = "lr"  # the stage that tries learning rates
 PROBE = "probe"  # the folder of measurements, beside those of the stages
 _FILES = (".yaml", ".json", ".html", ".md")  # beside them
-_SET_ELSEWHERE = {"lr": "learning-rate", "warmup-updates": "warmup", "updates": "stages: tokens"}
+_SET_ELSEWHERE = {
+    **{"lr": "learning-rate", "warmup-updates": "warmup", "updates": "stages: tokens"},
+    **{"moe-expert-count": "experts", "moe-expert-ffn-dim": "granularity"},
+    "moe-top-k": "granularity",
+}
 _DENSE_ARCH, _MOE_ARCH = "dense_lm_tiny", "moe_lm_tiny"
 
 _TOP: Keys = {
