@@ -63,13 +63,15 @@ def plain(shape: Shape) -> nn.Module:
 
 
 def ours(shape: Shape, experts: int = 0, bf16: bool = False, **flags: Any) -> nn.Module:
-    """Dense; or every layer sparse, two experts of half the hidden width a token: equal FLOPs."""
+    """Dense; or every layer sparse, two experts of half the hidden width a token, none dropped:
+    equal FLOPs."""
     if experts:
         flags.update(
             moe_freq=1,
             moe_expert_count=experts,
             moe_expert_ffn_dim=shape.hidden // 2,
             moe_second_expert_policy="all",
+            moe_dropless=True,
         )
     model = measure.language_model(
         shape.vocabulary,

@@ -48,7 +48,8 @@ COMMON = f"""--user-dir {Path(fairseq_moe_ext.__file__).parent} --task language_
 STOCK = f"""--arch transformer_lm --decoder-input-dim {DIM} --decoder-output-dim {DIM}
     --criterion cross_entropy --optimizer adam"""
 OURS = "--arch dense_lm_125m --criterion moe_cross_entropy --optimizer"
-MOE = """--arch moe_lm_15b --moe-expert-count 8 --criterion moe_cross_entropy
+# Nothing dropped: a dropped choice is not computed, and the FLOPs would not be those of the twin.
+MOE = """--arch moe_lm_15b --moe-expert-count 8 --moe-dropless --criterion moe_cross_entropy
     --moe-gate-loss-wt 0.01 --optimizer fused_adam"""
 TWIN = f"{MOE} --alternate-decoder-ffn-embed-dim {2 * HIDDEN}"
 # The first of each group is what the others are measured against.

@@ -10,6 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fairseq import options
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from small_models import VOCABULARY, make_task
+
+from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -181,6 +186,36 @@ def test_evaluate_against_peers(program, tiny, monkeypatch, tmp_path):
     file = "evaluate_peers" + ("_one_thread" if torch.get_num_threads() == 1 else "")
     rows = kept(tmp_path, file)
     assert [name.split(": ")[1] for name in rows] == list(evaluate.PEERS)
+
+
+def dropped(model, tokens):
+    """Percentage of choices that no expert computes, of each layer."""
+    with torch.no_grad():
+        return [float(record.stats["overflow"]) for record in model(tokens)[1]["moe"]]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_peers_and_evaluation_have_equal_flops(program, tiny, training):
+    tokens = torch.randint(4, tiny.vocabulary, (tiny.rows, tiny.context))
+    for case in (*program("peers").CASES.values(), program("evaluate").PEERS["ours, 8 experts"][1]):
+        build = getattr(case, "build", case)
+        if getattr(build, "func", None) is program("peers").ours or build is case:
+            model = build(tiny).model.train(training)
+            assert not any(dropped(model, tokens)), case
+
+
+@pytest.mark.parametrize("name", ["8 experts", "8 experts, --compile"])
+def test_training_steps_have_equal_flops(program, monkeypatch, name):
+    train_step = program("train_step")
+    shape = "--decoder-layers 2 --decoder-embed-dim 16 --decoder-ffn-embed-dim 32"
+    monkeypatch.setattr(train_step, "SHAPE", f"{shape} --decoder-attention-heads 2")
+    flags = train_step.flags(Path("data"), train_step.GROUPS["sparse"][name], 64, 128, 1)
+    args = options.parse_args_and_arch(options.get_training_parser(), flags)
+    cfg = convert_namespace_to_omegaconf(args).model
+    cfg.compile = False
+    model = MoETransformerLanguageModel.build_model(cfg, make_task()).train()
+    found = dropped(model, torch.randint(4, VOCABULARY, (2, 64)))
+    assert len(found) == 1 and not any(found)
 
 
 def test_prepare(program, monkeypatch, tmp_path):
