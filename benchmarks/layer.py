@@ -1,5 +1,5 @@
 """One MoE layer, forward and backward, against a dense FFN on as many tokens as are routed, the
-floor that the weights' bytes set, and other people's layers; at evaluation against a plain loop.
+floor that the weights' bytes set, and other people's layers; at evaluation dropless or not.
 
     python benchmarks/layer.py [--rows 0 1 2]      the shapes of the table, by number
     python benchmarks/layer.py --gpu [--rows ...]  the paper's shapes, bfloat16, on a CUDA device
@@ -164,23 +164,6 @@ def step(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
     return run
 
 
-def plain_loop(layer: MoELayer, x: Tensor) -> Tensor:
-    """Evaluation as it is often written: for each expert, ask each token by .item() whether it is
-    the expert's, then compute those together."""
-    _, routing = layer.gate(x, dropless=True)
-    out = torch.zeros_like(x)
-    fc1, fc2 = layer.experts.fc1, layer.experts.fc2
-    for expert in range(layer.gate.wg.out_features):
-        for choice in range(2):
-            column = routing.experts[:, choice]
-            tokens = [t for t in range(len(x)) if column[t].item() == expert]
-            if tokens:
-                hidden = F.gelu(F.linear(x[tokens], fc1.weight[expert], fc1.bias[expert]))
-                y = F.linear(hidden, fc2.weight[expert], fc2.bias[expert])
-                out[tokens] += routing.weights[tokens, choice].unsqueeze(1) * y
-    return out
-
-
 def weight_bytes(layer: nn.Module) -> int:
     """Bytes of a layer's parameters."""
     return sum(p.numel() * p.element_size() for p in layer.parameters())
@@ -244,26 +227,19 @@ def without_statistics(work: Callable[[], None]) -> Callable[[], None]:
 
 
 def evaluation(shape: Shape, rounds: int) -> Dict[str, float]:
-    """Forward without gradients: dropless and the plain loop against capacity evaluation, and the
-    share of a training step that the routing figures take."""
+    """Forward without gradients: dropless against capacity evaluation, and the share of a training
+    step that the routing statistics take."""
     torch.manual_seed(0)
     x = torch.randn(shape.tokens, shape.dim)
     capacity, dropless = ours(shape, False).eval(), ours(shape, True).eval()
     with torch.no_grad():
         seconds = measure.in_turn(
-            {
-                "capacity": lambda: capacity(x),
-                "dropless": lambda: dropless(x),
-                "loop": lambda: plain_loop(dropless, x),
-            },
-            rounds,
-            warmup=1,
+            {"capacity": lambda: capacity(x), "dropless": lambda: dropless(x)}, rounds, warmup=1
         )
     plain = step(capacity.train(), x, torch.randn_like(x))
     both = measure.in_turn({"with": plain, "without": without_statistics(plain)}, 3 * rounds)
     return {
         "dropless_to_capacity": measure.ratio(seconds, "dropless", "capacity"),
-        "loop_to_dropless": measure.ratio(seconds, "loop", "dropless"),
         "statistics_share": 1 - measure.ratio(both, "without", "with"),
     }
 
@@ -274,7 +250,7 @@ def table(rows: Dict[str, Dict], device: str) -> None:
     peers = [peer for peer in peers if any(peer in row["times"] for row in rows.values())]
     heads = ["S, E, M, F", "dense, ms", "dense TFLOP/s", "our dense", "floor", "at most"]
     heads += ["capacity", "dropless", "x floor", *peers, "memory"]
-    heads += ["eval dropless/capacity", "eval loop/dropless", "statistics"]
+    heads += ["eval dropless/capacity", "statistics"]
     lines = []
     for key, row in rows.items():
         times, eval_row = row["times"], row.get("evaluation", {})
@@ -288,10 +264,7 @@ def table(rows: Dict[str, Dict], device: str) -> None:
             + [f"{worst / row['floor']:.2f}"]
             + [f"{times[peer]:.2f}" if peer in times else "-" for peer in peers]
             + [f"{max(row['memory'].values()):.2f}"]
-            + [
-                f"{eval_row[figure]:.2f}" if figure in eval_row else "-"
-                for figure in ("dropless_to_capacity", "loop_to_dropless")
-            ]
+            + [f"{eval_row['dropless_to_capacity']:.2f}" if eval_row else "-"]
             + [f"{eval_row['statistics_share']:.1%}" if eval_row else "-"]
         )
     title = (
