@@ -976,6 +976,24 @@ def test_hours_are_of_what_is_left(folder, tmp_path):
     assert hours.left(ladder, stage, probed, 1e-9 * flops)[0] == 3
 
 
+@pytest.mark.parametrize(
+    "probed, words",
+    [
+        ([], "machine, at 100 GFLOP/s (--probe measures it)"),
+        (
+            ["a", "gone"],
+            "1 of 4 arms by the probe, the others at 100 GFLOP/s (--probe measures it)",
+        ),
+        (["a", "b", "a-E4", "a-4x2"], "machine, by the probe"),
+    ],
+)
+def test_hours_say_what_they_are_computed_by(folder, tmp_path, probed, words):
+    ladder = stages.read(write(folder))._replace(out=tmp_path)
+    content = {"seconds_per_token": dict.fromkeys(probed, 1.0)}
+    (tmp_path / "probe.json").write_text(json.dumps(content))
+    assert hours.said(ladder, ladder.stages, 100.0)[-1].endswith(words)
+
+
 @pytest.fixture
 def timing(monkeypatch):
     """Time arms without training: a second a token, one more each; on two cores. Returns the names

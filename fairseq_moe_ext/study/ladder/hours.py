@@ -36,5 +36,12 @@ def said(ladder: Ladder, stages: Sequence[Stage], gflops: float) -> List[str]:
             f"{stage.name}: {count(runs, 'run')} left, {of_stage:.1f} hours"
             + (at_most if stage.screen else "")
         )
-    by = "by the probe" if probed else f"at {gflops:g} GFLOP/s (--probe measures it)"
+    arms = {stage.model(arm) for stage in stages for arm in stage.arms}
+    assumed = f"at {gflops:g} GFLOP/s (--probe measures it)"
+    if arms <= {*probed}:
+        by = "by the probe"
+    elif arms & {*probed}:
+        by = f"{len(arms & {*probed})} of {len(arms)} arms by the probe, the others {assumed}"
+    else:
+        by = assumed
     return [*lines, f"in all {total:.1f} hours of training on an idle machine, {by}"]
