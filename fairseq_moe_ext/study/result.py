@@ -245,6 +245,17 @@ def _factors(runs: Runs, group: str) -> List[Factor]:
     """Along the curve. Raises UserError if there is none."""
     if reason := unlike(runs, group):
         raise UserError(reason)
+    diverged = [
+        f"{family} {model_runs[0]['size']}"
+        for family in FAMILIES
+        for model_runs in _sizes(runs, family)
+        if mean_performance(model_runs, group) == math.inf
+    ]
+    if diverged:
+        raise UserError(
+            f"{', '.join(diverged)} diverged (infinite perplexity): lower the learning rate, or "
+            "remove the size from the file"
+        )
     rising = _is_accuracy(runs, group)
     dense, moe = (points(runs, family, group) for family in FAMILIES)
     along = speedup_factors(dense, moe, rising)

@@ -199,6 +199,13 @@ def test_factors_and_their_spread():
     assert rows[1][2] == f"{expected:.2f} to {expected:.2f} over 3 seeds"
 
 
+def test_a_size_that_diverged_is_named():
+    costs = {"dense": [(1, 30), (4, 20), (16, 10)], "moe": [(1, 20), (4, math.inf)]}
+    found = result.factors(runs_of(costs, (1, 2)))
+    said = "moe 1 diverged (infinite perplexity): lower the learning rate, or remove the size from"
+    assert result.remarks({"factors": found}) == [f"in domain, a: {said} the file"]
+
+
 def prime(run, accuracy, questions=10_000, chance=0.25, majority=None, shots=0):
     """Give a run the accuracy of a task."""
     task = {"task": "copa", "shots": shots, "questions": questions, "accuracy": accuracy}
