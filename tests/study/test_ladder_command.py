@@ -3,7 +3,7 @@
 import pytest
 from small_ladder import command, write
 
-from fairseq_moe_ext.study.ladder import probe, running
+from fairseq_moe_ext.study.ladder import forecast, probe, running
 
 
 @pytest.mark.parametrize(
@@ -72,3 +72,25 @@ def test_a_page_of_another_is_found_before_the_first_training(
     said = capsys.readouterr().err
     assert said.startswith(f"error: {folder / name[:5]}/{name.split('/')[0]}: {error}")
     assert said.count("\n") == 1 and there.read_text() == "mine"
+
+
+def test_a_forecast_replaces_nothing(folder, tmp_path, capsys):
+    path, main = write(folder).rename(tmp_path / "small.yaml"), command().main
+    mine = tmp_path / "small_forecast.md"
+    mine.write_text("mine")
+    assert main([str(path), "--forecast"]) == 1
+    assert f"{mine}: exists; delete it to forecast anew" in capsys.readouterr().err
+    assert mine.read_text() == "mine" and not mine.with_suffix(".json").exists()
+    mine.unlink()
+    assert main([str(path), "--forecast"]) == 0
+    assert mine.is_file() and forecast.read(mine.with_suffix(".json"))
+
+
+@pytest.mark.parametrize("remarks", [[], ["4 experts (8 to 64)"]])
+def test_a_forecast_says_which_laws_are_outside_their_range(folder, tmp_path, remarks, monkeypatch):
+    monkeypatch.setattr(forecast, "outside", lambda law, model: remarks)
+    path = write(folder).rename(tmp_path / "small.yaml")
+    assert command().main([str(path), "--forecast"]) == 0
+    text = (tmp_path / "small_forecast.md").read_text()
+    assert ("These laws are used outside the range" in text) == bool(remarks)
+    assert text.count("4 experts (8 to 64)") == (len(forecast.LAWS) if remarks else 0)

@@ -143,25 +143,30 @@ def write(ladder: Ladder) -> Path:
     """The forecasts as JSON beside the ladder's file, and as a page of Markdown. Raises UserError
     where there is one: a forecast is not made anew when results are known."""
     path = ladder.forecast
-    if path.exists():
-        raise UserError(f"{path}: exists; delete it to forecast anew")
+    text = path.with_suffix(".md")
+    for there in (path, text):
+        if there.exists():
+            raise UserError(f"{there}: exists; delete it to forecast anew")
     found = forecasts(ladder)
     outside_of = {
         law.name: sorted({w for f in found for w in outside(law, _model(f, ladder))})
         for law in LAWS.values()
     }
     content: Dict[str, Any] = {"forecasts": found, "outside": outside_of}
-    outputs.write_json(path, content)
     words = [f"- {name}: {'; '.join(said)}" for name, said in outside_of.items() if said]
     parts = [
         "# What each arm should save, before it is trained",
         "How many times the training FLOPs a dense model needs for the same loss on the same "
         "tokens. " + " ".join((__doc__ or "").split("\n\n", 1)[1].split()),
         markdown(table(found)),
-        "Every law is used outside the range that it was fitted in:",
-        "\n".join(words),
     ]
-    outputs.write_text(path.with_suffix(".md"), "\n\n".join(parts) + "\n")
+    if words:
+        parts += [
+            "These laws are used outside the range that they were fitted in:",
+            "\n".join(words),
+        ]
+    outputs.write_text(text, "\n\n".join(parts) + "\n")
+    outputs.write_json(path, content)
     return path
 
 
