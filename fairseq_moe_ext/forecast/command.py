@@ -6,7 +6,7 @@ import re
 from argparse import Namespace
 from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 from ..errors import UserError
 from ..evaluation import study_result
@@ -19,6 +19,10 @@ _UNITS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 _MOST = 10**9  # experts
 TABLE_SIZES = (1e6, 5e6, 15e6, 50e6, 125e6)
 TABLE_EXPERTS = (8, 16, 32, 64, 128, 512)
+_DEFAULTS = {
+    **{"params": 125e6, "experts": 512, "top_k": 1, "tokens": 130e9, "granularity": 1.0},
+    **{"moe_freq": 2, "group": "in_domain"},
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,27 +31,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "dense model with the same loss) and the training FLOPs that it saves."
     )
     parser.add_argument(
-        "--params", type=amount, default=125e6, help="parameters of the dense base (default: 125M)"
+        "--params", type=amount, help="parameters of the dense base (default: 125M)"
     )
     parser.add_argument(
         "--experts",
         type=int,
-        default=512,
         help="experts in each sparse layer, as wide as the base's network (default: 512)",
     )
-    parser.add_argument("--top-k", type=int, default=1, help="experts per token (default: 1)")
+    parser.add_argument("--top-k", type=int, help="experts per token (default: 1)")
     parser.add_argument(
-        "--tokens", type=amount, default=130e9, help="training tokens (default: 130B)"
+        "--tokens",
+        type=amount,
+        help="training tokens (default: 130B; with --fit those of the study)",
     )
     parser.add_argument(
         "--granularity",
         type=float,
-        default=1.0,
         help="G: G times as many experts in a layer and per token, each 1/G as wide (default: 1)",
     )
-    parser.add_argument(
-        "--moe-freq", type=int, default=2, help="every n-th layer is sparse (default: 2)"
-    )
+    parser.add_argument("--moe-freq", type=int, help="every n-th layer is sparse (default: 2)")
     parser.add_argument("--law", choices=list(LAWS), help="one law (default: all)")
     parser.add_argument(
         "--table", action="store_true", help="print Clark et al.'s law for many sizes and stop"
@@ -61,8 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--group",
-        default="in_domain",
-        help="the perplexity to fit: in_domain, out_of_domain, or a set (default: in_domain)",
+        help="with --fit, the perplexity to fit: in_domain, out_of_domain, or a set "
+        "(default: in_domain)",
     )
     add_form_flags(parser)
 
@@ -81,9 +83,23 @@ def amount(text: str) -> float:
 
 def run(args: Namespace) -> None:
     """Print what is asked for. Raises UserError for numbers that make no model."""
+    given = [name for name in (*_DEFAULTS, "law", "fit") if getattr(args, name) is not None]
     if args.table:
+        if given:
+            raise UserError(f"--table has models of its own: drop it, or drop {flag(given[0])}")
         print(formed(args, table_as_dicts(), table()))
         return
+    if args.fit is None and "group" in given:
+        raise UserError(f"--group {args.group}: is a study's; add --fit RESULT.json, or drop it")
+    if args.fit is not None and "tokens" in given:
+        raise UserError(
+            f"--tokens {number(args.tokens)}: with --fit the tokens are the study's; drop it"
+        )
+    for name in set(_DEFAULTS) - set(given):
+        setattr(args, name, _DEFAULTS[name])
+    points: List[Point] = []
+    if args.fit is not None:
+        points, args.tokens = study_points(args.fit, args.group)
     model = _model(args)
     forecasts = [_forecast(name, model) for name in LAWS if args.law in (None, name)]
     result: Dict[str, Any] = {"model": model._asdict(), "laws": forecasts}
@@ -100,13 +116,17 @@ def run(args: Namespace) -> None:
         if f["outside"]
     ]
     if args.fit is not None:
-        of_study = _fitted(args, model)
+        of_study = _fitted(points, model)
         result["fit"] = of_study
         low, high = of_study["interval"]
         rows.append(
             ["your study", _parameters(of_study["effective"]), "-", _factor(of_study["saving"])]
         )
         remarks.append(f"your study: saving {low:.2f} to {high:.2f} (95 % interval)")
+        remarks.append(f"all rows: {number(args.tokens)} tokens, the study's")
+        unused = [flag(n) for n in ("top_k", "granularity", "moe_freq") if n in given]
+        if unused:
+            remarks.append(f"your study: has its own kind of model, without {', '.join(unused)}")
         remarks += [f"your study: {word}" for word in of_study["outside"]]
     print(formed(args, result, rows))
     if remarks and not args.json:
@@ -149,8 +169,7 @@ def _factor(value: Any) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def _fitted(args: Namespace, model: Model) -> Dict[str, Any]:
-    points = study_points(args.fit, args.group)
+def _fitted(points: List[Point], model: Model) -> Dict[str, Any]:
     law = fit(points)
     saving = law.saving(model.base, model.experts)
     sizes = [point.size for point in points]
@@ -175,8 +194,9 @@ def _fitted(args: Namespace, model: Model) -> Dict[str, Any]:
     }
 
 
-def study_points(path: Path, group: str) -> List[Point]:
-    """The points of a study's result.json. Raises UserError where it lacks what a law needs."""
+def study_points(path: Path, group: str) -> Tuple[List[Point], float]:
+    """The points of a study's result.json, and the tokens that each of its models was trained on.
+    Raises UserError where it lacks what a law needs."""
     result = study_result.read(path, "--fit ")
     if "ladder" in result:
         raise UserError(
@@ -205,7 +225,7 @@ def study_points(path: Path, group: str) -> List[Point]:
             f"--fit {path}: its models saw different numbers of tokens; a law needs the same "
             "number for all"
         )
-    return points
+    return points, tokens.pop()
 
 
 def _point(run: study_result.RunResult, path: Path, group: str) -> Point:

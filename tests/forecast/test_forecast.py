@@ -86,12 +86,16 @@ def run(*words):
 
 def test_forecast_of_a_study(tmp_path, capsys):
     path = study(tmp_path / "result.json", points(noise=0.001, seeds=3))
-    assert run("--params", "2M", "--experts", "128", "--tokens", "16M", "--fit", path) == 0
+    assert run("--params", "2M", "--experts", "128", "--top-k", "2", "--fit", path) == 0
     out = capsys.readouterr().out
+    assert "all rows: 1M tokens, the study's" in out
+    assert "your study: has its own kind of model, without --top-k" in out
     assert "your study" in out and "95 % interval" in out
     assert "--experts 128 is outside its 1 to 64" in out
     assert run("--params", "2M", "--experts", "32", "--fit", path, "--json") == 0
-    found = json.loads(capsys.readouterr().out)["fit"]
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["model"]["tokens"] == 1e6
+    found = answer["fit"]
     low, high = found["interval"]
     assert low < found["saving"] < high and found["points"] == 27 and not found["outside"]
 
@@ -131,6 +135,9 @@ def test_granularity_splits_experts_as_wide_as_the_base(capsys):
         (["--moe-freq", "-1"], "--moe-freq -1"),
         (["--experts", "9" * 400], "99: use 1 or more, and at most 1,000,000,000"),
         (["--fit", "no-such.json"], "no-such.json"),
+        (["--fit", "no-such.json", "--tokens", "16M"], "--tokens 16M: with --fit the tokens are"),
+        (["--group", "books"], "--group books: is a study's; add --fit"),
+        (["--table", "--params", "2M"], "--table has models of its own: drop it, or drop --params"),
     ],
 )
 def test_mistakes(flags, words, capsys):
@@ -161,6 +168,9 @@ def test_studies_that_do_not_say_enough(tmp_path, capsys):
     (tmp_path / "none.json").write_text("[]")
     assert run("--fit", str(tmp_path / "none.json")) == 1
     assert "none.json: lacks factors and runs: run `fairseq-moe study`" in capsys.readouterr().err
+    (tmp_path / "empty.json").write_text('{"runs": [], "planned": 1, "factors": {}}')
+    assert run("--fit", str(tmp_path / "empty.json")) == 1
+    assert "empty.json: contains no runs: run `fairseq-moe study`" in capsys.readouterr().err
     (tmp_path / "other.json").write_text('{"runs": ["x"], "planned": 1, "factors": {}}')
     assert run("--fit", str(tmp_path / "other.json")) == 1
     assert "other.json: not in the format that was written (TypeError: " in capsys.readouterr().err
