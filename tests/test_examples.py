@@ -34,6 +34,8 @@ def test_the_notebook_runs(tmp_path, monkeypatch, capsys):
     lines = [f"def name{i % 7}(path):\n    return word{i % 11} + word{i % 5}\n" for i in range(300)]
     for i in range(60):
         (tmp_path / f"{i}.py").write_text("\n".join(lines[i : i + 40]))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "my.txt").write_text("a text of the reader")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"])
     monkeypatch.setenv("MPLBACKEND", "agg")
@@ -44,6 +46,8 @@ def test_the_notebook_runs(tmp_path, monkeypatch, capsys):
             source += ' --decoder-embed-dim 16 --decoder-ffn-embed-dim 32"'
         exec(source.replace("--train-bpe 2000", "--train-bpe 300"), names)
     assert "By token" in capsys.readouterr().out and names["found"].html()
+    assert (tmp_path / "my.txt").read_text() == "a text of the reader"
+    assert not [*(tmp_path / "data").iterdir()]
 
 
 def batch_script(tmp_path, tasks, **variables):

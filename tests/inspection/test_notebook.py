@@ -13,8 +13,10 @@ def test_the_notebook_runs(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    (tmp_path / "my.txt").write_text("a text of the reader")
     names = {}
     for source in code[:-1]:
         exec(source, names)
     assert "expert 3" in capsys.readouterr().out
+    assert (tmp_path / "my.txt").read_text() == "a text of the reader"
     assert eval(code[-1], names)._repr_html_().startswith("<iframe")
