@@ -10,7 +10,7 @@ title: A small ladder
 data: {folder}/data
 out: {folder}/ladder
 context: 32
-vocabulary: 300
+vocabulary: 280
 train: {{batch-size: 4, optimizer: adam, lr-scheduler: polynomial_decay, cpu: true, num-workers: 0,
   log-interval: 1, decoder-attention-heads: 1}}
 evaluate: {{bootstrap: 20}}

@@ -72,11 +72,12 @@ REAL = stages.read(STUDY / "ladder.yaml")
         ("second:", "on:", "stages: True: YAML reads this name as a value; write it in quotes"),
         ("second:", "first:", "not YAML (the key first appears twice"),
         (
-            "vocabulary: 300",
+            "vocabulary: 280",
             "vocabulary: true",
             "vocabulary: True is not a whole number; write one",
         ),
-        ("vocabulary: 300", "vocabulary: 0", "vocabulary 0 is out of range"),
+        ("vocabulary: 280", "vocabulary: 300", "dict.txt has 280 entries, with fairseq's own; w"),
+        ("vocabulary: 280", "vocabulary: 0", "vocabulary 0 is out of range"),
         ("context: 32", "context: 32\nwarmup: .nan", "warmup: nan is not a number; write one"),
         ("batch-size: 4", "batch-size: 4, update-freq: no", "train: update-freq False is out of"),
         ("batch-size: 4", "batch-size: 4, lr: 1", "train: lr: remove it; the ladder's key"),
@@ -382,7 +383,7 @@ def test_costs_follow_all_flags(folder, train, flags, matrices, sparse, logits):
     arm = next(arm for arm in ladder.arms if arm.name == "b-E4")
     null_share = 3 / 7 if "null" in flags else 0  # of the choices, if all are used alike
     width = (2 - sparse) * 64 + sparse * 64 * (1 - null_share)
-    by_hand = 2 * (8 * 16**2 + 4 * 16 * 32) + 2 * matrices * 16 * width + 2 * 16 * 300
+    by_hand = 2 * (8 * 16**2 + 4 * 16 * 32) + 2 * matrices * 16 * width + 2 * 16 * 280
     assert forecast.training_flops(arm, ladder) == pytest.approx(3 * by_hand)
     assert forecast.router_flops(arm, ladder) == 6 * sparse * 16 * logits
     assert forecast.model_of(arm, ladder, 1e6).layers == sparse / 2
@@ -408,6 +409,24 @@ def test_factors_of_runs(tmp_path):
     better = found["d1-E8", 16_000_000, "in_domain"]
     assert better["beyond"] == 1 and better["factor"] == pytest.approx(1.0)
     assert tables.factor(better) == "> 1.00" and better["in_seconds"] == pytest.approx(0.5)
+
+
+def test_seconds_need_only_the_dense_models_beside_the_saving(tmp_path):
+    ladder = REAL._replace(out=tmp_path)
+    costs = [16e6 * forecast.training_flops(arm, ladder) for arm in ladder.arms[:3]]
+    dense = zip(ladder.arms[:3], costs, (50.0, 40.0, 30.0))
+    runs = [made_run("16M", arm.name, 1, cost, perplexity) for arm, cost, perplexity in dense]
+    runs.append(made_run("16M", "d0-E8", 1, costs[0], math.sqrt(50 * 40)))
+    probed = {"d0": 1.0, "d1": 4.0, "d2": 9.0, "d0-E8": 1.5}
+
+    def in_seconds(*names):
+        found = result.savings(ladder, runs, {name: probed[name] for name in names})[0]
+        return found[0]["in_seconds"]
+
+    assert in_seconds(*probed) == pytest.approx(2 / 1.5)
+    assert in_seconds("d0", "d1", "d0-E8") == pytest.approx(2 / 1.5)
+    assert in_seconds("d0", "d2", "d0-E8") is None
+    assert in_seconds("d0", "d0-E8") is None and in_seconds("d0", "d1", "d2") is None
 
 
 def test_bounds_over_seeds(tmp_path):

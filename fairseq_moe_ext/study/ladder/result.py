@@ -284,9 +284,12 @@ def _in_seconds(
     group: str,
     probed: Mapping[str, float],
 ) -> Optional[float]:
-    """The saving in seconds of training steps, by the probe."""
-    needed = [run["size"] for run in [*curves[0], mine[0]]]
-    if not all(name in probed for name in needed):
+    """The saving in seconds of training steps, by the probe. None if it lacks the model, or a dense
+    one that the saving in FLOPs rests on."""
+    timed = [[run for run in curve if run["size"] in probed] for curve in curves]
+    if mine[0]["size"] not in probed or min(map(len, timed)) < 2:
+        return None
+    if _savings(timed, mine, group) != _savings(curves, mine, group):
         return None
     savings = [
         saving.saving(
@@ -294,7 +297,7 @@ def _in_seconds(
             probed[one["size"]],
             performance(one, group),
         )
-        for curve, one in zip(curves, mine)
+        for curve, one in zip(timed, mine)
     ]
     return _mean(savings).factor
 

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import yaml
+from fairseq.data import Dictionary
 
 from ... import ranges
+from ...data_bin import DICTIONARY
 from ...errors import UserError
 from ...evaluation.report import FIGURES
 from ...models.architectures import ARCHITECTURES
@@ -132,13 +134,14 @@ class Ladder(NamedTuple):
 
 def read(path: Path) -> Ladder:
     """Read and check a ladder's file. A study checks its data when a stage starts. Raises UserError
-    for an unknown or missing key, an invalid value, or a name of an arm or stage that does not
-    exist."""
+    for an unknown or missing key, an invalid value, a name of an arm or stage that does not exist,
+    or another vocabulary than the data has, if they are there."""
     asked = checked(yaml_file.read(path), _TOP, str(path))
     blocks_per_update(asked["train"], f"{path}: train")
     _check_set_here(asked["train"], f"{path}: train")
     ranges.require(ranges.SIZE, asked["context"], f"{path}: context")
     ranges.require(ranges.SIZE, asked["vocabulary"], f"{path}: vocabulary")
+    _check_vocabulary(asked["vocabulary"], Path(asked["data"]) / DICTIONARY, path)
     if not 0 <= asked["warmup"] < 1:
         raise UserError(f"{path}: warmup {asked['warmup']}: use a share of the updates below 1")
     arms = _arms(asked, path)
@@ -169,6 +172,17 @@ def read(path: Path) -> Ladder:
     for arm in arms:
         _check_whole(arm.flags, f"{path}: {arm.name}")
     return ladder._replace(tried=tried, stages=[search, *_stages(asked, arms, per_update, path)])
+
+
+def _check_vocabulary(vocabulary: int, dictionary: Path, path: Path) -> None:
+    """Half of a small model's FLOPs are the vocabulary's."""
+    if dictionary.is_file():
+        entries = len(Dictionary.load(str(dictionary)))
+        if entries != vocabulary:
+            raise UserError(
+                f"{path}: vocabulary {vocabulary}: {dictionary} has {entries} entries, with "
+                f"fairseq's own; write {entries}"
+            )
 
 
 def _check_whole(flags: Mapping[str, Any], where: str) -> None:
