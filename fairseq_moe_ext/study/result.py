@@ -102,7 +102,7 @@ def _of_run(run: Run, context: int, tokens_per_update: int) -> RunResult:
         },
         "sets": evaluation["sets"],
         "mean": evaluation["mean"],
-        "priming": priming_of(run.folder / "priming.json"),
+        "priming": priming_of(run),
         "router": router,
         "text": trained.digest(run.folder / trained.TEXT),
     }
@@ -113,10 +113,11 @@ def primed(path: Path) -> bool:
     return path.is_file() and files.read_json(path).get("complete", True)
 
 
-def priming_of(path: Path) -> Priming:
-    """What `fairseq-moe priming` found: mean accuracies by shots, each task's, and the metrics of
-    bias sets by domain."""
-    if not primed(path):
+def priming_of(run: Run) -> Priming:
+    """What `fairseq-moe priming` found, if the file still asks for it: mean accuracies by shots,
+    each task's, and the metrics of bias sets by domain."""
+    path = run.folder / "priming.json"
+    if not run.prime or not primed(path):
         return {"mean": {}, "tasks": [], "bias": []}
     content = files.read_json(path)
     tasks = [result for result in content["results"] if "accuracy" in result]

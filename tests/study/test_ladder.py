@@ -733,6 +733,10 @@ def test_pages(tmp_path, capsys):
     best, other = [f for f in made["factors"] if f["group"] == "in_domain"][:2]
     worse = {**other, "factor": 9.0, "beyond": -1}
     assert f"{best['arm']} saves most" in page.summary({**made, "factors": [best, worse]})
+    none = f"no sparse model is seen to save, and {best['arm']} comes nearest in domain: the dense"
+    for factor, beyond, shown in ((0.9, 0, "needs 0.90"), (1.0, -1, "needs less than 1.00")):
+        below = {**best, "factor": factor, "beyond": beyond}
+        assert f"{none} model {shown} times" in page.summary({**made, "factors": [below]})
 
 
 def test_a_budget_with_a_model_better_than_all_dense_ones_has_no_point(tmp_path, monkeypatch):

@@ -396,4 +396,7 @@ def test_priming_that_was_ended_is_not_taken_for_finished(tmp_path):
     for said, finished in (({}, True), ({"complete": True}, True), ({"complete": False}, False)):
         path.write_text(json.dumps({**found, **said}))
         assert result.primed(path) == finished
-        assert result.priming_of(path)["mean"] == (found["mean"] if finished else {})
+        run = plan.Run("moe", "s", 1, 3, tmp_path, [], [], ["fairseq-moe", "priming"])
+        assert result.priming_of(run)["mean"] == (found["mean"] if finished else {})
+        no_longer = run._replace(prime=[])
+        assert result.priming_of(no_longer)["mean"] == {}, "the file no longer asks for it"

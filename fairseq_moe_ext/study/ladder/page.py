@@ -193,14 +193,17 @@ def summary(result: LadderResult) -> str:
         (found for found in numbers if found["tokens"] == most),
         key=lambda found: (found["beyond"] >= 0, found["factor"]),  # "less than" is no saving
     )
+    head = f"{best['arm']} saves most"
+    if best["beyond"] < 0 or best["factor"] < 1:
+        head = f"no sparse model is seen to save, and {best['arm']} comes nearest"
     shown = f"{('', 'more than ', 'less than ')[best['beyond']]}{best['factor']:.2f}"
     low, high = best["interval"] or (None, None)
     ends = ""
     if low is not None and high is not None:
         ends = f" ({low:.2f} to {high:.2f}, 95 % interval over {best['interval_over']})"
     return (
-        f"{done} On {millions(most)} tokens {best['arm']} saves most in domain: the dense model "
-        f"needs {shown} times its training FLOPs{ends}."
+        f"{done} On {millions(most)} tokens {head} in domain: the dense model needs {shown} times "
+        f"its training FLOPs{ends}."
     )
 
 
