@@ -107,7 +107,8 @@ def table(result: StudyResult) -> List[List[str]]:
         for group in groups:
             values = [performance(run, group) for run in arm_runs]
             half_range = f" ± {small((max(values) - min(values)) / 2)}" if len(values) > 1 else ""
-            row += [f"{_mean(values):.2f}{half_range}"]
+            mean = f"{_mean(values):.2f}{half_range}"
+            row.append("different text" if unlike(arm_runs, group) else mean)
             row += _against(result["comparison"][group].get(name), name == reference)
         rows.append(
             (_mean([performance(run, groups[0]) for run in arm_runs]), row + _cost(arm_runs))

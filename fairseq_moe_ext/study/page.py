@@ -116,7 +116,7 @@ def _against_compute(
     title: str,
     points: Mapping[str, Points],
     accuracy: bool,
-    ends: Optional[Dict[str, results.Intervals]] = None,
+    ends: Optional[Dict[str, List[results.Interval]]] = None,
 ) -> figures.Chart:
     """`ends`: of the error bars at the points of a family."""
     series = [

@@ -41,6 +41,10 @@ _ARM: Keys = {"arch": (str, None), "flags": (dict, {})}
 _EVALUATE: Keys = {"stride": (int, 0), "batch-size": (int, 16), "bootstrap": (int, 1000)}
 # of `fairseq-moe priming`; no folder: no priming
 _PRIMING: Keys = {"folder": (str, ""), "tasks": (str, ""), "shots": (list, [0]), "draws": (int, 25)}
+_AT_MOST_THE_UPDATES = {
+    "validate-after-updates": "never validate and have no checkpoint_best.pt",
+    "log-interval": "log none of them, nor the experts that its routers take",
+}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # a part of a folder's name
 _KINDS = {
     str: "text; write some, in quotes if it is a number",
@@ -230,12 +234,13 @@ def _size(
         )
     for flag, value in flags.items():
         check_flag(flag, value, where)
-    first = flags.get("validate-after-updates", 0)
-    if isinstance(first, int) and first > updates:
-        raise UserError(
-            f"{where}: validate-after-updates {first}: is more than the {updates} updates, so the "
-            "run would never validate and have no checkpoint_best.pt; lower it"
-        )
+    for flag, harm in _AT_MOST_THE_UPDATES.items():
+        value = str(flags.get(flag, 0))
+        if value.isdigit() and int(value) > updates:
+            raise UserError(
+                f"{where}: {flag} {value}: is more than the {updates} updates, so the run would "
+                f"{harm}; lower it"
+            )
     check_name(name, where)
     return _Size(family, str(name), arch, flags, updates)
 

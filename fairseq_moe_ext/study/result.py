@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 from statistics import geometric_mean, mean
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, cast
+from typing import Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, cast
 
 from .. import accuracy, cost, files
 from ..errors import UserError
@@ -161,25 +161,31 @@ def computed_in(runs: Runs) -> str:
     return f"Trainings computed {'; '.join(parts)}."
 
 
+Interval = Optional[Tuple[float, float]]
+
+
 def points(runs: Runs, family: str, group: str) -> List[Tuple[float, float]]:
     """(FLOPs, performance, mean over seeds) of each size of a family."""
-    return sorted(
-        (mean_flops(model_runs), mean_performance(model_runs, group))
-        for model_runs in _sizes(runs, family)
-    )
+    return [(flops, value) for flops, value, _ in _with_intervals(runs, family, group)]
 
 
-Intervals = List[Optional[Tuple[float, float]]]
-
-
-def intervals(runs: Runs, family: str, group: str) -> Intervals:
+def intervals(runs: Runs, family: str, group: str) -> List[Interval]:
     """Of each of `points`: from the lowest to the highest seed, or, of one seed, the 95 % interval
     over the text that it was tested on; of an accuracy the one over questions. None: not known."""
-    sizes = sorted(_sizes(runs, family), key=mean_flops)
-    return [_interval(model_runs, group) for model_runs in sizes]
+    return [interval for *_, interval in _with_intervals(runs, family, group)]
 
 
-def _interval(model_runs: Runs, group: str) -> Optional[Tuple[float, float]]:
+def _with_intervals(runs: Runs, family: str, group: str) -> List[Tuple[float, float, Interval]]:
+    """Without sizes whose seeds cannot be compared."""
+    found = [
+        (mean_flops(of_size), mean_performance(of_size, group), _interval(of_size, group))
+        for of_size in _sizes(runs, family)
+        if not unlike(of_size, group)
+    ]
+    return sorted(found, key=lambda point: point[:2])
+
+
+def _interval(model_runs: Runs, group: str) -> Interval:
     measured = [
         where[group] for where in (model_runs[0]["mean"], model_runs[0]["sets"]) if group in where
     ]
@@ -216,8 +222,12 @@ def _is_accuracy(runs: Runs, group: str) -> bool:
 
 def factors(runs: Runs) -> Dict[str, GroupFactors]:
     """For each group: the factors of the families' means over seeds, the geometric mean of each
-    seed's factors, and a remark: the overlap, or why there is no factor."""
+    seed's factors, and a remark: the overlap, or why there is no factor. Of seeds that all sizes
+    have, if there are any."""
     by_group: Dict[str, GroupFactors] = {}
+    whole = whole_seeds(runs)
+    seeds = {run["seed"] for run in whole}
+    runs = whole or runs
     for group in groups(runs):
         entry: GroupFactors = {"curve": [], "by_seed": {}, "remark": ""}
         by_group[group] = entry
@@ -232,14 +242,23 @@ def factors(runs: Runs) -> Dict[str, GroupFactors]:
             {"performance": f.performance, "dense_flops": f.dense_cost, "factor": f.factor}
             for f in curve
         ]
-        for seed in sorted({run["seed"] for run in runs}):
+        for seed in sorted(seeds):
             try:
                 of_seed = _factors([run for run in runs if run["seed"] == seed], group)
-            except UserError:  # not all of its sizes are trained yet, or all are near chance
+            except UserError:  # all of its models are near chance
                 continue
             if of_seed:
                 entry["by_seed"][str(seed)] = geometric_mean([f.factor for f in of_seed])
     return by_group
+
+
+def whole_seeds(runs: Runs) -> List[RunResult]:
+    """The runs of seeds with which every size is finished that is finished with any seed."""
+    models = {(run["family"], run["size"]) for run in runs}
+    of_seed: Dict[int, Set[Tuple[str, str]]] = {}
+    for run in runs:
+        of_seed.setdefault(run["seed"], set()).add((run["family"], run["size"]))
+    return [run for run in runs if of_seed[run["seed"]] == models]
 
 
 def _factors(runs: Runs, group: str) -> List[Factor]:

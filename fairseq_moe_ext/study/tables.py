@@ -6,7 +6,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 from ..accuracy import in_percent, wilson_interval
 from ..evaluation import paper
 from ..evaluation.cost_table import TABLE_1_HEAD, table_1
-from ..evaluation.study_result import RunResult, StudyResult, TaskResult
+from ..evaluation.study_result import RunResult, StudyResult, TaskResult, unlike
 from ..wording import count, signed, small, with_prefix
 from . import fine_tuning
 from . import result as results
@@ -60,6 +60,8 @@ def perplexities(runs: Runs) -> Table:
             cell = f"{sum(values) / len(values):.2f}"
             if len(values) > 1:
                 cell += f" ± {small((max(values) - min(values)) / 2)}"
+            if unlike(model_runs, group):
+                cell = "different text"
             row.append("" if math.isnan(sum(values)) else cell)
         rows.append(row)
     row = ["Choices dropped in training, %"]

@@ -177,6 +177,18 @@ def test_runs_that_were_evaluated_otherwise_are_not_compared():
     assert arms.shared({1: runs[1]}, {1: runs[4]}, "in_domain") == []
 
 
+def test_no_mean_of_runs_of_different_text():
+    made = made_result()
+    assert "different text" not in str(arms.table(made))
+    name = made["runs"][0]["size"]
+    mine = [run for run in made["runs"] if run["size"] == name]
+    for run, text in zip(mine, ("8f", "9a")):
+        run["text"] = text
+    rows = {row[0]: row for row in arms.table(made)[1:]}
+    assert rows[name][2] == "different text"
+    assert all(row[2] != "different text" for arm, row in rows.items() if arm != name)
+
+
 def test_pairs_without_an_interval_are_not_counted_among_the_bold():
     """Of 15 arms there are 105 pairs, and five are 5 % of them."""
     runs = [run_of(f"a{arm}", seed, 10.0 + arm + seed) for arm in range(15) for seed in (1, 2)]

@@ -66,6 +66,14 @@ def write(folder, change=lambda text: text):
             *("batch-size: 4", "batch-size: 4, validate-after-updates: 4"),
             "dense: sizes: s: validate-after-updates 4: is more than the 3 updates",
         ),
+        *(
+            (
+                "batch-size: 4",
+                f"batch-size: 4, log-interval: {value}",
+                "s: log-interval 4: is more than",
+            )
+            for value in ("4", "'4'")
+        ),
         (
             *("batch-size: 4", "batch-size: 4, distributed-world-size: 2"),
             "train: distributed-world-size: the study sets this itself",
@@ -121,7 +129,8 @@ def test_mistakes_in_the_file(folder, old, new, words, capsys):
 
 def test_flags_that_change_nothing_are_taken(folder):
     """So that a study that has them can go on."""
-    more = "batch-size: 4, log-format: json, no-save: false, validate-after-updates: 3"
+    more = "batch-size: 4, log-format: json, no-save: false, log-interval: 3, "
+    more += "validate-after-updates: 3"
     path = write(folder, lambda text: text.replace("batch-size: 4", more))
     assert plan.read(path).runs[0].train.count("json") == 2
 
@@ -266,6 +275,45 @@ def test_runs_of_different_training_text_are_not_compared():
     runs[2]["text"] = "9a"
     found = result.factors(runs)["a"]
     assert found["remark"] == "not trained on the same text in every run" and not found["curve"]
+
+
+def test_a_seed_counts_when_all_sizes_are_trained_with_it():
+    """Of seed 2 the largest sparse model is missing, whose factor is the smallest."""
+    costs = {"dense": [(1, 30), (4, 20), (16, 10)], "moe": [(1, 25), (4, 15), (16, 10)]}
+    runs = runs_of(costs, (1,))
+    alone = result.factors(runs)["a"]
+    partial = [run for run in runs_of(costs, (2,)) if (run["family"], run["size"]) != ("moe", "2")]
+    for run in partial:
+        run["flops"] *= 3 if run["family"] == "dense" else 1
+    found = result.factors(runs + partial)["a"]
+    assert found == alone and list(found["by_seed"]) == ["1"]
+    assert list(result.factors(partial)["a"]["by_seed"]) == ["2"], "as far as any seed is"
+    other = [run for run in runs if (run["family"], run["size"]) != ("dense", "2")]
+    found = result.factors(other + partial)["a"]
+    assert found["curve"] and not found["by_seed"]
+    assert result.over_seeds(found) == "no seed is complete"
+
+
+def test_intervals_are_of_their_points():
+    """Of sizes with equal FLOPs too, such as 8 and 64 experts with top-1."""
+    runs = runs_of({"dense": [(1, 60)], "moe": [(4, 48), (4, 42), (1, 50)]})
+    for run in runs:
+        run["mean"]["in_domain"]["interval"] = [
+            run["mean"]["in_domain"]["perplexity"] + d for d in (-1, 1)
+        ]
+    points = result.points(runs, "moe", "in_domain")
+    ends = result.intervals(runs, "moe", "in_domain")
+    assert [cost for cost, _ in points] == [1, 4, 4]
+    assert ends == [(value - 1, value + 1) for _, value in points]
+
+
+def test_no_mean_of_seeds_of_different_text():
+    runs = runs_of({"dense": [(1, 60)], "moe": [(4, 48)]}, (1, 2))
+    assert "different text" not in tables.perplexities(runs)[1][0]
+    runs[0]["text"], runs[1]["text"] = "8f", "9a"
+    head, rows = tables.perplexities(runs)
+    assert rows[0][1] == "different text" and rows[0][2].startswith("48.")
+    assert result.points(runs, "dense", "a") == [] != result.points(runs, "moe", "a")
 
 
 def test_words_for_factors_and_seeds():
