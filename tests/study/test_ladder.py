@@ -101,6 +101,7 @@ REAL = stages.read(STUDY / "ladder.yaml")
             "moe-freq: 1, moe-top-k: 2",
             "moe: flags: moe-top-k: remove it; the ladder",
         ),
+        ("log-interval: 1", "log-interval: 5", "a: log-interval 5: is more than the 3 updates"),
         ("moe-freq: 1", "moe-freq: 2", "arm a-E4: --moe-freq 2 picks no layer"),
         ("granularity: 2", "granularity: 3", "granularity 3: does not divide the decoder-ffn-e"),
         ("bases: [a]", "bases: [a, a]", "moe: two arms are called a-E4; rename or remove one"),
@@ -209,7 +210,7 @@ def validation(folder, *perplexities):
 def test_the_best_learning_rate_on_validation_text_is_taken(folder, tmp_path):
     ladder = stages.read(write(folder))._replace(out=tmp_path)
     search = ladder.stages[0]
-    one, two, _ = search.arms
+    one, two = search.arms
     validation(ladder.folder(search, one, 1), 40, 31)
     with pytest.raises(UserError, match="arm-a-lr1-1: not trained yet"):
         rates.choose(ladder)
@@ -220,6 +221,31 @@ def test_the_best_learning_rate_on_validation_text_is_taken(folder, tmp_path):
     assert found["a"].at_the_edge and not found["a-E4"].at_the_edge
     values = {"a": "1e-3", "b": "1e-3", "a-E4": "1e-2", "a-4x2": "1e-2"}
     assert rates.of_arms(ladder, found) == values
+
+
+def test_flags_are_checked_against_the_shortest_stage(folder):
+    path = write(folder, lambda text: text.replace("log-interval: 1", "log-interval: 4"))
+    longer = path.read_text().replace(
+        "learning-rate:\n  tokens: 384", "learning-rate:\n  tokens: 640"
+    )
+    path.write_text(longer)
+    with pytest.raises(UserError, match="log-interval 4: is more than the 3 updates"):
+        stages.read(path)
+
+
+def test_one_learning_rate_alone_is_not_tried(folder, tmp_path, capsys):
+    path = write(folder, lambda text: text.replace("[1e-2, 1e-3]", "[1e-3]"))
+    ladder = stages.read(path)._replace(out=tmp_path)
+    assert [stage.name for stage in ladder.stages] == ["first", "second"]
+    found = rates.of_arms(ladder, rates.choose(ladder))
+    assert found == {"a": "1e-3", "b": "1e-3", "a-E4": "1e-2", "a-4x2": "1e-2"}
+    assert [line.split(":")[0] for line in hours.said(ladder, ladder.stages, 1.0)[:-1]] == [
+        *("first", "second")
+    ]
+    assert command().main([str(path), "--dry-run", "--stages", "lr"]) == 1
+    assert "--stages lr: not a stage; they are first, second" in capsys.readouterr().err
+    path = write(folder, lambda text: text.replace("[1e-2]", "[-1]"))
+    assert command().main([str(path), "--dry-run"]) == 1, "it is checked all the same"
 
 
 def test_no_rate_is_chosen_where_all_diverged(folder, tmp_path):
@@ -957,7 +983,7 @@ def test_progress_of_every_run(folder, tmp_path):
     progress.write(ladder, 100.0)
     html = (tmp_path / "progress.html").read_text()
     assert '<meta http-equiv="refresh" content="60">' in html
-    assert "1 of 11 runs are done, 1 at work" in html and "31.25" in html and "2 of 3" in html
+    assert "1 of 10 runs are done, 1 at work" in html and "31.25" in html and "2 of 3" in html
     assert "first: 3 runs left" in html
     assert not list(tmp_path.glob("*.tmp*"))
 
@@ -981,7 +1007,7 @@ def test_progress_of_a_run_that_diverged_or_has_another_criterion(folder, tmp_pa
     assert list(map(len, curves)) == [3, 1, 1, 1] and curves[2:] == [[64.0], [64.0]]
     progress.write(ladder, 100.0)
     html = (tmp_path / "progress.html").read_text()
-    assert "0 of 11 runs are done, 4 at work" in html
+    assert "0 of 10 runs are done, 4 at work" in html
 
 
 def test_hours_are_of_what_is_left(folder, tmp_path):
@@ -1119,8 +1145,8 @@ def test_a_small_ladder_goes_on_where_it_was_killed(folder, monkeypatch, capsys)
     assert main([str(path), "--jobs", "2"]) == 0
     assert (out / "lr" / "arm-a-lr10-1" / "train.log").read_text() == first
     found = json.loads((out / "result.json").read_text())
-    assert len(found["runs"]) == found["planned"] == 9
+    assert len(found["runs"]) == found["planned"] == 8
     assert {f["tokens"] for f in found["factors"]} == {384, 640}
     assert {f["interval_over"] for f in found["factors"]} == {"units of test text"}
-    assert "9 of 9 runs are done" in (out / "report.html").read_text()
+    assert "8 of 8 runs are done" in (out / "report.html").read_text()
     assert re.search(r"^\| a \| 1e-[23] .* \| a, b \|$", (out / "tables.md").read_text(), re.M)

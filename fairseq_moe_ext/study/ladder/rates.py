@@ -30,7 +30,8 @@ class Rate(NamedTuple):
 def choose(ladder: Ladder) -> Dict[str, Rate]:
     """The best for each arm whose rate is searched. One value alone needs no run. Raises UserError
     unless all others are trained, with the settings that the file has."""
-    tries = {run.folder: run for run in runs_of(ladder, ladder.stage(LR), None)}
+    search = [stage for stage in ladder.stages if stage.name == LR]  # none: one rate an arm
+    tries = {run.folder: run for stage in search for run in runs_of(ladder, stage, None)}
     return {name: _best(ladder, name, tries) for name in ladder.tried}
 
 
@@ -48,10 +49,10 @@ def of_arms(ladder: Ladder, chosen: Mapping[str, Rate]) -> Dict[str, Any]:
 
 
 def _best(ladder: Ladder, name: str, tries: Mapping[Path, Run]) -> Rate:
-    arms, stage = ladder.tried[name], ladder.stage(LR)
+    arms = ladder.tried[name]
     if len(arms) == 1:
         return Rate(arms[0].flags[LR], [])
-    tried = []
+    tried, stage = [], ladder.stage(LR)
     for arm in arms:
         folder = ladder.folder(stage, arm, stage.seeds[0])
         if not (folder / "trained").is_file():

@@ -106,7 +106,7 @@ class Ladder(NamedTuple):
     forecast: Path  # beside the file
     arms: List[Arm]
     tried: Dict[str, List[Arm]]  # an arm whose learning rate is searched -> it, with each value
-    stages: List[Stage]  # the first one is LR
+    stages: List[Stage]  # the first one is LR, if an arm has several rates to try
 
     @property
     def tokens_per_update(self) -> int:
@@ -162,8 +162,13 @@ def read(path: Path) -> Ladder:
     per_update = ladder.tokens_per_update
     tokens, tried = _search(asked, arms, path)
     updates = _updates(tokens, per_update, f"{path}: learning-rate: tokens")
-    search = Stage(LR, tokens, updates, [1], sum(tried.values(), []))
-    everything = search._replace(arms=arms + search.arms)
+    tries = sum(tried.values(), [])
+    search = Stage(
+        LR, tokens, updates, [1], [a for of in tried.values() if len(of) > 1 for a in of]
+    )
+    stages = [*([search] if search.arms else []), *_stages(asked, arms, per_update, path)]
+    fewest = min(stage.updates for stage in stages)
+    everything = search._replace(arms=arms + tries, updates=fewest)
     planned(
         _study(ladder, everything, {arm.name: arm.flags.get(LR, 1) for arm in everything.arms}),
         path,
@@ -171,7 +176,7 @@ def read(path: Path) -> Ladder:
     _check_whole(ladder.train, f"{path}: train")
     for arm in arms:
         _check_whole(arm.flags, f"{path}: {arm.name}")
-    return ladder._replace(tried=tried, stages=[search, *_stages(asked, arms, per_update, path)])
+    return ladder._replace(tried=tried, stages=stages)
 
 
 def _check_vocabulary(vocabulary: int, dictionary: Path, path: Path) -> None:
