@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import yaml
-from fairseq.data import Dictionary
 
 from ... import ranges
 from ...data_bin import DICTIONARY
@@ -17,15 +16,11 @@ from ...wording import did_you_mean
 from .. import yaml_file
 from ..flags import blocks_per_update
 from ..plan import ARM, FAMILIES, Keys, Run, check_name, check_seeds, checked, planned
+from . import checks
 
 LR = "lr"  # the stage that tries learning rates
 PROBE = "probe"  # the folder of measurements, beside those of the stages
 _FILES = (".yaml", ".json", ".html", ".md")  # beside them
-_SET_ELSEWHERE = {
-    **{"lr": "learning-rate", "warmup-updates": "warmup", "updates": "stages: tokens"},
-    **{"moe-expert-count": "experts", "moe-expert-ffn-dim": "granularity"},
-    "moe-top-k": "granularity",
-}
 _DENSE_ARCH, _MOE_ARCH = "dense_lm_tiny", "moe_lm_tiny"
 
 _TOP: Keys = {
@@ -138,10 +133,10 @@ def read(path: Path) -> Ladder:
     or another vocabulary than the data has, if they are there."""
     asked = checked(yaml_file.read(path), _TOP, str(path))
     blocks_per_update(asked["train"], f"{path}: train")
-    _check_set_here(asked["train"], f"{path}: train")
+    checks.check_set_here(asked["train"], f"{path}: train")
     ranges.require(ranges.SIZE, asked["context"], f"{path}: context")
     ranges.require(ranges.SIZE, asked["vocabulary"], f"{path}: vocabulary")
-    _check_vocabulary(asked["vocabulary"], Path(asked["data"]) / DICTIONARY, path)
+    checks.check_vocabulary(asked["vocabulary"], Path(asked["data"]) / DICTIONARY, path)
     if not 0 <= asked["warmup"] < 1:
         raise UserError(f"{path}: warmup {asked['warmup']}: use a share of the updates below 1")
     arms = _arms(asked, path)
@@ -173,36 +168,10 @@ def read(path: Path) -> Ladder:
         _study(ladder, everything, {arm.name: arm.flags.get(LR, 1) for arm in everything.arms}),
         path,
     )
-    _check_whole(ladder.train, f"{path}: train")
+    checks.check_whole(ladder.train, f"{path}: train")
     for arm in arms:
-        _check_whole(arm.flags, f"{path}: {arm.name}")
+        checks.check_whole(arm.flags, f"{path}: {arm.name}")
     return ladder._replace(tried=tried, stages=stages)
-
-
-def _check_vocabulary(vocabulary: int, dictionary: Path, path: Path) -> None:
-    """Half of a small model's FLOPs are the vocabulary's."""
-    if dictionary.is_file():
-        entries = len(Dictionary.load(str(dictionary)))
-        if entries != vocabulary:
-            raise UserError(
-                f"{path}: vocabulary {vocabulary}: {dictionary} has {entries} entries, with "
-                f"fairseq's own; write {entries}"
-            )
-
-
-def _check_whole(flags: Mapping[str, Any], where: str) -> None:
-    """Costs are computed from the flags as they are in the file."""
-    for flag, value in flags.items():
-        allowed = ranges.RANGES.get(flag.replace("-", "_"), ranges.FINITE)
-        if isinstance(value, str) and allowed.whole:
-            raise UserError(f"{where}: {flag} {value!r}: write it without quotes")
-
-
-def _check_set_here(flags: Mapping[str, Any], where: str) -> None:
-    for flag in flags:
-        if flag in _SET_ELSEWHERE:
-            key = _SET_ELSEWHERE[flag]
-            raise UserError(f"{where}: {flag}: remove it; the ladder's key '{key}' sets it")
 
 
 def _arms(asked: Mapping[str, Any], path: Path) -> List[Arm]:
@@ -213,14 +182,14 @@ def _arms(asked: Mapping[str, Any], path: Path) -> List[Arm]:
     if len(dense) < 2:
         raise UserError(f"{path}: dense: name two sizes or more, to compute factors between them")
     moe = checked(asked["moe"], _MOE, f"{path}: moe")
-    _check_set_here(moe["flags"], f"{path}: moe: flags")
+    checks.check_set_here(moe["flags"], f"{path}: moe: flags")
     bases = {arm.name: arm for arm in dense}
     sparse: List[Arm] = []
     for name, arm in moe["arms"].items():
         where = f"{path}: moe: arms: {name}"
         check_name(name, where)
         values = checked(arm, _ARM, where)
-        _check_set_here(values["flags"], f"{where}: flags")
+        checks.check_set_here(values["flags"], f"{where}: flags")
         for key in ("experts", "granularity"):
             ranges.require(ranges.POSITIVE_COUNT, values[key], f"{where}: {key}")
         for base in map(str, values["bases"] or moe["bases"]):
@@ -240,7 +209,7 @@ def _dense(name: Any, flags: Any, where: str) -> Arm:
     check_name(name, where)
     if not isinstance(flags, dict):
         raise UserError(f"{where}: {flags!r} is not a mapping of flags to values")
-    _check_set_here(flags, where)
+    checks.check_set_here(flags, where)
     for flag in ("decoder-layers", "decoder-embed-dim", "decoder-ffn-embed-dim"):
         if type(flags.get(flag)) is not int:
             raise UserError(f"{where}: {flag} {flags.get(flag)!r}: write a whole number")
