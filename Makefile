@@ -62,6 +62,7 @@ lint: install    ## ruff, check and format; mypy where there is one (Python 3.10
 	$(RUN) -m ruff format --check .
 	@if $(RUN) -c "import mypy" 2> /dev/null; then $(RUN) -m mypy; fi
 
-clean:           ## remove .venv and what builds and tests leave
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+clean:           ## remove .venv and what builds and tests leave; runs/ and build/study/ stay
+	rm -rf .venv build/site build/lib build/temp.* build/bdist.* dist *.egg-info
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

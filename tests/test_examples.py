@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,18 @@ def test_the_batch_script_refuses_another_batch(tasks, variables, tmp_path):
     words, done = batch_script(tmp_path, tasks, **variables)
     assert done.returncode == 1 and not words
     assert done.stderr.startswith("error: BATCH=") and done.stderr.count("\n") == 1
+
+
+def test_make_clean_keeps_what_cannot_be_made_again(tmp_path):
+    """Downloaded text and results."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    kept = ["build/study/text/mail.jsonl", "runs/study/result.json"]
+    gone = ["build/site/index.html", "build/bdist.linux-x86_64/x", "dist/x.whl", ".venv/bin/python"]
+    for name in (*kept, *gone):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    subprocess.run(["make", "clean"], cwd=tmp_path, check=True, capture_output=True)
+    assert [name for name in (*kept, *gone) if (tmp_path / name).exists()] == kept
 
 
 def test_the_citation_has_the_version():
