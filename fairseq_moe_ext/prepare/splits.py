@@ -9,7 +9,8 @@ class SplitRule:
     """Splits documents by a hash of their text.
 
     So a document's split depends neither on the order of the files nor on the number of workers,
-    and stays the same when documents are added. Copies of a document are always in one split.
+    and stays the same when documents are added. Copies of a document that have one rule are
+    always in one split.
 
     valid, test: the shares of documents, in expectation; the rest is train.
     held_out: no train split; the documents go to valid and test in the proportion of the two.
