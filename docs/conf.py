@@ -1,6 +1,7 @@
 """Sphinx's settings, and the page of all flags, written from the dataclasses that define them.
 
-`make docs` builds the site into build/site; a warning is an error.
+`make docs` builds the site into build/site; a warning is an error. `python docs/conf.py` writes
+docs/flags.md alone.
 """
 
 from dataclasses import MISSING, fields
@@ -24,12 +25,12 @@ suppress_warnings = ["ref.python"]  # several NamedTuples have a field of the sa
 FLAGS = Path(__file__).with_name("flags.md")
 FLAGS_HEAD = """# Flags
 
-This page is generated. A flag `--moe-freq` is `model.moe_freq` in a Hydra override; the other
-groups are `criterion.` and `task.`. `fairseq-train --help` lists the flags of stock fairseq.
+`python docs/conf.py` writes this page. A flag `--moe-freq` is `model.moe_freq` in a Hydra override;
+the other groups are `criterion.` and `task.`. `fairseq-train --help` lists the flags of stock fairseq.
 """
 
 
-def setup(app: Any) -> None:
+def setup(app: Any = None) -> None:
     """Sphinx calls this first."""
     FLAGS.write_text("\n".join(flags_page()), encoding="utf-8")
 
@@ -68,3 +69,7 @@ def flag_row(flag: Any, text: str) -> str:
     shown = "" if default is None or default is False else f"`{getattr(default, 'value', default)}`"
     text = text.replace("%%", "%").replace("|", "\\|").replace("<", "\\<")
     return f"| `--{flag.name.replace('_', '-')}` | {shown} | {text} |"
+
+
+if __name__ == "__main__":
+    setup()
