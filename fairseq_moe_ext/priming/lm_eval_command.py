@@ -21,8 +21,7 @@ def run(argv: List[str]) -> None:
         print("examples:", *fairseq_moe_command.examples("lm-eval"), sep="\n  ", flush=True)
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(
-            "lm-eval is not installed; in the folder of this project: "
-            'pip install -c constraints.txt -e ".[lm-eval]"'
+            'lm-eval is not installed: run pip install "lm-eval>=0.4.13,<0.5" (Python 3.10 or later)'
         )
     from lm_eval.__main__ import cli_evaluate
 

@@ -16,7 +16,7 @@ def console_script(name: str) -> str:
     path = shutil.which(name, path=os.pathsep.join([beside, os.environ.get("PATH", "")]))
     if path is None:
         raise UserError(
-            f"the command {name} is not installed: install fairseq 0.12.2 (`make install`)"
+            f"the command {name} is not installed: run pip install --no-deps fairseq==0.12.2"
         )
     return path
 

@@ -55,7 +55,7 @@ def test_without_lm_eval_there_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(lm_eval_command.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["lm-eval", "--tasks", "piqa"]) == 1
     err = capsys.readouterr().err
-    assert "lm-eval is not installed; in the folder of this project: pip install -c" in err
+    assert 'lm-eval is not installed: run pip install "lm-eval>=0.4.13,<0.5"' in err
 
 
 @pytest.fixture(scope="module")
