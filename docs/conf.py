@@ -26,7 +26,7 @@ FLAGS = Path(__file__).with_name("flags.md")
 FLAGS_HEAD = """# Flags
 
 `python docs/conf.py` writes this page. A flag `--moe-freq` is `model.moe_freq` in a Hydra override;
-the other groups are `criterion.` and `task.`. `fairseq-train --help` lists the flags of stock fairseq.
+the other groups are `criterion.` and `task.`. `fairseq-train --help` lists stock fairseq's flags.
 """
 
 

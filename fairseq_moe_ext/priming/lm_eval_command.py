@@ -21,7 +21,7 @@ def run(argv: List[str]) -> None:
         print("examples:", *fairseq_moe_command.examples("lm-eval"), sep="\n  ", flush=True)
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(
-            'lm-eval is not installed: run pip install "lm-eval>=0.4.13,<0.5" (Python 3.10 or later)'
+            'lm-eval is not installed: run pip install "lm-eval>=0.4.13,<0.5" (from Python 3.10 on)'
         )
     from lm_eval.__main__ import cli_evaluate
 
