@@ -46,9 +46,7 @@ def test_every_page_is_in_the_table_of_contents():
     index = (DOCS / "index.md").read_text(encoding="utf-8")
     listed = set("\n".join(re.findall(r"```{toctree}\n(.*?)```", index, flags=re.S)).split())
     pages = {path.stem for path in DOCS.glob("*.md")} - {"index"}
-    assert pages == {name for name in listed if name[0] != ":"} - {"How", "to"} - {
-        "Reference"
-    }
+    assert pages == {name for name in listed if name[0] != ":"} - {"How", "to"} - {"Reference"}
 
 
 @pytest.mark.slow
