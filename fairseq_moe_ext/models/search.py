@@ -187,7 +187,8 @@ class Generator:
         if not live:
             return []
         rows = torch.tensor([h.row for h in live], device=log_probs.device)
-        scores = log_probs.new_tensor([h.score for h in live])
+        scores = torch.tensor([h.score for h in live], dtype=torch.float64, device=log_probs.device)
+        # In float32 the sum of a long text has no room for what its next tokens differ by.
         sums = log_probs[rows] + scores[:, None]  # (hypotheses, V)
         vocabulary = sums.size(1)
         longer: List[_Hypothesis] = []

@@ -2,15 +2,18 @@
 
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from fairseq.modules import PositionalEmbedding
+from small_models import make_task
 from training import prepare_text, train_small
 
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
 from fairseq_moe_ext.models.next_token import Choice
+from fairseq_moe_ext.models.search import Generator, Prompt
 from fairseq_moe_ext.models.text_generation import generate, settings_of
 
 TEXT = "the cat sat on the mat\nand saw a dog\n\né 木 a cat\n" * 20
@@ -212,3 +215,38 @@ def test_a_prompt_without_room(models):
 def test_experts_on_disk_write_the_same(folder, models):
     lm = load(folder / "moe", moe_experts_on_disk=True)
     assert lm.generate(PROMPTS, max_tokens=9) == models["moe"].generate(PROMPTS, max_tokens=9)
+
+
+class Constant(torch.nn.Module):
+    """A decoder that always yields the same logits (V,)."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = torch.nn.Parameter(logits)
+        self.dictionary = make_task(len(logits)).source_dictionary
+
+    def forward(self, tokens, **options):
+        return torch.zeros(*tokens.shape, 1), {}
+
+    def output_layer(self, features):
+        return self.logits.expand(len(features), -1)
+
+    def reorder_incremental_state_scripting(self, state, order):
+        pass
+
+
+@pytest.mark.parametrize(
+    "beam, choice",
+    [(1, Choice()), (1, Choice(temperature=1.0, top_k=1)), (2, Choice())],
+    ids=["greedy", "sampled", "beam"],
+)
+def test_a_long_text_is_as_likely_as_a_short_one(beam, choice):
+    """Its log-probabilities sum to -3,800, where numbers of float32 are 2.4e-4 apart."""
+    torch.manual_seed(0)
+    logits = 1e-5 * torch.randn(600)
+    logits[:4], logits[77] = -1.0, 4e-5 + logits[4:].max()
+    model = SimpleNamespace(decoder=Constant(logits), parameters=lambda: iter([logits]))
+    search = Generator(model, beam, 10_000, choice=choice)
+    drawn = random.Random(0) if choice.temperature else None
+    (found,) = search([Prompt((5,), 600, lambda new: False, drawn)])
+    assert found == [77] * 600
