@@ -44,8 +44,10 @@ def side_by_side(work: Callable[[int], None], counts: Sequence[int], size: int, 
     # Largest first, so that all finish at about the same time; taking the next one is atomic.
     order = iter(sorted(range(len(counts)), key=counts.__getitem__, reverse=True))
 
+    inference = torch.is_inference_mode_enabled()
+
     def share() -> None:
-        with torch.no_grad():  # of each thread its own
+        with torch.inference_mode(inference), torch.no_grad():  # of each thread its own
             for i in order:
                 work(i)
 

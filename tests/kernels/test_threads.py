@@ -30,6 +30,7 @@ class Watched:
     def __init__(self):
         self.threads = set()
         self.two = threading.Event()
+        self.as_if = AS_IF
         self.patience = 0  # seconds that an expert waits until a second thread works on another
 
     def __call__(self, work, counts, size, cpu):
@@ -41,7 +42,7 @@ class Watched:
                 self.patience = 0
             work(expert)
 
-        side_by_side(watched, counts, size * AS_IF, cpu)
+        side_by_side(watched, counts, size * self.as_if, cpu)
 
 
 @pytest.fixture
@@ -73,6 +74,21 @@ def test_threads_change_no_number(threads, watched):
     assert watched.threads == {threading.get_ident()}
     for mine, one in zip(found, expected):
         assert_near(mine, one, 1e-12, "side by side")
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(mode, threads, watched):
+    torch.manual_seed(0)
+    experts, x = Experts(len(COUNTS), 32, 64).double(), torch.randn(sum(COUNTS), 32).double()
+    expected = experts(x, COUNTS).detach()
+    watched.patience = LONG
+    watched.as_if = 256 * AS_IF
+    watched.threads.clear()
+    watched.two.clear()
+    with mode():
+        found = experts(x, COUNTS)
+    assert watched.two.is_set()
+    assert_near(found, expected, 1e-12, "without gradients")
 
 
 def test_little_work_crowded_or_filled_experts_and_counters_stay_on_one_thread(threads, watched):
