@@ -21,8 +21,9 @@ class Rows(NamedTuple):
     """Where the choices of T tokens are among the N rows. K is the routing's, or less if no token
     has that many choices."""
 
-    row: Tensor  # (T, K) int64: the row of a kept choice; 0 for a dropped one
+    row: Tensor  # (T, K) int64: the row of a kept choice; of a dropped one, the token's first, or 0
     kept: Tensor  # (T, K) bool
+    idle: Optional[Tensor]  # (T, 1) bool: tokens without a row; None: all choices are kept
     token: Tensor  # (N,) int64: the token of a row; of a spare row, the first
     counts: List[int]  # rows of each expert, summing to N
 
@@ -40,6 +41,7 @@ def lay_out(routing: Routing, rounded: Optional[Callable[[List[int]], List[int]]
         wanted.append(used.amax(dim=0, keepdim=True))
     rows_of = torch.cat(wanted).tolist()  # the only wait for a GPU here
     widest = max(1, rows_of.pop()) if len(wanted) > 1 else k
+    dropped = sum(rows_of) < tokens * widest
     if rounded is not None:
         rows_of = rounded(rows_of)
         counts = to_device(rows_of, counts.device)
@@ -49,50 +51,54 @@ def lay_out(routing: Routing, rounded: Optional[Callable[[List[int]], List[int]]
     index = torch.arange(tokens, device=row.device).unsqueeze(1).expand(tokens, k)
     token.scatter_(0, row.where(routing.kept, behind).reshape(-1), index.reshape(-1))
     row, kept = row[:, :widest], routing.kept[:, :widest]
-    return Rows(row.where(kept, 0), kept, token[:behind], rows_of)
+    idle = None
+    if dropped:  # of no other token's row: it is multiplied by 0, but may be infinite
+        idle = ~kept.any(dim=1, keepdim=True)
+        first = row.gather(1, kept.to(torch.int8).argmax(dim=1, keepdim=True)).masked_fill(idle, 0)
+        row = row.where(kept, first)
+    return Rows(row, kept, idle, token[:behind], rows_of)
 
 
 def permute(x: Tensor, rows: Rows) -> Tensor:
     """Copy each token to its rows: x (T, D) -> (N, D)."""
-    return _Permute.apply(x, rows.row, rows.kept, rows.token)
+    return _Permute.apply(x, rows)
 
 
 def unpermute(y: Tensor, weights: Tensor, rows: Rows) -> Tensor:
     """Sum each token's rows by weight: y (N, D), weights (T, K) -> (T, D).
 
     A token without rows gets zeros; only the residual connection carries it on."""
-    return _Unpermute.apply(y, weights[:, : rows.row.size(1)], rows.row, rows.kept, rows.token)
+    return _Unpermute.apply(y, weights[:, : rows.row.size(1)], rows)
 
 
-def _weighted_sum(y: Tensor, weights: Tensor, row: Tensor) -> Tensor:
-    """sum_k weights[:, k] * y[row[:, k]]: (N, D), (T, K), (T, K) -> (T, D)."""
+def _weighted_sum(y: Tensor, weights: Tensor, row: Tensor, idle: Optional[Tensor]) -> Tensor:
+    """sum_k weights[:, k] * y[row[:, k]]: (N, D), (T, K), (T, K) -> (T, D); idle tokens get 0."""
     if y.size(0) == 0:  # every choice was dropped
         return y.new_zeros(row.size(0), y.size(1))
-    return F.embedding_bag(row, y, mode="sum", per_sample_weights=weights)
+    out = F.embedding_bag(row, y, mode="sum", per_sample_weights=weights)
+    return out if idle is None else out.masked_fill_(idle, 0)
 
 
 class _Permute(torch.autograd.Function):
     # Autograd's backward pass of index_select adds row by row; gathering is faster and, on a GPU,
     # deterministic.
     @staticmethod
-    def forward(ctx: Any, x: Tensor, row: Tensor, kept: Tensor, token: Tensor) -> Tensor:
-        ctx.save_for_backward(row, kept)
-        return x.index_select(0, token)
+    def forward(ctx: Any, x: Tensor, rows: Rows) -> Tensor:
+        ctx.save_for_backward(rows.row, rows.kept, rows.idle)
+        return x.index_select(0, rows.token)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None, None, None]:
-        row, kept = ctx.saved_tensors
-        return _weighted_sum(grad, kept.to(grad.dtype), row), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None]:
+        row, kept, idle = ctx.saved_tensors
+        return _weighted_sum(grad, kept.to(grad.dtype), row, idle), None
 
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, weights: Tensor, row: Tensor, kept: Tensor, token: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(y, weights, row, kept, token)
-        return _weighted_sum(y, weights, row)
+    def forward(ctx: Any, y: Tensor, weights: Tensor, rows: Rows) -> Tensor:
+        ctx.save_for_backward(y, weights, rows.row, rows.kept, rows.token)
+        return _weighted_sum(y, weights, rows.row, rows.idle)
 
     @staticmethod
     @once_differentiable
@@ -103,10 +109,10 @@ class _Unpermute(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weights = torch.zeros_like(weights)
             if y.size(0) > 0:
-                grad_weights = (y * grad_y).sum(dim=1)[row] * kept
+                grad_weights = (y * grad_y).sum(dim=1)[row].where(kept, 0)
         # Scatter instead of a mask, whose size a GPU would have to be waited for.
         behind = token.numel()  # dropped choices write here
         weight = weights.new_zeros(behind + 1)
         weight.scatter_(0, row.where(kept, behind).reshape(-1), weights.reshape(-1))
         grad_y.mul_(weight[:behind].unsqueeze(1))
-        return grad_y, grad_weights, None, None, None
+        return grad_y, grad_weights, None

@@ -44,3 +44,26 @@ def test_there_and_back(capacity, rounded):
         torch.autograd.grad((true * weight).sum(), [x, weights]),
     ):
         assert_near(mine, each, 1e-14, "gradient")
+
+
+def test_a_row_that_is_not_finite_stays_with_its_token():
+    """Dropped choices have no row, and are not read from another's."""
+    routing = routed(5)
+    rows = lay_out(routing)
+    none = ~routing.kept.any(dim=1)
+    some = routing.kept.any(dim=1) & ~routing.kept.all(dim=1)
+    assert none.any() and some.any()
+    x = torch.randn(23, 3, dtype=torch.float64, requires_grad=True)
+    weights = routing.weights.detach().requires_grad_()
+    y = permute(x, rows)
+    y = torch.cat([torch.full_like(y[:1], torch.inf), y[1:]])
+    out = unpermute(y, weights, rows)
+    others = torch.arange(23) != rows.token[0]
+    assert out[others].isfinite().all() and not out[rows.token[0]].isfinite().any()
+    (of_weights,) = torch.autograd.grad(out.sum(), weights)
+    assert of_weights[others].isfinite().all() and not of_weights[~routing.kept].any()
+
+    grad = torch.zeros_like(y)
+    grad[0] = torch.inf
+    (of_x,) = torch.autograd.grad(permute(x, rows), x, grad)
+    assert of_x[others].isfinite().all()
