@@ -85,7 +85,9 @@ class ExpertParallel:
     def __init__(self, num_experts: int) -> None:
         world_size, rank = dist.get_world_size(), dist.get_rank()
         self.placement = placement(num_experts, world_size, rank)
-        self.holders, self.replicas = _groups(num_experts, world_size, rank)
+        self.holders, self.replicas = None, None  # the world
+        if num_experts < world_size:
+            self.holders, self.replicas = _groups(num_experts, world_size, rank, dist.group.WORLD)
         self.traffic = Traffic()
 
     def held(self, num_experts: int) -> range:
@@ -213,11 +215,10 @@ def collective_device() -> torch.device:
 
 @functools.cache
 def _groups(
-    num_experts: int, world_size: int, rank: int
-) -> Tuple[Optional[dist.ProcessGroup], ...]:
-    """Process groups of this rank's holders and of its replicas; None stands for the world."""
-    if num_experts >= world_size:
-        return None, None
+    num_experts: int, world_size: int, rank: int, world: Any
+) -> Tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """Process groups of this rank's holders and of its replicas. They end with the world that they
+    are parts of, so a later one has its own."""
     placements = [placement(num_experts, world_size, r) for r in range(world_size)]
     own = placements[rank]
     groups: Dict[Tuple[int, ...], dist.ProcessGroup] = {}

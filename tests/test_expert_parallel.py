@@ -1,5 +1,6 @@
 """N processes equal one: the layer, its losses, figures and gradients."""
 
+from datetime import timedelta
 from unittest import mock
 
 import pytest
@@ -128,3 +129,24 @@ def replica_in_a_process(rank):
 def test_replicas_may_compute_in_different_ways():
     one = step(build(1, SETTINGS["top1"]), *inputs())
     assert_same(one, combined(run_processes(2, replica_in_a_process), 1))
+
+
+def world_after_world(rank, folder):
+    """A sum over replicas and their ranks, in a world, and in another after its end."""
+    found = []
+    for number in range(2):
+        if number:
+            dist.destroy_process_group()
+            meeting, timeout = f"file://{folder}/again", timedelta(seconds=60)
+            dist.init_process_group(
+                "gloo", init_method=meeting, world_size=2, rank=rank, timeout=timeout
+            )
+        replicas = ExpertParallel(1).replicas
+        total = torch.ones(1)
+        dist.all_reduce(total, group=replicas)
+        found.append((float(total), dist.get_process_group_ranks(replicas)))
+    return found
+
+
+def test_a_second_world_in_one_process_has_its_own_groups(tmp_path):
+    assert run_processes(2, world_after_world, str(tmp_path)) == [[(2.0, [0, 1])] * 2] * 2
