@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .matmul import autocast_dtype, faster_products, program_rows
+from .matmul import faster_products, program_rows
 from .threads import side_by_side
 from .transfer import to_device
 
@@ -58,11 +58,6 @@ def by_expert(
     Returns:
         (N, D)
     """
-    wanted = autocast_dtype(x)
-    if wanted is not None:
-        with torch.autocast(x.device.type, enabled=False):
-            mask = None if mask is None else mask.to(wanted)
-            return by_expert(x.to(wanted), counts, weights, activation, mask, grad_scale)
     rounded = program_rows(x, weights.w1[0].numel(), counts)
     if rounded != counts:
         return _spaced(rounded, x, counts, weights, activation, mask, grad_scale)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .dtypes import at_least_float32
-from .matmul import add_outer, autocast_dtype, outer, write_outer, write_product
+from .dtypes import at_least_float32, autocast_dtype, without_autocast
+from .matmul import add_outer, outer, write_outer, write_product
 
 # At most 64 MB in float32, for vocabularies so large that fewer tokens at a time would make their
 # products slow; else 8 MB, which stay in the processor's cache until they have been used.
@@ -43,7 +43,7 @@ def linear_cross_entropy(
     """
     wanted = autocast_dtype(features)
     if wanted is not None:
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features):
             return linear_cross_entropy(features.to(wanted), weight, target, ignore_index)
     if not torch.is_grad_enabled():  # needs_input_grad is true of parameters even under no_grad
         features, weight = features.detach(), weight.detach()

@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .dtypes import autocast_dtype
+
 _FEW_ROWS = 2
 SMALL = 2**22  # multiplications
 _SMALL_EXPERT = 3 * 2**20  # multiplications, as SMALL
@@ -58,20 +60,12 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     return out.view(*x.shape[:-1], -1)
 
 
-def autocast_dtype(x: Tensor) -> Optional[torch.dtype]:
-    """The precision that torch.autocast asks for where x is; None where it is off."""
-    device = x.device.type
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
-
-
 def product(a: Tensor, b: Tensor, bias: Optional[Tensor] = None) -> Tensor:
     """a (N, K) @ b (K, M) + bias (M,) -> (N, M); without autograd."""
     rows, onednn = len(a), not _is_small(a, b.size(1)) and _by_onednn(a, b)
     if onednn:
         a = _padded(a)
-    with _switched(onednn):
+    with _switched(onednn, a):
         return (torch.mm(a, b) if bias is None else torch.addmm(bias, a, b))[:rows]
 
 
@@ -81,7 +75,7 @@ def write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     if onednn and _missing(len(a)):
         out.copy_(product(a, b))
         return
-    with _switched(onednn):
+    with _switched(onednn, a):
         torch.mm(a, b, out=out)
 
 
@@ -108,7 +102,7 @@ def _outer(out: Tensor, a: Tensor, b: Tensor, keep: int) -> None:
     onednn = _by_onednn(a, b)
     if onednn:
         a, b = _padded(a), _padded(b)
-    with _switched(onednn):
+    with _switched(onednn, a):
         torch.addmm(out, a.t(), b, beta=keep, out=out)  # with beta=0 out is not read
 
 
@@ -182,14 +176,17 @@ class _Switch:
         with self._lock:
             self._users -= 1
             if self._users == 0:
-                settings.fp32_precision = self._before
+                settings.fp32_precision = "none"  # that of all of oneDNN, or of PyTorch
+                if settings.fp32_precision != self._before:
+                    settings.fp32_precision = self._before
 
 
 _ON, _OFF = _Switch(), contextlib.nullcontext()
 
 
-def _switched(on: bool) -> ContextManager[None]:
-    return _ON if on else _OFF
+def _switched(onednn: bool, x: Tensor) -> ContextManager[None]:
+    """For products of x. Those in bfloat16 oneDNN computes without the switch."""
+    return _ON if onednn and x.dtype == torch.float32 else _OFF
 
 
 @functools.cache
@@ -240,7 +237,7 @@ def compared_with_mkl() -> Tuple[float, float]:
         with torch.no_grad():
             for _ in range(12):
                 for onednn in (False, True):
-                    with _switched(onednn):
+                    with _switched(onednn, x):
                         start = time.perf_counter()
                         found = torch.mm(x, weight)
                         best[onednn] = min(best[onednn], time.perf_counter() - start)
@@ -268,7 +265,7 @@ def faster_products(x: Tensor, size: int, counts: List[int]) -> ContextManager[N
     """Within, the faster library computes torch.mm and torch.addmm of rows like x's (..., K),
     counts[e] of them with the `size` weights of expert e: without padding, and without the
     microseconds of a switch for each product."""
-    return _switched(_experts_by_onednn(x, size, counts))
+    return _switched(_experts_by_onednn(x, size, counts), x)
 
 
 def _experts_by_onednn(x: Tensor, size: int, counts: List[int]) -> bool:

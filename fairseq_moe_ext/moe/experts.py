@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..kernels.dropout import dropout
 from ..kernels.dropout import mask as dropout_mask
+from ..kernels.dtypes import autocast_dtype, without_autocast
 from ..kernels.expert_ffn import Weights, kernel_for, scale_gradient
 from ..kernels.matmul import Linear
 from .activations import Activation, inner_width
@@ -134,6 +135,13 @@ class Experts(nn.Module):
         """x (N, D) in expert order, counts[e] rows of expert e -> (N, D)."""
         if self.fc1.in_files and torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError("experts that are read from files (in_files) cannot be trained")
+        wanted = autocast_dtype(x)
+        if wanted is None:
+            return self._compute(x, counts)
+        with without_autocast(x):
+            return self._compute(x.to(wanted), counts)
+
+    def _compute(self, x: Tensor, counts: List[int]) -> Tensor:
         weights = Weights(self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         mask = None
         if self.training and self.activation_dropout > 0:

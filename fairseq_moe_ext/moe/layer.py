@@ -8,6 +8,7 @@ from typing import Any, Dict, NamedTuple, Optional, Sequence, cast
 import torch
 from torch import Tensor, nn
 
+from ..kernels.dtypes import autocast_dtype
 from ..kernels.matmul import Linear, program_rows
 from . import routers  # noqa: F401 - registers them
 from .balance import Balance, z_loss
@@ -193,4 +194,5 @@ class MoELayer(nn.Module):
             and not torch.is_grad_enabled()
             and self.exchange is HERE
             and isinstance(self.experts, Experts)
+            and autocast_dtype(tokens) is None
         )

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.dtypes import at_least_float32
+from ..kernels.dtypes import at_least_float32, without_autocast
 from .routing import Routing, check_groups, check_routing, counted_tokens, route, token_capacity
 from .scope import PROCESS, RoutingScope
 
@@ -158,10 +158,12 @@ class TopKRouter(nn.Module):
             logits (T, E) and their routing.
         """
         s = self.settings
-        if self.training and s.input_jitter > 0:
-            x = x * torch.empty_like(x).uniform_(1 - s.input_jitter, 1 + s.input_jitter)
         if hasattr(self, "wg"):  # in float32 where it is, though experts compute in bfloat16
             x = x.to(self.wg.weight.dtype)
+        if self.training and s.input_jitter > 0:
+            # Drawn in bfloat16, U(0.99, 1.01) would be one of four numbers, none of them above 1.
+            factor = torch.empty_like(x, dtype=at_least_float32(x))
+            x = (x * factor.uniform_(1 - s.input_jitter, 1 + s.input_jitter)).to(x.dtype)
         logits = self.of_every_expert(self.logits(x), dim=1)
         if s.use_fp32:
             logits = logits.to(at_least_float32(logits))
@@ -181,8 +183,8 @@ class TopKRouter(nn.Module):
         one."""
         if not self.settings.fp32_product:
             return self.wg(x)
-        with torch.autocast(x.device.type, enabled=False):
-            dtype = at_least_float32(x)
+        dtype = at_least_float32(x)
+        with without_autocast(x):
             return F.linear(x.to(dtype), self.wg.weight.to(dtype))
 
     def route_tokens(

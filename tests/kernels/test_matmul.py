@@ -152,6 +152,35 @@ def test_the_switch_is_on_in_our_products_alone(computed, monkeypatch):
 
 
 @needs_onednn
+def test_products_in_bfloat16_leave_it_off(computed):
+    """Another thread's in float32 would be in bfloat16 meanwhile, where a processor has AMX."""
+    a, b = torch.ones(8, 8, dtype=torch.bfloat16), torch.ones(8, 8, dtype=torch.bfloat16)
+    matmul.product(a, b)
+    matmul.write_product(torch.empty_like(a), a, b)
+    matmul.add_outer(torch.empty_like(a), a, b)
+    with matmul.faster_products(a, 64, [8]):
+        torch.mm(a, b)
+    assert [precision for precision, _ in computed] == [switch.fp32_precision] * 4
+
+
+@needs_onednn
+def test_what_the_switch_inherits_it_inherits_afterwards(monkeypatch):
+    monkeypatch.setattr(matmul, "onednn_is_faster", lambda: True)
+    every, own = torch.backends.mkldnn, switch.fp32_precision
+    before = every.fp32_precision
+    try:
+        for inherited in ("bf16", "ieee"):
+            every.fp32_precision = inherited
+            matmul.product(torch.ones(4, 5), torch.ones(5, 3))
+            assert switch.fp32_precision == inherited
+        switch.fp32_precision = "tf32"
+        matmul.product(torch.ones(4, 5), torch.ones(5, 3))
+        assert switch.fp32_precision == "tf32"
+    finally:
+        every.fp32_precision, switch.fp32_precision = before, own
+
+
+@needs_onednn
 def test_of_several_threads_the_last_turns_the_switch_off(monkeypatch):
     monkeypatch.setattr(matmul, "onednn_is_faster", lambda: True)
     before, multiply = switch.fp32_precision, torch.mm
@@ -227,7 +256,7 @@ def test_where_onednn_is_not_asked(computed, monkeypatch):
     [
         (64, [17, 17, 0], torch.float32, False),
         (64, [501, 24, 24], torch.float32, True),  # most rows are in a large product
-        (64, [17, 17, 0], torch.bfloat16, True),
+        (64, [17, 17, 0], torch.bfloat16, True),  # without the switch
         (1024, [5, 5, 0], torch.float32, True),  # as few multiplications, more weights
     ],
 )
@@ -237,7 +266,7 @@ def test_small_experts_are_left_to_pytorch(hidden, counts, dtype, asked, monkeyp
     x, size = torch.ones(sum(counts), 128, dtype=dtype), 128 * hidden
     assert (matmul.program_rows(x, size, counts) != counts) is asked
     with matmul.faster_products(x, size, counts):
-        assert (switch.fp32_precision == "bf16") is asked
+        assert (switch.fp32_precision == "bf16") is (asked and dtype == torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -97,3 +97,14 @@ def test_random_keeps_the_second_expert_by_twice_its_weight(normalize, share):
     assert (routing.experts == torch.tensor([0, 1])).all()
     assert routing.routed[:, 0].all()
     assert float(routing.routed[:, 1].float().mean()) == pytest.approx(share, abs=0.015)
+
+
+def test_jitter_in_bfloat16_is_that_of_float32():
+    """A gate in float32 gets a factor around 1, though bfloat16 has none between 1 and 1.0078."""
+    torch.manual_seed(0)
+    layer = MoELayer.build(4, 4, 4, GateSettings(input_jitter=0.005, dropless=True))
+    with torch.no_grad():
+        layer.gate.wg.weight.copy_(torch.eye(4))
+        factors, _ = layer.gate(torch.ones(5000, 4, dtype=torch.bfloat16))
+    assert abs(float(factors.mean()) - 1) < 1e-4  # five standard deviations of the mean
+    assert 0.995 <= float(factors.min()) < 0.9955 and 1.0045 < float(factors.max()) <= 1.005

@@ -6,6 +6,7 @@ import pytest
 import torch
 from closeness import assert_near
 
+from fairseq_moe_ext.moe import experts
 from fairseq_moe_ext.moe.layer import MoELayer
 from fairseq_moe_ext.moe.router import GateSettings
 
@@ -79,6 +80,41 @@ def test_autocast(dropout, dtype):
     output.out.float().sum().backward()
     assert torch.isfinite(x.grad).all()
     assert_near(output.out, exact, 0.1, "out")
+
+
+@pytest.mark.parametrize("dtype, within", [
+    (torch.float32, torch.bfloat16), (torch.float64, torch.float64)
+])  # fmt: skip
+@pytest.mark.parametrize("tokens", [2, 20])
+def test_autocast_gives_few_and_many_tokens_the_precision_of_its_products(tokens, dtype, within):
+    """It leaves float64 as it is."""
+    layer, linear = MoELayer.build(8, 8, 4, GateSettings(**PLAIN)).to(dtype), torch.nn.Linear(8, 8)
+    layer.eval()
+    x = torch.randn(tokens, 8, dtype=dtype)
+    with torch.no_grad():
+        exact = layer(x).out
+        with torch.autocast("cpu", torch.bfloat16):
+            assert linear.to(dtype)(x).dtype == within
+            out = layer(x).out
+    assert out.dtype == within
+    assert_near(out, exact, 1e-12 if dtype == within else 0.05, "out")
+
+
+def test_autocast_casts_rows_before_their_kernel_is_chosen(monkeypatch):
+    """On a GPU there are grouped products for bfloat16 alone."""
+    layer, found = MoELayer.build(8, 8, 4, GateSettings(**PLAIN)), []
+    kernel_for = experts.kernel_for
+    monkeypatch.setattr(
+        experts, "kernel_for", lambda x, weights: found.append(x.dtype) or kernel_for(x, weights)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(torch.randn(20, 8))
+    assert found == [torch.bfloat16]
+
+
+def test_a_gate_s_product_in_float32_on_meta():
+    layer = MoELayer.build(8, 8, 4, GateSettings(fp32_product=True)).to("meta")
+    assert layer.gate.logits(torch.empty(3, 8, device="meta")).shape == (3, 4)
 
 
 def test_many_tokens_in_float16():
