@@ -4,6 +4,7 @@ import base64
 import csv
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import version_matrix
 
 ROOT = Path(__file__).resolve().parent.parent
 LEFT_OUT = (".git", ".venv", "runs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
@@ -239,3 +241,11 @@ def test_constraints_fit_the_requirements():
         for requirement in required:
             assert requirement.name in found, f"{requirement.name} on Python {version}"
             assert requirement.specifier.contains(found[requirement.name])
+
+
+def test_the_table_of_versions_is_that_of_its_record():
+    rows = json.loads(version_matrix.RECORD.read_text(encoding="utf-8"))
+    shown = version_matrix.TABLE.read_text(encoding="utf-8")
+    assert shown == version_matrix.table(rows)
+    for row in rows:
+        assert re.search(rf"^\| {row['python']} \| .* \| {row['date']} \|$", shown, flags=re.M)

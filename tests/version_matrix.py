@@ -246,12 +246,13 @@ def record(row):
 
 def table(rows):
     """The rows as Markdown: versions, and how many commands worked or which failed."""
-    head = ["Python", "torch", "numpy", "hydra / omegaconf", "pip", "installed by", "worked"]
+    head = ["Python", "torch", "numpy", "hydra / omegaconf", "pip", "installed by", "worked", "on"]
     lines = [
         "# Tested versions",
         "",
         "Written by `tests/version_matrix.py`, which makes a fresh environment for every row. Each",
         f"row is one installation and these {len(COMMANDS)} commands: {', '.join(COMMANDS)}.",
+        "It tells of the code of its date, the last column.",
         "",
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),
@@ -262,7 +263,7 @@ def table(rows):
         worked = f"{len(results) - len(failed)} of {len(COMMANDS) + 1}"
         cells = [row.get("python"), row.get("torch"), row.get("numpy")]
         cells += [f"{row.get('hydra-core')} / {row.get('omegaconf')}", row.get("pip")]
-        cells += [row["way in"], "; ".join([worked, *failed])]
+        cells += [row["way in"], "; ".join([worked, *failed]), row["date"]]
         lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
