@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = {
     "--fp16": "use half precision for the weights",
-    "--bf16": "compute in bfloat16; on a CPU with float32 weights, and only where it is faster",
+    "--bf16": "compute in bfloat16; on a CPU only where it is faster, embeddings in float32",
 }
 
 

@@ -1,5 +1,5 @@
 """Computing in bfloat16 on a CPU (`--bf16`): parameters, their gradients and the optimizer keep
-float32, products read copies of the weights.
+float32, products read copies of the weights. In evaluation these copies are all there is.
 
 fairseq instead keeps a bfloat16 model with float32 copies and converts its gradients. Sums that
 must be exact (the vocabulary's gradient, reductions over processes, routing) would then be in
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..expert_parallel import all_gather, process_rank
-from ..kernels.matmul import product
+from ..kernels.matmul import Linear, product
+from ..moe.experts import GroupedLinear
 from ..wording import BF16_IN_FLOAT32
 
 logger = logging.getLogger(__name__)
@@ -75,8 +76,9 @@ def rounded(x: Tensor, on: bool) -> Tensor:
 
 
 def in_bfloat16(model: nn.Module, cpu: bool) -> nn.Module:
-    """A model for evaluation under --bf16: on a GPU converted, on a CPU as in training. Raises
-    UserError for a model of fairseq's own, on a CPU."""
+    """A model for evaluation under --bf16: on a GPU converted; on a CPU as in training, but with
+    the weights of products converted once, not in each call. Raises UserError for a model of
+    fairseq's own, on a CPU."""
     if torch.cuda.is_available() and not cpu:
         return model.to(torch.bfloat16)
     if not has_own_bfloat16(model):
@@ -84,7 +86,13 @@ def in_bfloat16(model: nn.Module, cpu: bool) -> nn.Module:
             f"--bf16: on a CPU only for models of this package, not for {type(model).__name__}: "
             "convert it with `fairseq-moe convert`, or remove --bf16"
         )
-    cast(Any, model.decoder).bfloat16_on_cpu = bfloat16_pays()
+    pays = bfloat16_pays()
+    cast(Any, model.decoder).bfloat16_on_cpu = pays
+    for module in model.modules() if pays else ():
+        if isinstance(module, (Linear, GroupedLinear)):
+            for name, weights in list(module.named_parameters(recurse=False)):
+                # An embedding that is tied to it keeps float32.
+                setattr(module, name, nn.Parameter(weights.to(torch.bfloat16), requires_grad=False))
     return model
 
 

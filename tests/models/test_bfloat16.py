@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from processes import run_processes
-from small_models import MOE, build_model, build_stock_model, random_tokens
+from small_models import KINDS, MOE, build_model, build_stock_model, random_tokens
 
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.models import precision
@@ -95,6 +95,32 @@ def test_evaluation_takes_the_flag(pays):
 def test_a_model_that_was_trained_with_the_flag_is_evaluated_without_it(pays):
     """As one that is loaded from its checkpoint, whose settings have the flag."""
     assert build_model(bf16=True)(random_tokens(), features_only=True)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"share_decoder_input_output_embed": True},
+        {**MOE, **KINDS["all"]},
+        {**MOE, "moe_freq": 1},
+    ],
+    ids=["dense", "tied", "all kinds of experts", "sparse"],
+)
+def test_evaluation_converts_weights_of_products_once_and_changes_no_number(flags, pays):
+    in_each_call = build_model(**flags).eval()
+    in_each_call.decoder.bfloat16_on_cpu = pays
+    model = precision.in_bfloat16(build_model(**flags).eval(), cpu=True)
+    for tokens in (random_tokens(), random_tokens(1, 1)):
+        with torch.no_grad():
+            assert torch.equal(model(tokens)[0], in_each_call(tokens)[0])
+            losses = [each(tokens, target=tokens)[0] for each in (model, in_each_call)]
+            assert torch.equal(*losses)
+    exact = ("embed_", "norm", ".gate.")
+    for name, weights in model.state_dict().items():
+        if weights.is_floating_point():
+            converted = pays and not any(part in name for part in (*exact, "version"))
+            assert weights.dtype == (torch.bfloat16 if converted else torch.float32), name
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU converts any model")
