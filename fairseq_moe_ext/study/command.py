@@ -16,7 +16,7 @@ from ..errors import UserError, require_positive
 from ..evaluation import study_result
 from ..text_table import plain
 from ..wording import count
-from . import arms, stale, trained
+from . import arms, diverged, finished, stale, trained
 from . import plan as plans
 from . import result as results
 from .plan import Plan, Run
@@ -67,6 +67,9 @@ def run(args: argparse.Namespace) -> None:
     if plan.reference:
         outputs.write_text(plan.out / "comparison.md", arms.page(result))
     print(plain(arms.table(result) if plan.reference else results.table(result)))
+    for study_run in plan.runs:
+        if diverged.noted(study_run.folder):
+            print(diverged.line(study_run))
     for line in results.remarks(result):
         print(f"no factor for {line}")
     for line in results.warnings(result):
@@ -118,13 +121,29 @@ class _Work:
         if not (study_run.folder / "evaluation.json").exists():
             started = time.monotonic()
             if not (study_run.folder / "trained").exists():
-                trained.record(study_run)
-                self._call(study_run, study_run.train, study_run.folder / "train.log")
-                (study_run.folder / "trained").touch()
+                if not diverged.noted(study_run.folder):
+                    self._train(study_run)
+                if diverged.noted(study_run.folder):
+                    self._end(study_run)
+                    return
             self._step(study_run, evaluation)
             self._say(f"{study_run.name}: {(time.monotonic() - started) / 60:.1f} min")
-        if study_run.prime and not results.primed(study_run.folder / "priming.json"):
+        if study_run.prime and not finished.primed(study_run.folder / "priming.json"):
             self._step(study_run, priming)
+        self._end(study_run)
+
+    def _train(self, study_run: Run) -> None:
+        """Touches `trained`, or notes that it diverged."""
+        trained.record(study_run)
+        try:
+            self._call(study_run, study_run.train, study_run.folder / "train.log")
+            (study_run.folder / "trained").touch()
+        except UserError as error:
+            if not diverged.note(study_run, error):
+                raise
+            self._say(diverged.line(study_run))
+
+    def _end(self, study_run: Run) -> None:
         self.done += 1
         self._show(study_run.name, study_run.updates)
 

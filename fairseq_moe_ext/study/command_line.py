@@ -23,8 +23,9 @@ def check_priming(words: Sequence[str], where: str) -> None:
         priming.checked(parser.parse_args(words))
 
 
-def check_training(words: Sequence[str], where: str) -> None:
-    """Raise UserError for unknown flags, invalid values, or a model that cannot be built.
+def check_training(words: Sequence[str], where: str) -> argparse.Namespace:
+    """The parsed flags. Raises UserError for unknown ones, invalid values, or a model that cannot
+    be built.
 
     Args:
         words: of the command line, without the command and --user-dir.
@@ -36,6 +37,7 @@ def check_training(words: Sequence[str], where: str) -> None:
         args = options.parse_args_and_arch(parser, list(words))
         if args.arch in ARCHITECTURES:
             validate(_model(args))
+    return args
 
 
 def no_batch_size(flags: Iterable[str], where: str) -> UserError:

@@ -1,45 +1,25 @@
 """A study's files -> result.json: cost, perplexity and accuracy of every run, speed-up factors."""
 
 import math
-from pathlib import Path
 from statistics import geometric_mean, mean
-from typing import Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, cast
+from typing import Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
-from .. import accuracy, cost, files
+from .. import accuracy
 from ..errors import UserError
-from ..evaluation.cost_table import checkpoint_settings
 from ..evaluation.speedup import Factor, overlap, speedup_factors, worse_though_larger
-from ..evaluation.study_result import (
-    SHOT,
-    GroupFactors,
-    Priming,
-    RunResult,
-    StudyResult,
-    TaskResult,
-    as_written,
-    unlike,
-)
-from ..shape import shape_of
-from . import logs, trained
-from .plan import FAMILIES, Plan, Run, typed
-from .router_metrics import router_metrics
+from ..evaluation.study_result import SHOT, GroupFactors, RunResult, StudyResult, TaskResult, unlike
+from . import finished, trained
+from .plan import FAMILIES, Plan, typed
 
 GROUPS = ("in_domain", "out_of_domain")
-PRIMED = (
-    *("task", "shots", "accuracy", "interval", "spread", "questions"),
-    *("chance", "majority", "questions_cut", "questions_left_out"),  # older files lack these
-)
-
 Runs = Sequence[RunResult]
 
 
 def collect(plan: Plan) -> StudyResult:
     """All results of the runs that are finished. Raises UserError if none is."""
-    runs = [
-        of_run(run, plan.context, plan.tokens_per_update)
-        for run in plan.runs
-        if (run.folder / "evaluation.json").is_file() and not trained.differs(run)
-    ]
+    asked = [run for run in plan.runs if not trained.differs(run)]
+    found = finished.results(asked, plan.context, plan.tokens_per_update)
+    runs = [result for result in found if result is not None]
     if not runs:
         raise UserError(f"{plan.out}: no run is finished: run `fairseq-moe study` again")
     return {
@@ -62,70 +42,8 @@ def left_out(plan: Plan) -> List[str]:
     return [
         f"{run.folder}: left out: {other}"
         for run in plan.runs
-        if (run.folder / "evaluation.json").is_file() and (other := trained.differs(run))
+        if finished.done(run) and (other := trained.differs(run))
     ]
-
-
-def of_run(run: Run, context: int, tokens_per_update: int) -> RunResult:
-    """The result of a run that is trained and evaluated. Raises UserError for damaged files."""
-    with as_written(run.folder):
-        return _of_run(run, context, tokens_per_update)
-
-
-def _of_run(run: Run, context: int, tokens_per_update: int) -> RunResult:
-    evaluation = files.read_json(run.folder / "evaluation.json")
-    if not evaluation["sets"] or not evaluation["mean"]:
-        raise ValueError("evaluation.json names no set")
-    for name, found in [*evaluation["sets"].items(), *evaluation["mean"].items()]:
-        if not found["perplexity"] > 0:  # infinity: the training diverged
-            raise ValueError(f"perplexity {found['perplexity']} of {name} in evaluation.json")
-    settings, vocabulary = checkpoint_settings(run.folder / "checkpoint_best.pt")
-    shape = shape_of(settings, vocabulary)
-    router = router_metrics(run.folder / "train.log", shape, context)
-    shape = shape._replace(experts_per_token=router.get("experts_per_token"))
-    tokens = run.updates * tokens_per_update
-    parameters = cost.parameters(shape)
-    return {
-        "family": run.family,
-        "size": run.size,
-        "seed": run.seed,
-        "parameters": parameters.total,
-        "active": parameters.active,
-        "experts": shape.experts if shape.sparse else 1,
-        "tokens": tokens,
-        "flops": tokens * cost.training_flops_per_token(shape, context),
-        "seconds": logs.training_seconds(run.folder / "train.log"),
-        "precision": logs.precision(run.folder / "train.log"),
-        "protocol": {
-            "context": evaluation.get("context", context),
-            "stride": evaluation.get("stride", context),
-        },
-        "sets": evaluation["sets"],
-        "mean": evaluation["mean"],
-        "priming": priming_of(run),
-        "router": router,
-        "text": trained.digest(run.folder / trained.TEXT),
-    }
-
-
-def primed(path: Path) -> bool:
-    """Whether `fairseq-moe priming` has come to its end; older files do not say."""
-    return path.is_file() and files.read_json(path).get("complete", True)
-
-
-def priming_of(run: Run) -> Priming:
-    """What `fairseq-moe priming` found, if the file still asks for it: mean accuracies by shots,
-    each task's, and the metrics of bias sets by domain."""
-    path = run.folder / "priming.json"
-    if not run.prime or not primed(path):
-        return {"mean": {}, "tasks": [], "bias": []}
-    content = files.read_json(path)
-    tasks = [result for result in content["results"] if "accuracy" in result]
-    return {
-        "mean": content["mean"],
-        "tasks": [cast(TaskResult, {key: result.get(key) for key in PRIMED}) for result in tasks],
-        "bias": [result for result in content["results"] if "domains" in result],
-    }
 
 
 def performance(run: RunResult, group: str) -> float:

@@ -14,7 +14,7 @@ from fairseq_moe_ext.config_checks import validate
 from fairseq_moe_ext.cost import parameters, training_flops_per_token
 from fairseq_moe_ext.models.architectures import ARCHITECTURES
 from fairseq_moe_ext.shape import shape_of
-from fairseq_moe_ext.study import arms, command, logs, plan, result, yaml_file
+from fairseq_moe_ext.study import arms, command, finished, logs, plan, result, yaml_file
 from fairseq_moe_ext.study.paired import holm, paired, t_quantile
 from fairseq_moe_ext.study.plan import Run
 from fairseq_moe_ext.study.router_metrics import router_metrics
@@ -299,8 +299,8 @@ def test_factors_count_the_experts_that_the_router_took(tmp_path, monkeypatch, t
     evaluation = {"sets": {"x": measured}, "mean": {"in_domain": measured}}
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
     settings = {**vars(MoETransformerLMConfig()), "moe_freq": 1, "moe_expert_count": 8}
-    monkeypatch.setattr(result, "checkpoint_settings", lambda path: (settings, 40))
-    found = result.of_run(Run("moe", "a", 1, 3, tmp_path, [], [], []), 32, 128)
+    monkeypatch.setattr(finished, "checkpoint_settings", lambda path: (settings, 40))
+    found = finished.of_run(Run("moe", "a", 1, 3, tmp_path, [], [], []), 32, 128)
     shape = shape_of({**settings, "moe_top_k": 1}, 40)._replace(experts_per_token=counted)
     assert found["flops"] == 3 * 128 * training_flops_per_token(shape, 32)
     assert found["active"] == parameters(shape).active

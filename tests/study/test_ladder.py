@@ -13,6 +13,7 @@ from small_ladder import STUDY, command, write
 
 from fairseq_moe_ext import cli
 from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.study import finished as study_finished
 from fairseq_moe_ext.study import plan
 from fairseq_moe_ext.study.ladder import (
     finished,
@@ -246,6 +247,21 @@ def test_one_learning_rate_alone_is_not_tried(folder, tmp_path, capsys):
     assert "--stages lr: not a stage; they are first, second" in capsys.readouterr().err
     path = write(folder, lambda text: text.replace("[1e-2]", "[-1]"))
     assert command().main([str(path), "--dry-run"]) == 1, "it is checked all the same"
+
+
+def test_a_try_that_diverged_is_not_chosen(folder, tmp_path):
+    """However good it was before."""
+    ladder = stages.read(write(folder))._replace(out=tmp_path)
+    search = ladder.stages[0]
+    one, two = (ladder.folder(search, arm, 1) for arm in search.arms)
+    validation(one, 20)
+    (one / "trained").unlink()
+    (one / "diverged.json").write_text('{"error": "", "vocabulary": 300}')
+    validation(two, 30)
+    found = rates.choose(ladder)["a"]
+    assert found.value == "1e-3" and found.tried == [("1e-2", math.inf), ("1e-3", 30.0)]
+    assert progress.state(one, 3).word == "diverged"
+    assert hours.left(ladder, search, {}, 1.0)[0] == 1
 
 
 def test_no_rate_is_chosen_where_all_diverged(folder, tmp_path):
@@ -525,7 +541,9 @@ def test_runs_of_another_file_are_left_out(folder, tmp_path, monkeypatch):
         (run.folder / "evaluation.json").write_text("{}")
         if arm.name != "a-E4":
             (run.folder / "command.json").write_text(json.dumps(["/elsewhere", *run.train[1:]]))
-    monkeypatch.setattr(finished, "of_run", lambda run, *_: {"size": run.size, "of": run.family})
+    monkeypatch.setattr(
+        study_finished, "of_run", lambda run, *_: {"size": run.size, "of": run.family}
+    )
 
     def collected(ladder):
         runs, left_out = finished.collect(ladder)
@@ -578,7 +596,7 @@ def test_an_infinite_perplexity_is_collected(folder, tmp_path):
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
     run = plan.Run("dense", "a", 1, 3, tmp_path, [], [], [])
     with pytest.raises(UserError, match="checkpoint_best.pt"):  # which is read next
-        finished.of_run(run, 32, 128)
+        study_finished.of_run(run, 32, 128)
 
 
 def test_the_text_is_noted_and_stays_so(tmp_path):

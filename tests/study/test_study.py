@@ -11,7 +11,7 @@ from study_results import STUDY
 from fairseq_moe_ext import cli
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.evaluation.speedup import in_words
-from fairseq_moe_ext.study import flags, page, plan, result, tables
+from fairseq_moe_ext.study import finished, flags, page, plan, result, tables
 
 
 def write(folder, change=lambda text: text):
@@ -439,12 +439,12 @@ def test_a_study_from_file_to_factors_and_again(folder, capsys):
 
 def test_priming_that_was_ended_is_not_taken_for_finished(tmp_path):
     path = tmp_path / "priming.json"
-    assert not result.primed(path)
+    assert not finished.primed(path)
     found = {"mean": {"0": 0.5}, "results": [{"task": "copa", "shots": 0, "accuracy": 0.5}]}
-    for said, finished in (({}, True), ({"complete": True}, True), ({"complete": False}, False)):
+    for said, ended in (({}, True), ({"complete": True}, True), ({"complete": False}, False)):
         path.write_text(json.dumps({**found, **said}))
-        assert result.primed(path) == finished
+        assert finished.primed(path) == ended
         run = plan.Run("moe", "s", 1, 3, tmp_path, [], [], ["fairseq-moe", "priming"])
-        assert result.priming_of(run)["mean"] == (found["mean"] if finished else {})
+        assert finished.priming_of(run)["mean"] == (found["mean"] if ended else {})
         no_longer = run._replace(prime=[])
-        assert result.priming_of(no_longer)["mean"] == {}, "the file no longer asks for it"
+        assert finished.priming_of(no_longer)["mean"] == {}, "the file no longer asks for it"

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.study import plan, result, trained
+from fairseq_moe_ext.study import finished, plan, result, trained
 
 COUNTS = {
     "types": 300,
@@ -112,7 +112,7 @@ def test_a_run_does_not_go_on_with_other_text(begun, change, same):
 def test_runs_of_another_file_are_left_out_of_the_result(begun, monkeypatch):
     """As `--only-result` collects."""
     (begun.folder / "evaluation.json").write_text("{}")
-    monkeypatch.setattr(result, "of_run", lambda one, *_: one.name)
+    monkeypatch.setattr(finished, "of_run", lambda one, *_: one.name)
     monkeypatch.setattr(result, "factors", lambda runs: {})
     asked = plan.Plan("", begun.folder.parent, 32, 128, [begun], "")
     assert result.collect(asked)["runs"] == ["arm a seed 1"] and not result.left_out(asked)

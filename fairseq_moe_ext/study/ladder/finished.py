@@ -4,8 +4,8 @@ from typing import Dict, List, Optional, Tuple
 
 from ...errors import UserError
 from ...evaluation.study_result import RunResult
-from .. import trained
-from ..result import of_run
+from .. import finished, trained
+from ..plan import Run
 from . import rates
 from .stages import LR, Ladder, runs_of
 
@@ -20,7 +20,7 @@ def collect(ladder: Ladder) -> Tuple[List[LadderRun], List[str]]:
     """Their results, also those of stages that were not asked for this time; and a line for each
     run that was trained with other settings than the file has, and is left out."""
     given = _rates(ladder)
-    runs: List[LadderRun] = []
+    found: List[Tuple[str, Run]] = []  # with the stage
     left_out: List[str] = []
     for stage in ladder.stages:
         if not (ladder.out / stage.name).is_dir():
@@ -28,16 +28,19 @@ def collect(ladder: Ladder) -> Tuple[List[LadderRun], List[str]]:
         of_arms = None if stage.name == LR else given or {arm.name: 1 for arm in ladder.arms}
         ignored = () if given or stage.name == LR else ("--lr",)
         family = {arm.name: arm.family for arm in stage.arms}
-        for run in runs_of(ladder, stage, of_arms):
-            if not (run.folder / "evaluation.json").is_file():
-                continue
+        for run in filter(finished.done, runs_of(ladder, stage, of_arms)):
             other = trained.differs(run, ignored)
             if other:
                 left_out.append(f"{run.folder}: left out: {other}")
-                continue
-            run = run._replace(family=family[run.size])
-            found = of_run(run, ladder.context, ladder.tokens_per_update)
-            runs.append(LadderRun(stage=stage.name, **found))
+            else:
+                found.append((stage.name, run._replace(family=family[run.size])))
+    asked = [run for _, run in found]
+    results = finished.results(asked, ladder.context, ladder.tokens_per_update)
+    runs = [
+        LadderRun(stage=name, **result)
+        for (name, _), result in zip(found, results)
+        if result is not None
+    ]
     return runs, left_out
 
 

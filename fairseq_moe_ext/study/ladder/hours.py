@@ -3,6 +3,7 @@
 from typing import List, Mapping, Sequence, Tuple
 
 from ...wording import count
+from .. import diverged
 from .forecast import training_flops
 from .probe import seconds_per_token
 from .stages import Ladder, Stage
@@ -19,7 +20,8 @@ def left(
         of_arm = training_flops(arm, ladder) / (1e9 * gflops)
         each = tokens * probed.get(stage.model(arm), of_arm)
         for seed in stage.seeds:
-            if not (ladder.folder(stage, arm, seed) / "evaluation.json").is_file():
+            folder = ladder.folder(stage, arm, seed)
+            if not (folder / "evaluation.json").is_file() and not diverged.noted(folder):
                 runs, seconds = runs + 1, seconds + each
     return runs, seconds / 3600
 

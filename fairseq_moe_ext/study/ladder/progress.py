@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Sequence, Tuple
 from ... import files, outputs
 from ...errors import UserError
 from ...evaluation import figures, report
-from .. import logs
+from .. import diverged, logs
 from ..result import GROUPS
 from . import hours
 from .stages import Arm, Ladder, Stage
@@ -24,7 +24,7 @@ _PER_CHART = 4  # lines
 class State(NamedTuple):
     """Where a run stands."""
 
-    word: str  # "done", "evaluation", "running", "stopped", "to do"
+    word: str  # "done", "diverged", "evaluation", "running", "stopped", "to do"
     updates: int = 0
     minutes: float = math.nan  # in training steps
     perplexity: float = math.nan  # in domain, on the test sets
@@ -45,6 +45,8 @@ def state(folder: Path, updates: int) -> State:
     with contextlib.suppress(UserError, KeyError, TypeError):
         mean = files.read_json(folder / "evaluation.json")["mean"]
         return State("done", updates, minutes, mean[GROUPS[0]]["perplexity"], curve)
+    if diverged.noted(folder):
+        return State("diverged", at, minutes, math.inf, curve)
     if (folder / "trained").is_file():
         return State("evaluation", updates, minutes, curve=curve)
     young = time.time() - log.stat().st_mtime < RUNS_IF_YOUNGER
@@ -77,7 +79,7 @@ def html(ladder: Ladder, gflops: float) -> str:
         for stage in ladder.stages
     }
     states = [found for rows in by_stage.values() for _, _, found in rows]
-    done = sum(found.word == "done" for found in states)
+    done = sum(found.word in ("done", "diverged") for found in states)
     now = sum(found.word in ("running", "evaluation") for found in states)
     return report.render(
         "ladder_progress.html",

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Tuple
 
 from ...errors import UserError
-from .. import logs, trained
+from .. import diverged, logs, trained
 from ..plan import Run
 from .stages import LR, Ladder, runs_of
 
@@ -55,14 +55,15 @@ def _best(ladder: Ladder, name: str, tries: Mapping[Path, Run]) -> Rate:
     tried, stage = [], ladder.stage(LR)
     for arm in arms:
         folder = ladder.folder(stage, arm, stage.seeds[0])
-        if not (folder / "trained").is_file():
+        if not (folder / "trained").is_file() and not diverged.noted(folder):
             raise UserError(
                 f"{folder}: not trained yet; learning rates are chosen when the stage {LR} is done"
             )
         other = trained.differs(tries[folder])
         if other:
             raise UserError(f"{folder}: {other}: delete this folder to try it again")
-        tried.append((arm.flags[LR], validated(folder / "train.log")))
+        perplexity = math.inf if diverged.noted(folder) else validated(folder / "train.log")
+        tried.append((arm.flags[LR], perplexity))
     value, perplexity = min(tried, key=lambda one: one[1])
     return Rate(value if perplexity < math.inf else None, tried)
 
