@@ -177,19 +177,15 @@ def gate_settings(cfg: Any) -> GateSettings:
 def validate_router(cfg: Any) -> None:
     """Raise UserError for flags that do not go together, or with the router."""
     router = ROUTERS.get(cfg.moe_router)
-    if router is None or router.refused:
-        allowed = ", ".join(name for name, kind in ROUTERS.items() if not kind.refused)
-        if router is None:
-            raise UserError(
-                f"--moe-router {cfg.moe_router} is unknown: use {allowed}, or pass the plugin that "
-                f"registers it (--user-dir){did_you_mean(cfg.moe_router, ROUTERS)}"
-            )
-        raise UserError(f"--moe-router {cfg.moe_router}: {router.refused}")
+    if router is None:
+        raise UserError(
+            f"--moe-router {cfg.moe_router} is unknown: use {', '.join(ROUTERS)}, or pass the "
+            f"plugin that registers it (--user-dir){did_you_mean(cfg.moe_router, ROUTERS)}"
+        )
     for name, setting in _OF_SOME.items():
         value = getattr(cfg, name)
         if setting not in router.heeds and str(value) not in _without_effect(name):
             heeding = [n for n, kind in ROUTERS.items() if setting in kind.heeds]
-            heeding = [n for n in heeding if not ROUTERS[n].refused]
             raise UserError(
                 f"{flag(name)}{'' if value is True else f' {value}'} has no effect with "
                 f"--moe-router {cfg.moe_router}: remove it, or use {' or '.join(heeding)}"

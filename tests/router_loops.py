@@ -154,17 +154,6 @@ def by_relu(logits: Tensor, case: Case) -> Choices:
     return found
 
 
-def by_expert(logits: Tensor, case: Case) -> Choices:
-    scores = [scored(row, case.score) for row in logits]
-    real, experts = case.real(len(logits)), logits.size(1)
-    number = min(len(logits), max(1, round(len(logits) * case.k / experts)))
-    found: Choices = [[] for _ in logits]
-    for e in range(experts):
-        for t in sorted(real, key=lambda t: -float(scores[t][e]))[:number]:
-            found[t].append((e, case.scale * scores[t][e]))
-    return found
-
-
 LOOPS: Dict[str, Callable[[Tensor, Case], Choices]] = {
     "topk": by_scores,
     "random": by_scores,
@@ -173,7 +162,6 @@ LOOPS: Dict[str, Callable[[Tensor, Case], Choices]] = {
     "hash": by_token,
     "threshold": by_threshold,
     "relu": by_relu,
-    "expert_choice": by_expert,
 }
 
 
@@ -201,7 +189,7 @@ def balance(name: str, logits: Tensor, choices: Choices, case: Case) -> Tensor:
     token has one or two, of all where it may have more)."""
     probs, experts = distributions(name, logits, case), logits.size(1)
     real = case.real(len(logits))
-    variable = name in ("threshold", "relu", "expert_choice")
+    variable = name in ("threshold", "relu")
     counted = [c for t in real for c in (choices[t] if variable or case.k > 2 else choices[t][:1])]
     loss = 0.0 * logits.sum()
     for e in range(experts):

@@ -18,7 +18,7 @@ from fairseq_moe_ext.moe.scope import PROCESS
 from fairseq_moe_ext.router_flags import gate_settings
 
 EXPERTS, TOKENS, DIM, VOCABULARY = 4, 22, 6, 9
-NAMES = sorted(set(LOOPS) - {"expert_choice"})  # which no language model has
+NAMES = sorted(LOOPS)
 
 
 def layer_of(name, exchange=HERE, scope=PROCESS):

@@ -107,7 +107,6 @@ class TopKRouter(nn.Module):
     causal = True  # in training, without a capacity; at evaluation a router must be
     capacity_free = False  # the number of a token's experts varies, so that there is no capacity
     learned = True  # whether the gate is trained; losses on another have no gradient
-    refused: Optional[str] = None  # why language models cannot have it
 
     def __init__(
         self, dim: int, num_experts: int, settings: GateSettings, scope: RoutingScope = PROCESS

@@ -15,7 +15,7 @@ from fairseq_moe_ext.inspection import observing
 from fairseq_moe_ext.moe.router import ROUTERS
 from fairseq_moe_ext.shape import shape_of
 
-NAMES = sorted(set(LOOPS) - {"expert_choice"})
+NAMES = sorted(LOOPS)
 
 
 def model_of(name, trained=True, **flags):
@@ -127,7 +127,6 @@ def test_the_table_of_hash_is_by_the_dictionary_s_counts():
 
 
 REFUSED = {
-    "expert_choice": (dict(moe_router="expert_choice"), "use threshold, its causal counterpart"),
     "unknown": (dict(moe_router="best"), "--moe-router best is unknown: use topk, "),
     "groups of hash": (
         dict(moe_router="hash", moe_groups=3, moe_top_groups=2),

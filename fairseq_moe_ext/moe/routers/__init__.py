@@ -6,11 +6,10 @@
     threshold.py      every expert whose score exceeds its moving quantile
     relu.py           every expert whose logit is positive, under an adaptive L1 loss (ReMoE)
     random.py         gates that are never trained: the control
-    expert_choice.py  experts choose tokens; not causal, so not for language models
 
 `topk` is TopKRouter itself (../router.py), which the others extend.
 """
 
-from . import base, expert_choice, hash, random, relu, sinkhorn, threshold
+from . import base, hash, random, relu, sinkhorn, threshold
 
-__all__ = ["base", "expert_choice", "hash", "random", "relu", "sinkhorn", "threshold"]
+__all__ = ["base", "hash", "random", "relu", "sinkhorn", "threshold"]
