@@ -667,6 +667,8 @@ def test_an_interval_over_seeds_needs_dense_runs_of_these_seeds(tmp_path):
             "arm-a-1: not in the format .* perplexity nan of x",
         ),
         ("first/arm-a-1/evaluation.json", '{"sets": {}, "mean": {}}', "names no set"),
+        ("first/arm-a-1/text.json", "8", "text.json: not in the format that was written"),
+        ("first/arm-a-1/text.json", '{"corpora": {"x": 8}}', "text.json: not in the format"),
     ],
 )
 def test_damaged_files_are_named(folder, tmp_path, name, content, words, capsys):

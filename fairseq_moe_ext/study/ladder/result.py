@@ -19,7 +19,7 @@ from typing import (
 
 from ... import data_bin, files
 from ...errors import UserError
-from ...evaluation.study_result import unlike
+from ...evaluation.study_result import as_written, unlike
 from .. import trained
 from ..result import GROUPS, mean_flops, performance
 from . import finished, forecast, probe, rates, saving
@@ -111,7 +111,7 @@ def collect(ladder: Ladder) -> LadderResult:
 
 def _text(ladder: Ladder) -> Dict[str, Any]:
     """As the first run noted it; of an older run that of the data folder, or as it was noted before
-    that was deleted."""
+    that was deleted. Raises UserError for a damaged file."""
     folders = (
         ladder.folder(stage, arm, seed)
         for stage in ladder.stages
@@ -121,7 +121,11 @@ def _text(ladder: Ladder) -> Dict[str, Any]:
     noted = (folder / trained.TEXT for folder in folders)
     for path in (*noted, Path(ladder.data) / data_bin.COUNTS):
         if path.is_file():
-            return cast(Dict[str, Any], files.read_json(path))
+            with as_written(path):
+                counted = files.read_json(path)
+                for corpus in counted["corpora"].values():
+                    sum(corpus.get(split, {}).get("tokens", 0) for split in data_bin.SPLITS)
+                return cast(Dict[str, Any], counted)
     earlier = read(ladder.out)
     return earlier.get("text", {}) if earlier else {}
 
