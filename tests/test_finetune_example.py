@@ -154,6 +154,16 @@ def test_a_quickstart_without_learnt_gates_is_refused_before_any_work(tmp_path, 
         finetune.Ablation(argparse.Namespace(out=out, quickstart=base, train=1, valid=1, test=1))
 
 
+def test_a_folder_that_cannot_be_made_is_found_before_any_work(tmp_path, monkeypatch, capsys):
+    finetune = load("run")
+    monkeypatch.setattr(finetune.subprocess, "call", lambda _: pytest.fail("the quickstart began"))
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "out"
+    assert finetune.main(["--quickstart", str(tmp_path / "none"), "--out", str(out)]) == 1
+    error = capsys.readouterr().err
+    assert error == f"error: --out {out} cannot be written (Not a directory): name another folder\n"
+
+
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_runs_of_a_recipe_that_has_changed_are_refused(tmp_path, monkeypatch, interrupted):
     """The folder may have moved: of the command, flags count, not paths."""

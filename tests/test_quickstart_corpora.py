@@ -107,3 +107,10 @@ def test_too_little_text_is_one_clear_line(tmp_path, monkeypatch):
 def test_a_missing_package_is_named():
     with pytest.raises(UserError, match="'no_such_package'.*make install"):
         corpora.package_folder("no_such_package")
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    sizes = [word for name in corpora.SPLITS for word in (f"--{name}-bytes", "9")]
+    assert corpora.main([str(tmp_path / "file" / "text"), *sizes]) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path / 'file' / 'text'}: Not a directory\n"

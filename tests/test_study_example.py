@@ -65,3 +65,10 @@ def test_the_routers_are_a_study(monkeypatch):
     monkeypatch.setattr(study, "text_folder", lambda file: sys.exit(str(file)))
     with pytest.raises(SystemExit, match="routers/two_cores.yaml"):
         study.main(calls[0][2:])
+
+
+def test_a_short_file_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs").touch()
+    monkeypatch.chdir(tmp_path)
+    assert load("routers").main(["--short"]) == 1
+    assert capsys.readouterr().err == "error: runs/routers-short: Not a directory\n"

@@ -225,6 +225,15 @@ def before(ablation: Ablation, family: str) -> fine_tuning.Before:
     return result
 
 
+def check_out(out: Path) -> None:
+    """Raise UserError before the quickstart's trainings if the folder cannot be made or held."""
+    runner = Runner(out, f"--out {out}")
+    try:
+        runner.open()
+    finally:
+        runner.stop()
+
+
 def main(argv: Sequence[str]) -> int:
     parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/finetune"))
@@ -253,6 +262,7 @@ def main(argv: Sequence[str]) -> int:
             if getattr(args, name) < 1:
                 raise UserError(f"--{name} {getattr(args, name)}: use 1 or more")
         if not all((args.quickstart / model / "finished").exists() for model in FAMILIES):
+            check_out(args.out)
             command = [sys.executable, str(QUICKSTART), "--out", str(args.quickstart), *PRETRAINED]
             status = subprocess.call(command)
             if status:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Sequence, Tuple
 
 from fairseq_moe_ext.errors import OneLineParser, UserError
+from fairseq_moe_ext.files import reason
 
 SPLITS = ("test", "valid", "train")  # the order in which documents are dealt out
 LARGEST_DOCUMENT = 40_000  # bytes; larger ones are mostly tables and would swamp a test set
@@ -326,6 +327,9 @@ def main(argv: Sequence[str]) -> int:
         gather(args.folder, args.train_bytes, args.valid_bytes, args.test_bytes, print)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error.filename}: {reason(error)}", file=sys.stderr)
         return 1
     return 0
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Sequence
 
-from fairseq_moe_ext import outputs
+from fairseq_moe_ext import files, outputs
 from fairseq_moe_ext.errors import OneLineParser
 
 HERE = Path(__file__).resolve().parent
@@ -41,12 +41,15 @@ def main(argv: Sequence[str]) -> int:
         help="20 updates and two seeds, in runs/routers-short: a trial of a few minutes",
     )
     args = parser.parse_args(argv)
-    file = short(Path("runs/routers-short")) if args.short else FULL
-    command = [sys.executable, str(STUDY), "--file", str(file), "--jobs", str(args.jobs)]
-    if args.text_bytes is not None:
-        command += ["--text-bytes", str(args.text_bytes)]
     try:
+        file = short(Path("runs/routers-short")) if args.short else FULL
+        command = [sys.executable, str(STUDY), "--file", str(file), "--jobs", str(args.jobs)]
+        if args.text_bytes is not None:
+            command += ["--text-bytes", str(args.text_bytes)]
         return subprocess.call(command)
+    except OSError as error:
+        print(f"error: {error.filename}: {files.reason(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 
