@@ -20,6 +20,7 @@ from typing import Any, Callable, Collection, Dict, List, NamedTuple, Optional
 
 import measure
 import torch
+from bfloat16_training import BFloat16Training
 from plain_gpt import PlainGPT
 from torch import Tensor, nn
 
@@ -221,13 +222,13 @@ def training_step(case: Case, shape: Shape, like: Tensor) -> Callable[[], None]:
     """A new model's; `like` gives the device."""
     torch.manual_seed(0)
     model = case.build(shape).to(like.device).train()
-    if like.is_cuda and case.bf16 and not case.autocast:
-        model.to(torch.bfloat16)  # as `fairseq-train --bf16` does
     parameters = [p for p in model.parameters() if p.requires_grad]
     if case.stock_adam:
         from fairseq.optim.adam import Adam
 
         optimizer: Any = Adam(parameters, lr=1e-4, weight_decay=0.01)
+    elif like.is_cuda and case.bf16 and not case.autocast:
+        optimizer = BFloat16Training(model)
     else:
         optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     forward: Step = torch.compile(model) if case.compiled else model

@@ -204,6 +204,19 @@ def test_peers_and_evaluation_have_equal_flops(program, tiny, training):
             assert not any(dropped(model, tokens)), case
 
 
+def test_bfloat16_on_a_gpu_is_trained_by_float32_copies(program):
+    """A hundred steps of 1e-4; below 1, numbers of bfloat16 are 40 such steps apart."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.ones_(model.weight)
+    optimizer = program("bfloat16_training").BFloat16Training(model)
+    for _ in range(100):
+        optimizer.zero_grad(set_to_none=True)
+        model(torch.ones(1, 1, dtype=torch.bfloat16)).sum().backward()
+        optimizer.step()
+    assert model.weight.dtype == torch.bfloat16
+    assert 0.98 < float(model.weight) < 0.995
+
+
 @pytest.mark.parametrize("name", ["8 experts", "8 experts, --compile"])
 def test_training_steps_have_equal_flops(program, monkeypatch, name):
     train_step = program("train_step")
