@@ -1,8 +1,9 @@
 """`fairseq-moe evaluate`: perplexity of one model on many test sets, with one load of the model."""
 
 import argparse
+import sys
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from .. import data_bin, outputs
 from ..errors import UserError, require_positive
@@ -12,10 +13,12 @@ from ..wording import small
 from . import capacity
 from .loading import (
     add_model_flags,
+    check_context,
     check_path,
     corpora_of,
     language_modeling_task,
     load_model,
+    most_tokens,
     naming,
     on_device,
     parse_overrides,
@@ -93,18 +96,11 @@ def run(args: argparse.Namespace) -> None:
     first = next(iter(data_bin.sets_of(args.data, args.subset, "--subset").values()))
     task = language_modeling_task(first, args.context or 1)
     with naming(args.path):
+        if args.context or args.stride:  # before the weights are read
+            _context_and_stride(args, most_tokens(args.path, asked.overrides))
         model, saved = load_model(args.path, task, asked.overrides)
     model = on_device(in_bfloat16(model, args.cpu) if args.bf16 else model, args.cpu)
-    context = args.context or model.max_positions()
-    if context > model.max_positions():
-        raise UserError(
-            f"--context {context}: the model takes {model.max_positions()} at most; lower it"
-        )
-    stride = args.stride or context
-    if stride > context:
-        raise UserError(
-            f"--stride {stride} is above --context {context}: tokens would be skipped; lower it"
-        )
+    context, stride = _context_and_stride(args, model.max_positions())
     dictionary = task.source_dictionary
     trained_on = corpora_of(saved.task, task, args.data)
     texts = read_texts(args.data, args.subset, context, dictionary, trained_on)
@@ -125,6 +121,18 @@ def run(args: argparse.Namespace) -> None:
         "batch_size": args.batch_size,
     }
     _give_out(args, asked.figure, head, results)
+
+
+def _context_and_stride(args: argparse.Namespace, most: Optional[int]) -> Tuple[int, int]:
+    """Raises UserError for what a model cannot take; most: tokens, None if that is not known."""
+    check_context(args.context, most)
+    context = args.context or most or sys.maxsize
+    stride = args.stride or context
+    if stride > context:
+        raise UserError(
+            f"--stride {stride} is above --context {context}: tokens would be skipped; lower it"
+        )
+    return context, stride
 
 
 def _check_flags(args: argparse.Namespace) -> _Asked:

@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 
@@ -98,6 +98,25 @@ def load_model(
             "<s>: evaluate it with fairseq-eval-lm"
         )
     return model.eval(), saved
+
+
+def most_tokens(path: Path, overrides: Mapping[str, Any]) -> Optional[int]:
+    """How many tokens the model of a checkpoint takes by its settings, while its weights stay on
+    disk; None if they do not say. Arguments as of load_model."""
+    from fairseq_today.torch_today import load_weights_only
+
+    from ..branch.files import find, flat_settings
+
+    branch = find(str(path))
+    state = load_weights_only(branch.shared if branch else str(path), mmap=True)
+    settings = {**flat_settings(state), **overrides}
+    return settings.get("max_target_positions") or settings.get("tokens_per_sample")
+
+
+def check_context(context: Optional[int], most: Optional[int]) -> None:
+    """Raise UserError for a --context that is above what a model takes."""
+    if context is not None and most is not None and context > most:
+        raise UserError(f"--context {context}: the model takes {most} at most; lower it")
 
 
 def on_device(model: "FairseqLanguageModel", cpu: bool) -> "FairseqLanguageModel":

@@ -16,6 +16,7 @@ from ..evaluation.loading import (
     language_modeling_task,
     load_model,
     moe_layers,
+    most_tokens,
     on_device,
     parse_overrides,
     set_gates,
@@ -84,6 +85,8 @@ def inspect(
         raise UserError(
             f"--data {data}: contains no test sets; give a file of your own with --text"
         )
+    if settings.context is not None:  # before the weights are read
+        model_of.context(most_tokens(checkpoint, model_of.overrides) or settings.context)
     model = model_of(checkpoint)
     context = _check_models(f"{checkpoint}", model, others, model_of)
     blocks, shown = _blocks(sets, own, settings, model_of.dictionary.eos(), context)
@@ -147,8 +150,7 @@ class _Loader:
             set_gates(model, dropless=False)
         return on_device(model, self.settings.cpu)
 
-    def context(self, model: FairseqLanguageModel) -> int:
-        longest = model.max_positions()
+    def context(self, longest: int) -> int:
         context = self.settings.context or min(longest, 1024)
         if not 2 <= context <= longest:
             raise UserError(
@@ -163,7 +165,7 @@ def _check_models(
     """The tokens of a row. Raises UserError for models that cannot be inspected together."""
     if not moe_layers(model):
         raise UserError(f"{where}: a dense model, which has no experts; give an MoE checkpoint")
-    context = model_of.context(model)
+    context = model_of.context(model.max_positions())
     for flag, path in others:  # loaded again when it is their turn, so that one is in memory
         _check_other(f"{flag} {path}", model_of(path), model, context)
     return context

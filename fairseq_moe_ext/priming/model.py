@@ -20,9 +20,11 @@ from fairseq.models import FairseqLanguageModel
 from ..errors import UserError
 from ..evaluation.loading import (
     add_model_flags,
+    check_context,
     check_path,
     language_modeling_task,
     load_model,
+    most_tokens,
     naming,
     on_device,
     parse_overrides,
@@ -96,6 +98,8 @@ def load(
         UserError: a file that is missing or does not fit.
     """
     check_path(path)
+    if fp16 and bf16:
+        raise UserError("--fp16 with --bf16: choose one precision")
     task = language_modeling_task(folder_for(path, data, check_bpe=False), 1)
     with naming(path):
         model, _ = load_model(path, task, parse_overrides(overrides))
@@ -105,8 +109,6 @@ def load(
             "`fairseq-moe convert`"
         )
     set_gates(model, dropless=True)
-    if fp16 and bf16:
-        raise UserError("--fp16 with --bf16: choose one precision")
     if fp16:
         model = model.half()
     if bf16:
@@ -115,15 +117,23 @@ def load(
 
 
 def load_in_context(
-    path: Path, data: Path, context: Optional[int], *how: Any
+    path: Path,
+    data: Path,
+    context: Optional[int],
+    cpu: bool = False,
+    fp16: bool = False,
+    overrides: Optional[str] = None,
+    bf16: bool = False,
 ) -> Tuple[FairseqLanguageModel, int]:
     """The model, and the length of a prompt in tokens: `context`, or the longest that the model
-    accepts. `how`: as load."""
-    model = load(path, data, *how)
-    longest = model.max_positions()
-    if context is not None and context > longest:
-        raise UserError(f"--context {context}: the model takes {longest} at most; lower it")
-    return model, context or longest
+    accepts. The other arguments: as of load."""
+    check_path(path)
+    if context is not None:  # before the weights are read
+        with naming(path):
+            check_context(context, most_tokens(path, parse_overrides(overrides)))
+    model = load(path, data, cpu, fp16, overrides, bf16)
+    check_context(context, model.max_positions())
+    return model, context or model.max_positions()
 
 
 class ModelScorer:

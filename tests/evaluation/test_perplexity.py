@@ -186,6 +186,23 @@ def test_mistakes(trained, flags, words, capsys):
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--context 64", "--context 64: the model takes 32 at most"),
+        ("--stride 33", "--stride 33 is above --context 32"),
+        ("--context 8 --stride 9", "--stride 9 is above --context 8"),
+        ("--context 9 --model-overrides {'max_target_positions':8}", "the model takes 8 at most"),
+    ],
+)
+def test_the_context_is_checked_before_weights_are_read(trained, flags, words, capsys, monkeypatch):
+    """A minute, and 29 GB, for a large one."""
+    monkeypatch.setattr(evaluate_command, "load_model", None)
+    data, checkpoint = trained
+    assert cli.main(f"evaluate {data} --path {checkpoint} --cpu {flags}".split()) == 1
+    assert words in capsys.readouterr().err
+
+
 def test_of_one_unit_there_is_no_interval(monkeypatch, tmp_path):
     nll = np.linspace(1, 3, 40)
     monkeypatch.setattr(perplexity, "score", lambda *_: perplexity.Scores(nll, (1e-6, 0.0), 1.0))

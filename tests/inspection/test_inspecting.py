@@ -428,6 +428,13 @@ def test_mistakes_are_one_line(trained, tmp_path, capsys, change, words):
     assert not (tmp_path / "p.html").exists()
 
 
+def test_the_context_is_checked_before_weights_are_read(trained, monkeypatch):
+    monkeypatch.setattr(inspecting, "load_model", None)
+    path = trained / "moe" / "checkpoint_last.pt"
+    with pytest.raises(UserError, match="--context 33: use 2 to 32 tokens"):
+        inspecting.inspect(path, trained / "data", settings=inspecting.Settings(context=33))
+
+
 def test_other_models_are_checked_before_the_work(trained, monkeypatch):
     """The work can take minutes."""
     monkeypatch.setattr(inspecting, "observe", None)

@@ -238,6 +238,12 @@ def test_mistakes(command, device, flags, words, capsys, tmp_path):
     assert not (tmp_path / "out.json").exists()
 
 
+def test_the_context_is_checked_before_weights_are_read(command, capsys, monkeypatch):
+    monkeypatch.setattr(model, "load_model", None)
+    assert cli.main(f"{command} --context 65".split()) == 1
+    assert "--context 65: the model takes 64 at most" in capsys.readouterr().err
+
+
 def test_a_folder_without_tasks(trained, tmp_path, capsys):
     data, checkpoint = trained
     flags = ["--path", str(checkpoint), "--data", str(data)]
