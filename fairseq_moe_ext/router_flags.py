@@ -26,7 +26,7 @@ class RouterFlags(FairseqDataclass):
         default="topk",
         metadata={
             "help": "how tokens choose experts: topk, sinkhorn, base, hash, threshold, relu, "
-            "random (docs/routers.md), or the name that a plugin registers"
+            "random, or the name that a plugin registers"
         },
     )
     moe_top_k: Optional[int] = field(

@@ -1,5 +1,5 @@
 """`make quickstart`: a dense and an MoE language model at equal FLOPs per token, from text that
-every Python installation carries to a report, in less than ten minutes on two CPU cores.
+the installation already contains to a report, in less than ten minutes on two CPU cores.
 
 Every step is a plain command of fairseq or of this package, run as a process of its own; README.md
 beside this file has them one by one. A step that is finished is not done again: after Ctrl-C,

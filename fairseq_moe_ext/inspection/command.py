@@ -84,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("inspect.html"),
         metavar="FILE",
-        help="page to write (default: inspect.html; always replaced)",
+        help="page to write (default: inspect.html; a page of this command is replaced)",
     )
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="also write all numbers to this file"
