@@ -34,7 +34,7 @@ def reason(error: Exception) -> str:
 _REMEDY = "; name a file that is there and may be read"
 
 
-def _unreadable(where: str, error: Exception) -> UserError:
+def unreadable(where: Name, error: Exception) -> UserError:
     return UserError(f"{where}: cannot be read ({reason(error)}){_REMEDY}")
 
 
@@ -45,7 +45,7 @@ def check(path: Name, where: str = "") -> None:
     try:
         kind = kind_of(os.stat(path))
     except (OSError, ValueError) as error:  # ValueError: a null byte in a name from a file
-        raise _unreadable(where, error) from None
+        raise unreadable(where, error) from None
     if kind:
         raise UserError(f"{where}: {kind}, not a file; name a regular file")
 
@@ -106,7 +106,7 @@ def open_binary(path: Name, where: str = "") -> BinaryIO:
     try:
         return open(path, "rb")
     except OSError as error:
-        raise _unreadable(where or str(path), error) from None
+        raise unreadable(where or str(path), error) from None
 
 
 def read_text(path: Name, where: str = "", encoding: str = "utf-8") -> str:
@@ -121,7 +121,7 @@ def read_text(path: Name, where: str = "", encoding: str = "utf-8") -> str:
                 f"{where or path}: not UTF-8 at {byte}; convert it to UTF-8, or name another file"
             ) from None
         except OSError as error:
-            raise _unreadable(where or str(path), error) from None
+            raise unreadable(where or str(path), error) from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

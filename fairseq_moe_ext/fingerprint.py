@@ -70,8 +70,7 @@ def check(task: FairseqTask, saved: Optional[Dict[str, Any]]) -> None:
         remedy = f"use the {DICTIONARY} that it was trained with"
         if lacking > 0:
             remedy += ", or" if types is not None else "; if it is the same one, padded,"
-            remedy += f" append {lacking} lines: madeupword1000 0, madeupword1001 0, ... "
-            remedy += "(docs/released_models.md)"
+            remedy += f" append {lacking} lines: madeupword1000 0, madeupword1001 0, ..."
         raise UserError(
             f"{_checkpoint(saved)}: has a vocabulary of {saved['vocabulary']}, but {_file(task)} "
             f"one of {len(dictionary)}: {remedy}"

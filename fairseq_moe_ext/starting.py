@@ -260,7 +260,9 @@ def _check_kinds(given: Mapping[str, Any], spell: Spell) -> None:
     name = given.get("arch")
     kind = ARCH_MODEL_REGISTRY.get(name) or MODEL_REGISTRY.get(name)
     if kind is not None and not issubclass(kind, FairseqLanguageModel):
-        raise UserError(f"{spell('arch')} {name} is not a language model: use moe_lm_tiny, ...")
+        raise UserError(
+            f"{spell('arch')} {name} is not a language model: use one that is, such as moe_lm_tiny"
+        )
 
 
 def _check_search(given: Mapping[str, Any], spell: Spell) -> None:

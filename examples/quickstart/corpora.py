@@ -1,4 +1,4 @@
-"""Text for the quickstart: what every Python installation with torch already carries.
+"""Text for the quickstart: what the Python installation already contains, torch included.
 
 Four training domains and two held-out ones, as JSON lines, one document a line. Nothing is
 downloaded. The choice is deterministic: candidates are ordered by the SHA-256 of their name, so the

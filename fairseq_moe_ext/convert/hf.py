@@ -98,7 +98,8 @@ def hf_jobs(source: Source, folder: str, extras: Extras, only_xglm: bool = False
     lacking = xglm.lacking(source)
     if lacking and only_xglm:
         raise UserError(
-            f"--to xglm: {source.path} has features that XGLM lacks: {', '.join(lacking)}"
+            f"--to xglm: {source.path} has features that XGLM lacks: {', '.join(lacking)}: "
+            "use --to hf"
         )
     tied, learned = s["share_decoder_input_output_embed"], s["decoder_learned_pos"]
     config = _config(source) if lacking else xglm.config_of(source)
@@ -190,7 +191,7 @@ def _config(source: Source) -> Dict[str, Any]:
     if unknown:
         raise UserError(
             f"--to hf: {source.path} uses features that the code for transformers lacks: "
-            f"{', '.join(unknown)}"
+            f"{', '.join(unknown)}: run it with fairseq"
         )
     return _translated(s, source.vocabulary, _balance_weight(source))
 

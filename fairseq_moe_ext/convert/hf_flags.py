@@ -61,8 +61,9 @@ def extras(args: argparse.Namespace) -> Any:
 
     evaluation = None
     if args.evaluation is not None:
-        evaluation = files.read_json(args.evaluation, f"--evaluation {args.evaluation}")
-        model_card.check(evaluation)
+        where = f"--evaluation {args.evaluation}"
+        evaluation = files.read_json(args.evaluation, where)
+        model_card.check(evaluation, args.source, where)
     return Extras(
         None if args.no_tokenizer else _tokenizer(args),
         args.license or "unknown",

@@ -133,19 +133,23 @@ def _training(source: Source) -> List[List[str]]:
     return rows or [["", "not recorded in the checkpoint"]]
 
 
-def check(evaluation: Any) -> None:
-    """Raise UserError for what `evaluate` did not write."""
-    _perplexities(evaluation, True)
+def check(evaluation: Any, path: str, where: str) -> None:
+    """Raise UserError, beginning with `where`, for what `evaluate` did not write, or wrote of
+    another checkpoint than `path`."""
+    try:
+        _perplexities(evaluation, True)
+        _check_path(path, evaluation["path"])
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _evaluation(source: Source, evaluation: Optional[Mapping[str, Any]]) -> str:
-    """A table of perplexities. Raises UserError for the results of another checkpoint."""
+    """A table of perplexities."""
     if evaluation is None:
         return (
             "Not given. `fairseq-moe evaluate DATA --path CKPT --json FILE`, and "
             "`fairseq-moe convert ... --evaluation FILE`, would put perplexities here."
         )
-    _check_path(source.path, str(evaluation["path"]))
     return _perplexities(evaluation, bool(source.experts))
 
 
@@ -155,7 +159,7 @@ def _perplexities(evaluation: Any, sparse: bool) -> str:
             raise TypeError
         if "sweep" in evaluation:
             raise UserError(
-                "--evaluation: has the results of several capacities; name a file of `fairseq-moe "
+                "has the results of several capacities; name a file of `fairseq-moe "
                 "evaluate` without --sweep-capacity"
             )
         rows = [["set", "tokens", "perplexity", "bits per byte"]]
@@ -174,7 +178,7 @@ def _perplexities(evaluation: Any, sparse: bool) -> str:
         raise
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
         raise UserError(
-            "--evaluation: not a file that `fairseq-moe evaluate --json` wrote; name another file"
+            "not a file that `fairseq-moe evaluate --json` wrote; name another file"
         ) from None
     return f"{markdown(rows)}\n\n{how}"
 
@@ -184,7 +188,7 @@ def _check_path(path: str, evaluated: str) -> None:
     may have been named from another folder."""
     if os.path.exists(evaluated) and os.path.realpath(evaluated) != os.path.realpath(path):
         raise UserError(
-            f"--evaluation: has the results of {evaluated}, not of {path}; evaluate {path}, or "
+            f"has the results of {evaluated}, not of {path}; evaluate {path}, or "
             f"convert {evaluated}"
         )
 

@@ -78,13 +78,13 @@ def set_order(source: Source) -> None:
         if names:
             raise UserError(
                 f"{source.path}: does not fit the settings in it: {names[0]} is {what}, and "
-                f"{len(names) - 1} more; it is damaged or of another version"
+                f"{len(names) - 1} more; it is damaged or of another version: copy it again"
             )
     for name, value in source.model.items():
         if tuple(value.shape) != tuple(expected[name].shape):
             raise UserError(
                 f"{source.path}: does not fit the settings in it: {name} is {tuple(value.shape)}, "
-                f"not {tuple(expected[name].shape)}"
+                f"not {tuple(expected[name].shape)}; copy the checkpoint again"
             )
     source.model = {name: source.model[name] for name in expected if name in source.model}
     source.order = [name for name, value in ours.named_parameters() if value.requires_grad]

@@ -89,13 +89,13 @@ def settings_of(path: str, config: Dict[str, Any]) -> Dict[str, Any]:
         if config.get(name, value) != value:
             raise UserError(
                 f"{path}: {name} is {config[name]}, but fairseq's models need {value}, "
-                "so it cannot be converted"
+                "so it cannot be converted; name another model"
             )
     names = {theirs: ours for ours, theirs in _ACTIVATIONS.items()}
     if config["activation_function"] not in names:
         raise UserError(
             f"{path}: activation_function {config['activation_function']} is not one of "
-            f"{', '.join(names)}"
+            f"{', '.join(names)}; name another model"
         )
     return {
         **defaults(),

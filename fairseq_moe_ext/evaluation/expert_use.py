@@ -72,7 +72,7 @@ def expert_use(
             set_gates(model, dropless=True)
             watches = _watch(model)
             if not watches:
-                raise UserError(f"checkpoint {checkpoint} has no MoE layer: nothing to count")
+                raise UserError(f"{checkpoint}: has no experts; name an MoE checkpoint")
             longest = model.max_positions()
             if tokens_per_sample is None:
                 length = min(length, longest)
@@ -194,13 +194,16 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         layers = expert_use(
             args.checkpoint, bins, args.subset, args.tokens_per_sample, args.batch_size, among
         )
+        if args.json is not None:
+            outputs.write_json(args.json, layers)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     if args.json is None:
         sys.stdout.write(json.dumps(layers, indent=1) + "\n")
     else:
-        outputs.write_json(args.json, layers)
         print(specialisation.verdict(layers, "domain", "kind of text"))
         print(specialisation.verdict(layers, "token", "token"))
     return 0

@@ -116,7 +116,10 @@ def run(args: Namespace) -> None:
         if f["outside"]
     ]
     if args.fit is not None:
-        of_study = _fitted(points, model)
+        try:
+            of_study = _fitted(points, model)
+        except UserError as error:
+            raise UserError(f"--fit {args.fit}: {error}") from None
         result["fit"] = of_study
         low, high = of_study["interval"]
         rows.append(
@@ -223,7 +226,7 @@ def study_points(path: Path, group: str) -> Tuple[List[Point], float]:
     if len(tokens) > 1:
         raise UserError(
             f"--fit {path}: its models saw different numbers of tokens; a law needs the same "
-            "number for all"
+            "number for all: give a study of such models"
         )
     return points, tokens.pop()
 

@@ -65,9 +65,7 @@ def fit(points: Sequence[Point]) -> Fit:
     try:
         from scipy import stats
     except ImportError:
-        raise UserError(
-            "--fit: scipy is not installed; install it with pip install scipy"
-        ) from None
+        raise UserError("needs scipy, which is not installed: pip install scipy") from None
     log_n = np.log10([point.size for point in points])
     log_e = np.log10([saturate(p.experts, S_BASE.start, S_BASE.most) for p in points])
     inputs = np.stack([log_n, log_e, log_n * log_e, np.ones_like(log_n)], axis=1)  # (P, 4)
@@ -92,13 +90,11 @@ def _check(points: Sequence[Point]) -> None:
     seen = ", ".join(map(str, sizes)) or "none"
     if len(sizes) < 3 or 1 not in sizes:
         raise UserError(
-            f"--fit: the points have the expert counts {seen}; a law needs three, with dense "
+            f"the points have the expert counts {seen}; a law needs three, with dense "
             "models (1) among them: train other numbers of experts"
         )
     for experts, of_it in sizes.items():
         if len(of_it) < 2:
-            raise UserError(
-                f"--fit: only one size with {experts} experts; a law needs two: train another"
-            )
+            raise UserError(f"only one size with {experts} experts; a law needs two: train another")
     if len(points) < 6:
-        raise UserError(f"--fit: {len(points)} points; four coefficients need six: train more")
+        raise UserError(f"{len(points)} points; four coefficients need six: train more")

@@ -277,7 +277,7 @@ def freeze(model: nn.Module, part: str) -> None:
             module.frozen = part in ("gate", "gate_and_experts")
 
 
-_UPCYCLE = ", or make a sparse model of it with `fairseq-moe convert --upcycle` (docs/convert.md)"
+_UPCYCLE = ", or make a sparse model of it with `fairseq-moe convert --upcycle`"
 
 
 def _is_dense(names: Iterable[str]) -> bool:

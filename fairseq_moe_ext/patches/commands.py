@@ -18,6 +18,7 @@ from fairseq_today.registry import View
 from .. import starting
 from ..checkpoint import starting as checkpoint_starting
 from ..errors import OneLineParser, flag_mistake, read_negative_numbers
+from ..models.architectures import ARCHITECTURES
 from . import flag_owners
 from .messages import mistake_to_print
 
@@ -46,7 +47,7 @@ def parse_args_and_arch(stock, parser, input_args=None, *args, **kwargs):
     except RuntimeError as error:  # fairseq/options.py:153@0.12.2
         if str(error):
             raise
-        mistake = "--arch is not given: name an architecture (moe_lm_tiny, ...; flags: --help)"
+        mistake = f"--arch is not given: use one of {', '.join(ARCHITECTURES)}"
     parser.exit(1, f"error: {mistake}\n")
 
 
@@ -156,9 +157,9 @@ def check_optimizer(cfg, hydra: bool) -> None:
     built the model."""
     if cfg["optimizer"] is None:
         raise UserError(
-            "optimizer is not set: add optimizer=adam (or fused_adam, adafactor, ...)"
+            "optimizer is not set: add optimizer=adam or optimizer=fused_adam"
             if hydra
-            else "--optimizer is not given: use adam, fused_adam, adafactor, ..."
+            else "--optimizer is not given: use adam, fused_adam, or another that --help lists"
         )
 
 

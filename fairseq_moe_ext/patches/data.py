@@ -97,7 +97,9 @@ def make_dataset(stock, path, impl, fix_lua_indexing=False, dictionary=None):
             "there; a data-bin needs both files: copy it again or rebuild it"
         )
     if all(there) and os.path.getsize(files[0]) < 8:
-        raise UserError(f"{files[0]}: only {os.path.getsize(files[0])} bytes; it is truncated")
+        raise UserError(
+            f"{files[0]}: only {os.path.getsize(files[0])} bytes; it is truncated: copy it again"
+        )
     dataset = stock(path, impl, fix_lua_indexing, dictionary)
     if dictionary is not None and isinstance(dataset, indexed_dataset.MMapIndexedDataset):
         values = numpy.memmap(files[1], dtype=dataset._index.dtype, mode="r")

@@ -47,7 +47,7 @@ def new_folder(dest: Path, overwrite: bool) -> Iterator[Path]:
                         remove(scratch)
             except OSError as error:  # reading has errors of its own
                 words = files.reason(error)
-                raise UserError(f"{dest}: cannot be written: {words}") from None
+                raise UserError(f"{dest}: cannot be written: {words}; name another") from None
     finally:
         for folder in parents:
             with contextlib.suppress(OSError):  # it has DATA
@@ -141,7 +141,7 @@ def _make_parents(folder: Path, dest: Path) -> List[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{dest}: cannot be written: {files.reason(error)}") from None
+        raise UserError(f"{dest}: cannot be written: {files.reason(error)}; name another") from None
     return missing
 
 

@@ -71,7 +71,9 @@ def read(path: Path, bpe_size: int) -> Lines:
     for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], start=1):
         symbol, _, count = line.rstrip().rpartition(" ")
         if not symbol or not (count.isascii() and count.isdigit() and len(count) < 20):
-            raise UserError(f"--dict {path}, line {number}: {line!r} is not '<symbol> <count>'")
+            raise UserError(
+                f"--dict {path}, line {number}: {line!r} is not '<symbol> <count>'; name a dict.txt"
+            )
         lines.append((symbol, int(count)))
         if _BPE_ID.fullmatch(symbol) and int(symbol) >= bpe_size:
             raise UserError(

@@ -55,7 +55,9 @@ def list_files(pattern: str, where: str) -> List[Path]:
         paths = sorted(Path(p) for p in glob.glob(pattern, recursive=True))
         paths = [path for path in paths if not path.is_dir()]
     if not paths:
-        raise UserError(f"{where}: {pattern}: no such file, or a folder or glob without files")
+        raise UserError(
+            f"{where}: {pattern}: no such file, or a folder or glob without files; check the path"
+        )
     for path in paths:
         files.check(path, f"{where}: {path}")
     return paths
@@ -86,7 +88,7 @@ def read_documents(path: Path, source: Source) -> Iterator[Tuple[str, int]]:
     except OSError as error:
         if error.errno is None:  # bz2's for a damaged file
             raise kinds.broken(path, packing, error) from None
-        raise UserError(f"{path}: cannot be read ({files.reason(error)})") from None
+        raise files.unreadable(path, error) from None
 
 
 def _texts(

@@ -134,7 +134,7 @@ def kind_of(path: Path, form: str, field: str) -> Kind:
         except OSError as error:
             if error.errno is None:
                 raise broken(path, packing, error) from None
-            raise UserError(f"{path}: cannot be read ({files.reason(error)})") from None
+            raise files.unreadable(path, error) from None
 
 
 def unpacked(raw: BinaryIO, packing: str) -> BinaryIO:

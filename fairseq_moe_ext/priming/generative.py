@@ -47,12 +47,14 @@ def read_translation(folder: Path, settings: Settings, split: int) -> List[Text]
     if len(sides[0]) != len(sides[1]):
         raise UserError(
             f"{paths[0]} has {count(len(sides[0]), 'line')}, {paths[1]} {len(sides[1]):,}: "
-            "they must be translations of each other, line by line"
+            "they must be translations of each other, line by line; use the files as published"
         )
     for number, pair in enumerate(zip(*sides), start=1):
         if any(pair) and not all(pair):
             path = paths[0] if pair[1] else paths[1]
-            raise UserError(f"{path}, line {number}: blank, but not in the other language")
+            raise UserError(
+                f"{path}, line {number}: blank, but not in the other language; fill or drop it"
+            )
     texts = [Text(f"{a} =", f" {b}") for a, b in zip(*sides) if a]
     if not texts:
         raise UserError(f"{paths[0]}: contains no sentence; use the file as published")
@@ -148,7 +150,7 @@ def check_room(settings: Settings, context: int) -> None:
     if settings.max_new_tokens is not None and settings.max_new_tokens >= context:
         raise UserError(
             f"--max-new-tokens {settings.max_new_tokens}: leaves no room for a prompt in the "
-            f"context of {context} tokens"
+            f"context of {context} tokens; lower it"
         )
 
 

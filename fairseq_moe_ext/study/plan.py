@@ -160,7 +160,7 @@ def _evaluations(asked: Dict[str, Any], path: Path) -> Tuple[Dict[str, Any], Dic
     if asked["priming"] and not (priming["folder"] and Path(priming["folder"]).is_dir()):
         raise UserError(
             f"{path}: priming: folder {priming['folder'] or 'missing'}: name a folder that holds "
-            "a folder for each task (docs/priming.md)"
+            "a folder for each task, as `fairseq-moe priming` takes it"
         )
     return evaluation, priming
 

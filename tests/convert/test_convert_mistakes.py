@@ -77,7 +77,11 @@ def test_mistakes_end_in_one_line_and_nothing_is_written(run, tmp_path, capsys, 
         ),
         (MOE, "x.pt --to branch --rank-files 3", "--rank-files 3 does not divide the 4 experts"),
         (MOE, "x.pt --expert-files 3", "--expert-files 3 does not divide the 4 experts"),
-        (MOE, "x --to hf --no-tokenizer --evaluation t.json", "--evaluation: not a file that"),
+        (
+            MOE,
+            "x --to hf --no-tokenizer --evaluation t.json",
+            "--evaluation t.json: not a file that",
+        ),
         (MOE, "x --to hf --no-tokenizer --evaluation no.json", "--evaluation no.json: cannot be"),
     ],
 )

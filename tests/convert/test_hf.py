@@ -229,9 +229,12 @@ def test_results_that_are_not_of_the_model_are_refused(tmp_path, change, words):
     names["other"].touch()
     change = {k: v.format(**names) if isinstance(v, str) else v for k, v in change.items()}
     source = SimpleNamespace(path=str(names["own"]), experts=4)
-    with pytest.raises(UserError, match=re.escape(words.format(**names))):
-        model_card._evaluation(source, {**evaluation(source.path), **change})
+    words = f"--evaluation e.json: {words.format(**names)}"
+    with pytest.raises(UserError, match=re.escape(words)):
+        found = {**evaluation(source.path), **change}
+        model_card.check(found, source.path, "--evaluation e.json")
     moved = {**evaluation("elsewhere/x.pt")}  # named from another folder
+    model_card.check(moved, source.path, "--evaluation e.json")
     assert "nothing dropped" in model_card._evaluation(source, moved)
 
 

@@ -56,7 +56,7 @@ def test_a_model_without_experts_is_named(tmp_path, capsys, flags):
     path = tmp_path / "checkpoint_last.pt"
     capsys.readouterr()
     assert main([str(path), "--bin", f"a={data}", "--subset", "valid"]) == 1
-    assert capsys.readouterr().err.startswith(f"error: checkpoint {path} has no MoE layer: ")
+    assert capsys.readouterr().err.startswith(f"error: {path}: has no experts; name an MoE")
 
 
 @pytest.fixture(scope="module")

@@ -181,6 +181,12 @@ def test_studies_that_do_not_say_enough(tmp_path, capsys):
     assert "one.json: not in the format" in capsys.readouterr().err
 
 
+def test_a_study_of_too_few_models_is_named(tmp_path, capsys):
+    path = study(tmp_path / "result.json", [p for p in points() if p.experts == 1])
+    assert run("--fit", path) == 1
+    assert f"error: --fit {path}: the points have the expert counts 1; " in capsys.readouterr().err
+
+
 def test_runs_that_cannot_be_compared_are_not_fitted(tmp_path, capsys):
     path = Path(study(tmp_path / "result.json", points()))
 
