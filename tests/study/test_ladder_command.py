@@ -37,7 +37,8 @@ def test_what_is_of_the_whole_ladder_refuses_a_part(action, folder, capsys):
 def test_the_models_of_tries_are_probed(folder, monkeypatch):
     timed = []
     monkeypatch.setattr(probe, "run", lambda ladder, arms: timed.extend(arm.name for arm in arms))
-    assert command().main([str(write(folder)), "--probe", "--stages", "lr"]) == 0
+    path = write(folder, lambda text: text.replace("a-E4: [1e-2]", "a-E4: [1e-2, 2e-3]"))
+    assert command().main([str(path), "--probe", "--stages", "lr"]) == 0
     assert timed == ["a", "a-E4"]
 
 
