@@ -162,6 +162,7 @@ _ROUTING = {
 def description(result: Dict) -> str:
     """The recipe in words."""
     s, dense, moe = result["settings"], *(result["models"][name] for name in MODELS)
+    precision = " and ".join(dict.fromkeys((dense["precision"], moe["precision"])))
     return (
         f"Both models: {s['layers']} layers of width {s['dim']}, {s['heads']} heads, context "
         f"{s['context']}, a vocabulary of {s['dictionary']:,}, tied embeddings, no dropout. Dense: "
@@ -172,14 +173,8 @@ def description(result: Dict) -> str:
         f"{s['learning_rate']:g} with linear warm-up and decay to 0, the same seed and order of "
         "text. The checkpoint with the best in-domain validation perplexity is evaluated on the "
         f"test text, in blocks of {s['context']} tokens that are scored each on its own. "
-        f"Training computed in {_precision(dense, moe)}, evaluation in float32."
+        f"Training computed in {precision}, evaluation in float32."
     )
-
-
-def _precision(dense: Dict, moe: Dict) -> str:
-    if dense["precision"] == moe["precision"]:
-        return dense["precision"]
-    return f"{dense['precision']} (dense) and {moe['precision']} (MoE)"
 
 
 class _Grid(NamedTuple):
