@@ -31,9 +31,14 @@ def run_processes(world_size, function, *args):
     outcomes = _pools[world_size].run(function, args)
     failures = [failure for failure, _ in outcomes if failure]
     if failures:
-        _pools.pop(world_size).stop()
+        end_processes(world_size)
         raise AssertionError("\n".join(failures))
     return [value for _, value in outcomes]
+
+
+def end_processes(world_size):
+    """The next call of run_processes starts new ones."""
+    _pools.pop(world_size).stop()
 
 
 class _Pool:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from expert_layers import SETTINGS, TOKENS, assert_same, build, combined, inputs, step
-from processes import run_processes
+from processes import end_processes, run_processes
 from waits import Waits
 
 from fairseq_moe_ext.errors import UserError
@@ -150,3 +150,4 @@ def world_after_world(rank, folder):
 
 def test_a_second_world_in_one_process_has_its_own_groups(tmp_path):
     assert run_processes(2, world_after_world, str(tmp_path)) == [[(2.0, [0, 1])] * 2] * 2
+    end_processes(2)  # fairscale keeps groups of the world that has ended
