@@ -121,8 +121,11 @@ def test_a_disturbed_run_is_named(file):
     disturbed = [
         key for key in took if took[key] > 1.1 * took[f"{key.split(': ')[0]}: plain PyTorch"]
     ]
-    for key in disturbed:
-        said(f"plain PyTorch took {took[key]:.2f} s")
+    for shape in SHAPES:
+        of_shape = sorted(took[key] for key in disturbed if key.startswith(shape))
+        if of_shape:
+            *others, last = (f"{seconds:.2f} s" for seconds in of_shape)
+            said(f"plain PyTorch took {', '.join(others)}{' and ' * bool(others)}{last}")
     if any(key.startswith("wide") for key in disturbed):
         calm = [took[key] for key in took if key.startswith("wide") and key not in disturbed]
         said(f"{min(calm):.2f} to {max(calm):.2f} s in all others of that width")
