@@ -303,9 +303,15 @@ def test_wrong_input_is_one_line(arguments, words, capsys):
     assert err.startswith("error: ") and words in err and err.count("\n") == 1
 
 
-def test_a_failing_command_is_reported_with_its_last_words(tmp_path):
-    run = quickstart.Run(tmp_path / "a", 6, 20000, progress.Screen())
-    run.open()
+@pytest.fixture
+def run(tmp_path):
+    made = quickstart.Run(tmp_path / "a", 6, 20000, progress.Screen())
+    made.open()
+    yield made
+    made.stop()
+
+
+def test_a_failing_command_is_reported_with_its_last_words(run, tmp_path):
     command = [sys.executable, "-c", "import sys; print('so it was'); sys.exit(3)"]
     child = run.start(command, tmp_path / "log")
     with pytest.raises(UserError, match=r"ended with status 3: so it was \(all of it in .*log\)"):
@@ -315,9 +321,7 @@ def test_a_failing_command_is_reported_with_its_last_words(tmp_path):
         results.eval_result(tmp_path / "log")
 
 
-def test_a_step_that_fails_is_not_done(tmp_path, capsys):
-    run = quickstart.Run(tmp_path / "a", 6, 20000, progress.Screen())
-    run.open()
+def test_a_step_that_fails_is_not_done(run, capsys):
 
     def fail():
         raise UserError("no")

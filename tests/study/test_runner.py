@@ -113,9 +113,12 @@ def test_what_ends_the_job_ends_its_commands(tmp_path):
 
 
 def test_sigterm_is_as_before_when_a_job_has_ended(tmp_path):
-    before = signal.getsignal(signal.SIGTERM)
-    made = Runner(tmp_path, "out")
-    made.open()
-    assert signal.getsignal(signal.SIGTERM) is not before
-    made.stop()
-    assert signal.getsignal(signal.SIGTERM) is before
+    outer = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        made = Runner(tmp_path, "out")
+        made.open()
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN
+        made.stop()
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, outer)
