@@ -62,8 +62,8 @@ class Protocol(TypedDict):
     stride: int  # as the context: blocks
 
 
-class RunResult(TypedDict):
-    """One trained and evaluated model."""
+class Trained(TypedDict):
+    """What a training was, and what it cost."""
 
     family: str
     size: str
@@ -73,14 +73,19 @@ class RunResult(TypedDict):
     experts: int  # of an MoE layer; 1 in a dense model; older files lack it
     tokens: int  # trained on
     flops: float  # by the experts that tokens took, dropped ones included
-    seconds: float  # in training steps
     precision: str  # that the training computed in; older files lack it
+    text: str  # digest of what it was trained on; "": not noted; older files lack it
+
+
+class RunResult(Trained):
+    """One trained and evaluated model."""
+
+    seconds: float  # in training steps
     protocol: Protocol  # older files lack it
     sets: Dict[str, SetResult]
     mean: Dict[str, MeanResult]
     priming: Priming
     router: RouterMetrics  # older files lack it
-    text: str  # digest of what it was trained on; "": not noted; older files lack it
 
 
 class CurvePoint(TypedDict):

@@ -7,7 +7,7 @@ from typing import cast
 
 from fairseq.data import Dictionary
 
-from .. import cost, data_bin, files, outputs
+from .. import data_bin, files, outputs
 from ..errors import UserError
 from ..evaluation.perplexity import SetResult
 from ..evaluation.study_result import RunResult, as_written
@@ -46,29 +46,18 @@ def result(run: Run, like: RunResult, context: int, tokens_per_update: int) -> R
         vocabulary = int(files.read_json(run.folder / FILE)["vocabulary"])
     words = [run.train[1], *run.train[4:]]  # without --user-dir
     shape = shape_of(command_line.check_training(words, run.name), vocabulary)
-    parameters = cost.parameters(shape)
-    tokens = run.updates * tokens_per_update
     seconds = 0.0
     with contextlib.suppress(UserError):  # the first update diverged
         seconds = logs.training_seconds(run.folder / "train.log")
     sets = {name: _infinite(found) for name, found in like["sets"].items()}
     return {
-        "family": run.family,
-        "size": run.size,
-        "seed": run.seed,
-        "parameters": parameters.total,
-        "active": parameters.active,
-        "experts": shape.experts if shape.sparse else 1,
-        "tokens": tokens,
-        "flops": tokens * cost.training_flops_per_token(shape, context),
+        **trained.result(run, shape, context, tokens_per_update),
         "seconds": seconds,
-        "precision": logs.precision(run.folder / "train.log"),
         "protocol": like["protocol"],
         "sets": sets,
         "mean": {group: {"perplexity": math.inf} for group in like["mean"]},
         "priming": {"mean": {}, "tasks": [], "bias": []},
         "router": {},
-        "text": trained.digest(run.folder / trained.TEXT),
     }
 
 

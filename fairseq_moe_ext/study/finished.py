@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import List, Optional, Sequence, cast
 
-from .. import cost, files
+from .. import files
 from ..evaluation.cost_table import checkpoint_settings
 from ..evaluation.study_result import Priming, RunResult, TaskResult, as_written
 from ..shape import shape_of
@@ -59,19 +59,9 @@ def _of_run(run: Run, context: int, tokens_per_update: int) -> RunResult:
     shape = shape_of(settings, vocabulary)
     router = router_metrics(run.folder / "train.log", shape, context)
     shape = shape._replace(experts_per_token=router.get("experts_per_token"))
-    tokens = run.updates * tokens_per_update
-    parameters = cost.parameters(shape)
     return {
-        "family": run.family,
-        "size": run.size,
-        "seed": run.seed,
-        "parameters": parameters.total,
-        "active": parameters.active,
-        "experts": shape.experts if shape.sparse else 1,
-        "tokens": tokens,
-        "flops": tokens * cost.training_flops_per_token(shape, context),
+        **trained.result(run, shape, context, tokens_per_update),
         "seconds": logs.training_seconds(run.folder / "train.log"),
-        "precision": logs.precision(run.folder / "train.log"),
         "protocol": {
             "context": evaluation.get("context", context),
             "stride": evaluation.get("stride", context),
@@ -80,7 +70,6 @@ def _of_run(run: Run, context: int, tokens_per_update: int) -> RunResult:
         "mean": evaluation["mean"],
         "priming": priming_of(run),
         "router": router,
-        "text": trained.digest(run.folder / trained.TEXT),
     }
 
 

@@ -8,9 +8,11 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Collection, Dict, Optional, Sequence
 
-from .. import data_bin, files, outputs
+from .. import cost, data_bin, files, outputs
 from ..errors import UserError
-from ..evaluation.study_result import as_written
+from ..evaluation.study_result import Trained, as_written
+from ..shape import Shape
+from . import logs
 from .plan import Run
 
 COMMAND, TEXT = "command.json", "text.json"
@@ -106,3 +108,21 @@ def digest(counts: Path) -> str:
             if not corpus.get("held_out")
         ]
     return hashlib.sha256(json.dumps([content.get("types"), text]).encode()).hexdigest()[:16]
+
+
+def result(run: Run, shape: Shape, context: int, tokens_per_update: int) -> Trained:
+    """What result.json says of a run's training. Raises UserError for damaged files."""
+    parameters = cost.parameters(shape)
+    tokens = run.updates * tokens_per_update
+    return {
+        "family": run.family,
+        "size": run.size,
+        "seed": run.seed,
+        "parameters": parameters.total,
+        "active": parameters.active,
+        "experts": shape.experts if shape.sparse else 1,
+        "tokens": tokens,
+        "flops": tokens * cost.training_flops_per_token(shape, context),
+        "precision": logs.precision(run.folder / "train.log"),
+        "text": digest(run.folder / TEXT),
+    }
