@@ -10,7 +10,7 @@ from typing import Iterator, List, Optional
 import fairseq_moe_command
 from fairseq_moe_command import LM_EVAL
 from fairseq_moe_ext import files
-from fairseq_moe_ext.errors import OneLineParser, UserError
+from fairseq_moe_ext.errors import OneLineParser, status_of
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -27,22 +27,13 @@ def main(argv: Optional[List[str]] = None) -> int:
         parser.error("unrecognized arguments: " + " ".join(rest))
     if hasattr(sys.stdout, "reconfigure"):  # a file's name may have bytes that are no UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
-    try:
+
+    def work() -> None:
         files.check_named(vars(args), argv)
         with _without_news():
             args.run(args if handed_on is None else handed_on)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"error: {error.filename}: {files.reason(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+
+    return status_of(work, stopped="interrupted")
 
 
 @contextlib.contextmanager

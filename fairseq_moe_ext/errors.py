@@ -1,10 +1,12 @@
-"""The exception for a user's mistake, and the one line for a flag that argparse refuses."""
+"""The exception for a user's mistake, and how a program ends with it: one line and an exit status.
+The same for a flag that argparse refuses."""
 
 import argparse
 import difflib
+import os
 import re
 import sys
-from typing import Any, Callable, List, NoReturn, Sequence
+from typing import Any, Callable, List, NoReturn, Optional, Sequence
 
 from fairseq_today.errors import UserError as UserError  # one class, with the plugin or without
 
@@ -56,6 +58,36 @@ def require_positive(args: argparse.Namespace, *flags: str) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"{flag(name)} {value}: use 1 or more")
+
+
+def status_of(work: Callable[[], Optional[int]], stopped: str = "") -> int:
+    """The exit status of a command: what its work returns (None is 0), 1 for a user's mistake or a
+    file that the system refuses, 130 for Ctrl-C, of which the line is `stopped`."""
+    try:
+        return work() or 0
+    except UserError as error:
+        line, status = f"error: {error}", 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        line, status = f"error: {error.filename}: {error.strerror}", 1
+    except KeyboardInterrupt:
+        line, status = stopped, 130
+    if line:
+        print(line, file=sys.stderr)
+    return status
+
+
+def program_status(work: Callable[[], Optional[int]], stopped: str = "") -> int:
+    """The same of a program that prints as it works: 1, without a word, if what reads its output
+    goes away, as `| head` does."""
+    try:
+        status = status_of(work, stopped)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 class OneLineParser(argparse.ArgumentParser):

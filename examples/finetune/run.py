@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Sequence
 
 import comparison
 import questions
@@ -23,7 +23,7 @@ import recipes
 
 from fairseq_moe_ext import files, outputs
 from fairseq_moe_ext.accuracy import wilson_interval
-from fairseq_moe_ext.errors import OneLineParser, UserError
+from fairseq_moe_ext.errors import OneLineParser, UserError, program_status
 from fairseq_moe_ext.evaluation.cost_table import checkpoint_settings
 from fairseq_moe_ext.study import fine_tuning, logs
 from fairseq_moe_ext.study.child import console_script
@@ -255,33 +255,31 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--jobs", type=int, default=2, help="fine-tuning runs at once (default: 2)")
     args = parser.parse_args(argv)
-    ablation: Optional[Ablation] = None
+    stopped = "Stopped. Start the same command again to continue."
+    return program_status(lambda: work(args), stopped)
+
+
+def work(args: argparse.Namespace) -> int:
+    """The exit status: 0, or that of the quickstart if it failed."""
+    chosen = recipes.chosen_rows(args.rows)
+    for name in ("train", "valid", "test", "epochs", "seeds", "jobs"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: use 1 or more")
+    if not all((args.quickstart / model / "finished").exists() for model in FAMILIES):
+        check_out(args.out)
+        command = [sys.executable, str(QUICKSTART), "--out", str(args.quickstart), *PRETRAINED]
+        status = subprocess.call(command)
+        if status:
+            return status
+    ablation = Ablation(args)
     try:
-        chosen = recipes.chosen_rows(args.rows)
-        for name in ("train", "valid", "test", "epochs", "seeds", "jobs"):
-            if getattr(args, name) < 1:
-                raise UserError(f"--{name} {getattr(args, name)}: use 1 or more")
-        if not all((args.quickstart / model / "finished").exists() for model in FAMILIES):
-            check_out(args.out)
-            command = [sys.executable, str(QUICKSTART), "--out", str(args.quickstart), *PRETRAINED]
-            status = subprocess.call(command)
-            if status:
-                return status
-        ablation = Ablation(args)
         ablation.open()
         if not (ablation.out / "questions" / "test.jsonl").exists():
             text = args.quickstart / "text"
             questions.write(text, ablation.names, ablation.sizes, ablation.out / "questions", 1)
         result = run_all(ablation, chosen)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("Stopped. Start the same command again to continue.", file=sys.stderr)
-        return 130
     finally:
-        if ablation is not None:
-            ablation.stop()
+        ablation.stop()
     print(comparison.table(result))
     return 0
 

@@ -23,8 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Sequence, Tuple
 
-from fairseq_moe_ext.errors import OneLineParser, UserError
-from fairseq_moe_ext.files import reason
+from fairseq_moe_ext.errors import OneLineParser, UserError, program_status
 
 SPLITS = ("test", "valid", "train")  # the order in which documents are dealt out
 LARGEST_DOCUMENT = 40_000  # bytes; larger ones are mostly tables and would swamp a test set
@@ -323,15 +322,12 @@ def main(argv: Sequence[str]) -> int:
             f"--{split}-bytes", type=int, required=True, help=f"bytes of {split} text per domain"
         )
     args = parser.parse_args(argv)
-    try:
-        gather(args.folder, args.train_bytes, args.valid_bytes, args.test_bytes, print)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {error.filename}: {reason(error)}", file=sys.stderr)
-        return 1
-    return 0
+    wanted = args.train_bytes, args.valid_bytes, args.test_bytes
+
+    def work() -> None:
+        gather(args.folder, *wanted, print)
+
+    return program_status(work)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ start the same command again and it goes on where it stopped.
 import argparse
 import functools
 import logging
-import os
 import sys
 import time
 from pathlib import Path
@@ -24,7 +23,7 @@ from progress import LogTail, Screen, TrainingProgress  # noqa: E402
 from results import Stage  # noqa: E402
 
 from fairseq_moe_ext import cores, data_bin, files, outputs  # noqa: E402
-from fairseq_moe_ext.errors import OneLineParser, UserError  # noqa: E402
+from fairseq_moe_ext.errors import OneLineParser, UserError, program_status  # noqa: E402
 from fairseq_moe_ext.evaluation import report  # noqa: E402
 from fairseq_moe_ext.study.plan import FAMILIES  # noqa: E402
 from fairseq_moe_ext.study.runner import Runner  # noqa: E402
@@ -269,29 +268,26 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     args = arguments(argv)
     screen = Screen()
-    what = "Text and data-bins" if args.data_only else "MoE against dense at equal FLOPs"
-    screen.line(f"{what}; results go to {args.out}. Ctrl-C stops, the same command goes on.")
     updates = 0 if args.data_only else args.updates
     run = Run(args.out, updates, args.text_bytes, screen, args.router)
+
+    def checked() -> None:
+        what = "Text and data-bins" if args.data_only else "MoE against dense at equal FLOPs"
+        screen.line(f"{what}; results go to {args.out}. Ctrl-C stops, the same command goes on.")
+        try:
+            if args.updates < 2:
+                raise UserError(f"--updates {args.updates} is too few: use 2 or more")
+            if args.text_bytes < 20_000:
+                raise UserError(f"--text-bytes {args.text_bytes} is too little: use 20000 or more")
+            work(run, args.data_only)
+        except BaseException:
+            screen.line()  # the line that says why comes below the live one
+            raise
+
     try:
-        if args.updates < 2:
-            raise UserError(f"--updates {args.updates} is too few: use 2 or more")
-        if args.text_bytes < 20_000:
-            raise UserError(f"--text-bytes {args.text_bytes} is too little: use 20000 or more")
-        work(run, args.data_only)
-    except UserError as error:
-        screen.line()
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # what reads the output has gone, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except KeyboardInterrupt:
-        screen.line("\nStopped. Start the same command again to go on.")
-        return 130
+        return program_status(checked, "Stopped. Start the same command again to go on.")
     finally:
         run.stop()
-    return 0
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 from typing import Sequence
 
-from fairseq_moe_ext import files, outputs
-from fairseq_moe_ext.errors import OneLineParser
+from fairseq_moe_ext import outputs
+from fairseq_moe_ext.errors import OneLineParser, program_status
 
 HERE = Path(__file__).resolve().parent
 STUDY = HERE.parent / "study" / "run.py"
@@ -41,17 +41,15 @@ def main(argv: Sequence[str]) -> int:
         help="20 updates and two seeds, in runs/routers-short: a trial of a few minutes",
     )
     args = parser.parse_args(argv)
-    try:
+
+    def work() -> int:
         file = short(Path("runs/routers-short")) if args.short else FULL
         command = [sys.executable, str(STUDY), "--file", str(file), "--jobs", str(args.jobs)]
         if args.text_bytes is not None:
             command += ["--text-bytes", str(args.text_bytes)]
         return subprocess.call(command)
-    except OSError as error:
-        print(f"error: {error.filename}: {files.reason(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+
+    return program_status(work)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 from typing import List, Sequence
 
-from fairseq_moe_ext import files
-from fairseq_moe_ext.errors import OneLineParser, UserError
+from fairseq_moe_ext.errors import OneLineParser, UserError, program_status
 from fairseq_moe_ext.study.ladder import forecast, hours, needed, probe, running, stages
 from fairseq_moe_ext.wording import flag
 
@@ -119,16 +118,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    try:
-        return run(parser().parse_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {error.filename}: {files.reason(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    args = parser().parse_args(argv)
+    return program_status(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Sequence
 
 from fairseq_moe_ext import cli
-from fairseq_moe_ext.errors import OneLineParser, UserError, require_positive
+from fairseq_moe_ext.errors import OneLineParser, UserError, program_status, require_positive
 from fairseq_moe_ext.study import plan, yaml_file
 
 HERE = Path(__file__).resolve().parent
@@ -38,17 +38,15 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--jobs", type=int, default=2, help="runs at once (default: 2)")
     args = parser.parse_args(argv)
-    try:
+
+    def work() -> int:
         require_positive(args, "jobs")
         text = text_folder(args.file)
         command = [sys.executable, str(QUICKSTART), "--out", str(text), "--data-only"]
         status = subprocess.call([*command, "--text-bytes", str(args.text_bytes)])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return status or cli.main(["study", str(args.file), "--jobs", str(args.jobs)])
+        return status or cli.main(["study", str(args.file), "--jobs", str(args.jobs)])
+
+    return program_status(work)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tu
 import archives
 
 from fairseq_moe_ext import files, outputs
-from fairseq_moe_ext.errors import OneLineParser, UserError
+from fairseq_moe_ext.errors import OneLineParser, UserError, program_status
 from fairseq_moe_ext.evaluation.study_result import as_written
 
 Document = Tuple[str, str]  # name, text
@@ -302,17 +302,8 @@ def main(argv: Sequence[str]) -> int:
         choices=[d.name for d in DOMAINS],
         help="fetch only these, and add them",
     )
-    try:
-        run(parser.parse_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {error.filename}: {files.reason(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    args = parser.parse_args(argv)
+    return program_status(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ in each MoE layer. Reports how much information the choices carry about text and
 beside that of random gates (specialisation.py).
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 from .. import data_bin, outputs
-from ..errors import OneLineParser, UserError, require_positive
+from ..errors import OneLineParser, UserError, program_status, require_positive
 from ..wording import did_you_mean
 from . import specialisation
 from .loading import check_path, language_modeling_task, load_model, moe_layers, set_gates
@@ -173,40 +174,37 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--json", type=Path, help="write the result here instead of printing it")
     parser.add_argument("--overwrite", action="store_true", help="replace the file of --json")
     args = parser.parse_args(argv)
-    try:
-        bins = {}
-        for text in args.bin:
-            name, equals, folder = text.partition("=")
-            if not equals or not name or not Path(folder).is_dir():
-                raise UserError(f"--bin {text}: give NAME=FOLDER with an existing data-bin")
-            if name in bins:
-                raise UserError(f"--bin {text}: the name {name} is given twice; choose another")
-            bins[name] = Path(folder)
-        among = args.among.split(",") if args.among else []
-        for name in among:
-            if name not in bins:
-                raise UserError(
-                    f"--among {args.among}: no --bin {name}; there are {', '.join(bins)}"
-                    + did_you_mean(name, bins)
-                )
-        require_positive(args, "tokens_per_sample", "batch_size")
-        outputs.check([("--json", args.json)], args.overwrite, [args.checkpoint, *bins.values()])
-        layers = expert_use(
-            args.checkpoint, bins, args.subset, args.tokens_per_sample, args.batch_size, among
-        )
-        if args.json is not None:
-            outputs.write_json(args.json, layers)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    return program_status(lambda: _write(args))
+
+
+def _write(args: argparse.Namespace) -> None:
+    """What the command line asks for. Raises UserError for what cannot be."""
+    bins = {}
+    for text in args.bin:
+        name, equals, folder = text.partition("=")
+        if not equals or not name or not Path(folder).is_dir():
+            raise UserError(f"--bin {text}: give NAME=FOLDER with an existing data-bin")
+        if name in bins:
+            raise UserError(f"--bin {text}: the name {name} is given twice; choose another")
+        bins[name] = Path(folder)
+    among = args.among.split(",") if args.among else []
+    for name in among:
+        if name not in bins:
+            raise UserError(
+                f"--among {args.among}: no --bin {name}; there are {', '.join(bins)}"
+                + did_you_mean(name, bins)
+            )
+    require_positive(args, "tokens_per_sample", "batch_size")
+    outputs.check([("--json", args.json)], args.overwrite, [args.checkpoint, *bins.values()])
+    layers = expert_use(
+        args.checkpoint, bins, args.subset, args.tokens_per_sample, args.batch_size, among
+    )
     if args.json is None:
-        sys.stdout.write(json.dumps(layers, indent=1) + "\n")
-    else:
-        print(specialisation.verdict(layers, "domain", "kind of text"))
-        print(specialisation.verdict(layers, "token", "token"))
-    return 0
+        print(json.dumps(layers, indent=1))
+        return
+    outputs.write_json(args.json, layers)
+    print(specialisation.verdict(layers, "domain", "kind of text"))
+    print(specialisation.verdict(layers, "token", "token"))
 
 
 if __name__ == "__main__":
