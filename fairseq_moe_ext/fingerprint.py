@@ -54,6 +54,25 @@ def check(task: FairseqTask, saved: Optional[Dict[str, Any]]) -> None:
     dictionary = getattr(task, "dictionary", None)
     if saved is None or not isinstance(dictionary, Dictionary):
         return
+    check_symbols(dictionary, _file(task), saved)
+    lacking = saved.get("vocabulary", len(dictionary)) - len(dictionary)
+    if lacking:
+        remedy = f"use the {DICTIONARY} that it was trained with"
+        if lacking > 0:
+            remedy += (
+                ", or" if saved.get("types") is not None else "; if it is the same one, padded,"
+            )
+            remedy += f" append {lacking} lines: madeupword1000 0, madeupword1001 0, ..."
+        raise UserError(
+            f"{_checkpoint(saved)}: has a vocabulary of {saved['vocabulary']}, but {_file(task)} "
+            f"one of {len(dictionary)}: {remedy}"
+        )
+    if getattr(task, "encodes_text", False):
+        check_tokenizer(task, saved)
+
+
+def check_symbols(dictionary: Dictionary, file: str, saved: Dict[str, Any]) -> None:
+    """Raise UserError if the order of a dictionary's symbols is not the saved one."""
     types: Any = saved.get("types")
     own = saved if types is None else fingerprint(dictionary, types)
     if own.get("sha256") != saved.get("sha256"):
@@ -62,21 +81,19 @@ def check(task: FairseqTask, saved: Optional[Dict[str, Any]]) -> None:
         if len(dictionary) < types:
             differ = f"it has {len(dictionary):,} symbols, the checkpoint's {types:,}"
         raise UserError(
-            f"{_file(task)}: not the dictionary of {_checkpoint(saved)} ({differ}), so its ids "
+            f"{file}: not the dictionary of {_checkpoint(saved)} ({differ}), so its ids "
             f"mean other tokens: use the {DICTIONARY} that the checkpoint was trained with"
         )
-    lacking = saved.get("vocabulary", len(dictionary)) - len(dictionary)
-    if lacking:
-        remedy = f"use the {DICTIONARY} that it was trained with"
-        if lacking > 0:
-            remedy += ", or" if types is not None else "; if it is the same one, padded,"
-            remedy += f" append {lacking} lines: madeupword1000 0, madeupword1001 0, ..."
-        raise UserError(
-            f"{_checkpoint(saved)}: has a vocabulary of {saved['vocabulary']}, but {_file(task)} "
-            f"one of {len(dictionary)}: {remedy}"
-        )
-    if getattr(task, "encodes_text", False):
-        check_tokenizer(task, saved)
+
+
+def check_folder(path: str, state: Dict[str, Any], data: Path) -> None:
+    """Raise UserError if the tokenizer in a folder is not the one that a checkpoint's state has the
+    fingerprint and the digests of."""
+    saved = (state.get("task_state") or {}).get(KEY)
+    file = data / DICTIONARY
+    if isinstance(saved, dict):
+        check_symbols(Dictionary.load(str(file)), str(file), {**saved, "of": path})
+    tokenizer_files.check_digests(Path(path), tokenizer_files.digests_in(state), data)
 
 
 def check_tokenizer(task: FairseqTask, saved: Dict[str, Any]) -> None:

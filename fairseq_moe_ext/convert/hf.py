@@ -14,6 +14,7 @@ from ..branch.settings import ONE_PROCESS, complete_cfg
 from ..checkpoint.settings import check_fields
 from ..config import MoETransformerLMConfig, defaults
 from ..errors import UserError
+from ..fingerprint import check_folder
 from ..models.language_model import MODEL_NAME
 from ..router_flags import gate_settings
 from ..shape import context_length, has_gate, shape_of
@@ -117,6 +118,7 @@ def hf_jobs(source: Source, folder: str, extras: Extras, only_xglm: bool = False
     jobs.append(text_job(folder, GENERATION, json.dumps(generation, indent=2) + "\n"))
     if extras.tokenizer is not None:
         written = tokenizer_files(extras.tokenizer, source.vocabulary, context_length(s))
+        check_folder(source.path, source.rest, extras.tokenizer)
         for name, text in written.items():
             jobs.append(text_job(folder, name, text))
         for name, file in files_of(extras.tokenizer).items():

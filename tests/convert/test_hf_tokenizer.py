@@ -1,9 +1,11 @@
 """The tokenizer that `fairseq-moe convert --to hf` writes, against ours."""
 
 import re
+import shutil
 
 import pytest
 import torch
+from converting import convert, mistake
 from hf_models import TEXT, tokenizer_of
 
 from fairseq_moe_ext.convert.hf_tokenizer import tokenizer_files
@@ -84,3 +86,22 @@ def test_a_dictionary_that_is_not_of_words_is_refused(tmp_path, symbols, words, 
         return
     with pytest.raises(UserError, match=f"^{path}: .*{re.escape(words)}.*--no-tokenizer"):
         tokenizer_files(tmp_path, len(symbols) + 4, 32)
+
+
+@pytest.mark.parametrize("change, file", [("dictionary", "dict.txt"), ("bpe", "vocab.bpe")])
+def test_the_tokenizer_of_another_model_is_refused(
+    converted, hf_data, tmp_path, capsys, change, file
+):
+    """Its ids mean other text, although it is as large as the model's."""
+    other = tmp_path / "other"
+    shutil.copytree(hf_data, other)
+    first = 0 if change == "dictionary" else 1  # of vocab.bpe a heading
+    lines = (other / file).read_text().splitlines()
+    (other / file).write_text("\n".join([*lines[:first], *reversed(lines[first:])]) + "\n")
+    path, folder = converted("xglm")
+    for source, layout in ((path, ()), (folder, ("--from", "hf"))):
+        line = (source, tmp_path / "x", *layout, "--to", "hf", "--data")
+        words = mistake(capsys, *line, other)
+        assert f"{other}/{file}: " in words and str(source) in words
+        assert not (tmp_path / "x").exists()
+    convert(*line, hf_data)
