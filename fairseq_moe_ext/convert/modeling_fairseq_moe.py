@@ -359,6 +359,8 @@ class FairseqMoeForCausalLM(FairseqMoePreTrainedModel, GenerationMixin):
         Args:
             labels: (B, T), the input tokens; -100 counts nowhere. In training, the loss
                 includes `router_aux_loss_coef` times the balancing loss.
+            num_items_in_batch: tokens that count in all batches of an update, on all devices;
+                the loss is this batch's share, so that their sum is the update's.
             past_key_values, cache: one thing by its names of earlier and later transformers.
         """
         output, aux_loss = self.model(
@@ -374,9 +376,13 @@ class FairseqMoeForCausalLM(FairseqMoePreTrainedModel, GenerationMixin):
         logits = self.lm_head(x[:, -logits_to_keep:] if logits_to_keep else x)
         loss = None
         if labels is not None:
-            loss = _cross_entropy(logits, labels.to(logits.device), num_items_in_batch)
+            labels = labels.to(logits.device)
+            loss = _cross_entropy(logits, labels, num_items_in_batch)
             if self.training and self.config.sparse_layers:
-                loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss)
+                balancing = self.config.router_aux_loss_coef * aux_loss.to(loss)
+                if num_items_in_batch is not None:
+                    balancing = balancing * (labels[:, 1:].ne(-100).sum() / num_items_in_batch)
+                loss = loss + balancing
         result = MoeCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

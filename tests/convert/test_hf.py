@@ -96,6 +96,15 @@ def test_training(converted):
     model.train()
     trained = model(**batch, labels=labels)
     torch.testing.assert_close(trained.loss, plain.loss + 0.25 * plain.aux_loss)
+    # an update of several batches: the mean over all their tokens, of both losses
+    tokens = counted.sum()
+    rows = [
+        {**{k: v[i : i + 1] for k, v in batch.items()}, "labels": labels[i : i + 1]} for i in (0, 1)
+    ]
+    losses = [model(**row, num_items_in_batch=tokens).loss for row in rows]
+    means = [(model(**row).loss, row["labels"][:, 1:].ne(-100).sum()) for row in rows]
+    expected = sum(mean * number for mean, number in means) / tokens
+    torch.testing.assert_close(sum(losses), expected)
     model.gradient_checkpointing_enable()
     again = model(**batch, labels=labels).loss
     torch.testing.assert_close(again, trained.loss)
