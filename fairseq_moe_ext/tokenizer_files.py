@@ -52,7 +52,11 @@ def data_of(task: Any) -> Optional[Path]:
 
 def digests(data: Path) -> Dict[str, str]:
     """{file: sha256} of a data folder's tokenizer."""
-    return {n: hashlib.sha256(f.read_bytes()).hexdigest() for n, f in files_of(data).items()}
+    return {name: _digest(file) for name, file in files_of(data).items()}
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def copy(data: Path, folder: Path) -> None:
@@ -122,6 +126,19 @@ def check_digests(path: Path, recorded: Mapping[str, str], data: Path) -> None:
     present = digests(data)
     if any(name in present and present[name] != digest for name, digest in wanted.items()):
         raise _misfit(data, path, wanted)
+
+
+def check_bpe(path: Path, given: Mapping[str, Path]) -> None:
+    """Raise UserError if one of these files, by the name that it has in a data folder, is not the
+    one that a checkpoint has a digest of."""
+    wanted = digests_in(_saved(path))
+    for name, file in given.items():
+        if name in wanted and _digest(file) != wanted[name]:
+            raise UserError(
+                f"{file}: does not belong to the tokenizer of {path} (sha256 {_digest(file)[:12]}, "
+                f"but the checkpoint has {wanted[name][:12]}): remove --bpe, --gpt2-encoder-json "
+                "and --gpt2-vocab-bpe, and add --data FOLDER if the tokenizer is not found"
+            )
 
 
 def _misfit(folder: Path, path: Path, wanted: Dict[str, str]) -> UserError:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Sequence
 
 from .. import files, outputs, tokenizer_files
+from ..data_bin import TOKENIZER
 from ..errors import UserError, require_positive
 from ..evaluation.loading import add_model_flags, check_path, on_device, parse_overrides
 from ..models.language_model import MoETransformerLanguageModel
@@ -198,6 +199,8 @@ def load(args: argparse.Namespace, path: Path) -> Any:
     data = tokenizer_files.folder_for(path, args.data, check_bpe=not own_bpe).resolve()
     settings: Dict[str, Any] = dict(parse_overrides(args.model_overrides))
     if own_bpe:
+        given = dict(zip(TOKENIZER, (args.gpt2_encoder_json, args.gpt2_vocab_bpe)))
+        tokenizer_files.check_bpe(path, given)
         settings.update(
             bpe="gpt2",
             gpt2_encoder_json=str(args.gpt2_encoder_json),
@@ -244,10 +247,10 @@ def _write(
             ]
         )
         del lm  # before the next is loaded
+    if several:  # before the file, which may fail
+        showing.piece(_shown(all_written, args.no_prompt))
     if args.json is not None:
         outputs.write_json(args.json, [one._asdict() for some in all_written for one in some])
-    if several:
-        showing.piece(_shown(all_written, args.no_prompt))
     for report in reports:
         _say(report)
 

@@ -45,7 +45,7 @@ def unescaped(text: str) -> str:
 
 def _in_file(path: Path, separator: Optional[str]) -> List[str]:
     if str(path) != "-":
-        text = files.read_text(path, f"--file {path}")
+        text = files.read_text(path, f"--file {path}", "utf-8-sig")
     elif sys.stdin is None or sys.stdin.isatty():
         raise _no_prompt()
     else:
@@ -70,10 +70,10 @@ def _in_file(path: Path, separator: Optional[str]) -> List[str]:
 def _stdin() -> str:
     data = sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"stdin: not UTF-8 at byte {error.start}; convert it to UTF-8") from None
-    return text.replace("\r\n", "\n")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _of_line(path: Path, number: int, line: str) -> str:

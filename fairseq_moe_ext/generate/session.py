@@ -88,7 +88,8 @@ def _reader() -> Callable[[], Optional[str]]:
 
     def read() -> Optional[str]:
         try:
-            return checked(input("> " if on_terminal else ""))
+            line = input("> " if on_terminal else "")
+            return checked(line.removeprefix("\ufeff"))  # the byte order mark of a file
         except EOFError:
             return None
         except UnicodeDecodeError:

@@ -146,7 +146,7 @@ def read_own(paths: Sequence[Path], tokens: Tokens) -> Dict[str, Tensor]:
     """The user's files. Raises UserError for an empty file, or two of one name."""
     texts: Dict[str, Tensor] = {}
     for path in paths:
-        text = files.read_text(path, f"--text {path}").strip("\n")
+        text = files.read_text(path, f"--text {path}", "utf-8-sig").strip("\n")
         if not text.strip():
             raise UserError(f"--text {path}: is empty; give a file with text in it")
         if path.name in texts:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from training import prepare_text, train_small
 
-from fairseq_moe_ext import cli, tokenizer_files
+from fairseq_moe_ext import cli, outputs, tokenizer_files
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.evaluation.loading import language_modeling_task, load_model
 from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
@@ -53,11 +53,12 @@ def generate(runs, capsys, monkeypatch):
 def test_a_prompt_of_any_source(runs, generate, lm, tmp_path):
     prompt = "the cat\nand"
     text = prompt + lm.generate(prompt, max_tokens=6) + "\n"
-    (tmp_path / "one.txt").write_text(prompt + "\n")
+    (tmp_path / "one.txt").write_text("\ufeff" + prompt + "\n")
     for arguments, stdin in (
         ((prompt,), None),
         (("--path", runs / "moe" / "checkpoint_last.pt", "--file", tmp_path / "one.txt"), None),
         ((), prompt + "\n"),
+        ((), "\ufeff" + prompt.replace("\n", "\r") + "\r"),  # as files are read
         (("--file", "-"), prompt),
     ):
         path = {"path": None} if "--path" in arguments else {}
@@ -70,7 +71,9 @@ def test_a_prompt_of_any_source(runs, generate, lm, tmp_path):
 def test_prompts_of_a_file(generate, lm, tmp_path):
     prompts = ["the cat", "a\ndog\u2028", ""]
     (tmp_path / "p.txt").write_text("the cat\n%\na\ndog\u2028\n%\n")
-    (tmp_path / "p.jsonl").write_text('"the cat"\n{"prompt": "a\\ndog\u2028"}\n \n{"text": ""}\n')
+    (tmp_path / "p.jsonl").write_text(
+        '\ufeff"the cat"\n{"prompt": "a\\ndog\u2028"}\n \n{"text": ""}\n'
+    )
     expected = lm.generate(prompts, max_tokens=5)
     for name, more in (("p.txt", ["--separator", "%"]), ("p.jsonl", [])):
         out = tmp_path / f"{name}.json"
@@ -80,6 +83,15 @@ def test_prompts_of_a_file(generate, lm, tmp_path):
         assert [one["prompt"] for one in found] == prompts
         assert [one["texts"] for one in found] == [[text] for text in expected]
         assert f"── prompt 2 of 3 ──\na\ndog\u2028{expected[1]}\n" in printed
+
+
+def test_texts_are_shown_although_their_file_cannot_be_written(generate, monkeypatch, tmp_path):
+    def fails(path, content):
+        raise UserError(f"--json {path}: no space")
+
+    monkeypatch.setattr(outputs, "write_json", fails)
+    out, err = generate("a", "the", "--max-tokens", 3, "--json", tmp_path / "x.json", status=1)
+    assert "prompt 2 of 2" in out and "x.json: no space" in err
 
 
 def test_samples_are_repeated_by_their_seed(generate, lm):
@@ -108,7 +120,9 @@ def test_two_models_side_by_side(runs, generate, lm, monkeypatch):
 
 
 def test_a_session_remembers(generate, lm):
-    out, err = generate("-i", "--max-tokens", 4, stdin="the cat\n\na \\\ndog\n/new\nthe\n/quit\n")
+    out, err = generate(
+        "-i", "--max-tokens", 4, stdin="\ufeffthe cat\n\na \\\ndog\n/new\nthe\n/quit\n"
+    )
     first = lm.generate("the cat", max_tokens=4)
     second = lm.generate("the cat" + first, max_tokens=4)
     so_far = "the cat" + first + second
@@ -158,6 +172,10 @@ def test_the_tokenizer_travels_with_the_model(runs, generate, tmp_path, capsys):
     bpe = ("--gpt2-encoder-json", moe / "encoder.json", "--gpt2-vocab-bpe", moe / "vocab.bpe")
     flags = ("--max-tokens", 6, "--data", tmp_path, *bpe)
     assert generate("the cat", *flags, **alone).out == expected
+
+    bpe = ("--gpt2-encoder-json", moe / "encoder.json", "--gpt2-vocab-bpe", tmp_path / "vocab.bpe")
+    err = generate("the cat", *bpe, status=1, **alone).err
+    assert "vocab.bpe: does not belong to the tokenizer of" in err and "remove --bpe" in err
 
     (tmp_path / "to").mkdir()
     assert cli.main(["convert", str(tmp_path / "alone.pt"), str(tmp_path / "to" / "x.pt")]) == 0

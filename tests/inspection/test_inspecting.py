@@ -28,6 +28,7 @@ from fairseq_moe_ext.inspection import (
 )
 from fairseq_moe_ext.inspection.inspecting import Settings, inspect
 from fairseq_moe_ext.inspection.observing import LayerView
+from fairseq_moe_ext.inspection.reading import read_own
 
 EOS = 2
 
@@ -475,3 +476,10 @@ def test_experts_stay_in_the_files_of_the_released_layout(tmp_path):
     assert layer.experts == 96 and len(layer.shown) == relations.SHOWN
     assert len(layer.output_similarity) == relations.SHOWN
     assert "By domain there is nothing to distinguish" in found.said[0]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "my.txt").write_bytes(b"\xef\xbb\xbfthe cat\r\n")
+    tokens = SimpleNamespace(encode=lambda text, where: list(text.encode()))
+    (found,) = read_own([tmp_path / "my.txt"], tokens).values()
+    assert bytes(found.tolist()) == b"the cat"
