@@ -28,11 +28,12 @@ class Corpus:
 
 
 def parse_corpora(corpora: List[str], heldout: List[str]) -> List[Corpus]:
-    """The corpora that the flags --corpus and --heldout describe, their files listed.
+    """The corpora that the flags --corpus and --heldout describe, their files listed. A file that
+    one flag names twice, by a link or a glob, is listed once.
 
     Raises:
         UserError: a flag that cannot be read, a name used twice, a path without files, a file to
-            train on that is given twice.
+            train on that two flags name.
     """
     if not corpora and not heldout:
         raise UserError("--corpus: missing; give at least one, such as --corpus NAME=PATH")
@@ -62,7 +63,10 @@ def parse_corpora(corpora: List[str], heldout: List[str]) -> List[Corpus]:
                 )
             groups = [list_files(path, f"{flag} {name_and_split}") for path in paths.split(",")]
             corpus.groups += groups
-            corpus.files[key] = [path for group in groups for path in group]
+            once: Dict[str, Path] = {}
+            for path in (path for group in groups for path in group):
+                once.setdefault(os.path.realpath(path), path)
+            corpus.files[key] = list(once.values())
     for corpus in by_name.values():
         if not corpus.held_out and not {None, "train"} & corpus.files.keys():
             raise UserError(

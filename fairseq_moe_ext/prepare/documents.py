@@ -45,10 +45,11 @@ def list_files(pattern: str, where: str) -> List[Path]:
     Folders are searched recursively; names that begin with a dot are skipped.
 
     Raises:
-        UserError: a pattern that names no file. `where` names the flag, as "--corpus docs".
+        UserError: a pattern that names no file, or a folder that may not be read. `where` names the
+            flag, as "--corpus docs".
     """
     if os.path.isdir(pattern):
-        paths = _walk(Path(pattern))
+        paths = _walk(Path(pattern), where)
     elif os.path.lexists(pattern):
         paths = [Path(pattern)]
     else:
@@ -110,10 +111,14 @@ def _texts(
         yield text, raw.tell()
 
 
-def _walk(folder: Path) -> List[Path]:
+def _walk(folder: Path, where: str) -> List[Path]:
     """Follows links; visits each folder once, so cycles end."""
     paths, seen = [], set()
-    for root, folders, names in os.walk(folder, followlinks=True):
+
+    def refuse(error: OSError) -> None:
+        raise files.unreadable(f"{where}: {error.filename}", error)
+
+    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(root)
         if real in seen:
             folders[:] = []

@@ -3,12 +3,14 @@
 import gzip
 import io
 import json
+import os
 import re
 
 import pytest
 
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.prepare import documents
+from fairseq_moe_ext.prepare.corpora import parse_corpora
 from fairseq_moe_ext.prepare.documents import Source, list_files, read_documents
 
 
@@ -195,6 +197,33 @@ def test_links_to_folders_are_followed_once(tmp_path):
         (tmp_path / "in" / name).symlink_to(tmp_path / "elsewhere")
     found = list_files(str(tmp_path / "in"), "--corpus x")
     assert [str(path.relative_to(tmp_path)) for path in found] == ["in/a.txt", "in/x/b.txt"]
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "a.txt").touch()
+    scan = os.scandir
+
+    def refuses(path):  # root may read everything
+        if str(path).endswith("theirs"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuses)
+    for folder in (tmp_path, tmp_path / "theirs"):
+        with pytest.raises(UserError, match="--corpus x: .*/theirs: cannot be read .Permission"):
+            list_files(str(folder), "--corpus x")
+
+
+def test_a_file_that_a_flag_names_twice_is_listed_once(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "link.txt").symlink_to(tmp_path / "a.txt")
+    for more in (f"{tmp_path}/a.txt", f"{tmp_path}/*.txt", f"{tmp_path}"):
+        for split in ("", ":train"):
+            (corpus,) = parse_corpora([f"x{split}={tmp_path},{more}"], [])
+            (paths,) = corpus.files.values()
+            assert [path.name for path in paths] == ["a.txt", "b.txt"]
 
 
 def test_the_position_counts_bytes_on_disk(tmp_path):
