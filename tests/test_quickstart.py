@@ -27,6 +27,7 @@ import progress  # noqa: E402
 import recipe  # noqa: E402
 import results  # noqa: E402
 import run as quickstart  # noqa: E402
+import table  # noqa: E402
 
 from fairseq_moe_ext.study import logs, plan  # noqa: E402
 from fairseq_moe_ext.study.plan import FAMILIES  # noqa: E402
@@ -104,7 +105,7 @@ def test_the_table_and_the_page_show_the_measured_numbers(finished):
     out, _, said = finished
     result = json.loads((out / "result.json").read_text())
     html = (out / "report.html").read_text()
-    for row in page.rows(result):
+    for row in table.rows(result):
         for cell in row:
             assert cell in said
             assert escape(cell) in html
@@ -191,7 +192,7 @@ def test_both_models_write_after_each_prompt(finished):
     out, _, said = finished
     written = json.loads((out / "samples.json").read_text())
     html = (out / "report.html").read_text()
-    models = [str(out / model / "checkpoint_best.pt") for model in page.MODELS]
+    models = [str(out / model / "checkpoint_best.pt") for model in table.MODELS]
     assert [(one["model"], one["prompt"]) for one in written] == [
         (model, prompt) for model in models for prompt in recipe.PROMPTS
     ]

@@ -190,6 +190,7 @@ def work(run: Run, data_only: bool) -> None:
     """All steps, or those of the data."""
     import corpora
     import page
+    import table
 
     run.open()
     report.check_renewable(run.out / "report.html")
@@ -222,7 +223,7 @@ def work(run: Run, data_only: bool) -> None:
     seconds = sum(stage["seconds"] for stage in result["stages"])
     run.screen.line()
     run.screen.line(page.terminal_samples(result))
-    run.screen.line(page.terminal_table(result))
+    run.screen.line(table.terminal_table(result))
     run.screen.line()
     run.screen.line(page.sentence(result))
     run.screen.line(f"\n{clock(seconds)} min in all. Figures: {run.out / 'report.html'}")
