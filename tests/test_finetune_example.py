@@ -99,7 +99,9 @@ def made_up(**rows):
     before = {"dense": {"accuracy": 55.0}, "moe": {"accuracy": 56.0}}
     for entry in before.values():
         entry.update(chance=50.0)
-    return {"rows": summed, "before": before, "settings": {"questions": {"test": 800}}}
+    runs = [{"row": row, "precision": "float32"} for row in rows]
+    settings = {"questions": {"test": 800}}
+    return {"rows": summed, "before": before, "runs": runs, "settings": settings}
 
 
 def test_the_table_says_what_was_found():
@@ -114,7 +116,12 @@ def test_the_table_says_what_was_found():
     assert "the dense one is 5.0 points ahead, more than twice" in said
     assert "Better than plain by more than that (*): good (+4.0)." in said
     assert "Worse than plain by more than that (*): bad (−6.0)." in said
-    assert "95 % interval of one accuracy is about ± 3.5 points" in said
+    end = "95 % interval of one accuracy is about ± 3.5 points."
+    assert said.endswith(f"{end} Trainings computed in float32.\n")
+    result["runs"][0]["precision"] = "bfloat16"
+    assert "computed in bfloat16 dense; in float32 plain, good, bad." in comparison.table(result)
+    result["runs"] = [{"row": "dense"}]  # as older files have it
+    assert comparison.table(result).endswith(f"{end}\n")
 
 
 def test_the_table_says_if_it_was_nothing():
@@ -175,7 +182,7 @@ def test_runs_of_a_recipe_that_has_changed_are_refused(tmp_path, monkeypatch, in
     def call(self, command, log, threads=0):
         if interrupted:
             raise KeyboardInterrupt
-        log.write_text("")
+        log.write_text(f"| fairseq_cli.train | {{'common': {{'bf16': {log.stem == 'train'}}}}}\n")
 
     tested = dict.fromkeys(["accuracy", "accuracy_low", "accuracy_high", "chance", "cut"], 50)
     tested = {f"test_{name}": value for name, value in tested.items()}
@@ -188,7 +195,7 @@ def test_runs_of_a_recipe_that_has_changed_are_refused(tmp_path, monkeypatch, in
         return run.Ablation(argparse.Namespace(out=out, quickstart=base, jobs=1, **sizes))
 
     with contextlib.suppress(KeyboardInterrupt):
-        ablation(tmp_path / "out").one("z-loss", 1)
+        assert ablation(tmp_path / "out").one("z-loss", 1)["precision"] == "bfloat16"
     (tmp_path / "out").rename(tmp_path / "moved")
     ablation(tmp_path / "moved").check_same("z-loss", 1)
     ablation(tmp_path / "moved").check_same("plain", 1)

@@ -6,6 +6,7 @@ from typing import Dict, List
 
 from fairseq_moe_ext.accuracy import wilson_interval
 from fairseq_moe_ext.study.fine_tuning import Result, Row
+from fairseq_moe_ext.study.result import computed_in
 from fairseq_moe_ext.wording import signed
 
 
@@ -47,7 +48,8 @@ def table(result: Result) -> str:
             f"| {name} | {first['chance']:.1f} | {with_interval(first['accuracy'], result)} "
             f"| {with_interval(entry['mean'], result)} | {deviation} | {difference} | {dropped} |"
         )
-    return "\n".join(lines) + "\n\n" + findings(result) + "\n"
+    said = f"{findings(result)} {computed_in(result['runs'], 'row')}".rstrip()
+    return "\n".join(lines) + f"\n\n{said}\n"
 
 
 def with_interval(percent: float, result: Result) -> str:

@@ -161,6 +161,7 @@ class Ablation(Runner):
             "valid": logs.by_epoch(folder / "train.log", "valid", "valid_accuracy"),
             "train": logs.by_epoch(folder / "train.log", "train", "train_accuracy"),
             "overflow": logs.by_epoch(folder / "train.log", "train", "train_overflow_expert1"),
+            "precision": logs.precision(folder / "train.log"),
             "seconds": time.monotonic() - started,
             "command": command,
         }

@@ -41,6 +41,7 @@ class Run(TypedDict, total=False):
     valid: List[float]
     train: List[float]
     overflow: List[float]
+    precision: str  # that the training computed in; older files lack it
     seconds: float
     command: List[str]
 

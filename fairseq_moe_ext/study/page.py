@@ -171,6 +171,7 @@ def html(
         summary=summary_of(result),
         remarks=results.remarks(result),
         precision=results.computed_in(runs),
+        tuned_in=results.computed_in((tuned or {}).get("runs", []), "row"),
         warnings=results.warnings(result),
         commands=result["commands"],
         tables=drawn,

@@ -2,7 +2,7 @@
 
 import math
 from statistics import geometric_mean, mean
-from typing import Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
 from .. import accuracy
 from ..errors import UserError
@@ -66,12 +66,13 @@ def mean_flops(runs: Runs) -> float:
     return mean(run["flops"] for run in runs)
 
 
-def computed_in(runs: Runs) -> str:
-    """A sentence on the precision of trainings; "" of older results."""
+def computed_in(runs: Sequence[Mapping[str, Any]], name: str = "size") -> str:
+    """A sentence on the precision of trainings; "" of older results. `name`: the key of what runs
+    are called, if they differ."""
     sizes: Dict[str, List[str]] = {}
     for run in runs:
         names = sizes.setdefault(run.get("precision") or "", [])
-        names += [run["size"]] * (run["size"] not in names)
+        names += [run[name]] * (run[name] not in names)
     sizes.pop("", None)
     if len(sizes) < 2:
         return "".join(f"Trainings computed in {precision}." for precision in sizes)

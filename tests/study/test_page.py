@@ -28,6 +28,7 @@ def test_the_page_shows_the_numbers_and_nothing_from_outside(tmp_path, capsys):
     before = {"dense": {"accuracy": 33.0}, "moe": {"accuracy": 34.0}}
     before["dense"].update(interval=[30.0, 36.0], chance=50.0)
     tuned = {"rows": rows, "before": before, "settings": {"questions": {"test": 400}}}
+    tuned["runs"] = [{"row": "dense", "precision": "float32"}]
     (tmp_path / "tuned.json").write_text(json.dumps(tuned))
     line = ["report", str(tmp_path), "--expert-use", str(tmp_path / "use.json")]
     line += ["--fine-tuning", str(tmp_path / "tuned.json")]
@@ -47,6 +48,7 @@ def test_the_page_shows_the_numbers_and_nothing_from_outside(tmp_path, capsys):
     assert "<td>77.4</td>" in html, "ICAT of the paper's 125M"
     assert "MoE, frozen gate" in html and "<td>−1.5</td>" in html
     assert "<td>50.0</td><td>33.0 (30.0 to 36.0)</td><td>61.2 (56.4 to 65.9)</td>" in html
+    assert "95 % interval over questions. Trainings computed in float32.</p>" in html
     assert "<td>34.0 (interval not known)</td>" in html and "<td>one seed</td>" in html
     for mean in ("71.3", "75.1", "79.1", "84.3", "65.5", "68.8", "67.4"):  # shared/paper.md
         assert f"<td>{mean}</td>" in html, "the paper's mean of eight tasks"
