@@ -10,6 +10,7 @@ from small_models import MOE, PAD, build_model, make_task
 from training import USER_DIR, fairseq
 
 from fairseq_moe_ext import context
+from fairseq_moe_ext.models.search import Generator, Prompt
 
 EOS = 2
 DICTIONARY = make_task().source_dictionary
@@ -81,6 +82,29 @@ def test_a_beam_repeats_no_bigram_behind_its_prompt(model):
             row = [EOS, *hypothesis["tokens"].tolist()[:-1]]
             pairs = list(zip(row, row[1:]))
             assert len(pairs) == len(set(pairs))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("scale, more", [(2.0, 1.0), (3.0, 3.0)])
+def test_our_own_search_finds_what_fairseq_finds(monkeypatch, seed, scale, more):
+    """Where </s> is often among the likelier tokens. Ours may also keep a last few."""
+    model = build_model(seed, decoder_layers=2).double().eval()
+    logits = model.decoder.output_layer
+
+    def with_ends(features):
+        out = scale * logits(features)
+        out[..., EOS] += more
+        out[..., PAD] = -math.inf  # fairseq's probabilities of the others would not sum to 1
+        return out
+
+    monkeypatch.setattr(model.decoder, "output_layer", with_ends)
+    for beam in (1, 3, 5):
+        prompt = Prompt((), 40, lambda new: new[-1] == EOS)
+        (ours,) = Generator(model, beam, 10_000).best([prompt])
+        (found,) = generate(model, [[]], beam_size=beam, max_len_b=40, min_len=0)
+        theirs = [one["tokens"].tolist() for one in found]
+        assert ours[0] == theirs[0] and len(ours) < 2 * beam
+        assert all(one in ours for one in theirs)
 
 
 NEWLINES = [[5, EOS, 6], [EOS, EOS, 7], [8, 9], [10, EOS, 11, EOS, 12]]

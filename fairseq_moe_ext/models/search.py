@@ -82,7 +82,9 @@ class Generator:
 
     With a beam of 1, each token is the most likely one, or is sampled. A wider beam keeps that many
     unfinished hypotheses per prompt, ranked by the sum of their log-probabilities, until as many
-    have ended. The answer is the hypothesis with the highest mean (fairseq's --lenpen 1).
+    have ended. As in fairseq, one that ends counts only if it is among that many best ones of its
+    step: of worse ends, `beam` soon come together. The answer is the hypothesis with the highest
+    mean (fairseq's --lenpen 1).
 
     A prompt and its new tokens must fit into the model's context together.
     """
@@ -192,18 +194,19 @@ class Generator:
         sums = log_probs[rows] + scores[:, None]  # (hypotheses, V)
         vocabulary = sums.size(1)
         longer: List[_Hypothesis] = []
-        for score, index in self._candidates(prompt, sums):
+        for rank, (score, index) in enumerate(self._candidates(prompt, sums)):
             before = live[index // vocabulary]
             hypothesis = _Hypothesis(score, (*before.new, index % vocabulary), before.row)
             if prompt.done(hypothesis.new) or len(hypothesis.new) == prompt.max_new:
-                ended.append(hypothesis)
+                if rank < self.beam:
+                    ended.append(hypothesis)
             elif len(longer) < self.beam:
                 longer.append(hypothesis)
         return longer if len(ended) < self.beam else []
 
     def _candidates(self, prompt: Prompt, sums: Tensor) -> List[Tuple[float, int]]:
         """sums (hypotheses, V) -> the sum and the index, hypothesis * V + token, of the
-        candidates."""
+        candidates, the best first."""
         if prompt.random is not None:
             token = self.choice.draw(sums[0], prompt.random)  # a constant changes no probability
             return [(float(sums[0, token]), token)]

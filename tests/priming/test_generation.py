@@ -52,9 +52,10 @@ def plain_search(model, prompt, beam):
             longer += [(score + log_probs[t], (*new, t)) for t in range(VOCABULARY)]
         longer.sort(reverse=True)
         live = []
-        for score, new in longer[: 2 * beam if beam > 1 else 1]:
+        for rank, (score, new) in enumerate(longer[: 2 * beam if beam > 1 else 1]):
             if prompt.done(new) or len(new) == prompt.max_new:
-                ended.append((score, new))
+                if rank < beam:
+                    ended.append((score, new))
             elif len(live) < beam:
                 live.append((score, new))
     return list(max(ended, key=lambda one: one[0] / len(one[1]))[1])
