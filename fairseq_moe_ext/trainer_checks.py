@@ -1,5 +1,6 @@
 """Checks of what a trainer is built from: `check_task` before the model is built, called by
-patches/tasks.py, and `check_trainer`, which needs the model, by patches/trainer.py."""
+patches/tasks.py, and `check_trainer`, which needs the model, by patches/trainer.py; `warn_of_drops`
+also by patches/eval_lm.py."""
 
 import logging
 from typing import Any, Dict, List, Mapping
@@ -48,6 +49,25 @@ def check_trainer(cfg: Any, model: Any) -> None:
         _check_amp(cfg, model)
     if getattr(model, "has_experts", False):
         _check_losses(cfg)
+        if not cfg.dataset.disable_validation and process_rank() == 0:
+            warn_of_drops(model, "validation", "add --moe-dropless, or set it to 1.0")
+
+
+def warn_of_drops(model: Any, what: str, remedy: str) -> None:
+    """Where experts have no room for more than their mean load at evaluation: with the branch's
+    default, which is for hundreds of them, as many as four for each choice of a token."""
+    for gate in model.modules():
+        if not isinstance(gate, TopKRouter) or gate.capacity_free or gate.settings.dropless:
+            continue
+        settings = gate.settings
+        share, mean = settings.eval_token_fraction, settings.top_k / gate.num_experts
+        if 0 < share <= mean and share < 1:
+            logger.warning(
+                f"--moe-eval-capacity-token-fraction {share:g}: {what} computes at most "
+                f"{100 * share:g} % of the tokens for each expert, and drops what is above; the "
+                f"mean load of {gate.num_experts} experts is {100 * mean:.3g} %: {remedy}"
+            )
+        return
 
 
 def _warn_of_warmup(cfg: Any) -> None:

@@ -13,6 +13,7 @@ from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.distributed import utils as distributed_utils
 from fairseq.tasks import TASK_REGISTRY
 from omegaconf import OmegaConf
+from small_models import build_model
 from training import USER_DIR, error_in, settings, status_of
 
 import fairseq_moe_ext
@@ -312,6 +313,35 @@ def test_a_criterion_without_the_balancing_loss(caplog, data, model, warns):
     has_experts = SimpleNamespace(has_experts="moe_lm" in model)
     trainer_checks.check_trainer(cfg, has_experts)
     assert ("leaves out the balancing loss" in caplog.text) == warns
+
+
+@pytest.mark.parametrize(
+    "experts, flags, drops",
+    [
+        (4, {}, True),
+        (8, {}, True),  # no room above the mean
+        (9, {}, False),
+        (16, {"moe_top_k": 4}, True),
+        (4, {"moe_eval_capacity_token_fraction": 1.0}, False),
+        (4, {"moe_eval_capacity_token_fraction": -1.0}, False),
+        (4, {"moe_dropless": True}, False),
+        (4, {"moe_router": "relu"}, False),
+    ],
+)
+def test_validation_that_drops_choices_is_warned_of(caplog, experts, flags, drops):
+    """Where experts have no room for more than the mean load."""
+    model = build_model(**{"moe_freq": 2, "moe_expert_count": experts, **flags})
+    cfg = SimpleNamespace(
+        common=SimpleNamespace(amp=False),
+        dataset=SimpleNamespace(disable_validation=False),
+        criterion=SimpleNamespace(_name="moe_cross_entropy"),
+        model=SimpleNamespace(moe_router=flags.get("moe_router", "topk")),
+    )
+    trainer_checks.check_trainer(cfg, model)
+    found = [line for line in caplog.messages if "moe-eval-capacity-token-fraction" in line]
+    assert len(found) == drops
+    if drops:
+        assert "25 %" in found[0] and found[0].endswith("add --moe-dropless, or set it to 1.0")
 
 
 @pytest.mark.parametrize(

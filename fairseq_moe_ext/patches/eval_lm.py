@@ -16,7 +16,8 @@ from fairseq_today.errors import UserError
 from ..checkpoint.collective import check_code_versions
 from ..counted import Offered, check_offered, longest, shorter, stored, total, what_was_counted
 from ..errors import DAMAGED
-from ..expert_parallel import collective_device, process_count
+from ..expert_parallel import collective_device, process_count, process_rank
+from ..trainer_checks import warn_of_drops
 from .tasks import nothing
 
 
@@ -60,6 +61,9 @@ def eval_lm(stock, *args, **kwargs):
     offered = getattr(getattr(call["batch_iterator"], "iterable", None), "offered", None)
     if offered is not None:
         check_offered(offered, call["models"][0])
+    if process_rank() == 0:
+        remedy = "add --model-overrides \"{'moe_eval_capacity_token_fraction': 1.0}\""
+        warn_of_drops(call["models"][0], "this command", remedy)
     if process_count() > 1:
         check_code_versions()
         call["batch_iterator"] = _with_empty_batches(call["batch_iterator"])

@@ -119,14 +119,17 @@ def test_it_gives_what_fairseq_eval_lm_gives(trained, caplog, capsys, tmp_path):
     found = json.loads(out.read_text())
     counts = json.loads((data / "counts.json").read_text())["corpora"]
     assert found["protocol"] == "blocks" and found["context"] == 32
+    drops = "--model-overrides {'moe_eval_capacity_token_fraction':%s}"
     for name, one in found["sets"].items():
         caplog.clear()
+        tested = (
+            f"fairseq-eval-lm {data / name} --user-dir {fairseq_moe_ext.__path__[0]} --path "
+            f"{checkpoint} --gen-subset test --tokens-per-sample 32 --batch-size 4 --cpu "
+            "--num-workers 0 "
+        )
         with caplog.at_level("INFO"):
-            fairseq(
-                f"fairseq-eval-lm {data / name} --user-dir {fairseq_moe_ext.__path__[0]} --path "
-                f"{checkpoint} --gen-subset test --tokens-per-sample 32 --batch-size 4 --cpu "
-                "--num-workers 0 --model-overrides {'moe_eval_capacity_token_fraction':1.0}"
-            )
+            fairseq(tested + drops % 1.0)
+        assert "mean load" not in caplog.text
         bits = float(re.search(r"Loss \(base 2\): ([\d.]+)", caplog.text)[1])
         assert math.log2(one["perplexity"]) == pytest.approx(bits, abs=1e-3)
         assert one["in_domain"] == (name == "near")
@@ -140,6 +143,8 @@ def test_it_gives_what_fairseq_eval_lm_gives(trained, caplog, capsys, tmp_path):
         assert (len(units["tokens"]), count) == (one["units"], one["tokens"])
         assert min(units["tokens"][:-1]) >= 32, "documents, joined to at least a context"
         assert math.exp(sum(units["nats"]) / count) == pytest.approx(one["perplexity"])
+    fairseq(tested + drops % 0.25)
+    assert "0.25: this command computes at most 25 % of the tokens for each expert" in caplog.text
     both = [one["perplexity"] for one in found["sets"].values()]
     assert found["mean"]["all"]["perplexity"] == pytest.approx(sum(both) / 2)
 
