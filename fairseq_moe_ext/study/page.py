@@ -170,6 +170,7 @@ def html(
         title=result["title"],
         summary=summary_of(result),
         remarks=results.remarks(result),
+        few_units=results.few_units(runs),
         precision=results.computed_in(runs),
         tuned_in=results.computed_in((tuned or {}).get("runs", []), "row"),
         warnings=results.warnings(result),

@@ -12,6 +12,7 @@ from . import finished, trained
 from .plan import FAMILIES, Plan, typed
 
 GROUPS = ("in_domain", "out_of_domain")
+FEWEST_UNITS = 20  # for an interval that can be relied on
 Runs = Sequence[RunResult]
 
 
@@ -78,6 +79,18 @@ def computed_in(runs: Sequence[Mapping[str, Any]], name: str = "size") -> str:
         return "".join(f"Trainings computed in {precision}." for precision in sizes)
     parts = [f"in {precision} {', '.join(names)}" for precision, names in sizes.items()]
     return f"Trainings computed {'; '.join(parts)}."
+
+
+def few_units(runs: Runs) -> str:
+    """A sentence that names test sets with too few units for intervals; "" if there are none."""
+    units = {n: s["units"] for run in runs for n, s in run["sets"].items() if "units" in s}
+    few = [f"{name} ({number})" for name, number in units.items() if number < FEWEST_UNITS]
+    if not few:
+        return ""
+    return (
+        f"Intervals over test text are rough for sets with fewer than {FEWEST_UNITS} units of it: "
+        f"{', '.join(few)}."
+    )
 
 
 Interval = Optional[Tuple[float, float]]

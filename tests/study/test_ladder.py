@@ -767,6 +767,10 @@ def test_pages(tmp_path, capsys):
     assert "|  | train | valid (2.00% of documents) | test (1.00% of documents) |" in text
     for row in ("news (held out) |  | 70 | 80 |", "mail | 5,000 |  | 60 |", "together | 8,000 |"):
         assert f"| {row}" in text
+    assert "are rough" not in text
+    made["runs"][0]["sets"]["kernel"]["units"] = 8
+    said = "Intervals over test text are rough for sets with fewer than 20 units of it: kernel (8)."
+    assert said in tables.page(made) and said in page.html(made, page.charts(made))
     made["runs"][-2]["protocol"] = {"context": 256, "stride": 64}  # bf16, seed 1
     assert tables.in_bfloat16(made)[1] == ["d0-256x4-bf16, 16M", "1", "+2.00"]
     made["runs"][-1]["protocol"] = {"context": 256, "stride": 64}

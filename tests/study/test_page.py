@@ -58,6 +58,20 @@ def test_the_page_shows_the_numbers_and_nothing_from_outside(tmp_path, capsys):
         assert ElementTree.parse(path).getroot().tag == "{http://www.w3.org/2000/svg}svg"
 
 
+def test_sets_with_too_few_units_for_an_interval_are_named(tmp_path):
+    found = made_result(tmp_path)
+    said = "Intervals over test text are rough for sets with fewer than 20 units of it: near (19)."
+    for units, there in ((19, True), (20, False)):
+        for run in found["runs"]:
+            run["sets"] = {"near": {**run["sets"]["near"], "units": units}, "far": {"units": 30}}
+            run["sets"]["far"].update(perplexity=9.0, dropped=None)
+        (tmp_path / "result.json").write_text(json.dumps(found))
+        assert cli.main(["report", str(tmp_path)]) == 0
+        assert (said in (tmp_path / "report.html").read_text()) == there
+        assert result.few_units(found["runs"]) == (said if there else "")
+    assert result.few_units([{"sets": {"near": {"perplexity": 9.0}}}]) == "", "an older result"
+
+
 def test_what_of_the_paper_is_not_on_the_page_is_said(tmp_path):
     found = made_result(tmp_path)
     rows = {row[0]: row[1:] for row in tables.contents(found, False, True)[1]}

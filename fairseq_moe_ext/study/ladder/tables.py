@@ -9,7 +9,7 @@ from ...text_table import markdown
 from ...wording import signed
 from ..arms import by_arm, difference, measured, percent, shared
 from ..plan import FAMILIES
-from ..result import GROUPS, computed_in, mean_flops, mean_performance, warning
+from ..result import GROUPS, computed_in, few_units, mean_flops, mean_performance, warning
 from ..tables import TITLES
 from .finished import LadderRun
 from .forecast import Forecast
@@ -35,7 +35,8 @@ NOTE = (
 
 def note(result: LadderResult) -> str:
     """What the numbers are."""
-    return f"{NOTE} {computed_in(result['runs'])}".rstrip()
+    said = (NOTE, few_units(result["runs"]), computed_in(result["runs"]))
+    return " ".join(filter(None, said))
 
 
 def millions(tokens: float) -> str:
