@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-from .. import data_bin, outputs
+from .. import outputs
 from ..errors import UserError, require_positive
 from ..models.precision import in_bfloat16
 from ..text_table import markdown, plain
@@ -24,7 +24,7 @@ from .loading import (
     parse_overrides,
 )
 from .perplexity import Evaluation, UnitLosses, evaluate
-from .texts import read_texts
+from .texts import find_sets, read_texts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,8 +93,8 @@ class _Asked(NamedTuple):
 def run(args: argparse.Namespace) -> None:
     """Evaluate and print. Raises UserError for invalid flags or files."""
     asked = _check_flags(args)
-    first = next(iter(data_bin.sets_of(args.data, args.subset, "--subset").values()))
-    task = language_modeling_task(first, args.context or 1)
+    sets = find_sets(args.data, args.subset)
+    task = language_modeling_task(next(iter(sets.values())), args.context or 1)
     with naming(args.path):
         if args.context or args.stride:  # before the weights are read
             _context_and_stride(args, most_tokens(args.path, asked.overrides))
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
     context, stride = _context_and_stride(args, model.max_positions())
     dictionary = task.source_dictionary
     trained_on = corpora_of(saved.task, task, args.data)
-    texts = read_texts(args.data, args.subset, context, dictionary, trained_on)
+    texts = read_texts(sets, args.subset, context, dictionary, trained_on)
     how = (dictionary.eos(), context, stride, args.batch_size, args.bootstrap)
     losses: Dict[str, UnitLosses] = {}
     results: List[capacity.AtCapacity] = []

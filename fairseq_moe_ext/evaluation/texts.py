@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Any, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 import torch
@@ -25,19 +25,9 @@ class Text(NamedTuple):
     bytes: Optional[int]  # UTF-8, as `fairseq-moe prepare` counted; None: not known
 
 
-def read_texts(
-    folders: Sequence[Path],
-    subset: str,
-    context: int,
-    dictionary: Any,
-    trained_on: Optional[Sequence[str]] = None,
-) -> List[Text]:
-    """The test sets below the folders, each a data-bin or a folder of data-bins. Raises UserError
-    for a set that is missing, empty or there twice.
-
-    Args:
-        trained_on: names of corpora that the model was trained on, as far as they are known.
-    """
+def find_sets(folders: Sequence[Path], subset: str) -> Dict[str, Path]:
+    """The test sets below the folders, each a data-bin or a folder of data-bins, by name; a line
+    names corpora without the subset. Raises UserError for a set that is missing or there twice."""
     sets = data_bin.sets_of(folders, subset, "--subset")
     for data in folders:
         corpora = data_bin.find_corpora(data)
@@ -45,6 +35,21 @@ def read_texts(
         if missing:
             where = f"{', '.join(missing)} of {data}"
             print(f"{where}: no {subset} split: not evaluated", file=sys.stderr)
+    return sets
+
+
+def read_texts(
+    sets: Mapping[str, Path],
+    subset: str,
+    context: int,
+    dictionary: Any,
+    trained_on: Optional[Sequence[str]] = None,
+) -> List[Text]:
+    """The texts of `find_sets`. Raises UserError for one that is empty or damaged.
+
+    Args:
+        trained_on: names of corpora that the model was trained on, as far as they are known.
+    """
     texts = []
     for name, folder in sets.items():
         prefix = str(folder / subset)

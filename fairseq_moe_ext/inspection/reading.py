@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import data_bin, files
 from ..errors import UserError
-from ..evaluation.texts import read_texts
+from ..evaluation.texts import find_sets, read_texts
 from ..models.hub import find_tokenizer
 from ..questions.vocabulary import Vocabulary
 from ..wording import count
@@ -138,7 +138,7 @@ def read_sets(data: Path, subset: Optional[str], dictionary: Any) -> Tuple[Dict[
     if subset is None:
         tested = any(data_bin.has_split(folder, "test") for folder in corpora.values())
         subset = "test" if tested else "valid"
-    texts = read_texts([data], subset, 1, dictionary)
+    texts = read_texts(find_sets([data], subset), subset, 1, dictionary)
     return {text.name: text.tokens for text in texts}, subset
 
 

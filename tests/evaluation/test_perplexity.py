@@ -11,7 +11,7 @@ from small_models import MOE, build_model
 from training import fairseq, prepare_near_and_far
 
 import fairseq_moe_ext
-from fairseq_moe_ext import cli
+from fairseq_moe_ext import cli, data_bin
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.evaluation import capacity, evaluate_command, perplexity, texts
 from fairseq_moe_ext.evaluation.loading import language_modeling_task, load_model
@@ -206,6 +206,16 @@ def test_the_context_is_checked_before_weights_are_read(trained, flags, words, c
     data, checkpoint = trained
     assert cli.main(f"evaluate {data} --path {checkpoint} --cpu {flags}".split()) == 1
     assert words in capsys.readouterr().err
+
+
+def test_dictionaries_are_compared_once(trained, monkeypatch):
+    compared, check = [], data_bin.check_dictionaries
+    monkeypatch.setattr(
+        data_bin, "check_dictionaries", lambda *found: compared.append(found) or check(*found)
+    )
+    data, checkpoint = trained
+    assert cli.main(f"evaluate {data} --path {checkpoint} --cpu --bootstrap 2".split()) == 0
+    assert len(compared) == 1
 
 
 def test_of_one_unit_there_is_no_interval(monkeypatch, tmp_path):

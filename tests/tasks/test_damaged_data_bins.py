@@ -12,7 +12,7 @@ from fairseq.data.indexed_dataset import MMapIndexedDataset
 from mixture_data import make_task
 
 from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.evaluation.texts import read_texts
+from fairseq_moe_ext.evaluation.texts import find_sets, read_texts
 
 evaluated = functools.partial(make_task, path="checkpoint.pt")
 HEADER = "<9sQBQ"
@@ -119,7 +119,7 @@ def readers(folder):
     dictionary = Dictionary.load(str(folder / "dict.txt"))
     data = folder.parent
     return {
-        "evaluate": lambda: read_texts([data], "test", 4, dictionary),
+        "evaluate": lambda: read_texts(find_sets([data], "test"), "test", 4, dictionary),
         "stock's task": lambda: evaluated(folder, task="language_modeling").load_dataset("test"),
         "our task": lambda: evaluated(data).load_dataset("test/c"),
         "load_indexed_dataset": lambda: data_utils.load_indexed_dataset(
