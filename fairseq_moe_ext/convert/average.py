@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
         check_path(Path(path), "")
         if os.path.realpath(path) == os.path.realpath(args.output):
             raise UserError(f"--output {args.output}: is also an input; choose another name")
-    command.check_fit(argparse.Namespace(**vars(args), source=paths[0], upcycle=False, to=None))
+    command.check_fit(paths[0], args.expert_files)
     with writing.alone(args.output, writing.shares(args)):
         if os.path.exists(args.output) and not args.overwrite:
             raise UserError(

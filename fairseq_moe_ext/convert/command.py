@@ -1,9 +1,10 @@
 """`fairseq-moe convert`: the flags, and the order of the steps."""
 
 import argparse
+import functools
 import os
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Callable, Dict, List, Optional
 
 import torch
 
@@ -119,7 +120,9 @@ def _convert(args: argparse.Namespace) -> None:
     if args.layout is not None:
         source = hf.open_hf(args.source, args.layout == "xglm")
     else:
-        check_fit(args)
+        rank_files = (args.rank_files or 1) if args.to == "branch" else None
+        sparse = functools.partial(_sparse_settings, args) if args.upcycle else None
+        check_fit(args.source, args.expert_files, rank_files, sparse)
         source = readers.open_checkpoint(args.source, args.weights_only or args.upcycle)
     if args.upcycle:
         settings = _sparse_settings(args, source.path, source.settings, source.vocabulary)
@@ -143,29 +146,39 @@ def _convert(args: argparse.Namespace) -> None:
         print(f"training with transformers leaves out {', '.join(missing)}")
 
 
-def check_fit(args: argparse.Namespace) -> None:
-    """Raise UserError for flags that do not fit the model, before all its bytes are checked, which
-    takes minutes."""
+def check_fit(
+    source: str,
+    expert_files: Optional[int],
+    rank_files: Optional[int] = None,
+    sparse: Optional[Callable[[str, Dict[str, Any], int], Dict[str, Any]]] = None,
+) -> None:
+    """Raise UserError for flags that do not fit the model of a checkpoint, before all its bytes are
+    checked, which takes minutes.
+
+    Args:
+        rank_files: None: not into the branch's layout.
+        sparse: path, settings and vocabulary -> the settings of the model that --upcycle makes.
+    """
     from fairseq_moe_ext.branch.writing import branch_settings
     from fairseq_moe_ext.convert import readers, targets
     from fairseq_moe_ext.evaluation.cost_table import checkpoint_settings
     from fairseq_moe_ext.shape import shape_of
 
-    if not args.upcycle and args.expert_files is None and args.to != "branch":
+    if expert_files is None and rank_files is None and sparse is None:
         return
     try:
-        settings, vocabulary = checkpoint_settings(Path(args.source), "")
+        settings, vocabulary = checkpoint_settings(Path(source), "")
     except UserError:
         return  # the reader says more of what is wrong with a file
-    if args.upcycle:
-        settings = _sparse_settings(args, args.source, settings, vocabulary)
+    if sparse is not None:
+        settings = sparse(source, settings, vocabulary)
     shape = shape_of(settings)
     experts = shape.experts if shape.sparse else 0
-    if args.expert_files is not None:
-        targets.share(args.source, experts, "--expert-files", args.expert_files)
-    if args.to == "branch":
-        targets.share(args.source, experts, "--rank-files", args.rank_files or 1)
-        branch_settings(args.source, readers.complete_settings(args.source, settings))
+    if expert_files is not None:
+        targets.share(source, experts, "--expert-files", expert_files)
+    if rank_files is not None:
+        targets.share(source, experts, "--rank-files", rank_files)
+        branch_settings(source, readers.complete_settings(source, settings))
 
 
 def _sparse_settings(
