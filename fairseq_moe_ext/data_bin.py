@@ -19,6 +19,8 @@ from typing import Dict, List, Optional, Sequence
 from fairseq_moe_ext.errors import UserError
 
 DICTIONARY = "dict.txt"
+# with which fairseq pads a dictionary (fairseq/data/dictionary.py:195@0.12.2)
+FILLING = re.compile(r"madeupword[0-9]+")
 COUNTS = "counts.json"  # of `fairseq-moe prepare`
 TOKENIZER = ("encoder.json", "vocab.bpe")
 SPLITS = ("train", "valid", "test")

@@ -14,7 +14,6 @@ The wrappers in patches/ (checkpoint_io.py, tasks.py) call this module.
 
 import hashlib
 import os
-import re
 from pathlib import Path
 from typing import Any, Dict, Optional
 
@@ -24,11 +23,10 @@ from fairseq.tasks import FairseqTask
 from torch import Tensor
 
 from . import context, tokenizer_files
-from .data_bin import DICTIONARY
+from .data_bin import DICTIONARY, FILLING
 from .errors import UserError
 
 KEY = "dictionary_fingerprint"
-_PADDING = re.compile(r"madeupword\d+")  # fairseq/data/dictionary.py:195@0.12.2
 
 
 def fingerprint(dictionary: Dictionary, size: Optional[int] = None) -> Dict[str, Any]:
@@ -36,7 +34,7 @@ def fingerprint(dictionary: Dictionary, size: Optional[int] = None) -> Dict[str,
     symbols = dictionary.symbols
     if size is None:
         size = len(symbols)
-        while size and _PADDING.fullmatch(symbols[size - 1]):
+        while size and FILLING.fullmatch(symbols[size - 1]):
             size -= 1
     text = "".join(f"{symbol}\n" for symbol in symbols[:size])
     return {

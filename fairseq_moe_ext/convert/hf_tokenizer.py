@@ -22,7 +22,7 @@ from typing import Any, Dict, List, Tuple
 import numpy as np
 import regex
 
-from ..data_bin import DICTIONARY, TOKENIZER
+from ..data_bin import DICTIONARY, FILLING, TOKENIZER
 from ..errors import UserError
 from ..prepare import dictionary
 from ..prepare.tokenizer import ByteLevelBPE
@@ -162,7 +162,7 @@ def _words(path: Path, model_vocabulary: int) -> Dict[str, Any]:
 
 def _check_words(path: Path, symbols: List[str]) -> None:
     """Raise UserError for symbols that only the program which cut the text can find in it."""
-    words = [symbol for symbol in symbols if not dictionary.MADE_UP.fullmatch(symbol)]
+    words = [symbol for symbol in symbols if not FILLING.fullmatch(symbol)]
     if 2 * sum(map(str.isdigit, words)) > len(words):
         raise UserError(
             f"{path}: seems to contain BPE ids, which need {' and '.join(TOKENIZER)}: copy the "

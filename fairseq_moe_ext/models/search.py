@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import progress_bar
+from ..data_bin import FILLING
 from ..expert_parallel import all_gather, collective_device, process_count, process_rank
 from .next_token import LIKELIEST, Choice
 from .token_scores import exact_logits
@@ -38,7 +39,7 @@ def no_text(model: Any, tokenizer: bool) -> List[int]:
     """The tokens of a model's dictionary that are not text: <s>, <pad>, the madeupword entries
     that pad it and, with a tokenizer, which can spell everything, <unk>."""
     dictionary = model.decoder.dictionary
-    padding = {i for i, word in enumerate(dictionary.symbols) if word.startswith("madeupword")}
+    padding = {i for i, word in enumerate(dictionary.symbols) if FILLING.fullmatch(word)}
     unknown = {dictionary.unk()} if tokenizer else set()
     return sorted({dictionary.bos(), dictionary.pad()} | padding | unknown)
 

@@ -11,6 +11,7 @@ from typing import List, Optional, Tuple
 import numpy as np
 
 from fairseq_moe_ext import files
+from fairseq_moe_ext.data_bin import FILLING
 from fairseq_moe_ext.errors import UserError
 
 NUM_SPECIAL = 4
@@ -22,7 +23,6 @@ PADDING_FACTOR = 8  # fairseq-preprocess --padding-factor
 Lines = List[Tuple[str, int]]  # (symbol, count)
 
 _BPE_ID = re.compile(r"0|[1-9][0-9]{0,9}")
-MADE_UP = re.compile(r"madeupword[0-9]+")
 
 
 def build(counts: np.ndarray, size: Optional[int]) -> Lines:
@@ -80,7 +80,7 @@ def read(path: Path, bpe_size: int) -> Lines:
                 f"--dict {path}, line {number}: BPE id {symbol}, but the tokenizer has only "
                 f"{bpe_size} tokens; give the encoder.json and vocab.bpe that belong to it"
             )
-        if not _BPE_ID.fullmatch(symbol) and not MADE_UP.fullmatch(symbol):
+        if not _BPE_ID.fullmatch(symbol) and not FILLING.fullmatch(symbol):
             raise UserError(
                 f"--dict {path}, line {number}: {symbol!r} is not a BPE id; a dictionary for "
                 "--bpe gpt2 is needed"
