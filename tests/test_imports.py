@@ -41,7 +41,7 @@ ALLOWED = {
         "outputs": "files",
         "data_bin": "",
         "tokenizer_files": "data_bin outputs",
-        "generate": "generate evaluation models prepare tokenizer_files",
+        "generate": "generate data_bin evaluation models prepare tokenizer_files",
         "literals": "",
         "patches": """
             patches branch checkpoint config_checks cost counted data_bin data_bin_files diverging
@@ -93,8 +93,8 @@ ALLOWED = {
             """,
         "convert": """
             convert balance_flags branch checkpoint config config_checks cost data_bin
-            evaluation.cost_table evaluation.loading expert_parallel models moe.experts prepare
-            router_flags shape tokenizer_files
+            evaluation.cost_table evaluation.loading expert_parallel fingerprint models moe.experts
+            prepare router_flags shape tokenizer_files
             """,
         "evaluation": """
             evaluation branch checkpoint config config_checks cost data_bin data_bin_files
