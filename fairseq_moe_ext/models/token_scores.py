@@ -13,20 +13,21 @@ Score = TypeVar("Score")
 
 
 def exact_logits(decoder: FairseqDecoder, features: Tensor) -> Tensor:
-    """features (N, D) -> (N, V) in float32 at least."""
-    logits = decoder.output_layer(features)
-    return logits.to(at_least_float32(logits))
+    """features (N, D) -> (N, V), for choices among tokens. The product is computed in float32 at
+    least: in bfloat16, logits of about 16 are 1/8 apart, and the likeliest ones often equal."""
+    return decoder.output_layer(features.to(at_least_float32(features)))
 
 
 def log_probs(decoder: FairseqDecoder, features: Tensor, target: Tensor) -> Tensor:
-    """features (N, D), target (N,) -> (N,) in nats, of all tokens at once."""
-    return -F.cross_entropy(exact_logits(decoder, features), target, reduction="none")
+    """features (N, D), target (N,) -> (N,) in nats, of all tokens at once; for sums over many."""
+    logits = decoder.output_layer(features)
+    return -F.cross_entropy(logits.to(at_least_float32(logits)), target, reduction="none")
 
 
 def log_probs_and_likeliest(
     decoder: FairseqDecoder, features: Tensor, target: Tensor
 ) -> Tuple[Tensor, Tensor]:
-    """Like log_probs, and (N,) bool: whether no token is more likely."""
+    """Like log_probs, of exact_logits, and (N,) bool: whether no token is more likely."""
     every = exact_logits(decoder, features).log_softmax(-1)  # (N, V)
     chosen = every.gather(1, target[:, None])[:, 0]
     return chosen, chosen == every.amax(-1)
