@@ -15,6 +15,7 @@ from typing import Any, Callable, Dict, List, Sequence, Tuple, TypedDict, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from .. import files
 from ..errors import UserError
@@ -74,13 +75,31 @@ def mutual_information(joint: Any) -> float:
     return float((p[some] * np.log2(p[some] / independent[some])).sum())
 
 
-def random_gates(weight: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """weight (E, D) -> (RANDOM E, D): RANDOM gates; each row has the norm of its row in weight, or
-    1 if that is 0."""
+def computing(gate: Any) -> int:
+    """The experts of a gate that compute: all but the null experts, the last ones."""
+    return len(gate.expert_vectors()) - int(gate.settings.null_experts)
+
+
+def random_gates(gate: Any, generator: torch.Generator) -> torch.Tensor:
+    """RANDOM gates, (RANDOM, E, D). Each row has the norm of its row in the learnt gate, or 1 if
+    that is 0. All null experts, if there are any, share one more row, E, as in the learnt gate."""
+    weight = gate.expert_vectors()[: computing(gate) + 1]
     drawn = torch.randn(RANDOM, *weight.shape, generator=generator).to(weight.device)
     length = weight.norm(dim=-1, keepdim=True)  # 0 for a router without a gate
     drawn *= length.where(length > 0, 1.0) / drawn.norm(dim=-1, keepdim=True)
-    return drawn.flatten(0, 1)
+    return drawn
+
+
+def choices_of(gates: torch.Tensor, x: torch.Tensor, gate: Any, most: int) -> torch.Tensor:
+    """What random gates choose for x (T, D): (T, RANDOM, K) int64, best first. K is `most`; with
+    null experts that of the learnt gate, and E, no choice, comes last."""
+    logits, null = torch.einsum("td,red->tre", x.float(), gates), gate.settings.null_experts
+    if not null:
+        return logits.topk(most, dim=-1).indices
+    logits = torch.cat([logits, *[logits[..., -1:]] * (null - 1)], dim=-1)
+    best = logits.topk(gate.settings.top_k, dim=-1).indices.clamp(max=computing(gate))
+    last = (best == computing(gate)).to(torch.int8).argsort(dim=-1, stable=True)
+    return best.gather(-1, last)
 
 
 def routed_first(routed: torch.Tensor) -> torch.Tensor:
@@ -104,8 +123,7 @@ class Watch:
     kept, and first choices alone: a router may choose many experts."""
 
     def __init__(self, gate: Any, generator: torch.Generator) -> None:
-        weight = gate.expert_vectors()  # (E, D)
-        self.experts, self.random = len(weight), random_gates(weight, generator)
+        self.experts, self.random = computing(gate), random_gates(gate, generator)
         self._tables: List[np.ndarray] = []  # (1 + RANDOM, blocks, E) each, the learnt gate's first
         self._first: List[np.ndarray] = []  # (T, 1 + RANDOM) each
         self.length = 1  # of the blocks in the next pass
@@ -116,9 +134,12 @@ class Watch:
         if self.on:
             routed, order = output[1].routed, routed_first(output[1].routed)
             learnt = output[1].experts.masked_fill(~routed, self.experts).gather(1, order)  # (T, K)
-            logits = (args[0].float() @ self.random.T).view(len(learnt), RANDOM, self.experts)
-            others = logits.topk(learnt.size(1), dim=-1).indices
-            others = others.masked_fill(learnt.unsqueeze(1) == self.experts, self.experts)
+            others = choices_of(self.random, args[0], gate, learnt.size(1))
+            if gate.settings.null_experts:  # the random gates choose how many of them
+                missing = others.size(-1) - learnt.size(1)
+                learnt = F.pad(learnt, (0, missing), value=self.experts)
+            else:
+                others = others.masked_fill(learnt.unsqueeze(1) == self.experts, self.experts)
             every = torch.cat([learnt.unsqueeze(1), others], dim=1).cpu().numpy()
             blocks = np.arange(len(every)) // self.length
             self._tables.append(by_block(every, self.experts, blocks, int(blocks[-1]) + 1))

@@ -1,5 +1,6 @@
 """What each expert of a layer takes: which tokens, which text, where."""
 
+import math
 from typing import List, Sequence
 
 import numpy as np
@@ -12,6 +13,7 @@ from .result import Card, Example, Word
 WORDS = 12
 EXAMPLES = 5
 LEAST = 8  # times that a token id is seen, before its lift says anything
+CHANCE = 0.05  # at most, that a card of an expert that takes tokens at random has a word
 BEFORE, AFTER = 8, 4  # tokens of context
 
 
@@ -76,17 +78,24 @@ def _shares(table: np.ndarray) -> np.ndarray:
 def _words(
     own: np.ndarray, vocabulary: np.ndarray, often: np.ndarray, tokens: Tokens
 ) -> List[Word]:
-    """Token ids by lift. own: columns of `vocabulary` of the tokens that an expert takes."""
+    """Token ids by lift, those that chance does not explain. own: columns of `vocabulary` of the
+    tokens that an expert takes.
+
+    Of the many ids, some have a high lift by chance, the rare ones most. Where each token goes to
+    the expert with the same probability p, a count of n q or more among n tokens has at most the
+    probability exp(-n KL(q, p)) (Hoeffding 1963, theorem 1)."""
     if not len(own):
         return []
     counts = np.bincount(own, minlength=len(vocabulary))
-    lift = counts / len(own) / (often / often.sum())
-    lift[often < LEAST] = 0
-    order = np.lexsort((-counts, -lift))[:WORDS]
+    q, p = counts / often, len(own) / often.sum()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        apart = q * np.log(q / p) + np.where(q < 1, (1 - q) * np.log((1 - q) / (1 - p)), 0)
+    seen = often >= LEAST
+    some = seen & (q > p) & (often * apart > math.log(max(1, seen.sum()) / CHANCE))
+    order = np.lexsort((-counts, -q))
     return [
-        Word(tokens.piece(int(vocabulary[i])), float(lift[i]), int(counts[i]))
-        for i in order
-        if lift[i] > 1
+        Word(tokens.piece(int(vocabulary[i])), float(q[i] / p), int(counts[i]))
+        for i in order[some[order]][:WORDS]
     ]
 
 

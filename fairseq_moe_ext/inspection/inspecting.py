@@ -246,6 +246,8 @@ def _layers(model: FairseqLanguageModel, view: View, seen: Counted, tokens: Toke
                 load_deviation=float(shares.std() / max(shares.mean(), 1e-12)),
                 dropped=float(1 - layer_view.kept[routed].mean()) if routed.any() else 0.0,
                 entropy=float(layer_view.entropy.mean()),
+                null_experts=layer_view.null_experts,
+                null_share=layer_view.null_share,
                 cards=own,
                 knowledge=knowledge(layer_view, seen),
                 shown=shown,

@@ -9,7 +9,7 @@ from fairseq.models import FairseqLanguageModel
 from torch import Tensor
 
 from ..evaluation.loading import moe_layers
-from ..evaluation.specialisation import RANDOM, joined, random_gates, routed_first
+from ..evaluation.specialisation import choices_of, computing, joined, random_gates, routed_first
 from ..models.token_scores import in_chunks, log_probs
 from ..moe.router import TopKRouter
 from .reading import Block
@@ -19,17 +19,19 @@ SAMPLE = 128  # inputs of a layer on which experts are compared
 
 
 class LayerView(NamedTuple):
-    """What a layer's gate did with T tokens; expert E means no choice."""
+    """What a layer's gate did with T tokens; expert E means no choice, or a null expert."""
 
     layer: int
     experts: int
     chosen: np.ndarray  # (T, K) int16, best first
     probability: np.ndarray  # (T,) float16, of the first choice
     kept: np.ndarray  # (T, K) bool
-    random: np.ndarray  # (T, RANDOM) int16: the first choices of gates that learnt nothing
+    random: np.ndarray  # (T, R) int16: the first choices of gates that learnt nothing
     entropy: np.ndarray  # (T,) float32, bits
     candidates: np.ndarray  # (T, C, 3) float32: expert, probability, how; (0, C, 3) unless asked
     inputs: Tensor  # (n, D): a sample of the layer's inputs
+    null_experts: int = 0
+    null_share: float = 0.0  # of the choices
 
 
 class View(NamedTuple):
@@ -43,9 +45,9 @@ class WatchedGate:
     """Records the choices of one layer's gate."""
 
     def __init__(self, layer: int, gate: TopKRouter, detailed: bool, generator: Any) -> None:
-        weight = gate.expert_vectors()  # (E, D)
-        self.layer, self.experts, self.detailed = layer, len(weight), detailed
-        self.random = random_gates(weight, generator)  # (RANDOM E, D)
+        self.layer, self.experts, self.detailed = layer, computing(gate), detailed
+        self.null_experts, self.choices, self.nulls = gate.settings.null_experts, 0, 0
+        self.random = random_gates(gate, generator)  # (RANDOM, E or E + 1, D)
         self.real: Optional[Tensor] = None  # (T,) which tokens of the next batch count
         self.parts: List[List[np.ndarray]] = []
         self.inputs: List[Tensor] = []
@@ -54,10 +56,14 @@ class WatchedGate:
 
     def _see(self, gate: TopKRouter, args: Any, output: Any) -> None:
         x, routing = args[0][self.real], output[1]
-        probs, experts = routing.probs[self.real].float(), routing.experts[self.real]
+        whole, experts = routing.probs[self.real].float(), routing.experts[self.real]
         routed, kept = routing.routed[self.real], routing.kept[self.real]
-        how = torch.zeros_like(probs)  # (T, E), 0: not chosen, 1: dropped, 2: kept
+        how = torch.zeros_like(whole)  # 0: not chosen, 1: dropped, 2: kept
         how.scatter_(1, experts, routed.float() + kept.float())
+        probs = whole[:, : self.experts]  # (T, E)
+        if routing.chosen is not None:  # null experts, too
+            self.choices += int(routing.chosen[self.real].sum())
+            self.nulls += int((routing.chosen & ~routing.routed)[self.real].sum())
         order = routed_first(routed)
         chosen = experts.masked_fill(~routed, self.experts).gather(1, order)  # (T, K)
         ranked = F.pad(probs, (0, 1))  # (T, E + 1): the choices first, in their order
@@ -67,13 +73,13 @@ class WatchedGate:
         shown = shown if self.detailed else shown[:0]
         rows = slice(0, len(shown))
         first = chosen[:, :1].clamp(max=self.experts - 1)
-        others = (x.float() @ self.random.T).view(len(x), RANDOM, self.experts).argmax(-1)
+        others = choices_of(self.random, x, gate, 1)[..., 0]
         values = (
             chosen.to(torch.int16),
             probs.gather(1, first)[:, 0].half(),
             kept.gather(1, order),
             others.to(torch.int16),
-            torch.special.entr(probs).sum(-1) / np.log(2),
+            torch.special.entr(whole).sum(-1) / np.log(2),
             torch.stack(
                 [shown.float(), probs[rows].gather(1, shown), how[rows].gather(1, shown)], dim=-1
             ),
@@ -100,6 +106,8 @@ class WatchedGate:
             entropy,
             candidates,
             torch.cat(self.inputs),
+            self.null_experts,
+            self.nulls / max(1, self.choices),
         )
 
 

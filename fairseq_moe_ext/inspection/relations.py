@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..evaluation.specialisation import SHUFFLES
 from ..moe.layer import MoELayer
 from .knowing import bits
 from .observing import LayerView
@@ -37,13 +38,16 @@ def flow(
     view: LayerView, following: LayerView, shown: Sequence[int], columns: Sequence[int]
 ) -> Tuple[List[List[float]], float]:
     """Of the tokens whose first choice is an expert (row), the share with each first choice in the
-    next MoE layer (column); and the bits of information that one carries about the other."""
+    next MoE layer (column); and the bits of information that one carries about the other, without
+    the bias of finite counts."""
     here, there = (some_view.chosen[:, 0].astype(np.int64) for some_view in (view, following))
     table = np.zeros((view.experts + 1, following.experts + 1))
     np.add.at(table, (here, there), 1)
     table = table[: view.experts]
     shares = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
-    return shares[np.ix_(shown, columns)].tolist(), bits(here, there, following.experts + 1)
+    experts, rng = following.experts + 1, np.random.default_rng(1)
+    bias = np.mean([bits(rng.permutation(here), there, experts) for _ in range(SHUFFLES)])
+    return shares[np.ix_(shown, columns)].tolist(), float(bits(here, there, experts) - bias)
 
 
 @torch.no_grad()
@@ -55,12 +59,9 @@ def similarity(
     rows = F.normalize(moe.gate.expert_vectors()[list(shown)], dim=-1)  # (n, D)
     routers = (rows @ rows.T).cpu()
     inputs = view.inputs if moe.latent is None else moe.latent.down(view.inputs)  # (t, D)
-    computing = view.experts - moe.gate.settings.null_experts  # null experts are like no other
-    counts = [len(inputs) if e in set(shown) else 0 for e in range(computing)]
-    rows_out = moe.experts(inputs.repeat(sum(map(bool, counts)), 1), counts).float()  # (n t, D)
-    outputs = rows_out.new_zeros(len(shown), len(inputs), inputs.size(1))
-    outputs.view(-1, inputs.size(1))[: len(rows_out)] = rows_out
-    outputs = F.normalize(outputs, dim=-1)
+    counts = [len(inputs) if e in set(shown) else 0 for e in range(view.experts)]
+    outputs = moe.experts(inputs.repeat(len(shown), 1), counts).float()  # (n t, D)
+    outputs = F.normalize(outputs.view(len(shown), len(inputs), -1), dim=-1)
     mean = (torch.einsum("atd,btd->ab", outputs, outputs) / len(inputs)).cpu()
     above = torch.triu_indices(len(shown), len(shown), offset=1)
     order = mean[above[0], above[1]].argsort(descending=True, stable=True)[:PAIRS]

@@ -11,7 +11,7 @@ from . import page
 
 @dataclass
 class Word:
-    """A token id that an expert takes more often than other experts do."""
+    """A token id that is more frequent among an expert's tokens than chance explains."""
 
     token: str
     lift: float  # its share among the expert's tokens over its share among all
@@ -74,18 +74,20 @@ class Layer:
     """One MoE layer. Matrices are over the experts in `shown`, the most used ones."""
 
     layer: int  # from 0, among all layers
-    experts: int
+    experts: int  # that compute; the numbers below leave out null experts but in `entropy`
     choices: int  # experts a token goes to, at most
     load_deviation: float  # standard deviation of the experts' shares over their mean
     dropped: float  # share of choices
     entropy: float  # mean, of the gate's probabilities, in bits
+    null_experts: int
+    null_share: float  # of the choices
     cards: List[Card]
     knowledge: Dict[str, Knowledge]  # "domain", "token", "previous", "position"
     shown: List[int]
     together: Optional[List[List[float]]]  # of the tokens of the row's expert, those of the column
     flow: Optional[List[List[float]]]  # likewise, of the next MoE layer's first choices (columns)
     flow_to: List[int]  # experts of the next layer that are columns
-    flow_bits: Optional[float]  # that a layer's first choice carries about the next one's
+    flow_bits: Optional[float]  # that first choices carry about the next layer's, without bias
     router_similarity: List[List[float]]  # cosine
     output_similarity: List[List[float]]  # mean cosine on the same inputs
     alike: List[Pair]  # the most alike in their outputs

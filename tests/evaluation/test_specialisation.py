@@ -124,6 +124,28 @@ def test_random_gates_have_the_scale_of_the_learnt_one_and_its_inputs():
             assert best == expected[0] and chosen.nonzero()[0].tolist() == sorted(expected)
 
 
+@pytest.mark.parametrize("null", [1, 3])
+def test_random_gates_choose_null_experts_too(null):
+    """All null experts have one logit, which counts as often as there are of them."""
+    torch.manual_seed(0)
+    gate = TopKRouter(8, 4, GateSettings(top_k=3, dropless=True, null_experts=null)).eval()
+    watch = s.Watch(gate, torch.Generator().manual_seed(1))
+    x = torch.randn(30, 8)
+    routing = gate(x, None)[1]
+    tables, first = watch.counted()
+    assert tables.shape == (1 + s.RANDOM, 30, 4)
+    gates = [routing.experts.tolist()]
+    for rows in watch.random:
+        logits = [[*(row @ rows.T).tolist()] for row in x]
+        every = [one[:4] + [one[4]] * null for one in logits]
+        gates.append([sorted(range(4 + null), key=lambda e: -one[e])[:3] for one in every])
+    for table, firsts, choices in zip(tables, first.T, gates):
+        for token, chosen in enumerate(choices):
+            computing = [e for e in chosen if e < 4]
+            assert table[token].nonzero()[0].tolist() == sorted(computing)
+            assert firsts[token] == (computing[0] if computing else 4)
+
+
 def test_a_gate_that_was_not_trained_is_not_above_random_ones():
     torch.manual_seed(3)
     token_ids, blocks, kinds = text()

@@ -16,7 +16,7 @@ from small_models import MOE, build_model, random_tokens
 from fairseq_moe_ext import cli
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.evaluation.loading import moe_layers, set_gates
-from fairseq_moe_ext.evaluation.specialisation import mutual_information
+from fairseq_moe_ext.evaluation.specialisation import RANDOM, mutual_information
 from fairseq_moe_ext.inspection import (
     cards,
     inspecting,
@@ -102,6 +102,36 @@ def test_candidates_are_the_choices_in_their_order_then_by_probability(flags):
     assert unlike or "moe_router" in flags
 
 
+def test_null_experts_are_no_experts():
+    """They have no card, and the others' load is compared with the others' mean."""
+    model = build_model(**{**MOE, "moe_null_experts": 4, "moe_top_k": 3, "moe_dropless": True})
+    rows, routings = random_tokens(8, 60), {}
+    for i, moe in moe_layers(model.eval()).items():
+        moe.gate.register_forward_hook(
+            lambda gate, args, output, i=i: routings.setdefault(i, output)
+        )
+    blocks = blocks_of(rows)
+    view = observing.observe(model, blocks, batch_size=8, detailed=True)
+    tokens = SimpleNamespace(piece=str, text=str)
+    layers = inspecting._layers(model, view, inspecting._counted(blocks, ["a"]), tokens)
+    for layer, seen in zip(layers, view.layers):
+        load, nulls, first = [0] * 6, 0, []
+        for b in range(8):
+            for token in range(b * 60 + 1, b * 60 + 60):
+                chosen = routings[layer.layer][1].experts[token].tolist()
+                for expert in chosen:
+                    if expert < 6:
+                        load[expert] += 1
+                    else:
+                        nulls += 1
+                first.append(next((expert for expert in chosen if expert < 6), 6))
+        assert [card.share for card in layer.cards] == pytest.approx([n / sum(load) for n in load])
+        assert layer.load_deviation == pytest.approx(np.std(load) / np.mean(load))
+        assert layer.null_share == pytest.approx(nulls / (8 * 59 * 3)) and nulls > 0
+        assert seen.chosen[:, 0].tolist() == first and layer.experts == 6
+        assert (seen.candidates[..., 0] < 6).all() and len(layer.output_similarity) == 6
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -138,7 +168,7 @@ def test_all_choices_of_a_token_are_counted(flags):
 def made_view(chosen, experts, random=None):
     chosen = np.asarray(chosen, dtype=np.int16)
     tokens = len(chosen)
-    none = np.zeros((tokens, observing.RANDOM), dtype=np.int16)
+    none = np.zeros((tokens, RANDOM), dtype=np.int16)
     return LayerView(
         0,
         experts,
@@ -186,7 +216,7 @@ def test_what_is_planted_is_known_and_nothing_else_is():
     """The expert is the token's type: 2 bits of it, and of a position that is drawn, none."""
     rng = np.random.default_rng(0)
     token_ids = rng.integers(0, 4, 4000)
-    random = rng.integers(0, 4, (4000, observing.RANDOM)).astype(np.int16)
+    random = rng.integers(0, 4, (4000, RANDOM)).astype(np.int16)
     seen = made_counted(token_ids, np.arange(4000) // 40, np.arange(4000) // 40 % 2)
     seen.positions = rng.integers(0, 6, 4000)
     found = knowing.knowledge(made_view(token_ids[:, None], 4, random), seen)
@@ -207,7 +237,7 @@ def test_the_interval_is_as_wide_as_texts_differ():
         rng = np.random.default_rng(seed)
         token_ids = rng.integers(0, 4, 1500)
         chosen = np.where(rng.random(1500) < 0.5, token_ids, rng.integers(0, 4, 1500))
-        random = rng.integers(0, 4, (1500, observing.RANDOM)).astype(np.int16)
+        random = rng.integers(0, 4, (1500, RANDOM)).astype(np.int16)
         seen = made_counted(token_ids, np.arange(1500) // 30)
         found = knowing.knowledge(made_view(chosen[:, None], 4, random), seen)["token"]
         lefts.append(found)
@@ -221,12 +251,13 @@ def test_a_card_counts_as_a_plain_loop_does():
     rng = np.random.default_rng(1)
     chosen = np.stack([rng.permutation(3)[:2] for _ in range(300)])
     chosen[::7, 1] = 3  # no second choice
-    seen = made_counted(
-        rng.integers(4, 9, 300), np.arange(300) // 50, np.arange(300) // 150, np.arange(300) % 6
-    )
+    token_ids = rng.integers(4, 9, 300)
+    chosen[token_ids == 5] = [1, 3]
+    chosen[token_ids == 6] = [0, 2]
+    seen = made_counted(token_ids, np.arange(300) // 50, np.arange(300) // 150, np.arange(300) % 6)
     tokens = SimpleNamespace(piece=str, text=lambda some: " ".join(map(str, some)))
     found = cards.cards(made_view(chosen, 3), seen, tokens)
-    total = int((chosen < 3).sum())
+    total, planted = int((chosen < 3).sum()), []
     for e, card in enumerate(found):
         mine = [i for i in range(300) if e in chosen[i]]
         assert card.share == pytest.approx(len(mine) / total)
@@ -237,9 +268,15 @@ def test_a_card_counts_as_a_plain_loop_does():
             assert card.domains[d] == pytest.approx(own / (chosen[there] < 3).sum())
         often, own = Counter(seen.token_ids.tolist()), Counter(seen.token_ids[mine].tolist())
         lifts = {t: own[t] / len(mine) / (often[t] / 300) for t in often}
+        p, by_chance = len(mine) / 300, {}
+        for t, n in often.items():  # as many or more of n
+            tail = (math.comb(n, m) * p**m * (1 - p) ** (n - m) for m in range(own[t], n + 1))
+            by_chance[t] = sum(tail)
         assert {int(w.token): w.lift for w in card.words} == pytest.approx(
-            {t: lift for t, lift in lifts.items() if lift > 1}
+            {t: lifts[t] for t in often if by_chance[t] < 0.01 / len(often)}
         )
+        assert [w.count for w in card.words] == [own[int(w.token)] for w in card.words]
+        planted += [(e, int(w.token)) for w in card.words]
         assert [w.lift for w in card.words] == sorted((w.lift for w in card.words), reverse=True)
         each = [
             np.mean([e == c for c in chosen[50 * b : 50 * b + 50].ravel() if c < 3])
@@ -249,6 +286,22 @@ def test_a_card_counts_as_a_plain_loop_does():
         assert len({x.token for x in card.examples}) == len(card.examples) > 0
         first = next(i for i in range(300) if chosen[i, 0] == e)
         assert card.examples[0].token == str(seen.token_ids[first]), "the surest first"
+    assert {(1, 5), (0, 6), (2, 6)} <= set(planted)
+
+
+@pytest.mark.parametrize("experts", [8, 64, 512])
+def test_experts_that_take_tokens_at_random_have_no_words(experts):
+    """Rare tokens have high lifts by chance."""
+    rng, number = np.random.default_rng(0), 20_000
+    share = 1 / np.arange(1, 3001)  # Zipf's law
+    token_ids = rng.choice(3000, number, p=share / share.sum())
+    chosen = rng.integers(0, experts, (number, 1))
+    chosen[token_ids == 100] = experts - 1  # and one that does not
+    seen = made_counted(token_ids)
+    tokens = SimpleNamespace(piece=str, text=str)
+    *random, last = cards.cards(made_view(chosen, experts), seen, tokens)
+    assert sum(map(len, (card.words for card in random))) <= 0.05 * experts
+    assert [word.token for word in last.words] == ["100"]
 
 
 def test_positions_and_frequencies():
@@ -273,15 +326,22 @@ def test_blocks_are_spread_over_the_text():
 
 
 def test_flow_and_company_by_hand():
-    here = made_view([[0, 1], [0, 2], [1, 0], [2, 0]], 3)
-    there = made_view([[1, 0], [1, 0], [0, 1], [0, 1]], 3)
+    here = made_view([[0, 1], [0, 2], [1, 0], [2, 0]] * 1000, 3)
+    there = made_view([[1, 0], [1, 0], [0, 1], [0, 1]] * 1000, 3)
     shares, bits = relations.flow(here, there, [0, 1, 2], [0, 1])
-    assert shares == [[0, 1], [1, 0], [1, 0]] and bits == pytest.approx(1)
+    assert shares == [[0, 1], [1, 0], [1, 0]] and bits == pytest.approx(1, abs=0.002)
     assert relations.together(here, [0, 1, 2]) == [[0, 0.5, 0.5], [1, 0, 0], [1, 0, 0]]
     assert relations.together(made_view([[0], [1]], 2), [0, 1]) is None
     # Token by token 2, 1, 2 and 1 of 2 choices.
     assert relations.agreement(here, there)[0] == pytest.approx(6 / 8)
     assert relations.agreement(here, here)[0] == 1.0
+
+
+def test_independent_choices_tell_nothing_about_each_other():
+    """Their table alone suggests 3 bits: it has four cells for each token."""
+    rng = np.random.default_rng(0)
+    here, there = (made_view(rng.integers(0, 128, (4000, 1)), 128) for _ in range(2))
+    assert abs(relations.flow(here, there, [0], [0])[1]) < 0.03
 
 
 def test_experts_with_the_same_weights_are_alike():

@@ -92,13 +92,13 @@ function card(one) {
     const most = Math.max(...layer().cards.flatMap((c) => c[title]), 1e-9);
     return names.map((name, i) => bar(name, shares[i], most, percent(shares[i]), fill));
   };
-  const words = one.words.map((w) => make("span", { class: "word" }, make("code", {}, w.token.trim() ? w.token : w.token.replaceAll(" ", "·")), ` ${number(w.lift)}×`));
+  const words = one.words.map((w) => make("span", { class: "word" }, make("code", {}, w.token.trim() ? w.token : w.token.replaceAll(" ", "·")), ` ${number(w.lift)}× (${w.count})`));
   const quotes = one.examples.map((e) => make("p", { class: "quote", title: `${e.domain}, ${percent(e.probability)}` },
     e.before, make("code", {}, e.token), e.after));
   return make("article", { class: "card", style: `--c:${fill}`, "data-expert": one.expert },
     make("h3", {}, `Expert ${one.expert}: ${percent(one.share)} of the choices`),
     make("p", { class: "soft" }, `± ${percent(one.deviation)} (standard deviation over rows of text)${one.dropped ? `; ${percent(one.dropped)} dropped` : ""}`),
-    make("h4", {}, "Tokens by lift: how much more often than elsewhere"), make("p", {}, ...(words.length ? words : ["none stands out"])),
+    make("h4", {}, "Tokens by lift: how much more often than among all tokens (and how often)"), make("p", {}, ...(words.length ? words : ["none stands out"])),
     make("h4", {}, "In context, where the gate is surest"), ...quotes,
     ...(list.length > 1 ? [make("h4", {}, "Share of each kind of text"), ...share("domains", list, one.domains)] : []),
     make("details", {}, make("summary", {}, "By position and frequency"),
@@ -112,7 +112,8 @@ function drawCards() {
   by("cards").replaceChildren(...shown.map(card));
   by("more").hidden = shown.length === sorted.length;
   by("load").textContent = `Equal shares would be ${percent(1 / one.experts)}; they differ by ${percent(one.load_deviation)} of it ` +
-    `(standard deviation over experts). The gate is undecided by ${number(one.entropy)} of ${number(Math.log2(one.experts))} bits; ` +
+    `(standard deviation over experts). The gate is undecided by ${number(one.entropy)} of ${number(Math.log2(one.experts + one.null_experts))} bits; ` +
+    (one.null_experts ? `${percent(one.null_share)} of choices are null experts; ` : "") +
     `${percent(one.dropped)} of choices are dropped. Most used first.`;
 }
 
