@@ -106,29 +106,37 @@ def made_up(**rows):
 
 def test_the_table_says_what_was_found():
     result = made_up(
-        dense=[70.0, 71.0, 72.0], plain=[65.0, 66.0, 67.0], good=[70.0, 69.0, 71.0], bad=[60.0] * 3
+        dense=[70.0, 71.0, 72.0],
+        plain=[65.0, 66.0, 67.0],
+        good=[70.0, 69.0, 71.0],
+        bad=[60.0] * 3,
+        noise=[66.0, 69.0, 67.5],
     )
+    # +1.5 with a standard error of 0.8, of which 4.3 make the 95 % of Student's t
+    assert not result["rows"]["noise"]["beyond"]
     assert result["rows"]["good"]["difference"] == 4 and result["rows"]["good"]["beyond"]
     said = comparison.table(result)
     # Wilson 1927: of 440 of 800, and of 568
     cells = "50.0 | 55.0 (51.5 to 58.4) | 71.0 (67.8 to 74.0) | ± 1.0 | +5.0 * |  |"
     assert f"| dense | {cells}" in said and "Not above chance" not in said
-    assert "the dense one is 5.0 points ahead, more than twice" in said
-    assert "Better than plain by more than that (*): good (+4.0)." in said
-    assert "Worse than plain by more than that (*): bad (−6.0)." in said
+    assert "the dense one is 5.0 points ahead, significantly." in said
+    assert "Significantly better than plain (*): good (+4.0)." in said
+    assert "Significantly worse than plain (*): bad (−6.0)." in said
     end = "95 % interval of one accuracy is about ± 3.5 points."
     assert said.endswith(f"{end} Trainings computed in float32.\n")
     result["runs"][0]["precision"] = "bfloat16"
-    assert "computed in bfloat16 dense; in float32 plain, good, bad." in comparison.table(result)
+    assert "computed in bfloat16 dense; in float32 plain, good, bad, noise." in comparison.table(
+        result
+    )
     result["runs"] = [{"row": "dense"}]  # as older files have it
     assert comparison.table(result).endswith(f"{end}\n")
 
 
 def test_the_table_says_if_it_was_nothing():
-    said = comparison.table(made_up(dense=[65.0, 66.0], plain=[66.0, 67.0], same=[66.0, 68.0]))
-    assert "the sparse one is 1.0 points ahead, not more than twice" in said
+    said = comparison.table(made_up(dense=[65.2, 65.8], plain=[66.0, 67.0], same=[66.0, 68.0]))
+    assert "the sparse one is 1.0 points ahead, not significantly." in said
     assert "So the paper's gap between sparse and dense does not show here." in said
-    assert "Better than plain by more than that (*): none." in said
+    assert "Significantly better than plain (*): none." in said
     one = comparison.table(made_up(dense=[65.0], plain=[66.0]))
     assert "±  " not in one and "Seeds: 1;" in one and "| one seed |" in one
     assert "1.0 points ahead, with one seed, so noise is not measured." in one
@@ -136,6 +144,23 @@ def test_the_table_says_if_it_was_nothing():
     said = comparison.table(made_up(dense=[53.0, 53.2], plain=[60.0, 60.1]))
     assert "Not above chance (50.0 %) by more than noise: dense." in said
     assert comparison.signed(-0.04) == "0.0"
+
+
+def test_all_dropped_choices_are_shown():
+    """Runs of earlier versions have first choices only, under another name."""
+    finetune = load("run")
+    sizes = {"test": 800}
+    ablation = argparse.Namespace(sizes=sizes, settings={"questions": sizes})
+    run = {"seed": 1, "accuracy": 60.0, "command": ["fairseq-train"]}
+    results = [
+        {**run, "row": "plain", "dropped": [10.0, 20.0]},
+        {**run, "row": "z-loss", "overflow": [4.0, 6.0]},
+        {**run, "row": "dense", "dropped": []},
+    ]
+    before = {name: {"accuracy": 55.0, "chance": 50.0} for name in ("dense", "moe")}
+    said = comparison.table(finetune.gathered(ablation, before, results))
+    assert "| one seed |  | 15.0 |" in said and "| one seed | 0.0 | 5.0 |" in said
+    assert "| one seed | 0.0 |  |" in said
 
 
 def test_rows_that_there_are_not():

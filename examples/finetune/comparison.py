@@ -6,15 +6,18 @@ from typing import Dict, List
 
 from fairseq_moe_ext.accuracy import wilson_interval
 from fairseq_moe_ext.study.fine_tuning import Result, Row
+from fairseq_moe_ext.study.paired import holm, paired
 from fairseq_moe_ext.study.result import computed_in
 from fairseq_moe_ext.wording import signed
 
 
 def summary(rows: Dict[str, List[float]]) -> Dict[str, Row]:
     """By row the mean, the standard deviation over seeds (None of one) and the difference from the
-    row plain, `beyond` if it is more than twice its standard error."""
+    row plain, `beyond` if it is significant: by Student's t, paired by seed, with Holm's correction
+    for all rows."""
     by_row: Dict[str, Row] = {}
     plain = rows.get("plain")
+    p: Dict[str, float] = {}
     for row, values in rows.items():
         several = len(values) > 1
         by_row[row] = {
@@ -25,9 +28,10 @@ def summary(rows: Dict[str, List[float]]) -> Dict[str, Row]:
         if plain and row != "plain":
             difference = statistics.mean(values) - statistics.mean(plain)
             by_row[row]["difference"] = difference
-            if several and len(plain) > 1:
-                squares = [statistics.variance(sample) / len(sample) for sample in (values, plain)]
-                by_row[row]["beyond"] = abs(difference) > 2 * math.sqrt(sum(squares))
+            if several and len(values) == len(plain):
+                p[row] = paired([one - other for one, other in zip(values, plain)]).p
+    for row in p:
+        by_row[row]["beyond"] = row in holm(p)
     return by_row
 
 
@@ -42,7 +46,8 @@ def table(result: Result) -> str:
         deviation = "one seed" if entry["deviation"] is None else f"± {entry['deviation']:.1f}"
         difference = signed(entry["difference"]) if "difference" in entry else ""
         difference += " *" if entry.get("beyond") else ""
-        dropped = "" if entry["overflow"] is None else f"{entry['overflow']:.1f}"
+        lost = entry.get("dropped", entry.get("overflow"))
+        dropped = "" if lost is None else f"{lost:.1f}"
         name = row if row == "dense" else f"MoE, {row}"
         lines.append(
             f"| {name} | {first['chance']:.1f} | {with_interval(first['accuracy'], result)} "
@@ -70,7 +75,7 @@ def findings(result: Result) -> str:
         return "The rows dense and plain are needed to compare sparse with dense."
     gap = dense["mean"] - plain["mean"]
     seeds = len(plain["accuracy"])
-    error = f"{'' if dense.get('beyond') else 'not '}more than twice the standard error"
+    error = f"{'' if dense.get('beyond') else 'not '}significantly"
     if "beyond" not in dense:
         error = "with one seed, so noise is not measured"
     said = [
@@ -86,13 +91,15 @@ def findings(result: Result) -> str:
         said.append(f"Not above chance ({chance:.1f} %) by more than noise: {', '.join(near)}.")
     if gap <= 0:
         said.append("So the paper's gap between sparse and dense does not show here.")
-    for word, sign in (("Better", 1), ("Worse", -1)) if seeds > 1 else ():
+    for word, sign in (("better", 1), ("worse", -1)) if seeds > 1 else ():
         named = [
             f"{row} ({signed(entry['difference'])})"
             for row, entry in rows.items()
             if row != "dense" and entry.get("beyond") and sign * entry["difference"] > 0
         ]
-        said.append(f"{word} than plain by more than that (*): {', '.join(named) or 'none'}.")
+        said.append(f"Significantly {word} than plain (*): {', '.join(named) or 'none'}.")
+    if seeds > 1:
+        said.append("(By Student's t, paired by seed, with Holm's correction for all rows.)")
     said.append(
         f"Seeds: {seeds}; test questions: {asked}, so the 95 % interval of one accuracy is about "
         f"± {196 * math.sqrt(0.25 / asked):.1f} points."

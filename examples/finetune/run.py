@@ -160,7 +160,7 @@ class Ablation(Runner):
             "cut": float(tested["test_cut"]),
             "valid": logs.by_epoch(folder / "train.log", "valid", "valid_accuracy"),
             "train": logs.by_epoch(folder / "train.log", "train", "train_accuracy"),
-            "overflow": logs.by_epoch(folder / "train.log", "train", "train_overflow_expert1"),
+            "dropped": logs.by_epoch(folder / "train.log", "train", "train_overflow"),
             "precision": logs.precision(folder / "train.log"),
             "seconds": time.monotonic() - started,
             "command": command,
@@ -318,12 +318,15 @@ def gathered(
 ) -> fine_tuning.Result:
     """The runs so far as result.json has them."""
     accuracies: Dict[str, List[float]] = {}
-    for result in results:
+    for result in sorted(results, key=lambda run: run["seed"]):  # rows are paired by seed
         accuracies.setdefault(result["row"], []).append(result["accuracy"])
     rows = comparison.summary(accuracies)
     for row, entry in rows.items():
-        dropped = [share for r in results if r["row"] == row for share in r["overflow"]]
-        entry["overflow"] = statistics.mean(dropped) if dropped else None
+        runs = [r for r in results if r["row"] == row]
+        for key in ("dropped", "overflow"):  # runs of before `dropped` have the other
+            shares = [share for r in runs for share in r.get(key, [])]
+            if all(key in r for r in runs):
+                entry[key] = statistics.mean(shares) if shares else None
         entry["interval"] = comparison.interval(entry["mean"], ablation.sizes["test"])
     return {
         "settings": ablation.settings,

@@ -24,13 +24,14 @@ class Row(TypedDict, total=False):
     mean: float
     deviation: Optional[float]  # standard deviation over seeds; None for one seed
     difference: float  # of the mean from that of the row "plain"; not in "plain" itself
-    beyond: bool  # whether that is more than twice its standard error; with several seeds only
-    overflow: Optional[float]  # percentage of first choices dropped in training
+    beyond: bool  # whether that is significant (older files: twice its error); with several seeds
+    dropped: Optional[float]  # percentage of choices dropped in training
+    overflow: Optional[float]  # in older files, of first choices alone
     interval: List[float]  # 95 % of the mean, over questions
 
 
 class Run(TypedDict, total=False):
-    """One fine-tuning. `valid`, `train` and `overflow` have a value for each epoch."""
+    """One fine-tuning. `valid`, `train` and `dropped` have a value for each epoch."""
 
     row: str
     seed: int
@@ -40,7 +41,8 @@ class Run(TypedDict, total=False):
     cut: float
     valid: List[float]
     train: List[float]
-    overflow: List[float]
+    dropped: List[float]
+    overflow: List[float]  # in older files
     precision: str  # that the training computed in; older files lack it
     seconds: float
     command: List[str]
