@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
-from typing import Sequence
+from typing import Optional, Sequence
 
 from . import ranges
 from .balance_flags import BALANCE_CHOICES, BalanceFlags, validate_balance
@@ -37,6 +37,16 @@ _CHOICES = {
     **CHOICES,
     **BALANCE_CHOICES,
 }
+
+
+def refuse_both_of_layers(freq: object, layers: Optional[str]) -> None:
+    """Raise UserError if --moe-freq and --moe-layers are both on a command line. In settings, which
+    have a moe_freq always, moe_layers counts instead of it."""
+    if freq is not None and layers is not None:
+        raise UserError(
+            f"--moe-freq {freq} with --moe-layers {layers}, which names all MoE layers: remove one "
+            "of them"
+        )
 
 
 def validate(cfg: MoETransformerLMConfig) -> None:

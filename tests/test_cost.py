@@ -332,6 +332,7 @@ def test_memory_is_divided_as_said():
         ("--arch dense_lm_tiny --types 0", "--types 0: use 1 or more"),
         ("--arch moe_lm_tiny --experts-per-token 9", "9.0: use 0 or more, at most the 8"),
         ("--arch dense_lm_tiny --experts-per-token 1", "1.0: use 0 or more, a model with experts"),
+        ("--arch moe_lm_tiny --moe-freq 1 --moe-layers 1", "--moe-freq 1 with --moe-layers 1, wh"),
         ("--arch dense_lm_tiny --moe-layers 1,9", "--moe-layers 1,9: there is no layer 9"),
         ("--arch moe_lm_tiny --moe-latent-dim 500", "--moe-latent-dim 500 is wider than the model"),
     ],

@@ -101,6 +101,8 @@ def test_programs_take_no_beginning_of_a_flag_for_it():
         ("--lr-scheduler fixed --t-mult 2", "--t-mult is a flag of --lr-scheduler cosine: "),
         ("--corpus-temperature 2", "--task mixture_language_modeling"),
         ("--arch moe_lm_tiny --moe-top-kk 1", "did you mean --moe-top-k?"),
+        ("--moe-freq 1 --moe-layers 1", "--moe-freq 1 with --moe-layers 1, which names all MoE"),
+        ("--moe-layers=1 --moe-freq=0", "--moe-freq 0 with --moe-layers 1, which names all MoE"),
         ("--lr -1e-3", "--lr -0.001 is out of range"),
         ("--lr -x", "--lr: its value -x begins with a minus, as flags do: write --lr=-x"),
     ],
@@ -112,6 +114,13 @@ def test_a_flag_of_something_else_in_training(capsys, line, words):
         options.parse_args_and_arch(parser, [*basis, *line.split()])
     err = capsys.readouterr().err
     assert words in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_moe_layers_without_moe_freq_on_the_command_line():
+    """The architecture has one."""
+    basis = "x --task language_modeling --arch moe_lm_tiny --batch-size 1 --moe-layers 0,2"
+    args = options.parse_args_and_arch(options.get_training_parser(), basis.split())
+    assert (args.moe_freq, args.moe_layers) == (2, "0,2")
 
 
 @pytest.mark.parametrize(

@@ -242,13 +242,14 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _check_upcycling(args: argparse.Namespace) -> None:
-    freq, layers, top_k = args.moe_freq, args.moe_layers, args.moe_top_k
+    from fairseq_moe_ext.config_checks import refuse_both_of_layers
+
+    freq, top_k = args.moe_freq, args.moe_top_k
     if args.moe_expert_count is None:
         raise UserError("--upcycle: the number of experts is missing; add --moe-expert-count")
     if freq is not None and freq < 1:
         raise UserError(f"--moe-freq {freq}: use 1 (every layer) or more")
-    if freq is not None and layers is not None:
-        raise UserError(f"--moe-freq {freq} with --moe-layers {layers}: remove one of them")
+    refuse_both_of_layers(freq, args.moe_layers)
     if args.moe_top1_expert and top_k not in (None, 1):
         raise UserError(f"--moe-top-k {top_k} with --moe-top1-expert: remove one of them")
     if not 0 <= args.noise < float("inf"):

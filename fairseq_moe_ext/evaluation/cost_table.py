@@ -10,7 +10,7 @@ from fairseq.dataclass.utils import gen_parser_from_dataclass
 
 from .. import cost, files
 from ..config import MoETransformerLMConfig
-from ..config_checks import validate
+from ..config_checks import refuse_both_of_layers, validate
 from ..errors import UserError, require_positive
 from ..shape import Shape, shape_of
 from ..text_table import add_form_flags, formed
@@ -114,6 +114,7 @@ def _settings(args: Namespace) -> Tuple[Dict[str, Any], int]:
 
     from ..models.architectures import ARCHITECTURES
 
+    refuse_both_of_layers(flags.get("moe_freq"), flags.get("moe_layers"))
     space = Namespace(**flags)
     if args.arch is not None:
         if args.arch not in ARCHITECTURES:

@@ -17,6 +17,7 @@ from fairseq_today.registry import View
 
 from .. import starting
 from ..checkpoint import starting as checkpoint_starting
+from ..config_checks import refuse_both_of_layers
 from ..errors import OneLineParser, flag_mistake, read_negative_numbers
 from ..models.architectures import ARCHITECTURES
 from . import flag_owners
@@ -40,7 +41,10 @@ def parse_args_and_arch(stock, parser, input_args=None, *args, **kwargs):
         parser.set_defaults(task="language_modeling")
     try:
         parsed = stock(parser, input_args, *args, **kwargs)
-        starting.check_command_line(parsed[0] if isinstance(parsed, tuple) else parsed)
+        flags = parsed[0] if isinstance(parsed, tuple) else parsed
+        if any(word.split("=")[0] == "--moe-freq" for word in words):
+            refuse_both_of_layers(flags.moe_freq, getattr(flags, "moe_layers", None))
+        starting.check_command_line(flags)
         return parsed
     except UserError as error:
         mistake = str(error)

@@ -38,7 +38,7 @@ MISTAKES = [
     (
         DENSE,
         "x.pt --upcycle --moe-expert-count 4 --moe-freq 2 --moe-layers 0,1",
-        "--moe-freq 2 with --moe-layers 0,1: remove one",
+        "--moe-freq 2 with --moe-layers 0,1, which names all MoE layers: remove one",
     ),
     (DENSE, "x.pt --upcycle --moe-expert-count 1", "too few for top-2"),
     (DENSE, "x.pt --expert-files 2", "a dense model"),
