@@ -209,7 +209,8 @@ def examples(name: str) -> List[str]:
 def version() -> str:
     """Of the installed package; of a checkout that is not installed, of its pyproject.toml."""
     settings = os.path.join(_HERE, "pyproject.toml")
-    if os.path.isfile(settings):
+    installed = os.path.isdir(os.path.join(PACKAGE, "hydra_conf"))  # beside it are others' files
+    if not installed and os.path.isfile(settings):
         with open(settings, encoding="utf-8") as file:
             found = re.search(r'^version = "([^"]+)"', file.read(), flags=re.M)
         return found[1] if found else "unknown"

@@ -11,6 +11,7 @@ import csv
 import hashlib
 import io
 import os
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -30,6 +31,7 @@ HOOK = {"fairseq_moe_ext.pth": b"import fairseq_moe_ext_hook\n"}
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
     """Build a wheel with the hook and hydra_conf/; return its file name."""
+    shutil.rmtree("build/lib", ignore_errors=True)  # setuptools keeps modules that are gone there
     name = build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
     configs = {f"fairseq_moe_ext/{path}": path.read_bytes() for path in _configs()}
     add_files(os.path.join(wheel_directory, name), {**configs, **HOOK})

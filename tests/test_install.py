@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 import version_matrix
 
+import fairseq_moe_command
+
 ROOT = Path(__file__).resolve().parent.parent
 LEFT_OUT = (".git", ".venv", "runs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
 HOOK = "fairseq_moe_ext.pth"
@@ -28,6 +30,9 @@ def built(tmp_path_factory):
     pytest.importorskip("setuptools", minversion="77")  # knows licences by their SPDX names
     source = tmp_path_factory.mktemp("source") / "project"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*LEFT_OUT))
+    gone = source / "build" / "lib" / "fairseq_moe_ext" / "gone.py"  # an earlier build's
+    gone.parent.mkdir(parents=True)
+    gone.touch()
     target = tmp_path_factory.mktemp("built")
     for name in ("build_wheel", "build_editable", "build_sdist"):
         (target / name).mkdir()
@@ -75,6 +80,7 @@ def test_the_wheel_holds_the_package_its_configs_and_the_hook_alone(built):
         names = wheel.namelist()
         metadata = wheel.read(next(n for n in names if n.endswith("/METADATA"))).decode()
         entry_points = wheel.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
+    assert "fairseq_moe_ext/gone.py" not in names
     tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
     modules = {"fairseq_moe_command.py", "fairseq_moe_ext_hook.py"}
     assert tops == {"fairseq_moe_ext", "fairseq_today", *modules, HOOK}
@@ -112,6 +118,17 @@ def test_config_dir_is_found_in_an_installed_package_and_in_a_checkout(built, tm
         )
         assert result.stdout.strip() == str(expected), result.stderr[-2000:]
         assert (expected / "moe_lm_15b.yaml").is_file()
+    (tmp_path / "pyproject.toml").write_text('version = "9.9"\n')  # of another package
+    asked = [sys.executable, "-m", "fairseq_moe_command", "--version"]
+    result = subprocess.run(
+        asked,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.stdout.split() == ["fairseq-moe", fairseq_moe_command.version()]
 
 
 def test_the_source_archive_is_complete(built):
