@@ -102,7 +102,7 @@ def _check_dictionary(options: Options) -> None:
     if options.dict is not None and options.dict_size is not None:
         raise UserError("--dict-size: cannot be combined with --dict, which has its own size")
     if options.dict_size is not None:  # and of the tokenizer, when it is known
-        dictionary.check_size(options.dict_size, NUM_BYTES)
+        dictionary.check_size(options.dict_size, options.train_bpe or NUM_BYTES)
     if options.dict is None and all(corpus.held_out for corpus in options.corpora):
         raise UserError(
             "--dict: missing; without a --corpus to train on, give the model's dict.txt"

@@ -89,7 +89,7 @@ def _prepare(folder: Path, options: Options) -> Report:
     size = sum(_text_size(paths) for parts in todo.values() for paths, _, _ in parts)
     workers = min(options.workers, max(1, size // encode.WORKER_BYTES))
     with Encoders(*files, workers) as encoders:
-        for corpus in options.corpora:
+        for corpus in _in_order(options, todo):
             (folder / corpus.name).mkdir()
             before = duplicates.number if duplicates else 0
             writers[corpus.name] = _encode(
@@ -124,6 +124,15 @@ def _prepare(folder: Path, options: Options) -> Report:
 
 
 Parts = List[Tuple[List[Path], Source, Deal]]
+
+
+def _in_order(options: Options, todo: Dict[str, Parts]) -> List[Corpus]:
+    """The small corpora first, which may lack a split; with --dedup, where the first of two equal
+    documents is kept, as given."""
+    if options.dedup:
+        return options.corpora
+    sizes = {name: sum(_text_size(paths) for paths, _, _ in todo[name]) for name in todo}
+    return sorted(options.corpora, key=lambda corpus: sizes[corpus.name])
 
 
 def _source(corpus: Corpus, options: Options) -> Source:

@@ -4,7 +4,7 @@ import csv
 import io
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO, Iterator, List, Tuple
+from typing import Any, BinaryIO, Iterator, List, Optional, Tuple
 
 from fairseq_moe_ext.errors import UserError
 
@@ -91,7 +91,7 @@ def arrow_column(raw: BinaryIO, path: Path, form: str, field: str) -> Iterator[T
                     f"{path}: column {field!r} is {column.type}, not text; name the column with "
                     "--text-field"
                 )
-            for cell in column.to_pylist():
+            for cell in _texts(column, path, number):
                 if cell is None:
                     raise UserError(
                         f"{path}, row {number}: column {field!r} is null; remove the row"
@@ -101,6 +101,17 @@ def arrow_column(raw: BinaryIO, path: Path, form: str, field: str) -> Iterator[T
     except pyarrow.ArrowException as error:
         words = " ".join(str(error).split())
         raise UserError(f"{path}: broken {form} file ({words}); copy it again") from None
+
+
+def _texts(column: Any, path: Path, number: int) -> List[Optional[str]]:
+    """The cells of a column, whose first is the row `number`. pyarrow checks text only here."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}, at row {number} or after: not UTF-8 (0x{error.object[error.start]:02x}); "
+            "convert the file to UTF-8 or remove it"
+        ) from None
 
 
 def _is_text(kind: Any) -> bool:

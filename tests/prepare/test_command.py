@@ -339,6 +339,7 @@ GOOD = ["--corpus", "a=a.txt", "--train-bpe", "300", "--valid-fraction", "0.1"]
         ([*GOOD, "--train-bpe", "-1"], r"--train-bpe -1: .*more than 256"),
         ([*GOOD, "--dict-size", "10000000000000"], r"--dict-size 10{13}: must be at most 1048576"),
         ([*GOOD, "--dict-size", "0"], r"--dict-size 0: too small"),
+        ([*GOOD, "--dict-size", "303"], r"--dict-size 303: too small for 300 BPE tokens"),
         ([*GOOD, "--dict-size", "-8"], r"--dict-size -8: too small"),
         ([*GOOD, "--workers", "100000"], r"--workers 100000: must be .* at most 1024"),
         ([*GOOD, "--corpus", "f=fifo"], r"--corpus f: fifo: a FIFO"),
@@ -371,6 +372,26 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(
     assert re.search(message, error_in(capsys.readouterr().err))
     assert contents(text) == before
     assert not [path for path in text.iterdir() if "data" in path.name]
+
+
+def test_the_small_corpora_are_encoded_first(text, monkeypatch, flags):
+    """Those that may lack a split. With --dedup the order says which of two documents is kept."""
+    order = []
+    encode_one = pipeline._encode
+
+    def encode(corpus, *rest):
+        order.append(corpus.name)
+        return encode_one(corpus, *rest)
+
+    monkeypatch.setattr(pipeline, "_encode", encode)
+    (text / "small.txt").write_text("one\n\ntwo\n", encoding="utf-8")
+    line = [*flags, "--corpus", f"s:train={text / 'small.txt'}", "--train-bpe", 300]
+    assert run(text / "data", *line) == 0
+    given = list(json.loads((text / "data" / "counts.json").read_text())["corpora"])
+    assert order[0] == "s" != given[0] and sorted(order) == sorted(given)
+    order.clear()
+    assert run(text / "data", *line, "--dedup", "--overwrite") == 0
+    assert order == given
 
 
 def test_an_existing_folder_is_replaced_only_if_told_and_only_if_ours(text, flags, capsys):

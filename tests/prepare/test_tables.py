@@ -181,3 +181,19 @@ def test_zstandard(tmp_path):
 def test_formats_have_words():
     formats = {*kinds.FORMATS, "parquet", "arrow", ""} - {"auto"}
     assert all(kinds.count([kinds.Kind("", name)]) for name in formats)
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow"])
+def test_a_cell_that_is_not_utf8_is_refused(tmp_path, form):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    cells = pyarrow.array([b"one", b"caf\xe9"], pyarrow.binary()).view(pyarrow.string())
+    table = pyarrow.table({"text": cells})
+    path = tmp_path / f"a.{form}"
+    if form == "parquet":
+        parquet.write_table(table, path)
+    else:
+        with pyarrow.ipc.new_file(path, table.schema) as file:
+            file.write_table(table)
+    with pytest.raises(UserError, match=f"^{path}, at row 0 or after: not UTF-8 .0xe9.; convert"):
+        read(path)
