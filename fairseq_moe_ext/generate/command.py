@@ -169,6 +169,7 @@ def _check(args: argparse.Namespace, checkpoints: List[Path], words: List[str]) 
         for other, given in (
             ("a prompt", words), ("--file", args.file), ("--side-by-side", args.side_by_side),
             ("--json", args.json), ("--n", args.n > 1), ("--beams", args.beams > 1),
+            ("--separator", args.separator is not None), ("--no-prompt", args.no_prompt),
         ):  # fmt: skip
             if given:
                 raise UserError(
@@ -176,8 +177,10 @@ def _check(args: argparse.Namespace, checkpoints: List[Path], words: List[str]) 
                 )
         if sys.stdin is None:
             raise UserError("--interactive: stdin is closed; start it from a terminal or a pipe")
-    if args.separator is not None and words and not args.file:
-        raise UserError("--separator: separates prompts in --file or stdin; add --file")
+    if args.separator is not None and not prompts.has_text(words, args.file):
+        raise UserError(
+            "--separator: separates prompts in stdin or in a --file of text; add one, or remove it"
+        )
     if args.overwrite and args.json is None:
         raise UserError("--overwrite: without --json there is nothing to replace; remove it")
     require_positive(args, "batch_tokens")

@@ -8,6 +8,7 @@ from .. import files
 from ..errors import UserError
 
 _KEYS = ("prompt", "text")  # of an object of JSON Lines
+_LINES = (".jsonl", ".ndjson")
 
 
 def read(words: Sequence[str], paths: Sequence[Path], separator: Optional[str]) -> List[str]:
@@ -27,6 +28,11 @@ def read(words: Sequence[str], paths: Sequence[Path], separator: Optional[str]) 
     if not prompts:
         raise _no_prompt()
     return prompts
+
+
+def has_text(words: Sequence[str], paths: Sequence[Path]) -> bool:
+    """Whether `read` takes prompts from a text: stdin, or a file that is not of JSON Lines."""
+    return any(path.suffix not in _LINES for path in paths) or not (words or paths)
 
 
 def _no_prompt(where: str = "") -> UserError:
@@ -52,7 +58,7 @@ def _in_file(path: Path, separator: Optional[str]) -> List[str]:
         text = _stdin()
     if not text:
         raise _no_prompt(f": {'stdin' if str(path) == '-' else f'--file {path}'} is empty")
-    if path.suffix in (".jsonl", ".ndjson"):
+    if path.suffix in _LINES:
         # not splitlines: JSON may hold U+2028 and the like as they are
         lines = enumerate(text.split("\n"), 1)
         return [_of_line(path, n, line) for n, line in lines if line.strip()]
