@@ -80,7 +80,10 @@ def _checkpoints(path: str) -> Iterator[str]:
         file = os.path.join(path, name)
         if not name.endswith(".pt"):
             continue
-        base = reader_of(file).base(file)
+        try:
+            base = reader_of(file).base(file)
+        except UserError:
+            base = file  # judged as it is
         if base is not None and base not in seen:
             seen.add(base)
             yield base
@@ -95,8 +98,15 @@ def _judged(path: str, done: Dict[str, Optional[str]]) -> Iterator[Tuple[str, Op
 
     from .readers import reader_of
 
-    reader, wrong, new = reader_of(path), False, path not in done
-    for file, digest in reader.files(path):
+    wrong, new = False, path not in done
+    try:
+        reader = reader_of(path)
+        files = reader.files(path)
+    except UserError as error:
+        done[path] = str(error)
+        yield path, done[path]
+        return
+    for file, digest in files:
         if file not in done:
             done[file] = None
             try:

@@ -256,6 +256,21 @@ def test_verify_takes_a_folder(trained, tmp_path, capsys):
     assert judged(tmp_path, capsys)[0] == 1
 
 
+def test_verify_goes_on_after_a_checkpoint_that_is_not_there(one, branch, tmp_path, capsys):
+    flip(one)
+    branch.write_bytes(b"no checkpoint")  # beside branch-rank-0.pt
+    missing, good = (
+        tmp_path / "none" / "x.pt",
+        shutil.copy(branch.parent / "branch-shared.pt", tmp_path / "c.pt"),
+    )
+    assert main(["verify", str(one), str(missing), str(good), str(branch.parent)]) == 1
+    out, err = capsys.readouterr()
+    lines = [line.split(": ")[:2] for line in out.splitlines()]
+    assert lines[:2] == [[str(one), "damaged"], [str(missing), "damaged"]]
+    assert lines[2][0] == str(good) and [str(branch), "damaged"] in lines
+    assert re.match(r"error: \d of \d files are damaged: ", err) and err.count("\n") == 1
+
+
 def test_verify_lists_files_of_experts_that_no_checkpoint_refers_to(spread, capsys):
     assert len(judged(spread, capsys)[1]) == 5
     folder = spread.parent / "experts"
