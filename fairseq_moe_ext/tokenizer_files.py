@@ -152,12 +152,13 @@ def _misfit(folder: Path, path: Path, wanted: Dict[str, str]) -> UserError:
 
 
 def _saved(path: Path) -> Dict[str, Any]:
-    """What a checkpoint holds, mapped; nothing of one of the branch, which is several files."""
+    """What a checkpoint holds, mapped; of one of the branch, its shared file."""
     from fairseq_today.torch_today import load_weights_only
 
-    if not path.is_file():
+    file = path if path.is_file() else path.with_name(f"{path.stem}-shared.pt")
+    if not file.is_file():
         return {}
-    state = load_weights_only(str(path), map_location="cpu", mmap=True)
+    state = load_weights_only(str(file), map_location="cpu", mmap=True)
     return state if isinstance(state, dict) else {}
 
 

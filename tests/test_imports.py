@@ -93,7 +93,7 @@ ALLOWED = {
             """,
         "convert": """
             convert balance_flags branch checkpoint config config_checks cost data_bin
-            evaluation.cost_table evaluation.loading expert_parallel fingerprint models moe.experts
+            evaluation.loading expert_parallel fingerprint models moe.experts
             prepare router_flags shape tokenizer_files
             """,
         "evaluation": """

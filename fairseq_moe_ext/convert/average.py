@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 from copy import copy
@@ -53,15 +54,18 @@ def run(args: argparse.Namespace) -> None:
     from . import command, readers, targets, writing
 
     paths = _paths(args)
-    if not args.output.endswith(".pt"):
-        raise UserError(f"--output {args.output}: a checkpoint's name must end in .pt")
+    command.check_dest(args.output, "--output ")
     check_name(args.output, "--output ")
     require_positive(args, "expert_files")
     for path in paths:
         check_path(Path(path), "")
         if os.path.realpath(path) == os.path.realpath(args.output):
             raise UserError(f"--output {args.output}: is also an input; choose another name")
-    command.check_fit(paths[0], args.expert_files)
+    outlines = _outlines(paths)
+    for source in outlines:  # before all their bytes are read
+        _check_settings(outlines[0], source)
+        if args.expert_files is not None:
+            targets.share(source.path, source.experts, "--expert-files", args.expert_files)
     with writing.alone(args.output, writing.shares(args)):
         if os.path.exists(args.output) and not args.overwrite:
             raise UserError(
@@ -115,7 +119,8 @@ def mean_of(sources: Sequence[Any]) -> Any:
     models differ."""
     last = copy(sources[-1])
     for other in sources[:-1]:
-        _check_alike(other, last)
+        _check_settings(other, last)
+        _check_tensors(other, last)
     made: Dict[int, Any] = {}  # tied tensors stay one
     last.model = {
         name: _mean(name, [source.model[name] for source in sources], made) for name in last.model
@@ -124,18 +129,46 @@ def mean_of(sources: Sequence[Any]) -> Any:
     return last
 
 
-def _check_alike(first: Any, second: Any) -> None:
+def _outlines(paths: Sequence[str]) -> List[Any]:
+    """Of those checkpoints that can be opened; the reader says more of the others."""
+    from .readers import outline
+
+    found = []
+    for path in paths:
+        with contextlib.suppress(UserError):
+            found.append(outline(path))
+    return found
+
+
+def _check_settings(first: Any, second: Any) -> None:
     from ..config import defaults
-    from .archive import dtype_of
     from .hf import ELSEWHERE
 
     for name in sorted(defaults().keys() - _TRAINING - ELSEWHERE):
-        a, b = first.settings.get(name), second.settings.get(name)
+        a, b = (_spelled_alike(source.settings).get(name) for source in (first, second))
         if a != b:
             raise UserError(
                 f"{first.path} and {second.path} are different models: {name} is {a} and {b}; "
                 "average checkpoints of one training"
             )
+    states = [(source.rest.get("task_state") or {}).get("tokenizer") for source in (first, second)]
+    if None not in states and states[0] != states[1]:
+        raise UserError(
+            f"{first.path} and {second.path} have different tokenizers; average checkpoints of one "
+            "training"
+        )
+
+
+def _spelled_alike(settings: Dict[str, Any]) -> Dict[str, Any]:
+    """Settings, with experts per token as one number where two flags can give it."""
+    from ..router_flags import top_k
+
+    return {**settings, "moe_top_k": top_k(settings), "moe_top1_expert": None}
+
+
+def _check_tensors(first: Any, second: Any) -> None:
+    from .archive import dtype_of
+
     shapes = [
         {n: f"{tuple(v.shape)} {str(dtype_of(v))[6:]}" for n, v in source.model.items()}
         for source in (first, second)
@@ -147,12 +180,6 @@ def _check_alike(first: Any, second: Any) -> None:
                 f"{shapes[0].get(name, 'missing')} and {shapes[1].get(name, 'missing')}; average "
                 "checkpoints of one training"
             )
-    states = [(source.rest.get("task_state") or {}).get("tokenizer") for source in (first, second)]
-    if None not in states and states[0] != states[1]:
-        raise UserError(
-            f"{first.path} and {second.path} have different tokenizers; average checkpoints of one "
-            "training"
-        )
 
 
 def _mean(name: str, values: Sequence[Any], made: Dict[int, Any]) -> Any:

@@ -1,10 +1,9 @@
 """`fairseq-moe convert`: the flags, and the order of the steps."""
 
 import argparse
-import functools
 import os
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Dict, List
 
 import torch
 
@@ -120,9 +119,7 @@ def _convert(args: argparse.Namespace) -> None:
     if args.layout is not None:
         source = hf.open_hf(args.source, args.layout == "xglm")
     else:
-        rank_files = (args.rank_files or 1) if args.to == "branch" else None
-        sparse = functools.partial(_sparse_settings, args) if args.upcycle else None
-        check_fit(args.source, args.expert_files, rank_files, sparse)
+        _check_fit(args, extras)
         source = readers.open_checkpoint(args.source, args.weights_only or args.upcycle)
     if args.upcycle:
         settings = _sparse_settings(args, source.path, source.settings, source.vocabulary)
@@ -140,45 +137,36 @@ def _convert(args: argparse.Namespace) -> None:
         writing.write_checkpoint(jobs, args, args.source)
     else:
         writing.write(jobs, stale)
+        if args.to == "branch":
+            writing.bring_tokenizer(args.source, os.path.dirname(args.dest) or ".")
     print(_report(args, source, jobs))
     missing = hf.left_out(source) if args.to in hf_flags.FOLDERS else []
     if missing:
         print(f"training with transformers leaves out {', '.join(missing)}")
 
 
-def check_fit(
-    source: str,
-    expert_files: Optional[int],
-    rank_files: Optional[int] = None,
-    sparse: Optional[Callable[[str, Dict[str, Any], int], Dict[str, Any]]] = None,
-) -> None:
-    """Raise UserError for flags that do not fit the model of a checkpoint, before all its bytes are
-    checked, which takes minutes.
-
-    Args:
-        rank_files: None: not into the branch's layout.
-        sparse: path, settings and vocabulary -> the settings of the model that --upcycle makes.
-    """
+def _check_fit(args: argparse.Namespace, extras: Any) -> None:
+    """Raise UserError for flags that do not fit the model, before all its bytes are checked, which
+    takes minutes."""
     from fairseq_moe_ext.branch.writing import branch_settings
-    from fairseq_moe_ext.convert import readers, targets
-    from fairseq_moe_ext.evaluation.cost_table import checkpoint_settings
-    from fairseq_moe_ext.shape import shape_of
+    from fairseq_moe_ext.convert import hf, readers, targets
 
-    if expert_files is None and rank_files is None and sparse is None:
+    if not args.upcycle and args.expert_files is None and args.to is None:
         return
     try:
-        settings, vocabulary = checkpoint_settings(Path(source), "")
+        source = readers.outline(args.source)
     except UserError:
         return  # the reader says more of what is wrong with a file
-    if sparse is not None:
-        settings = sparse(source, settings, vocabulary)
-    shape = shape_of(settings)
-    experts = shape.experts if shape.sparse else 0
-    if expert_files is not None:
-        targets.share(source, experts, "--expert-files", expert_files)
-    if rank_files is not None:
-        targets.share(source, experts, "--rank-files", rank_files)
-        branch_settings(source, readers.complete_settings(source, settings))
+    if args.upcycle:
+        source.settings = _sparse_settings(args, source.path, source.settings, source.vocabulary)
+    if args.expert_files is not None:
+        targets.share(args.source, source.experts, "--expert-files", args.expert_files)
+    if args.to == "branch":
+        targets.share_of_rank(args.source, source.experts, args.rank_files or 1)
+        branch_settings(args.source, source.settings)
+    if args.to in hf_flags.FOLDERS:
+        hf.config_of(source, args.to == "xglm")
+        hf.tokenizer_of(source, extras)
 
 
 def _sparse_settings(
@@ -203,8 +191,8 @@ def _check(args: argparse.Namespace) -> None:
     if args.dtype is not None and args.dtype not in DTYPES:
         raise UserError(f"--dtype {args.dtype}: not known; use float32, float16 or bfloat16")
     to_folder = args.to in hf_flags.FOLDERS
-    if not to_folder and not args.dest.endswith(".pt"):
-        raise UserError(f"{args.dest}: a checkpoint's name must end in .pt")
+    if not to_folder:
+        check_dest(args.dest)
     check_name(args.dest)
     for flag, given, needs, there in (
         ("--expert-files", args.expert_files is not None, "no --to", args.to is None),
@@ -239,6 +227,20 @@ def _check(args: argparse.Namespace) -> None:
     folder = args.dest if to_folder else os.path.dirname(args.dest)
     if os.path.isfile(folder):
         raise UserError(f"{folder}: is a file, not a folder; name a folder")
+
+
+def check_dest(path: str, flag: str = "") -> None:
+    """Raise UserError for a name that a checkpoint to be written cannot have. `flag`: what names
+    it, with a space."""
+    if not path.endswith(".pt"):
+        raise UserError(f"{flag}{path}: a checkpoint's name must end in .pt")
+    if os.path.isdir(path):
+        raise UserError(f"{flag}{path}: is a folder; name a file in it, or another one")
+    if os.path.islink(path):  # it would be replaced, and what it names kept
+        raise UserError(
+            f"{flag}{path}: is a link to {os.path.realpath(path)}; name that file, or remove the "
+            "link"
+        )
 
 
 def _check_upcycling(args: argparse.Namespace) -> None:

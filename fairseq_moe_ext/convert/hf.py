@@ -96,37 +96,53 @@ def hf_jobs(source: Source, folder: str, extras: Extras, only_xglm: bool = False
         only_xglm: raise UserError for what XGLM lacks, instead of using another class.
     """
     s = source.settings
-    lacking = xglm.lacking(source)
-    if lacking and only_xglm:
-        raise UserError(
-            f"--to xglm: {source.path} has features that XGLM lacks: {', '.join(lacking)}: "
-            "use --to hf"
-        )
     tied, learned = s["share_decoder_input_output_embed"], s["decoder_learned_pos"]
-    config = _config(source) if lacking else xglm.config_of(source)
+    config = config_of(source, only_xglm)
+    ours = config["model_type"] == MODEL_TYPE
     dtype = str(dtype_of(source.model["decoder.embed_tokens.weight"]))[6:]
     whole = {**config, "torch_dtype": dtype, "fairseq": _provenance(source)}
-    if not only_xglm and not lacking:
+    if not only_xglm and not ours:
         whole.update(xglm.SPECIAL)
     jobs = weight_jobs(their_names(source.model, tied, learned), folder, extras.shard)
-    if lacking:
+    if ours:
         for name in CODE:
             code = Path(__file__).with_name(name).read_text(encoding="utf-8")
             jobs.append(text_job(folder, name, code))
     # Generation continues past </s>, which is a newline.
     generation = {"bos_token_id": 2, "pad_token_id": 1}
     jobs.append(text_job(folder, GENERATION, json.dumps(generation, indent=2) + "\n"))
+    for name, text in tokenizer_of(source, extras).items():
+        jobs.append(text_job(folder, name, text))
     if extras.tokenizer is not None:
-        written = tokenizer_files(extras.tokenizer, source.vocabulary, context_length(s))
-        check_folder(source.path, source.rest, extras.tokenizer)
-        for name, text in written.items():
-            jobs.append(text_job(folder, name, text))
         for name, file in files_of(extras.tokenizer).items():
             jobs.append(bytes_job(folder, name, file.read_bytes()))  # the checkpoint has digests
     card = model_card.write(source, config["model_type"], extras.license, extras.evaluation)
     jobs.append(text_job(folder, CARD, card))
     jobs.append(text_job(folder, CONFIG, json.dumps(whole, indent=2, default=str) + "\n"))
     return jobs
+
+
+def config_of(source: Source, only_xglm: bool) -> Dict[str, Any]:
+    """config.json, without what says where the model came from. Raises UserError for a model that
+    cannot be represented."""
+    lacking = xglm.lacking(source)
+    if lacking and only_xglm:
+        raise UserError(
+            f"--to xglm: {source.path} has features that XGLM lacks: {', '.join(lacking)}: "
+            "use --to hf"
+        )
+    return _config(source) if lacking else xglm.config_of(source)
+
+
+def tokenizer_of(source: Source, extras: Extras) -> Dict[str, str]:
+    """The files of transformers' tokenizer, by name. Raises UserError for files of another model,
+    or that it cannot express."""
+    if extras.tokenizer is None:
+        return {}
+    longest = context_length(source.settings)
+    made = tokenizer_files(extras.tokenizer, source.vocabulary, longest)
+    check_folder(source.path, source.rest, extras.tokenizer)
+    return made
 
 
 def files_there(folder: str) -> List[str]:
@@ -166,7 +182,8 @@ def open_hf(folder: str, only_xglm: bool = False) -> Source:
         "tokens_per_sample": settings["tokens_per_sample"],
     }
     cfg = complete_cfg(settings, {"task": task, "criterion": {"_name": "cross_entropy"}})
-    state = (config.get("fairseq") or {}).get("task_state")
+    saved = config.get("fairseq")
+    state = saved.get("task_state") if isinstance(saved, dict) else None
     rest = {**fresh_rest(cfg), "task_state": state if isinstance(state, dict) else {}}
     source = Source(folder, rest, settings, model, [], None)
     set_order(source)

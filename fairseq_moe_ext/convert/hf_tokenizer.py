@@ -14,6 +14,7 @@ Dictionaries of whole words become a WordLevel model, whose words are cut at whi
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -194,6 +195,7 @@ def _split(pattern: str, behaviour: str) -> Dict[str, Any]:
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behaviour, "invert": False}
 
 
+@functools.lru_cache(maxsize=1)  # seconds
 def _word_pattern() -> str:
     """The pattern of prepare/tokenizer.py for text between newlines, in Oniguruma's syntax."""
     space, letter, number = (_ranges(regex.compile(rf"\{kind}")) for kind in ("s", "p{L}", "p{N}"))

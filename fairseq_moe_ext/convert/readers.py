@@ -12,7 +12,7 @@ from torch import Tensor
 from fairseq_today.torch_today import load_weights_only
 
 from .. import files as own_files
-from ..branch.files import BranchFiles, find, flat_settings, saved_settings
+from ..branch.files import BranchFiles, find, flat_settings, load, saved_settings
 from ..branch.optimizer import is_parameter
 from ..branch.reading import read
 from ..branch.settings import ONE_PROCESS, translated_settings
@@ -27,6 +27,8 @@ from ..models.architectures import ARCHITECTURES, is_ours, name_of
 from ..models.language_model import MODEL_NAME
 from ..moe.experts import TensorPerExpert
 from .source import Optimizer, Source, build_on_meta, set_order
+
+_EMBEDDING = "decoder.embed_tokens.weight"
 
 Files = List[Tuple[str, Optional[str]]]  # with the digest that each should have; None: not known
 
@@ -48,6 +50,21 @@ def open_checkpoint(path: str, weights_only: bool) -> Source:
     """Ours (one file, or one and its folder of experts), stock fairseq's transformer_lm, or one of
     the branch. Raises UserError for any other file."""
     return reader_of(path).open(path, weights_only)
+
+
+def outline(path: str) -> Source:
+    """The settings of a checkpoint, and the tensors in its main file, of which no byte is checked.
+    The tensors of experts in files of their own are missing. Raises UserError."""
+    branch = find(path)
+    file = path if branch is None else branch.shared
+    own_files.check(file)
+    state = load(file)
+    if branch is not None and _EMBEDDING not in state["model"]:  # FSDP makes one tensor of many
+        state = read(branch, None, None)
+    model, settings = state.pop("model"), _settings(path, state)
+    if _EMBEDDING not in model:
+        raise UserError(f"{path}: contains no {_EMBEDDING}; name the file X.pt")
+    return Source(path, state, settings, model, [], None)
 
 
 # ---- Ours, and stock's
@@ -76,8 +93,8 @@ def _open_ours(path: str, weights_only: bool) -> Source:
     model, _ = state.pop("model"), state.pop(MANIFEST, None)
     optimizer = state.pop("last_optimizer_state", None)
     settings = _settings(path, state)
-    if "decoder.embed_tokens.weight" not in model:
-        raise UserError(f"{path}: contains no decoder.embed_tokens.weight; name the file X.pt")
+    if _EMBEDDING not in model:
+        raise UserError(f"{path}: contains no {_EMBEDDING}; name the file X.pt")
     source = Source(path, state, settings, model, [], None)
     pieces = _pieces(path, manifest, model)
     for name in pieces[0].model if pieces else ():
@@ -182,10 +199,10 @@ def _open_branch(path: str, weights_only: bool) -> Source:
     parameters = None
     for part, _ in _branch_files(path):
         check_records(part)
-    if not weights_only:
+    if not weights_only and load(files.shared).get("last_optimizer_state") is not None:
         model = read(files, None, None)
         settings = _settings(files.base, model)
-        vocabulary = model["model"]["decoder.embed_tokens.weight"].shape[0]
+        vocabulary = model["model"][_EMBEDDING].shape[0]
         parameters = dict(build_on_meta(settings, vocabulary).named_parameters())
     try:
         state = read(files, None, parameters, stack=TensorPerExpert)

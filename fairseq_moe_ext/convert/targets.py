@@ -133,7 +133,7 @@ def share(path: str, experts: int, flag: str, files: int) -> int:
     if not experts:
         raise UserError(
             f"{flag} {files}: {path} is a dense model, which has no experts to "
-            f"distribute: remove {flag}, or add --upcycle"
+            f"distribute: remove {flag}"
         )
     if files < 1 or experts % files:
         fitting = [n for n in range(1, experts + 1) if experts % n == 0]
@@ -142,6 +142,16 @@ def share(path: str, experts: int, flag: str, files: int) -> int:
             f"{', '.join(map(str, fitting))}"
         )
     return experts // files
+
+
+def share_of_rank(path: str, experts: int, ranks: int) -> int:
+    """Experts per file of the branch's."""
+    if not experts:
+        raise UserError(
+            f"--to branch: {path} is a dense model, and this layout is for models with experts: "
+            "remove --to branch, or add --upcycle"
+        )
+    return share(path, experts, "--rank-files", ranks)
 
 
 def _whole_optimizer(source: Source, without: Any = ()) -> Optional[Dict[str, Any]]:
@@ -187,7 +197,7 @@ def _rows_of_state(
 
 def branch_jobs(source: Source, path: str, ranks: int) -> List[Job]:
     """X-rank-0.pt, ..., and X-shared.pt, the last job, of X.pt."""
-    local = share(source.path, source.experts, "--rank-files", ranks)
+    local = share_of_rank(source.path, source.experts, ranks)
     if source.head:
         raise UserError(
             f"--to branch: {source.path} has a head that scores candidates, which the branch "

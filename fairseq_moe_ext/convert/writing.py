@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import logging
 import os
 import shutil
@@ -38,7 +39,7 @@ def alone(dest: str, shared: bool) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"{dest}: cannot be written ({error.strerror}); choose another DST"
+            f"{dest}: cannot be written ({error.strerror}); choose another place"
         ) from None
     try:
         with Lock(beside(dest), dest):
@@ -119,9 +120,10 @@ def write(jobs: Sequence[Job], stale: List[str], lock: Optional[ContextManager] 
         for folder in {os.path.dirname(job.path) or "." for job in jobs}:
             sync_folder(folder)
     except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise UserError(
             f"{error.filename or jobs[-1].path}: cannot be written ({error.strerror or error}); "
-            "free some disk space, or choose another DST"
+            f"{'free some disk space, or ' if full else ''}choose another place"
         ) from error
     finally:
         for folder in folders:

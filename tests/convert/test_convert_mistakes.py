@@ -42,7 +42,7 @@ MISTAKES = [
     ),
     (DENSE, "x.pt --upcycle --moe-expert-count 1", "too few for top-2"),
     (DENSE, "x.pt --expert-files 2", "a dense model"),
-    (DENSE, "x.pt --to branch", "a dense model"),
+    (DENSE, "x.pt --to branch", "--to branch: .* is a dense model, .*: remove --to branch, or add"),
     (DENSE + " --decoder-learned-pos", "x --to xglm", "--decoder-learned-pos"),
     (DENSE, "there.pt", "there.pt: exists"),
     (MOE, "set.pt --to branch", "set-rank-0.pt: exists"),
@@ -77,6 +77,8 @@ def test_mistakes_end_in_one_line_and_nothing_is_written(run, tmp_path, capsys, 
         ),
         (MOE, "x.pt --to branch --rank-files 3", "--rank-files 3 does not divide the 4 experts"),
         (MOE, "x.pt --expert-files 3", "--expert-files 3 does not divide the 4 experts"),
+        (MOE, "x --to xglm", "has features that XGLM lacks: 4 experts"),
+        (MOE, "x --to hf --data {other}", "other/dict.txt: not the dictionary of .*.pt"),
         (
             MOE,
             "x --to hf --no-tokenizer --evaluation t.json",
@@ -95,8 +97,31 @@ def test_flags_are_checked_before_all_bytes_are(
     monkeypatch.setattr(readers, "open_checkpoint", open_checkpoint)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "t.json").write_text('{"path": "x.pt"}')
-    assert re.search(words, mistake(capsys, source, *line.split()))
-    assert [path.name for path in tmp_path.iterdir()] == ["t.json"]
+    (tmp_path / "other").mkdir()
+    lines = (source.parent / "dict.txt").read_text().splitlines()
+    (tmp_path / "other" / "dict.txt").write_text("\n".join(reversed(lines)) + "\n")
+    before = sorted(tmp_path.rglob("*"))
+    words_of_line = line.format(other=tmp_path / "other").split()
+    assert re.search(words, mistake(capsys, source, *words_of_line))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_cannot_be_replaced_by_a_file_is_named(run, tmp_path, capsys):
+    """A folder, and a link: it would be replaced, and what it names would stay."""
+    source, _ = run(MOE)
+    (tmp_path / "folder.pt").mkdir()
+    (tmp_path / "elsewhere.pt").write_text("kept")
+    (tmp_path / "link.pt").symlink_to("elsewhere.pt")
+    (tmp_path / "dangling.pt").symlink_to("nowhere.pt")
+    for name, words in (
+        ("folder.pt", "folder.pt: is a folder; name a file in it"),
+        ("link.pt", f"link.pt: is a link to {tmp_path}/elsewhere.pt; name that file"),
+        ("dangling.pt", f"dangling.pt: is a link to {tmp_path}/nowhere.pt; name that file"),
+    ):
+        for flags in ([], ["--overwrite"]):
+            assert words in mistake(capsys, source, tmp_path / name, *flags)
+    assert (tmp_path / "link.pt").is_symlink() and len(list(tmp_path.iterdir())) == 4
+    assert (tmp_path / "elsewhere.pt").read_text() == "kept"
 
 
 def test_a_missing_part_is_named(run, tmp_path, capsys):
@@ -188,6 +213,7 @@ def test_a_full_disk_leaves_nothing(run, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(os, "fsync", fsync)
         error = mistake(capsys, source, tmp_path / "x.pt", "--expert-files", 2)
         assert "cannot be written (No space left on device)" in error
+        assert "free some disk space" in error or name == ".lock"
         assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 

@@ -105,3 +105,16 @@ def test_the_tokenizer_of_another_model_is_refused(
         assert f"{other}/{file}: " in words and str(source) in words
         assert not (tmp_path / "x").exists()
     convert(*line, hf_data)
+
+
+def test_the_tokenizer_comes_through_the_branch_s_layout(converted, tmp_path, capsys, caplog):
+    path, folder = converted("top2")
+    convert(path, tmp_path / "b" / "x.pt", "--to", "branch", "--weights-only")
+    convert(tmp_path / "b" / "x.pt", tmp_path / "hf", "--to", "hf")
+    name = "tokenizer.json"
+    assert (tmp_path / "hf" / name).read_bytes() == (folder / name).read_bytes()
+    convert(tmp_path / "b" / "x.pt", tmp_path / "o" / "x.pt")  # the optimizer state is no matter
+    assert "updates are counted" not in caplog.text
+    (tmp_path / "b" / "vocab.bpe").write_text("#version: 0.2\n")  # of another model
+    line = (tmp_path / "b" / "x.pt", tmp_path / "other", "--to", "hf", "--data", tmp_path / "b")
+    assert "b/vocab.bpe: does not belong to the tokenizer of" in mistake(capsys, *line)

@@ -73,7 +73,7 @@ def test_an_optimizer_state_of_other_parameters_is_refused(run, tmp_path, capsys
 def test_to_the_branch_and_back(data, run, tmp_path):
     source, losses = run(MOE)
     convert(source, tmp_path / "x.pt", "--to", "branch", "--rank-files", 2)
-    names = ["x-rank-0.pt", "x-rank-1.pt", "x-shared.pt"]
+    names = ["dict.txt", "x-rank-0.pt", "x-rank-1.pt", "x-shared.pt"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     convert(tmp_path / "x.pt", tmp_path / "back.pt")
     before, after = load(source), load(tmp_path / "back.pt")
