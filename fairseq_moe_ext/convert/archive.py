@@ -163,9 +163,13 @@ def read_safetensors(path: str) -> Dict[str, Tensor]:
                 raise ValueError("no header")
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
-        ends = [entry["data_offsets"][1] for entry in header.values()]
-        if 8 + length + max(ends, default=0) != size:
-            raise ValueError(f"{8 + length + max(ends, default=0):,} bytes expected")
+        end = 0
+        for start, following in sorted(entry["data_offsets"] for entry in header.values()):
+            if start != end or following < start:
+                raise ValueError(f"tensors overlap or leave a gap at byte {end:,}")
+            end = following
+        if 8 + length + end != size:
+            raise ValueError(f"{8 + length + end:,} bytes expected")
         # torch.from_file takes only paths in UTF-8
         whole = torch.from_numpy(numpy.memmap(path, numpy.uint8, mode="c"))
         tensors = {}
@@ -177,7 +181,7 @@ def read_safetensors(path: str) -> Dict[str, Tensor]:
                 part = part.clone()  # the format does not promise that tensors are aligned
             tensors[name] = part.view(dtype).view(entry["shape"])
         return tensors
-    except (KeyError, TypeError, ValueError, RuntimeError, struct.error) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, struct.error) as error:
         raise UserError(
             f"{path}: truncated or not a safetensors file ({size:,} bytes; "
             f"{str(error).splitlines()[0]}); copy it again"

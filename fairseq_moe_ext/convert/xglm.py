@@ -92,19 +92,22 @@ def settings_of(path: str, config: Dict[str, Any]) -> Dict[str, Any]:
                 "so it cannot be converted; name another model"
             )
     names = {theirs: ours for ours, theirs in _ACTIVATIONS.items()}
-    if config["activation_function"] not in names:
+    if str(config["activation_function"]) not in names:
         raise UserError(
             f"{path}: activation_function {config['activation_function']} is not one of "
             f"{', '.join(names)}; name another model"
         )
+    dropouts = {"dropout": 0.1, "attention_dropout": 0.1, "activation_dropout": 0.0}
+    dropouts.update({name: config[name] for name in dropouts if name in config})
+    for name, share in dropouts.items():
+        if not isinstance(share, (int, float)):
+            raise UserError(f"{path}: {name} is {share!r}, not a number; copy the file again")
     return {
         **defaults(),
         **ONE_PROCESS,
         "_name": MODEL_NAME,
+        **{name: float(share) for name, share in dropouts.items()},
         "activation_fn": names[config["activation_function"]],
-        "dropout": float(config.get("dropout", 0.1)),
-        "attention_dropout": float(config.get("attention_dropout", 0.1)),
-        "activation_dropout": float(config.get("activation_dropout", 0.0)),
         "decoder_embed_dim": config["d_model"],
         "decoder_ffn_embed_dim": config["ffn_dim"],
         "decoder_layers": config["num_layers"],

@@ -1,5 +1,7 @@
 """What is written is what torch reads, and memory does not grow with it."""
 
+import json
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,8 @@ import torch
 from converting import same
 from small_models import VOCABULARY
 
-from fairseq_moe_ext.convert.archive import Lazy, write_torch
+from fairseq_moe_ext.convert.archive import Lazy, read_safetensors, write_torch
+from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.moe.experts import TensorPerExpert
 
 
@@ -74,3 +77,35 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     status, megabytes = done.stdout.splitlines()[-1].split()
     assert status == "0" and size > 250e6
     assert float(megabytes) < 100
+
+
+def header_of(*offsets):
+    """A safetensors header of tensors that lie between these bytes."""
+    shapes = [[places[1] - places[0]] if places else [] for places in offsets]
+    return {
+        str(number): {"dtype": "U8", "shape": shape, "data_offsets": places}
+        for number, (shape, places) in enumerate(zip(shapes, offsets))
+    }
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        12,
+        header_of([]),
+        header_of([-4, 0], [0, 8]),
+        header_of([0, 4], [0, 8]),  # one overlaps the other
+        header_of([4, 8]),
+        header_of([0, 4]),
+    ],
+)
+def test_a_safetensors_file_whose_header_is_none(tmp_path, header):
+    text = json.dumps(header).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
+    with pytest.raises(UserError, match="^.*: truncated or not a safetensors file"):
+        read_safetensors(str(path))
+    text = json.dumps(header_of([4, 8], [0, 4])).encode()  # in any order
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(range(8)))
+    found = {name: value.tolist() for name, value in read_safetensors(str(path)).items()}
+    assert found == {"0": [4, 5, 6, 7], "1": [0, 1, 2, 3]}

@@ -59,6 +59,8 @@ def test_xglm_without_transformers(data, run, tmp_path):
         ({"pad_token_id": 0}, "pad_token_id is 0"),
         ({"vocab_size": 7}, "vocab_size 7"),
         ({"activation_function": "silu"}, "silu is not one of gelu"),
+        ({"activation_function": ["gelu"]}, "['gelu'] is not one of gelu"),
+        ({"dropout": None}, "dropout is None, not a number"),
         ({"model_type": "opt"}, "model_type is opt, not xglm"),
         ({"num_layers": 3}, "missing"),
         ({"ffn_dim": 20}, "does not fit"),
@@ -73,6 +75,15 @@ def test_an_xglm_that_does_not_fit(run, tmp_path, capsys, change, words):
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     assert words in mistake(capsys, tmp_path / "hf", tmp_path / "x.pt", "--from", "xglm")
     assert not (tmp_path / "x.pt").exists()
+
+
+def test_a_part_of_config_json_that_is_not_ours(run, tmp_path):
+    source, _ = run(DENSE)
+    convert(source, tmp_path / "hf", "--to", "xglm")
+    path = tmp_path / "hf" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "fairseq": "x"}))
+    convert(tmp_path / "hf", tmp_path / "x.pt", "--from", "xglm")
+    assert load(tmp_path / "x.pt")["task_state"] == {}
 
 
 @pytest.mark.parametrize(
