@@ -115,8 +115,11 @@ def _numbered(folder: str) -> Iterator[Tuple[int, str]]:
 
 
 def mean_of(sources: Sequence[Any]) -> Any:
-    """A Source of the mean weights; everything else is from the last checkpoint. UserError if the
-    models differ."""
+    """A Source of the mean weights. Everything else is from the last checkpoint, except what is
+    true only of its weights: results, and --store-ema's second model. UserError if the models
+    differ."""
+    from .source import without
+
     last = copy(sources[-1])
     for other in sources[:-1]:
         _check_settings(other, last)
@@ -126,6 +129,7 @@ def mean_of(sources: Sequence[Any]) -> Any:
         name: _mean(name, [source.model[name] for source in sources], made) for name in last.model
     }
     last.optimizer = None
+    last.rest = without(last.rest, "val_loss", "best", "ema")
     return last
 
 

@@ -62,7 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="number of files of experts for --to branch (default: 1)",
     )
     parser.add_argument(
-        "--weights-only", action="store_true", help="do not write the optimizer state"
+        "--weights-only",
+        action="store_true",
+        help="do not write the optimizer state, nor --store-ema's second model",
     )
     parser.add_argument(
         "--dtype", metavar="TYPE",
@@ -114,6 +116,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _convert(args: argparse.Namespace) -> None:
     from fairseq_moe_ext.convert import hf, readers, targets, upcycle, writing
+    from fairseq_moe_ext.convert.source import without
 
     extras: Any = hf_flags.extras(args) if args.to in hf_flags.FOLDERS else None
     if args.layout is not None:
@@ -124,6 +127,8 @@ def _convert(args: argparse.Namespace) -> None:
     if args.upcycle:
         settings = _sparse_settings(args, source.path, source.settings, source.vocabulary)
         source = upcycle.upcycle(source, settings, args.noise, args.seed)
+    if args.weights_only:
+        source.rest = without(source.rest, "ema")
     if args.dtype is not None:
         source.model = targets.cast(source.model, DTYPES[args.dtype])
     if args.to in hf_flags.FOLDERS:

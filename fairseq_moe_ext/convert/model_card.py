@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..shape import context_length, shape_of
 from ..text_table import markdown
 from ..wording import short, small
-from .source import Source, best_metric
+from .source import Source, best_metric, last_history
 
 _SETTINGS = {
     "optimization": ("lr", "max_update", "clip_norm", "update_freq"),
@@ -110,14 +110,17 @@ def _training(source: Source) -> List[List[str]]:
     """What the checkpoint knows of its training; the first lines are results."""
     rest = source.rest
     extra = rest.get("extra_state") or {}
-    history = (rest.get("optimizer_history") or [{}])[-1] or {}
+    history = last_history(rest)
     corpora = (rest.get("task_state") or {}).get("trained_corpora")
+    on = ("corpora", ", ".join(map(str, corpora)) if corpora else None)
+    if not history.get("num_updates"):  # as show.py
+        return _rows([on]) or [["", "not recorded in the checkpoint"]]
     facts: List[Tuple[str, Any]] = [
-        ("updates", history.get("num_updates")),
-        ("epoch", trained.epoch(extra, history.get("num_updates"))),
+        ("updates", history["num_updates"]),
+        ("epoch", trained.epoch(extra, history["num_updates"])),
         ("hours", _hours(extra.get("previous_training_time"))),
         (f"best validation {best_metric(rest)}", _rounded(extra.get("best"))),
-        ("corpora", ", ".join(map(str, corpora)) if corpora else None),
+        on,
         ("criterion", history.get("criterion_name")),
     ]
     cfg = rest.get("cfg") or {}
@@ -129,8 +132,11 @@ def _training(source: Source) -> List[List[str]]:
             value = settings.get(name, flat.get(group if name == "_name" else name))
             label = group.replace("_", " ") if name == "_name" else name.replace("_", " ")
             facts.append((label, value))
-    rows = [[name, _cell(value)] for name, value in facts if value not in (None, "", [], {})]
-    return rows or [["", "not recorded in the checkpoint"]]
+    return _rows(facts)
+
+
+def _rows(facts: Sequence[Tuple[str, Any]]) -> List[List[str]]:
+    return [[name, _cell(value)] for name, value in facts if value not in (None, "", [], {})]
 
 
 def check(evaluation: Any, path: str, where: str) -> None:

@@ -359,8 +359,7 @@ class FairseqMoeForCausalLM(FairseqMoePreTrainedModel, GenerationMixin):
         Args:
             labels: (B, T), the input tokens; -100 counts nowhere. In training, the loss
                 includes `router_aux_loss_coef` times the balancing loss.
-            num_items_in_batch: tokens that count in all batches of an update, on all devices;
-                the loss is this batch's share, so that their sum is the update's.
+            num_items_in_batch: tokens that count in an update, of which this is one batch.
             past_key_values, cache: one thing by its names of earlier and later transformers.
         """
         output, aux_loss = self.model(

@@ -76,11 +76,16 @@ def facts(path: str) -> Dict[str, Any]:
 
 def _training(rest: Dict[str, Any]) -> Dict[str, Any]:
     from ..checkpoint import trained
-    from .source import best_metric
+    from .source import best_metric, last_history
 
-    history = (rest.get("optimizer_history") or [{}])[-1]
+    history = last_history(rest)
     extra = rest.get("extra_state") or {}
     updates = history.get("num_updates")
+    if (
+        not updates
+    ):  # not trained since it was made, or weights only: the rest is fairseq's defaults
+        corpora = (rest.get("task_state") or {}).get("trained_corpora")
+        return {"updates": 0, **({"corpora": corpora} if corpora else {})}
     summary = {
         "updates": updates,
         "epoch": trained.epoch(extra, updates),
@@ -101,7 +106,8 @@ def _training(rest: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def _writer(path: str, files: List[str]) -> str:
-    from ..branch.files import find
+    from ..branch.files import find, flat_settings
+    from ..models.architectures import is_ours
 
     if find(path) is not None:
         return f"fairseq's moe branch or in its format, {count(len(files), 'file')}"
@@ -112,9 +118,8 @@ def _writer(path: str, files: List[str]) -> str:
     state = load_weights_only(path, map_location="cpu", mmap=True)
     manifest = Manifest.read(path, state)
     if manifest is not None:
-        world = count(manifest.world_size, "process").replace("processs", "processes")
-        return f"fairseq_moe_ext {manifest.code}, {world}"
-    known = "tokenizer" in (state.get("task_state") or {})
+        return manifest.code
+    known = is_ours(flat_settings(state)) or "tokenizer" in (state.get("task_state") or {})
     known = known or "dictionary_fingerprint" in (state.get("task_state") or {})
     return "fairseq_moe_ext" if known else "fairseq, or an older fairseq_moe_ext"
 
@@ -140,7 +145,7 @@ def _table(summary: Dict[str, Any]) -> Dict[str, str]:
     for name, words in (("validation_loss", "validation"), ("best", "best")):
         if training.get(name) is not None:
             done.append(f"{words} {training['best_checkpoint_metric']} {training[name]:.4g}")
-    table["training"] = ", ".join(done) or "none"
+    table["training"] = ", ".join(done) or "not recorded"
     shown = {"updates", "tokens", "epoch", "seconds"}
     shown |= {"best_checkpoint_metric", "validation_loss", "best"}
     table["with"] = ", ".join(

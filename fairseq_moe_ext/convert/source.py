@@ -108,6 +108,19 @@ def fresh_rest(cfg: Dict[str, Any]) -> Dict[str, Any]:
     return {"args": None, "cfg": cfg, "criterion": None, "task_state": {}, **deepcopy(BARE)}
 
 
+def last_history(rest: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a checkpoint says of the optimizer of its last run. Its num_updates are 0 where the file
+    was made without training, or has only weights: then its settings of training may be
+    nobody's."""
+    return (rest.get("optimizer_history") or [{}])[-1] or {}
+
+
+def without(rest: Mapping[str, Any], *names: str) -> Dict[str, Any]:
+    """The state without these parts of `extra_state`."""
+    extra = rest.get("extra_state") or {}
+    return {**rest, "extra_state": {k: v for k, v in extra.items() if k not in names}}
+
+
 def best_metric(rest: Mapping[str, Any]) -> str:
     """Name of the metric whose values a checkpoint keeps as `val_loss` and `best`."""
     cfg = (rest.get("cfg") or {}).get("checkpoint") or {}

@@ -12,6 +12,7 @@ import torch
 from converting import DENSE, MOE, convert, load, logits
 from training import TRAIN, train_on
 
+from fairseq_moe_ext.checkpoint.collective import code_version
 from fairseq_moe_ext.cli import main
 from fairseq_moe_ext.convert import model_card, readers, writing
 from fairseq_moe_ext.convert.average import mean_of
@@ -109,12 +110,13 @@ def nothing_read(monkeypatch):
     [
         ("{t}/none.pt", "none.pt: no such checkpoint"),
         ("{b} --expert-files 3", "--expert-files 3 does not divide the 4 experts"),
+        ("{dense}", "are different models: moe_expert_count is 4 and 0"),
     ],
 )
 def test_no_checkpoint_is_read_before_a_mistake(saved, tmp_path, capsys, nothing_read, more, words):
     a, b, _ = saved(MOE)
-    line = f"average {a} {more.format(t=tmp_path, b=b)} --output {tmp_path}/m.pt"
-    assert main(line.split()) == 1
+    more = more.format(t=tmp_path, b=b, dense=saved(DENSE)[0])
+    assert main(f"average {a} {more} --output {tmp_path}/m.pt".split()) == 1
     assert words in capsys.readouterr().err
 
 
@@ -153,6 +155,12 @@ def test_nothing_is_read_where_a_training_is_in_the_way(
         ("{a} {b} --output {t}/m", "must end in .pt"),
         ("{a} {b} --output {t}/m-rank-1.pt", "--output {t}/m-rank-1.pt: would be read as a part"),
         ("{a} {b} --output {a}", "is also an input"),
+        ("{a} {b} --output {t}/f.pt --overwrite", "--output {t}/f.pt: is a folder; name a file"),
+        ("{a} {b} --output {t}/link.pt --overwrite", "link.pt: is a link to {there}; name that"),
+        (
+            "{dense} {dense2} --output {t}/m.pt --expert-files 2",
+            "distribute: remove --expert-files\n",
+        ),
         ("{a} {dense} --output {t}/m.pt", "are different models"),
         ("{a} {half} --output {t}/m.pt", "are different models"),
         ("{a} {t}/none.pt --output {t}/m.pt", "none.pt: no such checkpoint"),
@@ -171,10 +179,11 @@ def test_mistakes_are_one_line(saved, tmp_path, capsys, line, words):
     there.write_bytes(b"mine")
     half = tmp_path / "half.pt"
     convert(b, half, "--dtype", "float16")
+    (tmp_path / "f.pt").mkdir()
+    (tmp_path / "link.pt").symlink_to(there)
     before = sorted(tmp_path.rglob("*"))
-    names = dict(
-        a=a, b=b, folder=a.parent, dense=saved(DENSE)[0], half=half, t=tmp_path, there=there
-    )
+    names = dict(a=a, b=b, folder=a.parent, half=half, t=tmp_path, there=there)
+    names.update(dense=saved(DENSE)[0], dense2=saved(DENSE)[1])
     capsys.readouterr()
     assert main(["average", *line.format(**names).split()]) == 1
     error = capsys.readouterr().err
@@ -208,6 +217,59 @@ def test_models_that_compute_differently_are_refused(saved, name, value):
         return
     with pytest.raises(UserError, match=f"are different models: {name} is .* and {value}; average"):
         mean_of([one, other])
+
+
+def test_a_checkpoint_is_averaged_with_one_that_came_through_the_branch(saved, tmp_path):
+    a, b, _ = saved(MOE)
+    convert(a, tmp_path / "x.pt", "--to", "branch", "--weights-only")
+    convert(tmp_path / "x.pt", tmp_path / "a.pt", "--weights-only")
+    average(tmp_path / "a.pt", b, "--output", tmp_path / "mean.pt")
+    expected = plain_mean([a, b])
+    found = load(tmp_path / "mean.pt")["model"]
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_what_is_true_of_the_last_checkpoint_alone_is_not_said_of_the_mean(saved, tmp_path):
+    """Nor is the second model of --store-ema kept with weights only."""
+    paths = saved(MOE)[:2]
+    state = load(paths[1])
+    state["extra_state"].update(val_loss=3.5, best=3.25, ema=state["model"])
+    torch.save(state, tmp_path / "x.pt")
+    average(paths[0], tmp_path / "x.pt", "--output", tmp_path / "mean.pt")
+    mean = load(tmp_path / "mean.pt")["extra_state"]
+    gone = {"val_loss", "best", "ema"}
+    assert mean.keys() == state["extra_state"].keys() - gone
+    convert(tmp_path / "x.pt", tmp_path / "half.pt", "--dtype", "fp16")
+    assert gone <= load(tmp_path / "half.pt")["extra_state"].keys()
+    for flags in ([], ["--expert-files", 2], ["--to", "branch"]):
+        name = "b.pt" if "branch" in flags else "y.pt"
+        convert(tmp_path / "x.pt", tmp_path / name, "--weights-only", "--overwrite", *flags)
+        kept = load(tmp_path / name.replace("b.pt", "b-shared.pt"))["extra_state"]
+        assert "ema" not in kept and kept["best"] == 3.25
+
+
+def test_no_training_is_told_of_a_model_that_was_not_trained(saved, tmp_path, capsys):
+    """The settings in its file are fairseq's defaults, or those of the dense model's run."""
+    path = saved(DENSE)[1]
+    convert(path, tmp_path / "hf", "--to", "hf", "--no-tokenizer")
+    assert "| criterion | " in (tmp_path / "hf" / "README.md").read_text()
+    convert(tmp_path / "hf", tmp_path / "back.pt", "--from", "hf")
+    convert(path, tmp_path / "up.pt", "--upcycle", "--moe-expert-count", 2)
+    convert(path, tmp_path / "b.pt", "--weights-only")
+    for name in ("back.pt", "up.pt"):
+        capsys.readouterr()
+        assert main(["show", str(tmp_path / name)]) == 0
+        out = capsys.readouterr().out
+        assert "training    not recorded\n" in out and "\nwith " not in out
+        assert "written by  fairseq_moe_ext\n" in out
+        assert training_of(tmp_path / name, capsys) == {"updates": 0}
+        convert(tmp_path / name, tmp_path / "card", "--to", "hf", "--no-tokenizer", "--overwrite")
+        card = (tmp_path / "card" / "README.md").read_text()
+        facts = card.partition("## Training")[2].partition("## ")[0]
+        assert "not recorded in the checkpoint" in facts
+        assert not re.search("updates|epoch|criterion|lr|seed", facts)
+    capsys.readouterr()
+    assert training_of(tmp_path / "b.pt", capsys)["updates"] == 8
 
 
 def test_the_metric_of_the_best_checkpoint_is_named(saved, tmp_path, capsys):
@@ -266,6 +328,7 @@ def test_show_says_what_a_checkpoint_is(saved, tmp_path, capsys):
     capsys.readouterr()
     assert main(["show", str(tmp_path / "x.pt"), "--settings"]) == 0
     out = capsys.readouterr().out
+    assert f"written by  {code_version()}\n" in out
     assert "3 files" in out and "bfloat16" in out and "4 experts in layers 1, top 2" in out
     assert "8 updates, 512 tokens" in out and "moe_expert_count = 4" in out
     convert(path, tmp_path / "b.pt", "--to", "branch")
