@@ -151,10 +151,9 @@ def files_there(folder: str) -> List[str]:
     such files in a folder without a converted model."""
     names = sorted(os.listdir(folder))
     found = [name for name in names if name in FILES or is_weights(name)]
-    others = [name for name in found if name != CARD]
-    if others and CONFIG not in found and not any(map(is_weights, found)):
+    if found and CONFIG not in found and not any(map(is_weights, found)):
         raise UserError(
-            f"{folder}: contains {others[0]}, but no model for transformers: choose another folder"
+            f"{folder}: contains {found[0]}, but no model for transformers: choose another folder"
         )
     shared = any(name.endswith((".pt", ".idx")) for name in names)
     return [name for name in found if not (shared and name in NAMES)]

@@ -345,14 +345,15 @@ def test_mistakes(converted, tmp_path, capsys, monkeypatch, flags, words):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_lies_in_the_folder_is_not_replaced(converted, tmp_path, capsys):
-    (tmp_path / "README.md").write_text("mine")
-    assert "README.md: exists" in mistake(capsys, converted("top2")[0], tmp_path, "--to", "hf")
-    assert (tmp_path / "README.md").read_text() == "mine"
+def test_an_earlier_model_is_kept_without_overwrite(converted, capsys):
+    path, folder = converted("top2")
+    before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
+    assert "README.md: exists; choose another" in mistake(capsys, path, folder, "--to", "hf")
+    assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == before
 
 
 @pytest.mark.parametrize(
-    "files", ["dict.txt x.pt", "encoder.json", "tokenizer.json", "dict.txt a.idx"]
+    "files", ["README.md", "dict.txt x.pt", "encoder.json", "tokenizer.json", "dict.txt a.idx"]
 )
 def test_a_folder_of_something_else_is_kept(converted, tmp_path, capsys, files):
     for name in files.split():
