@@ -2,13 +2,15 @@
 
 Parametrised over the registered routers: a new one is tested once router_loops.py has its loop."""
 
+import itertools
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from closeness import assert_near
-from router_layers import COUNTS, NAMES, VOCABULARY, adapted, batch, layer_of, observed
+from router_layers import COUNTS, NAMES, VOCABULARY, adapted, batch, layer_of, observed, settings_of
 from router_loops import LOOPS, Case, balance, best_assignment, l1
 
 from fairseq_moe_ext.convert import experts_fairseq_moe
@@ -121,6 +123,47 @@ def compare(name, layer, x, ids, padding, case):
     expected = torch.autograd.grad(true_total, [true, *parameters], **given)
     for grad, right in zip(torch.autograd.grad(total, [ours, *parameters], **given), expected):
         assert_near(grad, right, 1e-8, "gradient", scale=1 + float(right.abs().max()))
+
+
+@pytest.mark.parametrize("normalize", ["before", "after", "none"])
+@pytest.mark.parametrize("factor", [0.5, 1.0])
+@pytest.mark.parametrize("name", ["topk", "sinkhorn", "hash", "random"])
+def test_a_capacity_drops_who_comes_last(name, factor, normalize):
+    """A queue for each expert: all first choices, then all second ones. Padding stands in none."""
+    dropped = 0
+    for k, training, seed in itertools.product((1, 2, 3), (True, False), range(2)):
+        way = normalize if k > 1 and name != "hash" else "none"
+        settings = settings_of(name, k, normalize_weights=way)
+        settings = settings._replace(
+            dropless=False, capacity_factor=factor, eval_token_fraction=-1.0
+        )
+        layer = layer_of(name, settings=settings, seed=seed).train(training)
+        x, ids = batch(12, seed)
+        padding = torch.zeros(12, dtype=torch.bool)
+        padding[[1, 4, 7]] = True
+        case = Case(
+            k, training, normalize=way == "before", padding=padding.tolist(), tokens=ids.tolist(),
+            counts=COUNTS,
+        )  # fmt: skip
+        logits = x.new_zeros(12, 4) if name == "hash" else layer.gate.wg(x).detach()
+        choices = LOOPS[name](logits, case)
+        room = [max(1, int(factor * math.ceil(9 / 4)))] * 4
+        kept = [[] for _ in range(12)]
+        for rank, token in itertools.product(range(k), range(12)):
+            for e, weight in choices[token][rank : rank + 1]:
+                room[e] -= 1
+                if room[e] >= 0:
+                    kept[token].append((e, weight))
+                dropped += room[e] < 0
+        found = layer(x, padding, token_ids=ids).out
+        for token, mine in enumerate(kept):
+            total = sum(weight for _, weight in mine) if way == "after" else 1.0
+            out, experts = torch.zeros_like(x[token]), layer.experts
+            for e, weight in mine:
+                hidden = F.gelu(experts.fc1.weight[e] @ x[token] + experts.fc1.bias[e])
+                out += weight / total * (experts.fc2.weight[e] @ hidden + experts.fc2.bias[e])
+            assert_near(found[token], out, 1e-12, "out")
+    assert dropped > 20
 
 
 @pytest.mark.parametrize("experts", [2, 4])
