@@ -98,7 +98,7 @@ ALLOWED = {
             """,
         "evaluation": """
             evaluation branch checkpoint config config_checks cost data_bin data_bin_files
-            literals models shape
+            expert_parallel literals models shape
             """,
     }.items()
 }

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
@@ -10,6 +11,7 @@ import torch
 
 from .. import data_bin, files, literals
 from ..errors import UserError
+from ..expert_parallel import process_rank
 
 if TYPE_CHECKING:
     from fairseq.models import FairseqLanguageModel
@@ -80,7 +82,8 @@ def language_modeling_task(folder: Path, tokens_per_sample: int) -> "LanguageMod
 def load_model(
     path: Path, task: Any, overrides: Optional[Dict[str, Any]] = None
 ) -> Tuple["FairseqLanguageModel", Any]:
-    """The model of a checkpoint, for evaluation, and its saved settings.
+    """The model of a checkpoint, for evaluation, and its saved settings. A line on stderr warns of
+    a router that looks at later tokens.
 
     Args:
         path: as fairseq-eval-lm's --path.
@@ -96,6 +99,14 @@ def load_model(
         raise UserError(
             f"--path {path}: trained with --add-bos-token, but this command starts no text with "
             "<s>: evaluate it with fairseq-eval-lm"
+        )
+    balanced = any(moe.gate.settings.balanced_evaluation for moe in moe_layers(model).values())
+    if balanced and process_rank() == 0:
+        print(
+            f"{path}: has --moe-base-evaluation balanced, so that a token's score depends on later "
+            "tokens and on the rest of its batch: add --model-overrides "
+            "\"{'moe_base_evaluation': 'greedy'}\"",
+            file=sys.stderr,
         )
     return model.eval(), saved
 

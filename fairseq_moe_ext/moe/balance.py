@@ -86,7 +86,8 @@ def balance_loss(
 
 def sequence_balance_loss(routing: Routing, length: int, scope: RoutingScope = PROCESS) -> Tensor:
     """balance_loss of each sequence separately (DeepSeek-V3, arXiv 2412.19437, equations 17 to 20),
-    averaged over sequences with their counted tokens in scope as weights.
+    averaged over sequences with their counted tokens in scope as weights. As in balance_loss, of
+    one or two choices the first counts; in the paper all do.
 
     length: tokens per sequence; the T tokens are the concatenated sequences. Returns a scalar.
     """

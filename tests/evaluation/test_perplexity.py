@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from fairseq import checkpoint_utils
 from small_models import MOE, build_model
 from training import fairseq, prepare_near_and_far
 
@@ -44,6 +45,18 @@ def test_every_token_is_scored_once_as_a_plain_loop_does(length, context, stride
         for i in range(new, end):
             expected = -torch.log_softmax(logits[i - begin], 0)[text.tokens[i]]
             assert got.nll[i] == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("how", ["greedy", "balanced"])
+def test_a_router_that_looks_ahead_is_warned_of(monkeypatch, capsys, how):
+    router = dict(moe_router="base", moe_balance="none", moe_base_evaluation=how)
+    flags = {**MOE, **router, "moe_second_expert_policy": "sampling"}
+    model = build_model(**flags)
+    monkeypatch.setattr(checkpoint_utils, "load_model_ensemble", lambda *a, **k: ([model], None))
+    assert load_model("x.pt", None)[0] is model
+    warned = capsys.readouterr().err
+    assert warned.startswith("x.pt: has --moe-base-evaluation balanced") == (how == "balanced")
+    assert len(warned.splitlines()) == (how == "balanced")
 
 
 def test_dropped_choices_are_counted():
