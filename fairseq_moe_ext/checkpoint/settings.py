@@ -68,7 +68,8 @@ _SIZES = {
     "moe_shared_experts",
 }
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.self_attn\.")
-_RESOLVER = re.compile(r"\$\{[^}]*:")  # omegaconf's, as ${oc.env:HOME}
+# omegaconf's: another setting's value, as ${common.fp16}; not what calls, as ${oc.env:HOME}
+_REFERENCE = re.compile(r"\$\{[\w.]+\}")
 
 
 def check_settings(path: str, state: Dict[str, Any]) -> None:
@@ -281,7 +282,7 @@ def _fits(value: Any, kind: Any) -> bool:
 def _is_plain(value: Any) -> bool:
     """Whether a value contains only numbers and strings, none of which calls a resolver."""
     if isinstance(value, str):
-        return _RESOLVER.search(value) is None
+        return "${" not in _REFERENCE.sub("", value)
     if isinstance(value, Namespace):
         value = vars(value)
     if isinstance(value, dict):

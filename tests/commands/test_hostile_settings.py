@@ -60,6 +60,8 @@ OUT_OF_MODEL = [
     ("optimizer", "adam_eps", "PAYLOAD"),
     ("common", "seed", "PAYLOAD"),
     ("common", "user_dir", "${oc.env:HOME}"),
+    ("common", "user_dir", "${${model.a}:HOME}"),  # with model.a = "oc.env"
+    ("common", "user_dir", "x${"),
     ("model", "decoder_layers", "PAYLOAD"),
     ("model", "decoder_layers", [2]),
     ("model", "dropout", {"a": 1}),
