@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import time
+from datetime import timedelta
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
@@ -213,6 +214,15 @@ def collective_device() -> torch.device:
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
+_limit: Optional[timedelta] = None  # of a collective of experts; None: torch's own
+
+
+def limit_groups(limit: Optional[timedelta]) -> None:
+    """Set how long processes that hold experts wait for each other."""
+    global _limit
+    _limit = limit
+
+
 @functools.cache
 def _groups(
     num_experts: int, world_size: int, rank: int, world: Any
@@ -224,7 +234,7 @@ def _groups(
     groups: Dict[Tuple[int, ...], dist.ProcessGroup] = {}
     # Each process must take part in making each group, in the same order.
     for ranks in sorted({p.holders for p in placements} | {p.replicas for p in placements}):
-        groups[ranks] = dist.new_group(list(ranks))
+        groups[ranks] = dist.new_group(list(ranks), timeout=_limit)
     return groups[own.holders], groups[own.replicas]
 
 

@@ -10,7 +10,7 @@ from .registry import View
 
 def gather(stock, data, group=None, max_size=16384):
     """Criterions whose logs cannot be summed gather them through CUDA buffers; here torch's own
-    function does it."""
+    function does it, for objects of any size."""
     import torch.distributed
     from fairseq.distributed import utils
     from fairseq.utils import move_to_cpu

@@ -1,19 +1,23 @@
 """N processes equal one: the layer, its losses, figures and gradients."""
 
 from datetime import timedelta
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from expert_layers import SETTINGS, TOKENS, assert_same, build, combined, inputs, step
+from fairseq.distributed import utils as distributed_utils
 from processes import end_processes, run_processes
 from waits import Waits
 
+from fairseq_moe_ext import expert_parallel
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.expert_parallel import ExpertParallel, WorldScope, placement
 from fairseq_moe_ext.kernels.expert_ffn import by_expert
 from fairseq_moe_ext.moe import experts as moe_experts
+from fairseq_moe_ext.patches import commands
 
 
 @pytest.mark.parametrize("experts, world", [(8, 2), (4, 4), (2, 4), (1, 3), (6, 1), (2, 8)])
@@ -151,3 +155,20 @@ def world_after_world(rank, folder):
 def test_a_second_world_in_one_process_has_its_own_groups(tmp_path):
     assert run_processes(2, world_after_world, str(tmp_path)) == [[(2.0, [0, 1])] * 2] * 2
     end_processes(2)  # fairscale keeps groups of the world that has ended
+
+
+@pytest.mark.parametrize("seconds", [5, -1])
+def test_every_group_has_the_limit_of_heartbeat_timeout(seconds, monkeypatch):
+    """A new group has torch's own limit, whatever that of the processes' first group is."""
+    limits = []
+    monkeypatch.setattr(dist, "new_group", lambda ranks=None, timeout=None: limits.append(timeout))
+    monkeypatch.setattr(distributed_utils.get_global_group, "_global_group", None, raising=False)
+    monkeypatch.setattr("atexit.register", lambda function: None)
+    try:
+        commands.distributed_init(lambda cfg: 0, SimpleNamespace(heartbeat_timeout=seconds))
+        expert_parallel._groups.__wrapped__(4, 2, 0, None)
+    finally:
+        expert_parallel.limit_groups(None)
+    limit = timedelta(seconds=seconds) if seconds > 0 else None
+    # fairseq's own group is made where it is first needed unless it has a limit
+    assert len(limits) == (4 if limit else 3) and set(limits) == {limit}

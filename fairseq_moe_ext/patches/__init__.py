@@ -41,7 +41,6 @@ from . import (
     trainer,
 )
 
-NO_IOPATH = Condition("no iopath", lambda: importlib.util.find_spec("iopath") is None)
 FAIRSCALE = Condition("fairscale", lambda: importlib.util.find_spec("fairscale") is not None)
 _FSDP = "fairseq.distributed.fully_sharded_data_parallel:FullyShardedDataParallel."
 _PLATEAU = "fairseq.optim.lr_scheduler.reduce_lr_on_plateau:ReduceLROnPlateauLRSchedule."
@@ -84,6 +83,11 @@ PATCHES = (
         "a fairseq that hands a timeout on",
     ),
     wrap("fairseq_cli.train:main", commands.train_main, "fairseq_cli/train.py:44@0.12.2"),
+    replace(
+        "fairseq_cli.validate:distributed_utils",
+        commands.gathering_any_size,
+        "fairseq_cli/validate.py:125@0.12.2",
+    ),
     wrap("sys:excepthook", commands.excepthook, "fairseq_cli/generate.py:413@0.12.2"),
     wrap(
         "fairseq.dataclass.initialize:hydra_init",
@@ -356,7 +360,6 @@ PATCHES = (
         checkpoint_io.copying_whole,
         "fairseq/checkpoint_utils.py:125@0.12.2",
         "a fairseq that renames",
-        NO_IOPATH,
     ),
     # ---- evaluation and generation
     wrap(

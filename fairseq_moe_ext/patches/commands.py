@@ -15,7 +15,7 @@ from typing import Any, Callable
 from fairseq_today.errors import UserError, first_line
 from fairseq_today.registry import View
 
-from .. import starting
+from .. import expert_parallel, starting
 from ..checkpoint import starting as checkpoint_starting
 from ..config_checks import refuse_both_of_layers
 from ..errors import OneLineParser, flag_mistake, read_negative_numbers
@@ -255,20 +255,24 @@ def distributed_init(stock, cfg):
 
     That is torch's timeout on Gloo (a stopped machine, a broken network). --heartbeat-timeout
     interrupts Python, which does not end the others. Here it is also the timeout of every
-    collective.
+    collective: of the first group of processes, of fairseq's own and of the experts'.
     """
     import torch.distributed
     from fairseq.distributed import utils
 
     settings = getattr(cfg, "distributed_training", cfg)
     seconds = getattr(settings, "heartbeat_timeout", -1)
+    limit = datetime.timedelta(seconds=seconds) if seconds > 0 else None
     start: Callable[..., None] = torch.distributed.init_process_group
-    if seconds > 0:
-        start = functools.partial(start, timeout=datetime.timedelta(seconds=seconds))
+    if limit is not None:
+        start = functools.partial(start, timeout=limit)
     utils.dist = View(torch.distributed, init_process_group=start)
     try:
         rank = stock(cfg)
         atexit.register(_part)
+        if limit is not None:  # a group has a limit of its own, torch's unless it is given one
+            utils.get_global_group._global_group = torch.distributed.new_group(timeout=limit)
+        expert_parallel.limit_groups(limit)
         return rank
     except RuntimeError as error:
         where = settings.distributed_init_method
@@ -288,6 +292,18 @@ def distributed_init(stock, cfg):
         raise
     finally:
         utils.dist = torch.distributed
+
+
+def gathering_any_size(utils: Any) -> Any:
+    """On GPUs fairseq-validate gathers the logs of all batches of a process in
+    --all-gather-list-size bytes, into which three of our models' fit; it ends where they do not,
+    after all its work. Here torch's own function does it."""
+    from fairseq_today import on_cpu
+
+    def all_gather_list(data, group=None, max_size=0):
+        return on_cpu.gather(None, data, group)
+
+    return View(utils, all_gather_list=all_gather_list)
 
 
 def _part() -> None:

@@ -54,8 +54,8 @@ def main(cfg):
     if dist.get_rank() == 1:
         if sys.argv[1] == "killed":
             os.kill(os.getpid(), 9)
-        time.sleep(60)
-    dist.all_reduce(torch.zeros(1))
+        time.sleep(300)  # longer than its_error waits
+    dist.all_reduce(torch.zeros(1), group=utils.get_global_group())  # as fairseq's reductions
 
 pathlib.Path("ready" + os.environ["RANK"]).touch()
 while sys.argv[1] != "alone" and len(list(pathlib.Path().glob("ready*"))) < 2:
