@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 from . import outputs
+from .errors import UserError
 
 NAME = "metrics.jsonl"
 
@@ -23,14 +24,19 @@ logger = logging.getLogger(__name__)
 
 class MetricsFile:
     """Appends to the file of a run. Lines of updates that a resumed run will log again are removed.
-    If a run starts from scratch, the existing file is renamed, not replaced."""
+    If a run starts from scratch, or from another checkpoint than its last, the existing file is
+    renamed, not replaced."""
 
-    def __init__(self, folder: Path, done: int) -> None:
-        """done: updates that the run has done so far."""
+    def __init__(self, folder: Path, done: int, start: Optional[str] = None) -> None:
+        """
+        Args:
+            done: updates that the run has done so far.
+            start: the checkpoint that it starts from, where that is not its last one.
+        """
         self.path: Optional[Path] = folder / NAME
         try:
-            self._begin(self.path, done)
-        except OSError as error:
+            self._begin(self.path, done, start)
+        except (OSError, UserError) as error:
             self._give_up(error)
 
     def add(self, tag: str, num_updates: int, epoch: int, stats: Dict[str, Any]) -> None:
@@ -46,24 +52,23 @@ class MetricsFile:
         except OSError as error:
             self._give_up(error)
 
-    def _begin(self, path: Path, done: int) -> None:
+    def _begin(self, path: Path, done: int, start: Optional[str]) -> None:
         if not path.is_file():
             return
-        if done == 0:
+        text = path.read_text(encoding="utf-8", errors="replace")
+        kept = "".join(line for line in text.splitlines(keepends=True) if _is_before(line, done))
+        if done == 0 or (start is not None and kept != text):
             number = 1
             while os.path.lexists(path.with_name(f"metrics-{number}.jsonl")):
                 number += 1
             os.rename(path, path.with_name(f"metrics-{number}.jsonl"))
-            return
-        text = path.read_text(encoding="utf-8", errors="replace")
-        kept = [line for line in text.splitlines(keepends=True) if _is_before(line, done)]
-        if "".join(kept) != text:
-            outputs.write_text(path, "".join(kept))
+        ours = start is None or Path(start).resolve().parent == path.parent.resolve()
+        if done > 0 and ours and kept != text:
+            outputs.write_text(path.resolve(), kept)  # it may be a link to another disk
 
-    def _give_up(self, error: OSError) -> None:
-        logger.warning(
-            f"{self.path}: cannot be written ({error.strerror}); training continues without it"
-        )
+    def _give_up(self, error: Exception) -> None:
+        reason = error.strerror if isinstance(error, OSError) else error
+        logger.warning(f"{self.path}: cannot be written ({reason}); training continues without it")
         self.path = None
 
 

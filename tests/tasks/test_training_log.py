@@ -14,6 +14,7 @@ from training import MODEL, fairseq, make_data
 
 from fairseq_moe_ext import metrics_file, training_line
 from fairseq_moe_ext.config import MoETransformerLMConfig
+from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.patches.progress import group_of
 
 
@@ -155,6 +156,44 @@ def test_training_goes_on_where_the_file_cannot_be_written(tmp_path, caplog):
     file.add("train_inner", 1, 1, {"loss": 1.0})
     file.add("train_inner", 2, 1, {"loss": 1.0})
     assert caplog.text.count("training continues without") == 1
+
+
+def write_updates(folder, count):
+    records = (json.dumps({"tag": "train_inner", "num_updates": n}) for n in range(1, count + 1))
+    (folder / "metrics.jsonl").write_text("".join(f"{record}\n" for record in records))
+
+
+def test_a_run_from_an_earlier_checkpoint_keeps_the_record_of_the_later_updates(tmp_path):
+    write_updates(tmp_path, 5)
+    metrics_file.MetricsFile(tmp_path, 3, str(tmp_path / "checkpoint_1_3.pt"))
+    assert list(numbers(tmp_path / "metrics-1.jsonl")) == [1, 2, 3, 4, 5]
+    assert list(numbers(tmp_path / "metrics.jsonl")) == [1, 2, 3]
+
+
+def test_a_run_from_another_runs_checkpoint_has_its_own_record(tmp_path):
+    write_updates(tmp_path, 5)
+    metrics_file.MetricsFile(tmp_path, 3, "elsewhere/checkpoint_last.pt")
+    assert list(numbers(tmp_path / "metrics-1.jsonl")) == [1, 2, 3, 4, 5]
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_the_file_may_be_a_link(tmp_path):
+    (tmp_path / "large").mkdir()
+    write_updates(tmp_path / "large", 5)
+    (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "large" / "metrics.jsonl")
+    metrics_file.MetricsFile(tmp_path, 3)
+    assert (tmp_path / "metrics.jsonl").is_symlink()
+    assert list(numbers(tmp_path / "large" / "metrics.jsonl")) == [1, 2, 3]
+
+
+def test_training_goes_on_where_the_file_cannot_be_renewed(tmp_path, caplog, monkeypatch):
+    def write_text(path, text):
+        raise UserError(f"{path}: is read-only; name another file")
+
+    write_updates(tmp_path, 5)
+    monkeypatch.setattr(metrics_file.outputs, "write_text", write_text)
+    metrics_file.MetricsFile(tmp_path, 3)
+    assert "is read-only" in caplog.text and "training continues without" in caplog.text
 
 
 def test_infinity_is_null(tmp_path):
