@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .. import fully_sharded
+from .. import context, fully_sharded
 from ..config import MoETransformerLMConfig
 from ..config_checks import validate, validate_scope
 from ..errors import DAMAGED, ModelMisfit, UserError
@@ -188,12 +188,20 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
 
     def upgrade_state_dict_named(self, state_dict: Dict[str, Tensor], name: str) -> None:
         """As stock's; a choice head that the checkpoint lacks, or has for another number of
-        classes, keeps its initial values; one that this model lacks is ignored."""
+        classes, keeps its initial values in training, and is a ModelMisfit in evaluation; one that
+        this model lacks is ignored."""
         super().upgrade_state_dict_named(state_dict, name)
         prefix = f"{name}.choice_head." if name else "choice_head."
         own = {} if self.choice_head is None else self.choice_head.state_dict(prefix=prefix)
         saved = {key for key in state_dict if key.startswith(prefix)}
         if any(key not in saved or state_dict[key].shape != own[key].shape for key in own):
+            built = context.building.get()
+            if built is not None and built.whole:
+                raise ModelMisfit(
+                    "has no head that scores these candidates",
+                    "use questions with the classes that it was trained on, or --choice-scoring "
+                    "sum or mean",
+                )
             logger.info(
                 "starting with a new head to score candidates: the checkpoint has none that fits"
             )

@@ -10,7 +10,7 @@ import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import List, Optional, Sequence, Set
+from typing import Any, Dict, List, Optional, Sequence, Set
 
 import torch
 from fairseq.data import Dictionary
@@ -30,6 +30,7 @@ from .choice_files import NAMES, ChoiceFiles
 
 logger = logging.getLogger(__name__)
 
+_CLASSES = "choice_classes"  # a key in checkpoints
 _METRICS = ("accuracy", "loss", "inner_loss")
 
 
@@ -149,6 +150,23 @@ class MultipleChoiceTask(FairseqTask):
 
     def max_positions(self) -> int:
         return self.cfg.tokens_per_sample
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Like stock's, and the classes in the order of the head's outputs."""
+        state = super().state_dict()
+        return {**state, _CLASSES: list(self.files.classes or ())} if self.outputs > 1 else state
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        """Like stock's. Raises UserError if the head's outputs are of other classes."""
+        rest = dict(state_dict)
+        saved, classes = rest.pop(_CLASSES, None), list(self.files.classes or ())
+        if saved and self.outputs > 1 and classes != saved:
+            raise UserError(
+                f"--choice-data {self.cfg.choice_data}: its classes are {', '.join(classes)}, but "
+                f"the checkpoint's {', '.join(saved)}: use questions of these, and list them in "
+                "this order"
+            )
+        super().load_state_dict(rest)
 
     def build_model(self, cfg: FairseqDataclass, from_checkpoint: bool = False):
         """Like stock's, with a head if it scores. Reads all questions before training, which stock
