@@ -4,7 +4,9 @@ Weights that are NaN or infinite are never saved (`check_weights`), so the newes
 run is good. patches/trainer.py reports it.
 """
 
+import math
 import os
+import re
 from pathlib import Path
 from typing import Any, Iterable, Tuple
 
@@ -13,6 +15,19 @@ from torch import Tensor
 from .errors import UserError
 
 REMEDY = "training diverged; lower --lr or --clip-norm, or lengthen --warmup-updates"
+
+
+def what_is_wrong(text: str) -> str:
+    """What fairseq's FloatingPointError says, in one line. On several GPUs it calls gradients
+    inconsistent also where all are NaN (fairseq/trainer.py:1460@0.12.2)."""
+    first = text.strip().splitlines()[0].rstrip(":. ")
+    norms = re.findall(r"^rank +(\d+) = (\S+)$", text, re.M)
+    if not norms:
+        return f"{first}: {REMEDY}"
+    if not any(math.isfinite(float(norm)) for _, norm in norms):
+        return f"the gradients are NaN or infinite: {REMEDY}"
+    seen = ", ".join(f"{norm} on process {rank}" for rank, norm in norms)
+    return f"{first} (their norm is {seen})"
 
 
 def last_good(folder: str) -> str:

@@ -9,17 +9,16 @@ import importlib.util
 import os
 import re
 from pathlib import Path
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Dict, Mapping
 
 import torch
 from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY, FairseqLanguageModel
-from fairseq.optim import OPTIMIZER_REGISTRY
 from fairseq.tasks import TASK_REGISTRY
 
 from fairseq_today.finding import checkpoint_names_it
 
-from . import data_bin, files, literals, outputs, ranges, wording
+from . import data_bin, files, literals, ours, outputs, ranges, wording
 from .config import MoETransformerLMConfig
 from .errors import UserError
 from .moe.router import ROUTERS
@@ -35,38 +34,30 @@ def check_command_line(args: Any) -> None:
     """
     given = vars(args)
     training = "max_update" in given
-    if not training or _is_ours(given):
+    if not training or ours.are_named(given, optimizer=True):
         check(given, wording.flag, training)
 
 
 def check_run(cfg: Mapping[str, Any]) -> None:
     """Like check_command_line, for the settings of fairseq-hydra-train, by group."""
-    names = {"arch" if g == "model" else g: name_of(inner) for g, inner in cfg.items()}
-    if not _is_ours(names):
+    names = {"arch" if g == "model" else g: ours.name_of(inner) for g, inner in cfg.items()}
+    if not ours.are_named(names, optimizer=True):
         return
-    groups = {name: [group] for group, name, _ in ranges.flatten(cfg)}
-    # These refer to settings of other groups, where the user has set them.
-    referring = ("task", "model", "criterion", "optimizer", "lr_scheduler")
-    for group, name, value in sorted(ranges.flatten(cfg), key=lambda s: s[0] in referring):
+    groups: Dict[str, str] = {}
+    given: Dict[str, Any] = {}
+    # First those that the user sets. A group below may refer to settings of others and of those
+    # that stand before it here.
+    order = ("distributed_training", "task", "criterion", "optimizer", "lr_scheduler", "model")
+    for group, name, value in sorted(
+        ranges.flatten(cfg),
+        key=lambda setting: order.index(setting[0]) if setting[0] in order else -1,
+    ):
         ranges.check({name: value}, f"{group}.{{}}".format)
-    given = {name: value for _, name, value in ranges.flatten(cfg)}
-    check({**given, **names}, lambda name: ".".join([*groups.get(name, []), name]), True)
-
-
-def name_of(group: Any) -> Any:
-    """The name of what a group of settings is for: a criterion, an architecture, ..."""
-    return group.get("_name") if isinstance(group, Mapping) else None
-
-
-def _is_ours(names: Mapping[str, Any]) -> bool:
-    registries = {
-        "arch": ARCH_MODEL_REGISTRY,
-        "task": TASK_REGISTRY,
-        "criterion": CRITERION_REGISTRY,
-        "optimizer": OPTIMIZER_REGISTRY,
-    }
-    classes = [registry.get(names.get(kind)) for kind, registry in registries.items()]
-    return any(cls.__module__.startswith(f"{__package__}.") for cls in classes if cls is not None)
+        given.setdefault(name, value)
+        groups.setdefault(name, group)
+    check(
+        {**given, **names}, lambda name: f"{groups[name]}.{name}" if name in groups else name, True
+    )
 
 
 def check(given: Mapping[str, Any], spell: Spell, training: bool) -> None:
@@ -83,7 +74,7 @@ def check(given: Mapping[str, Any], spell: Spell, training: bool) -> None:
     for name in ("model_overrides", "optimizer_overrides"):
         _check_overrides(given.get(name), spell(name))
     _check_what_is_not_here(given, spell)
-    if training:
+    if training and ours.are_named(given):
         _check_kinds(given, spell)
     evaluating = "context_window" in given or "beam" in given  # not fairseq-validate
     if training or evaluating:  # fairseq-validate has the task of the checkpoint
@@ -213,7 +204,9 @@ def _check_hypotheses(given: Mapping[str, Any], spell: Spell) -> None:
             raise UserError(f"{spell(name)} {given[name]} needs {spell('sampling')}: add it")
     if given.get("score_reference") and "buffer_size" in given:  # fairseq-interactive
         raise UserError(f"{spell('score_reference')} works only in fairseq-generate: remove it")
-    for name, reason in _NOT_IN_GENERATION.items():
+    kind = TASK_REGISTRY.get(given.get("task"))
+    others = kind is not None and given["task"] not in _TASKS and not ours.is_ours(kind)
+    for name, reason in _NOT_IN_GENERATION.items() if not others else ():
         if given.get(name):
             raise UserError(f"{spell(name)}: {reason}: remove it")
 

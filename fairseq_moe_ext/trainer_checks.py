@@ -7,13 +7,14 @@ from typing import Any, Dict, List, Mapping
 
 import torch
 from fairseq.criterions import CRITERION_REGISTRY
+from fairseq.tasks import FairseqTask
 
 from .balance_flags import has_loss
 from .errors import UserError
 from .expert_parallel import process_rank
 from .moe.router import ROUTERS, TopKRouter
+from .ours import name_of
 from .shape import shape_of
-from .starting import name_of
 from .wording import did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -119,6 +120,9 @@ def _check_amp(cfg: Any, model: Any) -> None:
 
 
 def _check_metric(cfg: Any, task: Any) -> None:
+    for method in (type(task).reduce_metrics, type(task).aggregate_logging_outputs):
+        if not method.__module__.startswith((FairseqTask.__module__, f"{__package__}.")):
+            return  # the task logs metrics of its own
     metric = cfg.checkpoint.best_checkpoint_metric
     sparse = isinstance(cfg.model, Mapping) and "moe_freq" in cfg.model
     logged = _logged(cfg.criterion, sparse and bool(shape_of(cfg.model).sparse))
@@ -145,4 +149,6 @@ def _logged(criterion: Any, sparse: bool) -> List[str]:
         report = name.startswith("label") and criterion.get("report_accuracy")
         return stock[name] + (["accuracy"] if report else [])
     kind = CRITERION_REGISTRY.get(name)
-    return kind.logged(criterion, sparse) if hasattr(kind, "logged") else []
+    if not hasattr(kind, "logged") or kind.logged.__module__ != kind.reduce_metrics.__module__:
+        return []  # the latter is of a class derived from ours, and may log more
+    return kind.logged(criterion, sparse)

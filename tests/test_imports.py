@@ -28,8 +28,9 @@ ALLOWED = {
         "config_checks": "balance_flags config ranges router_flags shape",
         "shape": "moe.activations moe.router router_flags",
         "ranges": "literals",
-        "starting": "config data_bin literals moe.router optim ranges",
-        "trainer_checks": "balance_flags expert_parallel moe.router shape starting",
+        "ours": "",
+        "starting": "config data_bin literals moe.router optim ours ranges",
+        "trainer_checks": "balance_flags expert_parallel moe.router ours shape",
         "accuracy": "",
         "cost": "kernels shape",
         "errors": "",
@@ -46,7 +47,7 @@ ALLOWED = {
         "patches": """
             patches branch checkpoint config_checks cost counted data_bin data_bin_files diverging
             expert_parallel fingerprint fully_sharded kernels.dtypes literals metrics_file models
-            moe.balance moe.layer moe.stats shape starting tokenizer_files trainer_checks
+            moe.balance moe.layer moe.stats ours shape starting tokenizer_files trainer_checks
             training_line
             """,
         "patch_list": "patches",

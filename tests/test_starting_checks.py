@@ -480,3 +480,19 @@ def test_a_setting_is_named_where_it_was_set():
     }
     with pytest.raises(UserError, match="^dataset.batch_size 0 is out of range"):
         starting.check_run(cfg)
+
+
+def test_a_conflict_names_the_setting_and_not_what_refers_to_it():
+    """distributed_training.memory_efficient_fp16 of Hydra is a reference to common's."""
+    half = {"fp16": True, "memory_efficient_fp16": True}
+    cfg = {
+        "common": {**half, "bf16": False},
+        "distributed_training": {**half, "memory_efficient_fp16": False},
+        "dataset": {"batch_size": 4, "max_tokens": None},
+        "model": {"_name": "moe_lm_tiny", "tokens_per_sample": 8},
+        "optimizer": {"_name": "fused_adam"},
+    }
+    for copy in (True, False):
+        cfg["distributed_training"]["memory_efficient_fp16"] = copy
+        with pytest.raises(UserError, match="^common.memory_efficient_fp16 does not work"):
+            starting.check_run(cfg)

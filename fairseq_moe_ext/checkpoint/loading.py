@@ -284,7 +284,7 @@ def _own_optimizer_state(
         ]
         if all(of_each):
             own[key] = _rows(held, [(piece, s[key]) for piece, s in zip(pieces, states)])
-        elif not isinstance(value, Tensor) or value.numel() == 1 or same_experts:
+        elif same_experts or all(_is_number(s.get(key), value) for s in states):
             own[key] = _copy(value)
         else:
             raise UserError(
@@ -293,6 +293,13 @@ def _own_optimizer_state(
                 "processes that wrote it, or add --reset-optimizer"
             )
     return own
+
+
+def _is_number(found: Any, value: Any) -> bool:
+    """Whether it is the number `value`, and no tensor of several. A file may have one of its own:
+    fairseq's fused Adam counts its float16 moments in such a unit (--fp16-adam-stats)."""
+    several = any(isinstance(one, Tensor) and one.numel() > 1 for one in (found, value))
+    return not several and bool(found == value)
 
 
 def _indices_in(optimizer: Dict[str, Any], path: str, trainer: Trainer) -> Dict[str, int]:

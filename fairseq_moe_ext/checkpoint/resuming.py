@@ -20,7 +20,7 @@ from ..wording import flag
 from .collective import check_code_versions, same_error_on_all_ranks
 from .experts import has_sharded_experts, saves_together
 from .loading import refuse_folder
-from .starting import with_flag
+from .starting import is_last, with_flag
 
 logger = logging.getLogger(__name__)
 
@@ -162,6 +162,29 @@ def _compared(cfg: Any) -> Dict[str, Any]:
     }
 
 
+def check_questions(state: Mapping[str, Any], trainer: Trainer, filename: str) -> None:
+    """Raise UserError where a fine-tuning would go on from another one's checkpoint, whose folder
+    it was given (with Hydra without being asked); warn where it may be another one's."""
+    settings, saved = trainer.cfg, state.get("cfg")
+    if not hasattr(trainer.task, "scoring") or not saved:
+        return
+    if not is_last(settings.checkpoint, filename, trainer.checkpoint_suffix or ""):
+        return
+    for key in ("task.choice_task", "task.choice_data", "checkpoint.finetune_from_model"):
+        before, now = (OmegaConf.select(cfg, key) for cfg in (saved, settings))
+        if before == now:
+            continue
+        name, other = flag(key.split(".")[1]), "use another --save-dir (Hydra: hydra.run.dir)"
+        had = "without it" if before is None else f"with {before}"
+        if key == "task.choice_task":
+            raise UserError(f"{name} {now}: {filename} is of a training {had}: {other}")
+        if process_rank() == 0:
+            logger.warning(
+                f"{name} {now}: the run goes on from {filename}, of a training {had}; for a new "
+                f"fine-tuning {other}"
+            )
+
+
 def warn_of_a_new_optimizer(state: Mapping[str, Any], filename: str) -> None:
     """Stock starts anew without saying so where a file has no optimizer state."""
     if state.get("last_optimizer_state") is not None:
@@ -189,6 +212,8 @@ def _refuse_what_cannot_be_saved(trainer: Trainer) -> None:
         "--zero-sharding os": cfg.distributed_training.zero_sharding == "os",
         "--use-bmuf": cfg.optimization.use_bmuf,
         "--optimizer composite": getattr(cfg.optimizer, "_name", None) == "composite",
+        # each process divides its own rows by a number of its own
+        "--fp16-adam-stats": getattr(cfg.optimizer, "fp16_adam_stats", False),
     }
     for refusal, given in refused.items():
         if given:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Tuple
 
 from fairseq.file_io import PathManager
 
@@ -86,14 +86,19 @@ def warn_of_overwriting(cfg: Any, suffix: str = "") -> None:
         )
 
 
-def named(cfg: Any, suffix: str = "") -> Optional[str]:
+def named(cfg: Any, suffix: str = "") -> Optional[Tuple[str, str]]:
     """The flag and file that a run starts from; None if that is its own checkpoint_last.pt."""
-    last = _last(cfg, suffix)
     if cfg.restore_file != _DEFAULT:
-        own = os.path.realpath(_restored(cfg, suffix)) == os.path.realpath(last)
-        return None if own else f"--restore-file {cfg.restore_file}"
+        own = is_last(cfg, _restored(cfg, suffix), suffix)
+        return None if own else ("--restore-file", cfg.restore_file)
     once = getattr(cfg, "continue_once", None)
-    return None if once is None or os.path.lexists(last) else f"--continue-once {once}"
+    last = _last(cfg, suffix)
+    return None if once is None or os.path.lexists(last) else ("--continue-once", once)
+
+
+def is_last(cfg: Any, path: str, suffix: str = "") -> bool:
+    """Whether a file is the run's own checkpoint_last.pt."""
+    return os.path.realpath(path) == os.path.realpath(_last(cfg, suffix))
 
 
 def with_flag(cfg: Any, filename: str) -> str:

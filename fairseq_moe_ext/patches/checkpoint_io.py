@@ -15,7 +15,7 @@ from fairseq.file_io import PathManager
 from fairseq_today.errors import UserError
 from fairseq_today.registry import View
 
-from .. import context, fingerprint, tokenizer_files
+from .. import context, fingerprint, ours, tokenizer_files
 from ..branch import pad_rule
 from ..branch.files import check_name, find
 from ..branch.reading import read
@@ -65,6 +65,7 @@ def load_checkpoint_to_cpu(stock, path, arg_overrides=None, *args, **kwargs):
         loading.count_updates_as_here(state, under_way.trainer)
         resuming.forget_other_validations(state, under_way.trainer, path)
     if under_way is not None:
+        resuming.check_questions(state, under_way.trainer, path)
         begin_from_the_model(under_way.trainer, state, path)
     pad_rule.note(state, arg_overrides or {})
     check_overrides(arg_overrides or {}, state.get("cfg") or {})
@@ -104,8 +105,8 @@ def load_model_ensemble_and_task(
 
 
 def load_checkpoint(stock, cfg, trainer, **kwargs):
-    """All processes of a training call this before they use checkpoints. So here the checkpoint to
-    start from is checked, and the folder is locked.
+    """All processes of a training call this before they use checkpoints. So here the folder is
+    locked, and for our models and tasks the checkpoint to start from is checked.
 
     The best loss, and how many validations were no better, are kept on functions, so the second job
     of a process (`fairseq-hydra-train --multirun`) would compare with the first's, save no
@@ -113,10 +114,11 @@ def load_checkpoint(stock, cfg, trainer, **kwargs):
     """
     from fairseq import checkpoint_utils
 
-    suffix = trainer.checkpoint_suffix or ""
-    check_inputs(cfg, suffix)
+    suffix, checked = trainer.checkpoint_suffix or "", ours.is_run(trainer.cfg)
+    if checked:
+        check_inputs(cfg, suffix)
     with same_error_on_all_ranks() if process_count() > 1 else contextlib.nullcontext():
-        if not cfg.no_save:
+        if checked and not cfg.no_save:
             saved = os.path.join(cfg.save_dir, f"checkpoint_last{suffix}.pt")
             check_name(saved, f"--checkpoint-suffix {suffix}: ")
         if process_rank() == 0 and not cfg.no_save:
@@ -126,9 +128,16 @@ def load_checkpoint(stock, cfg, trainer, **kwargs):
     patience().clear()
     start = starting.named(cfg, suffix)
     extra_state, epoch_itr = stock(cfg, trainer, **kwargs)
-    end = ended(trainer, epoch_itr)
-    if start is not None and end is not None:  # otherwise the command of a run that has ended
-        raise UserError(f"{end[0]}: nothing left to train of {start}: raise it{end[1]}")
+    trainer.started_from = None if start is None else start[1]
+    end = ended(trainer, epoch_itr) if checked else None
+    if start is not None and end is not None:
+        begun = " ".join(start)
+        raise UserError(f"{end[0]}: nothing left to train of {begun}: raise it{end[1]}")
+    if end is not None:  # the command of a run that has ended
+        logger.info(
+            f"nothing left to train: {trainer.get_num_updates():,} updates are done, {end[0]}; "
+            "raise it to train on"
+        )
     return extra_state, epoch_itr
 
 
@@ -215,9 +224,10 @@ def save_checkpoint(stock, cfg, trainer, epoch_itr, val_loss):
 def torch_persistent_save(stock, obj, filename, async_write=False):
     """Stock renames the file, but does not sync it. Rank 0 also has the complete state here, from
     which the experts are removed."""
+    if ours.is_run(obj.get("cfg") or {}):  # another's buffers may hold infinity
+        check_weights(obj.get("model", {}).items(), filename, saving=True)
     if async_write or PathManager.path_requires_pathmanager(filename):
         return stock(obj, filename, async_write)
-    check_weights(obj.get("model", {}).items(), filename, saving=True)
     trainer = context.saving.get()
     if trainer is not None and has_sharded_experts(trainer):
         obj = saving.with_experts_apart(trainer, obj, filename)
@@ -244,6 +254,8 @@ def copying_whole(manager: Any) -> Any:
     """
 
     def copy(source, target, overwrite=False):
+        if manager.path_requires_pathmanager(target):  # not a file system's
+            return manager.copy(source, target, overwrite=overwrite)
         shutil.copyfile(source, target + ".tmp")
         with open(target + ".tmp", "rb+") as copied:
             os.fsync(copied.fileno())

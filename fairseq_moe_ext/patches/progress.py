@@ -15,7 +15,7 @@ from fairseq.logging.progress_bar import (
 )
 from fairseq.logging.progress_bar import logger as bar_logger
 
-from .. import context, training_line
+from .. import context, ours, training_line
 from ..expert_parallel import process_count, process_rank
 from ..metrics_file import MetricsFile
 from ..moe.stats import METRICS
@@ -32,14 +32,10 @@ def train(stock, cfg, trainer, task, epoch_itr):
     """One epoch; `progress_bar` within finds whose it is.
 
     Stock asks whether to stop only after an update, so a repeated command would train on from the
-    checkpoint of a run that has ended (fairseq_cli/train.py:374@0.12.2). Here it does not begin.
+    checkpoint of a run that has ended (fairseq_cli/train.py:374@0.12.2). Here it does not begin;
+    load_checkpoint has said so.
     """
-    end = ended(trainer, epoch_itr)
-    if end is not None:
-        updates = trainer.get_num_updates()
-        logger.info(
-            f"nothing left to train: {updates:,} updates are done, {end[0]}; raise it to train on"
-        )
+    if ours.is_run(cfg) and ended(trainer, epoch_itr) is not None:
         return [None], True
     with context.during(context.training, context.Training(cfg, trainer)):
         return stock(cfg, trainer, task, epoch_itr)
@@ -68,7 +64,8 @@ class Watched(BaseProgressBar):
         if process_rank() == 0 and not cfg.checkpoint.no_save:
             if not hasattr(trainer, "metrics_file"):
                 folder = Path(cfg.checkpoint.save_dir)
-                trainer.metrics_file = MetricsFile(folder, trainer.get_num_updates())
+                start = getattr(trainer, "started_from", None)
+                trainer.metrics_file = MetricsFile(folder, trainer.get_num_updates(), start)
             self.file = trainer.metrics_file
         base = bar
         while hasattr(base, "wrapped_bar"):

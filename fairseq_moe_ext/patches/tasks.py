@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, Mapping, Optional
 
 import torch
+from fairseq import utils
 from fairseq.data import Dictionary
 from torch import Tensor
 
 from fairseq_today.errors import UserError
 
-from .. import context, counted, fingerprint, tokenizer_files
+from .. import context, counted, fingerprint, ours, tokenizer_files
 from ..errors import DAMAGED, NotFinite
 from ..models.hub import find_tokenizer
 from ..trainer_checks import check_task
@@ -25,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 def setup_task(stock, cfg, *args, **kwargs):
     """fairseq-train builds the model before it looks at the data and at the checkpoint to start
-    from; here mistakes in what names them are found before. It loads the validation data even with
-    --disable-validation; this skips it.
+    from; here, for our models and tasks, mistakes in what names them are found before. It loads
+    the validation data even with --disable-validation; this skips it.
 
     fairseq-validate sets up its task with the same setting, from the checkpoint, and needs the
     data. Only training passes `combine` without `task_cfg` (fairseq_cli/validate.py:87@0.12.2).
@@ -35,7 +36,8 @@ def setup_task(stock, cfg, *args, **kwargs):
     whole: Any = cfg._get_parent() if hasattr(cfg, "_get_parent") else None
     dataset = whole.get("dataset") if isinstance(whole, Mapping) else None
     training = dataset is not None and whole.common_eval.path is None
-    if training and context.building.get() is None:  # not the task of a checkpoint
+    new = context.building.get() is None  # not the task of a checkpoint
+    if training and new and ours.is_run(whole):
         check_task(whole, task)
         if not whole.distributed_training.use_sharded_state:  # else the trainer knows the suffix
             check_inputs(whole.checkpoint, whole.checkpoint.checkpoint_suffix)
@@ -173,12 +175,13 @@ def valid_step(stock, self, sample, model, criterion):
 
     The branch's rule for padding is told how many rows a full batch has.
     """
-    if sample:
-        self.last_sample = sample
-    elif getattr(self, "last_sample", None):
-        sample = no_sentences(self.last_sample)  # of the kind that this task has
-    else:
-        sample = nothing(next(model.parameters()).device)
+    if not ours.in_step(self, model, criterion):
+        return stock(self, sample, model, criterion)
+    if not sample:
+        data = next(iter(self.datasets.values()))  # all sets of a task have batches alike
+        sample = no_sentences(data.collater([data[0]]))
+        if next(model.parameters()).is_cuda:
+            sample = utils.move_to_cuda(sample)
     with full_rows(model, getattr(getattr(self, "args", None), "batch_size_valid", None)):
         loss, sample_size, logging_output = stock(self, sample, model, criterion)
     if not math.isfinite(float(loss.sum())):
@@ -201,7 +204,7 @@ def full_rows(model, rows: Optional[int]) -> Iterator[None]:
 
 
 def no_sentences(sample: Dict[str, Any]) -> Dict[str, Any]:
-    """A batch of language modelling, cut to its first zero rows."""
+    """A batch, cut to its first zero rows."""
     empty = {
         key: value[:0] if isinstance(value, Tensor) and value.dim() > 0 else value
         for key, value in sample.items()

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 from operator import attrgetter
 from typing import Any, Dict, List, Optional
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from fairseq_today.errors import UserError
 
-from .. import context, diverging, fully_sharded, trainer_checks, wording
+from .. import context, diverging, fully_sharded, ours, trainer_checks, wording
 from ..branch import optimizer as branch_optimizer
 from ..branch import pad_rule
 from ..branch.files import find
@@ -133,11 +134,13 @@ def _count_validation(trainer, extra_state: Dict[str, Any]) -> None:
 
 def save_checkpoint(stock, self, filename, extra_state):
     """A process in which training fails writes crash.pt. It has neither the experts nor the shards
-    of other processes, and would wait for them to join. This skips that save.
+    of other processes, and would wait for them to join. A run that starts from it would begin with
+    the data of an epoch 0. This skips that save.
 
     Checkpoints also keep the record for --patience and, if known, the number of tokens.
     """
-    if saving.takes_part(self):
+    fails = os.path.basename(filename) == "crash.pt" and ours.is_run(self.cfg)
+    if saving.takes_part(self) and not fails:
         extra_state = {**extra_state, "should_stop_early": dict(patience())}
         before = getattr(self, "tokens_before", None)
         if before is not None:
@@ -223,8 +226,7 @@ def step(stock, self, *args, **kwargs):
         what = str(error).replace(", from the last good checkpoint", "")
         reason: BaseException = error
     except FloatingPointError as error:
-        what = f"{str(error).strip().splitlines()[0].rstrip(':. ')}: {diverging.REMEDY}"
-        reason = error
+        what, reason = diverging.what_is_wrong(str(error)), error
     raise UserError(f"{what}; {last_good(self.cfg.checkpoint.save_dir)}") from reason
 
 
@@ -262,7 +264,7 @@ def get_valid_iterator(stock, self, subset, *args, **kwargs):
     """
     iterator = stock(self, subset, *args, **kwargs)
     steps = getattr(self, "max_valid_steps", None) or self.cfg.dataset.max_valid_steps
-    if steps is None:
+    if steps is None or not ours.is_run(self.cfg):
         return iterator
     if not hasattr(iterator, "batches_in_all"):  # later validations use the same iterator
         iterator.batches_in_all = iterator.frozen_batches

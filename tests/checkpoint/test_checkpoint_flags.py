@@ -85,7 +85,9 @@ def test_a_run_that_begins_again_in_its_folder_is_warned_of(data, runs, tmp_path
     assert "will overwrite" not in caplog.text
 
 
-@pytest.mark.parametrize("flag", ["--store-ema", "--zero-sharding os", "--use-bmuf"])
+@pytest.mark.parametrize(
+    "flag", ["--store-ema", "--zero-sharding os", "--use-bmuf", "--fp16-adam-stats"]
+)
 def test_what_cannot_be_saved_is_refused_by_name(data, tmp_path, flag):
     line = f"{data} {TRAIN} --moe-expert-count 4 --save-dir {tmp_path} {flag}"
     for message in run_processes(2, error_of, train, 2, line):

@@ -71,6 +71,14 @@ def edited(folder, tmp_path, **extra):
     return tmp_path
 
 
+def test_after_max_epoch(data, folder, tmp_path, caplog):
+    """fairseq-train does not even begin an epoch."""
+    place = {"epoch": 3, "iterations_in_epoch": 0}
+    spent = edited(folder, tmp_path, train_iterator=place)
+    assert repeated(data, spent, "--max-epoch 2 --no-save", caplog) == 0
+    assert "nothing left to train: 5 updates are done, --max-epoch 2; raise it to" in caplog.text
+
+
 def test_after_stop_time_hours(data, folder, tmp_path, caplog):
     spent = edited(folder, tmp_path, previous_training_time=7300)
     flags = "--max-update 6 --no-save --stop-time-hours"

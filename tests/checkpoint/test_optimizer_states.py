@@ -9,10 +9,12 @@ from fairseq.trainer import Trainer
 from processes import run_processes
 from training import SAVED, TRAIN, copy_of, error_of, fit_manifest, settings, train, train_on
 
-from fairseq_moe_ext.checkpoint.loading import count_updates_as_here
+from fairseq_moe_ext.checkpoint.format import Piece
+from fairseq_moe_ext.checkpoint.loading import _own_optimizer_state, count_updates_as_here
 from fairseq_moe_ext.convert.readers import reader_of
 from fairseq_moe_ext.convert.show import facts
 from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.expert_parallel import placement
 
 
 def loaded(rank, world, line, path):
@@ -134,6 +136,21 @@ def test_a_state_of_apex_is_resumed(data, runs, tmp_path, kind):
     saved = torch.load(tmp_path / "2" / "checkpoint_1_6.pt", weights_only=True)
     assert {entry["step"] for entry in saved["last_optimizer_state"]["state"].values()} == {6}
     assert "step" not in saved["last_optimizer_state"]["param_groups"][0]
+
+
+@pytest.mark.parametrize("scales, joins", [((0.5, 0.5), True), ((0.5, 0.25), False)])
+def test_files_that_count_in_units_of_their_own_are_not_joined(scales, joins):
+    """fairseq's fused Adam with --fp16-adam-stats: float16 moments times a number."""
+    pieces = [
+        Piece("", first, 2, {"w": torch.zeros(2, 3)}, {"w": {"exp_avg": torch.ones(2, 3), "s": s}})
+        for first, s in zip((0, 2), map(torch.tensor, scales))
+    ]
+    if joins:
+        own = _own_optimizer_state("x.pt", placement(4, 1, 0), "w", pieces)
+        assert own["exp_avg"].shape == (4, 3) and float(own["s"]) == 0.5
+        return
+    with pytest.raises(UserError, match="^x.pt: the optimizer's s of w .*--reset-optimizer"):
+        _own_optimizer_state("x.pt", placement(4, 1, 0), "w", pieces)
 
 
 def test_apex_resumes_other_states():

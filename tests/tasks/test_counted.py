@@ -17,10 +17,12 @@ from fairseq.data.indexed_dataset import MMapIndexedDataset
 from fairseq.trainer import Trainer
 from fairseq_cli import train
 from mixture_data import configure, make_task, tokens_of
+from omegaconf import OmegaConf
 from training import error_in
 
 import fairseq_moe_ext
 from fairseq_moe_ext import cli
+from fairseq_moe_ext.criterions.moe_cross_entropy import MoECrossEntropyConfig
 from fairseq_moe_ext.errors import UserError
 
 CONTEXT = 32
@@ -271,8 +273,12 @@ def validated(trainer, task, processes):
     return sorted(batches)
 
 
-def test_max_valid_steps_takes_as_many_batches_on_any_number_of_processes(data):
+@pytest.mark.parametrize("ours", [True, False])
+def test_max_valid_steps_takes_as_many_batches_on_any_number_of_processes(data, ours):
+    """In a training of ours. Stock counts the batches of each process."""
     cfg = configure(data / "big", "--max-valid-steps", 2, task="language_modeling")
+    if ours:
+        cfg.criterion = OmegaConf.structured(MoECrossEntropyConfig(_name="moe_cross_entropy"))
     task = tasks.setup_task(cfg.task)
     task.load_dataset("valid")
     model = task.build_model(cfg.model)
@@ -280,7 +286,7 @@ def test_max_valid_steps_takes_as_many_batches_on_any_number_of_processes(data):
     seen = []
     for processes in (1, 2, 4):
         seen.append(validated(trainer, task, processes))
-    assert seen[0] == seen[1] == seen[2] and len(seen[0]) == 3
+    assert seen[0] == seen[1] == seen[2] and (len(seen[0]) == 3) == ours
 
 
 def test_other_tasks_say_how_much_max_valid_steps_takes(fairseq, data, tmp_path):

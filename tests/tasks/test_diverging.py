@@ -5,7 +5,7 @@ import torch
 from fairseq.trainer import Trainer
 from training import USER_DIR, fairseq
 
-from fairseq_moe_ext.diverging import check_weights
+from fairseq_moe_ext.diverging import REMEDY, check_weights, what_is_wrong
 from fairseq_moe_ext.errors import UserError
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -70,7 +70,23 @@ def test_a_loss_that_is_nan_ends_training(data, tmp_path, monkeypatch, architect
         train(data, tmp_path, flags)
     assert f"the last good checkpoint is {tmp_path}/checkpoint_" in str(error.value)
     assert "\n" not in str(error.value)
-    assert finite(tmp_path / "checkpoint_last.pt")
+    assert finite(tmp_path / "checkpoint_last.pt") and not (tmp_path / "crash.pt").exists()
+
+
+NORMS = (
+    "Fatal error: gradients are inconsistent between workers. Try --ddp-backend=legacy_ddp. Or\n"
+)
+NORMS += "-" * 80 + "\ngrad_norm across the workers:\n"
+
+
+def test_gradients_that_differ_between_gpus_are_no_divergence():
+    text = NORMS + "rank   0 = 1.25000000\nrank   1 = 1.50000000\n\n"
+    assert what_is_wrong(text).endswith("norm is 1.25000000 on process 0, 1.50000000 on process 1)")
+    text = NORMS + "rank   0 = nan\nrank   1 = inf\n\n"
+    assert what_is_wrong(text) == f"the gradients are NaN or infinite: {REMEDY}"
+    assert (
+        what_is_wrong("\nMinimum loss scale reached: \n") == f"Minimum loss scale reached: {REMEDY}"
+    )
 
 
 def test_there_may_be_no_checkpoint_yet(data, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ on two; what is frozen stays; what is said of the data; mistakes."""
 import json
 import logging
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,11 +13,14 @@ import torch
 from choice_data import CLASSES, SIZES, batch_of, load, make_choice_model, make_choice_task
 from fairseq import metrics
 from fairseq.tasks import FairseqTask
+from omegaconf import OmegaConf
 from processes import run_processes
 from small_models import MOE
 
+from fairseq_moe_ext import context
+from fairseq_moe_ext.checkpoint import resuming
 from fairseq_moe_ext.criterions.multiple_choice import MultipleChoiceConfig, MultipleChoiceCriterion
-from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.errors import ModelMisfit, UserError
 from fairseq_moe_ext.questions.records import read_jsonl
 
 DROPLESS = {**MOE, "moe_dropless": True}
@@ -239,6 +243,20 @@ def test_a_process_without_questions(data, choices):
     assert (float(log["chance"]), int(log["cut"])) == (0, 0)
 
 
+@pytest.mark.parametrize(
+    "kind, scoring", [("choices", "head"), ("choices", "mean"), ("classes", "head")]
+)
+def test_validation_where_a_process_has_no_batch_at_all(data, kind, scoring, request):
+    """fairseq-validate gives it an empty sample. Its log has what the others' have."""
+    task = make_choice_task(data, request.getfixturevalue(kind), choice_scoring=scoring)
+    batch = batch_of(load(task), FOUR)
+    model, criterion = make_choice_model(task, **DROPLESS).eval(), make_criterion(task)
+    loss, size, log = task.valid_step({}, model, criterion)
+    _, _, whole = task.valid_step(batch, model, criterion)
+    assert (float(loss), size, int(log["correct"]), float(log["chance"])) == (0, 0, 0, 0)
+    assert log.keys() == whole.keys()
+
+
 # ---- The data
 
 
@@ -426,3 +444,53 @@ def test_a_head_is_new_left_behind_or_loaded(data, choices, classes):
     three = make_choice_model(make_choice_task(data, classes), **MOE)
     three.load_state_dict(tuned.state_dict())
     assert three.choice_head.weight.shape == (3, 16)
+
+
+# ---- Another fine-tuning's checkpoint
+
+
+def test_a_head_of_other_classes_is_no_model_to_evaluate(data, choices, classes):
+    """In training a new one begins."""
+    tuned = make_choice_model(make_choice_task(data, choices), **DROPLESS).state_dict()
+    model = make_choice_model(make_choice_task(data, classes), **DROPLESS)
+    own = model.choice_head.weight.clone()
+    model.load_state_dict(dict(tuned))
+    assert torch.equal(model.choice_head.weight, own)
+    with context.during(context.building, context.Building(True, True)):
+        for state in (tuned, {k: v for k, v in tuned.items() if "choice_head" not in k}):
+            with pytest.raises(ModelMisfit, match="has no head that scores these candidates"):
+                model.load_state_dict(dict(state))
+
+
+def test_a_head_belongs_to_an_order_of_the_classes(data, classes, tmp_path):
+    saved = make_choice_task(data, classes).state_dict()
+    make_choice_task(data, classes).load_state_dict(saved)
+    shutil.copytree(classes, tmp_path / "other")
+    (tmp_path / "other" / "labels.txt").write_text("\n".join(reversed(CLASSES)))
+    with pytest.raises(UserError, match="classes are small, mid, big, but .* big, mid, small: use"):
+        make_choice_task(data, tmp_path / "other").load_state_dict(saved)
+
+
+def test_a_fine_tuning_does_not_go_on_from_another_ones_checkpoint(tmp_path, caplog):
+    """As with Hydra, whose folder has the config's name."""
+
+    def settings(choice_task, start):
+        task = {"choice_task": choice_task, "choice_data": "tasks"}
+        checkpoint = {"save_dir": str(tmp_path), "finetune_from_model": start}
+        return OmegaConf.create({"task": task, "checkpoint": checkpoint})
+
+    def check(saved, here, path):
+        task = SimpleNamespace(scoring="sum")
+        trainer = SimpleNamespace(cfg=here, task=task, checkpoint_suffix="")
+        resuming.check_questions({"cfg": saved}, trainer, str(path))
+
+    last, piqa = tmp_path / "checkpoint_last.pt", settings("piqa", "a.pt")
+    check(piqa, piqa, last)
+    check(settings("hellaswag", None), piqa, "a.pt")  # what a fine-tuning starts from
+    assert not caplog.messages
+    with pytest.raises(
+        UserError, match="^--choice-task piqa: .* of a training with hellaswag: use"
+    ):
+        check(settings("hellaswag", "a.pt"), piqa, last)
+    check(piqa, settings("piqa", "b.pt"), last)
+    assert caplog.messages[0].startswith(f"--finetune-from-model b.pt: the run goes on from {last}")
