@@ -96,6 +96,19 @@ def test_the_quantile_is_that_of_the_values():
     assert float(upper_quantile(out, torch.tensor([1.0]).double())) == RANGE - 1 / STEPS
 
 
+def test_threshold_is_in_the_range_of_its_histogram():
+    """Of logits that are all higher, no update lifts it beyond, and the expert takes each token."""
+    layer = layer_of("threshold", k=1, score="sigmoid")
+    with torch.no_grad():
+        layer.gate.wg.weight[1:] = 0
+    x = layer.gate.wg.weight[0].detach() * torch.linspace(40, 80, 20).double()[:, None]
+    x = x / layer.gate.wg.weight[0].detach().square().sum()
+    for _ in range(3):
+        layer.gate.after_update(observed(layer, x, None))
+    assert RANGE - 1 / STEPS <= layer.gate.threshold[0] <= RANGE
+    assert layer.gate(x)[1].counts.sum(0)[0] == 20, "not a quarter of them"
+
+
 def test_threshold_takes_k_experts_a_token_on_average():
     layer = adapted(layer_of("threshold", experts=8, score="sigmoid"), updates=20)
     x, _ = batch(2000, seed=7)

@@ -55,8 +55,8 @@ class ThresholdRouter(TopKRouter):
     average of the score that a share top_k / E of the tokens of an update exceeds. A token looks at
     no other token of its batch, so the router is causal. It has top_k experts on average once the
     thresholds keep up with the scores; at first they lag, and it has more. Before the first update
-    it takes its top_k best. Evaluation uses the thresholds of the last update, which checkpoints
-    save."""
+    it takes its top_k best. A threshold is at most RANGE: where logits are higher, an expert takes
+    all tokens. Evaluation uses the thresholds of the last update, which checkpoints save."""
 
     heeds = frozenset("score route_scale threshold_decay fp32_product input_jitter".split())
     capacity_free = True
