@@ -1,6 +1,6 @@
 """Checks of what a trainer is built from: `check_task` before the model is built, called by
 patches/tasks.py, and `check_trainer`, which needs the model, by patches/trainer.py; `warn_of_drops`
-also by patches/eval_lm.py."""
+also by what evaluates, patches/eval_lm.py and patches/tasks.py."""
 
 import logging
 from typing import Any, Dict, List, Mapping
@@ -18,6 +18,8 @@ from .shape import shape_of
 from .wording import did_you_mean
 
 logger = logging.getLogger(__name__)
+
+_AT_EVALUATION = "add --model-overrides \"{'moe_eval_capacity_token_fraction': 1.0}\""
 
 
 def check_task(cfg: Any, task: Any) -> None:
@@ -54,12 +56,16 @@ def check_trainer(cfg: Any, model: Any) -> None:
             warn_of_drops(model, "validation", "add --moe-dropless, or set it to 1.0")
 
 
-def warn_of_drops(model: Any, what: str, remedy: str) -> None:
+def warn_of_drops(model: Any, what: str = "this command", remedy: str = _AT_EVALUATION) -> None:
     """Where experts have no room for more than their mean load at evaluation: with the branch's
-    default, which is for hundreds of them, as many as four for each choice of a token."""
+    default, which is for hundreds of them, as many as four for each choice of a token. Once for
+    each model."""
     for gate in model.modules():
         if not isinstance(gate, TopKRouter) or gate.capacity_free or gate.settings.dropless:
             continue
+        if getattr(gate, "warned_of_drops", False):
+            return
+        gate.warned_of_drops = True
         settings = gate.settings
         share, mean = settings.eval_token_fraction, settings.top_k / gate.num_experts
         if 0 < share <= mean and share < 1:

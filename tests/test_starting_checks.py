@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.distributed import utils as distributed_utils
 from fairseq.tasks import TASK_REGISTRY
@@ -21,7 +22,7 @@ from fairseq_moe_ext import ranges, starting, trainer_checks
 from fairseq_moe_ext.config import MoETransformerLMConfig
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
-from fairseq_moe_ext.patches import commands
+from fairseq_moe_ext.patches import commands, tasks
 from fairseq_moe_ext.trainer_checks import _warn_of_warmup
 from fairseq_moe_ext.wording import flag
 
@@ -342,6 +343,18 @@ def test_validation_that_drops_choices_is_warned_of(caplog, experts, flags, drop
     assert len(found) == drops
     if drops:
         assert "25 %" in found[0] and found[0].endswith("add --moe-dropless, or set it to 1.0")
+
+    def step(model):
+        task = SimpleNamespace()
+        tasks.valid_step(lambda *args: (torch.zeros(1), 1, {}), task, {"id": 1}, model, None)
+        return [line for line in caplog.messages if "moe-eval-capacity-token-fraction" in line]
+
+    assert step(model) == found, "it was said"
+    fresh = build_model(**{"moe_freq": 2, "moe_expert_count": experts, **flags})
+    again = [step(fresh)[len(found) :] for _ in range(2)]
+    assert again[0] == again[1] and len(again[0]) == drops
+    if drops:
+        assert again[0][0].endswith("{'moe_eval_capacity_token_fraction': 1.0}\"")
 
 
 @pytest.mark.parametrize(

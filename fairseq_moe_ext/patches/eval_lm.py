@@ -62,8 +62,7 @@ def eval_lm(stock, *args, **kwargs):
     if offered is not None:
         check_offered(offered, call["models"][0])
     if process_rank() == 0:
-        remedy = "add --model-overrides \"{'moe_eval_capacity_token_fraction': 1.0}\""
-        warn_of_drops(call["models"][0], "this command", remedy)
+        warn_of_drops(call["models"][0])
     if process_count() > 1:
         check_code_versions()
         call["batch_iterator"] = _with_empty_batches(call["batch_iterator"])

@@ -17,8 +17,9 @@ from fairseq_today.errors import UserError
 
 from .. import context, counted, fingerprint, ours, tokenizer_files
 from ..errors import DAMAGED, NotFinite
+from ..expert_parallel import process_rank
 from ..models.hub import find_tokenizer
-from ..trainer_checks import check_task
+from ..trainer_checks import check_task, warn_of_drops
 from .checkpoint_io import check_inputs
 
 logger = logging.getLogger(__name__)
@@ -173,10 +174,13 @@ def valid_step(stock, self, sample, model, criterion):
     over which the criterion trips (here it joins with no sentences), and goes on with a loss that
     is no number.
 
-    The branch's rule for padding is told how many rows a full batch has.
+    The branch's rule for padding is told how many rows a full batch has. fairseq-validate warns of
+    a capacity that drops choices; in training the trainer has.
     """
     if not ours.in_step(self, model, criterion):
         return stock(self, sample, model, criterion)
+    if process_rank() == 0 and getattr(model, "has_experts", False):
+        warn_of_drops(model)
     if not sample:
         data = next(iter(self.datasets.values()))  # all sets of a task have batches alike
         sample = no_sentences(data.collater([data[0]]))
