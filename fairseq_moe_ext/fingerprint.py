@@ -15,7 +15,7 @@ The wrappers in patches/ (checkpoint_io.py, tasks.py) call this module.
 import hashlib
 import os
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Mapping, Optional
 
 from fairseq import utils
 from fairseq.data import Dictionary
@@ -101,6 +101,12 @@ def check_tokenizer(task: FairseqTask, saved: Dict[str, Any]) -> None:
     if data is not None:
         digests = saved.get(tokenizer_files.KEY) or {}
         tokenizer_files.check_digests(Path(_checkpoint(saved)), digests, data)
+
+
+def check_bpe(given: Mapping[str, Any], saved: Dict[str, Any]) -> None:
+    """Raise UserError if files of a BPE that settings name are not the checkpoint's."""
+    digests = saved.get(tokenizer_files.KEY) or {}
+    tokenizer_files.check_given(Path(_checkpoint(saved)), digests, given)
 
 
 def _checkpoint(saved: Dict[str, Any]) -> str:

@@ -24,6 +24,7 @@ from .outputs import temporary_name
 
 KEY = "tokenizer"
 NAMES = (DICTIONARY, *TOKENIZER)
+GIVEN = ("gpt2_encoder_json", "gpt2_vocab_bpe")  # fairseq's settings that name these two
 
 logger = logging.getLogger(__name__)
 
@@ -128,16 +129,21 @@ def check_digests(path: Path, recorded: Mapping[str, str], data: Path) -> None:
         raise _misfit(data, path, wanted)
 
 
-def check_bpe(path: Path, given: Mapping[str, Path]) -> None:
-    """Raise UserError if one of these files, by the name that it has in a data folder, is not the
-    one that a checkpoint has a digest of."""
-    wanted = digests_in(_saved(path))
-    for name, file in given.items():
-        if name in wanted and _digest(file) != wanted[name]:
+def check_bpe(path: Path, given: Mapping[str, Any]) -> None:
+    """Raise UserError if the files of a BPE that settings name are not those that a checkpoint has
+    digests of."""
+    check_given(path, digests_in(_saved(path)), given)
+
+
+def check_given(path: Path, recorded: Mapping[str, str], given: Mapping[str, Any]) -> None:
+    """Like check_bpe, with the digests that the checkpoint has."""
+    for name, setting in zip(TOKENIZER, GIVEN):
+        file = Path(str(given.get(setting)))
+        if name in recorded and file.is_file() and _digest(file) != recorded[name]:
             raise UserError(
                 f"{file}: does not belong to the tokenizer of {path} (sha256 {_digest(file)[:12]}, "
-                f"but the checkpoint has {wanted[name][:12]}): remove --bpe, --gpt2-encoder-json "
-                "and --gpt2-vocab-bpe, and add --data FOLDER if the tokenizer is not found"
+                f"but the checkpoint has {recorded[name][:12]}): give the model's own file, or "
+                "leave out bpe and its files, so that those beside the checkpoint are taken"
             )
 
 

@@ -42,7 +42,7 @@ ALLOWED = {
         "outputs": "files",
         "data_bin": "",
         "tokenizer_files": "data_bin outputs",
-        "generate": "generate data_bin evaluation models prepare tokenizer_files",
+        "generate": "generate evaluation models prepare tokenizer_files",
         "literals": "",
         "patches": """
             patches branch checkpoint config_checks cost counted data_bin data_bin_files diverging

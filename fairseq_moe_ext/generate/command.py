@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Dict, List, Sequence
 
 from .. import files, outputs, tokenizer_files
-from ..data_bin import TOKENIZER
 from ..errors import UserError, require_positive
 from ..evaluation.loading import add_model_flags, check_path, on_device, parse_overrides
 from ..models.language_model import MoETransformerLanguageModel
@@ -202,8 +201,6 @@ def load(args: argparse.Namespace, path: Path) -> Any:
     data = tokenizer_files.folder_for(path, args.data, check_bpe=not own_bpe).resolve()
     settings: Dict[str, Any] = dict(parse_overrides(args.model_overrides))
     if own_bpe:
-        given = dict(zip(TOKENIZER, (args.gpt2_encoder_json, args.gpt2_vocab_bpe)))
-        tokenizer_files.check_bpe(path, given)
         settings.update(
             bpe="gpt2",
             gpt2_encoder_json=str(args.gpt2_encoder_json),

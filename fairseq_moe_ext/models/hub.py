@@ -3,7 +3,7 @@ tokenizer found beside the dictionary."""
 
 import os
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Union
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Union
 
 import torch
 from fairseq.data.data_utils import collate_tokens
@@ -21,26 +21,27 @@ def find_tokenizer(data: Path) -> Optional[Dict[str, str]]:
     files = tokenizer_files.files_of(data)
     if not set(TOKENIZER) <= files.keys():
         return None
-    settings = dict(
-        zip(("gpt2_encoder_json", "gpt2_vocab_bpe"), (str(files[n]) for n in TOKENIZER))
-    )
+    settings = dict(zip(tokenizer_files.GIVEN, (str(files[n]) for n in TOKENIZER)))
     return {"bpe": "gpt2", **settings}
 
 
-def own_data(folder: Path, checkpoint_file: str, data: str, check: bool) -> str:
-    """The data folder to take dictionary and tokenizer from.
+def own_data(folder: Path, checkpoint_file: str, data: str, given: Mapping[str, Any]) -> str:
+    """The data folder to take dictionary and tokenizer from. Raises UserError for a tokenizer of
+    another model.
 
     Args:
         folder, checkpoint_file: as from_pretrained's.
         data: as its data_name_or_path; "." means the tokenizer that travels with the
             checkpoint, beside it or in the folder that it was trained on.
-        check: raise UserError for a tokenizer of another model.
+        given: as its overrides of settings, perhaps a bpe.
     """
     path = folder / checkpoint_file.split(os.pathsep)[0]
+    if "bpe" in given:
+        tokenizer_files.check_bpe(path, given)
     if data == ".":
         return str(tokenizer_files.folder_for(path, None, "data_name_or_path=").resolve())
     where = folder / data if data.startswith(".") else Path(data)
-    if check and where.is_dir():
+    if "bpe" not in given and where.is_dir():
         tokenizer_files.check(path, where)
     return data
 

@@ -91,9 +91,7 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
         kwargs.setdefault("moe_eval_capacity_token_fraction", 1.0)
         if "://" not in model_name_or_path:
             folder = Path(model_name_or_path)
-            data_name_or_path = own_data(
-                folder, checkpoint_file, data_name_or_path, "bpe" not in kwargs
-            )
+            data_name_or_path = own_data(folder, checkpoint_file, data_name_or_path, kwargs)
         if "bpe" not in kwargs:
             data = Path(data_name_or_path)  # relative to the model where it begins with a dot
             beside = data_name_or_path.startswith(".")

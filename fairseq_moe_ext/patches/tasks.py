@@ -79,10 +79,14 @@ def load_state_dict(stock, self, state_dict):
 
 def build_bpe(stock, self, args):
     """fairseq-interactive reads text as words without --bpe, and with --bpe gpt2 fetches GPT-2's
-    tokenizer from the network; this uses the one beside the data."""
+    tokenizer from the network; this uses the one beside the data. Files that are given must be the
+    model's."""
     name = getattr(args, "_name", None)
     elsewhere = name == "gpt2" and not str(args.gpt2_encoder_json).startswith("http")
     data = getattr(getattr(self, "args", None), "data", None)
+    if elsewhere:
+        given = {name: getattr(args, name, None) for name in tokenizer_files.GIVEN}
+        fingerprint.check_bpe(given, getattr(self, "loaded_from", None) or {})
     if name in (None, "gpt2") and not elsewhere and isinstance(data, str):
         tokenizer = find_tokenizer(Path(data.split(":")[0]))
         if tokenizer:

@@ -175,7 +175,12 @@ def test_the_tokenizer_travels_with_the_model(runs, generate, tmp_path, capsys):
 
     bpe = ("--gpt2-encoder-json", moe / "encoder.json", "--gpt2-vocab-bpe", tmp_path / "vocab.bpe")
     err = generate("the cat", *bpe, status=1, **alone).err
-    assert "vocab.bpe: does not belong to the tokenizer of" in err and "remove --bpe" in err
+    assert "vocab.bpe: does not belong to the tokenizer of" in err and "or leave out bpe" in err
+    given = {"gpt2_encoder_json": moe / "encoder.json", "gpt2_vocab_bpe": tmp_path / "vocab.bpe"}
+    task = language_modeling_task(runs / "data", 1)
+    load_model(tmp_path / "alone.pt", task)
+    with pytest.raises(UserError, match="alone.pt .*: give the model's own file"):
+        task.build_bpe(Namespace(_name="gpt2", **given))  # as fairseq-interactive does
 
     (tmp_path / "to").mkdir()
     assert cli.main(["convert", str(tmp_path / "alone.pt"), str(tmp_path / "to" / "x.pt")]) == 0
