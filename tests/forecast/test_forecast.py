@@ -212,7 +212,8 @@ def test_the_page(capsys):
     assert command[:2] == ["fairseq-moe", "forecast"] and main(command[1:]) == 0
     assert re.search(r"Clark, S-BASE +977M +7\.82 +5\.86", capsys.readouterr().out)
     words = " ".join(page.split())
-    assert "S-BASE predicts 7.82" in words
+    assert "dense base. Clark et al.'s S-BASE predicts 7.82." in words
+    assert "so S-BASE predicts 5.86. The paper's Figure 1, which also divides" in words
     assert run("--params", "5M", "--experts", "64", "--tokens", "60M", "--moe-freq", "1") == 0
     savings = [line.split()[-1] for line in capsys.readouterr().out.splitlines()[1:7]]
     assert min(savings, key=float) == "0.69" and max(savings, key=float) == "12.85"

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from fairseq_moe_ext.evaluation import paper
 from fairseq_moe_ext.forecast import command
 from fairseq_moe_ext.forecast.laws import LAWS, Model, Range, number, outside, saturate
 
@@ -28,9 +29,14 @@ def test_clark_table():
 
 
 def test_the_papers_smallest_model():
-    """Figure 1 of Artetxe et al. shows 7.9 for 512 experts on a base of 125M."""
+    """Figure 1 of Artetxe et al. shows 7.9 for it: the dense model's FLOPs over its own, which have
+    two experts per token. To compare is therefore the saving, not the multiple of the base."""
     model = Model(125e6, 512, 300e9, top_k=2)
-    assert LAWS["s-base"].effective(model) / model.base == pytest.approx(7.8, abs=0.05)
+    assert LAWS["s-base"].effective(model) / model.base == pytest.approx(7.82, abs=0.005)
+    assert LAWS["s-base"].effective(model) / model.active == pytest.approx(5.86, abs=0.005)
+    dense, factor = paper.FIGURE_1["in_domain"][0]
+    assert dense / paper.MOE_ZFLOPS[0] == pytest.approx(factor, abs=0.05)
+    assert dense / paper.DENSE_ZFLOPS[0] == pytest.approx(9.4, abs=0.05)
 
 
 @pytest.mark.parametrize(
