@@ -1,6 +1,7 @@
 """Checks of what a trainer is built from: `check_task` before the model is built, called by
-patches/tasks.py, and `check_trainer`, which needs the model, by patches/trainer.py; `warn_of_drops`
-also by what evaluates, patches/eval_lm.py and patches/tasks.py."""
+patches/tasks.py; `check_trainer`, which needs the model, by patches/trainer.py; `warn_of_decay`,
+which needs the number of updates, by patches/progress.py; `warn_of_drops` also by what evaluates,
+patches/eval_lm.py and patches/tasks.py."""
 
 import logging
 from typing import Any, Dict, List, Mapping
@@ -91,6 +92,17 @@ def _warn_of_warmup(cfg: Any) -> None:
         logger.warning(
             f"--warmup-updates {warmup} is more than --max-update {last}: the learning rate never "
             "reaches --lr"
+        )
+
+
+def warn_of_decay(cfg: Any, updates: int) -> None:
+    """Of a decay to 0 that ends before the training, of this many updates, does."""
+    schedule = cfg.lr_scheduler if isinstance(cfg.lr_scheduler, Mapping) else {}
+    decay = schedule.get("total_num_update") or 0
+    if 0 < decay < updates and not schedule.get("end_learning_rate"):
+        logger.warning(
+            f"--total-num-update {decay:g}: from there on the learning rate is 0, but training has "
+            f"{updates} updates: use --total-num-update {updates}"
         )
 
 

@@ -4,7 +4,8 @@
 
 MFU (model FLOPs utilisation, Chowdhery et al., arXiv 2204.02311, appendix B): the FLOPs that the
 model's tokens need by cost.py, over those that the processors do at their peak: on a GPU by its
-data sheet, if we have it, on a CPU as measured on a product of matrices.
+data sheet, if we have it, on a CPU as measured on a large product of matrices, by the library and
+in the precision of the model's own.
 """
 
 import logging
@@ -16,6 +17,7 @@ from typing import Any, Dict, Optional
 import torch
 
 from . import cost, shape
+from .kernels.matmul import product
 from .wording import duration, with_prefix
 
 FIRST = 10  # updates after which the first line comes at the latest
@@ -63,16 +65,18 @@ class Speed:
         return tokens_per_second * self.flops / (self.peak * self.processes)
 
 
-def peak_of(device: torch.device) -> Optional[float]:
-    """FLOP/s of a processor; None for a GPU that is not in the table."""
+def peak_of(device: torch.device, precision: torch.dtype) -> Optional[float]:
+    """FLOP/s of a processor; None for a GPU that is not in the table.
+
+    precision: of the model's products; a GPU's peak is that of half precision, whatever it is."""
     if device.type != "cpu":
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         return _PEAKS.get(re.sub(r"^(NVIDIA|Tesla) ", "", name))
-    x = torch.ones(_SIZE, _SIZE)
+    x = torch.ones(_SIZE, _SIZE, dtype=precision)
     best = math.inf
     for _ in range(4):
         started = time.perf_counter()
-        x @ x
+        product(x, x)
         best = min(best, time.perf_counter() - started)
     return 2 * _SIZE**3 / best
 

@@ -52,7 +52,7 @@ ALLOWED = {
             """,
         "patch_list": "patches",
         "metrics_file": "outputs",
-        "training_line": "cost shape",
+        "training_line": "cost kernels shape",
         "completion": "",
         "context": "",
         "cores": "",

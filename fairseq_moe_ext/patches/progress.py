@@ -6,6 +6,7 @@ import types
 from pathlib import Path
 from typing import Any, Dict, Iterator, Optional
 
+import torch
 from fairseq.logging import metrics
 from fairseq.logging.progress_bar import (
     BaseProgressBar,
@@ -19,6 +20,7 @@ from .. import context, ours, training_line
 from ..expert_parallel import process_count, process_rank
 from ..metrics_file import MetricsFile
 from ..moe.stats import METRICS
+from ..trainer_checks import warn_of_decay
 from .checkpoint_io import ended
 
 logger = logging.getLogger(__name__)
@@ -71,6 +73,9 @@ class Watched(BaseProgressBar):
         while hasattr(base, "wrapped_bar"):
             base = base.wrapped_bar
         self.base = base  # the only one of stock's that knows its length
+        if process_rank() == 0 and not validating and not hasattr(trainer, "decay_is_checked"):
+            trainer.decay_is_checked = True
+            warn_of_decay(cfg, self._total() or 0)
         self.prints_lines = isinstance(base, (SimpleProgressBar, TqdmProgressBar))
         if self.prints_lines and not validating:
             training_line.be_brief()
@@ -131,8 +136,11 @@ class Watched(BaseProgressBar):
 
     def _speed(self) -> training_line.Speed:
         if not hasattr(self.trainer, "speed"):
-            vocabulary = self.trainer.get_model().decoder.embed_tokens.num_embeddings
-            peak = training_line.peak_of(self.trainer.device)
+            model = self.trainer.get_model()
+            vocabulary = model.decoder.embed_tokens.num_embeddings
+            in_bfloat16 = model.decoder.bfloat16_on_cpu
+            precision = torch.bfloat16 if in_bfloat16 else next(model.parameters()).dtype
+            peak = training_line.peak_of(self.trainer.device, precision)
             self.trainer.speed = training_line.Speed(
                 self.cfg.model, vocabulary, process_count(), peak
             )

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -62,6 +63,24 @@ def test_the_number_of_updates_is_known_under_other_logs(train, tmp_path, monkey
     assert [line.split()[2] for line in lines] == ["8/16", "16/16"]
 
 
+@pytest.mark.parametrize(
+    "flags, updates",
+    [
+        ("--total-num-update 20 --max-epoch 2", 32),  # 16 updates an epoch
+        ("--total-num-update 20 --max-update 24", 24),
+        ("--total-num-update 24 --max-update 24", None),
+        ("--total-num-update 20 --max-epoch 2 --max-update 20", None),
+        ("--total-num-update 20 --max-epoch 2 --end-learning-rate 1e-3", None),
+    ],
+)
+def test_a_decay_that_ends_before_the_training_is_warned_of_once(train, caplog, flags, updates):
+    train(f"--lr-scheduler polynomial_decay --disable-validation --no-save {flags}")
+    words = "--total-num-update 20: from there on the learning rate is 0, but training has "
+    found = [r.getMessage() for r in caplog.records if "--total-num-update" in r.getMessage()]
+    expected = f"{words}{updates} updates: use --total-num-update {updates}"
+    assert found == [expected] * (updates is not None)
+
+
 def test_the_longest_line_fits():
     stats = {"ppl": 138512.3, "lr": 1.25e-4, "moe_gate_loss": 12.0712, "wps": 276123.0, "ups": 0.1}
     flags = dict(decoder_layers=2, decoder_embed_dim=8, decoder_ffn_embed_dim=8)
@@ -79,11 +98,45 @@ def test_utilisation_is_flops_over_the_peak():
     # Attention's 4 products of 8 x 8 and its scores with 16 tokens, 2 products of 8 x 12; logits.
     token = 2 * (4 * 8 * 8 + 2 * 8 * 16 + 2 * 8 * 12) * 2 + 2 * 8 * 100
     assert speed.utilisation(50.0) == pytest.approx(3 * token * 50 / 2e6)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_the_peak_of_a_cpu_is_that_of_the_models_own_products(monkeypatch, precision):
+    """PyTorch's own choice of library is half as fast on some processors, and float32 slower than
+    bfloat16: MFU would be above the share of the peak."""
+    seen = []
+
+    def product(a, b):
+        seen.append((a.dtype, b.dtype, len(a)))
+        time.sleep(0.01)
+
+    monkeypatch.setattr(training_line, "product", product)
+    peak = training_line.peak_of(torch.device("cpu"), precision)
+    assert set(seen) == {(precision, precision, seen[0][2])}
+    assert 0.5 < peak / (2 * seen[0][2] ** 3 / 0.01) <= 1
+    monkeypatch.undo()
     before = torch.get_num_threads()
-    assert (
-        1e8 < training_line.peak_of(torch.device("cpu")) < 1e16
-        and torch.get_num_threads() == before
-    )
+    assert 1e8 < training_line.peak_of(torch.device("cpu"), precision) < 1e16
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    "flags, pays, precision",
+    [
+        ("", True, torch.float32),
+        ("--bf16", True, torch.bfloat16),
+        ("--bf16", False, torch.float32),
+        ("--memory-efficient-bf16", True, torch.bfloat16),
+    ],
+)
+def test_mfu_is_of_the_precision_that_training_computes_in(
+    train, monkeypatch, flags, pays, precision
+):
+    monkeypatch.setattr("fairseq_moe_ext.models.precision.bfloat16_pays", lambda: pays)
+    asked = []
+    monkeypatch.setattr(training_line, "peak_of", lambda device, p: asked.append(p))
+    train(f"{flags} --max-update 1 --log-interval 1 --disable-validation --no-save")
+    assert asked == [precision]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +157,9 @@ def test_utilisation_is_flops_over_the_peak():
 def test_the_peak_is_that_of_exactly_this_gpu_or_there_is_none(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     settings = MoETransformerLMConfig(decoder_layers=1, decoder_embed_dim=8, tokens_per_sample=8)
-    speed = training_line.Speed(settings, 100, 1, training_line.peak_of(torch.device("cuda")))
+    speed = training_line.Speed(
+        settings, 100, 1, training_line.peak_of(torch.device("cuda"), torch.float32)
+    )
     assert speed.peak == peak
     line = training_line.line({"wps": 1e3}, 1, None, speed)
     assert ("MFU" in line) is (peak is not None) and line.startswith("update 1 1k tokens/s")
