@@ -120,7 +120,7 @@ COMMANDS: Dict[str, Command] = {
         "forecast.command",
         (
             "--params 125M --experts 512 --top-k 2 --tokens 300B",
-            "--params 5M --experts 64 --tokens 60M --moe-freq 1 --fit out/result.json",
+            "--params 2M --experts 32 --fit my_study/result.json",
         ),
     ),
     "patches": Command(

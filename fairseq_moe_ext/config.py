@@ -135,9 +135,10 @@ class MoETransformerLMConfig(RouterFlags, BalanceFlags):
     moe_second_expert_policy: SECOND_EXPERT_POLICIES = field(
         default="sampling",
         metadata={
-            "help": "how to choose the second expert: the runner-up (all), the runner-up under "
-            "Gumbel noise (sampling), or the runner-up, kept only if twice its weight exceeds a "
-            "uniform random number (random). Evaluation always takes the runner-up"
+            "help": "how to choose the experts after the first: the runners-up (all), the "
+            "runners-up under Gumbel noise (sampling), or, with two experts per token, the "
+            "runner-up, kept only if twice its weight exceeds a uniform random number (random). "
+            "Evaluation always takes the runners-up"
         },
     )
     moe_normalize_gate_prob_before_dropping: bool = field(

@@ -56,12 +56,12 @@ class RouterFlags(FairseqDataclass):
     moe_groups: int = field(
         default=1,
         metadata={
-            "help": "divide the experts into this many equal groups; a token chooses among those "
-            "of its best --moe-top-groups (DeepSeek-V3)"
+            "help": "divide the experts into this many equal groups; a token chooses among the "
+            "experts of its best --moe-top-groups groups (DeepSeek-V3)"
         },
     )
     moe_top_groups: int = field(
-        default=1, metadata={"help": "groups in which a token may have experts"}
+        default=1, metadata={"help": "number of groups from which a token may take experts"}
     )
     moe_gating_fp32_product: bool = field(
         default=False,

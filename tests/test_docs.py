@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fairseq_moe_ext.config import MoETransformerLMConfig
+from fairseq_moe_ext.models.architectures import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -27,7 +28,19 @@ def test_the_page_of_flags_has_every_flag_that_has_a_help_text():
     for flag in fields(MoETransformerLMConfig):
         shown = f"| `--{flag.name.replace('_', '-')}` |" in page
         assert shown == ("help" in flag.metadata), flag.name
-    assert re.search(r"^\| `--moe-expert-count` \| `0` \| ", page, flags=re.M)
+    assert re.search(r"^\| `--moe-expert-count` \| `0` \| by size \| ", page, flags=re.M)
+
+
+def test_the_page_of_flags_has_what_the_sparse_architectures_set():
+    """Most of it is not the default, with which no documented command runs."""
+    page = "\n".join(conf().flags_page())
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `--")]
+    shown = {row[0].strip("| `"): row[2] for row in rows if len(row) == 4}
+    for name, value in ARCHITECTURES["moe_lm_15b"].items():
+        others = {str(ARCHITECTURES[arch][name]) for arch in ("moe_lm_15b", "moe_lm_tiny")}
+        expected = "by size" if len(others) > 1 else f"`{value}`"
+        assert shown.pop("--" + name.replace("_", "-")) == expected
+    assert shown and set(shown.values()) == {""}
 
 
 def test_the_page_of_flags_is_written_anew_after_a_change():

@@ -36,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--last",
         type=int,
         metavar="N",
-        help="average the last N checkpoints in the folder, by update",
+        help="average the last N checkpoints in the folder, by update or, if there are none, by "
+        "epoch",
     )
     parser.add_argument(
         "--expert-files",
@@ -88,8 +89,12 @@ def _paths(args: argparse.Namespace) -> List[str]:
         if len({os.path.realpath(path) for path in paths}) < max(2, len(paths)):
             raise UserError("give two or more different checkpoints, or a folder with --last N")
         return paths
-    if len(args.inputs) != 1 or not os.path.isdir(args.inputs[0]):
+    if len(args.inputs) != 1:
         raise UserError(f"--last {args.last}: needs exactly one folder of checkpoints")
+    if not os.path.isdir(args.inputs[0]):
+        raise UserError(
+            f"--last {args.last}: {args.inputs[0]}: no such folder; name that of the checkpoints"
+        )
     if args.last < 2:
         raise UserError(f"--last {args.last}: use 2 or more")
     paths = [path for _, path in sorted(_numbered(args.inputs[0]))]

@@ -30,7 +30,7 @@ class MoECrossEntropyConfig(FairseqDataclass):
         default=1.0,
         metadata={
             "help": "weight of the balancing loss of the gates (the default is that of fairseq's "
-            "moe branch; the examples use 0.01)"
+            "moe branch; the pages use 0.01)"
         },
     )
     moe_gate_loss_combine_method: ChoiceEnum(["average", "sum"]) = field(

@@ -35,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--twin",
         type=Path,
         metavar="CHECKPOINT",
-        help="a second model, such as a dense one, whose loss is also shown",
+        help="another model with the same dictionary, such as the dense twin, whose loss is also "
+        "shown",
     )
     parser.add_argument(
         "--compare",

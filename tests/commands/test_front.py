@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -61,6 +62,16 @@ def test_examples_are_command_lines_that_hold(name, capsys):
         assert example in shown
         words = shlex.split(example.split(">")[0])[1:]
         assert cli.parser_of(name).parse_args(words).run
+
+
+@pytest.mark.parametrize("name", [name for name in front.COMMANDS if name != front.LM_EVAL])
+def test_an_example_lacks_nothing_but_its_files(name, capsys, tmp_path, monkeypatch):
+    """In an empty folder each runs, or stops at its first file."""
+    monkeypatch.chdir(tmp_path)
+    for example in front.examples(name):
+        status = cli.main(shlex.split(example.split(">")[0])[1:])
+        errors = capsys.readouterr().err
+        assert status == 0 or re.search("[Nn]o such (file|folder|checkpoint)", errors), errors
 
 
 def test_nobody_is_asked_for_tensorboard():

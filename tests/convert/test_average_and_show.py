@@ -168,6 +168,7 @@ def test_nothing_is_read_where_a_training_is_in_the_way(
         ("{folder} --last 9 --output {t}/m.pt", "--last 9: {folder} has 3 numbered checkpoints"),
         ("{folder} --last 1 --output {t}/m.pt", "--last 1: use 2 or more"),
         ("{a} {b} --last 2 --output {t}/m.pt", "needs exactly one folder"),
+        ("{t}/none --last 2 --output {t}/m.pt", "--last 2: {t}/none: no such folder; name"),
         ("{a} {b} --output {t}/m.pt --expert-files 3", "--expert-files 3 does not divide"),
         ("{a} {b} --output {t}/m.pt --expert-files 0", "--expert-files 0: use 1 or more"),
         ("{a} {b} --output {there}", "exists; choose another name"),
