@@ -98,7 +98,7 @@ def table(result: StudyResult) -> List[List[str]]:
     groups = measured(runs)
     head = ["arm", "seeds"]
     for group in groups:
-        head += [f"perplexity {group.replace('_', ' ')}", f"against {reference}, %", "real"]
+        head += [f"perplexity {group.replace('_', ' ')}", f"against {reference}, %", "significant"]
     head += ["load", "dropped, %", "experts per token", "FLOPs", "minutes"]
     rows = []
     for name, by_seed in by_arm(runs).items():
@@ -185,7 +185,7 @@ def _explained(result: StudyResult) -> str:
         f"{len(result['runs'])} of {count(result['planned'], 'run')} are finished. Numbers are "
         "means over seeds; ± is half the range. A difference is between the logarithms of "
         "perplexity, paired by seed, with the 95 % interval of Student's t over seeds: of "
-        f"trainings, on this test text. It is real if it is significant at {100 * LEVEL:.0f} % "
+        f"trainings, on this test text. Significant means at {100 * LEVEL:.0f} %, "
         "after Holm's correction for all arms. Load is that of the most chosen expert divided "
         "by the mean, per update and layer, in the last fifth of training. FLOPs are those that "
         f"training computed. {computed_in(result['runs'])}".rstrip()
