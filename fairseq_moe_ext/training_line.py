@@ -1,6 +1,6 @@
 """The line that training prints: progress, perplexity, speed and time left.
 
-    22:10:03 | 200/1000 ppl 138.5 lr 0.002 gate 1.073 2.76k tokens/s MFU 41 % left 0:04:51
+    00:00:42 | 100/200 ppl 311.4 lr 0.002 gate 1.246 11.1k tokens/s MFU 22 % left 0:00:18
 
 MFU (model FLOPs utilisation, Chowdhery et al., arXiv 2204.02311, appendix B): the FLOPs that the
 model's tokens need by cost.py, over those that the processors do at their peak: on a GPU by its

@@ -1,7 +1,11 @@
 """The paper's sizes, by name, with the paper's parameter counts."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from fairseq import options
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 from omegaconf import OmegaConf
 from small_models import make_config, make_task
@@ -50,6 +54,25 @@ def test_parameters_of_the_built_model(name):
 def test_paper_and_table_name_the_same_models():
     assert set(ARCHITECTURES) == set(PAPER) | {"dense_lm_tiny", "moe_lm_tiny"}
     assert all(ARCH_MODEL_REGISTRY[name] is MoETransformerLanguageModel for name in ARCHITECTURES)
+
+
+def test_the_page_says_where_the_sparse_architectures_differ_from_the_branch():
+    """docs/train.md: --arch moe_transformer_lm has the branch's defaults."""
+    page = (Path(__file__).parents[2] / "docs" / "train.md").read_text(encoding="utf-8")
+    words = " ".join(page.split("### Coming from")[1].split("## ")[0].split())
+
+    def parsed(arch):
+        line = ["x", *"--task language_modeling --batch-size 1 --arch".split(), arch]
+        args = options.parse_args_and_arch(options.get_training_parser(), line)
+        return convert_namespace_to_omegaconf(args).model
+
+    branch, paper = parsed("moe_transformer_lm"), parsed("moe_lm_15b")
+    policy = f"`--moe-second-expert-policy {paper.moe_second_expert_policy}`"
+    assert f"{policy} (the branch: `{branch.moe_second_expert_policy}`)" in words
+    assert paper.moe_gating_use_fp32 and not branch.moe_gating_use_fp32
+    assert "`--moe-gating-use-fp32` (off)" in words
+    divisor = f"`--moe-normalize-expert-grad {paper.moe_normalize_expert_grad}`"
+    assert f"{divisor} (`{branch.moe_normalize_expert_grad}`)" in words
 
 
 def test_a_flag_overrides_the_architecture():
