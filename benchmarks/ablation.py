@@ -19,9 +19,8 @@ import measure
 import torch
 from layer import Shape
 
-from fairseq_moe_ext.kernels import expert_ffn, matmul
+from fairseq_moe_ext.kernels import chunks, expert_ffn, matmul
 from fairseq_moe_ext.moe import experts
-from fairseq_moe_ext.moe import layer as moe_layer
 
 SHAPES = [
     Shape(4096, 8, 96, 384),
@@ -41,32 +40,32 @@ def _no_pool(shape: Shape) -> ContextManager:
     return mock.patch.object(expert_ffn, "side_by_side", _one_by_one)
 
 
+def _no_batches(shape: Shape) -> ContextManager:
+    """Expert by expert, as wide ones; in the order of the experts."""
+    return mock.patch.object(chunks, "_HELD", 0)
+
+
 @contextlib.contextmanager
 def _no_spare_rows(shape: Shape) -> Iterator[None]:
-    with mock.patch.object(expert_ffn, "program_rows", lambda x, size, counts: counts):
-        with mock.patch.object(moe_layer, "program_rows", lambda x, size, counts: counts):
+    with mock.patch.object(expert_ffn, "program_rows", lambda x, counts: counts):
+        with mock.patch.object(chunks, "program_rows", lambda x, counts: counts):
             yield
 
 
 @contextlib.contextmanager
 def _autograd(shape: Shape) -> Iterator[None]:
     """The loop over experts with autograd's own backward pass, by the same library."""
-    each = [2 * shape.tokens // shape.experts] * shape.experts
     with mock.patch.object(experts, "kernel_for", lambda x, weights: None):
-        with matmul.faster_products(torch.empty(1, 1), shape.dim * shape.hidden, each):
+        with matmul.faster_products(torch.empty(1, 1)):
             yield
-
-
-def _onednn_for_small(shape: Shape) -> ContextManager:
-    return mock.patch.object(matmul, "_CACHED", 0)
 
 
 SPARE = "spare rows"
 WITHOUT: Dict[str, Callable[[Shape], ContextManager]] = {
+    "batched products": _no_batches,
     "one expert per core": _no_pool,
     SPARE: _no_spare_rows,
     "hand-written backward": _autograd,
-    "PyTorch's products for small experts": _onednn_for_small,
 }
 PRECISIONS = {
     "float32": (torch.float32, True),

@@ -314,17 +314,16 @@ def test_all_parts_fit_into_eight_minutes(program):
 
 def test_ablation(program, monkeypatch, tmp_path):
     """Each part is left out while a step runs, and is back behind it."""
-    from fairseq_moe_ext.kernels import expert_ffn, matmul
+    from fairseq_moe_ext.kernels import chunks, expert_ffn, matmul
     from fairseq_moe_ext.moe import experts
-    from fairseq_moe_ext.moe import layer as moe_layer
 
     ablation = program("ablation")
     parts = [
         (expert_ffn, "side_by_side"),
         (expert_ffn, "program_rows"),
-        (moe_layer, "program_rows"),
+        (chunks, "program_rows"),
         (experts, "kernel_for"),
-        (matmul, "_CACHED"),
+        (chunks, "_HELD"),
         (matmul, "onednn_is_faster"),
     ]
     before = [getattr(*part) for part in parts]
@@ -332,7 +331,7 @@ def test_ablation(program, monkeypatch, tmp_path):
     for name, change in ablation.WITHOUT.items():
         with change(ablation.SHAPES[0]):
             changed[name] = [p[1] for p, old in zip(parts, before) if getattr(*p) is not old]
-    expected = [["side_by_side"], ["program_rows"] * 2, ["kernel_for"], ["_CACHED"]]
+    expected = [["_HELD"], ["side_by_side"], ["program_rows"] * 2, ["kernel_for"]]
     assert list(changed.values()) == expected
     monkeypatch.setattr(ablation, "SHAPES", [ablation.Shape(16, 4, 8, 16)])
     monkeypatch.setattr(sys, "argv", "ablation.py --rounds 1".split())

@@ -1,33 +1,26 @@
 """Linear, activation, linear: each row through its own expert.
 
 Two ways that give the numbers of the plain loop in moe/experts.py: expert by expert, and with
-PyTorch's grouped matrix products.
+PyTorch's grouped matrix products. `kernel_for` chooses; a third is in batched_ffn.py.
 """
 
 from __future__ import annotations
 
-from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .batched_ffn import batched
+from .chunks import is_narrow
 from .matmul import faster_products, program_rows
+from .stacks import Weights
 from .threads import side_by_side
 from .transfer import to_device
 
-Stack = Union[Tensor, Sequence[Tensor]]
 _HIDDEN_AT_A_TIME = 2**17  # numbers, 512 KB in float32: half of a core's cache of the second level
-
-
-class Weights(NamedTuple):
-    """Of E experts; stacked, or a sequence of each expert's, in any precision and place."""
-
-    w1: Stack  # (E, F, D); (E, 2 F, D) with a gated activation
-    b1: Stack  # (E, F), or (E, 2 F)
-    w2: Stack  # (E, D, F)
-    b2: Stack  # (E, D)
 
 
 Kernel = Callable[..., Tensor]  # with the parameters of by_expert
@@ -37,6 +30,8 @@ def kernel_for(x: Tensor, weights: Weights) -> Optional[Kernel]:
     """The fast way to compute experts on these rows; None: use the plain loop."""
     if grouped_serves(x, weights):
         return grouped
+    if x.device.type == "cpu" and is_narrow(x.size(-1), len(weights.b1[0])):
+        return batched
     return by_expert if x.device.type in ("cpu", "cuda", "meta") else None
 
 
@@ -58,7 +53,7 @@ def by_expert(
     Returns:
         (N, D)
     """
-    rounded = program_rows(x, weights.w1[0].numel(), counts)
+    rounded = program_rows(x, counts)
     if rounded != counts:
         return _spaced(rounded, x, counts, weights, activation, mask, grad_scale)
     in_files = not all(isinstance(each, Tensor) for each in weights)  # read expert by expert
@@ -213,7 +208,7 @@ def _for_each(
     """Call work(i) for every block i. It multiplies its rows of x by `products` matrices of `size`
     weights each."""
     rows = [sum(block.counts) for block in blocks]
-    with faster_products(x, size, [count for block in blocks for count in block.counts]):
+    with faster_products(x):
         side_by_side(work, rows, products * size, x.device.type == "cpu")
 
 

@@ -7,9 +7,9 @@ From PyTorch 2.9 a public switch passes products to oneDNN. Its name allows bflo
 makes of float32 only where a processor has instructions for tiles of it (AMX). So we time one
 product and look at its error, and use the switch, for our own products alone, if oneDNN is clearly
 faster and as exact. Elsewhere, and under `torch.backends.mkldnn.flags(enabled=False)`, PyTorch's
-choice stays. It also stays for small products, as in generation and in narrow experts. One or two
-rows only read the weights, and a call of oneDNN costs some 25 us more. On Zen 5 the two libraries
-are equal at 2**22 multiplications, and at about 3 * 2**20 in the backward pass of experts.
+choice stays. It also stays for small products, as in generation. One or two rows only read the
+weights, and a call of oneDNN costs some 25 us more. On Zen 5 the two libraries are equal at 2**22
+multiplications.
 """
 
 import contextlib
@@ -28,8 +28,6 @@ from .dtypes import autocast_dtype
 
 _FEW_ROWS = 2
 SMALL = 2**22  # multiplications
-_SMALL_EXPERT = 3 * 2**20  # multiplications, as SMALL
-_CACHED = 2**16  # weights, 256 KB in float32; oneDNN reads larger matrices faster
 
 
 class Linear(nn.Linear):
@@ -253,28 +251,20 @@ def _missing(rows: int) -> int:
     return -rows % step
 
 
-def program_rows(x: Tensor, size: int, counts: List[int]) -> List[int]:
-    """How many rows to compute for each expert: counts, with the spare rows of `_padded` where
-    oneDNN computes. Parameters as for faster_products."""
-    if not _experts_by_onednn(x, size, counts):
+def program_rows(x: Tensor, counts: List[int]) -> List[int]:
+    """How many rows like x's (..., D) to compute for each expert: counts, with the spare rows of
+    `_padded` where oneDNN computes."""
+    if not _by_onednn(x, x):
         return counts
     return [rows if rows <= _FEW_ROWS else rows + _missing(rows) for rows in counts]
 
 
-def faster_products(x: Tensor, size: int, counts: List[int]) -> ContextManager[None]:
-    """Within, the faster library computes torch.mm and torch.addmm of rows like x's (..., K),
-    counts[e] of them with the `size` weights of expert e: without padding, and without the
-    microseconds of a switch for each product."""
-    return _switched(_experts_by_onednn(x, size, counts), x)
-
-
-def _experts_by_onednn(x: Tensor, size: int, counts: List[int]) -> bool:
-    if x.dtype == torch.float32 and size <= _CACHED:
-        # Mean over rows of their expert's number of rows: large experts do most of the work.
-        rows = sum(count * count for count in counts) / max(1, sum(counts))
-        if rows * size <= _SMALL_EXPERT:
-            return False
-    return _by_onednn(x, x)
+def faster_products(x: Tensor, multiplications: Optional[int] = None) -> ContextManager[None]:
+    """Within, the faster library computes PyTorch's own products of rows like x's: without
+    padding, and without the microseconds of a switch for each product. For few multiplications,
+    all together, it is PyTorch's choice."""
+    small = multiplications is not None and multiplications <= SMALL
+    return _switched(not small and _by_onednn(x, x), x)
 
 
 def _padded(x: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Copy tokens to rows in expert order, and sum them back, by index.
 
-A row is a kept choice, or spare: N rows, expert 0's first, each expert's in slot order. Moving a
-token is one read and one write of its D numbers; there is no tensor over tokens x experts x slots.
+A row is a kept choice, or spare: N rows, expert 0's first or in chunks of experts, each expert's in
+slot order. Moving a token is one read and one write of its D numbers; there is no tensor over
+tokens x experts x slots.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..kernels.transfer import to_device
+from ..kernels.chunks import Chunk, first_rows, rows_of_each
 from .routing import Routing
 
 
@@ -25,12 +26,13 @@ class Rows(NamedTuple):
     kept: Tensor  # (T, K) bool
     idle: Optional[Tensor]  # (T, 1) bool: tokens without a row; None: all choices are kept
     token: Tensor  # (N,) int64: the token of a row; of a spare row, the first
-    counts: List[int]  # rows of each expert, summing to N
+    counts: List[int]  # rows of each expert, spare ones too, summing to N
+    chunks: Optional[List[Chunk]]  # where the experts' rows are; None: in expert order
 
 
-def lay_out(routing: Routing, rounded: Optional[Callable[[List[int]], List[int]]] = None) -> Rows:
-    """Lay the kept choices out in expert order; the experts' numbers of rows are `rounded` up, with
-    spare rows whose results go nowhere."""
+def lay_out(routing: Routing, chunked: Optional[Callable[[List[int]], List[Chunk]]] = None) -> Rows:
+    """Lay the kept choices out in expert order; or, on a CPU, in the chunks that `chunked` makes of
+    the experts' numbers of rows, with spare rows whose results go nowhere."""
     tokens, k = routing.experts.shape
     # Kept choices occupy the first slots of their expert, without gaps.
     counts = torch.zeros_like(routing.counts[0])  # (E,)
@@ -42,10 +44,11 @@ def lay_out(routing: Routing, rounded: Optional[Callable[[List[int]], List[int]]
     rows_of = torch.cat(wanted).tolist()  # the only wait for a GPU here
     widest = max(1, rows_of.pop()) if len(wanted) > 1 else k
     dropped = sum(rows_of) < tokens * widest
-    if rounded is not None:
-        rows_of = rounded(rows_of)
-        counts = to_device(rows_of, counts.device)
-    row = (counts.cumsum(0) - counts)[routing.experts] + routing.local_slots
+    first, chunks = counts.cumsum(0) - counts, None
+    if chunked is not None:
+        chunks = chunked(rows_of)
+        first, rows_of = first_rows(chunks, len(counts)), rows_of_each(chunks, len(counts))
+    row = first[routing.experts] + routing.local_slots
     behind = sum(rows_of)  # dropped choices write here
     token = row.new_zeros(behind + 1)
     index = torch.arange(tokens, device=row.device).unsqueeze(1).expand(tokens, k)
@@ -54,9 +57,9 @@ def lay_out(routing: Routing, rounded: Optional[Callable[[List[int]], List[int]]
     idle = None
     if dropped:  # of no other token's row: it is multiplied by 0, but may be infinite
         idle = ~kept.any(dim=1, keepdim=True)
-        first = row.gather(1, kept.to(torch.int8).argmax(dim=1, keepdim=True)).masked_fill(idle, 0)
-        row = row.where(kept, first)
-    return Rows(row, kept, idle, token[:behind], rows_of)
+        own = row.gather(1, kept.to(torch.int8).argmax(dim=1, keepdim=True)).masked_fill(idle, 0)
+        row = row.where(kept, own)
+    return Rows(row, kept, idle, token[:behind], rows_of, chunks)
 
 
 def permute(x: Tensor, rows: Rows) -> Tensor:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Dict, List, Optional
+from functools import partial
+from typing import Any, Callable, Dict, List, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.batched_ffn import batched, by_chunk
+from ..kernels.chunks import Chunk, laid_out
 from ..kernels.dropout import dropout
 from ..kernels.dropout import mask as dropout_mask
 from ..kernels.dtypes import autocast_dtype, without_autocast
-from ..kernels.expert_ffn import Weights, kernel_for, scale_gradient
+from ..kernels.expert_ffn import kernel_for, scale_gradient
 from ..kernels.matmul import Linear
+from ..kernels.stacks import Weights
 from .activations import Activation, inner_width
 from .routing import Routing
 
@@ -127,27 +131,39 @@ class Experts(nn.Module):
         self.grad_scale = grad_scale
         self.ffn_dim = ffn_dim
         inner = inner_width(activation, ffn_dim)
-        self.size = dim * inner  # weights of an expert's first layer
+        self.inner = inner
         self.fc1 = GroupedLinear(num_experts, dim, inner, first, in_files)
         self.fc2 = GroupedLinear(num_experts, ffn_dim, dim, first, in_files)
 
-    def forward(self, x: Tensor, counts: List[int]) -> Tensor:
-        """x (N, D) in expert order, counts[e] rows of expert e -> (N, D)."""
+    def chunked(self, x: Tensor) -> Optional[Callable[[List[int]], List[Chunk]]]:
+        """How rows like x's (..., D) should lie, by their experts' numbers of rows; None: in expert
+        order. It spares the kernel a copy."""
+        if x.device.type != "cpu" or kernel_for(x, self._weights()) is None:
+            return None
+        return partial(laid_out, x=x, inner=self.inner)
+
+    def forward(self, x: Tensor, counts: List[int], chunks: Optional[List[Chunk]] = None) -> Tensor:
+        """x (N, D) in expert order, or as the chunks say; counts[e] rows of expert e -> (N, D)."""
         if self.fc1.in_files and torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError("experts that are read from files (in_files) cannot be trained")
         wanted = autocast_dtype(x)
         if wanted is None:
-            return self._compute(x, counts)
+            return self._compute(x, counts, chunks)
         with without_autocast(x):
-            return self._compute(x.to(wanted), counts)
+            return self._compute(x.to(wanted), counts, chunks)
 
-    def _compute(self, x: Tensor, counts: List[int]) -> Tensor:
-        weights = Weights(self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-        mask = None
+    def _weights(self) -> Weights:
+        return Weights(self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+
+    def _compute(self, x: Tensor, counts: List[int], chunks: Optional[List[Chunk]]) -> Tensor:
+        weights, mask = self._weights(), None
         if self.training and self.activation_dropout > 0:
             mask = dropout_mask(x.new_empty(x.size(0), self.ffn_dim), self.activation_dropout)
         compute = kernel_for(x, weights) or plain_expert_ffn
-        out = compute(x, counts, weights, self.activation, mask, self.grad_scale)
+        if compute is batched and chunks is not None:
+            out = by_chunk(x, chunks, weights, self.activation, mask, self.grad_scale)
+        else:
+            out = compute(x, counts, weights, self.activation, mask, self.grad_scale)
         return dropout(out, self.dropout, self.training)
 
     def choice_by_choice(self, x: Tensor, routing: Routing) -> Tensor:

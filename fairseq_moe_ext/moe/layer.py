@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, Dict, NamedTuple, Optional, Sequence, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels.dtypes import autocast_dtype
-from ..kernels.matmul import Linear, program_rows
+from ..kernels.matmul import Linear
 from . import routers  # noqa: F401 - registers them
 from .balance import Balance, z_loss
 from .dispatch import lay_out, permute, unpermute
@@ -173,16 +172,19 @@ class MoELayer(nn.Module):
         if self._has_few(tokens):
             out = cast(Experts, self.experts).choice_by_choice(y, routing)
         else:
-            rounded = None
-            # A process pads what it computes; what others send it has rows of their own.
+            chunked = None
+            # What other processes send arrives in expert order.
             if self.exchange is HERE and isinstance(self.experts, Experts):
-                rounded = partial(program_rows, y, self.experts.size)
-            rows = lay_out(routing, rounded)
+                chunked = self.experts.chunked(y)
+            rows = lay_out(routing, chunked)
             y = permute(y, rows)  # (N, D)
             counts = rows.counts[: len(rows.counts) - routing.null_experts]
-            y, arrival = self.exchange.send(y, counts)  # (N', D)
-            y = self.exchange.compute(self.experts, y, arrival.counts)  # (N', D)
-            y = self.exchange.send_back(y, arrival)  # (N, D)
+            if rows.chunks is not None:
+                y = self.experts(y, counts, rows.chunks)
+            else:
+                y, arrival = self.exchange.send(y, counts)  # (N', D)
+                y = self.exchange.compute(self.experts, y, arrival.counts)  # (N', D)
+                y = self.exchange.send_back(y, arrival)  # (N, D)
             out = unpermute(y, routing.weights.to(y.dtype), rows)  # (T, D)
         return out if self.latent is None else self.latent.up(out)
 

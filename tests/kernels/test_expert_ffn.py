@@ -5,14 +5,10 @@ import torch
 import torch.nn.functional as F
 from closeness import assert_near
 
-from fairseq_moe_ext.kernels import expert_ffn
-from fairseq_moe_ext.kernels.expert_ffn import (
-    Weights,
-    by_expert,
-    grouped,
-    grouped_serves,
-    kernel_for,
-)
+from fairseq_moe_ext.kernels import chunks, expert_ffn
+from fairseq_moe_ext.kernels.batched_ffn import batched
+from fairseq_moe_ext.kernels.expert_ffn import by_expert, grouped, grouped_serves, kernel_for
+from fairseq_moe_ext.kernels.stacks import Weights
 from fairseq_moe_ext.moe.experts import plain_expert_ffn
 
 COUNTS = [5, 0, 3, 1]
@@ -22,7 +18,8 @@ needs_grouped_mm = pytest.mark.skipif(
     not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm"
 )
 ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
-WAYS = [by_expert, plain_expert_ffn, pytest.param(grouped, marks=needs_grouped_mm)]
+ON_A_CPU = [batched, by_expert]
+WAYS = [*ON_A_CPU, plain_expert_ffn, pytest.param(grouped, marks=needs_grouped_mm)]
 
 
 def loop(x, counts, weights, activation, mask=None, grad_scale=1.0):
@@ -127,26 +124,37 @@ def test_grouped_products_that_leave_gradients_without_rows_unwritten(monkeypatc
         assert_near(mine, each, 1e-5)
 
 
+@pytest.mark.parametrize("way", ON_A_CPU)
 @pytest.mark.parametrize("frozen", ["x", "weights"])
-def test_what_is_frozen_gets_no_gradient(frozen):
+def test_what_is_frozen_gets_no_gradient(frozen, way):
     x, weights, mask = made()
     for each in (x,) if frozen == "x" else weights:
         each.requires_grad_(False)
-    mine, true = results(by_expert, x, weights, F.gelu), results(loop, x, weights, F.gelu)
+    mine, true = results(way, x, weights, F.gelu), results(loop, x, weights, F.gelu)
     assert len(mine) == len(true) == (5 if frozen == "x" else 2)
     for a, b in zip(mine, true):
         assert_near(a, b, 1e-12, frozen)
 
 
-def test_without_gradients_no_hidden_numbers_are_kept():
-    x, weights, _ = made()
+@pytest.mark.parametrize("way", ON_A_CPU)
+@pytest.mark.parametrize("counts", [COUNTS, MANY], ids=["few", "many"])
+def test_without_gradients_no_hidden_numbers_are_kept(counts, way):
+    x, weights, _ = made(counts=counts)
     with torch.no_grad():
-        out = by_expert(x, COUNTS, weights, F.gelu)
+        out = way(x, counts, weights, F.gelu)
         listed = Weights(*(list(each) for each in weights))
-        from_list = by_expert(x, COUNTS, listed, F.gelu)
+        from_list = way(x, counts, listed, F.gelu)
     assert out.grad_fn is None
     assert torch.equal(out, from_list)
-    assert_near(out, loop(x, COUNTS, weights, F.gelu), 1e-12, "evaluation")
+    assert_near(out, loop(x, counts, weights, F.gelu), 1e-12, "evaluation")
+
+
+@pytest.mark.parametrize("way", ON_A_CPU)
+def test_no_rows_at_all(way):
+    x, weights, _ = made(counts=[0, 0])
+    out, grad_x, *grads = results(way, x, weights, F.gelu, counts=[0, 0])
+    assert out.shape == grad_x.shape == (0, D)
+    assert not any(grad.any() for grad in grads)
 
 
 def test_listed_weights_come_to_where_the_rows_are():
@@ -160,46 +168,53 @@ def test_listed_weights_come_to_where_the_rows_are():
 def few_sizes(monkeypatch):
     """Products as where they are best of sizes with a program."""
     monkeypatch.setattr(
-        expert_ffn, "program_rows", lambda x, size, counts: [-(-n // 4) * 4 for n in counts]
+        expert_ffn, "program_rows", lambda x, counts: [-(-n // 4) * 4 for n in counts]
     )
+    monkeypatch.setattr(chunks, "program_rows", expert_ffn.program_rows)
 
 
+@pytest.mark.parametrize("way", ON_A_CPU)
 @pytest.mark.parametrize("masked", [False, True])
-def test_spare_rows_change_nothing(masked, few_sizes, monkeypatch):
+def test_spare_rows_change_nothing(masked, way, few_sizes, monkeypatch):
     x, weights, mask = made(counts=MANY)
     mask = mask if masked else None
     true = results(loop, x, weights, F.gelu, mask, counts=MANY)
-    sizes, multiply = set(), torch.addmm
+    sizes, name = set(), "baddbmm" if way is batched else "addmm"
+    multiply = getattr(torch, name)
     monkeypatch.setattr(
         torch,
-        "addmm",
-        lambda c, a, *rest, **more: sizes.add(a.shape) or multiply(c, a, *rest, **more),
+        name,
+        lambda c, a, *rest, **more: sizes.add(a.shape[-2:]) or multiply(c, a, *rest, **more),
     )
-    found = results(by_expert, x, weights, F.gelu, mask, counts=MANY)
+    found = results(way, x, weights, F.gelu, mask, counts=MANY)
     # forward and the weights' gradients: a multiple of four rows in each
-    assert sizes == {(4, D), (4, HIDDEN), (HIDDEN, 4), (D, 4)}
+    backward = {(HIDDEN, 4), (D, 4)}
+    assert sizes == {(4, D), (4, HIDDEN)} | (set() if way is batched else backward)
     for mine, each in zip(found, true):
         assert_near(mine, each, 1e-12)
     monkeypatch.undo()
     with torch.no_grad():
         listed = Weights(*(list(each) for each in weights))
-        assert_near(by_expert(x, MANY, listed, F.gelu, mask), true[0], 1e-12)
+        assert_near(way(x, MANY, listed, F.gelu, mask), true[0], 1e-12)
 
 
-def test_bfloat16_rows_through_float32_weights():
+@pytest.mark.parametrize("way", ON_A_CPU)
+@pytest.mark.parametrize("counts", [COUNTS, [2, 0, 1, 2, 1, 2]], ids=["few", "together"])
+def test_bfloat16_rows_through_float32_weights(counts, way):
     """As --bf16 on a CPU has them. Each number is rounded once to 8 bits when it is stored; the
     bound is the sum of these roundings, carried to the end to the first order, twice."""
-    x, weights, _ = made(torch.float32)
+    x, weights, _ = made(torch.float32, counts)
     x = x.detach().bfloat16().requires_grad_()
-    out, grad_x, *grads = results(by_expert, x, weights, torch.relu)
+    out, grad_x, *grads = results(way, x, weights, torch.relu, counts=counts)
     assert out.dtype == grad_x.dtype == torch.bfloat16
     assert all(grad.dtype == torch.float32 for grad in grads)
-    for grad, scaled in zip(grads, results(by_expert, x, weights, torch.relu, None, 0.25)[2:]):
+    quarter = results(way, x, weights, torch.relu, None, 0.25, counts=counts)
+    for grad, scaled in zip(grads, quarter[2:]):
         assert torch.equal(scaled, grad / 4)
 
     half = 2.0**-9  # the largest relative error of rounding to bfloat16
     x, (w1, b1, w2, b2) = x.detach().double(), (each.detach().double() for each in weights)
-    expert = torch.arange(len(COUNTS)).repeat_interleave(torch.tensor(COUNTS))
+    expert = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     size_h = (w1.abs()[expert] @ x.abs().unsqueeze(2)).squeeze(2) + b1.abs()[expert]
     h = (w1[expert] @ x.unsqueeze(2)).squeeze(2) + b1[expert]
     a, error_a = h.relu(), half * (size_h + h.abs())
@@ -220,7 +235,10 @@ def test_bfloat16_rows_through_float32_weights():
 
 def test_which_way_is_taken():
     x, weights, _ = made(torch.bfloat16)
-    assert not grouped_serves(x, weights) and kernel_for(x, weights) is by_expert
+    assert not grouped_serves(x, weights) and kernel_for(x, weights) is batched
+    assert kernel_for(x.to("meta"), weights) is by_expert
+    wide = Weights(*(each.new_empty(1, 1).expand(1, 2**17) for each in weights))
+    assert kernel_for(x, wide) is by_expert
 
     class OfAnotherKind:
         device, is_cuda = torch.device("mps"), False

@@ -158,7 +158,7 @@ def test_products_in_bfloat16_leave_it_off(computed):
     matmul.product(a, b)
     matmul.write_product(torch.empty_like(a), a, b)
     matmul.add_outer(torch.empty_like(a), a, b)
-    with matmul.faster_products(a, 64, [8]):
+    with matmul.faster_products(a):
         torch.mm(a, b)
     assert [precision for precision, _ in computed] == [switch.fp32_precision] * 4
 
@@ -252,21 +252,36 @@ def test_where_onednn_is_not_asked(computed, monkeypatch):
 
 @needs_onednn
 @pytest.mark.parametrize(
-    "hidden, counts, dtype, asked",
+    "multiplications, dtype, switched",
     [
-        (64, [17, 17, 0], torch.float32, False),
-        (64, [501, 24, 24], torch.float32, True),  # most rows are in a large product
-        (64, [17, 17, 0], torch.bfloat16, True),  # without the switch
-        (1024, [5, 5, 0], torch.float32, True),  # as few multiplications, more weights
+        (None, torch.float32, True),
+        (101, torch.float32, True),
+        (100, torch.float32, False),
+        (None, torch.bfloat16, False),  # oneDNN without the switch
+        (None, torch.float64, False),
     ],
 )
-def test_small_experts_are_left_to_pytorch(hidden, counts, dtype, asked, monkeypatch):
+def test_few_products_of_experts_are_left_to_pytorch(multiplications, dtype, switched, monkeypatch):
     monkeypatch.setattr(matmul, "onednn_is_faster", lambda: True)
-    monkeypatch.setattr(matmul, "_SMALL_EXPERT", 2**20)
-    x, size = torch.ones(sum(counts), 128, dtype=dtype), 128 * hidden
-    assert (matmul.program_rows(x, size, counts) != counts) is asked
-    with matmul.faster_products(x, size, counts):
-        assert (switch.fp32_precision == "bf16") is (asked and dtype == torch.float32)
+    monkeypatch.setattr(matmul, "SMALL", 100)
+    x = torch.ones(3, 8, dtype=dtype)
+    before = switch.fp32_precision
+    with matmul.faster_products(x, multiplications):
+        assert switch.fp32_precision == ("bf16" if switched else before)
+    assert switch.fp32_precision == before
+
+
+@needs_onednn
+def test_rows_of_a_size_that_onednn_has_a_program_for(monkeypatch):
+    """From 9 rows on, one of eight sizes between two powers of two; of one row or two, no more."""
+    monkeypatch.setattr(matmul, "onednn_is_faster", lambda: True)
+    counts, x = [0, 1, 2, 3, 9, 33, 34, 65, 1025], torch.ones(3, 8)
+    rounded = [0, 1, 2, 4, 12, 36, 36, 72, 1152]
+    assert matmul.program_rows(x, counts) == rounded
+    assert matmul.program_rows(x.bfloat16(), counts) == rounded
+    assert matmul.program_rows(x.double(), counts) == counts
+    monkeypatch.setattr(matmul, "onednn_is_faster", lambda: False)
+    assert matmul.program_rows(x, counts) == counts
 
 
 @pytest.mark.parametrize(

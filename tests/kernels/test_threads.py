@@ -8,6 +8,7 @@ import torch
 from closeness import assert_near
 from torch.utils.flop_counter import FlopCounterMode
 
+from fairseq_moe_ext.kernels.expert_ffn import by_expert
 from fairseq_moe_ext.kernels.threads import side_by_side
 from fairseq_moe_ext.moe.experts import Experts
 
@@ -49,6 +50,7 @@ class Watched:
 def watched(monkeypatch):
     watched = Watched()
     monkeypatch.setattr("fairseq_moe_ext.kernels.expert_ffn.side_by_side", watched)
+    monkeypatch.setattr("fairseq_moe_ext.moe.experts.kernel_for", lambda x, weights: by_expert)
     return watched
 
 

@@ -8,7 +8,7 @@ from small_models import MOE, build_model, random_tokens
 from updates import UPDATES, WORLD, assert_same, configure, train
 
 from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.kernels.expert_ffn import by_expert
+from fairseq_moe_ext.kernels.batched_ffn import by_chunk
 
 ADAM = "--optimizer adam --lr 0.05 --weight-decay 0.1"
 PARTS = {
@@ -63,11 +63,11 @@ def test_experts_have_a_dropout_of_their_own(monkeypatch):
         assert layer.activation_dropout == 0
     masks = []
 
-    def recorded(x, counts, weights, activation, mask, *rest):
+    def recorded(x, chunks, weights, activation, mask, *rest):
         masks.append(mask)
-        return by_expert(x, counts, weights, activation, mask, *rest)
+        return by_chunk(x, chunks, weights, activation, mask, *rest)
 
-    monkeypatch.setattr("fairseq_moe_ext.kernels.expert_ffn.by_expert", recorded)
+    monkeypatch.setattr("fairseq_moe_ext.moe.experts.by_chunk", recorded)
     model.train()(tokens)
     assert len(masks) == 2 and all(set(mask.unique().tolist()) == {0, 2} for mask in masks)
     assert all(0.4 < float((mask == 0).double().mean()) < 0.6 for mask in masks)

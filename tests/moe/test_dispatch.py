@@ -4,6 +4,7 @@ import pytest
 import torch
 from closeness import assert_near
 
+from fairseq_moe_ext.kernels.chunks import Chunk
 from fairseq_moe_ext.moe.dispatch import lay_out, permute, unpermute
 from fairseq_moe_ext.moe.routing import route
 
@@ -13,20 +14,34 @@ def routed(capacity):
     return route(torch.randn(23, 4, dtype=torch.float64), 2, capacity=capacity)
 
 
-@pytest.mark.parametrize(
-    "rounded", [None, lambda counts: [-(-n // 5) * 5 for n in counts]], ids=["close", "spare"]
-)
+def chunked(counts):
+    """Expert 3 alone, then 0 and 2 with as many rows, then 1; spare rows in each."""
+    chunks = []
+    for experts in ([3], [0, 2], [1]):
+        start = chunks[-1].place.stop if chunks else 0
+        chunks.append(Chunk(experts, max(counts[e] for e in experts) + 2, start))
+    return chunks
+
+
+@pytest.mark.parametrize("chunked", [None, chunked], ids=["close", "spare"])
 @pytest.mark.parametrize("capacity", [None, 8])
-def test_there_and_back(capacity, rounded):
+def test_there_and_back(capacity, chunked):
     """Through experts that multiply by their number: output and gradients of a loop."""
     routing = routed(capacity)
-    rows = lay_out(routing, rounded)
+    rows = lay_out(routing, chunked)
     kept = [int((routing.kept & (routing.experts == e)).sum()) for e in range(4)]
-    assert rows.counts == (kept if rounded is None else rounded(kept))
+    order = range(4)
+    if chunked is None:
+        assert rows.counts == kept and rows.chunks is None
+    else:
+        order = [3, 0, 2, 1]
+        as_many = max(kept[0], kept[2]) + 2
+        assert rows.counts == [as_many, kept[1] + 2, as_many, kept[3] + 2]
+        assert rows.chunks == chunked(kept)
     assert len(rows.token) == sum(rows.counts)
     x = torch.randn(23, 3, dtype=torch.float64, requires_grad=True)
     weights = routing.weights.detach().requires_grad_()
-    number = torch.arange(1.0, 5).double().repeat_interleave(torch.tensor(rows.counts)).unsqueeze(1)
+    number = torch.cat([torch.full((rows.counts[e], 1), 1.0 + e) for e in order]).double()
     found = unpermute(number * permute(x, rows), weights, rows)
 
     true = []

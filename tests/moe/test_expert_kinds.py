@@ -21,7 +21,9 @@ from expert_layers import inputs
 from router_loops import LOOPS, Case
 from torch.utils.flop_counter import FlopCounterMode
 
-from fairseq_moe_ext.kernels.expert_ffn import Weights, by_expert, grouped
+from fairseq_moe_ext.kernels.batched_ffn import batched
+from fairseq_moe_ext.kernels.expert_ffn import by_expert, grouped
+from fairseq_moe_ext.kernels.stacks import Weights
 from fairseq_moe_ext.moe.activations import geglu, swiglu
 from fairseq_moe_ext.moe.balance import balance_loss
 from fairseq_moe_ext.moe.experts import FeedForward, plain_expert_ffn
@@ -72,7 +74,7 @@ def test_gradients_against_finite_differences(kind):
 
 
 @pytest.mark.parametrize("activation", [swiglu, geglu])
-@pytest.mark.parametrize("way", [by_expert, plain_expert_ffn, grouped])
+@pytest.mark.parametrize("way", [batched, by_expert, plain_expert_ffn, grouped])
 def test_every_kernel_computes_gated_experts(way, activation):
     """Each row through its expert, with a mask for dropout."""
     if way is grouped and not hasattr(F, "grouped_mm"):

@@ -108,7 +108,7 @@ def test_autocast_casts_rows_before_their_kernel_is_chosen(monkeypatch):
         experts, "kernel_for", lambda x, weights: found.append(x.dtype) or kernel_for(x, weights)
     )
     with torch.autocast("cpu", torch.bfloat16):
-        layer(torch.randn(20, 8))
+        layer.experts(torch.randn(20, 8), [5] * 4)
     assert found == [torch.bfloat16]
 
 

@@ -1,0 +1,97 @@
+"""Where the rows of many experts lie, and which experts one batched matrix product computes.
+
+Spare rows, whose results go nowhere, fill each expert's up to a number of rows that a product
+wants.
+"""
+
+from __future__ import annotations
+
+from typing import List, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .matmul import program_rows, watched
+
+# Numbers, 2 MB in float32: of a chunk's hidden values, which stay in the cache; and of its matrices
+# of weights, which are copied side by side.
+_HELD = 2**19
+_NUMBERS = (16, 4)  # of experts in a chunk; few, as oneDNN keeps a program for each shape
+_FULL = 0.75  # of a chunk's rows are no spare ones, at least
+
+
+class Chunk(NamedTuple):
+    """Experts with as many rows each, one expert's after the other's."""
+
+    experts: List[int]
+    rows: int  # of each
+    start: int  # the first row
+
+    @property
+    def place(self) -> slice:
+        return slice(self.start, self.start + len(self.experts) * self.rows)
+
+
+def is_narrow(dim: int, inner: int) -> bool:
+    """Whether experts of so many inputs and so many hidden numbers gain by sharing products."""
+    return min(_NUMBERS) * dim * inner <= _HELD
+
+
+def laid_out(counts: List[int], x: Tensor, inner: int) -> List[Chunk]:
+    """The chunks for counts[e] rows of each expert e. Narrow experts: those with most rows first,
+    up to 16 in a chunk. Others: each by itself, in their order.
+
+    Args:
+        x: (..., D), for the rows' width and precision; on a CPU.
+        inner: hidden width of an expert's first layer.
+    """
+    dim = x.size(-1)
+    rows = program_rows(x, counts)
+    if not is_narrow(dim, inner) or watched():  # who counts FLOPs wants none of spare rows
+        return in_order(rows)
+    left = sorted((e for e, n in enumerate(rows) if n), key=rows.__getitem__, reverse=True)
+    chunks, start = [], 0
+    while left:
+        most = rows[left[0]]
+        room = min(_HELD // (most * inner), _HELD // (dim * inner), len(left))
+        fitting = (n for n in _NUMBERS if n <= room and _full([rows[e] for e in left[:n]]))
+        number = next(fitting, 1)
+        chunks.append(Chunk(left[:number], most, start))
+        left, start = left[number:], chunks[-1].place.stop
+    return chunks
+
+
+def _full(rows: List[int]) -> bool:
+    return sum(rows) >= _FULL * max(rows) * len(rows)
+
+
+def in_order(counts: List[int]) -> List[Chunk]:
+    """Every expert with rows by itself, in the order of the experts."""
+    chunks, start = [], 0
+    for e, count in enumerate(counts):
+        if count:
+            chunks.append(Chunk([e], count, start))
+        start += count
+    return chunks
+
+
+def total_rows(chunks: List[Chunk]) -> int:
+    return chunks[-1].place.stop if chunks else 0
+
+
+def first_rows(chunks: List[Chunk], experts: int) -> Tensor:
+    """The first row of each of so many experts. -> (E,) int64"""
+    first = [0] * experts
+    for chunk in chunks:
+        for i, e in enumerate(chunk.experts):
+            first[e] = chunk.start + i * chunk.rows
+    return torch.tensor(first)
+
+
+def rows_of_each(chunks: List[Chunk], experts: int) -> List[int]:
+    """How many rows each of so many experts has."""
+    rows = [0] * experts
+    for chunk in chunks:
+        for e in chunk.experts:
+            rows[e] = chunk.rows
+    return rows
