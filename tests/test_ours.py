@@ -3,9 +3,11 @@
 from argparse import Namespace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from fairseq import checkpoint_utils
+from fairseq.data import Dictionary
 from fairseq.tasks import FairseqTask
 from fairseq.tasks.language_modeling import LanguageModelingTask
 from fairseq.tasks.translation import TranslationTask
@@ -122,6 +124,40 @@ def test_fused_adam_trains_any_model():
         starting.check_command_line(Namespace(**{**given, "batch_size": 0}))
     with pytest.raises(UserError, match="--task"):
         starting.check_command_line(Namespace(**{**given, "arch": "moe_lm_tiny"}))
+
+
+class OtherTask(FairseqTask):
+    """Of a model that is no language model."""
+
+    source_dictionary = Dictionary()
+
+
+class Sentences:
+    """Of 3 and 9 tokens."""
+
+    supports_prefetch = False
+    sizes = np.array([3, 9])
+
+    def size(self, index):
+        return self.sizes[index]
+
+    def filter_indices_by_size(self, indices, max_sizes):
+        return indices[self.sizes[indices] <= max_sizes], indices[self.sizes[indices] > max_sizes]
+
+
+def test_other_tasks_read_their_lines_and_samples_as_stock_does(monkeypatch):
+    from fairseq_moe_ext.patches import tasks
+
+    monkeypatch.setattr(tasks, "find_tokenizer", lambda folder: {"_name": "gpt2"})
+    task = OtherTask(Namespace())
+    task.args = Namespace(data="data")
+    assert task.build_bpe(Namespace(_name=None)) is None  # not the one beside the data
+    task.get_interactive_tokens_and_lengths(["unknown words"], lambda line: line)
+    everything = np.arange(2)
+    assert task.filter_indices_by_size(everything, Sentences(), 9, True).tolist() == [0, 1]
+    with pytest.raises(Exception, match="^Size of sample #1 is invalid") as raised:
+        task.filter_indices_by_size(everything, Sentences(), 3)
+    assert not isinstance(raised.value, UserError)  # it would name --tokens-per-sample
 
 
 def test_translations_may_use_their_source():

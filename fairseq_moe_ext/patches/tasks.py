@@ -11,6 +11,7 @@ from typing import Any, Dict, Iterator, Mapping, Optional
 import torch
 from fairseq import utils
 from fairseq.data import Dictionary
+from fairseq.tasks.language_modeling import LanguageModelingTask
 from torch import Tensor
 
 from fairseq_today.errors import UserError
@@ -79,8 +80,10 @@ def load_state_dict(stock, self, state_dict):
 
 def build_bpe(stock, self, args):
     """fairseq-interactive reads text as words without --bpe, and with --bpe gpt2 fetches GPT-2's
-    tokenizer from the network; this uses the one beside the data. Files that are given must be the
-    model's."""
+    tokenizer from the network; for language models this uses the one beside the data. Files that
+    are given must be the model's."""
+    if not _of_language_models(self):
+        return stock(self, args)
     name = getattr(args, "_name", None)
     elsewhere = name == "gpt2" and not str(args.gpt2_encoder_json).startswith("http")
     data = getattr(getattr(self, "args", None), "data", None)
@@ -106,8 +109,10 @@ def build_generator(stock, self, models, args, *rest, **kwargs):
 
 
 def get_interactive_tokens_and_lengths(stock, self, lines, encode_fn):
-    """Stock answers a line without any word of the dictionary as a row of <unk>. This notes the
-    line, and filter_indices_by_size skips it."""
+    """Stock answers a line without any word of the dictionary as a row of <unk>. For language
+    models this notes the line, and filter_indices_by_size skips it."""
+    if not _of_language_models(self):
+        return stock(self, lines, encode_fn)
     tokens, lengths = stock(self, lines, encode_fn)
     first = getattr(self, "next_line", 1)
     self.next_line = first + len(lines)
@@ -123,8 +128,10 @@ def filter_indices_by_size(
     """Stock reports how many samples it skips as too long for the model, but not their share of the
     data, and it does not stop if none is left. If it must not skip any, it raises a plain
     Exception. A line that is too long ends a session of fairseq-interactive; here it is reported
-    and skipped.
+    and skipped. What to do is said in flags of language models, so other tasks are left to stock.
     """
+    if not _of_language_models(self):
+        return stock(self, indices, dataset, max_positions, ignore_invalid_inputs)
     if hasattr(self, "lines_read"):
         return _lines_that_fit(self, indices, dataset, max_positions)
     kept = stock(self, indices, dataset, max_positions, True)
@@ -149,6 +156,10 @@ def filter_indices_by_size(
         )
     logger.warning(f"{report}, and are left out: counted {some:,} of {whole:,} tokens")
     return kept
+
+
+def _of_language_models(task: Any) -> bool:
+    return isinstance(task, LanguageModelingTask) or ours.is_ours(type(task))
 
 
 def _lines_that_fit(task, indices, dataset, max_positions):
