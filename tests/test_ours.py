@@ -203,3 +203,21 @@ def test_weights_that_are_nan_are_not_saved_later_either():
     state = {"model": {"w": torch.tensor(float("nan"))}, "cfg": settings(model="moe_lm_tiny")}
     with pytest.raises(UserError, match="w holds NaN or infinity"):
         checkpoint_utils.torch_persistent_save(state, "x.pt", async_write=True)
+
+
+def test_a_failed_update_of_ours_writes_no_checkpoint(monkeypatch):
+    """A run from it would begin with the data of an epoch 0."""
+    from fairseq_moe_ext.patches import trainer as patch
+
+    monkeypatch.setattr(patch.saving, "takes_part", lambda trainer: True)
+    written = []
+
+    def stock(self, filename, extra_state):
+        written.append(filename)
+
+    for changed in ({}, {"model": "moe_lm_tiny"}):
+        made = SimpleNamespace(cfg=settings(**changed))
+        for name in ("crash.pt", "checkpoint_last.pt"):
+            patch.save_checkpoint(stock, made, f"runs/{len(changed)}/{name}", {})
+    every = [f"runs/{n}/{name}" for n in (0, 1) for name in ("crash.pt", "checkpoint_last.pt")]
+    assert written == [path for path in every if path != "runs/1/crash.pt"]
