@@ -177,7 +177,7 @@ def test_commands_on_a_trained_model(trained):
     output = script(trained, "docs/experts.md")
     assert output.count("done training") == 2
     assert "dense twin: hidden width 480 instead of the MoE layers" in output
-    for active in ("1,28", "2,82", "13,68"):  # millions; the first digits
+    for active in ("1,28", "2,83", "13,68"):  # millions; the first digits
         assert re.search(rf"parameters, active +{active}", output), active
 
     assert len(re.findall(r"loops?, best of", script(trained, "docs/performance.md"))) == 2
