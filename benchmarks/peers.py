@@ -5,9 +5,10 @@ Hugging Face's GPT-2 and OLMoE, stock fairseq.
     python benchmarks/peers.py --list
 
 Forward, backward and fused AdamW (stock: its own Adam), in one process, in turn; dropout 0.1 but in
-attention. If not all models fit into memory, the cases run in groups. Each group has plain PyTorch,
-which the others are multiples of, and the dense model of each sparse one. Calls with a part of the
-shapes or cases merge into one table, benchmarks/results/PROCESSOR/peers.md.
+attention. Sparse models run one by one, each with plain PyTorch, which all are multiples of, and
+with the dense model of equal FLOPs; if the others do not fit into memory together, they run in
+groups. Calls with a part of the shapes or cases merge into one table,
+benchmarks/results/PROCESSOR/peers.md.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from fairseq_moe_ext import cost
 
 DROPOUT = 0.1
+SPARSE_WARMUP = 10  # steps; oneDNN makes a program for each new number of rows of an expert
 FILLED = 0.75  # of the free memory, by models; the rest is for what a step allocates
 GIB = 2**30
 
@@ -258,18 +260,18 @@ def model_bytes(case: Case, shape: Shape) -> int:
 
 def groups(cases: Dict[str, Case], sizes: Dict[str, int], room: float) -> List[List[str]]:
     """Names of the cases to measure together, so that their models take at most `room` bytes. A
-    group of one case may take more: it cannot be measured."""
+    group of one case may take more: it cannot be measured. Sparse cases are apart: of all their
+    numbers of rows together, oneDNN would not keep the programs."""
     found: List[List[str]] = []
-    for label, case in cases.items():
-        together = [each for each in (BASE, case.dense, label) if each]
+    for label in (label for label, case in cases.items() if not case.dense):
         for group in found:
-            more = list(dict.fromkeys([*group, *together]))
+            more = list(dict.fromkeys([*group, label]))
             if sum(sizes[each] for each in more) <= room:
                 group[:] = more
                 break
         else:
-            found.append(list(dict.fromkeys(together)))
-    return found
+            found.append(list(dict.fromkeys([BASE, label])))
+    return found + [[BASE, case.dense, label] for label, case in cases.items() if case.dense]
 
 
 def together(
@@ -277,6 +279,9 @@ def together(
 ) -> Dict[str, Dict]:
     """The rows of cases that take turns."""
     runs = {label: training_step(case, shape, like) for label, case in cases.items()}
+    for label in (label for label, case in cases.items() if case.dense):
+        for _ in range(SPARSE_WARMUP):
+            runs[label]()
     seconds = measure.in_turn(runs, rounds, warmup=2)
     device, threads = like.device.type, torch.get_num_threads()
     rows = {}

@@ -73,31 +73,30 @@ def test_groups_fit_and_have_what_their_cases_are_compared_with(peers):
         assert {label for group in found for label in group} == set(SIZES)
         for group in found:
             assert group[0] == "plain PyTorch" and sum(SIZES[label] for label in group) <= room
-            assert "dense" in group or not any("sparse" in label for label in group)
-    assert len(peers.groups(cases, SIZES, 1000)) == 1
-    assert len(peers.groups(cases, SIZES, 80)) == 2
-    assert [*SIZES][:3] + ["other"] in peers.groups(cases, SIZES, 50)
-    assert ["plain PyTorch", "dense", "large sparse"] in peers.groups(cases, SIZES, 50)
+    apart = [["plain PyTorch", "dense", "sparse"], ["plain PyTorch", "dense", "large sparse"]]
+    assert peers.groups(cases, SIZES, 1000) == [["plain PyTorch", "dense", "other"], *apart]
+    several = [["plain PyTorch", "dense"], ["plain PyTorch", "other"]]
+    assert peers.groups(cases, SIZES, 20) == [*several, *apart]
 
 
 def test_a_shape_runs_in_groups_of_the_free_memory(peers, monkeypatch, tmp_path):
     models = Models(peers, monkeypatch, SIZES)
     monkeypatch.setattr(peers.measure, "free_memory", lambda device: 80 * MIB / peers.FILLED)
     peers.run({"96": peers.SHAPES["96"]}, ["sparse", "other", "large sparse"], 3, torch.empty(0))
-    first = ["plain PyTorch", "dense", "sparse", "other"]
-    second = ["plain PyTorch", "dense", "large sparse"]
-    assert models.groups == [first, second]
+    first = ["plain PyTorch", "dense", "other"]
+    second, third = ([*first[:2], label] for label in ("sparse", "large sparse"))
+    assert models.groups == [first, second, third]
     gc.collect()
     assert models.most <= 80 and not models.alive, "models of a group stay"
     (path,) = tmp_path.glob("*/peers.json")
     rows = json.loads(path.read_text())["rows"]
-    assert list(rows) == [f"96: {label}" for label in [*first, "large sparse"]]
-    # each ratio from its own group: 1, 2, 3, 4 s in the first, 2, 3, 4 s in the second
-    assert [row["seconds"] for row in rows.values()] == [1, 2, 3, 4, 4]
-    assert [row["speed"] for row in rows.values()] == [1, 0.5, 0.333, 0.25, 0.5]
-    assert [row.get("to_dense") for row in rows.values()] == [None, None, 1.5, None, 1.333]
+    assert list(rows) == [f"96: {label}" for label in [*first, "sparse", "large sparse"]]
+    # each ratio from its own group: 1, 2, 3 s in the first, 2, 3, 4 and 3, 4, 5 s in the others
+    assert [row["seconds"] for row in rows.values()] == [1, 2, 3, 4, 5]
+    assert [row["speed"] for row in rows.values()] == [1, 0.5, 0.333, 0.5, 0.6]
+    assert [row.get("to_dense") for row in rows.values()] == [None, None, None, 1.333, 1.25]
     table = path.with_suffix(".md").read_text()
-    assert "| 96: large sparse | 4.000 | 0.50 | 2.00 | 1.33 |" in table
+    assert "| 96: large sparse | 5.000 | 0.60 | 3.00 | 1.25 |" in table
 
 
 def test_a_case_that_cannot_fit_is_left_out_and_named(peers, monkeypatch, tmp_path, capsys):
