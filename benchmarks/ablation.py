@@ -47,9 +47,11 @@ def _no_batches(shape: Shape) -> ContextManager:
 
 @contextlib.contextmanager
 def _no_spare_rows(shape: Shape) -> Iterator[None]:
-    with mock.patch.object(expert_ffn, "program_rows", lambda x, counts: counts):
-        with mock.patch.object(chunks, "program_rows", lambda x, counts: counts):
-            yield
+    with contextlib.ExitStack() as stack:
+        for module in (expert_ffn, chunks):
+            stack.enter_context(mock.patch.object(module, "program_rows", lambda x, counts: counts))
+        stack.enter_context(mock.patch.object(chunks, "program_size", lambda rows: rows))
+        yield
 
 
 @contextlib.contextmanager

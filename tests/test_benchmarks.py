@@ -322,6 +322,7 @@ def test_ablation(program, monkeypatch, tmp_path):
         (expert_ffn, "side_by_side"),
         (expert_ffn, "program_rows"),
         (chunks, "program_rows"),
+        (chunks, "program_size"),
         (experts, "kernel_for"),
         (chunks, "_HELD"),
         (matmul, "onednn_is_faster"),
@@ -331,7 +332,12 @@ def test_ablation(program, monkeypatch, tmp_path):
     for name, change in ablation.WITHOUT.items():
         with change(ablation.SHAPES[0]):
             changed[name] = [p[1] for p, old in zip(parts, before) if getattr(*p) is not old]
-    expected = [["_HELD"], ["side_by_side"], ["program_rows"] * 2, ["kernel_for"]]
+    expected = [
+        ["_HELD"],
+        ["side_by_side"],
+        ["program_rows", "program_rows", "program_size"],
+        ["kernel_for"],
+    ]
     assert list(changed.values()) == expected
     monkeypatch.setattr(ablation, "SHAPES", [ablation.Shape(16, 4, 8, 16)])
     monkeypatch.setattr(sys, "argv", "ablation.py --rounds 1".split())

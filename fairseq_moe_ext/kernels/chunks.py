@@ -11,7 +11,7 @@ from typing import List, NamedTuple
 import torch
 from torch import Tensor
 
-from .matmul import program_rows, watched
+from .matmul import program_rows, program_size, watched
 
 # Numbers, 2 MB in float32: of a chunk's hidden values, which stay in the cache; and of its matrices
 # of weights, which are copied side by side.
@@ -46,9 +46,10 @@ def laid_out(counts: List[int], x: Tensor, inner: int) -> List[Chunk]:
         inner: hidden width of an expert's first layer.
     """
     dim = x.size(-1)
-    rows = program_rows(x, counts)
     if not is_narrow(dim, inner) or watched():  # who counts FLOPs wants none of spare rows
-        return in_order(rows)
+        return in_order(program_rows(x, counts))
+    # In any precision and with any library, so that a seed's dropout is the same.
+    rows = [program_size(count) for count in counts]
     left = sorted((e for e, n in enumerate(rows) if n), key=rows.__getitem__, reverse=True)
     chunks, start = [], 0
     while left:

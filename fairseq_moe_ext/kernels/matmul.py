@@ -254,9 +254,12 @@ def _missing(rows: int) -> int:
 def program_rows(x: Tensor, counts: List[int]) -> List[int]:
     """How many rows like x's (..., D) to compute for each expert: counts, with the spare rows of
     `_padded` where oneDNN computes."""
-    if not _by_onednn(x, x):
-        return counts
-    return [rows if rows <= _FEW_ROWS else rows + _missing(rows) for rows in counts]
+    return [program_size(rows) for rows in counts] if _by_onednn(x, x) else counts
+
+
+def program_size(rows: int) -> int:
+    """Of so many rows, with the spare ones of `_padded`."""
+    return rows if rows <= _FEW_ROWS else rows + _missing(rows)
 
 
 def faster_products(x: Tensor, multiplications: Optional[int] = None) -> ContextManager[None]:

@@ -14,7 +14,8 @@ Score = TypeVar("Score")
 
 def exact_logits(decoder: FairseqDecoder, features: Tensor) -> Tensor:
     """features (N, D) -> (N, V), for choices among tokens. The product is computed in float32 at
-    least: in bfloat16, logits of about 16 are 1/8 apart, and the likeliest ones often equal."""
+    least: in bfloat16, logits of about 16 are 1/8 apart, and the likeliest ones often equal. The
+    decoder's projection takes any precision, as ours does (kernels/matmul.py)."""
     return decoder.output_layer(features.to(at_least_float32(features)))
 
 

@@ -7,17 +7,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from fairseq_moe_ext.kernels import chunks, matmul
 from fairseq_moe_ext.kernels.chunks import Chunk, first_rows, in_order, laid_out, rows_of_each
 
-NARROW = torch.ones(1, 96, dtype=torch.float64)  # no rounding to rows that oneDNN wants
+NARROW = torch.ones(1, 96, dtype=torch.float64)
 
 
 def test_those_with_most_rows_first():
     """Sixteen together if three quarters of their rows are no spare ones, else four, else one."""
-    assert laid_out([5, 0, 7], NARROW, 96) == [Chunk([2], 7, 0), Chunk([0], 5, 7)]
-    assert laid_out([10, 30, 9, 10, 8], NARROW, 96) == [
-        Chunk([1], 30, 0),
-        Chunk([0, 3, 2, 4], 10, 30),
+    assert laid_out([3, 0, 8], NARROW, 96) == [Chunk([2], 8, 0), Chunk([0], 4, 8)]
+    assert laid_out([12, 30, 11, 8, 12], NARROW, 96) == [
+        Chunk([1], 32, 0),
+        Chunk([0, 2, 4, 3], 12, 32),
     ]
-    assert laid_out([10, 2, 2, 2], NARROW, 96)[0] == Chunk([0], 10, 0)
+    assert laid_out([12, 4, 4, 4], NARROW, 96)[0] == Chunk([0], 12, 0)
     assert laid_out([4] * 17, NARROW, 96) == [Chunk([*range(16)], 4, 0), Chunk([16], 4, 64)]
     assert laid_out([0, 0], NARROW, 96) == []
 
@@ -54,3 +54,12 @@ def test_each_expert_has_a_place_for_its_rows(inner, onednn, monkeypatch):
 def test_who_counts_flops_counts_none_of_spare_rows():
     with FlopCounterMode(display=False):
         assert laid_out([5, 9, 5, 5, 5], NARROW, 96) == in_order([5, 9, 5, 5, 5])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_narrow_experts_lie_as_the_library_wants_that_autocast_may_take(dtype, monkeypatch):
+    """oneDNN computes bfloat16 on every CPU, and makes a program for each new number of rows; and
+    the same dropout falls on the same rows in every precision."""
+    monkeypatch.setattr(matmul, "onednn_is_faster", lambda: False)
+    found = laid_out([37, 11, 50, 2], NARROW.to(dtype), 96)
+    assert [chunk.rows for chunk in found] == [52, 40, 12, 2]

@@ -170,7 +170,7 @@ def few_sizes(monkeypatch):
     monkeypatch.setattr(
         expert_ffn, "program_rows", lambda x, counts: [-(-n // 4) * 4 for n in counts]
     )
-    monkeypatch.setattr(chunks, "program_rows", expert_ffn.program_rows)
+    monkeypatch.setattr(chunks, "program_size", lambda n: -(-n // 4) * 4)
 
 
 @pytest.mark.parametrize("way", ON_A_CPU)
