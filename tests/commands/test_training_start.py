@@ -114,7 +114,7 @@ def test_the_suffix_of_a_shard_counts(tmp_path):
     check_inputs(cfg, "-shard0")
     with pytest.raises(UserError, match="--restore-file .*/x.pt: no such file"):
         check_inputs(cfg)
-    assert named(cfg, "-shard0") == f"--restore-file {tmp_path}/x.pt"
+    assert named(cfg, "-shard0") == ("--restore-file", f"{tmp_path}/x.pt")
     cfg.restore_file = f"{tmp_path}/checkpoint_last.pt"  # the shard of the run's own
     assert named(cfg, "-shard0") is None
 
