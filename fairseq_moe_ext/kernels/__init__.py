@@ -4,7 +4,7 @@
     expert_ffn.py             feed-forward networks of many experts, one by one, or grouped on a
                               GPU; plain twin: the loop `plain_expert_ffn` of moe/experts.py
     batched_ffn.py            the same of narrow experts, several at a time; chunks.py: which ones
-    stacks.py                 the parameters of many experts
+    stacks.py                 their parameters, and what both share
     threads.py                one expert per core, if experts have few rows; plain twin: a for loop
     dropout.py                sixteen random bits an element; plain twin: F.dropout
     transfer.py               numbers to a GPU, without waiting for it; plain twin: torch.tensor

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .chunks import Chunk, first_rows, laid_out, total_rows
+from .chunks import Chunk, laid_out, places, spread, total_rows
 from .matmul import faster_products
-from .stacks import Stack, Weights
+from .stacks import Stack, Weights, activated, write_gradients
 
 
 def batched(
@@ -27,13 +27,9 @@ def batched(
 ) -> Tensor:
     """Like by_expert of expert_ffn.py."""
     chunks = laid_out(counts, x, len(weights.b1[0]))
-    rows = torch.tensor(counts)
-    shift = first_rows(chunks, len(counts)) - (rows.cumsum(0) - rows)
-    place = torch.arange(x.size(0)) + shift.repeat_interleave(rows)  # (N,)
-    total = total_rows(chunks)
-    x = x.new_zeros(total, x.size(1)).index_copy(0, place, x)
-    if mask is not None:
-        mask = mask.new_zeros(total, mask.size(1)).index_copy(0, place, mask)
+    place = places(counts, chunks)
+    x = spread(x, place, chunks)
+    mask = None if mask is None else spread(mask, place, chunks)
     return by_chunk(x, chunks, weights, activation, mask, grad_scale).index_select(0, place)
 
 
@@ -87,17 +83,10 @@ def _compute(
         h = x.new_empty(size) if hidden is None else _apart(hidden, chunk)
         bias = _of(b1, chunk, x).unsqueeze(1)
         torch.baddbmm(bias, _apart(x, chunk), _of(w1, chunk, x).mT, out=h)
-        h = _activated(activation, h, mask, chunk)
+        h = activated(activation, h, None if mask is None else _apart(mask, chunk))
         bias = _of(b2, chunk, x).unsqueeze(1)
         torch.baddbmm(bias, h, _of(w2, chunk, x).mT, out=_apart(out, chunk))
     return out
-
-
-def _activated(
-    activation: Callable[[Tensor], Tensor], h: Tensor, mask: Optional[Tensor], chunk: Chunk
-) -> Tensor:
-    h = activation(h)
-    return h if mask is None else h * _apart(mask, chunk)
 
 
 class _ByChunk(torch.autograd.Function):
@@ -118,9 +107,8 @@ class _ByChunk(torch.autograd.Function):
         grad_scale: float,
     ) -> Tensor:
         hidden = x.new_empty(x.size(0), w1.size(1)) if any(ctx.needs_input_grad) else None
-        weights = Weights(w1, b1, w2, b2)
-        with _products(x, chunks, weights.w1):
-            out = _compute(x, chunks, weights, activation, mask, hidden)
+        with _products(x, chunks, w1):
+            out = _compute(x, chunks, Weights(w1, b1, w2, b2), activation, mask, hidden)
         ctx.save_for_backward(x, w1, b1, w2, b2, mask, hidden)
         ctx.chunks, ctx.activation, ctx.grad_scale = chunks, activation, grad_scale
         return out
@@ -142,7 +130,8 @@ class _ByChunk(torch.autograd.Function):
             for chunk in ctx.chunks:
                 with torch.enable_grad():
                     before = _apart(hidden, chunk).detach().requires_grad_()
-                    after = _activated(ctx.activation, before, mask, chunk)
+                    its_mask = None if mask is None else _apart(mask, chunk)
+                    after = activated(ctx.activation, before, its_mask)
                 grad_out = _apart(grad, chunk)
                 if grads is not None:
                     _write(grads[2], grads[3], chunk, grad_out, after.detach(), scale)
@@ -158,19 +147,11 @@ class _ByChunk(torch.autograd.Function):
 def _write(w: Tensor, b: Tensor, chunk: Chunk, grad: Tensor, given: Tensor, scale: float) -> None:
     """Gradients of the chunk's B linear layers, scaled, in the weights' precision: w (E, M, K),
     b (E, M), grad (B, n, M), given (B, n, K)."""
-    sums = grad.sum(dim=1, dtype=b.dtype).mul_(scale)  # (B, M)
     experts = chunk.experts
     if len(experts) == 1:
-        own = w[experts[0]].unsqueeze(0)
-        if w.dtype == given.dtype:
-            torch.baddbmm(own, grad.mT, given, beta=0, alpha=scale, out=own)  # is not read
-        else:
-            own.copy_(torch.bmm(grad.mT, given))
-            if scale != 1:
-                own.mul_(scale)
-        b[experts[0]] = sums[0]
+        write_gradients(w[experts[0]], b[experts[0]], grad[0], given[0], scale)
         return
     products = torch.bmm(grad.mT, given).to(w.dtype)  # (B, M, K)
     place = torch.tensor(experts, device=w.device)
     w.index_copy_(0, place, products if scale == 1 else products.mul_(scale))
-    b.index_copy_(0, place, sums)
+    b.index_copy_(0, place, grad.sum(dim=1, dtype=b.dtype).mul_(scale))

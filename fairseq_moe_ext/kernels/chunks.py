@@ -96,3 +96,15 @@ def rows_of_each(chunks: List[Chunk], experts: int) -> List[int]:
         for e in chunk.experts:
             rows[e] = chunk.rows
     return rows
+
+
+def places(counts: List[int], chunks: List[Chunk]) -> Tensor:
+    """Which rows of the chunks the rows in expert order get, counts[e] of expert e. -> (N,)"""
+    rows = torch.tensor(counts)
+    shift = first_rows(chunks, len(counts)) - (rows.cumsum(0) - rows)
+    return torch.arange(sum(counts)) + shift.repeat_interleave(rows)
+
+
+def spread(x: Tensor, place: Tensor, chunks: List[Chunk]) -> Tensor:
+    """x (N, M) -> the rows of all chunks (N', M), with zeros in spare ones."""
+    return x.new_zeros(total_rows(chunks), x.size(1)).index_copy(0, place, x)

@@ -14,15 +14,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .batched_ffn import batched
-from .chunks import is_narrow
+from .chunks import in_order, is_narrow, places, spread
 from .matmul import faster_products, program_rows
-from .stacks import Weights
+from .stacks import Weights, activated, write_gradients
 from .threads import side_by_side
 from .transfer import to_device
 
 _HIDDEN_AT_A_TIME = 2**17  # numbers, 512 KB in float32: half of a core's cache of the second level
-
-
 Kernel = Callable[..., Tensor]  # with the parameters of by_expert
 
 
@@ -72,16 +70,11 @@ def _spaced(
     grad_scale: float,
 ) -> Tensor:
     """by_expert with spare rows of zeros behind those of each expert, up to spaced[e]."""
-    rows = torch.tensor(counts)
-    spare = torch.tensor(spaced) - rows
-    shift = spare.cumsum(0) - spare  # of each expert's first row
-    place = torch.arange(x.size(0)) + shift.repeat_interleave(rows)  # (N,)
-    total = sum(spaced)
-    x = x.new_zeros(total, x.size(1)).index_copy(0, place, x)
-    if mask is not None:
-        mask = mask.new_zeros(total, mask.size(1)).index_copy(0, place, mask)
-    out = by_expert(x, spaced, weights, activation, mask, grad_scale)
-    return out.index_select(0, place)
+    chunks = in_order(spaced)
+    place = places(counts, chunks)
+    x = spread(x, place, chunks)
+    mask = None if mask is None else spread(mask, place, chunks)
+    return by_expert(x, spaced, weights, activation, mask, grad_scale).index_select(0, place)
 
 
 def grouped(
@@ -187,19 +180,12 @@ def _compute(
         h = x.new_empty(sum(counts), len(b1[0])) if hidden is None else hidden[rows]
         for e, given, room in zip(experts, x[rows].split(counts), h.split(counts)):
             torch.addmm(b1[e].to(x), given, w1[e].to(x).t(), out=room)
-        h = _activated(activation, h, mask, rows)
+        h = activated(activation, h, None if mask is None else mask[rows])
         for e, given, room in zip(experts, h.split(counts), out[rows].split(counts)):
             torch.addmm(b2[e].to(x), given, w2[e].to(x).t(), out=room)
 
     _for_each(blocks, compute, 2, w1[0].numel(), x)
     return out
-
-
-def _activated(
-    activation: Callable[[Tensor], Tensor], h: Tensor, mask: Optional[Tensor], rows: slice
-) -> Tensor:
-    h = activation(h)
-    return h if mask is None else h * mask[rows]
 
 
 def _for_each(
@@ -257,39 +243,24 @@ class _ByExpert(torch.autograd.Function):
             (experts, counts, _), rows = blocks[index], blocks[index].rows
             with torch.enable_grad():
                 before = hidden[rows].detach().requires_grad_()
-                after = _activated(ctx.activation, before, mask, rows)
+                after = activated(ctx.activation, before, None if mask is None else mask[rows])
             grad_out, grad_after = grad[rows].split(counts), torch.empty_like(after)
             parts = zip(experts, grad_out, after.detach().split(counts), grad_after.split(counts))
             for e, its_grad, given, room in parts:
                 if grads is not None:
-                    _write_gradients(grads[2][e], grads[3][e], its_grad, given, scale)
+                    write_gradients(grads[2][e], grads[3][e], its_grad, given, scale)
                 torch.mm(its_grad, w2[e].to(x), out=room)
             (grad_h,) = torch.autograd.grad(after, before, grad_after)
             grad_h = grad_h.split(counts)
             if grads is not None:
                 for e, its_grad, given in zip(experts, grad_h, x[rows].split(counts)):
-                    _write_gradients(grads[0][e], grads[1][e], its_grad, given, scale)
+                    write_gradients(grads[0][e], grads[1][e], its_grad, given, scale)
             if grad_x is not None:
                 for e, its_grad, room in zip(experts, grad_h, grad_x[rows].split(counts)):
                     torch.mm(its_grad, w1[e].to(x), out=room)
 
         _for_each(blocks, compute, 4, w1[0].numel(), x)
-        if grads is not None:
-            for bias in (grads[1], grads[3]):
-                bias.mul_(scale)
         return grad_x, *(grads or [None] * 4), None, None, None, None
-
-
-def _write_gradients(w: Tensor, b: Tensor, grad: Tensor, given: Tensor, scale: float) -> None:
-    """Of one expert's linear layer, scaled but for b's, in the weights' precision, while the
-    products are in the cache: w (M, K), b (M,), grad (n, M), given (n, K)."""
-    if w.dtype == given.dtype:
-        torch.addmm(w, grad.t(), given, beta=0, alpha=scale, out=w)  # w is not read
-    else:
-        w.copy_(torch.mm(grad.t(), given))
-        if scale != 1:
-            w.mul_(scale)
-    torch.sum(grad, dim=0, dtype=b.dtype, out=b)
 
 
 def scale_gradient(x: Tensor, scale: float, unused: Sequence[int] = ()) -> Tensor:
