@@ -70,7 +70,7 @@ def status_of(work: Callable[[], Optional[int]], stopped: str = "") -> int:
     except OSError as error:
         if error.filename is None:
             raise
-        line, status = f"error: {error.filename}: {error.strerror}", 1
+        line, status = f"error: {error.filename}: {error.strerror or error}", 1
     except KeyboardInterrupt:
         line, status = stopped, 130
     if line:

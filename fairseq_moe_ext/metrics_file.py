@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-from . import outputs
+from . import files, outputs
 from .errors import UserError
 
 NAME = "metrics.jsonl"
@@ -67,8 +67,8 @@ class MetricsFile:
             outputs.write_text(path.resolve(), kept)  # it may be a link to another disk
 
     def _give_up(self, error: Exception) -> None:
-        reason = error.strerror if isinstance(error, OSError) else error
-        logger.warning(f"{self.path}: cannot be written ({reason}); training continues without it")
+        why = files.reason(error)
+        logger.warning(f"{self.path}: cannot be written ({why}); training continues without it")
         self.path = None
 
 
