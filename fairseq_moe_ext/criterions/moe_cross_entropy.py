@@ -105,8 +105,11 @@ class MoECrossEntropyCriterion(FairseqCriterion):
             records = _of_whole_batch(records, extra.get("whole_sample_size"), sample_size)
             gate_loss, z_loss = self._gate_losses(records)
             weight = self.gate_loss_weight if extra.get("balanced_by_loss", True) else 0.0
-            extra_loss = weight * gate_loss + self.z_loss_weight * z_loss
-            loss = loss + sample_size * extra_loss
+            # a loss that is off has no backward pass, and if infinite does no harm
+            if weight > 0:
+                loss = loss + sample_size * (weight * gate_loss)
+            if self.z_loss_weight > 0:
+                loss = loss + sample_size * (self.z_loss_weight * z_loss)
             router_losses = [r.router_loss for r in records if r.router_loss is not None]
             if router_losses:
                 router_loss = self.combine(torch.stack(router_losses))

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.dtypes import at_least_float32, without_autocast
+from ..kernels.matmul import Linear, linear
 from .routing import Routing, check_groups, check_routing, counted_tokens, route, token_capacity
 from .scope import PROCESS, RoutingScope
 
@@ -128,7 +129,7 @@ class TopKRouter(nn.Module):
 
     def add_gate(self) -> None:
         """Make what `logits` needs."""
-        self.wg = nn.Linear(self.dim, self.num_logits, bias=False)
+        self.wg = Linear(self.dim, self.num_logits, bias=False)
 
     def expert_vectors(self) -> Tensor:
         """What the gate compares tokens with, (E, D) in float32 and without gradient; zeros where
@@ -184,7 +185,7 @@ class TopKRouter(nn.Module):
             return self.wg(x)
         dtype = at_least_float32(x)
         with without_autocast(x):
-            return F.linear(x.to(dtype), self.wg.weight.to(dtype))
+            return linear(x.to(dtype), self.wg.weight, None)
 
     def route_tokens(
         self,

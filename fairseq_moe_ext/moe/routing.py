@@ -124,7 +124,7 @@ def route(
     experts = liked.argmax(dim=-1, keepdim=True)  # (T, 1)
     if k > 1:
         if runner_up == "sampling":
-            rivals = rivals + (_gumbel_like(rivals) if noise is None else noise)
+            rivals = rivals + (gumbel(rivals.shape, rivals.device) if noise is None else noise)
         rivals = rivals.scatter(1, experts, -math.inf)
         experts = torch.cat([experts, best(rivals, k - 1)], dim=1)  # (T, K)
 
@@ -357,8 +357,10 @@ def queue(
     return counts, local_slots, local_slots + ahead.gather(1, experts.t()).t()
 
 
-def _gumbel_like(logits: Tensor) -> Tensor:
-    """Standard Gumbel samples, (T, E) float32; equal to the branch's for the same seed."""
-    zero = torch.zeros((), device=logits.device)
-    # validating the arguments would wait for a GPU
-    return torch.distributions.Gumbel(zero, zero + 1, validate_args=False).rsample(logits.shape)
+def gumbel(shape: torch.Size, device: torch.device) -> Tensor:
+    """Standard Gumbel samples in float32; for the same seed those of torch.distributions.Gumbel,
+    which the branch draws, but in one tensor."""
+    float32 = torch.finfo(torch.float32)
+    uniform = torch.rand(shape, device=device, dtype=torch.float32)
+    uniform.mul_(1 - float32.eps).add_(float32.tiny)
+    return uniform.log_().neg_().log_().neg_()

@@ -8,6 +8,7 @@ from typing import Dict
 import torch
 from torch import Tensor
 
+from ..kernels.dtypes import at_least_float32
 from .balance import counted_rows
 from .routing import Routing
 from .scope import PROCESS, RoutingScope
@@ -53,7 +54,7 @@ def routing_stats(routing: Routing, scope: RoutingScope = PROCESS) -> Dict[str, 
     num_experts, k = routing.probs.size(1), routing.experts.size(1)
     with torch.no_grad():
         # summed in double precision: float16 ends at 65504
-        entropy, tokens = counted_rows(torch.special.entr(routing.probs), routing.counted)
+        entropy, tokens = counted_rows(_entropy(routing.probs), routing.counted)
         entropy = entropy.sum(dtype=torch.float64)
         sums = scope.total(
             torch.cat(
@@ -97,6 +98,14 @@ def routing_stats(routing: Routing, scope: RoutingScope = PROCESS) -> Dict[str, 
             stats[f"{name}_balance_top"] = share[i, :fifth].sum()
             stats[f"{name}_balance_bottom"] = share[i, -fifth:].sum()
     return stats
+
+
+def _entropy(probs: Tensor) -> Tensor:
+    """(T, E) -> (T, 1), in nats."""
+    probs = probs.to(at_least_float32(probs))
+    # On a CPU torch.special.entr takes twice as long.
+    logs = probs.clamp(min=torch.finfo(probs.dtype).tiny).log_()
+    return logs.mul_(probs).sum(dim=1, keepdim=True).neg_()
 
 
 def _histogram(routing: Routing) -> Tensor:

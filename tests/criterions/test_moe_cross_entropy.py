@@ -96,6 +96,14 @@ def test_gradient_reaches_the_gates(sample):
     assert strong.norm() > 10 * model.decoder.layers[1].moe_layer.gate.wg.weight.grad.norm()
 
 
+def test_a_z_loss_that_is_off_may_be_infinite(sample):
+    model = build_model(**MOE).train()
+    for layer in (1, 3):
+        model.decoder.layers[layer].moe_layer.gate.wg.weight.data *= 1e22
+    assert math.isinf(parts(model, sample)[1][0].z_loss)
+    assert math.isfinite(make_criterion(moe_z_loss_wt=0.0)(model, sample)[0])
+
+
 def reduced(criterion, logs):
     with metrics.aggregate() as meters:
         criterion.reduce_metrics(logs)

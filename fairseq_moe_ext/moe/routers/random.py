@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from torch import nn
-
+from ...kernels.matmul import Linear
 from ..router import TopKRouter, register_router
 
 
-class FixedLinear(nn.Linear):
+class FixedLinear(Linear):
     """A linear layer without bias; its weight is not trained, but checkpoints save it."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
