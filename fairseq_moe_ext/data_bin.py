@@ -163,21 +163,26 @@ def check_dictionaries(data: Path, corpora: Dict[str, Path]) -> None:
             )
 
 
-def trained_on(corpora: Dict[str, Path], names: Optional[Sequence[str]]) -> List[str]:
+def trained_on(
+    corpora: Dict[str, Path], names: Optional[Sequence[str]], split: str = "train"
+) -> List[str]:
     """The corpora in domain: those that a model was trained on.
 
     Args:
-        names: the corpora that its checkpoint lists. None if it lists none: then those with a train
-            split.
+        names: the corpora that its checkpoint lists, by their own names. None if it lists none:
+            then those with the split that is trained on.
     """
-    if names is None or list(names) == [PLAIN]:
-        return [name for name, folder in corpora.items() if has_split(folder, "train")]
-    return [name for name, folder in corpora.items() if own_name(name, folder) in names]
+    if names is None:
+        return [name for name, folder in corpora.items() if has_split(folder, split)]
+    inside = [name for name, folder in corpora.items() if own_name(name, folder) in names]
+    # a plain data-bin in its own training, and in checkpoints of before they had its own name
+    plain = list(names) == list(corpora) == [PLAIN] and has_split(corpora[PLAIN], split)
+    return [PLAIN] if plain else inside
 
 
 def own_name(corpus: str, folder: Path) -> str:
     """The name of a corpus; that of its folder for a plain data-bin."""
-    return folder.resolve().name if corpus == PLAIN else corpus
+    return os.path.basename(os.path.abspath(folder)) if corpus == PLAIN else corpus
 
 
 def splits_of(folder: Path) -> List[str]:

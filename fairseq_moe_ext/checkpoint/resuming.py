@@ -12,7 +12,7 @@ from fairseq.trainer import Trainer
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from .. import context, fully_sharded
+from .. import context, data_bin, fully_sharded
 from ..diverging import check_weights
 from ..errors import ModelMisfit, UserError
 from ..expert_parallel import all_gather, process_count, process_rank
@@ -183,6 +183,13 @@ def check_questions(state: Mapping[str, Any], trainer: Trainer, filename: str) -
                 f"{name} {now}: the run goes on from {filename}, of a training {had}; for a new "
                 f"fine-tuning {other}"
             )
+
+
+def note_corpora(state: Mapping[str, Any], trainer: Trainer) -> None:
+    """Tell the task which corpora the model was trained on before, for this run's checkpoints."""
+    recorded = (state.get("task_state") or {}).get(data_bin.TRAINED)
+    if recorded and hasattr(trainer.task, "trained_before"):
+        trainer.task.trained_before = recorded
 
 
 def warn_of_a_new_optimizer(state: Mapping[str, Any], filename: str) -> None:

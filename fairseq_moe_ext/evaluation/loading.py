@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
@@ -146,13 +145,16 @@ def corpora_of(saved: Any, task: Any, folders: Sequence[Path]) -> Optional[List[
     from fairseq.utils import split_paths
 
     recorded = task.state_dict().get(data_bin.TRAINED)
+    data = saved.get("data")
+    names = [data_bin.own_name(data_bin.PLAIN, Path(p)) for p in split_paths(data)] if data else []
+    if recorded == [data_bin.PLAIN]:  # a corpus of this name, or, in older files, any data-bin
+        return [*recorded, *names]
     if recorded is not None:
         return recorded
     if saved.get("train_corpora") is not None:  # of before it was recorded
         return [name.strip() for name in saved.train_corpora.split(",")]
-    if saved.get("_name") == "language_modeling" and saved.get("data"):
+    if saved.get("_name") == "language_modeling" and names:
         # one data-bin, which has the name of its folder, if that has not been renamed
-        names = [os.path.basename(os.path.abspath(path)) for path in split_paths(saved.data)]
         there = [data_bin.find_corpora(folder).items() for folder in folders]
         if any(data_bin.own_name(*corpus) in names for corpora in there for corpus in corpora):
             return names

@@ -66,6 +66,7 @@ def load_checkpoint_to_cpu(stock, path, arg_overrides=None, *args, **kwargs):
         resuming.forget_other_validations(state, under_way.trainer, path)
     if under_way is not None:
         resuming.check_questions(state, under_way.trainer, path)
+        resuming.note_corpora(state, under_way.trainer)
         begin_from_the_model(under_way.trainer, state, path)
     pad_rule.note(state, arg_overrides or {})
     check_overrides(arg_overrides or {}, state.get("cfg") or {})

@@ -78,7 +78,10 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
             data_bin.check_dictionaries(data, self.corpora)
         # in domain; --train-corpora may name corpora that this folder does not have when a trained
         # model is loaded with other data, so it is checked only when training data are loaded
-        self.trained = data_bin.trained_on(self.corpora, _names(args.train_corpora))
+        split, _, corpus = args.train_subset.partition("/")
+        names = [corpus] if corpus else _names(args.train_corpora)
+        self.trained = data_bin.trained_on(self.corpora, names, split)
+        self.trained_before: List[str] = []  # by the runs that this one goes on from
 
     @classmethod
     def setup_task(cls, args, **kwargs):
@@ -110,7 +113,9 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
 
     def state_dict(self) -> Dict[str, Any]:
         """As stock's, plus the corpora trained on, which a checkpoint records."""
-        return {**super().state_dict(), data_bin.TRAINED: self.trained}
+        names = [data_bin.own_name(name, self.corpora[name]) for name in self.trained]
+        trained = sorted({*names, *self.trained_before})
+        return {**super().state_dict(), data_bin.TRAINED: trained}
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         """Like stock's; only evaluations call it (fairseq/checkpoint_utils.py:439@0.12.2)."""

@@ -75,11 +75,38 @@ def test_one_data_bin_by_stocks_task(data, tmp_path):
     assert inside(tmp_path, one, renamed) == {"renamed"}, "has a train split; nothing else tells"
 
 
-def test_a_plain_data_bin_by_our_task(data, tmp_path):
-    renamed = tmp_path / "renamed"
-    shutil.copytree(data / "mid", renamed)
+def test_a_plain_data_bin_has_the_name_of_its_folder(data, tmp_path):
     one = train(data / "mid", tmp_path / "one", "--task mixture_language_modeling")
-    assert inside(tmp_path, one, renamed) == {"renamed"}
+    state = torch.load(one, weights_only=False)
+    assert state["task_state"][data_bin.TRAINED] == ["mid"]
+    assert inside(tmp_path, one, data) == inside(tmp_path, one, data / "mid") == {"mid"}
+    task = make_task(data / "mid")
+    task.load_state_dict(state["task_state"])
+    assert task.trained == [data_bin.PLAIN]
+    state["task_state"][data_bin.TRAINED] = [data_bin.PLAIN]  # as older files have it
+    torch.save(state, tmp_path / "older.pt")
+    assert inside(tmp_path, tmp_path / "older.pt", data) == {"mid"}
+
+
+def test_one_corpus_by_the_train_subset(data, tmp_path):
+    """And that of the run before, where a run goes on with another one."""
+    flags = "--task mixture_language_modeling --train-subset train/small"
+    one = train(data, tmp_path / "one", flags)
+    assert inside(tmp_path, one, data) == {"small"}
+    flags = f"--task mixture_language_modeling --train-corpora big --restore-file {one}"
+    two = train(data, tmp_path / "two", f"{flags} --max-update 2")
+    assert inside(tmp_path, two, data) == {"big", "small"}
+
+
+def test_a_corpus_called_data(data, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    shutil.copyfile(data / "dict.txt", folder / "dict.txt")
+    for old, new in (("small", "data"), ("mid", "web")):
+        shutil.copytree(data / old, folder / new)
+    one = train(folder, tmp_path / "one", "--task mixture_language_modeling --train-corpora data")
+    assert inside(tmp_path, one, folder) == {"data"}
+    assert inside(tmp_path, one, folder / "web") == set()
 
 
 def test_the_task_takes_what_the_checkpoint_tells(data, some):
