@@ -181,7 +181,8 @@ class ModelScorer:
 
     @torch.no_grad()
     def _score(self, rows: Sequence[Row], share: bool) -> List[Tuple[np.ndarray, np.ndarray]]:
-        """`share`: some batch shares first tokens, so that all processes go two ways each time."""
+        """`share`: some batch shares first tokens, so that all processes go two ways each time,
+        both with a state: without one, layers may wait for sums over processes."""
         device = next(self.model.parameters()).device
         length = max((len(row.tokens) for row in rows), default=1)
         inputs = torch.full((len(rows), length), PAD)  # (B, S)
@@ -198,7 +199,7 @@ class ModelScorer:
                 order = inputs.new_zeros(len(rows))
                 self.model.decoder.reorder_incremental_state_scripting(state, order)
             else:
-                state = None
+                state = {}
         x, _ = self.model.decoder(inputs, incremental_state=state, features_only=True)
         if not rows:
             return []

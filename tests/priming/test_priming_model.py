@@ -55,10 +55,21 @@ def test_batches_equal_a_plain_loop(kind, batch_tokens):
         np.testing.assert_allclose(got, want, rtol=1e-9)
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_two_processes_equal_one(kind):
-    one = scores(0, MODELS[kind], 20)
-    for process in run_processes(2, scores, MODELS[kind], 20):
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        MODELS["moe"],
+        # Layers that sum losses and figures over processes wait for each other in each pass.
+        {**MODELS["moe"], "moe_routing_scope": "world"},
+        {**MODELS["moe"], "moe_balance_over": "global_batch"},
+    ],
+    ids=["dense", "moe", "world", "global_batch"],
+)
+def test_two_processes_equal_one(flags):
+    """Some steps have rows with and without shared tokens, the last has none on one process."""
+    one = scores(0, flags, 20)
+    for process in run_processes(2, scores, flags, 20):
         for got, want in zip(process, one):
             np.testing.assert_allclose(got, want, rtol=1e-9)
 
