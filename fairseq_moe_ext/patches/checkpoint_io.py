@@ -124,6 +124,8 @@ def load_checkpoint(stock, cfg, trainer, **kwargs):
             check_name(saved, f"--checkpoint-suffix {suffix}: ")
         if process_rank() == 0 and not cfg.no_save:
             starting.hold(cfg.save_dir)
+    if not cfg.no_save and saves_together(trainer):
+        starting.check_shared(cfg.save_dir)
     starting.warn_of_overwriting(cfg, suffix)
     vars(checkpoint_utils.save_checkpoint).pop("best", None)
     patience().clear()

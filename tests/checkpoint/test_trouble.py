@@ -21,7 +21,7 @@ from training import (
     train_on,
 )
 
-from fairseq_moe_ext.checkpoint import collective, loading, saving
+from fairseq_moe_ext.checkpoint import collective, loading, saving, starting
 from fairseq_moe_ext.checkpoint.format import MANIFEST
 
 
@@ -75,6 +75,27 @@ def test_trouble_on_one_rank_ends_all_with_one_line(data, tmp_path, patch, words
         assert words in message and "\n" not in message
     assert not list(tmp_path.rglob("*.tmp"))
     assert expert_files(tmp_path) == referred_files(tmp_path)
+
+
+def train_in(rank, folders, line):
+    with pytest.MonkeyPatch.context() as context:
+        context.chdir(folders[rank])
+        context.setattr(starting, "_PATIENCE", 0)
+        train(rank, 2, line)
+
+
+def test_a_save_dir_of_each_machine_s_own_is_refused_at_the_first_start(data, tmp_path):
+    """Before: each machine kept its experts, and nothing said so until the run resumed."""
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder in folders:
+        (folder / "runs").mkdir(parents=True)
+    (folders[1] / "runs/lock").write_text('{"pid"')  # of another run, which was killed
+    line = f"{data} {TRAIN} --moe-expert-count 4 --save-dir runs"
+    for message in run_processes(2, error_of, train_in, folders, line):
+        assert message.startswith("--save-dir runs: process 1 on ") and "\n" not in message
+        assert message.endswith("use a folder on a file system that all machines share")
+    assert not list(tmp_path.rglob("*.pt"))
+    assert run_processes(2, error_of, train_in, folders, f"{line} --no-save") == ["no error"] * 2
 
 
 def of_two_saves(rank, function, line, flag, paths):
