@@ -135,11 +135,15 @@ class Experts(nn.Module):
         self.fc1 = GroupedLinear(num_experts, dim, inner, first, in_files)
         self.fc2 = GroupedLinear(num_experts, ffn_dim, dim, first, in_files)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether rows may go another way than through `forward`: not if a subclass has its own."""
+        return type(self).forward is Experts.forward
+
     def chunked(self, x: Tensor) -> Optional[Callable[[List[int]], List[Chunk]]]:
         """How rows like x's (..., D) should lie, by their experts' numbers of rows; None: in expert
-        order, as a subclass with a `forward` of its own has them. It spares the kernel a copy."""
-        own = type(self).forward is not Experts.forward
-        if own or x.device.type != "cpu" or kernel_for(x, self._weights()) is None:
+        order, as a `forward` of a subclass has them. It spares the kernel a copy."""
+        if not self.is_plain or x.device.type != "cpu" or kernel_for(x, self._weights()) is None:
             return None
         return partial(laid_out, x=x, inner=self.inner)
 

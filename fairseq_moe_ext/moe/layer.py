@@ -196,5 +196,6 @@ class MoELayer(nn.Module):
             and not torch.is_grad_enabled()
             and self.exchange is HERE
             and isinstance(self.experts, Experts)
+            and self.experts.is_plain
             and autocast_dtype(tokens) is None
         )

@@ -97,6 +97,23 @@ def test_choice_by_choice_for_all_kinds_of_experts(options, monkeypatch):
     _same(layer, torch.randn(2, 6).double(), monkeypatch)
 
 
+class Doubled(Experts):
+    """Experts with a `forward` of their own."""
+
+    def forward(self, x, counts):
+        return 2 * super().forward(x, counts)
+
+
+def test_a_token_or_two_go_through_the_forward_of_a_subclass():
+    layer = MoELayer.build(6, 5, 3, GateSettings(second_expert_policy="all"))
+    layer.experts = Doubled(3, 6, 5)
+    layer.double().eval()
+    x = torch.randn(2, 6).double()
+    with torch.no_grad():
+        found = layer(x).out
+    assert_near(found, layer(x).out.detach(), 1e-14)
+
+
 def _same(layer, x, monkeypatch, **given):
     expected = layer(x, **given)
     calls = []
