@@ -1,10 +1,12 @@
 """Fast kernels for operations that have a plain definition elsewhere; torch only.
 
     matmul.py                 matrix products; plain twin: torch.mm, torch.addmm
-    expert_ffn.py             feed-forward networks of many experts, one by one, or grouped on a
-                              GPU; plain twin: the loop `plain_expert_ffn` of moe/experts.py
+    expert_ffn.py             feed-forward networks of many experts, one by one; plain twin: the
+                              loop `plain_expert_ffn` of moe/experts.py
     batched_ffn.py            the same of narrow experts, several at a time; chunks.py: which ones
-    stacks.py                 their parameters, and what both share
+    two_layers.py             what both share: forward and backward pass, one part after the other
+    grouped_ffn.py            the same by grouped products, on a GPU
+    stacks.py                 the parameters of many experts
     threads.py                one expert per core, if experts have few rows; plain twin: a for loop
     dropout.py                sixteen random bits an element; plain twin: F.dropout
     transfer.py               numbers to a GPU, without waiting for it; plain twin: torch.tensor

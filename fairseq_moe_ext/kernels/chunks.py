@@ -6,7 +6,7 @@ wants.
 
 from __future__ import annotations
 
-from typing import List, NamedTuple
+from typing import List, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ def in_order(counts: List[int]) -> List[Chunk]:
     return chunks
 
 
-def total_rows(chunks: List[Chunk]) -> int:
+def total_rows(chunks: Sequence[Chunk]) -> int:
     return chunks[-1].place.stop if chunks else 0
 
 

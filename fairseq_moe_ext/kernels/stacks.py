@@ -1,9 +1,13 @@
-"""The parameters of many experts, and what the hand-written ways to compute them share."""
+"""The parameters of many experts."""
 
-from typing import Callable, NamedTuple, Optional, Sequence, Union
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
+
+from .transfer import to_device
 
 Stack = Union[Tensor, Sequence[Tensor]]
 
@@ -17,21 +21,20 @@ class Weights(NamedTuple):
     b2: Stack  # (E, D)
 
 
-def activated(activation: Callable[[Tensor], Tensor], h: Tensor, mask: Optional[Tensor]) -> Tensor:
-    """h (..., F), or (..., 2 F) for a gated activation, and mask (..., F) -> (..., F)"""
-    h = activation(h)
-    return h if mask is None else h * mask
+def scale_gradient(x: Tensor, scale: float, unused: Sequence[int] = ()) -> Tensor:
+    """x (E, ...), whose gradient is multiplied by scale, and set to 0 for the unused experts."""
+    return _ScaleGradient.apply(x, scale, unused)
 
 
-def write_gradients(w: Tensor, b: Tensor, grad: Tensor, given: Tensor, scale: float) -> None:
-    """Of one expert's linear layer, scaled, in the weights' precision, while the products are in
-    the cache: w (M, K), b (M,), grad (n, M), given (n, K)."""
-    if w.dtype == given.dtype:
-        torch.addmm(w, grad.t(), given, beta=0, alpha=scale, out=w)  # w is not read
-    else:
-        w.copy_(torch.mm(grad.t(), given))
-        if scale != 1:
-            w.mul_(scale)
-    torch.sum(grad, dim=0, dtype=b.dtype, out=b)
-    if scale != 1:
-        b.mul_(scale)
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float, unused: Sequence[int]) -> Tensor:
+        ctx.scale, ctx.unused = scale, unused
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None, None]:
+        grad = grad * ctx.scale
+        if ctx.unused:
+            grad = grad.index_fill_(0, to_device(ctx.unused, grad.device), 0)
+        return grad, None, None

@@ -38,7 +38,7 @@ def lay_out(routing: Routing, chunked: Optional[Callable[[List[int]], List[Chunk
     counts = torch.zeros_like(routing.counts[0])  # (E,)
     counts.scatter_add_(0, routing.experts.reshape(-1), routing.kept.reshape(-1).to(counts.dtype))
     wanted = [counts]
-    if k == len(counts) > 2:  # tokens have a variable number of choices, mostly few
+    if routing.variable_width:  # most tokens take few of their K choices
         used = routing.kept.any(dim=0) * torch.arange(1, k + 1, device=counts.device)  # (K,)
         wanted.append(used.amax(dim=0, keepdim=True))
     rows_of = torch.cat(wanted).tolist()  # the only wait for a GPU here

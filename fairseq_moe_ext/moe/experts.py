@@ -15,9 +15,9 @@ from ..kernels.chunks import Chunk, laid_out
 from ..kernels.dropout import dropout
 from ..kernels.dropout import mask as dropout_mask
 from ..kernels.dtypes import autocast_dtype, without_autocast
-from ..kernels.expert_ffn import kernel_for, scale_gradient
+from ..kernels.expert_ffn import kernel_for
 from ..kernels.matmul import Linear
-from ..kernels.stacks import Weights
+from ..kernels.stacks import Weights, scale_gradient
 from .activations import Activation, inner_width
 from .routing import Routing
 
@@ -174,15 +174,14 @@ class Experts(nn.Module):
     def choice_by_choice(self, x: Tensor, routing: Routing) -> Tensor:
         """Each token through its experts, summed by weight, without sorting rows by expert: faster
         for a token or two, as in generation. Without gradients and dropout; x (T, D) -> (T, D)."""
-        out = torch.zeros_like(x)
+        out, stacks = torch.zeros_like(x), self._weights()
         choices = zip(routing.experts.tolist(), routing.kept.tolist(), routing.weights.to(x.dtype))
         for token, (experts, kept, weights) in enumerate(choices):
             row, its_out = x[token : token + 1], out[token]
             for expert, weight in (
                 (e, w) for e, is_kept, w in zip(experts, kept, weights) if is_kept
             ):
-                stacks = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-                w1, b1, w2, b2 = (each[expert].to(x) for each in stacks)
+                w1, b1, w2, b2 = (stack[expert].to(x) for stack in stacks)
                 hidden = self.activation(F.linear(row, w1, b1))  # (1, F)
                 its_out.addcmul_(F.linear(hidden, w2, b2)[0], weight)
         return out

@@ -23,7 +23,7 @@ from training import (
 
 from fairseq_moe_ext.checkpoint import cleanup
 from fairseq_moe_ext.checkpoint.format import MANIFEST, VERSION, Manifest, Piece
-from fairseq_moe_ext.kernels.expert_ffn import scale_gradient
+from fairseq_moe_ext.kernels.stacks import scale_gradient
 from fairseq_moe_ext.models import language_model
 from fairseq_moe_ext.moe.experts import Experts, GroupedLinear
 

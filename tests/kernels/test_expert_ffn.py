@@ -7,7 +7,8 @@ from closeness import assert_near
 
 from fairseq_moe_ext.kernels import chunks, expert_ffn
 from fairseq_moe_ext.kernels.batched_ffn import batched
-from fairseq_moe_ext.kernels.expert_ffn import by_expert, grouped, grouped_serves, kernel_for
+from fairseq_moe_ext.kernels.expert_ffn import by_expert, kernel_for
+from fairseq_moe_ext.kernels.grouped_ffn import grouped, grouped_serves
 from fairseq_moe_ext.kernels.stacks import Weights
 from fairseq_moe_ext.moe.experts import plain_expert_ffn
 

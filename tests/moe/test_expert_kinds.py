@@ -22,7 +22,8 @@ from router_loops import LOOPS, Case
 from torch.utils.flop_counter import FlopCounterMode
 
 from fairseq_moe_ext.kernels.batched_ffn import batched
-from fairseq_moe_ext.kernels.expert_ffn import by_expert, grouped
+from fairseq_moe_ext.kernels.expert_ffn import by_expert
+from fairseq_moe_ext.kernels.grouped_ffn import grouped
 from fairseq_moe_ext.kernels.stacks import Weights
 from fairseq_moe_ext.moe.activations import geglu, swiglu
 from fairseq_moe_ext.moe.balance import balance_loss
