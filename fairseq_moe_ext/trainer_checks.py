@@ -138,6 +138,7 @@ def _check_amp(cfg: Any, model: Any) -> None:
 
 
 def _check_metric(cfg: Any, task: Any) -> None:
+    """fairseq_cli/train.py:533@0.12.2 would fail only after the first validation, by a KeyError."""
     for method in (type(task).reduce_metrics, type(task).aggregate_logging_outputs):
         if not method.__module__.startswith((FairseqTask.__module__, f"{__package__}.")):
             return  # the task logs metrics of its own

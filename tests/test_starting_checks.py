@@ -279,6 +279,10 @@ MIXTURE += " --moe-expert-count 2 --batch-size 4 --max-update 1"
         ("--best-checkpoint-metric los", "los: validation on valid does not report it; it reports"),
         ("--best-checkpoint-metric big_pppl", "in_domain_ppl, out_of_domain_ppl"),
         ("--best-checkpoint-metric nll_loss", "loss, inner_loss, ppl, moe_gate_loss"),
+        (
+            "--valid-subset valid/far --best-checkpoint-metric in_domain_ppl",
+            "in_domain_ppl: validation on valid/far does not report it",
+        ),
         ("--max-tokens-valid 8", "--max-tokens-valid) 8 is less than the longest sample, of 32"),
         ("--valid-subset vaild", "subset vaild: no such data-bin"),
         ("--zero-sharding os", "--zero-sharding os needs several processes"),

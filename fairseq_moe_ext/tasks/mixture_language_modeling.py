@@ -59,7 +59,6 @@ class MixtureLanguageModelingConfig(LanguageModelingConfig):
         },
     )
     train_subset: str = II("dataset.train_subset")
-    best_checkpoint_metric: str = II("checkpoint.best_checkpoint_metric")
 
 
 @register_task("mixture_language_modeling", dataclass=MixtureLanguageModelingConfig)
@@ -138,8 +137,6 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
         training = split == self.args.train_subset
         if training:
             chosen = self._to_train_on(chosen)
-        elif self.trained:
-            self._check_metric(split)
         parts = {corpus: self._load_part(corpus, name, epoch, combine) for corpus in chosen}
         if training:
             counts = self._blocks_per_epoch(parts)
@@ -192,19 +189,6 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
                     + did_you_mean(name, having)
                 )
         return [name for name in having if name in chosen]
-
-    def _check_metric(self, subset: str) -> None:
-        """Raise UserError if checkpoints are chosen by a perplexity that `subset` does not log.
-
-        fairseq_cli/train.py:533@0.12.2 would fail only after the first validation, by a KeyError.
-        """
-        metric, given = self.args.best_checkpoint_metric, self.validation_metrics(subset)
-        ours = {f"{name}_ppl" for name in [*self.corpora, IN_DOMAIN, OUT_OF_DOMAIN]}
-        if metric in ours and metric not in given:
-            raise UserError(
-                f"--best-checkpoint-metric {metric}: the subset {subset} does not log it; it logs "
-                f"{', '.join(given)}"
-            )
 
     def validation_metrics(self, subset: str) -> List[str]:
         """Names of what validation on a subset logs beside what the criterion does. Raises
