@@ -88,7 +88,7 @@ def language_model(vocabulary: int, **flags: Any) -> Any:
     dictionary = Dictionary()
     for i in range(vocabulary - len(dictionary)):
         dictionary.add_symbol(f"w{i}")
-    settings = {"max_target_positions": None, "max_tokens": None, "batch_size": None, **flags}
+    settings = {"max_target_positions": None, "batch_size": None, **flags}
     cfg = MoETransformerLMConfig(ddp_backend="legacy_ddp", **settings)
     task = SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
     return MoETransformerLanguageModel.build_model(cfg, task)

@@ -168,7 +168,8 @@ class MoETransformerLMConfig(RouterFlags, BalanceFlags):
         default=None,
         metadata={
             "help": "in training an expert takes int(factor * ceil(tokens / experts)) tokens of a "
-            "batch, where null experts count too (default: the number of experts per token)"
+            "batch, at least 1, where null experts count too (default: the number of experts per "
+            "token)"
         },
     )
     moe_eval_capacity_token_fraction: float = field(
@@ -253,10 +254,9 @@ class MoETransformerLMConfig(RouterFlags, BalanceFlags):
         },
     )
 
-    # Settings of other groups that the model reads.
+    # Settings of other groups that the model reads, or that the branch's checkpoints have.
     tokens_per_sample: int = II("task.tokens_per_sample")
     max_target_positions: Optional[int] = II("task.max_target_positions")
-    max_tokens: Optional[int] = II("dataset.max_tokens")
     batch_size: Optional[int] = II("dataset.batch_size")
     ddp_backend: str = II("distributed_training.ddp_backend")
     fp16: bool = II("common.fp16")

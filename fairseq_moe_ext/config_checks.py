@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import fields
 from typing import Optional, Sequence
 
@@ -23,7 +22,7 @@ from .shape import shape_of
 from .wording import did_you_mean, flag
 
 # The model's own numbers and the length of its inputs, without the size of batches.
-_NUMBERS = sorted(defaults().keys() & ranges.RANGES.keys() - {"max_tokens", "batch_size"})
+_NUMBERS = sorted(defaults().keys() & ranges.RANGES.keys() - {"batch_size"})
 
 # Backends that leave the experts' gradients to us.
 _DDP_BACKENDS = ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d", "fully_sharded")
@@ -197,24 +196,10 @@ def _validate_experts(cfg: MoETransformerLMConfig) -> None:
             f"--moe-eval-capacity-token-fraction {fraction} is out of range: use a share of the "
             "batch above 0 up to 1, or a negative number for the rule of training"
         )
-    _validate_capacity_factor(cfg)
-
-
-def _validate_capacity_factor(cfg: MoETransformerLMConfig) -> None:
-    factor = cfg.moe_capacity_factor
-    if factor is None:
-        return
-    if cfg.moe_dropless:
+    if cfg.moe_capacity_factor is not None and cfg.moe_dropless:
         raise UserError(
-            f"--moe-capacity-factor {factor} conflicts with --moe-dropless, which has no capacity: "
-            "remove one of them"
-        )
-    tokens = max(cfg.max_tokens or 0, (cfg.batch_size or 0) * cfg.tokens_per_sample)
-    if tokens > 0 and int(factor * math.ceil(tokens / cfg.moe_expert_count)) < 1:
-        raise UserError(
-            f"--moe-capacity-factor {factor} leaves {cfg.moe_expert_count} experts no slot in a "
-            f"batch of {tokens} tokens, so every token would be dropped: raise it, --batch-size or "
-            "--max-tokens"
+            f"--moe-capacity-factor {cfg.moe_capacity_factor} conflicts with --moe-dropless, which "
+            "has no capacity: remove one of them"
         )
 
 

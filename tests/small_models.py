@@ -25,7 +25,7 @@ SMALL = dict(
     tokens_per_sample=64,
     max_target_positions=None,
 )
-TRAINING = dict(max_tokens=None, batch_size=None, ddp_backend="legacy_ddp")
+TRAINING = dict(batch_size=None, ddp_backend="legacy_ddp")
 MOE = dict(moe_freq=2, moe_expert_count=6, moe_second_expert_policy="all")
 
 # kinds of experts, to add to MOE

@@ -44,7 +44,6 @@ ONE_PROCESS: Dict[str, Any] = {
     "memory_efficient_fp16": False,
     "fp16_no_flatten_grads": False,
     "bf16": False,
-    "max_tokens": None,
     "batch_size": None,
 }
 _OWN_SETTINGS: Dict[str, Any] = {

@@ -50,7 +50,7 @@ _BRANCH_DEFAULTS: Dict[str, Any] = {
 }
 # Flags that the branch lacks: translated to its own, or without effect on what its files hold.
 _TRANSLATED = {
-    *("bf16", "compile", "max_tokens", "moe_experts_on_disk"),
+    *("bf16", "compile", "moe_experts_on_disk"),
     *("moe_dense_twin", "moe_first_dense", "moe_layers"),
     *("moe_normalize_weights", "moe_router", "moe_top_k"),
 }

@@ -208,7 +208,7 @@ OTHER = {
     **{"max_target_positions": 32, "moe_first_dense": 2},
     "moe_shared_expert_ffn_dim": 5,
 }
-NO_NUMBER = {"bf16", "compile", "max_tokens", "moe_experts_on_disk"}
+NO_NUMBER = {"bf16", "compile", "moe_experts_on_disk"}
 NO_NUMBER |= {"batch_size", "ddp_backend", "moe_dense_twin"}  # of another kind of model
 
 

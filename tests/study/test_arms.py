@@ -298,7 +298,7 @@ def test_factors_count_the_experts_that_the_router_took(tmp_path, monkeypatch, t
     evaluation = {"sets": {"x": measured}, "mean": {"in_domain": measured}}
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
     settings = {**vars(MoETransformerLMConfig()), "moe_freq": 1, "moe_expert_count": 8}
-    monkeypatch.setattr(finished, "checkpoint_settings", lambda path: (settings, 40))
+    monkeypatch.setattr(finished, "settings_of", lambda path: (settings, 40))
     found = finished.of_run(Run("moe", "a", 1, 3, tmp_path, [], [], []), 32, 128)
     shape = shape_of({**settings, "moe_top_k": 1}, 40)._replace(experts_per_token=counted)
     assert found["flops"] == 3 * 128 * training_flops_per_token(shape, 32)
@@ -315,7 +315,7 @@ def configs():
         flags = {key.replace("-", "_"): value for key, value in flags.items()}
         known = {key for key in vars(MoETransformerLMConfig())}
         settings = {**ARCHITECTURES[arm["arch"]], **{k: v for k, v in flags.items() if k in known}}
-        task = dict(tokens_per_sample=256, max_target_positions=None, max_tokens=None)
+        task = dict(tokens_per_sample=256, max_target_positions=None)
         yield name, MoETransformerLMConfig(**{**settings, **task, "batch_size": 8})
 
 
