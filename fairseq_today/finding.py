@@ -70,7 +70,7 @@ def load_checkpoint_to_cpu(stock, path, *args, **kwargs):
 
 
 def load_model_ensemble_and_task(stock, filenames, *args, **kwargs):
-    """Like load_checkpoint_to_cpu, before the models are built."""
+    """Without --user-dir, the model of a checkpoint of ours is unknown when it is to be built."""
     from fairseq import checkpoint_utils
 
     if is_imported() or not any(map(checkpoint_names_it, filenames)):
@@ -90,7 +90,7 @@ def hydra_init(stock, *args, **kwargs):
 
 
 def add_defaults(stock, cfg):
-    """As hydra_init, for settings that name the plugin when all are put together."""
+    """Settings may name the plugin only when fairseq-hydra-train has put all of them together."""
     if not is_imported() and not cfg.common.user_dir and _settings_name_it(cfg):
         cfg.common.user_dir = _FOLDER  # for the processes that fairseq spawns, too
         import_plugin()

@@ -206,6 +206,13 @@ def test_the_command_prints_every_row(capsys):
     assert patch_list.state(late) in ("in force", "when the command is imported")
 
 
+def test_each_reason_can_be_read_alone():
+    """Names in references such as "Like generate" are our own, and no row has them."""
+    whys = [patch.why for _, table in patch_list.TABLES for patch in table]
+    assert len(whys) > 60
+    assert [why for why in whys if re.match(r"(As|Like|See) |For `", why)] == []
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="stock's own function runs there")
 @pytest.mark.parametrize("update", [0, 7])
 def test_an_update_has_the_random_numbers_of_stock(update, monkeypatch):

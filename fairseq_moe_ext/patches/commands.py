@@ -56,8 +56,8 @@ def parse_args_and_arch(stock, parser, input_args=None, *args, **kwargs):
 
 
 def with_one_line_parsers(argparse_: Any) -> Any:
-    """As parse_args_and_arch, for commands that use their parser themselves
-    (fairseq-preprocess)."""
+    """argparse reports an unknown or invalid flag in many lines, also to fairseq-preprocess, which
+    uses its parser itself; this takes one."""
     return View(argparse_, ArgumentParser=OneLineParser)
 
 

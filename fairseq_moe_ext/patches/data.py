@@ -150,7 +150,7 @@ def raise_if_valid_subsets_unintentionally_ignored(stock, cfg):
 
 
 def item_with_index(stock, self, index):
-    """For `collate_with_context`, which needs a batch's position."""
+    """Stock's samples do not say where they stand, which `collate_with_context` needs."""
     return {**stock(self, index), "index": int(index)}
 
 

@@ -79,7 +79,7 @@ def _ends_passed(generator):
 
 
 def steer_prefix(stock, self, step, lprobs, scores, tokens, prefix_tokens, beam_size):
-    """Like generate: an </s> inside a prompt does not end the sentence."""
+    """In stock an </s> inside a prompt ends the sentence."""
     passed = getattr(self, "passed_eos", None)
     last = step + 1 == prefix_tokens.size(1) and not context.prompts_go_on.get()
     if passed is not None and prefix_tokens[0, step] == passed and not last:

@@ -157,7 +157,7 @@ def log_to_tensorboard(stock, self, stats, tag=None, step=None):
 
 
 def log_to_wandb(stock, self, stats, tag=None, step=None):
-    """As log_to_tensorboard."""
+    """Charts in groups, and histograms of expert loads, as for TensorBoard."""
     stock(self, _in_groups(stats), tag, step)
     wandb = stock.__globals__["wandb"]
     for layer, load in loads(tag).items() if wandb is not None else ():

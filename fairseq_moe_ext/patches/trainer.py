@@ -149,7 +149,8 @@ def save_checkpoint(stock, self, filename, extra_state):
 
 
 def consolidate_optimizer(stock, self):
-    """Like save_checkpoint."""
+    """A process in which training fails gathers the optimizer's state for crash.pt, and would wait
+    for the others to join; see save_checkpoint."""
     if saving.takes_part(self):
         stock(self)
 
@@ -231,11 +232,10 @@ def step(stock, self, *args, **kwargs):
 
 
 def train_step(stock, self, samples, raise_oom=False):
-    """As step. A balancing loss over all tokens of an update needs their choices before the first
-    gradient.
-
-    Where memory runs out, stock skips a batch. A process whose passes exchange data with others
-    must not: they would wait for it.
+    """A training that diverges ends in a traceback, or continues with a validation loss of NaN; see
+    step. A balancing loss over all tokens of an update needs their choices before the first
+    gradient. Where memory runs out, stock skips a batch. A process whose passes exchange data with
+    others must not: they would wait for it.
     """
     # PyTorch's backend reduces gradients in the backward pass of the last batch.
     reduces = self.cfg.distributed_training.ddp_backend in ("pytorch_ddp", "c10d")
@@ -245,7 +245,8 @@ def train_step(stock, self, samples, raise_oom=False):
 
 
 def valid_step(stock, self, sample, raise_oom=False):
-    """As step. Where memory runs out, stock tries again; see train_step."""
+    """A loss that is not finite ends in a traceback. Where memory runs out, stock tries again, and
+    processes that exchange data with this one would wait."""
     return step(stock, self, sample, raise_oom or _exchanges(self))
 
 
@@ -358,8 +359,8 @@ def save_plateau(stock, self):
 
 
 def load_plateau(stock, self, state):
-    """Like save_plateau. There is no best loss where another quantity is compared (see
-    resuming.forget_other_validations)."""
+    """Stock forgets the number of validations since the best loss, and expects that loss. It is not
+    there where another quantity is compared (see resuming.forget_other_validations)."""
     stock(self, {"best": self.lr_scheduler.best, **state})
     self.lr_scheduler.num_bad_epochs = state.get("bad_epochs", 0)
 
