@@ -65,6 +65,13 @@ def refuse_folder(path: Name, where: str = "") -> None:
     raise UserError(f"{where}: is a folder: {remedy}")
 
 
+def check_checkpoint(path: Name, where: str = "") -> None:
+    """Raise UserError unless a checkpoint's path is a file."""
+    refuse_folder(path, where)
+    if not os.path.isfile(path):
+        raise UserError(f"{where or path}: no such checkpoint; check the path")
+
+
 def listed(folder: Path, suffix: str, shown: int = 5) -> str:
     """The files of a folder with this suffix, the best and the last checkpoint first; "" for
     none."""

@@ -79,17 +79,17 @@ ALLOWED = {
         "tasks": "tasks accuracy data_bin data_bin_files expert_parallel questions ranges",
         "prepare": "prepare data_bin",
         "inspection": """
-            inspection data_bin evaluation metrics_file models moe.layer moe.router questions
-            tokenizer_files
+            inspection branch.outline checkpoint.format data_bin evaluation metrics_file models
+            moe.layer moe.router questions tokenizer_files
             """,
         "questions": "questions prepare tokenizer_files",
         "priming": """
-            priming accuracy evaluation expert_parallel models questions
+            priming accuracy branch.files evaluation expert_parallel models questions
             tokenizer_files
             """,
         "forecast": "forecast evaluation",
         "study": """
-            study accuracy cli config config_checks cost data_bin evaluation forecast
+            study accuracy branch.outline cli config config_checks cost data_bin evaluation forecast
             models.architectures priming ranges shape
             """,
         "convert": """
@@ -98,7 +98,7 @@ ALLOWED = {
             prepare router_flags shape tokenizer_files
             """,
         "evaluation": """
-            evaluation branch checkpoint config config_checks cost data_bin data_bin_files
+            evaluation branch config config_checks cost data_bin data_bin_files
             expert_parallel literals models shape
             """,
     }.items()

@@ -23,8 +23,8 @@ import recipes
 
 from fairseq_moe_ext import files, outputs
 from fairseq_moe_ext.accuracy import wilson_interval
+from fairseq_moe_ext.branch.outline import settings_of
 from fairseq_moe_ext.errors import OneLineParser, UserError, program_status
-from fairseq_moe_ext.evaluation.cost_table import checkpoint_settings
 from fairseq_moe_ext.study import fine_tuning, logs
 from fairseq_moe_ext.study.child import console_script
 from fairseq_moe_ext.study.plan import FAMILIES, PACKAGE, typed
@@ -43,7 +43,7 @@ SHAPE = (
 
 def model_flags(checkpoint: Path) -> List[str]:
     """The flags of fairseq-train that give a model the shape of the checkpoint's."""
-    settings, _ = checkpoint_settings(checkpoint)
+    settings, _ = settings_of(str(checkpoint))
     shape = {name: settings[name] for name in SHAPE if settings.get(name)}
     return ["--arch", settings["_name"], *recipes.as_flags(shape)]
 

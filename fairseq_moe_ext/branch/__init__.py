@@ -11,5 +11,6 @@ trained it, X-rank-r.pt with that process's experts; X.pt itself does not exist.
     optimizer.py  what its optimizer remembers -> by our parameters
     reading.py    all of that as the one state that fairseq expects of a file
     writing.py    our settings and names -> the branch's
+    outline.py    the settings alone, of ours and of stock's, too
     pad_rule.py   how its layers treat padding, by the rule that a model was trained by
 """

@@ -6,7 +6,7 @@ import os
 import re
 import stat
 from argparse import Namespace
-from typing import Any, Dict, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional
 
 from fairseq_today.torch_today import load_weights_only
 
@@ -28,6 +28,10 @@ class BranchFiles(NamedTuple):
     shared: str
     ranks: Dict[int, str]
     shards: Dict[int, str]  # FSDP's shared files, one of each process
+
+    @property
+    def all(self) -> List[str]:
+        return sorted({self.shared, *self.ranks.values(), *self.shards.values()})
 
 
 def find(path: str) -> Optional[BranchFiles]:

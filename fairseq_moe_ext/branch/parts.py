@@ -6,6 +6,7 @@ import os
 import re
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
+from ..checkpoint.format import last_history
 from ..errors import UserError
 from ..expert_parallel import placement, process_count, process_rank
 from ..moe.experts import TensorPerExpert
@@ -135,7 +136,7 @@ _MARKS = ("num_updates", "position in the data", "optimizer", "seed", "model set
 
 def _marks(state: State) -> Tuple[Any, ...]:
     """The values that all files of one checkpoint share."""
-    history = (state.get("optimizer_history") or [{}])[-1]
+    history = last_history(state)
     extra = state.get("extra_state") or {}
     args, cfg = state.get("args"), state.get("cfg") or {}
     seed = getattr(args, "seed", None) if args is not None else cfg.get("common", {}).get("seed")

@@ -120,17 +120,23 @@ def check_kind(path: str, state: Any) -> None:
 
 def new_save(state: Mapping[str, Any]) -> str:
     """A name for a save of a state of fairseq's, which no other save has."""
-    history = (state.get("optimizer_history") or [{}])[-1]
     position = (state.get("extra_state") or {}).get("train_iterator") or {}
-    return f"{position.get('epoch', 1)}-{history.get('num_updates', 0)}-{secrets.token_hex(8)}"
+    updates = last_history(state).get("num_updates", 0)
+    return f"{position.get('epoch', 1)}-{updates}-{secrets.token_hex(8)}"
 
 
 def save_of(state: Mapping[str, Any]) -> Tuple[Optional[str], int, float]:
     """What tells a save from the others of its training: the name, updates, seconds of training."""
-    history = (state.get("optimizer_history") or [{}])[-1]
     seconds = (state.get("extra_state") or {}).get("previous_training_time") or 0  # or a tensor
     name = (state.get(MANIFEST) or {}).get("save")
-    return name, history.get("num_updates", 0), float(seconds)
+    return name, last_history(state).get("num_updates", 0), float(seconds)
+
+
+def last_history(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a checkpoint says of the optimizer of its last run. Its num_updates are 0 where the file
+    was made without training, or has only weights: then its settings of training may be
+    nobody's."""
+    return (state.get("optimizer_history") or [{}])[-1] or {}
 
 
 def file_name(save: str, first: int, count: int) -> str:

@@ -11,12 +11,13 @@ from typing import Any, List, Mapping, Optional, Sequence, Tuple
 import yaml
 
 from ..checkpoint import trained
+from ..checkpoint.format import last_history
 from ..cost import parameters
 from ..errors import UserError
 from ..shape import context_length, shape_of
 from ..text_table import markdown
 from ..wording import short, small
-from .source import Source, best_metric, last_history
+from .source import Source, best_metric
 
 _SETTINGS = {
     "optimization": ("lr", "max_update", "clip_norm", "update_freq"),

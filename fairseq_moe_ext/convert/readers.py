@@ -12,8 +12,10 @@ from torch import Tensor
 from fairseq_today.torch_today import load_weights_only
 
 from .. import files as own_files
+from ..branch import outline as branch_outline
 from ..branch.files import BranchFiles, find, flat_settings, load, saved_settings
 from ..branch.optimizer import is_parameter
+from ..branch.outline import vocabulary_of
 from ..branch.reading import read
 from ..branch.settings import ONE_PROCESS, translated_settings
 from ..checkpoint.format import MANIFEST, Manifest, Piece, check_kind
@@ -27,8 +29,6 @@ from ..models.architectures import ARCHITECTURES, is_ours, name_of
 from ..models.language_model import MODEL_NAME
 from ..moe.experts import TensorPerExpert
 from .source import Optimizer, Source, build_on_meta, set_order
-
-_EMBEDDING = "decoder.embed_tokens.weight"
 
 Files = List[Tuple[str, Optional[str]]]  # with the digest that each should have; None: not known
 
@@ -53,17 +53,11 @@ def open_checkpoint(path: str, weights_only: bool) -> Source:
 
 
 def outline(path: str) -> Source:
-    """The settings of a checkpoint, and the tensors in its main file, of which no byte is checked.
-    The tensors of experts in files of their own are missing. Raises UserError."""
-    branch = find(path)
-    file = path if branch is None else branch.shared
-    own_files.check(file)
-    state = load(file)
-    if branch is not None and _EMBEDDING not in state["model"]:  # FSDP makes one tensor of many
-        state = read(branch, None, None)
+    """A checkpoint without the tensors of experts in files of their own, of which no byte is
+    checked. Raises UserError."""
+    state = branch_outline.outline(path)
     model, settings = state.pop("model"), _settings(path, state)
-    if _EMBEDDING not in model:
-        raise UserError(f"{path}: contains no {_EMBEDDING}; name the file X.pt")
+    vocabulary_of(path, model)
     return Source(path, state, settings, model, [], None)
 
 
@@ -93,8 +87,7 @@ def _open_ours(path: str, weights_only: bool) -> Source:
     model, _ = state.pop("model"), state.pop(MANIFEST, None)
     optimizer = state.pop("last_optimizer_state", None)
     settings = _settings(path, state)
-    if _EMBEDDING not in model:
-        raise UserError(f"{path}: contains no {_EMBEDDING}; name the file X.pt")
+    vocabulary_of(path, model)
     source = Source(path, state, settings, model, [], None)
     pieces = _pieces(path, manifest, model)
     for name in pieces[0].model if pieces else ():
@@ -189,9 +182,7 @@ def _branch_base(path: str) -> Optional[str]:
 
 
 def _branch_files(path: str) -> Files:
-    files = _parts(path)
-    every = {files.shared, *files.ranks.values(), *files.shards.values()}
-    return [(file, None) for file in sorted(every)]
+    return [(file, None) for file in _parts(path).all]
 
 
 def _open_branch(path: str, weights_only: bool) -> Source:
@@ -202,7 +193,7 @@ def _open_branch(path: str, weights_only: bool) -> Source:
     if not weights_only and load(files.shared).get("last_optimizer_state") is not None:
         model = read(files, None, None)
         settings = _settings(files.base, model)
-        vocabulary = model["model"][_EMBEDDING].shape[0]
+        vocabulary = vocabulary_of(files.base, model["model"])
         parameters = dict(build_on_meta(settings, vocabulary).named_parameters())
     try:
         state = read(files, None, parameters, stack=TensorPerExpert)

@@ -76,7 +76,8 @@ def facts(path: str) -> Dict[str, Any]:
 
 def _training(rest: Dict[str, Any]) -> Dict[str, Any]:
     from ..checkpoint import trained
-    from .source import best_metric, last_history
+    from ..checkpoint.format import last_history
+    from .source import best_metric
 
     history = last_history(rest)
     extra = rest.get("extra_state") or {}

@@ -11,6 +11,7 @@ from typing import Any, Dict, List, Mapping, Optional
 import torch
 from fairseq.data import Dictionary
 
+from ..branch.outline import vocabulary_of
 from ..branch.reading import BARE
 from ..config import MoETransformerLMConfig
 from ..errors import UserError
@@ -61,7 +62,7 @@ class Source:
 
     @property
     def vocabulary(self) -> int:
-        return self.model["decoder.embed_tokens.weight"].shape[0]
+        return vocabulary_of(self.path, self.model)
 
 
 def set_order(source: Source) -> None:
@@ -106,13 +107,6 @@ def build_on_meta(settings: Dict[str, Any], vocabulary: int) -> MoETransformerLa
 def fresh_rest(cfg: Dict[str, Any]) -> Dict[str, Any]:
     """The rest of the state for a model that was not trained."""
     return {"args": None, "cfg": cfg, "criterion": None, "task_state": {}, **deepcopy(BARE)}
-
-
-def last_history(rest: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a checkpoint says of the optimizer of its last run. Its num_updates are 0 where the file
-    was made without training, or has only weights: then its settings of training may be
-    nobody's."""
-    return (rest.get("optimizer_history") or [{}])[-1] or {}
 
 
 def without(rest: Mapping[str, Any], *names: str) -> Dict[str, Any]:

@@ -8,7 +8,8 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 
-from .. import cost, files
+from .. import cost
+from ..branch.outline import settings_of
 from ..config import MoETransformerLMConfig
 from ..config_checks import refuse_both_of_layers, validate
 from ..errors import UserError, require_positive
@@ -17,8 +18,6 @@ from ..text_table import add_form_flags, formed
 from ..wording import did_you_mean, flag
 from . import paper
 from .loading import naming
-
-_EMBEDDING = "decoder.embed_tokens.weight"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,7 +108,7 @@ def _settings(args: Namespace) -> Tuple[Dict[str, Any], int]:
                 f"--path with {flag(name)}: the checkpoint defines the model; remove one of them"
             )
         with naming(args.path):
-            return checkpoint_settings(args.path)
+            return settings_of(str(args.path))
     from fairseq.models import ARCH_CONFIG_REGISTRY
 
     from ..models.architectures import ARCHITECTURES
@@ -127,49 +126,12 @@ def _settings(args: Namespace) -> Tuple[Dict[str, Any], int]:
     for name, value in (
         ("tokens_per_sample", args.context or paper.CONTEXT),
         ("max_target_positions", None),
-        ("max_tokens", None),
         ("batch_size", None),
         ("ddp_backend", "legacy_ddp"),
     ):
         setattr(config, name, value)
     validate(config)
     return dict(vars(config)), args.types or paper.VOCABULARY
-
-
-def checkpoint_settings(path: Path, flag: str = "--path") -> Tuple[Dict[str, Any], int]:
-    """The model's settings and the size of its vocabulary, from a checkpoint of ours or of
-    fairseq's moe branch; `path` as fairseq-eval-lm's --path, flag: that names it. Weights stay on
-    disk."""
-    from fairseq_today.torch_today import load_weights_only
-
-    from ..branch.files import find, flat_settings
-    from ..branch.reading import read
-    from ..branch.settings import translated_settings
-    from ..checkpoint.format import check_kind
-    from ..checkpoint.settings import check_settings
-    from ..models.architectures import is_ours
-
-    branch = find(str(path))
-    file = Path(branch.shared) if branch else path
-    where = f"{flag} {path}".strip()
-    files.refuse_folder(file, where)
-    if not file.is_file():
-        raise UserError(f"{where}: no such checkpoint; check the path")
-    state = load_weights_only(str(file), mmap=True)
-    check_kind(str(file), state)
-    check_settings(str(file), state)
-    if branch and _EMBEDDING not in state.get("model", {}):  # FSDP has made one tensor of many
-        state = read(branch, None, None)
-    embedding = state["model"].get(_EMBEDDING)
-    settings = {} if embedding is None else flat_settings(state)
-    if embedding is None or "decoder_embed_dim" not in settings:
-        raise UserError(
-            f"{where}: not a language model of this package or of the branch; name another "
-            "checkpoint"
-        )
-    if is_ours(settings):
-        return dict(settings), embedding.size(0)
-    return translated_settings(str(path), dict(settings)), embedding.size(0)
 
 
 def costs(args: Namespace, shape: Shape, context: int, dropout: bool) -> Dict[str, Any]:

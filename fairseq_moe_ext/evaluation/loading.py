@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Optional, 
 import torch
 
 from .. import data_bin, files, literals
+from ..branch.files import find, flat_settings
+from ..branch.outline import main_file
 from ..errors import UserError
 from ..expert_parallel import process_rank
 
@@ -34,12 +36,10 @@ def add_model_flags(parser: argparse._ActionsContainer, *precisions: str) -> Non
 
 
 def check_path(path: Path, flag: str = "--path") -> None:
-    """Raise UserError unless a path is a file, or the stem of the branch's files; flag: that names
-    it, "" for an argument without one."""
-    where = f"{flag} {path}".strip()
-    files.refuse_folder(path, where)
-    if not path.is_file() and not list(path.parent.glob(path.stem + "-*")):
-        raise UserError(f"{where}: no such checkpoint; check the path")
+    """Raise UserError unless a path is a file, or the name by which the branch's files go; flag:
+    that names it, "" for an argument without one."""
+    if find(str(path)) is None:
+        files.check_checkpoint(path, f"{flag} {path}".strip())
 
 
 @contextlib.contextmanager
@@ -113,13 +113,7 @@ def load_model(
 def most_tokens(path: Path, overrides: Mapping[str, Any]) -> Optional[int]:
     """How many tokens the model of a checkpoint takes by its settings, while its weights stay on
     disk; None if they do not say. Arguments as of load_model."""
-    from fairseq_today.torch_today import load_weights_only
-
-    from ..branch.files import find, flat_settings
-
-    branch = find(str(path))
-    state = load_weights_only(branch.shared if branch else str(path), mmap=True)
-    settings = {**flat_settings(state), **overrides}
+    settings = {**flat_settings(main_file(str(path))), **overrides}
     return settings.get("max_target_positions") or settings.get("tokens_per_sample")
 
 

@@ -10,6 +10,8 @@ from fairseq.models import FairseqLanguageModel
 from torch import Tensor
 
 from .. import progress_bar
+from ..branch.outline import main_file
+from ..checkpoint.format import last_history
 from ..errors import UserError
 from ..evaluation.loading import (
     check_path,
@@ -317,7 +319,4 @@ def _saturation(path: Path, earlier: View, last: View) -> Saturation:
 
 def _updates(path: Path) -> Optional[int]:
     """Updates after which a checkpoint was written."""
-    from fairseq.checkpoint_utils import load_checkpoint_to_cpu
-
-    history = load_checkpoint_to_cpu(str(path)).get("optimizer_history") or [{}]
-    return history[-1].get("num_updates")
+    return last_history(main_file(str(path))).get("num_updates")

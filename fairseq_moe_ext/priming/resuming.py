@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional
 
 from .. import files, outputs, tokenizer_files
+from ..branch.files import find
 from ..errors import UserError
 
 if TYPE_CHECKING:  # loads torch, which a study has no need of
@@ -24,7 +25,8 @@ def asked(args: Any, settings: "Settings", tasks: List[str]) -> Dict[str, Any]:
     """Everything that the results depend on, as saved in the file: settings, and size and time of
     every file that is read."""
     flags = {name: getattr(args, name) for name in _FLAGS}
-    checkpoint = [args.path, *args.path.parent.glob(args.path.stem + "-*")]
+    branch = find(str(args.path))
+    checkpoint = [args.path] if branch is None else map(Path, branch.all)
     data = [args.data / name for name in tokenizer_files.NAMES]
     own = None if args.json is None else os.path.realpath(args.json)
     request = {

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import List, Optional, Sequence, cast
 
 from .. import files
-from ..evaluation.cost_table import checkpoint_settings
+from ..branch.outline import settings_of
 from ..evaluation.study_result import Priming, RunResult, TaskResult, as_written
 from ..shape import shape_of
 from . import diverged, logs, trained
@@ -55,7 +55,7 @@ def _of_run(run: Run, context: int, tokens_per_update: int) -> RunResult:
     for name, found in [*evaluation["sets"].items(), *evaluation["mean"].items()]:
         if not found["perplexity"] > 0:  # infinity: the training diverged
             raise ValueError(f"perplexity {found['perplexity']} of {name} in evaluation.json")
-    settings, vocabulary = checkpoint_settings(run.folder / "checkpoint_best.pt")
+    settings, vocabulary = settings_of(str(run.folder / "checkpoint_best.pt"))
     shape = shape_of(settings, vocabulary)
     router = router_metrics(run.folder / "train.log", shape, context)
     shape = shape._replace(experts_per_token=router.get("experts_per_token"))
