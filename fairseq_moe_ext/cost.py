@@ -90,6 +90,15 @@ PRECISIONS: Dict[str, Precision] = {
     "memory-efficient-bf16": Precision(2, 2, 0, 2),
 }
 
+
+def stored(precision: str, sharding: str) -> Precision:
+    """With full sharding, --fp16 and --bf16 keep one copy, in float32: FSDP casts what it gathers
+    (fairseq/trainer.py:298@0.12.2, fully_sharded.py)."""
+    kept = PRECISIONS[precision]
+    in_float32 = sharding == "full" and kept.master > 0
+    return kept._replace(parameter=4, master=0, gradient=4) if in_float32 else kept
+
+
 # Bytes of optimizer state per parameter. Adam's two moments are float32, or float16 with
 # --fp16-adam-stats (fairseq/optim/adam.py:193@0.12.2).
 OPTIMIZERS = {"adam": 8, "adam-fp16-stats": 4, "sgd": 0}
@@ -146,7 +155,7 @@ def memory_per_device(
     communication buffers nor the framework (0.5 to 1 GB on a GPU) are in it. Attention is taken to
     keep no T x context matrix, as fused kernels do.
     """
-    s, p = shape, PRECISIONS[precision]
+    s, p = shape, stored(precision, sharding)
     counts = parameters(s)
     held, experts_here, replicas = counts.shared, 0, 1
     if s.sparse:

@@ -1,6 +1,7 @@
 """Costs against the paper and built models; memory against what autograd keeps."""
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from fairseq_moe_ext.cost import (
 )
 from fairseq_moe_ext.evaluation import cost_table
 from fairseq_moe_ext.shape import Shape, shape_of
+
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 def test_a_twin_has_equal_flops_and_its_own_parameters():
@@ -309,8 +312,9 @@ def test_memory_is_divided_as_said():
     four = memory_per_device(shape, 100, world_size=4, precision="fp16")
     assert four.parameters == 2 * (counts.shared + counts.expert // 4)
     many = memory_per_device(shape, 100, world_size=16, precision="fp16", sharding="full")
-    # one expert a device, halved among its two replicas
-    assert many.parameters == -(-2 * counts.shared // 16) + counts.expert // 8 // 2 * 2
+    # one expert a device, halved among its two replicas; in float32, of which there is no copy
+    assert many.parameters == -(-4 * counts.shared // 16) + counts.expert // 8 // 2 * 4
+    assert many.master == 0
     state = memory_per_device(shape, 100, world_size=4, sharding="optimizer")
     assert state.parameters == 4 * (counts.shared + counts.expert // 4)
     assert state.optimizer == 8 * counts.shared // 4 + 8 * counts.expert // 4
@@ -330,6 +334,10 @@ def test_memory_is_divided_as_said():
         ("--path nowhere.pt --moe-freq 2", "--path with --moe-freq"),
         ("--arch dense_lm_tiny --moe-freq 9", "--moe-freq 9 picks no layer"),
         ("--arch dense_lm_tiny --types 0", "--types 0: use 1 or more"),
+        (
+            "--arch moe_lm_tiny --precision memory-efficient-bf16 --sharding full",
+            "--precision memory-efficient-bf16 with --sharding full",
+        ),
         ("--arch moe_lm_tiny --experts-per-token 9", "9.0: use 0 or more, at most the 8"),
         ("--arch dense_lm_tiny --experts-per-token 1", "1.0: use 0 or more, a model with experts"),
         ("--arch moe_lm_tiny --moe-freq 1 --moe-layers 1", "--moe-freq 1 with --moe-layers 1, wh"),
@@ -371,3 +379,18 @@ def test_the_command(capsys, tmp_path):
     row = json.loads(capsys.readouterr().out)[-1]
     assert row["model"] == "MoE 1.1T" and row["parameters"] == 1_104_219_021_312
     assert row["ZFLOPs"] == pytest.approx(22.27, abs=0.005)
+
+
+def total_gb(flags, capsys, kind="plain"):
+    assert cli.main(["cost", *flags.split(), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)[kind]["bytes_per_device"]["total"] / 1e9
+
+
+def test_the_page_on_fine_tuning_shows_what_the_command_computes(capsys):
+    text = (DOCS / "finetuning.md").read_text(encoding="utf-8").replace("\n", " ")
+    alone = "--arch moe_lm_15b --types 50264 --context 512 --batch-size 8"
+    flags = f"{alone} --world-size 16"
+    assert f"needs {total_gb(flags, capsys):.1f} GB (`fairseq-moe cost {flags}`," in text
+    assert f"one GPU alone would need {total_gb(alone, capsys):.1f} GB" in text
+    assert "dataset.batch_size=2 optimization.max_update=3744" in text
+    assert 3 * math.ceil(39_905 / (2 * 16)) == 3744

@@ -28,8 +28,10 @@ from updates import (
 )
 
 from fairseq_moe_ext import patches
+from fairseq_moe_ext.cost import memory_per_device
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.patches import eval_lm, messages
+from fairseq_moe_ext.shape import shape_of
 from fairseq_today import registry
 
 PLACES = [(2, 4), (2, 2), (4, 8), (4, 4), (4, 2)]  # processes, experts
@@ -316,6 +318,27 @@ def test_a_process_holds_its_share(folder):
     for own_shared, own_experts in run_processes(2, shard_sizes, cfg):
         assert own_experts == experts / 2
         assert shared / 2 <= own_shared < shared / 2 + 8  # padding, in each FSDP
+
+
+def bytes_held(rank, cfg):
+    """Of parameters, gradients and the optimizer's moments, after an update."""
+    trainer = make_trainer(cfg, "fully_sharded", 2, torch.float32)
+    assert trainer.train_step([as_sample(next(batches()).chunk(2)[rank])])
+    parameters = list(trainer.get_model().parameters())
+    states = trainer.optimizer.optimizer.state.values()
+    moments = [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
+    tensors = [*parameters, *(p.grad for p in parameters if p.grad is not None), *moments]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "memory-efficient-fp16"])
+def test_a_sharding_process_holds_the_bytes_that_are_computed(folder, precision):
+    cfg = configure(folder, f"--moe-expert-count 4 --optimizer adam --lr 0.01 --{precision}")
+    shape = shape_of(cfg.model, small_models.VOCABULARY)
+    memory = memory_per_device(shape, 1, world_size=2, precision=precision, sharding="full")
+    expected = memory.parameters + memory.master + memory.gradients + memory.optimizer
+    for held in run_processes(2, bytes_held, cfg):
+        assert held == pytest.approx(expected, rel=0.02)  # padding of shards
 
 
 def train_halved(rank, cfg, backend):

@@ -46,7 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=1, help="blocks per device (default: 1)")
     parser.add_argument("--world-size", type=int, default=1, help="number of devices (default: 1)")
     parser.add_argument(
-        "--precision", choices=list(cost.PRECISIONS), default="fp32", help="(default: fp32)"
+        "--precision",
+        choices=list(cost.PRECISIONS),
+        default="fp32",
+        help="of training on a GPU; on a CPU --bf16 keeps fp32 (default: fp32)",
     )
     parser.add_argument(
         "--optimizer", choices=list(cost.OPTIMIZERS), default="adam", help="(default: adam)"
@@ -71,6 +74,11 @@ def run(args: Namespace) -> None:
         print(formed(args, paper_models(), [list(TABLE_1_HEAD), *table_1()]))
         return
     require_positive(args, "types", "context", "batch_size", "world_size")
+    if args.precision == "memory-efficient-bf16" and args.sharding == "full":
+        raise UserError(
+            "--precision memory-efficient-bf16 with --sharding full: --ddp-backend fully_sharded "
+            "has no such training; use bf16"
+        )
     if not 0 < args.tokens < math.inf:
         raise UserError(f"--tokens {args.tokens}: use a number above 0")
     settings, vocabulary = _settings(args)
