@@ -64,8 +64,8 @@ ALLOWED = {
         "optim": "",
         "fully_sharded": "",
         "checkpoint": """
-            checkpoint config diverging expert_parallel files fully_sharded literals
-            models.precision
+            checkpoint config data_bin diverging expert_parallel files fully_sharded literals
+            models.precision ours
             """,
         "branch": """
             branch balance_flags checkpoint.format checkpoint.settings config expert_parallel

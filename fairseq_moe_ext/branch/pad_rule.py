@@ -16,12 +16,12 @@ logger = logging.getLogger(__name__)
 _KEY = "moe_pad_rule"
 
 
-def note(state: Dict[str, Any], overrides: Dict[str, Any]) -> None:
+def note(state: Dict[str, Any]) -> None:
     """Write the rule that a loaded checkpoint was trained with into its settings, if they lack it,
     and into `extra_state`, which is all that a trainer sees."""
     model = getattr(state.get("cfg"), "model", None)
     if isinstance(model, DictConfig):
-        rule = overrides.get(_KEY) or saved_pad_rule(model)
+        rule = saved_pad_rule(model)
     else:  # flat settings, of the branch alone: settings.py translates them
         rule = getattr(state.get("args"), _KEY, None)
     if rule is None:

@@ -15,7 +15,7 @@ import re
 import typing
 from argparse import Namespace
 from numbers import Number
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Set, Tuple
 
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
@@ -23,8 +23,9 @@ from fairseq.models.transformer_lm import TransformerLanguageModel
 from fairseq.registry import REGISTRIES
 from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY
 from fairseq.tasks.language_modeling import LanguageModelingTask
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
+from .. import ours
 from ..config import defaults
 from ..errors import UserError
 from ..literals import literal, plain
@@ -139,22 +140,42 @@ def check_fields(path: str, group: str, settings: Dict[str, Any], kind: type) ->
             raise _misfit(path, group, name, value, kinds[name])
 
 
-def check_overrides(overrides: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Raise UserError for an unknown name in --model-overrides that looks like one of ours. fairseq
-    ignores unknown names (fairseq/dataclass/utils.py:453@0.12.2), so a typo would evaluate with
-    other settings than the user wants.
+def take_overrides(overrides: Mapping[str, Any], cfg: Mapping[str, Any]) -> None:
+    """Raise UserError for an unknown name in --model-overrides of a language model, and set those
+    that the saved settings lack, because the file is older. fairseq ignores both
+    (fairseq/dataclass/utils.py:453@0.12.2), so it would evaluate with other settings than the user
+    wants.
 
     Args:
-        saved: the checkpoint's settings by group, whose names are good, too.
+        cfg: the checkpoint's settings by group, in which fairseq has set the names that it knows.
     """
-    known = set(defaults())
-    for group in saved.values():
-        if isinstance(group, (Mapping, DictConfig)):
-            known.update(group)
-    for name in overrides:
-        if name.startswith("moe_") and name not in known:
-            remedy = did_you_mean(name, known) or "; see --help for the model's settings"
-            raise UserError(f"--model-overrides '{name}': no such setting{remedy}")
+    name = ours.name_of(cfg.get("model"))
+    model_class = ARCH_MODEL_REGISTRY.get(name) or MODEL_REGISTRY.get(name)
+    own = model_class is not None and ours.is_ours(model_class)
+    if not own and model_class is not TransformerLanguageModel:
+        return
+    known = _known_names(cfg)
+    for key in overrides.keys() - known:
+        remedy = did_you_mean(key, known) or "; see --help for the model's settings"
+        raise UserError(f"--model-overrides '{key}': no such setting{remedy}")
+    model = cfg["model"]
+    if own and isinstance(model, DictConfig):
+        with open_dict(model):
+            model.update({k: v for k, v in overrides.items() if k in defaults() and k not in model})
+
+
+def _known_names(cfg: Mapping[str, Any]) -> Set[str]:
+    """The names of a checkpoint's settings, of the model's and of all that fairseq declares."""
+    kinds: List[Any] = [*_kinds(FairseqConfig).values(), *TASK_DATACLASS_REGISTRY.values()]
+    for registry in REGISTRIES.values():
+        kinds += registry["dataclass_registry"].values()
+    known = {*cfg, *defaults(), "world_size"}  # the last is in the branch's guides, without effect
+    for kind in kinds:
+        known.update(getattr(kind, "__dataclass_fields__", ()))
+    for group in cfg.values():
+        known.update(vars(group) if isinstance(group, Namespace) else ())
+        known.update(group if isinstance(group, Mapping) else ())
+    return known
 
 
 def check_buildable(path: str, state: Dict[str, Any], with_task: bool) -> None:

@@ -23,7 +23,7 @@ from ..checkpoint import loading, resuming, saving, starting
 from ..checkpoint.cleanup import remove_unused_files
 from ..checkpoint.collective import same_error_on_all_ranks
 from ..checkpoint.experts import has_sharded_experts, saves_together
-from ..checkpoint.settings import check_overrides
+from ..checkpoint.settings import take_overrides
 from ..checkpoint.writing import cannot_write, write
 from ..context import during
 from ..diverging import check_weights
@@ -68,8 +68,9 @@ def load_checkpoint_to_cpu(stock, path, arg_overrides=None, *args, **kwargs):
         resuming.check_questions(state, under_way.trainer, path)
         resuming.note_corpora(state, under_way.trainer)
         begin_from_the_model(under_way.trainer, state, path)
-    pad_rule.note(state, arg_overrides or {})
-    check_overrides(arg_overrides or {}, state.get("cfg") or {})
+    if arg_overrides:
+        take_overrides(arg_overrides, state.get("cfg") or {})
+    pad_rule.note(state)
     fingerprint.note(state, path)
     return state
 

@@ -106,17 +106,21 @@ def test_perplexity_of_eval_lm_is_that_of_validation(command, data, tmp_path):
     assert evaluated == pytest.approx(validated, rel=2e-3)
 
 
-def test_capacity_at_evaluation_can_be_overridden(command, data, trained):
-    def perplexity(fraction):
-        overrides = f"{{'moe_eval_capacity_token_fraction':{fraction}}}"
-        line = (
-            f"{data} {EVAL} --path {trained / 'checkpoint_best.pt'} --model-overrides {overrides}"
-        )
+def test_capacity_at_evaluation_can_be_overridden(command, data, trained, tmp_path):
+    def perplexity(path, fraction):
+        overrides = f"{{'moe_eval_capacity_token_fraction':{fraction},'world_size':1}}"
+        line = f"{data} {EVAL} --path {path} --model-overrides {overrides}"
         status, log, _, _ = command("eval_lm", line)
         assert status == 0
         return float(re.search(r"Perplexity: ([\d.]+)", log).group(1))
 
-    assert perplexity(0.02) != perplexity(1.0)
+    best = trained / "checkpoint_best.pt"
+    least = perplexity(best, 0.02)
+    assert least != perplexity(best, 1.0)
+    older = torch.load(best, weights_only=False)
+    del older["cfg"]["model"]["moe_eval_capacity_token_fraction"]
+    torch.save(older, tmp_path / "older.pt")
+    assert perplexity(tmp_path / "older.pt", 0.02) == least
 
 
 def test_generate_and_interactive(command, data, trained, monkeypatch, tmp_path):
@@ -187,6 +191,9 @@ def test_a_misspelt_policy_names_the_choices(command, data, tmp_path):
     [
         ("{'moe_eval_capacity_fraction':1.0}", "did you mean moe_eval_capacity_token_fraction?"),
         ("{'moe_second_expert_policy':'smapling'}", "--moe-second-expert-policy smapling"),
+        ("{'use_moe_pad_maks':True}", "did you mean use_moe_pad_mask?"),
+        ("{'world_size':1,'pad_to_fixed_lenght':1}", "did you mean pad_to_fixed_length?"),
+        ("{'max_target_position':8}", "did you mean max_target_positions?"),
     ],
 )
 def test_misspelt_overrides_end_in_one_line(command, data, trained, overrides, words):
