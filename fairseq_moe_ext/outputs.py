@@ -3,6 +3,7 @@
 import contextlib
 import glob
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -153,6 +154,17 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write the file completely or not at all."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+def write_json(path: Path, value: object, indent: Optional[int] = 1) -> None:
+    """Write the file completely or not at all. NaN and infinity become null, because JSON has
+    neither."""
+    write_text(path, json.dumps(_finite(value), indent=indent, allow_nan=False) + "\n")
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return value

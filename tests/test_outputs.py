@@ -1,5 +1,7 @@
 """Nothing but a regular file is written over, and that only if told; known before the work."""
 
+import json
+import math
 import os
 import socket
 import stat
@@ -185,6 +187,12 @@ def test_a_dictionary_is_a_file_of_utf8(places):
     for name, message in (("fifo", "fifo: a FIFO"), ("latin.txt", "latin.txt: not UTF-8 at byte")):
         with pytest.raises(UserError, match=message):
             Dictionary.load(name)
+
+
+def test_json_has_no_nan_and_no_infinity(tmp_path):
+    path = tmp_path / "a.json"
+    outputs.write_json(path, {"a": [1, math.nan, (2.5, -math.inf)], "b": True, "c": None})
+    assert json.loads(path.read_text()) == {"a": [1, None, [2.5, None]], "b": True, "c": None}
 
 
 def test_what_killed_processes_left_is_removed(tmp_path):

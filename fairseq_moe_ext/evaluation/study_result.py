@@ -5,6 +5,7 @@ one. Costs are FLOPs; intervals are at 95 %.
 """
 
 import contextlib
+import math
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, TypedDict, cast
 
@@ -141,10 +142,21 @@ def read(path: Path, flag: str = "") -> StudyResult:
         raise UserError(f"{flag}{path}: lacks factors and runs: {remedy}")
     if not content["runs"]:
         raise UserError(f"{flag}{path}: contains no runs: run `fairseq-moe study`")
-    for run in content["runs"] if isinstance(content["runs"], list) else ():
-        if isinstance(run, dict) and isinstance(run.get("priming"), dict):
-            run["priming"].setdefault("bias", [])
+    with as_written(f"{flag}{path}"):
+        for run in content["runs"]:
+            restore_infinity(run)
+            run.get("priming", {}).setdefault("bias", [])
     return cast(StudyResult, content)
+
+
+def restore_infinity(found: Mapping[str, Any]) -> None:
+    """Put the infinite perplexities of a training that diverged back into `sets` and `mean`: JSON
+    has null for them."""
+    for result in (*found["sets"].values(), *found["mean"].values()):
+        if result["perplexity"] is None:
+            result["perplexity"] = math.inf
+        if result.get("interval"):
+            result["interval"] = [math.inf if x is None else x for x in result["interval"]]
 
 
 @contextlib.contextmanager

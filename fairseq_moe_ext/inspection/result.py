@@ -1,6 +1,5 @@
 """The numbers of `fairseq-moe inspect`: plain values, as they are in the file of --json."""
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
@@ -149,7 +148,7 @@ class Inspection:
 
     def write_json(self, path: Path) -> None:
         """Write all numbers, whole or not at all."""
-        outputs.write_text(path, json.dumps(self.to_dict()) + "\n")
+        outputs.write_json(path, self.to_dict(), indent=None)
 
     def html(self) -> str:
         """One self-contained page."""

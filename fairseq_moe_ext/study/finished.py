@@ -5,7 +5,7 @@ from typing import List, Optional, Sequence, cast
 
 from .. import files
 from ..branch.outline import settings_of
-from ..evaluation.study_result import Priming, RunResult, TaskResult, as_written
+from ..evaluation.study_result import Priming, RunResult, TaskResult, as_written, restore_infinity
 from ..shape import shape_of
 from . import diverged, logs, trained
 from .plan import Run
@@ -52,6 +52,7 @@ def _of_run(run: Run, context: int, tokens_per_update: int) -> RunResult:
     evaluation = files.read_json(run.folder / "evaluation.json")
     if not evaluation["sets"] or not evaluation["mean"]:
         raise ValueError("evaluation.json names no set")
+    restore_infinity(evaluation)
     for name, found in [*evaluation["sets"].items(), *evaluation["mean"].items()]:
         if not found["perplexity"] > 0:  # infinity: the training diverged
             raise ValueError(f"perplexity {found['perplexity']} of {name} in evaluation.json")

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from small_ladder import STUDY, command, write
 
-from fairseq_moe_ext import cli
+from fairseq_moe_ext import cli, outputs
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.study import finished as study_finished
 from fairseq_moe_ext.study import plan
@@ -593,7 +593,7 @@ def test_an_infinite_perplexity_is_collected(folder, tmp_path):
     """As `fairseq-moe evaluate` writes it of a training that diverged."""
     evaluation = {"sets": {"x": {"perplexity": math.inf}}, "mean": {"in_domain": {}}}
     evaluation["mean"]["in_domain"]["perplexity"] = math.inf
-    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    outputs.write_json(tmp_path / "evaluation.json", evaluation)
     run = plan.Run("dense", "a", 1, 3, tmp_path, [], [], [])
     with pytest.raises(UserError, match="checkpoint_best.pt"):  # which is read next
         study_finished.of_run(run, 32, 128)

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 from study_results import made_result
 
-from fairseq_moe_ext import cli
+from fairseq_moe_ext import cli, outputs
 from fairseq_moe_ext.study import result, tables
 
 
@@ -91,6 +91,7 @@ def test_what_of_the_paper_is_not_on_the_page_is_said(tmp_path):
 
 def test_a_model_that_diverged_has_no_factor(tmp_path):
     made = made_result(tmp_path, moe=((1e12, math.inf), (4e12, 5.0)))
+    outputs.write_json(tmp_path / "result.json", made)
     assert made["factors"]["in_domain"]["curve"] == []
     assert cli.main(["report", str(tmp_path)]) == 0
     page = (tmp_path / "report.html").read_text()

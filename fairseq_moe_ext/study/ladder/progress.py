@@ -44,7 +44,10 @@ def state(folder: Path, updates: int) -> State:
     minutes = sum(float(v.get("train_wall", 0)) for v in lines) / 60
     with contextlib.suppress(UserError, KeyError, TypeError):
         mean = files.read_json(folder / "evaluation.json")["mean"]
-        return State("done", updates, minutes, mean[GROUPS[0]]["perplexity"], curve)
+        perplexity = mean[GROUPS[0]]["perplexity"]  # null: infinity
+        return State(
+            "done", updates, minutes, math.inf if perplexity is None else perplexity, curve
+        )
     if diverged.noted(folder):
         return State("diverged", at, minutes, math.inf, curve)
     if (folder / "trained").is_file():

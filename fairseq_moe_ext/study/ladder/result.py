@@ -19,7 +19,7 @@ from typing import (
 
 from ... import data_bin, files
 from ...errors import UserError
-from ...evaluation.study_result import as_written, unlike
+from ...evaluation.study_result import as_written, restore_infinity, unlike
 from .. import trained
 from ..result import GROUPS, mean_flops, performance
 from . import finished, forecast, probe, rates, saving
@@ -76,6 +76,9 @@ def read(folder: Path) -> Optional[LadderResult]:
     content = files.read_json(path)
     if not is_result(content):
         raise UserError(f"{path}: is not a ladder's result; move it elsewhere")
+    with as_written(path):
+        for run in content["runs"]:
+            restore_infinity(run)
     return cast(LadderResult, content)
 
 
