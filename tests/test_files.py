@@ -53,7 +53,7 @@ def test_no_command_waits_for_a_fifo_or_a_device(place, device, capsys, line, na
 @pytest.mark.parametrize("line", LINES)
 def test_a_name_that_is_too_long_is_one_line(place, capsys, line):
     assert cli.main(line.replace("fifo", "x" * 300).split()) == 1
-    errors = [line for line in capsys.readouterr().err.splitlines() if "file(s) of" not in line]
+    errors = [line for line in capsys.readouterr().err.splitlines() if " file of " not in line]
     assert len(errors) == 1 and errors[0].startswith("error: ")
 
 

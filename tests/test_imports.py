@@ -76,7 +76,7 @@ ALLOWED = {
             fully_sharded kernels moe router_flags shape starting tokenizer_files
             """,
         "criterions": "criterions accuracy kernels.dtypes moe.stats ranges",
-        "tasks": "tasks accuracy data_bin data_bin_files expert_parallel questions ranges",
+        "tasks": "tasks accuracy data_bin expert_parallel questions ranges",
         "prepare": "prepare data_bin",
         "inspection": """
             inspection branch.outline checkpoint.format data_bin evaluation metrics_file models

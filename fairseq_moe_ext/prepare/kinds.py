@@ -18,6 +18,7 @@ from typing import BinaryIO, Callable, Dict, Iterable, List, NamedTuple, Optiona
 from fairseq_moe_ext import files
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.prepare import tables
+from fairseq_moe_ext.wording import count
 
 try:
     import zstandard
@@ -160,11 +161,12 @@ def check_one_kind(kinds: Iterable[Tuple[Path, Kind]], where: str) -> None:
         )
 
 
-def count(kinds: Iterable[Kind]) -> str:
-    """In words, as "3 files of text, 1 of JSON Lines"."""
+def listed(kinds: Iterable[Kind]) -> str:
+    """In words, as "3 files of text, 1 file of JSON Lines"."""
     formats = [kind.format for kind in kinds]
-    parts = [f"{formats.count(f)} of {_WORDS[f]}" for f in _WORDS if f in formats]
-    return ", ".join(parts).replace(" of", " file(s) of", 1)
+    return ", ".join(
+        f"{count(formats.count(f), 'file')} of {_WORDS[f]}" for f in _WORDS if f in formats
+    )
 
 
 def _packing(raw: BinaryIO, path: Path) -> str:
@@ -288,4 +290,4 @@ def check_corpus(groups: List[List[Path]], form: str, field: str, where: str, na
             kinds += [kind for _, kind in group_kinds]
     except UserError as error:
         raise UserError(str(error).replace("{corpus}", name)) from None
-    return count(kinds)
+    return listed(kinds)

@@ -20,6 +20,7 @@ from fairseq_moe_ext.prepare.encode import Deal, Duplicates, Encoders, chunks, t
 from fairseq_moe_ext.prepare.options import Options, check
 from fairseq_moe_ext.prepare.splits import SplitRule
 from fairseq_moe_ext.prepare.tokenizer import ENCODER_FILE, MERGES_FILE, ByteLevelBPE, train_bpe
+from fairseq_moe_ext.wording import count
 
 
 @dataclass(frozen=True)
@@ -218,18 +219,19 @@ def _check_splits(corpus: Corpus, writers: Dict[str, SplitWriter], options: Opti
     documents = sum(writer.documents for writer in writers.values())
     if not documents:
         number = sum(len(files) for files in corpus.files.values())
-        raise UserError(f"{flag}: empty; no document in its {number} file(s)")
+        raise UserError(f"{flag}: empty; no document in its {count(number, 'file')}")
     for split in corpus.files:
         if split is not None and split not in writers:
             raise UserError(f"{flag}:{split}: empty; no document in its files")
     if None not in corpus.files:
         return
+    none = f"of its {count(documents, 'document')} none"
     if not corpus.held_out and "train" not in writers:
-        raise UserError(f"{flag}: none of its {documents} document(s) fell into train; add text")
+        raise UserError(f"{flag}: {none} fell into train; add text")
     for split, fraction in (("valid", options.valid_fraction), ("test", options.test_fraction)):
         if fraction > 0 and split not in writers:
             raise UserError(
-                f"{flag}: none of its {documents} document(s) fell into {split}; raise "
+                f"{flag}: {none} fell into {split}; raise "
                 f"--{split}-fraction ({fraction}), try another --split-seed, or set it to 0 to do "
                 f"without; if the corpus has more documents than that, see --documents"
             )

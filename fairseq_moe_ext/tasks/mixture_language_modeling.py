@@ -23,7 +23,6 @@ from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageMode
 from omegaconf import II
 
 from .. import data_bin, ranges
-from ..data_bin_files import check_data_bin
 from ..errors import UserError
 from ..wording import did_you_mean
 from .mixture_dataset import MixtureDataset, SeparateCorporaDataset, apportion, release
@@ -96,6 +95,7 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
                 f"--dataset-impl {args.dataset_impl}: mixture_language_modeling reads mmap "
                 "data-bins only"
             )
+        args.dataset_impl = "mmap"  # stock would guess it, and say less of a damaged file
         if args.shorten_data_split_list:
             raise UserError(
                 f"--shorten-data-split-list {args.shorten_data_split_list}: not supported by "
@@ -206,10 +206,7 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
 
     def _load_part(self, corpus: str, split: str, epoch: int, combine: bool) -> FairseqDataset:
         """One corpus's split, as the stock task makes it."""
-        folder = self.corpora[corpus]
-        prefix = folder / split
-        check_data_bin(str(prefix))
-        key = os.path.relpath(prefix, self.args.data)
+        key = os.path.relpath(self.corpora[corpus] / split, self.args.data)
         super().load_dataset(key, epoch=epoch, combine=combine)
         return self.datasets.pop(key)
 

@@ -142,7 +142,7 @@ def test_what_the_user_says_counts_more(tmp_path, capsys):
     )
     line += f" --corpus a={tmp_path}/a.json,{tmp_path}/b.csv --corpus c={tmp_path}/c.txt"
     assert cli.main([*line.split(), "--format", "a=text"]) == 0
-    assert capsys.readouterr().err.startswith("a: 2 file(s) of text\nc: 1 file(s) of JSON Lines\n")
+    assert capsys.readouterr().err.startswith("a: 2 files of text\nc: 1 file of JSON Lines\n")
     counts = json.loads((tmp_path / "data" / "counts.json").read_text())["corpora"]
     assert counts["c"]["train"]["documents"] == 18
     assert cli.main([*line.split(), "--overwrite", "--format", "text"]) == 0
@@ -168,5 +168,5 @@ def test_a_folder_of_both_is_refused_and_two_paths_are_not(tmp_path, capsys):
         assert "c4.json.gz is JSON Lines, " in capsys.readouterr().err
     both = f"a={folder / '*.md'},{folder / '*.json.gz'},{folder / 'empty.txt'}"
     assert cli.main([*line.split(), "--corpus", both]) == 0
-    words = "a: 1 file(s) of text, 1 of JSON Lines, 1 of nothing (empty)\n"
+    words = "a: 1 file of text, 1 file of JSON Lines, 1 file of nothing (empty)\n"
     assert capsys.readouterr().err.startswith(words)

@@ -180,7 +180,7 @@ def test_zstandard(tmp_path):
 
 def test_formats_have_words():
     formats = {*kinds.FORMATS, "parquet", "arrow", ""} - {"auto"}
-    assert all(kinds.count([kinds.Kind("", name)]) for name in formats)
+    assert all(kinds.listed([kinds.Kind("", name)]) for name in formats)
 
 
 @pytest.mark.parametrize("form", ["parquet", "arrow"])
