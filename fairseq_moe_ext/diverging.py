@@ -14,7 +14,10 @@ from torch import Tensor
 
 from .errors import UserError
 
-REMEDY = "training diverged; lower --lr or --clip-norm, or lengthen --warmup-updates"
+REMEDY = (
+    "training diverged; lower --lr, clip gradients (--clip-norm 1 or less), or lengthen "
+    "--warmup-updates"
+)
 
 
 def what_is_wrong(text: str) -> str:

@@ -45,8 +45,8 @@ DAMAGED = "the checkpoint is damaged or its training diverged; use an earlier on
 
 def not_finite(layer: int, training: bool = True) -> NotFinite:
     """What to raise when the router of a layer, counted from 0, yields NaN or infinity."""
-    remedy = "training diverged; lower --lr, lengthen --warmup-updates, or use "
-    remedy += "--moe-gating-use-fp32 or --moe-z-loss-wt 0.001, from the last good checkpoint"
+    remedy = "training diverged; lower --lr, lengthen --warmup-updates, or use --clip-norm 1 or "
+    remedy += "--moe-z-loss-wt 0.001, from the last good checkpoint"
     if not training:
         remedy = DAMAGED
     return NotFinite(f"the router of layer {layer} (from 0) yields NaN or infinity: {remedy}")

@@ -108,18 +108,26 @@ def warn_of_decay(cfg: Any, updates: int) -> None:
 
 def _check_losses(cfg: Any) -> None:
     """Stock's criterions leave out the losses of MoE layers. Raise UserError where a router cannot
-    do without; otherwise warn."""
+    do without; otherwise warn. Those of others may leave them out."""
     name, router = name_of(cfg.criterion), ROUTERS[cfg.model.moe_router]
     kind = CRITERION_REGISTRY.get(name)
-    if kind is None or not kind.__module__.startswith("fairseq."):
+    if kind is None or hasattr(kind, "with_gate_losses"):  # ours, and what is derived from ours
         return
-    if router.loss is not TopKRouter.loss:
+    of_router = router.loss is not TopKRouter.loss
+    if not of_router and not (router.learned and has_loss(cfg.model)):
+        return
+    if not kind.__module__.startswith("fairseq."):
+        logger.warning(
+            f"--criterion {name}: if it does not add the losses of the experts itself, they are "
+            "trained without: derive it from MoECrossEntropyCriterion (docs/balancing.md)"
+        )
+    elif of_router:
         raise UserError(
             f"--criterion {name} leaves out the loss that --moe-router {cfg.model.moe_router} "
             "adds to the cross-entropy, which makes it sparse or balances it: use --criterion "
             "moe_cross_entropy"
         )
-    if router.learned and has_loss(cfg.model):
+    else:
         logger.warning(
             f"--criterion {name} leaves out the balancing loss of the experts: use --criterion "
             "moe_cross_entropy, or add --moe-balance none to train without that loss"

@@ -102,11 +102,14 @@ def test_the_batch_script_trains_as_the_hydra_config(tasks, tmp_path, monkeypatc
     assert args.batch_size * args.update_freq[0] * tasks * args.tokens_per_sample == 2**19
 
 
-@pytest.mark.parametrize("tasks, variables", ((12, {}), (512, {}), (64, {"BATCH": "8"})))
+@pytest.mark.parametrize(
+    "tasks, variables", ((12, {}), (512, {"BATCH": "1"}), (64, {"BATCH": "8"}))
+)
 def test_the_batch_script_refuses_another_batch(tasks, variables, tmp_path):
     words, done = batch_script(tmp_path, tasks, **variables)
     assert done.returncode == 1 and not words
     assert done.stderr.startswith("error: BATCH=") and done.stderr.count("\n") == 1
+    assert "256 / GPUs, on 1, 2, 4, ... or 256 GPUs" in done.stderr  # on 512 no BATCH would help
 
 
 def test_make_clean_keeps_what_cannot_be_made_again(tmp_path):

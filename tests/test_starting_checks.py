@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fairseq.criterions import CRITERION_REGISTRY
+from fairseq.criterions.cross_entropy import CrossEntropyCriterion
 from fairseq.distributed import utils as distributed_utils
 from fairseq.tasks import TASK_REGISTRY
 from omegaconf import OmegaConf
@@ -20,6 +21,7 @@ from training import USER_DIR, error_in, settings, status_of
 import fairseq_moe_ext
 from fairseq_moe_ext import ranges, starting, trainer_checks
 from fairseq_moe_ext.config import MoETransformerLMConfig
+from fairseq_moe_ext.criterions.moe_cross_entropy import MoECrossEntropyCriterion
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
 from fairseq_moe_ext.patches import commands, tasks
@@ -318,6 +320,21 @@ def test_a_criterion_without_the_balancing_loss(caplog, data, model, warns):
     has_experts = SimpleNamespace(has_experts="moe_lm" in model)
     trainer_checks.check_trainer(cfg, has_experts)
     assert ("leaves out the balancing loss" in caplog.text) == warns
+
+
+def test_a_criterion_of_one_s_own(caplog, data, monkeypatch):
+    """One that is derived from stock's trains the experts without their losses as stock's does."""
+    line = f"{data} --task mixture_language_modeling --arch moe_lm_tiny --moe-expert-count 4 --cpu"
+    line += " --batch-size 4 --criterion moe_cross_entropy --disable-validation"
+    cfg = settings(f"{line} --user-dir {Path(fairseq_moe_ext.__file__).parent}", 0, 1)
+    warned = []
+    for base in (MoECrossEntropyCriterion, CrossEntropyCriterion):
+        own = type("Own", (base,), {})
+        monkeypatch.setitem(trainer_checks.CRITERION_REGISTRY, "moe_cross_entropy", own)
+        caplog.clear()
+        trainer_checks.check_trainer(cfg, SimpleNamespace(has_experts=True))
+        warned.append("if it does not add the losses of the experts itself" in caplog.text)
+    assert warned == [False, True]
 
 
 @pytest.mark.parametrize(

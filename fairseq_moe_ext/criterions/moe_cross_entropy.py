@@ -81,7 +81,7 @@ class MoECrossEntropyCriterion(FairseqCriterion):
     ) -> Tuple[Tensor, int, Dict[str, Any]]:
         """Returns the loss, the sample size by which the trainer divides its gradient, and the
         logging outputs, which may be summed over processes and steps."""
-        inner_loss, extra = self._cross_entropy(model, sample, reduce)
+        inner_loss, extra = self.cross_entropy(model, sample, reduce)
         nsentences = sample["target"].size(0)
         sample_size = nsentences if self.sentence_avg else sample["ntokens"]
         logging_output = {
@@ -91,10 +91,10 @@ class MoECrossEntropyCriterion(FairseqCriterion):
             "sample_size": sample_size,
             "batch_count": 1,
         }
-        loss = self._with_gate_losses(inner_loss, extra, sample_size, logging_output)
+        loss = self.with_gate_losses(inner_loss, extra, sample_size, logging_output)
         return loss, sample_size, logging_output
 
-    def _with_gate_losses(
+    def with_gate_losses(
         self, loss: Tensor, extra: Any, sample_size: int, logging_output: Dict[str, Any]
     ) -> Tensor:
         """loss + weight * sample size * gates' loss, if the model's second output has any.
@@ -125,10 +125,11 @@ class MoECrossEntropyCriterion(FairseqCriterion):
         logging_output["loss"] = loss.detach()
         return loss
 
-    def _cross_entropy(
+    def cross_entropy(
         self, model: BaseFairseqModel, sample: Dict[str, Any], reduce: bool
     ) -> Tuple[Tensor, Any]:
-        """Cross-entropy in nats, summed (reduce) or per token, and the model's second output."""
+        """Cross-entropy in nats, summed (reduce) or per token, and the model's second output. A
+        criterion of your own overrides this."""
         if reduce and getattr(model, "computes_loss", False):
             return model(**sample["net_input"], target=sample["target"])
         logits, extra = model(**sample["net_input"])[:2]

@@ -94,7 +94,7 @@ class MultipleChoiceCriterion(MoECrossEntropyCriterion):
             "sample_size": sample_size,
             "batch_count": 1,
         }
-        loss = self._with_gate_losses(inner_loss, extra, sample_size, logging_output)
+        loss = self.with_gate_losses(inner_loss, extra, sample_size, logging_output)
         return loss, sample_size, logging_output
 
     def scores(self, model: BaseFairseqModel, sample: Dict[str, Any]) -> Tuple[Tensor, Any]:

@@ -1,6 +1,7 @@
 """What `from_pretrained` returns: an interface that scores texts and continues prompts, with the
 tokenizer found beside the dictionary."""
 
+import logging
 import os
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Union
@@ -14,6 +15,8 @@ from .. import context, starting, tokenizer_files
 from ..data_bin import TOKENIZER
 from ..errors import UserError
 from . import text_generation
+
+logger = logging.getLogger(__name__)
 
 
 def find_tokenizer(data: Path) -> Optional[Dict[str, str]]:
@@ -52,22 +55,33 @@ class LanguageModelHub(GeneratorHubInterface):
 
     def encode(self, sentence: str) -> Tensor:
         """Tokens of all lines, </s> between them and at the end. Raises UserError for text of which
-        nothing is in the dictionary."""
+        nothing is in the dictionary; warns, once, of one of which a tenth is not."""
         lines = [super(LanguageModelHub, self).encode(line) for line in sentence.split("\n")]
         tokens = torch.cat(lines)
         words = tokens[tokens.ne(self.src_dict.eos())]
-        if len(words) and words.eq(self.src_dict.unk()).all():
-            where = self.cfg.task.data
-            raise UserError(
-                f"{sentence[:40]!r}: contains only <unk>; "
-                + (
-                    f"there is no {' and '.join(TOKENIZER)} in {where}: put the model's there, or "
-                    "give bpe='gpt2', gpt2_encoder_json=FILE and gpt2_vocab_bpe=FILE"
-                    if self.bpe is None
-                    else f"the tokenizer and {where}/dict.txt belong to different models"
-                )
+        unknown = int(words.eq(self.src_dict.unk()).sum())
+        if unknown and unknown == len(words):
+            raise UserError(f"{sentence[:40]!r}: contains only <unk>; {self._other_tokenizer()}")
+        if unknown >= 0.1 * max(1, len(words)) and not self._warned_of_unknown:
+            self._warned_of_unknown = True
+            logger.warning(
+                f"{sentence[:40]!r}: {unknown} of its {len(words)} words are not in the "
+                f"dictionary; {self._other_tokenizer()}"
             )
         return tokens
+
+    _warned_of_unknown = False
+
+    def _other_tokenizer(self) -> str:
+        where = self.cfg.task.data
+        if self.bpe is not None:
+            return f"the tokenizer and {where}/dict.txt belong to different models"
+        return (
+            f"there is no {' and '.join(TOKENIZER)} in {where}: put the model's there, or give its "
+            "tokenizer to from_pretrained (bpe='gpt2', gpt2_encoder_json=FILE, "
+            "gpt2_vocab_bpe=FILE; or bpe='sentencepiece', sentencepiece_model=FILE) or to "
+            "fairseq-interactive (--bpe)"
+        )
 
     def decode(self, tokens: Tensor) -> str:
         """The text of tokens, without the </s> at their end."""

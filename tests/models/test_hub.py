@@ -90,7 +90,7 @@ def test_prompts_go_on_behind_their_newlines(lm):
     assert lm.sample([]) == lm.score([]) == []
 
 
-def test_text_that_cannot_be_scored_is_reported(folder, lm):
+def test_text_that_cannot_be_scored_is_reported(folder, lm, caplog):
     for texts, words in (
         ("", "text is empty"),
         (["a", " \t"], "text 2 of 2 is empty"),
@@ -106,6 +106,12 @@ def test_text_that_cannot_be_scored_is_reported(folder, lm):
     for call in (without.score, without.sample):
         with pytest.raises(UserError, match="contains only <unk>; there is no encoder.json"):
             call("the cat")
+    word = without.src_dict[4]
+    without.encode(f"{word} " * 10 + "cat")
+    assert not caplog.messages
+    for _ in "ab":
+        without.encode(f"{word} cat")
+    assert len(caplog.messages) == 1 and "1 of its 2 words are not in the" in caplog.messages[0]
 
 
 @pytest.mark.parametrize("flags", ["", "--bpe gpt2"])
