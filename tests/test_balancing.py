@@ -20,6 +20,7 @@ from updates import (
 )
 
 from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.moe.balance import Balance
 
 EXPERTS = 4
 FLAGS = f"--moe-expert-count {EXPERTS} --moe-dropless --moe-top1-expert --use-moe-pad-mask"
@@ -59,6 +60,23 @@ def test_one_batch_is_its_own_global_batch(folder, one_batch):
 @pytest.mark.parametrize("options", ["", "--checkpoint-activations"])
 def test_micro_batches_equal_one_batch(folder, one_batch, parts, options):
     assert_same_updates([one_process(folder, f"{GLOBAL} {options}", parts)], one_batch)
+
+
+def test_the_choices_that_are_counted_are_those_that_are_trained(folder, monkeypatch):
+    """With dropout, and second experts that are drawn, both passes have the same numbers."""
+    of_batch, of_parts, loss = [], [], Balance.loss
+
+    def watched(balance, routing, length=None):
+        if balance.whole is not None and not balance.counting:
+            of_batch.append(balance.whole.counts)
+            of_parts.append(routing.counts)
+        return loss(balance, routing, length)
+
+    monkeypatch.setattr(Balance, "loss", watched)
+    drawn = "--moe-second-expert-policy sampling --dropout 0.1"
+    one_process(folder, GLOBAL.replace("--moe-top1-expert", drawn), 2, None, 2)
+    trained = [first + second for first, second in zip(of_parts[::2], of_parts[1::2])]
+    assert len(trained) == 2 and all(map(torch.equal, trained, of_batch[::2]))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
