@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from small_models import MOE, VOCABULARY, build_model, make_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from wide_experts import as_wide
 
 from fairseq_moe_ext import cli
 from fairseq_moe_ext.cost import (
@@ -243,7 +245,8 @@ OF_MEMORY = {
 
 @pytest.mark.parametrize("moe, kind", [(False, ""), *((True, kind) for kind in OF_MEMORY)])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_memory_against_what_autograd_keeps(moe, kind, recompute):
+@pytest.mark.parametrize("kernels", [nullcontext, as_wide])
+def test_memory_against_what_autograd_keeps(moe, kind, recompute, kernels):
     dim, ffn, vocabulary, tokens = 64, 256, 400, 256
     flags = dict(
         decoder_embed_dim=dim, decoder_ffn_embed_dim=ffn, share_decoder_input_output_embed=True
@@ -262,7 +265,7 @@ def test_memory_against_what_autograd_keeps(moe, kind, recompute):
         return tensor
 
     data = torch.randint(4, vocabulary, (2, 4, 64))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), kernels():
         model(data[0], target=data[1])
     measured = sum(size for size, _ in kept.values())
     memory = memory_per_device(shape, tokens, recompute=recompute)

@@ -11,6 +11,7 @@ from expert_layers import SETTINGS, TOKENS, assert_same, build, combined, inputs
 from fairseq.distributed import utils as distributed_utils
 from processes import end_processes, run_processes
 from waits import Waits
+from wide_experts import as_wide
 
 from fairseq_moe_ext import expert_parallel
 from fairseq_moe_ext.errors import UserError
@@ -73,6 +74,19 @@ def test_world_pool_equals_one_process(world, experts, name, uneven):
     for result in results:
         for key in ("balance_loss", "z_loss", "stats"):
             torch.testing.assert_close(result[key], one[key], rtol=1e-9, atol=1e-12)
+
+
+def wide_in_a_process(rank, *how):
+    with as_wide():
+        return in_a_process(rank, *how)
+
+
+@pytest.mark.parametrize("world, experts", [(2, 8), (4, 2)])
+def test_processes_with_wide_experts_equal_one_with_narrow_ones(world, experts):
+    settings, sizes = SETTINGS["tight"], sizes_of(world, uneven=True)
+    one = step(build(experts, settings), *inputs())
+    results = run_processes(world, wide_in_a_process, experts, settings, sizes, "world")
+    assert_same(one, combined(results, experts))
 
 
 @pytest.mark.parametrize("name", ["dropless", "capacity"])

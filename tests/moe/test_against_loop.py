@@ -1,6 +1,7 @@
 """The package equals the plain loop of tests/reference.py over a grid of shapes and settings."""
 
 import math
+from contextlib import nullcontext
 from typing import NamedTuple, Optional
 
 import pytest
@@ -12,6 +13,7 @@ from golden import RTOL
 from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from wide_experts import as_wide
 
 from fairseq_moe_ext.moe.balance import balance_loss, z_loss
 from fairseq_moe_ext.moe.layer import MoELayer
@@ -235,8 +237,12 @@ def test_routing(dtype, example):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @GRID
-@given(example=examples(), activation=st.sampled_from([F.relu, F.gelu]))
-def test_layer(dtype, example, activation):
+@given(
+    example=examples(),
+    activation=st.sampled_from([F.relu, F.gelu]),
+    kernels=st.sampled_from([nullcontext, as_wide]),
+)
+def test_layer(dtype, example, activation, kernels):
     """Outputs, losses, statistics, counts and the gradients of everything."""
     # The layer draws its own noise (test_noise.py), and its router scores by softmax.
     example = example._replace(policy="all", noise=None, score="softmax")
@@ -250,7 +256,8 @@ def test_layer(dtype, example, activation):
 
     x = example.x.to(dtype).requires_grad_()
     layer, parameters = layer_of(example, activation, dtype)
-    output = layer(x, example.padding_mask)
+    with kernels():
+        output = layer(x, example.padding_mask)
     ours = {"x": x, **parameters}
 
     rtol = RTOL[dtype]
@@ -264,7 +271,8 @@ def test_layer(dtype, example, activation):
     r = torch.randn(example.x.shape, generator=generator).double()
     total = (output.out * r.to(dtype)).sum() + 1.5 * output.balance_loss + 0.1 * output.z_loss
     true_total = (expected.out * r).sum() + 1.5 * expected.balance_loss + 0.1 * expected.z_loss
-    total.backward()
+    with kernels():
+        total.backward()
     true_total.backward()
     largest = max([1.0, *(max_abs(p.grad) for p in truth.values() if p.grad is not None)])
     for name in names:
