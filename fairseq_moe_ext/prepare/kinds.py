@@ -13,7 +13,7 @@ import lzma
 import re
 import zlib
 from pathlib import Path
-from typing import BinaryIO, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple, Type
+from typing import Any, BinaryIO, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple, Type
 
 from fairseq_moe_ext import files
 from fairseq_moe_ext.errors import UserError
@@ -29,6 +29,7 @@ FORMATS = ("auto", "text", "jsonl", *tables.DELIMITERS)
 BYTE_ORDER_MARK = "\ufeff"
 _HEAD = 1 << 16  # bytes that are looked at
 _LINE = 1 << 26  # bytes of a first line of JSON that are looked at
+_PIECE = 1 << 12  # bytes of Zstandard unpacked at once: at most 128 MB
 
 _OPENERS: Dict[str, Callable] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
 _SUFFIXES = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz"}
@@ -43,9 +44,7 @@ _ZSTD = "zstd"
 if zstandard is not None:
     _SUFFIXES[".zst"] = _ZSTD
     _PACKED += ((b"\x28\xb5\x2f\xfd", _ZSTD),)
-    _OPENERS[_ZSTD] = lambda raw: io.BufferedReader(
-        zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-    )
+    _OPENERS[_ZSTD] = lambda raw: io.BufferedReader(_Zstd(raw))
     BROKEN += (zstandard.ZstdError,)
 
 _AS_LINES = "convert it to JSON Lines (.jsonl.gz: an object with the text on each line)"
@@ -140,6 +139,34 @@ def kind_of(path: Path, form: str, field: str) -> Kind:
 
 def unpacked(raw: BinaryIO, packing: str) -> BinaryIO:
     return _OPENERS[packing](raw) if packing else raw
+
+
+class _Zstd(io.RawIOBase):
+    """As zstandard's stream_reader, but that takes a file that ends within a frame for a whole
+    one. This raises EOFError."""
+
+    def __init__(self, packed: BinaryIO) -> None:
+        self._packed, self._text = packed, memoryview(b"")
+        self._frame: Any = None  # that is being unpacked
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._text:
+            ended = self._frame is None or self._frame.eof
+            left = self._frame.unused_data if ended and self._frame is not None else b""
+            packed = left or self._packed.read(_PIECE)
+            if not packed and not ended:
+                raise EOFError("it ends within a frame")
+            if not packed:
+                return 0
+            if ended:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            self._text = memoryview(self._frame.decompress(packed))
+        size = min(len(buffer), len(self._text))
+        buffer[:size], self._text = self._text[:size], self._text[size:]
+        return size
 
 
 def broken(path: Path, packing: str, error: Exception) -> UserError:
@@ -271,8 +298,10 @@ def _not_lines(path: Path, what: str, jq: str) -> UserError:
     )
 
 
-def check_corpus(groups: List[List[Path]], form: str, field: str, where: str, name: str) -> str:
-    """Check the kinds of all files of a corpus before any is read; returns a description.
+def kinds_of(
+    groups: List[List[Path]], form: str, field: str, where: str, name: str
+) -> List[Tuple[Path, Kind]]:
+    """The kinds of all files of a corpus, checked before any is read.
 
     Args:
         groups: the files that each path, folder or glob named.
@@ -281,13 +310,13 @@ def check_corpus(groups: List[List[Path]], form: str, field: str, where: str, na
     Raises:
         UserError: a file of a kind that is not read, or a folder or glob with two kinds.
     """
-    kinds = []
+    kinds: List[Tuple[Path, Kind]] = []
     try:
         for group in groups:
             group_kinds = [(path, kind_of(path, form, field)) for path in group]
             if form == "auto":
                 check_one_kind(group_kinds, where)
-            kinds += [kind for _, kind in group_kinds]
+            kinds += group_kinds
     except UserError as error:
         raise UserError(str(error).replace("{corpus}", name)) from None
-    return listed(kinds)
+    return kinds

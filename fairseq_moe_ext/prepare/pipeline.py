@@ -15,7 +15,7 @@ from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.prepare import data_folder, dictionary, encode, kinds
 from fairseq_moe_ext.prepare.binarize import SplitWriter, dtype_of
 from fairseq_moe_ext.prepare.corpora import Corpus
-from fairseq_moe_ext.prepare.documents import Source
+from fairseq_moe_ext.prepare.documents import Source, read_documents
 from fairseq_moe_ext.prepare.encode import Deal, Duplicates, Encoders, chunks, training_documents
 from fairseq_moe_ext.prepare.options import Options, check
 from fairseq_moe_ext.prepare.splits import SplitRule
@@ -58,10 +58,11 @@ def prepare(dest: Path, options: Options) -> Report:
     _check_inputs_outside(dest, options)
     for corpus in options.corpora:
         source = _source(corpus, options)
-        contents = kinds.check_corpus(
-            corpus.groups, source.format, source.field, corpus.flag, corpus.name
-        )
-        print(f"{corpus.name}: {contents}", file=sys.stderr)
+        found = kinds.kinds_of(corpus.groups, source.format, source.field, corpus.flag, corpus.name)
+        for path, kind in found:
+            if kind.format != "text":  # whether the field is there
+                next(read_documents(path, source), None)
+        print(f"{corpus.name}: {kinds.listed(kind for _, kind in found)}", file=sys.stderr)
     with data_folder.new_folder(dest, options.overwrite) as scratch:
         return _prepare(scratch, options)
 

@@ -13,7 +13,7 @@ import pytest
 
 from fairseq_moe_ext import cli
 from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.prepare import kinds, tables
+from fairseq_moe_ext.prepare import kinds, pipeline, tables
 from fairseq_moe_ext.prepare.documents import Source, read_documents
 from fairseq_moe_ext.prepare.kinds import Kind, kind_of
 
@@ -130,6 +130,22 @@ def test_other_kinds_are_refused_by_name_before_the_work(tmp_path, capsys, name)
     error = capsys.readouterr().err
     assert error.startswith(f"error: {tmp_path / name}: ") and error.count("\n") == 1
     assert sorted(os.listdir(tmp_path)) == [name]
+
+
+@pytest.mark.parametrize(
+    "name, form",
+    [("a.jsonl", "auto"), ("a.jsonl.gz", "auto"), ("a.txt", "csv"), ("a.bin", "jsonl")],
+)
+def test_a_missing_field_is_found_before_the_work(tmp_path, capsys, monkeypatch, name, form):
+    """Whatever says the kind of the file, and though another corpus comes first."""
+    content = b"body\nx\n" if form == "csv" else b'{"body": "x"}\n'
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    (tmp_path / "first.txt").write_text("one\n\ntwo")
+    monkeypatch.setattr(pipeline.data_folder, "new_folder", None)  # the work starts with it
+    line = f"prepare {tmp_path}/data --corpus a={tmp_path}/first.txt --corpus b={tmp_path / name}"
+    assert cli.main([*line.split(), "--train-bpe", "300", "--format", f"b={form}"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {tmp_path / name}") and "body" in error
 
 
 def test_what_the_user_says_counts_more(tmp_path, capsys):

@@ -173,9 +173,15 @@ def test_zstandard(tmp_path):
     packed = zstandard.compress(lines[:20]) + zstandard.compress(lines[20:])  # two frames
     (tmp_path / "a.jsonl.zst").write_bytes(packed)
     assert read(tmp_path / "a.jsonl.zst") == TEXTS
-    (tmp_path / "a.jsonl.zst").write_bytes(packed[:-12])
-    with pytest.raises(UserError, match="broken zstd file|not JSON"):
-        read(tmp_path / "a.jsonl.zst")
+    text = "".join(f"line {i}\n" for i in range(100_000)).encode()
+    skipped = b"\x50\x2aM\x18\x03\0\0\0abc"  # a frame that holds no data
+    whole = zstandard.compress(text) + skipped + zstandard.compress(b"") + zstandard.compress(b"z")
+    (tmp_path / "a.txt.zst").write_bytes(whole)
+    assert "".join(read(tmp_path / "a.txt.zst")) == text.decode() + "z"
+    for cut in (whole[: len(whole) // 2], whole[:-1]):
+        (tmp_path / "a.txt.zst").write_bytes(cut)
+        with pytest.raises(UserError, match="broken zstd file .it ends within a frame"):
+            read(tmp_path / "a.txt.zst")
 
 
 def test_formats_have_words():
