@@ -9,8 +9,9 @@ from typing import Iterator, List, Optional
 
 import fairseq_moe_command
 from fairseq_moe_command import LM_EVAL
-from fairseq_moe_ext import files
-from fairseq_moe_ext.errors import OneLineParser, status_of
+
+from . import files
+from .errors import OneLineParser, status_of
 
 
 def main(argv: Optional[List[str]] = None) -> int:

@@ -6,8 +6,7 @@
 
 Every DATA/<corpus> is an ordinary fairseq data-bin. A corpus that a model was not trained on,
 because it has no train split or --train-corpora excludes it, is out of domain. `fairseq-moe
-prepare` writes this layout and the task `mixture_language_modeling` reads it; this module needs
-neither fairseq nor torch.
+prepare` writes this layout and the task `mixture_language_modeling` reads it.
 """
 
 import filecmp
@@ -16,7 +15,7 @@ import re
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
-from fairseq_moe_ext.errors import UserError
+from .errors import UserError
 
 DICTIONARY = "dict.txt"
 # with which fairseq pads a dictionary (fairseq/data/dictionary.py:195@0.12.2)

@@ -6,8 +6,8 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO, Mapping, Optional, Sequence, Union
 
-from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.wording import flag
+from .errors import UserError
+from .wording import flag
 
 Name = Union[str, Path]
 

@@ -4,8 +4,8 @@ import ast
 import operator
 from typing import Any, Dict, Optional
 
-from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.wording import short
+from .errors import UserError
+from .wording import short
 
 _LONGEST = 10_000  # characters of an expression, and items of a list that `*` makes
 _OPERATORS = {

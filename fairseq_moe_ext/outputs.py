@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import IO, Any, Callable, Dict, Iterable, Iterator, Mapping, Optional, Tuple
 
-from fairseq_moe_ext import files
-from fairseq_moe_ext.errors import UserError
+from . import files
+from .errors import UserError
 
 
 def check(

@@ -8,9 +8,9 @@ does not name the flag, perhaps after hours (--log-interval 0).
 import math
 from typing import Any, Callable, Dict, Iterator, Mapping, NamedTuple, Optional, Tuple
 
-from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.literals import plain
-from fairseq_moe_ext.wording import flag, short
+from .errors import UserError
+from .literals import plain
+from .wording import flag, short
 
 
 def _short(number: float) -> str:

@@ -10,7 +10,19 @@ from copy import copy
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
-from fairseq_moe_ext.errors import UserError, require_positive
+from torch import Tensor
+
+from ..branch.files import check_name
+from ..config import defaults
+from ..errors import UserError, require_positive
+from ..evaluation.loading import check_path
+from ..moe.experts import TensorPerExpert
+from ..router_flags import top_k
+from . import command, readers, targets, writing
+from .archive import Lazy, dtype_of, pieces_of
+from .hf import ELSEWHERE
+from .readers import outline
+from .source import without
 
 DESCRIPTION = """\
 Average the weights of several checkpoints of one training: shared parameters and experts, even if
@@ -50,10 +62,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Raises UserError for what cannot be averaged, with nothing written."""
-    from ..branch.files import check_name
-    from ..evaluation.loading import check_path
-    from . import command, readers, targets, writing
-
     paths = _paths(args)
     command.check_dest(args.output, "--output ")
     check_name(args.output, "--output ")
@@ -123,8 +131,6 @@ def mean_of(sources: Sequence[Any]) -> Any:
     """A Source of the mean weights. Everything else is from the last checkpoint, except what is
     true only of its weights: results, and --store-ema's second model. UserError if the models
     differ."""
-    from .source import without
-
     last = copy(sources[-1])
     for other in sources[:-1]:
         _check_settings(other, last)
@@ -140,8 +146,6 @@ def mean_of(sources: Sequence[Any]) -> Any:
 
 def _outlines(paths: Sequence[str]) -> List[Any]:
     """Of those checkpoints that can be opened; the reader says more of the others."""
-    from .readers import outline
-
     found = []
     for path in paths:
         with contextlib.suppress(UserError):
@@ -150,9 +154,6 @@ def _outlines(paths: Sequence[str]) -> List[Any]:
 
 
 def _check_settings(first: Any, second: Any) -> None:
-    from ..config import defaults
-    from .hf import ELSEWHERE
-
     for name in sorted(defaults().keys() - _TRAINING - ELSEWHERE):
         a, b = (_spelled_alike(source.settings).get(name) for source in (first, second))
         if a != b:
@@ -170,14 +171,10 @@ def _check_settings(first: Any, second: Any) -> None:
 
 def _spelled_alike(settings: Dict[str, Any]) -> Dict[str, Any]:
     """Settings, with experts per token as one number where two flags can give it."""
-    from ..router_flags import top_k
-
     return {**settings, "moe_top_k": top_k(settings), "moe_top1_expert": None}
 
 
 def _check_tensors(first: Any, second: Any) -> None:
-    from .archive import dtype_of
-
     shapes = [
         {n: f"{tuple(v.shape)} {str(dtype_of(v))[6:]}" for n, v in source.model.items()}
         for source in (first, second)
@@ -193,11 +190,6 @@ def _check_tensors(first: Any, second: Any) -> None:
 
 def _mean(name: str, values: Sequence[Any], made: Dict[int, Any]) -> Any:
     """The mean, computed while it is written, summed in float64; for integers, the last value."""
-    from torch import Tensor
-
-    from ..moe.experts import TensorPerExpert
-    from .archive import Lazy, dtype_of
-
     last = values[-1]
     if not dtype_of(last).is_floating_point or name == "decoder.version":
         return last
@@ -210,8 +202,6 @@ def _mean(name: str, values: Sequence[Any], made: Dict[int, Any]) -> Any:
 
 
 def _pieces(values: Sequence[Any]) -> Iterator[Any]:
-    from .archive import pieces_of
-
     for pieces in zip(*map(pieces_of, values)):
         total = sum(piece.double() for piece in pieces)
         yield (total / len(pieces)).to(pieces[-1].dtype)

@@ -7,9 +7,15 @@ from typing import Any, Dict, List
 
 import torch
 
-from fairseq_moe_ext.convert import hf_flags
-from fairseq_moe_ext.errors import UserError, require_positive
-from fairseq_moe_ext.evaluation.loading import check_path
+from ..branch.files import check_name
+from ..branch.writing import branch_settings
+from ..config_checks import refuse_both_of_layers
+from ..errors import UserError, require_positive
+from ..evaluation.loading import check_path
+from ..router_flags import top_k
+from . import hf, hf_flags, readers, targets, upcycle, writing
+from .hf import files_there
+from .source import without
 
 DESCRIPTION = """\
 Convert a checkpoint: into one file, into expert files, to half precision, to weights only,
@@ -107,17 +113,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Raises UserError for what cannot be converted, with nothing written."""
     _check(args)
-    from fairseq_moe_ext.convert import writing
-
     with writing.alone(args.dest, args.to is None and writing.shares(args)):
         _refuse_existing(args)  # another convert may have written it since
         _convert(args)
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from fairseq_moe_ext.convert import hf, readers, targets, upcycle, writing
-    from fairseq_moe_ext.convert.source import without
-
     extras: Any = hf_flags.extras(args) if args.to in hf_flags.FOLDERS else None
     if args.layout is not None:
         source = hf.open_hf(args.source, args.layout == "xglm")
@@ -153,9 +154,6 @@ def _convert(args: argparse.Namespace) -> None:
 def _check_fit(args: argparse.Namespace, extras: Any) -> None:
     """Raise UserError for flags that do not fit the model, before all its bytes are checked, which
     takes minutes."""
-    from fairseq_moe_ext.branch.writing import branch_settings
-    from fairseq_moe_ext.convert import hf, readers, targets
-
     if not args.upcycle and args.expert_files is None and args.to is None:
         return
     try:
@@ -178,9 +176,6 @@ def _sparse_settings(
     args: argparse.Namespace, path: str, settings: Dict[str, Any], vocabulary: int
 ) -> Dict[str, Any]:
     """Of the model that --upcycle makes."""
-    from fairseq_moe_ext.convert import upcycle
-    from fairseq_moe_ext.router_flags import top_k
-
     layers = {
         "moe_freq": 2 if args.moe_freq is None else args.moe_freq,
         "moe_layers": args.moe_layers,
@@ -191,8 +186,6 @@ def _sparse_settings(
 
 
 def _check(args: argparse.Namespace) -> None:
-    from fairseq_moe_ext.branch.files import check_name
-
     if args.dtype is not None and args.dtype not in DTYPES:
         raise UserError(f"--dtype {args.dtype}: not known; use float32, float16 or bfloat16")
     to_folder = args.to in hf_flags.FOLDERS
@@ -249,8 +242,6 @@ def check_dest(path: str, flag: str = "") -> None:
 
 
 def _check_upcycling(args: argparse.Namespace) -> None:
-    from fairseq_moe_ext.config_checks import refuse_both_of_layers
-
     freq, top_k = args.moe_freq, args.moe_top_k
     if args.moe_expert_count is None:
         raise UserError("--upcycle: the number of experts is missing; add --moe-expert-count")
@@ -272,14 +263,10 @@ def _refuse_existing(args: argparse.Namespace) -> None:
 def _existing(args: argparse.Namespace) -> List[str]:
     """Files that are, or are parts of, an earlier DST."""
     if args.to in hf_flags.FOLDERS:
-        from fairseq_moe_ext.convert.hf import files_there
-
         if not os.path.isdir(args.dest):
             return []
         return [os.path.join(args.dest, name) for name in files_there(args.dest)]
     if args.to == "branch":
-        from fairseq_moe_ext.convert import targets
-
         return sorted(targets.branch_files_in_the_way(args.dest))
     return [args.dest] if os.path.exists(args.dest) else []
 

@@ -4,8 +4,11 @@ import argparse
 from pathlib import Path
 from typing import Any, List, Optional, Tuple
 
-from fairseq_moe_ext import files, tokenizer_files
-from fairseq_moe_ext.errors import UserError
+from .. import files, tokenizer_files
+from ..errors import UserError
+from . import model_card
+from .hf import Extras
+from .hf_folder import SHARD
 
 FOLDERS = ("hf", "xglm")  # values of --to and --from that are a folder
 
@@ -55,10 +58,6 @@ def check(args: argparse.Namespace) -> None:
 def extras(args: argparse.Namespace) -> Any:
     """What goes into the folder beside the model. Raises UserError where there is no tokenizer, or
     for an --evaluation of another kind."""
-    from . import model_card
-    from .hf import Extras
-    from .hf_folder import SHARD
-
     evaluation = None
     if args.evaluation is not None:
         where = f"--evaluation {args.evaluation}"

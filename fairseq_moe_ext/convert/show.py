@@ -7,7 +7,18 @@ import json
 import os
 from typing import Any, Dict, List
 
-from fairseq_moe_ext.wording import count
+from fairseq_today.torch_today import load_weights_only
+
+from ..branch.files import find, flat_settings
+from ..checkpoint import trained
+from ..checkpoint.format import Manifest, last_history
+from ..cost import parameters
+from ..models.architectures import is_ours
+from ..shape import shape_of
+from ..wording import count
+from .archive import dtype_of
+from .readers import reader_of
+from .source import best_metric
 
 # Settings of the training to show, by fairseq's groups.
 _TRAINING = {
@@ -43,11 +54,6 @@ def run(args: argparse.Namespace) -> None:
 
 def facts(path: str) -> Dict[str, Any]:
     """All that a checkpoint says of itself; weights stay on disk."""
-    from ..cost import parameters
-    from ..shape import shape_of
-    from .archive import dtype_of
-    from .readers import reader_of
-
     reader = reader_of(path)
     source = reader.open(path, True)
     files = [file for file, _ in reader.files(path)]
@@ -75,10 +81,6 @@ def facts(path: str) -> Dict[str, Any]:
 
 
 def _training(rest: Dict[str, Any]) -> Dict[str, Any]:
-    from ..checkpoint import trained
-    from ..checkpoint.format import last_history
-    from .source import best_metric
-
     history = last_history(rest)
     extra = rest.get("extra_state") or {}
     updates = history.get("num_updates")
@@ -107,15 +109,8 @@ def _training(rest: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def _writer(path: str, files: List[str]) -> str:
-    from ..branch.files import find, flat_settings
-    from ..models.architectures import is_ours
-
     if find(path) is not None:
         return f"fairseq's moe branch or in its format, {count(len(files), 'file')}"
-    from fairseq_today.torch_today import load_weights_only
-
-    from ..checkpoint.format import Manifest
-
     state = load_weights_only(path, map_location="cpu", mmap=True)
     manifest = Manifest.read(path, state)
     if manifest is not None:

@@ -4,7 +4,12 @@ import argparse
 import os
 from typing import Dict, Iterator, Optional, Set, Tuple
 
-from fairseq_moe_ext.errors import Unfit, UserError
+from ..branch.settings import OtherModel
+from ..checkpoint.cleanup import UnreadableCheckpoint, unused_files
+from ..checkpoint.format import FOLDER
+from ..checkpoint.intact import check_digest, check_records
+from ..errors import Unfit, UserError
+from .readers import reader_of
 
 DESCRIPTION = """\
 Check that each file of a checkpoint is as it was written: by the CRC of its records and, for
@@ -49,9 +54,6 @@ def run(args: argparse.Namespace) -> None:
 def _unused(folder: str, shown: int = 3) -> Optional[str]:
     """A line that lists the expert files in a folder that no checkpoint refers to; None if there
     are none."""
-    from fairseq_moe_ext.checkpoint.cleanup import UnreadableCheckpoint, unused_files
-    from fairseq_moe_ext.checkpoint.format import FOLDER
-
     try:
         unused = unused_files(folder)
     except UnreadableCheckpoint as error:
@@ -73,8 +75,6 @@ def _checkpoints(path: str) -> Iterator[str]:
     if not os.path.isdir(path):
         yield path
         return
-    from .readers import reader_of
-
     seen: Set[str] = set()
     for name in sorted(os.listdir(path)):
         file = os.path.join(path, name)
@@ -93,11 +93,6 @@ def _checkpoints(path: str) -> Iterator[str]:
 
 def _judged(path: str, done: Dict[str, Optional[str]]) -> Iterator[Tuple[str, Optional[str]]]:
     """Each file of a checkpoint not yet in `done`, and what is wrong with it."""
-    from fairseq_moe_ext.branch.settings import OtherModel
-    from fairseq_moe_ext.checkpoint.intact import check_digest, check_records
-
-    from .readers import reader_of
-
     wrong, new = False, path not in done
     try:
         reader = reader_of(path)

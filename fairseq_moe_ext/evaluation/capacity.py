@@ -2,7 +2,9 @@
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, List, Optional, Sequence, TypedDict, Union
+from typing import List, Optional, Sequence, TypedDict, Union
+
+from fairseq.models import FairseqLanguageModel
 
 from .. import outputs
 from ..errors import UserError
@@ -10,9 +12,6 @@ from ..wording import small
 from . import figures, report
 from .loading import set_gates
 from .perplexity import Evaluation, MeanResult, SetResult
-
-if TYPE_CHECKING:
-    from fairseq.models import FairseqLanguageModel
 
 COLUMNS = ("capacity", "mean perplexity", "dropped %", "tokens/s")
 
@@ -45,7 +44,7 @@ def parse(flag: str, words: Sequence[str]) -> List[float]:
     return capacities
 
 
-def set_capacity(model: "FairseqLanguageModel", fraction: float) -> None:
+def set_capacity(model: FairseqLanguageModel, fraction: float) -> None:
     """From now on an expert takes ceil(fraction * tokens) of a batch; 1.0: all."""
     set_gates(model, dropless=False, eval_token_fraction=fraction)
 

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 from fairseq.dataclass.utils import gen_parser_from_dataclass
+from fairseq.models import ARCH_CONFIG_REGISTRY
 
 from .. import cost
 from ..branch.outline import settings_of
 from ..config import MoETransformerLMConfig
 from ..config_checks import refuse_both_of_layers, validate
 from ..errors import UserError, require_positive
+from ..models.architectures import ARCHITECTURES
 from ..shape import Shape, shape_of
 from ..text_table import add_form_flags, formed
 from ..wording import did_you_mean, flag
@@ -117,10 +119,6 @@ def _settings(args: Namespace) -> Tuple[Dict[str, Any], int]:
             )
         with naming(args.path):
             return settings_of(str(args.path))
-    from fairseq.models import ARCH_CONFIG_REGISTRY
-
-    from ..models.architectures import ARCHITECTURES
-
     refuse_both_of_layers(flags.get("moe_freq"), flags.get("moe_layers"))
     space = Namespace(**flags)
     if args.arch is not None:

@@ -12,10 +12,12 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
+from fairseq.data import FairseqDataset
+from fairseq.models import FairseqLanguageModel
 
 from .. import data_bin, outputs
 from ..errors import OneLineParser, UserError, program_status, require_positive
@@ -24,10 +26,6 @@ from . import specialisation
 from .loading import check_path, language_modeling_task, load_model, moe_layers, set_gates
 
 _LENGTH = 1024  # tokens of a block
-
-if TYPE_CHECKING:
-    from fairseq.data import FairseqDataset
-    from fairseq.models import FairseqLanguageModel
 
 
 def expert_use(
@@ -109,7 +107,7 @@ def expert_use(
     ]
 
 
-def _watch(model: "FairseqLanguageModel") -> Dict[int, specialisation.Watch]:
+def _watch(model: FairseqLanguageModel) -> Dict[int, specialisation.Watch]:
     """Index of a layer -> the watch on its gate."""
     generator = torch.Generator().manual_seed(1)
     return {i: specialisation.Watch(moe.gate, generator) for i, moe in moe_layers(model).items()}
@@ -133,7 +131,7 @@ class _Seen:
         return np.concatenate(self.token_ids), np.array(self.kinds)
 
 
-def _batches(dataset: "FairseqDataset", batch_size: int) -> Iterator[torch.Tensor]:
+def _batches(dataset: FairseqDataset, batch_size: int) -> Iterator[torch.Tensor]:
     """Input tokens (B, L) without padding: only blocks of one length share a batch."""
     batch: List[torch.Tensor] = []
     for i in range(len(dataset)):

@@ -4,20 +4,19 @@ import argparse
 import contextlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import torch
+from fairseq import checkpoint_utils
+from fairseq.models import FairseqLanguageModel
+from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
+from fairseq.utils import split_paths
 
 from .. import data_bin, files, literals
 from ..branch.files import find, flat_settings
 from ..branch.outline import main_file
 from ..errors import UserError
 from ..expert_parallel import process_rank
-
-if TYPE_CHECKING:
-    from fairseq.models import FairseqLanguageModel
-    from fairseq.tasks.language_modeling import LanguageModelingTask
-
 
 PRECISIONS = {
     "--fp16": "use half precision for the weights",
@@ -58,10 +57,8 @@ def parse_overrides(text: Optional[str]) -> Dict[str, Any]:
     return literals.overrides(text, "--model-overrides") if text else {}
 
 
-def language_modeling_task(folder: Path, tokens_per_sample: int) -> "LanguageModelingTask":
+def language_modeling_task(folder: Path, tokens_per_sample: int) -> LanguageModelingTask:
     """Stock's language-modelling task on one data-bin."""
-    from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
-
     # The fields beside the first two are taken from other groups of options on the command line.
     config = LanguageModelingConfig(
         data=str(folder),
@@ -80,7 +77,7 @@ def language_modeling_task(folder: Path, tokens_per_sample: int) -> "LanguageMod
 
 def load_model(
     path: Path, task: Any, overrides: Optional[Dict[str, Any]] = None
-) -> Tuple["FairseqLanguageModel", Any]:
+) -> Tuple[FairseqLanguageModel, Any]:
     """The model of a checkpoint, for evaluation, and its saved settings. A line on stderr warns of
     a router that looks at later tokens.
 
@@ -89,8 +86,6 @@ def load_model(
         task: whose state is loaded, too.
         overrides: settings of the model that replace the saved ones.
     """
-    from fairseq import checkpoint_utils
-
     (model,), saved = checkpoint_utils.load_model_ensemble(
         [str(path)], arg_overrides=overrides, task=task
     )
@@ -123,7 +118,7 @@ def check_context(context: Optional[int], most: Optional[int]) -> None:
         raise UserError(f"--context {context}: the model takes {most} at most; lower it")
 
 
-def on_device(model: "FairseqLanguageModel", cpu: bool) -> "FairseqLanguageModel":
+def on_device(model: FairseqLanguageModel, cpu: bool) -> FairseqLanguageModel:
     """The model on the GPU, if there is one and `cpu` does not forbid it."""
     return model.cuda() if torch.cuda.is_available() and not cpu else model
 
@@ -136,8 +131,6 @@ def corpora_of(saved: Any, task: Any, folders: Sequence[Path]) -> Optional[List[
         task: into which its state was loaded.
         folders: of the sets to evaluate on.
     """
-    from fairseq.utils import split_paths
-
     recorded = task.state_dict().get(data_bin.TRAINED)
     data = saved.get("data")
     names = [data_bin.own_name(data_bin.PLAIN, Path(p)) for p in split_paths(data)] if data else []
@@ -155,7 +148,7 @@ def corpora_of(saved: Any, task: Any, folders: Sequence[Path]) -> Optional[List[
     return None
 
 
-def moe_layers(model: "FairseqLanguageModel") -> Dict[int, Any]:
+def moe_layers(model: FairseqLanguageModel) -> Dict[int, Any]:
     """Number of a layer, from 0 -> its MoE layer; a layer of fairseq's own model has none."""
     layers = enumerate(model.decoder.layers)
     return {
@@ -163,7 +156,7 @@ def moe_layers(model: "FairseqLanguageModel") -> Dict[int, Any]:
     }
 
 
-def set_gates(model: "FairseqLanguageModel", **settings: Any) -> None:
+def set_gates(model: FairseqLanguageModel, **settings: Any) -> None:
     """Change settings (moe/router.py: GateSettings) of all gates, from now on."""
     for moe in moe_layers(model).values():
         moe.gate.settings = moe.gate.settings._replace(**settings)

@@ -7,30 +7,17 @@ its own, as fairseq-eval-lm does. The other (sliding): each token is scored with
 
 import math
 import time
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Callable,
-    Dict,
-    List,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Tuple,
-    TypedDict,
-)
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, TypedDict
 
 import numpy as np
 import torch
+from fairseq.models import FairseqLanguageModel
 from torch import Tensor
 
 from .. import progress_bar
 from ..errors import DAMAGED, UserError
 from ..models.token_scores import in_chunks, log_probs
 from .texts import Text
-
-if TYPE_CHECKING:
-    from fairseq.models import FairseqLanguageModel
 
 Interval = Tuple[float, float]
 
@@ -90,7 +77,7 @@ def windows(length: int, context: int, stride: int) -> List[Tuple[int, int, int]
 
 
 def score(
-    model: "FairseqLanguageModel",
+    model: FairseqLanguageModel,
     text: Text,
     eos: int,
     context: int,
@@ -154,7 +141,7 @@ def _by_unit(nll: np.ndarray, units: np.ndarray) -> Tuple[np.ndarray, np.ndarray
 
 
 def evaluate(
-    model: "FairseqLanguageModel",
+    model: FairseqLanguageModel,
     texts: Sequence[Text],
     eos: int,
     context: int,

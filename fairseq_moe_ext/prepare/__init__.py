@@ -15,6 +15,6 @@
     pipeline.py     the order of the steps
     command.py      the flags, and the table of counts
 
-Nothing here imports fairseq or torch, so the command starts at once; the formats are fairseq's
-own, and the tests compare every one of them with what fairseq 0.12.2 writes and reads.
+The formats are fairseq's own, and the tests compare every one of them with what fairseq 0.12.2
+writes and reads.
 """

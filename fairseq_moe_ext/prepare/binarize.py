@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from fairseq_moe_ext.prepare.encode import EncodedSplit
+from .encode import EncodedSplit
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1

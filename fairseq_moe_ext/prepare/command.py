@@ -5,15 +5,15 @@ import time
 from pathlib import Path
 from typing import Optional, Tuple
 
-from fairseq_moe_ext import cores, data_bin
-from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.prepare import gpt2_files
-from fairseq_moe_ext.prepare.corpora import parse_corpora, parse_formats
-from fairseq_moe_ext.prepare.documents import SEPARATORS, Source
-from fairseq_moe_ext.prepare.options import Options
-from fairseq_moe_ext.prepare.pipeline import Report, prepare
-from fairseq_moe_ext.text_table import plain
-from fairseq_moe_ext.wording import count, flag
+from .. import cores, data_bin
+from ..errors import UserError
+from ..text_table import plain
+from ..wording import count, flag
+from . import gpt2_files
+from .corpora import parse_corpora, parse_formats
+from .documents import SEPARATORS, Source
+from .options import Options
+from .pipeline import Report, prepare
 
 DESCRIPTION = """\
 Turn your own text into a data folder for fairseq: byte-level BPE as GPT-2's, one data-bin per

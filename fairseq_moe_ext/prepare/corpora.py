@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Dict, Iterable, List, Optional, Tuple
 
-from fairseq_moe_ext import data_bin
-from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.prepare import kinds
-from fairseq_moe_ext.prepare.documents import list_files
-from fairseq_moe_ext.wording import did_you_mean
+from .. import data_bin
+from ..errors import UserError
+from ..wording import did_you_mean
+from . import kinds
+from .documents import list_files
 
 
 @dataclass

@@ -17,9 +17,9 @@ import sys
 from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Set
 
-from fairseq_moe_ext import data_bin, files
-from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.locks import Lock, beside
+from .. import data_bin, files
+from ..errors import UserError
+from ..locks import Lock, beside
 
 
 @contextlib.contextmanager

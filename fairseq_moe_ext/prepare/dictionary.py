@@ -10,9 +10,9 @@ from typing import List, Optional, Tuple
 
 import numpy as np
 
-from fairseq_moe_ext import files
-from fairseq_moe_ext.data_bin import FILLING
-from fairseq_moe_ext.errors import UserError
+from .. import files
+from ..data_bin import FILLING
+from ..errors import UserError
 
 NUM_SPECIAL = 4
 MAX_VOCABULARY = 1 << 20  # four times the largest published ones

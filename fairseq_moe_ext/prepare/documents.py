@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Iterator, List, Optional, Tuple
 
-from fairseq_moe_ext import files
-from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.prepare import kinds, tables
-from fairseq_moe_ext.prepare.kinds import BYTE_ORDER_MARK
+from .. import files
+from ..errors import UserError
+from . import kinds, tables
+from .kinds import BYTE_ORDER_MARK
 
 SEPARATORS = ("blank-line", "line", "file")
 # The largest document held in memory; a file whose documents are not separated is the usual way

@@ -20,9 +20,9 @@ from typing import Callable, Deque, Dict, Iterable, Iterator, List, Optional, Se
 
 import numpy as np
 
-from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.prepare.documents import Source, read_documents
-from fairseq_moe_ext.prepare.tokenizer import ByteLevelBPE
+from ..errors import UserError
+from .documents import Source, read_documents
+from .tokenizer import ByteLevelBPE
 
 CHUNK_CHARACTERS = 1 << 20
 WORKER_BYTES = 25_000_000  # encoding them takes twice as long as starting a process

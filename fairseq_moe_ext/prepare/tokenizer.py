@@ -17,9 +17,9 @@ from typing import Dict, Iterable, List, Tuple
 import regex
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from fairseq_moe_ext import files, outputs
-from fairseq_moe_ext.data_bin import TOKENIZER
-from fairseq_moe_ext.errors import UserError
+from .. import files, outputs
+from ..data_bin import TOKENIZER
+from ..errors import UserError
 
 ENCODER_FILE, MERGES_FILE = TOKENIZER
 NUM_BYTES = 256

@@ -7,21 +7,19 @@ another command, or of other files, are not reused.
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional
+from typing import Any, Dict, Iterable, List, Optional
 
 from .. import files, outputs, tokenizer_files
 from ..branch.files import find
 from ..errors import UserError
-
-if TYPE_CHECKING:  # loads torch, which a study has no need of
-    from .protocol import Result, Settings
+from .protocol import Result, Settings
 
 # Flags that are not in protocol.Settings and change what is found.
 _FLAGS = ("context", "fp16", "bf16", "model_overrides")
 _BEFORE = {"bf16": False}  # values of flags that older files lack
 
 
-def asked(args: Any, settings: "Settings", tasks: List[str]) -> Dict[str, Any]:
+def asked(args: Any, settings: Settings, tasks: List[str]) -> Dict[str, Any]:
     """Everything that the results depend on, as saved in the file: settings, and size and time of
     every file that is read."""
     flags = {name: getattr(args, name) for name in _FLAGS}
@@ -52,7 +50,7 @@ def _stamps(folder: Path, paths: Iterable[Path], but: Optional[str] = None) -> D
     return stamps
 
 
-def begun(path: Optional[Path], now: Dict[str, Any], overwrite: bool) -> List["Result"]:
+def begun(path: Optional[Path], now: Dict[str, Any], overwrite: bool) -> List[Result]:
     """The results that the same command has left. Raises UserError for those of another one."""
     if path is None or overwrite or not os.path.lexists(path):
         return []
