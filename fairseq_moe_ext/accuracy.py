@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from typing import Any, Mapping, Optional, Sequence, Tuple
 
-_Z_95 = 1.959963984540054  # standard normal quantile of 97.5 %
+Z_95 = 1.959963984540054  # standard normal quantile of 97.5 %
 
 Interval = Tuple[float, float]
 
@@ -19,7 +19,7 @@ def wilson_interval(correct: float, examples: float) -> Interval:
     are between 0 and 1 even if none or all were right."""
     if examples == 0:
         return 0.0, 1.0
-    share, z2 = correct / examples, _Z_95**2 / examples
+    share, z2 = correct / examples, Z_95**2 / examples
     middle = (share + z2 / 2) / (1 + z2)
     half = math.sqrt(share * (1 - share) * z2 + z2**2 / 4) / (1 + z2)
     # Rounding would move the ends for none and all slightly off 0 and 1.

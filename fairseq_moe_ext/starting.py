@@ -26,6 +26,10 @@ from .optim import check_precision
 
 Spell = Callable[[str], str]
 
+# Stock's for language models
+_CRITERIONS = ("cross_entropy", "label_smoothed_cross_entropy")
+_TASKS = ("language_modeling", "multilingual_language_modeling")
+
 
 def check_command_line(args: Any) -> None:
     """Raise UserError for flags of a fairseq command that cannot work.
@@ -84,12 +88,7 @@ def check(given: Mapping[str, Any], spell: Spell, training: bool) -> None:
         raise UserError(
             f"{spell('batch_size')} and {spell('max_tokens')} are both not given: set one of them"
         )
-    of_training = (check_precision, _check_validation, _check_schedule, _check_capacity)
-    others = (
-        *(_check_window, _check_shards, _check_hypotheses, _check_pieces),
-        *(_check_task, _check_search, _check_steps),
-    )
-    for check_one in of_training if training else others:
+    for check_one in _IN_TRAINING if training else _ELSEWHERE:
         check_one(given, spell)
 
 
@@ -223,10 +222,6 @@ _NOT_IN_GENERATION = {
     "iter_decode_force_max_iter": "language models write token by token",
     "eos_token": "language models end at </s>",
 }
-_CRITERIONS = ("cross_entropy", "label_smoothed_cross_entropy")  # stock's for language models
-
-
-_TASKS = ("language_modeling", "multilingual_language_modeling")  # likewise
 
 
 def _check_kinds(given: Mapping[str, Any], spell: Spell) -> None:
@@ -359,3 +354,15 @@ def _check_capacity(given: Mapping[str, Any], spell: Spell) -> None:
         if value:
             spelled = spell(name) + ("" if value is True else f" {value}")
             raise UserError(f"{spelled} has no effect with {free}: no capacity; remove it")
+
+
+_IN_TRAINING = (check_precision, _check_validation, _check_schedule, _check_capacity)
+_ELSEWHERE = (
+    _check_window,
+    _check_shards,
+    _check_hypotheses,
+    _check_pieces,
+    _check_task,
+    _check_search,
+    _check_steps,
+)

@@ -32,6 +32,7 @@ ALLOWED = {
         "starting": "config data_bin literals moe.router optim ours ranges",
         "trainer_checks": "balance_flags expert_parallel moe.router ours shape",
         "accuracy": "",
+        "student_t": "",
         "cost": "kernels shape",
         "errors": "",
         "wording": "",
@@ -80,17 +81,17 @@ ALLOWED = {
         "prepare": "prepare data_bin",
         "inspection": """
             inspection branch.outline checkpoint.format data_bin evaluation metrics_file models
-            moe.layer moe.router questions tokenizer_files
+            moe.layer moe.router questions student_t tokenizer_files
             """,
         "questions": "questions prepare tokenizer_files",
         "priming": """
             priming accuracy branch.files evaluation expert_parallel models questions
             tokenizer_files
             """,
-        "forecast": "forecast evaluation",
+        "forecast": "forecast evaluation student_t",
         "study": """
             study accuracy branch.outline cli config config_checks cost data_bin evaluation forecast
-            models.architectures priming ranges shape
+            models.architectures priming ranges shape student_t
             """,
         "convert": """
             convert balance_flags branch checkpoint config config_checks cost data_bin

@@ -180,7 +180,8 @@ def evaluate(
             "tokens_per_second": count / max(scores.seconds, 1e-9),
         }
     means: Dict[str, MeanResult] = {}
-    for label, wanted in (("in_domain", (True,)), ("out_of_domain", (False,)), ("all", (1, 0))):
+    groups = {"in_domain": (True,), "out_of_domain": (False,), "all": (True, False)}
+    for label, wanted in groups.items():
         names = [name for name, result in sets.items() if result["in_domain"] in wanted]
         if names:
             known = all(sets[name]["interval"] for name in names)

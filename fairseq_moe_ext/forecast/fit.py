@@ -13,6 +13,7 @@ from typing import NamedTuple, Sequence, Tuple
 import numpy as np
 
 from ..errors import UserError
+from ..student_t import t_quantile
 from .laws import S_BASE, Clark, saturate
 
 COEFFICIENTS = ("a", "b", "c", "d")
@@ -62,10 +63,6 @@ def fit(points: Sequence[Point]) -> Fit:
     """Least squares in log L. Raises UserError for points that do not determine the law: it takes
     three numbers of experts with the dense model among them, two sizes each, and six points."""
     _check(points)
-    try:
-        from scipy import stats
-    except ImportError:
-        raise UserError("needs scipy, which is not installed: pip install scipy") from None
     log_n = np.log10([point.size for point in points])
     log_e = np.log10([saturate(p.experts, S_BASE.start, S_BASE.most) for p in points])
     inputs = np.stack([log_n, log_e, log_n * log_e, np.ones_like(log_n)], axis=1)  # (P, 4)
@@ -74,7 +71,7 @@ def fit(points: Sequence[Point]) -> Fit:
     freedom = len(points) - len(best)
     variance = float(((log_loss - inputs @ best) ** 2).sum()) / freedom
     covariance = variance * np.linalg.inv(inputs.T @ inputs)
-    quantile = float(stats.t.ppf(0.975, freedom))
+    quantile = t_quantile(0.975, freedom)
     wide = quantile * np.sqrt(np.diag(covariance))
     a, b, c, d = map(float, best)
     law = Clark(a, b, c, d, S_BASE.start, S_BASE.most)

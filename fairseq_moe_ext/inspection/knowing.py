@@ -5,12 +5,12 @@ from typing import Dict, List, Optional, Sequence, Tuple, cast
 import numpy as np
 
 from ..evaluation.specialisation import Information, LayerUse, beside_controls, verdict
+from ..student_t import t_quantile
 from .cards import Counted
 from .observing import LayerView
 from .result import Knowledge, Layer
 
 GROUPS = 20  # parts of the text that the jackknife leaves out, one at a time
-_T95 = 2.093  # of Student's t with GROUPS - 1 degrees of freedom
 WORDS = {
     "domain": "domain",
     "token": "token",
@@ -97,7 +97,7 @@ def _interval(
         left.append(learnt - float(np.mean(random)))
     variance = (GROUPS - 1) * float(np.var(left))
     variance += information["random_sd"] ** 2 / len(information["random"])
-    half = _T95 * variance**0.5
+    half = t_quantile(0.975, GROUPS - 1) * variance**0.5
     return information["left"] - half, information["left"] + half
 
 

@@ -131,7 +131,10 @@ def _over_targets(percent: Sequence[float]) -> Optional[List[float]]:
     if len(percent) < 2:
         return None
     mean, error = np.mean(percent), np.std(percent, ddof=1) / len(percent) ** 0.5
-    return [float(max(0, mean - 1.96 * error)), float(min(100, mean + 1.96 * error))]
+    return [
+        float(max(0, mean - accuracy.Z_95 * error)),
+        float(min(100, mean + accuracy.Z_95 * error)),
+    ]
 
 
 def prepare(name: str, folder: Path, settings: Settings, vocabulary: Vocabulary) -> List[Job]:

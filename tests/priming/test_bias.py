@@ -63,8 +63,8 @@ def test_stereoset_figures_by_hand():
     # race: word a has 3 of 4 and 1 of 2, word b 1 of 2 and 1 of 1; the means are over words
     # of lms 75 and 50 %, ss 50 and 100 %, the standard errors are 12.5 and 25 points
     ends = found["race"].pop("intervals")
-    assert ends["lms"] == pytest.approx([62.5 - 1.96 * 12.5, 62.5 + 1.96 * 12.5])
-    assert ends["ss"] == pytest.approx([75 - 1.96 * 25, 100])
+    assert ends["lms"] == pytest.approx([62.5 - 1.959964 * 12.5, 62.5 + 1.959964 * 12.5])
+    assert ends["ss"] == pytest.approx([75 - 1.959964 * 25, 100])
     assert found["gender"].pop("intervals") == {"lms": None, "ss": None}, "one word"
     assert found["race"] == {"questions": 3, "lms": 62.5, "ss": 75.0, "icat": 62.5 * 25 / 50}
     assert found["gender"] == {"questions": 1, "lms": 0.0, "ss": 0.0, "icat": 0.0}

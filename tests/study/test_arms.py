@@ -14,8 +14,9 @@ from fairseq_moe_ext.config_checks import validate
 from fairseq_moe_ext.cost import parameters, training_flops_per_token
 from fairseq_moe_ext.models.architectures import ARCHITECTURES
 from fairseq_moe_ext.shape import shape_of
+from fairseq_moe_ext.student_t import t_quantile
 from fairseq_moe_ext.study import arms, command, finished, logs, plan, result, yaml_file
-from fairseq_moe_ext.study.paired import holm, paired, t_quantile
+from fairseq_moe_ext.study.paired import holm, paired
 from fairseq_moe_ext.study.plan import Run
 from fairseq_moe_ext.study.router_metrics import router_metrics
 
