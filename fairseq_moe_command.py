@@ -24,6 +24,8 @@ class Command(NamedTuple):
 
 
 LM_EVAL = "lm-eval"
+# these build models, whose routers and architectures a plugin may have registered
+_BUILD = "evaluate inspect generate priming convert average show verify cost".split()
 COMMANDS: Dict[str, Command] = {
     "prepare": Command(
         "turn your own text into data-bins",
@@ -198,6 +200,12 @@ def parser(
             epilog="examples:\n" + "\n".join(f"  {line}" for line in examples(name)),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        if name in _BUILD:
+            subs[name].add_argument(
+                "--user-dir",
+                metavar="FOLDER",
+                help="a plugin, as for fairseq-train, with a router or architecture of your own",
+            )
     return whole, subs
 
 

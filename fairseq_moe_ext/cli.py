@@ -7,6 +7,8 @@ import logging
 import sys
 from typing import Iterator, List, Optional
 
+from fairseq import utils
+
 import fairseq_moe_command
 from fairseq_moe_command import LM_EVAL
 
@@ -31,6 +33,8 @@ def main(argv: Optional[List[str]] = None) -> int:
 
     def work() -> None:
         files.check_named(vars(args), argv)
+        if getattr(args, "user_dir", None) is not None:
+            utils.import_user_module(args)
         with _without_news():
             args.run(args if handed_on is None else handed_on)
 

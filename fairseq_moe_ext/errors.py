@@ -17,6 +17,10 @@ class NotFinite(UserError):
     """NaN or infinity where a number should be."""
 
 
+class UnknownRouter(UserError):
+    """A model with a router that nobody has registered."""
+
+
 class Unfit(UserError):
     """An intact optimizer state that cannot be converted."""
 

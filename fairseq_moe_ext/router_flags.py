@@ -7,7 +7,7 @@ from typing import Any, Dict, Mapping, Optional, Tuple
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
 from .balance_flags import bias_update_rate
-from .errors import UserError
+from .errors import UnknownRouter, UserError
 from .moe import routers, routing  # noqa: F401 - routers registers them
 from .moe.router import ROUTERS, GateSettings
 from .moe.routing import check_groups
@@ -174,14 +174,19 @@ def gate_settings(cfg: Any) -> GateSettings:
     )
 
 
+def check_known(router: str) -> None:
+    """Raise UnknownRouter for the name of none."""
+    if router not in ROUTERS:
+        raise UnknownRouter(
+            f"--moe-router {router} is unknown: use {', '.join(ROUTERS)}, or pass the "
+            f"plugin that registers it (--user-dir){did_you_mean(router, ROUTERS)}"
+        )
+
+
 def validate_router(cfg: Any) -> None:
     """Raise UserError for flags that do not go together, or with the router."""
-    router = ROUTERS.get(cfg.moe_router)
-    if router is None:
-        raise UserError(
-            f"--moe-router {cfg.moe_router} is unknown: use {', '.join(ROUTERS)}, or pass the "
-            f"plugin that registers it (--user-dir){did_you_mean(cfg.moe_router, ROUTERS)}"
-        )
+    check_known(cfg.moe_router)
+    router = ROUTERS[cfg.moe_router]
     for name, setting in _OF_SOME.items():
         value = getattr(cfg, name)
         if setting not in router.heeds and str(value) not in _without_effect(name):

@@ -86,6 +86,24 @@ def test_a_hydra_override_takes_it(trained):
     assert KEY in torch.load(path, weights_only=True)["model"]
 
 
+def test_commands_take_the_plugin(trained):
+    """And without it the bytes are verified, and nothing is computed."""
+    path = "one/checkpoint_last.pt"
+    plain = f"verify {path}", f"cost --path {path}"
+    given = f"show {path}", f"evaluate data --path {path} --subset valid --cpu", *plain
+    code = "from fairseq_moe_command import main\n"
+    for line in given:
+        code += f"assert main({[*line.split(), '--user-dir', str(PLUGIN)]}) == 0\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=trained, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "top 3" in done.stdout and f"{path}: ok" in done.stdout
+    code = f"from fairseq_moe_command import main\nassert main({plain[0].split()}) == 0\n"
+    code += f"assert main({plain[1].split()}) == 1\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=trained, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"{path}: ok" in done.stdout and "--moe-router cosine is unknown" in done.stderr
+
+
 def test_without_the_plugin_the_router_is_named(trained):
     line = f"fairseq-eval-lm data {EVALUATE} --path one/checkpoint_last.pt"
     line = line.replace(str(PLUGIN), str(ROOT / "fairseq_moe_ext"))

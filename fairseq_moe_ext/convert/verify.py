@@ -8,15 +8,15 @@ from ..branch.settings import OtherModel
 from ..checkpoint.cleanup import UnreadableCheckpoint, unused_files
 from ..checkpoint.format import FOLDER
 from ..checkpoint.intact import check_digest, check_records
-from ..errors import Unfit, UserError
+from ..errors import Unfit, UnknownRouter, UserError
 from .readers import reader_of
 
 DESCRIPTION = """\
 Check that each file of a checkpoint is as it was written: by the CRC of its records and, for
 expert files, by the digest in the checkpoint. Then open the checkpoint as `convert` does, which
 detects missing files, files of another save, and tensors that do not fit the settings. Of models
-that this plugin lacks, only the bytes are checked. List expert files that no checkpoint in the
-folder refers to.
+and routers that are not registered, only the bytes are checked. List expert files that no
+checkpoint in the folder refers to.
 
 Exits with status 1 if anything is damaged.
 """
@@ -121,7 +121,7 @@ def _judged(path: str, done: Dict[str, Optional[str]]) -> Iterator[Tuple[str, Op
         except Unfit as unfit:
             reader.open(path, True)
             only = f"{path}: only its weights can be converted: {unfit.reason}"
-    except OtherModel:
+    except (OtherModel, UnknownRouter):
         pass  # the bytes are intact; the model cannot be built
     except UserError as error:
         done[path], new = str(error), True

@@ -14,7 +14,8 @@ from ..branch.outline import settings_of
 from ..config import MoETransformerLMConfig
 from ..config_checks import refuse_both_of_layers, validate
 from ..errors import UserError, require_positive
-from ..models.architectures import ARCHITECTURES
+from ..models.architectures import ARCHITECTURES, is_ours
+from ..router_flags import check_known
 from ..shape import Shape, shape_of
 from ..text_table import add_form_flags, formed
 from ..wording import did_you_mean, flag
@@ -87,6 +88,7 @@ def run(args: Namespace) -> None:
     shape = shape_of(settings, vocabulary)._replace(experts_per_token=args.experts_per_token)
     _check_experts_per_token(args.experts_per_token, shape)
     if shape.sparse:
+        check_known(str(settings.get("moe_router", "topk")))
         more, fewer = sorted([args.world_size, shape.experts], reverse=True)
         if more % fewer:
             raise UserError(
@@ -122,7 +124,7 @@ def _settings(args: Namespace) -> Tuple[Dict[str, Any], int]:
     refuse_both_of_layers(flags.get("moe_freq"), flags.get("moe_layers"))
     space = Namespace(**flags)
     if args.arch is not None:
-        if args.arch not in ARCHITECTURES:
+        if not is_ours({"arch": args.arch}):
             near = did_you_mean(args.arch, ARCHITECTURES)
             raise UserError(f"--arch {args.arch}: use one of {', '.join(ARCHITECTURES)}{near}")
         ARCH_CONFIG_REGISTRY[args.arch](space)

@@ -6,11 +6,11 @@ can be overridden by its flag.
 
 from typing import Any, Dict, Mapping
 
-from fairseq.models import register_model_architecture
+from fairseq.models import ARCH_MODEL_REGISTRY, register_model_architecture
 from omegaconf import DictConfig
 
 from ..config import defaults
-from .language_model import MODEL_NAME
+from .language_model import MODEL_NAME, MoETransformerLanguageModel
 
 # Pre-norm, GELU, sinusoidal positions, tied embeddings; dropout and the rest as the config's.
 _COMMON: Dict[str, Any] = {
@@ -63,8 +63,9 @@ def name_of(settings: Mapping[str, Any]) -> str:
 
 
 def is_ours(settings: Mapping[str, Any]) -> bool:
-    """Whether a model's saved settings are of one of ours."""
-    return name_of(settings) in (MODEL_NAME, *ARCHITECTURES)
+    """Whether a model's saved settings are of our model, by an architecture that a plugin has
+    registered for it, too."""
+    return ARCH_MODEL_REGISTRY.get(name_of(settings)) is MoETransformerLanguageModel
 
 
 def _register(name: str, sizes: Dict[str, Any]) -> None:

@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 from small_models import make_config, make_task
 
 from fairseq_moe_ext.cost import Shape, parameters
-from fairseq_moe_ext.models.architectures import ARCHITECTURES
-from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
+from fairseq_moe_ext.models.architectures import ARCHITECTURES, is_ours
+from fairseq_moe_ext.models.language_model import MODEL_NAME, MoETransformerLanguageModel
 
 # shared, expert with a vocabulary of 51,200: paper.md, "Cost"
 PAPER = {
@@ -92,3 +92,10 @@ def test_an_old_checkpoints_config_gets_the_defaults_of_newer_flags():
     assert cfg.decoder_layers == 3
     assert cfg.moe_dropless is False
     assert cfg.moe_capacity_factor is None
+
+
+def test_an_architecture_that_a_plugin_registers_is_ours(monkeypatch):
+    monkeypatch.setitem(ARCH_MODEL_REGISTRY, "mine", MoETransformerLanguageModel)
+    for name in ("mine", MODEL_NAME, *ARCHITECTURES):
+        assert is_ours({"_name": name})
+    assert not is_ours({"_name": "transformer_lm"}) and not is_ours({})
