@@ -14,6 +14,9 @@ from fairseq_moe_command import LM_EVAL
 
 from . import files
 from .errors import OneLineParser, status_of
+from .wording import flag
+
+_SIZES = ("batch_size", "max_tokens", "batch_tokens", "context")  # lower takes less memory
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -38,7 +41,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         with _without_news():
             args.run(args if handed_on is None else handed_on)
 
-    return status_of(work, stopped="interrupted")
+    sizes = [flag(name) for name in _SIZES if hasattr(args, name)]
+    return status_of(work, stopped="interrupted", sizes=sizes)
 
 
 @contextlib.contextmanager

@@ -64,9 +64,26 @@ def require_positive(args: argparse.Namespace, *flags: str) -> None:
             raise UserError(f"{flag(name)} {value}: use 1 or more")
 
 
-def status_of(work: Callable[[], Optional[int]], stopped: str = "") -> int:
-    """The exit status of a command: what its work returns (None is 0), 1 for a user's mistake or a
-    file that the system refuses, 130 for Ctrl-C, of which the line is `stopped`."""
+def out_of_memory(error: BaseException, flags: Sequence[str]) -> Optional[str]:
+    """One line where a tensor did not fit, else None. flags: which, if lower, take less memory."""
+    text = str(error)
+    of_torch = "DefaultCPUAllocator" in text or "out of memory" in text
+    if not isinstance(error, MemoryError) and not (isinstance(error, RuntimeError) and of_torch):
+        return None
+    asked = re.search(r"tried to allocate ([\d.]+ \w+)", text, re.I)
+    lower = " or ".join(filter(None, [", ".join(flags[:-1]), *flags[-1:]]))
+    return (
+        f"out of memory{f', {asked[1]} were requested' if asked else ''}: "
+        f"{f'lower {lower}, or ' if lower else ''}use a smaller model"
+    )
+
+
+def status_of(
+    work: Callable[[], Optional[int]], stopped: str = "", sizes: Sequence[str] = ()
+) -> int:
+    """The exit status of a command: what its work returns (None is 0), 1 for a user's mistake, a
+    file that the system refuses or a lack of memory, 130 for Ctrl-C, of which the line is
+    `stopped`. sizes: flags that say how much memory it takes."""
     try:
         return work() or 0
     except UserError as error:
@@ -75,6 +92,11 @@ def status_of(work: Callable[[], Optional[int]], stopped: str = "") -> int:
         if error.filename is None:
             raise
         line, status = f"error: {error.filename}: {error.strerror or error}", 1
+    except (MemoryError, RuntimeError) as error:
+        lacking = out_of_memory(error, sizes)
+        if lacking is None:
+            raise
+        line, status = f"error: {lacking}", 1
     except KeyboardInterrupt:
         line, status = stopped, 130
     if line:

@@ -9,6 +9,7 @@ from typing import List, Optional
 from fairseq_today.errors import UserError, first_line
 
 from .. import data_bin, files
+from ..errors import out_of_memory
 
 
 def debugging() -> bool:
@@ -71,16 +72,7 @@ def _lost_process(error: BaseException) -> Optional[str]:
 
 
 def _out_of_memory(error: BaseException) -> Optional[str]:
-    """One line where a tensor did not fit, else None."""
-    text = str(error)
-    of_torch = "DefaultCPUAllocator" in text or "out of memory" in text
-    if not isinstance(error, MemoryError) and not (isinstance(error, RuntimeError) and of_torch):
-        return None
-    asked = re.search(r"tried to allocate ([\d.]+ \w+)", text, re.I)
-    return (
-        f"out of memory{f', {asked[1]} were requested' if asked else ''}: lower --batch-size, "
-        "--max-tokens or --tokens-per-sample, or use a smaller model"
-    )
+    return out_of_memory(error, ["--batch-size", "--max-tokens", "--tokens-per-sample"])
 
 
 _PLAIN = (AssertionError, Exception, NotImplementedError, RuntimeError, TypeError, ValueError)

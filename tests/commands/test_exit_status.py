@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from fairseq_moe_ext.errors import UserError, program_status, status_of
+from fairseq_moe_ext import cli
+from fairseq_moe_ext.errors import UserError, out_of_memory, program_status, status_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = [
@@ -39,12 +41,29 @@ def test_a_status_and_a_line(of, work, status, line, capsys):
     assert capsys.readouterr().err == line
 
 
+def test_a_lack_of_memory_names_the_flags_of_the_command(monkeypatch, capsys):
+    run = "fairseq_moe_ext.evaluation.evaluate_command.run"
+    monkeypatch.setattr(run, lambda args: torch.empty(10**15, dtype=torch.float32))
+    assert cli.main(["evaluate", "data", "--path", "x.pt"]) == 1
+    line = "error: out of memory, 4000000000000000 bytes were requested: lower --batch-size or "
+    assert capsys.readouterr().err == line + "--context, or use a smaller model\n"
+    assert status_of(
+        raising(torch.cuda.OutOfMemoryError("Tried to allocate 2.00 GiB. out of memory"))
+    )
+    words = "out of memory, 2.00 GiB were requested: use a smaller model"
+    assert capsys.readouterr().err == f"error: {words}\n"
+    error, flags = MemoryError(), ["--a", "--b", "--c"]
+    assert "memory: lower --a, --b or --c, or use" in str(out_of_memory(error, flags))
+
+
 def test_without_words_an_interrupt_prints_nothing(capsys):
     assert program_status(raising(KeyboardInterrupt())) == 130
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("error", [OSError(12, "Cannot allocate memory"), ValueError("x")])
+@pytest.mark.parametrize(
+    "error", [OSError(12, "Cannot allocate memory"), ValueError("x"), RuntimeError("x")]
+)
 def test_what_is_no_mistake_of_the_user_keeps_its_traceback(error):
     with pytest.raises(type(error)):
         program_status(raising(error))
