@@ -25,6 +25,7 @@ from updates import (
     make_trainer,
     one_process,
     processes,
+    record,
 )
 
 from fairseq_moe_ext import patches
@@ -341,12 +342,13 @@ def test_a_sharding_process_holds_the_bytes_that_are_computed(folder, precision)
         assert held == pytest.approx(expected, rel=0.02)  # padding of shards
 
 
-def train_halved(rank, cfg, backend):
-    trainer = make_trainer(cfg, backend, 2, torch.float32)
-    logs = [
-        trainer.train_step([as_sample(tokens.chunk(2)[rank])]) for tokens in batches() for _ in "ab"
-    ]
-    return [float(log["inner_loss"]) for log in logs if log is not None]
+def train_halved(rank, cfg, backend, world):
+    trainer = make_trainer(cfg, backend, world, torch.float32)
+    figures, _ = record(trainer)
+    for tokens in batches():
+        for _ in "ab":
+            trainer.train_step([as_sample(tokens.chunk(world)[rank])])
+    return figures
 
 
 @pytest.mark.parametrize(
@@ -364,9 +366,14 @@ def train_halved(rank, cfg, backend):
     ],
 )
 def test_half_precision_learns_on_two_processes(folder, precision, backend):
-    cfg = configure(folder, f"--moe-expert-count 2 {precision} --optimizer adam --lr 0.01")
-    for losses in run_processes(2, train_halved, cfg, backend):
-        assert losses[-1] < losses[0] - 0.05
+    """At first with the loss and the norm of the gradients that one process has in float32."""
+    flags = f"--moe-expert-count 2 {DROPLESS} {WORLD} --optimizer adam --lr 0.01"
+    exact = train_halved(0, configure(folder, flags), "legacy_ddp", 1)[0]
+    cfg = configure(folder, f"{flags} {precision}")
+    for figures in run_processes(2, train_halved, cfg, backend, 2):
+        assert figures[0]["loss"] == pytest.approx(exact["loss"], rel=2**-10)
+        assert figures[0]["gnorm"] == pytest.approx(exact["gnorm"], rel=2**-8)
+        assert figures[-1]["inner_loss"] < figures[0]["inner_loss"] - 0.05
 
 
 def test_bfloat16_computes_the_same_sharded(folder):
@@ -381,11 +388,11 @@ def test_bfloat16_computes_the_same_sharded(folder):
         assert run.outputs[0].dtype == same.outputs[0].dtype == torch.bfloat16
         assert run.figures[0]["loss"] == pytest.approx(same.figures[0]["loss"], rel=2**-8)
         assert run.figures[0]["loss"] != full.figures[0]["loss"]
-        for name, gradient in run.gradients[0].items():
-            assert gradient.dtype == run.parameters[name].dtype == torch.float32
-            expected = full.gradients[0][name]
+        for name, expected in full.gradients[0].items():
             atol = 0.05 * max(float(expected.abs().max()), 1e-2)  # keys' biases have but rounding
-            torch.testing.assert_close(gradient, expected, rtol=0, atol=atol, msg=name)
+            for gradient in (run.gradients[0][name], same.gradients[0][name]):
+                assert gradient.dtype == run.parameters[name].dtype == torch.float32
+                torch.testing.assert_close(gradient, expected, rtol=0, atol=atol, msg=name)
 
 
 @pytest.mark.parametrize(
