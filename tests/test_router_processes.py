@@ -54,11 +54,14 @@ def steps(name, layer, part, total):
             loss = loss + len(x) / TOKENS * out.router_loss
         if loss.requires_grad:
             loss.backward()
-        found["stats"].append({**out.stats, "loss": out.balance_loss.detach()})
+        losses = [each.detach() for each in (out.balance_loss, out.router_loss) if each is not None]
+        found["stats"].append({**out.stats, "losses": losses})
         layer.gate.after_update({name: total(value) for name, value in out.observed.items()})
         found[f"out {step}"] = out.out.detach()
         found[f"x {step}"], x.grad = x.grad, None
         found["gates"] = [total(p.grad) for p in layer.gate.parameters()]
+        of_each = [p.grad.flatten(1) for p in layer.experts.parameters()]
+        found[f"experts {step}"] = torch.cat(of_each, dim=1)  # (E, numbers)
     layer.eval()
     layer.gate.settings = layer.gate.settings._replace(eval_token_fraction=1.0)
     found["evaluated"] = layer(x, padding, token_ids=ids).out.detach()
