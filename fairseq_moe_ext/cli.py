@@ -13,7 +13,7 @@ import fairseq_moe_command
 from fairseq_moe_command import LM_EVAL
 
 from . import files
-from .errors import OneLineParser, status_of
+from .errors import OneLineParser, less_memory, status_of
 from .wording import flag
 
 _SIZES = ("batch_size", "max_tokens", "batch_tokens", "context")  # lower takes less memory
@@ -42,7 +42,8 @@ def main(argv: Optional[List[str]] = None) -> int:
             args.run(args if handed_on is None else handed_on)
 
     sizes = [flag(name) for name in _SIZES if hasattr(args, name)]
-    return status_of(work, stopped="interrupted", sizes=sizes)
+    remedy = less_memory(sizes, on_disk=hasattr(args, "model_overrides"))
+    return status_of(work, stopped="interrupted", remedy=remedy)
 
 
 @contextlib.contextmanager

@@ -64,26 +64,37 @@ def require_positive(args: argparse.Namespace, *flags: str) -> None:
             raise UserError(f"{flag(name)} {value}: use 1 or more")
 
 
-def out_of_memory(error: BaseException, flags: Sequence[str]) -> Optional[str]:
-    """One line where a tensor did not fit, else None. flags: which, if lower, take less memory."""
+def out_of_memory(error: BaseException, remedy: str) -> Optional[str]:
+    """One line where a tensor did not fit, else None."""
     text = str(error)
     of_torch = "DefaultCPUAllocator" in text or "out of memory" in text
     if not isinstance(error, MemoryError) and not (isinstance(error, RuntimeError) and of_torch):
         return None
     asked = re.search(r"tried to allocate ([\d.]+ \w+)", text, re.I)
+    return f"out of memory{f', {asked[1]} were requested' if asked else ''}: {remedy}"
+
+
+def less_memory(flags: Sequence[str] = (), on_disk: bool = False) -> str:
+    """What to do about a lack of memory.
+
+    Args:
+        flags: which, if lower, take less.
+        on_disk: whether the command can leave experts on disk.
+    """
     lower = " or ".join(filter(None, [", ".join(flags[:-1]), *flags[-1:]]))
-    return (
-        f"out of memory{f', {asked[1]} were requested' if asked else ''}: "
-        f"{f'lower {lower}, or ' if lower else ''}use a smaller model"
-    )
+    other = "use a smaller model"
+    if on_disk:
+        other = "leave the experts of a sparse model on disk: --model-overrides "
+        other += "\"{'moe_experts_on_disk': True}\""
+    return f"{f'lower {lower}, or ' if lower else ''}{other}"
 
 
 def status_of(
-    work: Callable[[], Optional[int]], stopped: str = "", sizes: Sequence[str] = ()
+    work: Callable[[], Optional[int]], stopped: str = "", remedy: Optional[str] = None
 ) -> int:
     """The exit status of a command: what its work returns (None is 0), 1 for a user's mistake, a
     file that the system refuses or a lack of memory, 130 for Ctrl-C, of which the line is
-    `stopped`. sizes: flags that say how much memory it takes."""
+    `stopped`. remedy: for a lack of memory."""
     try:
         return work() or 0
     except UserError as error:
@@ -93,7 +104,7 @@ def status_of(
             raise
         line, status = f"error: {error.filename}: {error.strerror or error}", 1
     except (MemoryError, RuntimeError) as error:
-        lacking = out_of_memory(error, sizes)
+        lacking = out_of_memory(error, remedy or less_memory())
         if lacking is None:
             raise
         line, status = f"error: {lacking}", 1

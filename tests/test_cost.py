@@ -397,3 +397,12 @@ def test_the_page_on_fine_tuning_shows_what_the_command_computes(capsys):
     assert f"one GPU alone would need {total_gb(alone, capsys):.1f} GB" in text
     assert "dataset.batch_size=2 optimization.max_update=3744" in text
     assert 3 * math.ceil(39_905 / (2 * 16)) == 3744
+
+
+def test_the_page_on_scaling_shows_what_the_command_computes(capsys):
+    text = (DOCS / "scaling.md").read_text(encoding="utf-8").replace("\\\n", "")
+    flags = "--arch moe_lm_15b --world-size 16 --batch-size 4 --context 2048 "
+    flags += "    --precision memory-efficient-fp16 --sharding full"
+    assert f"fairseq-moe cost {flags}\n" in text
+    plain, again = total_gb(flags, capsys), total_gb(flags, capsys, "recompute")
+    assert f"prints {plain:.2f} GB in all, and {again:.2f} GB with" in text

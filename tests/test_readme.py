@@ -151,6 +151,9 @@ def test_commands(trained):
     for key in ("stories_ppl", "code_ppl", "mail_ppl", "in_domain_ppl", "out_of_domain_ppl"):
         assert re.search(rf"\b{key} [\d.]+", output), key
 
+    run(trained, sys.executable, "-c", blocks("docs/train.md", "python"))
+    assert (trained / "perplexity.png").stat().st_size > 0
+
     output = script(trained, "docs/evaluate.md", "One set")
     assert re.search(r"Loss \(base 2\): [\d.]+, Perplexity: [\d.]+", output)
     (trained / "my.txt").write_text("word1 word2 word3\nword4 word5 word6\n" * 5)
@@ -201,6 +204,27 @@ def test_commands_on_a_trained_model(trained):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+def test_whether_the_routing_is_healthy(trained):
+    """The page's commands, its table, and what it says may be changed when a run is resumed."""
+    small = SMALL.replace('max-update 3"', 'max-update 3 --log-interval 1"')
+    again = 'SIZE="$SIZE --max-update 5 --lr 5e-4 --moe-gate-loss-wt 0.1 --moe-z-loss-wt 0.001"\n'
+    again += 'SIZE="$SIZE --moe-balance-over global_batch"\n'
+    train, inspect = blocks("docs/balancing.md").split("fairseq-moe inspect")
+    commands = f"{small}{train}{again}{train}fairseq-moe inspect{inspect}"
+    output = run(trained, "bash", "-euo", "pipefail", "-c", commands)
+    assert "Loaded checkpoint runs/health/checkpoint_last.pt" in output
+    assert re.search(r"num_updates\D+5\b", output) and (trained / "health.html").is_file()
+    printed = run(trained, sys.executable, "-c", blocks("docs/balancing.md", "python"))
+    assert (trained / "load.png").stat().st_size > 0
+    shown = re.findall(r"^\| (\d+), ([\d,]+) \|(.*)\|$", text_of("docs/balancing.md"), re.M)
+    assert len(shown) == 4
+    for (experts, tokens, cells), line in zip(shown, printed.splitlines()):
+        numbers = [float(cell) for cell in (experts, tokens.replace(",", ""), *cells.split("|"))]
+        assert numbers == pytest.approx([float(word) for word in line.split()], abs=0.051)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_routers(trained):
     """Every router, and that of the example."""
     assert len(re.findall(r"done training", script(trained, "docs/routers.md"))) == 7
@@ -235,6 +259,7 @@ def test_the_study(trained):
 RUN = {"README.md", "examples/add_a_router/README.md", "examples/quickstart/README.md"} | {
     f"docs/{name}.md"
     for name in (
+        "balancing",
         "convert",
         "evaluate",
         "experts",

@@ -40,6 +40,39 @@ def test_torchrun_with_sharded_parameters(tmp_path):
 
 
 @pytest.mark.slow
+def test_torchrun_on_two_machines(tmp_path):
+    """The page's command, of which one machine starts both parts."""
+    page = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text(encoding="utf-8")
+    command = page[page.index("torchrun --nnodes 2") :].split("```")[0].replace("\\\n", " ")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    data = make_data(tmp_path)
+    for old, new in (
+        ("torchrun", str(BIN / "torchrun")),
+        ("_per_node 8", "_per_node 1"),
+        ("HOST", "localhost"),
+        ("12345", str(port)),
+        ('data --user-dir "$(fairseq-moe user-dir)" ...', f"{data} {LINE}"),
+        ("/shared/runs/moe", f"{tmp_path / 'run'} --distributed-backend gloo"),
+        ('"$(which fairseq-train)"', str(BIN / "fairseq-train")),
+    ):
+        assert old in command, old
+        command = command.replace(old, new)
+    nodes = [
+        subprocess.Popen(
+            command.replace("--node_rank 0", f"--node_rank {rank}").split(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    assert "training on 2 devices" in "".join(map(finished, nodes))
+    assert len(list((tmp_path / "run" / "experts").glob("*.pt"))) >= 2
+
+
+@pytest.mark.slow
 def test_slurm(tmp_path):
     """What srun gives its tasks, and the command that it asks for the machines' names."""
     data = make_data(tmp_path)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 import traceback
 from pathlib import Path
 from typing import List, Optional
@@ -9,7 +10,7 @@ from typing import List, Optional
 from fairseq_today.errors import UserError, first_line
 
 from .. import data_bin, files
-from ..errors import out_of_memory
+from ..errors import less_memory, out_of_memory
 
 
 def debugging() -> bool:
@@ -72,7 +73,13 @@ def _lost_process(error: BaseException) -> Optional[str]:
 
 
 def _out_of_memory(error: BaseException) -> Optional[str]:
-    return out_of_memory(error, ["--batch-size", "--max-tokens", "--tokens-per-sample"])
+    """One line where a tensor did not fit, else None; in training first what leaves an update as it
+    is."""
+    remedy = less_memory(["--batch-size", "--max-tokens", "--tokens-per-sample"], on_disk=True)
+    if "train" in os.path.basename(sys.argv[0]):
+        remedy = "add --checkpoint-activations, or halve --batch-size (or --max-tokens) and double "
+        remedy += "--update-freq; docs/scaling.md#fit-a-model-on-your-gpus has more"
+    return out_of_memory(error, remedy)
 
 
 _PLAIN = (AssertionError, Exception, NotImplementedError, RuntimeError, TypeError, ValueError)

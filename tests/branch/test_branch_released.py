@@ -1,13 +1,16 @@
 """The layout of the released models, from their names to perplexities."""
 
 import re
+import shlex
+from pathlib import Path
 
 import branch_files
 import pytest
 from branch_checkpoints import SMALL, USER_DIR, make_data_bin, perplexities, run
 from fairseq.data import Dictionary
-from training import error_in
+from training import error_in, prepare_text
 
+from fairseq_moe_ext import cli
 from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
 
 
@@ -64,3 +67,26 @@ def test_a_padded_dictionary_fits_a_padded_vocabulary(tmp_path):
     data = make_data_bin(tmp_path / "data", gpt2_dictionary(50260, 51200 - 50264))
     lm = MoETransformerLanguageModel.from_pretrained(str(tmp_path), "model.pt", data)
     assert len(lm.src_dict) == 51200
+
+
+def test_the_other_commands_of_the_page(tmp_path, capsys, monkeypatch):
+    page = Path(__file__).parents[2] / "docs" / "released_models.md"
+    part = page.read_text(encoding="utf-8").split("\n## Other commands\n")[1].split("```")[1]
+    lines = part.replace("\\\n", " ").splitlines()[1:]
+    prepare_text(tmp_path, "Berlin is a city. It is on the Spree.\n\nThe cat is not.\n" * 20)
+    (tmp_path / "data").rename(tmp_path / "gpt2")
+    (tmp_path / "mine.txt").write_text("Berlin is a city on the Spree.\n" * 4)
+    (tmp_path / "tasks" / "sst2").mkdir(parents=True)
+    for split in ("train", "dev"):
+        rows = "sentence\tlabel\nthe city\t1\na cat\t0\n"
+        (tmp_path / "tasks" / "sst2" / f"{split}.tsv").write_text(rows)
+    (tmp_path / "en_moe_lm_15b").mkdir()
+    size = 4 + len((tmp_path / "gpt2" / "dict.txt").read_text().splitlines())
+    name = str(tmp_path / "en_moe_lm_15b")
+    branch_files.write(name, SMALL, size, 2, branch_files.random_tensors())
+    monkeypatch.chdir(tmp_path)
+    assert len(lines) == 5
+    for line in lines:
+        assert cli.main(shlex.split(line)[1:]) == 0, line
+        assert capsys.readouterr().out, line
+    assert (tmp_path / "experts.html").is_file()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fairseq_moe_ext import cli
-from fairseq_moe_ext.errors import UserError, out_of_memory, program_status, status_of
+from fairseq_moe_ext.errors import UserError, less_memory, program_status, status_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = [
@@ -46,14 +46,14 @@ def test_a_lack_of_memory_names_the_flags_of_the_command(monkeypatch, capsys):
     monkeypatch.setattr(run, lambda args: torch.empty(10**15, dtype=torch.float32))
     assert cli.main(["evaluate", "data", "--path", "x.pt"]) == 1
     line = "error: out of memory, 4000000000000000 bytes were requested: lower --batch-size or "
-    assert capsys.readouterr().err == line + "--context, or use a smaller model\n"
+    line += "--context, or leave the experts of a sparse model on disk: --model-overrides "
+    assert capsys.readouterr().err == line + "\"{'moe_experts_on_disk': True}\"\n"
     assert status_of(
         raising(torch.cuda.OutOfMemoryError("Tried to allocate 2.00 GiB. out of memory"))
     )
     words = "out of memory, 2.00 GiB were requested: use a smaller model"
     assert capsys.readouterr().err == f"error: {words}\n"
-    error, flags = MemoryError(), ["--a", "--b", "--c"]
-    assert "memory: lower --a, --b or --c, or use" in str(out_of_memory(error, flags))
+    assert less_memory(["--a", "--b", "--c"]) == "lower --a, --b or --c, or use a smaller model"
 
 
 def test_without_words_an_interrupt_prints_nothing(capsys):

@@ -1,6 +1,7 @@
 """Mistakes in a command of fairseq end it with one line."""
 
 import re
+import sys
 import traceback
 
 import pytest
@@ -53,6 +54,15 @@ def test_a_mistake_is_found_behind_other_exceptions():
     assert find(chained(FileNotFoundError("a"), explicit=True)) is None  # somebody dealt with it
     assert find(FileNotFoundError(2, "No such file", "x.txt")) == "x.txt: no such file or folder"
     assert find(ValueError("a bug")) is None
+
+
+@pytest.mark.parametrize(
+    "command, remedy",
+    [("fairseq-train", "halve --batch-size"), ("fairseq-eval-lm", "'moe_experts_on_disk': True")],
+)
+def test_lack_of_memory_is_told_with_what_helps_the_command(command, remedy, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [f"/usr/bin/{command}", "data"])
+    assert remedy in mistake_to_print(MemoryError())
 
 
 def test_what_is_missing_is_named_with_what_is_there(tmp_path):
