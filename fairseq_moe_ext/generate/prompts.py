@@ -32,7 +32,7 @@ def read(words: Sequence[str], paths: Sequence[Path], separator: Optional[str]) 
 
 def has_text(words: Sequence[str], paths: Sequence[Path]) -> bool:
     """Whether `read` takes prompts from a text: stdin, or a file that is not of JSON Lines."""
-    return any(path.suffix not in _LINES for path in paths) or not (words or paths)
+    return any(path.suffix.lower() not in _LINES for path in paths) or not (words or paths)
 
 
 def _no_prompt(where: str = "") -> UserError:
@@ -58,7 +58,7 @@ def _in_file(path: Path, separator: Optional[str]) -> List[str]:
         text = _stdin()
     if not text:
         raise _no_prompt(f": {'stdin' if str(path) == '-' else f'--file {path}'} is empty")
-    if path.suffix in _LINES:
+    if _is_lines(path, text):
         # not splitlines: JSON may hold U+2028 and the like as they are
         lines = enumerate(text.split("\n"), 1)
         return [_of_line(path, n, line) for n, line in lines if line.strip()]
@@ -71,6 +71,18 @@ def _in_file(path: Path, separator: Optional[str]) -> List[str]:
         else:
             prompts[-1].append(line)
     return ["\n".join(lines) for lines in prompts]
+
+
+def _is_lines(path: Path, text: str) -> bool:
+    """Whether a file is JSON Lines: by its name, or, if that ends in .json, by its first line."""
+    suffix = path.suffix.lower()
+    if suffix != ".json":
+        return suffix in _LINES
+    try:
+        first = files.parse_json(text.lstrip().partition("\n")[0])
+    except ValueError:
+        return False
+    return isinstance(first, dict) and not first.keys().isdisjoint(_KEYS)
 
 
 def _stdin() -> str:

@@ -5,9 +5,11 @@ the first token. On N processes, lm-eval sees one process: every process has all
 model takes its share of the batches.
 """
 
+from argparse import Namespace
 from pathlib import Path
-from typing import Any, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
+from fairseq import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
@@ -18,7 +20,7 @@ from ..models.search import Generator, Prompt, no_text
 from ..models.text_generation import cut_before
 from ..questions.scoring import Row
 from ..questions.vocabulary import EOS, Vocabulary
-from ..wording import count
+from ..wording import count, did_you_mean
 from . import model
 from .protocol import say
 
@@ -29,31 +31,37 @@ MODEL = "fairseq-moe"  # lm-eval's --model
 class FairseqMoELM(LM):
     """Built by lm-eval from `--model_args path=...,data=...` and its own flags.
 
-    path, data, context, fp16, model_overrides: as the flags of `fairseq-moe priming`.
+    path, data, context, fp16, bf16, model_overrides, user_dir: as the flags of `fairseq-moe
+    priming`.
     batch_size: rows of the whole context; of shorter ones a batch has more.
     """
 
     def __init__(
         self,
-        path: str,
+        path: str = "",
         data: Optional[str] = None,
         batch_size: Union[int, str] = 1,
         max_batch_size: Optional[int] = None,
         device: Optional[str] = None,
         context: Optional[int] = None,
         fp16: bool = False,
+        bf16: bool = False,
         model_overrides: Any = None,
+        user_dir: Optional[str] = None,
+        **others: Any,
     ) -> None:
         super().__init__()
+        _check_args(path, context, {"fp16": fp16, "bf16": bf16}, others)
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise UserError(f"--batch_size {batch_size}: use a whole number, 1 or more")
         folder = tokenizer_files.folder_for(
             Path(path), None if data is None else Path(data), "data"
         )
         self.vocabulary = Vocabulary(folder)
+        utils.import_user_module(Namespace(user_dir=user_dir))
         overrides = None if model_overrides is None else str(model_overrides)
         self.model, self.context = model.load_in_context(
-            Path(path), folder, context, device == "cpu", fp16, overrides
+            Path(path), folder, context, device == "cpu", fp16, overrides, bf16
         )
         self.batch_tokens = int(batch_size) * self.context
 
@@ -151,6 +159,25 @@ class FairseqMoELM(LM):
         never = no_text(self.model, tokenizer=True)
         generator = Generator(self.model, 1, self.batch_tokens, "generate_until", never=never)
         return [stop.cut(new) for stop, new in zip(stops, generator(prompts))]
+
+
+_ARGS = ("path", "data", "context", "fp16", "bf16", "model_overrides", "user_dir")
+
+
+def _check_args(path: str, context: Any, switches: Dict[str, Any], others: Dict[str, Any]) -> None:
+    """Raise UserError for --model_args of other names or types; lm-eval passes all on."""
+    for name, value in others.items():
+        raise UserError(
+            f"--model_args {name}={value}: no such setting; use {', '.join(_ARGS)}"
+            + did_you_mean(name, _ARGS)
+        )
+    if not path:
+        raise UserError("--model_args: names no checkpoint; add path=CHECKPOINT")
+    if context is not None and (type(context) is not int or context < 1):
+        raise UserError(f"--model_args context={context}: use a whole number, 1 or more")
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise UserError(f"--model_args {name}={value}: use True or False")
 
 
 def _cut(row: Row, context: int) -> Row:

@@ -13,6 +13,7 @@ from training import prepare_text, train_small
 from fairseq_moe_ext import cli, outputs, tokenizer_files
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.evaluation.loading import language_modeling_task, load_model
+from fairseq_moe_ext.generate import prompts as reading
 from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
 
 TEXT = "the cat sat on the mat\nand saw a dog\n\n" * 20
@@ -74,8 +75,9 @@ def test_prompts_of_a_file(generate, lm, tmp_path):
     (tmp_path / "p.jsonl").write_text(
         '\ufeff"the cat"\n{"prompt": "a\\ndog\u2028"}\n \n{"text": ""}\n'
     )
+    (tmp_path / "q.JSONL").write_bytes((tmp_path / "p.jsonl").read_bytes())
     expected = lm.generate(prompts, max_tokens=5)
-    for name, more in (("p.txt", ["--separator", "%"]), ("p.jsonl", [])):
+    for name, more in (("p.txt", ["--separator", "%"]), ("p.jsonl", []), ("q.JSONL", [])):
         out = tmp_path / f"{name}.json"
         flags = ("--max-tokens", 5, "--json", out)
         printed = generate("--file", tmp_path / name, *more, *flags).out
@@ -83,6 +85,19 @@ def test_prompts_of_a_file(generate, lm, tmp_path):
         assert [one["prompt"] for one in found] == prompts
         assert [one["texts"] for one in found] == [[text] for text in expected]
         assert f"── prompt 2 of 3 ──\na\ndog\u2028{expected[1]}\n" in printed
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ('{"prompt": "the"}\n{"text": "a"}\n', ["the", "a"]),
+        ('{"other": "the"}\n', ['{"other": "the"}']),
+        ('{"text":\n', ['{"text":']),
+    ],
+)
+def test_a_json_file_is_json_lines_if_its_first_line_is(tmp_path, text, expected):
+    (tmp_path / "a.json").write_text(text)
+    assert reading.read([], [tmp_path / "a.json"], None) == expected
 
 
 def test_texts_are_shown_although_their_file_cannot_be_written(generate, monkeypatch, tmp_path):

@@ -282,6 +282,11 @@ def test_mistakes(trained, folder, capsys):
         (f"path=no.pt,data={data}", "--path no.pt: no such checkpoint"),
         (f"path={checkpoint},data={folder}", f"data {folder}: contains no dict.txt"),
         (f"path={checkpoint},data={data},context=65", "--context 65: the model takes 64 at most"),
+        (f"path={checkpoint},context=1k", "--model_args context=1k: use a whole number"),
+        (f"path={checkpoint},dtype=bfloat16", "--model_args dtype=bfloat16: no such setting; use"),
+        (f"path={checkpoint},fp16=1", "--model_args fp16=1: use True or False"),
+        (f"path={checkpoint},user_dir=none", "--user-dir none: no such folder"),
+        (f"data={data}", "--model_args: names no checkpoint; add path="),
     ):
         with nothing_but_local():
             assert cli.main(["lm-eval", "--model_args", args, *tasks]) == 1
