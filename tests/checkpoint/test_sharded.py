@@ -43,13 +43,16 @@ def test_sharded_runs_go_on_under_any_backend(data, runs, sharded_run, then, opt
 
 
 def test_bfloat16_goes_on_sharded_and_back(data, tmp_path):
-    """Whose optimizer states are the same, but for the name that fairseq gives the optimizer."""
+    """Whose optimizer states are the same, but for the name that fairseq gives the optimizer; and
+    to the bit, if nothing else changes."""
     runs = [(2, f"{SHARDED} 0"), (1, "")]
     for (first, backend), (then, other) in (runs, runs[::-1]):
-        losses = first_run(data, tmp_path / str(first), first, 4, f"--bf16 {backend}")
-        saved = torch.load(tmp_path / str(first) / "checkpoint_last.pt", weights_only=True)["cfg"]
+        folder = tmp_path / str(first)
+        losses = first_run(data, folder, first, 4, f"--bf16 {backend}")
+        saved = torch.load(folder / "checkpoint_last.pt", weights_only=True)["cfg"]
         assert saved["common"]["bf16"] and saved["model"]["bf16"]
-        resumed = resume(data, tmp_path / str(first), then, 4, f"--bf16 {other}")
+        assert resume(data, folder, first, 4, f"--bf16 {backend}") == losses[SAVED:]
+        resumed = resume(data, folder, then, 4, f"--bf16 {other}")
         assert resumed == pytest.approx(losses[SAVED:], rel=0.02)
 
 
