@@ -56,9 +56,13 @@ def has_loss(cfg: Any) -> bool:
     return _balance(cfg) in ("loss", "both")
 
 
+def mapping(cfg: Any) -> Mapping[str, Any]:
+    """Settings by name; cfg: an object or a mapping."""
+    return cfg if isinstance(cfg, Mapping) else vars(cfg)
+
+
 def _balance(cfg: Any) -> str:
-    settings = cfg if isinstance(cfg, Mapping) else vars(cfg)
-    return str(settings.get("moe_balance", "loss"))
+    return str(mapping(cfg).get("moe_balance", "loss"))
 
 
 def bias_update_rate(cfg: Any) -> float:

@@ -1,5 +1,6 @@
 """Reads files that a user names: regular files only, because a FIFO would make its reader wait."""
 
+import hashlib
 import json
 import os
 import stat
@@ -121,15 +122,31 @@ def read_text(path: Name, where: str = "", encoding: str = "utf-8") -> str:
     text is not UTF-8."""
     with open_binary(path, where) as file:
         try:
-            text = file.read().decode(encoding)
-        except UnicodeDecodeError as error:
-            byte = f"byte {error.start} (0x{error.object[error.start]:02x})"
-            raise UserError(
-                f"{where or path}: not UTF-8 at {byte}; convert it to UTF-8, or name another file"
-            ) from None
+            data = file.read()
         except OSError as error:
             raise unreadable(where or str(path), error) from None
+    return text_of(data, where or str(path), encoding)
+
+
+def text_of(data: bytes, where: str, encoding: str = "utf-8") -> str:
+    """What read_text makes of a file's bytes."""
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        byte = f"byte {error.start} (0x{data[error.start]:02x})"
+        raise UserError(
+            f"{where}: not UTF-8 at {byte}; convert it to UTF-8, or name another file"
+        ) from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def digest_of(path: Name) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        for piece in iter(lambda: stream.read(1 << 22), b""):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def parse_json(text: str) -> Any:

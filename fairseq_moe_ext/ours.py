@@ -1,6 +1,6 @@
 """Which runs use something of this plugin. All others stay as stock fairseq has them."""
 
-from typing import Any, Mapping
+from typing import Any, Mapping, Optional
 
 from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.models import ARCH_MODEL_REGISTRY
@@ -35,6 +35,11 @@ def in_step(task: Any, model: Any, criterion: Any) -> bool:
 def is_ours(cls: type) -> bool:
     """Whether a class is of this package, or derived from one."""
     return any(base.__module__.startswith(f"{__package__}.") for base in cls.__mro__)
+
+
+def is_stocks(cls: Optional[type]) -> bool:
+    """Whether a class is fairseq's own; None: of a name that nothing is registered under."""
+    return cls is not None and cls.__module__.startswith("fairseq.")
 
 
 def name_of(group: Any) -> Any:

@@ -2,11 +2,11 @@
 which router."""
 
 from dataclasses import dataclass, field
-from typing import Any, Dict, Mapping, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
-from .balance_flags import bias_update_rate
+from .balance_flags import bias_update_rate, mapping
 from .errors import UnknownRouter, UserError
 from .moe import routers, routing  # noqa: F401 - routers registers them
 from .moe.router import ROUTERS, GateSettings
@@ -136,7 +136,7 @@ CHOICES = {
 
 def top_k(cfg: Any) -> int:
     """Experts per token by a model's settings, an object or a mapping."""
-    settings = cfg if isinstance(cfg, Mapping) else vars(cfg)
+    settings = mapping(cfg)
     if settings.get("moe_top_k") is not None:
         return settings["moe_top_k"]
     if settings.get("moe_top1_expert"):

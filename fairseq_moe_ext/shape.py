@@ -8,6 +8,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any, List, Mapping, NamedTuple, Optional, Tuple
 
+from .balance_flags import mapping
 from .errors import UserError
 from .moe.activations import GATED
 from .moe.router import ROUTERS
@@ -104,7 +105,7 @@ class Shape(NamedTuple):
 def shape_of(settings: Any, vocabulary: int = 0) -> Shape:
     """The shape of a model with these settings: an object or a mapping with the names of config.py.
     Settings that stock models, the branch or older checkpoints lack count as off."""
-    s = _mapping(settings)
+    s = mapping(settings)
     ffn_dim = s["decoder_ffn_embed_dim"]
     expert_ffn_dim = s.get("moe_expert_ffn_dim") or None
     shared_width = s.get("moe_shared_expert_ffn_dim") or expert_ffn_dim or ffn_dim
@@ -134,12 +135,8 @@ def shape_of(settings: Any, vocabulary: int = 0) -> Shape:
 
 def context_length(settings: Any) -> int:
     """Tokens that a model takes at most; settings as for shape_of."""
-    s = _mapping(settings)
+    s = mapping(settings)
     return s.get("max_target_positions") or s["tokens_per_sample"]
-
-
-def _mapping(settings: Any) -> Mapping[str, Any]:
-    return settings if isinstance(settings, Mapping) else vars(settings)
 
 
 def has_gate(router: str) -> bool:

@@ -229,7 +229,7 @@ def _check_kinds(given: Mapping[str, Any], spell: Spell) -> None:
     when a model is built."""
     name = given.get("task")
     kind = TASK_REGISTRY.get(name)
-    if kind is not None and kind.__module__.startswith("fairseq.") and name not in _TASKS:
+    if ours.is_stocks(kind) and name not in _TASKS:
         default = name == "translation"
         what = "is not given, or is translation (fairseq's default)" if default else name
         raise UserError(
@@ -240,7 +240,7 @@ def _check_kinds(given: Mapping[str, Any], spell: Spell) -> None:
     kind = CRITERION_REGISTRY.get(name)
     adaptive = name == "adaptive_loss" and given.get("adaptive_softmax_cutoff")  # stock's models
     known = name in _CRITERIONS or adaptive
-    if kind is not None and kind.__module__.startswith("fairseq.") and not known:
+    if ours.is_stocks(kind) and not known:
         raise UserError(
             f"{spell('criterion')} {name} is not for these models: use moe_cross_entropy, or "
             f"{', '.join(_CRITERIONS)}"

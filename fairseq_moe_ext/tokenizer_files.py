@@ -11,7 +11,6 @@ beside it, they are taken from the data folder that it was trained on, which its
 """
 
 import filecmp
-import hashlib
 import logging
 import os
 import shutil
@@ -20,6 +19,7 @@ from typing import Any, Dict, List, Mapping, Optional
 
 from .data_bin import DICTIONARY, TOKENIZER
 from .errors import UserError
+from .files import digest_of
 from .outputs import temporary_name
 
 KEY = "tokenizer"
@@ -53,11 +53,7 @@ def data_of(task: Any) -> Optional[Path]:
 
 def digests(data: Path) -> Dict[str, str]:
     """{file: sha256} of a data folder's tokenizer."""
-    return {name: _digest(file) for name, file in files_of(data).items()}
-
-
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    return {name: digest_of(file) for name, file in files_of(data).items()}
 
 
 def copy(data: Path, folder: Path) -> None:
@@ -139,11 +135,12 @@ def check_given(path: Path, recorded: Mapping[str, str], given: Mapping[str, Any
     """Like check_bpe, with the digests that the checkpoint has."""
     for name, setting in zip(TOKENIZER, GIVEN):
         file = Path(str(given.get(setting)))
-        if name in recorded and file.is_file() and _digest(file) != recorded[name]:
+        if name in recorded and file.is_file() and digest_of(file) != recorded[name]:
             raise UserError(
-                f"{file}: does not belong to the tokenizer of {path} (sha256 {_digest(file)[:12]}, "
-                f"but the checkpoint has {recorded[name][:12]}): give the model's own file, or "
-                "leave out bpe and its files, so that those beside the checkpoint are taken"
+                f"{file}: does not belong to the tokenizer of {path} (sha256 "
+                f"{digest_of(file)[:12]}, but the checkpoint has {recorded[name][:12]}): give the "
+                "model's own file, or leave out bpe and its files, so that those beside the "
+                "checkpoint are taken"
             )
 
 

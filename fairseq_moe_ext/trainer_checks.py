@@ -14,7 +14,7 @@ from .balance_flags import has_loss
 from .errors import UserError
 from .expert_parallel import process_rank
 from .moe.router import ROUTERS, TopKRouter
-from .ours import name_of
+from .ours import is_stocks, name_of
 from .shape import shape_of
 from .wording import did_you_mean
 
@@ -116,7 +116,7 @@ def _check_losses(cfg: Any) -> None:
     of_router = router.loss is not TopKRouter.loss
     if not of_router and not (router.learned and has_loss(cfg.model)):
         return
-    if not kind.__module__.startswith("fairseq."):
+    if not is_stocks(kind):
         logger.warning(
             f"--criterion {name}: if it does not add the losses of the experts itself, they are "
             "trained without: derive it from MoECrossEntropyCriterion (docs/balancing.md)"

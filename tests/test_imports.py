@@ -26,7 +26,7 @@ ALLOWED = {
         "config": "balance_flags moe.activations moe.routing router_flags",
         "router_flags": "balance_flags moe",
         "config_checks": "balance_flags config ranges router_flags shape",
-        "shape": "moe.activations moe.router router_flags",
+        "shape": "balance_flags moe.activations moe.router router_flags",
         "ranges": "literals",
         "ours": "",
         "starting": "config data_bin literals moe.router optim ours ranges",
@@ -95,7 +95,7 @@ ALLOWED = {
             """,
         "convert": """
             convert balance_flags branch checkpoint config config_checks cost data_bin
-            evaluation.loading expert_parallel fingerprint models moe.experts
+            evaluation.capacity evaluation.loading expert_parallel fingerprint models moe.experts
             prepare router_flags shape tokenizer_files
             """,
         "evaluation": """

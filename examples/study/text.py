@@ -27,6 +27,7 @@ import archives
 from fairseq_moe_ext import files, outputs
 from fairseq_moe_ext.errors import OneLineParser, UserError, program_status
 from fairseq_moe_ext.evaluation.study_result import as_written
+from fairseq_moe_ext.files import digest_of
 
 Document = Tuple[str, str]  # name, text
 SMALLEST = 200  # characters; shorter documents are mostly headings
@@ -221,7 +222,7 @@ def write(domain: Domain, out: Path, seen: set, limit: int) -> Dict[str, Any]:
         "package": f"{domain.kind} {domain.package}",
         "version": domain.version or archives.version_of(archive),
         "file": archive.name,
-        "sha256": archives.digest(archive),
+        "sha256": digest_of(archive),
         "licence": says,
         "held_out": domain.held_out,
         **counts,

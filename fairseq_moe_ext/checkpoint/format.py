@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Dict, List, Mapping, Optional, Tuple, Type, TypeVar
 
 from ..errors import UserError
-from .intact import digest_of
+from ..files import digest_of
 
 VERSION = 1
 FOLDER = "experts"  # beside the checkpoints

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Iterator
 
-from .. import cores
+from .. import cores, files
 from ..errors import UserError
 
 _PIECE = 1 << 22  # bytes read at a time
 _REMEDY = "it is damaged: copy it again, or use another checkpoint"
 
 
-def digest_of(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        for piece in iter(lambda: stream.read(_PIECE), b""):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 def check_digest(path: str, digest: str, of: str) -> None:
     """Raise UserError unless a file has the digest that the checkpoint `of` gives for it."""
-    if digest_of(path) != digest:
+    if files.digest_of(path) != digest:
         raise UserError(f"{path}: not the bytes that {of} was saved with; {_REMEDY}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Iterator, Optional
 
 import torch
 from torch import Tensor
@@ -17,23 +17,32 @@ def write(state: Dict[str, Any], path: str) -> int:
 
     Returns its size in bytes. Raises UserError if it cannot be written; then nothing is left.
     """
-    temporary = path + ".tmp"
     try:
-        with open(temporary, "wb") as stream:
+        with temporarily(path) as temporary, open(temporary, "wb") as stream:
             torch.save(state, stream)
             stream.flush()
             os.fsync(stream.fileno())
             size = stream.tell()
-        os.replace(temporary, path)
         sync_folder(os.path.dirname(path) or ".")
     except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
         cause = _os_error_behind(error)
         if cause is None:
             raise
         raise cannot_write(f"{path} ({_size_in_memory(state):,} bytes)", cause) from error
     return size
+
+
+@contextlib.contextmanager
+def temporarily(path: str) -> Iterator[str]:
+    """Another name for a file until it is written; what is not complete is removed."""
+    temporary = path + ".tmp"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
 
 
 def cannot_write(file: str, error: OSError) -> UserError:

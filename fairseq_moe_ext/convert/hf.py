@@ -22,6 +22,7 @@ from ..tokenizer_files import NAMES, files_of
 from ..wording import flag
 from . import model_card, xglm
 from .archive import dtype_of
+from .experts_fairseq_moe import ROUTERS
 from .hf_folder import (
     CONFIG,
     SHARD,
@@ -44,8 +45,6 @@ GENERATION = "generation_config.json"
 CARD = "README.md"
 # a folder's files besides the weights
 FILES = (CONFIG, *CODE, GENERATION, CARD, "tokenizer.json", "tokenizer_config.json", *NAMES)
-# that the code in the folder implements
-ROUTERS = ("base", "hash", "random", "relu", "sinkhorn", "threshold", "topk")
 
 # What fine-tuning may change in config.json, and the Trainer does, without changing the model.
 _FREE = {"auto_map", "use_cache", *xglm.SPECIAL}

@@ -14,6 +14,7 @@ from ..checkpoint import trained
 from ..checkpoint.format import last_history
 from ..cost import parameters
 from ..errors import UserError
+from ..evaluation import capacity
 from ..shape import context_length, shape_of
 from ..text_table import markdown
 from ..wording import short, small
@@ -209,9 +210,7 @@ def _conditions(evaluation: Mapping[str, Any], sparse: bool) -> str:
         return f"{text}."
     if share == 1:
         return f"{text}, nothing dropped."
-    sets = evaluation["sets"].values()
-    choices = [sum(one["dropped"]) / len(one["dropped"]) * one["tokens"] for one in sets]
-    dropped = small(100 * sum(choices) / sum(one["tokens"] for one in sets))
+    dropped = small(100 * (capacity.dropped(evaluation["sets"].values()) or 0))
     return (
         f"{text}. An expert took at most {100 * share:g} % of a batch's tokens; {dropped} % of the "
         "choices of experts were dropped."

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import List, Optional, Sequence, TypedDict, Union
+from typing import Any, Collection, List, Mapping, Optional, Sequence, TypedDict, Union
 
 from fairseq.models import FairseqLanguageModel
 
@@ -52,19 +52,21 @@ def set_capacity(model: FairseqLanguageModel, fraction: float) -> None:
 def summary(evaluation: AtCapacity) -> Summary:
     sets = evaluation["sets"].values()
     tokens = sum(values["tokens"] for values in sets)
-    dropped = None
-    shares = [
-        (values["tokens"], values["dropped"]) for values in sets if values["dropped"] is not None
-    ]
-    if len(shares) == len(sets):
-        dropped = sum(count * sum(share) / len(share) for count, share in shares) / tokens
     return {
         "capacity": evaluation["capacity"],
         "perplexity": evaluation["mean"]["all"]["perplexity"],
-        "dropped": dropped,
+        "dropped": dropped(sets),
         "tokens_per_second": tokens
         / sum(values["tokens"] / values["tokens_per_second"] for values in sets),
     }
+
+
+def dropped(sets: Collection[Mapping[str, Any]]) -> Optional[float]:
+    """Share of the choices that was dropped, over all tokens of some sets; None without experts."""
+    if any(values["dropped"] is None for values in sets):
+        return None
+    lost = sum(v["tokens"] * sum(v["dropped"]) / len(v["dropped"]) for v in sets)
+    return lost / sum(values["tokens"] for values in sets)
 
 
 def table(results: Sequence[AtCapacity]) -> List[List[str]]:

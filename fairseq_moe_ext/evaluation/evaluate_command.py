@@ -186,7 +186,7 @@ def table(evaluation: Evaluation) -> List[List[str]]:
                 f"{result['perplexity']:.2f}",
                 _ends(result["interval"]),
                 f"{result['bits_per_byte']:.3f}" if result["bits_per_byte"] else "",
-                _percent(result["dropped"]),
+                _percent(capacity.dropped([result])),
             ]
         )
     for label, mean in evaluation["mean"].items():
@@ -199,5 +199,5 @@ def _ends(interval: Optional[Sequence[float]]) -> str:
     return "one unit, none" if interval is None else "{:.2f} to {:.2f}".format(*interval)
 
 
-def _percent(dropped: Optional[Sequence[float]]) -> str:
-    return "" if dropped is None else small(100 * sum(dropped) / len(dropped))
+def _percent(share: Optional[float]) -> str:
+    return "" if share is None else small(100 * share)

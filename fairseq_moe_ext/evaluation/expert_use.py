@@ -22,7 +22,7 @@ from fairseq.models import FairseqLanguageModel
 from .. import data_bin, outputs
 from ..errors import OneLineParser, UserError, program_status, require_positive
 from ..wording import did_you_mean
-from . import specialisation
+from . import specialisation, texts
 from .loading import check_path, language_modeling_task, load_model, moe_layers, set_gates
 
 _LENGTH = 1024  # tokens of a block
@@ -132,16 +132,11 @@ class _Seen:
 
 
 def _batches(dataset: FairseqDataset, batch_size: int) -> Iterator[torch.Tensor]:
-    """Input tokens (B, L) without padding: only blocks of one length share a batch."""
-    batch: List[torch.Tensor] = []
-    for i in range(len(dataset)):
-        tokens = dataset.collater([dataset[i]])["net_input"]["src_tokens"][0]  # (L,)
-        if batch and (len(batch) == batch_size or len(tokens) != len(batch[0])):
-            yield torch.stack(batch)
-            batch = []
-        batch.append(tokens)
-    if batch:
-        yield torch.stack(batch)
+    """Input tokens (B, L) without padding."""
+    rows = (
+        dataset.collater([dataset[i]])["net_input"]["src_tokens"][0] for i in range(len(dataset))
+    )
+    return map(torch.stack, texts.batches(rows, len, batch_size))
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

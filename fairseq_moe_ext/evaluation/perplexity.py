@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import progress_bar
 from ..errors import DAMAGED, UserError
 from ..models.token_scores import in_chunks, log_probs
-from .texts import Text
+from .texts import Text, batches
 
 Interval = Tuple[float, float]
 
@@ -97,10 +97,7 @@ def score(
     positions = 0
     started = time.monotonic()
     spans = windows(len(text.tokens), context, stride)
-    while spans:
-        size = spans[0][1] - spans[0][0]
-        batch = [span for span in spans[:batch_size] if span[1] - span[0] == size]
-        spans = spans[len(batch) :]
+    for batch in batches(spans, lambda span: span[1] - span[0], batch_size):
         rows = torch.stack([inputs[a:b] for a, b, _ in batch]).to(device)  # (B, L)
         targets = torch.stack([text.tokens[a:b] for a, b, _ in batch]).to(device)
         with torch.no_grad():

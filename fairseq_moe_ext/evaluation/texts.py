@@ -1,9 +1,22 @@
 """The test sets of `fairseq-moe evaluate`: their tokens, and the units that the bootstrap draws."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    TypeVar,
+)
 
 import numpy as np
 import torch
@@ -12,6 +25,8 @@ from torch import Tensor
 from .. import data_bin
 from ..data_bin_files import check_data_bin, check_tokens
 from ..errors import UserError
+
+_Row = TypeVar("_Row")
 
 
 class Text(NamedTuple):
@@ -76,12 +91,24 @@ def unit_starts(tokens: np.ndarray, eos: int, least: int) -> np.ndarray:
     several. So pieces are joined until a unit has at least `least` tokens, which keeps related text
     together.
     """
-    ends = np.flatnonzero((tokens[1:] == eos) & (tokens[:-1] == eos)) + 2
     starts = [0]
-    for end in ends:
-        if end - starts[-1] >= least and end < len(tokens):
-            starts.append(int(end))
+    for start in document_starts(tokens, eos).tolist():
+        if start - starts[-1] >= least:
+            starts.append(start)
     return np.array(starts)
+
+
+def batches(rows: Iterable[_Row], length: Callable[[_Row], int], most: int) -> Iterator[List[_Row]]:
+    """Consecutive rows of one length, `most` in a batch, so that nothing is padding."""
+    for _, alike in itertools.groupby(rows, length):
+        while batch := list(itertools.islice(alike, most)):
+            yield batch
+
+
+def document_starts(tokens: np.ndarray, eos: int) -> np.ndarray:
+    """Positions after a blank line (two </s>), but for the end; without the first document's."""
+    after = np.flatnonzero((tokens[1:] == eos) & (tokens[:-1] == eos)) + 2
+    return after[after < len(tokens)]
 
 
 def _bytes(folder: Path, subset: str, tokens: int) -> Optional[int]:

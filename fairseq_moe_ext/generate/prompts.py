@@ -87,11 +87,7 @@ def _is_lines(path: Path, text: str) -> bool:
 
 def _stdin() -> str:
     data = sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"stdin: not UTF-8 at byte {error.start}; convert it to UTF-8") from None
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    return files.text_of(data, "stdin", "utf-8-sig")
 
 
 def _of_line(path: Path, number: int, line: str) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..evaluation.loading import moe_layers
 from ..evaluation.specialisation import choices_of, computing, joined, random_gates, routed_first
+from ..evaluation.texts import batches
 from ..models.token_scores import in_chunks, log_probs
 from ..moe.router import TopKRouter
 from .reading import Block
@@ -127,16 +128,9 @@ def observe(
     """
     generator = torch.Generator().manual_seed(1)
     gates = [WatchedGate(i, moe.gate, detailed, generator) for i, moe in moe_layers(model).items()]
-    losses, done = [], 0
+    losses = []
     try:
-        while done < len(blocks):
-            rows = [blocks[done].row]
-            while done + len(rows) < len(blocks) and len(rows) < batch_size:
-                row = blocks[done + len(rows)].row
-                if len(row) != len(rows[0]):
-                    break
-                rows.append(row)
-            done += len(rows)
+        for rows in batches((block.row for block in blocks), len, batch_size):
             losses.append(_pass(model, torch.stack(rows), gates))
             progress(len(losses[-1]))
     finally:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import data_bin, files
 from ..errors import UserError
-from ..evaluation.texts import find_sets, read_texts
+from ..evaluation.texts import document_starts, find_sets, read_texts
 from ..models.hub import find_tokenizer
 from ..questions.vocabulary import Vocabulary
 from ..wording import count
@@ -83,9 +83,8 @@ def positions(tokens: np.ndarray, eos: int) -> np.ndarray:
     """tokens (N,) -> (N,): 1 for the first token after a blank line (two </s>), 2, ..."""
     index = np.arange(len(tokens))
     starts = np.zeros(len(tokens), dtype=np.int64)
-    ends = np.flatnonzero((tokens[1:] == eos) & (tokens[:-1] == eos)) + 2
-    ends = ends[ends < len(tokens)]
-    starts[ends] = ends
+    begun = document_starts(tokens, eos)
+    starts[begun] = begun
     return index - np.maximum.accumulate(starts) + 1
 
 

@@ -24,7 +24,7 @@ from ..checkpoint.cleanup import remove_unused_files
 from ..checkpoint.collective import same_error_on_all_ranks
 from ..checkpoint.experts import has_sharded_experts, saves_together
 from ..checkpoint.settings import take_overrides
-from ..checkpoint.writing import cannot_write, write
+from ..checkpoint.writing import cannot_write, temporarily, write
 from ..context import during
 from ..diverging import check_weights
 from ..errors import ModelMisfit
@@ -260,10 +260,10 @@ def copying_whole(manager: Any) -> Any:
     def copy(source, target, overwrite=False):
         if manager.path_requires_pathmanager(target):  # not a file system's
             return manager.copy(source, target, overwrite=overwrite)
-        shutil.copyfile(source, target + ".tmp")
-        with open(target + ".tmp", "rb+") as copied:
-            os.fsync(copied.fileno())
-        os.replace(target + ".tmp", target)
+        with temporarily(target) as temporary:
+            shutil.copyfile(source, temporary)
+            with open(temporary, "rb+") as copied:
+                os.fsync(copied.fileno())
         return True
 
     return type("PathManager", (manager,), {"copy": staticmethod(copy)})

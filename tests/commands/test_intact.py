@@ -11,10 +11,10 @@ from command_runs import MOE as SPARSE
 from fairseq import checkpoint_utils
 from training import error_in
 
-from fairseq_moe_ext.checkpoint.intact import digest_of
 from fairseq_moe_ext.cli import main
 from fairseq_moe_ext.convert import writing
 from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.files import digest_of
 from fairseq_moe_ext.locks import Lock, beside
 from fairseq_today.torch_today import load_weights_only
 

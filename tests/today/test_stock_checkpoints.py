@@ -121,5 +121,6 @@ def test_a_copy_that_breaks_off_leaves_the_last_checkpoint_whole(tmp_path, monke
         with pytest.raises(KeyboardInterrupt):
             checkpoint_utils.PathManager.copy(str(source), str(target), overwrite=True)
     assert target.read_bytes() == b"old"
+    assert {*tmp_path.iterdir()} == {source, target}, "half a copy may fill the disk"
     assert checkpoint_utils.PathManager.copy(str(source), str(target), overwrite=True)
     assert target.read_bytes() == b"new"
