@@ -10,7 +10,7 @@ from fairseq.models.transformer_lm import TransformerLanguageModelConfig
 from fairseq.tasks import TASK_DATACLASS_REGISTRY
 from omegaconf import OmegaConf
 
-from ..checkpoint.settings import check_fields
+from ..checkpoint.settings import check_fields, not_registered
 from ..config import EXPERT_GRAD_SCALES, MoETransformerLMConfig
 from ..errors import UserError
 from ..models.architectures import name_of
@@ -65,6 +65,8 @@ def translated_settings(path: str, saved: Dict[str, Any]) -> Dict[str, Any]:
     """Our model's settings from the branch's flat ones. OtherModel for settings that we do not
     have."""
     arch = name_of(saved)
+    if saved.keys() & {"moe_router", "moe_dropless"}:  # our model's, which the branch lacks
+        raise OtherModel(not_registered(path, "architecture", arch))
     if not arch.startswith("transformer_lm"):
         raise OtherModel(
             f"{path}: a model of the architecture {arch}; of the moe branch's architectures, "

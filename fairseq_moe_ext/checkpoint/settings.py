@@ -185,6 +185,8 @@ def check_buildable(path: str, state: Dict[str, Any], with_task: bool) -> None:
     if model is None:
         raise UserError(f"{path}: its settings name no architecture; use another checkpoint")
     model_class = ARCH_MODEL_REGISTRY.get(model) or MODEL_REGISTRY.get(model)
+    if model_class is None:
+        raise UserError(not_registered(path, "architecture", model))
     if not _is_good(model_class, {TransformerLanguageModel}):
         raise UserError(
             f"{path}: has the architecture {short(repr(model))}; this plugin loads only its own "
@@ -193,6 +195,8 @@ def check_buildable(path: str, state: Dict[str, Any], with_task: bool) -> None:
     if not with_task:
         return
     task = _named(state, "task", "task")
+    if task is not None and task not in TASK_REGISTRY:
+        raise UserError(not_registered(path, "task", task))
     if not _is_good(TASK_REGISTRY.get(task), {LanguageModelingTask}):
         raise UserError(
             f"{path}: has the task {short(repr(task))}; this plugin supports only its own tasks "
@@ -201,11 +205,21 @@ def check_buildable(path: str, state: Dict[str, Any], with_task: bool) -> None:
     criteria = REGISTRIES["criterion"]["registry"]
     criterion = _named(state, "criterion", "criterion")
     if criterion is not None and criterion not in _CRITERIA:
+        if criterion not in criteria:
+            raise UserError(not_registered(path, "criterion", criterion))
         if not _is_good(criteria.get(criterion), set()):
             raise UserError(
                 f"{path}: has the criterion {short(repr(criterion))}; this plugin supports only "
                 f"its own criterions and {', '.join(sorted(_CRITERIA))}: run without --user-dir"
             )
+
+
+def not_registered(path: str, kind: str, name: str) -> str:
+    """What to say of a model, task or criterion that no plugin here has registered."""
+    return (
+        f"{path}: has the {kind} {short(repr(name))}, which is not registered: name the plugin "
+        "that registers it (--user-dir)"
+    )
 
 
 def _is_good(cls: Optional[type], good: set) -> bool:

@@ -10,7 +10,10 @@ from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 from omegaconf import OmegaConf
 from small_models import make_config, make_task
 
+from fairseq_moe_ext.branch.settings import OtherModel, translated_settings
+from fairseq_moe_ext.checkpoint.settings import check_buildable
 from fairseq_moe_ext.cost import Shape, parameters
+from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.models.architectures import ARCHITECTURES, is_ours
 from fairseq_moe_ext.models.language_model import MODEL_NAME, MoETransformerLanguageModel
 
@@ -99,3 +102,17 @@ def test_an_architecture_that_a_plugin_registers_is_ours(monkeypatch):
     for name in ("mine", MODEL_NAME, *ARCHITECTURES):
         assert is_ours({"_name": name})
     assert not is_ours({"_name": "transformer_lm"}) and not is_ours({})
+
+
+def test_what_no_plugin_has_registered_is_told_with_the_flag():
+    """An own name that begins as the branch's was read by the branch's rules."""
+    for name in ("transformer_lm_mine", "mine"):
+        words = f"x.pt: has the architecture '{name}', which is not registered: .*--user-dir"
+        with pytest.raises(OtherModel, match=words):
+            translated_settings("x.pt", {**vars(make_config()), "_name": name})
+    names = {"model": "moe_lm_tiny", "task": "language_modeling", "criterion": "cross_entropy"}
+    for group, kind in {"model": "architecture", "task": "task", "criterion": "criterion"}.items():
+        cfg = {key: {"_name": "mine" if key == group else name} for key, name in names.items()}
+        words = f"x.pt: has the {kind} 'mine', which is not registered"
+        with pytest.raises(UserError, match=words):
+            check_buildable("x.pt", {"cfg": cfg, "args": None}, with_task=True)
