@@ -152,7 +152,7 @@ class MoELayer(nn.Module):
             zero = out.new_zeros(())
             return MoEOutput(out.view_as(x), zero, zero, {}, routing.counts, None, {})
         scope = self.gate.scope
-        if not self.gate.learned:
+        if self.gate.frozen or not self.gate.learned:
             # else its losses would train the layers before it to suit a fixed gate
             logits, routing = logits.detach(), routing._replace(probs=routing.probs.detach())
         learns = self.gate.has_state and self.training and torch.is_grad_enabled()

@@ -48,6 +48,19 @@ def test_two_processes_equal_one(folder, choice, backend):
     assert_same(one, many, 4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("choice", PARTS)
+def test_losses_of_a_frozen_gate_train_nothing(choice):
+    """Else they would train the layers before it to suit a gate that does not change."""
+    layer = build_model(**MOE, moe_freeze=choice).decoder.layers[1].moe_layer
+    x = torch.randn(20, 16, requires_grad=True)
+    out = layer(x)
+    assert out.balance_loss > 0 and out.z_loss > 0
+    trains = out.balance_loss.requires_grad, out.z_loss.requires_grad
+    assert trains == (("gate" not in PARTS[choice]),) * 2
+    out.out.sum().backward()
+    assert x.grad.any()
+
+
 def test_a_dense_model_has_nothing_to_freeze():
     with pytest.raises(UserError, match="--moe-freeze gate: a dense model"):
         build_model(moe_freeze="gate")
