@@ -20,6 +20,7 @@ from ..config import MoETransformerLMConfig
 from ..config_checks import validate, validate_scope
 from ..errors import DAMAGED, ModelMisfit, UserError
 from ..expert_parallel import mark_experts, process_count, replica_count
+from ..kernels.dtypes import at_least_float32
 from ..kernels.linear_cross_entropy import linear_cross_entropy
 from ..moe.router import TopKRouter
 from ..shape import context_length, shape_of
@@ -141,7 +142,7 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
         if target is None:
             assert self.choice_head is not None, "add_choice_head comes first"
             last = F.dropout(x[scored], self.decoder.dropout, self.training)  # (B, D)
-            return self.choice_head(last.to(self.choice_head.weight.dtype)), extra
+            return self._head_scores(self.choice_head, last), extra
         if scored is not None:
             return self._log_likelihood(x, target, scored), extra
         loss = linear_cross_entropy(
@@ -153,12 +154,23 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
         return loss, extra
 
     def _log_likelihood(self, x: Tensor, target: Tensor, scored: Tensor) -> Tensor:
-        """x (B, S, D), target (B, S), scored (B, S) bool -> (B, 1) in float32 at least."""
+        """x (B, S, D), target (B, S), scored (B, S) bool -> (B, 1) in float32 at least. In
+        evaluation candidates are compared by them, and rounded ones may be equal."""
         rows = scored.nonzero()[:, 0]  # (N,)
         # The backward pass recomputes the logits; otherwise those of all chunks would coexist.
-        score = functools.partial(checkpoint, log_probs, use_reentrant=False)
+        score = functools.partial(
+            checkpoint, log_probs, exact=not self.training, use_reentrant=False
+        )
         scores = torch.cat(in_chunks(score, self.decoder, x[scored], target[scored]))
         return scores.new_zeros(len(x)).index_add(0, rows, scores).unsqueeze(1)
+
+    def _head_scores(self, head: nn.Linear, x: Tensor) -> Tensor:
+        """x (B, D) -> (B, outputs); in evaluation in float32 at least, as _log_likelihood."""
+        if self.training:
+            return head(x.to(head.weight.dtype))
+        weight = head.weight.to(at_least_float32(head.weight))
+        bias = None if head.bias is None else head.bias.to(weight)
+        return F.linear(x.to(weight), weight, bias)
 
     def add_choice_head(self, outputs: int) -> None:
         """Add the linear layer that scores a candidate by the features of its final position

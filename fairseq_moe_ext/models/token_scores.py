@@ -19,9 +19,12 @@ def exact_logits(decoder: FairseqDecoder, features: Tensor) -> Tensor:
     return decoder.output_layer(features.to(at_least_float32(features)))
 
 
-def log_probs(decoder: FairseqDecoder, features: Tensor, target: Tensor) -> Tensor:
-    """features (N, D), target (N,) -> (N,) in nats, of all tokens at once; for sums over many."""
-    logits = decoder.output_layer(features)
+def log_probs(
+    decoder: FairseqDecoder, features: Tensor, target: Tensor, exact: bool = False
+) -> Tensor:
+    """features (N, D), target (N,) -> (N,) in nats, of all tokens at once; for sums over many, or
+    of exact_logits, for comparing."""
+    logits = exact_logits(decoder, features) if exact else decoder.output_layer(features)
     return -F.cross_entropy(logits.to(at_least_float32(logits)), target, reduction="none")
 
 

@@ -133,6 +133,25 @@ def test_a_padded_batch_equals_one_candidate_at_a_time(
             assert gradients[name] is None or not gradients[name].any(), name
 
 
+@pytest.mark.parametrize("scoring", ["sum", "head"])
+def test_candidates_are_compared_by_what_is_not_rounded(data, choices, scoring):
+    """In evaluation, of features in bfloat16: rounded scores of two candidates are often equal."""
+    task = make_choice_task(data, choices, choice_scoring=scoring)
+    model = make_choice_model(task).bfloat16().eval()
+    sample = batch_of(load(task), FOUR)["net_input"]
+    with torch.no_grad():
+        found = model(**sample)[0].flatten()
+        x, _ = model.decoder(sample["src_tokens"], features_only=True)
+    assert x.dtype == torch.bfloat16
+    if scoring == "head":
+        expected = x[sample["scored"]].double() @ model.choice_head.weight[0].double()
+    else:
+        logits = x.double() @ model.decoder.output_projection.weight.double().T
+        nats = logits.log_softmax(-1).gather(2, sample["target"].unsqueeze(2)).squeeze(2)
+        expected = (nats * sample["scored"]).sum(1)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_the_gates_losses_are_added_for_each_question(data, choices):
     task = make_choice_task(data, choices)
     sample = batch_of(load(task), FOUR)
