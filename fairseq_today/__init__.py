@@ -11,6 +11,7 @@ lead in:
     registry.py     a table's row, and the one rule for "once"
     imports.py      what must hold while fairseq is imported; numpy's old names
     torch_today.py  checkpoints, and objects between processes
+    score.py        BLEU of fairseq-score
     on_cpu.py       data parallelism, FSDP and half precision on a CPU
     finding.py      the plugin for command lines and checkpoints that name it
     errors.py       the exception for a user's mistake
@@ -23,7 +24,7 @@ and where the hook leads in, finding.PATCHES. Functions of fairseq are wrapped, 
 import importlib.util
 import sys
 
-from . import imports, on_cpu, torch_today
+from . import imports, on_cpu, score, torch_today
 from .registry import Condition, replace, wrap
 from .registry import apply as _apply
 
@@ -158,6 +159,18 @@ PATCHES = (
         "fairseq/options.py:88,201@0.12.2",
         "a fairseq that separates bf16 and TPUs",
         NO_XLA,
+    ),
+    wrap(
+        "fairseq.scoring.bleu:Scorer.__init__",
+        score.scorer_of_numbers,
+        "fairseq_cli/score.py:67@0.12.2",
+        "a fairseq that passes a BleuConfig there",
+    ),
+    wrap(
+        "sacrebleu:corpus_bleu",
+        score.bleu_of_files,
+        "fairseq_cli/score.py:61@0.12.2",
+        "a fairseq that passes lists of lines",
     ),
 )
 

@@ -123,7 +123,7 @@ def is_in_force(patch: Patch, target: str) -> bool:
 
 def _put(patch: Patch, target: str) -> None:
     name = target.partition(":")[0]
-    if not name.startswith("fairseq_cli."):
+    if not name.startswith(("fairseq_cli.", "sacrebleu")):  # these are imported late, if at all
         _set(patch, target, importlib.import_module(name))
         return
     for module in _running(name):

@@ -37,6 +37,22 @@ def test_interactive(work, trained):
     assert re.search(r"^H-1\t-?[\d.]+\tw2", output, flags=re.M)
 
 
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("", "BLEU4 = 68.87, 90.0/75.0/66.7/50.0"),
+        ("--sacrebleu", "BLEU = 68.87 90.0/75.0/66.7/50.0"),
+        ("--sentence-bleu", "1 BLEU4 = 100.00"),
+    ],
+)
+def test_score(tmp_path, flags, words):
+    """Unigrams 9 of 10, bigrams 6 of 8, trigrams 4 of 6, of four words 2 of 4."""
+    (tmp_path / "sys").write_text("the cat sat on a mat\na b c d\n")
+    (tmp_path / "ref").write_text("the cat sat on the mat\na b c d\n")
+    output = succeeded(run(f"fairseq-score --sys sys --ref ref {flags}", tmp_path))
+    assert words in output
+
+
 def test_hub_interface(work, trained):
     from fairseq.models.transformer_lm import TransformerLanguageModel
 
