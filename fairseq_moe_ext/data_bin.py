@@ -15,6 +15,8 @@ import re
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
+from fairseq.utils import split_paths
+
 from .errors import UserError
 
 DICTIONARY = "dict.txt"
@@ -68,6 +70,11 @@ def has_split(folder: Path, split: str) -> bool:
             "prepare it again or copy the missing one"
         )
     return index.is_file()
+
+
+def first_folder(data: str) -> Path:
+    """Of the data folders of a setting, a:b, the one with the dictionary."""
+    return Path(split_paths(data)[0])
 
 
 def find_corpora(data: Path) -> Dict[str, Path]:

@@ -13,11 +13,9 @@ The wrappers in patches/ (checkpoint_io.py, tasks.py) call this module.
 """
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional
 
-from fairseq import utils
 from fairseq.data import Dictionary
 from fairseq.tasks import FairseqTask
 from torch import Tensor
@@ -115,8 +113,8 @@ def _checkpoint(saved: Dict[str, Any]) -> str:
 
 def _file(task: FairseqTask) -> str:
     """The file of a task's dictionary."""
-    data = getattr(getattr(task, "args", None) or task.cfg, "data", None)
-    return os.path.join(utils.split_paths(data)[0], DICTIONARY) if data else "the dictionary"
+    data = tokenizer_files.data_of(task)
+    return str(data / DICTIONARY) if data else "the dictionary"
 
 
 def note(state: Dict[str, Any], path: str) -> None:

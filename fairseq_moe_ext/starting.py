@@ -8,7 +8,6 @@ import glob
 import importlib.util
 import os
 import re
-from pathlib import Path
 from typing import Any, Callable, Dict, Mapping
 
 import torch
@@ -94,10 +93,11 @@ def check(given: Mapping[str, Any], spell: Spell, training: bool) -> None:
 
 def _check_data(given: Mapping[str, Any], spell: Spell) -> None:
     """Stock reads the data only after it has built the model."""
-    data = str(given.get("data") or "").split(os.pathsep)[0]
-    if given.get("task") != "language_modeling" or not data or "buffer_size" in given:
+    named = given.get("data")
+    if given.get("task") != "language_modeling" or not named or "buffer_size" in given:
         return  # fairseq-interactive reads nothing but the dictionary
-    corpora = data_bin.corpora_in(Path(data))
+    data = data_bin.first_folder(str(named))
+    corpora = data_bin.corpora_in(data)
     if corpora:
         raise UserError(
             f"{spell('task')} language_modeling reads one data-bin, but {data} holds the corpora "

@@ -17,7 +17,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional
 
-from .data_bin import DICTIONARY, TOKENIZER
+from .data_bin import DICTIONARY, TOKENIZER, first_folder
 from .errors import UserError
 from .files import digest_of
 from .outputs import temporary_name
@@ -48,7 +48,7 @@ def files_of(data: Path) -> Dict[str, Path]:
 def data_of(task: Any) -> Optional[Path]:
     """The data folder of a task of fairseq; None: it has none."""
     data = getattr(getattr(task, "args", None) or getattr(task, "cfg", None), "data", None)
-    return Path(data.split(os.pathsep)[0]) if isinstance(data, str) and data else None
+    return first_folder(data) if isinstance(data, str) and data else None
 
 
 def digests(data: Path) -> Dict[str, str]:
@@ -178,4 +178,4 @@ def _trained_on(state: Dict[str, Any]) -> List[Path]:
     task = (state.get("cfg") or {}).get("task") or {}
     data = task.get("data") if hasattr(task, "get") else getattr(task, "data", None)
     data = data or getattr(state.get("args"), "data", None)
-    return [Path(data.split(os.pathsep)[0])] if isinstance(data, str) and data else []
+    return [first_folder(data)] if isinstance(data, str) and data else []

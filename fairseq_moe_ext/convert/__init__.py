@@ -17,5 +17,6 @@ xglm.py        the settings of dense models as those of XGLM
 modeling_fairseq_moe.py, experts_fairseq_moe.py  the code that lies in such a folder; nothing here
                imports it
 model_card.py  its README.md
+training.py    what `show` and the card say of the training
 archive.py     torch's file format and safetensors, written tensor by tensor
 """

@@ -10,15 +10,14 @@ from typing import Any, List, Mapping, Optional, Sequence, Tuple
 
 import yaml
 
-from ..checkpoint import trained
-from ..checkpoint.format import last_history
 from ..cost import parameters
 from ..errors import UserError
 from ..evaluation import capacity
 from ..shape import context_length, shape_of
 from ..text_table import markdown
 from ..wording import short, small
-from .source import Source, best_metric
+from . import training
+from .source import Source
 
 _SETTINGS = {
     "optimization": ("lr", "max_update", "clip_norm", "update_freq"),
@@ -111,29 +110,22 @@ def _model(source: Source) -> List[List[str]]:
 def _training(source: Source) -> List[List[str]]:
     """What the checkpoint knows of its training; the first lines are results."""
     rest = source.rest
-    extra = rest.get("extra_state") or {}
-    history = last_history(rest)
-    corpora = (rest.get("task_state") or {}).get("trained_corpora")
-    on = ("corpora", ", ".join(map(str, corpora)) if corpora else None)
-    if not history.get("num_updates"):  # as show.py
+    found = training.results(rest)
+    on = ("corpora", ", ".join(map(str, found.get("corpora", []))))
+    if not found["updates"]:
         return _rows([on]) or [["", "not recorded in the checkpoint"]]
     facts: List[Tuple[str, Any]] = [
-        ("updates", history["num_updates"]),
-        ("epoch", trained.epoch(extra, history["num_updates"])),
-        ("hours", _hours(extra.get("previous_training_time"))),
-        (f"best validation {best_metric(rest)}", _rounded(extra.get("best"))),
+        ("updates", found["updates"]),
+        ("epoch", found.get("epoch")),
+        ("hours", _hours(found.get("seconds"))),
+        (f"best validation {found['best_checkpoint_metric']}", _rounded(found.get("best"))),
         on,
-        ("criterion", history.get("criterion_name")),
+        ("criterion", found.get("criterion")),
     ]
-    cfg = rest.get("cfg") or {}
-    flat = vars(rest["args"]) if rest.get("args") is not None else {}
     for group, names in _SETTINGS.items():
-        settings = cfg.get(group)
-        settings = settings if isinstance(settings, Mapping) else {}
         for name in names:
-            value = settings.get(name, flat.get(group if name == "_name" else name))
-            label = group.replace("_", " ") if name == "_name" else name.replace("_", " ")
-            facts.append((label, value))
+            label = group if name == "_name" else name
+            facts.append((label.replace("_", " "), training.setting(rest, group, name)))
     return _rows(facts)
 
 

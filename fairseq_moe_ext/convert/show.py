@@ -10,15 +10,14 @@ from typing import Any, Dict, List
 from fairseq_today.torch_today import load_weights_only
 
 from ..branch.files import find, flat_settings
-from ..checkpoint import trained
-from ..checkpoint.format import Manifest, last_history
+from ..checkpoint.format import Manifest
 from ..cost import parameters
 from ..models.architectures import is_ours
 from ..shape import shape_of
 from ..wording import count
+from . import training
 from .archive import dtype_of
 from .readers import reader_of
-from .source import best_metric
 
 # Settings of the training to show, by fairseq's groups.
 _TRAINING = {
@@ -81,31 +80,12 @@ def facts(path: str) -> Dict[str, Any]:
 
 
 def _training(rest: Dict[str, Any]) -> Dict[str, Any]:
-    history = last_history(rest)
-    extra = rest.get("extra_state") or {}
-    updates = history.get("num_updates")
-    if (
-        not updates
-    ):  # not trained since it was made, or weights only: the rest is fairseq's defaults
-        corpora = (rest.get("task_state") or {}).get("trained_corpora")
-        return {"updates": 0, **({"corpora": corpora} if corpora else {})}
-    summary = {
-        "updates": updates,
-        "epoch": trained.epoch(extra, updates),
-        "tokens": trained.tokens(extra, updates),
-        "seconds": extra.get("previous_training_time"),
-        "best_checkpoint_metric": best_metric(rest),
-        "validation_loss": extra.get("val_loss"),  # a value of that metric
-        "best": extra.get("best"),
-        "optimizer": history.get("optimizer_name"),
-        "criterion": history.get("criterion_name"),
-        "corpora": (rest.get("task_state") or {}).get("trained_corpora"),
-    }
-    cfg = rest.get("cfg") or {}
-    for group, names in _TRAINING.items():
-        of_group = cfg.get(group) or {}
-        summary.update({n: of_group.get(n) for n in names if of_group.get(n) not in (None, False)})
-    return {name: value for name, value in summary.items() if value is not None}
+    found = training.results(rest)
+    if found["updates"]:
+        named = [(group, name) for group, names in _TRAINING.items() for name in names]
+        settings = {name: training.setting(rest, group, name) for group, name in named}
+        found.update((k, value) for k, value in settings.items() if value not in (None, False))
+    return found
 
 
 def _writer(path: str, files: List[str]) -> str:
@@ -121,7 +101,7 @@ def _writer(path: str, files: List[str]) -> str:
 
 
 def _table(summary: Dict[str, Any]) -> Dict[str, str]:
-    model, training, size = summary["model"], summary["training"], summary["parameters"]
+    model, past, size = summary["model"], summary["training"], summary["parameters"]
     words = f"{count(model['layers'], 'layer')}, {model['dim']} wide"
     words += f", a vocabulary of {model['types']:,}"
     if model["experts"]:
@@ -134,19 +114,19 @@ def _table(summary: Dict[str, Any]) -> Dict[str, str]:
         "files": f"{count(summary['files']['count'], 'file')}, "
         f"{summary['files']['bytes']:,} bytes, " + ", ".join(summary["precision"]),
     }
-    done = [count(training["updates"], "update")] if training.get("updates") else []
-    done += [count(training["tokens"], "token")] if training.get("tokens") else []
-    done += [f"epoch {training['epoch']}"] if training.get("epoch") else []
-    done += [f"{training['seconds']:,.0f} s"] if training.get("seconds") else []
+    done = [count(past["updates"], "update")] if past.get("updates") else []
+    done += [count(past["tokens"], "token")] if past.get("tokens") else []
+    done += [f"epoch {past['epoch']}"] if past.get("epoch") else []
+    done += [f"{past['seconds']:,.0f} s"] if past.get("seconds") else []
     for name, words in (("validation_loss", "validation"), ("best", "best")):
-        if training.get(name) is not None:
-            done.append(f"{words} {training['best_checkpoint_metric']} {training[name]:.4g}")
+        if past.get(name) is not None:
+            done.append(f"{words} {past['best_checkpoint_metric']} {past[name]:.4g}")
     table["training"] = ", ".join(done) or "not recorded"
     shown = {"updates", "tokens", "epoch", "seconds"}
     shown |= {"best_checkpoint_metric", "validation_loss", "best"}
     table["with"] = ", ".join(
         f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
-        for name, value in training.items()
+        for name, value in past.items()
         if name not in shown
     )
     table["written by"] = summary["written_by"]

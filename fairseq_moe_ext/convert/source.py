@@ -115,13 +115,6 @@ def without(rest: Mapping[str, Any], *names: str) -> Dict[str, Any]:
     return {**rest, "extra_state": {k: v for k, v in extra.items() if k not in names}}
 
 
-def best_metric(rest: Mapping[str, Any]) -> str:
-    """Name of the metric whose values a checkpoint keeps as `val_loss` and `best`."""
-    cfg = (rest.get("cfg") or {}).get("checkpoint") or {}
-    named = cfg.get("best_checkpoint_metric")
-    return str(named or getattr(rest.get("args"), "best_checkpoint_metric", None) or "loss")
-
-
 def with_settings(rest: Dict[str, Any], settings: Dict[str, Any]) -> Dict[str, Any]:
     """The state with these settings of the model."""
     if rest.get("args") is None:

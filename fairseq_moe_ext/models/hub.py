@@ -43,10 +43,15 @@ def own_data(folder: Path, checkpoint_file: str, data: str, given: Mapping[str, 
         tokenizer_files.check_bpe(path, given)
     if data == ".":
         return str(tokenizer_files.folder_for(path, None, "data_name_or_path=").resolve())
-    where = folder / data if data.startswith(".") else Path(data)
+    where = data_folder(folder, data)
     if "bpe" not in given and where.is_dir():
         tokenizer_files.check(path, where)
     return data
+
+
+def data_folder(folder: Path, data: str) -> Path:
+    """A data_name_or_path as fairseq takes it: relative to the model where it begins with a dot."""
+    return folder / data if data.startswith(".") else Path(data)
 
 
 class LanguageModelHub(GeneratorHubInterface):

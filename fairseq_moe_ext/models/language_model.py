@@ -25,7 +25,7 @@ from ..kernels.linear_cross_entropy import linear_cross_entropy
 from ..moe.router import TopKRouter
 from ..shape import context_length, shape_of
 from .decoder import MoETransformerDecoder, too_few_positions
-from .hub import LanguageModelHub, find_tokenizer, own_data
+from .hub import LanguageModelHub, data_folder, find_tokenizer, own_data
 from .precision import in_bfloat16
 from .token_scores import in_chunks, log_probs
 from .unfilled import unfilled_where_loaded
@@ -94,10 +94,8 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
             folder = Path(model_name_or_path)
             data_name_or_path = own_data(folder, checkpoint_file, data_name_or_path, kwargs)
         if "bpe" not in kwargs:
-            data = Path(data_name_or_path)  # relative to the model where it begins with a dot
-            beside = data_name_or_path.startswith(".")
-            folder = Path(model_name_or_path) / data if beside else data
-            kwargs.update(find_tokenizer(folder) or {})
+            data = data_folder(Path(model_name_or_path), data_name_or_path)
+            kwargs.update(find_tokenizer(data) or {})
         hub = super().from_pretrained(
             model_name_or_path, checkpoint_file, data_name_or_path, **kwargs
         )

@@ -5,7 +5,6 @@ import logging
 import math
 import sys
 from argparse import Namespace
-from pathlib import Path
 from typing import Any, Dict, Iterator, Mapping, Optional
 
 import torch
@@ -86,12 +85,12 @@ def build_bpe(stock, self, args):
         return stock(self, args)
     name = getattr(args, "_name", None)
     elsewhere = name == "gpt2" and not str(args.gpt2_encoder_json).startswith("http")
-    data = getattr(getattr(self, "args", None), "data", None)
+    data = tokenizer_files.data_of(self)
     if elsewhere:
         given = {name: getattr(args, name, None) for name in tokenizer_files.GIVEN}
         fingerprint.check_bpe(given, getattr(self, "loaded_from", None) or {})
-    if name in (None, "gpt2") and not elsewhere and isinstance(data, str):
-        tokenizer = find_tokenizer(Path(data.split(":")[0]))
+    if name in (None, "gpt2") and not elsewhere and data is not None:
+        tokenizer = find_tokenizer(data)
         if tokenizer:
             fingerprint.check_tokenizer(self, getattr(self, "loaded_from", None) or {})
             args = Namespace(**tokenizer)

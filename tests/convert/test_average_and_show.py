@@ -14,10 +14,10 @@ from training import TRAIN, train_on
 
 from fairseq_moe_ext.checkpoint.collective import code_version
 from fairseq_moe_ext.cli import main
-from fairseq_moe_ext.convert import model_card, readers, writing
+from fairseq_moe_ext.convert import model_card, readers, show, training, writing
 from fairseq_moe_ext.convert.average import mean_of
 from fairseq_moe_ext.convert.readers import open_checkpoint
-from fairseq_moe_ext.convert.source import best_metric
+from fairseq_moe_ext.convert.source import Source
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.locks import Lock
 
@@ -286,8 +286,17 @@ def test_the_metric_of_the_best_checkpoint_is_named(saved, tmp_path, capsys):
         assert found["best_checkpoint_metric"] == metric and found["best"] == 444.6816
         rows = model_card._training(open_checkpoint(str(tmp_path / "x.pt"), True))
         assert [f"best validation {metric}", "444.6816"] in rows
-    old = {"args": Namespace(best_checkpoint_metric="ppl"), "cfg": None}
-    assert best_metric(old) == "ppl" and best_metric({"args": None}) == "loss"
+
+
+def test_the_training_of_an_older_checkpoint_is_told():
+    """Its settings are in one namespace, without groups."""
+    args = Namespace(best_checkpoint_metric="ppl", lr=[0.5], optimizer="sgd", seed=0)
+    old = {"args": args, "cfg": None, "optimizer_history": [{"num_updates": 3}]}
+    told = show._training(old)
+    assert told["best_checkpoint_metric"] == "ppl" and told["lr"] == [0.5]
+    rows = model_card._training(Source("x.pt", old, {}, {}, [], None))
+    assert ["optimizer", "sgd"] in rows and ["updates", "3"] in rows
+    assert training.results({**old, "args": None})["best_checkpoint_metric"] == "loss"
 
 
 def training_of(path, capsys):
