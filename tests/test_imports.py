@@ -100,7 +100,7 @@ ALLOWED = {
             """,
         "evaluation": """
             evaluation branch config config_checks cost data_bin data_bin_files
-            expert_parallel literals models router_flags shape
+            literals models router_flags shape
             """,
     }.items()
 }

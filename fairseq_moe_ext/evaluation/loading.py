@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import sys
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
@@ -16,7 +15,6 @@ from .. import data_bin, files, literals
 from ..branch.files import find, flat_settings
 from ..branch.outline import main_file
 from ..errors import UserError
-from ..expert_parallel import process_rank
 
 PRECISIONS = {
     "--fp16": "use half precision for the weights",
@@ -78,8 +76,7 @@ def language_modeling_task(folder: Path, tokens_per_sample: int) -> LanguageMode
 def load_model(
     path: Path, task: Any, overrides: Optional[Dict[str, Any]] = None
 ) -> Tuple[FairseqLanguageModel, Any]:
-    """The model of a checkpoint, for evaluation, and its saved settings. A line on stderr warns of
-    a router that looks at later tokens.
+    """The model of a checkpoint, for evaluation, and its saved settings.
 
     Args:
         path: as fairseq-eval-lm's --path.
@@ -93,14 +90,6 @@ def load_model(
         raise UserError(
             f"--path {path}: trained with --add-bos-token, but this command starts no text with "
             "<s>: evaluate it with fairseq-eval-lm"
-        )
-    balanced = any(moe.gate.settings.balanced_evaluation for moe in moe_layers(model).values())
-    if balanced and process_rank() == 0:
-        print(
-            f"{path}: has --moe-base-evaluation balanced, so that a token's score depends on later "
-            "tokens and on the rest of its batch: add --model-overrides "
-            "\"{'moe_base_evaluation': 'greedy'}\"",
-            file=sys.stderr,
         )
     return model.eval(), saved
 

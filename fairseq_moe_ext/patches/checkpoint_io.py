@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, Optional, Tuple
+from typing import Any, Optional, Sequence, Tuple
 
 import torch.distributed as dist
 from fairseq.file_io import PathManager
@@ -30,6 +30,7 @@ from ..diverging import check_weights
 from ..errors import ModelMisfit
 from ..expert_parallel import process_count, process_rank
 from ..models.precision import has_own_bfloat16
+from ..moe.layer import MoELayer
 from .ema import begin_from_the_model
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,21 @@ def load_model_ensemble_and_task(
     if wanted and not pads and find(filenames[-1]) and cfg.model.moe_freq > 0:
         settings.pad_to_fixed_length = True
         logger.info("blocks are padded to their full length, as the branch evaluates")
+    if process_rank() == 0:
+        _warn_of_balanced(models, ":".join(filenames))
     return models, cfg, task
+
+
+def _warn_of_balanced(models: Sequence[Any], path: str) -> None:
+    """By a line on stderr, of a router that looks at later tokens."""
+    layers = [m for model in models for m in model.modules() if isinstance(m, MoELayer)]
+    if any(layer.gate.settings.balanced_evaluation for layer in layers):
+        print(
+            f"{path}: has --moe-base-evaluation balanced, so that a token's score depends on later "
+            "tokens and on the rest of its batch: add --model-overrides "
+            "\"{'moe_base_evaluation': 'greedy'}\"",
+            file=sys.stderr,
+        )
 
 
 def load_checkpoint(stock, cfg, trainer, **kwargs):

@@ -7,7 +7,6 @@ import re
 import numpy as np
 import pytest
 import torch
-from fairseq import checkpoint_utils
 from small_models import MOE, build_model
 from training import fairseq, prepare_near_and_far
 
@@ -17,6 +16,7 @@ from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.evaluation import capacity, evaluate_command, perplexity, texts
 from fairseq_moe_ext.evaluation.loading import language_modeling_task, load_model
 from fairseq_moe_ext.models import precision
+from fairseq_moe_ext.patches import checkpoint_io
 
 EOS = 2
 
@@ -48,12 +48,12 @@ def test_every_token_is_scored_once_as_a_plain_loop_does(length, context, stride
 
 
 @pytest.mark.parametrize("how", ["greedy", "balanced"])
-def test_a_router_that_looks_ahead_is_warned_of(monkeypatch, capsys, how):
+def test_a_router_that_looks_ahead_is_warned_of(capsys, how):
+    """Where all commands, fairseq's too, load models."""
     router = dict(moe_router="base", moe_balance="none", moe_base_evaluation=how)
     flags = {**MOE, **router, "moe_second_expert_policy": "sampling"}
     model = build_model(**flags)
-    monkeypatch.setattr(checkpoint_utils, "load_model_ensemble", lambda *a, **k: ([model], None))
-    assert load_model("x.pt", None)[0] is model
+    checkpoint_io.load_model_ensemble_and_task(lambda *_, **__: ([model], None, None), ["x.pt"])
     warned = capsys.readouterr().err
     assert warned.startswith("x.pt: has --moe-base-evaluation balanced") == (how == "balanced")
     assert len(warned.splitlines()) == (how == "balanced")
