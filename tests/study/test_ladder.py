@@ -1069,14 +1069,24 @@ def test_hours_say_what_they_are_computed_by(folder, tmp_path, probed, words):
 
 @pytest.fixture
 def timing(monkeypatch):
-    """Time arms without training: a second a token, one more each; on two cores. Returns the names
-    of the arms that were timed."""
+    """Time arms without training: a second a token, one more each; once, on two cores. Returns the
+    names of the arms that were timed."""
     timed = []
+    monkeypatch.setattr(probe, "ROUNDS", 1)
     monkeypatch.setattr(probe, "_command", lambda _, arm, folder: timed.append(arm.name) or [])
     monkeypatch.setattr(probe, "_logged", lambda _: float(len(timed)))
     monkeypatch.setattr(probe.Runner, "call", lambda *_: None)
     monkeypatch.setattr(probe.cores, "usable", lambda: 2)
     return timed
+
+
+def test_arms_are_timed_in_turn(folder, tmp_path, timing, monkeypatch, capsys):
+    ladder = stages.read(write(folder))._replace(out=tmp_path)
+    monkeypatch.setattr(probe, "ROUNDS", 3)
+    probe.run(ladder, ladder.arms[:2])
+    assert timing == ["a", "b"] * 3
+    assert probe.seconds_per_token(ladder) == {"a": 3.0, "b": 4.0}, "the medians"
+    assert "a: 0 (0 to 1) tokens/s" in capsys.readouterr().out
 
 
 def test_arms_are_timed_again_on_other_cores_or_with_other_settings(folder, tmp_path, timing):

@@ -1,5 +1,6 @@
 """The speed of each arm's training steps, one arm after the other with nothing beside it: of runs
-that share a machine the clock says little."""
+that share a machine the clock says little. In rounds, as the same training, started again, may be
+a third faster or slower: where its memory lies differs."""
 
 import math
 import statistics
@@ -15,7 +16,8 @@ from ..runner import Runner
 from .forecast import training_flops
 from .stages import LR, PROBE, Arm, Ladder, Stage, study_file
 
-UPDATES, SKIPPED = 10, 3  # of an arm; the first ones pay for the start
+UPDATES, SKIPPED = 10, 3  # of a training; the first ones pay for the start
+ROUNDS = 3
 
 
 class _Probed(NamedTuple):
@@ -62,7 +64,7 @@ def _outdated(ladder: Ladder, probed: _Probed, threads: int) -> List[str]:
 
 def run(ladder: Ladder, arms: Sequence[Arm]) -> None:
     """Time the arms that are not yet in probe.json, and all that were timed with other settings or
-    another number of threads, and write it after each."""
+    another number of threads, in turn, and write the median of its rounds after an arm's last."""
     threads = cores.usable()
     probed = _read(ladder)
     known, how = probed.seconds_per_token, probed.how
@@ -77,31 +79,40 @@ def run(ladder: Ladder, arms: Sequence[Arm]) -> None:
     ]
     folder = ladder.out / PROBE
     runner = Runner(folder, f"out: {folder}")
+    timed: Dict[str, List[float]] = {arm.name: [] for arm in left}
     try:
         runner.open()
-        for arm in left:
+        for arm in list(left) * ROUNDS:
             command = _command(ladder, arm, folder)
             log = folder / f"{arm.name}.log"
             log.unlink(missing_ok=True)
             runner.call(command, log, threads)
-            known[arm.name] = _logged(log)
+            timed[arm.name].append(_logged(log))
+            if len(timed[arm.name]) < ROUNDS:
+                continue
+            known[arm.name] = statistics.median(timed[arm.name])
             how[arm.name] = {"threads": threads, "settings": ladder.settings(arm)}
             outputs.write_json(
                 ladder.out / "probe.json",
                 {
                     "seconds_per_token": known,
                     "updates": UPDATES,
+                    "rounds": ROUNDS,
                     "threads": threads,
                     "timed_with": how,
                 },
             )
-            speed = training_flops(arm, ladder) / known[arm.name] / 1e9
-            print(
-                f"{arm.name}: {1 / known[arm.name]:,.0f} tokens/s, {speed:.0f} GFLOP/s", flush=True
-            )
+            print(_line(arm, timed[arm.name], training_flops(arm, ladder)), flush=True)
     finally:
         runner.stop()
     print(f"{len(known)} arms are in {ladder.out / 'probe.json'}")
+
+
+def _line(arm: Arm, seconds: Sequence[float], flops: float) -> str:
+    """d0: 27,384 (26,930 to 28,580) tokens/s, 170 GFLOP/s"""
+    middle, slowest, fastest = statistics.median(seconds), max(seconds), min(seconds)
+    ends = f"{1 / slowest:,.0f} to {1 / fastest:,.0f}"
+    return f"{arm.name}: {1 / middle:,.0f} ({ends}) tokens/s, {flops / middle / 1e9:.0f} GFLOP/s"
 
 
 def _command(ladder: Ladder, arm: Arm, folder: Path) -> List[str]:
