@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from training import words, write_data_bin
 
 import fairseq_moe_ext
-from fairseq_moe_ext import starting
+from fairseq_moe_ext import command_checks
 from fairseq_moe_ext.config import MoETransformerLMConfig
 from fairseq_moe_ext.criterions.moe_cross_entropy import MoECrossEntropyConfig
 from fairseq_moe_ext.criterions.multiple_choice import MultipleChoiceConfig
@@ -444,7 +444,7 @@ def test_a_number_out_of_range_is_named_where_it_was_set():
     for name, value in (("max_update", -4), ("lr", [-1])):
         cfg = {**groups, "optimization": {name: value}, "model": {"_name": MODEL_NAME}}
         with pytest.raises(UserError, match=rf"^optimization.{name} "):
-            starting.check_run(cfg)
+            command_checks.check_run(cfg)
 
 
 def test_the_data_must_be_given():

@@ -29,7 +29,7 @@ ALLOWED = {
         "shape": "balance_flags moe.activations moe.router router_flags",
         "ranges": "literals",
         "ours": "",
-        "starting": "config data_bin literals moe.router optim ours ranges",
+        "command_checks": "config data_bin literals moe.router optim ours ranges",
         "trainer_checks": "balance_flags expert_parallel moe.router ours shape",
         "accuracy": "",
         "student_t": "",
@@ -46,10 +46,10 @@ ALLOWED = {
         "generate": "generate evaluation models prepare tokenizer_files",
         "literals": "",
         "patches": """
-            patches branch checkpoint config_checks cost counted data_bin data_bin_files diverging
-            expert_parallel fingerprint fully_sharded kernels.dtypes literals metrics_file models
-            moe.balance moe.layer moe.stats ours shape starting tokenizer_files trainer_checks
-            training_line
+            patches branch checkpoint command_checks config_checks cost counted data_bin
+            data_bin_files diverging expert_parallel fingerprint fully_sharded kernels.dtypes
+            literals metrics_file models moe.balance moe.layer moe.stats ours shape
+            tokenizer_files trainer_checks training_line
             """,
         "patch_list": "patches",
         "metrics_file": "outputs",
@@ -73,8 +73,8 @@ ALLOWED = {
             fully_sharded models moe router_flags shape
             """,
         "models": """
-            models balance_flags config config_checks data_bin expert_parallel
-            fully_sharded kernels moe router_flags shape starting tokenizer_files
+            models balance_flags command_checks config config_checks data_bin expert_parallel
+            fully_sharded kernels moe router_flags shape tokenizer_files
             """,
         "criterions": "criterions accuracy kernels.dtypes moe.stats ranges",
         "tasks": "tasks accuracy data_bin expert_parallel questions ranges",

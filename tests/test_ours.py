@@ -14,7 +14,7 @@ from fairseq.tasks.translation import TranslationTask
 from omegaconf import OmegaConf
 from processes import run_processes
 
-from fairseq_moe_ext import ours, starting, trainer_checks
+from fairseq_moe_ext import command_checks, ours, trainer_checks
 from fairseq_moe_ext.criterions.moe_cross_entropy import MoECrossEntropyCriterion
 from fairseq_moe_ext.errors import NotFinite, UserError
 from fairseq_moe_ext.patches import PATCHES, checkpoint_io, commands
@@ -119,11 +119,11 @@ def test_only_our_runs_need_the_checkpoint_that_they_name(tmp_path, monkeypatch)
 def test_fused_adam_trains_any_model():
     given = dict(arch="transformer", task="translation", criterion="label_smoothed_cross_entropy")
     given.update(optimizer="fused_adam", max_update=9, batch_size=4, max_tokens=None)
-    starting.check_command_line(Namespace(**given))
+    command_checks.check_command_line(Namespace(**given))
     with pytest.raises(UserError, match="--batch-size 0"):  # it is checked as our runs are
-        starting.check_command_line(Namespace(**{**given, "batch_size": 0}))
+        command_checks.check_command_line(Namespace(**{**given, "batch_size": 0}))
     with pytest.raises(UserError, match="--task"):
-        starting.check_command_line(Namespace(**{**given, "arch": "moe_lm_tiny"}))
+        command_checks.check_command_line(Namespace(**{**given, "arch": "moe_lm_tiny"}))
 
 
 class OtherTask(FairseqTask):
@@ -162,10 +162,10 @@ def test_other_tasks_read_their_lines_and_samples_as_stock_does(monkeypatch):
 
 def test_translations_may_use_their_source():
     given = dict(path="x.pt", beam=4, nbest=1, replace_unk="x", model_overrides="{}")
-    starting.check_command_line(Namespace(**given, task="translation"))
+    command_checks.check_command_line(Namespace(**given, task="translation"))
     for task in ("language_modeling", "mixture_language_modeling"):
         with pytest.raises(UserError, match="--replace-unk: language models have no source"):
-            starting.check_command_line(Namespace(**given, task=task))
+            command_checks.check_command_line(Namespace(**given, task=task))
 
 
 def gathered(rank):

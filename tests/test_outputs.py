@@ -12,7 +12,7 @@ import pytest
 from fairseq.data import Dictionary
 from study.study_results import made_result
 
-from fairseq_moe_ext import cli, outputs, starting, tokenizer_files
+from fairseq_moe_ext import cli, command_checks, outputs, tokenizer_files
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.evaluation import expert_use, report
 
@@ -171,15 +171,15 @@ def made(**given):
 def test_places_of_fairseqs_flags_are_judged_before_the_work(places, flag, name, message):
     given = {"restore_file": "old.json", flag: name}
     with pytest.raises(UserError) as error:
-        starting.check_command_line(made(**given))
+        command_checks.check_command_line(made(**given))
     assert str(error.value).startswith(f"--{flag.replace('_', '-')} {name}: ")
     assert message in str(error.value)
 
 
 def test_places_of_fairseqs_flags_that_can_be_written(places):
     given = {"save_dir": "a/b", "tensorboard_logdir": "folder", "log_file": "/dev/stderr"}
-    starting.check_command_line(made(**given, results_path=None))
-    starting.check_command_line(made(log_file="new.log", save_dir="folder/new"))
+    command_checks.check_command_line(made(**given, results_path=None))
+    command_checks.check_command_line(made(log_file="new.log", save_dir="folder/new"))
 
 
 def test_a_dictionary_is_a_file_of_utf8(places):

@@ -19,7 +19,7 @@ from small_models import build_model
 from training import USER_DIR, error_in, settings, status_of
 
 import fairseq_moe_ext
-from fairseq_moe_ext import ranges, starting, trainer_checks
+from fairseq_moe_ext import command_checks, ranges, trainer_checks
 from fairseq_moe_ext.config import MoETransformerLMConfig
 from fairseq_moe_ext.criterions.moe_cross_entropy import MoECrossEntropyCriterion
 from fairseq_moe_ext.errors import UserError
@@ -137,29 +137,29 @@ def test_stocks_defaults_are_in_range():
 def test_flags_that_contradict_in_training(changes, words, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError) as error:
-        starting.check_command_line(Namespace(**{**OURS, **changes}))
+        command_checks.check_command_line(Namespace(**{**OURS, **changes}))
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
 def test_what_errors_suggest_of_stocks_exists():
-    assert set(starting._CRITERIONS) <= set(CRITERION_REGISTRY)
-    assert set(starting._TASKS) <= set(TASK_REGISTRY)
+    assert set(command_checks._CRITERIONS) <= set(CRITERION_REGISTRY)
+    assert set(command_checks._TASKS) <= set(TASK_REGISTRY)
 
 
 def test_stocks_adaptive_softmax_is_trained_with_its_criterion():
     ours = {**OURS, "arch": "transformer_lm", "task": "mixture_language_modeling"}
     given = {**ours, "criterion": "adaptive_loss"}
-    starting.check_command_line(Namespace(**given, adaptive_softmax_cutoff="50,100"))
+    command_checks.check_command_line(Namespace(**given, adaptive_softmax_cutoff="50,100"))
     with pytest.raises(UserError, match="--criterion adaptive_loss is not for these"):
-        starting.check_command_line(Namespace(**given))
+        command_checks.check_command_line(Namespace(**given))
 
 
 def test_the_end_of_a_schedule_may_be_its_own():
     """fairseq's parser gives --total-num-update as text (II default)."""
     given = {**OURS, "lr_scheduler": "polynomial_decay", "max_update": 0}
-    starting.check_command_line(Namespace(**given, total_num_update="100"))
+    command_checks.check_command_line(Namespace(**given, total_num_update="100"))
     with pytest.raises(UserError, match="or --max-update: add one of them"):
-        starting.check_command_line(
+        command_checks.check_command_line(
             Namespace(**given, total_num_update="${optimization.max_update}")
         )
 
@@ -167,7 +167,7 @@ def test_the_end_of_a_schedule_may_be_its_own():
 @pytest.mark.parametrize("arch, task", [("transformer", "mixture_language_modeling")])
 def test_a_model_of_another_kind(arch, task):
     with pytest.raises(UserError, match="--arch transformer is not a language model"):
-        starting.check_command_line(Namespace(**{**OURS, "arch": arch, "task": task}))
+        command_checks.check_command_line(Namespace(**{**OURS, "arch": arch, "task": task}))
 
 
 def test_what_fairseq_itself_says_is_one_line():
@@ -197,9 +197,11 @@ def test_what_fairseq_itself_says_is_one_line():
 
 def test_training_without_anything_of_ours_is_left_alone():
     given = dict(OURS, arch="transformer_lm", task="language_modeling", batch_size=0)
-    starting.check_command_line(Namespace(**given))
+    command_checks.check_command_line(Namespace(**given))
     with pytest.raises(UserError):
-        starting.check_command_line(Namespace(**dict(given, task="mixture_language_modeling")))
+        command_checks.check_command_line(
+            Namespace(**dict(given, task="mixture_language_modeling"))
+        )
 
 
 @pytest.mark.parametrize(
@@ -231,23 +233,23 @@ def test_training_without_anything_of_ours_is_left_alone():
 )
 def test_flags_that_contradict_in_evaluation(changes, words):
     given = dict(path="x.pt", context_window=0, tokens_per_sample=32, model_overrides="{}")
-    starting.check_command_line(Namespace(**given))
+    command_checks.check_command_line(Namespace(**given))
     with pytest.raises(UserError) as error:
-        starting.check_command_line(Namespace(**{**given, **changes}))
+        command_checks.check_command_line(Namespace(**{**given, **changes}))
     assert words in str(error.value)
 
 
 def test_validation_ignores_bfloat16():
     given = dict(path="x.pt", arch="moe_lm_tiny", batch_size=4, bf16=True)
     with pytest.raises(UserError, match="^--bf16: fairseq-validate computes in float32"):
-        starting.check_command_line(Namespace(**given))
+        command_checks.check_command_line(Namespace(**given))
 
 
 def test_hydra_spells_group_and_key():
     settings = {"model": {"_name": "moe_transformer_lm"}, "dataset": {"batch_size": 0}}
     with pytest.raises(UserError, match="^dataset.batch_size 0 is out of range"):
-        starting.check_run(OmegaConf.create(settings))
-    starting.check_run(OmegaConf.create({**settings, "model": {"_name": "transformer_lm"}}))
+        command_checks.check_run(OmegaConf.create(settings))
+    command_checks.check_run(OmegaConf.create({**settings, "model": {"_name": "transformer_lm"}}))
 
 
 def train(capsys, line):
@@ -513,7 +515,7 @@ def test_a_setting_is_named_where_it_was_set():
         "dataset": {"batch_size": 0},
     }
     with pytest.raises(UserError, match="^dataset.batch_size 0 is out of range"):
-        starting.check_run(cfg)
+        command_checks.check_run(cfg)
 
 
 def test_a_conflict_names_the_setting_and_not_what_refers_to_it():
@@ -529,4 +531,4 @@ def test_a_conflict_names_the_setting_and_not_what_refers_to_it():
     for copy in (True, False):
         cfg["distributed_training"]["memory_efficient_fp16"] = copy
         with pytest.raises(UserError, match="^common.memory_efficient_fp16 does not work"):
-            starting.check_run(cfg)
+            command_checks.check_run(cfg)

@@ -19,7 +19,8 @@ refers to them.
     cleanup.py    expert files that nothing refers to
     settings.py   checks what a file asks to be built
     loading.py    the files -> the experts of this process
-    starting.py   the checkpoint that a training starts from, and the lock on its folder
+    starting.py   the checkpoint that a training starts from
+    folder_lock.py  the lock on the folder that it saves to
     resuming.py   checks when a trainer resumes
     trained.py    epochs and tokens of a training
     collective.py messages between processes

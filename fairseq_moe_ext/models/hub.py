@@ -11,7 +11,7 @@ from fairseq.data.data_utils import collate_tokens
 from fairseq.hub_utils import GeneratorHubInterface
 from torch import Tensor
 
-from .. import context, starting, tokenizer_files
+from .. import command_checks, context, tokenizer_files
 from ..data_bin import TOKENIZER
 from ..errors import UserError
 from . import text_generation
@@ -158,7 +158,7 @@ class LanguageModelHub(GeneratorHubInterface):
             return []
         settings = {**self.cfg.generation, "beam": beam, **kwargs}
         known = {key: value for key, value in settings.items() if key in self.cfg.generation}
-        starting.check({**known, "task": "language_modeling"}, str, False)
+        command_checks.check({**known, "task": "language_modeling"}, str, False)
         return super().generate(tokenized_sentences, beam=beam, verbose=verbose, **kwargs)
 
     def _build_batches(

@@ -19,7 +19,7 @@ from .. import context, fingerprint, ours, tokenizer_files
 from ..branch import pad_rule
 from ..branch.files import check_name, find
 from ..branch.reading import read
-from ..checkpoint import loading, resuming, saving, starting
+from ..checkpoint import folder_lock, loading, resuming, saving, starting
 from ..checkpoint.cleanup import remove_unused_files
 from ..checkpoint.collective import same_error_on_all_ranks
 from ..checkpoint.experts import has_sharded_experts, saves_together
@@ -139,9 +139,9 @@ def load_checkpoint(stock, cfg, trainer, **kwargs):
             saved = os.path.join(cfg.save_dir, f"checkpoint_last{suffix}.pt")
             check_name(saved, f"--checkpoint-suffix {suffix}: ")
         if process_rank() == 0 and not cfg.no_save:
-            starting.hold(cfg.save_dir)
+            folder_lock.hold(cfg.save_dir)
     if not cfg.no_save and saves_together(trainer):
-        starting.check_shared(cfg.save_dir)
+        folder_lock.check_shared(cfg.save_dir)
     starting.warn_of_overwriting(cfg, suffix)
     vars(checkpoint_utils.save_checkpoint).pop("best", None)
     patience().clear()

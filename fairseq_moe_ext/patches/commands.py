@@ -15,8 +15,8 @@ from typing import Any, Callable
 from fairseq_today.errors import UserError, first_line
 from fairseq_today.registry import View
 
-from .. import expert_parallel, starting
-from ..checkpoint import starting as checkpoint_starting
+from .. import command_checks, expert_parallel
+from ..checkpoint import folder_lock
 from ..config_checks import refuse_both_of_layers
 from ..errors import OneLineParser, flag_mistake, read_negative_numbers
 from ..models.architectures import ARCHITECTURES
@@ -44,7 +44,7 @@ def parse_args_and_arch(stock, parser, input_args=None, *args, **kwargs):
         flags = parsed[0] if isinstance(parsed, tuple) else parsed
         if any(word.split("=")[0] == "--moe-freq" for word in words):
             refuse_both_of_layers(flags.moe_freq, getattr(flags, "moe_layers", None))
-        starting.check_command_line(flags)
+        command_checks.check_command_line(flags)
         return parsed
     except UserError as error:
         mistake = str(error)
@@ -121,7 +121,7 @@ def run_process(main: Callable, cfg: Any, **kwargs: Any) -> Any:
     """What one process runs. A spawned one reports its exception as text, of which
     `mistake_to_print` knows only UserError, so a mistake of any other class becomes one."""
     try:
-        return checkpoint_starting.then_release(main, cfg, **kwargs)
+        return folder_lock.then_release(main, cfg, **kwargs)
     except Exception as error:
         mistake = mistake_to_print(error)
         if mistake is None or type(error) is UserError:
@@ -131,7 +131,7 @@ def run_process(main: Callable, cfg: Any, **kwargs: Any) -> Any:
 
 def train_main(stock, cfg):
     """If the plugin is imported inside call_main, the folder is unlocked here."""
-    return checkpoint_starting.then_release(stock, cfg)
+    return folder_lock.then_release(stock, cfg)
 
 
 def excepthook(stock, kind, error, trace):
@@ -172,7 +172,7 @@ def _check_run(cfg) -> None:
     from fairseq import utils
 
     utils.import_user_module(cfg.common)  # as fairseq_cli/train.py:48@0.12.2 does first
-    starting.check_run(cfg)
+    command_checks.check_run(cfg)
 
 
 def _end_at_once_where_others_wait() -> None:

@@ -21,7 +21,7 @@ from training import (
     train_on,
 )
 
-from fairseq_moe_ext.checkpoint import collective, loading, saving, starting
+from fairseq_moe_ext.checkpoint import collective, folder_lock, loading, saving
 from fairseq_moe_ext.checkpoint.format import MANIFEST
 
 
@@ -80,7 +80,7 @@ def test_trouble_on_one_rank_ends_all_with_one_line(data, tmp_path, patch, words
 def train_in(rank, folders, line):
     with pytest.MonkeyPatch.context() as context:
         context.chdir(folders[rank])
-        context.setattr(starting, "_PATIENCE", 0)
+        context.setattr(folder_lock, "_PATIENCE", 0)
         train(rank, 2, line)
 
 
