@@ -30,6 +30,7 @@ from training import words, write_data_bin
 import fairseq_moe_ext
 from fairseq_moe_ext import command_checks
 from fairseq_moe_ext.config import MoETransformerLMConfig
+from fairseq_moe_ext.config_checks import validate
 from fairseq_moe_ext.criterions.moe_cross_entropy import MoECrossEntropyConfig
 from fairseq_moe_ext.criterions.multiple_choice import MultipleChoiceConfig
 from fairseq_moe_ext.errors import UserError
@@ -38,6 +39,7 @@ from fairseq_moe_ext.models.language_model import MODEL_NAME
 from fairseq_moe_ext.moe.layer import MoELayer
 from fairseq_moe_ext.optim import FusedAdamConfig
 from fairseq_moe_ext.patches import hydra
+from fairseq_moe_ext.router_flags import gate_settings
 from fairseq_moe_ext.tasks.mixture_language_modeling import MixtureLanguageModelingConfig
 from fairseq_moe_ext.tasks.multiple_choice import MultipleChoiceTaskConfig
 from fairseq_today import finding
@@ -300,6 +302,33 @@ def test_recipes_combine():
     assert cfg.model.moe_dropless and cfg.model.use_moe_pad_mask
     assert cfg.criterion.moe_z_loss_wt == 0.001 and cfg.checkpoint.patience == 3
     assert cfg.checkpoint.best_checkpoint_metric == "accuracy"
+
+
+@pytest.mark.parametrize(
+    "router, given, expected",
+    [
+        (
+            "topk",
+            "moe_score=sigmoid moe_groups=2 moe_top_groups=1",
+            dict(score="sigmoid", groups=2),
+        ),
+        ("topk", "moe_balance=both moe_bias_update_rate=0.01", dict(bias_update_rate=0.01)),
+        ("topk", "moe_balance_over=sequence moe_null_experts=2", dict(null_experts=2)),
+        ("threshold", "moe_threshold_decay=0.9", dict(threshold_decay=0.9)),
+        ("base", "moe_base_evaluation=balanced", dict(top_k=1, balanced_evaluation=True)),
+        ("sinkhorn", "moe_top_k=1", dict(top_k=1)),
+        ("random", "moe_top_k=3", dict(top_k=3)),
+        ("hash", "moe_route_scale=2.0", dict(route_scale=2.0)),
+        ("relu", "moe_gating_fp32_product=true", dict(fp32_product=True)),
+    ],
+)
+def test_overrides_reach_the_gate(router, given, expected):
+    overrides = [f"model.{one}" for one in (f"moe_router={router}", *given.split())]
+    policy = "" if router == "topk" else "model.moe_second_expert_policy=sampling"
+    cfg = composed("moe_lm_tiny", ["task.data=x", *overrides, *filter(None, [policy])])
+    model = MoETransformerLMConfig(**resolved(cfg).model)
+    validate(model)
+    assert {key: getattr(gate_settings(model), key) for key in expected} == expected
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen:

@@ -104,17 +104,20 @@ def test_every_router_with_a_state_was_changed_by_it():
         assert all(not torch.equal(a, b) for a, b in zip(before, after))
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("sinkhorn", "base", "random")]
+QUICK = [("threshold", 1, 2), ("relu", 1, 2), ("hash", 1, 2), ("relu", 2, 1)]
+ALL = [(name, *sizes) for name in NAMES for sizes in ((1, 2), (2, 1), (2, 4))]
+RUNS = QUICK + [pytest.param(*run, marks=pytest.mark.slow) for run in ALL if run not in QUICK]
 
 
-@pytest.mark.parametrize("name", ["threshold", "relu", "hash", *SLOW])
-def test_a_run_goes_on_on_two_processes(name, tmp_path):
+@pytest.mark.parametrize("name, before, after", RUNS)
+def test_a_run_goes_on_on_another_number_of_processes(name, before, after, tmp_path):
     """From a checkpoint, with the state that it has, as the run that was not interrupted."""
     data = make_data(tmp_path)
     options = f"--moe-router {name} --moe-gate-loss-wt 0"
     options += "" if ROUTERS[name].capacity_free else " --moe-dropless"
-    losses = first_run(data, tmp_path / "run", 1, EXPERTS, options)
-    resumed = resume(data, tmp_path / "run", 2, EXPERTS, options)
+    losses = first_run(data, tmp_path / "run", before, EXPERTS, options)
+    resumed = resume(data, tmp_path / "run", after, EXPERTS, options)
+    assert (tmp_path / "run" / "experts").is_dir() == (before > 1)
     assert resumed == pytest.approx(losses[-len(resumed) :], rel=1e-5)
     assert len(resumed) == UPDATES - 4
     saved = torch.load(tmp_path / "run" / "checkpoint_1_4.pt", weights_only=True)["model"]
