@@ -12,11 +12,11 @@ from fairseq.trainer import Trainer
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from .. import context, data_bin, fully_sharded
+from .. import context, data_bin, fully_sharded, ours
 from ..diverging import check_weights
 from ..errors import ModelMisfit, UserError
 from ..expert_parallel import all_gather, process_count, process_rank
-from ..wording import flag
+from ..wording import did_you_mean, flag
 from .collective import check_code_versions, same_error_on_all_ranks
 from .experts import has_sharded_experts, saves_together
 from .loading import refuse_folder
@@ -105,6 +105,22 @@ def _check_optimizer_state(trainer: Trainer, filename: str) -> None:
 
 
 _OF_EACH_NUMBER = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}
+
+
+def check_overrides(trainer: Trainer, overrides: Mapping[str, Any]) -> None:
+    """Raise UserError for an unknown name in --optimizer-overrides, which stock ignores
+    (fairseq/optim/fairseq_optimizer.py:86@0.12.2)."""
+    defaults = getattr(getattr(trainer.optimizer, "optimizer", None), "defaults", None)
+    if defaults is None or not ours.is_run(trainer.cfg):
+        return
+    known = {**defaults, **trainer.optimizer.optimizer_config}
+    for name in overrides:
+        if name not in known:
+            raise UserError(
+                f"--optimizer-overrides '{name}': the optimizer has no such setting; use "
+                + ", ".join(known)
+                + did_you_mean(name, known)
+            )
 
 
 def warn_of_kept_settings(trainer: Trainer, filename: str, overrides: Mapping[str, Any]) -> None:

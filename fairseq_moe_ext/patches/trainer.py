@@ -107,6 +107,7 @@ def load_checkpoint(
         if extra_state is not None:
             resuming.check(self, filename, optimizer=not reset_optimizer)
             if not reset_optimizer:
+                resuming.check_overrides(self, optimizer_overrides or {})
                 resuming.warn_of_kept_settings(self, filename, optimizer_overrides or {})
     updates = self.get_num_updates()
     if updates == 0:  # stock goes on counting the hours of --stop-time-hours

@@ -201,3 +201,6 @@ def test_settings_that_a_resumed_run_keeps_are_named(data, runs, caplog):
             flags += " --reset-optimizer"
         train(0, 1, f"{line} {flags}")
     assert 'optimizer-overrides "' not in caplog.text
+    words = "--optimizer-overrides 'adam_betas': the optimizer has no such setting; use lr, betas, "
+    with pytest.raises(UserError, match=words + ".*; did you mean betas"):
+        train(0, 1, f"{line} --optimizer-overrides {{'adam_betas':(0.8,0.9)}}")
