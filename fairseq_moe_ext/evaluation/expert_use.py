@@ -52,34 +52,18 @@ def expert_use(
     without the subset or with different dictionaries.
     """
     check_path(checkpoint, "")
-    for name, folder in bins.items():
-        if not ((folder / data_bin.DICTIONARY).is_file() and data_bin.has_split(folder, subset)):
-            raise UserError(
-                f"--bin {name}={folder}: lacks {data_bin.DICTIONARY} or {subset}.idx; give a "
-                "data-bin, and one of its splits as --subset"
-            )
-    data_bin.check_dictionaries(next(iter(bins.values())), bins)
+    _check_bins(bins, subset)
+    model, _ = load_model(checkpoint, language_modeling_task(next(iter(bins.values())), 1))
+    set_gates(model, dropless=True)
+    watches = _watch(model)
+    if not watches:
+        raise UserError(f"{checkpoint}: has no experts; name an MoE checkpoint")
+    length = _length(tokens_per_sample, model.max_positions())
     counts: Dict[int, Dict[str, torch.Tensor]] = {}
     tokens: Dict[str, int] = {}
-    model = None
     watched = list(among) or list(bins)
     seen = _Seen()
-    length = tokens_per_sample or _LENGTH
     for name, folder in bins.items():
-        if model is None:
-            model, _ = load_model(checkpoint, language_modeling_task(folder, 1))
-            set_gates(model, dropless=True)
-            watches = _watch(model)
-            if not watches:
-                raise UserError(f"{checkpoint}: has no experts; name an MoE checkpoint")
-            longest = model.max_positions()
-            if tokens_per_sample is None:
-                length = min(length, longest)
-            elif length > longest:
-                raise UserError(
-                    f"--tokens-per-sample {length}: the model takes at most {longest} tokens; use "
-                    f"{longest} or less"
-                )
         task = language_modeling_task(folder, length)
         task.load_dataset(subset)
         tokens[name] = 0
@@ -105,6 +89,26 @@ def expert_use(
         }
         for layer in sorted(counts)
     ]
+
+
+def _check_bins(bins: Dict[str, Path], subset: str) -> None:
+    for name, folder in bins.items():
+        if not ((folder / data_bin.DICTIONARY).is_file() and data_bin.has_split(folder, subset)):
+            raise UserError(
+                f"--bin {name}={folder}: lacks {data_bin.DICTIONARY} or {subset}.idx; give a "
+                "data-bin, and one of its splits as --subset"
+            )
+    data_bin.check_dictionaries(next(iter(bins.values())), bins)
+
+
+def _length(asked: Optional[int], longest: int) -> int:
+    """Tokens of a block, of a model that takes `longest` at most."""
+    if asked is not None and asked > longest:
+        raise UserError(
+            f"--tokens-per-sample {asked}: the model takes at most {longest} tokens; use "
+            f"{longest} or less"
+        )
+    return asked or min(_LENGTH, longest)
 
 
 def _watch(model: FairseqLanguageModel) -> Dict[int, specialisation.Watch]:
@@ -141,8 +145,7 @@ def _batches(dataset: FairseqDataset, batch_size: int) -> Iterator[torch.Tensor]
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = OneLineParser(
-        prog="python -m fairseq_moe_ext.evaluation.expert_use",
-        description="Which expert takes which text, layer by layer.",
+        prog=specialisation.COMMAND, description="Which expert takes which text, layer by layer."
     )
     parser.add_argument("checkpoint", type=Path, help="a checkpoint of fairseq-train")
     parser.add_argument(

@@ -23,6 +23,7 @@ from ..errors import UserError
 RANDOM = 5  # gates
 SHUFFLES = 5
 TOKENS = 2**19  # that are looked at, an equal part of each data-bin
+COMMAND = "python -m fairseq_moe_ext.evaluation.expert_use"
 DEVIATIONS = 3  # above the random gates' mean; of five about the end of the 95 % range of a sixth
 MEANING = (
     "Bits: the information that one choice of expert carries about where a token is from, without "
@@ -55,8 +56,8 @@ class LayerUse(TypedDict, total=False):
 
 
 def read(path: Path) -> List[LayerUse]:
-    """Read what evaluation.expert_use wrote. Raises UserError for any other file."""
-    remedy = "create it with evaluation.expert_use --json"
+    """Read what COMMAND wrote. Raises UserError for any other file."""
+    remedy = f"create it with `{COMMAND} --json`"
     content = files.read_json(path, remedy=remedy)
     layers = content if isinstance(content, list) else [content]
     if not layers or not all(isinstance(x, dict) and {"layer", "share"} <= set(x) for x in layers):
@@ -224,8 +225,7 @@ def verdict(layers: Sequence[LayerUse], by: str, words: str) -> str:
     """A sentence on the information about "domain" or "token" in all layers, and the controls."""
     if not all("information" in layer for layer in layers):
         return (
-            f"By {words} nothing can be said: the file has no controls; count again with "
-            "evaluation.expert_use."
+            f"By {words} nothing can be said: the file has no controls; count again with {COMMAND}."
         )
     information = [layer["information"][by] for layer in layers if by in layer["information"]]
     if len(information) < len(layers):

@@ -1,6 +1,7 @@
 """What each expert of a layer takes: which tokens, which text, where."""
 
 import math
+from dataclasses import dataclass
 from typing import List, Sequence
 
 import numpy as np
@@ -17,21 +18,17 @@ CHANCE = 0.05  # at most, that a card of an expert that takes tokens at random h
 BEFORE, AFTER = 8, 4  # tokens of context
 
 
+@dataclass
 class Counted:
     """The tokens that are counted, and the classes they are in: arrays (T,)."""
 
-    def __init__(
-        self,
-        token_ids: np.ndarray,
-        domains: np.ndarray,
-        names: Sequence[str],
-        blocks: np.ndarray,
-        positions: np.ndarray,
-        frequencies: np.ndarray,
-        previous: np.ndarray,
-    ) -> None:
-        self.token_ids, self.domains, self.names, self.blocks = token_ids, domains, names, blocks
-        self.positions, self.frequencies, self.previous = positions, frequencies, previous
+    token_ids: np.ndarray
+    domains: np.ndarray
+    names: Sequence[str]  # of the domains
+    blocks: np.ndarray
+    positions: np.ndarray
+    frequencies: np.ndarray
+    previous: np.ndarray  # ids
 
 
 def cards(view: LayerView, seen: Counted, tokens: Tokens) -> List[Card]:

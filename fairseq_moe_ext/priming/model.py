@@ -127,7 +127,6 @@ def load_in_context(
 ) -> Tuple[FairseqLanguageModel, int]:
     """The model, and the length of a prompt in tokens: `context`, or the longest that the model
     accepts. The other arguments: as of load."""
-    check_path(path)
     if context is not None:  # before the weights are read
         with naming(path):
             check_context(context, most_tokens(path, parse_overrides(overrides)))

@@ -13,7 +13,7 @@ from ..evaluation.perplexity import SetResult
 from ..evaluation.study_result import RunResult, as_written
 from ..shape import shape_of
 from . import command_line, logs, trained
-from .plan import Run
+from .plan import Run, training_words
 
 FILE = "diverged.json"  # in the run's folder
 # of the last line of its log (diverging.py, errors.py); damaged checkpoints have another remedy
@@ -24,7 +24,7 @@ def note(run: Run, error: UserError) -> bool:
     """Write that a run diverged, if that is why its training failed."""
     if SAID not in str(error):
         return False
-    vocabulary = len(Dictionary.load(str(Path(run.train[1]) / data_bin.DICTIONARY)))
+    vocabulary = len(Dictionary.load(str(run.data / data_bin.DICTIONARY)))
     outputs.write_json(run.folder / FILE, {"error": str(error), "vocabulary": vocabulary})
     return True
 
@@ -44,7 +44,7 @@ def result(run: Run, like: RunResult, context: int, tokens_per_update: int) -> R
     """On the sets that another run was evaluated on. Raises UserError for damaged files."""
     with as_written(run.folder / FILE):
         vocabulary = int(files.read_json(run.folder / FILE)["vocabulary"])
-    words = [run.train[1], *run.train[4:]]  # without --user-dir
+    words = training_words(run.train)
     shape = shape_of(command_line.check_training(words, run.name), vocabulary)
     seconds = 0.0
     with contextlib.suppress(UserError):  # the first update diverged

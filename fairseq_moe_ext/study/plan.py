@@ -72,6 +72,11 @@ class Run(NamedTuple):
         return f"{self.family} {self.size} seed {self.seed}"
 
     @property
+    def data(self) -> Path:
+        """The folder that it is trained on."""
+        return Path(self.train[1])
+
+    @property
     def commands(self) -> List[List[str]]:
         return [command for command in (self.train, self.evaluate, self.prime) if command]
 
@@ -118,9 +123,9 @@ def planned(content: Any, path: Path) -> Plan:
     sizes = _arms(asked, path) if asked["arms"] else _sizes(asked, path)
     out = Path(asked["out"])
     for size in sizes:
-        words = _train(asked, out, size, 1)[4:]  # behind --user-dir
+        words = training_words(_train(asked, out, size, 1))
         where = f"{path}: {size.family} {size.name}"
-        command_line.check_training([asked["data"], *words], where)
+        command_line.check_training(words, where)
     if asked["priming"]:
         command_line.check_priming(_prime(asked, priming, out)[4:], f"{path}: priming")
     runs = []
@@ -303,6 +308,11 @@ def _train(asked: Dict[str, Any], folder: Path, size: _Size, seed: int) -> List[
         *("--log-format", "json", "--log-interval", str(min(10, every))),
         *as_words(flags),
     ]
+
+
+def training_words(command: Sequence[str]) -> List[str]:
+    """The words of a training's command, without the program and --user-dir."""
+    return [command[1], *command[4:]]
 
 
 def _evaluate(asked: Dict[str, Any], settings: Dict[str, Any], folder: Path) -> List[str]:

@@ -25,7 +25,7 @@ _COUNTED = ("documents", "tokens", "bytes")
 def record(run: Run) -> None:
     """Before the training starts, or goes on."""
     outputs.write_json(run.folder / COMMAND, run.train)
-    counts = Path(run.train[1]) / data_bin.COUNTS
+    counts = run.data / data_bin.COUNTS
     if counts.is_file() and not (run.folder / TEXT).exists():
         outputs.write_json(run.folder / TEXT, files.read_json(counts))
 
@@ -88,11 +88,11 @@ def _same(before: Optional[str], now: Optional[str]) -> bool:
 
 
 def _differs_in_text(run: Run) -> str:
-    counts = Path(run.train[1]) / data_bin.COUNTS
+    counts = run.data / data_bin.COUNTS
     noted = digest(run.folder / TEXT)
     if not noted or not counts.is_file() or noted == digest(counts):
         return ""
-    return f"was trained on other text than {run.train[1]} now has ({counts})"
+    return f"was trained on other text than {run.data} now has ({counts})"
 
 
 def digest(counts: Path) -> str:
