@@ -979,6 +979,38 @@ def test_the_result_that_is_committed():
     assert f"{inside} %" in (docs / "performance.md").read_text(encoding="utf-8")
 
 
+def test_the_result_with_fixed_rates_that_is_committed():
+    """docs/ladder_fixed_rates: its file, and what docs/study.md says of it."""
+    folder = STUDY.parents[1] / "docs" / "ladder_fixed_rates"
+    searched = json.loads((folder.parent / "ladder_two_cores" / "result.json").read_text("utf-8"))
+    file, whole = (
+        yaml.safe_load(path.read_text("utf-8"))
+        for path in (folder / "ladder.yaml", STUDY / "ladder.yaml")
+    )
+    rates = file["learning-rate"].pop("values")
+    assert rates.keys() == whole["learning-rate"].pop("values").keys()
+    for name, (rate,) in rates.items():
+        assert float(rate) == float(searched["rates"][name]["value"])
+    assert file == whole
+    found = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    assert tables.page(found) == (folder / "tables.md").read_text("utf-8")
+    text = (folder.parent / "study.md").read_text(encoding="utf-8")
+    plain = " ".join(text.split())
+    factors = tables.by_key(found)
+    inside, outside = (factors["d1-256x4", 16_000_000, g] for g in ("in_domain", "out_of_domain"))
+    assert f"saves {tables.factor(inside)} times the training FLOPs in domain" in plain
+    assert f"domain and {tables.factor(outside)} times out of domain." in plain
+    assert f"{inside['factor']:.2f} becomes {inside['with_router']:.2f}." in plain
+    said = "saves {:.2f} times in domain and {:.2f} times out of domain, `d1-E8`"
+    assert said.format(inside["in_seconds"], outside["in_seconds"]) in plain
+    for group in ("in_domain", "out_of_domain"):
+        assert markdown(tables.over_tokens(found, group)).strip() in text
+    measured = {run["size"]: run["mean"] for run in found["runs"]}
+    for group in ("in_domain", "out_of_domain"):
+        for name in ("d0", "d1", "d2", "d3", "d1-E8", "d1-256x4"):
+            assert f"{measured[name][group]['perplexity']:.1f}" in plain
+
+
 def inner(update, loss=5.0):
     return (
         f't | INFO | train_inner | {{"num_updates": "{update}", "inner_loss": "{loss}", '
