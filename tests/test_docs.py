@@ -1,5 +1,6 @@
 """The site of docs/: its list of flags, its pages, and the build itself."""
 
+import fnmatch
 import importlib.util
 import re
 import subprocess
@@ -60,6 +61,9 @@ def test_every_page_is_in_the_table_of_contents():
     listed = set("\n".join(re.findall(r"```{toctree}\n(.*?)```", index, flags=re.S)).split())
     pages = {path.stem for path in DOCS.glob("*.md")} - {"index"}
     assert pages == {name for name in listed if name[0] != ":"} - {"How", "to"} - {"Reference"}
+    for path in DOCS.glob("*/*.md"):  # results, which are no pages
+        patterns = conf().exclude_patterns
+        assert any(fnmatch.fnmatch(path.parent.name, pattern) for pattern in patterns), path
 
 
 @pytest.mark.slow
