@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import logging
 import os
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -195,6 +195,9 @@ def _rows_of_state(
 # ---- The branch's
 
 
+_Part = Tuple[Dict[str, AnyTensor], Dict[int, Any]]  # weights, and optimizer state by number
+
+
 def branch_jobs(source: Source, path: str, ranks: int) -> List[Job]:
     """X-rank-0.pt, ..., and X-shared.pt, the last job, of X.pt."""
     local = share_of_rank(source.path, source.experts, ranks)
@@ -229,34 +232,38 @@ def branch_jobs(source: Source, path: str, ranks: int) -> List[Job]:
             )
         group = {**source.optimizer.rest["param_groups"][0], "params": list(range(len(numbers)))}
         rest_of_optimizer = {**source.optimizer.rest, "param_groups": [group]}
+    parts: Dict[str, _Part] = {
+        f"rank-{rank}": _of_rank(source, states, numbers, range(rank * local, (rank + 1) * local))
+        for rank in range(ranks)
+    }
+    parts["shared"] = shared, {numbers[n]: s for n, s in states.items() if not is_expert(n)}
     jobs = []
-    for rank in [*range(ranks), None]:
-        weights: Dict[str, AnyTensor] = {}
-        state: Dict[int, Any] = {}
-        if rank is None:
-            weights = shared
-            state = {numbers[n]: s for n, s in states.items() if not is_expert(n)}
-        else:
-            for index in range(local):
-                expert = rank * local + index
-                for name in names:
-                    key = _of_expert(name, index)
-                    weights[key] = source.per_expert(name)[expert]
-                    if name in states:
-                        rows = slice(expert, expert + 1)
-                        kept = _rows_of_state(source, name, states[name], rows, source.experts)
-                        state[numbers[key]] = {
-                            k: v[0] if isinstance(v, TensorPerExpert) else v
-                            for k, v in kept.items()
-                        }
-            weights = _by_expert(weights)
+    for part, (weights, state) in parts.items():
         optimizer = None
         if rest_of_optimizer is not None:
             optimizer = {**rest_of_optimizer, "state": dict(sorted(state.items()))}
         content = {**rest, "model": weights, "last_optimizer_state": optimizer}
-        part = "shared" if rank is None else f"rank-{rank}"
         jobs.append(_job(f"{base}-{part}.pt", content))
     return jobs
+
+
+def _of_rank(
+    source: Source, states: Dict[str, Any], numbers: Dict[str, int], experts: Sequence[int]
+) -> _Part:
+    """The experts of a process."""
+    weights: Dict[str, AnyTensor] = {}
+    state: Dict[int, Any] = {}
+    for index, expert in enumerate(experts):
+        for name in filter(is_expert, source.model):
+            key = _of_expert(name, index)
+            weights[key] = source.per_expert(name)[expert]
+            if name in states:
+                rows = slice(expert, expert + 1)
+                kept = _rows_of_state(source, name, states[name], rows, source.experts)
+                state[numbers[key]] = {
+                    k: v[0] if isinstance(v, TensorPerExpert) else v for k, v in kept.items()
+                }
+    return _by_expert(weights), state
 
 
 def _of_expert(name: str, index: int) -> str:
