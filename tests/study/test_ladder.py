@@ -989,6 +989,7 @@ def test_the_result_with_fixed_rates_that_is_committed():
     )
     rates = file["learning-rate"].pop("values")
     assert rates.keys() == whole["learning-rate"].pop("values").keys()
+    assert file.pop("out") != whole.pop("out"), "one would replace the other's result"
     for name, (rate,) in rates.items():
         assert float(rate) == float(searched["rates"][name]["value"])
     assert file == whole
@@ -1118,6 +1119,8 @@ def test_arms_are_timed_in_turn(folder, tmp_path, timing, monkeypatch, capsys):
     probe.run(ladder, ladder.arms[:2])
     assert timing == ["a", "b"] * 3
     assert probe.seconds_per_token(ladder) == {"a": 3.0, "b": 4.0}, "the medians"
+    written = json.loads((tmp_path / "probe.json").read_text())
+    assert [how["rounds"] for how in written["timed_with"].values()] == [3, 3]
     assert "a: 0 (0 to 1) tokens/s" in capsys.readouterr().out
 
 

@@ -24,7 +24,7 @@ class _Probed(NamedTuple):
     """probe.json: of arms by name."""
 
     seconds_per_token: Dict[str, float]
-    how: Dict[str, Dict[str, Any]]  # threads and settings of each arm; older files lack it
+    how: Dict[str, Dict[str, Any]]  # `_how` of each arm; older files lack a part
     threads: int  # of the arm that was timed last; 0: not known
 
 
@@ -53,13 +53,17 @@ def _read(ladder: Ladder) -> _Probed:
 
 
 def _outdated(ladder: Ladder, probed: _Probed, threads: int) -> List[str]:
-    """The arms that were timed with other settings or another number of threads."""
-    now = {arm.name: {"threads": threads, "settings": ladder.settings(arm)} for arm in ladder.arms}
+    """The arms that were timed with other settings, or another number of threads or rounds."""
+    now = {arm.name: _how(ladder, arm, threads) for arm in ladder.arms}
     return [
         name
         for name, how in probed.how.items()
         if name in now and any(now[name].get(key) != value for key, value in how.items())
     ]
+
+
+def _how(ladder: Ladder, arm: Arm, threads: int) -> Dict[str, Any]:
+    return {"threads": threads, "settings": ladder.settings(arm), "rounds": ROUNDS}
 
 
 def run(ladder: Ladder, arms: Sequence[Arm]) -> None:
@@ -91,13 +95,12 @@ def run(ladder: Ladder, arms: Sequence[Arm]) -> None:
             if len(timed[arm.name]) < ROUNDS:
                 continue
             known[arm.name] = statistics.median(timed[arm.name])
-            how[arm.name] = {"threads": threads, "settings": ladder.settings(arm)}
+            how[arm.name] = _how(ladder, arm, threads)
             outputs.write_json(
                 ladder.out / "probe.json",
                 {
                     "seconds_per_token": known,
                     "updates": UPDATES,
-                    "rounds": ROUNDS,
                     "threads": threads,
                     "timed_with": how,
                 },
