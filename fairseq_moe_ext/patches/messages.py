@@ -75,10 +75,24 @@ def _lost_process(error: BaseException) -> Optional[str]:
 def _out_of_memory(error: BaseException) -> Optional[str]:
     """One line where a tensor did not fit, else None; in training first what leaves an update as it
     is."""
-    remedy = less_memory(["--batch-size", "--max-tokens", "--tokens-per-sample"], on_disk=True)
-    if "train" in os.path.basename(sys.argv[0]):
-        remedy = "add --checkpoint-activations, or halve --batch-size (or --max-tokens) and double "
-        remedy += "--update-freq; docs/scaling.md#fit-a-model-on-your-gpus has more"
+    command = os.path.basename(sys.argv[0])
+    training = "{}, or halve {} (or {}) and double {}; "
+    training += "docs/scaling.md#fit-a-model-on-your-gpus has more"
+    if "hydra" in command:
+        remedy = training.format(
+            "set model.checkpoint_activations=true",
+            "dataset.batch_size",
+            "dataset.max_tokens",
+            "optimization.update_freq",
+        )
+    elif "train" in command:
+        remedy = training.format(
+            "add --checkpoint-activations", "--batch-size", "--max-tokens", "--update-freq"
+        )
+    elif "preprocess" in command:
+        remedy = "lower --workers"
+    else:
+        remedy = less_memory(["--batch-size", "--max-tokens", "--tokens-per-sample"], on_disk=True)
     return out_of_memory(error, remedy)
 
 

@@ -58,7 +58,12 @@ def test_a_mistake_is_found_behind_other_exceptions():
 
 @pytest.mark.parametrize(
     "command, remedy",
-    [("fairseq-train", "halve --batch-size"), ("fairseq-eval-lm", "'moe_experts_on_disk': True")],
+    [
+        ("fairseq-train", ": add --checkpoint-activations, or halve --batch-size (or"),
+        ("fairseq-hydra-train", ": set model.checkpoint_activations=true, or halve dataset.batch_"),
+        ("fairseq-eval-lm", "'moe_experts_on_disk': True"),
+        ("fairseq-preprocess", ": lower --workers"),
+    ],
 )
 def test_lack_of_memory_is_told_with_what_helps_the_command(command, remedy, monkeypatch):
     monkeypatch.setattr(sys, "argv", [f"/usr/bin/{command}", "data"])
