@@ -118,8 +118,8 @@ def _check_losses(cfg: Any) -> None:
         return
     if not is_stocks(kind):
         logger.warning(
-            f"--criterion {name}: if it does not add the losses of the experts itself, they are "
-            "trained without: derive it from MoECrossEntropyCriterion (docs/balancing.md)"
+            f"--criterion {name}: unless it adds the experts' losses itself, the experts are "
+            "trained without them: derive it from MoECrossEntropyCriterion (docs/balancing.md)"
         )
     elif of_router:
         raise UserError(

@@ -109,7 +109,7 @@ def test_the_batch_script_refuses_another_batch(tasks, variables, tmp_path):
     words, done = batch_script(tmp_path, tasks, **variables)
     assert done.returncode == 1 and not words
     assert done.stderr.startswith("error: BATCH=") and done.stderr.count("\n") == 1
-    assert "256 / GPUs, on 1, 2, 4, ... or 256 GPUs" in done.stderr  # on 512 no BATCH would help
+    assert "--nodes for 1, 2, 4, ... or 256 GPUs" in done.stderr  # on 512 no BATCH would help
 
 
 def test_make_clean_keeps_what_cannot_be_made_again(tmp_path):

@@ -335,7 +335,7 @@ def test_a_criterion_of_one_s_own(caplog, data, monkeypatch):
         monkeypatch.setitem(trainer_checks.CRITERION_REGISTRY, "moe_cross_entropy", own)
         caplog.clear()
         trainer_checks.check_trainer(cfg, SimpleNamespace(has_experts=True))
-        warned.append("if it does not add the losses of the experts itself" in caplog.text)
+        warned.append("unless it adds the experts' losses itself" in caplog.text)
     assert warned == [False, True]
 
 

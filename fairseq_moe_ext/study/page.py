@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Write FOLDER/report.html and FOLDER/figures/*.svg from a study's result."
     parser.add_argument("folder", type=Path, help="the study's `out`, with result.json")
     parser.add_argument(
-        "--expert-use", type=Path, help=f"also show this JSON file, of `{specialisation.COMMAND}`"
+        "--expert-use",
+        type=Path,
+        help=f"also show this JSON file, written by `{specialisation.COMMAND}`",
     )
     parser.add_argument("--png", action="store_true", help="also write the charts as PNG")
     parser.add_argument(
