@@ -1122,6 +1122,12 @@ def test_arms_are_timed_in_turn(folder, tmp_path, timing, monkeypatch, capsys):
     written = json.loads((tmp_path / "probe.json").read_text())
     assert [how["rounds"] for how in written["timed_with"].values()] == [3, 3]
     assert "a: 0 (0 to 1) tokens/s" in capsys.readouterr().out
+    monkeypatch.setattr(probe, "UPDATES", probe.UPDATES + 1)
+    probe.run(ladder, ladder.arms[:1])
+    assert "timing a, b again: their settings, or the number of" in capsys.readouterr().out
+    monkeypatch.setattr(probe, "ROUNDS", 2)
+    probe.run(ladder, ladder.arms[:1])
+    assert timing[6:] == ["a", "b"] * 3 + ["a", "b"] * 2
 
 
 def test_arms_are_timed_again_on_other_cores_or_with_other_settings(folder, tmp_path, timing):

@@ -53,7 +53,8 @@ def _read(ladder: Ladder) -> _Probed:
 
 
 def _outdated(ladder: Ladder, probed: _Probed, threads: int) -> List[str]:
-    """The arms that were timed with other settings, or another number of threads or rounds."""
+    """The arms that were timed with other settings, or another number of threads, updates or
+    rounds."""
     now = {arm.name: _how(ladder, arm, threads) for arm in ladder.arms}
     return [
         name
@@ -63,19 +64,21 @@ def _outdated(ladder: Ladder, probed: _Probed, threads: int) -> List[str]:
 
 
 def _how(ladder: Ladder, arm: Arm, threads: int) -> Dict[str, Any]:
-    return {"threads": threads, "settings": ladder.settings(arm), "rounds": ROUNDS}
+    settings = ladder.settings(arm)
+    return {"threads": threads, "settings": settings, "updates": UPDATES, "rounds": ROUNDS}
 
 
 def run(ladder: Ladder, arms: Sequence[Arm]) -> None:
-    """Time the arms that are not yet in probe.json, and all that were timed with other settings or
-    another number of threads, in turn, and write the median of its rounds after an arm's last."""
+    """Time the arms that are not yet in probe.json, and all that are outdated, in turn, and write
+    the median of its rounds after an arm's last."""
     threads = cores.usable()
     probed = _read(ladder)
     known, how = probed.seconds_per_token, probed.how
     again = _outdated(ladder, probed, threads)
     if again:
         print(
-            f"timing {', '.join(again)} again: their settings or the number of threads has changed",
+            f"timing {', '.join(again)} again: their settings, or the number of threads, updates "
+            "or rounds have changed",
             flush=True,
         )
     left = [
@@ -98,12 +101,7 @@ def run(ladder: Ladder, arms: Sequence[Arm]) -> None:
             how[arm.name] = _how(ladder, arm, threads)
             outputs.write_json(
                 ladder.out / "probe.json",
-                {
-                    "seconds_per_token": known,
-                    "updates": UPDATES,
-                    "threads": threads,
-                    "timed_with": how,
-                },
+                {"seconds_per_token": known, "threads": threads, "timed_with": how},
             )
             print(_line(arm, timed[arm.name], training_flops(arm, ladder)), flush=True)
     finally:
