@@ -6,6 +6,7 @@ from typing import Any, Dict
 
 from fairseq.criterions import CRITERION_DATACLASS_REGISTRY
 from fairseq.dataclass.configs import FairseqConfig
+from fairseq.models import ARCH_MODEL_REGISTRY
 from fairseq.models.transformer_lm import TransformerLanguageModelConfig
 from fairseq.tasks import TASK_DATACLASS_REGISTRY
 from omegaconf import OmegaConf
@@ -66,7 +67,13 @@ def translated_settings(path: str, saved: Dict[str, Any]) -> Dict[str, Any]:
     have."""
     arch = name_of(saved)
     if saved.keys() & {"moe_router", "moe_dropless"}:  # our model's, which the branch lacks
-        raise OtherModel(not_registered(path, "architecture", arch))
+        if arch not in ARCH_MODEL_REGISTRY:
+            raise OtherModel(not_registered(path, "architecture", arch))
+        raise OtherModel(
+            f"{path}: has the architecture {short(repr(arch))} of the model "
+            f"{ARCH_MODEL_REGISTRY[arch].__name__}; this command takes architectures of "
+            "MoETransformerLanguageModel itself only"
+        )
     if not arch.startswith("transformer_lm"):
         raise OtherModel(
             f"{path}: a model of the architecture {arch}; of the moe branch's architectures, "

@@ -104,6 +104,15 @@ def test_an_architecture_that_a_plugin_registers_is_ours(monkeypatch):
     assert not is_ours({"_name": "transformer_lm"}) and not is_ours({})
 
 
+def test_a_model_derived_from_ours_is_told_by_its_class(monkeypatch):
+    """Its plugin is named already."""
+    derived = type("Wider", (MoETransformerLanguageModel,), {})
+    monkeypatch.setitem(ARCH_MODEL_REGISTRY, "wider", derived)
+    words = "x.pt: has the architecture 'wider' of the model Wider; this command takes"
+    with pytest.raises(OtherModel, match=words):
+        translated_settings("x.pt", {**vars(make_config()), "_name": "wider"})
+
+
 def test_what_no_plugin_has_registered_is_told_with_the_flag():
     """An own name that begins as the branch's was read by the branch's rules."""
     for name in ("transformer_lm_mine", "mine"):
