@@ -29,11 +29,12 @@ from .collective import same_error_on_all_ranks
 from .experts import expert_indices, saves_together, trained_parameters
 from .format import FOLDER, ExpertFile, Manifest, Piece, check_kind, save_of
 from .intact import check_digest, check_records
-from .settings import check_buildable, check_settings
+from .settings import check_buildable, check_settings, drop_unknown
 
 
 def read_mapped(file: Any, map_location: Any = None) -> Any:
-    """What a file holds, checked. Replaces torch.load in fairseq/checkpoint_utils.py."""
+    """What a file holds, checked, as far as this version knows its settings. Replaces torch.load in
+    fairseq/checkpoint_utils.py."""
     under_way, building = context.loading.get(), context.building.get()
     together = under_way is not None and saves_together(under_way.trainer)
     if not together or process_rank() == 0:
@@ -43,6 +44,7 @@ def read_mapped(file: Any, map_location: Any = None) -> Any:
     check_settings(file.name, state)
     if building is not None:
         check_buildable(file.name, state, with_task=building.with_task)
+    drop_unknown(file.name, state)
     return state
 
 

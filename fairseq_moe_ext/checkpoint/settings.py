@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import logging
 import math
 import re
 import typing
@@ -30,6 +31,8 @@ from ..config import defaults
 from ..errors import UserError
 from ..literals import literal, plain
 from ..wording import did_you_mean, short
+
+logger = logging.getLogger(__name__)
 
 _CRITERIA = {
     "adaptive_loss",
@@ -138,6 +141,25 @@ def check_fields(path: str, group: str, settings: Dict[str, Any], kind: type) ->
     for name, value in settings.items():
         if name in kinds and not _fits(value, kinds[name]):
             raise _misfit(path, group, name, value, kinds[name])
+
+
+def drop_unknown(path: str, state: Dict[str, Any]) -> None:
+    """Drop settings of our kinds that other versions had. fairseq ignores them only in a model of
+    one file (fairseq/checkpoint_utils.py:473@0.12.2), and refuses them in a task, a criterion and a
+    model of several shards. Warns of what no other group says, too."""
+    groups = dict(_groups({"cfg": state.get("cfg")}))
+    for group, settings in groups.items():
+        kind = _dataclass_of(group, settings.get("_name"))
+        if kind is None or not ours.is_ours(kind):
+            continue
+        for name in sorted(settings.keys() - _kinds(kind).keys()):
+            value = settings.pop(name)
+            if not any(name in others for others in groups.values()):
+                logger.warning(
+                    f"{path}: its setting {group}.{name} is {short(repr(value))}, which this "
+                    "version does not have: it is ignored; to keep it, use the version that wrote "
+                    "the file"
+                )
 
 
 def take_overrides(overrides: Mapping[str, Any], cfg: Mapping[str, Any]) -> None:
