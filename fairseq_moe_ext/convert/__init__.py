@@ -14,8 +14,8 @@ hf_flags.py    their flags
 hf_folder.py   the files of such a folder, read and written
 hf_tokenizer.py  our tokenizer as tokenizer.json
 xglm.py        the settings of dense models as those of XGLM
-modeling_fairseq_moe.py, experts_fairseq_moe.py  the code that lies in such a folder; nothing here
-               imports it
+modeling_fairseq_moe.py, experts_fairseq_moe.py  the code that lies in such a folder; here only
+               hf.py imports any of it, the names of its routers
 model_card.py  its README.md
 training.py    what `show` and the card say of the training
 archive.py     torch's file format and safetensors, written tensor by tensor
