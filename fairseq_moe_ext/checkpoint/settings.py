@@ -178,8 +178,9 @@ def take_overrides(overrides: Mapping[str, Any], cfg: Mapping[str, Any]) -> None
         return
     known = _known_names(cfg)
     for key in overrides.keys() - known:
-        remedy = did_you_mean(key, known) or "; see --help for the model's settings"
-        raise UserError(f"--model-overrides '{key}': no such setting{remedy}")
+        remedy = did_you_mean(key, known) or "; docs/flags.md lists the model's"
+        # no flag is named: from_pretrained takes overrides, too
+        raise UserError(f"override '{key}': the model and fairseq have no such setting{remedy}")
     model = cfg["model"]
     if own and isinstance(model, DictConfig):
         with open_dict(model):

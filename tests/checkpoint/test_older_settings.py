@@ -136,6 +136,17 @@ def test_what_nothing_else_says_is_told(folder, caplog):
         assert f"other.pt: its setting {group}.of_{group} is 3, which" in message
 
 
-def test_what_a_user_asks_for_is_still_refused(folder):
-    with pytest.raises(UserError, match="'of_model': no such setting"):
-        load(folder / "other.pt", of_model=2)
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("of_model", "; did you mean model?"),  # which the file has
+        ("dropuot", "; did you mean dropout?"),
+        ("xyz", "; docs/flags.md lists the model's"),
+    ],
+)
+def test_what_a_user_asks_for_is_still_refused(folder, name, remedy):
+    """In words that suit Python, too."""
+    with pytest.raises(UserError) as error:
+        load(folder / "other.pt", **{name: 2})
+    said = f"override '{name}': the model and fairseq have no such setting{remedy}"
+    assert str(error.value) == said
