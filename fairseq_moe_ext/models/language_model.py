@@ -22,6 +22,7 @@ from ..errors import DAMAGED, ModelMisfit, UserError
 from ..expert_parallel import mark_experts, process_count, replica_count
 from ..kernels.dtypes import at_least_float32
 from ..kernels.linear_cross_entropy import linear_cross_entropy
+from ..kernels.matmul import linear
 from ..moe.router import TopKRouter
 from ..shape import context_length, shape_of
 from .decoder import MoETransformerDecoder, too_few_positions
@@ -166,9 +167,7 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
         """x (B, D) -> (B, outputs); in evaluation in float32 at least, as _log_likelihood."""
         if self.training:
             return head(x.to(head.weight.dtype))
-        weight = head.weight.to(at_least_float32(head.weight))
-        bias = None if head.bias is None else head.bias.to(weight)
-        return F.linear(x.to(weight), weight, bias)
+        return linear(x.to(at_least_float32(head.weight)), head.weight, head.bias)
 
     def add_choice_head(self, outputs: int) -> None:
         """Add the linear layer that scores a candidate by the features of its final position

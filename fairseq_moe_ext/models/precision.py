@@ -19,7 +19,6 @@ from ..errors import UserError
 from ..expert_parallel import all_gather, process_rank
 from ..kernels.matmul import Linear, product
 from ..moe.experts import GroupedLinear
-from ..moe.router import TopKRouter
 from ..wording import BF16_IN_FLOAT32
 
 logger = logging.getLogger(__name__)
@@ -89,10 +88,8 @@ def in_bfloat16(model: nn.Module, cpu: bool) -> nn.Module:
         )
     pays = bfloat16_pays()
     cast(Any, model.decoder).bfloat16_on_cpu = pays
-    routers = (each for each in model.modules() if isinstance(each, TopKRouter))
-    gates = {part for router in routers for part in router.modules()}  # they keep float32
     for module in model.modules() if pays else ():
-        if isinstance(module, (Linear, GroupedLinear)) and module not in gates:
+        if isinstance(module, (Linear, GroupedLinear)):
             for name, weights in list(module.named_parameters(recurse=False)):
                 # An embedding that is tied to it keeps float32.
                 setattr(module, name, nn.Parameter(weights.to(torch.bfloat16), requires_grad=False))

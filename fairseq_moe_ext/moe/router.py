@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.dtypes import at_least_float32, without_autocast
-from ..kernels.matmul import Linear, linear
+from ..kernels.matmul import linear
 from .routing import Routing, check_groups, check_routing, counted_tokens, route, token_capacity
 from .scope import PROCESS, RoutingScope
 
@@ -129,7 +129,7 @@ class TopKRouter(nn.Module):
 
     def add_gate(self) -> None:
         """Make what `logits` needs."""
-        self.wg = Linear(self.dim, self.num_logits, bias=False)
+        self.wg = nn.Linear(self.dim, self.num_logits, bias=False)
 
     def expert_vectors(self) -> Tensor:
         """What the gate compares tokens with, (E, D) in float32 and without gradient; zeros where
@@ -182,7 +182,7 @@ class TopKRouter(nn.Module):
         """x (T, D), in the precision of the gate's weights -> (T, E), where all null experts have
         one."""
         if not self.settings.fp32_product:
-            return self.wg(x)
+            return linear(x, self.wg.weight, None)
         dtype = at_least_float32(x)
         with without_autocast(x):
             return linear(x.to(dtype), self.wg.weight, None)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from ...kernels.matmul import Linear
+from torch import nn
+
 from ..router import TopKRouter, register_router
 
 
-class FixedLinear(Linear):
+class FixedLinear(nn.Linear):
     """A linear layer without bias; its weight is not trained, but checkpoints save it."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
