@@ -11,7 +11,7 @@ from typing import Callable, List, Optional, Sequence
 import torch
 from torch import Tensor
 
-from .chunks import Chunk, laid_out, places, spread, total_rows
+from .chunks import Chunk, laid_out, spread, total_rows
 from .matmul import faster_products
 from .stacks import Stack, Weights
 from .two_layers import two_layers, write_gradients
@@ -27,9 +27,7 @@ def batched(
 ) -> Tensor:
     """Like by_expert of expert_ffn.py."""
     chunks = laid_out(counts, x, len(weights.b1[0]))
-    place = places(counts, chunks)
-    x = spread(x, place, chunks)
-    mask = None if mask is None else spread(mask, place, chunks)
+    place, x, mask = spread(counts, chunks, x, mask)
     return by_chunk(x, chunks, weights, activation, mask, grad_scale).index_select(0, place)
 
 

@@ -6,7 +6,7 @@ wants.
 
 from __future__ import annotations
 
-from typing import List, NamedTuple, Sequence
+from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -98,13 +98,17 @@ def rows_of_each(chunks: List[Chunk], experts: int) -> List[int]:
     return rows
 
 
-def places(counts: List[int], chunks: List[Chunk]) -> Tensor:
-    """Which rows of the chunks the rows in expert order get, counts[e] of expert e. -> (N,)"""
+def spread(
+    counts: List[int], chunks: List[Chunk], x: Tensor, mask: Optional[Tensor]
+) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
+    """Rows in expert order, counts[e] of expert e, x (N, D) and mask (N, F): which rows of the
+    chunks they get, (N,) int64; and the rows of all chunks, (N', D) and (N', F), with zeros in
+    spare ones."""
     rows = torch.tensor(counts)
     shift = first_rows(chunks, len(counts)) - (rows.cumsum(0) - rows)
-    return torch.arange(sum(counts)) + shift.repeat_interleave(rows)
+    place = torch.arange(sum(counts)) + shift.repeat_interleave(rows)
 
+    def spaced(each: Tensor) -> Tensor:
+        return each.new_zeros(total_rows(chunks), each.size(1)).index_copy(0, place, each)
 
-def spread(x: Tensor, place: Tensor, chunks: List[Chunk]) -> Tensor:
-    """x (N, M) -> the rows of all chunks (N', M), with zeros in spare ones."""
-    return x.new_zeros(total_rows(chunks), x.size(1)).index_copy(0, place, x)
+    return place, spaced(x), None if mask is None else spaced(mask)

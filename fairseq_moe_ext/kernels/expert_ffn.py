@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .batched_ffn import batched
-from .chunks import in_order, is_narrow, places, spread
+from .chunks import in_order, is_narrow, spread
 from .grouped_ffn import grouped, grouped_serves
 from .matmul import faster_products, program_rows
 from .stacks import Stack, Weights
@@ -69,9 +69,7 @@ def _spaced(
 ) -> Tensor:
     """by_expert with spare rows of zeros behind those of each expert, up to spaced[e]."""
     chunks = in_order(spaced)
-    place = places(counts, chunks)
-    x = spread(x, place, chunks)
-    mask = None if mask is None else spread(mask, place, chunks)
+    place, x, mask = spread(counts, chunks, x, mask)
     return by_expert(x, spaced, weights, activation, mask, grad_scale).index_select(0, place)
 
 

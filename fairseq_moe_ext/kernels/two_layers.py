@@ -39,8 +39,8 @@ class Part(Protocol):
         grad (n, M), given (n, K)."""
 
 
-# Calls work(i) for each part i; with the parts, the multiplications of a row, and the rows, of
-# which precision and device count.
+# Calls work(i) for each part i, given also the parts, the multiplications for a row, and the rows,
+# for their precision and device.
 Run = Callable[[Callable[[int], None], Sequence[Any], int, Tensor], None]
 Activation = Callable[[Tensor], Tensor]  # elementwise, or gated: (n, 2 F) -> (n, F)
 
@@ -122,7 +122,7 @@ class _TwoLayers(torch.autograd.Function):
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         grads: Optional[Tuple[Tensor, ...]] = None
         if any(ctx.needs_input_grad[1:5]):
-            # first, lest they take a part of the place that a large one had a step ago
+            # The small ones first: later, they take memory that malloc kept for a large one.
             small = torch.empty_like(b1), torch.empty_like(b2)
             grads = torch.empty_like(w1), small[0], torch.empty_like(w2), small[1]
             used = {e for part in parts for e in part.experts}
