@@ -39,7 +39,7 @@ def is_ours(cls: type) -> bool:
 
 def is_stocks(cls: Optional[type]) -> bool:
     """Whether a class is fairseq's own; None: of a name that nothing is registered under."""
-    return cls is not None and cls.__module__.startswith("fairseq.")
+    return cls is not None and cls.__module__.partition(".")[0] in ("fairseq", "fairseq_cli")
 
 
 def name_of(group: Any) -> Any:

@@ -247,9 +247,7 @@ def not_registered(path: str, kind: str, name: str) -> str:
 
 def _is_good(cls: Optional[type], good: set) -> bool:
     """Whether a class is one of `good`, or not stock's."""
-    if cls is None or cls in good:
-        return cls is not None
-    return cls.__module__.partition(".")[0] not in ("fairseq", "fairseq_cli")
+    return cls is not None and (cls in good or not ours.is_stocks(cls))
 
 
 def _named(state: Dict[str, Any], group: str, of_args: str) -> Any:
