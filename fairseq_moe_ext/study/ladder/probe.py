@@ -1,6 +1,6 @@
 """The speed of each arm's training steps, one arm after the other with nothing beside it: of runs
-that share a machine the clock says little. In rounds, as the same training, started again, may be
-a third faster or slower: where its memory lies differs."""
+that share a machine the clock says little. In rounds, because others may use the machine, too: the
+speed of a training has differed by a third from one probe to the next."""
 
 import math
 import statistics
