@@ -141,7 +141,7 @@ _NEEDED = {  # flags without which there is nothing to do
     "interactive": "{data} --path",
     "prepare": "{out}/data --corpus --train-bpe",
     "evaluate": "{data} --path",
-    "priming": "{tasks} --path --data",
+    "priming": "{tasks} --path",
     "study": "{study}",
     "report": "{result}",
     "convert": "{model} {out}/new.pt",

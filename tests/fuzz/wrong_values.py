@@ -85,7 +85,7 @@ MIXTURE = {
     "--moe-expert-count": [*POSITIVE_COUNT, "1", *HUGE],
     "--moe-freq": ["-1", "3", "1.5", *HUGE],
     "--moe-expert-ffn-dim": ["0", "-1", *HUGE],
-    "--moe-capacity-factor": [*POSITIVE, "0.0001"],
+    "--moe-capacity-factor": POSITIVE,
     "--moe-eval-capacity-token-fraction": ["0", "1.5", "nan", "-inf", "x"],
     "--moe-expert-dropout": SHARE,
     "--alternate-decoder-ffn-embed-dim": ["-3", "1.5", *HUGE],
