@@ -81,7 +81,7 @@ ALLOWED = {
         "prepare": "prepare data_bin",
         "inspection": """
             inspection branch.outline checkpoint.format data_bin evaluation metrics_file models
-            moe.layer moe.router questions student_t tokenizer_files
+            moe.layer moe.router prepare.documents questions student_t tokenizer_files
             """,
         "questions": "questions prepare tokenizer_files",
         "priming": """

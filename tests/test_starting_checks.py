@@ -19,7 +19,7 @@ from small_models import build_model
 from training import USER_DIR, error_in, settings, status_of
 
 import fairseq_moe_ext
-from fairseq_moe_ext import command_checks, ranges, trainer_checks
+from fairseq_moe_ext import cli, command_checks, ranges, trainer_checks
 from fairseq_moe_ext.config import MoETransformerLMConfig
 from fairseq_moe_ext.criterions.moe_cross_entropy import MoECrossEntropyCriterion
 from fairseq_moe_ext.errors import UserError
@@ -505,6 +505,23 @@ def test_a_user_dir_that_is_not_there(tmp_path):
     (tmp_path / "module" / "__init__.py").write_text("open('/no/such/file')")
     with pytest.raises(FileNotFoundError):  # the module's own
         utils.import_user_module(Namespace(user_dir=f"{tmp_path}/module"))
+
+
+@pytest.mark.parametrize(
+    "text, wrong, remedy",
+    [
+        ("import no_such_package", "No module named 'no_such_package'", "install that package"),
+        ("from os import no_such_name", "cannot import name 'no_such_name'", "correct the package"),
+        ("x = = 1", "invalid syntax (__init__.py, line 1)", "correct the package"),
+    ],
+)
+def test_a_user_dir_that_cannot_be_imported(tmp_path, text, wrong, remedy, capsys):
+    folder = tmp_path / "plugin_that_fails"
+    folder.mkdir()
+    (folder / "__init__.py").write_text(text)
+    line = re.escape(f"--user-dir {folder} cannot be imported: {wrong}") + f".*; {remedy}"
+    assert cli.main(["verify", "model.pt", "--user-dir", str(folder)]) == 1
+    assert re.fullmatch(f"error: {line}.*\n", capsys.readouterr().err)
 
 
 def test_a_setting_is_named_where_it_was_set():

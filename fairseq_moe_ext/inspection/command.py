@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="your own text (UTF-8), shown token by token (default: the beginning of each set)",
+        help="your own text (UTF-8; also JSONL and the tables that `prepare` reads), shown token "
+        "by token (default: the beginning of each set)",
     )
     parser.add_argument(
         "--twin",

@@ -12,6 +12,7 @@ from .. import data_bin, files
 from ..errors import UserError
 from ..evaluation.texts import document_starts, find_sets, read_texts
 from ..models.hub import find_tokenizer
+from ..prepare import documents
 from ..questions.vocabulary import Vocabulary
 from ..wording import count
 
@@ -142,11 +143,14 @@ def read_sets(data: Path, subset: Optional[str], dictionary: Any) -> Tuple[Dict[
 
 
 def read_own(paths: Sequence[Path], tokens: Tokens) -> Dict[str, Tensor]:
-    """The user's files. Raises UserError for an empty file, or two of one name."""
+    """The user's files, with an empty line between the documents of one. Raises UserError for an
+    empty file, or two of one name."""
     texts: Dict[str, Tensor] = {}
     for path in paths:
-        text = files.read_text(path, f"--text {path}", "utf-8-sig").strip("\n")
-        if not text.strip():
+        files.check(path, f"--text {path}")
+        read = documents.read_documents(path, documents.Source(separator="file"))
+        text = "\n\n".join(document for document, _ in read)
+        if not text:
             raise UserError(f"--text {path}: is empty; give a file with text in it")
         if path.name in texts:
             raise UserError(f"--text {path}: a second file is called {path.name}; rename it")

@@ -74,7 +74,8 @@ def eval_str_list(stock, x, x_type=float):
 
 def import_user_module(stock, args):
     """For a --user-dir that is not a package stock raises ModuleNotFoundError without the folder,
-    for one that is not there FileNotFoundError without the flag."""
+    for one that is not there FileNotFoundError without the flag; a package that misses another or
+    cannot be parsed is a traceback."""
     folder = getattr(args, "user_dir", None) or ""
     try:
         return stock(args)
@@ -86,11 +87,24 @@ def import_user_module(stock, args):
         ) from None
     except (ModuleNotFoundError, ValueError) as error:
         name = os.path.basename(os.path.abspath(folder))
-        if getattr(error, "name", "") not in ("", name) or os.path.isdir(folder) and name:
+        if getattr(error, "name", "") in ("", name) and not (os.path.isdir(folder) and name):
+            raise UserError(
+                f"--user-dir {folder}: not the folder of a Python package; name one with "
+                "__init__.py"
+            ) from error
+        if isinstance(error, ValueError):
             raise
-        raise UserError(
-            f"--user-dir {folder}: not the folder of a Python package; name one with __init__.py"
-        ) from error
+        raise _not_imported(folder, error) from error
+    except (ImportError, SyntaxError) as error:
+        raise _not_imported(folder, error) from error
+
+
+def _not_imported(folder: str, error: Exception) -> UserError:
+    if isinstance(error, ModuleNotFoundError):
+        remedy = "install that package, or correct its name there"
+    else:
+        remedy = "correct the package; LOGLEVEL=DEBUG shows where"
+    return UserError(f"--user-dir {folder} cannot be imported: {error}; {remedy}")
 
 
 def call_main(stock, cfg, main, **kwargs):

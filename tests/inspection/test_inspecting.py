@@ -543,3 +543,17 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
     tokens = SimpleNamespace(encode=lambda text, where: list(text.encode()))
     (found,) = read_own([tmp_path / "my.txt"], tokens).values()
     assert bytes(found.tolist()) == b"the cat"
+
+
+def test_own_text_may_be_what_prepare_reads(tmp_path):
+    """The field of a JSONL file, document by document, not its braces."""
+    lines = [json.dumps({"text": text, "source": "x"}) + "\n" for text in ("one\n\ntwo", "three")]
+    (tmp_path / "my.jsonl").write_text("".join(lines))
+    (tmp_path / "my.txt").write_bytes(b"\none\r\n\r\ntwo\n\nthree\n")
+    tokens = SimpleNamespace(encode=lambda text, name: [ord(letter) for letter in text])
+    found = read_own([tmp_path / "my.jsonl", tmp_path / "my.txt"], tokens)
+    for name in ("my.jsonl", "my.txt"):
+        assert "".join(map(chr, found[name])) == "one\n\ntwo\n\nthree"
+    (tmp_path / "bad.jsonl").write_text('{"text": 1}\n')
+    with pytest.raises(UserError, match="bad.jsonl, line 1: field"):
+        read_own([tmp_path / "bad.jsonl"], tokens)
