@@ -18,7 +18,7 @@ from matplotlib import pyplot  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 GREY = "#7d8590"
-COLOURS = {"dense": ("Dense", "#d97706"), "moe": ("MoE, 32 experts", "#3b82f6")}
+COLOURS = {"dense": ("Dense", "#d97706"), "moe": ("MoE, 256 experts", "#3b82f6")}
 
 
 def points_of(result: dict) -> dict:

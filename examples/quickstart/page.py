@@ -67,8 +67,8 @@ def _lower_or_higher(percent: float) -> str:
 
 
 _ROUTING = {
-    "hash": "of which a token takes the one that a table has for it (hash routing: types are dealt "
-    "out by frequency, nothing is learnt)",
+    "hash": "of which a token takes the four that a table has for its id (hash routing: ids are "
+    "dealt out by frequency, nothing is learnt)",
     "topk": "of which a token takes the two of a learnt gate (top-2, with a balancing loss; the "
     "gate's FLOPs are not counted, as in the paper)",
 }

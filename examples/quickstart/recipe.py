@@ -42,7 +42,7 @@ class Routing(NamedTuple):
 
 
 ROUTERS = {
-    "hash": Routing(32, 1),  # by the token's id alone, nothing is learnt
+    "hash": Routing(256, 4),  # by the token's id alone, nothing is learnt
     "topk": Routing(8, 2),  # by a learnt gate
 }
 ROUTER = "hash"
