@@ -183,8 +183,8 @@ def test_every_stage_is_a_study_that_can_be_run(folder):
 def test_a_part_of_a_ladder():
     part = running.chosen(REAL, running.Chosen(["16M", "16M-seeds"], ["d0*"], [1, 2]))
     assert [(s.name, s.seeds, len(s.arms)) for s in part] == [
-        ("16M", [1], 9),
-        ("16M-seeds", [2], 9),
+        ("16M", [1], 10),
+        ("16M-seeds", [2], 10),
     ]
     for asked, words in (
         (running.Chosen(stages=["8M"]), "--stages 8M: not a stage"),
@@ -967,7 +967,8 @@ def test_the_result_that_is_committed():
     assert f"`d0-hash64` saves {other['in_seconds']:.2f} times the seconds, and `d0-256x4`" in plain
     assert f": {best['in_seconds']:.2f}." in plain
     committed = json.loads((STUDY / "ladder_forecast.json").read_text("utf-8"))["forecasts"]
-    assert found["forecasts"] == committed
+    later = "hash256x4"  # this arm came after these runs
+    assert found["forecasts"] == [f for f in committed if not f["arm"].endswith(later)]
     laws = {name: f"{value:.2f}" for name, value in committed[0]["laws"].items()}
     said = (
         "(`d0-E64` on 4M: {s-base} times by Clark et al., {krajewski} by Krajewski et al., {abnar}"
