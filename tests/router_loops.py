@@ -115,11 +115,12 @@ def by_assignment(logits: Tensor, case: Case) -> Choices:
 
 
 def table(counts: Sequence[int], experts: int, k: int) -> List[List[int]]:
-    loads, found = [0] * experts, [[0]] * len(counts)
+    loads, found = [0.0] * experts, [[0]] * len(counts)
+    drawn = torch.rand(len(counts), k, generator=torch.Generator().manual_seed(0)).tolist()
     for token in sorted(range(len(counts)), key=lambda token: -counts[token]):
         found[token] = largest([-load for load in loads], k)
-        for e in found[token]:
-            loads[e] += max(1, counts[token])
+        for i, e in enumerate(found[token]):
+            loads[e] += max(1, counts[token]) * (1 if k == 1 else 1 + 0.01 * drawn[token][i])
     return found
 
 

@@ -1,5 +1,7 @@
 """What single routers promise, and noise on inputs and outputs of any."""
 
+import math
+
 import pytest
 import torch
 from closeness import assert_near
@@ -63,6 +65,17 @@ def test_the_table_of_hash_balances_by_frequency():
         loads = [sum(f for f, experts in zip(zipf, table_) if e in experts) for e in range(8)]
         assert max(loads) <= max(1.02 * sum(loads) / 8, zipf[0])
         assert all(len(set(experts)) == k for experts in table_)
+
+
+@pytest.mark.parametrize("experts, k", [(8, 2), (6, 3), (256, 4)])
+def test_the_experts_of_an_id_are_no_fixed_group(experts, k):
+    """Experts that always act together are one of k times the width."""
+    zipf = [1_000_000 // (rank + 1) for rank in range(4000)]
+    for found in (balanced_table(zipf, experts, k), plain_table(4000, experts, k)):
+        sets = {
+            frozenset(row) for row in found
+        }  # experts / k of them, if the least loaded stay equal
+        assert len(sets) > min(0.9 * math.comb(experts, k), 0.8 * len(zipf))
 
 
 def test_without_frequencies_it_is_a_plain_hash():

@@ -15,21 +15,41 @@ from ..routing import Routing, counted_tokens, not_padding, send
 def balanced_table(counts: Sequence[int], num_experts: int, k: int) -> List[List[int]]:
     """Experts of each token id, (V, K). From the most frequent id to the least, each takes the k
     experts with the least load so far (the paper's balanced assignment); of equally loaded experts
-    the one with the lower number."""
+    the one with the lower number.
+
+    With k > 1 each load grows by up to 1 % more than the id's count, at random: the k experts of an
+    id would otherwise stay equal for ever, and act as one of k times the width."""
     table: List[List[int]] = [[] for _ in counts]
-    loads: List[Tuple[int, int]] = [(0, expert) for expert in range(num_experts)]
+    loads: List[Tuple[float, int]] = [(0, expert) for expert in range(num_experts)]
+    drawn = _drawn(len(counts), k)
     for token in sorted(range(len(counts)), key=lambda t: (-counts[t], t)):
         taken = [heapq.heappop(loads) for _ in range(k)]
         table[token] = [expert for _, expert in taken]
-        for load, expert in taken:
-            heapq.heappush(loads, (load + max(counts[token], 1), expert))
+        for (load, expert), part in zip(taken, drawn[token]):
+            more = 1 if k == 1 else 1 + 0.01 * part
+            heapq.heappush(loads, (load + max(counts[token], 1) * more, expert))
     return table
 
 
+def _drawn(vocabulary: int, k: int) -> List[List[float]]:
+    """Numbers between 0 and 1, (V, K), always the same."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    size = (vocabulary, k)
+    return torch.rand(size, generator=generator, device="cpu", dtype=torch.float32).tolist()
+
+
 def plain_table(vocabulary: int, num_experts: int, k: int) -> List[List[int]]:
-    """Experts of each token id, (V, K), by Fibonacci hashing, for unknown frequencies."""
-    first = [(t * 2654435769 % 2**32) * num_experts >> 32 for t in range(vocabulary)]
-    return [[(expert + i) % num_experts for i in range(k)] for expert in first]
+    """Experts of each token id, (V, K), by Fibonacci hashing, for unknown frequencies; with a
+    multiplier of its own for each of k. An expert that an id has already gives way to the next."""
+    table: List[List[int]] = [[] for _ in range(vocabulary)]
+    for i in range(k):
+        factor = 2654435769 ** (i + 1)
+        for token, taken in enumerate(table):
+            expert = (token * factor % 2**32) * num_experts >> 32
+            while expert in taken:
+                expert = (expert + 1) % num_experts
+            taken.append(expert)
+    return table
 
 
 @register_router("hash")
