@@ -19,10 +19,10 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from .errors import UserError
+from .kernels.first_order import once_differentiable
 from .kernels.transfer import to_device
 from .moe.exchange import Arrival
 from .moe.scope import RoutingScope

@@ -58,7 +58,7 @@ ALLOWED = {
         "context": "",
         "cores": "",
         "data_bin_files": "",
-        "expert_parallel": "kernels.transfer moe.exchange moe.scope",
+        "expert_parallel": "kernels.first_order kernels.transfer moe.exchange moe.scope",
         "counted": "",
         "fingerprint": "data_bin tokenizer_files",
         "diverging": "",

@@ -7,8 +7,8 @@ from typing import Any, Callable, List, Optional, Tuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .first_order import once_differentiable
 from .stacks import Weights, scale_gradient
 from .transfer import to_device
 

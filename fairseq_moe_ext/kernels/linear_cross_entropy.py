@@ -10,9 +10,9 @@ from typing import Any, Tuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .dtypes import at_least_float32, autocast_dtype, without_autocast
+from .first_order import once_differentiable
 from .matmul import add_outer, outer, write_outer, write_product
 
 # At most 64 MB in float32, for vocabularies so large that fewer tokens at a time would make their

@@ -11,8 +11,8 @@ from typing import Any, Callable, Optional, Protocol, Sequence, Tuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .first_order import once_differentiable
 from .stacks import Stack, Weights
 
 

@@ -12,9 +12,9 @@ from typing import Any, Callable, List, NamedTuple, Optional, Tuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..kernels.chunks import Chunk, first_rows, rows_of_each
+from ..kernels.first_order import once_differentiable
 from .routing import Routing
 
 

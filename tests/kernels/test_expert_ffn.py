@@ -258,3 +258,14 @@ def test_grouped_products_on_a_gpu():
     true = results(loop, exact[0], Weights(*exact[1:]), F.gelu, mask.double())
     for mine, each in zip(found, true):
         assert_near(mine.double().cpu(), each, 0.05, "bfloat16")
+
+
+@pytest.mark.parametrize("way", ON_A_CPU)
+def test_second_derivatives_are_refused(way):
+    x, weights, _ = made()
+
+    def loss(x):
+        return (x + way(x, COUNTS, weights, F.gelu)).square().sum()
+
+    with pytest.raises(RuntimeError, match="can be differentiated only once"):
+        torch.autograd.functional.hvp(loss, x.detach(), torch.ones_like(x))
