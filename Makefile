@@ -38,6 +38,7 @@ benchmark: install  ## measure layers, training, evaluation, generation and more
 	$(RUN) -m pip install --quiet -c constraints.txt -e ".[benchmark]"
 	$(KEEP_FREED) $(RUN) benchmarks/layer.py --rounds 7
 	$(KEEP_FREED) $(RUN) benchmarks/ablation.py
+	$(KEEP_FREED) $(RUN) benchmarks/attention.py
 	$(RUN) benchmarks/peers.py
 	$(KEEP_FREED) $(RUN) benchmarks/peers.py --shapes 256 96 --cases ours
 	$(RUN) benchmarks/train_step.py

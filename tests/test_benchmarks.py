@@ -346,3 +346,18 @@ def test_ablation(program, monkeypatch, tmp_path):
     rows = kept(tmp_path, "ablation")
     assert len(rows) == len(ablation.PRECISIONS)
     assert all(row[name] > 0 for row in rows.values() for name in ablation.WITHOUT)
+
+
+def test_attention(program, monkeypatch, tmp_path):
+    """Both compute the same, and every row is kept."""
+    attention = program("attention")
+    q, k, v = torch.randn(3, 2, 3, 128, 8)
+    torch.testing.assert_close(
+        attention.pytorchs(q, k, v, 0.0), attention.causal_attention(q, k, v, 0.0)
+    )
+    monkeypatch.setattr(attention, "SHAPES", [attention.Shape(1, 2, 128, 8)])
+    monkeypatch.setattr(sys, "argv", "attention.py --rounds 1".split())
+    attention.main()
+    rows = kept(tmp_path, "attention")
+    assert len(rows) == 2 * len(attention.PRECISIONS)
+    assert all(row["PyTorch : ours"] > 0 and row["ours : floor"] > 0 for row in rows.values())

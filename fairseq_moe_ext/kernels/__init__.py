@@ -8,11 +8,15 @@
     grouped_ffn.py            the same by grouped products, on a GPU
     stacks.py                 the parameters of many experts
     threads.py                one expert per core, if experts have few rows; plain twin: a for loop
+    causal_attention.py       attention in parts that fit the cache; plain twin:
+                              F.scaled_dot_product_attention
     dropout.py                sixteen random bits an element; plain twin: F.dropout
     transfer.py               numbers to a GPU, without waiting for it; plain twin: torch.tensor
     linear_cross_entropy.py   the loss without holding all logits; plain twin: F.cross_entropy
     dtypes.py                 float32 where less is too coarse
+    first_order.py            refuses second derivatives
 
 tests/kernels compares each with its twin, in outputs and gradients. One place each decides which
-computes: `matmul._by_onednn`, `dropout._ours`, `expert_ffn.kernel_for`, `threads.side_by_side`.
+computes: `matmul._by_onednn`, `causal_attention.serves`, `dropout._ours`, `expert_ffn.kernel_for`,
+`threads.side_by_side`.
 """

@@ -4,6 +4,9 @@ PyTorch draws a number of 32 bits or more for each element, on one thread. Sixte
 well: here four elements share a number of 64.
 """
 
+import math
+from typing import Sequence, Tuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,12 +32,21 @@ def add_dropout(x: Tensor, y: Tensor, p: float, training: bool = True) -> Tensor
 
 def mask(x: Tensor, p: float) -> Tensor:
     """Like x: 0 with probability p, else the factor that keeps the mean."""
-    drop = round(p * _VALUES)
-    if x.device.type != "cpu" or drop in (0, _VALUES):
+    if x.device.type != "cpu" or round(p * _VALUES) in (0, _VALUES):
         return F.dropout(torch.ones_like(x), p)
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    drawn = bits.view(torch.int16)[: x.numel()].view(x.shape)
-    return drawn.ge(drop - _VALUES // 2).to(x.dtype).mul_(_VALUES / (_VALUES - drop))
+    kept, factor = keep(x.shape, p)
+    return kept.to(x.dtype).mul_(factor)
+
+
+def keep(shape: Sequence[int], p: float) -> Tuple[Tensor, float]:
+    """Bool of this shape, on the CPU, False with probability p; and the factor that keeps the mean
+    (1 if nothing is kept)."""
+    drop, number = round(p * _VALUES), math.prod(shape)
+    if drop == _VALUES:
+        return torch.zeros(*shape, dtype=torch.bool), 1.0
+    bits = torch.empty(-(-number // 4), dtype=torch.int64).random_(-(2**63), None)
+    drawn = bits.view(torch.int16)[:number].view(*shape)
+    return drawn.ge(drop - _VALUES // 2), _VALUES / (_VALUES - drop)
 
 
 def _ours(x: Tensor, p: float) -> bool:

@@ -22,9 +22,9 @@ from typing import Any, ContextManager, List, Optional, Tuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .dtypes import autocast_dtype
+from .first_order import once_differentiable
 
 _FEW_ROWS = 2
 SMALL = 2**22  # multiplications
@@ -140,6 +140,11 @@ def _by_onednn(a: Tensor, b: Tensor) -> bool:
         and not watched()  # before the probe, whose products nobody wants to see
         and (a.dtype == torch.bfloat16 or (a.dtype == torch.float32 and onednn_is_faster()))
     )
+
+
+def products_by_onednn(x: Tensor) -> bool:
+    """Whether oneDNN computes products of rows like x's (..., D)."""
+    return _by_onednn(x, x)
 
 
 def watched() -> bool:

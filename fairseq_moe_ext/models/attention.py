@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from fairseq.incremental_decoding_utils import with_incremental_state
 from torch import Tensor, nn
 
+from ..kernels.causal_attention import causal_attention, serves
 from ..kernels.matmul import Linear, linear
 
 IncrementalState = Dict[str, Dict[str, Optional[Tensor]]]
@@ -57,16 +58,15 @@ class CausalSelfAttention(nn.Module):
                 k = torch.cat([past["k"], k], dim=2)
                 v = torch.cat([past["v"], v], dim=2)
             self.set_incremental_state(incremental_state, "kv", {"k": k, "v": v})
+        causal = mask is None and past is None
+        dropout = self.dropout if self.training else 0.0
         if x.size(0) == 0:  # refused by flash attention before PyTorch 2.10
             out = q + (k + v)[:, :, : q.size(2)]
+        elif causal and serves(q, dropout):
+            out = causal_attention(q, k, v, dropout)
         else:
             out = F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=mask,
-                dropout_p=self.dropout if self.training else 0.0,
-                is_causal=mask is None and past is None,
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal
             )  # (B, H, S, D / H)
         return self.out_proj(out.transpose(1, 2).reshape(x.shape))
 
