@@ -48,7 +48,7 @@ def pytorchs(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
 
 @functools.cache
 def _rate(dtype: torch.dtype, threads: int) -> float:
-    return measure.matrix_rate(dtype=dtype, threads=threads)
+    return measure.matrix_rate(9, dtype, threads)
 
 
 def measured(
