@@ -20,7 +20,9 @@ from .first_order import once_differentiable
 from .matmul import faster_products, products_by_onednn, watched
 
 _ROWS = 128  # positions whose weights are computed together
-_HELD = 2**19  # weights of a part, for each thread: 2 MB in float32
+# Weights of a part, 4 MB in float32; not by the number of threads, so that a seed draws the same
+# dropout everywhere.
+_HELD = 2**20
 
 
 def serves(q: Tensor, dropout: float) -> bool:
@@ -119,7 +121,7 @@ def _scaled(q: Tensor) -> Tensor:
 def _parts(heads: int, positions: int) -> Iterator[Tuple[slice, int]]:
     """Some heads, and the first of _ROWS positions, of each part. The number of heads is a power
     of two, as few as possible for oneDNN."""
-    most = max(1, _HELD * torch.get_num_threads() // (_ROWS * positions))
+    most = max(1, _HELD // (_ROWS * positions))
     done = 0
     while done < heads:
         number = 2 ** (min(most, heads - done).bit_length() - 1)

@@ -37,7 +37,7 @@ def both(function, inputs, grad):
     return [out, *torch.autograd.grad(out, inputs, grad)]
 
 
-@pytest.mark.parametrize("held", [2**19, 2**15, 1])
+@pytest.mark.parametrize("held", [2**20, 2**16, 1])
 @pytest.mark.parametrize("shape", [(1, 1, 128, 4), (3, 2, 256, 8), (1, 5, 384, 3)])
 def test_it_is_the_plain_loop(monkeypatch, shape, held):
     monkeypatch.setattr(kernel, "_HELD", held)
@@ -114,6 +114,18 @@ def test_dropout_multiplies_the_weights_by_what_was_drawn(monkeypatch, p):
     truth = both(lambda *inputs: plain(*inputs, per_head, drawn_parts[0]), inputs, grad)
     for a, b in zip(ours, truth):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_a_seed_s_dropout_is_the_same_with_any_number_of_threads():
+    inputs, _ = drawn((3, 4, 256, 4))
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        torch.manual_seed(1)
+        found.append(causal_attention(*inputs, 0.3))
+    torch.set_num_threads(before)
+    for each in found[1:]:
+        torch.testing.assert_close(each, found[0], rtol=1e-12, atol=1e-12)
 
 
 def test_nothing_is_kept_or_dropped_at_the_ends():
