@@ -1,9 +1,10 @@
 """Causal self-attention on a CPU, by products of some heads and 128 positions at a time.
 
-PyTorch's scaled_dot_product_attention does not reach the speed of its matrix products on a CPU, in
-bfloat16 least of all; and with dropout it draws a random number of 32 bits for each weight, on one
-thread. As there, the weights of a part stay in the cache, and the backward pass computes them
-again (Dao et al., arXiv 2205.14135). Scores, weights and their gradients are float32 at least.
+On Zen 5 PyTorch's scaled_dot_product_attention does not reach the speed of its matrix products, in
+bfloat16 least of all (benchmarks/attention.py); and with dropout it draws a random number of 32
+bits for each weight, on one thread. As there, the weights of a part stay in the cache, and the
+backward pass computes them again (Dao et al., arXiv 2205.14135). Scores, weights and their
+gradients are float32 at least.
 """
 
 from __future__ import annotations
@@ -65,14 +66,13 @@ class _CausalAttention(torch.autograd.Function):
         kept: List[Optional[Tensor]] = []
         factor = 1.0
         with faster_products(wide_q):
-            for heads, first in _parts(*q.shape[:2]):
-                rows, end = slice(first, first + _ROWS), first + _ROWS
-                weights = _weights(wide_q[heads, rows], wide_k[heads, :end])
+            for heads, rows, keys in _parts(*q.shape[:2]):
+                weights = _weights(wide_q[heads, rows], wide_k[heads, keys])
                 if dropout > 0:
                     chosen, factor = keep(weights.shape, dropout)
                     weights.mul_(chosen)
                     kept.append(chosen)
-                out[heads, rows] = torch.bmm(weights.to(v), v[heads, :end])
+                out[heads, rows] = torch.bmm(weights.to(v), v[heads, keys])
         if factor != 1:
             out.mul_(factor)
         ctx.save_for_backward(q, k, v, out)
@@ -94,18 +94,17 @@ class _CausalAttention(torch.autograd.Function):
         grad_q = torch.empty_like(q)
         grad_k, grad_v = torch.zeros_like(wide_k), torch.zeros_like(wide_v)
         with faster_products(wide_q):
-            for i, (heads, first) in enumerate(_parts(*q.shape[:2])):
-                rows, end = slice(first, first + _ROWS), first + _ROWS
-                weights = _weights(wide_q[heads, rows], wide_k[heads, :end])
+            for i, (heads, rows, keys) in enumerate(_parts(*q.shape[:2])):
+                weights = _weights(wide_q[heads, rows], wide_k[heads, keys])
                 chosen = ctx.kept[i] if ctx.kept else None
                 used = weights if chosen is None else weights * chosen
-                grad_v[heads, :end] += torch.bmm(used.to(q).mT, grad[heads, rows])
-                of_scores = torch.bmm(wide_grad[heads, rows], wide_v[heads, :end].mT)
+                grad_v[heads, keys] += torch.bmm(used.to(q).mT, grad[heads, rows])
+                of_scores = torch.bmm(wide_grad[heads, rows], wide_v[heads, keys].mT)
                 if chosen is not None:
                     of_scores.mul_(chosen)
                 of_scores = of_scores.sub_(mean[heads, rows]).mul_(weights).to(q)
-                torch.bmm(of_scores, k[heads, :end], out=grad_q[heads, rows])
-                grad_k[heads, :end] += torch.bmm(of_scores.mT, q[heads, rows])
+                torch.bmm(of_scores, k[heads, keys], out=grad_q[heads, rows])
+                grad_k[heads, keys] += torch.bmm(of_scores.mT, q[heads, rows])
         grads = grad_q.mul_(scale), grad_k.mul_(scale), grad_v
         return (*(each.to(q).view(shape) for each in grads), None)
 
@@ -118,15 +117,16 @@ def _scaled(q: Tensor) -> Tensor:
     return _wide(q) / math.sqrt(q.size(2))
 
 
-def _parts(heads: int, positions: int) -> Iterator[Tuple[slice, int]]:
-    """Some heads, and the first of _ROWS positions, of each part. The number of heads is a power
-    of two, as few as possible for oneDNN."""
+def _parts(heads: int, positions: int) -> Iterator[Tuple[slice, slice, slice]]:
+    """Some heads, _ROWS positions, and the positions that these look at, of each part. The number
+    of heads is a power of two, so that oneDNN needs few programs."""
     most = max(1, _HELD // (_ROWS * positions))
     done = 0
     while done < heads:
         number = 2 ** (min(most, heads - done).bit_length() - 1)
         for first in range(0, positions, _ROWS):
-            yield slice(done, done + number), first
+            end = first + _ROWS
+            yield slice(done, done + number), slice(first, end), slice(end)
         done += number
 
 
