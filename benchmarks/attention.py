@@ -16,6 +16,7 @@ from unittest import mock
 import measure
 import torch
 import torch.nn.functional as F
+from ablation import PRECISIONS
 from torch import Tensor
 
 from fairseq_moe_ext.kernels import matmul
@@ -35,11 +36,6 @@ SHAPES = [
     Shape(4, 12, 512, 64),
     Shape(1, 12, 2048, 64),
 ]
-PRECISIONS = {
-    "float32": (torch.float32, True),
-    "float32, PyTorch's choice of products": (torch.float32, False),
-    "bfloat16": (torch.bfloat16, True),
-}
 
 
 def pytorchs(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
