@@ -72,9 +72,8 @@ def test_the_experts_of_an_id_are_no_fixed_group(experts, k):
     """Experts that always act together are one of k times the width."""
     zipf = [1_000_000 // (rank + 1) for rank in range(4000)]
     for found in (balanced_table(zipf, experts, k), plain_table(4000, experts, k)):
-        sets = {
-            frozenset(row) for row in found
-        }  # experts / k of them, if the least loaded stay equal
+        # experts / k of them, if the least loaded stay equal
+        sets = {frozenset(row) for row in found}
         assert len(sets) > min(0.9 * math.comb(experts, k), 0.8 * len(zipf))
 
 
