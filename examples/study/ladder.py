@@ -110,8 +110,8 @@ def run(args: argparse.Namespace) -> int:
     print("\n".join(hours.said(ladder, wanted, args.gflops)), flush=True)
     if args.write:
         for stage in wanted:
-            stage = running.screened(ladder, stage)
-            print(running.write_study(ladder, stage) if stage.arms else f"{stage.name}: no arm")
+            whole = running.screened(ladder, ladder.stage(stage.name))
+            print(running.write_study(ladder, whole) if whole.arms else f"{stage.name}: no arm")
     if args.dry_run or args.write:
         return 0
     return running.do(ladder, wanted, args.jobs, args.gflops)

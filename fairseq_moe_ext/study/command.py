@@ -1,13 +1,14 @@
 """`fairseq-moe study FILE.yaml`: train and evaluate what the file names; what is done is kept."""
 
 import argparse
+import fnmatch
 import functools
 import os
 import re
 import sys
 import time
 from pathlib import Path
-from typing import Dict, Iterator, Sequence, Tuple
+from typing import Dict, Iterator, List, Sequence, Tuple
 
 from tqdm import tqdm
 
@@ -31,6 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("file", type=Path, help="the study's YAML file")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
+    parser.add_argument(
+        "--runs",
+        metavar="NAME,NAME",
+        help="do only these, by the names of their folders; patterns such as 'arm-*-1' are allowed",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
     parser.add_argument(
         "--only-result", action="store_true", help="collect the finished runs and stop"
@@ -42,23 +48,26 @@ def run(args: argparse.Namespace) -> None:
     require_positive(args, "jobs")
     if args.dry_run and args.only_result:
         raise UserError("--dry-run and --only-result: use only one of them")
+    if args.only_result and args.runs is not None:
+        raise UserError(f"--runs {args.runs}: --only-result collects all runs; leave one out")
     plan = plans.read(args.file)
+    wanted = plan.runs if args.runs is None else _named(plan, args.runs)
     if args.dry_run:
-        for study_run in plan.runs:
+        for study_run in wanted:
             for command in study_run.commands:
                 print(plans.typed(command))
         return
     _check_result(plan)
     if args.only_result:
-        for line in results.left_out(plan):
-            print(line)
         for study_run, step in _stale(plan):
             print(
                 f"{study_run.folder / step.name}.json: its settings differ from the file's; run "
                 "without --only-result to make it again"
             )
     else:
-        _Work(plan, args.jobs).do()
+        _Work(plan._replace(runs=wanted), args.jobs).do()
+    for line in results.left_out(plan):
+        print(line)
     result = results.collect(plan)
     if plan.reference:
         result["reference"] = plan.reference
@@ -174,6 +183,17 @@ class _Work:
         self.updates[name] = max(updates, self.updates.get(name, 0))
         self.bar.n = sum(self.updates.values())
         self.bar.refresh()
+
+
+def _named(plan: Plan, patterns: str) -> List[Run]:
+    """Those whose folder's name is one of the patterns, between commas. Raises UserError for a
+    pattern that is the name of none."""
+    wanted = patterns.split(",")
+    names = [study_run.folder.name for study_run in plan.runs]
+    for pattern in wanted:
+        if not fnmatch.filter(names, pattern):
+            raise UserError(f"--runs {pattern}: no run is called so; they are {', '.join(names)}")
+    return [r for r in plan.runs if any(fnmatch.fnmatchcase(r.folder.name, p) for p in wanted)]
 
 
 def _check_result(plan: Plan) -> None:

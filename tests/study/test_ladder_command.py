@@ -3,6 +3,7 @@
 import pytest
 from small_ladder import command, write
 
+from fairseq_moe_ext.study import plan
 from fairseq_moe_ext.study.ladder import forecast, probe, running
 
 
@@ -73,6 +74,20 @@ def test_a_page_of_another_is_found_before_the_first_training(
     said = capsys.readouterr().err
     assert said.startswith(f"error: {folder / name[:5]}/{name.split('/')[0]}: {error}")
     assert said.count("\n") == 1 and there.read_text() == "mine"
+
+
+def test_a_part_of_a_stage_keeps_its_whole_file(folder, monkeypatch):
+    """Else the stage's result would be of that part alone."""
+    calls = []
+    monkeypatch.setattr(running.cli, "main", lambda words: calls.append(words) or 1)
+    fixed = "a: [1e-2], a-E4: [1e-2]"
+    path = write(folder, lambda text: text.replace("a: [1e-2, 1e-3], a-E4: [1e-2]", fixed))
+    assert command().main([str(path), "--stages", "first", "--arms", "b,a-*"]) == 1
+    file = folder / "ladder" / "first.yaml"
+    runs = "arm-b-1,arm-a-E4-1,arm-a-4x2-1"
+    assert calls == [["study", str(file), "--jobs", "2", "--runs", runs]]
+    assert [r.size for r in plan.read(file).runs] == ["a", "b", "a-E4", "a-4x2"]
+    assert plan.read(file).reference == "a"
 
 
 def test_a_forecast_replaces_nothing(folder, tmp_path, capsys):

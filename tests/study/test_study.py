@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -357,6 +358,22 @@ def test_accuracies_have_factors_too():
     assert list(found) == ["in_domain", "0-shot", "a"]
     # 50 % costs dense 4, MoE 1; 60 % dense 16, MoE half-way in ln from 1 to 4
     assert [p["factor"] for p in found["0-shot"]["curve"]] == pytest.approx([4, 16 / 2])
+
+
+def test_runs_are_chosen_by_the_names_of_their_folders(folder, capsys):
+    path = str(write(folder))
+    assert cli.main(["study", path, "--dry-run", "--runs", "moe-*,dense-s-1"]) == 0
+    trained = re.findall(r"--save-dir \S*/(\S+)", capsys.readouterr().out)
+    assert trained == ["dense-s-1", "moe-s-1", "moe-m-1"]
+    for words, error in (
+        (["--runs", "moe-x"], "--runs moe-x: no run is called so; they are dense-s-1, dense-m-1"),
+        (["--runs", ""], "--runs : no run is called so"),
+        (["--runs", "moe-*", "--only-result"], "--runs moe-*: --only-result collects all runs"),
+    ):
+        assert cli.main(["study", path, *words]) == 1
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: {error}") and said.count("\n") == 1
+    assert not (folder / "out").exists()
 
 
 def test_priming_is_a_command_of_the_study(folder):

@@ -74,7 +74,8 @@ def screened(ladder: Ladder, stage: Stage) -> Stage:
 
 
 def write_study(ladder: Ladder, stage: Stage) -> Path:
-    """The stage's file for `fairseq-moe study`. Raises UserError before the rates are chosen."""
+    """A whole stage's file for `fairseq-moe study`, so that its result is of all that is done.
+    Raises UserError before the rates are chosen."""
     found = None if stage.name == LR else rates.of_arms(ladder, rates.choose(ladder))
     ladder.out.mkdir(parents=True, exist_ok=True)
     path = ladder.out / f"{stage.name}.yaml"
@@ -86,13 +87,20 @@ def do(ladder: Ladder, stages: Sequence[Stage], jobs: int, gflops: float) -> int
     """Run the stages; the exit status. After each one result.json and the page are written."""
     check_result(ladder)
     for stage in stages:
-        stage = screened(ladder, stage)
-        if not stage.arms:
+        whole = screened(ladder, ladder.stage(stage.name))
+        names = [
+            ladder.folder(stage, arm, seed).name
+            for seed in stage.seeds
+            for arm in stage.arms
+            if arm in whole.arms
+        ]
+        if not names:
             print(f"{stage.name}: no arm saved {stage.at_least:g} times at {stage.screen}; not run")
             continue
-        file = write_study(ladder, stage)
+        file = write_study(ladder, whole)
         with _progress(ladder, gflops):
-            status = cli.main(["study", str(file), "--jobs", str(jobs)])
+            words = ["study", str(file), "--jobs", str(jobs), "--runs", ",".join(names)]
+            status = cli.main(words)
         if status:
             return status
         write_result(ladder)
