@@ -273,18 +273,27 @@ def inside(arguments: List[str]) -> None:
     profile.stop()
     found = {name: seconds / whole for name, seconds in clocks.seconds.items()}
     if "moe_lm_15b" not in arguments:
-        operators: Dict[str, float] = defaultdict(float)
-        for event in profile.key_averages(group_by_input_shape=True):
-            operators[kind(event.key, event.input_shapes)] += event.self_cpu_time_total
-        every = sum(operators.values())
-        in_order = sorted(operators.items(), key=lambda item: -item[1])
-        found = {**{name: spent / every for name, spent in in_order}, **found}
+        found = {**by_kind(profile), **found}
     print(json.dumps({name: round(share, 4) for name, share in found.items()}), flush=True)
 
 
-def kind(operator: str, shapes: Sequence[Sequence[int]]) -> str:
-    """What an operator on tensors of these shapes is for."""
-    sizes = {size for shape in shapes for size in shape}
+def by_kind(profile: torch.profiler.profile) -> Dict[str, float]:
+    """The share of the operators' time that each kind of them takes, the largest first."""
+    spent: Dict[str, float] = defaultdict(float)
+    for event in profile.events():
+        spent[kind(event)] += event.self_cpu_time_total
+    every = sum(spent.values())
+    return {name: spent[name] / every for name in sorted(spent, key=lambda name: -spent[name])}
+
+
+def kind(event: Any) -> str:
+    """What an operator is for, by its name, its tensors' shapes and the operators around it."""
+    around = event
+    while around is not None:  # PyTorch's attention is one operator, ours is made of many
+        if "attention" in around.name.lower():
+            return "attention's core"
+        around = around.cpu_parent
+    operator, sizes = event.name, {size for shape in event.input_shapes for size in shape}
     if operator in ("aten::mm", "aten::addmm", "aten::addmm_", "mkldnn::_linear_pointwise"):
         if HIDDEN in sizes:
             return "feed-forward products"
@@ -292,8 +301,6 @@ def kind(operator: str, shapes: Sequence[Sequence[int]]) -> str:
         return (
             "attention's projections" if sizes <= {DIM, TOKENS} else "products with the vocabulary"
         )
-    if "attention" in operator:
-        return "attention's core"
     if "adam" in operator or "vector_norm" in operator or "foreach" in operator:
         return "optimizer and clipping"
     return "softmax and loss" if VOCABULARY in sizes else "all else"

@@ -14,6 +14,7 @@ from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from small_models import VOCABULARY, make_task
 
+from fairseq_moe_ext.models import attention
 from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -229,6 +230,31 @@ def test_training_steps_have_equal_flops(program, monkeypatch, name):
     model = MoETransformerLanguageModel.build_model(cfg, make_task()).train()
     found = dropped(model, torch.randint(4, VOCABULARY, (2, 64)))
     assert len(found) == 1 and not any(found)
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_the_time_of_attention_is_told_apart(program, ours, monkeypatch):
+    """Ours, of many operators, and PyTorch's of one, forward and backward. Its projections and an
+    activation are of other kinds."""
+    train_step = program("train_step")
+    monkeypatch.setattr(attention, "serves", lambda q, dropout: ours)
+    monkeypatch.setattr(train_step, "DIM", 64)
+    block, x = attention.CausalSelfAttention(64, 2), torch.randn(2, 128, 64)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
+        torch.nn.functional.gelu(block(x)).sum().backward()
+    kinds = {}
+    for event in profile.events():
+        kinds.setdefault(train_step.kind(event), set()).add(event.name)
+    core = kinds["attention's core"]
+    inside = {"aten::bmm", "aten::_softmax"} if ours else set()
+    forward = "_CausalAttention" if ours else "aten::scaled_dot_product_attention"
+    assert core >= {*inside, forward} and any(n.startswith("autograd::engine") for n in core)
+    assert {"aten::gelu", "aten::gelu_backward", "aten::sum"} <= kinds["all else"]
+    others = set.union(*(kinds[name] for name in kinds if name != "attention's core"))
+    assert not others & {"aten::bmm", "aten::_softmax"} and not core & {"aten::gelu", "aten::addmm"}
+    shares = train_step.by_kind(profile)
+    assert set(shares) == set(kinds) and sum(shares.values()) == pytest.approx(1)
 
 
 def test_prepare(program, monkeypatch, tmp_path):
