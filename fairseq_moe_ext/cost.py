@@ -153,7 +153,8 @@ def memory_per_device(
     "optimizer" sharding divides optimizer state and master copies by W, "full" also parameters and
     gradients; experts are divided by their replicas only. Neither the allocator's slack nor
     communication buffers nor the framework (0.5 to 1 GB on a GPU) are in it. Attention is taken to
-    keep no T x context matrix, as fused kernels do.
+    keep no T x context matrix, as fused kernels do; but a CPU's keeps a mask of its dropout, a
+    byte for each weight, some H T S / 2 a layer for H heads and sequences of S positions.
     """
     s, p = shape, stored(precision, sharding)
     counts = parameters(s)

@@ -22,7 +22,7 @@ from .matmul import faster_products, products_by_onednn, watched
 
 _ROWS = 128  # positions whose weights are computed together
 # Weights of a part, 4 MB in float32; not by the number of threads, so that a seed draws the same
-# dropout everywhere.
+# dropout with any.
 _HELD = 2**20
 
 
@@ -35,7 +35,6 @@ def serves(q: Tensor, dropout: float) -> bool:
         and q.numel() > 0
         and q.size(2) % _ROWS == 0
         and autocast_dtype(q) is None
-        and not torch.compiler.is_compiling()
         and not watched()  # who counts FLOPs wants none of weights that are computed again
         and _pays(q, dropout)
     )
@@ -48,6 +47,7 @@ def _pays(q: Tensor, dropout: float) -> bool:
     return q.dtype in (torch.float32, torch.float64) and (dropout > 0 or products_by_onednn(q))
 
 
+@torch.compiler.disable  # else it would draw other dropout than without --compile
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
     """(B, H, S, d) each, of one precision -> (B, H, S, d), once differentiable.
 
@@ -63,7 +63,7 @@ class _CausalAttention(torch.autograd.Function):
         q, k, v = (each.reshape(-1, *shape[2:]) for each in (q, k, v))  # (N, S, d), N = B H
         out = torch.empty_like(q)
         wide_q, wide_k = _scaled(q), _wide(k)
-        kept: List[Optional[Tensor]] = []
+        kept: List[Tensor] = []
         factor = 1.0
         with faster_products(wide_q):
             for heads, rows, keys in _parts(*q.shape[:2]):
@@ -75,14 +75,14 @@ class _CausalAttention(torch.autograd.Function):
                 out[heads, rows] = torch.bmm(weights.to(v), v[heads, keys])
         if factor != 1:
             out.mul_(factor)
-        ctx.save_for_backward(q, k, v, out)
-        ctx.kept, ctx.factor = kept, factor
+        ctx.save_for_backward(q, k, v, out, *kept)
+        ctx.factor = factor
         return out.view(shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-        q, k, v, out = ctx.saved_tensors
+        q, k, v, out, *kept = ctx.saved_tensors
         shape, scale = grad.shape, 1 / math.sqrt(q.size(2))
         wide_q, wide_k, wide_v = _scaled(q), _wide(k), _wide(v)
         wide_grad = _wide(grad.reshape(q.shape))
@@ -96,7 +96,7 @@ class _CausalAttention(torch.autograd.Function):
         with faster_products(wide_q):
             for i, (heads, rows, keys) in enumerate(_parts(*q.shape[:2])):
                 weights = _weights(wide_q[heads, rows], wide_k[heads, keys])
-                chosen = ctx.kept[i] if ctx.kept else None
+                chosen = kept[i] if kept else None
                 used = weights if chosen is None else weights * chosen
                 grad_v[heads, keys] += torch.bmm(used.to(q).mT, grad[heads, rows])
                 of_scores = torch.bmm(wide_grad[heads, rows], wide_v[heads, keys].mT)

@@ -115,6 +115,17 @@ def test_dropout_multiplies_the_weights_by_what_was_drawn(monkeypatch, p):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+def test_what_was_drawn_is_saved_as_autograd_saves(monkeypatch):
+    """So that --checkpoint-activations can drop it."""
+    monkeypatch.setattr(kernel, "_HELD", 2 * 128 * 256)
+    inputs, _ = drawn((2, 2, 256, 4))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        causal_attention(*inputs, 0.1)
+    masks = [x.shape for x in saved if x.dtype == torch.bool]
+    assert masks == 2 * [(2, 128, 128), (2, 128, 256)]
+
+
 def test_a_seed_s_dropout_is_the_same_with_any_number_of_threads():
     inputs, _ = drawn((3, 4, 256, 4))
     before, found = torch.get_num_threads(), []
