@@ -1,6 +1,6 @@
 """What `fairseq-train` adds to a training step: its updates against the same in a bare loop.
 
-    python benchmarks/trainer.py [--shapes 96 quickstart] [--cases NAME ...] [--rounds 5]
+    python benchmarks/trainer.py [--shapes 96 128] [--cases NAME ...] [--rounds 5]
 
 The trainer is the real one, in a process of its own: mixture task, moe_cross_entropy, clipping,
 metrics and their file, a log line every 10 updates, data loading in the process or by workers. The
@@ -45,7 +45,7 @@ class Case(NamedTuple):
     workers: int = 0
 
 
-SHAPES = {"96": Shape(96, 3, 32, 256), "quickstart": Shape(128, 4, 8, 256)}
+SHAPES = {"96": Shape(96, 3, 32, 256), "128": Shape(128, 4, 8, 256)}
 CASES = {
     "dense": Case(),
     "dense, a worker": Case(workers=1),
@@ -263,7 +263,7 @@ def show(rows: Dict[str, Dict[str, Any]]) -> None:
     measure.keep_table(
         "trainer",
         "An update of `fairseq-train` against the same in a bare loop: 4 layers, a vocabulary of "
-        f"{VOCABULARY}; 96: 96 wide, 32 x 256 tokens; quickstart: 128 wide, 8 x 256 tokens. Speed: "
+        f"{VOCABULARY}; 96: 96 wide, 32 x 256 tokens; 128: 128 wide, 8 x 256 tokens. Speed: "
         "of the bare loop's, by the clock and by the processor's time of all threads. The other "
         "columns: milliseconds that the trainer's part takes more than the bare loop's, a mean "
         "over all updates.",

@@ -34,6 +34,18 @@ def test_the_bare_loop_makes_updates_and_says_what_took_how_long(data, monkeypat
     assert list(parts) == list(benchmark.BARE) and all(spent > 0 for spent in parts.values())
 
 
+def test_every_row_that_is_kept_is_shown():
+    """The table leaves out a row of a shape or a case that the program does not know."""
+    paths = list(benchmark.measure.RESULTS.glob("*/trainer.json"))
+    assert paths
+    for path in paths:
+        table = path.with_suffix(".md").read_text(encoding="utf-8").splitlines()
+        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+            shape, case = row.split(": ")
+            assert shape in benchmark.SHAPES and case in benchmark.CASES
+            assert any(line.startswith(f"| {row} | ") for line in table)
+
+
 @pytest.mark.slow
 def test_the_parts_of_the_difference_add_up_to_it():
     row = benchmark.compare(SHAPE, benchmark.CASES["8 experts"], 1)
