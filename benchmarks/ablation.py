@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument(
         "--rows", type=int, nargs="+", choices=numbers, help="numbers of shapes; default: all"
     )
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=measure.count, default=7)
     args = parser.parse_args()
     torch.set_num_threads(2)
     shapes = SHAPES if args.rows is None else [SHAPES[number] for number in args.rows]

@@ -76,8 +76,8 @@ def measured(
 
 def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=measure.count, default=2)
+    parser.add_argument("--rounds", type=measure.count, default=7)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows: Dict[str, Dict[str, float]] = {}

@@ -18,7 +18,17 @@ from typing import Any, Callable, Dict, Sequence
 import fairseq_cli.eval_lm  # before our package, which then finds it to mend, as in the command
 import peers
 import torch
-from measure import clock, in_turn, keep, keep_table, language_model, matrix_rate, median, ratio
+from measure import (
+    clock,
+    count,
+    in_turn,
+    keep,
+    keep_table,
+    language_model,
+    matrix_rate,
+    median,
+    ratio,
+)
 from torch import Tensor
 
 VOCABULARY, SENTENCES, CONTEXT = 8000, 4, 512
@@ -121,8 +131,8 @@ def against_peers(shapes: Sequence[str], rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0])
-    parser.add_argument("--experts", type=int, nargs="+", default=[8, 64, 512])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--experts", type=count, nargs="+", default=[8, 64, 512])
+    parser.add_argument("--rounds", type=count, default=5)
     parser.add_argument("--peers", action="store_true", help="against other projects' models")
     parser.add_argument("--one-thread", action="store_true", help="--peers by the processor's time")
     parser.add_argument("--shapes", nargs="+", choices=peers.SHAPES, default=list(peers.SHAPES))

@@ -169,9 +169,9 @@ def compare(file: str, name: str, batch: int, cases: List[str], rounds: int) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--batches", type=measure.count, nargs="+", default=[1, 16])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="NAME")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=measure.count, default=3)
     parser.add_argument("--one-thread", action="store_true", help="by the processor's time")
     args = parser.parse_args()
     torch.set_num_threads(1 if args.one_thread else 2)

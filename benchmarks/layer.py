@@ -296,7 +296,7 @@ def run(shapes: Sequence[Shape], rounds: int, peers: bool, like: Tensor) -> None
 def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0])
     parser.add_argument("--rows", type=int, nargs="+", help="numbers of shapes; default: all")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=measure.count, default=5)
     parser.add_argument("--no-peers", action="store_true", help="only our layer and the dense one")
     parser.add_argument("--gpu", action="store_true", help="the paper's shapes on a CUDA device")
     args = parser.parse_args()
@@ -304,6 +304,9 @@ def main() -> None:
         parser.exit(1, "--gpu: this machine has no CUDA device\n")
     torch.set_num_threads(2)
     shapes = GPU_SHAPES if args.gpu else SHAPES
+    for number in args.rows or ():
+        if not 0 <= number < len(shapes):
+            parser.error(f"--rows {number}: the shapes are 0 to {len(shapes) - 1}; name some")
     dtype, device = (torch.bfloat16, "cuda") if args.gpu else (torch.float32, "cpu")
     run(
         [shapes[number] for number in args.rows] if args.rows is not None else shapes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -22,6 +23,13 @@ RESULTS = Path(os.environ.get("BENCHMARK_RESULTS", Path(__file__).resolve().pare
 _HARDWARE = ("cpu", "cores", "memory_gib", "system", "gpu")  # of `machine`: another is another's
 _VARIABLES = ("LD_PRELOAD", "MALLOC_", "MKL_", "OMP_", "ONEDNN_", "THP_")  # they change speeds
 _COPIED = 256 * 2**20  # bytes: far beyond any cache
+
+
+def count(text: str) -> int:
+    """A whole number from 1 on, for a flag. Raises argparse.ArgumentTypeError for other text."""
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r}: use a whole number from 1 on")
+    return int(text)
 
 
 def machine() -> Dict[str, Any]:

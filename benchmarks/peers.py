@@ -377,7 +377,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0])
     parser.add_argument("--shapes", nargs="+", choices=[*SHAPES, *GPU_SHAPES])
     parser.add_argument("--cases", nargs="+", choices=CASES, metavar="NAME")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=measure.count, default=3)
     parser.add_argument("--gpu", action="store_true", help="on a CUDA device")
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
     args = parser.parse_args()

@@ -165,7 +165,7 @@ def _counting(work: Callable[[], object], spent: List[float]) -> Callable[[], No
 def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0])
     parser.add_argument("--megabytes", type=float, default=24)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=measure.count, default=3)
     args = parser.parse_args()
     rows = measured(int(args.megabytes * 1e6), args.rounds)
     measure.keep_table(

@@ -30,7 +30,7 @@ from typing import Any, Dict, List, Sequence, Tuple
 
 import numpy as np
 import torch
-from measure import keep, keep_table, matrix_rate, median
+from measure import count, keep, keep_table, matrix_rate, median
 
 import fairseq_moe_ext
 from fairseq_moe_ext.cost import Shape, training_flops_per_token
@@ -311,9 +311,9 @@ def main() -> None:
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     every = [name for cases in GROUPS.values() for name in cases]
     parser.add_argument("--cases", nargs="+", choices=every, default=every)
-    parser.add_argument("--context", type=int, nargs="+", default=[512, 2048])
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="an update; not with --shares")
-    parser.add_argument("--updates", type=int, default=4)
+    parser.add_argument("--context", type=count, nargs="+", default=[512, 2048])
+    parser.add_argument("--tokens", type=count, default=TOKENS, help="an update; not with --shares")
+    parser.add_argument("--updates", type=count, default=4)
     parser.add_argument("--shares", action="store_true", help="where the time goes, in its place")
     args = parser.parse_args()
     torch.set_num_threads(2)

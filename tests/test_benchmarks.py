@@ -162,6 +162,34 @@ def test_what_a_program_sets_for_its_processes_is_kept(program, monkeypatch, nam
     assert "OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive" in kept[0]["variables"]
 
 
+@pytest.mark.parametrize("line, said", [
+    *(
+        (f"{name} --{flag} 0", f"argument --{flag}: '0': use a whole number from 1 on")
+        for name, flags in {
+            "ablation": "rounds", "attention": "rounds threads", "evaluate": "rounds experts",
+            "generate": "rounds batches", "layer": "rounds", "peers": "rounds",
+            "prepare": "rounds", "train_step": "updates tokens context", "trainer": "rounds",
+        }.items()
+        for flag in flags.split()
+    ),
+    ("layer --rounds -1", "'-1': use a whole number from 1 on"),
+    ("layer --rounds 2.5", "'2.5': use a whole number from 1 on"),
+    ("layer --rows 0 6", "--rows 6: the shapes are 0 to 5; name some"),
+    ("layer --rows -1", "--rows -1: the shapes are 0 to 5; name some"),
+])  # fmt: skip
+def test_numbers_are_checked_before_anything_is_measured(program, line, said, monkeypatch, capsys):
+    name, *arguments = line.split()
+    if name == "generate":
+        pytest.importorskip("transformers")
+    module = program(name)
+    for works in ("measured", "run", "compare", "speeds", "make_data"):
+        monkeypatch.setattr(module, works, None, raising=False)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    with pytest.raises(SystemExit):
+        module.main()
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("peers", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_generate(program, tiny, peers, monkeypatch, tmp_path):
     pytest.importorskip("transformers")
