@@ -82,24 +82,26 @@ class MoETransformerLMConfig(RouterFlags, BalanceFlags):
     moe_freq: int = field(
         default=0,
         metadata={
-            "help": "make every moe_freq-th layer MoE: layer i, counted from 0, if "
-            "(i + 1) %% moe_freq is 0; 0: a dense model"
+            "help": "make every N-th layer an MoE layer: layer i, counted from 0, if "
+            "(i + 1) %% N is 0; 0: a dense model"
         },
     )
     moe_layers: Optional[str] = field(
         default=None,
-        metadata={"help": "the MoE layers, counted from 0, such as 1,3,5; instead of moe_freq"},
+        metadata={"help": "the MoE layers, counted from 0, such as 1,3,5; instead of --moe-freq"},
     )
     moe_first_dense: int = field(
         default=0,
-        metadata={"help": "keep the first N layers of the model dense, whatever moe_freq selects"},
+        metadata={
+            "help": "keep the first N layers of the model dense, whatever --moe-freq selects"
+        },
     )
     moe_expert_count: int = field(
         default=0, metadata={"help": "experts in each MoE layer, over all processes"}
     )
     moe_expert_ffn_dim: Optional[int] = field(
         default=None,
-        metadata={"help": "hidden width of an expert (default: decoder_ffn_embed_dim)"},
+        metadata={"help": "hidden width of an expert (default: --decoder-ffn-embed-dim)"},
     )
     moe_shared_experts: int = field(
         default=0,
@@ -115,8 +117,8 @@ class MoETransformerLMConfig(RouterFlags, BalanceFlags):
     moe_null_experts: int = field(
         default=0,
         metadata={
-            "help": "experts besides moe_expert_count that compute nothing: a token that chooses "
-            "some uses fewer than moe_top_k. A balanced router uses them as often as others"
+            "help": "experts besides --moe-expert-count that compute nothing: a token that chooses "
+            "some uses fewer than --moe-top-k. A balanced router uses them as often as others"
         },
     )
     moe_latent_dim: Optional[int] = field(
@@ -177,7 +179,7 @@ class MoETransformerLMConfig(RouterFlags, BalanceFlags):
         metadata={
             "help": "at evaluation an expert takes ceil(fraction * tokens) tokens of a batch, with "
             "a fraction in (0, 1]; 1.0 drops none; a negative number: the rule of training. "
-            "Token-by-token generation, moe_dropless, and routers without a capacity never drop"
+            "Token-by-token generation, --moe-dropless, and routers without a capacity never drop"
         },
     )
     moe_dropless: bool = field(
@@ -206,7 +208,7 @@ class MoETransformerLMConfig(RouterFlags, BalanceFlags):
         default=None,
         metadata={
             "help": "dropout probability after the activation inside experts (default: "
-            "activation_dropout, as in dense layers)"
+            "--activation-dropout, as in dense layers)"
         },
     )
     moe_freeze: FROZEN_PARTS = field(
@@ -235,7 +237,7 @@ class MoETransformerLMConfig(RouterFlags, BalanceFlags):
         default=0,
         metadata={
             "help": "if > 0, make every MoE layer a dense one of this hidden width; see "
-            "moe_dense_twin, which computes the width"
+            "--moe-dense-twin, which computes the width"
         },
     )
     moe_dense_twin: bool = field(

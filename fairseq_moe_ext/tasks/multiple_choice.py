@@ -53,8 +53,8 @@ class MultipleChoiceTaskConfig(FairseqDataclass):
     choice_valid_share: float = field(
         default=0.0,
         metadata={
-            "help": "use this share of the training set as the split valid, so that the published "
-            "validation set (split test) does not choose the checkpoint; related questions "
+            "help": "use this share of the training set as the split valid, so that the checkpoint "
+            "is not chosen on the published validation set (split test); related questions "
             "(of one passage, premise, pair of twins, ...) stay together"
         },
     )

@@ -962,10 +962,11 @@ def test_the_result_that_is_committed():
     best, other = (
         tables.by_key(found)[arm, 16_000_000, "in_domain"] for arm in ("d0-256x4", "d0-hash64")
     )
-    assert f"saves {tables.factor(best)} times in domain" in plain
-    assert f"chosen by hash save {tables.factor(other)} and" in plain
+    assert f"by a factor of {tables.factor(best)} in domain" in plain
+    assert f"chosen by hash, by {tables.factor(other)} and" in plain
     assert f"{best['factor']:.2f} becomes {best['with_router']:.2f}." in plain
-    assert f"`d0-hash64` saves {other['in_seconds']:.2f} times the seconds, and `d0-256x4`" in plain
+    said = f"`d0-hash64` cuts the time by a factor of {other['in_seconds']:.2f}, and `d0-256x4`"
+    assert said in plain
     assert f": {best['in_seconds']:.2f}." in plain
     committed = json.loads((STUDY / "ladder_forecast.json").read_text("utf-8"))["forecasts"]
     later = "hash256x4"  # this arm came after these runs
@@ -1001,16 +1002,16 @@ def test_the_result_with_fixed_rates_that_is_committed():
     plain = " ".join(text.split())
     factors = tables.by_key(found)
     inside, outside = (factors["d1-256x4", 16_000_000, g] for g in ("in_domain", "out_of_domain"))
-    assert f"saves {tables.factor(inside)} times the training FLOPs in domain" in plain
-    assert f"domain and {tables.factor(outside)} times out of domain." in plain
+    assert f"FLOPs by a factor of {tables.factor(inside)} in domain" in plain
+    assert f"domain and {tables.factor(outside)} out of domain." in plain
     assert f"{inside['factor']:.2f} becomes {inside['with_router']:.2f}, and" in plain
-    said = "saves {:.2f} times in domain and {:.2f} times out of domain, `d1-E8`"
+    said = "a factor of {:.2f} in domain and {:.2f} out of domain, `d1-E8`"
     assert said.format(inside["in_seconds"], outside["in_seconds"]) in plain
     lost = (factors[name, 16_000_000, "in_domain"] for name in ("d0-256x4", "d1-E64"))
     said = "in domain `d0-256x4` {:.2f}, `d1-E64` {:.2f}."
     assert said.format(*(factor["in_seconds"] for factor in lost)) in plain
     other = factors["d0-256x4", 16_000_000, "in_domain"]
-    assert f"FLOPs it saves {tables.factor(other)} times in domain" in plain
+    assert f"FLOPs the factor is {tables.factor(other)} in domain" in plain
     for group in ("in_domain", "out_of_domain"):
         assert markdown(tables.over_tokens(found, group)).strip() in text
     for group in ("in_domain", "out_of_domain"):
