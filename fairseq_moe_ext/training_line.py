@@ -9,7 +9,6 @@ in the precision of the model's own.
 """
 
 import logging
-import math
 import re
 import time
 from typing import Any, Dict, Optional
@@ -17,7 +16,7 @@ from typing import Any, Dict, Optional
 import torch
 
 from . import cost, shape
-from .kernels.matmul import product
+from .kernels.matmul import best_times, product
 from .wording import duration, with_prefix
 
 FIRST = 10  # updates after which the first line comes at the latest
@@ -73,11 +72,7 @@ def peak_of(device: torch.device, precision: torch.dtype) -> Optional[float]:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         return _PEAKS.get(re.sub(r"^(NVIDIA|Tesla) ", "", name))
     x = torch.ones(_SIZE, _SIZE, dtype=precision)
-    best = math.inf
-    for _ in range(4):
-        started = time.perf_counter()
-        product(x, x)
-        best = min(best, time.perf_counter() - started)
+    (best,) = best_times([lambda: product(x, x)], 4, threads=torch.get_num_threads())
     return 2 * _SIZE**3 / best
 
 

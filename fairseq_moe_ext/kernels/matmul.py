@@ -17,7 +17,7 @@ import functools
 import math
 import threading
 import time
-from typing import Any, ContextManager, List, Optional, Tuple
+from typing import Any, Callable, ContextManager, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .dtypes import autocast_dtype
 from .first_order import once_differentiable
 
-_FEW_ROWS = 2
+FEW_ROWS = 2  # for these, a product only reads the weights
 SMALL = 2**22  # multiplications
 
 
@@ -126,7 +126,7 @@ class _Linear(torch.autograd.Function):
 
 def _is_small(x: Tensor, outputs: int) -> bool:
     """Whether a product of x (..., K) is so small that oneDNN gains nothing."""
-    small = x.numel() <= _FEW_ROWS * x.size(-1) or x.numel() * outputs <= SMALL
+    small = x.numel() <= FEW_ROWS * x.size(-1) or x.numel() * outputs <= SMALL
     return x.dtype == torch.float32 and small
 
 
@@ -224,30 +224,41 @@ def _found_faster() -> bool:
 
 
 def compared_with_mkl() -> Tuple[float, float]:
-    """MKL's time for a product divided by oneDNN's: the best of several rounds in turn, on one
-    thread, which other processes disturb least (15 ms). And the largest error of oneDNN's, as a
-    fraction of the largest number; bfloat16 would make it 1e-3."""
+    """MKL's time for a product divided by oneDNN's, on one thread (15 ms). And the largest error of
+    oneDNN's, as a fraction of the largest number; bfloat16 would make it 1e-3."""
     # Whatever device or precision is the default: models are built on "meta", too. And by no method
     # that models/unfilled.py has do nothing while a model is built that a checkpoint will fill.
     generator = torch.Generator("cpu").manual_seed(0)
     factors = torch.rand(2, 512, 512, generator=generator, device="cpu", dtype=torch.float32)
     x, weight = 2 * factors - 1
     x = x[:128]
-    best = [math.inf, math.inf]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    found: Dict[bool, Tensor] = {}
+
+    def multiply(onednn: bool) -> None:
+        with _switched(onednn, x):
+            found[onednn] = torch.mm(x, weight)
+
+    mkl, onednn = best_times([lambda: multiply(False), lambda: multiply(True)], 12)
+    true = torch.mm(x.double(), weight.double())
+    return mkl / onednn, float((found[True] - true).abs().max() / true.abs().max())
+
+
+def best_times(ways: Sequence[Callable[[], object]], rounds: int, threads: int = 1) -> List[float]:
+    """Seconds of each, the best of several rounds in turn; without autograd. Other processes
+    disturb one thread least."""
+    best = [math.inf] * len(ways)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
         with torch.no_grad():
-            for _ in range(12):
-                for onednn in (False, True):
-                    with _switched(onednn, x):
-                        start = time.perf_counter()
-                        found = torch.mm(x, weight)
-                        best[onednn] = min(best[onednn], time.perf_counter() - start)
+            for _ in range(rounds):
+                for i, way in enumerate(ways):
+                    start = time.perf_counter()
+                    way()
+                    best[i] = min(best[i], time.perf_counter() - start)
     finally:
-        torch.set_num_threads(threads)
-    true = torch.mm(x.double(), weight.double())
-    return best[0] / best[1], float((found - true).abs().max() / true.abs().max())
+        torch.set_num_threads(before)
+    return best
 
 
 def _missing(rows: int) -> int:
@@ -264,7 +275,7 @@ def program_rows(x: Tensor, counts: List[int]) -> List[int]:
 
 def program_size(rows: int) -> int:
     """Of so many rows, with the spare ones of `_padded`."""
-    return rows if rows <= _FEW_ROWS else rows + _missing(rows)
+    return rows if rows <= FEW_ROWS else rows + _missing(rows)
 
 
 def faster_products(x: Tensor, multiplications: Optional[int] = None) -> ContextManager[None]:

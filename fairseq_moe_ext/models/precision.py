@@ -8,8 +8,6 @@ bfloat16.
 
 import functools
 import logging
-import math
-import time
 from typing import Any, cast
 
 import torch
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..expert_parallel import all_gather, process_rank
-from ..kernels.matmul import Linear, product
+from ..kernels.matmul import Linear, best_times, product
 from ..moe.experts import GroupedLinear
 from ..wording import BF16_IN_FLOAT32
 
@@ -28,23 +26,12 @@ _WORTH = 1.2  # products are half of a step and more
 
 @functools.cache
 def speed_over_float32() -> float:
-    """How many times as fast as our float32 product one of bfloat16 is: the best of several rounds
-    in turn, on one thread (20 ms where the CPU has instructions for it)."""
-    factors = [torch.ones(2, 512, 512, device="cpu", dtype=torch.float32)]
-    factors.append(factors[0].to(torch.bfloat16))
-    best = [math.inf, math.inf]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.no_grad():
-            for _ in range(5):
-                for way, (a, b) in enumerate(factors):
-                    start = time.perf_counter()
-                    product(a[:128], b)
-                    best[way] = min(best[way], time.perf_counter() - start)
-    finally:
-        torch.set_num_threads(threads)
-    return best[0] / best[1]
+    """How many times as fast as our float32 product one of bfloat16 is, on one thread (20 ms
+    where the CPU has instructions for it)."""
+    x = torch.ones(512, 512, device="cpu", dtype=torch.float32)
+    y = x.to(torch.bfloat16)
+    float32, bfloat16 = best_times([lambda: product(x[:128], x), lambda: product(y[:128], y)], 5)
+    return float32 / bfloat16
 
 
 def bfloat16_pays() -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.dtypes import autocast_dtype
-from ..kernels.matmul import Linear
+from ..kernels.matmul import FEW_ROWS, Linear
 from . import routers  # noqa: F401 - registers them
 from .balance import Balance, z_loss
 from .dispatch import lay_out, permute, unpermute
@@ -18,8 +18,6 @@ from .router import ROUTERS, GateSettings, TopKRouter
 from .routing import Routing
 from .scope import PROCESS, RoutingScope
 from .stats import routing_stats
-
-_FEW_TOKENS = 2
 
 
 class MoEOutput(NamedTuple):
@@ -191,7 +189,7 @@ class MoELayer(nn.Module):
     def _has_few(self, tokens: Tensor) -> bool:
         """Whether these (T, D) are best computed choice by choice."""
         return (
-            0 < len(tokens) <= _FEW_TOKENS
+            0 < len(tokens) <= FEW_ROWS
             and not self.training
             and not torch.is_grad_enabled()
             and self.exchange is HERE

@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -302,6 +303,28 @@ def test_onednn_is_taken_where_it_is_clearly_faster_and_exact(
     monkeypatch.setattr(matmul, "compared_with_mkl", lambda: (speed, error))
     monkeypatch.setattr(matmul, "_faster", None)
     assert matmul.onednn_is_faster() is taken
+
+
+def test_the_best_time_of_each_way(monkeypatch):
+    """On one thread, in turn; what a process had is back behind it, also after an error."""
+    seconds, now, called = {"a": [5, 3, 4], "b": [7, 9, 8]}, [0.0], []
+    monkeypatch.setattr(matmul, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    threads = [2]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[0])
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: threads.__setitem__(0, number))
+
+    def way(name):
+        called.append((name, threads[0], torch.is_grad_enabled()))
+        now[0] += seconds[name][len(called) // 2 - (name == "b")]
+
+    ways = [lambda: way("a"), lambda: way("b")]
+    assert matmul.best_times(ways, 3) == [3, 7]
+    assert called == [("a", 1, False), ("b", 1, False)] * 3 and threads == [2]
+    assert matmul.best_times([lambda: called.append(threads[0])], 1, threads=3) == [0]
+    assert called[-1] == 3
+    with pytest.raises(IndexError):
+        matmul.best_times(ways, 1)
+    assert threads == [2]
 
 
 @needs_onednn
