@@ -15,6 +15,7 @@ from .. import data_bin, files, literals
 from ..branch.files import find, flat_settings
 from ..branch.outline import main_file
 from ..errors import UserError
+from ..shape import context_length
 
 PRECISIONS = {
     "--fp16": "use half precision for the weights",
@@ -97,8 +98,8 @@ def load_model(
 def most_tokens(path: Path, overrides: Mapping[str, Any]) -> Optional[int]:
     """How many tokens the model of a checkpoint takes by its settings, while its weights stay on
     disk; None if they do not say. Arguments as of load_model."""
-    settings = {**flat_settings(main_file(str(path))), **overrides}
-    return settings.get("max_target_positions") or settings.get("tokens_per_sample")
+    saved = flat_settings(main_file(str(path)))
+    return context_length({"tokens_per_sample": None, **saved, **overrides})
 
 
 def check_context(context: Optional[int], most: Optional[int]) -> None:

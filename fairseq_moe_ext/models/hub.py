@@ -58,6 +58,12 @@ class LanguageModelHub(GeneratorHubInterface):
     """fairseq's interface (fairseq/hub_utils.py:85@0.12.2) for language models, to which a
     newline is an </s>, within a text and at its end."""
 
+    @property
+    def first_token(self) -> int:
+        """The token that texts begin with: </s>, or <s> if training had --add-bos-token."""
+        adds_bos = getattr(self.cfg.task, "add_bos_token", False)
+        return self.src_dict.bos() if adds_bos else self.src_dict.eos()
+
     def encode(self, sentence: str) -> Tensor:
         """Tokens of all lines, </s> between them and at the end. Raises UserError for text of which
         nothing is in the dictionary; warns, once, of one of which a tenth is not."""
@@ -167,7 +173,6 @@ class LanguageModelHub(GeneratorHubInterface):
         """As task.build_dataset_for_inference (fairseq/tasks/language_modeling.py:269@0.12.2),
         which strips all </s> at the end; here only the last one, which ends the text."""
         dictionary, longest = self.src_dict, int(self.max_positions)
-        start = dictionary.bos() if getattr(self.cfg.task, "add_bos_token", 0) else dictionary.eos()
         rows: Dict[int, Tensor] = {}
         for i, row in enumerate(tokens):
             row = row.cpu().long()
@@ -182,7 +187,7 @@ class LanguageModelHub(GeneratorHubInterface):
         order = sorted(rows, key=lambda i: len(rows[i]))
         size = self.cfg.dataset.batch_size or 1
         for ids in (order[i : i + size] for i in range(0, len(order), size)):
-            first, pad = torch.tensor([start]), torch.tensor([dictionary.pad()])
+            first, pad = torch.tensor([self.first_token]), torch.tensor([dictionary.pad()])
             inputs = [torch.cat([first, rows[i]]) for i in ids]
             targets = [torch.cat([rows[i], pad]) for i in ids]
             yield {

@@ -127,7 +127,6 @@ def generate(
         for sample in range(samples):
             random = _draws(settings, sample, first + number - 1)
             rows.append(Prompt(writer.prompt, max_new, writer.ends, random))
-    dictionary = lm.tgt_dict
     search = Generator(
         lm.models[0],
         settings.beams,
@@ -135,7 +134,7 @@ def generate(
         "generating" if len(rows) > 1 else "",
         choice=settings.choice,
         never=no_text(lm.models[0], lm.bpe is not None),
-        starts_with=dictionary.bos() if getattr(lm.cfg.task, "add_bos_token", False) else None,
+        starts_with=lm.first_token,
     )
     hypotheses = search.best(rows)
     texts = []

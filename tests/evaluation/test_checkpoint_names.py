@@ -1,5 +1,6 @@
 """What is asked of a checkpoint before its weights are read."""
 
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,6 +42,18 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(UserError, match="list.pt: not a fairseq checkpoint"):
         most_tokens(tmp_path / "list.pt", {})
+
+
+@pytest.mark.parametrize("saved, overrides, most", [
+    ({"tokens_per_sample": 8, "max_target_positions": 16}, {}, 16),
+    ({"tokens_per_sample": 8, "max_target_positions": None}, {}, 8),
+    ({"tokens_per_sample": 8}, {"max_target_positions": 4}, 4),
+    ({"decoder_layers": 2}, {}, None),
+])  # fmt: skip
+def test_the_context_is_read_without_the_weights(tmp_path, monkeypatch, saved, overrides, most):
+    monkeypatch.setattr("fairseq.checkpoint_utils.load_checkpoint_to_cpu", pytest.fail)
+    torch.save({"model": {}, "args": Namespace(**saved)}, tmp_path / "a.pt")
+    assert most_tokens(tmp_path / "a.pt", overrides) == most
 
 
 def test_updates_are_read_without_the_weights(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """`from_pretrained`: text to scores and to text, with the tokenizer in the data's folder."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from fairseq import checkpoint_utils, hub_utils
@@ -46,6 +48,30 @@ def test_scores_are_those_of_the_tokens(folder, lm, text):
     expected = scores[torch.arange(len(tokens)), torch.tensor(tokens)]
     for found in (lm.score(text), lm.score(["the", text, "a dog sat"])[1]):
         torch.testing.assert_close(found["positional_scores"], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("adds_bos, first", [(False, 2), (True, 0)])
+def test_texts_begin_with_the_token_that_training_put_before_them(lm, monkeypatch, adds_bos, first):
+    """Scored or generated."""
+    cfg = deepcopy(lm.cfg)
+    cfg.task.add_bos_token = adds_bos
+    monkeypatch.setattr(lm, "cfg", cfg)
+
+    def scores(tokens):
+        with torch.no_grad():
+            return lm.models[0](torch.tensor([[first, *tokens]]))[0].log_softmax(-1)[0]
+
+    tokens = lm.encode("the cat sat").tolist()[:-1]
+    expected = scores(tokens[:-1])[torch.arange(len(tokens)), torch.tensor(tokens)]
+    found = lm.score("the cat sat")["positional_scores"]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    started = []
+    hook = lm.models[0].decoder.register_forward_pre_hook(
+        lambda _, given: started.append(int(given[0][0, 0]))
+    )
+    lm.generate("the cat", max_tokens=2)
+    hook.remove()
+    assert started[0] == lm.first_token == first
 
 
 def test_a_training_with_bf16_is_no_wish_for_it_today(folder, tmp_path, monkeypatch):
