@@ -57,12 +57,12 @@ class MetricsFile:
             return
         text = path.read_text(encoding="utf-8", errors="replace")
         kept = "".join(line for line in text.splitlines(keepends=True) if _is_before(line, done))
-        if done == 0 or (start is not None and kept != text):
+        ours = start is None or Path(start).resolve().parent == path.parent.resolve()
+        if done == 0 or not ours or (start is not None and kept != text):
             number = 1
             while os.path.lexists(path.with_name(f"metrics-{number}.jsonl")):
                 number += 1
             os.rename(path, path.with_name(f"metrics-{number}.jsonl"))
-        ours = start is None or Path(start).resolve().parent == path.parent.resolve()
         if done > 0 and ours and kept != text:
             outputs.write_text(path.resolve(), kept)  # it may be a link to another disk
 

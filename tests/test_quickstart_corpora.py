@@ -1,5 +1,6 @@
 """The quickstart's text: deterministic, split by document, no text in two places."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -94,12 +95,19 @@ def test_unreadable_empty_huge_and_repeated_documents_are_left_out():
 
 
 def test_too_little_text_is_one_clear_line(tmp_path, monkeypatch):
-    text = "A sentence about nothing in particular. " * 20
-    lonely = corpora.Domain("lonely", "Lonely", "one file", False, lambda: [("a", lambda: text)])
+    found = [(name, lambda name=name: f"A sentence about {name}. " * 20) for name in "abc"]
+    lonely = corpora.Domain("lonely", "Lonely", "three files", False, lambda: found)
     monkeypatch.setattr(corpora, "DOMAINS", (lonely,))
-    with pytest.raises(UserError, match="'lonely'.*no text left for its valid split") as raised:
-        corpora.gather(tmp_path, **SIZES)
+    said = []
+    with pytest.raises(UserError, match="'lonely'.*no text left for its train split") as raised:
+        corpora.gather(tmp_path, 9, 400, 9, said.append)  # test 1, valid the other two documents
     assert "\n" not in str(raised.value)
+    with pytest.raises(UserError, match="'lonely'.* has 399 of 400 bytes for its train split"):
+        corpora.gather(tmp_path, 400, 9, 9, said.append)
+    assert said == []
+    monkeypatch.setattr(corpora, "DOMAINS", (dataclasses.replace(lonely, held_out=True),))
+    corpora.gather(tmp_path, 1, 9000, 1, said.append)
+    assert said[0] == "Lonely: valid has only 798 of 9,000 bytes, all there is"
     with pytest.raises(UserError, match="valid split must hold at least one byte, not 0"):
         corpora.gather(tmp_path, 1, 0, 1)
 

@@ -273,8 +273,9 @@ def gather(
     {documents, bytes}.
 
     Each split takes whole documents until it holds at least its number of bytes. Held-out domains
-    have no train split. Raises UserError when a domain has too little text for its splits (a
-    missing package, or sizes that are too large).
+    have no train split. Raises UserError when a domain has too little text to train on, which
+    would weigh less than the others', or none left for another split (a missing package, or sizes
+    that are too large); a short split of test or validation text is reported.
     """
     targets = {"train": train_bytes, "valid": valid_bytes, "test": test_bytes}
     for split, target in targets.items():
@@ -304,6 +305,14 @@ def gather(
                     f"domain {domain.name!r} ({domain.source}) has no text left for its {split} "
                     "split: ask for fewer bytes, or run `make install` again"
                 )
+            if count["bytes"] < targets[split]:
+                short = f"{count['bytes']:,} of {targets[split]:,} bytes"
+                if split == "train":
+                    raise UserError(
+                        f"domain {domain.name!r} ({domain.source}) has {short} for its train "
+                        "split: ask for fewer bytes"
+                    )
+                progress(f"{domain.title}: {split} has only {short}, all there is")
             os.replace(partial, path)
             counts[domain.name][split] = count
         sizes = ", ".join(

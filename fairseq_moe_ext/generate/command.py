@@ -9,7 +9,13 @@ from typing import Any, Dict, List, Sequence
 
 from .. import files, outputs, tokenizer_files
 from ..errors import UserError, require_positive
-from ..evaluation.loading import add_model_flags, check_path, on_device, parse_overrides
+from ..evaluation.loading import (
+    add_model_flags,
+    check_path,
+    most_tokens,
+    on_device,
+    parse_overrides,
+)
 from ..models.language_model import MoETransformerLanguageModel
 from ..models.text_generation import Settings, generate, settings_of
 from ..prepare import gpt2_files
@@ -192,7 +198,21 @@ def _check(args: argparse.Namespace, checkpoints: List[Path], words: List[str]) 
             files.check(getattr(args, name), f"{flag(name)} {getattr(args, name)}")
     for path, named in zip(checkpoints, ("--path" if args.path else "", "--side-by-side")):
         check_path(path, named)
+        _check_room(args, path)
     outputs.check([("--json", args.json)], args.overwrite, [*checkpoints, *args.file])
+
+
+def _check_room(args: argparse.Namespace, path: Path) -> None:
+    """Raise UserError if not even a prompt of one token leaves room for --max-tokens. It looks at
+    the settings alone."""
+    if args.max_tokens is None:
+        return
+    most = most_tokens(path, parse_overrides(args.model_overrides))
+    if most is not None and args.max_tokens >= most:
+        raise UserError(
+            f"--max-tokens {args.max_tokens}: {path} takes {most:,} tokens, those of the prompt "
+            "included; lower it"
+        )
 
 
 def load(args: argparse.Namespace, path: Path) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, Callable, ContextManager, Dict, List, Optional, Tuple
 
 from .. import outputs, tokenizer_files
 from ..errors import UserError
-from ..evaluation.loading import check_path
+from ..evaluation.loading import check_path, most_tokens, naming, parse_overrides
 from ..expert_parallel import all_gather, process_rank
 from ..locks import Lock, beside
 from ..questions import formats, scoring
@@ -181,10 +181,16 @@ def _settings(args: argparse.Namespace) -> Settings:
 def _load(
     args: argparse.Namespace, settings: Settings, names: List[str], vocabulary: Vocabulary
 ) -> Loaded:
+    writes = any(_KINDS[name] is generative for name in names)
+    if writes:  # before the weights are read
+        with naming(args.path):
+            most = args.context or most_tokens(args.path, parse_overrides(args.model_overrides))
+        if most is not None:
+            generative.check_room(settings, most)
     loaded_model, context = model.load_in_context(
         args.path, args.data, args.context, args.cpu, args.fp16, args.model_overrides, args.bf16
     )
-    if any(_KINDS[name] is generative for name in names):
+    if writes:
         generative.check_room(settings, context)
     return Loaded(loaded_model, context, vocabulary, args.max_tokens)
 

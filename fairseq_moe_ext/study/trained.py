@@ -16,8 +16,8 @@ from . import logs
 from .plan import Run
 
 COMMAND, TEXT = "command.json", "text.json"
-# where things are, and how often something is written
-_CHANGE_NOTHING = ("--user-dir", "--save-dir", "--log-interval", "--save-interval-updates")
+# where things are, and how often something is logged
+_CHANGE_NOTHING = ("--user-dir", "--save-dir", "--log-interval")
 _LEARNT_FROM = data_bin.SPLITS[:2]  # validation chooses checkpoint_best.pt
 _COUNTED = ("documents", "tokens", "bytes")
 

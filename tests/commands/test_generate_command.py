@@ -13,6 +13,7 @@ from training import prepare_text, train_small
 from fairseq_moe_ext import cli, outputs, tokenizer_files
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.evaluation.loading import language_modeling_task, load_model
+from fairseq_moe_ext.generate import command as generating
 from fairseq_moe_ext.generate import prompts as reading
 from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
 
@@ -49,6 +50,18 @@ def generate(runs, capsys, monkeypatch):
         return capsys.readouterr()
 
     return command
+
+
+def test_too_many_tokens_are_refused_before_the_weights_are_read(runs, generate, monkeypatch):
+    monkeypatch.setattr(generating, "load", lambda *_: pytest.fail("read"))
+    path = runs / "moe" / "checkpoint_last.pt"
+    for flags in ((), ("--interactive",), ("--side-by-side", path)):
+        prompt = ["the"] * ("--interactive" not in flags)
+        (error,) = generate(*prompt, *flags, "--max-tokens", 64, status=1).err.splitlines()
+        assert error == (
+            f"error: --max-tokens 64: {path} takes 32 tokens, those of the prompt included; "
+            "lower it"
+        )
 
 
 def test_a_prompt_of_any_source(runs, generate, lm, tmp_path):
@@ -258,7 +271,7 @@ def test_an_old_checkpoint_takes_flags(runs, generate, tmp_path):
         ([], 'no prompt given: pass one ("" for a text from its beginning), or use --file FILE'),
         (["a", "--file", "none.txt"], "--file none.txt: cannot be read"),
         (["a", "--top-p", "2"], "--top-p 2.0: use a probability"),
-        (["a", "--max-tokens", "99"], "--max-tokens 99: prompt 1 of 1 has 1 tokens, which leaves"),
+        (["a cat", "--max-tokens", "31"], "--max-tokens 31: prompt 1 of 1 has "),
         (["a", "--beams", "2", "--temperature", "1"], "--beams 2: a beam search takes"),
         (["-i", "a"], "--interactive: cannot be combined with a prompt"),
         (["-i", "--side-by-side", "x.pt"], "cannot be combined with --side-by-side"),

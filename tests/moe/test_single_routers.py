@@ -160,6 +160,17 @@ def test_relu_becomes_sparse_and_its_loss_follows_the_sign_of_the_error():
     assert actives[0] > 4 and actives[-1] < 2
 
 
+def test_relus_loss_comes_back_after_any_number_of_updates_with_few_experts():
+    gate = layer_of("relu", experts=8, k=6).gate
+    few = {"load": torch.tensor([[1.0]]), "tokens": torch.tensor([[64.0]])}
+    many = {"load": torch.tensor([[512.0]]), "tokens": torch.tensor([[64.0]])}
+    for _ in range(5000):
+        gate.after_update(few)
+    for _ in range(102):  # 1.2 ** 102 is 1e8
+        gate.after_update(many)
+    assert float(gate.l1_weight) > 1e-8
+
+
 @pytest.mark.parametrize("router, trains", [("random", False), ("hash", False), ("topk", True)])
 def test_losses_on_a_gate_that_is_not_trained_train_nothing_else(router, trains):
     layer, plain = layer_of(router), layer_of("topk")

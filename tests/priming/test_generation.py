@@ -14,7 +14,7 @@ from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.models import search as search_module
 from fairseq_moe_ext.models.search import Generator, Prompt
 from fairseq_moe_ext.prepare.dictionary import UNK
-from fairseq_moe_ext.priming import generative
+from fairseq_moe_ext.priming import generative, model
 from fairseq_moe_ext.priming.model import load
 from fairseq_moe_ext.priming.protocol import Settings
 from fairseq_moe_ext.questions.vocabulary import EOS, PAD, Vocabulary
@@ -183,6 +183,15 @@ def test_only_text_is_written(trained, folder, tmp_path, monkeypatch):
 def test_mistakes(trained, folder, tmp_path, flags, words, capsys):
     assert command(trained, folder, flags, tmp_path / "out.json") == 1
     assert words in capsys.readouterr().err
+
+
+def test_too_long_answers_are_refused_before_the_weights_are_read(
+    trained, folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(model, "load_in_context", lambda *_: pytest.fail("read"))
+    flags = "--languages eng-fra --max-new-tokens 64"
+    assert command(trained, folder, flags, tmp_path / "out.json") == 1
+    assert "--max-new-tokens 64: leaves no room for a prompt" in capsys.readouterr().err
 
 
 def test_files_that_do_not_belong_together(folder):

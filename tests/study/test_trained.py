@@ -73,6 +73,15 @@ def test_the_first_setting_that_differs_is_named(begun, flags, data, words):
         trained.check(other)
 
 
+def test_runs_with_other_validations_are_not_the_same(begun):
+    """checkpoint_best.pt is the best of them: fairseq validates whenever it saves."""
+    begun = begun._replace(train=[*begun.train, "--save-interval-updates", "90"])
+    trained.record(begun)
+    other = begun._replace(train=[*begun.train, "--save-interval-updates", "10"])
+    said = "trained with --save-interval-updates 90, and the file now trains with --save-interval"
+    assert said in trained.differs(other)
+
+
 @pytest.mark.parametrize("content", ["8", "{}", "[1, 2]"])
 def test_a_damaged_record_is_named(begun, content):
     (begun.folder / "command.json").write_text(content)

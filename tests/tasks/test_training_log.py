@@ -225,9 +225,10 @@ def test_a_run_from_an_earlier_checkpoint_keeps_the_record_of_the_later_updates(
     assert list(numbers(tmp_path / "metrics.jsonl")) == [1, 2, 3]
 
 
-def test_a_run_from_another_runs_checkpoint_has_its_own_record(tmp_path):
+@pytest.mark.parametrize("done", [3, 5, 9])
+def test_a_run_from_another_runs_checkpoint_has_its_own_record(tmp_path, done):
     write_updates(tmp_path, 5)
-    metrics_file.MetricsFile(tmp_path, 3, "elsewhere/checkpoint_last.pt")
+    metrics_file.MetricsFile(tmp_path, done, "elsewhere/checkpoint_last.pt")
     assert list(numbers(tmp_path / "metrics-1.jsonl")) == [1, 2, 3, 4, 5]
     assert not (tmp_path / "metrics.jsonl").exists()
 

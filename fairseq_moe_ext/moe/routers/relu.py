@@ -13,6 +13,7 @@ from ..router import TopKRouter, register_router
 from ..routing import Routing, counted_tokens, distribution, send_ranked
 
 FIRST_WEIGHT, FACTOR = 1e-8, 1.2  # of the L1 loss, as in the paper
+FLOOR = 1e-16  # not in the paper: from 0 it would never rise again
 
 
 @register_router("relu")
@@ -66,3 +67,4 @@ class ReluRouter(TopKRouter):
         wanted = observed["tokens"] * self.settings.top_k
         excess = torch.sign(observed["load"].sum() - wanted).squeeze()
         self.l1_weight *= FACTOR ** excess.to(self.l1_weight)
+        self.l1_weight.clamp_(min=FLOOR)
