@@ -69,7 +69,7 @@ PATCHES = (
     wrap(
         "fairseq.data.indexed_dataset:MMapIndexedDatasetBuilder.finalize",
         imports.whole_offsets,
-        "fairseq/data/indexed_dataset.py:583,415@0.12.2",
+        "fairseq/data/indexed_dataset.py:415,583@0.12.2",
         "a fairseq that converts the sizes",
         NUMPY_2,
     ),

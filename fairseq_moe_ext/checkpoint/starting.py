@@ -51,7 +51,7 @@ def warn_of_overwriting(cfg: Any, suffix: str = "") -> None:
     last, restored = _last(cfg, suffix), _restored(cfg, suffix)
     saves = process_rank() == 0 and not cfg.no_save and cfg.restore_file != _DEFAULT
     if saves and os.path.exists(last) and os.path.realpath(restored) != os.path.realpath(last):
-        # fairseq/checkpoint_utils.py:236@0.12.2
+        # fairseq/checkpoint_utils.py:238@0.12.2
         logger.warning(
             f"--restore-file {cfg.restore_file}: the run starts from it and will overwrite "
             f"{last}; to resume that one, remove the flag, or use --continue-once "

@@ -235,7 +235,7 @@ PATCHES = (
     wrap(
         _TRAINER + "train_step",
         trainer.train_step,
-        "fairseq/trainer.py:780,794,843,947@0.12.2, fairseq/optim/dynamic_loss_scaler.py:61@0.12.2",
+        "fairseq/trainer.py:780,798,843,947@0.12.2, fairseq/optim/dynamic_loss_scaler.py:61@0.12.2",
     ),
     wrap(_TRAINER + "valid_step", trainer.valid_step, "fairseq/trainer.py:1100,1127@0.12.2"),
     wrap(_TRAINER + "_set_seed", trainer._set_seed, "fairseq/trainer.py:1340@0.12.2"),
