@@ -129,7 +129,8 @@ def read_text(path: Name, where: str = "", encoding: str = "utf-8") -> str:
 
 
 def text_of(data: bytes, where: str, encoding: str = "utf-8") -> str:
-    """What read_text makes of a file's bytes."""
+    """What read_text makes of a file's bytes. Raises UserError, which begins with `where`, for text
+    that is not UTF-8."""
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:

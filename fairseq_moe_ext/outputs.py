@@ -148,15 +148,14 @@ def partial_file(path: Path, **how: Any) -> Iterator[IO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write the file completely or not at all."""
+    """Write the file completely or not at all. Raises UserError where it cannot be written."""
     # A path in the text may contain bytes that are not UTF-8.
     with partial_file(path, encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
 
 
 def write_json(path: Path, value: object, indent: Optional[int] = 1) -> None:
-    """Write the file completely or not at all. NaN and infinity become null, because JSON has
-    neither."""
+    """As write_text. NaN and infinity become null, because JSON has neither."""
     write_text(path, json.dumps(_finite(value), indent=indent, allow_nan=False) + "\n")
 
 

@@ -18,6 +18,7 @@ FILE = Path(__file__).resolve().parent / "ladder.yaml"
 
 
 def words(text: str) -> List[str]:
+    """Of a list with commas. Raises argparse.ArgumentTypeError for an empty one."""
     found = [word for word in text.split(",") if word]
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r}: name one or more, or leave it out")

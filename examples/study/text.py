@@ -262,6 +262,8 @@ def command(out: Path, entries: Dict[str, Any]) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Write the texts that are asked for. Raises UserError for --megabytes out of range,
+    and if there is no text to train on."""
     if not 0 < args.megabytes < 1e6:
         raise UserError(f"--megabytes {args.megabytes}: use a number above 0")
     chosen = [d for d in DOMAINS if not args.domains or d.name in args.domains]

@@ -155,7 +155,8 @@ def _marks(state: State) -> Tuple[Any, ...]:
 
 
 def model_state(shared: State, pieces: Pieces, parts: List[Part]) -> Dict[str, Any]:
-    """The state of our model: shared tensors, and experts as TensorPerExpert."""
+    """The state of our model: shared tensors, and experts as TensorPerExpert. Raises UserError for
+    an expert that its file lacks, and Misfit for pieces that belong to other tensors."""
     model = whole_model(shared, pieces)
     model.pop("decoder.embed_positions.weights", None)  # the sinusoids, in old checkpoints
     for part in parts:

@@ -45,6 +45,9 @@ def read(
         overrides: of settings (--model-overrides).
         parameters: the optimizer's, by name, in its order; None: do not read its state.
         stack: joins the optimizer state of the experts into one tensor.
+
+    Raises:
+        UserError: for files that are damaged, missing or not of one checkpoint.
     """
     shared = load(files.shared)
     saved_settings(files.shared, shared)

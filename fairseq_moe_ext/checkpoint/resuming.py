@@ -40,6 +40,9 @@ def reading(
         optimizer: its state is wanted.
         shapes: of the parameters, for an optimizer state of the branch.
         everywhere: all ranks read, even if none has its own experts.
+
+    Raises:
+        UserError: for a checkpoint that this run cannot go on from.
     """
     refuse_folder(filename)
     settings = trainer.cfg.checkpoint

@@ -47,7 +47,7 @@ def lead(save: Callable[[], None]) -> None:
 
 
 def follow(trainer: Trainer, save_dir: str) -> None:
-    """The part of the other ranks."""
+    """The part of the other ranks. Raises UserError if rank 0 failed."""
     while True:
         word, value = broadcast(None)
         if word == "gather":

@@ -142,7 +142,8 @@ def read_config(folder: str) -> Dict[str, Any]:
 
 
 def read_weights(folder: str) -> Dict[str, Tensor]:
-    """The tensors of a folder, mapped: of safetensors or torch's files, in one or in several."""
+    """The tensors of a folder, mapped: of safetensors or torch's files, in one or in several.
+    Raises UserError for a file that is missing or broken."""
     for name in (WEIGHTS, "pytorch_model.bin"):
         path = os.path.join(folder, name)
         if os.path.isfile(path):

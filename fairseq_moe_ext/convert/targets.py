@@ -145,7 +145,8 @@ def share(path: str, experts: int, flag: str, files: int) -> int:
 
 
 def share_of_rank(path: str, experts: int, ranks: int) -> int:
-    """Experts per file of the branch's."""
+    """Experts per file of the branch's. Raises UserError for a dense model, and for experts that
+    the files cannot share equally."""
     if not experts:
         raise UserError(
             f"--to branch: {path} is a dense model, and this layout is for models with experts: "
@@ -199,7 +200,8 @@ _Part = Tuple[Dict[str, AnyTensor], Dict[int, Any]]  # weights, and optimizer st
 
 
 def branch_jobs(source: Source, path: str, ranks: int) -> List[Job]:
-    """X-rank-0.pt, ..., and X-shared.pt, the last job, of X.pt."""
+    """X-rank-0.pt, ..., and X-shared.pt, the last job, of X.pt. Raises UserError for a model or an
+    optimizer that the branch's layout cannot hold."""
     local = share_of_rank(source.path, source.experts, ranks)
     if source.head:
         raise UserError(

@@ -96,6 +96,9 @@ def write(jobs: Sequence[Job], stale: List[str], lock: Optional[ContextManager] 
 
     Args:
         lock: entered for the renaming.
+
+    Raises:
+        UserError: where they cannot be written.
     """
     # not *.tmp: a training in this folder removes those
     scratch = f".{os.path.basename(jobs[-1].path)}.converting"

@@ -83,6 +83,9 @@ def load_model(
         path: as fairseq-eval-lm's --path.
         task: whose state is loaded, too.
         overrides: settings of the model that replace the saved ones.
+
+    Raises:
+        UserError: for a model that was trained with --add-bos-token.
     """
     (model,), saved = checkpoint_utils.load_model_ensemble(
         [str(path)], arg_overrides=overrides, task=task

@@ -88,7 +88,14 @@ def score(
     """Negative log-likelihood of every token of a set, and how many choices of experts were dropped
     for capacity. Only windows of one length share a batch, so nothing is padding.
 
-    progress: called with the number of tokens scored since the last call.
+    Args:
+        text: the set's tokens.
+        eos: what stands before the first of them.
+        context: tokens of a window, at most.
+        stride: tokens from one window's end to the next's; the context for blocks, less for more
+            tokens before each that is scored.
+        batch_size: windows at once, at most.
+        progress: called with the number of tokens scored since the last call.
     """
     device = next(model.parameters()).device
     inputs = torch.cat([torch.tensor([eos]), text.tokens])  # token i is predicted from inputs[i]
@@ -122,7 +129,13 @@ def score(
 
 
 def bootstrap(nll: np.ndarray, units: np.ndarray, draws: int, seed: int = 1) -> np.ndarray:
-    """(draws,) perplexities of as many units as there are, drawn with replacement."""
+    """(draws,) perplexities, each of as many units as there are, drawn with replacement.
+
+    Args:
+        nll: (N,) nats of each token.
+        units: (U,) where each unit begins; the first at 0.
+        seed: of the draws.
+    """
     rng = np.random.default_rng(seed)
     sums, sizes = _by_unit(nll, units)
     perplexities = np.empty(draws)
@@ -147,8 +160,17 @@ def evaluate(
     draws: int,
     unit_losses: Optional[Dict[str, UnitLosses]] = None,
 ) -> Evaluation:
-    """Perplexity of every set, with bootstrap intervals; `unit_losses`, if given, receives those of
-    each set. Raises UserError for a model that gives a token no probability."""
+    """Perplexity of every set, with bootstrap intervals.
+
+    Args:
+        texts: the sets.
+        eos, context, stride, batch_size: as for `score`.
+        draws: of the bootstrap, of each set; set i, from 1, has seed i.
+        unit_losses: receives those of each set, if given.
+
+    Raises:
+        UserError: for a model that gives a token a probability that is not a number.
+    """
     sets: Dict[str, SetResult] = {}
     drawn: Dict[str, np.ndarray] = {}
     for i, text in enumerate(texts):

@@ -85,6 +85,9 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
         No token is dropped unless moe_eval_capacity_token_fraction says so: the branch's quarter
         of a batch is meant for long batches, and a sentence's score should not depend on the
         others in its batch.
+
+        Raises:
+            UserError: for a folder that does not exist, or a tokenizer of another model.
         """
         if "://" not in model_name_or_path and not os.path.exists(model_name_or_path):
             raise UserError(
@@ -104,7 +107,8 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
 
     def prepare_for_inference_(self, cfg: DictConfig) -> None:
         """As stock's (fairseq/models/fairseq_model.py:163@0.12.2), and --bf16, which
-        stock ignores; the decoder has no dropout to keep."""
+        stock ignores; the decoder has no dropout to keep. Raises UserError for
+        --retain-dropout."""
         if cfg.common.bf16:
             in_bfloat16(self, cfg.common.cpu)
         if cfg.generation.retain_dropout:
@@ -176,6 +180,9 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
         Args:
             outputs: 1 where each candidate is a sequence; the number of classes where one sequence
                 has a score for each.
+
+        Raises:
+            UserError: under --ddp-backend fully_sharded.
         """
         if fully_sharded.is_wrapping():
             raise UserError(

@@ -148,7 +148,8 @@ class Experts(nn.Module):
         return partial(laid_out, x=x, inner=self.inner)
 
     def forward(self, x: Tensor, counts: List[int], chunks: Optional[List[Chunk]] = None) -> Tensor:
-        """x (N, D) in expert order, or as the chunks say; counts[e] rows of expert e -> (N, D)."""
+        """x (N, D) in expert order, or as the chunks say; counts[e] rows of expert e -> (N, D).
+        Raises RuntimeError where experts in files (`in_files`) would be trained."""
         if self.fc1.in_files and torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError("experts that are read from files (in_files) cannot be trained")
         wanted = autocast_dtype(x)

@@ -48,7 +48,8 @@ def token_capacity(
 ) -> int:
     """Slots an expert has: ``int(factor * ceil(tokens / experts))``, the rule of training, or
     ``ceil(fraction * tokens)``, the branch's rule of evaluation. At least 1, so that a short batch
-    under a factor below 1 still reaches some expert."""
+    under a factor below 1 still reaches some expert.
+    Raises ValueError for both of them, or neither."""
     if fraction is not None and factor is None:
         return max(1, math.ceil(fraction * tokens))
     if factor is not None and fraction is None:
@@ -106,6 +107,9 @@ def route(
             None.
         scope: the processes whose tokens queue for the same experts, lower ranks first; with
             `prioritized`, only this process.
+
+    Raises:
+        ValueError: for settings that no router has, or that contradict each other.
     """
     num_experts = logits.size(-1)
     check_routing(k, num_experts, score, runner_up, normalize)

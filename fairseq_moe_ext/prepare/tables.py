@@ -79,7 +79,8 @@ def _reader(text: Any, form: str) -> Any:
 
 
 def arrow_column(raw: BinaryIO, path: Path, form: str, field: str) -> Iterator[Tuple[str, float]]:
-    """The cells of a column, each with the share of the table that is read by then."""
+    """The cells of a column, each with the share of the table that is read by then. Raises
+    UserError for a broken file, a column that is not text, and a cell that is null."""
     import pyarrow
 
     try:

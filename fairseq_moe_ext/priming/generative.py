@@ -62,7 +62,8 @@ def read_translation(folder: Path, settings: Settings, split: int) -> List[Text]
 
 
 def read_summarization(folder: Path, settings: Settings, split: int) -> List[Text]:
-    """A JSON object a line, with the names of XSum's or CNN/DailyMail's fields."""
+    """A JSON object a line, with the names of XSum's or CNN/DailyMail's fields. Raises UserError
+    for a file that is missing, broken or empty."""
     path = find_file(folder, (("test.jsonl",), ("train.jsonl",))[split], _SUMMARIZATION_ORIGIN)
     texts = []
     for line in read_jsonl(path):

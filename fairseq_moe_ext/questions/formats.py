@@ -81,7 +81,8 @@ def read_items(task: Task, path: Path, published: bool = False) -> List[Item]:
 
 
 def read_counted(task: Task, path: Path, published: bool = False) -> Tuple[List[Item], int]:
-    """As `read_items`, and how many questions have no right answer and are left out."""
+    """As `read_items`, errors included, and how many questions have no right answer and are left
+    out."""
     items = task.published if published and task.published else task.items
     every = []
     for record in task.read[path.suffix](path):

@@ -99,7 +99,8 @@ def read_jsonl(path: Path) -> Iterator[Record]:
 
 def read_jsonl_and_labels(path: Path) -> Iterator[Record]:
     """NAME.jsonl, and beside it NAME-labels.lst with one label per line, 0 or 1, which becomes the
-    field "label"; a release that has the field needs no such file."""
+    field "label"; a release that has the field needs no such file. Raises UserError for labels that
+    are missing, wrong, or of another number of lines."""
     labels_path = path.with_name(f"{path.stem}-labels.lst")
     records = list(read_jsonl(path))
     if not labels_path.exists():

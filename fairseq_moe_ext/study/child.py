@@ -11,7 +11,7 @@ from ..errors import UserError
 
 
 def console_script(name: str) -> str:
-    """The command's path beside this Python, or else on PATH."""
+    """The command's path beside this Python, or else on PATH. Raises UserError if there is none."""
     beside = str(Path(sys.executable).parent)
     path = shutil.which(name, path=os.pathsep.join([beside, os.environ.get("PATH", "")]))
     if path is None:

@@ -142,6 +142,7 @@ def planned(content: Any, path: Path) -> Plan:
 
 
 def check_seeds(seeds: List[Any], where: str) -> None:
+    """Raise UserError, which begins with `where`, unless these are different whole numbers."""
     if not seeds or not all(isinstance(s, int) for s in seeds) or len({*seeds}) < len(seeds):
         raise UserError(f"{where}: seeds {seeds}: give different whole numbers, such as [1, 2, 3]")
     ranges.require(ranges.SEED._replace(items=None), seeds, f"{where}: seeds")
@@ -263,7 +264,8 @@ def check_name(name: Any, where: str) -> None:
 
 
 def checked(mapping: Any, keys: Keys, where: str) -> Dict[str, Any]:
-    """The mapping with its defaults."""
+    """The mapping with its defaults. Raises UserError, which begins with `where`, for a key or a
+    value that it cannot have, or lacks."""
     if not isinstance(mapping, dict):
         raise UserError(f"{where}: not a mapping with the keys {', '.join(keys)}")
     for key in mapping:

@@ -83,6 +83,7 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
 
     @classmethod
     def setup_task(cls, args, **kwargs):
+        """As stock's. Raises UserError for data or settings that this task cannot have."""
         if args.data and os.pathsep in args.data:
             raise UserError(
                 f"{args.data}: mixture_language_modeling takes one data folder; put all corpora "

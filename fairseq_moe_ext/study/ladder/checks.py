@@ -17,7 +17,8 @@ _SET_ELSEWHERE = {
 
 
 def check_vocabulary(vocabulary: int, dictionary: Path, path: Path) -> None:
-    """Half of a small model's FLOPs are the vocabulary's."""
+    """Raise UserError unless the ladder's file, `path`, has the size of the dictionary, if that is
+    there yet: half of a small model's FLOPs are the vocabulary's."""
     if dictionary.is_file():
         entries = len(Dictionary.load(str(dictionary)))
         if entries != vocabulary:
@@ -28,7 +29,8 @@ def check_vocabulary(vocabulary: int, dictionary: Path, path: Path) -> None:
 
 
 def check_whole(flags: Mapping[str, Any], where: str) -> None:
-    """Costs are computed from the flags as they are in the file."""
+    """Raise UserError for a whole number in quotes: costs are computed from the flags as they are
+    in the file."""
     for flag, value in flags.items():
         allowed = ranges.RANGES.get(flag.replace("-", "_"), ranges.FINITE)
         if isinstance(value, str) and allowed.whole:
@@ -36,6 +38,7 @@ def check_whole(flags: Mapping[str, Any], where: str) -> None:
 
 
 def check_set_here(flags: Mapping[str, Any], where: str) -> None:
+    """Raise UserError for a flag that the ladder sets."""
     for flag in flags:
         if flag in _SET_ELSEWHERE:
             key = _SET_ELSEWHERE[flag]

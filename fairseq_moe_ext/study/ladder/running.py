@@ -115,7 +115,7 @@ def check_result(ladder: Ladder) -> None:
 
 
 def write_result(ladder: Ladder) -> LadderResult:
-    """result.json, report.html and tables.md, of what is done."""
+    """result.json, report.html and tables.md, of what is done. Raises UserError if nothing is."""
     found = result.collect(ladder)
     if not found["runs"]:
         raise UserError(f"{ladder.out}: no run is finished yet")
