@@ -13,11 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
+from fairseq import options
 from markupsafe import escape
 
-from fairseq_moe_ext import cores
+from fairseq_moe_ext import cores, cost
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.evaluation import loading, specialisation
+from fairseq_moe_ext.shape import shape_of
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart"
 sys.path.insert(0, str(QUICKSTART))
@@ -139,6 +141,35 @@ def test_the_models_are_what_the_report_says(finished):
         for name, tokens in result["models"][model]["test_tokens"].items():
             assert tokens == counts[name]["test"]["tokens"], "every test token is scored once"
         assert "in_domain" not in result["models"][model]["perplexity"]
+
+
+def test_training_flops_are_those_of_the_products(finished):
+    """6 for each weight that a token meets in a product, and for each position it attends to, in
+    scores and in sums, of a context that is full."""
+    out, _, _ = finished
+    result = json.loads((out / "result.json").read_text())
+    dim, layers = recipe.DIM, recipe.LAYERS
+    layer = 4 * dim**2 + 2 * dim * recipe.FFN + 2 * dim * recipe.CONTEXT
+    flops = 6 * (layers * layer + dim * result["settings"]["dictionary"])
+    for model in FAMILIES:
+        assert result["models"][model]["flops_per_token"] == flops
+        tokens = UPDATES * recipe.BLOCKS * recipe.CONTEXT
+        assert result["models"][model]["training_flops"] == flops * tokens
+
+
+@pytest.mark.parametrize("model, router, parameters, active", [
+    ("dense", "hash", 1_318_656, 1_318_656),
+    ("moe", "hash", 34_608_384, 1_320_192),
+    ("moe", "topk", 2_905_344, 1_323_264),
+])  # fmt: skip
+def test_the_models_of_the_recipe_are_of_the_published_sizes(model, router, parameters, active):
+    """By the flags that train them; README.md has the first two."""
+    flags = recipe.train_command(Path("runs"), model, 440, router)[1:]
+    args = options.parse_args_and_arch(options.get_training_parser(), flags)
+    shape = shape_of(args, 4104)
+    counted = cost.parameters(shape)
+    assert (counted.total, counted.active) == (parameters, active)
+    assert cost.training_flops_per_token(shape, recipe.CONTEXT) == 9_443_328
 
 
 def test_expert_use_counts_every_choice(finished):

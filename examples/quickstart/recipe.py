@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Dict, List, NamedTuple
 
 from fairseq_moe_ext import cores
-from fairseq_moe_ext.shape import Shape
 from fairseq_moe_ext.study.child import console_script
 from fairseq_moe_ext.study.plan import PACKAGE
 
@@ -154,18 +153,3 @@ def samples_command(out: Path) -> List[str]:
         *("--temperature", "0.7", "--top-k", "40", "--seed", "1", "--cpu"),
         *("--json", str(out / "samples.json"), "--overwrite"),
     ]
-
-
-def shapes(vocabulary: int, router: str = ROUTER) -> Dict[str, Shape]:
-    """For counting parameters and FLOPs; `vocabulary`: entries of the dictionary."""
-    both = Shape(layers=LAYERS, dim=DIM, ffn_dim=FFN, vocabulary=vocabulary, moe_freq=1)
-    routing = ROUTERS[router]
-    return {
-        "dense": both._replace(alternate_ffn_dim=FFN),
-        "moe": both._replace(
-            experts=routing.experts,
-            expert_ffn_dim=routing.width,
-            top_k=routing.top_k,
-            gates=router != "hash",
-        ),
-    }

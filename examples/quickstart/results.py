@@ -11,10 +11,11 @@ import corpora
 import recipe
 
 from fairseq_moe_ext import cores, cost, data_bin, files
+from fairseq_moe_ext.branch.outline import settings_of
 from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.shape import Shape
+from fairseq_moe_ext.shape import shape_of
 from fairseq_moe_ext.study import logs
-from fairseq_moe_ext.study.plan import typed
+from fairseq_moe_ext.study.plan import FAMILIES, typed
 
 
 class Stage(NamedTuple):
@@ -120,7 +121,6 @@ def gathered(
         }
         for domain in corpora.DOMAINS
     ]
-    shapes = recipe.shapes(counts["types"], settings["router"])
     environment = {"Python": platform.python_version(), "processors": str(cores.usable())}
     for package in ("torch", "numpy", "sympy", "fairseq", "fairseq-moe-ext"):
         with contextlib.suppress(PackageNotFoundError):
@@ -132,9 +132,7 @@ def gathered(
             "dictionary": counts["types"],
         },
         "domains": domains,
-        "models": {
-            name: _model(out, name, shape, settings["updates"]) for name, shape in shapes.items()
-        },
+        "models": {name: _model(out, name, settings["updates"]) for name in FAMILIES},
         "expert_use": files.read_json(out / "expert_use.json"),
         "samples": files.read_json(out / "samples.json"),
         "commands": [typed(command) for command in commands],
@@ -143,7 +141,8 @@ def gathered(
     }
 
 
-def _model(out: Path, name: str, shape: Shape, updates: int) -> Model:
+def _model(out: Path, name: str, updates: int) -> Model:
+    shape = shape_of(*settings_of(str(out / name / "checkpoint_best.pt")))
     tokens = updates * recipe.CONTEXT * recipe.BLOCKS
     parameters = cost.parameters(shape)
     flops = cost.training_flops_per_token(shape, recipe.CONTEXT)
