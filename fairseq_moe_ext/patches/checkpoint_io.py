@@ -19,7 +19,7 @@ from .. import context, fingerprint, ours, tokenizer_files
 from ..branch import pad_rule
 from ..branch.files import check_name, find
 from ..branch.reading import read
-from ..checkpoint import folder_lock, loading, resuming, saving, starting
+from ..checkpoint import folder_lock, loading, model_flags, resuming, saving, starting
 from ..checkpoint.cleanup import remove_unused_files
 from ..checkpoint.collective import same_error_on_all_ranks
 from ..checkpoint.experts import has_sharded_experts, saves_together
@@ -68,6 +68,7 @@ def load_checkpoint_to_cpu(stock, path, arg_overrides=None, *args, **kwargs):
     if under_way is not None:
         resuming.check_questions(state, under_way.trainer, path)
         resuming.note_corpora(state, under_way.trainer)
+        model_flags.warn_of_changed(state, under_way.trainer, path)
         begin_from_the_model(under_way.trainer, state, path)
     if arg_overrides:
         take_overrides(arg_overrides, state.get("cfg") or {})

@@ -107,6 +107,26 @@ def test_a_start_from_weights_alone_is_warned_of(train, trained, tmp_path):
         assert (said in log) == (flag == "--restore-file")
 
 
+OTHER = "--decoder-attention-heads 4 --moe-score sigmoid --no-scale-embedding"
+TOLD = "trained with other model flags: --moe-score softmax (here sigmoid), "
+TOLD += "--decoder-attention-heads 2 (here 4), --no-scale-embedding False (here True): its weights"
+
+
+@pytest.mark.parametrize("flag", ["--finetune-from-model", "--restore-file", "--continue-once"])
+def test_a_start_from_other_model_flags_is_warned_of_once(train, trained, tmp_path, flag):
+    last = trained / "checkpoint_last.pt"
+    free = "--dropout 0.3 --moe-dropless --moe-balance none --checkpoint-activations"
+    free += " --tokens-per-sample 8 --batch-size 2 --moe-top-k 2 --moe-second-expert-policy all"
+    line = f"--save-dir {tmp_path}/run {flag} {last} --max-update 7 {free}"
+    status, _, log = train(f"{line} {OTHER}")
+    assert status == 0 and log.count(TOLD) == 1 and f"{last}: {TOLD}" in log
+    status, _, log = train(f"--save-dir {tmp_path}/run {free} --max-update 8")  # resumes it
+    assert status == 0 and log.count("trained with other model flags") == 1
+    assert "--decoder-attention-heads 4 (here 2)" in log
+    status, _, log = train(f"--save-dir {tmp_path}/free {flag} {last} --max-update 7 {free}")
+    assert status == 0 and f"Loaded checkpoint {last}" in log and "other model flags" not in log
+
+
 def test_the_suffix_of_a_shard_counts(tmp_path):
     cfg = SimpleNamespace(save_dir=str(tmp_path), restore_file=f"{tmp_path}/x.pt")
     cfg.finetune_from_model, cfg.no_save = None, False
