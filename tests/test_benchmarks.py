@@ -330,6 +330,20 @@ def test_parts_of_the_gpu_script(program, part, tmp_path):
     assert kept(tmp_path, names[part])
 
 
+@pytest.mark.parametrize("gb_per_s", [1e-3, 1e3], ids=["of the bytes", "of the FLOPs"])
+def test_the_floor_of_a_layer(program, monkeypatch, tmp_path, gb_per_s):
+    """What takes longer: equal FLOPs in the faster dense layer, or three times the experts' bytes."""
+    layer = program("layer")
+    monkeypatch.setattr(layer.measure, "copy_bandwidth", lambda device: gb_per_s * 1e9)
+    layer.run([layer.Shape(64, 4, 16, 32)], 1, False, torch.empty(0))
+    (row,) = kept(tmp_path, "layer").values()
+    expert_bytes = 4 * 4 * (2 * 16 * 32 + 16 + 32)
+    traffic = 3 * expert_bytes / (gb_per_s * 1e6) / row["dense_ms"]
+    dense = min(1, row["times"]["our dense"])
+    assert (traffic > dense) == (gb_per_s < 1)
+    assert row["floor"] == pytest.approx(max(traffic, dense))
+
+
 def test_gpu_script_keeps_to_its_time(program, monkeypatch, tmp_path, capsys):
     """A part that hangs is ended with its children, one that fails is reported, and what would
     come after the last minute is not begun."""

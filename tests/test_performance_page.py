@@ -172,6 +172,13 @@ def test_the_table_of_the_ablation_is_that_of_its_file():
         assert shown == expected
 
 
+def test_no_moe_layer_is_faster_than_its_floor():
+    rows = json.loads((RESULTS / "layer.json").read_text(encoding="utf-8"))["rows"]
+    for key, row in rows.items():
+        times = [time for name, time in row["times"].items() if "dense" not in name]
+        assert row["floor"] < min(times), key
+
+
 def test_every_row_of_the_results_has_its_day():
     for path in (ROOT / "benchmarks" / "results").glob("*/*.json"):
         content = json.loads(path.read_text(encoding="utf-8"))
