@@ -252,6 +252,7 @@ def table(rows):
         "",
         "Written by `tests/version_matrix.py`, which makes a fresh environment for every row. Each",
         f"row is one installation and these {len(COMMANDS)} commands: {', '.join(COMMANDS)}.",
+        f"With the installation, that makes {len(COMMANDS) + 1}.",
         "Each row describes the code of its date, the last column.",
         "",
         "| " + " | ".join(head) + " |",
