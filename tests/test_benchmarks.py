@@ -332,7 +332,7 @@ def test_parts_of_the_gpu_script(program, part, tmp_path):
 
 @pytest.mark.parametrize("gb_per_s", [1e-3, 1e3], ids=["of the bytes", "of the FLOPs"])
 def test_the_floor_of_a_layer(program, monkeypatch, tmp_path, gb_per_s):
-    """What takes longer: equal FLOPs in the faster dense layer, or three times the experts' bytes."""
+    """The longer of equal FLOPs in the faster dense layer and three times the experts' bytes."""
     layer = program("layer")
     monkeypatch.setattr(layer.measure, "copy_bandwidth", lambda device: gb_per_s * 1e9)
     layer.run([layer.Shape(64, 4, 16, 32)], 1, False, torch.empty(0))
