@@ -33,7 +33,7 @@ quickstart: install  ## train and compare a dense and a Mixture-of-Experts model
 study: install   ## train and compare three sizes a family, three seeds; an hour and more
 	$(KEEP_FREED) $(RUN) examples/study/run.py
 
-# What docs/performance.md shows, by the commands that it names.
+# What docs/performance.md and docs/kernels.md show, by the commands that they name.
 benchmark: install  ## measure layers, training, evaluation, generation and more; not timed as a whole yet
 	$(RUN) -m pip install --quiet -c constraints.txt -e ".[benchmark]"
 	$(KEEP_FREED) $(RUN) benchmarks/layer.py --rounds 7

@@ -1,4 +1,5 @@
-"""docs/performance.md says what the results files say, and what `make benchmark` measures again."""
+"""docs/performance.md, docs/kernels.md and benchmarks/README.md say what the results files say, and
+what `make benchmark` measures again."""
 
 import importlib
 import json
@@ -9,8 +10,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "amd-family26-model2"
-PAGE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-STEP = PAGE[PAGE.index("## A step against plain PyTorch") : PAGE.index("## One MoE layer")]
+KEPT = "-malloc-mmap-max-0-malloc-trim-threshold-100000000000"  # memory, by KEEP_FREED
+PAGE, KERNELS, NOTES = (
+    (ROOT / path).read_text(encoding="utf-8")
+    for path in ("docs/performance.md", "docs/kernels.md", "benchmarks/README.md")
+)
 SHAPES = ("96", "256", "wide")
 AUTOCAST = "bf16: plain PyTorch, autocast"
 PEERS = {
@@ -29,6 +33,17 @@ PEERS = {
 }
 
 
+def section(page, heading):
+    return page[page.index(f"## {heading}\n") :].split("\n## ")[0]
+
+
+STEP = section(PAGE, "A step against plain PyTorch")
+
+
+def rows_of(name, folder=RESULTS):
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+
+
 @pytest.fixture
 def file():
     return json.loads((RESULTS / "peers.json").read_text(encoding="utf-8"))
@@ -41,13 +56,89 @@ def speed(file):
     return lambda case: [rows[f"{shape}: {case}"]["speed"] for shape in SHAPES]
 
 
-def said(text):
-    assert text in " ".join(PAGE.split()), text
+@pytest.fixture
+def to_dense(monkeypatch):
+    """A sparse row's time over the dense one's, by both in turn, or else (with a star) by the
+    speeds of both against plain PyTorch."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("peers").to_dense
+
+
+def said(text, page=PAGE):
+    assert text in " ".join(page.split()), text
 
 
 def listed(values, form="{:.2f}"):
     *first, last = (form.format(value) for value in values)
     return f"{', '.join(first)} and {last}"
+
+
+def in_short(to_dense):
+    """The rows of the table "In short". Ratios of a step are of the speeds against plain PyTorch in
+    the same run, not of seconds of several runs; in brackets those with kept memory."""
+    peers, kept = rows_of("peers"), rows_of("peers", RESULTS.with_name(RESULTS.name + KEPT))
+    evaluated, generated = rows_of("evaluate_peers"), rows_of("generate")
+
+    def step(case, other):
+        for shape in SHAPES:
+            pairs = (
+                [rows.get(f"{shape}: {name}") for name in (case, other)] for rows in (peers, kept)
+            )
+            both = [f"{a['speed'] / b['speed']:.2f}" if a and b else "" for a, b in pairs]
+            yield both[0] + (f" ({both[1]})" if both[1] else "")
+
+    def sparse(case):
+        for key in (f"{shape}: {case}" for shape in SHAPES):
+            both = [
+                to_dense(rows, key).rstrip("*") if key in rows else "" for rows in (peers, kept)
+            ]
+            yield both[0] + (f" ({both[1]})" if both[1] else "")
+
+    def evaluation(case):
+        return (f"{evaluated[f'{shape}: {case}']['speed']:.2f}" for shape in SHAPES)
+
+    def generation(batch):
+        for shape in SHAPES:
+            row = generated.get(f"{shape}, batch {batch}: ours, converted, by transformers")
+            yield f"{row['ours_is_faster']:.2f}" if row else "-"
+
+    def memory(case):
+        for shape in SHAPES:
+            ours, plain = (peers[f"{shape}: {name}"]["mib"] for name in (case, "plain PyTorch"))
+            yield f"{ours / plain:.2f}"
+
+    plain, dense = "plain PyTorch", "against a dense one of equal FLOPs"
+    rows = {
+        f"speed of a dense step, against {plain}": step("ours", plain),
+        "the same with PyTorch's choice of products, as on Zen 4": step(
+            "ours, PyTorch's products", plain
+        ),
+        "speed of a dense step, against Hugging Face's GPT-2": step("ours", "Hugging Face GPT-2"),
+        "speed of a dense step, against stock `transformer_lm`": step("ours", "stock fairseq"),
+        f"speed of a dense step with `--bf16`, against {plain}'s autocast": step(
+            "bf16: ours", AUTOCAST
+        ),
+        "the same, against our float32": step("bf16: ours", "ours"),
+        f"**time** of a step with 8 experts, {dense}": sparse("ours, 8 experts"),
+        f"**time** of a step with 64 experts, {dense}": sparse("ours, 64 experts"),
+        "the same with `--bf16`, 8 experts": sparse("bf16: ours, 8 experts"),
+        "the same with `--bf16`, 64 experts": sparse("bf16: ours, 64 experts"),
+        f"speed of evaluation, against {plain}": evaluation("ours"),
+        "speed of generation, batch 1, against the same weights in transformers": generation(1),
+        "the same, batch 16": generation(16),
+        f"**memory** of a dense step besides parameters and moments, against {plain}": memory(
+            "ours"
+        ),
+    }
+    yield "| | 4 x 96 | 6 x 256 | 4 x 768 |"
+    yield "|---|---|---|---|"
+    for label, cells in rows.items():
+        yield f"| {label} | {' | '.join(cells)} |"
+
+
+def test_the_table_in_short_is_that_of_the_files(to_dense):
+    table = "\n".join(in_short(to_dense))
+    assert table in section(PAGE, "In short"), table
 
 
 def table_of_the_step():
@@ -71,9 +162,7 @@ def test_seconds_of_a_step_are_those_of_the_file(file):
         ]
         assert cells == expected, case
         days |= {file["measured"][f"{shape}: {case}"]["date"] for shape in SHAPES if rows[shape]}
-    (intro,) = (
-        block for block in STEP.split("\n\n") if block.startswith("`python benchmarks/peers")
-    )
+    intro = STEP.split("\n\n")[1]
     assert set(re.findall(r"2026-\d\d-\d\d", intro)) == days
     for case, name in (
         ("Hugging Face GPT-2", "GPT-2 took"),
@@ -83,39 +172,37 @@ def test_seconds_of_a_step_are_those_of_the_file(file):
         said(f"{name} {shown[0]:.3f}, {shown[1]:.2f} and {shown[2]:.2f} s")
 
 
-def test_ratios_of_a_step_are_of_one_run(speed):
+def test_ratios_to_compiled_models_are_of_one_run(speed):
     """From the speeds against plain PyTorch in the same run, not from seconds of several runs."""
-    bf16, autocast = speed("bf16: ours"), speed(AUTOCAST)
-    compiled = speed(f"{AUTOCAST}, compiled")
-    own = listed(speed("ours, PyTorch's products"))
-    said(f"ours is {listed(speed('ours'))} times as fast as plain PyTorch in float32")
-    said(f"{listed(a / b for a, b in zip(bf16, autocast))} times as fast as plain autocast")
-    said(f"With PyTorch's choice of products it is {own} times as fast")
-    said(f"Compiled autocast takes {listed(a / b for a, b in zip(bf16, compiled))} times as long")
+    plain, autocast = (
+        listed(a / b for a, b in zip(speed(ours), speed(f"{other}, compiled")))
+        for ours, other in (("ours", "plain PyTorch"), ("bf16: ours", AUTOCAST))
+    )
+    said(f"Compiled, plain PyTorch takes {plain} times as long as ours, plain autocast {autocast}")
 
 
-def test_sparse_against_dense_is_of_one_run(file, monkeypatch):
-    """By both in turn, or else by the speeds of both against plain PyTorch; the page says which."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    to_dense = importlib.import_module("peers").to_dense
-    apart = False
-    for experts, verb in ((8, "a step takes"), (64, "it takes")):
-        float32, bf16 = (
-            [to_dense(file["rows"], f"{shape}: {case}, {experts} experts") for shape in SHAPES]
-            for case in ("ours", "bf16: ours")
-        )
-        apart |= any(value.endswith("*") for value in [*float32, *bf16])
-        float32, bf16 = (
-            listed((value.rstrip("*") for value in values), "{}") for values in (float32, bf16)
-        )
-        dense = " the dense one" if experts == 8 else ""
-        said(f"With {experts} experts {verb} {float32} times{dense} in float32, and {bf16} times")
+def test_sparse_against_dense_is_of_one_run(file, to_dense):
+    """Or the page says that it is not."""
+    rows = file["rows"]
+    apart = [key for key in rows if "experts" in key and to_dense(rows, key).endswith("*")]
     text = "Sparse and dense models did not all take turns in one run"
-    assert (text in " ".join(STEP.split())) == apart
+    assert (text in " ".join(STEP.split())) == bool(apart)
+
+
+def test_steps_with_kept_memory_are_those_of_the_file():
+    rows = rows_of("peers", RESULTS.with_name(RESULTS.name + KEPT))
+    ours, plain = (
+        [rows[f"{shape}: {case}"]["seconds"] for shape in ("96", "256")]
+        for case in ("ours", "plain PyTorch")
+    )
+    said(
+        f"take {ours[0]:.3f} and {ours[1]:.2f} s with our model, and {plain[0]:.3f} and "
+        f"{plain[1]:.2f} s with plain PyTorch"
+    )
 
 
 def test_a_disturbed_run_is_named(file):
-    """seconds x speed is what plain PyTorch took in the run of a row. The page names each run in
+    """seconds x speed is what plain PyTorch took in the run of a row. NOTES name each run in
     which that is a tenth more than in the row of plain PyTorch."""
     took = {key: row["seconds"] * row["speed"] for key, row in file["rows"].items()}
     disturbed = [
@@ -125,10 +212,10 @@ def test_a_disturbed_run_is_named(file):
         of_shape = sorted(took[key] for key in disturbed if key.startswith(shape))
         if of_shape:
             *others, last = (f"{seconds:.2f} s" for seconds in of_shape)
-            said(f"plain PyTorch took {', '.join(others)}{' and ' * bool(others)}{last}")
+            said(f"plain PyTorch took {', '.join(others)}{' and ' * bool(others)}{last}", NOTES)
     if any(key.startswith("wide") for key in disturbed):
         calm = [took[key] for key in took if key.startswith("wide") and key not in disturbed]
-        said(f"{min(calm):.2f} to {max(calm):.2f} s in all others of that width")
+        said(f"{min(calm):.2f} to {max(calm):.2f} s in all others of that width", NOTES)
 
 
 def test_memory_of_a_step_is_that_of_the_file(file):
@@ -150,7 +237,7 @@ def test_both_processors_are_compared_by_the_same_numbers(file):
     ):
         digits = 3 if shape == "96" else 2
         both = [f"{file['rows'][f'{shape}: {case}']['seconds']:.{digits}f}" for case in cases]
-        said(f"| {label} | {', '.join(both)} |")
+        said(f"| {label} | {', '.join(both)} |", KERNELS)
 
 
 def test_the_table_of_the_ablation_is_that_of_its_file():
@@ -159,7 +246,11 @@ def test_the_table_of_the_ablation_is_that_of_its_file():
         cells = [cell.strip() for cell in line.strip("| ").split("|")]
         if ";" in cells[0] and len(cells) == 7:
             file[cells[0]] = cells[2:6]
-    table = PAGE[PAGE.index("**Which parts pay.**") :].split("\n\n")[1].splitlines()[2:]
+    (table,) = (
+        block.splitlines()[2:]
+        for block in section(KERNELS, "Which parts pay").split("\n\n")
+        if block.startswith("| ")
+    )
     assert len(table) == 2 * len(file) / 3 > 0
     where = ""
     for line in table:
@@ -170,6 +261,41 @@ def test_the_table_of_the_ablation_is_that_of_its_file():
             choice = file[f"{where}; float32, PyTorch's choice of products"]
             expected = [f"{one} ({other})" for one, other in zip(expected, choice)]
         assert shown == expected
+
+
+def test_the_table_of_a_layer_is_that_of_its_file():
+    rows = rows_of("layer")
+    (table,) = (
+        [[cell.strip() for cell in line.split("|")[1:-1]] for line in block.splitlines()]
+        for block in section(KERNELS, "One MoE layer").split("\n\n")
+        if block.startswith("| ")
+    )
+    heads, _, *lines = table
+    assert [shape for shape, *_ in lines] and {shape for shape, *_ in lines} == set(rows)
+    for shape, *cells in lines:
+        every = {**rows[shape]["times"], "floor": rows[shape]["floor"]}
+        assert cells == [f"{every[head]:.2f}" for head in heads[1:]], shape
+    most = rows["2048, 512, 256, 1024"]
+    capacity, dropless = (most["times"][name] / most["floor"] for name in ("capacity", "dropless"))
+    said(f"{capacity:.1f} times it with capacity, {dropless:.1f} times dropless", KERNELS)
+
+
+def test_the_table_of_attention_is_that_of_its_file():
+    rows = rows_of("attention")
+    (table,) = (
+        block.splitlines()
+        for block in section(KERNELS, "Attention").split("\n\n")
+        if block.startswith("| ")
+    )
+    for line in table[2:]:
+        shape, *cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        keys = [
+            f"{shape}; {precision}; dropout {p}"
+            for precision in ("float32", "bfloat16")
+            for p in ("0", "0.1")
+        ]
+        assert cells == [f"{rows[key]['PyTorch : ours']:.2f}" for key in keys], shape
+    assert 6 * len(table[2:]) == len(rows)
 
 
 def test_no_moe_layer_is_faster_than_its_floor():
@@ -195,9 +321,9 @@ def recipe():
     return [(bool(each[1]), each[2]) for each in found]
 
 
-def test_make_benchmark_runs_the_commands_of_the_page():
-    before_gpus = PAGE[: PAGE.index("## On a GPU")]
-    shown = re.findall(r"`python\s+(benchmarks/[^`]+)`", before_gpus)
+def test_make_benchmark_runs_the_commands_of_the_pages():
+    text = PAGE[: PAGE.index("## On a GPU")] + KERNELS
+    shown = re.findall(r"`python\s+(benchmarks/[^`]+)`", text)
     assert {" ".join(command.split()) for command in shown} == {command for _, command in recipe()}
     assert len(recipe()) == len(set(recipe())) > 10
 

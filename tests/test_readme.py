@@ -276,7 +276,7 @@ RUN = {"README.md", "examples/add_a_router/README.md", "examples/quickstart/READ
 NOT_RUN = {"docs/released_models.md"}  # commands on downloads of 29 GB
 PAGES = [
     path.relative_to(REPOSITORY).as_posix()
-    for pattern in ("*.md", "docs/*.md", "examples/*/README.md")
+    for pattern in ("*.md", "docs/*.md", "examples/*/README.md", "benchmarks/README.md")
     for path in sorted(REPOSITORY.glob(pattern))
 ]
 

@@ -17,7 +17,7 @@ import torch
 
 from .matmul import watched
 
-# Multiplications. With fewer the pool seldom gains, and generation is slower (docs/performance.md).
+# Multiplications. With fewer the pool seldom gains, and generation is slower (docs/kernels.md).
 _WORTH = 2**31
 _ENOUGH = 128  # rows that keep a core busy
 
