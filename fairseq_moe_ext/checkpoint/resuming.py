@@ -167,6 +167,27 @@ def forget_other_validations(state: Dict[str, Any], trainer: Trainer, filename: 
         )
 
 
+def fit_schedule(state: Dict[str, Any], trainer: Trainer, filename: str) -> None:
+    """Let this run's schedule take the state of another, and say so. All are functions of the count
+    of updates or of validations, but most want a key that fairseq's default does not write
+    (fairseq/optim/lr_scheduler/fixed_schedule.py:45@0.12.2,
+    fairseq/optim/lr_scheduler/fairseq_lr_scheduler.py:34@0.12.2)."""
+    history = state.get("optimizer_history")
+    if not history or not isinstance(history[-1].get("lr_scheduler_state"), dict):
+        return
+    merged = {**trainer.lr_scheduler.state_dict(), **history[-1]["lr_scheduler_state"]}
+    history[-1] = {**history[-1], "lr_scheduler_state": merged}
+    before, now = (
+        ours.name_of((cfg or {}).get("lr_scheduler")) for cfg in (state.get("cfg"), trainer.cfg)
+    )
+    if before not in (None, now) and process_rank() == 0:
+        logger.warning(
+            f"--lr-scheduler {now}: {filename} was trained with {before}: from update "
+            f"{history[-1].get('num_updates', 0):,} on the learning rate is the new schedule's; to "
+            f"keep the old one, use --lr-scheduler {before}"
+        )
+
+
 def _compared(cfg: Any) -> Dict[str, Any]:
     """The flags that say which quantity of a validation is compared, as far as a run has them. Of
     several subsets it is the first."""

@@ -360,9 +360,8 @@ def save_plateau(stock, self):
 
 
 def load_plateau(stock, self, state):
-    """Stock forgets the number of validations since the best loss, and expects that loss. It is not
-    there where another quantity is compared (see resuming.forget_other_validations)."""
-    stock(self, {"best": self.lr_scheduler.best, **state})
+    """Stock forgets the number of validations since the best loss."""
+    stock(self, state)
     self.lr_scheduler.num_bad_epochs = state.get("bad_epochs", 0)
 
 

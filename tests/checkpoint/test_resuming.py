@@ -1,5 +1,6 @@
 """Checkpoints on any number of processes: training goes on as if nothing had happened."""
 
+import functools
 import itertools
 
 import pytest
@@ -234,6 +235,59 @@ def test_the_rest_of_an_epoch_is_seen_once_from_any_place(skip, ahead):
             expected = [rows for rows in expected if len(rows) == each] or expected
         assert seen == expected, (place, each)
         assert itr.next_epoch_idx == 2 and not updates.has_next(), (place, each)
+
+
+SCHEDULES = {
+    "fixed": "--warmup-updates 9",
+    "polynomial_decay": "--total-num-update 100",
+    "inverse_sqrt": "--warmup-updates 9",
+    "cosine": "--lr-period-updates 100",
+    "tri_stage": "--warmup-steps 9 --hold-steps 2 --decay-steps 3",
+    "triangular": "--max-lr 0.02 --lr-period-updates 30",
+    "step": "--min-lr 0.001 --lr-deacy-period 5 --lr-decay 0.5",
+    "reduce_lr_on_plateau": "--lr-patience 1",
+}
+SCHEDULES = {name: f"--lr-scheduler {name} {flags}" for name, flags in SCHEDULES.items()}
+
+
+@pytest.fixture(scope="module")
+def scheduled(data, tmp_path_factory):
+    """Name of a schedule -> folder and losses of a run with it; each is made once."""
+
+    @functools.cache
+    def run(name):
+        folder = tmp_path_factory.mktemp(name)
+        return folder, first_run(data, folder, 1, 4, SCHEDULES[name])
+
+    return run
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_goes_on_as_if_nothing_had_happened(data, scheduled, name, caplog):
+    folder, losses = scheduled(name)
+    assert resume(data, folder, 1, 4, SCHEDULES[name]) == losses[SAVED:]
+    assert "was trained with" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "before, now",
+    [*(("fixed", name) for name in SCHEDULES if name != "fixed"), ("polynomial_decay", "fixed")],
+)
+def test_another_schedule_goes_on_at_its_update_and_says_so(data, scheduled, before, now, caplog):
+    """fairseq's default does not write what the others read."""
+    folder, _ = scheduled(before)
+    losses = resume(data, folder, 1, 4, SCHEDULES[now])
+    said = f"--lr-scheduler {now}: {folder}/checkpoint_1_{SAVED}.pt was trained with {before}: "
+    assert caplog.text.count(said) == 1 and f"from update {SAVED} on" in caplog.text
+    assert losses == resume(data, folder, 1, 4, f"{SCHEDULES[now]} --reset-lr-scheduler")
+
+
+def test_the_best_of_another_metric_is_not_missed(data, scheduled):
+    """What a schedule wants to read is what a run of another metric forgets."""
+    name = "polynomial_decay"
+    folder, losses = scheduled(name)
+    resumed = resume(data, folder, 1, 4, f"{SCHEDULES[name]} --best-checkpoint-metric ppl")
+    assert resumed == losses[SAVED:]
 
 
 def test_the_patience_of_reduce_lr_on_plateau_is_resumed():
