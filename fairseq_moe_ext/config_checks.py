@@ -153,6 +153,13 @@ def _validate_shape(cfg: MoETransformerLMConfig) -> None:
             f"--decoder-embed-dim {cfg.decoder_embed_dim} is not a multiple of "
             f"--decoder-attention-heads {cfg.decoder_attention_heads}: change one of them"
         )
+    sinusoidal = not (cfg.decoder_learned_pos or cfg.no_token_positional_embeddings)
+    # fairseq/modules/sinusoidal_positional_embedding.py:46@0.12.2 divides by half of it, less 1
+    if sinusoidal and cfg.decoder_embed_dim // 2 == 1:
+        raise UserError(
+            f"--decoder-embed-dim {cfg.decoder_embed_dim} is too narrow for sinusoidal positions: "
+            "use 4 or more, or --decoder-learned-pos"
+        )
 
 
 def _validate_experts(cfg: MoETransformerLMConfig) -> None:

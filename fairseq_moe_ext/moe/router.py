@@ -24,7 +24,8 @@ from .scope import PROCESS, RoutingScope
 
 
 class GateSettings(NamedTuple):
-    """How a router routes; the flag of each field is in config.py."""
+    """How a router routes. The flags are in config.py, router_flags.py and balance_flags.py;
+    router_flags.gate_settings translates them."""
 
     top_k: int = 2  # experts per token
     use_fp32: bool = False  # scores and weights in float32 at least

@@ -25,8 +25,8 @@ class Routing(NamedTuple):
     """The decision of a router for T tokens, E experts and at most K choices per token.
 
     A token may have fewer than K choices: `routed` is False for the others. So a routing of
-    variable width (a threshold on scores), or one where experts choose tokens, is a Routing with
-    K = E: experts (T, E) ranks all of them, and `routed` is the mask of what goes where.
+    variable width (threshold, relu) is a Routing with K = E: experts (T, E) ranks all of them, and
+    `routed` is the mask of what goes where.
     """
 
     probs: Tensor  # (T, E) scores that sum to 1, differentiable: what balances and is logged
@@ -48,12 +48,13 @@ def token_capacity(
 ) -> int:
     """Slots an expert has: ``int(factor * ceil(tokens / experts))``, the rule of training, or
     ``ceil(fraction * tokens)``, the branch's rule of evaluation. At least 1, so that a short batch
-    under a factor below 1 still reaches some expert.
+    under a factor below 1 still reaches some expert; at most one for each token, so that a huge
+    factor is no limit.
     Raises ValueError for both of them, or neither."""
     if fraction is not None and factor is None:
         return max(1, math.ceil(fraction * tokens))
     if factor is not None and fraction is None:
-        return max(1, int(factor * math.ceil(tokens / experts)))
+        return max(1, int(min(factor * math.ceil(tokens / experts), tokens)))
     raise ValueError("token_capacity takes one of factor and fraction")
 
 

@@ -238,6 +238,8 @@ def test_expert_gradients_are_scaled(tokens):
         ({"moe_top1_expert": True, "moe_batch_prioritized_routing": True}, "no effect"),
         ({"alternate_decoder_ffn_embed_dim": -8}, "--alternate-decoder-ffn-embed-dim -8"),
         ({"decoder_attention_heads": 3}, "--decoder-attention-heads 3"),
+        ({"decoder_embed_dim": 2}, "--decoder-embed-dim 2 is too narrow for sinusoidal positions"),
+        ({"decoder_embed_dim": 3, "decoder_attention_heads": 3}, "--decoder-embed-dim 3 is too"),
         ({"decoder_layers": 0}, "--decoder-layers 0"),
         ({"dropout": 1.5}, "--dropout 1.5"),
     ],
@@ -254,6 +256,19 @@ def test_a_dense_twin_is_built_without_a_word(caplog):
     with caplog.at_level("INFO"):
         build_model(**MOE, moe_dense_twin=True)
     assert "twin" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"decoder_embed_dim": 1, "decoder_attention_heads": 1},
+        {"decoder_embed_dim": 2, "decoder_learned_pos": True},
+        {"decoder_embed_dim": 2, "no_token_positional_embeddings": True},
+        {"decoder_embed_dim": 4},
+    ],
+)
+def test_the_narrowest_models_are_built(tokens, flags):
+    build_model(**{**MOE, **flags})(tokens)
 
 
 def test_usual_settings_are_accepted():

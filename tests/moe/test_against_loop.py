@@ -371,7 +371,7 @@ def layer_of(example, activation, dtype):
 )
 @GRID
 def test_capacity(tokens, experts, factor, fraction):
-    trained = reference.train_capacity(tokens, experts, factor)
+    trained = min(reference.train_capacity(tokens, experts, factor), tokens)
     assert token_capacity(tokens, experts, factor=factor) == trained
     assert token_capacity(tokens, experts, fraction=fraction) == math.ceil(fraction * tokens)
 
@@ -379,3 +379,15 @@ def test_capacity(tokens, experts, factor, fraction):
 def test_capacity_is_never_zero():
     """A batch of a few tokens under a factor below 1 still gets one slot an expert."""
     assert token_capacity(3, 8, factor=0.5) == 1
+
+
+@pytest.mark.parametrize("factor", [1e19, 1e30, 1e308])
+def test_a_huge_capacity_factor_is_no_limit(factor):
+    """A number that int64, or float64 times the mean load, does not hold."""
+    logits = torch.randn(40, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    logits[:, 0] += 9  # so that one expert is a choice of nearly every token
+    capacity = token_capacity(40, 4, factor=factor)
+    assert capacity == 40 and token_capacity(0, 4, factor=factor) == 1
+    routing, free = (route(logits, 2, capacity=c) for c in (capacity, None))
+    assert routing.kept.all() and free.counts[:, 0].sum() > 30
+    assert torch.equal(routing.weights, free.weights)
