@@ -71,8 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--unit-losses",
         type=Path,
         metavar="FILE",
-        help="write the loss and tokens of each unit (documents, joined to at least a context) to "
-        "this file, for intervals of differences between models",
+        help="write the loss and tokens of each unit (text between blank lines, joined to at least "
+        "a context) to this file, for intervals of differences between models",
     )
     parser.add_argument(
         "--overwrite",

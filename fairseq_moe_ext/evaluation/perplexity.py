@@ -29,7 +29,7 @@ class SetResult(TypedDict, total=False):
     tokens: int
     perplexity: float
     interval: Optional[Interval]  # None of a single unit
-    units: int  # that the bootstrap draws: documents, joined to at least a context
+    units: int  # that the bootstrap draws: text between blank lines, joined to a context
     bits_per_byte: Optional[float]  # None where the size of the text is not known
     dropped: Optional[Sequence[float]]  # as Scores.dropped
     tokens_per_second: float

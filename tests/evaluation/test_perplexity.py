@@ -154,7 +154,7 @@ def test_it_gives_what_fairseq_eval_lm_gives(trained, caplog, capsys, tmp_path):
     for name, units in json.loads((tmp_path / "units.json").read_text()).items():
         one, count = found["sets"][name], sum(units["tokens"])
         assert (len(units["tokens"]), count) == (one["units"], one["tokens"])
-        assert min(units["tokens"][:-1]) >= 32, "documents, joined to at least a context"
+        assert min(units["tokens"][:-1]) >= 32, "joined to at least a context"
         assert math.exp(sum(units["nats"]) / count) == pytest.approx(one["perplexity"])
     fairseq(tested + drops % 0.25)
     assert "0.25: this command computes at most 25 % of the tokens for each expert" in caplog.text
