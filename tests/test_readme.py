@@ -184,7 +184,7 @@ def test_commands_on_a_trained_model(trained):
         assert re.search(rf"parameters, active +{active}", output), active
 
     assert len(re.findall(r"loops?, best of", script(trained, "docs/performance.md"))) == 2
-    assert "GPT-3 175B" in script(trained, "docs/study.md", "Cost")
+    assert "GPT-3 175B" in script(trained, "docs/cost.md")
     output = script(trained, "docs/evaluate.md", "Many sets at once")
     assert re.search(r"^letters +", output, flags=re.M) and "capacity" in output
     assert (trained / "capacity.html").is_file()
@@ -261,6 +261,7 @@ RUN = {"README.md", "examples/add_a_router/README.md", "examples/quickstart/READ
     for name in (
         "balancing",
         "convert",
+        "cost",
         "evaluate",
         "experts",
         "finetuning",

@@ -32,6 +32,7 @@ from fairseq_moe_ext.study.ladder import (
 )
 from fairseq_moe_ext.study.ladder.saving import Saving
 from fairseq_moe_ext.study.ladder.units import Units
+from fairseq_moe_ext.study.result import GROUPS
 from fairseq_moe_ext.text_table import markdown
 
 REAL = stages.read(STUDY / "ladder.yaml")
@@ -937,9 +938,9 @@ def test_what_would_be_needed(tmp_path, capsys):
 
 
 def test_what_would_be_needed_by_the_result_that_is_committed(capsys):
-    """Of docs/study.md, by its own command."""
+    """Of docs/ladder.md, by its own command."""
     docs = STUDY.parents[1] / "docs"
-    text = (docs / "study.md").read_text(encoding="utf-8")
+    text = (docs / "ladder.md").read_text(encoding="utf-8")
     words = re.search(r"`python examples/study/ladder.py (--needed .*?)`", text)[1].split()
     assert words.pop() == "docs/ladder_two_cores"
     assert command().main([*words, str(docs / "ladder_two_cores")]) == 0
@@ -951,12 +952,12 @@ def test_what_would_be_needed_by_the_result_that_is_committed(capsys):
 
 
 def test_the_result_that_is_committed():
-    """docs/ladder_two_cores, and the tables of docs/study.md."""
+    """docs/ladder_two_cores, and what docs/ladder.md says of it."""
     docs = STUDY.parents[1] / "docs"
     found = json.loads((docs / "ladder_two_cores" / "result.json").read_text(encoding="utf-8"))
     assert tables.page(found) == (docs / "ladder_two_cores" / "tables.md").read_text("utf-8")
-    text = (docs / "study.md").read_text(encoding="utf-8")
-    for group in ("in_domain", "out_of_domain"):
+    text = (docs / "ladder.md").read_text(encoding="utf-8")
+    for group in GROUPS:
         assert markdown(tables.over_tokens(found, group)).strip() in text
     plain = " ".join(text.split())
     best, other = (
@@ -983,7 +984,7 @@ def test_the_result_that_is_committed():
 
 
 def test_the_result_with_fixed_rates_that_is_committed():
-    """docs/ladder_fixed_rates: its file, and what docs/study.md says of it."""
+    """docs/ladder_fixed_rates: its file, and what docs/ladder.md says of it."""
     folder = STUDY.parents[1] / "docs" / "ladder_fixed_rates"
     searched = json.loads((folder.parent / "ladder_two_cores" / "result.json").read_text("utf-8"))
     file, whole = (
@@ -998,25 +999,78 @@ def test_the_result_with_fixed_rates_that_is_committed():
     assert file == whole
     found = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     assert tables.page(found) == (folder / "tables.md").read_text("utf-8")
-    text = (folder.parent / "study.md").read_text(encoding="utf-8")
-    plain = " ".join(text.split())
-    factors = tables.by_key(found)
-    inside, outside = (factors["d1-256x4", 16_000_000, g] for g in ("in_domain", "out_of_domain"))
-    assert f"FLOPs by a factor of {tables.factor(inside)} in domain" in plain
-    assert f"domain and {tables.factor(outside)} out of domain." in plain
-    assert f"{inside['factor']:.2f} becomes {inside['with_router']:.2f}, and" in plain
-    said = "a factor of {:.2f} in domain and {:.2f} out of domain, `d1-E8`"
-    assert said.format(inside["in_seconds"], outside["in_seconds"]) in plain
-    lost = (factors[name, 16_000_000, "in_domain"] for name in ("d0-256x4", "d1-E64"))
-    said = "in domain `d0-256x4` {:.2f}, `d1-E64` {:.2f}."
-    assert said.format(*(factor["in_seconds"] for factor in lost)) in plain
-    other = factors["d0-256x4", 16_000_000, "in_domain"]
-    assert f"FLOPs the factor is {tables.factor(other)} in domain" in plain
-    for group in ("in_domain", "out_of_domain"):
+    text = (folder.parent / "ladder.md").read_text(encoding="utf-8")
+    for group in GROUPS:
         assert markdown(tables.over_tokens(found, group)).strip() in text
-    for group in ("in_domain", "out_of_domain"):
-        for run in found["runs"]:
-            assert f"{run['mean'][group]['perplexity']:.1f}" in plain
+    assert markdown(tables.costs(found)).strip() in text
+    for name in {run["size"] for run in found["runs"]}:
+        runs = sorted((r for r in found["runs"] if r["size"] == name), key=lambda run: run["seed"])
+        cells = [name, ", ".join(str(run["seed"]) for run in runs)]
+        for group in GROUPS:
+            cells.append(", ".join(f"{run['mean'][group]['perplexity']:.1f}" for run in runs))
+        assert f"| {' | '.join(cells)} |" in text
+    plain = " ".join(text.split())
+    for name in ("d0-hash256x4", "d1-256x4"):
+        assert re.search(rf"`{name}` cuts .{{0,25}}by (a factor of )?{cuts(found, name)}", plain)
+    outside, other = (
+        tables.by_key(found)[name, 16_000_000, "out_of_domain"] for name in ("d1-256x4", "d1-E8")
+    )
+    said = "`d1-256x4` saves a factor of {:.2f} and `d1-E8` {:.2f}."
+    assert said.format(outside["in_seconds"], other["in_seconds"]) in plain
+    seconds = found["seconds_per_token"]
+    longer = [f"{seconds[f'd1-{name}'] / seconds['d1']:.2f}" for name in ("256x4", "E64", "E8")]
+    said = (
+        "Steps of `d1-256x4`, `d1-E64` and `d1-E8` take {}, {} and {} times as long as those of d1"
+    )
+    assert said.format(*longer) in plain
+    assert f"`d0-256x4` {seconds['d0-256x4'] / seconds['d0']:.2f} times as long" in plain
+
+
+def cuts(found, name):
+    """What the pages say of an arm on 16M tokens, as a pattern."""
+    inside, outside = (tables.by_key(found)[name, 16_000_000, group] for group in GROUPS)
+    said = f"{tables.factor(inside)} in domain and {tables.factor(outside)} out of domain"
+    return re.escape(said)
+
+
+def test_the_best_results_are_said_in_short():
+    """At the top of docs/study.md, and in README."""
+    docs = STUDY.parents[1] / "docs"
+    text = (docs / "study.md").read_text("utf-8").split("## In short\n")[1].split("\n## ")[0]
+    plain = " ".join(text.split())
+    readme = (docs.parent / "README.md").read_text("utf-8")
+    found, before = (
+        json.loads((docs / name / "result.json").read_text("utf-8"))
+        for name in ("ladder_fixed_rates", "ladder_two_cores")
+    )
+    best, earlier = (
+        max(
+            (
+                f
+                for (_, tokens, group), f in tables.by_key(made).items()
+                if tokens == 16_000_000 and group == GROUPS[0] and not f["beyond"]
+            ),
+            key=lambda factor: factor["factor"],
+        )
+        for made in (found, before)
+    )
+    for factor, made in ((best, found), (earlier, before)):
+        assert f"It is `{factor['arm']}`" in plain
+        assert re.search(f"factor of {cuts(made, factor['arm'])}", plain)
+    assert f"a dense one of {best['factor']:.2f} times its training FLOPs" in readme
+    learned = (
+        tables.by_key(before)[f"d0-{n}", 16_000_000, GROUPS[0]] for n in ("E8", "E32", "E64")
+    )
+    said = "a factor of {:.2f} with 8, {:.2f} with 32, {:.2f} with 64"
+    assert said.format(*(factor["factor"] for factor in learned)) in plain
+    by_hash = tables.by_key(before)["d0-hash64", 16_000_000, GROUPS[0]]
+    assert f"by a factor of {by_hash['in_seconds']:.2f} (64 experts by hash)" in plain
+    assert by_hash["in_seconds"] == max(
+        f["in_seconds"] or 0
+        for made in (found, before)
+        for f in made["factors"]
+        if f["tokens"] == 16_000_000 and f["group"] == GROUPS[0]
+    )
 
 
 def inner(update, loss=5.0):
