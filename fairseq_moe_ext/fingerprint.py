@@ -63,8 +63,6 @@ def check(task: FairseqTask, saved: Optional[Dict[str, Any]]) -> None:
             f"{_checkpoint(saved)}: has a vocabulary of {saved['vocabulary']}, but {_file(task)} "
             f"one of {len(dictionary)}: {remedy}"
         )
-    if getattr(task, "encodes_text", False):
-        check_tokenizer(task, saved)
 
 
 def check_symbols(dictionary: Dictionary, file: str, saved: Dict[str, Any]) -> None:
@@ -93,8 +91,8 @@ def check_folder(path: str, state: Dict[str, Any], data: Path) -> None:
 
 
 def check_tokenizer(task: FairseqTask, saved: Dict[str, Any]) -> None:
-    """Raise UserError if a task encodes text with other BPE than the checkpoint's. Text that is
-    encoded already may lie beside any."""
+    """Raise UserError if the BPE in a task's data folder is not the checkpoint's. All BPEs of one
+    size have the same symbols, so a folder of another one may have the model's dict.txt."""
     data = tokenizer_files.data_of(task)
     if data is not None:
         digests = saved.get(tokenizer_files.KEY) or {}
@@ -130,4 +128,5 @@ def note(state: Dict[str, Any], path: str) -> None:
     under_way = context.loading.get()
     if under_way is not None:
         check(under_way.trainer.task, saved)
+        check_tokenizer(under_way.trainer.task, saved)
     state["task_state"] = {**task_state, KEY: saved}

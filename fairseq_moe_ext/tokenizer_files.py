@@ -111,10 +111,12 @@ def folder_for(
     return folder
 
 
-def check(path: Path, data: Path) -> None:
+def check(path: Path, *folders: Path) -> None:
     """Raise UserError if a folder's BPE is not the one that a checkpoint has digests of.
     fingerprint.py judges dict.txt, of which only the order matters."""
-    check_digests(path, digests_in(_saved(path)), data)
+    recorded = digests_in(_saved(path))
+    for data in folders:
+        check_digests(path, recorded, data)
 
 
 def check_digests(path: Path, recorded: Mapping[str, str], data: Path) -> None:
@@ -148,9 +150,10 @@ def _misfit(folder: Path, path: Path, wanted: Dict[str, str]) -> UserError:
     present = digests(folder)
     name = next(name for name, digest in wanted.items() if present.get(name) != digest)
     words = f"sha256 {present[name][:12]}" if name in present else "missing"
+    file = files_of(folder).get(name, folder / name)
     return UserError(
-        f"{folder / name}: does not belong to the tokenizer of {path} ({words}, but the "
-        f"checkpoint has {wanted[name][:12]}): name the folder with its {', '.join(wanted)}"
+        f"{file}: does not belong to the tokenizer of {path} ({words}, but the checkpoint has "
+        f"{wanted[name][:12]}): name the folder with its {', '.join(wanted)}"
     )
 
 

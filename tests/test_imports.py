@@ -78,7 +78,7 @@ ALLOWED = {
             """,
         "criterions": "criterions accuracy kernels.dtypes moe.stats ranges",
         "tasks": "tasks accuracy data_bin expert_parallel questions ranges",
-        "prepare": "prepare data_bin",
+        "prepare": "prepare data_bin tokenizer_files",
         "inspection": """
             inspection branch.outline checkpoint.format data_bin evaluation metrics_file models
             moe.layer moe.router prepare.documents questions student_t tokenizer_files
@@ -100,7 +100,7 @@ ALLOWED = {
             """,
         "evaluation": """
             evaluation branch config config_checks cost data_bin data_bin_files
-            literals models router_flags shape
+            literals models router_flags shape tokenizer_files
             """,
     }.items()
 }

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-from .. import outputs
+from .. import outputs, tokenizer_files
 from ..errors import UserError, require_positive
 from ..models.precision import in_bfloat16
 from ..text_table import markdown, plain
@@ -99,6 +99,7 @@ def run(args: argparse.Namespace) -> None:
         if args.context or args.stride:  # before the weights are read
             _context_and_stride(args, most_tokens(args.path, asked.overrides))
         model, saved = load_model(args.path, task, asked.overrides)
+    tokenizer_files.check(args.path, *sets.values())
     model = on_device(in_bfloat16(model, args.cpu) if args.bf16 else model, args.cpu)
     context, stride = _context_and_stride(args, model.max_positions())
     dictionary = task.source_dictionary

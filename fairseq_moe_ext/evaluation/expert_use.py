@@ -19,7 +19,7 @@ import torch
 from fairseq.data import FairseqDataset
 from fairseq.models import FairseqLanguageModel
 
-from .. import data_bin, outputs
+from .. import data_bin, outputs, tokenizer_files
 from ..errors import OneLineParser, UserError, program_status, require_positive
 from ..wording import did_you_mean
 from . import specialisation, texts
@@ -54,6 +54,7 @@ def expert_use(
     check_path(checkpoint, "")
     _check_bins(bins, subset)
     model, _ = load_model(checkpoint, language_modeling_task(next(iter(bins.values())), 1))
+    tokenizer_files.check(checkpoint, *bins.values())
     set_gates(model, dropless=True)
     watches = _watch(model)
     if not watches:

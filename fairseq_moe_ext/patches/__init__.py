@@ -188,6 +188,7 @@ PATCHES = (
     wrap(
         _TASK + "load_state_dict", tasks.load_state_dict, "fairseq/checkpoint_utils.py:439@0.12.2"
     ),
+    wrap(_TASK + "dataset", tasks.dataset, "fairseq/tasks/fairseq_task.py:149@0.12.2"),
     wrap(_TASK + "build_bpe", tasks.build_bpe, "fairseq/tasks/fairseq_task.py:627@0.12.2"),
     wrap(
         _TASK + "build_generator",

@@ -77,6 +77,13 @@ def load_state_dict(stock, self, state_dict):
     stock(self, rest)
 
 
+def dataset(stock, self, split):
+    """What fairseq-eval-lm, fairseq-validate and fairseq-generate read must be encoded with the
+    BPE of the checkpoint that they have loaded."""
+    fingerprint.check_tokenizer(self, getattr(self, "loaded_from", None) or {})
+    return stock(self, split)
+
+
 def build_bpe(stock, self, args):
     """fairseq-interactive reads text as words without --bpe, and with --bpe gpt2 fetches GPT-2's
     tokenizer from the network; for language models this uses the one beside the data. Files that

@@ -1,11 +1,14 @@
 """The options of `prepare`, and their checks before any text is read."""
 
+import filecmp
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import List, Optional
 
+from ..data_bin import DICTIONARY, TOKENIZER
 from ..errors import UserError
+from ..tokenizer_files import files_of
 from . import dictionary
 from .corpora import Corpus
 from .documents import Source
@@ -107,6 +110,29 @@ def _check_dictionary(options: Options) -> None:
         raise UserError(
             "--dict: missing; without a --corpus to train on, give the model's dict.txt"
         )
+    if options.dict is not None:
+        _check_tokenizer(options.dict, options)
+
+
+def _check_tokenizer(path: Path, options: Options) -> None:
+    """Raise UserError for other BPE files than those beside a dictionary. All BPEs of one size have
+    the same symbols, so their dictionaries look alike."""
+    own = files_of(path.parent)
+    if not own or not path.is_file() or not filecmp.cmp(path, own[DICTIONARY], shallow=False):
+        return
+    for name, flag, file in zip(
+        TOKENIZER,
+        ("--gpt2-encoder-json", "--gpt2-vocab-bpe"),
+        (options.gpt2_encoder_json, options.gpt2_vocab_bpe),
+    ):
+        belongs = own.get(name)
+        if belongs is None or file is None or not file.is_file():
+            continue
+        if not filecmp.cmp(file, belongs, shallow=False):
+            raise UserError(
+                f"{flag} {file}: differs from {belongs}, which belongs to --dict {path}: "
+                "give that file, or the dict.txt of this tokenizer"
+            )
 
 
 def _check_splits(options: Options) -> None:

@@ -89,8 +89,6 @@ class MultipleChoiceTaskConfig(FairseqDataclass):
 class MultipleChoiceTask(FairseqTask):
     """See the module; `scoring` is "head", "sum" or "mean"."""
 
-    encodes_text = True  # fingerprint.py
-
     def __init__(self, cfg: MultipleChoiceTaskConfig, dictionary: Dictionary) -> None:
         super().__init__(cfg)
         self.args = cfg  # the name in LanguageModelingTask

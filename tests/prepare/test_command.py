@@ -236,6 +236,35 @@ def test_a_second_domain_is_prepared_with_the_dictionary_of_the_first(data, text
     assert "\n".join(lines_of(text / "second", "more", "test")) == more.read_text("utf-8").rstrip()
 
 
+@pytest.mark.parametrize("name", ["encoder.json", "vocab.bpe"])
+def test_bpe_of_another_dictionary_is_refused(data, text, capsys, name):
+    """Its ids are in range, as those of all BPEs of one size are."""
+    other = text / name
+    if name == "encoder.json":  # two merged tokens exchange their ids
+        tokens = json.loads((data / name).read_text())
+        one, two = sorted(tokens, key=tokens.get)[-2:]
+        other.write_text(json.dumps({**tokens, one: tokens[two], two: tokens[one]}))
+    else:
+        first, *merges = (data / name).read_text().splitlines()
+        other.write_text("\n".join([first, *reversed(merges)]) + "\n")
+    bpe = {n: data / n for n in ("encoder.json", "vocab.bpe")}
+    flags = dict(zip(bpe, ("--gpt2-encoder-json", "--gpt2-vocab-bpe")))
+
+    def prepare(dictionary, **given):
+        tokenizer = [word for n in bpe for word in (flags[n], {**bpe, **given}[n])]
+        corpus = f"more:test={text / 'a.txt'}"
+        return run(text / "second", "--heldout", corpus, *tokenizer, "--dict", dictionary)
+
+    for dictionary in (data / "dict.txt", data / "a" / "dict.txt"):
+        assert prepare(dictionary, **{name: other}) == 1
+        assert error_in(capsys.readouterr().err) == (
+            f"error: {flags[name]} {other}: differs from {data / name}, which belongs to --dict "
+            f"{dictionary}: give that file, or the dict.txt of this tokenizer"
+        )
+        assert not (text / "second").exists()
+    assert prepare(data / "a" / "dict.txt") == 0
+
+
 def test_ids_missing_from_a_given_dictionary_are_counted_as_unknown(data, text, capsys):
     small = text / "small.txt"
     small.write_text("".join((data / "dict.txt").read_text().splitlines(True)[:100]))

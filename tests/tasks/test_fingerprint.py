@@ -122,6 +122,49 @@ def test_another_dictionary_of_the_same_size_is_refused(name, data, other, check
     run(data)
 
 
+@pytest.fixture(scope="module")
+def other_bpe(data, tmp_path_factory):
+    """The data beside other BPE with the same dictionary: the merges in another order."""
+    folder = changed(data, tmp_path_factory.mktemp("bpe") / "data", lambda lines: None)
+    first, *merges = (data / "vocab.bpe").read_text().splitlines()
+    (folder / "vocab.bpe").write_text("\n".join([first, *reversed(merges)]) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("name", list(entry_points(Path("x.pt"), Path("."))))
+def test_other_bpe_with_the_same_dictionary_is_refused(name, other_bpe, checkpoint, tmp_path):
+    """All BPEs of one size have the same symbols."""
+    with pytest.raises(UserError) as error:
+        entry_points(checkpoint, tmp_path)[name](other_bpe)
+    message = f"{other_bpe}/vocab.bpe: does not belong to the tokenizer of {checkpoint} "
+    assert str(error.value).startswith(message)
+
+
+def test_so_is_that_of_a_second_folder(data, other_bpe, checkpoint, tmp_path):
+    (tmp_path / "more").mkdir()
+    for name in ("dict.txt", "encoder.json", "vocab.bpe"):
+        shutil.copy(other_bpe / name, tmp_path / "more")
+    shutil.copytree(other_bpe / "far", tmp_path / "more" / "new")
+    with pytest.raises(UserError, match="more/vocab.bpe: does not belong to the tokenizer of"):
+        command(f"evaluate {data} {tmp_path / 'more'} --path {checkpoint} --cpu")
+
+
+@pytest.mark.parametrize("name", ["eval-lm", "validate", "evaluate", "finetune", "restore"])
+def test_a_folder_without_bpe_is_accepted(name, data, checkpoint, tmp_path):
+    alone = changed(data, tmp_path / "data", lambda lines: None)
+    for file in ("encoder.json", "vocab.bpe"):
+        (alone / file).unlink()
+    entry_points(checkpoint, tmp_path)[name](alone)
+
+
+@pytest.mark.parametrize("name", ["eval-lm", "evaluate", "finetune"])
+def test_a_checkpoint_without_digests_is_used_with_any_bpe(name, other_bpe, checkpoint, tmp_path):
+    state = torch.load(checkpoint, weights_only=False)
+    del state["task_state"]["tokenizer"]
+    torch.save(state, tmp_path / "old.pt")
+    entry_points(tmp_path / "old.pt", tmp_path)[name](other_bpe)
+
+
 def test_a_smaller_dictionary_is_another_one(data, checkpoint, tmp_path):
     """Padding it would only hide that."""
     small = changed(data, tmp_path / "data", lambda lines: lines.__delitem__(slice(50, None)))
