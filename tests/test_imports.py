@@ -95,11 +95,12 @@ ALLOWED = {
             """,
         "convert": """
             convert balance_flags branch checkpoint config config_checks cost data_bin
-            evaluation.capacity evaluation.loading expert_parallel fingerprint models moe.experts
-            prepare router_flags shape tokenizer_files
+            evaluation.capacity evaluation.evaluated evaluation.loading expert_parallel fingerprint
+            models moe.experts prepare router_flags shape tokenizer_files
             """,
         "evaluation": """
-            evaluation branch config config_checks cost data_bin data_bin_files
+            evaluation branch checkpoint.format checkpoint.intact config config_checks cost
+            data_bin data_bin_files
             literals models router_flags shape tokenizer_files
             """,
     }.items()

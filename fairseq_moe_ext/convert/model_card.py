@@ -6,13 +6,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from typing import Any, List, Mapping, Optional, Sequence, Tuple
 
 import yaml
 
 from ..cost import parameters
 from ..errors import UserError
-from ..evaluation import capacity
+from ..evaluation import capacity, evaluated
 from ..shape import context_length, shape_of
 from ..text_table import markdown
 from ..wording import short, small
@@ -135,12 +136,20 @@ def _rows(facts: Sequence[Tuple[str, Any]]) -> List[List[str]]:
 
 def check(evaluation: Any, path: str, where: str) -> None:
     """Raise UserError, beginning with `where`, for what `evaluate` did not write, or wrote of
-    another checkpoint than `path`."""
+    another checkpoint than `path` or of an earlier state of it."""
     try:
         _perplexities(evaluation, True)
+        if evaluated.KEY in evaluation:
+            _check_state(path, evaluation["path"], evaluation[evaluated.KEY])
+            return
         _check_path(path, evaluation["path"])
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+    print(
+        f"{where}: of an older version, so it does not say which state of {evaluation['path']} it "
+        f"is of: if that is not {path} as it is now, evaluate again",
+        file=sys.stderr,
+    )
 
 
 def _evaluation(source: Source, evaluation: Optional[Mapping[str, Any]]) -> str:
@@ -156,6 +165,8 @@ def _evaluation(source: Source, evaluation: Optional[Mapping[str, Any]]) -> str:
 def _perplexities(evaluation: Any, sparse: bool) -> str:
     try:
         if not isinstance(evaluation["path"], str):
+            raise TypeError
+        if evaluated.KEY in evaluation and not _is_state(evaluation[evaluated.KEY]):
             raise TypeError
         if "sweep" in evaluation:
             raise UserError(
@@ -183,6 +194,21 @@ def _perplexities(evaluation: Any, sparse: bool) -> str:
     return f"{markdown(rows)}\n\n{how}"
 
 
+def _is_state(found: Any) -> bool:
+    return isinstance(found["updates"], int) and isinstance(found["digest"], str)
+
+
+def _check_state(path: str, name: str, was: evaluated.State) -> None:
+    """Raise UserError if a checkpoint is not in the state that was evaluated under a name."""
+    now = evaluated.state_of(path)
+    if was["digest"] == now["digest"]:
+        return
+    differ = f"{was['updates']:,} updates, but {path} has {now['updates']:,}"
+    if was["updates"] == now["updates"]:
+        differ = f"other bytes than {path} has now"
+    raise UserError(f"has the results of {name} with {differ}: evaluate {path} again")
+
+
 def _check_path(path: str, evaluated: str) -> None:
     """Raise UserError for a path in the results that is another checkpoint's. One that is not there
     may have been named from another folder."""
@@ -198,6 +224,8 @@ def _conditions(evaluation: Mapping[str, Any], sparse: bool) -> str:
     context, stride, share = (evaluation[name] for name in ("context", "stride", "capacity"))
     rows = "blocks" if stride == context else f"sliding windows (stride {stride:,})"
     text = f"Split {evaluation['subset']}, {rows} of {context:,} tokens"
+    if evaluation.get("model_overrides"):
+        text += f", with the settings {_cell(evaluation['model_overrides'])}"
     if not sparse:
         return f"{text}."
     if share == 1:

@@ -10,7 +10,7 @@ from ..errors import UserError, require_positive
 from ..models.precision import in_bfloat16
 from ..text_table import markdown, plain
 from ..wording import small
-from . import capacity
+from . import capacity, evaluated
 from .loading import (
     add_model_flags,
     check_context,
@@ -98,6 +98,7 @@ def run(args: argparse.Namespace) -> None:
     with naming(args.path):
         if args.context or args.stride:  # before the weights are read
             _context_and_stride(args, most_tokens(args.path, asked.overrides))
+        state = evaluated.state_of(str(args.path))
         model, saved = load_model(args.path, task, asked.overrides)
     tokenizer_files.check(args.path, *sets.values())
     model = on_device(in_bfloat16(model, args.cpu) if args.bf16 else model, args.cpu)
@@ -115,6 +116,8 @@ def run(args: argparse.Namespace) -> None:
         outputs.write_json(args.unit_losses, losses)
     head = {
         "path": str(args.path),
+        evaluated.KEY: state,
+        "model_overrides": args.model_overrides,
         "subset": args.subset,
         "protocol": "blocks" if stride == context else "sliding",
         "context": context,

@@ -14,9 +14,10 @@ import yaml
 from converting import convert, load, mistake, same
 from hf_models import KINDS, ours, theirs, tokenizer_of
 
-from fairseq_moe_ext import tokenizer_files
+from fairseq_moe_ext import cli, tokenizer_files
 from fairseq_moe_ext.convert import hf_folder, model_card
 from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.evaluation import evaluated
 from fairseq_moe_ext.questions.vocabulary import Vocabulary
 
 pytest.importorskip("transformers", reason="pip install transformers")
@@ -214,6 +215,11 @@ def evaluation(path, **more):
             {"capacity": 0.05, "dropped": {"a": ([0.25, 0.5], 300), "b": ([0.0, 0.0], 100)}},
             "An expert took at most 5 % of a batch's tokens; 28.12 % of the choices of experts",
         ),
+        (
+            False,
+            {"model_overrides": "{'moe_top_k': 1}"},
+            "Split test, blocks of 32 tokens, with the settings {'moe_top_k': 1}.",
+        ),
     ],
 )
 def test_the_card_says_how_it_was_evaluated(tmp_path, sparse, change, words):
@@ -245,6 +251,41 @@ def test_results_that_are_not_of_the_model_are_refused(tmp_path, change, words):
     moved = {**evaluation("elsewhere/x.pt")}  # named from another folder
     model_card.check(moved, source.path, "--evaluation e.json")
     assert "nothing dropped" in model_card._evaluation(source, moved)
+
+
+def test_results_are_of_the_state_that_is_converted(converted, hf_data, tmp_path, capsys):
+    """A resumed run overwrites checkpoint_last.pt; and an evaluated file may be gone."""
+    path, results = tmp_path / "checkpoint_last.pt", tmp_path / "e.json"
+    shutil.copy(converted("top1")[0], path)
+    state = evaluated.state_of(str(path))
+
+    def words(name, **more):
+        results.write_text(json.dumps(evaluation(name, **more)))
+        flags = ("--to", "hf", "--data", hf_data, "--evaluation", results)
+        if cli.main(["convert", *map(str, (path, tmp_path / "hf", *flags))]) == 0:
+            card = (tmp_path / "hf" / "README.md").read_text()
+            shutil.rmtree(tmp_path / "hf")
+            assert "| a | 1,234 | 12.50 |  |" in card
+            return capsys.readouterr().err
+        assert not (tmp_path / "hf").exists()
+        return capsys.readouterr().err
+
+    for name in (path, "gone.pt", converted("top1")[0]):  # of one state
+        assert words(name, checkpoint=state) == ""
+    wrong = {"updates": state["updates"], "digest": "0"}
+    err = words("gone.pt", checkpoint=wrong)
+    assert f"has the results of gone.pt with other bytes than {path} has now: evaluate" in err
+    saved = torch.load(path, weights_only=False)
+    saved["optimizer_history"][-1]["num_updates"] += 2
+    torch.save(saved, path)
+    err = words(path, checkpoint=state)
+    assert err == (
+        f"error: --evaluation {results}: has the results of {path} with 4 updates, but {path} has "
+        f"6: evaluate {path} again\n"
+    )
+    assert "not a file that `fairseq-moe evaluate --json` wrote" in words(path, checkpoint={})
+    (old,) = words(path).splitlines()  # of before it was written
+    assert old.startswith(f"--evaluation {results}: of an older version, so it does not say which")
 
 
 def test_a_released_model_in_one_command(tmp_path, hf_data, capsys):

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from training import fairseq, prepare_near_and_far
 import fairseq_moe_ext
 from fairseq_moe_ext import cli, data_bin
 from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.evaluation import capacity, evaluate_command, perplexity, texts
+from fairseq_moe_ext.evaluation import capacity, evaluate_command, evaluated, perplexity, texts
 from fairseq_moe_ext.evaluation.loading import language_modeling_task, load_model
 from fairseq_moe_ext.models import precision
 from fairseq_moe_ext.patches import checkpoint_io
@@ -121,6 +122,32 @@ def test_bfloat16_is_near(trained, monkeypatch, tmp_path):
     for name, exact in losses[""].items():
         # Two layers of seven roundings by 2**-9 at most, and the logits'.
         assert 0 < abs(losses["--bf16"][name] - exact) < 15 * 2**-9 * exact
+
+
+def test_the_result_says_of_which_state_it_is(trained, tmp_path):
+    """As told by its updates and its bytes, whatever its name is."""
+    data, checkpoint = trained
+    out = tmp_path / "found.json"
+    overrides = "{'moe_top_k':1}"
+    line = f"evaluate {data} --path {checkpoint} --cpu --json {out} --model-overrides {overrides}"
+    assert cli.main(line.split()) == 0
+    found = json.loads(out.read_text())
+    assert found["checkpoint"] == evaluated.state_of(str(checkpoint))
+    assert found["checkpoint"]["updates"] == 5 and found["model_overrides"] == overrides
+    branch = "--to branch --rank-files 2 --weights-only"
+    for name, flags in (("one.pt", ""), ("many.pt", "--expert-files 2"), ("x.pt", branch)):
+        assert cli.main(f"convert {checkpoint} {tmp_path / name} {flags}".split()) == 0
+    for name, changed in (("one", "one"), ("many", "many"), ("x", "x-shared"), ("x", "x-rank-1")):
+        path, file = str(tmp_path / f"{name}.pt"), tmp_path / f"{changed}.pt"
+        before = evaluated.state_of(path)
+        shutil.copy(file, tmp_path / "kept")
+        state = torch.load(file, weights_only=False)
+        next(iter(state["model"].values())).view(-1)[0] += 1
+        torch.save(state, file)
+        after = evaluated.state_of(path)
+        assert after["updates"] == before["updates"] and after["digest"] != before["digest"]
+        shutil.copy(tmp_path / "kept", file)
+        assert evaluated.state_of(path) == before
 
 
 def test_it_gives_what_fairseq_eval_lm_gives(trained, caplog, capsys, tmp_path):
