@@ -71,6 +71,10 @@ def check(given: Mapping[str, Any], spell: Spell, training: bool) -> None:
     # fairseq-interactive may read its --input from a pipe
     files.check_named({k: v for k, v in given.items() if k not in ("log_file", "input")})
     outputs.check_of_fairseq(given, spell)
+    for name, spelled in (("path", f"{spell('path')} "), ("data", "")):
+        value = given.get(name)
+        if isinstance(value, str) and os.path.exists(value):  # under the whole name
+            data_bin.check_is_one(value, spelled + value)
     for name in ("quantization_config_path", "ema_seed_model", "lm_path"):
         if given.get(name) is not None:
             _check_is_there(given[name], f"{spell(name)} {given[name]}")

@@ -13,7 +13,7 @@ import filecmp
 import os
 import re
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List, Optional, Sequence, Union
 
 from fairseq.utils import split_paths
 
@@ -75,6 +75,17 @@ def has_split(folder: Path, split: str) -> bool:
 def first_folder(data: str) -> Path:
     """Of the data folders of a setting, a:b, the one with the dictionary."""
     return Path(split_paths(data)[0])
+
+
+def check_is_one(path: Union[str, Path], where: str = "") -> None:
+    """Raise UserError for a folder, or a file in it, that fairseq would take for several: it
+    separates those of a setting by os.pathsep (fairseq/utils.py:61@0.12.2). `where`: the beginning
+    of the message, by default the path."""
+    if len(split_paths(str(path))) > 1:
+        raise UserError(
+            f"{where or path}: '{os.pathsep}' separates paths in fairseq, which cannot read one "
+            "with it in its name: use another name"
+        )
 
 
 def find_corpora(data: Path) -> Dict[str, Path]:

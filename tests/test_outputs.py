@@ -158,6 +158,7 @@ def made(**given):
         ("save_dir", "old.json/run/1", "old.json is not a folder"),
         ("save_dir", "broken", "broken is not a folder"),
         ("save_dir", "fifo", "a FIFO"),
+        ("save_dir", "runs/09:29", "':' separates paths in fairseq"),
         ("tensorboard_logdir", "old.json", "old.json is not a folder"),
         ("results_path", "old.json", "old.json is not a folder"),
         ("log_file", "fifo", "a FIFO"),
@@ -180,6 +181,15 @@ def test_places_of_fairseqs_flags_that_can_be_written(places):
     given = {"save_dir": "a/b", "tensorboard_logdir": "folder", "log_file": "/dev/stderr"}
     command_checks.check_command_line(made(**given, results_path=None))
     command_checks.check_command_line(made(log_file="new.log", save_dir="folder/new"))
+
+
+def test_what_is_there_under_a_name_that_fairseq_divides(places):
+    (places / "a:b").mkdir()
+    (places / "a:b" / "x.pt").touch()
+    for flag, name, said in (("data", "a:b", "a:b"), ("path", "a:b/x.pt", "--path a:b/x.pt")):
+        with pytest.raises(UserError, match=f"^{said}: ':' separates paths in fairseq"):
+            command_checks.check_command_line(made(**{flag: name}))
+    command_checks.check_command_line(made(path="x.pt:y.pt", data="a:b/c:d"))  # several
 
 
 def test_a_dictionary_is_a_file_of_utf8(places):

@@ -57,7 +57,9 @@ def parse_overrides(text: Optional[str]) -> Dict[str, Any]:
 
 
 def language_modeling_task(folder: Path, tokens_per_sample: int) -> LanguageModelingTask:
-    """Stock's language-modelling task on one data-bin."""
+    """Stock's language-modelling task on one data-bin. Raises UserError for one whose name stock
+    would take for several."""
+    data_bin.check_is_one(folder)
     # The fields beside the first two are taken from other groups of options on the command line.
     config = LanguageModelingConfig(
         data=str(folder),

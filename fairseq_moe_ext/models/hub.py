@@ -12,7 +12,7 @@ from fairseq.hub_utils import GeneratorHubInterface
 from torch import Tensor
 
 from .. import command_checks, context, tokenizer_files
-from ..data_bin import TOKENIZER
+from ..data_bin import TOKENIZER, check_is_one
 from ..errors import UserError
 from . import text_generation
 
@@ -30,7 +30,7 @@ def find_tokenizer(data: Path) -> Optional[Dict[str, str]]:
 
 def own_data(folder: Path, checkpoint_file: str, data: str, given: Mapping[str, Any]) -> str:
     """The data folder to take dictionary and tokenizer from. Raises UserError for a tokenizer of
-    another model.
+    another model, and a folder whose name fairseq would take for several.
 
     Args:
         folder, checkpoint_file: as from_pretrained's.
@@ -42,10 +42,14 @@ def own_data(folder: Path, checkpoint_file: str, data: str, given: Mapping[str, 
     if "bpe" in given:
         tokenizer_files.check_bpe(path, given)
     if data == ".":
-        return str(tokenizer_files.folder_for(path, None, "data_name_or_path=").resolve())
+        data = str(tokenizer_files.folder_for(path, None, "data_name_or_path=").resolve())
+        check_is_one(data)
+        return data
     where = data_folder(folder, data)
-    if "bpe" not in given and where.is_dir():
-        tokenizer_files.check(path, where)
+    if where.is_dir():
+        check_is_one(where)
+        if "bpe" not in given:
+            tokenizer_files.check(path, where)
     return data
 
 

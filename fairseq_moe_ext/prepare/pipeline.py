@@ -54,6 +54,7 @@ def prepare(dest: Path, options: Options) -> Report:
     Raises:
         UserError: see the flags; `dest` is then as it was before.
     """
+    data_bin.check_is_one(dest)
     check(options)
     _check_inputs_outside(dest, options)
     for corpus in options.corpora:

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, TypeVar
 
-from .. import files, outputs
+from .. import data_bin, files, outputs
 from ..errors import UserError
 from ..locks import Lock
 from . import child as children
@@ -44,6 +44,9 @@ class Runner:
     def open(self) -> None:
         """Make the folder and hold it; SIGTERM now raises KeyboardInterrupt, until `stop`. Raises
         UserError if another works on it."""
+        data_bin.check_is_one(self.out, self.what)
+        if self.out.exists() and not self.out.is_dir():
+            raise UserError(f"{self.what}: a file, not a folder: name another")
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -86,8 +86,9 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
         """As stock's. Raises UserError for data or settings that this task cannot have."""
         if args.data and os.pathsep in args.data:
             raise UserError(
-                f"{args.data}: mixture_language_modeling takes one data folder; put all corpora "
-                "into one folder"
+                f"{args.data}: '{os.pathsep}' separates data folders, and "
+                "mixture_language_modeling takes one: put all corpora into one folder, or rename "
+                f"one with '{os.pathsep}' in its name"
             )
         if args.data:
             data_bin.find_corpora(Path(args.data))  # before the dictionary is read

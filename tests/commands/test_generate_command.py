@@ -8,6 +8,7 @@ from argparse import Namespace
 
 import pytest
 import torch
+from fairseq.tasks import TASK_DATACLASS_REGISTRY
 from training import prepare_text, train_small
 
 from fairseq_moe_ext import cli, outputs, tokenizer_files
@@ -62,6 +63,25 @@ def test_too_many_tokens_are_refused_before_the_weights_are_read(runs, generate,
             f"error: --max-tokens 64: {path} takes 32 tokens, those of the prompt included; "
             "lower it"
         )
+
+
+@pytest.mark.parametrize("task", ["mixture_language_modeling", "language_modeling"])
+def test_a_folder_that_fairseq_takes_for_two_is_named(runs, generate, tmp_path, task, capsys):
+    """A run, or data, of before such names were refused."""
+    shutil.copytree(runs / "moe", tmp_path / "co:lon")
+    shutil.copytree(runs / "data", tmp_path / "da:ta")
+    path = tmp_path / "co:lon" / "checkpoint_last.pt"
+    state = torch.load(path, weights_only=True)
+    known = TASK_DATACLASS_REGISTRY[task].__dataclass_fields__
+    settings = {k: v for k, v in state["cfg"]["task"].items() if k in known}
+    state["cfg"]["task"] = {**settings, "_name": task}
+    torch.save(state, path)
+    for folder, flags in (("co:lon", ()), ("da:ta", ("--data", tmp_path / "da:ta"))):
+        (error,) = generate("the", *flags, path=path, status=1).err.splitlines()
+        assert error.startswith(f"error: {tmp_path / folder}: ':' separates paths in fairseq")
+    assert generate("the", "--data", runs / "data", "--max-tokens", 2, path=path).out
+    assert cli.main(["evaluate", str(tmp_path / "da:ta"), "--path", str(path), "--cpu"]) == 1
+    assert "da:ta/a: ':' separates paths in fairseq" in capsys.readouterr().err
 
 
 def test_a_prompt_of_any_source(runs, generate, lm, tmp_path):

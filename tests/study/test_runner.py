@@ -79,8 +79,21 @@ def test_a_folder_goes_on_with_the_same_settings_only(runner, tmp_path):
         other.check_settings({}, "an ablation", "ablation")
     other.stop()
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["file"]
-    with pytest.raises(UserError, match="cannot be written"):
-        Runner(tmp_path / "mine" / "file", "--out x").open()
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("file", "--out x: a file, not a folder: name another"),
+        ("file/in", "--out x cannot be written"),
+        ("c:d/run", "--out x: ':' separates paths in fairseq"),
+    ],
+)
+def test_a_folder_that_cannot_be_one_is_not_made(tmp_path, name, said):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=said):
+        Runner(tmp_path / name, "--out x").open()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 JOB = """

@@ -304,7 +304,7 @@ def test_a_subset_may_lack_the_metric_by_which_checkpoints_were_chosen(data):
 
 
 def test_several_folders_are_refused(data):
-    with pytest.raises(UserError, match="takes one data folder"):
+    with pytest.raises(UserError, match="':' separates data folders, and .* takes one"):
         make_task(f"{data}:{data}")
 
 
