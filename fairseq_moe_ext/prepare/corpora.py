@@ -61,7 +61,10 @@ def parse_corpora(corpora: List[str], heldout: List[str]) -> List[Corpus]:
                     f"{flag} {name}: given both with and without a split; write {name}:train=..., "
                     f"{name}:valid=... for all its text"
                 )
-            groups = [list_files(path, f"{flag} {name_and_split}") for path in paths.split(",")]
+            where, remedy = f"{flag} {name_and_split}", "check the path"
+            if "," in paths:
+                remedy += "; commas separate paths, so write ? for one in a name (a glob)"
+            groups = [list_files(path, where, remedy) for path in paths.split(",")]
             corpus.groups += groups
             once: Dict[str, Path] = {}
             for path in (path for group in groups for path in group):

@@ -140,6 +140,9 @@ def _make_parents(folder: Path, dest: Path) -> List[Path]:
     missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        other = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        raise UserError(f"{dest}: {other} is not a folder; name another") from None
     except OSError as error:
         raise UserError(f"{dest}: cannot be written: {files.reason(error)}; name another") from None
     return missing

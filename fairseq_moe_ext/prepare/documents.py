@@ -39,14 +39,14 @@ class Source:
     starts: Optional[str] = None
 
 
-def list_files(pattern: str, where: str) -> List[Path]:
+def list_files(pattern: str, where: str, remedy: str = "check the path") -> List[Path]:
     """The files that a path, folder or glob names, sorted.
 
     Folders are searched recursively; names that begin with a dot are skipped.
 
     Raises:
         UserError: a pattern that names no file, or a folder that may not be read. `where` names the
-            flag, as "--corpus docs".
+            flag, as "--corpus docs"; `remedy` is of a pattern that names none.
     """
     if os.path.isdir(pattern):
         paths = _walk(Path(pattern), where)
@@ -57,7 +57,7 @@ def list_files(pattern: str, where: str) -> List[Path]:
         paths = [path for path in paths if not path.is_dir()]
     if not paths:
         raise UserError(
-            f"{where}: {pattern}: no such file, or a folder or glob without files; check the path"
+            f"{where}: {pattern}: no such file, or a folder or glob without files; {remedy}"
         )
     for path in paths:
         files.check(path, f"{where}: {path}")

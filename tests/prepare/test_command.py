@@ -20,8 +20,10 @@ from training import error_in
 from fairseq_moe_ext import cli
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.prepare import encode, pipeline
+from fairseq_moe_ext.prepare.corpora import parse_corpora
 from fairseq_moe_ext.prepare.splits import SplitRule
 
+COLON = "':' separates paths in fairseq, which cannot read one with it in its name"
 SPLITS = ("train", "valid", "test")
 
 
@@ -84,6 +86,13 @@ def lines_of(data, corpus, split):
     items = load_indexed_dataset(str(data / corpus / split), vocabulary)
     assert all(item[-1] == vocabulary.eos() for item in items)
     return [bpe.decode(vocabulary.string(item)) for item in items]
+
+
+def test_a_folder_that_fairseq_would_take_for_two_is_not_begun(flags, tmp_path, capsys):
+    for folder in (tmp_path / "c:d", tmp_path / "c:d" / "data"):
+        assert run(folder, *flags) == 1
+        assert f"error: {folder}: {COLON}" in error_in(capsys.readouterr().err)
+    assert not (tmp_path / "c:d").exists()
 
 
 def test_every_document_comes_back_from_exactly_one_split(data, documents):
@@ -443,8 +452,21 @@ def test_an_existing_folder_is_replaced_only_if_told_and_only_if_ours(text, flag
 
 def test_a_place_that_cannot_be_written_is_named(text, flags, capsys):
     (text / "file").touch()
-    assert run(text / "file" / "data", *flags, "--train-bpe", 300) == 1
-    assert "file/data: cannot be written: " in capsys.readouterr().err
+    for name in ("file/data", "file/in/data"):
+        assert run(text / name, *flags, "--train-bpe", 300) == 1
+        said = f"error: {text / name}: {text / 'file'} is not a folder; name another"
+        assert error_in(capsys.readouterr().err) == said
+
+
+def test_a_name_with_a_comma_is_a_glob(tmp_path):
+    (tmp_path / "a,b.txt").write_text("text\n")
+    said = "a: no such file, .*; commas separate paths, so write [?] for one in a name"
+    with pytest.raises(UserError, match=said):
+        parse_corpora([f"x={tmp_path}/a,b.txt"], [])
+    with pytest.raises(UserError, match="; check the path$"):
+        parse_corpora([f"x={tmp_path}/c.txt"], [])
+    (corpus,) = parse_corpora([f"x={tmp_path}/a?b.txt"], [])
+    assert corpus.files == {None: [tmp_path / "a,b.txt"]}
 
 
 def test_a_failure_with_overwrite_leaves_the_old_folder(text, flags):
