@@ -125,17 +125,17 @@ def sets_of(folders: Sequence[Path], split: str, flag: str = "the split") -> Dic
         flag: that names the split.
 
     Raises:
-        UserError: for a folder without one, other dictionaries than that of the first one, or two
-            of one name; and as find_corpora.
+        UserError: for a folder without one, other dictionaries than that of the first folder, or
+            two of one name; and as find_corpora.
     """
     found: Dict[str, Path] = {}
-    first: Optional[Path] = None
     for data in folders:
         corpora = find_corpora(data)
         if not corpora:
             raise UserError(f"{data}: contains no data-bin; make some with `fairseq-moe prepare`")
-        first = first or next(iter(corpora.values()))
-        check_dictionaries(first, corpora)
+        check_dictionaries(data, corpora)
+        if data != folders[0]:
+            check_dictionaries(folders[0], {data.name: data})
         having = {own_name(n, f): f for n, f in corpora.items() if has_split(f, split)}
         if not having:
             raise UserError(

@@ -134,7 +134,6 @@ def read_sets(data: Path, subset: Optional[str], dictionary: Any) -> Tuple[Dict[
     corpora = data_bin.find_corpora(data)
     if not corpora:
         return {}, ""
-    data_bin.check_dictionaries(data, corpora)
     if subset is None:
         tested = any(data_bin.has_split(folder, "test") for folder in corpora.values())
         subset = "test" if tested else "valid"

@@ -248,6 +248,27 @@ def test_the_context_is_checked_before_weights_are_read(trained, flags, words, c
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("corpus", ["far", "near"])  # the first and the last
+@pytest.mark.parametrize("command", ["evaluate {} --path {}", "inspect {1} --data {0} --page p"])
+def test_a_missing_dictionary_is_a_copy_of_the_folders(trained, tmp_path, capsys, corpus, command):
+    data = shutil.copytree(trained[0], tmp_path / "data")
+    (data / corpus / "dict.txt").unlink()
+    assert cli.main(command.format(data, trained[1]).split()) == 1
+    assert capsys.readouterr().err == (
+        f"error: {data}/{corpus}/dict.txt: missing; it must be a copy of {data}/dict.txt\n"
+    )
+
+
+def test_a_second_folder_has_the_dictionary_of_the_first(trained, tmp_path, capsys):
+    data = shutil.copytree(trained[0], tmp_path / "data")
+    more = shutil.copytree(data, tmp_path / "more")
+    for file in more.rglob("dict.txt"):
+        file.write_text(file.read_text() + "new 1\n")
+    assert cli.main(f"evaluate {data} {more} --path {trained[1]}".split()) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {more}/dict.txt (") and f"differs from {data}/dict.txt (" in err
+
+
 def test_dictionaries_are_compared_once(trained, monkeypatch):
     compared, check = [], data_bin.check_dictionaries
     monkeypatch.setattr(
