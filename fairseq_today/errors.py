@@ -12,6 +12,10 @@ class UserError(ValueError):
         return " ".join(super().__str__().splitlines())  # a value may have line breaks
 
 
+class Unreadable(UserError):
+    """A file that is not a checkpoint, or damaged. The remedy, naming another, is at the end."""
+
+
 def first_line(error: BaseException) -> str:
     """What an exception says, in one line."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -5,11 +5,10 @@ import argparse
 import os
 import pickle
 import re
-import sys
 import zipfile
 from typing import Any
 
-from .errors import UserError, first_line
+from .errors import Unreadable, UserError, first_line
 from .registry import View
 
 
@@ -68,8 +67,7 @@ def load_weights_only(file, map_location=None, mmap: bool = False):
     import torch
 
     name = file if isinstance(file, str) else getattr(file, "name", "the checkpoint")
-    trains = os.path.basename(sys.argv[0]) in ("fairseq-train", "fairseq-hydra-train")
-    remedy = "copy it again, or name another" + (" with --restore-file" if trains else "")
+    remedy = "copy it again, or name another"
     try:
         if mmap and _can_be_mapped(file):
             return torch.load(file, map_location=map_location, weights_only=True, mmap=True)
@@ -80,7 +78,7 @@ def load_weights_only(file, map_location=None, mmap: bool = False):
             said = re.search(r"WeightsUnpickler error: (?!Unsupported operand)([^\n]+)", str(error))
             # Not torch's own first line, which advises to load it with weights_only=False.
             reason = f"; {said.group(1)}" if said else ""
-            raise UserError(
+            raise Unreadable(
                 f"{name}: not a checkpoint, or damaged ({_size(name)}{reason}); {remedy}"
             ) from error
         function = refused.group(1) or refused.group(2)
@@ -96,7 +94,7 @@ def load_weights_only(file, map_location=None, mmap: bool = False):
         # others are about bytes that were read as instructions, such as KeyError: 101
         told = isinstance(error, (OSError, RuntimeError, zipfile.BadZipFile))
         reason = f"; {first_line(error)}" if told else ""
-        raise UserError(
+        raise Unreadable(
             f"{name}: truncated or not a checkpoint ({_size(name)}{reason}); {remedy}"
         ) from error
 

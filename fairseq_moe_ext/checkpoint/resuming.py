@@ -12,6 +12,8 @@ from fairseq.trainer import Trainer
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from fairseq_today.errors import Unreadable
+
 from .. import context, data_bin, fully_sharded, ours
 from ..diverging import check_weights
 from ..errors import ModelMisfit, UserError
@@ -20,7 +22,7 @@ from ..wording import did_you_mean, flag
 from .collective import check_code_versions, same_error_on_all_ranks
 from .experts import has_sharded_experts, saves_together
 from .loading import refuse_folder
-from .starting import is_last, with_flag
+from .starting import flag_of, is_last, with_flag
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +61,9 @@ def reading(
     try:
         with context.during(context.loading, context.Loading(trainer, optimizer, shapes)):
             yield
+    except Unreadable as error:
+        named_by = flag_of(settings, filename) or "--restore-file"
+        raise UserError(f"{error} with {named_by}") from error
     except (AssertionError, ValueError) as error:
         text = str(error)
         if "please reset the optimizer" in text:  # fairseq/trainer.py:595,598@0.12.2

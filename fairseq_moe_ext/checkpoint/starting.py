@@ -76,9 +76,14 @@ def is_last(cfg: Any, path: str, suffix: str = "") -> bool:
 
 def with_flag(cfg: Any, filename: str) -> str:
     """A file that a run starts from, with the flag that names it."""
+    return f"{filename} ({flag_of(cfg, filename) or '--save-dir'})"
+
+
+def flag_of(cfg: Any, filename: str) -> Optional[str]:
+    """The flag that names a file to start from; None for what lies in --save-dir."""
     names = ("restore_file", "finetune_from_model", "continue_once")
     flags = [flag(name) for name in names if getattr(cfg, name, None) == filename]
-    return f"{filename} ({(flags or ['--save-dir'])[0]})"
+    return flags[0] if flags else None
 
 
 def _last(cfg: Any, suffix: str) -> str:

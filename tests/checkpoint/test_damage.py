@@ -83,3 +83,18 @@ def test_what_is_no_checkpoint_is_told_in_one_line(data, runs, tmp_path, what):
     for message in messages:
         where = message.removeprefix("--restore-file ")
         assert where.startswith(f"{path}: ") and words in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "flag", ["--finetune-from-model", "--restore-file", "--continue-once", "--save-dir"]
+)
+def test_training_names_the_flag_for_another_checkpoint(data, tmp_path, flag):
+    """Of a damaged checkpoint_last.pt in --save-dir the one that names what to go on from."""
+    path = tmp_path / "checkpoint_last.pt"
+    path.write_text("hello world")
+    value = tmp_path if flag == "--save-dir" else path
+    line = f"{data} {TRAIN} --moe-expert-count 4 --no-save {flag} {value}"
+    message = error_of(0, train, 1, line)
+    remedy = flag if flag != "--save-dir" else "--restore-file"
+    assert message.startswith(f"{path}: ")
+    assert message.endswith(f"; copy it again, or name another with {remedy}")

@@ -16,7 +16,6 @@ from fairseq_moe_ext.convert import writing
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.files import digest_of
 from fairseq_moe_ext.locks import Lock, beside
-from fairseq_today.torch_today import load_weights_only
 
 
 def flip(path, record="data/0"):
@@ -156,13 +155,6 @@ def test_verify_calls_what_is_no_checkpoint_damaged_and_never_ok(text, tmp_path,
     assert ": ok" not in out and out.count("t.txt: damaged") == 1 and err.count("\n") == 1
     said = rf"\({len(text)} bytes\); copy it again, or name another$"
     assert re.search(said, err.strip())
-
-
-def test_training_names_its_flag_for_another_checkpoint(tmp_path, monkeypatch):
-    (tmp_path / "t.pt").write_text("hello world")
-    monkeypatch.setattr("sys.argv", ["/bin/fairseq-train"])
-    with pytest.raises(UserError, match="copy it again, or name another with --restore-file$"):
-        load_weights_only(str(tmp_path / "t.pt"))
 
 
 def test_verify_says_of_each_file_how_it_is(one, spread, branch, capsys):
