@@ -4,6 +4,7 @@ import argparse
 import os
 from typing import Dict, Iterator, Optional, Set, Tuple
 
+from ..branch.files import find
 from ..branch.settings import OtherModel
 from ..checkpoint.cleanup import UnreadableCheckpoint, unused_files
 from ..checkpoint.format import FOLDER
@@ -18,7 +19,7 @@ detects missing files, files of another save, and tensors that do not fit the se
 and routers that are not registered, only the bytes are checked. List expert files that no
 checkpoint in the folder refers to.
 
-Exits with status 1 if anything is damaged.
+Exits with status 1 if anything is damaged or not there.
 """
 
 
@@ -33,11 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Raises UserError if anything is damaged."""
+    """Raises UserError if anything is damaged or not there."""
     checkpoints = [file for path in args.paths for file in _checkpoints(path)]
     damaged: Dict[str, str] = {}
+    missing = [checkpoint for checkpoint in checkpoints if _is_missing(checkpoint)]
     done: Dict[str, Optional[str]] = {}  # by file, as several checkpoints may share some
     for checkpoint in checkpoints:
+        if checkpoint in missing:
+            print(f"{checkpoint}: no such checkpoint", flush=True)
+            continue
         for file, reason in _judged(checkpoint, done):
             print(f"{file}: {'damaged: ' + reason if reason else 'ok'}", flush=True)
             if reason:
@@ -49,6 +54,8 @@ def run(args: argparse.Namespace) -> None:
     if damaged:
         first = next(iter(damaged))
         raise UserError(f"{len(damaged)} of {len(done)} files are damaged: {damaged[first]}")
+    if missing:
+        raise UserError(f"{missing[0]}: no such checkpoint; check the path")
 
 
 def _unused(folder: str, shown: int = 3) -> Optional[str]:
@@ -89,6 +96,13 @@ def _checkpoints(path: str) -> Iterator[str]:
             yield base
     if not seen:
         raise UserError(f"{path}: contains no *.pt; name a checkpoint")
+
+
+def _is_missing(path: str) -> bool:
+    try:
+        return not os.path.lexists(path) and find(path) is None
+    except UserError:
+        return False  # there are parts of one of the branch
 
 
 def _judged(path: str, done: Dict[str, Optional[str]]) -> Iterator[Tuple[str, Optional[str]]]:

@@ -196,7 +196,13 @@ def test_verify_tells_what_is_missing_cut_short_or_of_another_save(spread, one, 
     with open(one, "r+b") as stream:
         stream.truncate(1000)
     assert judged(one, capsys)[0] == 1
-    assert judged(tmp_path / "nothing.pt", capsys)[0] == 1
+
+
+@pytest.mark.parametrize("name", ["nothing.pt", "nofolder", "nofolder/x"])
+def test_verify_calls_a_wrong_path_no_damage(name, tmp_path, capsys):
+    path = tmp_path / name
+    err = f"error: {path}: no such checkpoint; check the path\n"
+    assert judged(path, capsys) == (1, {str(path): "no such checkpoint"}, err)
 
 
 @pytest.mark.parametrize("kind", ["composite", "one moment of all experts", "the branch's"])
@@ -258,7 +264,7 @@ def test_verify_goes_on_after_a_checkpoint_that_is_not_there(one, branch, tmp_pa
     assert main(["verify", str(one), str(missing), str(good), str(branch.parent)]) == 1
     out, err = capsys.readouterr()
     lines = [line.split(": ")[:2] for line in out.splitlines()]
-    assert lines[:2] == [[str(one), "damaged"], [str(missing), "damaged"]]
+    assert lines[:2] == [[str(one), "damaged"], [str(missing), "no such checkpoint"]]
     assert lines[2][0] == str(good) and [str(branch), "damaged"] in lines
     assert re.match(r"error: \d of \d files are damaged: ", err) and err.count("\n") == 1
 
