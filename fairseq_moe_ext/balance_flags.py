@@ -112,8 +112,8 @@ def _validate_bias(cfg: Any, top_k: int) -> None:
         )
     if top_k == cfg.moe_expert_count and not cfg.moe_null_experts:
         raise UserError(
-            f"{flag}: a token uses all {top_k} experts, so a bias has no effect; lower "
-            "--moe-top-k, or use --moe-balance none"
+            f"{flag}: a token uses every expert (--moe-top-k {top_k}), so a bias has no effect; "
+            "lower --moe-top-k, or use --moe-balance none"
         )
     if top_k > 1 and str(cfg.moe_second_expert_policy) == "sampling":
         raise UserError(

@@ -16,7 +16,7 @@ from .expert_parallel import process_rank
 from .moe.router import ROUTERS, TopKRouter
 from .ours import is_stocks, name_of
 from .shape import shape_of
-from .wording import did_you_mean
+from .wording import count, did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def warn_of_drops(model: Any, what: str = "this command", remedy: str = _AT_EVAL
             logger.warning(
                 f"--moe-eval-capacity-token-fraction {share:g}: {what} computes at most "
                 f"{100 * share:g} % of the tokens for each expert, and drops what is above; the "
-                f"mean load of {gate.num_experts} experts is {100 * mean:.3g} %: {remedy}"
+                f"mean load of {count(gate.num_experts, 'expert')} is {100 * mean:.3g} %: {remedy}"
             )
         return
 

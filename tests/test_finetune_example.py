@@ -181,9 +181,26 @@ def test_a_quickstart_without_learnt_gates_is_refused_before_any_work(tmp_path, 
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "was trained with --router hash" in error
     assert not out.exists()
+    (base / "dense" / "finished").unlink()  # a run that has not ended is refused likewise
+    assert finetune.main(["--quickstart", str(base), "--out", str(out)]) == 1
+    assert "was trained with --router hash" in capsys.readouterr().err and not out.exists()
     for settings in ({"router": "topk"}, {}):
         (base / "settings.json").write_text(json.dumps({**settings, "context": 256}))
         finetune.Ablation(argparse.Namespace(out=out, quickstart=base, train=1, valid=1, test=1))
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [("other", "is not empty and holds no quickstart run"), ("other/file", "a file, not a folder")],
+)
+def test_what_is_no_quickstart_is_named_with_its_flag(tmp_path, capsys, name, said):
+    finetune, path = load("run"), tmp_path / name
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    assert finetune.main(["--quickstart", str(path), "--out", str(tmp_path / "out")]) == 1
+    remedy = "name another folder; one that is missing is created"
+    assert capsys.readouterr().err == f"error: --quickstart {path}: {said}: {remedy}\n"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["other"]
 
 
 def test_a_folder_that_cannot_be_made_is_found_before_any_work(tmp_path, monkeypatch, capsys):

@@ -346,6 +346,7 @@ def test_a_criterion_of_one_s_own(caplog, data, monkeypatch):
         (8, {}, True),  # no room above the mean
         (9, {}, False),
         (16, {"moe_top_k": 4}, True),
+        (1, {"moe_top_k": 1}, True),
         (4, {"moe_eval_capacity_token_fraction": 1.0}, False),
         (4, {"moe_eval_capacity_token_fraction": -1.0}, False),
         (4, {"moe_dropless": True}, False),
@@ -365,7 +366,9 @@ def test_validation_that_drops_choices_is_warned_of(caplog, experts, flags, drop
     found = [line for line in caplog.messages if "moe-eval-capacity-token-fraction" in line]
     assert len(found) == drops
     if drops:
-        assert "25 %" in found[0] and found[0].endswith("add --moe-dropless, or set it to 1.0")
+        load = "the mean load of 1 expert is 100 %"
+        assert "25 %" in found[0] and (load in found[0]) == (experts == 1)
+        assert found[0].endswith("add --moe-dropless, or set it to 1.0")
 
     def step(model):
         task = SimpleNamespace()

@@ -54,13 +54,7 @@ class Ablation(Runner):
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__(args.out, f"--out {args.out}")
         self.base: Path = args.quickstart
-        self.base_settings = files.read_json(self.base / "settings.json")
-        router = self.base_settings.get("router", "topk")
-        if router != "topk":
-            raise UserError(
-                f"--quickstart {self.base}: was trained with --router {router}, and recipes need "
-                "the learnt gate of topk: name another folder; one that is missing is created"
-            )
+        self.base_settings = settings_of_quickstart(self.base)
         self.args = args
         self.sizes = {"train": args.train, "valid": args.valid, "test": args.test}
         self.names = ["docs", "python", "cpp", "maths"]
@@ -226,6 +220,26 @@ def before(ablation: Ablation, family: str) -> fine_tuning.Before:
     return result
 
 
+def settings_of_quickstart(folder: Path) -> Dict[str, Any]:
+    """Those of the run in a folder; {} if it is not begun. Raises UserError for a folder of
+    something else, and for a run without a learnt gate."""
+    where, other = f"--quickstart {folder}", "name another folder; one that is missing is created"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{where}: a file, not a folder: {other}")
+    if not (folder / "settings.json").exists():
+        if folder.exists() and any(entry.name != "lock" for entry in folder.iterdir()):
+            raise UserError(f"{where}: is not empty and holds no quickstart run: {other}")
+        return {}
+    settings = files.read_json(folder / "settings.json")
+    router = settings.get("router", "topk")
+    if router != "topk":
+        raise UserError(
+            f"{where}: was trained with --router {router}, and recipes need the learnt gate of "
+            f"topk: {other}"
+        )
+    return settings
+
+
 def check_out(out: Path) -> None:
     """Raise UserError before the quickstart's trainings if the folder cannot be made or held."""
     runner = Runner(out, f"--out {out}")
@@ -266,6 +280,7 @@ def work(args: argparse.Namespace) -> int:
     for name in ("train", "valid", "test", "epochs", "seeds", "jobs"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: use 1 or more")
+    settings_of_quickstart(args.quickstart)
     if not all((args.quickstart / model / "finished").exists() for model in FAMILIES):
         check_out(args.out)
         command = [sys.executable, str(QUICKSTART), "--out", str(args.quickstart), *PRETRAINED]

@@ -10,7 +10,7 @@ from ..checkpoint.format import last_history
 from ..errors import UserError
 from ..expert_parallel import placement, process_count, process_rank
 from ..moe.experts import TensorPerExpert
-from ..wording import short
+from ..wording import count, short
 from .files import BranchFiles, State, flat_settings, load
 from .flat import Pieces, whole_model
 from .settings import FIELDS
@@ -42,8 +42,8 @@ def expert_parts(files: BranchFiles, shared: State) -> List[Part]:
         return [Part(files.ranks[min(files.ranks)], lowest, 0, (), lambda number: lowest)]
     if experts % local != 0:
         raise UserError(
-            f"{files.ranks[min(files.ranks)]}: has {local} experts per layer, which does not "
-            f"divide the {experts} of {files.shared}; the files come from different runs: copy "
+            f"{files.ranks[min(files.ranks)]}: has {count(local, 'expert')} per layer, which does "
+            f"not divide the {experts} of {files.shared}; the files come from different runs: copy "
             "the checkpoint again"
         )
     needed = experts // local
@@ -70,7 +70,7 @@ def expert_parts(files: BranchFiles, shared: State) -> List[Part]:
         _check_one_run(files.shared, shared, path, state)
         if _local_experts(state) != local:
             raise UserError(
-                f"{path}: has {_local_experts(state)} experts per layer, "
+                f"{path}: has {count(_local_experts(state), 'expert')} per layer, "
                 f"{files.ranks[min(files.ranks)]} has {local}; the files come from different "
                 "runs: copy the checkpoint again"
             )

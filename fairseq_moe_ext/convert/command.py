@@ -13,6 +13,7 @@ from ..config_checks import refuse_both_of_layers
 from ..errors import UserError, require_positive
 from ..evaluation.loading import check_path
 from ..router_flags import top_k
+from ..wording import count
 from . import hf, hf_flags, readers, targets, upcycle, writing
 from .hf import files_there
 from .source import without
@@ -274,14 +275,14 @@ def _existing(args: argparse.Namespace) -> List[str]:
 def _report(args, source, jobs) -> str:
     size = sum(os.path.getsize(job.path) for job in jobs)
     files = f"{len(jobs)} files" if len(jobs) > 1 else "1 file"
-    kind = f"{source.experts} experts per sparse layer" if source.experts else "dense"
+    kind = f"{count(source.experts, 'expert')} per sparse layer" if source.experts else "dense"
     optimizer = (
         "with" if source.optimizer is not None and args.to not in hf_flags.FOLDERS else "without"
     )
     text = f"{args.dest}: {kind}, {files}, {size:,} bytes, {optimizer} optimizer state"
-    if args.upcycle and source.settings["moe_top1_expert"]:
+    if args.upcycle and source.experts > top_k(source.settings) == 1:  # an only one's weight is 1
         text += (
-            "\nwith --moe-top1-expert the logits differ from the dense model's: the gate's "
+            "\nwith one expert per token the logits differ from the dense model's: the gate's "
             "probability weights an expert's output"
         )
     elif args.upcycle:

@@ -106,7 +106,8 @@ def _table(summary: Dict[str, Any]) -> Dict[str, str]:
     words += f", a vocabulary of {model['types']:,}"
     if model["experts"]:
         listed = ", ".join(map(str, model["sparse_layers"]))
-        words += f"; {model['experts']} experts in layers {listed}, top {model['top_k']}"
+        layers = f"layer{'s' * (len(model['sparse_layers']) > 1)} {listed}"
+        words += f"; {count(model['experts'], 'expert')} in {layers}, top {model['top_k']}"
     table = {
         "path": summary["path"],
         "model": words,

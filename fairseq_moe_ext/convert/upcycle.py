@@ -3,7 +3,7 @@
 Komatsuzaki et al., arXiv 2212.05055, section 3: the experts are copies, the router is new. With two
 or more experts a token its weights sum to 1, so while nothing is dropped (--moe-dropless) the
 sparse model computes what the dense one does. With top-1 a token's one weight is the gate's
-probability, so there it does not.
+probability, so there it does not, unless a layer has one expert.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ..models.language_model import MODEL_NAME
 from ..moe.experts import TensorPerExpert
 from ..router_flags import DEFAULTS
 from ..shape import shape_of
+from ..wording import count
 from .archive import Lazy, dtype_of
 from .source import Source, build_on_meta, set_order, with_settings
 
@@ -45,8 +46,8 @@ def sparse_settings(
     """
     if shape_of(old).sparse:
         raise UserError(
-            f"{path}: has {old['moe_expert_count']} experts already, but --upcycle needs a dense "
-            "model: remove --upcycle, or name a dense checkpoint"
+            f"{path}: has {count(old['moe_expert_count'], 'expert')} already, but --upcycle needs "
+            "a dense model: remove --upcycle, or name a dense checkpoint"
         )
     settings: Dict[str, Any] = {
         **old,

@@ -11,7 +11,7 @@ from ..config import defaults
 from ..errors import UserError
 from ..models.language_model import MODEL_NAME
 from ..shape import context_length, shape_of
-from ..wording import flag
+from ..wording import count, flag
 from .source import Source
 
 _ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "gelu_accurate": "gelu_new", "tanh": "tanh"}
@@ -23,7 +23,7 @@ def lacking(source: Source) -> List[str]:
     s = source.settings
     lacks = []
     if source.experts:
-        lacks.append(f"{source.experts} experts (--moe-expert-count)")
+        lacks.append(f"{count(source.experts, 'expert')} (--moe-expert-count)")
     elif len(set(shape_of(s).dense_widths)) > 1:
         lacks.append("layers of two widths (--alternate-decoder-ffn-embed-dim, --moe-dense-twin)")
     for name in (

@@ -251,7 +251,7 @@ def check_routing(
 ) -> None:
     """Raise ValueError for arguments that `route` does not support."""
     if not 1 <= k <= num_experts:
-        raise ValueError(f"k = {k}: a token takes from 1 to all {num_experts} experts")
+        raise ValueError(f"k = {k}: a token takes at least 1 expert and at most {num_experts}")
     if score not in SCORES:
         raise ValueError(f"score {score!r} is none of {tuple(SCORES)}")
     if runner_up not in RUNNER_UP_POLICIES:
@@ -265,13 +265,17 @@ def check_routing(
 def check_groups(k: int, num_experts: int, groups: int, top_groups: int) -> None:
     """Raise ValueError unless a token can take k experts of top_groups of so many groups."""
     if groups < 1 or num_experts % groups != 0:
-        raise ValueError(f"groups {groups}: use a number that divides the {num_experts} experts")
-    if not 1 <= top_groups <= groups:
-        raise ValueError(f"top_groups {top_groups}: use 1 to all {groups} groups")
-    if k > top_groups * (num_experts // groups):
         raise ValueError(
-            f"top_groups {top_groups} of {groups} groups have "
-            f"{top_groups * (num_experts // groups)} experts, too few for top_k {k}"
+            f"{groups} groups cannot have equal shares of the experts: use a number that divides "
+            f"{num_experts}"
+        )
+    if not 1 <= top_groups <= groups:
+        raise ValueError(f"a token takes experts of 1 to all {groups} groups, not of {top_groups}")
+    held = top_groups * (num_experts // groups)
+    if k > held:
+        raise ValueError(
+            f"a token's groups, {top_groups} of {groups}, hold fewer experts ({held}) than it "
+            f"takes ({k}): raise the number of its groups, or lower that of its experts"
         )
 
 

@@ -142,7 +142,7 @@ BAD = {
     "empty": ("shared", 0, "model-shared.pt: truncated"),
     "other updates": ("rank-1", updates, "num_updates 11 and 10"),
     "other run": ("rank-0", setting("dropout", 0.3), "belongs to another checkpoint"),
-    "other ranks": ("rank-1", halve_experts, "has 1 experts per layer.*has 2"),
+    "other ranks": ("rank-1", halve_experts, "has 1 expert per layer.*has 2"),
     "three experts": ("shared", setting("moe_expert_count", 3), "different runs|does not divide"),
     "system": ("rank-1", put(RunsCode(os.system, "true")), "rank-1.pt: rejected.*system"),
     "eval": ("rank-0", put(RunsCode(eval, "1 + 1")), "rank-0.pt: rejected.*eval"),

@@ -339,7 +339,7 @@ def test_show_says_what_a_checkpoint_is(saved, tmp_path, capsys):
     assert main(["show", str(tmp_path / "x.pt"), "--settings"]) == 0
     out = capsys.readouterr().out
     assert f"written by  {code_version()}\n" in out
-    assert "3 files" in out and "bfloat16" in out and "4 experts in layers 1, top 2" in out
+    assert "3 files" in out and "bfloat16" in out and "4 experts in layer 1, top 2" in out
     assert "8 updates, 512 tokens" in out and "moe_expert_count = 4" in out
     convert(path, tmp_path / "b.pt", "--to", "branch")
     assert main(["show", str(tmp_path / "b.pt")]) == 0

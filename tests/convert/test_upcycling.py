@@ -70,6 +70,16 @@ def test_upcycled_with_one_expert_a_token_says_that_it_differs(data, run, tmp_pa
     assert not torch.allclose(logits(tmp_path / "x.pt", data), logits(source, data))
 
 
+@pytest.mark.parametrize("one", [("--moe-top1-expert",), ("--moe-top-k", 1)])
+def test_upcycled_with_a_single_expert_is_the_same(data, run, tmp_path, capsys, one):
+    source, _ = run(DENSE)
+    convert(source, tmp_path / "x.pt", "--upcycle", "--moe-freq", 2, "--moe-expert-count", 1, *one)
+    said = capsys.readouterr().out
+    assert "differ" not in said and "continue with --moe-dropless" in said
+    assert "x.pt: 1 expert per sparse layer, 1 file, " in said
+    torch.testing.assert_close(logits(tmp_path / "x.pt", data), logits(source, data))
+
+
 @pytest.mark.parametrize(
     "flags",
     ["", "--activation-fn relu --no-scale-embedding", "--alternate-decoder-ffn-embed-dim 12"],

@@ -174,13 +174,17 @@ REFUSED = {
     ),
     "groups that do not divide": (
         dict(moe_groups=4, moe_top_groups=2),
-        "--moe-groups 4 --moe-top-groups 2: groups 4: use a number that divides the 6 experts",
+        "--moe-groups 4 --moe-top-groups 2: 4 groups cannot have equal shares of the experts: use "
+        "a number that divides 6",
     ),
-    "too many groups": (dict(moe_groups=3, moe_top_groups=4), "top_groups 4: use 1 to all 3"),
+    "too many groups": (
+        dict(moe_groups=3, moe_top_groups=4),
+        "--moe-top-groups 4: a token takes experts of 1 to all 3 groups, not of 4",
+    ),
     "all groups": (dict(moe_groups=3, moe_top_groups=3), "excludes no expert"),
     "too few experts": (
         dict(moe_groups=3, moe_top_groups=1, moe_top_k=3),
-        "top_groups 1 of 3 groups have 2 experts, too few for top_k 3",
+        "--moe-top-groups 1: a token's groups, 1 of 3, hold fewer experts (2) than it takes (3)",
     ),
     "normalised twice": (
         dict(moe_normalize_weights="after", moe_normalize_gate_prob_before_dropping=True),
