@@ -10,6 +10,12 @@ from pathlib import Path
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
+def threads(most: int) -> int:
+    """Threads of a command that may take `most`; fewer if OMP_NUM_THREADS is set to fewer."""
+    given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return min(most, int(given)) if given.isdecimal() and int(given) > 0 else most
+
+
 def usable() -> int:
     """The cores that taskset and cpusets allow, but no more than the container's CPU quota, rounded
     up."""

@@ -2,11 +2,13 @@
 
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from fairseq_moe_ext import cores
+from fairseq_moe_ext.study import child
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,6 +41,20 @@ def test_without_affinity_all_are_counted(monkeypatch, tmp_path):
     for number, expected in ((6, 6), (None, 1)):
         monkeypatch.setattr(os, "cpu_count", lambda number=number: number)
         assert cores.usable() == expected
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [(None, 4), ("1", 1), ("4", 4), ("9", 4), ("2,1", 2), ("0", 4), ("x", 4), ("", 4)],
+)
+def test_a_command_takes_no_more_threads_than_are_set(monkeypatch, tmp_path, given, expected):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    assert cores.threads(4) == expected
+    code = "import os; print(os.environ['OMP_NUM_THREADS'])"
+    assert child.start([sys.executable, "-c", code], tmp_path / "log", threads=4).wait() == 0
+    assert (tmp_path / "log").read_text() == f"{expected}\n"
 
 
 def test_nothing_else_counts_cores():

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Sequence
 
+from .. import cores
 from ..errors import UserError
 
 
@@ -27,12 +28,12 @@ def start(
     """Start a command; what it prints is appended to the log.
 
     Args:
-        threads: that it computes with; 0: as it finds best.
+        threads: that it computes with at most (OMP_NUM_THREADS may set fewer); 0: as it finds best.
         keep: file descriptors that it inherits.
     """
     env = dict(os.environ)
     if threads:
-        env["OMP_NUM_THREADS"] = str(threads)
+        env["OMP_NUM_THREADS"] = str(cores.threads(threads))
     with open(log, "a", encoding="utf-8") as out:
         return subprocess.Popen(
             list(command),

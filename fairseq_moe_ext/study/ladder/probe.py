@@ -71,7 +71,7 @@ def _how(ladder: Ladder, arm: Arm, threads: int) -> Dict[str, Any]:
 def run(ladder: Ladder, arms: Sequence[Arm]) -> None:
     """Time the arms that are not yet in probe.json, and all that are outdated, in turn, and write
     the median of its rounds after an arm's last."""
-    threads = cores.usable()
+    threads = cores.threads(cores.usable())
     probed = _read(ladder)
     known, how = probed.seconds_per_token, probed.how
     again = _outdated(ladder, probed, threads)
