@@ -25,7 +25,7 @@ class Command(NamedTuple):
 
 LM_EVAL = "lm-eval"
 # these build models, whose routers and architectures a plugin may have registered
-_BUILD = "evaluate inspect generate priming convert average show verify cost".split()
+_BUILD = "evaluate inspect expert-use generate priming convert average show verify cost".split()
 COMMANDS: Dict[str, Command] = {
     "prepare": Command(
         "turn your own text into data-bins",
@@ -53,6 +53,15 @@ COMMANDS: Dict[str, Command] = {
             "runs/moe/checkpoint_best.pt --data data --text my.txt",
             "runs/moe/checkpoint_best.pt --data data --twin runs/dense/checkpoint_best.pt "
             "--log runs/moe/metrics.jsonl --page experts.html",
+        ),
+    ),
+    "expert-use": Command(
+        "how much an expert's choice says about a text and its tokens",
+        "evaluation.expert_use",
+        (
+            "runs/moe/checkpoint_best.pt --bin docs=data/docs --bin code=data/code "
+            "--json expert_use.json",
+            "runs/moe/checkpoint_best.pt --bin mine=my_text --subset valid --tokens-per-sample 256",
         ),
     ),
     "generate": Command(

@@ -14,7 +14,7 @@ from study.study_results import made_result
 
 from fairseq_moe_ext import cli, command_checks, outputs, tokenizer_files
 from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.evaluation import expert_use, report
+from fairseq_moe_ext.evaluation import report
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ COMMANDS = {
     "evaluate --json": "evaluate data --path x.pt --json",
     "evaluate --figure": "evaluate data --path x.pt --sweep-capacity 1 --figure",
     "priming --json": "priming data --path x.pt --data data --json",
-    "expert_use --json": "x.pt --bin a=data --json",
+    "expert-use --json": "expert-use x.pt --bin a=data --json",
 }
 
 
@@ -110,8 +110,7 @@ def test_every_command_refuses_before_it_reads_a_model(
 ):
     """x.pt is no checkpoint: a command that began with it would say so."""
     name = name.format(device=device)
-    main = expert_use.main if command.startswith("expert_use") else cli.main
-    assert main([*COMMANDS[command].split(), name]) == 1
+    assert cli.main([*COMMANDS[command].split(), name]) == 1
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1 and errors[0].startswith(f"error: {command.split()[1]} {name}: ")
     assert stat.S_ISCHR(os.stat(device).st_mode)

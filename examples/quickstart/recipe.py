@@ -136,8 +136,8 @@ def eval_command(out: Path, model: str, domain: str) -> List[str]:
 
 
 def expert_use_command(out: Path, held_out: Dict[str, bool]) -> List[str]:
-    command = [sys.executable, "-m", "fairseq_moe_ext.evaluation.expert_use"]
-    command += [str(out / "moe" / "checkpoint_best.pt")]
+    command = [sys.executable, "-m", "fairseq_moe_ext.cli", "expert-use"]
+    command += [str(out / "moe" / "checkpoint_best.pt"), "--cpu"]
     for name in held_out:
         command += ["--bin", f"{name}={out / 'data' / name}"]
     command += ["--subset", "test", "--tokens-per-sample", str(CONTEXT)]

@@ -1,7 +1,5 @@
-"""Which expert takes which text, layer by layer, from a checkpoint and data-bins.
-
-    python -m fairseq_moe_ext.evaluation.expert_use checkpoint_best.pt \\
-        --bin docs=DATA/docs --bin code=DATA/code --subset test --json expert_use.json
+"""`fairseq-moe expert-use`: which expert takes which text, layer by layer, from a checkpoint and
+data-bins.
 
 Counts every choice of the gates, and drops none for capacity: with top-2 routing a token makes two
 in each MoE layer. Reports how much information the choices carry about text and token,
@@ -12,7 +10,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -20,10 +18,19 @@ from fairseq.data import FairseqDataset
 from fairseq.models import FairseqLanguageModel
 
 from .. import data_bin, outputs, tokenizer_files
-from ..errors import OneLineParser, UserError, program_status, require_positive
+from ..errors import UserError, require_positive
 from ..wording import did_you_mean
 from . import specialisation, texts
-from .loading import check_path, language_modeling_task, load_model, moe_layers, set_gates
+from .loading import (
+    add_model_flags,
+    check_path,
+    language_modeling_task,
+    load_model,
+    moe_layers,
+    on_device,
+    parse_overrides,
+    set_gates,
+)
 
 _LENGTH = 1024  # tokens of a block
 
@@ -35,6 +42,8 @@ def expert_use(
     tokens_per_sample: Optional[int] = None,
     batch_size: int = 8,
     among: Sequence[str] = (),
+    cpu: bool = False,
+    overrides: Optional[Dict[str, Any]] = None,
 ) -> List[specialisation.LayerUse]:
     """The share of each expert in the choices made on each data-bin, for each MoE layer.
 
@@ -46,6 +55,8 @@ def expert_use(
             model's context if that is shorter.
         batch_size: blocks a forward pass.
         among: data-bins over which to take the information; all, if empty.
+        cpu: use the CPU even if there is a GPU.
+        overrides: settings of the model that replace the saved ones.
 
     Returns one entry per MoE layer, with the information of the first TOKENS tokens. Raises
     UserError for a model without experts, for longer blocks than it takes, and for data-bins
@@ -53,9 +64,12 @@ def expert_use(
     """
     check_path(checkpoint, "")
     _check_bins(bins, subset)
-    model, _ = load_model(checkpoint, language_modeling_task(next(iter(bins.values())), 1))
+    task = language_modeling_task(next(iter(bins.values())), 1)
+    model, _ = load_model(checkpoint, task, overrides)
     tokenizer_files.check(checkpoint, *bins.values())
     set_gates(model, dropless=True)
+    model = on_device(model, cpu)
+    device = next(model.parameters()).device
     watches = _watch(model)
     if not watches:
         raise UserError(f"{checkpoint}: has no experts; name an MoE checkpoint")
@@ -75,11 +89,13 @@ def expert_use(
             if looking:
                 seen.add(name, batch)
             with torch.no_grad():
-                _, extra = model.decoder(batch, features_only=True)  # batch (B, L)
+                _, extra = model.decoder(batch.to(device), features_only=True)  # batch (B, L)
             tokens[name] += batch.numel()
             for record in extra["moe"]:
                 layer = counts.setdefault(record.layer, {})
-                layer[name] = layer.get(name, 0) + record.expert_counts.sum(0).double()  # (E,)
+                layer[name] = (
+                    layer.get(name, 0) + record.expert_counts.sum(0).double().cpu()
+                )  # (E,)
     return [
         {
             "layer": layer,
@@ -144,9 +160,10 @@ def _batches(dataset: FairseqDataset, batch_size: int) -> Iterator[torch.Tensor]
     return map(torch.stack, texts.batches(rows, len, batch_size))
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    parser = OneLineParser(
-        prog=specialisation.COMMAND, description="Which expert takes which text, layer by layer."
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Count which expert takes which text, layer by layer, and how many bits a choice says "
+        "about the kind of text and about the token, beside those of random gates."
     )
     parser.add_argument("checkpoint", type=Path, help="a checkpoint of fairseq-train")
     parser.add_argument(
@@ -170,17 +187,18 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     )
     parser.add_argument("--json", type=Path, help="write the result here instead of printing it")
     parser.add_argument("--overwrite", action="store_true", help="replace the file of --json")
-    args = parser.parse_args(argv)
-    return program_status(lambda: _write(args))
+    add_model_flags(parser)
 
 
-def _write(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     """What the command line asks for. Raises UserError for what cannot be."""
     bins = {}
     for text in args.bin:
         name, equals, folder = text.partition("=")
-        if not equals or not name or not Path(folder).is_dir():
-            raise UserError(f"--bin {text}: give NAME=FOLDER with an existing data-bin")
+        if not equals or not name or not folder:
+            raise UserError(f"--bin {text}: give NAME=FOLDER, a data-bin and a name for it")
+        if not Path(folder).is_dir():
+            raise UserError(f"--bin {text}: no such folder; check the path")
         if name in bins:
             raise UserError(f"--bin {text}: the name {name} is given twice; choose another")
         bins[name] = Path(folder)
@@ -194,7 +212,14 @@ def _write(args: argparse.Namespace) -> None:
     require_positive(args, "tokens_per_sample", "batch_size")
     outputs.check([("--json", args.json)], args.overwrite, [args.checkpoint, *bins.values()])
     layers = expert_use(
-        args.checkpoint, bins, args.subset, args.tokens_per_sample, args.batch_size, among
+        args.checkpoint,
+        bins,
+        args.subset,
+        args.tokens_per_sample,
+        args.batch_size,
+        among,
+        args.cpu,
+        parse_overrides(args.model_overrides),
     )
     if args.json is None:
         print(json.dumps(layers, indent=1))
@@ -204,5 +229,7 @@ def _write(args: argparse.Namespace) -> None:
     print(specialisation.verdict(layers, "token", "token"))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+if __name__ == "__main__":  # its name before there was `fairseq-moe expert-use`
+    from .. import cli
+
+    sys.exit(cli.main(["expert-use", *sys.argv[1:]]))

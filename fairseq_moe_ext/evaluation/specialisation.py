@@ -23,7 +23,7 @@ from ..errors import UserError
 RANDOM = 5  # gates
 SHUFFLES = 5
 TOKENS = 2**19  # that are looked at, an equal part of each data-bin
-COMMAND = "python -m fairseq_moe_ext.evaluation.expert_use"
+COMMAND = "fairseq-moe expert-use"
 DEVIATIONS = 3  # above the random gates' mean; of five about the end of the 95 % range of a sixth
 MEANING = (
     "Bits: the information that one choice of expert carries about where a token is from, without "
@@ -47,7 +47,7 @@ class Information(TypedDict):
 
 
 class LayerUse(TypedDict, total=False):
-    """One MoE layer, as evaluation.expert_use writes it. Older files have the first three."""
+    """One MoE layer, as `expert-use` writes it. Older files have the first three."""
 
     layer: int  # from 0
     tokens: Dict[str, int]  # by data-bin

@@ -8,9 +8,14 @@ import torch
 from fairseq.data import Dictionary
 from training import MODEL, USER_DIR, fairseq, make_data, write_data_bin
 
+from fairseq_moe_ext import cli
 from fairseq_moe_ext.evaluation import loading
-from fairseq_moe_ext.evaluation.expert_use import expert_use, main
+from fairseq_moe_ext.evaluation.expert_use import expert_use
 from fairseq_moe_ext.evaluation.specialisation import mutual_information
+
+
+def main(words):
+    return cli.main(["expert-use", *words])
 
 
 def test_an_expert_per_kind_gives_the_kind_away():
