@@ -12,6 +12,7 @@ from fairseq.models import BaseFairseqModel
 
 from .errors import UserError
 
+_IN_BLOCKS = "--sample-break-mode none or --shorten-method truncate"
 SKIP = "--skip-invalid-size-inputs-valid-test"
 
 
@@ -26,9 +27,19 @@ def longest(max_positions: Any) -> Any:
 def shorter(limit: Any, break_mode: Any = "any") -> str:
     """The flags with which no sample is longer than limit. In other modes than none a sample may be
     a line of any length, whatever --tokens-per-sample is."""
-    lines = " with --sample-break-mode none or --shorten-method truncate"
-    by_lines = str(break_mode).lower() != "none"
-    return f"use --tokens-per-sample {limit} or less{lines if by_lines else ''}"
+    lines = f" with {_IN_BLOCKS}" if by_lines(break_mode) else ""
+    return f"use --tokens-per-sample {limit} or less{lines}"
+
+
+def room_for(dataset: FairseqDataset, indices: np.ndarray) -> str:
+    """The flags with which no line is too long for a model to be trained, which takes as many
+    tokens as --tokens-per-sample. indices: of the lines."""
+    most = max(int(np.max(dataset.size(index))) for index in indices)
+    return f"use {_IN_BLOCKS}, or raise --tokens-per-sample to {most}"
+
+
+def by_lines(break_mode: Any) -> bool:
+    return str(break_mode).lower() != "none"
 
 
 def tokens(dataset: FairseqDataset, indices: np.ndarray) -> int:

@@ -150,9 +150,12 @@ def filter_indices_by_size(
         f"{len(indices) - len(kept):,} of {len(indices):,} samples are longer than {longest}, the "
         "longest that the model takes (or --max-tokens)"
     )
-    remedy = counted.shorter(
-        longest, getattr(getattr(self, "args", None), "sample_break_mode", None)
-    )
+    settings = getattr(self, "args", None)
+    mode, given = (getattr(settings, n, None) for n in ("sample_break_mode", "tokens_per_sample"))
+    remedy = counted.shorter(longest, mode)
+    new = not hasattr(self, "loaded_from")  # a model to be trained
+    if new and given == longest and counted.by_lines(mode):
+        remedy = counted.room_for(dataset, indices)
     if not len(kept):
         raise UserError(f"{report}, and none is left: {remedy}")
     if not ignore_invalid_inputs:

@@ -201,6 +201,13 @@ class MultipleChoiceTask(FairseqTask):
 
         if split in self.datasets:
             return
+        ends = 2 if self.scoring == "head" else 0  # one </s> before a choice and one behind it
+        limit = self.cfg.tokens_per_sample - ends
+        if limit < 1:
+            raise UserError(
+                f"--tokens-per-sample {self.cfg.tokens_per_sample}: leaves no room for a choice "
+                f"between two </s>: use {ends + 1} or more"
+            )
         vocabulary = Vocabulary(Path(self.cfg.data))
         path, questions = self.files.path(split), self.files.read(split)
         logger.info(f"{split}: encoding {count(len(questions), 'question')} of {path}")
@@ -209,7 +216,6 @@ class MultipleChoiceTask(FairseqTask):
         items = []
         for question, rows in zip(questions, tokens):
             sequences = self._sequences(rows)
-            limit = self.cfg.tokens_per_sample - (2 if self.scoring == "head" else 0)
             fitting = [scoring.cut(row, limit) for row in sequences]
             if [_scored(row) for row in fitting] != [_scored(row) for row in sequences]:
                 raise UserError(

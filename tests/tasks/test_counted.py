@@ -182,8 +182,11 @@ def test_training_names_the_flags_with_which_lines_fit(fairseq, data, tmp_path):
     line += f" --no-save --save-dir {tmp_path}"
     lines = f"{line} --sample-break-mode eos"
     status, err, _ = fairseq("train", lines)
-    assert status == 1 and f"use --tokens-per-sample 8 or less {FIT}, or add" in error_in(err)
-    for remedy in ("--sample-break-mode none", "--shorten-method truncate"):
+    need = max(sizes_of(data))
+    words = f"use {FIT.removeprefix('with ')}, or raise --tokens-per-sample to {need}, or add"
+    assert status == 1 and words in error_in(err)
+    enough = f"--tokens-per-sample {need}"
+    for remedy in ("--sample-break-mode none", "--shorten-method truncate", enough):
         assert fairseq("train", f"{lines} {remedy}")[0] == 0, remedy
     status, err, _ = fairseq("train", f"{line} --max-target-positions 4")
     assert status == 1 and error_in(err).endswith("none is left: use --tokens-per-sample 4 or less")

@@ -436,6 +436,10 @@ def test_other_mistakes(data, choices, tmp_path):
         UserError, match="valid.jsonl, line 1: a choice is longer than --tokens-per-sample 2"
     ):
         load(make_choice_task(data, choices, choice_scoring="sum", tokens_per_sample=2))
+    words = "--tokens-per-sample 2: leaves no room for a choice between two </s>: use 3 or more"
+    with pytest.raises(UserError, match=words):
+        load(make_choice_task(data, choices, tokens_per_sample=2))
+    load(make_choice_task(data, choices, tokens_per_sample=3))
     task = make_choice_task(data, choices)
     with pytest.raises(UserError, match="--choice-loss likelihood with --choice-scoring head"):
         make_criterion(task, choice_loss="likelihood")
