@@ -10,7 +10,7 @@ from .. import outputs
 from ..errors import UserError
 from ..wording import small
 from . import figures, report
-from .loading import set_gates
+from .loading import moe_layers, set_gates
 from .perplexity import Evaluation, MeanResult, SetResult
 
 COLUMNS = ("capacity", "mean perplexity", "dropped %", "tokens/s")
@@ -42,6 +42,15 @@ def parse(flag: str, words: Sequence[str]) -> List[float]:
         if not 0 < capacities[-1] <= 1:
             raise UserError(f"{flag} {word}: use shares of a batch above 0 up to 1, as 0.05,0.25,1")
     return capacities
+
+
+def check_model(model: FairseqLanguageModel, flag: str) -> None:
+    """Raise UserError for a model in which a capacity has no effect; flag: that asks for one, with
+    its value."""
+    gates = [moe.gate for moe in moe_layers(model).values()]
+    if all(gate.capacity_free for gate in gates):
+        what = "its router" if gates else "a dense model"
+        raise UserError(f"{flag}: has no effect, because {what} has no capacity; remove it")
 
 
 def set_capacity(model: FairseqLanguageModel, fraction: float) -> None:

@@ -101,6 +101,10 @@ def run(args: argparse.Namespace) -> None:
         state = evaluated.state_of(str(args.path))
         model, saved = load_model(args.path, task, asked.overrides)
     tokenizer_files.check(args.path, *sets.values())
+    if args.sweep_capacity is not None:
+        capacity.check_model(model, f"--sweep-capacity {args.sweep_capacity}")
+    elif args.capacity is not None and args.capacity < 1:
+        capacity.check_model(model, f"--capacity {args.capacity:g}")
     model = on_device(in_bfloat16(model, args.cpu) if args.bf16 else model, args.cpu)
     context, stride = _context_and_stride(args, model.max_positions())
     dictionary = task.source_dictionary

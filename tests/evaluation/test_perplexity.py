@@ -208,6 +208,28 @@ def test_it_gives_what_fairseq_eval_lm_gives(trained, caplog, capsys, tmp_path):
         assert f"<td>{found['mean']['all']['perplexity']:.2f}</td>" in drawn
 
 
+WITHOUT = {  # models in which nothing can be dropped
+    "a dense model": {},
+    "its router": {**MOE, "moe_router": "threshold", "moe_balance": "none"},
+}
+
+
+@pytest.mark.parametrize("flag", ["--sweep-capacity 0.1,1", "--capacity 0.5"])
+@pytest.mark.parametrize("what", WITHOUT)
+def test_a_capacity_of_a_model_without_one_is_refused(
+    trained, monkeypatch, tmp_path, capsys, what, flag
+):
+    monkeypatch.chdir(tmp_path)  # where a page would be
+    model = build_model(**WITHOUT[what]).eval()
+    monkeypatch.setattr(evaluate_command, "load_model", lambda *_: (model, None))
+    data, checkpoint = trained
+    assert cli.main(f"evaluate {data} --path {checkpoint} --cpu {flag}".split()) == 1
+    assert capsys.readouterr().err == (
+        f"error: {flag}: has no effect, because {what} has no capacity; remove it\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
