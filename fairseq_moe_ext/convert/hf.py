@@ -201,8 +201,6 @@ def _config(source: Source) -> Dict[str, Any]:
     ]
     if source.experts and s["moe_router"] not in ROUTERS:
         unknown.append(f"--moe-router {s['moe_router']}")
-    if str(s.get("moe_base_evaluation")) == "balanced":
-        unknown.append("--moe-base-evaluation balanced")
     if source.head:
         unknown.append("a head that scores candidates (--choice-scoring head)")
     if unknown:

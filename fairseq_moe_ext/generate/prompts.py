@@ -100,7 +100,8 @@ def _of_line(path: Path, number: int, line: str) -> str:
         value = next((value[key] for key in _KEYS if key in value), None)
     if not isinstance(value, str):
         raise UserError(
-            f'--file {path}, line {number}: no prompt; write "..." or {{"prompt": "..."}}'
+            f'--file {path}, line {number}: no prompt; write "...", {{"prompt": "..."}} or '
+            '{"text": "..."}'
         )
     return value
 

@@ -133,6 +133,17 @@ def test_a_json_file_is_json_lines_if_its_first_line_is(tmp_path, text, expected
     assert reading.read([], [tmp_path / "a.json"], None) == expected
 
 
+def test_a_line_without_a_prompt_names_each_form_of_one(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"other": "the"}\n')
+    with pytest.raises(UserError) as error:
+        reading.read([], [path], None)
+    begin, _, forms = str(error.value).partition("no prompt; write ")
+    assert begin == f"--file {path}, line 1: "
+    path.write_text("\n".join(forms.replace(" or ", ", ").split(", ")))
+    assert reading.read([], [path], None) == ["..."] * 3
+
+
 def test_texts_are_shown_although_their_file_cannot_be_written(generate, monkeypatch, tmp_path):
     def fails(path, content):
         raise UserError(f"--json {path}: no space")

@@ -427,4 +427,4 @@ def test_what_the_code_does_not_know_is_refused_by_name(converted, tmp_path, cap
     state["cfg"]["model"]["moe_base_evaluation"] = "balanced"
     torch.save(state, tmp_path / "x.pt")
     words = mistake(capsys, tmp_path / "x.pt", tmp_path / "hf", "--to", "hf", "--no-tokenizer")
-    assert "transformers lacks: --moe-base-evaluation balanced" in words
+    assert "transformers lacks: --moe-base-evaluation balanced: run it with fairseq" in words
