@@ -71,10 +71,7 @@ def check(given: Mapping[str, Any], spell: Spell, training: bool) -> None:
     # fairseq-interactive may read its --input from a pipe
     files.check_named({k: v for k, v in given.items() if k not in ("log_file", "input")})
     outputs.check_of_fairseq(given, spell)
-    for name, spelled in (("path", f"{spell('path')} "), ("data", "")):
-        value = given.get(name)
-        if isinstance(value, str) and os.path.exists(value):  # under the whole name
-            data_bin.check_is_one(value, spelled + value)
+    _check_names_of_one(given, spell)
     for name in ("quantization_config_path", "ema_seed_model", "lm_path"):
         if given.get(name) is not None:
             _check_is_there(given[name], f"{spell(name)} {given[name]}")
@@ -93,6 +90,16 @@ def check(given: Mapping[str, Any], spell: Spell, training: bool) -> None:
         )
     for check_one in _IN_TRAINING if training else _ELSEWHERE:
         check_one(given, spell)
+
+
+def _check_names_of_one(given: Mapping[str, Any], spell: Spell) -> None:
+    """Stock saves to a folder whose name it later takes for several."""
+    if given.get("save_dir"):
+        data_bin.check_is_one(given["save_dir"], f"{spell('save_dir')} {given['save_dir']}")
+    for name, spelled in (("path", f"{spell('path')} "), ("data", "")):
+        value = given.get(name)
+        if isinstance(value, str) and os.path.exists(value):  # under the whole name
+            data_bin.check_is_one(value, spelled + value)
 
 
 def _check_data(given: Mapping[str, Any], spell: Spell) -> None:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import IO, Any, Callable, Dict, Iterable, Iterator, Mapping, Optional, Tuple
 
-from . import data_bin, files
+from . import files
 from .errors import UserError
 
 
@@ -54,8 +54,6 @@ def check_of_fairseq(given: Mapping[str, Any], spell: Callable[[str], str]) -> N
         path = given.get(name)
         while path and not os.path.lexists(path):
             path = os.path.dirname(path)
-        if name == "save_dir" and given.get(name):
-            data_bin.check_is_one(given[name], f"{spell(name)} {given[name]}")
         if path and not os.path.isdir(path):
             raise UserError(f"{spell(name)} {given[name]}: {path} is not a folder; name another")
     log = given.get("log_file")

@@ -65,8 +65,8 @@ ALLOWED = {
         "optim": "",
         "fully_sharded": "",
         "checkpoint": """
-            checkpoint config data_bin diverging expert_parallel files fully_sharded literals
-            models.precision ours
+            checkpoint balance_flags config data_bin diverging expert_parallel files fully_sharded
+            literals models.precision moe.router ours router_flags shape
             """,
         "branch": """
             branch balance_flags checkpoint.format checkpoint.settings config expert_parallel

@@ -22,6 +22,7 @@ refers to them.
     starting.py   the checkpoint that a training starts from
     folder_lock.py  the lock on the folder that it saves to
     resuming.py   checks when a trainer resumes
+    model_flags.py  warns where it starts from a checkpoint of other model flags
     trained.py    epochs and tokens of a training
     collective.py messages between processes
 
