@@ -230,6 +230,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":  # its name before there was `fairseq-moe expert-use`
-    from .. import cli
+    import fairseq_moe_command
 
-    sys.exit(cli.main(["expert-use", *sys.argv[1:]]))
+    sys.exit(fairseq_moe_command.main(["expert-use", *sys.argv[1:]]))

@@ -1,6 +1,8 @@
 """Expert use: the information measure, and the command's answers to wrong input."""
 
 import math
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,14 @@ def test_wrong_input_is_one_line(arguments, words, capsys):
     assert main(arguments) == 1
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and words in err and err.count("\n") == 1
+
+
+def test_its_earlier_name_still_works(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["expert_use.py", "missing.pt", "--bin", "a=."])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("fairseq_moe_ext.evaluation.expert_use", run_name="__main__")
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == "error: missing.pt: no such checkpoint; check the path\n"
 
 
 @pytest.mark.parametrize("flags", ["transformer_lm", f"dense_lm_tiny --user-dir {USER_DIR}"])
