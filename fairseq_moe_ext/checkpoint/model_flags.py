@@ -11,6 +11,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 from ..balance_flags import mapping
 from ..config import defaults
+from ..errors import UserError
 from ..expert_parallel import process_rank
 from ..moe.router import GateSettings
 from ..router_flags import top_k
@@ -66,7 +67,10 @@ def warn_of_changed(state: Mapping[str, Any], trainer: Any, filename: str) -> No
     saved, here = (mapping(s) for s in (_model_of(state.get("cfg")), trainer.cfg.model))
     if process_rank() > 0 or "moe_router" not in here or not _SIZES <= saved.keys():
         return
-    names = changed(saved, here)
+    try:
+        names = changed(saved, here)
+    except (TypeError, ValueError, UserError):  # a stranger's settings may hold anything
+        return
     if names:
         told = ", ".join(
             f"{flag(name)} {_shown(saved[name])} (here {_shown(here[name])})" for name in names
