@@ -308,7 +308,7 @@ def test_a_bias_enters_the_choice_and_not_the_weights(k, score):
     "k, options, words",
     [
         (0, {}, "k = 0"),
-        (5, {}, "from 1 to all 4"),
+        (5, {}, "k = 5: a token takes at least 1 expert and at most 4"),
         (2, {"score": "cosine"}, "score 'cosine'"),
         (2, {"runner_up": "some"}, "runner_up 'some'"),
         (3, {"runner_up": "random"}, "for the second of 2 experts, not for 3"),

@@ -1171,6 +1171,7 @@ def timing(monkeypatch):
     monkeypatch.setattr(probe, "_logged", lambda _: float(len(timed)))
     monkeypatch.setattr(probe.Runner, "call", lambda *_: None)
     monkeypatch.setattr(probe.cores, "usable", lambda: 2)
+    monkeypatch.delenv("OMP_NUM_THREADS")  # of conftest.py: one
     return timed
 
 

@@ -123,7 +123,7 @@ def test_a_family_of_one_point_is_drawn_and_said(tmp_path):
         (
             ["--expert-use"],
             "[]",
-            "other.json: lacks layer and share: create it with `python -m fairseq_moe_ext",
+            "other.json: lacks layer and share: create it with `fairseq-moe expert-use",
         ),
         (
             ["--fine-tuning"],
