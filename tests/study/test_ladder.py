@@ -1057,7 +1057,7 @@ def test_the_best_results_are_said_in_short():
     for factor, made in ((best, found), (earlier, before)):
         assert f"It is `{factor['arm']}`" in plain
         assert re.search(f"factor of {cuts(made, factor['arm'])}", plain)
-    assert f"a dense one of {best['factor']:.2f} times its training FLOPs" in readme
+    assert f"a dense one of {tables.factor(best)} times its training FLOPs" in readme
     learned = (
         tables.by_key(before)[f"d0-{n}", 16_000_000, GROUPS[0]] for n in ("E8", "E32", "E64")
     )
