@@ -98,7 +98,8 @@ def run(args: argparse.Namespace) -> None:
     with naming(args.path):
         if args.context or args.stride:  # before the weights are read
             _context_and_stride(args, most_tokens(args.path, asked.overrides))
-        state = evaluated.state_of(str(args.path))
+        # before the evaluation, during which a training may replace the file
+        state = None if args.json is None else evaluated.state_of(str(args.path))
         model, saved = load_model(args.path, task, asked.overrides)
     tokenizer_files.check(args.path, *sets.values())
     if args.sweep_capacity is not None:

@@ -1,7 +1,6 @@
 """`fairseq-moe study FILE.yaml`: train and evaluate what the file names; what is done is kept."""
 
 import argparse
-import fnmatch
 import functools
 import os
 import re
@@ -20,7 +19,7 @@ from ..wording import count
 from . import arms, diverged, finished, stale, trained
 from . import plan as plans
 from . import result as results
-from .plan import Plan, Run
+from .plan import Plan, Run, matching
 from .runner import Runner
 
 
@@ -188,12 +187,9 @@ class _Work:
 def _named(plan: Plan, patterns: str) -> List[Run]:
     """Those whose folder's name is one of the patterns, between commas. Raises UserError for a
     pattern that is the name of none."""
-    wanted = patterns.split(",")
     names = [study_run.folder.name for study_run in plan.runs]
-    for pattern in wanted:
-        if not fnmatch.filter(names, pattern):
-            raise UserError(f"--runs {pattern}: no run is called so; they are {', '.join(names)}")
-    return [r for r in plan.runs if any(fnmatch.fnmatchcase(r.folder.name, p) for p in wanted)]
+    wanted = matching(names, patterns.split(","), "--runs", "run")
+    return [study_run for study_run in plan.runs if study_run.folder.name in wanted]
 
 
 def _check_result(plan: Plan) -> None:

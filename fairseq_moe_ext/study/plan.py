@@ -1,5 +1,6 @@
 """A study's YAML file -> the runs it names and their commands."""
 
+import fnmatch
 import re
 import shlex
 import sys
@@ -249,6 +250,17 @@ def _size(
             )
     check_name(name, where)
     return _Size(family, str(name), arch, flags, updates)
+
+
+def matching(names: Sequence[str], patterns: Sequence[str], where: str, kind: str) -> List[str]:
+    """The names that one of the patterns (d0, d0-*) matches. Raises UserError for a pattern that
+    matches none; kind: of what the names are."""
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise UserError(
+                f"{where} {pattern}: no {kind} is called so; they are {', '.join(names)}"
+            )
+    return [name for name in names if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
 
 
 def check_name(name: Any, where: str) -> None:

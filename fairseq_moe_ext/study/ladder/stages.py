@@ -1,6 +1,5 @@
 """A ladder's YAML file -> its stages, each a file for `fairseq-moe study`."""
 
-import fnmatch
 import math
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
@@ -15,7 +14,7 @@ from ...models.architectures import ARCHITECTURES
 from ...wording import did_you_mean
 from .. import yaml_file
 from ..flags import blocks_per_update
-from ..plan import ARM, FAMILIES, Keys, Run, check_name, check_seeds, checked, planned
+from ..plan import ARM, FAMILIES, Keys, Run, check_name, check_seeds, checked, matching, planned
 from . import checks
 
 LR = "lr"  # the stage that tries learning rates
@@ -331,11 +330,8 @@ def float32_twin(arm: Arm, arms: Sequence[Arm]) -> str:
 def select(arms: Sequence[Arm], patterns: Sequence[str], where: str) -> List[Arm]:
     """Those whose name matches one of the patterns (d0, d0-*). Raises UserError for a pattern that
     matches none."""
-    for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(arm.name, str(pattern)) for arm in arms):
-            names = ", ".join(arm.name for arm in arms)
-            raise UserError(f"{where} {pattern}: no arm is called so; they are {names}")
-    return [arm for arm in arms if any(fnmatch.fnmatchcase(arm.name, str(p)) for p in patterns)]
+    names = matching([arm.name for arm in arms], [*map(str, patterns)], where, "arm")
+    return [arm for arm in arms if arm.name in names]
 
 
 def study_file(ladder: Ladder, stage: Stage, rates: Optional[Mapping[str, Any]]) -> str:
