@@ -48,6 +48,7 @@ _AT_MOST_THE_UPDATES = {
 }
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # a part of a folder's name
 _KINDS = {
+    bool: "true or false; write one of them",
     str: "text; write some, in quotes if it is a number",
     int: "a whole number; write one",
     float: "a number; write one",
@@ -299,7 +300,7 @@ def checked(mapping: Any, keys: Keys, where: str) -> Dict[str, Any]:
 
 def _is(kind: type, value: Any) -> bool:
     if isinstance(value, bool):
-        return False
+        return kind is bool
     if kind is float:
         return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max  # nor NaN
     return isinstance(value, kind)

@@ -66,6 +66,8 @@ REAL = stages.read(STUDY / "ladder.yaml")
         ("at-least: 0", "at-least: '2'", "second: at-least: '2' is not a number; write one"),
         ("at-least: 0", f"at-least: 1{400 * '0'}", "00 is not a number; write one"),
         ("screen: first, ", "", "stages: second: at-least has no effect without screen"),
+        ("tokens: 640", "tokens: 640, bf16: 1", "second: bf16: 1 is not true or false; write one"),
+        ("tokens: 640", "tokens: 384, bf16: true", "second: bf16 True: stage first, on as many"),
         ("tokens: 640", "tokens: 640, seeds: [true]", "stages: second: seeds [True] is out of"),
         ("tokens: 640", "tokens: 640, seeds: []", "stages: second: seeds []: give different"),
         ("tokens: 640", "tokens: 640, arms: []", "stages: second: arms is empty; list names"),
@@ -168,6 +170,43 @@ def test_the_studies_of_the_ladder():
     assert study["arms"]["d0"]["flags"]["lr"] == "4e-3"
     search = yaml.safe_load(stages.study_file(REAL, REAL.stages[0], None))
     assert search["arms"]["d0-E64-lr8"]["flags"]["lr"] == "8e-3" and len(search["arms"]) == 20
+
+
+def test_a_stage_in_bfloat16(folder, tmp_path):
+    """All its trainings have --bf16; tables say so, and have no seconds of the float32 probe."""
+    rates_of = {arm.name: "4e-3" for arm in REAL.arms}
+    for name, flag in (("16M", None), ("64M", True)):
+        study = yaml.safe_load(stages.study_file(REAL, REAL.stage(name), rates_of))
+        assert study["train"].get("bf16") is flag
+    made = made_result(tmp_path)
+    assert "16M tokens |" in markdown(tables.over_tokens(made, GROUPS[0]))
+    described = result._described(REAL)["stages"]
+    assert [name for name, stage in described.items() if stage["bf16"]] == ["64M"]
+    for run in made["runs"]:
+        run["precision"] = "bfloat16"
+        assert run["stage"].startswith("16M")
+    for name in ("16M", "16M-seeds"):
+        made["ladder"]["stages"][name]["bf16"] = True
+    for group in GROUPS:
+        assert "16M tokens (bfloat16) |" in markdown(tables.over_tokens(made, group))
+    said = tables.page(made)
+    assert "## By set, 16M tokens (bfloat16)" in said and "bfloat16 against" not in said
+    assert "On 16M tokens (bfloat16) d0-256x4 saves most" in page.summary(made)
+    assert "Trainings computed in bfloat16." in tables.note(made)
+    made["runs"].append({**made["runs"][0], "stage": "4M", "precision": "float32"})
+    name = made["runs"][0]["size"]
+    both = f"computed in bfloat16 all models on 16M tokens; in float32 {name}."
+    assert both in tables.note(made)
+
+    ladder = REAL._replace(out=tmp_path)
+    costs = [forecast.training_flops(arm, ladder) for arm in ladder.arms[:2]]
+    probed = {"d0": 1.0, "d1": 4.0, "d0-E8": 1.5}
+    for stage, seconds in (("16M", 2 / 1.5), ("64M", None)):
+        runs = [made_run(stage, n, 1, c, p) for n, c, p in zip(("d0", "d1"), costs, (50.0, 40.0))]
+        runs.append(made_run(stage, "d0-E8", 1, costs[0], math.sqrt(50 * 40)))
+        assert result.savings(ladder, runs, probed)[0][0]["in_seconds"] == (
+            seconds and pytest.approx(seconds)
+        )
 
 
 def test_every_stage_is_a_study_that_can_be_run(folder):

@@ -178,7 +178,7 @@ def _perplexities(result: LadderResult, tokens: int, bases: Sequence[str]) -> fi
         figures.Series(name, sorted(of_name), style)
         for style, (name, of_name) in enumerate(points.items())
     ]
-    title = f"Perplexity in domain, {millions(tokens)} tokens"
+    title = f"Perplexity in domain, {tables.budget(result, tokens)}"
     return figures.line_chart(title, series, "training FLOPs", "perplexity", log_x=True, log_y=True)
 
 
@@ -202,8 +202,8 @@ def summary(result: LadderResult) -> str:
     if low is not None and high is not None:
         ends = f" ({low:.2f} to {high:.2f}, 95 % interval over {best['interval_over']})"
     return (
-        f"{done} On {millions(most)} tokens {head} in domain: the dense model needs {shown} times "
-        f"its training FLOPs{ends}."
+        f"{done} On {tables.budget(result, most)} {head} in domain: the dense model needs {shown} "
+        f"times its training FLOPs{ends}."
     )
 
 
@@ -224,7 +224,7 @@ def html(result: LadderResult, drawn: Dict[str, figures.Chart]) -> str:
         savings=[(TITLES[g], table(tables.over_tokens(result, g))) for g in present],
         costs=table(tables.costs(result)),
         sets=[
-            (f"{millions(tokens)} tokens", table(tables.over_sets(result, tokens)))
+            (tables.budget(result, tokens), table(tables.over_sets(result, tokens)))
             for tokens in tables.budgets(result)
         ],
         forecast=table(tables.against_forecast(result, forecasts)) if forecasts else None,
@@ -240,7 +240,7 @@ def html(result: LadderResult, drawn: Dict[str, figures.Chart]) -> str:
         saving_legend=figures.legend(SAVING_LEGEND, range(4)),
         over_experts=[chart for name, chart in drawn.items() if name.startswith("experts-")],
         experts_legend=figures.legend(
-            [f"{millions(t)} tokens" for t in tables.budgets(result)[:3]], range(3)
+            [tables.budget(result, t) for t in tables.budgets(result)[:3]], range(3)
         ),
         over_tokens=[chart for name, chart in drawn.items() if name.startswith("tokens-")],
         tokens_legend=figures.legend([f"{n} experts" for n in _counts(result)], range(4)),

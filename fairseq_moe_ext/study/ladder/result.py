@@ -147,7 +147,12 @@ def _described(ladder: Ladder) -> Dict[str, Any]:
         for arm in ladder.arms
     }
     stages = {
-        stage.name: {"tokens": stage.tokens, "updates": stage.updates, "seeds": stage.seeds}
+        stage.name: {
+            "tokens": stage.tokens,
+            "updates": stage.updates,
+            "seeds": stage.seeds,
+            "bf16": stage.bf16,
+        }
         for stage in ladder.stages
     }
     return {"title": ladder.title, "arms": arms, "stages": stages}
@@ -176,6 +181,7 @@ def savings(
             if run["stage"] in names:
                 by_arm.setdefault(run["size"], {})[run["seed"]] = run
         of = _Of(tokens, by_arm, Units(ladder, stages))
+        timed = {} if any(stage.bf16 for stage in stages) else probed  # the probe has float32
         dense = [arm for arm in ladder.arms if arm.family == "dense" and arm.name in by_arm]
         sparse = [arm for arm in ladder.arms if arm.family == "moe" and arm.name in by_arm]
         if sparse and len(dense) < 2:
@@ -184,7 +190,7 @@ def savings(
         for arm in sparse:
             lacking: Dict[str, List[str]] = {}
             for group in _groups(by_arm[arm.name]):
-                one = _factor(ladder, arm, dense, of, group, probed)
+                one = _factor(ladder, arm, dense, of, group, timed)
                 if isinstance(one, str):
                     lacking.setdefault(one, []).append(group.replace("_", " "))
                 else:

@@ -50,6 +50,7 @@ _STAGE: Keys = {
     "arms": (list, ["*"]),
     "screen": (str, ""),
     "at-least": (float, 2.0),
+    "bf16": (bool, False),
 }
 
 
@@ -80,6 +81,7 @@ class Stage(NamedTuple):
     arms: List[Arm]  # with `lr` among their flags in the stage LR alone
     screen: str = ""  # the stage by whose factors the sparse arms of this one are chosen
     at_least: float = 0.0  # the factor that they must have had in domain
+    bf16: bool = False  # every arm with --bf16
 
     def model(self, arm: Arm) -> str:
         """The name of an arm of this stage, without its rate in the stage LR."""
@@ -306,6 +308,12 @@ def _stages(asked: Mapping[str, Any], arms: List[Arm], per_update: int, path: Pa
             )
         if "at-least" in stage and not values["screen"]:
             raise UserError(f"{where}: at-least has no effect without screen; name a stage there")
+        for earlier in stages:
+            if earlier.tokens == values["tokens"] and earlier.bf16 != values["bf16"]:
+                raise UserError(
+                    f"{where}: bf16 {values['bf16']}: stage {earlier.name}, on as many tokens, has "
+                    "another; savings compare runs of one precision"
+                )
         stages.append(
             Stage(
                 str(name),
@@ -315,6 +323,7 @@ def _stages(asked: Mapping[str, Any], arms: List[Arm], per_update: int, path: Pa
                 select(arms, values["arms"], f"{where}: arms"),
                 values["screen"],
                 values["at-least"],
+                values["bf16"],
             )
         )
     return stages
@@ -346,7 +355,7 @@ def runs_of(ladder: Ladder, stage: Stage, rates: Optional[Mapping[str, Any]]) ->
 
 
 def _study(ladder: Ladder, stage: Stage, rates: Optional[Mapping[str, Any]]) -> Dict[str, Any]:
-    train = dict(ladder.train)
+    train = {**ladder.train, **({"bf16": True} if stage.bf16 else {})}
     warmup = {"warmup-updates": int(ladder.warmup * stage.updates + 0.5)}
     train = _behind(train, "lr-scheduler", warmup)
     arms = {}

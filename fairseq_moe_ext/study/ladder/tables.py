@@ -35,12 +35,29 @@ NOTE = (
 
 def note(result: LadderResult) -> str:
     """What the numbers are."""
-    said = (NOTE, few_units(result["runs"]), computed_in(result["runs"]))
+    stages = result["ladder"]["stages"]
+    named = [
+        {**run, "size": f"all models on {millions(stages[run['stage']]['tokens'])} tokens"}
+        if stages[run["stage"]].get("bf16")
+        else run
+        for run in result["runs"]
+    ]
+    said = (NOTE, few_units(result["runs"]), computed_in(named))
     return " ".join(filter(None, said))
 
 
 def millions(tokens: float) -> str:
     return f"{tokens / 1e6:g}M"
+
+
+def budget(result: LadderResult, tokens: int) -> str:
+    """64M tokens; 64M tokens (bfloat16) if the stage has bf16."""
+    return f"{millions(tokens)} tokens" + (" (bfloat16)" if _all_bf16(result, tokens) else "")
+
+
+def _all_bf16(result: LadderResult, tokens: int) -> bool:
+    stages = result["ladder"]["stages"].values()  # those of an older result lack bf16
+    return any(stage.get("bf16") for stage in stages if stage["tokens"] == tokens)
 
 
 def factor(found: Optional[Factor]) -> str:
@@ -94,7 +111,7 @@ def sparse(result: LadderResult) -> List[str]:
 def over_tokens(result: LadderResult, group: str) -> Rows:
     """A row an arm, a column a number of tokens."""
     found = by_key(result)
-    head = ["", *(f"{millions(tokens)} tokens" for tokens in budgets(result))]
+    head = ["", *(budget(result, tokens) for tokens in budgets(result))]
     rows = [
         [name, *(factor(found.get((name, tokens, group))) for tokens in budgets(result))]
         for name in sparse(result)
@@ -143,7 +160,7 @@ def over_sets(result: LadderResult, tokens: int) -> Rows:
 def perplexities(result: LadderResult, group: str) -> Rows:
     """A row an arm, dense ones first: FLOPs a token, and perplexity by tokens, mean over seeds."""
     runs, tokens = _trained(result), _trained_tokens(result)
-    head = ["", "MFLOPs a token", "parameters, M", *(millions(t) + " tokens" for t in tokens)]
+    head = ["", "MFLOPs a token", "parameters, M", *(budget(result, t) for t in tokens)]
     rows = []
     for name in result["ladder"]["arms"]:
         mine = [run for run in runs if run["size"] == name]
@@ -151,8 +168,8 @@ def perplexities(result: LadderResult, group: str) -> Rows:
             continue
         row = [name, f"{mine[0]['flops'] / mine[0]['tokens'] / 1e6:.1f}"]
         row.append(f"{mine[0]['parameters'] / 1e6:.2f}")
-        for budget in tokens:
-            of_budget = [run for run in mine if _stage_tokens(result, run) == budget]
+        for number in tokens:
+            of_budget = [run for run in mine if _stage_tokens(result, run) == number]
             mean = f"{mean_performance(of_budget, group):.2f}" if of_budget else ""
             row.append("different text" if unlike(of_budget, group) else mean)
         rows.append(row)
@@ -198,6 +215,8 @@ def in_bfloat16(result: LadderResult) -> Rows:
         if arm.get("float32_twin")  # a result of before it has none
     }
     for tokens in _trained_tokens(result):
+        if _all_bf16(result, tokens):
+            continue
         runs = by_arm([r for r in _trained(result) if _stage_tokens(result, r) == tokens])
         for name, twin in twins.items():
             mine, base = runs.get(name, {}), runs.get(twin, {})
@@ -287,7 +306,7 @@ def page(result: LadderResult) -> str:
             parts += [f"## Saving, {TITLES[group]}", markdown(over_tokens(result, group))]
     parts += ["## FLOPs and seconds", markdown(costs(result))]
     for tokens in budgets(result):
-        parts += [f"## By set, {millions(tokens)} tokens", markdown(over_sets(result, tokens))]
+        parts += [f"## By set, {budget(result, tokens)}", markdown(over_sets(result, tokens))]
     if forecasts:
         parts += ["## Against the forecast", markdown(against_forecast(result, forecasts))]
     grown = ", ".join(f"{name} {signed(by)} %" for name, by in growth(result))
