@@ -169,7 +169,7 @@ def test_rows_that_there_are_not():
         recipes.chosen_rows("dense,gate")
 
 
-def test_a_quickstart_without_learnt_gates_is_refused_before_any_work(tmp_path, capsys):
+def test_a_quickstart_without_learned_gates_is_refused_before_any_work(tmp_path, capsys):
     """Today's default routes by hash; folders of before the flag do not name a router."""
     base, out = tmp_path / "quickstart", tmp_path / "out"
     for model in ("dense", "moe"):

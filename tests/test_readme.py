@@ -336,7 +336,7 @@ def test_make_has_the_targets_that_are_named(page):
 
 
 def test_the_map_is_complete_and_names_what_exists():
-    tree = section("README.md", "The map of the code").split("```text\n")[1].split("```")[0]
+    tree = section("CONTRIBUTING.md", "The map of the code").split("```text\n")[1].split("```")[0]
     named = {"": set()}
     folder = ""
     for line in tree.splitlines():

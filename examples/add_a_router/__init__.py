@@ -3,7 +3,7 @@
     fairseq-train DATA --user-dir examples/add_a_router --arch moe_lm_tiny --moe-router cosine ...
 
 Cosine router (Chi et al. 2022, arXiv 2204.09179, section 3.2): tokens and experts meet on a sphere,
-at a learnt temperature, so that a token's length has no say in its choice.
+at a learned temperature, so that a token's length has no say in its choice.
 """
 
 import torch

@@ -32,7 +32,7 @@ from fairseq_moe_ext.study.runner import Runner
 from fairseq_moe_ext.wording import clock
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "quickstart" / "run.py"
-PRETRAINED = ["--router", "topk"]  # some recipes need a learnt gate
+PRETRAINED = ["--router", "topk"]  # some recipes need a learned gate
 
 # What fairseq-train must be told of a checkpoint that it starts from.
 SHAPE = (
@@ -222,7 +222,7 @@ def before(ablation: Ablation, family: str) -> fine_tuning.Before:
 
 def settings_of_quickstart(folder: Path) -> Dict[str, Any]:
     """Those of the run in a folder; {} if it is not begun. Raises UserError for a folder of
-    something else, and for a run without a learnt gate."""
+    something else, and for a run without a learned gate."""
     where, other = f"--quickstart {folder}", "name another folder; one that is missing is created"
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{where}: a file, not a folder: {other}")
@@ -234,7 +234,7 @@ def settings_of_quickstart(folder: Path) -> Dict[str, Any]:
     router = settings.get("router", "topk")
     if router != "topk":
         raise UserError(
-            f"{where}: was trained with --router {router}, and recipes need the learnt gate of "
+            f"{where}: was trained with --router {router}, and recipes need the learned gate of "
             f"topk: {other}"
         )
     return settings

@@ -68,8 +68,8 @@ def _lower_or_higher(percent: float) -> str:
 
 _ROUTING = {
     "hash": "of which a token takes the four that a table has for its id (hash routing: ids are "
-    "dealt out by frequency, nothing is learnt)",
-    "topk": "of which a token takes the two of a learnt gate (top-2, with a balancing loss; the "
+    "dealt out by frequency, nothing is learned)",
+    "topk": "of which a token takes the two of a learned gate (top-2, with a balancing loss; the "
     "gate's FLOPs are not counted, as in the paper)",
 }
 
@@ -198,7 +198,7 @@ def _expert_use(result: Dict) -> _Grid:
 _BY_TOKEN = {
     "hash": [
         "The token alone selects the experts, so each expert knows its own tokens and no domain; "
-        "with --router topk a learnt gate chooses, as in the paper."
+        "with --router topk a learned gate chooses, as in the paper."
     ],
     "topk": [
         "On another processor, the MoE model's results differ, by up to 0.3 % so far: near a tie "

@@ -41,8 +41,8 @@ class Routing(NamedTuple):
 
 
 ROUTERS = {
-    "hash": Routing(256, 4),  # by the token's id alone, nothing is learnt
-    "topk": Routing(8, 2),  # by a learnt gate
+    "hash": Routing(256, 4),  # by the token's id alone, nothing is learned
+    "topk": Routing(8, 2),  # by a learned gate
 }
 ROUTER = "hash"
 

@@ -257,7 +257,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--router",
         choices=recipe.ROUTERS,
         default=recipe.ROUTER,
-        help="how the MoE model's tokens choose experts: by their id (hash), or by a learnt gate "
+        help="how the MoE model's tokens choose experts: by their id (hash), or by a learned gate "
         f"(topk); default: {recipe.ROUTER}",
     )
     parser.add_argument(

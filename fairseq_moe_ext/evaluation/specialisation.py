@@ -4,10 +4,10 @@ Mutual information by itself means little. Hidden states differ by kind of text 
 router separates them, and finite counts suggest information where there is none. Hence two
 controls, on the same text and the same inputs of each layer:
 
-- random gates: rows of random direction, each as long as that of the learnt gate, so that the
+- random gates: rows of random direction, each as long as that of the learned gate, so that the
   logits have the same scale;
 - shuffles: blocks of text get the kinds of other blocks, tokens the ids of others. The information
-  that remains is the bias of finite counts. It is subtracted from all gates, learnt and random.
+  that remains is the bias of finite counts. It is subtracted from all gates, learned and random.
 """
 
 from pathlib import Path
@@ -29,7 +29,7 @@ MEANING = (
     "Bits: the information that one choice of expert carries about where a token is from, without "
     "the bias of finite counts; random: mean and standard deviation of the same for "
     f"{RANDOM} random gates of equal scale on the same inputs. Only information above theirs was "
-    "learnt, or comes from the table of a hash router. For the token itself, only the first choice "
+    "learned, or comes from the table of a hash router. For the token itself, only the first choice "
     "counts."
 )
 
@@ -83,8 +83,8 @@ def computing(gate: Any) -> int:
 
 
 def random_gates(gate: Any, generator: torch.Generator) -> torch.Tensor:
-    """RANDOM gates, (RANDOM, E, D). Each row has the norm of its row in the learnt gate, or 1 if
-    that is 0. All null experts, if there are any, share one more row, E, as in the learnt gate."""
+    """RANDOM gates, (RANDOM, E, D). Each row has the norm of its row in the learned gate, or 1 if
+    that is 0. All null experts, if there are any, share one more row, E, as in the learned gate."""
     weight = gate.expert_vectors()[: computing(gate) + 1]
     drawn = torch.randn(RANDOM, *weight.shape, generator=generator).to(weight.device)
     length = weight.norm(dim=-1, keepdim=True)  # 0 for a router without a gate
@@ -94,7 +94,7 @@ def random_gates(gate: Any, generator: torch.Generator) -> torch.Tensor:
 
 def choices_of(gates: torch.Tensor, x: torch.Tensor, gate: Any, most: int) -> torch.Tensor:
     """What random gates choose for x (T, D): (T, RANDOM, K) int64, best first. K is `most`; with
-    null experts that of the learnt gate, and E, no choice, comes last."""
+    null experts that of the learned gate, and E, no choice, comes last."""
     logits, null = torch.einsum("td,red->tre", x.float(), gates), gate.settings.null_experts
     if not null:
         return logits.topk(most, dim=-1).indices
@@ -126,7 +126,9 @@ class Watch:
 
     def __init__(self, gate: Any, generator: torch.Generator) -> None:
         self.experts, self.random = computing(gate), random_gates(gate, generator)
-        self._tables: List[np.ndarray] = []  # (1 + RANDOM, blocks, E) each, the learnt gate's first
+        self._tables: List[
+            np.ndarray
+        ] = []  # (1 + RANDOM, blocks, E) each, the learned gate's first
         self._first: List[np.ndarray] = []  # (T, 1 + RANDOM) each
         self.length = 1  # of the blocks in the next pass
         self.on = True
@@ -135,14 +137,16 @@ class Watch:
     def _see(self, gate: Any, args: Any, output: Any) -> None:
         if self.on:
             routed, order = output[1].routed, routed_first(output[1].routed)
-            learnt = output[1].experts.masked_fill(~routed, self.experts).gather(1, order)  # (T, K)
-            others = choices_of(self.random, args[0], gate, learnt.size(1))
+            learned = (
+                output[1].experts.masked_fill(~routed, self.experts).gather(1, order)
+            )  # (T, K)
+            others = choices_of(self.random, args[0], gate, learned.size(1))
             if gate.settings.null_experts:  # the random gates choose how many of them
-                missing = others.size(-1) - learnt.size(1)
-                learnt = F.pad(learnt, (0, missing), value=self.experts)
+                missing = others.size(-1) - learned.size(1)
+                learned = F.pad(learned, (0, missing), value=self.experts)
             else:
-                others = others.masked_fill(learnt.unsqueeze(1) == self.experts, self.experts)
-            every = torch.cat([learnt.unsqueeze(1), others], dim=1).cpu().numpy()
+                others = others.masked_fill(learned.unsqueeze(1) == self.experts, self.experts)
+            every = torch.cat([learned.unsqueeze(1), others], dim=1).cpu().numpy()
             blocks = np.arange(len(every)) // self.length
             self._tables.append(by_block(every, self.experts, blocks, int(blocks[-1]) + 1))
             self._first.append(every[:, :, 0].astype(np.int16))
@@ -204,12 +208,12 @@ def beside_controls(
     labels: np.ndarray,
     rng: np.random.Generator,
 ) -> Information:
-    """Information of the gates' choices about labels; the first gate is the learnt one."""
+    """Information of the gates' choices about labels; the first gate is the learned one."""
     raw, bias = [], []
     for gate in gates:
         raw.append(bits_of(gate, labels))
         bias.append(np.mean([bits_of(gate, rng.permutation(labels)) for _ in range(SHUFFLES)]))
-    learnt, *random = (float(a - b) for a, b in zip(raw, bias))
+    learned, *random = (float(a - b) for a, b in zip(raw, bias))
     mean, deviation = float(np.mean(random)), float(np.std(random, ddof=1))
     return {
         "bits": raw[0],
@@ -217,8 +221,8 @@ def beside_controls(
         "random": random,
         "random_mean": mean,
         "random_sd": deviation,
-        "left": learnt - mean,
-        "above": bool(learnt - mean > DEVIATIONS * deviation),
+        "left": learned - mean,
+        "above": bool(learned - mean > DEVIATIONS * deviation),
     }
 
 

@@ -93,8 +93,8 @@ def _interval(
         return None
     left: List[float] = []
     for group in range(GROUPS):
-        learnt, *random = (bits(labels, gate, experts, groups != group) for gate in gates)
-        left.append(learnt - float(np.mean(random)))
+        learned, *random = (bits(labels, gate, experts, groups != group) for gate in gates)
+        left.append(learned - float(np.mean(random)))
     variance = (GROUPS - 1) * float(np.var(left))
     variance += information["random_sd"] ** 2 / len(information["random"])
     half = t_quantile(0.975, GROUPS - 1) * variance**0.5

@@ -27,7 +27,7 @@ class LayerView(NamedTuple):
     chosen: np.ndarray  # (T, K) int16, best first
     probability: np.ndarray  # (T,) float16, of the first choice
     kept: np.ndarray  # (T, K) bool
-    random: np.ndarray  # (T, R) int16: the first choices of gates that learnt nothing
+    random: np.ndarray  # (T, R) int16: the first choices of gates that learned nothing
     entropy: np.ndarray  # (T,) float32, bits
     candidates: np.ndarray  # (T, C, 3) float32: expert, probability, how; (0, C, 3) unless asked
     inputs: Tensor  # (n, D): a sample of the layer's inputs

@@ -53,7 +53,7 @@ class Knowledge:
     random: List[float]  # of the random gates, without their bias
     random_mean: float
     random_sd: float
-    left: float  # of the learnt gate, without bias, above the mean of the random gates
+    left: float  # of the learned gate, without bias, above the mean of the random gates
     above: bool  # more than their variation explains
     interval: Optional[Tuple[float, float]]  # 95 % of `left`, by the jackknife; None: little text
 

@@ -102,7 +102,7 @@ def test_a_token_without_a_choice_counts_nowhere_by_kind(relation):
     assert found["domain"]["bits"] == pytest.approx(s.mutual_information(shares))
 
 
-def test_random_gates_have_the_scale_of_the_learnt_one_and_its_inputs():
+def test_random_gates_have_the_scale_of_the_learned_one_and_its_inputs():
     torch.manual_seed(0)
     gate = TopKRouter(8, 4, GateSettings(dropless=True)).eval()
     with torch.no_grad():
@@ -156,4 +156,4 @@ def test_a_gate_that_was_not_trained_is_not_above_random_ones():
     watch.length = LENGTH
     gate(x, None)
     found = s.information(*watch.counted(), token_ids, kinds)["domain"]
-    assert found["bits"] > 0.05 and not found["above"], "bits, but none that were learnt"
+    assert found["bits"] > 0.05 and not found["above"], "bits, but none that were learned"

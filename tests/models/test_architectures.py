@@ -62,7 +62,7 @@ def test_paper_and_table_name_the_same_models():
 def test_the_page_says_where_the_sparse_architectures_differ_from_the_branch():
     """docs/train.md: --arch moe_transformer_lm has the branch's defaults."""
     page = (Path(__file__).parents[2] / "docs" / "train.md").read_text(encoding="utf-8")
-    words = " ".join(page.split("### Coming from")[1].split("## ")[0].split())
+    words = " ".join(page.split("## Coming from")[1].split("## ")[0].split())
 
     def parsed(arch):
         line = ["x", *"--task language_modeling --batch-size 1 --arch".split(), arch]

@@ -124,13 +124,13 @@ function drawKnowledge() {
   for (const [name, title] of Object.entries(VARIABLES)) {
     const known = found.layers.map((one) => one.knowledge[name]);
     if (known.some((one) => !one)) continue;
-    const learnt = known.map((k, i) => {
+    const learned = known.map((k, i) => {
       const ends = k.interval ? k.interval.map((end) => end + k.random_mean) : [];
       return [numbers[i], k.bits - k.bias, ...ends];
     });
     const random = known.flatMap((k, i) => k.random.map((value) => [numbers[i], value]));
     plots.push(lines(`${title}, bits`, [
-      { name: "the model's gate", points: learnt, style: 0, marks: true },
+      { name: "the model's gate", points: learned, style: 0, marks: true },
       { name: "random gates", points: random, style: 1, scatter: true },
     ], "layer", { zero: true, ticks: numbers, integers: true }));
     known.forEach((k, i) => rows.push([title, numbers[i], k.bits, k.bias, `${number(k.random_mean)} ± ${number(k.random_sd)}`,
