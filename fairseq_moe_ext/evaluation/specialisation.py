@@ -29,8 +29,8 @@ MEANING = (
     "Bits: the information that one choice of expert carries about where a token is from, without "
     "the bias of finite counts; random: mean and standard deviation of the same for "
     f"{RANDOM} random gates of equal scale on the same inputs. Only information above theirs was "
-    "learned, or comes from the table of a hash router. For the token itself, only the first choice "
-    "counts."
+    "learned, or comes from the table of a hash router. For the token itself, only the first "
+    "choice counts."
 )
 
 
