@@ -100,8 +100,8 @@ def run(args: argparse.Namespace) -> None:
             _context_and_stride(args, most_tokens(args.path, asked.overrides))
         # before the evaluation, during which a training may replace the file
         state = None if args.json is None else evaluated.state_of(str(args.path))
+        tokenizer_files.check(args.path, *sets.values())
         model, saved = load_model(args.path, task, asked.overrides)
-    tokenizer_files.check(args.path, *sets.values())
     if args.sweep_capacity is not None:
         capacity.check_model(model, f"--sweep-capacity {args.sweep_capacity}")
     elif args.capacity is not None and args.capacity < 1:

@@ -65,8 +65,8 @@ def expert_use(
     check_path(checkpoint, "")
     _check_bins(bins, subset)
     task = language_modeling_task(next(iter(bins.values())), 1)
-    model, _ = load_model(checkpoint, task, overrides)
     tokenizer_files.check(checkpoint, *bins.values())
+    model, _ = load_model(checkpoint, task, overrides)
     set_gates(model, dropless=True)
     model = on_device(model, cpu)
     device = next(model.parameters()).device
