@@ -185,8 +185,6 @@ def test_a_stage_in_bfloat16(folder, tmp_path):
     for run in made["runs"]:
         run["precision"] = "bfloat16"
         assert run["stage"].startswith("16M")
-    for name in ("16M", "16M-seeds"):
-        made["ladder"]["stages"][name]["bf16"] = True
     for group in GROUPS:
         assert "16M tokens (bfloat16) |" in markdown(tables.over_tokens(made, group))
     said = tables.page(made)
@@ -195,8 +193,11 @@ def test_a_stage_in_bfloat16(folder, tmp_path):
     assert "Trainings computed in bfloat16." in tables.note(made)
     made["runs"].append({**made["runs"][0], "stage": "4M", "precision": "float32"})
     name = made["runs"][0]["size"]
-    both = f"computed in bfloat16 all models on 16M tokens; in float32 {name}."
+    both = f"computed in bfloat16 all on 16M tokens; in float32 {name}."
     assert both in tables.note(made)
+    assert "| d1-E8, 16M (bfloat16) | 1 | > 1.00 |" in markdown(tables.costs(made))
+    made["runs"][0]["precision"] = "float32"  # where bfloat16 was not faster
+    assert "16M tokens |" in markdown(tables.over_tokens(made, GROUPS[0]))
 
     ladder = REAL._replace(out=tmp_path)
     costs = [forecast.training_flops(arm, ladder) for arm in ladder.arms[:2]]
@@ -207,6 +208,13 @@ def test_a_stage_in_bfloat16(folder, tmp_path):
         assert result.savings(ladder, runs, probed)[0][0]["in_seconds"] == (
             seconds and pytest.approx(seconds)
         )
+    runs[1]["precision"] = "bfloat16"
+    assert (
+        "some trainings with --bf16 computed in float32" in result.savings(ladder, runs, {})[1][0]
+    )
+    twins = [arm.name for arm in REAL.stage("16M").arms if stages.float32_twin(arm, REAL.arms)]
+    assert twins == ["d0-256x4-bf16"]
+    assert twins[0] not in [arm.name for arm in REAL.stage("64M").arms], "that is d0-256x4 there"
 
 
 def test_every_stage_is_a_study_that_can_be_run(folder):
@@ -766,11 +774,11 @@ def test_only_arms_that_saved_enough_go_on(tmp_path, monkeypatch, capsys):
     made = made_result(tmp_path)
     stage = REAL.stage("64M")
     passed = result.passing(REAL, stage._replace(at_least=1.5), made)
-    assert [arm.name for arm in passed] == ["d0-256x4", "d0-256x4-bf16"]
+    assert [arm.name for arm in passed] == ["d0-256x4"]
     monkeypatch.setattr(result, "collect", lambda ladder: made)
     assert [a.name for a in running.screened(REAL, stage._replace(at_least=1.4)).arms] == [
         *("d0", "d1", "d2", "d3"),
-        *("d0-E64", "d0-256x4", "d0-256x4-bf16"),
+        *("d0-E64", "d0-256x4"),
     ]
     said = capsys.readouterr().out
     assert said.startswith("stage 64M: not run, because they have no saving at 16M: d0-E8, d0-E128")

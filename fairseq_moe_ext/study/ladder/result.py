@@ -164,6 +164,7 @@ class _Of(NamedTuple):
     tokens: int
     runs: Dict[str, Dict[int, LadderRun]]
     units: Units
+    bf16: bool  # asked for in all of them
 
 
 def savings(
@@ -180,8 +181,8 @@ def savings(
         for run in runs:
             if run["stage"] in names:
                 by_arm.setdefault(run["size"], {})[run["seed"]] = run
-        of = _Of(tokens, by_arm, Units(ladder, stages))
-        timed = {} if any(stage.bf16 for stage in stages) else probed  # the probe has float32
+        of = _Of(tokens, by_arm, Units(ladder, stages), any(stage.bf16 for stage in stages))
+        timed = {} if of.bf16 else probed  # the probe has float32
         dense = [arm for arm in ladder.arms if arm.family == "dense" and arm.name in by_arm]
         sparse = [arm for arm in ladder.arms if arm.family == "moe" and arm.name in by_arm]
         if sparse and len(dense) < 2:
@@ -229,9 +230,12 @@ def _factor(
         return "all dense models but one diverged" if dense else "all dense models diverged"
     mine = [by_seed[seed] for seed in sorted(by_seed)]
     curves = [_curve(dense, of, run["seed"]) for run in mine]
-    reason = unlike([*mine, *(run for curve in curves for run in curve)], group)
+    compared = [*mine, *(run for curve in curves for run in curve)]
+    reason = unlike(compared, group)
     if reason:
         return reason
+    if of.bf16 and len({run.get("precision") for run in compared}) > 1:
+        return "some trainings with --bf16 computed in float32"
     of_seeds = _savings(curves, mine, group)
     if len({one.beyond for one in of_seeds} - {0}) > 1:
         return "one seed is better than every dense model, another worse"

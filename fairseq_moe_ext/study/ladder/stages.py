@@ -314,13 +314,16 @@ def _stages(asked: Mapping[str, Any], arms: List[Arm], per_update: int, path: Pa
                     f"{where}: bf16 {values['bf16']}: stage {earlier.name}, on as many tokens, has "
                     "another; savings compare runs of one precision"
                 )
+        picked = select(arms, values["arms"], f"{where}: arms")
+        if values["bf16"]:  # an arm in bfloat16 would be its twin once more
+            picked = [arm for arm in picked if not float32_twin(arm, picked)]
         stages.append(
             Stage(
                 str(name),
                 values["tokens"],
                 _updates(values["tokens"], per_update, f"{where}: tokens"),
                 values["seeds"],
-                select(arms, values["arms"], f"{where}: arms"),
+                picked,
                 values["screen"],
                 values["at-least"],
                 values["bf16"],

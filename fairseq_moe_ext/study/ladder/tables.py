@@ -35,15 +35,15 @@ NOTE = (
 
 def note(result: LadderResult) -> str:
     """What the numbers are."""
-    stages = result["ladder"]["stages"]
-    named = [
-        {**run, "size": f"all models on {millions(stages[run['stage']]['tokens'])} tokens"}
-        if stages[run["stage"]].get("bf16")
-        else run
-        for run in result["runs"]
-    ]
+    named = [{**run, "size": _among(result, run)} for run in result["runs"]]
     said = (NOTE, few_units(result["runs"]), computed_in(named))
     return " ".join(filter(None, said))
+
+
+def _among(result: LadderResult, run: LadderRun) -> str:
+    """An arm's name; of one beside which all compute in bfloat16, what they have in common."""
+    tokens = _stage_tokens(result, run)
+    return f"all on {millions(tokens)} tokens" if _precision(result, tokens) else run["size"]
 
 
 def millions(tokens: float) -> str:
@@ -51,13 +51,18 @@ def millions(tokens: float) -> str:
 
 
 def budget(result: LadderResult, tokens: int) -> str:
-    """64M tokens; 64M tokens (bfloat16) if the stage has bf16."""
-    return f"{millions(tokens)} tokens" + (" (bfloat16)" if _all_bf16(result, tokens) else "")
+    """64M tokens; 64M tokens (bfloat16) if all its trainings computed in that."""
+    return f"{millions(tokens)} tokens{_precision(result, tokens)}"
 
 
-def _all_bf16(result: LadderResult, tokens: int) -> bool:
-    stages = result["ladder"]["stages"].values()  # those of an older result lack bf16
-    return any(stage.get("bf16") for stage in stages if stage["tokens"] == tokens)
+def _short(result: LadderResult, tokens: int) -> str:
+    return f"{millions(tokens)}{_precision(result, tokens)}"
+
+
+def _precision(result: LadderResult, tokens: int) -> str:
+    runs = [run for run in _trained(result) if _stage_tokens(result, run) == tokens]
+    # older runs do not say; --bf16 computes in float32 on a CPU where that is as fast
+    return " (bfloat16)" if {run.get("precision") for run in runs} == {"bfloat16"} else ""
 
 
 def factor(found: Optional[Factor]) -> str:
@@ -130,7 +135,7 @@ def costs(result: LadderResult) -> Rows:
             bound = ("", "> ", "< ")[found["beyond"]]
             rows.append(
                 [
-                    f"{found['arm']}, {millions(found['tokens'])}",
+                    f"{found['arm']}, {_short(result, found['tokens'])}",
                     str(found["seeds"]),
                     f"{bound}{found['factor']:.2f}",
                     f"{bound}{found['with_router']:.2f}",
@@ -215,7 +220,7 @@ def in_bfloat16(result: LadderResult) -> Rows:
         if arm.get("float32_twin")  # a result of before it has none
     }
     for tokens in _trained_tokens(result):
-        if _all_bf16(result, tokens):
+        if _precision(result, tokens):
             continue
         runs = by_arm([r for r in _trained(result) if _stage_tokens(result, r) == tokens])
         for name, twin in twins.items():
@@ -274,7 +279,7 @@ def against_forecast(result: LadderResult, forecasts: Sequence[Forecast]) -> Row
             continue
         numbers = [one["trend_tokens"], one["trend_updates"], *one["laws"].values()]
         cells = ["-" if value is None else f"{value:.2f}" for value in numbers]
-        rows.append([f"{one['arm']}, {millions(one['tokens'])}", factor(measured), *cells])
+        rows.append([f"{one['arm']}, {_short(result, one['tokens'])}", factor(measured), *cells])
     return [head, *rows]
 
 
@@ -311,7 +316,9 @@ def page(result: LadderResult) -> str:
         parts += ["## Against the forecast", markdown(against_forecast(result, forecasts))]
     grown = ", ".join(f"{name} {signed(by)} %" for name, by in growth(result))
     if grown:
-        parts += [f"The saving in domain grows with each doubling of tokens by: {grown}."]
+        mixed = len({_precision(result, tokens) for tokens in budgets(result)}) > 1
+        across = ", from float32 to bfloat16" * mixed
+        parts += [f"The saving in domain grows with each doubling of tokens{across} by: {grown}."]
     for group in GROUPS:
         if any(group in run["mean"] for run in result["runs"]):
             parts += [f"## Perplexity, {TITLES[group]}", markdown(perplexities(result, group))]
