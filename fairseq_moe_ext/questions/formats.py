@@ -1,9 +1,9 @@
 """How a line of each data set becomes a prompt with candidates.
 
 The first six are the paper's tasks (Artetxe et al. 2021), in formats that follow GPT-3's (Brown et
-al. 2020, appendix G), as the paper does. The paper does not evaluate the other four few-shot; COPA
-and BoolQ have GPT-3's formats, MNLI that of GPT-3's NLI tasks, SST-2 a cloze. docs/priming.md shows
-one of each.
+al. 2020, appendix G), as the paper does. Of the other four, COPA and BoolQ have GPT-3's formats,
+MNLI that of GPT-3's NLI tasks, SST-2 a cloze. docs/priming.md shows one of each, and where the
+authors' own code differs.
 """
 
 import hashlib
