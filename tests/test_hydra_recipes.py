@@ -1,0 +1,47 @@
+"""What docs/hydra.md says of the ready configs."""
+
+import re
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from test_hydra import composed
+
+from fairseq_moe_ext.moe.routing import token_capacity
+
+PAGE = (Path(__file__).resolve().parents[1] / "docs" / "hydra.md").read_text(encoding="utf-8")
+EXPERTS = 512
+
+
+def rows(head):
+    """The cells of a table of the page, by its first line."""
+    lines = PAGE.split(f"{head}\n")[1].split("\n\n")[0].splitlines()[1:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_table_shows_the_settings_of_the_configs():
+    checked = 0
+    for configs, settings, here, there in rows(
+        "| config | setting | here, as printed | by the run's name |"
+    ):
+        assert float(here) != float(there)
+        for config in re.findall(r"`(\w+)`", configs):
+            cfg = composed(config, ["task.data=unused"])
+            for setting in re.findall(r"`([\w.]+)`", settings):
+                value = OmegaConf.select(cfg, setting)
+                assert (value[0] if setting == "optimization.lr" else value) == float(here), config
+                checked += 1
+    assert checked == 12
+
+
+@pytest.mark.parametrize("row", rows("| config | here | by the run's name |"), ids=lambda r: r[0])
+def test_the_table_shows_the_batch_of_one_gpu_and_what_an_expert_takes(row):
+    cfg = composed(row[0].strip("`"), ["task.data=unused"])
+    assert cfg.model.moe_expert_count == EXPERTS
+    sizes = []
+    for cell in row[1:]:
+        size, tokens = map(int, re.match(r"(\d+): (\d+) tokens", cell).groups())
+        assert tokens == token_capacity(size * cfg.task.tokens_per_sample, EXPERTS, factor=2)
+        sizes.append(size)
+    assert sizes[0] == cfg.dataset.batch_size != sizes[1]
+    assert cfg.model.moe_capacity_factor is None  # the number of experts per token: 2
