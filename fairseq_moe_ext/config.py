@@ -200,8 +200,8 @@ class MoETransformerLMConfig(RouterFlags, BalanceFlags):
         default="world_size",
         metadata={
             "help": "divide the experts' gradients, summed over processes, by the world size (like "
-            "all gradients), by its square root, or by the world size times the square root of "
-            "the number of experts (the paper)"
+            "all gradients), by its square root (the paper's models; replicas of an expert are "
+            "averaged first), or by the world size times the square root of the number of experts"
         },
     )
     moe_expert_dropout: Optional[float] = field(

@@ -12,6 +12,7 @@ Every process joins every collective, even without tokens of its own.
 from __future__ import annotations
 
 import functools
+import math
 import time
 from datetime import timedelta
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
@@ -153,6 +154,23 @@ class WorldScope(RoutingScope):
 def replica_count(num_experts: int) -> int:
     """Processes that hold the same experts, if each layer has this many."""
     return max(1, process_count() // max(1, num_experts))
+
+
+def expert_grad_scale(choice: str, experts: int, world_size: int) -> float:
+    """Factor on the experts' gradients, which are sums over the tokens of all processes. Those of
+    other parameters are means over processes.
+
+    Args:
+        choice: of moe_normalize_expert_grad. world_size: the mean, like other parameters.
+            sqrt_world_size: the branch's rule; an expert that several processes hold is averaged
+            over them first. sqrt_num_experts: the mean, divided once more.
+    """
+    replicas = max(1, world_size // experts)
+    return {
+        "world_size": 1 / world_size,
+        "sqrt_world_size": 1 / (replicas * math.sqrt(world_size / replicas)),
+        "sqrt_num_experts": 1 / (world_size * math.sqrt(experts)),
+    }[choice]
 
 
 def sum_of_experts(x: Tensor, replicas: int) -> Tensor:

@@ -104,6 +104,8 @@ def translated_settings(path: str, saved: Dict[str, Any]) -> Dict[str, Any]:
     )
     fraction = settings["moe_eval_capacity_token_fraction"]
     settings["moe_eval_capacity_token_fraction"] = min(fraction, 1.0) if fraction > 0 else -1.0
+    if str(settings["moe_normalize_expert_grad"]) == "sqrt_num_experts":
+        settings["moe_normalize_expert_grad"] = "sqrt_world_size"  # a later name of the same rule
     if str(settings["moe_normalize_expert_grad"]) not in [str(x.value) for x in EXPERT_GRAD_SCALES]:
         settings["moe_normalize_expert_grad"] = "world_size"  # what the branch does with others
     if not settings["moe_freq"]:  # a dense model, whatever its command line said of experts

@@ -10,9 +10,9 @@ import logging
 from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 from ..balance_flags import mapping
-from ..config import defaults
+from ..config import EXPERT_GRAD_SCALES, defaults
 from ..errors import UserError
-from ..expert_parallel import process_rank
+from ..expert_parallel import expert_grad_scale, process_count, process_rank
 from ..moe.router import GateSettings
 from ..router_flags import top_k
 from ..shape import shape_of
@@ -59,6 +59,7 @@ _TOGETHER: Dict[Tuple[str, ...], Callable[[Mapping[str, Any]], Any]] = {
     ("moe_shared_experts", "moe_shared_expert_ffn_dim"): lambda s: shape_of(s).shared_ffn_dim,
     ("moe_normalize_weights", "moe_normalize_gate_prob_before_dropping"): _normalize,
 }
+_GRAD_SCALE = "moe_normalize_expert_grad"
 _SIZES = {"decoder_layers", "decoder_embed_dim", "decoder_ffn_embed_dim"}
 
 
@@ -78,6 +79,33 @@ def warn_of_changed(state: Mapping[str, Any], trainer: Any, filename: str) -> No
         logger.warning(
             f"{filename}: trained with other model flags: {told}: its weights become those of "
             "another model; use the flags that it was trained with, unless you mean the change"
+        )
+
+
+def warn_of_other_gradients(state: Mapping[str, Any], trainer: Any, filename: str) -> None:
+    """By one line, if a resumed optimizer gets larger or smaller gradients of experts than before,
+    by another --moe-normalize-expert-grad or another number of processes."""
+    cfg = state.get("cfg") or {}
+    saved, here = mapping(_model_of(cfg)), mapping(trainer.cfg.model)
+    before = str(saved.get(_GRAD_SCALE))
+    if process_rank() > 0 or before not in EXPERT_GRAD_SCALES.__members__:
+        return
+    if _GRAD_SCALE not in here or not (shape_of(here).sparse and state.get("last_optimizer_state")):
+        return
+    world = mapping(cfg.get("distributed_training") or {}).get("distributed_world_size")
+    now, experts, processes = str(here[_GRAD_SCALE]), here["moe_expert_count"], process_count()
+    trained_on = world if isinstance(world, int) and world > 0 else processes
+    # beside those of other parameters, which are means over processes
+    ratio = (expert_grad_scale(now, experts, processes) * processes) / (
+        expert_grad_scale(before, experts, trained_on) * trained_on
+    )
+    if abs(ratio - 1) > 1e-9:
+        number = "one process" if trained_on == 1 else f"{trained_on} processes"
+        on = f" on {number}" if now == before else ""
+        logger.warning(
+            f"{flag(_GRAD_SCALE)} {now}: {filename} was trained with {before}{on}: the experts' "
+            f"gradients are {ratio:.3g} times as large from here on"
+            + (f"; to keep them, use {flag(_GRAD_SCALE)} {before}" if not on else "")
         )
 
 

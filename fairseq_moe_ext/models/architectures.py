@@ -20,14 +20,15 @@ _COMMON: Dict[str, Any] = {
     "share_decoder_input_output_embed": True,
 }
 
-# Every second layer sparse, 512 experts, top-2 without noise, gate in float32, capacity factor 2,
-# expert gradients scaled by 1 / sqrt(experts).
+# Every second layer sparse, 512 experts, top-2 without noise, gate in float32, capacity factor 2.
+# The paper says that experts' gradients are scaled by 1 / sqrt(experts); the released models'
+# settings, and the code that trained them, divide their sum by the root of the number of processes.
 _MOE: Dict[str, Any] = {
     "moe_freq": 2,
     "moe_expert_count": 512,
     "moe_gating_use_fp32": True,
     "moe_second_expert_policy": "all",
-    "moe_normalize_expert_grad": "sqrt_num_experts",
+    "moe_normalize_expert_grad": "sqrt_world_size",
 }
 
 
@@ -49,7 +50,12 @@ ARCHITECTURES: Dict[str, Dict[str, Any]] = {
     "dense_lm_2_7b": _size(32, 2560, 32),
     "dense_lm_6_7b": _size(32, 4096, 32),
     "dense_lm_13b": _size(40, 5120, 40),
-    "moe_lm_tiny": {**_size(4, 128, 4), **_MOE, "moe_expert_count": 8},
+    "moe_lm_tiny": {
+        **_size(4, 128, 4),
+        **_MOE,
+        "moe_expert_count": 8,
+        "moe_normalize_expert_grad": "world_size",  # the same on any number of processes
+    },
     "moe_lm_15b": {**_size(12, 768, 12), **_MOE},
     "moe_lm_52b": {**_size(24, 1024, 16), **_MOE},
     "moe_lm_207b": {**_size(24, 2048, 32), **_MOE},

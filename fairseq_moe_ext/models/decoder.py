@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ..balance_flags import has_loss
 from ..config import MoETransformerLMConfig
 from ..errors import DAMAGED, NotFinite, UserError, not_finite
-from ..expert_parallel import ExpertParallel, WorldScope, process_count
+from ..expert_parallel import ExpertParallel, WorldScope, expert_grad_scale, process_count
 from ..fully_sharded import wrap_layer
 from ..kernels.dropout import add_dropout, dropout
 from ..kernels.matmul import Linear
@@ -100,7 +100,9 @@ class DecoderLayer(nn.Module):
                 cfg.activation_dropout if cfg.moe_expert_dropout is None else cfg.moe_expert_dropout
             ),
             dropout=cfg.dropout,
-            grad_scale=expert_grad_scale(cfg, process_count()),
+            grad_scale=expert_grad_scale(
+                str(cfg.moe_normalize_expert_grad), cfg.moe_expert_count, process_count()
+            ),
             in_files=cfg.moe_experts_on_disk,
         )
 
@@ -384,14 +386,3 @@ def _build_layer(cfg: MoETransformerLMConfig, index: int, token_counts: Sequence
     layer = DecoderLayer(cfg, index, token_counts)
     experts = layer.moe_layer.experts if layer.moe_layer is not None else None
     return wrap_layer(layer, experts, 0 if cfg.checkpoint_activations else cfg.min_params_to_wrap)
-
-
-def expert_grad_scale(cfg: MoETransformerLMConfig, world_size: int) -> float:
-    """Factor on the experts' gradients, which are sums over the tokens of all processes. Those of
-    other parameters are means over processes; moe_normalize_expert_grad's first choice is the same
-    for experts."""
-    return {
-        "world_size": 1 / world_size,
-        "sqrt_world_size": 1 / math.sqrt(world_size),
-        "sqrt_num_experts": 1 / world_size / math.sqrt(cfg.moe_expert_count),
-    }[str(cfg.moe_normalize_expert_grad)]

@@ -66,6 +66,7 @@ def load_checkpoint_to_cpu(stock, path, arg_overrides=None, *args, **kwargs):
         loading.count_updates_as_here(state, under_way.trainer)
         resuming.forget_other_validations(state, under_way.trainer, path)
         resuming.fit_schedule(state, under_way.trainer, path)
+        model_flags.warn_of_other_gradients(state, under_way.trainer, path)
     if under_way is not None:
         resuming.check_questions(state, under_way.trainer, path)
         resuming.note_corpora(state, under_way.trainer)

@@ -127,6 +127,29 @@ def test_a_start_from_other_model_flags_is_warned_of_once(train, trained, tmp_pa
     assert status == 0 and f"Loaded checkpoint {last}" in log and "other model flags" not in log
 
 
+def test_other_gradients_of_experts_are_warned_of_where_their_optimizer_goes_on(
+    train, trained, tmp_path
+):
+    last = trained / "checkpoint_last.pt"
+    saved = torch.load(last, weights_only=False)["cfg"]["model"]
+    before, experts = saved["moe_normalize_expert_grad"], saved["moe_expert_count"]
+    other = "--moe-normalize-expert-grad sqrt_num_experts"
+    told = f"{other}: {last} was trained with {before}: the experts' gradients are"
+    for number, (flags, words) in enumerate(
+        (
+            (f"--restore-file {last} {other}", f"{told} {experts**-0.5:.3g} times as large"),
+            (f"--restore-file {last} --reset-optimizer {other}", ""),
+            (f"--finetune-from-model {last} {other}", ""),
+            (f"--restore-file {last}", ""),
+            # one process: the mean and the sum by its root are one
+            (f"--restore-file {last} --moe-normalize-expert-grad sqrt_world_size", ""),
+        )
+    ):
+        status, _, log = train(f"--save-dir {tmp_path}/{number} {flags} --max-update 7")
+        assert status == 0 and log.count("the experts' gradients are") == bool(words)
+        assert words in log
+
+
 def test_the_suffix_of_a_shard_counts(tmp_path):
     cfg = SimpleNamespace(save_dir=str(tmp_path), restore_file=f"{tmp_path}/x.pt")
     cfg.finetune_from_model, cfg.no_save = None, False

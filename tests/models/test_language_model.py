@@ -7,7 +7,8 @@ from small_models import KINDS, MOE, SMALL, VOCABULARY, build_model, make_config
 
 from fairseq_moe_ext.config_checks import validate
 from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.models.decoder import LayerRecord, expert_grad_scale
+from fairseq_moe_ext.expert_parallel import expert_grad_scale
+from fairseq_moe_ext.models.decoder import LayerRecord
 from fairseq_moe_ext.moe.layer import MoEOutput
 
 
@@ -199,13 +200,23 @@ def test_expert_width_of_its_own():
 
 
 @pytest.mark.parametrize(
-    "choice, factor",
-    [("world_size", 0.25), ("sqrt_world_size", 0.5), ("sqrt_num_experts", 0.25 * 6**-0.5)],
+    "choice, processes, factor",
+    [
+        ("world_size", 4, 1 / 4),
+        ("sqrt_world_size", 4, 1 / 2),
+        ("sqrt_num_experts", 4, 1 / 4 * 8**-0.5),
+        ("world_size", 32, 1 / 32),
+        (
+            "sqrt_world_size",
+            32,
+            1 / 4 * 8**-0.5,
+        ),  # the mean of four replicas, then the root of 32/4
+        ("sqrt_num_experts", 32, 1 / 32 * 8**-0.5),
+    ],
 )
-def test_scale_of_the_gradients_of_experts(choice, factor):
-    """On 4 processes, where they are sums over all tokens."""
-    cfg = make_config(**MOE, moe_normalize_expert_grad=choice)
-    assert expert_grad_scale(cfg, 4) == pytest.approx(factor)
+def test_scale_of_the_gradients_of_experts(choice, processes, factor):
+    """Of eight experts. They are sums over all tokens."""
+    assert expert_grad_scale(choice, 8, processes) == pytest.approx(factor)
 
 
 def test_expert_gradients_are_scaled(tokens):

@@ -160,6 +160,7 @@ def test_the_studies_of_the_ladder():
             "decoder-attention-heads": 5,
             "moe-freq": 1,
             "moe-dropless": True,
+            "moe-normalize-expert-grad": "sqrt_num_experts",
             "moe-expert-count": 256,
             "moe-expert-ffn-dim": 160,
             "moe-top-k": 4,
