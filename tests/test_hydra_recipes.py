@@ -1,12 +1,14 @@
-"""What docs/hydra.md says of the ready configs."""
+"""What docs/hydra.md and the first lines of the ready configs say of them."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from test_hydra import composed
+from test_hydra import CONF, RECIPES, composed
 
+from fairseq_moe_ext import cli
 from fairseq_moe_ext.moe.routing import token_capacity
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "hydra.md").read_text(encoding="utf-8")
@@ -45,3 +47,26 @@ def test_the_table_shows_the_batch_of_one_gpu_and_what_an_expert_takes(row):
         sizes.append(size)
     assert sizes[0] == cfg.dataset.batch_size != sizes[1]
     assert cfg.model.moe_capacity_factor is None  # the number of experts per token: 2
+
+
+def gigabytes(capsys, command):
+    assert cli.main([*command.split()[1:], "--json"]) == 0
+    return json.loads(capsys.readouterr().out)["recompute"]["bytes_per_device"]["total"] / 1e9
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_what_does_not_fit_on_a_gpu_of_80_gb_names_the_remedy(name, capsys):
+    text = (CONF / f"{name}.yaml").read_text(encoding="utf-8").split("\ndefaults:")[0]
+    head = " ".join(line.lstrip("# ") for line in text.splitlines())
+    size, gpus = re.search(r"batch_size (\d+) x update_freq \d+ x (\d+) GPUs", head).groups()
+    shared = f"--batch-size {size} --precision memory-efficient-fp16"
+    plain = f"fairseq-moe cost --arch {name} --world-size {gpus} {shared}"
+    remedy = re.search(r"=fully_sharded each of (\d+) GPUs needs ([\d.]+) GB, by `(.*)`\.", head)
+    assert bool(remedy) == (gigabytes(capsys, plain) > 80)
+    if remedy:
+        gpus, needed, command = remedy.groups()
+        sharded = f"fairseq-moe cost --arch {name} --world-size {gpus} {shared} --sharding full"
+        assert command == f"{sharded} --checkpoint-activations"
+        assert needed == f"{gigabytes(capsys, command):.1f}" and float(needed) < 80
+        cfg = composed(name, ["task.data=x", "distributed_training.ddp_backend=fully_sharded"])
+        assert cfg.distributed_training.ddp_backend == "fully_sharded"
