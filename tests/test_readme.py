@@ -83,6 +83,9 @@ def folder(tmp_path_factory):
         (path / "text" / "code" / f"{i}.py").write_text("\n\n".join(document() for _ in range(2)))
     lines = "\n".join(json.dumps({"text": document()}) for _ in range(60))
     (path / "text" / "mail.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    sets = ["Enron Emails", "Gutenberg (PG-19)"]
+    of_the_pile = [{"text": document(), "meta": {"pile_set_name": sets[i % 2]}} for i in range(5)]
+    (path / "test.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in of_the_pile))
     (path / "questions").mkdir()
     for split in ("train", "valid", "test"):
         lines = [
@@ -116,8 +119,11 @@ def script(folder, page, title=None):
 @pytest.fixture(scope="module")
 def trained(folder):
     """What the pages after these two start from."""
+    run(folder, sys.executable, "-c", blocks("docs/prepare.md", "python", "The Pile"))
     output = script(folder, "docs/prepare.md")
     assert re.search(r"mail \(held out\) +test +\d+", output)
+    assert re.search(r"Enron-Emails \(held out\) +test +3 ", output)
+    assert re.search(r"Gutenberg-PG-19 \(held out\) +test +2 ", output)
     assert (folder / "more" / "letters" / "test.bin").stat().st_size > 0
 
     output = script(folder, "docs/train.md")
