@@ -1051,8 +1051,10 @@ def test_the_result_with_fixed_rates_that_is_committed():
     for group in GROUPS:
         assert markdown(tables.over_tokens(found, group)).strip() in text
     assert markdown(tables.costs(found)).strip() in text
-    for name in {run["size"] for run in found["runs"]}:
-        runs = sorted((r for r in found["runs"] if r["size"] == name), key=lambda run: run["seed"])
+    by_stage = {name: stage["tokens"] for name, stage in found["ladder"]["stages"].items()}
+    for name, tokens in {(run["size"], by_stage[run["stage"]]) for run in found["runs"]}:
+        runs = tables.runs_of(found, name, tokens)
+        runs.sort(key=lambda run: run["seed"])
         cells = [name, ", ".join(str(run["seed"]) for run in runs)]
         for group in GROUPS:
             cells.append(", ".join(f"{run['mean'][group]['perplexity']:.1f}" for run in runs))
