@@ -93,7 +93,7 @@ def name_the_optimizer_as_here(state: Dict[str, Any], trainer: Trainer) -> None:
     models on a CPU, keep them themselves and need no wrapper. Either can resume from the other, but
     stock compares the names (fairseq/trainer.py:597@0.12.2)."""
     history = state.get("optimizer_history")
-    if not history or state.get("last_optimizer_state") is None:
+    if not history:
         return
     saved, own, wrapper = history[-1]["optimizer_name"], trainer.optimizer, "FP16Optimizer"
     if type(own).__name__ == wrapper and trainer.cfg.common.bf16:
@@ -113,8 +113,8 @@ def count_updates_as_here(state: Dict[str, Any], trainer: Trainer) -> None:
     (fairseq/optim/fused_adam.py:302@0.12.2), fairseq's and ours one for each parameter."""
     own = type(getattr(trainer.optimizer, "optimizer", None)).__name__
     of_groups = own == "FusedAdamV2"
-    saved = state.get("last_optimizer_state")
-    if saved is None or not (of_groups or own in ("Adam", "FusedAdam")):
+    saved = state["last_optimizer_state"]
+    if not (of_groups or own in ("Adam", "FusedAdam")):
         return
     if "state" not in saved:  # that of --optimizer composite, which stock will refuse
         return

@@ -239,8 +239,6 @@ def note_corpora(state: Mapping[str, Any], trainer: Trainer) -> None:
 
 def warn_of_a_new_optimizer(state: Mapping[str, Any], filename: str) -> None:
     """Stock starts anew without saying so where a file has no optimizer state."""
-    if state.get("last_optimizer_state") is not None:
-        return
     place = (state.get("extra_state") or {}).get("train_iterator") or {}
     epoch, batches = place.get("epoch", 1), place.get("iterations_in_epoch", 0)
     data = f"in epoch {epoch}" if epoch > 1 or batches else "from their beginning"

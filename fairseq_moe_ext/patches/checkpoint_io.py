@@ -7,10 +7,11 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, Optional, Sequence, Tuple
+from typing import Any, Dict, Optional, Sequence, Tuple
 
 import torch.distributed as dist
 from fairseq.file_io import PathManager
+from fairseq.trainer import Trainer
 
 from fairseq_today.errors import UserError
 from fairseq_today.registry import View
@@ -60,12 +61,11 @@ def load_checkpoint_to_cpu(stock, path, arg_overrides=None, *args, **kwargs):
     else:
         state = read(files, arg_overrides, under_way and under_way.shapes)
     if under_way is not None and under_way.optimizer:
-        if process_rank() == 0:
-            resuming.warn_of_a_new_optimizer(state, path)
-        loading.name_the_optimizer_as_here(state, under_way.trainer)
-        loading.count_updates_as_here(state, under_way.trainer)
         resuming.forget_other_validations(state, under_way.trainer, path)
-        resuming.fit_schedule(state, under_way.trainer, path)
+        if state.get("last_optimizer_state") is not None:
+            _fit_optimizer(state, under_way.trainer, path)
+        elif process_rank() == 0:
+            resuming.warn_of_a_new_optimizer(state, path)
         model_flags.warn_of_other_gradients(state, under_way.trainer, path)
     if under_way is not None:
         resuming.check_questions(state, under_way.trainer, path)
@@ -77,6 +77,15 @@ def load_checkpoint_to_cpu(stock, path, arg_overrides=None, *args, **kwargs):
     pad_rule.note(state)
     fingerprint.note(state, path)
     return state
+
+
+def _fit_optimizer(state: Dict[str, Any], trainer: Trainer, path: str) -> None:
+    """Let this run's optimizer and schedule take the saved state. This builds the optimizer, whose
+    float32 copies (--fp16) are of the weights before those of the file. Stock builds another one
+    after these, but only from a file with a state of it (fairseq/trainer.py:587@0.12.2)."""
+    loading.name_the_optimizer_as_here(state, trainer)
+    loading.count_updates_as_here(state, trainer)
+    resuming.fit_schedule(state, trainer, path)
 
 
 def load_model_ensemble_and_task(

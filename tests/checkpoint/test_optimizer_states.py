@@ -6,8 +6,20 @@ import pytest
 import torch
 from fairseq import tasks
 from fairseq.trainer import Trainer
+from fairseq_cli import train as fairseq_train
 from processes import run_processes
-from training import SAVED, TRAIN, copy_of, error_of, fit_manifest, settings, train, train_on
+from training import (
+    SAVED,
+    SHARDED,
+    TRAIN,
+    USER_DIR,
+    copy_of,
+    error_of,
+    fit_manifest,
+    settings,
+    train,
+    train_on,
+)
 
 from fairseq_moe_ext.checkpoint.format import Piece
 from fairseq_moe_ext.checkpoint.loading import _own_optimizer_state, count_updates_as_here
@@ -87,6 +99,50 @@ def test_an_optimizer_state_that_does_not_fit_is_told_in_one_line(data, runs):
     assert "--moe-freeze" in error_of(0, train, 1, f"{line} --moe-freeze experts")
     for message in run_processes(2, error_of, train, 2, f"{line} --optimizer sgd"):
         assert "--reset-optimizer" in message
+
+
+STOCK = f"--user-dir {USER_DIR} --task language_modeling --arch transformer_lm --cpu"
+STOCK += " --decoder-layers 1 --decoder-embed-dim 8 --decoder-ffn-embed-dim 12 --optimizer adam"
+STOCK += " --decoder-attention-heads 2 --tokens-per-sample 8 --num-workers 0 --disable-validation"
+DENSE = f"{TRAIN} --arch dense_lm_tiny --moe-freq 0"
+WEIGHTS_ALONE = {
+    "sparse": (1, f"{TRAIN} --moe-expert-count 4 --fp16"),
+    "reset": (1, f"{TRAIN} --moe-expert-count 4 --fp16 --reset-optimizer"),
+    "dense": (2, f"{DENSE} --fp16"),
+    "sharded": (2, f"{DENSE} --fp16 {SHARDED} 0"),
+    "stock": (1, f"{STOCK} --fp16"),
+    "stock, bfloat16": (1, f"{STOCK} --bf16"),  # as our models on a GPU
+}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS_ALONE)
+def test_an_update_of_half_precision_begins_from_the_weights_of_a_file(data, tmp_path, kind):
+    """fairseq's optimizers copy the weights in float32 when they are built, and an update writes
+    the copies back. From a file without optimizer state stock builds it once."""
+    world, line = WEIGHTS_ALONE[kind]
+    line = f"{data} {line} --batch-size 4 --max-update 1 --fp16-init-scale 4"
+    run(world, f"{line} --lr 0.01 --no-save-optimizer-state --save-dir {tmp_path}/first")
+    path = f"{tmp_path}/first/checkpoint_last.pt"
+    run(world, f"{line} --lr 1e-9 --seed 7 --restore-file {path} --save-dir {tmp_path}/then")
+    before, after = (
+        torch.load(tmp_path / folder / "checkpoint_last.pt", weights_only=False)["model"]
+        for folder in ("first", "then")
+    )
+    assert before.keys() == after.keys()
+    rounding = 2**-8 if "--bf16" in line else 2**-10
+    for name, value in before.items():
+        if not name.endswith("._float_tensor"):  # of stock, which never fills it
+            torch.testing.assert_close(after[name], value, rtol=rounding, atol=1e-7)
+
+
+def run(world, line):
+    if world == 1:
+        return of_process(0, 1, line)
+    run_processes(world, of_process, world, line)
+
+
+def of_process(rank, world, line):
+    fairseq_train.main(settings(line, rank, world))
 
 
 @pytest.mark.parametrize("part", ["shared", "experts"])
