@@ -47,8 +47,6 @@ def _pays(q: Tensor, dropout: float) -> bool:
     return q.dtype in (torch.float32, torch.float64) and (dropout > 0 or products_by_onednn(q))
 
 
-# Called between two compiled parts, it draws the same dropout with and without --compile.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
     """(B, H, S, d) each, of one precision -> (B, H, S, d), once differentiable.
 

@@ -6,6 +6,7 @@ from typing import Any, Callable, Dict, Union
 import torch
 
 from ..errors import UserError
+from . import attention
 
 # Compiled dropout draws the same random numbers as dropout that is not compiled.
 _OPTIONS: Dict[str, Union[str, int, bool, Callable[..., Any]]] = {"fallback_random": True}
@@ -15,7 +16,15 @@ _OPTIONS: Dict[str, Union[str, int, bool, Callable[..., Any]]] = {"fallback_rand
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, compiled at the first call with each kind of input. It is not kept in
     a module, which could then be neither copied nor saved. Layers of one shape share it."""
+    _keep_out_of_attention()
     return torch.compile(function, options=_OPTIONS)
+
+
+@functools.cache
+def _keep_out_of_attention() -> None:
+    """Call our attention between two compiled parts: it draws the same dropout with and without
+    --compile. As a decorator this would import torch._dynamo, in 0.8 s, in every command."""
+    attention.causal_attention = torch.compiler.disable(attention.causal_attention)
 
 
 @functools.cache
