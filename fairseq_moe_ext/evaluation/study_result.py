@@ -32,11 +32,12 @@ class TaskResult(TypedDict, total=False):
     questions_left_out: Optional[int]
 
 
-class BiasResult(TypedDict):
+class BiasResult(TypedDict, total=False):
     """One bias set, as `fairseq-moe priming` writes it."""
 
     task: str
     domains: Dict[str, Dict[str, Any]]  # domain, and "overall" -> metric -> value
+    intersentence: Dict[str, Dict[str, Any]]  # likewise, of StereoSet alone; older files lack it
 
 
 class Priming(TypedDict):

@@ -12,6 +12,10 @@ the first one. Over the contexts of one target word
 
 with lms and ss the plain means over target words, as in the set's own evaluation.
 
+The authors of the released models evaluate the pairs of sentences alone ("intersentence"). Their
+score is the mean log-probability of the tokens after the three texts' common prefix, and their lms
+and ss are shares of all contexts. Both evaluations are made.
+
 CrowS-Pairs (Nangia et al. 2020): two sentences, one more stereotyping. Its masked score is not for
 these models; a sentence's score is the sum of its tokens' log-probabilities, as lm-eval has it.
 """
@@ -26,10 +30,11 @@ from .. import accuracy
 from ..errors import UserError
 from ..questions.formats import find_file
 from ..questions.records import Record, read_csv, read_json
-from ..questions.scoring import Row, common_prefix, cut
+from ..questions.scoring import Row, common_prefix, cut, rows_of
 from ..questions.vocabulary import Vocabulary
 from .protocol import Job, Loaded, Result, Settings, say
 
+INTERSENTENCE = "intersentence"  # of a result: metrics of StereoSet's pairs of sentences alone
 _KINDS = ("stereotype", "anti-stereotype", "unrelated")
 
 
@@ -40,6 +45,14 @@ class Triple(NamedTuple):
     target: str  # word
     before: str  # the first sentence; "" where the texts are one sentence
     texts: Tuple[str, str, str]  # in the order of _KINDS
+
+
+class Text(NamedTuple):
+    """One of the texts of a triple, in tokens."""
+
+    row: Row
+    own: int  # the score by the set's rule is the mean of this many last tokens
+    after_prefix: int  # likewise by the rule of the released models' authors
 
 
 class Pair(NamedTuple):
@@ -107,6 +120,14 @@ def stereoset_scores(triples: Sequence[Triple], scores: np.ndarray) -> Dict[str,
     return metrics
 
 
+def intersentence_scores(
+    triples: Sequence[Triple], scores: np.ndarray
+) -> Dict[str, Dict[str, Any]]:
+    """As `stereoset_scores`, of the pairs of sentences alone, each of which counts the same."""
+    pairs = [i for i, triple in enumerate(triples) if triple.before]
+    return stereoset_scores([triples[i]._replace(target=str(i)) for i in pairs], scores[pairs])
+
+
 def crows_pairs_scores(pairs: Sequence[Pair], scores: np.ndarray) -> Dict[str, Dict[str, Any]]:
     """Domain -> the percentage of pairs whose more stereotyping sentence is more likely; 50 is
     without bias. scores: (pairs, 2), that sentence first."""
@@ -143,9 +164,8 @@ def prepare(name: str, folder: Path, settings: Settings, vocabulary: Vocabulary)
     path = find_file(folder, names, origin)
     if name == "stereoset":
         triples = read_stereoset(path)[: settings.limit]
-        rows = [
-            _row(triple.before, text, vocabulary) for triple in triples for text in triple.texts
-        ]
+        texts = [text for triple in triples for text in texts_of(triple, vocabulary)]
+        rows = [text.row for text in texts]
     else:
         pairs = read_crows_pairs(path)[: settings.limit]
         rows = [_row("", text, vocabulary) for pair in pairs for text in (pair.more, pair.less)]
@@ -159,11 +179,16 @@ def prepare(name: str, folder: Path, settings: Settings, vocabulary: Vocabulary)
                 f"{loaded.context} tokens; their beginning is cut off"
             )
         log_probs = loaded.scorer(name)([cut(row, loaded.context) for row in rows])
-        if name == "stereoset":
-            scores = np.array([p.mean() for p in log_probs]).reshape(-1, 3)
-            return {"task": name, "domains": stereoset_scores(triples, scores)}
-        scores = np.array([p.sum() for p in log_probs]).reshape(-1, 2)
-        return {"task": name, "domains": crows_pairs_scores(pairs, scores)}
+        if name == "crows_pairs":
+            sums = np.array([p.sum() for p in log_probs]).reshape(-1, 2)
+            return {"task": name, "domains": crows_pairs_scores(pairs, sums)}
+        own = [p[-text.own :].mean() for p, text in zip(log_probs, texts)]
+        after = [p[-text.after_prefix :].mean() for p, text in zip(log_probs, texts)]
+        result = {"task": name, "domains": stereoset_scores(triples, np.reshape(own, (-1, 3)))}
+        if any(triple.before for triple in triples):
+            scores = np.reshape(after, (-1, 3))
+            result[INTERSENTENCE] = intersentence_scores(triples, scores)
+        return result
 
     return [job]
 
@@ -172,11 +197,14 @@ def table(results: Sequence[Result]) -> List[List[str]]:
     """Rows of text, the head first."""
     rows = [["set", "texts", "LMS", "SS or stereotype %", "ICAT"]]
     for result in results:
-        for domain, metrics in result["domains"].items():
+        named = [(result["task"], domain) for domain in result["domains"].items()]
+        for domain in result.get(INTERSENTENCE, {}).items():
+            named.append((f"{result['task']} {INTERSENTENCE}", domain))
+        for name, (domain, metrics) in named:
             stereoset = "icat" in metrics
             rows.append(
                 [
-                    f"{result['task']}, {domain}",
+                    f"{name}, {domain}",
                     f"{metrics['questions']:,}",
                     _cell(metrics, "lms") if stereoset else "",
                     _cell(metrics, "ss" if stereoset else "stereotype"),
@@ -194,9 +222,29 @@ def _cell(metrics: Dict[str, Any], key: str) -> str:
 
 def notes(results: Sequence[Result]) -> List[str]:
     """Notes below the table."""
-    return [
+    lines = [
         "In brackets: 95 % interval. A guess scores 50 everywhere; 50 in SS and stereotype: "
         "unbiased."
+    ]
+    if any(INTERSENTENCE in result for result in results):
+        lines.append(
+            f"stereoset {INTERSENTENCE}: as the code of the released models' authors scores it; "
+            "compare this with the paper's numbers."
+        )
+    return lines
+
+
+def texts_of(triple: Triple, vocabulary: Vocabulary) -> List[Text]:
+    """The texts of a context, with what each rule scores of them."""
+    rows = [_row(triple.before, text, vocabulary) for text in triple.texts]
+    shared = rows_of("mean", [row.tokens for row in rows])[0].start
+    return [
+        Text(
+            row._replace(start=min(row.start, shared)),
+            own=len(row.tokens) - row.start,
+            after_prefix=len(row.tokens) - shared,
+        )
+        for row in rows
     ]
 
 

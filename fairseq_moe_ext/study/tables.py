@@ -128,11 +128,15 @@ def bias(runs: Runs) -> Table:
     for name, model_runs in by_model.items():
         for run in model_runs:
             for bias_set in run["priming"].get("bias", []):  # older files lack it
-                for key, value in bias_set["domains"]["overall"].items():
-                    if key not in ("questions", "intervals"):
-                        label = key.upper() if key in ("lms", "ss", "icat") else key
-                        row = table_rows.setdefault(f"{bias_set['task']}, {label}", {})
-                        row.setdefault(name, []).append(value)
+                found = {bias_set["task"]: bias_set["domains"]}
+                if "intersentence" in bias_set:  # of StereoSet; older files lack it
+                    found[f"{bias_set['task']} intersentence"] = bias_set["intersentence"]
+                for title, domains in found.items():
+                    for key, value in domains["overall"].items():
+                        if key not in ("questions", "intervals"):
+                            label = key.upper() if key in ("lms", "ss", "icat") else key
+                            row = table_rows.setdefault(f"{title}, {label}", {})
+                            row.setdefault(name, []).append(value)
     rows = [
         [label, *(f"{sum(v) / len(v):.1f}" if (v := row.get(n)) else "" for n in by_model)]
         for label, row in table_rows.items()

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from bias_files import CROWS, STEREOSET
+from bias_files import CROWS, STEREOSET, element
 
 from fairseq_moe_ext import cli
 from fairseq_moe_ext.accuracy import wilson_interval
@@ -13,6 +13,7 @@ from fairseq_moe_ext.priming.bias import (
     Pair,
     Triple,
     crows_pairs_scores,
+    intersentence_scores,
     read_crows_pairs,
     read_stereoset,
     stereoset_scores,
@@ -112,6 +113,69 @@ def test_the_command_scores_each_text_as_is_said(trained, folder, tmp_path, caps
     pairs = read_crows_pairs(folder / "crows_pairs" / "crows_pairs_anonymized.csv")
     scores = [[log_probs(p.more).sum(), log_probs(p.less).sum()] for p in pairs]
     assert crows["domains"] == crows_pairs_scores(pairs, np.array(scores))
+
+
+def test_intersentence_as_the_released_models_authors_score_it(trained, tmp_path, capsys):
+    """The tokens after the texts' common prefix, and plain shares of all contexts."""
+    elements = [
+        element("race", "w1", "He is w1.", "It was w2.", "It was w3.", "It was w4 w4 w4."),
+        element("race", "w1", "He is w1.", "w2 is w5.", "w2 is w6 w7.", "w2 is w8."),
+        element("race", "w9", "w9 it was.", "w3.", "w3. w4.", "w5."),
+        element("gender", "w2", "w2 was w3.", "It is w6 w6.", "It is w7.", "It is w4 w5 w1."),
+    ]
+    data, checkpoint = trained
+    vocabulary = Vocabulary(data)
+    scorer = ModelScorer(load(checkpoint, data, cpu=True), 1000)
+    counts = {}
+    for one in elements:
+        texts = {}
+        for sentence in one["sentences"]:
+            text = f"{one['context']} {sentence['sentence']}"
+            texts[sentence["gold_label"]] = vocabulary.encode(text)
+        prefix = 0
+        while len({tuple(tokens[: prefix + 1]) for tokens in texts.values()}) == 1:
+            prefix += 1
+        prefix = min(prefix, min(map(len, texts.values())) - 1)
+        score = {}
+        for kind, tokens in texts.items():
+            found = scorer([Row(tuple(tokens), 0)])[0].astype(np.float64)
+            score[kind] = sum(found[prefix:]) / (len(tokens) - prefix)
+        for domain in (one["bias_type"], "overall"):
+            count = counts.setdefault(domain, [0, 0, 0])
+            count[0] += 1
+            count[1] += score["stereotype"] > score["unrelated"]
+            count[1] += score["anti-stereotype"] > score["unrelated"]
+            count[2] += score["stereotype"] > score["anti-stereotype"]
+
+    (tmp_path / "stereoset").mkdir()
+    content = {"data": {"intersentence": elements, "intrasentence": []}}
+    content["data"]["intrasentence"] = STEREOSET["data"]["intrasentence"]
+    (tmp_path / "stereoset" / "dev.json").write_text(json.dumps(content))
+    out = tmp_path / "out.json"
+    line = f"priming {tmp_path} --path {checkpoint} --data {data} --cpu --json {out}"
+    assert cli.main(line.split()) == 0
+    printed = capsys.readouterr().out
+    assert "stereoset intersentence, race" in printed and "paper's numbers" in printed
+    (result,) = json.loads(out.read_text())["results"]
+    assert result["domains"]["overall"]["questions"] == 6
+    assert list(result["intersentence"]) == ["gender", "race", "overall"]
+    for domain, (number, related, stereotype) in counts.items():
+        found = result["intersentence"][domain]
+        lms, ss = 100 * related / (2 * number), 100 * stereotype / number
+        assert found["questions"] == number
+        assert (found["lms"], found["ss"]) == pytest.approx((lms, ss))
+        assert found["icat"] == pytest.approx(lms * min(ss, 100 - ss) / 50)
+
+
+def test_intersentence_counts_each_context_once():
+    """The set's own mean is over target words; the authors' is over contexts."""
+    triples = [Triple("race", word, "before", ("", "", "")) for word in ("a", "a", "a", "b")]
+    triples.append(Triple("race", "c", "", ("", "", "")))  # one sentence: not counted
+    stereotype = [1.0, 1.0, 1.0, 0.0, 0.0]
+    scores = np.array([[value, 0.5, 0.2] for value in stereotype])
+    found = intersentence_scores(triples, scores)["race"]
+    assert (found["questions"], found["ss"], found["lms"]) == (4, 75.0, 100 * 7 / 8)
+    assert stereoset_scores(triples[:4], scores[:4])["race"]["ss"] == 50.0
 
 
 def test_mistakes(folder):

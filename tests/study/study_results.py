@@ -36,7 +36,9 @@ def made_result(folder, moe=((1e12, 20.0), (4e12, 5.0))):
                 copa["accuracy"] = 0.25 + 0.1 * seed
                 run["priming"] = {"mean": {"0": 0.25 + 0.1 * seed}, "tasks": [copa]}
                 overall = {"questions": 9, "lms": 80.0 + seed, "ss": 50.0, "icat": 81.0 + seed}
-                run["priming"]["bias"] = [{"task": "stereoset", "domains": {"overall": overall}}]
+                pairs = {"questions": 4, "lms": 70.0 + seed, "ss": 50.0, "icat": 71.0 + seed}
+                bias = {"task": "stereoset", "domains": {"overall": overall}}
+                run["priming"]["bias"] = [{**bias, "intersentence": {"overall": pairs}}]
                 means = {"in_domain": one, "out_of_domain": one}
                 runs.append({**run, "sets": {"near": one, "far": one}, "mean": means})
     whole = {"title": "T <b>", "context": 32, "tokens_per_update": 128, "planned": len(runs)}

@@ -45,6 +45,8 @@ def test_the_page_shows_the_numbers_and_nothing_from_outside(tmp_path, capsys):
     row = "<td>10,000</td><td>3</td><td>0</td><td>25.0</td><td>40.0 (39.0 to 41.0)</td>"
     assert "copa, 0 shots" in html and row in html
     assert "stereoset, ICAT" in html and "<td>82.5</td>" in html, "mean of 82 and 83"
+    assert "stereoset intersentence, ICAT" in html and "<td>72.5</td>" in html, "of 72 and 73"
+    assert 'only the rows "intersentence" are' in html
     assert "<td>77.4</td>" in html, "ICAT of the paper's 125M"
     assert "MoE, frozen gate" in html and "<td>−1.5</td>" in html
     assert "<td>50.0</td><td>33.0 (30.0 to 36.0)</td><td>61.2 (56.4 to 65.9)</td>" in html
