@@ -203,12 +203,12 @@ def _check(args: argparse.Namespace, checkpoints: List[Path], words: List[str]) 
 
 
 def _check_room(args: argparse.Namespace, path: Path) -> None:
-    """Raise UserError if not even a prompt of one token leaves room for --max-tokens. It looks at
-    the settings alone."""
+    """Raise UserError if not even an empty prompt leaves room for --max-tokens. It looks at the
+    settings alone."""
     if args.max_tokens is None:
         return
     most = most_tokens(path, parse_overrides(args.model_overrides))
-    if most is not None and args.max_tokens >= most:
+    if most is not None and args.max_tokens > most:
         raise UserError(
             f"--max-tokens {args.max_tokens}: {path} takes {most:,} tokens, those of the prompt "
             "included; lower it"

@@ -65,6 +65,11 @@ def test_too_many_tokens_are_refused_before_the_weights_are_read(runs, generate,
         )
 
 
+def test_a_text_from_its_beginning_may_have_all_tokens_of_the_context(generate):
+    assert generate("", "--max-tokens", 32).out
+    assert "--max-tokens 33: " in generate("", "--max-tokens", 33, status=1).err
+
+
 @pytest.mark.parametrize("task", ["mixture_language_modeling", "language_modeling"])
 def test_a_folder_that_fairseq_takes_for_two_is_named(runs, generate, tmp_path, task, capsys):
     """A run, or data, of before such names were refused."""
