@@ -51,9 +51,29 @@ def _normalize(settings: Mapping[str, Any]) -> Optional[str]:
     ).normalize
 
 
+def _widths(settings: Mapping[str, Any]) -> Any:
+    """Of the networks of dense layers, and of experts."""
+    shape = shape_of(settings)
+    return shape.dense_widths, shape.expert_width if shape.sparse else None
+
+
+def _positions(settings: Mapping[str, Any]) -> str:
+    if settings.get("no_token_positional_embeddings"):
+        return "none"
+    return "learned" if settings.get("decoder_learned_pos") else "sinusoidal"
+
+
+def _activation(settings: Mapping[str, Any]) -> str:
+    name = str(settings.get("activation_fn"))
+    return "gelu_accurate" if name == "gelu_fast" else name  # fairseq/utils.py:558@0.12.2
+
+
 # Flags that say one thing in several ways, and what they say together.
 _TOGETHER: Dict[Tuple[str, ...], Callable[[Mapping[str, Any]], Any]] = {
     ("moe_freq", "moe_layers", "moe_first_dense"): lambda s: shape_of(s).picked,
+    ("decoder_ffn_embed_dim", "alternate_decoder_ffn_embed_dim", "moe_dense_twin"): _widths,
+    ("decoder_learned_pos", "no_token_positional_embeddings"): _positions,
+    ("activation_fn",): _activation,
     ("moe_top_k", "moe_top1_expert"): top_k,
     ("moe_expert_ffn_dim",): lambda s: shape_of(s).expert_width,
     ("moe_shared_experts", "moe_shared_expert_ffn_dim"): lambda s: shape_of(s).shared_ffn_dim,

@@ -6,8 +6,10 @@ from small_models import MOE, make_config
 
 from fairseq_moe_ext.checkpoint.model_flags import FREE, changed
 from fairseq_moe_ext.config import MoETransformerLMConfig, defaults
+from fairseq_moe_ext.shape import shape_of
 
 SPARSE = vars(make_config(**MOE))
+_TWIN = shape_of({**SPARSE, "moe_dense_twin": True})
 WITHOUT_DEFAULT = {  # another value of what has none, but a reference to another group
     "moe_expert_ffn_dim": 9,
     "moe_shared_expert_ffn_dim": 9,
@@ -17,6 +19,7 @@ WITHOUT_DEFAULT = {  # another value of what has none, but a reference to anothe
     "moe_normalize_weights": "none",
     "moe_router": "sinkhorn",
 }
+(TWIN,) = {w for i, w in enumerate(_TWIN.dense_widths) if i in _TWIN.picked}
 WITH = {"moe_shared_expert_ffn_dim": {"moe_shared_experts": 1}}  # what a flag needs to have effect
 
 
@@ -31,6 +34,12 @@ def another(name):
         return value + 2
     choices = getattr(kind, "__members__", None) or ("other",)
     return next(choice for choice in choices if choice != str(value))
+
+
+def test_a_width_that_sets_that_of_experts_is_compared():
+    """Also where no layer is dense."""
+    saved = {**SPARSE, "moe_freq": 1}
+    assert changed(saved, {**saved, "decoder_ffn_embed_dim": 6}) == ["decoder_ffn_embed_dim"]
 
 
 @pytest.mark.parametrize("name", defaults())
@@ -59,6 +68,16 @@ def test_what_is_free_is_a_flag():
             {"moe_shared_experts": 2, "moe_shared_expert_ffn_dim": 6},
         ),
         ({"moe_dense_twin": True, "moe_score": "sigmoid"}, {"moe_dense_twin": True}),
+        ({"moe_dense_twin": True}, {"alternate_decoder_ffn_embed_dim": TWIN}),
+        (
+            {"moe_freq": 1, "alternate_decoder_ffn_embed_dim": 6},
+            {"moe_freq": 0, "decoder_ffn_embed_dim": 6},
+        ),
+        (
+            {"no_token_positional_embeddings": True, "decoder_learned_pos": True},
+            {"no_token_positional_embeddings": True},
+        ),
+        ({"activation_fn": "gelu_fast"}, {"activation_fn": "gelu_accurate"}),
     ],
 )
 def test_two_ways_to_say_one_thing_are_one(saved, here):
