@@ -33,9 +33,12 @@ def shorter(limit: Any, break_mode: Any = "any") -> str:
 
 def room_for(dataset: FairseqDataset, indices: np.ndarray) -> str:
     """The flags with which no line is too long for a model to be trained, which takes as many
-    tokens as --tokens-per-sample. indices: of the lines."""
+    tokens as the least of three flags. indices: of the lines."""
     most = max(int(np.max(dataset.size(index))) for index in indices)
-    return f"use {_IN_BLOCKS}, or raise --tokens-per-sample to {most}"
+    return (
+        f"use {_IN_BLOCKS}, or raise --tokens-per-sample, and a lower --max-target-positions or "
+        f"--max-tokens, to {most}"
+    )
 
 
 def by_lines(break_mode: Any) -> bool:

@@ -150,6 +150,9 @@ def filter_indices_by_size(
         f"{len(indices) - len(kept):,} of {len(indices):,} samples are longer than {longest}, the "
         "longest that the model takes (or --max-tokens)"
     )
+    if len(kept) and ignore_invalid_inputs:
+        logger.warning(f"{report}, and are left out: counted {some:,} of {whole:,} tokens")
+        return kept
     settings = getattr(self, "args", None)
     mode, given = (getattr(settings, n, None) for n in ("sample_break_mode", "tokens_per_sample"))
     remedy = counted.shorter(longest, mode)
@@ -158,13 +161,10 @@ def filter_indices_by_size(
         remedy = counted.room_for(dataset, indices)
     if not len(kept):
         raise UserError(f"{report}, and none is left: {remedy}")
-    if not ignore_invalid_inputs:
-        raise UserError(
-            f"{report}: {remedy}, or add {counted.SKIP}, with which {some:,} of {whole:,} tokens "
-            "are counted"
-        )
-    logger.warning(f"{report}, and are left out: counted {some:,} of {whole:,} tokens")
-    return kept
+    raise UserError(
+        f"{report}: {remedy}, or add {counted.SKIP}, with which {some:,} of {whole:,} tokens are "
+        "counted"
+    )
 
 
 def _of_language_models(task: Any) -> bool:

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from training import error_in
 
 import fairseq_moe_ext
-from fairseq_moe_ext import cli
+from fairseq_moe_ext import cli, counted
 from fairseq_moe_ext.criterions.moe_cross_entropy import MoECrossEntropyConfig
 from fairseq_moe_ext.errors import UserError
 
@@ -183,13 +183,28 @@ def test_training_names_the_flags_with_which_lines_fit(fairseq, data, tmp_path):
     lines = f"{line} --sample-break-mode eos"
     status, err, _ = fairseq("train", lines)
     need = max(sizes_of(data))
-    words = f"use {FIT.removeprefix('with ')}, or raise --tokens-per-sample to {need}, or add"
+    words = f"use {FIT.removeprefix('with ')}, or raise --tokens-per-sample, and a lower "
+    words += f"--max-target-positions or --max-tokens, to {need}, or add"
     assert status == 1 and words in error_in(err)
+    for limit in ("--max-target-positions", "--max-tokens"):
+        status, err, _ = fairseq("train", f"{lines} {limit} 8")
+        assert status == 1 and words in error_in(err)
+        assert fairseq("train", f"{lines} --tokens-per-sample {need} {limit} {need}")[0] == 0
     enough = f"--tokens-per-sample {need}"
     for remedy in ("--sample-break-mode none", "--shorten-method truncate", enough):
         assert fairseq("train", f"{lines} {remedy}")[0] == 0, remedy
     status, err, _ = fairseq("train", f"{line} --max-target-positions 4")
     assert status == 1 and error_in(err).endswith("none is left: use --tokens-per-sample 4 or less")
+
+
+def test_lines_that_may_be_left_out_are_not_measured_one_by_one(
+    fairseq, data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(counted, "room_for", lambda *_: pytest.fail("measured"))
+    line = f"{data / 'big'} --task language_modeling {SHAPE} --tokens-per-sample 8 --max-update 1"
+    line += f" --no-save --save-dir {tmp_path} --sample-break-mode eos"
+    status, _, log = fairseq("train", f"{line} --skip-invalid-size-inputs-valid-test")
+    assert status == 0 and "are longer than 8" in log and "are left out: counted" in log
 
 
 def test_validate_refuses_or_counts(fairseq, data, checkpoint):
