@@ -178,7 +178,9 @@ def fit_schedule(state: Dict[str, Any], trainer: Trainer, filename: str) -> None
     (fairseq/optim/lr_scheduler/fixed_schedule.py:45@0.12.2,
     fairseq/optim/lr_scheduler/fairseq_lr_scheduler.py:34@0.12.2)."""
     history = state.get("optimizer_history")
-    if not history or not isinstance(history[-1].get("lr_scheduler_state"), dict):
+    if trainer.cfg.checkpoint.reset_lr_scheduler or not history:
+        return
+    if not isinstance(history[-1].get("lr_scheduler_state"), dict):
         return
     merged = {**trainer.lr_scheduler.state_dict(), **history[-1]["lr_scheduler_state"]}
     history[-1] = {**history[-1], "lr_scheduler_state": merged}

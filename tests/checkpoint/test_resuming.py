@@ -280,6 +280,7 @@ def test_another_schedule_goes_on_at_its_update_and_says_so(data, scheduled, bef
     said = f"--lr-scheduler {now}: {folder}/checkpoint_1_{SAVED}.pt was trained with {before}: "
     assert caplog.text.count(said) == 1 and f"from update {SAVED} on" in caplog.text
     assert losses == resume(data, folder, 1, 4, f"{SCHEDULES[now]} --reset-lr-scheduler")
+    assert caplog.text.count(said) == 1, "who asks for a new schedule needs no warning"
 
 
 def test_the_best_of_another_metric_is_not_missed(data, scheduled):

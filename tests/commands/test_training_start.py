@@ -101,8 +101,9 @@ def test_a_start_from_weights_alone_is_warned_of(train, trained, tmp_path):
     weights = tmp_path / "weights.pt"
     torch.save({**state, "last_optimizer_state": None}, weights)
     for number, flag in enumerate(("--restore-file", "--finetune-from-model")):
-        status, _, log = train(f"--save-dir {tmp_path}/{number} {flag} {weights} --max-update 7")
-        assert status == 0
+        line = f"--save-dir {tmp_path}/{number} {flag} {weights} --max-update 7"
+        status, _, log = train(f"{line} --lr-scheduler polynomial_decay --total-num-update 99")
+        assert status == 0 and "was trained with fixed" not in log
         said = f"{weights}: has no optimizer state: the optimizer and the schedule start anew, at "
         assert (said in log) == (flag == "--restore-file")
 
