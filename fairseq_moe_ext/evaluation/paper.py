@@ -4,7 +4,9 @@ Table 1, fine-tuning and StereoSet as printed; figures 1 and 2 as read off them 
 0.05, factors within 0.1); zero-shot means as remembered by people who know the paper.
 """
 
-from typing import Dict, List, NamedTuple, Tuple
+from typing import Collection, Dict, List, NamedTuple, Tuple
+
+from ..wording import count
 
 TOKENS = 300e9
 CONTEXT = 2048
@@ -59,6 +61,7 @@ FIGURE_1: Dict[str, List[Tuple[float, float]]] = {
     "0-shot": [(1.55, 3.6), (5.05, 3.9), (7.1, 2.8), (17.1, 2.3), (32.7, 2.05)],
 }
 
+SIX_TASKS = ("record", "hellaswag", "piqa", "winogrande", "storycloze", "openbookqa")
 # mean zero-shot accuracy of the six tasks, %, in the order of the ZFLOPs above
 ZERO_SHOT: Dict[str, List[float]] = {
     "dense": [53.6, 60.4, 66.8, 69.6, 72.2, 74.2],
@@ -154,3 +157,8 @@ STEREOSET: Dict[str, Tuple[float, float, float]] = {
     "MoE 207B": (81.7, 52.8, 77.2),
     "MoE 1.1T": (80.2, 51.9, 77.2),
 }
+
+
+def tasks_in_words(names: Collection[str]) -> str:
+    """What a mean accuracy is over: the paper's six tasks, or how many others."""
+    return "the paper's six tasks" if set(names) == set(SIX_TASKS) else count(len(names), "task")

@@ -8,6 +8,7 @@ import numpy as np
 
 from .. import accuracy
 from ..errors import UserError
+from ..evaluation import paper
 from ..questions.formats import CLASSES, TASKS, Item, find_file, read_counted, read_items
 from ..questions.scoring import Row, Scorer, cut, rows_of, value
 from ..questions.vocabulary import EOS, Vocabulary
@@ -131,7 +132,8 @@ def table(results: Sequence[Result]) -> List[List[str]]:
         for shots, mean in means(results).items():
             cells = [f"{100 * mean['accuracy']:.1f}", accuracy.in_percent(*mean["interval"])]
             cells += [f"{100 * mean['chance']:.1f}"]
-            rows.append(["mean", "", shots, "", "", "", *cells, "", ""])
+            name = f"mean of {paper.tasks_in_words(mean['tasks'])}"
+            rows.append([name, "", shots, "", "", "", *cells, "", ""])
     return rows
 
 
@@ -147,12 +149,18 @@ def notes(results: Sequence[Result]) -> List[str]:
     note = "95 % interval: over questions, not over draws. chance: a guess among the candidates"
     if any(result["majority"] is not None for result in results):
         note += "; in brackets, always the most frequent answer"
-    return [note]
+    lines = [note]
+    tasks = list(dict.fromkeys(result["task"] for result in results))
+    if len(tasks) > 1:
+        lines.append(f"mean of {paper.tasks_in_words(tasks)}: {', '.join(tasks)}")
+        if set(tasks) != set(paper.SIX_TASKS):
+            lines[-1] += f"; the paper's is of {', '.join(paper.SIX_TASKS)}"
+    return lines
 
 
 def means(results: Sequence[Result]) -> Dict[str, Result]:
     """Number of shots -> the plain means of the tasks' accuracies and chances, with the interval of
-    the former."""
+    the former, and the tasks."""
     by_shots: Dict[str, List[Result]] = {}
     for result in results:
         by_shots.setdefault(str(result["shots"]), []).append(result)
@@ -165,6 +173,7 @@ def means(results: Sequence[Result]) -> Dict[str, Result]:
                 accuracy.mean_interval(accuracies, [result["questions"] for result in tasks])
             ),
             "chance": float(np.mean([result["chance"] for result in tasks])),
+            "tasks": [result["task"] for result in tasks],
         }
     return averages
 

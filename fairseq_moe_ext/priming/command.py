@@ -248,7 +248,7 @@ def _write(
         "complete": complete,
         "results": results,
         "mean": {shots: mean.pop("accuracy") for shots, mean in means.items()},
-        "mean_of": means,  # its interval, and the mean of chance
+        "mean_of": means,  # its tasks, its interval, and the mean of chance
         "settings": asked,
     }
     outputs.write_json(args.json, whole)

@@ -84,10 +84,11 @@ def _charts(result: StudyResult) -> Dict[str, Figure]:
     charts = {}
     for group in results.groups(result["runs"]):
         single = group in result["runs"][0]["sets"]
+        title = results.label(result["runs"], group, TITLES.get(group, group))
         charts[f"performance-{group}"] = Figure(
             "sets" if single else "performance",
             _against_compute(
-                TITLES.get(group, group),
+                title,
                 {f: results.points(result["runs"], f, group) for f in FAMILIES},
                 accuracy=not single and group not in results.GROUPS,
                 ends={f: results.intervals(result["runs"], f, group) for f in FAMILIES},
@@ -95,21 +96,18 @@ def _charts(result: StudyResult) -> Dict[str, Figure]:
         )
         curve = [(p["dense_flops"], p["factor"]) for p in result["factors"][group]["curve"]]
         charts[f"speedup-{group}"] = Figure(
-            "set speedups" if single else "speedup",
-            _speedup(TITLES.get(group, group), curve, "this study", _OURS),
+            "set speedups" if single else "speedup", _speedup(title, curve, "this study", _OURS)
         )
     costs = {"dense": paper.DENSE_ZFLOPS, "moe": paper.MOE_ZFLOPS}
     for group, read_off in {**paper.FIGURE_2, "0-shot": paper.ZERO_SHOT}.items():
         points = {f: [(1e21 * x, y) for x, y in zip(costs[f], read_off[f])] for f in FAMILIES}
+        title = TITLES[group] + (" (paper)" if group in paper.FIGURE_2 else ", six tasks (paper)")
         charts[f"paper-performance-{group}"] = Figure(
-            "performance",
-            _against_compute(
-                TITLES[group] + " (paper)", points, accuracy=group not in results.GROUPS
-            ),
+            "performance", _against_compute(title, points, accuracy=group not in results.GROUPS)
         )
         curve = [(1e21 * x, y) for x, y in paper.FIGURE_1[group]]
         charts[f"paper-speedup-{group}"] = Figure(
-            "speedup", _speedup(TITLES[group] + " (paper)", curve, "paper", _PAPER)
+            "speedup", _speedup(title, curve, "paper", _PAPER)
         )
     return charts
 

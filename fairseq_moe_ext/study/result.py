@@ -6,6 +6,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Set
 
 from .. import accuracy
 from ..errors import UserError
+from ..evaluation import paper
 from ..evaluation.speedup import Factor, overlap, speedup_factors, worse_though_larger
 from ..evaluation.study_result import SHOT, GroupFactors, RunResult, StudyResult, TaskResult, unlike
 from . import finished, trained
@@ -148,6 +149,25 @@ def groups(runs: Runs) -> List[str]:
     return [group for group in GROUPS if group in means] + list(shots) + list(sets)
 
 
+def primed_tasks(runs: Runs, group: str) -> List[str]:
+    """The tasks over which the accuracy "N-shot" is the mean."""
+    return list(
+        dict.fromkeys(
+            task["task"]
+            for run in runs
+            for task in run["priming"]["tasks"]
+            if f"{task['shots']}{SHOT}" == group
+        )
+    )
+
+
+def label(runs: Runs, group: str, title: str) -> str:
+    """The title of a group, with the tasks that a mean accuracy is over."""
+    if not _is_accuracy(runs, group):
+        return title
+    return f"{title}, mean of {paper.tasks_in_words(primed_tasks(runs, group))}"
+
+
 def _is_accuracy(runs: Runs, group: str) -> bool:
     return group.endswith(SHOT) and group not in runs[0]["sets"]
 
@@ -286,7 +306,7 @@ def table(result: StudyResult) -> List[List[str]]:
         mean = seeds_mean(found)
         rows.append(
             [
-                group.replace("_", " "),
+                label(result["runs"], group, group.replace("_", " ")),
                 "-" if math.isnan(mean) else f"{mean:.2f}",
                 over_seeds(found) if along else "-",
                 ends or (f"{along[0]:.2f}, one point" if along else "-"),

@@ -98,8 +98,8 @@ def priming(runs: Runs) -> Table:
             numbers = ["", "", ""] if task is None else _questions(of_shots[task])
             guesses = [task_result for task_result in accuracies if task_result.chance is not None]
             level = _chance(guesses[0]) if guesses else "not known"
-            label = f"{task or 'mean'}, {count(shots, 'shot')}"
-            rows.append([label, *numbers, level, *cells])
+            label = task or f"mean of {paper.tasks_in_words(of_shots)}"
+            rows.append([f"{label}, {count(shots, 'shot')}", *numbers, level, *cells])
     return ["", "Questions", "Cut", "Not asked", "Chance", *by_model], rows
 
 
@@ -159,6 +159,10 @@ def contents(result: StudyResult, use: bool, fine_tuned: bool) -> Table:
     few = ", ".join(str(n) for n in shots if n)
     primed = "not measured: `priming` in the study's file"
     absent = "numbers not at hand"
+    over = results.primed_tasks(runs, "0-shot")
+    zero = f"drawn, mean of {paper.tasks_in_words(over)}"
+    if set(over) != set(paper.SIX_TASKS):
+        zero += ": not comparable with the paper's"
     rows = [
         [
             "Speed-up factors, figure 1",
@@ -169,7 +173,7 @@ def contents(result: StudyResult, use: bool, fine_tuned: bool) -> Table:
         ["Speed-up on single sets", f"drawn, {sets} of {len(runs[0]['sets'])} sets", absent],
         [
             "Zero-shot accuracy against compute",
-            "drawn" if 0 in shots else primed,
+            zero if 0 in shots else primed,
             "drawn, mean of six tasks, as remembered",
         ],
         ["Zero-shot accuracy of each task", "table" if 0 in shots else primed, "with fine-tuning"],

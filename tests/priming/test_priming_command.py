@@ -64,12 +64,29 @@ def test_all_tasks_without_examples(command, tmp_path, capsys):
     accuracies = [one["accuracy"] for one in found["results"]]
     assert found["mean"]["0"] == pytest.approx(sum(accuracies) / len(accuracies))
     out, err = capsys.readouterr()
-    assert all(name in out for name in TASKS) and "mean" in out
+    assert all(name in out for name in TASKS) and "mean of 10 tasks" in out
+    assert f"mean of 10 tasks: {', '.join(TASKS)}; the paper's is of record, hellaswag, " in out
+    assert found["mean_of"]["0"]["tasks"] == list(TASKS)
     for one in found["results"]:
         row = next(line for line in out.splitlines() if line.startswith(one["task"]))
         low, high = (f"{100 * end:.1f}" for end in one["interval"])
         assert f"{low} to {high}" in row and f"{100 * one['chance']:.1f}" in row
     assert "record, 0 shots: " in err and "longer than the context of 64 tokens even" in err
+
+
+def test_the_mean_is_called_the_papers_only_over_its_six_tasks():
+    def last_row_and_note(*names):
+        one = {"rule": "sum", "shots": 0, "questions": 9, "questions_cut": 0, "draws": [0.5]}
+        one.update(questions_left_out=0, accuracy=0.5, interval=[0.4, 0.6], chance=0.5)
+        results = [{**one, "task": name, "spread": None, "majority": None} for name in names]
+        return choice.table(results)[-1][0], choice.notes(results)[-1]
+
+    six = ("openbookqa", "storycloze", "winogrande", "piqa", "hellaswag", "record")
+    head = "mean of the paper's six tasks"
+    assert last_row_and_note(*six) == (head, f"{head}: {', '.join(six)}")
+    head, note = last_row_and_note(*six, "copa")
+    assert head == "mean of 7 tasks" and "the paper's is of record" in note
+    assert last_row_and_note("copa")[0] == "copa"
 
 
 def test_examples_that_do_not_fit_are_counted(command, tmp_path, capsys):

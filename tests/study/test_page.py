@@ -12,6 +12,7 @@ import pytest
 from study_results import made_result
 
 from fairseq_moe_ext import cli, outputs
+from fairseq_moe_ext.evaluation import paper
 from fairseq_moe_ext.study import result, tables
 
 
@@ -44,6 +45,8 @@ def test_the_page_shows_the_numbers_and_nothing_from_outside(tmp_path, capsys):
     # accuracy of copa, mean of 35 and 45; 1.96 standard errors are 0.96
     row = "<td>10,000</td><td>3</td><td>0</td><td>25.0</td><td>40.0 (39.0 to 41.0)</td>"
     assert "copa, 0 shots" in html and row in html
+    assert "mean of 1 task, 0 shots" in html
+    assert "drawn, mean of 1 task: not comparable with the paper&#39;s" in html
     assert "stereoset, ICAT" in html and "<td>82.5</td>" in html, "mean of 82 and 83"
     assert "stereoset intersentence, ICAT" in html and "<td>72.5</td>" in html, "of 72 and 73"
     assert 'only the rows "intersentence" are' in html
@@ -77,7 +80,14 @@ def test_sets_with_too_few_units_for_an_interval_are_named(tmp_path):
 def test_what_of_the_paper_is_not_on_the_page_is_said(tmp_path):
     found = made_result(tmp_path)
     rows = {row[0]: row[1:] for row in tables.contents(found, False, True)[1]}
-    assert rows["Zero-shot accuracy against compute"][0] == rows["Speed-up factors, figure 1"][0]
+    assert rows["Speed-up factors, figure 1"][0] == "drawn"
+    zero_shot = "Zero-shot accuracy against compute"
+    assert rows[zero_shot][0] == "drawn, mean of 1 task: not comparable with the paper's"
+    for run in found["runs"]:
+        (copa,) = run["priming"]["tasks"]
+        run["priming"]["tasks"] = [{**copa, "task": task} for task in paper.SIX_TASKS]
+    six = {row[0]: row[1] for row in tables.contents(found, False, True)[1]}
+    assert six[zero_shot] == "drawn, mean of the paper's six tasks"
     assert rows["Few-shot accuracy"][0].startswith("not measured")
     assert rows["Use of experts by layer and set"][0] == "not given: --expert-use"
     assert rows["Fine-tuning"] == ["table", "table"]

@@ -204,7 +204,7 @@ def test_factors_and_their_spread():
     assert [p["factor"] for p in found["a"]["curve"]] == pytest.approx([4, 16 / 4 ** (2 / 3)])
     expected = math.sqrt(4 * 16 / 4 ** (2 / 3))
     assert found["a"]["by_seed"] == {str(s): pytest.approx(expected) for s in (1, 2, 3)}
-    rows = result.table({"factors": found})
+    rows = result.table({"factors": found, "runs": runs})
     assert rows[1][:2] == ["in domain", f"{expected:.2f}"]
     assert rows[1][2] == f"{expected:.2f} to {expected:.2f} over 3 seeds"
 
@@ -236,7 +236,8 @@ def test_no_factor_where_both_families_are_within_noise_of_chance():
     noise = zero_shot(0.47, 0.5, 0.54, 0.48, 0.56, questions=200, chance=0.5)
     assert not noise["curve"] and not noise["by_seed"]
     assert "no model is above chance (50.0 %) by more than the noise" in noise["remark"]
-    assert result.table({"factors": {"0-shot": noise}})[1][1:] == ["-", "-", "-", "none"]
+    row = result.table({"factors": {"0-shot": noise}, "runs": runs})[1]
+    assert row == ["0-shot, mean of 1 task", "-", "-", "-", "none"]
     assert zero_shot(0.47, 0.5, 0.54, 0.48, 0.56, questions=20_000, chance=0.5)["curve"]
     # one family beyond it, but where the two meet all is noise
     noise = zero_shot(0.47, 0.5, 0.54, 0.48, 0.9, questions=200, chance=0.5)
@@ -393,9 +394,10 @@ def test_priming_is_a_command_of_the_study(folder):
 def test_one_point_and_no_overlap_are_said():
     found = result.factors(runs_of({"dense": [(1, 30), (4, 20)], "moe": [(1, 20)]}))
     assert "the MoE family has 1 point" in found["a"]["remark"] and not found["a"]["curve"]
-    found = result.factors(runs_of({"dense": [(1, 30), (4, 20)], "moe": [(1, 9), (4, 8)]}))
+    runs = runs_of({"dense": [(1, 30), (4, 20)], "moe": [(1, 9), (4, 8)]})
+    found = result.factors(runs)
     assert found["a"]["remark"].startswith("no overlap") and not found["a"]["by_seed"]
-    assert result.table({"factors": found})[1][1] == "-"
+    assert result.table({"factors": found, "runs": runs})[1][1] == "-"
     (line,) = result.remarks({"factors": found})
     assert line.startswith("in domain, a: no overlap: dense models reach 20.02 to 30.03, MoE ")
     found = result.factors(runs_of({"dense": [(1, 30), (4, 20)], "moe": [(1, 1e9), (4, math.inf)]}))
