@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from test_hydra import CONF, RECIPES, composed
+from ready_configs import CONF, RECIPES, composed
 
 from fairseq_moe_ext import cli
 from fairseq_moe_ext.moe.routing import token_capacity
