@@ -7,6 +7,7 @@ nothing else notices them.
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 from ..balance_flags import mapping
@@ -115,18 +116,21 @@ def warn_of_other_gradients(state: Mapping[str, Any], trainer: Any, filename: st
     world = mapping(cfg.get("distributed_training") or {}).get("distributed_world_size")
     now, experts, processes = str(here[_GRAD_SCALE]), here["moe_expert_count"], process_count()
     trained_on = world if isinstance(world, int) and world > 0 else processes
-    # beside those of other parameters, which are means over processes
-    ratio = (expert_grad_scale(now, experts, processes) * processes) / (
-        expert_grad_scale(before, experts, trained_on) * trained_on
+
+    def relative(choice: str, count: int) -> float:  # to the mean, as other parameters have it
+        return expert_grad_scale(choice, experts, count) * count
+
+    ratio = relative(now, processes) / relative(before, trained_on)
+    if math.isclose(ratio, 1):
+        return
+    remedy = f"use {flag(_GRAD_SCALE)} {before}"
+    on = "one process" if trained_on == 1 else f"{trained_on} processes"
+    if not math.isclose(relative(before, processes), relative(before, trained_on)):
+        remedy = f"resume on {on}" if now == before else f"{remedy} on {on}"
+    logger.warning(
+        f"{flag(_GRAD_SCALE)} {now}: {filename} was trained with {before} on {on}: the experts' "
+        f"gradients are {ratio:.3g} times as large from here on; to keep them, {remedy}"
     )
-    if abs(ratio - 1) > 1e-9:
-        number = "one process" if trained_on == 1 else f"{trained_on} processes"
-        on = f" on {number}" if now == before else ""
-        logger.warning(
-            f"{flag(_GRAD_SCALE)} {now}: {filename} was trained with {before}{on}: the experts' "
-            f"gradients are {ratio:.3g} times as large from here on"
-            + (f"; to keep them, use {flag(_GRAD_SCALE)} {before}" if not on else "")
-        )
 
 
 def _shown(value: Any) -> str:

@@ -1,9 +1,13 @@
 """A training that starts from a checkpoint of other model flags says so, and only then."""
 
+import re
+from types import SimpleNamespace
+
 import pytest
 from fairseq.dataclass import ChoiceEnum
 from small_models import MOE, make_config
 
+from fairseq_moe_ext.checkpoint import model_flags
 from fairseq_moe_ext.checkpoint.model_flags import FREE, changed
 from fairseq_moe_ext.config import MoETransformerLMConfig, defaults
 from fairseq_moe_ext.shape import shape_of
@@ -97,3 +101,33 @@ def test_choices_are_compared_with_the_text_that_is_saved():
     scores = ChoiceEnum(["softmax", "sigmoid"])
     assert changed(SPARSE, {**SPARSE, "moe_score": scores.softmax}) == []
     assert changed(SPARSE, {**SPARSE, "moe_score": scores.sigmoid}) == ["moe_score"]
+
+
+@pytest.mark.parametrize(
+    "before, trained_on, now, processes, words",
+    [
+        ("world_size", 4, "world_size", 8, None),
+        ("sqrt_num_experts", 1, "sqrt_num_experts", 8, None),
+        ("sqrt_world_size", 1, "world_size", 1, None),
+        ("sqrt_world_size", 2, "sqrt_world_size", 8, "are 2 times .* resume on 2 processes$"),
+        ("sqrt_world_size", 8, "sqrt_world_size", 1, "are 0.354 times .* resume on 8 processes$"),
+        ("world_size", 1, "sqrt_world_size", 4, "are 2 times .* use --.*-grad world_size$"),
+        ("sqrt_world_size", 4, "world_size", 8, "are 0.5 .* sqrt_world_size on 4 processes$"),
+        ("sqrt_num_experts", 1, "world_size", 1, r"are 2.83 .* use --.*-grad sqrt_num_experts$"),
+    ],
+)
+def test_how_other_gradients_of_experts_are_told(
+    before, trained_on, now, processes, words, monkeypatch, caplog
+):
+    """Of eight experts, on one process as on many."""
+    monkeypatch.setattr(model_flags, "process_count", lambda: processes)
+    eight = {**SPARSE, "moe_expert_count": 8}
+    cfg = {
+        "model": {**eight, "moe_normalize_expert_grad": before},
+        "distributed_training": {"distributed_world_size": trained_on},
+    }
+    here = SimpleNamespace(model={**eight, "moe_normalize_expert_grad": now})
+    state = {"cfg": cfg, "last_optimizer_state": {"state": {}}}
+    model_flags.warn_of_other_gradients(state, SimpleNamespace(cfg=here), "x.pt")
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == bool(words) and re.search(words or "", "".join(told))

@@ -135,10 +135,10 @@ def test_other_gradients_of_experts_are_warned_of_where_their_optimizer_goes_on(
     saved = torch.load(last, weights_only=False)["cfg"]["model"]
     before, experts = saved["moe_normalize_expert_grad"], saved["moe_expert_count"]
     other = "--moe-normalize-expert-grad sqrt_num_experts"
-    told = f"{other}: {last} was trained with {before}: the experts' gradients are"
+    told = f"{other}: {last} was trained with {before} on one process: the experts' gradients"
     for number, (flags, words) in enumerate(
         (
-            (f"--restore-file {last} {other}", f"{told} {experts**-0.5:.3g} times as large"),
+            (f"--restore-file {last} {other}", f"{told} are {experts**-0.5:.3g} times as large"),
             (f"--restore-file {last} --reset-optimizer {other}", ""),
             (f"--finetune-from-model {last} {other}", ""),
             (f"--restore-file {last}", ""),
