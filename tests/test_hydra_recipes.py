@@ -11,6 +11,11 @@ from ready_configs import CONF, RECIPES, composed
 from fairseq_moe_ext import cli
 from fairseq_moe_ext.moe.routing import token_capacity
 
+pytestmark = [  # fairseq leans on these, and Hydra says that they will go
+    pytest.mark.filterwarnings(r"ignore:\s*'.*' is validated against ConfigStore schema"),
+    pytest.mark.filterwarnings(r"ignore:\s*version_base=.1.1. selects Hydra 1.1"),
+]
+
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "hydra.md").read_text(encoding="utf-8")
 EXPERTS = 512
 
