@@ -5,14 +5,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 FILE = EXAMPLES / "study" / "two_cores.yaml"
 
 
-def load(name):
-    """examples/NAME/run.py."""
-    spec = importlib.util.spec_from_file_location(f"{name}_run", EXAMPLES / name / "run.py")
+def load(name, file="run"):
+    """examples/NAME/FILE.py."""
+    spec = importlib.util.spec_from_file_location(f"{name}_{file}", EXAMPLES / name / f"{file}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -72,3 +73,26 @@ def test_a_short_file_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     assert load("routers").main(["--short"]) == 1
     assert capsys.readouterr().err == "error: runs/routers-short: Not a directory\n"
+
+
+def test_how_much_epsilon_shortens_the_steps_of_experts(tmp_path, capsys):
+    """By hand: roots of 1, 2, 3 and 4 beside an epsilon of 1. The shared matrix does not count."""
+    v, step, beta2 = torch.tensor([[[1.0, 4.0]], [[9.0, 16.0]]]), 3, 0.9
+    state = {"step": step, "exp_avg_sq": v * (1 - beta2**step)}
+    shared = {"step": step, "exp_avg_sq": torch.zeros(2, 2)}
+    cfg = {"optimizer": {"adam_betas": f"(0.8, {beta2})", "adam_eps": 1.0}}
+    path = tmp_path / "x.pt"
+    torch.save({"cfg": cfg, "last_optimizer_state": {"state": {0: shared, 1: state}}}, path)
+    main = load("study", "step_lengths").main
+    assert main([str(path)]) == 0
+    mean = (1 / 2 + 2 / 3 + 3 / 4 + 4 / 5) / 4
+    told = f"{path}: {mean:.3f} to {mean:.3f} in 1 matrices of experts"
+    assert capsys.readouterr().out.strip() == told
+    for content, words in (
+        ({"cfg": cfg, "last_optimizer_state": {"state": {0: shared}}}, "has no experts"),
+        ({"cfg": cfg, "last_optimizer_state": None}, "has no state of Adam"),
+        ({"cfg": {}, "last_optimizer_state": {"state": {1: state}}}, "has no state of Adam"),
+    ):
+        torch.save(content, path)
+        assert main([str(path)]) == 1
+        assert words in capsys.readouterr().err
