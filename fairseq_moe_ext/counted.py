@@ -36,8 +36,8 @@ def room_for(dataset: FairseqDataset, indices: np.ndarray) -> str:
     tokens as the least of three flags. indices: of the lines."""
     most = max(int(np.max(dataset.size(index))) for index in indices)
     return (
-        f"use {_IN_BLOCKS}, or raise --tokens-per-sample, and a lower --max-target-positions or "
-        f"--max-tokens, to {most}"
+        f"use {_IN_BLOCKS}, or raise --tokens-per-sample (and --max-target-positions and "
+        f"--max-tokens, where they are lower) to {most}"
     )
 
 

@@ -38,7 +38,7 @@ def test_the_table_shows_the_settings_of_the_configs():
                 value = OmegaConf.select(cfg, setting)
                 assert (value[0] if setting == "optimization.lr" else value) == float(here), config
                 checked += 1
-    assert checked == 12
+    assert checked == 14
 
 
 @pytest.mark.parametrize("row", rows("| config | here | by the run's name |"), ids=lambda r: r[0])

@@ -21,8 +21,9 @@ _COMMON: Dict[str, Any] = {
 }
 
 # Every second layer sparse, 512 experts, top-2 without noise, gate in float32, capacity factor 2.
-# The paper says that experts' gradients are scaled by 1 / sqrt(experts); the released models'
-# settings, and the code that trained them, divide their sum by the root of the number of processes.
+# The paper says that experts' gradients are scaled by 1 / sqrt(experts). The released models'
+# settings say sqrt_world_size, with which the moe branch (under FSDP only) divides their sum over
+# processes by the root of the number of processes.
 _MOE: Dict[str, Any] = {
     "moe_freq": 2,
     "moe_expert_count": 512,

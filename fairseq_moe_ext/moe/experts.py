@@ -106,7 +106,7 @@ class Experts(nn.Module):
         activation: elementwise function of a tensor, or a gated one of moe/activations.py, for
             which the first linear layer has 2 F outputs.
         activation_dropout, dropout: probabilities, behind the activation and at the end.
-        grad_scale: factor on the gradients of the experts' parameters (the paper's 1/sqrt(E)).
+        grad_scale: factor on the gradients of the experts' parameters; see expert_grad_scale.
         first: number of the first of these experts among all, where others are elsewhere.
         in_files: leave the weights in the files that they are loaded from; see GroupedLinear.
     """

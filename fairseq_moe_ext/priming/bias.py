@@ -216,7 +216,7 @@ def table(results: Sequence[Result]) -> List[List[str]]:
 
 def _cell(metrics: Dict[str, Any], key: str) -> str:
     ends = metrics["intervals"][key]
-    interval = "{:.1f} to {:.1f}".format(*ends) if ends else "one word, no interval"
+    interval = "{:.1f} to {:.1f}".format(*ends) if ends else "one, no interval"
     return f"{metrics[key]:.1f} ({interval})"
 
 

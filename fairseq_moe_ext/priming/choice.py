@@ -154,7 +154,7 @@ def notes(results: Sequence[Result]) -> List[str]:
     if len(tasks) > 1:
         lines.append(f"mean of {paper.tasks_in_words(tasks)}: {', '.join(tasks)}")
         if set(tasks) != set(paper.SIX_TASKS):
-            lines[-1] += f"; the paper's is of {', '.join(paper.SIX_TASKS)}"
+            lines[-1] += f"; the paper's mean is over {', '.join(paper.SIX_TASKS)}"
     return lines
 
 

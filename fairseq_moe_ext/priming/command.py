@@ -39,7 +39,7 @@ _RANGES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Zero- and few-shot priming on the paper's tasks, from the data sets' own files: "
+        "Zero- and few-shot priming on the paper's tasks and more, from the sets' own files: "
         "FOLDER/TASK contains those of a task."
     )
     parser.add_argument(

@@ -93,7 +93,7 @@ def test_the_command_scores_each_text_as_is_said(trained, folder, tmp_path, caps
     line = f"priming {folder} --path {checkpoint} --data {data} --cpu --json {out} --shots 0,2"
     assert cli.main(line.split()) == 0
     printed = capsys.readouterr().out
-    assert "A guess scores 50 everywhere" in printed and "one word, no interval" in printed
+    assert "A guess scores 50 everywhere" in printed and "one, no interval" in printed
     assert "stereoset, overall" in printed and "crows_pairs, race-color" in printed
     stereoset, crows = json.loads(out.read_text())["results"]
 

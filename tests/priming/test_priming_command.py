@@ -65,7 +65,9 @@ def test_all_tasks_without_examples(command, tmp_path, capsys):
     assert found["mean"]["0"] == pytest.approx(sum(accuracies) / len(accuracies))
     out, err = capsys.readouterr()
     assert all(name in out for name in TASKS) and "mean of 10 tasks" in out
-    assert f"mean of 10 tasks: {', '.join(TASKS)}; the paper's is of record, hellaswag, " in out
+    assert (
+        f"mean of 10 tasks: {', '.join(TASKS)}; the paper's mean is over record, hellaswag, " in out
+    )
     assert found["mean_of"]["0"]["tasks"] == list(TASKS)
     for one in found["results"]:
         row = next(line for line in out.splitlines() if line.startswith(one["task"]))
@@ -85,7 +87,7 @@ def test_the_mean_is_called_the_papers_only_over_its_six_tasks():
     head = "mean of the paper's six tasks"
     assert last_row_and_note(*six) == (head, f"{head}: {', '.join(six)}")
     head, note = last_row_and_note(*six, "copa")
-    assert head == "mean of 7 tasks" and "the paper's is of record" in note
+    assert head == "mean of 7 tasks" and "the paper's mean is over record" in note
     assert last_row_and_note("copa")[0] == "copa"
 
 

@@ -183,8 +183,8 @@ def test_training_names_the_flags_with_which_lines_fit(fairseq, data, tmp_path):
     lines = f"{line} --sample-break-mode eos"
     status, err, _ = fairseq("train", lines)
     need = max(sizes_of(data))
-    words = f"use {FIT.removeprefix('with ')}, or raise --tokens-per-sample, and a lower "
-    words += f"--max-target-positions or --max-tokens, to {need}, or add"
+    words = f"use {FIT.removeprefix('with ')}, or raise --tokens-per-sample (and "
+    words += f"--max-target-positions and --max-tokens, where they are lower) to {need}, or add"
     assert status == 1 and words in error_in(err)
     for limit in ("--max-target-positions", "--max-tokens"):
         status, err, _ = fairseq("train", f"{lines} {limit} 8")
