@@ -1,6 +1,6 @@
 """The line that training prints: progress, perplexity, speed and time left.
 
-    00:00:42 | 100/200 ppl 311.4 lr 0.002 gate 1.246 11.1k tokens/s MFU 22 % left 0:00:18
+    14:44:26 | 100/200 ppl 311.3 lr 0.002 gate 1.277 17.2k tokens/s MFU 32 % left 0:00:12
 
 MFU (model FLOPs utilisation, Chowdhery et al., arXiv 2204.02311, appendix B): the FLOPs that the
 model's tokens need by cost.py, over those that the processors do at their peak: on a GPU by its
