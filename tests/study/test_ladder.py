@@ -35,6 +35,7 @@ from fairseq_moe_ext.study.ladder.units import Units
 from fairseq_moe_ext.study.result import GROUPS
 from fairseq_moe_ext.text_table import markdown
 
+REPOSITORY = STUDY.parents[1]
 REAL = stages.read(STUDY / "ladder.yaml")
 
 
@@ -1062,6 +1063,23 @@ def test_the_result_with_fixed_rates_that_is_committed():
     plain = " ".join(text.split())
     for name in ("d0-hash256x4", "d1-256x4"):
         assert re.search(rf"`{name}` cuts .{{0,25}}by (a factor of )?{cuts(found, name)}", plain)
+    longest = {
+        group: f
+        for (name, tokens, group), f in tables.by_key(found).items()
+        if (name, tokens) == ("d0-hash256x4", 64_000_000)
+    }
+    for told in (folder.parent / "ladder.md", folder.parent / "study.md", REPOSITORY / "README.md"):
+        said = " ".join(told.read_text(encoding="utf-8").split())
+        for group in GROUPS:
+            assert longest[group]["beyond"] == 1
+            assert f"more than {longest[group]['factor']:.2f}" in said
+    within = [f"{f['factor']:.2f}" for f in longest.values() if not f["beyond"]]
+    listed = plain.split("`d0-hash256x4` saves ")[1].split(", and more than")[0]
+    assert sorted(re.findall(r"\d\.\d\d", listed)) == sorted(within)
+    (dense,), (sparse,) = (tables.runs_of(found, n, 64_000_000) for n in ("d1", "d0-hash256x4"))
+    better = [1 - sparse["mean"][g]["perplexity"] / dense["mean"][g]["perplexity"] for g in GROUPS]
+    assert f"by {100 * better[0]:.0f} % in domain" in plain
+    assert f"and by {100 * better[1]:.0f} % out of domain" in plain
     outside, other = (
         tables.by_key(found)[name, 16_000_000, "out_of_domain"] for name in ("d1-256x4", "d1-E8")
     )
