@@ -126,9 +126,8 @@ class Watch:
 
     def __init__(self, gate: Any, generator: torch.Generator) -> None:
         self.experts, self.random = computing(gate), random_gates(gate, generator)
-        self._tables: List[
-            np.ndarray
-        ] = []  # (1 + RANDOM, blocks, E) each, the learned gate's first
+        # (1 + RANDOM, blocks, E) each, the learned gate's first
+        self._tables: List[np.ndarray] = []
         self._first: List[np.ndarray] = []  # (T, 1 + RANDOM) each
         self.length = 1  # of the blocks in the next pass
         self.on = True
@@ -137,9 +136,8 @@ class Watch:
     def _see(self, gate: Any, args: Any, output: Any) -> None:
         if self.on:
             routed, order = output[1].routed, routed_first(output[1].routed)
-            learned = (
-                output[1].experts.masked_fill(~routed, self.experts).gather(1, order)
-            )  # (T, K)
+            chosen = output[1].experts.masked_fill(~routed, self.experts)
+            learned = chosen.gather(1, order)  # (T, K)
             others = choices_of(self.random, args[0], gate, learned.size(1))
             if gate.settings.null_experts:  # the random gates choose how many of them
                 missing = others.size(-1) - learned.size(1)
