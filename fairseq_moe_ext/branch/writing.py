@@ -71,6 +71,7 @@ _NOT_KEPT = {
     "moe_shared_experts",
     *RouterFlags.__dataclass_fields__,
 } - {"_name", *_TRANSLATED}
+_GRAD_SCALE, _OTHER_RULE = "moe_normalize_expert_grad", "sqrt_num_experts"  # there, by that name
 # What the branch does not have, with the value that means it is off.
 _OFF_IN_THE_BRANCH: Dict[str, Any] = {
     "moe_shared_experts": 0,
@@ -104,6 +105,8 @@ def branch_settings(path: str, settings: Dict[str, Any]) -> Dict[str, Any]:
         made["moe_normalize_gate_prob_before_dropping"] = normalize == "before"
     made["moe_top1_expert"] = top_k(settings) == 1
     made["moe_gating_use_fp32"] |= settings["moe_gating_fp32_product"]
+    if str(settings[_GRAD_SCALE]) == _OTHER_RULE:
+        made[_GRAD_SCALE] = "world_size"
     if settings["moe_dropless"]:
         made["moe_eval_capacity_token_fraction"] = 1.0
     if made["max_target_positions"] is None:
@@ -123,9 +126,10 @@ def left_out(settings: Dict[str, Any]) -> List[str]:
     if settings["moe_dropless"]:
         same["moe_pad_rule"] = settings["moe_pad_rule"]  # padding takes no place
     effective = {**settings, "moe_pad_rule": settings["moe_pad_rule"] or "real"}
+    names = _NOT_KEPT | ({_GRAD_SCALE} if str(settings[_GRAD_SCALE]) == _OTHER_RULE else set())
     return [
         flag(name) if effective[name] is True else f"{flag(name)} {effective[name]}"
-        for name in sorted(_NOT_KEPT & effective.keys())
+        for name in sorted(names & effective.keys())
         if effective[name] is not None and str(effective[name]) != str(same[name])
     ]
 

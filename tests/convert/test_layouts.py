@@ -233,6 +233,13 @@ def test_no_setting_is_lost_on_the_way_to_the_branch_in_silence(name):
     assert left_out({**settings, "moe_capacity_factor": float(top_k(settings))}) == []
 
 
+def test_a_name_that_means_another_rule_in_the_branch_is_not_written():
+    """NLLB's branch calls sqrt_world_size sqrt_num_experts, too; ours is smaller."""
+    ours = {**settings_of(), "moe_normalize_expert_grad": "sqrt_num_experts"}
+    assert branch_settings("x.pt", ours)["moe_normalize_expert_grad"] == "world_size"
+    assert left_out(ours) == ["--moe-normalize-expert-grad sqrt_num_experts"]
+
+
 def test_the_capacity_of_training_is_kept_at_evaluation_or_refused():
     by_training = {"moe_eval_capacity_token_fraction": -1.0}
     for factor in (None, 2.0):
