@@ -151,9 +151,10 @@ class WorldScope(RoutingScope):
         return stacked[: dist.get_rank()].sum(dim=0), stacked.sum(dim=0)
 
 
-def replica_count(num_experts: int) -> int:
-    """Processes that hold the same experts, if each layer has this many."""
-    return max(1, process_count() // max(1, num_experts))
+def replica_count(num_experts: int, world_size: Optional[int] = None) -> int:
+    """Of so many processes (by default of all), those that hold the same experts, if each layer has
+    this many."""
+    return max(1, (world_size or process_count()) // max(1, num_experts))
 
 
 def expert_grad_scale(choice: str, experts: int, world_size: int) -> float:
@@ -165,7 +166,7 @@ def expert_grad_scale(choice: str, experts: int, world_size: int) -> float:
             sqrt_world_size: the branch's rule; an expert that several processes hold is averaged
             over them first. sqrt_num_experts: the mean, divided once more.
     """
-    replicas = max(1, world_size // experts)
+    replicas = replica_count(experts, world_size)
     return {
         "world_size": 1 / world_size,
         "sqrt_world_size": 1 / (replicas * math.sqrt(world_size / replicas)),

@@ -3,11 +3,16 @@
 from pathlib import Path
 from typing import List
 
+import pytest
 from fairseq.dataclass.initialize import add_defaults, hydra_init
 from fairseq.dataclass.utils import omegaconf_no_object_check
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
+WARNINGS = [  # fairseq leans on these, and Hydra says that they will go
+    pytest.mark.filterwarnings(r"ignore:\s*'.*' is validated against ConfigStore schema"),
+    pytest.mark.filterwarnings(r"ignore:\s*version_base=.1.1. selects Hydra 1.1"),
+]
 CONF = Path(__file__).resolve().parents[1] / "hydra_conf"
 # The paper: tokens a batch as GPT-3's, peak learning rate; for models with 300B tokens.
 RECIPES = {

@@ -22,7 +22,7 @@ from fairseq.optim.adam import FairseqAdamConfig
 from fairseq.optim.lr_scheduler.polynomial_decay_schedule import PolynomialDecayLRScheduleConfig
 from fairseq.tasks.language_modeling import LanguageModelingConfig
 from omegaconf import OmegaConf
-from ready_configs import CONF, RECIPES, composed, resolved
+from ready_configs import CONF, RECIPES, WARNINGS, composed, resolved
 from training import words, write_data_bin
 
 import fairseq_moe_ext
@@ -42,10 +42,7 @@ from fairseq_moe_ext.tasks.mixture_language_modeling import MixtureLanguageModel
 from fairseq_moe_ext.tasks.multiple_choice import MultipleChoiceTaskConfig
 from fairseq_today import finding
 
-pytestmark = [  # fairseq leans on these, and Hydra says that they will go
-    pytest.mark.filterwarnings(r"ignore:\s*'.*' is validated against ConfigStore schema"),
-    pytest.mark.filterwarnings(r"ignore:\s*version_base=.1.1. selects Hydra 1.1"),
-]
+pytestmark = WARNINGS
 
 PACKAGE = Path(fairseq_moe_ext.__file__).resolve().parent
 COMMAND = str(Path(sys.executable).parent / "fairseq-hydra-train")

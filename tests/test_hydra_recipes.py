@@ -6,15 +6,12 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from ready_configs import CONF, RECIPES, composed
+from ready_configs import CONF, RECIPES, WARNINGS, composed
 
 from fairseq_moe_ext import cli
 from fairseq_moe_ext.moe.routing import token_capacity
 
-pytestmark = [  # fairseq leans on these, and Hydra says that they will go
-    pytest.mark.filterwarnings(r"ignore:\s*'.*' is validated against ConfigStore schema"),
-    pytest.mark.filterwarnings(r"ignore:\s*version_base=.1.1. selects Hydra 1.1"),
-]
+pytestmark = WARNINGS
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "hydra.md").read_text(encoding="utf-8")
 EXPERTS = 512

@@ -12,7 +12,7 @@ from fairseq.tasks import TASK_DATACLASS_REGISTRY
 from omegaconf import OmegaConf
 
 from ..checkpoint.settings import check_fields, not_registered
-from ..config import EXPERT_GRAD_SCALES, MoETransformerLMConfig
+from ..config import MoETransformerLMConfig
 from ..errors import UserError
 from ..models.architectures import name_of
 from ..models.language_model import MODEL_NAME
@@ -104,10 +104,10 @@ def translated_settings(path: str, saved: Dict[str, Any]) -> Dict[str, Any]:
     )
     fraction = settings["moe_eval_capacity_token_fraction"]
     settings["moe_eval_capacity_token_fraction"] = min(fraction, 1.0) if fraction > 0 else -1.0
-    if str(settings["moe_normalize_expert_grad"]) == "sqrt_num_experts":
-        settings["moe_normalize_expert_grad"] = "sqrt_world_size"  # a later name of the same rule
-    if str(settings["moe_normalize_expert_grad"]) not in [str(x.value) for x in EXPERT_GRAD_SCALES]:
-        settings["moe_normalize_expert_grad"] = "world_size"  # what the branch does with others
+    # sqrt_num_experts is a later name of the same rule; any other is world_size in the branch
+    rules = {"sqrt_world_size": "sqrt_world_size", "sqrt_num_experts": "sqrt_world_size"}
+    rule = rules.get(str(settings["moe_normalize_expert_grad"]), "world_size")
+    settings["moe_normalize_expert_grad"] = rule
     if not settings["moe_freq"]:  # a dense model, whatever its command line said of experts
         settings["moe_freq"] = settings["moe_expert_count"] = 0
     settings.setdefault("tokens_per_sample", 1024)

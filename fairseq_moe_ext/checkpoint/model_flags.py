@@ -111,7 +111,7 @@ def warn_of_other_gradients(state: Mapping[str, Any], trainer: Any, filename: st
     before = str(saved.get(_GRAD_SCALE))
     if process_rank() > 0 or before not in EXPERT_GRAD_SCALES.__members__:
         return
-    if _GRAD_SCALE not in here or not (shape_of(here).sparse and state.get("last_optimizer_state")):
+    if _GRAD_SCALE not in here or not shape_of(here).sparse:
         return
     world = mapping(cfg.get("distributed_training") or {}).get("distributed_world_size")
     now, experts, processes = str(here[_GRAD_SCALE]), here["moe_expert_count"], process_count()

@@ -64,9 +64,9 @@ def load_checkpoint_to_cpu(stock, path, arg_overrides=None, *args, **kwargs):
         resuming.forget_other_validations(state, under_way.trainer, path)
         if state.get("last_optimizer_state") is not None:
             _fit_optimizer(state, under_way.trainer, path)
+            model_flags.warn_of_other_gradients(state, under_way.trainer, path)
         elif process_rank() == 0:
             resuming.warn_of_a_new_optimizer(state, path)
-        model_flags.warn_of_other_gradients(state, under_way.trainer, path)
     if under_way is not None:
         resuming.check_questions(state, under_way.trainer, path)
         resuming.note_corpora(state, under_way.trainer)

@@ -1,12 +1,12 @@
 """The tables of a study's page: (head, rows) of text each."""
 
 import math
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 from ..accuracy import in_percent, wilson_interval
 from ..evaluation import paper
 from ..evaluation.cost_table import TABLE_1_HEAD, table_1
-from ..evaluation.study_result import RunResult, StudyResult, TaskResult, unlike
+from ..evaluation.study_result import BiasResult, RunResult, StudyResult, TaskResult, unlike
 from ..wording import count, signed, small, with_prefix
 from . import fine_tuning
 from . import result as results
@@ -128,20 +128,24 @@ def bias(runs: Runs) -> Table:
     for name, model_runs in by_model.items():
         for run in model_runs:
             for bias_set in run["priming"].get("bias", []):  # older files lack it
-                found = {bias_set["task"]: bias_set["domains"]}
-                if "intersentence" in bias_set:  # of StereoSet; older files lack it
-                    found[f"{bias_set['task']} intersentence"] = bias_set["intersentence"]
-                for title, domains in found.items():
-                    for key, value in domains["overall"].items():
-                        if key not in ("questions", "intervals"):
-                            label = key.upper() if key in ("lms", "ss", "icat") else key
-                            row = table_rows.setdefault(f"{title}, {label}", {})
-                            row.setdefault(name, []).append(value)
+                for label, value in _bias_metrics(bias_set):
+                    table_rows.setdefault(label, {}).setdefault(name, []).append(value)
     rows = [
         [label, *(f"{sum(v) / len(v):.1f}" if (v := row.get(n)) else "" for n in by_model)]
         for label, row in table_rows.items()
     ]
     return ["", *by_model], rows
+
+
+def _bias_metrics(bias_set: BiasResult) -> Iterator[Tuple[str, float]]:
+    """Of a bias set over all domains: label, value."""
+    found = {bias_set["task"]: bias_set["domains"]}
+    if "intersentence" in bias_set:  # of StereoSet; older files lack it
+        found[f"{bias_set['task']} intersentence"] = bias_set["intersentence"]
+    for title, domains in found.items():
+        for key, value in domains["overall"].items():
+            if key not in ("questions", "intervals"):
+                yield f"{title}, {key.upper() if key in ('lms', 'ss', 'icat') else key}", value
 
 
 def paper_stereoset() -> Table:

@@ -206,11 +206,7 @@ def test_expert_width_of_its_own():
         ("sqrt_world_size", 4, 1 / 2),
         ("sqrt_num_experts", 4, 1 / 4 * 8**-0.5),
         ("world_size", 32, 1 / 32),
-        (
-            "sqrt_world_size",
-            32,
-            1 / 4 * 8**-0.5,
-        ),  # the mean of four replicas, then the root of 32/4
+        ("sqrt_world_size", 32, 1 / 4 * 8**-0.5),  # mean of 4 replicas, then the root of 32/4
         ("sqrt_num_experts", 32, 1 / 32 * 8**-0.5),
     ],
 )

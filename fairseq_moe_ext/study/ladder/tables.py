@@ -60,7 +60,7 @@ def _short(result: LadderResult, tokens: int) -> str:
 
 
 def _precision(result: LadderResult, tokens: int) -> str:
-    runs = [run for run in _trained(result) if _stage_tokens(result, run) == tokens]
+    runs = _trained_on(result, tokens)
     # older runs do not say; --bf16 computes in float32 on a CPU where that is as fast
     return " (bfloat16)" if {run.get("precision") for run in runs} == {"bfloat16"} else ""
 
@@ -185,8 +185,7 @@ def warnings(result: LadderResult) -> List[str]:
     """Dense models that are worse in domain than smaller ones, a line each number of tokens."""
     lines = []
     for tokens in budgets(result):
-        runs = [run for run in _trained(result) if _stage_tokens(result, run) == tokens]
-        line = warning(runs, FAMILIES[0])
+        line = warning(_trained_on(result, tokens), FAMILIES[0])
         lines += [f"On {millions(tokens)} tokens {line}."] if line else []
     return lines
 
@@ -199,6 +198,10 @@ def remarks(result: LadderResult) -> List[str]:
 def _trained(result: LadderResult) -> List[LadderRun]:
     """Without the runs that tried learning rates."""
     return [run for run in result["runs"] if run["stage"] != LR]
+
+
+def _trained_on(result: LadderResult, tokens: int) -> List[LadderRun]:
+    return [run for run in _trained(result) if _stage_tokens(result, run) == tokens]
 
 
 def _trained_tokens(result: LadderResult) -> List[int]:
@@ -222,7 +225,7 @@ def in_bfloat16(result: LadderResult) -> Rows:
     for tokens in _trained_tokens(result):
         if _precision(result, tokens):
             continue
-        runs = by_arm([r for r in _trained(result) if _stage_tokens(result, r) == tokens])
+        runs = by_arm(_trained_on(result, tokens))
         for name, twin in twins.items():
             mine, base = runs.get(name, {}), runs.get(twin, {})
             seeds = [len(shared(mine, base, group)) for group in groups]
