@@ -13,9 +13,8 @@ from torch import Tensor
 
 from .matmul import program_rows, program_size, watched
 
-# Numbers, 2 MB in float32: of a chunk's hidden values, which stay in the cache; and of its matrices
-# of weights, which are copied side by side.
-_HELD = 2**19
+_NARROW = 2**17  # numbers in a matrix of weights; a chunk's are copied side by side
+_HIDDEN = 2**21  # numbers, 8 MB in float32: of a chunk's hidden values, which stay in the cache
 _NUMBERS = (16, 4)  # of experts in a chunk; few, as oneDNN keeps a program for each shape
 _FULL = 0.75  # of a chunk's rows are no spare ones, at least
 
@@ -34,7 +33,7 @@ class Chunk(NamedTuple):
 
 def is_narrow(dim: int, inner: int) -> bool:
     """Whether experts of so many inputs and so many hidden numbers gain by sharing products."""
-    return min(_NUMBERS) * dim * inner <= _HELD
+    return dim * inner <= _NARROW
 
 
 def laid_out(counts: List[int], x: Tensor, inner: int) -> List[Chunk]:
@@ -45,8 +44,7 @@ def laid_out(counts: List[int], x: Tensor, inner: int) -> List[Chunk]:
         x: (..., D), for the rows' width and precision; on a CPU.
         inner: hidden width of an expert's first layer.
     """
-    dim = x.size(-1)
-    if not is_narrow(dim, inner) or watched():  # who counts FLOPs wants none of spare rows
+    if not is_narrow(x.size(-1), inner) or watched():  # who counts FLOPs wants none of spare rows
         return in_order(program_rows(x, counts))
     # In any precision and with any library, so that a seed's dropout is the same.
     rows = [program_size(count) for count in counts]
@@ -54,7 +52,7 @@ def laid_out(counts: List[int], x: Tensor, inner: int) -> List[Chunk]:
     chunks, start = [], 0
     while left:
         most = rows[left[0]]
-        room = min(_HELD // (most * inner), _HELD // (dim * inner), len(left))
+        room = min(_HIDDEN // (most * inner), len(left))
         fitting = (n for n in _NUMBERS if n <= room and _full([rows[e] for e in left[:n]]))
         number = next(fitting, 1)
         chunks.append(Chunk(left[:number], most, start))
