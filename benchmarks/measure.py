@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -160,11 +161,15 @@ def copy_bandwidth(device: str = "cpu") -> float:
 
 
 def matrix_rate(
-    rounds: int = 9, dtype: torch.dtype = torch.float32, threads: int = 1, device: str = "cpu"
+    rounds: int = 9,
+    dtype: torch.dtype = torch.float32,
+    threads: int = 1,
+    device: str = "cpu",
+    onednn: bool = True,
 ) -> float:
     """FLOPs a second of a product of square matrices, the fastest of some, by PyTorch or by us:
-    what no model's step can beat. On a CPU of 2048 rows; of one thread by the processor's time, of
-    several by the clock."""
+    what no model's step can beat; not by oneDNN without `onednn`. On a CPU of 2048 rows; of one
+    thread by the processor's time, of several by the clock."""
     rows = 2048 if device == "cpu" else 8192
     x, y = torch.ones(2, rows, rows, dtype=dtype, device=device)
     out = torch.empty_like(x)
@@ -172,7 +177,8 @@ def matrix_rate(
     torch.set_num_threads(threads)
     cases = {"torch": lambda: torch.mm(x, y, out=out), "ours": lambda: product(x, y)}
     clock = time.process_time if threads == 1 and device == "cpu" else time.perf_counter
-    seconds = in_turn(cases, rounds, clock=clock)
+    with contextlib.nullcontext() if onednn else torch.backends.mkldnn.flags(enabled=False):
+        seconds = in_turn(cases, rounds, clock=clock)
     torch.set_num_threads(before)
     return 2 * rows**3 / min(map(min, seconds.values()))
 

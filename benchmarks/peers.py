@@ -65,12 +65,14 @@ def plain(shape: Shape) -> nn.Module:
     )
 
 
-def ours(shape: Shape, experts: int = 0, bf16: bool = False, **flags: Any) -> nn.Module:
-    """Dense; or every layer sparse, two experts of half the hidden width a token, none dropped:
-    equal FLOPs."""
+def ours(
+    shape: Shape, experts: int = 0, every: int = 1, bf16: bool = False, **flags: Any
+) -> nn.Module:
+    """Dense; or one of `every` layers sparse, two experts of half the hidden width a token, none
+    dropped: equal FLOPs."""
     if experts:
         flags.update(
-            moe_freq=1,
+            moe_freq=every,
             moe_expert_count=experts,
             moe_expert_ffn_dim=shape.hidden // 2,
             moe_second_expert_policy="all",
@@ -211,6 +213,16 @@ CASES = {
         functools.partial(ours, experts=64, **OURS_BF16), True, dense="bf16: ours"
     ),
     "bf16: OLMoE, 8 experts": Case(functools.partial(hugging_face, experts=8), True, autocast=True),
+    # as in the paper
+    **{
+        f"{bf16}ours, {experts} experts, every other layer": Case(
+            functools.partial(ours, experts=experts, every=2, bf16=bool(bf16)),
+            bool(bf16),
+            dense=f"{bf16}ours",
+        )
+        for bf16 in ("", "bf16: ")
+        for experts in (8, 64)
+    },
 }
 BASE = "plain PyTorch"
 GPU_CASES = (
@@ -284,21 +296,22 @@ def together(
             runs[label]()
     seconds = measure.in_turn(runs, rounds, warmup=2)
     device, threads = like.device.type, torch.get_num_threads()
-    rows = {}
-    for bf16 in sorted({case.bf16 for case in cases.values()}):
+
+    @functools.cache
+    def floor(bf16: bool, onednn: bool) -> float:
         dtype = torch.bfloat16 if bf16 else torch.float32
-        floor = shape.flops / measure.matrix_rate(9, dtype, threads, device)
-        for label, case in cases.items():
-            if case.bf16 != bf16:
-                continue
-            row = rows[f"{name}: {label}"] = {
-                "seconds": round(measure.median(seconds[label]), 4),
-                "floor": round(floor, 4),
-                "speed": round(1 / measure.ratio(seconds, label, BASE), 3),
-                "mib": round(measure.peak_memory(runs[label]) / 2**20),
-            }
-            if case.dense:
-                row["to_dense"] = round(measure.ratio(seconds, label, case.dense), 3)
+        return shape.flops / measure.matrix_rate(9, dtype, threads, device, onednn)
+
+    rows = {}
+    for label, case in cases.items():
+        row = rows[f"{name}: {label}"] = {
+            "seconds": round(measure.median(seconds[label]), 4),
+            "floor": round(floor(case.bf16, case.onednn is not False), 4),
+            "speed": round(1 / measure.ratio(seconds, label, BASE), 3),
+            "mib": round(measure.peak_memory(runs[label]) / 2**20),
+        }
+        if case.dense:
+            row["to_dense"] = round(measure.ratio(seconds, label, case.dense), 3)
     return rows
 
 
@@ -359,8 +372,8 @@ def table(rows: Dict[str, Dict], like: Tensor) -> None:
         "Plain PyTorch's: its seconds in that run, seconds x speed. To dense: the time of a sparse "
         "model over that of our dense one of equal FLOPs and the same precision, in the same run; "
         "*: they ran apart, and this is the quotient of their speeds. Of the floor: the FLOPs at "
-        "the rate of the best product of that precision, over the time. MiB: the most that a step "
-        "allocates beside parameters and moments.",
+        "the rate of the best product of that precision (in the row of PyTorch's products: of its "
+        "own), over the time. MiB: the most that a step allocates beside parameters and moments.",
         ["case", "seconds", "speed", "plain PyTorch's", "to dense", "of the floor", "MiB"],
         [
             [key, f"{row['seconds']:.3f}", f"{row['speed']:.2f}"]

@@ -99,6 +99,23 @@ def test_a_shape_runs_in_groups_of_the_free_memory(peers, monkeypatch, tmp_path)
     assert "| 96: large sparse | 5.000 | 0.60 | 3.00 | 1.25 |" in table
 
 
+def test_the_floor_is_that_of_the_library_that_computes(peers, monkeypatch, tmp_path):
+    Models(peers, monkeypatch, {"plain PyTorch": 1})
+    cases = {
+        "plain PyTorch": peers.Case(Models.build(1)),
+        "MKL": peers.Case(Models.build(1), onednn=False),
+    }
+    monkeypatch.setattr(peers, "CASES", cases)
+    rates = {True: 4e9, False: 2e9}
+    monkeypatch.setattr(peers.measure, "matrix_rate", lambda *sizes: rates[sizes[-1]])
+    shape = peers.SHAPES["96"]
+    peers.run({"96": shape}, ["MKL"], 1, torch.empty(0))
+    (path,) = tmp_path.glob("*/peers.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert rows["96: plain PyTorch"]["floor"] == pytest.approx(shape.flops / 4e9, abs=1e-4)
+    assert rows["96: MKL"]["floor"] == pytest.approx(shape.flops / 2e9, abs=1e-4)
+
+
 def test_a_case_that_cannot_fit_is_left_out_and_named(peers, monkeypatch, tmp_path, capsys):
     models = Models(peers, monkeypatch, SIZES)
     monkeypatch.setattr(peers, "GIB", MIB)
@@ -122,6 +139,9 @@ def test_every_case_is_built_for_its_size_without_memory(peers):
     for label, case in peers.CASES.items():
         assert bool(case.dense) == ("ours" in label and "experts" in label), label
         assert case.dense in ("", "bf16: ours" if case.bf16 else "ours")
+        if case.dense:
+            sparse = [each.moe_layer is not None for each in case.build(shape).model.decoder.layers]
+            assert sparse == [False, True] if "every other layer" in label else all(sparse), label
 
 
 def test_ratios_of_an_older_file_come_by_way_of_plain_pytorch(peers):
