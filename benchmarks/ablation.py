@@ -42,7 +42,7 @@ def _no_pool(shape: Shape) -> ContextManager:
 
 def _no_batches(shape: Shape) -> ContextManager:
     """Expert by expert, as wide ones; in the order of the experts."""
-    return mock.patch.object(chunks, "_HELD", 0)
+    return mock.patch.object(chunks, "_NARROW", 0)
 
 
 @contextlib.contextmanager

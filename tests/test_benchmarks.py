@@ -392,7 +392,7 @@ def test_ablation(program, monkeypatch, tmp_path):
         (chunks, "program_rows"),
         (chunks, "program_size"),
         (experts, "kernel_for"),
-        (chunks, "_HELD"),
+        (chunks, "_NARROW"),
         (matmul, "onednn_is_faster"),
     ]
     before = [getattr(*part) for part in parts]
@@ -401,7 +401,7 @@ def test_ablation(program, monkeypatch, tmp_path):
         with change(ablation.SHAPES[0]):
             changed[name] = [p[1] for p, old in zip(parts, before) if getattr(*p) is not old]
     expected = [
-        ["_HELD"],
+        ["_NARROW"],
         ["side_by_side"],
         ["program_rows", "program_rows", "program_size"],
         ["kernel_for"],
