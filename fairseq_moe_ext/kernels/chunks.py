@@ -13,9 +13,11 @@ from torch import Tensor
 
 from .matmul import program_rows, program_size, watched
 
-_NARROW = 2**17  # numbers in a matrix of weights; a chunk's are copied side by side
-_HIDDEN = 2**21  # numbers, 8 MB in float32: of a chunk's hidden values, which stay in the cache
-_NUMBERS = (16, 4)  # of experts in a chunk; few, as oneDNN keeps a program for each shape
+_NARROW = 2**17  # numbers in an expert's first matrix, at most
+# Numbers, 8 MB in float32: of a chunk's hidden values, which stay in the cache; and of its first
+# matrices, which are copied side by side.
+_HELD = 2**21
+_NUMBERS = (64, 16, 4)  # of experts in a chunk; few, as oneDNN keeps a program for each shape
 _FULL = 0.75  # of a chunk's rows are no spare ones, at least
 
 
@@ -38,13 +40,14 @@ def is_narrow(dim: int, inner: int) -> bool:
 
 def laid_out(counts: List[int], x: Tensor, inner: int) -> List[Chunk]:
     """The chunks for counts[e] rows of each expert e. Narrow experts: those with most rows first,
-    up to 16 in a chunk. Others: each by itself, in their order.
+    up to 64 in a chunk. Others: each by itself, in their order.
 
     Args:
         x: (..., D), for the rows' width and precision; on a CPU.
         inner: hidden width of an expert's first layer.
     """
-    if not is_narrow(x.size(-1), inner) or watched():  # who counts FLOPs wants none of spare rows
+    dim = x.size(-1)
+    if not is_narrow(dim, inner) or watched():  # who counts FLOPs wants none of spare rows
         return in_order(program_rows(x, counts))
     # In any precision and with any library, so that a seed's dropout is the same.
     rows = [program_size(count) for count in counts]
@@ -52,7 +55,7 @@ def laid_out(counts: List[int], x: Tensor, inner: int) -> List[Chunk]:
     chunks, start = [], 0
     while left:
         most = rows[left[0]]
-        room = min(_HIDDEN // (most * inner), len(left))
+        room = min(_HELD // (most * inner), _HELD // (dim * inner), len(left))
         fitting = (n for n in _NUMBERS if n <= room and _full([rows[e] for e in left[:n]]))
         number = next(fitting, 1)
         chunks.append(Chunk(left[:number], most, start))
