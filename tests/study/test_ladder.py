@@ -1001,11 +1001,11 @@ def test_what_would_be_needed_by_the_result_that_is_committed(capsys):
 
 
 def test_the_result_that_is_committed():
-    """docs/ladder_two_cores, and what docs/ladder.md says of it."""
+    """docs/ladder_two_cores, and what docs/earlier_studies.md says of it."""
     docs = STUDY.parents[1] / "docs"
     found = json.loads((docs / "ladder_two_cores" / "result.json").read_text(encoding="utf-8"))
     assert tables.page(found) == (docs / "ladder_two_cores" / "tables.md").read_text("utf-8")
-    text = (docs / "ladder.md").read_text(encoding="utf-8")
+    text = (docs / "earlier_studies.md").read_text(encoding="utf-8")
     for group in GROUPS:
         assert markdown(tables.over_tokens(found, group)).strip() in text
     plain = " ".join(text.split())
