@@ -97,7 +97,8 @@ def test_programs_take_no_beginning_of_a_flag_for_it():
     [
         ("--criterion cross_entropy --moe-gate-loss-wt 0.01", "--criterion moe_cross_entropy"),
         ("--optimizer sgd --adam-eps 1", "--adam-eps is a flag of --optimizer fused_adam"),
-        ("--arch transformer_lm --moe-top-k 1", "--arch moe_transformer_lm or "),
+        ("--arch lstm_lm --moe-top-k 1", "--arch moe_transformer_lm or "),
+        ("--arch transformer_lm_wiki103 --moe-freq 1", "--arch moe_transformer_lm or "),
         ("--lr-scheduler fixed --t-mult 2", "--t-mult is a flag of --lr-scheduler cosine: "),
         ("--corpus-temperature 2", "--task mixture_language_modeling"),
         ("--arch moe_lm_tiny --moe-top-kk 1", "did you mean --moe-top-k?"),

@@ -32,8 +32,11 @@ def parse_args_and_arch(stock, parser, input_args=None, *args, **kwargs):
     """
     words = list(sys.argv[1:] if input_args is None else input_args)
 
+    def remedy(parser: argparse.ArgumentParser, flag: str) -> str:
+        return flag_owners.remedy(parser, flag, words)
+
     def refuse(message: str) -> None:
-        parser.exit(2, f"error: {flag_mistake(parser, message, words, flag_owners.remedy)}\n")
+        parser.exit(2, f"error: {flag_mistake(parser, message, words, remedy)}\n")
 
     parser.error = refuse
     read_negative_numbers(parser)

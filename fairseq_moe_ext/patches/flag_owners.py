@@ -2,21 +2,36 @@
 ones do not have."""
 
 import argparse
-from typing import Any, Iterator, List, Mapping, Tuple
+from dataclasses import fields
+from typing import Any, Iterator, List, Mapping, Sequence, Tuple
 
 from fairseq.dataclass.utils import gen_parser_from_dataclass
-from fairseq.models import ARCH_MODEL_REGISTRY, FairseqLanguageModel
+from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY, FairseqLanguageModel
+from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerLanguageModelConfig
 from fairseq.registry import REGISTRIES
 from fairseq.tasks import TASK_REGISTRY
 
+from ..config import defaults
+from ..models.language_model import MODEL_NAME
+from ..wording import flag as flag_of
+
 _OURS = __package__.split(".")[0]
 _SHOWN = 3  # names
+# Flags of the moe branch beside those of the model, for which nothing stands here.
+BRANCH_ONLY = {
+    *("--is-moe", "--num-workers-valid", "--dummy-a2a", "--stats-path", "--log-nvidia-smi"),
+    *("--no-best-checkpoints", "--no-save-optimizer-state-on-training-finished"),
+    *("--symlink", "--symlink-best-and-last-checkpoints", "--s3-upload-path", "--s3-dir"),
+}
 
 
-def remedy(parser: argparse.ArgumentParser, flag: str) -> str:
-    """What to do about a flag that a parser of fairseq does not have; "": nothing is known."""
+def remedy(parser: argparse.ArgumentParser, flag: str, words: Sequence[str]) -> str:
+    """What to do about a flag of a command line, by its words, that a parser of fairseq does not
+    have; "": nothing is known."""
     there = parser._option_string_actions
-    if "--arch" not in there and flag in _flags(ARCH_MODEL_REGISTRY["moe_transformer_lm"]):
+    if flag in BRANCH_ONLY:
+        return f"{flag} of fairseq's moe branch has no counterpart here: remove it"
+    if "--arch" not in there and flag in _flags(ARCH_MODEL_REGISTRY[MODEL_NAME]):
         if "--model-overrides" not in there:
             return f"{flag} is a setting of the model, which the checkpoint has: remove it"
         setting = flag[2:].replace("-", "_")
@@ -24,11 +39,36 @@ def remedy(parser: argparse.ArgumentParser, flag: str) -> str:
     for kind, classes in _kinds():
         names = [name for name, cls in classes.items() if flag in _flags(cls)]
         ours = [name for name in names if classes[name].__module__.startswith(f"{_OURS}.")]
+        if kind == "arch" and MODEL_NAME in ours and _in_place_of_stocks(words):
+            return f"{flag} is a flag of --arch {MODEL_NAME}: {_in_place_of_stocks(words)}"
         names = ours or names
         if names and f"--{kind}" in there:
             listed = " or ".join(names[:_SHOWN]) + (", ..." if names[_SHOWN:] else "")
             return f"{flag} is a flag of --{kind} {listed}: add that, or remove {flag}"
     return ""
+
+
+def _in_place_of_stocks(words: Sequence[str]) -> str:
+    """How to write the --arch of a command line with our model, whose other defaults differ; "":
+    it is no transformer_lm of fairseq's, or one with adaptive input, which ours lacks."""
+    chosen = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    chosen.add_argument("--arch", "-a")
+    gen_parser_from_dataclass(chosen, TransformerLanguageModelConfig(), delete_default=True)
+    settings = chosen.parse_known_args(list(words))[0]
+    arch, given = vars(settings).pop("arch", None), {*vars(settings)}
+    if not issubclass(ARCH_MODEL_REGISTRY.get(arch, object), TransformerLanguageModel):
+        return ""
+    ARCH_CONFIG_REGISTRY[arch](settings)
+    if getattr(settings, "adaptive_input", False):
+        return ""
+    stock = {field.name: field.default for field in fields(TransformerLanguageModelConfig)}
+    stock.update(vars(settings))
+    more = [f"--arch {MODEL_NAME}"]
+    for name, default in defaults().items():
+        value = stock.get(name, default)
+        if value != default and name not in given:
+            more.append(flag_of(name) if value is True else f"{flag_of(name)} {value}")
+    return f"in place of --arch {arch} write {' '.join(more)}"
 
 
 def _kinds() -> Iterator[Tuple[str, Mapping[str, Any]]]:
