@@ -77,15 +77,16 @@ class RouterFlags(FairseqDataclass):
     moe_eom: float = field(
         default=0.0,
         metadata={
-            "help": "expert output masking: dropout probability of an expert's output for a token "
-            "(NLLB)"
+            "help": "expert output masking (NLLB): dropout probability p of an expert's output for "
+            "a token. Training divides what is kept by 1 - p; NLLB's code instead multiplies all "
+            "by 1 - p at evaluation"
         },
     )
     moe_fom: float = field(
         default=0.0,
         metadata={
-            "help": "final output masking: dropout probability of the sum of the outputs of a "
-            "token's experts (NLLB)"
+            "help": "final output masking (NLLB): dropout probability of the sum of the outputs of "
+            "a token's experts, scaled as with --moe-eom"
         },
     )
     moe_threshold_decay: float = field(

@@ -20,8 +20,8 @@ from ..wording import short
 
 FIELDS = {field.name: field for field in fields(MoETransformerLMConfig)}
 
-# Settings of the branch that change what the model computes and that this plugin lacks, with the
-# value that turns them off.
+# Settings of the branch, and of later states of its code, that change what the model computes and
+# that this plugin lacks, with the value that turns them off.
 _UNSUPPORTED: Dict[str, Any] = {
     "adaptive_input": False,
     "adaptive_softmax_cutoff": None,
@@ -36,6 +36,14 @@ _UNSUPPORTED: Dict[str, Any] = {
     "scale_attn": False,
     "scale_heads": False,
     "scale_resids": False,
+    "scale_heads_inside": False,
+    "decoder_learned_sinusoidal": False,
+    "alibi": False,
+    "moe_cmr": False,
+    "moe_eval_capacity_max_seqlen": False,
+    # there the output is multiplied by 1 - p at evaluation, here divided by it in training
+    "moe_eom": 0,
+    "moe_fom": 0,
 }
 
 # Reading a checkpoint does not depend on how it was trained; fairseq-train uses its own flags.
@@ -108,6 +116,8 @@ def translated_settings(path: str, saved: Dict[str, Any]) -> Dict[str, Any]:
     rules = {"sqrt_world_size": "sqrt_world_size", "sqrt_num_experts": "sqrt_world_size"}
     rule = rules.get(str(settings["moe_normalize_expert_grad"]), "world_size")
     settings["moe_normalize_expert_grad"] = rule
+    if settings["moe_top1_expert"]:
+        settings["moe_batch_prioritized_routing"] = False  # of two experts only, in the branch
     if not settings["moe_freq"]:  # a dense model, whatever its command line said of experts
         settings["moe_freq"] = settings["moe_expert_count"] = 0
     settings.setdefault("tokens_per_sample", 1024)

@@ -150,6 +150,7 @@ BAD = {
     "adaptive": ("all", setting("adaptive_softmax_cutoff", [10]), "adaptive_softmax_cutoff"),
     "characters": ("all", setting("character_embeddings", True), "character_embeddings"),
     "post-norm": ("all", setting("decoder_normalize_before", False), "decoder_normalize_before"),
+    "alibi": ("all", setting("alibi", True), "this plugin lacks, .*alibi True"),
     "projected": ("all", setting("decoder_input_dim", 8), "decoder_input_dim 8"),
     "other model": ("all", setting("_name", "transformer"), "architecture transformer"),
     "not a checkpoint": ("rank-0", lambda state: state.pop("model"), "contains no model"),

@@ -2,6 +2,7 @@
 
 import json
 from argparse import Namespace
+from pathlib import Path
 
 import branch_files
 import pytest
@@ -28,11 +29,12 @@ from updates import configure, make_trainer
 
 from fairseq_moe_ext import cli
 from fairseq_moe_ext.branch.files import find
-from fairseq_moe_ext.branch.settings import translated_settings
+from fairseq_moe_ext.branch.settings import OtherModel, translated_settings
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
 
 QUICK = [(1, 1.0)]
+PAGE = (Path(__file__).parents[2] / "docs" / "released_models.md").read_text(encoding="utf-8")
 
 
 @needs_reference
@@ -154,6 +156,41 @@ def test_what_the_files_may_be_called(tmp_path):
     (tmp_path / "a.pt").unlink()
     with pytest.raises(UserError, match="a-shared.pt: missing"):
         find(str(tmp_path / "a.pt"))
+
+
+UNKNOWN_HERE = [
+    {"alibi": True},
+    {"decoder_learned_sinusoidal": True},
+    {"moe_cmr": True},
+    {"moe_eom": 0.2},
+    {"moe_eval_capacity_max_seqlen": True},
+    {"moe_fom": 0.1},
+    {"scale_heads_inside": True},
+]
+
+
+@pytest.mark.parametrize("saved", UNKNOWN_HERE, ids=lambda saved: "".join(saved))
+def test_settings_of_later_states_of_the_branch_are_refused_by_name(saved):
+    """Three of them leave no trace in the tensors."""
+    settings = branch_files.complete(SMALL)
+    ((name, value),) = saved.items()
+    assert f"`{name}`" in PAGE.partition("Not supported, and rejected")[2]
+    translated_settings("x.pt", {**settings, name: type(value)(0)})
+    with pytest.raises(OtherModel, match=rf"^x.pt: .* plugin lacks, .*: {name} {value}$"):
+        translated_settings("x.pt", {**settings, **saved})
+
+
+def test_priority_with_one_expert_per_token_is_ignored_as_in_the_branch(tmp_path, data):
+    """Nobody could remove the setting from the files."""
+    model = write_small(tmp_path / "run", "top-1")
+
+    def prioritize(state):
+        state["cfg"]["model"]["moe_batch_prioritized_routing"] = True
+
+    for path in (tmp_path / "run").glob("*.pt"):
+        change(path, prioritize)
+    logits = loaded_logits(0, str(tmp_path / "run"), data, AS_SAVED)
+    assert torch.equal(logits, model(tokens())[0])
 
 
 def test_old_args_are_left_as_they_were_saved():
