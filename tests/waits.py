@@ -1,9 +1,11 @@
 """What would make the CPU wait for a GPU, counted on a CPU."""
 
 from collections import Counter
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.autograd import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
 # They bring numbers of a tensor, or sizes that depend on them, to the CPU.
@@ -18,6 +20,7 @@ READS = {
 }
 # They copy numbers of Python's to the tensor's device: a GPU finishes its work first.
 COPIES = {torch.tensor, torch.as_tensor}
+BACKWARD = {Tensor.backward, torch.autograd.backward, torch.autograd.grad}
 
 
 class Waits(TorchFunctionMode):
@@ -39,7 +42,17 @@ class Waits(TorchFunctionMode):
         elif function in (Tensor.__getitem__, Tensor.__setitem__):
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             masks = [i for i in index if isinstance(i, Tensor) and i.dtype == torch.bool]
-            name = "mask" if masks else None
+            lists = [i for i in index if isinstance(i, list)]  # a copy
+            name = "mask" if masks else "list" if lists else None
         if name:
             self.counts[name] += 1
+        if function in BACKWARD:
+            with patch("torch.autograd._engine_run_backward", self._counted):
+                return function(*args, **kwargs)
         return function(*args, **kwargs)
+
+    def _counted(self, *args, **kwargs):
+        """PyTorch leaves a mode while it calls its __torch_function__, and so for all of a backward
+        pass."""
+        with self:
+            return _engine_run_backward(*args, **kwargs)

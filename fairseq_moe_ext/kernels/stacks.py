@@ -21,8 +21,16 @@ class Weights(NamedTuple):
     b2: Stack  # (E, D)
 
 
+def set_to_zero(x: Tensor, experts: Sequence[int]) -> None:
+    """Of x (E, ...), the numbers of these experts, in place. (x[experts] = 0 makes the CPU wait for
+    a GPU.)"""
+    if experts:
+        x.index_fill_(0, to_device(experts, x.device), 0)
+
+
 def scale_gradient(x: Tensor, scale: float, unused: Sequence[int] = ()) -> Tensor:
-    """x (E, ...), whose gradient is multiplied by scale, and set to 0 for the unused experts."""
+    """x (E, ...), whose gradient is multiplied by scale, and set to 0 for the unused experts. Name
+    these only where nothing else reads that gradient: it may be written in place."""
     return _ScaleGradient.apply(x, scale, unused)
 
 
@@ -34,7 +42,7 @@ class _ScaleGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None, None]:
-        grad = grad * ctx.scale
-        if ctx.unused:
-            grad = grad.index_fill_(0, to_device(ctx.unused, grad.device), 0)
+        if ctx.scale != 1:  # otherwise a copy of all experts' gradients
+            grad = grad * ctx.scale
+        set_to_zero(grad, ctx.unused)
         return grad, None, None

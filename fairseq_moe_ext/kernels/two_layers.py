@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .first_order import once_differentiable
-from .stacks import Stack, Weights
+from .stacks import Stack, Weights, set_to_zero
 
 
 class Part(Protocol):
@@ -128,7 +128,7 @@ class _TwoLayers(torch.autograd.Function):
             used = {e for part in parts for e in part.experts}
             unused = [e for e in range(len(w1)) if e not in used]
             for each in grads:
-                each[unused] = 0
+                set_to_zero(each, unused)
 
         def compute(index: int) -> None:
             part, rows = parts[index], parts[index].place

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from waits import Waits
+from wide_experts import as_wide
 
 from fairseq_moe_ext.moe.balance import Balance
 from fairseq_moe_ext.moe.layer import MoELayer
@@ -36,7 +37,7 @@ def test_a_layer_waits_once(name, padded, over):
     ).double()
     x = torch.randn(12, 6, dtype=torch.float64, requires_grad=True)
     padding = torch.arange(12) % 6 == 5 if padded else None
-    with Waits() as waits:
+    with as_wide(), Waits() as waits:  # as on a GPU: not batched
         result = layer(x, padding, token_ids=torch.arange(12) % 3, length=6)
         losses = (result.balance_loss, result.z_loss, result.router_loss)
         (result.out.sum() + sum(loss for loss in losses if loss is not None)).backward()
