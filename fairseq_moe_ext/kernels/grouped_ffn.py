@@ -57,12 +57,14 @@ class _AddBias(torch.autograd.Function):
 
 
 def grouped_serves(x: Tensor, weights: Weights) -> bool:
-    """Whether grouped products have a kernel of their own for these: bfloat16 on a GPU, rows of a
-    multiple of 16 bytes."""
+    """Whether grouped products have a kernel of their own for these: bfloat16, rows of a multiple
+    of 16 bytes, and a GPU of the kind of H100 or B200 (compute capability 9 or 10). On others
+    PyTorch copies the offsets to the CPU and multiplies expert by expert."""
     return (
         x.is_cuda
         and x.dtype == torch.bfloat16
         and hasattr(F, "grouped_mm")
+        and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
         and isinstance(weights.w1, Tensor)
         and x.size(0) > 0
         and isinstance(weights.w2, Tensor)

@@ -247,10 +247,31 @@ def test_which_way_is_taken():
     assert kernel_for(OfAnotherKind(), weights) is None
 
 
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="needs PyTorch 2.10")
+@pytest.mark.parametrize(
+    "capability, serves",
+    [((8, 0), False), ((8, 9), False), ((9, 0), True), ((10, 3), True), ((12, 0), False)],
+)
+def test_grouped_products_only_where_pytorch_has_a_kernel_for_them(capability, serves, monkeypatch):
+    _, weights, _ = made(torch.bfloat16)
+
+    class OnAGPU:
+        device, is_cuda, dtype = torch.device("cuda"), True, torch.bfloat16
+
+        def size(self, dim):
+            return 8
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert grouped_serves(OnAGPU(), weights) == serves
+    assert kernel_for(OnAGPU(), weights) is (grouped if serves else by_expert)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_grouped_products_on_a_gpu():
     x, weights, mask = made(torch.bfloat16)
+    if torch.cuda.get_device_capability()[0] not in (9, 10):
+        pytest.skip("PyTorch has no kernel for them on this GPU")
     here = [each.detach().cuda().requires_grad_() for each in (x, *weights)]
     assert grouped_serves(here[0], Weights(*here[1:]))
     found = results(grouped, here[0], Weights(*here[1:]), F.gelu, mask.cuda())
