@@ -21,6 +21,7 @@ from small_models import (
     random_tokens,
 )
 from updates import as_sample, batches, configure, make_trainer, record
+from waits import Waits
 
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.moe.router import TopKRouter
@@ -53,6 +54,16 @@ RULES = {  # flags -> the plain loop's
         dict(hide_padding=True, masked=True),
     ),
 }
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", RULES)
+def test_padding_is_looked_for_once(name, padded):
+    rule = build_model(**MOE, **RULES[name][0]).decoder.pad_rule
+    tokens = padded_tokens() if padded else random_tokens(4, 9)
+    with Waits() as waits:
+        rule.attention_mask(tokens.eq(PAD), 9)
+    assert waits.counts == {"__bool__": 1}
 
 
 @pytest.mark.parametrize("top1", [False, True])
