@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from fairseq.data import data_utils
 from omegaconf import OmegaConf
 from ready_configs import CONF, RECIPES, WARNINGS, composed
 
@@ -49,6 +50,68 @@ def test_the_table_shows_the_batch_of_one_gpu_and_what_an_expert_takes(row):
         sizes.append(size)
     assert sizes[0] == cfg.dataset.batch_size != sizes[1]
     assert cfg.model.moe_capacity_factor is None  # the number of experts per token: 2
+
+
+def test_the_warm_ups_of_late_2021_are_375_million_tokens_of_2_to_the_20():
+    """As the page says of 750 and 187; the earlier runs' 357 and our own have a million of 10^6."""
+    found = {
+        config: int(there)
+        for configs, setting, _, there in rows(
+            "| config | setting | here, as printed | by the run's name |"
+        )
+        if "warmup_updates" in setting and there != "2000"
+        for config in re.findall(r"`(\w+)`", configs)
+    }
+    late = {"dense_lm_6_7b", "dense_lm_13b", "moe_lm_15b", "moe_lm_1_1t"}
+    for config, there in found.items():
+        tokens = 375 * (2**20 if config in late else 10**6)
+        assert there == tokens // RECIPES[config][0], config
+        cfg = composed(config, ["task.data=unused"])
+        assert cfg.lr_scheduler.warmup_updates == round(375e6 / RECIPES[config][0])
+    assert found.keys() == late | {"dense_lm_1_3b", "dense_lm_2_7b"}
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("moe")])
+def test_the_table_of_the_run_scripts_shows_the_settings_of_the_configs(name):
+    cfg = composed(name, ["task.data=unused"])
+    table = rows("| setting | here | by the run scripts |")
+    assert len(table) == 4
+    for setting, here, _ in table:
+        value = OmegaConf.select(cfg, setting.strip("`"))
+        if setting == "`dataset.batch_size_valid`":
+            assert here == "as `dataset.batch_size`" and value == cfg.dataset.batch_size
+        else:
+            assert str(value).lower() == here
+
+
+def test_the_tokens_of_an_expert_in_validation():
+    block, here = re.search(
+        r"an expert took (\d+) tokens, its mean load, .* up to ([\d,]+)\s+of 8 blocks", PAGE, re.S
+    ).groups()
+    cfg = composed("moe_lm_15b", ["task.data=unused"])
+    length = cfg.task.tokens_per_sample
+    assert int(block) == token_capacity(length, EXPERTS, factor=2) == 2 * length / EXPERTS
+    share = cfg.model.moe_eval_capacity_token_fraction
+    assert int(here.replace(",", "")) == share * cfg.dataset.batch_size * length
+    assert cfg.dataset.batch_size == 8
+
+
+def test_a_batch_is_as_large_as_its_setting():
+    """fairseq's own multiple of 8 cuts 12 to 8."""
+    cfg = composed("moe_lm_15b", ["task.data=unused", "dataset.batch_size=12"])
+    sizes = [
+        [
+            len(batch)
+            for batch in data_utils.batch_by_size(
+                range(48),
+                lambda _: 1,
+                max_sentences=cfg.dataset.batch_size,
+                required_batch_size_multiple=multiple,
+            )
+        ]
+        for multiple in (cfg.dataset.required_batch_size_multiple, 8)
+    ]
+    assert sizes == [[12] * 4, [8] * 6]
 
 
 def gigabytes(capsys, command):

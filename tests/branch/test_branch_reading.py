@@ -1,12 +1,14 @@
 """Checkpoints in the layout of fairseq's `moe` branch: their logits, perplexities and costs."""
 
 import json
+import re
 from argparse import Namespace
 from pathlib import Path
 
 import branch_files
 import pytest
 import torch
+import torch.nn.functional as F
 from branch_checkpoints import (
     ADAM,
     AS_SAVED,
@@ -191,6 +193,19 @@ def test_priority_with_one_expert_per_token_is_ignored_as_in_the_branch(tmp_path
         change(path, prioritize)
     logits = loaded_logits(0, str(tmp_path / "run"), data, AS_SAVED)
     assert torch.equal(logits, model(tokens())[0])
+
+
+def test_the_tanh_approximation_of_gelu_by_an_override(tmp_path, data):
+    """docs/released_models.md: the branch computes it on a GPU with Megatron."""
+    ((override, name),) = re.findall(r"\"\{'(activation_fn)': '(\w+)'\}\"", PAGE)
+    model = write_small(tmp_path / "run")
+    exact = model(tokens())[0]
+    for module in model.modules():
+        if hasattr(module, "activation"):
+            module.activation = lambda x: F.gelu(x, approximate="tanh")
+    logits = loaded_logits(0, str(tmp_path / "run"), data, {**AS_SAVED, override: name})
+    gap = (logits - exact).abs().max()
+    assert (logits - model(tokens())[0]).abs().max() < 1e-5 < gap / 20
 
 
 def test_old_args_are_left_as_they_were_saved():
