@@ -18,9 +18,10 @@ D, HIDDEN = 8, 16
 needs_grouped_mm = pytest.mark.skipif(
     not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm"
 )
-ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 ON_A_CPU = [batched, by_expert]
-WAYS = [*ON_A_CPU, plain_expert_ffn, pytest.param(grouped, marks=needs_grouped_mm)]
+ANYWHERE = [plain_expert_ffn, pytest.param(grouped, marks=needs_grouped_mm)]
+WAYS = [*ON_A_CPU, *ANYWHERE]
+ON_CUDA = [by_expert, *ANYWHERE]
 
 
 def loop(x, counts, weights, activation, mask=None, grad_scale=1.0):
@@ -81,9 +82,28 @@ def test_scale_is_on_the_weights_gradients_alone(way):
         assert_near(grad, 0.25 * without, 1e-6, "weights")
 
 
+@pytest.mark.parametrize("way", ON_CUDA)
+def test_ways_on_a_gpu_keep_their_tensors_there(way):
+    """As on `meta`, which takes no tensor of another device either."""
+    x, weights, mask = made(torch.bfloat16)
+    there = Weights(*(each.to("meta") for each in weights))
+    found = results(way, x.to("meta"), there, F.gelu, mask.to("meta"))
+    assert {each.device.type for each in found} == {"meta"}
+
+
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_A_GPU)])
-def test_gradients_of_many_rows_are_added_in_float32(way, device):
+def test_gradients_of_many_rows_are_added_in_float32(way):
+    many_rows(way, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("way", ON_CUDA)
+def test_gradients_of_many_rows_are_added_in_float32_on_a_gpu(way):
+    many_rows(way, "cuda")
+
+
+def many_rows(way, device):
     """One after the other in bfloat16, 256 and 1 are 256."""
     counts = [600, 0, 1000]
     x, weights, _ = made(torch.bfloat16, counts)
