@@ -16,6 +16,7 @@ import logging
 from typing import Any, Callable, Dict, Sequence
 
 import fairseq_cli.eval_lm  # before our package, which then finds it to mend, as in the command
+import peer_models
 import peers
 import torch
 from measure import (
@@ -91,11 +92,11 @@ def of_ours(loss: torch.nn.Module, words: Tensor) -> Callable[[], float]:
 
 
 PEERS = {
-    "plain PyTorch": (of_peer, peers.plain),
-    "ours": (of_ours, peers.ours),
-    "Hugging Face GPT-2": (of_peer, peers.hugging_face),
-    "ours, 8 experts": (of_ours, lambda shape: peers.ours(shape, 8)),
-    "OLMoE, 8 experts": (of_peer, lambda shape: peers.hugging_face(shape, 8)),
+    "plain PyTorch": (of_peer, peer_models.plain),
+    "ours": (of_ours, peer_models.ours),
+    "Hugging Face GPT-2": (of_peer, peer_models.hugging_face),
+    "ours, 8 experts": (of_ours, lambda shape: peer_models.ours(shape, 8)),
+    "OLMoE, 8 experts": (of_peer, lambda shape: peer_models.hugging_face(shape, 8)),
 }
 
 

@@ -21,6 +21,7 @@ from typing import Callable, Dict, List
 from unittest import mock
 
 import measure
+import peer_models
 import peers
 import torch
 import train_step
@@ -40,7 +41,7 @@ class Trained:
     """A checkpoint after one update, and the folder that it converts to. Every layer is dense, or
     sparse with experts of half the width: as many FLOPs."""
 
-    def __init__(self, folder: Path, shape: peers.Shape, experts: int) -> None:
+    def __init__(self, folder: Path, shape: peer_models.Shape, experts: int) -> None:
         self.data, self.run, self.converted = folder / "data", folder / "run", folder / "hf"
         self.data.mkdir(parents=True)
         train_step.make_data(self.data, 4 * shape.context, shape.vocabulary)
@@ -79,8 +80,8 @@ def converted(trained: Trained) -> Generate:
     )
 
 
-def native(shape: peers.Shape, experts: int) -> Generate:
-    return _theirs(peers.hugging_face(shape, experts).model)
+def native(shape: peer_models.Shape, experts: int) -> Generate:
+    return _theirs(peer_models.hugging_face(shape, experts).model)
 
 
 def _theirs(model: nn.Module) -> Generate:
@@ -120,7 +121,7 @@ def read_bandwidth(size: int) -> float:
     return size / min(measure.in_turn({"sum": x.sum}, 20, clock=measure.clock())["sum"])
 
 
-def floor(shape: peers.Shape, experts: int, batch: int) -> float:
+def floor(shape: peer_models.Shape, experts: int, batch: int) -> float:
     """Seconds of the steps alone: the weights that a step needs, read once, or its FLOPs at the
     rate of a product of matrices, whichever takes longer."""
     experts_of_token, width = (2, shape.hidden // 2) if experts else (1, shape.hidden)

@@ -228,7 +228,7 @@ def test_peers_and_evaluation_have_equal_flops(program, tiny, training):
     tokens = torch.randint(4, tiny.vocabulary, (tiny.rows, tiny.context))
     for case in (*program("peers").CASES.values(), program("evaluate").PEERS["ours, 8 experts"][1]):
         build = getattr(case, "build", case)
-        if getattr(build, "func", None) is program("peers").ours or build is case:
+        if getattr(build, "func", None) is program("peer_models").ours or build is case:
             model = build(tiny).model.train(training)
             assert not any(dropped(model, tokens)), case
 
