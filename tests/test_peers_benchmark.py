@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 MIB = 2**20
@@ -142,6 +143,38 @@ def test_every_case_is_built_for_its_size_without_memory(peers):
         if case.dense:
             sparse = [each.moe_layer is not None for each in case.build(shape).model.decoder.layers]
             assert sparse == [False, True] if "every other layer" in label else all(sparse), label
+
+
+class Products(TorchDispatchMode):
+    """The precisions of all products of matrices."""
+
+    FACTOR = {"mm": 0, "bmm": 0, "_grouped_mm": 0, "addmm": 1, "baddbmm": 1}
+
+    def __init__(self):
+        super().__init__()
+        self.found = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in self.FACTOR:
+            self.found.setdefault(name, set()).add(args[self.FACTOR[name]].dtype)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("label", [
+    "bf16: plain PyTorch, autocast", "bf16: Hugging Face GPT-2, autocast", "bf16: OLMoE, 8 experts",
+])  # fmt: skip
+def test_peers_in_bfloat16_compute_all_products_in_it(peers, label):
+    """Those of experts too, which autocast does not reach."""
+    pytest.importorskip("transformers")
+    step = peers.training_step(
+        peers.CASES[label], peers.Shape(2, 48, 2, 96, 40, 2, 8), torch.empty(0)
+    )
+    with Products() as products:
+        step()
+    grouped = "OLMoE" in label and hasattr(torch.nn.functional, "grouped_mm")
+    assert ("_grouped_mm" in products.found) == grouped
+    assert set.union(*products.found.values()) == {torch.bfloat16}, products.found
 
 
 def test_ratios_of_an_older_file_come_by_way_of_plain_pytorch(peers):
