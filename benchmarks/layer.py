@@ -203,7 +203,8 @@ def training(shape: Shape, rounds: int, peers: bool, like: Tensor) -> Dict[str, 
     for name in ("dense", "capacity", "dropless"):
         for layer in layers.values():
             layer.zero_grad(set_to_none=True)
-        memory[name] = measure.peak_memory(cases[name]) - weight_bytes(layers[name])
+        peak = measure.peak_memory(cases[name], like.device.type)
+        memory[name] = peak - weight_bytes(layers[name])
     times = {name: measure.ratio(seconds, name, "dense") for name in cases}
     traffic = 3 * weight_bytes(layers["capacity"].experts) / bandwidth
     return {

@@ -153,11 +153,12 @@ def ratio(seconds: Dict[str, List[float]], name: str, base: str) -> float:
 
 def copy_bandwidth(device: str = "cpu") -> float:
     """Bytes a second, those read and those written together, of copying a large tensor into
-    another that exists."""
-    source = torch.ones(_COPIED, dtype=torch.uint8, device=device)
+    another that exists. On a GPU so large that starting the copy takes little of its time."""
+    copied = _COPIED if device == "cpu" else 16 * _COPIED
+    source = torch.empty(copied // 8, dtype=torch.int64, device=device).random_()
     target = torch.zeros_like(source)
     seconds = in_turn({"copy": lambda: target.copy_(source)}, 9)["copy"]
-    return 2 * _COPIED / median(seconds)
+    return 2 * copied / median(seconds)
 
 
 def matrix_rate(
@@ -169,9 +170,10 @@ def matrix_rate(
 ) -> float:
     """FLOPs a second of a product of square matrices, the fastest of some, by PyTorch or by us:
     what no model's step can beat; not by oneDNN without `onednn`. On a CPU of 2048 rows; of one
-    thread by the processor's time, of several by the clock."""
+    thread by the processor's time, of several by the clock. Of random numbers: a GPU multiplies
+    equal ones faster than a model's."""
     rows = 2048 if device == "cpu" else 8192
-    x, y = torch.ones(2, rows, rows, dtype=dtype, device=device)
+    x, y = torch.randn(2, rows, rows, dtype=dtype, device=device)
     out = torch.empty_like(x)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -183,9 +185,10 @@ def matrix_rate(
     return 2 * rows**3 / min(map(min, seconds.values()))
 
 
-def peak_memory(work: Callable[[], object]) -> int:
-    """Most bytes of tensors that `work` has allocated at once, on top of those before it."""
-    if torch.cuda.is_available():
+def peak_memory(work: Callable[[], object], device: str = "cpu") -> int:
+    """Most bytes of tensors that `work` has allocated at once on the device, on top of those before
+    it."""
+    if device == "cuda":
         _wait()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -206,7 +209,8 @@ def peak_memory(work: Callable[[], object]) -> int:
 def free_memory(device: str = "cpu") -> int:
     """Bytes that programs may still take; where the system does not say, all that it has."""
     if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
+        kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # by PyTorch, unused
+        return torch.cuda.mem_get_info()[0] + kept
     info = Path("/proc/meminfo")
     available = re.search(r"MemAvailable: +(\d+) kB", info.read_text()) if info.exists() else None
     if available:

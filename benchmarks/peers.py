@@ -170,7 +170,7 @@ def together(
             "seconds": round(measure.median(seconds[label]), 4),
             "floor": round(floor(case.bf16, case.onednn is not False), 4),
             "speed": round(1 / measure.ratio(seconds, label, BASE), 3),
-            "mib": round(measure.peak_memory(runs[label]) / 2**20),
+            "mib": round(measure.peak_memory(runs[label], device) / 2**20),
         }
         if case.dense:
             row["to_dense"] = round(measure.ratio(seconds, label, case.dense), 3)

@@ -13,6 +13,7 @@ import torch
 from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from small_models import VOCABULARY, make_task
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairseq_moe_ext.models import attention
 from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
@@ -378,6 +379,50 @@ def test_gpu_script_keeps_to_its_time(program, monkeypatch, tmp_path, capsys):
 
 def test_all_parts_fit_into_eight_minutes(program):
     assert sum(program("gpu").PARTS.values()) <= 8 * 60
+
+
+def test_rates_are_of_random_numbers_and_large_copies(program, monkeypatch):
+    """A GPU multiplies ones a seventh faster than numbers of a model, and starting a copy of 256
+    MiB takes a tenth of its time there. Tensors on `meta` have sizes alone."""
+    measure, factors, copied = program("measure"), [], []
+    monkeypatch.undo()
+    monkeypatch.setattr(measure, "product", lambda x, y: factors.extend([x, y]))
+    measure.matrix_rate(1)
+    assert all(0.9 < float(each.std()) < 1.1 for each in factors[:2])
+    monkeypatch.setattr(measure, "_COPIED", 1024)
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.copy_.default:
+                copied.append(args[1])
+            return function(*args, **(kwargs or {}))
+
+    with Copies():
+        measure.copy_bandwidth()
+    assert {each.nbytes for each in copied} == {1024} and len(copied[0].unique()) > 100
+    copied.clear()
+    monkeypatch.undo()
+    with Copies():
+        measure.copy_bandwidth("meta")
+    assert {each.nbytes for each in copied} == {2**32}
+
+
+def test_memory_of_work_on_a_cpu_is_the_cpus_beside_a_gpu(program, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    for name in ("memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+    measure = program("measure")
+    assert 2**20 <= measure.peak_memory(lambda: torch.ones(2**18)) < 2**21
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5)
+    assert measure.peak_memory(lambda: None, "cuda") == 5
+
+
+def test_memory_that_pytorch_keeps_for_later_is_free(program, monkeypatch):
+    for name, value in (("mem_get_info", (3, 9)), ("memory_reserved", 5), ("memory_allocated", 1)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    assert program("measure").free_memory("cuda") == 3 + 5 - 1
 
 
 def test_ablation(program, monkeypatch, tmp_path):

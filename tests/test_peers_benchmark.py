@@ -37,7 +37,7 @@ class Models:
         }
         monkeypatch.setattr(peers, "CASES", cases)
         monkeypatch.setattr(peers, "training_step", self.training_step)
-        monkeypatch.setattr(peers.measure, "peak_memory", lambda work: MIB)
+        monkeypatch.setattr(peers.measure, "peak_memory", lambda work, device: MIB)
         monkeypatch.setattr(peers.measure, "in_turn", self.in_turn)
 
     @staticmethod
