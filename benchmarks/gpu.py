@@ -5,8 +5,8 @@
 
 Each part is a process with a time limit, which keeps its results as it goes, so that a part that is
 stopped leaves what it measured: results/DEVICE/{layer,peers,gpu_statistics}.json and .md. gpu.md
-says what came of each part. BENCHMARK_RESULTS names another folder for the results; --tiny uses a
-temporary one.
+says what came of each part, and which peers were left out, as they do not work here.
+BENCHMARK_RESULTS names another folder for the results; --tiny uses a temporary one.
 
 layer        a layer at the widths of the 15B, 52B and 207B models against a dense one, and against
              MegaBlocks, ScatterMoE, SonicMoE, transformers and plain grouped products
@@ -30,16 +30,15 @@ from pathlib import Path
 from typing import Callable, Dict, List, NamedTuple, Sequence
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = {"layer": 140, "step": 170, "statistics": 50, "tests": 120}  # most seconds of each
+PARTS = {"layer": 140, "step": 170, "statistics": 50, "tests": 120}  # seconds, at least
 
 
 def layer(like, tiny: bool) -> None:
     import layer
 
-    if tiny:
-        layer.run([layer.Shape(64, 4, 16, 32)], 1, True, like)
-    else:
-        layer.run(layer.GPU_SHAPES, 5, True, like)
+    shapes = [layer.Shape(64, 4, 16, 32)] if tiny else layer.GPU_SHAPES
+    for peers in (False, True):  # ours first, as an error on the device may end all that follows
+        layer.run(shapes, 1 if tiny else 5, peers, like)
 
 
 def step(like, tiny: bool) -> None:
@@ -47,11 +46,9 @@ def step(like, tiny: bool) -> None:
     import torch
 
     like = torch.empty(0, device=like.device)
-    if tiny:
-        shapes = {"125m": peers.Shape(1, 16, 2, 32, 40, 2, 8)}
-        peers.run(shapes, ("ours", "bf16: ours", "bf16: ours, 8 experts"), 1, like)
-    else:
-        peers.run(peers.GPU_SHAPES, peers.GPU_CASES, 5, like)
+    shapes = {"125m": peers.Shape(1, 48, 2, 96, 40, 2, 8)} if tiny else peers.GPU_SHAPES
+    for chosen in peers.GPU_CASES:
+        peers.run(shapes, chosen, 1 if tiny else 5, like)
 
 
 def statistics(like, tiny: bool) -> None:
@@ -100,17 +97,20 @@ def synchronisations(work: Callable[[], None], cuda: bool) -> int:
         torch.cuda.set_sync_debug_mode("warn")
         work()
         torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(each.message) for each in found)
+    # not PyTorch's notice that this mode does not detect all synchronizing operations
+    return sum("called a synchronizing" in str(each.message) for each in found)
 
 
 def tests(like, tiny: bool) -> None:
     import pytest
 
-    files = [
-        str(path) for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text()
-    ]
+    import fairseq_moe_ext  # noqa: F401, for today's Python: fairseq is imported after it
+
+    paths = sorted((ROOT / "tests").rglob("test_*.py"))
+    files = [str(path) for path in paths if "mark.gpu" in path.read_text()]
     files = [path for path in files if path.endswith("test_expert_ffn.py")] if tiny else files
-    raise SystemExit(pytest.main(["-q", "-m", "gpu", "-p", "no:cacheprovider", *files]))
+    flags = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    raise SystemExit(pytest.main([*flags, *files]))
 
 
 class Outcome(NamedTuple):
@@ -118,7 +118,8 @@ class Outcome(NamedTuple):
 
     outcome: str  # done, stopped, failed
     seconds: float
-    output: str  # the end of it
+    output: str = ""  # the end of it
+    left_out: str = ""  # which peers, and why
 
 
 def attempt(command: Sequence[str], limit: float) -> Outcome:
@@ -135,31 +136,39 @@ def attempt(command: Sequence[str], limit: float) -> Outcome:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         output.seek(0)
-        return Outcome(outcome, time.monotonic() - start, output.read()[-4000:])
+        text = output.read()
+    left_out = dict.fromkeys(line for line in text.splitlines() if ": left out: " in line)
+    return Outcome(outcome, time.monotonic() - start, text[-4000:], "; ".join(left_out))
 
 
 def run(parts: Sequence[str], minutes: float, device: str, tiny: bool) -> List[Outcome]:
-    """Run the parts one after the other, and keep what came of them."""
+    """Run the parts one after the other, and keep what came of them. A part may also take the time
+    that those before it left."""
     import measure
 
     end = time.monotonic() + 60 * minutes
     command = [sys.executable, __file__, "--device", device, *(["--tiny"] if tiny else [])]
     outcomes = []
     rows: Dict[str, Dict] = {}
-    for part in parts:
-        limit = min(PARTS[part], end - time.monotonic())
-        outcome = Outcome("not begun", 0, "") if limit < 1 else attempt(
+    for place, part in enumerate(parts):
+        rest = end - time.monotonic()
+        later = sum(PARTS[each] for each in parts[place + 1 :])
+        limit = max(min(PARTS[part], rest), rest - later)
+        outcome = Outcome("not begun", 0) if limit < 1 else attempt(
             [*command, "--inside", part], limit
         )  # fmt: skip
         print(f"{outcome.output}\n{part}: {outcome.outcome}, {outcome.seconds:.0f} s", flush=True)
         outcomes.append(outcome)
-        new = {part: {"outcome": outcome.outcome, "seconds": round(outcome.seconds, 1)}}
-        rows = measure.keep("gpu", new, device)
+        row = {"seconds": round(outcome.seconds, 1), "left out": outcome.left_out}
+        rows = measure.keep("gpu", {part: {"outcome": outcome.outcome, **row}}, device)
     measure.keep_table(
         "gpu",
         "What came of each part of benchmarks/gpu.py.",
-        ["part", "outcome", "seconds"],
-        [[part, row["outcome"], f"{row['seconds']:g}"] for part, row in rows.items()],
+        ["part", "outcome", "seconds", "left out"],
+        [
+            [part, row["outcome"], f"{row['seconds']:g}", row["left out"].replace("|", "/") or "-"]
+            for part, row in rows.items()
+        ],
         device,
     )
     return outcomes

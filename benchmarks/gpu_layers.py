@@ -1,30 +1,14 @@
-"""MoE layers for GPUs that layer.py compares ours with, each where it can be imported: a plain one
-with torch's grouped products, ScatterMoE (arXiv 2403.08245), SonicMoE (arXiv 2512.14080). Top-2.
-Only the first has been run yet, on a CPU: no GPU.
+"""MoE layers for GPUs that layer.py compares ours with, each where it works: a plain one with
+torch's grouped products, ScatterMoE (arXiv 2403.08245), SonicMoE (arXiv 2512.14080). Top-2. Only
+the first has been run yet, on a CPU: no GPU.
 """
 
 from __future__ import annotations
-
-from typing import Dict, Optional
 
 import measure
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-NAMES = ("grouped_mm", "scattermoe", "sonicmoe")
-
-
-def build(experts: int, dim: int, hidden: int) -> Dict[str, Optional[nn.Module]]:
-    """Layers (S, M) -> (S, M) by name; None where one cannot be imported."""
-    makers = (PlainGroupedLayer if hasattr(F, "grouped_mm") else None, _scattermoe, _sonicmoe)
-    found: Dict[str, Optional[nn.Module]] = {}
-    for name, make in zip(NAMES, makers):
-        try:
-            found[name] = make and make(experts, dim, hidden)
-        except ImportError:
-            found[name] = None
-    return found
 
 
 class _Routed(nn.Module):
@@ -91,3 +75,7 @@ def _sonicmoe(experts: int, dim: int, hidden: int) -> nn.Module:
         return moe(x, kernel_backend_moe=KernelBackendMoE.sonicmoe)[0].view_as(x)
 
     return measure.Wrapped(moe, batched)
+
+
+# (experts, dim, hidden) -> a layer (S, M) -> (S, M)
+LAYERS = {"grouped_mm": PlainGroupedLayer, "scattermoe": _scattermoe, "sonicmoe": _sonicmoe}

@@ -10,6 +10,7 @@ float32, 2 threads, top-2, gelu, biases. Results: benchmarks/results/PROCESSOR/l
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: large tensors in pages of 2 MB
@@ -102,14 +103,12 @@ def fairscale_layer(shape: Shape) -> nn.Module:
     return measure.Wrapped(layer, grouped)
 
 
-def mixtral_layer(shape: Shape) -> Optional[nn.Module]:
+def mixtral_layer(shape: Shape) -> nn.Module:
     """transformers' block. Its experts have three matrices and no biases; F is two thirds of ours,
-    which makes the same FLOPs. None where transformers is not installed."""
-    try:
-        from transformers import MixtralConfig
-        from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
-    except ImportError:
-        return None
+    which makes the same FLOPs."""
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
     config = MixtralConfig(
         hidden_size=shape.dim,
         intermediate_size=2 * shape.hidden // 3 // 16 * 16,  # grouped_mm wants it aligned
@@ -131,13 +130,11 @@ def mixtral_layer(shape: Shape) -> Optional[nn.Module]:
     return measure.Wrapped(block, batched)
 
 
-def megablocks_layer(shape: Shape) -> Optional[nn.Module]:
-    """MegaBlocks' dropless layer; None where it is not installed. Not yet run: no GPU."""
-    try:
-        from megablocks.layers.arguments import Arguments
-        from megablocks.layers.dmoe import dMoE
-    except ImportError:
-        return None
+def megablocks_layer(shape: Shape) -> nn.Module:
+    """MegaBlocks' dropless layer. Not yet run: no GPU."""
+    from megablocks.layers.arguments import Arguments
+    from megablocks.layers.dmoe import dMoE
+
     arguments = Arguments(
         hidden_size=shape.dim,
         ffn_hidden_size=shape.hidden,
@@ -164,6 +161,12 @@ def step(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
     return run
 
 
+def there(make: Callable[[], nn.Module], like: Tensor) -> nn.Module:
+    """A layer with the dtype and on the device of `like`, where it is also initialised."""
+    with like.device:
+        return make().to(like)
+
+
 def weight_bytes(layer: nn.Module) -> int:
     """Bytes of a layer's parameters."""
     return sum(p.numel() * p.element_size() for p in layer.parameters())
@@ -176,28 +179,33 @@ def training(shape: Shape, rounds: int, peers: bool, like: Tensor) -> Dict[str, 
     x = torch.randn(shape.tokens, shape.dim, **options).requires_grad_()
     many = torch.randn(2 * shape.tokens, shape.dim, **options).requires_grad_()
     grad = torch.randn(2 * shape.tokens, shape.dim, **options)
-    with like.device:  # initialises there, too
-        layers: Dict[str, Optional[nn.Module]] = {
-            "dense": dense_ffn(shape),
-            "our dense": dense_ffn(shape, Linear),
-            "capacity": ours(shape, dropless=False),
-            "dropless": ours(shape, dropless=True),
-        }
-        if peers:
-            layers["transformers"] = mixtral_layer(shape)
-            if like.is_cuda:
-                layers["megablocks"] = megablocks_layer(shape)
-                layers.update(gpu_layers.build(*shape[1:4]))
-            else:
-                layers["one-hot"] = OneHotLayer(shape)
-                layers["fairscale"] = fairscale_layer(shape)
-    layers = {name: layer.to(like) for name, layer in layers.items() if layer is not None}
+    makes: Dict[str, Callable[[], nn.Module]] = {
+        "dense": functools.partial(dense_ffn, shape),
+        "our dense": functools.partial(dense_ffn, shape, Linear),
+        "capacity": functools.partial(ours, shape, dropless=False),
+        "dropless": functools.partial(ours, shape, dropless=True),
+    }
+    others: Dict[str, Callable[[], nn.Module]] = {}
+    if peers:
+        others["transformers"] = functools.partial(mixtral_layer, shape)
+        if like.is_cuda:
+            others["megablocks"] = functools.partial(megablocks_layer, shape)
+            for name, make in gpu_layers.LAYERS.items():
+                others[name] = functools.partial(make, *shape[1:4])
+        else:
+            others["one-hot"] = functools.partial(OneHotLayer, shape)
+            others["fairscale"] = functools.partial(fairscale_layer, shape)
+    layers = {}
+    for name, make in {**makes, **others}.items():
+        layer = measure.attempted(name, functools.partial(there, make, like), name in others)
+        if layer is not None:
+            layers[name] = layer
     cases = {
         name: step(layer, *((many, grad) if "dense" in name else (x, grad[: shape.tokens])))
         for name, layer in layers.items()
     }
     bandwidth = measure.copy_bandwidth(like.device.type)
-    seconds = measure.in_turn(cases, rounds, warmup=1)
+    seconds = measure.in_turn(cases, rounds, warmup=1, optional=others)
     dense = measure.median(seconds["dense"])
     memory = {}
     for name in ("dense", "capacity", "dropless"):
@@ -205,7 +213,7 @@ def training(shape: Shape, rounds: int, peers: bool, like: Tensor) -> Dict[str, 
             layer.zero_grad(set_to_none=True)
         peak = measure.peak_memory(cases[name], like.device.type)
         memory[name] = peak - weight_bytes(layers[name])
-    times = {name: measure.ratio(seconds, name, "dense") for name in cases}
+    times = {name: measure.ratio(seconds, name, "dense") for name in seconds}
     traffic = 3 * weight_bytes(layers["capacity"].experts) / bandwidth
     return {
         **shape._asdict(),
@@ -248,7 +256,7 @@ def evaluation(shape: Shape, rounds: int) -> Dict[str, float]:
 
 def table(rows: Dict[str, Dict], device: str) -> None:
     """Write and print what has been measured so far."""
-    peers = ["fairscale", "one-hot", "transformers", "megablocks", *gpu_layers.NAMES]
+    peers = ["fairscale", "one-hot", "transformers", "megablocks", *gpu_layers.LAYERS]
     peers = [peer for peer in peers if any(peer in row["times"] for row in rows.values())]
     heads = ["S, E, M, F", "dense, ms", "dense TFLOP/s", "our dense", "floor", "at most"]
     heads += ["capacity", "dropless", "x floor", *peers, "memory"]
@@ -284,15 +292,17 @@ def run(shapes: Sequence[Shape], rounds: int, peers: bool, like: Tensor) -> None
     """Measure all of `shapes`; the table has what was measured before, too."""
     with tempfile.NamedTemporaryFile() as store:
         dist.init_process_group("gloo", init_method=f"file://{store.name}.d", rank=0, world_size=1)
-        for shape in shapes:
-            key = ", ".join(map(str, shape[:4]))
-            print(f"S, E, M, F = {key}", flush=True)
-            row = training(shape, rounds, peers, like)
-            if not like.is_cuda:
-                row["evaluation"] = evaluation(shape, min(rounds, 3))
-            rows = measure.keep("layer", {key: row}, like.device.type)
-            table(rows, like.device.type)  # now, as the next may not come to its end
-        dist.destroy_process_group()
+        try:
+            for shape in shapes:
+                key = ", ".join(map(str, shape[:4]))
+                print(f"S, E, M, F = {key}", flush=True)
+                row = training(shape, rounds, peers, like)
+                if not like.is_cuda:
+                    row["evaluation"] = evaluation(shape, min(rounds, 3))
+                rows = measure.keep("layer", {key: row}, like.device.type)
+                table(rows, like.device.type)  # now, as the next may not come to its end
+        finally:
+            dist.destroy_process_group()
 
 
 def main() -> None:

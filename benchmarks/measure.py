@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -12,7 +13,7 @@ import statistics
 import time
 from datetime import date
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Sequence
+from typing import Any, Callable, Collection, Dict, List, Optional, Sequence, TypeVar
 
 import torch
 
@@ -24,6 +25,7 @@ RESULTS = Path(os.environ.get("BENCHMARK_RESULTS", Path(__file__).resolve().pare
 _HARDWARE = ("cpu", "cores", "memory_gib", "system", "gpu")  # of `machine`: another is another's
 _VARIABLES = ("LD_PRELOAD", "MALLOC_", "MKL_", "OMP_", "ONEDNN_", "THP_")  # they change speeds
 _COPIED = 256 * 2**20  # bytes: far beyond any cache
+T = TypeVar("T")
 
 
 def count(text: str) -> int:
@@ -114,25 +116,46 @@ class Wrapped(torch.nn.Module):
         return self.call(self.model, *inputs)
 
 
+def attempted(name: str, work: Callable[[], T], optional: bool) -> Optional[T]:
+    """What `work` returns. If it is optional and raises: None, and one printed line."""
+    if not optional:
+        return work()
+    try:
+        return work()
+    except Exception as error:
+        said = (str(error).strip().splitlines() or [""])[0]
+        print(f"{name}: left out: {type(error).__name__}: {said}", flush=True)
+        return None
+
+
 def in_turn(
     cases: Dict[str, Callable[[], object]],
     rounds: int,
     warmup: int = 2,
     clock: Callable[[], float] = time.perf_counter,
+    optional: Collection[str] = (),
 ) -> Dict[str, List[float]]:
     """Seconds of each case in each round. A round runs every case once, in an order that turns
     from round to round, so that what disturbs the machine disturbs all alike. time.process_time as
-    the clock is disturbed least by other users of the machine; for work of one thread."""
+    the clock is disturbed least by other users of the machine; for work of one thread. Cases that
+    are optional are left out from the first time that they raise."""
+
+    def timed(work: Callable[[], object]) -> float:
+        _wait()
+        start = clock()
+        work()
+        _wait()
+        return clock() - start
+
     seconds: Dict[str, List[float]] = {name: [] for name in cases}
-    names = list(cases)
     for turn in range(-warmup, rounds):
+        names = list(seconds)
         for name in names if turn % 2 == 0 else reversed(names):
-            _wait()
-            start = clock()
-            cases[name]()
-            _wait()
-            if turn >= 0:
-                seconds[name].append(clock() - start)
+            took = attempted(name, functools.partial(timed, cases[name]), name in optional)
+            if took is None:
+                del seconds[name]
+            elif turn >= 0:
+                seconds[name].append(took)
     return seconds
 
 

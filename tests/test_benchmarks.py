@@ -1,15 +1,14 @@
 """The programs of benchmarks/, on tiny models: that they run, and where they write."""
 
-import importlib
 import json
 import os
 import sys
 from datetime import date
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from benchmark_programs import kept, programs
 from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from small_models import VOCABULARY, make_task
@@ -18,29 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fairseq_moe_ext.models import attention
 from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-
 
 @pytest.fixture
 def program(monkeypatch, tmp_path):
-    """name -> a program of benchmarks/ as a module, which keeps results in `tmp_path`."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    monkeypatch.setattr(importlib.import_module("measure"), "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
-    monkeypatch.setattr(importlib.import_module("measure"), "matrix_rate", lambda *sizes: 1e9)
-    return importlib.import_module
+    return programs(monkeypatch, tmp_path)
 
 
 @pytest.fixture
 def tiny(program):
     return program("peers").Shape(2, 16, 2, 96, 40, 2, 64)
-
-
-def kept(tmp_path, name):
-    """The rows of the one machine that there is."""
-    (path,) = tmp_path.glob(f"results/*/{name}.json")
-    assert path.with_suffix(".md").exists()
-    return json.loads(path.read_text())["rows"]
 
 
 @pytest.fixture
@@ -319,18 +304,6 @@ def test_growth_draws_nothing_before_it_has_measured(program, monkeypatch, tmp_p
     )
 
 
-@pytest.mark.parametrize("part", ["layer", "step", "statistics"])
-def test_parts_of_the_gpu_script(program, part, tmp_path):
-    """In this process, on a CPU."""
-    if part != "statistics":
-        pytest.importorskip("transformers")
-    if part == "layer":
-        pytest.importorskip("fairscale")
-    getattr(program("gpu"), part)(torch.empty(0), tiny=True)
-    names = {"layer": "layer", "step": "peers", "statistics": "gpu_statistics"}
-    assert kept(tmp_path, names[part])
-
-
 @pytest.mark.parametrize("gb_per_s", [1e-3, 1e3], ids=["of the bytes", "of the FLOPs"])
 def test_the_floor_of_a_layer(program, monkeypatch, tmp_path, gb_per_s):
     """The longer of equal FLOPs in the faster dense layer and three times the experts' bytes."""
@@ -343,42 +316,6 @@ def test_the_floor_of_a_layer(program, monkeypatch, tmp_path, gb_per_s):
     dense = min(1, row["times"]["our dense"])
     assert (traffic > dense) == (gb_per_s < 1)
     assert row["floor"] == pytest.approx(max(traffic, dense))
-
-
-def test_gpu_script_keeps_to_its_time(program, monkeypatch, tmp_path, capsys):
-    """A part that hangs is ended with its children, one that fails is reported, and what would
-    come after the last minute is not begun."""
-    gpu = program("gpu")
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import subprocess, sys, time\n"
-        "part = sys.argv[-1]\n"
-        "print('this is', part, flush=True)\n"
-        "if part == 'slow':\n"
-        "    subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
-        "sys.exit(part == 'broken')\n"
-    )
-    monkeypatch.setattr(gpu, "__file__", str(script))
-    monkeypatch.setattr(gpu, "PARTS", {"good": 20, "broken": 20, "slow": 1.5, "late": 20})
-    now, later = gpu.time.monotonic, [0.0]
-    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: now() + later[0]))
-    attempt = gpu.attempt
-
-    def attempted(command, limit):
-        found = attempt(command, limit)
-        later[0] += 600 if command[-1] == "slow" else 0
-        return found
-
-    monkeypatch.setattr(gpu, "attempt", attempted)
-    outcomes = gpu.run(list(gpu.PARTS), 10, "cpu", True)
-    assert [one.outcome for one in outcomes] == ["done", "failed", "stopped", "not begun"]
-    assert outcomes[2].seconds < 10 and "this is slow" in outcomes[2].output
-    rows = kept(tmp_path, "gpu")
-    assert [row["outcome"] for row in rows.values()] == ["done", "failed", "stopped", "not begun"]
-
-
-def test_all_parts_fit_into_eight_minutes(program):
-    assert sum(program("gpu").PARTS.values()) <= 8 * 60
 
 
 def test_rates_are_of_random_numbers_and_large_copies(program, monkeypatch):
@@ -423,6 +360,26 @@ def test_memory_that_pytorch_keeps_for_later_is_free(program, monkeypatch):
     for name, value in (("mem_get_info", (3, 9)), ("memory_reserved", 5), ("memory_allocated", 1)):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     assert program("measure").free_memory("cuda") == 3 + 5 - 1
+
+
+def test_an_optional_case_that_raises_is_left_out(program, capsys):
+    """In whichever round; one that is not optional ends the run."""
+
+    def work(name, last):
+        calls.append(name)
+        if calls.count(name) > last:
+            raise RuntimeError("no kernel\nfor this device")
+
+    calls = []
+    lasts = {"ours": 9, "never": 0, "twice": 2}
+    cases = {name: lambda name=name, last=last: work(name, last) for name, last in lasts.items()}
+    seconds = program("measure").in_turn(cases, 3, warmup=1, optional=["never", "twice"])
+    assert {name: len(values) for name, values in seconds.items()} == {"ours": 3}
+    assert {name: calls.count(name) for name in lasts} == {"ours": 4, "never": 1, "twice": 3}
+    said = [f"{name}: left out: RuntimeError: no kernel" for name in ("never", "twice")]
+    assert sorted(capsys.readouterr().out.splitlines()) == said
+    with pytest.raises(RuntimeError):
+        program("measure").in_turn(cases, 3, optional=["never"])
 
 
 def test_ablation(program, monkeypatch, tmp_path):

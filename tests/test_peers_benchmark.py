@@ -56,7 +56,7 @@ class Models:
         self.most = max(self.most, held)
         return lambda: model
 
-    def in_turn(self, runs, rounds, warmup):
+    def in_turn(self, runs, rounds, optional):
         """The machine is slower by a second in each group; a case takes a second more than the one
         before it."""
         self.groups.append(list(runs))

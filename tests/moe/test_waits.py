@@ -71,4 +71,4 @@ def test_pytorch_counts_one_too(name):
             (result.out.sum() + result.balance_loss + result.z_loss).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len([w for w in seen if "synchronizing" in str(w.message)]) == 1
+    assert len([w for w in seen if "called a synchronizing" in str(w.message)]) == 1
