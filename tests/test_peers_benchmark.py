@@ -177,6 +177,19 @@ def test_peers_in_bfloat16_compute_all_products_in_it(peers, label):
     assert set.union(*products.found.values()) == {torch.bfloat16}, products.found
 
 
+def test_published_rows_whose_experts_computed_in_float32_say_so():
+    """The file's mark is in its table, and the page says it as long as there is one: rows that are
+    measured again have none."""
+    folder = BENCHMARKS / "results" / "amd-family26-model2"
+    measured = json.loads((folder / "peers.json").read_text(encoding="utf-8"))["measured"]
+    marked = {key for key, each in measured.items() if each.get("experts") == "in float32"}
+    table = (folder / "peers.md").read_text(encoding="utf-8").splitlines()
+    lines = [line for line in table if line.endswith(", experts in float32 |")]
+    assert {line.split("|")[1].strip() for line in lines} == marked
+    page = (BENCHMARKS.parent / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert ("with autocast, experts computed in float32" in page) == bool(marked)
+
+
 def test_ratios_of_an_older_file_come_by_way_of_plain_pytorch(peers):
     rows = {"96: ours": {"speed": 2.0}, "96: ours, 8 experts": {"speed": 1.6}}
     assert peers.to_dense(rows, "96: ours, 8 experts") == "1.25*"
