@@ -27,6 +27,7 @@ from .kernels.first_order import once_differentiable
 from .kernels.transfer import to_device
 from .moe.exchange import Arrival
 from .moe.scope import RoutingScope
+from .wording import count
 
 
 class Traffic:
@@ -226,6 +227,21 @@ def all_gather(value: Any) -> List[Any]:
     values: List[Any] = [None] * process_count()
     dist.all_gather_object(values, value)
     return values
+
+
+def check_own_gpu(source: str, number: Any, on_a_cpu: str) -> None:
+    """Raise UserError if this process, on a machine with GPUs, has none of its own.
+
+    Args:
+        number: of its GPU, as `source` says, a flag or a variable that torchrun or SLURM sets.
+        on_a_cpu: the flags that make it use none.
+    """
+    gpus = torch.cuda.device_count()
+    if int(number) >= gpus:
+        raise UserError(
+            f"{source} {number}: this process sees only {count(gpus, 'GPU')}; start one process "
+            f"for each, or add {on_a_cpu}"
+        )
 
 
 def collective_device() -> torch.device:

@@ -28,15 +28,19 @@ def _keep_out_of_attention() -> None:
 
 
 @functools.cache
-def check() -> None:
+def check(cpu: bool) -> None:
     """Compile a sum: the best test of whether everything that torch.compile needs is installed.
 
-    Raises UserError if it fails: no C++ compiler, on a GPU no Triton, a Python that this PyTorch
-    cannot compile.
+    Args:
+        cpu: whether the model stays on the CPU, also beside a GPU.
+
+    Raises:
+        UserError: it fails. No C++ compiler, on a GPU no Triton, a Python that this PyTorch cannot
+            compile.
     """
     # What an earlier process has compiled does not show that this one can.
     options = {**_OPTIONS, "fx_graph_cache": False}
-    here = torch.ones(8, device="cuda" if torch.cuda.is_available() else "cpu")
+    here = torch.ones(8, device="cuda" if torch.cuda.is_available() and not cpu else "cpu")
     try:
         torch.compile(lambda x: x + 1, options=options)(here)
     except Exception as error:  # of many kinds, from Python's version to the compiler's own

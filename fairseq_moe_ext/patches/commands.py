@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import logging
 import os
+import re
 import sys
 import time
 from typing import Any, Callable
@@ -22,6 +23,8 @@ from ..errors import OneLineParser, flag_mistake, read_negative_numbers
 from ..models.architectures import ARCHITECTURES
 from . import flag_owners
 from .messages import mistake_to_print
+
+logger = logging.getLogger(__name__)
 
 
 def parse_args_and_arch(stock, parser, input_args=None, *args, **kwargs):
@@ -121,6 +124,7 @@ def call_main(stock, cfg, main, **kwargs):
     try:
         if _is_hydras(main):
             _check_run(cfg)
+        use_one_process_on_a_cpu(cfg)
         check_processes(cfg)
         if _innermost(main).__module__ == "fairseq_cli.train":
             check_optimizer(cfg, _is_hydras(main))
@@ -206,20 +210,51 @@ def _end_at_once_where_others_wait() -> None:
 # ---- Processes
 
 
+def use_one_process_on_a_cpu(cfg) -> None:
+    """fairseq-train and fairseq-hydra-train start a process for each GPU that they see, also under
+    --cpu, if --distributed-world-size is not given (fairseq/dataclass/configs.py:257@0.12.2). NCCL
+    refuses them, as all use the first GPU; over Gloo the batch would be as many times as large."""
+    import torch
+
+    settings = cfg.distributed_training
+    gpus = torch.cuda.device_count()
+    if (
+        cfg.common.cpu
+        and settings.distributed_world_size == gpus > 1
+        and settings.distributed_init_method is None
+        and _spawns(settings)
+        and not any(_WORLD_SIZE.match(word) for word in sys.argv[1:])
+    ):
+        logger.info(f"--cpu: one process, not one for each of {gpus} GPUs")
+        settings.distributed_world_size = 1
+
+
+_WORLD_SIZE = re.compile(r"(--|\+*distributed_training\.)distributed[-_]world[-_]size\b")
+
+
+def _is_launched() -> bool:
+    """Whether torchrun has started this process, as fairseq/distributed/utils.py:56@0.12.2 asks."""
+    return {"MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK"} <= set(os.environ)
+
+
+def _spawns(settings) -> bool:
+    """Whether fairseq itself starts the processes, if there are several."""
+    return not (_is_launched() or settings.distributed_no_spawn or settings.distributed_port > 0)
+
+
 def check_processes(cfg) -> None:
     """Raise UserError for a number of processes that fairseq cannot start.
 
     fairseq starts one process per GPU (fairseq/distributed/utils.py:142,344@0.12.2). On CPU,
     `--distributed-world-size 2` with an init method starts none and exits with status 0; without
-    one, it raises AssertionError. NCCL needs GPUs.
+    one, it raises AssertionError. NCCL needs GPUs, a process that uses GPUs one of its own.
     """
     import torch
 
     gpus = torch.cuda.device_count()
     settings = cfg.distributed_training
-    launched = {"MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK"} <= set(os.environ)
+    launched, spawns = _is_launched(), _spawns(settings)
     size = settings.distributed_world_size
-    spawns = not (launched or settings.distributed_no_spawn or settings.distributed_port > 0)
     _check_sharding(
         cfg, gpus, os.environ["WORLD_SIZE"] == "1" if launched else size == 1 and spawns
     )
@@ -232,11 +267,20 @@ def check_processes(cfg) -> None:
             f"{gpus} here; on a CPU, start them with `torchrun --nproc_per_node {size} $(which "
             "fairseq-train) ... --distributed-backend gloo`"
         )
-    if (launched or size > 1) and gpus == 0 and settings.distributed_backend == "nccl":
+    on_cpu = gpus == 0 or cfg.common.cpu
+    if (launched or size > 1) and on_cpu and settings.distributed_backend == "nccl":
         raise UserError(
-            "--distributed-backend nccl: needs GPUs, but there are none here; add "
+            "--distributed-backend nccl: needs GPUs, but "
+            f"{'there are none here' if gpus == 0 else '--cpu uses none'}; add "
             "--distributed-backend gloo"
         )
+    if not on_cpu and not spawns:
+        source, number = "--device-id", settings.device_id
+        if not launched and one_machine and settings.distributed_port > 0:
+            source, number = "SLURM_LOCALID", os.environ.get("SLURM_LOCALID", 0)
+        elif os.environ.get("LOCAL_RANK") == str(number):  # the flag's default
+            source = "LOCAL_RANK"
+        expert_parallel.check_own_gpu(source, number, "--cpu and --distributed-backend gloo")
 
 
 def _check_sharding(cfg, gpus: int, alone: bool) -> None:

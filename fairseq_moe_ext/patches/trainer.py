@@ -53,7 +53,7 @@ def __init__(stock, self, cfg, task, model, criterion, *args, **kwargs):
     if process_count() > 1 and getattr(model, "has_experts", False):
         validate_processes(cfg.model, process_count())
     if getattr(cfg.model, "compile", False):
-        compiled.check()
+        compiled.check(cfg.common.cpu)
     if getattr(cfg.model, "moe_dense_twin", False):
         _describe_twin(cfg.model, task)
     stock(self, cfg, task, model, criterion, *args, **kwargs)

@@ -34,7 +34,10 @@ def run(argv: List[str]) -> None:
     sys.argv = ["lm-eval", *argv]
     # of lm-eval's own parsers
     argparse.ArgumentParser.error = OneLineParser.error  # type: ignore[method-assign, assignment]
-    with model.processes(cpu="cpu" in argv):
+    flags = argparse.ArgumentParser(add_help=False)
+    flags.add_argument("--device")
+    device = flags.parse_known_args(argv)[0].device
+    with model.processes(device == "cpu", "--device cpu"):
         if process_rank():
             # each process has all results; lm-eval writes those of local rank 0
             # (lm_eval/evaluator.py:385@0.4.13), of which each machine has one

@@ -30,7 +30,7 @@ from ..evaluation.loading import (
     parse_overrides,
     set_gates,
 )
-from ..expert_parallel import process_count
+from ..expert_parallel import check_own_gpu, process_count
 from ..models.language_model import MoETransformerLanguageModel
 from ..models.precision import in_bfloat16
 from ..models.search import by_batches
@@ -65,14 +65,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @contextlib.contextmanager
-def processes(cpu: bool) -> Iterator[None]:
-    """Under torchrun, join the other processes, and leave them at the end."""
+def processes(cpu: bool, on_a_cpu: str = "--cpu") -> Iterator[None]:
+    """Under torchrun, join the other processes, and leave them at the end.
+
+    Raises UserError if they are more than the GPUs; `on_a_cpu` is the flag that uses none.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or process_count() > 1:
         yield
         return
     gpu = torch.cuda.is_available() and not cpu
     if gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        number = int(os.environ.get("LOCAL_RANK", 0))
+        check_own_gpu("LOCAL_RANK", number, on_a_cpu)
+        torch.cuda.set_device(number)
     dist.init_process_group("nccl" if gpu else "gloo")
     try:
         yield

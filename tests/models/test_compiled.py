@@ -59,4 +59,17 @@ def test_where_torch_has_no_compile_it_is_refused(monkeypatch):
     monkeypatch.setattr(torch, "compile", missing)
     compiled.check.cache_clear()
     with pytest.raises(UserError, match="--compile: .*Python 3.15"):
-        compiled.check()
+        compiled.check(cpu=False)
+
+
+def test_it_is_tried_where_the_model_will_be(monkeypatch):
+    """Under --cpu not on a GPU, which Triton may not be installed for."""
+    devices = []
+    monkeypatch.setattr(
+        torch, "compile", lambda f, options: lambda x: devices.append(x.device.type)
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    compiled.check.cache_clear()
+    compiled.check(cpu=True)
+    compiled.check.cache_clear()
+    assert devices == ["cpu"]

@@ -13,6 +13,7 @@ import torch
 from processes import run_processes
 
 from fairseq_moe_ext import cli
+from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.models import search
 from fairseq_moe_ext.priming import choice, lm_eval_command
 from fairseq_moe_ext.priming.model import ModelScorer
@@ -272,6 +273,40 @@ def test_the_command_on_one_process_and_two(trained, folder, tmp_path, capsys):
         assert numbers
         for key, number in numbers.items():
             assert two[name][key] == pytest.approx(number, rel=1e-5), key
+
+
+@pytest.mark.parametrize(
+    "flags, on_cpu", [("--device=cpu", True), ("--device cpu", True), ("--device cuda", False)]
+)
+def test_processes_join_for_the_device_of_the_command_line(flags, on_cpu, monkeypatch):
+    pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
+    joined = []
+
+    def processes(cpu, on_a_cpu):
+        joined.append(cpu)
+        raise UserError("enough")
+
+    monkeypatch.setattr(lm_eval_command.model, "processes", processes)
+    assert cli.main(["lm-eval", "--tasks", "cpu", *flags.split()]) == 1
+    assert joined == [on_cpu]
+
+
+@pytest.mark.parametrize(
+    "device, gpus, words",
+    [
+        ("cuda:1", 2, "--device cuda:1: use cpu, or cuda; CUDA_VISIBLE_DEVICES=N chooses one"),
+        ("mps", 0, "--device mps: use cpu, or cuda"),
+        ("cuda", 0, "--device cuda: there is no GPU here; use cpu"),
+    ],
+)
+def test_a_device_that_would_not_be_used_is_an_error(device, gpus, words, trained, monkeypatch):
+    pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
+    from fairseq_moe_ext.priming.harness import FairseqMoELM
+
+    data, checkpoint = trained
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    with pytest.raises(UserError, match=words):
+        FairseqMoELM(str(checkpoint), str(data), device=device)
 
 
 def test_mistakes(trained, folder, capsys):

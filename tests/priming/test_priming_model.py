@@ -8,7 +8,7 @@ from small_models import MOE, VOCABULARY, build_model, build_stock_model
 
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.models import precision
-from fairseq_moe_ext.priming.model import ModelScorer, load
+from fairseq_moe_ext.priming.model import ModelScorer, load, processes
 from fairseq_moe_ext.questions.scoring import Row
 from fairseq_moe_ext.questions.vocabulary import EOS, Vocabulary
 
@@ -72,6 +72,16 @@ def test_two_processes_equal_one(flags):
     for process in run_processes(2, scores, flags, 20):
         for got, want in zip(process, one):
             np.testing.assert_allclose(got, want, rtol=1e-9)
+
+
+def test_more_processes_than_gpus_are_an_error(monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    words = "LOCAL_RANK 1: this process sees only 1 GPU; start one process for each, or add --cpu"
+    with pytest.raises(UserError, match=words), processes(cpu=False):
+        pass
 
 
 def test_the_loss_of_logits_in_chunks(monkeypatch):

@@ -1,0 +1,100 @@
+"""How many processes a command of fairseq starts on a machine that has GPUs. Here they are only
+said to be there, so nothing may use them."""
+
+import re
+
+import pytest
+import torch
+from stock_commands import ROOT, TRAIN, on_cpu_only, python
+
+from fairseq_moe_ext.expert_parallel import check_own_gpu
+
+pytestmark = on_cpu_only
+TORCHRUN = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "WORLD_SIZE": "3", "RANK": "2"}
+SLURM = {"SLURM_LOCALID": "2"}
+LINE = f"bin {TRAIN} --max-update 1"
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """Two, and how many processes are spawned, each time that any are."""
+    spawned = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(
+        torch.multiprocessing, "spawn", lambda fn, args, nprocs, join: spawned.append(nprocs)
+    )
+    monkeypatch.setattr(torch.distributed, "init_process_group", start_nothing)
+    return spawned
+
+
+def start_nothing(*args, **kwargs):
+    raise AssertionError("a process waits for others")
+
+
+def test_on_a_cpu_it_is_one(command, two_gpus, tmp_path):
+    status, err = command("train", f"{LINE} --cpu --save-dir {tmp_path}")
+    assert (status, two_gpus) == (0, []), err
+    saved = torch.load(tmp_path / "checkpoint_last.pt", weights_only=False)["cfg"]
+    assert saved["distributed_training"]["distributed_world_size"] == 1
+
+
+@pytest.mark.parametrize(
+    "flags", ["", "--cpu --distributed-backend gloo --distributed-world-size=2"]
+)
+def test_it_is_two_on_gpus_and_where_two_are_asked_for(command, two_gpus, flags):
+    status, err = command("train", f"{LINE} --no-save {flags}")
+    assert (status, two_gpus) == (0, [2]), err
+
+
+NCCL = "--distributed-backend nccl: needs GPUs, but --cpu uses none; add --distributed-backend gloo"
+
+
+@pytest.mark.parametrize(
+    "flags, variables, words",
+    [
+        ("--cpu --distributed-world-size 2", {}, NCCL),
+        ("--cpu", TORCHRUN, NCCL),
+        ("--device-id 2", {**TORCHRUN, "LOCAL_RANK": "2"}, "LOCAL_RANK 2: this process sees only"),
+        ("--device-id 3", {**TORCHRUN, "LOCAL_RANK": "1"}, "--device-id 3: this process sees only"),
+        (
+            "--distributed-port 1",
+            SLURM,
+            "SLURM_LOCALID 2: this process sees only 2 GPUs; start one",
+        ),
+        ("--distributed-world-size 3", {}, "--distributed-world-size 3: .* but there are 2 here"),
+    ],
+)
+def test_what_cannot_start_is_an_error(command, two_gpus, monkeypatch, flags, variables, words):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    status, err = command("train", f"{LINE} --no-save {flags}")
+    assert status == 1 and two_gpus == []
+    assert re.search(f"^error: {words}", err, flags=re.M)
+    assert "Traceback" not in err
+
+
+def test_a_gpu_for_each(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_own_gpu("LOCAL_RANK", "1", "--cpu")
+
+
+@pytest.mark.parametrize("given, processes", [("", 1), ("distributed_world_size=2", 2)])
+def test_hydra(work, tmp_path, given, processes):
+    words = f"""fairseq-hydra-train --config-dir {ROOT}/hydra_conf --config-name moe_lm_tiny
+        common.cpu=true common.fp16=false distributed_training.distributed_backend=gloo
+        task=language_modeling task.data={work}/bin task.tokens_per_sample=32 dataset.batch_size=4
+        dataset.num_workers=0 model.decoder_layers=2 optimization.max_update=1
+        checkpoint.no_save=true hydra.run.dir={tmp_path}
+        {given and "distributed_training." + given}""".split()
+    out = python(f"""
+import sys, torch
+torch.cuda.device_count = lambda: 2
+torch.multiprocessing.spawn = lambda fn, args, nprocs, join: print("processes:", nprocs)
+sys.argv = {words}
+from fairseq_cli.hydra_train import cli_main
+cli_main()
+""")
+    assert ("processes: 2" in out.stdout) == (processes == 2)
+    log = "".join(path.read_text() for path in tmp_path.glob("*.log"))
+    assert ("one process, not one for each of 2 GPUs" in log) == (processes == 1)
+    assert ("num_updates: 1" in log or "done training" in log) == (processes == 1)
