@@ -18,7 +18,9 @@ _NARROW = 2**17  # numbers in an expert's first matrix, at most
 # matrices, which are copied side by side.
 _HELD = 2**21
 _NUMBERS = (64, 16, 4)  # of experts in a chunk; few, as oneDNN keeps a program for each shape
-_FULL = 0.75  # of a chunk's rows are no spare ones, at least
+# Of a chunk's rows at least three quarters are no spare ones, or these cost no more than a call.
+_FULL = 0.75
+_FREE = 2**23  # multiplications by the first matrix
 
 
 class Chunk(NamedTuple):
@@ -52,19 +54,21 @@ def laid_out(counts: List[int], x: Tensor, inner: int) -> List[Chunk]:
     # In any precision and with any library, so that a seed's dropout is the same.
     rows = [program_size(count) for count in counts]
     left = sorted((e for e, n in enumerate(rows) if n), key=rows.__getitem__, reverse=True)
-    chunks, start = [], 0
+    chunks, start, free = [], 0, _FREE // (dim * inner)
     while left:
         most = rows[left[0]]
         room = min(_HELD // (most * inner), _HELD // (dim * inner), len(left))
-        fitting = (n for n in _NUMBERS if n <= room and _full([rows[e] for e in left[:n]]))
+        fitting = (n for n in _NUMBERS if n <= room and _full([rows[e] for e in left[:n]], free))
         number = next(fitting, 1)
         chunks.append(Chunk(left[:number], most, start))
         left, start = left[number:], chunks[-1].place.stop
     return chunks
 
 
-def _full(rows: List[int]) -> bool:
-    return sum(rows) >= _FULL * max(rows) * len(rows)
+def _full(rows: List[int], free: int) -> bool:
+    """Whether experts with so many rows may share a chunk; free: spare rows that do not count."""
+    size = max(rows) * len(rows)
+    return size - sum(rows) <= max(free, (1 - _FULL) * size)
 
 
 def in_order(counts: List[int]) -> List[Chunk]:

@@ -13,14 +13,22 @@ NARROW = torch.ones(1, 96, dtype=torch.float64)
 def test_those_with_most_rows_first():
     """64 together if three quarters of their rows are no spare ones, else 16, four or one."""
     assert laid_out([3, 0, 8], NARROW, 96) == [Chunk([2], 8, 0), Chunk([0], 4, 8)]
-    assert laid_out([12, 30, 11, 8, 12], NARROW, 96) == [
-        Chunk([1], 32, 0),
-        Chunk([0, 2, 4, 3], 12, 32),
+    assert laid_out([1200, 3000, 1100, 800, 1200], NARROW, 96) == [
+        Chunk([1], 3072, 0),
+        Chunk([0, 4, 2, 3], 1280, 3072),
     ]
-    assert laid_out([12, 4, 4, 4], NARROW, 96)[0] == Chunk([0], 12, 0)
     assert laid_out([4] * 17, NARROW, 96) == [Chunk([*range(16)], 4, 0), Chunk([16], 4, 64)]
     assert laid_out([4] * 65, NARROW, 96) == [Chunk([*range(64)], 4, 0), Chunk([64], 4, 256)]
     assert laid_out([0, 0], NARROW, 96) == []
+
+
+def test_few_spare_rows_do_not_count():
+    assert laid_out([12, 4, 4, 4], NARROW, 96) == [Chunk([0, 1, 2, 3], 12, 0)]
+    free = chunks._FREE // 96**2
+    for rows, together in ((280, True), (300, False)):
+        found = laid_out([rows, 4, 4, 4], NARROW, 96)
+        spare = 3 * (found[0].rows - 4)
+        assert (len(found) == 1) == (spare <= free) == together
 
 
 @pytest.mark.parametrize(
@@ -64,5 +72,5 @@ def test_narrow_experts_lie_as_the_library_wants_that_autocast_may_take(dtype, m
     """oneDNN computes bfloat16 on every CPU, and makes a program for each new number of rows; and
     the same dropout falls on the same rows in every precision."""
     monkeypatch.setattr(matmul, "onednn_is_faster", lambda: False)
-    found = laid_out([37, 11, 50, 2], NARROW.to(dtype), 96)
+    found = laid_out([37, 11, 50, 2], NARROW.to(dtype), 1024)
     assert [chunk.rows for chunk in found] == [52, 40, 12, 2]
