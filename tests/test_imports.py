@@ -48,7 +48,7 @@ ALLOWED = {
         "generate": "generate evaluation models prepare tokenizer_files",
         "literals": "",
         "patches": """
-            patches branch checkpoint command_checks config_checks cost counted data_bin
+            patches branch checkpoint command_checks config config_checks cost counted data_bin
             data_bin_files diverging expert_parallel fingerprint fully_sharded kernels.dtypes
             literals metrics_file models moe.balance moe.layer moe.stats ours shape
             tokenizer_files trainer_checks training_line
