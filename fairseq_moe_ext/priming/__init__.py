@@ -9,5 +9,5 @@ generative.py  translation and summarisation
 protocol.py    what all kinds of tasks receive
 resuming.py    the file of results, from which the same command resumes
 command.py     `fairseq-moe priming`
-harness.py, lm_eval_command.py   `fairseq-moe lm-eval`: EleutherAI's harness
+harness.py, lm_eval_command.py, lm_eval_device.py   `fairseq-moe lm-eval`: EleutherAI's harness
 """

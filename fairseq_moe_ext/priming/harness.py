@@ -9,7 +9,6 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
-import torch
 from fairseq import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
@@ -17,13 +16,13 @@ from lm_eval.api.registry import register_model
 
 from .. import tokenizer_files
 from ..errors import UserError
-from ..expert_parallel import collective_device, process_count
 from ..models.search import Generator, Prompt, no_text
 from ..models.text_generation import cut_before
 from ..questions.scoring import Row
 from ..questions.vocabulary import EOS, Vocabulary
 from ..wording import count, did_you_mean
 from . import model
+from .lm_eval_device import is_cpu
 from .protocol import say
 
 MODEL = "fairseq-moe"  # lm-eval's --model
@@ -55,7 +54,7 @@ class FairseqMoELM(LM):
     ) -> None:
         super().__init__()
         _check_args(path, context, {"fp16": fp16, "bf16": bf16}, others)
-        on_cpu = _is_cpu(device)
+        on_cpu = is_cpu(device)
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise UserError(f"--batch_size {batch_size}: use a whole number, 1 or more")
         folder = tokenizer_files.folder_for(
@@ -182,22 +181,6 @@ def _check_args(path: str, context: Any, switches: Dict[str, Any], others: Dict[
     for name, value in switches.items():
         if not isinstance(value, bool):
             raise UserError(f"--model_args {name}={value}: use True or False")
-
-
-def _is_cpu(device: Optional[str]) -> bool:
-    """Raises UserError for a device that this model would not use."""
-    if device not in (None, "cpu", "cuda") and (device != "cuda:0" or process_count() > 1):
-        raise UserError(
-            f"--device {device}: use cpu, or cuda; CUDA_VISIBLE_DEVICES=N chooses one of several "
-            "GPUs"
-        )
-    if device not in (None, "cpu") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: there is no GPU here; use cpu")
-    if device == "cpu" and process_count() > 1 and collective_device().type == "cuda":
-        raise UserError(  # of a --config
-            "device cpu: with several processes give --device cpu on the command line"
-        )
-    return device == "cpu"
 
 
 def _cut(row: Row, context: int) -> Row:

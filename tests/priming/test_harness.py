@@ -15,7 +15,7 @@ from processes import run_processes
 from fairseq_moe_ext import cli
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.models import search
-from fairseq_moe_ext.priming import choice, lm_eval_command
+from fairseq_moe_ext.priming import choice, lm_eval_command, lm_eval_device
 from fairseq_moe_ext.priming.model import ModelScorer
 from fairseq_moe_ext.questions.formats import Item
 from fairseq_moe_ext.questions.vocabulary import EOS, PAD
@@ -299,14 +299,18 @@ def test_processes_join_for_the_device_of_the_command_line(flags, on_cpu, monkey
         ("cuda", 0, "--device cuda: there is no GPU here; use cpu"),
     ],
 )
-def test_a_device_that_would_not_be_used_is_an_error(device, gpus, words, trained, monkeypatch):
-    pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
-    from fairseq_moe_ext.priming.harness import FairseqMoELM
-
-    data, checkpoint = trained
+def test_a_device_that_would_not_be_used_is_an_error(device, gpus, words, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     with pytest.raises(UserError, match=words):
-        FairseqMoELM(str(checkpoint), str(data), device=device)
+        lm_eval_device.is_cpu(device)
+
+
+@pytest.mark.parametrize("processes, gpus", [(1, 0), (1, 1), (2, 0), (2, 2)])
+def test_lm_evals_default_is_any_device(processes, gpus, monkeypatch):
+    """It says cuda:0 where the command line says nothing."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(lm_eval_device, "process_count", lambda: processes)
+    assert not lm_eval_device.is_cpu("cuda:0")
 
 
 def test_mistakes(trained, folder, capsys):
