@@ -13,6 +13,7 @@ from fairseq_moe_ext.moe.layer import MoELayer
 from fairseq_moe_ext.moe.router import GateSettings
 
 DROPLESS = GateSettings(dropless=True, second_expert_policy="all")
+EXPERTS = 40  # of 12 tokens: experts without a row have gradients of their own
 ROUTERS = {
     "topk": DROPLESS,
     "noise": DROPLESS._replace(second_expert_policy="sampling"),
@@ -33,7 +34,7 @@ ROUTERS = {
 def test_a_layer_waits_once(name, padded, over):
     router = name if name in ("relu", "threshold", "hash", "sinkhorn") else "topk"
     layer = MoELayer.build(
-        6, 5, 4, ROUTERS[name], router=router, token_counts=[5, 4, 3], balance=Balance(over)
+        6, 5, EXPERTS, ROUTERS[name], router=router, token_counts=[5, 4, 3], balance=Balance(over)
     ).double()
     x = torch.randn(12, 6, dtype=torch.float64, requires_grad=True)
     padding = torch.arange(12) % 6 == 5 if padded else None
