@@ -1110,7 +1110,7 @@ def test_what_the_page_says_of_seconds(fixed_rates):
         f"`d0-hash64` save {narrow} and {wide}."
     ) in plain
     best, narrow = (saved(name, GROUPS[1]) for name in ("d0-hash256x4", "d1-256x4"))
-    assert f"the first saves {best} and `d1-256x4` loses: {narrow}." in plain
+    assert f"`d0-hash256x4` saves {best}, and `d1-256x4` loses: {narrow}." in plain
     for name in ("d0-E64", "d0-256x4", "d1-E64"):
         assert float(saved(name, GROUPS[0])) < 1
     seconds = found["seconds_per_token"]
