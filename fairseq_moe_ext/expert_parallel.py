@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import time
 from datetime import timedelta
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
@@ -238,9 +239,14 @@ def check_own_gpu(source: str, number: Any, on_a_cpu: str) -> None:
     """
     gpus = torch.cuda.device_count()
     if int(number) >= gpus:
+        start = "start one process for each"
+        if os.environ.get("SLURM_LOCALID") == str(number):  # perhaps each has one, its number 0
+            start += (
+                ", and let it see all of its machine (srun --gpus-per-node, no --gpus-per-task)"
+            )
         raise UserError(
-            f"{source} {number}: this process sees only {count(gpus, 'GPU')}; start one process "
-            f"for each, or add {on_a_cpu}"
+            f"{source} {number}: this process sees only {count(gpus, 'GPU')}; {start}, or add "
+            f"{on_a_cpu}"
         )
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from stock_commands import ROOT, TRAIN, on_cpu_only, python
 
+from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.expert_parallel import check_own_gpu
 
 pytestmark = on_cpu_only
@@ -59,7 +60,7 @@ NCCL = "--distributed-backend nccl: needs GPUs, but --cpu uses none; add --distr
         (
             "--distributed-port 1",
             SLURM,
-            "SLURM_LOCALID 2: this process sees only 2 GPUs; start one",
+            "SLURM_LOCALID 2: .* start one process for each, and let it see all of its machine",
         ),
         ("--distributed-world-size 3", {}, "--distributed-world-size 3: .* but there are 2 here"),
     ],
@@ -71,6 +72,18 @@ def test_what_cannot_start_is_an_error(command, two_gpus, monkeypatch, flags, va
     assert status == 1 and two_gpus == []
     assert re.search(f"^error: {words}", err, flags=re.M)
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("local_id, told", [("2", True), ("0", False), (None, False)])
+def test_a_task_of_slurm_is_told_to_see_all_gpus(monkeypatch, local_id, told):
+    """Its one GPU has the number 0 (--gpus-per-task). torchrun may be one task a machine."""
+    monkeypatch.delenv("SLURM_LOCALID", raising=False)
+    if local_id is not None:
+        monkeypatch.setenv("SLURM_LOCALID", local_id)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError) as error:
+        check_own_gpu("LOCAL_RANK", "2", "--cpu")
+    assert ("srun --gpus-per-node, no --gpus-per-task" in str(error.value)) == told
 
 
 def test_a_gpu_for_each(monkeypatch):
