@@ -81,6 +81,17 @@ def test_a_part_may_take_what_others_left_but_not_what_is_kept_for_later_ones(pr
     assert limits == [50, 70]
 
 
+def test_rows_of_an_older_file_stay(program, monkeypatch, tmp_path):
+    """They do not say what was left out."""
+    gpu = program("gpu")
+    program("measure").keep("gpu", {"layer": {"outcome": "done", "seconds": 9.0}}, "cpu")
+    monkeypatch.setattr(gpu, "attempt", lambda command, limit: gpu.Outcome("done", 1, "", "a | b"))
+    gpu.run(["tests"], 2, "cpu", True)
+    (table,) = tmp_path.glob("results/*/gpu.md")
+    assert "| layer | done | 9 | - |" in table.read_text()
+    assert "| tests | done | 1 | a / b |" in table.read_text()
+
+
 def test_pytorchs_notice_is_not_counted_as_a_wait(program, monkeypatch):
     """It comes once a process, when the mode is set."""
 
