@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-from typing import Any, Callable, Collection, Dict, List, NamedTuple, Optional
+from typing import Any, Callable, Collection, Dict, Iterable, List, NamedTuple, Optional, Set
 
 import measure
 import torch
@@ -91,8 +91,8 @@ BASE = "plain PyTorch"
 GPU_CASES = (
     ("ours", "bf16: plain PyTorch, autocast", "bf16: ours")
     + ("bf16: ours, 8 experts", "bf16: ours, 64 experts"),
-    ("bf16: ours", "bf16: Hugging Face GPT-2, autocast", "bf16: OLMoE, 8 experts"),
-    ("bf16: ours", "bf16: plain PyTorch, autocast, compiled", "bf16: ours, --compile"),
+    ("bf16: Hugging Face GPT-2, autocast", "bf16: OLMoE, 8 experts"),
+    ("bf16: plain PyTorch, autocast, compiled", "bf16: ours, --compile"),
 )
 
 
@@ -191,9 +191,11 @@ def together(
     return rows
 
 
-def compare(name: str, shape: Shape, cases: Dict[str, Case], rounds: int, like: Tensor) -> None:
+def compare(
+    name: str, shape: Shape, cases: Dict[str, Case], rounds: int, like: Tensor, done: Set[str]
+) -> None:
     """Measure the cases on one shape, group by group; keep and show each as it ends. Of a case that
-    is in several, the first counts."""
+    is in several, the first counts: the names of rows that are kept are in `done`."""
     sizes: Dict[str, int] = {}
     for label, case in cases.items():
         make = functools.partial(model_bytes, case, shape)
@@ -202,7 +204,6 @@ def compare(name: str, shape: Shape, cases: Dict[str, Case], rounds: int, like: 
             sizes[label] = size
     cases = {label: cases[label] for label in sizes}
     room = FILLED * measure.free_memory(like.device.type)
-    done: Dict[str, Dict] = {}
     for group in groups(cases, sizes, room):
         needed = sum(sizes[label] for label in group)
         if needed > room:
@@ -221,12 +222,17 @@ def compare(name: str, shape: Shape, cases: Dict[str, Case], rounds: int, like: 
         torch.compiler.reset()  # frees compiled models; the next ones are compiled for their sizes
 
 
-def run(shapes: Dict[str, Shape], chosen: Collection[str], rounds: int, like: Tensor) -> None:
-    """Measure cases on all of `shapes`, and what they are compared with."""
-    wanted = {BASE, *chosen, *(CASES[label].dense for label in chosen)}
-    cases = {label: case for label, case in CASES.items() if label in wanted}
-    for name, shape in shapes.items():
-        compare(name, shape, cases, rounds, like)
+def run(
+    shapes: Dict[str, Shape], choices: Iterable[Collection[str]], rounds: int, like: Tensor
+) -> None:
+    """Measure choices of cases one after the other, each on all of `shapes` and with what its cases
+    are compared with."""
+    done: Set[str] = set()
+    for chosen in choices:
+        wanted = {BASE, *chosen, *(CASES[label].dense for label in chosen)}
+        cases = {label: case for label, case in CASES.items() if label in wanted}
+        for name, shape in shapes.items():
+            compare(name, shape, cases, rounds, like, done)
 
 
 def to_dense(rows: Dict[str, Dict], key: str) -> str:
@@ -282,8 +288,8 @@ def main() -> None:
     names = args.shapes or (GPU_SHAPES if args.gpu else SHAPES)
     shapes = {name: {**SHAPES, **GPU_SHAPES}[name] for name in names}
     like = torch.empty(0, device="cuda" if args.gpu else "cpu")
-    for chosen in [args.cases] if args.cases else GPU_CASES if args.gpu else [list(CASES)]:
-        run(shapes, chosen, args.rounds, like)
+    choices = [args.cases] if args.cases else GPU_CASES if args.gpu else [list(CASES)]
+    run(shapes, choices, args.rounds, like)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """benchmarks/peers.py measures in groups what does not fit into memory at once."""
 
 import gc
-import importlib
 import json
 import sys
 import weakref
@@ -9,19 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmark_programs import BENCHMARKS, kept, programs
 from torch.utils._python_dispatch import TorchDispatchMode
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 MIB = 2**20
 
 
 @pytest.fixture
 def peers(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    module = importlib.import_module("peers")
-    monkeypatch.setattr(module.measure, "RESULTS", tmp_path)
-    monkeypatch.setattr(module.measure, "matrix_rate", lambda *sizes: 1e9)
-    return module
+    return programs(monkeypatch, tmp_path)("peers")
 
 
 class Models:
@@ -83,21 +78,42 @@ def test_groups_fit_and_have_what_their_cases_are_compared_with(peers):
 def test_a_shape_runs_in_groups_of_the_free_memory(peers, monkeypatch, tmp_path):
     models = Models(peers, monkeypatch, SIZES)
     monkeypatch.setattr(peers.measure, "free_memory", lambda device: 80 * MIB / peers.FILLED)
-    peers.run({"96": peers.SHAPES["96"]}, ["sparse", "other", "large sparse"], 3, torch.empty(0))
+    peers.run({"96": peers.SHAPES["96"]}, [["sparse", "other", "large sparse"]], 3, torch.empty(0))
     first = ["plain PyTorch", "dense", "other"]
     second, third = ([*first[:2], label] for label in ("sparse", "large sparse"))
     assert models.groups == [first, second, third]
     gc.collect()
     assert models.most <= 80 and not models.alive, "models of a group stay"
-    (path,) = tmp_path.glob("*/peers.json")
-    rows = json.loads(path.read_text())["rows"]
+    rows = kept(tmp_path, "peers")
     assert list(rows) == [f"96: {label}" for label in [*first, "sparse", "large sparse"]]
     # each ratio from its own group: 1, 2, 3 s in the first, 2, 3, 4 and 3, 4, 5 s in the others
     assert [row["seconds"] for row in rows.values()] == [1, 2, 3, 4, 5]
     assert [row["speed"] for row in rows.values()] == [1, 0.5, 0.333, 0.5, 0.6]
     assert [row.get("to_dense") for row in rows.values()] == [None, None, None, 1.333, 1.25]
-    table = path.with_suffix(".md").read_text()
+    (path,) = tmp_path.glob("results/*/peers.md")
+    table = path.read_text()
     assert "| 96: large sparse | 5.000 | 0.60 | 3.00 | 1.25 |" in table
+
+
+def test_of_a_case_in_several_choices_the_first_row_counts(peers, monkeypatch, tmp_path):
+    """Those of plain PyTorch that are measured beside compiled models are for the ratios alone."""
+    models = Models(peers, monkeypatch, SIZES)
+    monkeypatch.setattr(peers.measure, "free_memory", lambda device: 1000 * MIB)
+    shapes = {name: peers.SHAPES[name] for name in ("96", "256")}
+    peers.run(shapes, [["dense"], ["other"]], 1, torch.empty(0))
+    first, second = ["plain PyTorch", "dense"], ["plain PyTorch", "other"]
+    assert models.groups == [first, first, second, second]
+    rows = kept(tmp_path, "peers")
+    assert [row["seconds"] for row in rows.values()] == [1, 2, 2, 3, 4, 5]
+    assert rows["256: other"]["speed"] == 0.8
+
+
+def test_on_a_gpu_only_plain_pytorch_is_measured_more_than_once(peers):
+    """Of any other case the later rows would be for nothing."""
+    named = [label for chosen in peers.GPU_CASES for label in chosen]
+    assert len(named) == len(set(named))
+    later = [label for chosen in peers.GPU_CASES[1:] for label in chosen]
+    assert not any(peers.CASES[label].dense for label in later)
 
 
 def test_the_floor_is_that_of_the_library_that_computes(peers, monkeypatch, tmp_path):
@@ -110,9 +126,8 @@ def test_the_floor_is_that_of_the_library_that_computes(peers, monkeypatch, tmp_
     rates = {True: 4e9, False: 2e9}
     monkeypatch.setattr(peers.measure, "matrix_rate", lambda *sizes: rates[sizes[-1]])
     shape = peers.SHAPES["96"]
-    peers.run({"96": shape}, ["MKL"], 1, torch.empty(0))
-    (path,) = tmp_path.glob("*/peers.json")
-    rows = json.loads(path.read_text())["rows"]
+    peers.run({"96": shape}, [["MKL"]], 1, torch.empty(0))
+    rows = kept(tmp_path, "peers")
     assert rows["96: plain PyTorch"]["floor"] == pytest.approx(shape.flops / 4e9, abs=1e-4)
     assert rows["96: MKL"]["floor"] == pytest.approx(shape.flops / 2e9, abs=1e-4)
 
@@ -121,7 +136,7 @@ def test_a_case_that_cannot_fit_is_left_out_and_named(peers, monkeypatch, tmp_pa
     models = Models(peers, monkeypatch, SIZES)
     monkeypatch.setattr(peers, "GIB", MIB)
     monkeypatch.setattr(peers.measure, "free_memory", lambda device: 60 * MIB)
-    peers.run({"96": peers.SHAPES["96"]}, ["large sparse", "other"], 1, torch.empty(0))
+    peers.run({"96": peers.SHAPES["96"]}, [["large sparse", "other"]], 1, torch.empty(0))
     assert models.groups == [["plain PyTorch", "dense", "other"]]
     message = (
         "96: large sparse: left out: needs 106.7 GiB of free memory, there are 60.0; end other "
