@@ -254,10 +254,8 @@ def check_processes(cfg) -> None:
     gpus = torch.cuda.device_count()
     settings = cfg.distributed_training
     launched, spawns = _is_launched(), _spawns(settings)
-    size = settings.distributed_world_size
-    _check_sharding(
-        cfg, gpus, os.environ["WORLD_SIZE"] == "1" if launched else size == 1 and spawns
-    )
+    size = int(os.environ["WORLD_SIZE"]) if launched else settings.distributed_world_size
+    _check_sharding(cfg, gpus, size == 1 and (launched or spawns))
     if cfg.common.tpu:
         return
     one_machine = settings.distributed_init_method is None
@@ -268,7 +266,8 @@ def check_processes(cfg) -> None:
             "fairseq-train) ... --distributed-backend gloo`"
         )
     on_cpu = gpus == 0 or cfg.common.cpu
-    if (launched or size > 1) and on_cpu and settings.distributed_backend == "nccl":
+    joins = size > 1 or (launched and gpus == 0)  # NCCL of one process wants a GPU, and is not used
+    if joins and on_cpu and settings.distributed_backend == "nccl":
         raise UserError(
             "--distributed-backend nccl: needs GPUs, but "
             f"{'there are none here' if gpus == 0 else '--cpu uses none'}; add "

@@ -5,10 +5,13 @@ import re
 
 import pytest
 import torch
+from fairseq.dataclass.configs import FairseqConfig
+from omegaconf import OmegaConf
 from stock_commands import ROOT, TRAIN, on_cpu_only, python
 
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.expert_parallel import check_own_gpu
+from fairseq_moe_ext.patches import commands
 
 pytestmark = on_cpu_only
 TORCHRUN = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "WORLD_SIZE": "3", "RANK": "2"}
@@ -72,6 +75,18 @@ def test_what_cannot_start_is_an_error(command, two_gpus, monkeypatch, flags, va
     assert status == 1 and two_gpus == []
     assert re.search(f"^error: {words}", err, flags=re.M)
     assert "Traceback" not in err
+
+
+def test_one_process_of_torchrun_may_use_a_cpu_beside_a_gpu(two_gpus, monkeypatch):
+    """NCCL starts on the GPU, and has nothing to do."""
+    for name, value in {**TORCHRUN, "WORLD_SIZE": "1", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    cfg = OmegaConf.structured(FairseqConfig)
+    cfg.common.cpu = True
+    commands.check_processes(cfg)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UserError, match="nccl: needs GPUs, but there are none here"):
+        commands.check_processes(cfg)
 
 
 @pytest.mark.parametrize("local_id, told", [("2", True), ("0", False), (None, False)])
