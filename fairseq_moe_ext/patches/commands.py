@@ -8,7 +8,6 @@ import importlib.util
 import inspect
 import logging
 import os
-import re
 import sys
 import time
 from typing import Any, Callable
@@ -22,6 +21,7 @@ from ..config_checks import refuse_both_of_layers
 from ..errors import OneLineParser, flag_mistake, read_negative_numbers
 from ..models.architectures import ARCHITECTURES
 from . import flag_owners
+from .hydra import names_its_processes
 from .messages import mistake_to_print
 
 logger = logging.getLogger(__name__)
@@ -124,7 +124,9 @@ def call_main(stock, cfg, main, **kwargs):
     try:
         if _is_hydras(main):
             _check_run(cfg)
-        use_one_process_on_a_cpu(cfg)
+        use_one_process_on_a_cpu(
+            cfg, names_its_processes if _is_hydras(main) else _flags_name_processes
+        )
         check_processes(cfg)
         if _innermost(main).__module__ == "fairseq_cli.train":
             check_optimizer(cfg, _is_hydras(main))
@@ -210,10 +212,10 @@ def _end_at_once_where_others_wait() -> None:
 # ---- Processes
 
 
-def use_one_process_on_a_cpu(cfg) -> None:
+def use_one_process_on_a_cpu(cfg, given: Callable[[], bool]) -> None:
     """fairseq-train and fairseq-hydra-train start a process for each GPU that they see, also under
-    --cpu, if --distributed-world-size is not given (fairseq/dataclass/configs.py:257@0.12.2). NCCL
-    refuses them, as all use the first GPU; over Gloo the batch would be as many times as large."""
+    --cpu, if the number is not given (fairseq/dataclass/configs.py:257@0.12.2). NCCL refuses them,
+    as all use the first GPU; over Gloo the batch would be as many times as large."""
     import torch
 
     settings = cfg.distributed_training
@@ -223,13 +225,14 @@ def use_one_process_on_a_cpu(cfg) -> None:
         and settings.distributed_world_size == gpus > 1
         and settings.distributed_init_method is None
         and _spawns(settings)
-        and not any(_WORLD_SIZE.match(word) for word in sys.argv[1:])
+        and not given()
     ):
         logger.info(f"--cpu: one process, not one for each of {gpus} GPUs")
         settings.distributed_world_size = 1
 
 
-_WORLD_SIZE = re.compile(r"(--|\+*distributed_training\.)distributed[-_]world[-_]size\b")
+def _flags_name_processes() -> bool:
+    return any(word.split("=")[0] == "--distributed-world-size" for word in sys.argv[1:])
 
 
 def _is_launched() -> bool:

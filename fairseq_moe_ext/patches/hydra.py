@@ -31,6 +31,28 @@ def hydra_init(stock, cfg_name="config"):
     stock(cfg_name)
 
 
+def names_its_processes() -> bool:
+    """Whether the settings of this run name a number of processes, in a YAML or on the command
+    line, rather than leave it to the default: if so, another default leaves it as it is."""
+    from hydra import compose
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.hydra_config import HydraConfig
+
+    if not HydraConfig.initialized():  # the settings are another program's own
+        return True
+    run = HydraConfig.get()
+    name = str(run.job.config_name)
+    schema = ConfigStore.instance().repo[f"{name.removesuffix('.yaml')}.yaml"].node
+    default = schema.distributed_training.distributed_world_size
+    schema.distributed_training.distributed_world_size = -1
+    try:
+        folders = [word for word in run.overrides.hydra if word.startswith("hydra.searchpath=")]
+        again = compose(name, overrides=[*folders, *run.overrides.task])
+    finally:
+        schema.distributed_training.distributed_world_size = default
+    return again.distributed_training.distributed_world_size != -1
+
+
 def merge_with_parent(stock, dc, cfg, *args, **kwargs):
     """Stock reports a wrong key or value without its group and the valid keys."""
     from omegaconf import OmegaConf

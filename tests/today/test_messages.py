@@ -117,7 +117,7 @@ MISTAKES = {
 @pytest.fixture
 def end(monkeypatch, capsys):
     """The status and stderr of a command whose main is given, with its processes started so."""
-    monkeypatch.setattr(commands, "use_one_process_on_a_cpu", lambda cfg: None)
+    monkeypatch.setattr(commands, "use_one_process_on_a_cpu", lambda cfg, given: None)
     monkeypatch.setattr(commands, "check_processes", lambda cfg: None)
     monkeypatch.setattr(commands, "_is_hydras", lambda main: False)
 

@@ -106,14 +106,20 @@ def test_a_gpu_for_each(monkeypatch):
     check_own_gpu("LOCAL_RANK", "1", "--cpu")
 
 
-@pytest.mark.parametrize("given, processes", [("", 1), ("distributed_world_size=2", 2)])
-def test_hydra(work, tmp_path, given, processes):
-    words = f"""fairseq-hydra-train --config-dir {ROOT}/hydra_conf --config-name moe_lm_tiny
+@pytest.mark.parametrize("given", ["", "command line", "YAML"])
+def test_hydra(work, tmp_path, given):
+    config = (ROOT / "hydra_conf/moe_lm_tiny.yaml").read_text()
+    if given == "YAML":
+        config += "distributed_training: {distributed_world_size: 2}\n"
+    (tmp_path / "moe_lm_tiny.yaml").write_text(config)
+    words = f"""fairseq-hydra-train --config-dir {tmp_path} --config-name moe_lm_tiny
+        hydra.searchpath=[file://{ROOT}/hydra_conf]
         common.cpu=true common.fp16=false distributed_training.distributed_backend=gloo
         task=language_modeling task.data={work}/bin task.tokens_per_sample=32 dataset.batch_size=4
         dataset.num_workers=0 model.decoder_layers=2 optimization.max_update=1
-        checkpoint.no_save=true hydra.run.dir={tmp_path}
-        {given and "distributed_training." + given}""".split()
+        checkpoint.no_save=true hydra.run.dir={tmp_path}""".split()
+    if given == "command line":
+        words.append("distributed_training.distributed_world_size=2")
     out = python(f"""
 import sys, torch
 torch.cuda.device_count = lambda: 2
@@ -122,7 +128,7 @@ sys.argv = {words}
 from fairseq_cli.hydra_train import cli_main
 cli_main()
 """)
-    assert ("processes: 2" in out.stdout) == (processes == 2)
+    assert ("processes: 2" in out.stdout) == bool(given)
     log = "".join(path.read_text() for path in tmp_path.glob("*.log"))
-    assert ("one process, not one for each of 2 GPUs" in log) == (processes == 1)
-    assert ("num_updates: 1" in log or "done training" in log) == (processes == 1)
+    assert ("one process, not one for each of 2 GPUs" in log) == (not given)
+    assert ("num_updates: 1" in log or "done training" in log) == (not given)
