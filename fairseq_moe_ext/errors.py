@@ -174,6 +174,7 @@ def flag_mistake(
     wanted, there = "", []
     refused = re.search(r"invalid choice: '?(.+?)'? \(choose from (.+)\)", message)
     unknown = re.search(r"unrecognized arguments: (?:(?!--)\S+ )*(--[\w-]+)", message)
+    known = remedy(parser, unknown[1]) if unknown else ""
     if message.endswith("required: COMMAND"):
         message = f"no command given; there are {', '.join(_commands(parser))}"
     elif refused:
@@ -182,8 +183,8 @@ def flag_mistake(
             like = difflib.get_close_matches(wanted, there, n=_SHOWN, cutoff=0)
             few = "" if did_you_mean(wanted, there) else f"; most like it: {', '.join(like)}"
             message = message.replace(f"choose from {refused[2]}", f"of {len(there)}{few}")
-    elif unknown and remedy(parser, unknown[1]):
-        return f"{message}; {remedy(parser, unknown[1])}"
+    elif known:
+        return f"{message}; {known}"
     elif unknown:
         wanted, there = unknown[1], _flags(parser)
         begun = [flag for flag in there if flag.startswith(unknown[1])]

@@ -12,6 +12,7 @@ from fairseq.registry import REGISTRIES
 from fairseq.tasks import TASK_REGISTRY
 
 from ..config import defaults
+from ..errors import read_negative_numbers
 from ..models.language_model import MODEL_NAME
 from ..wording import flag as flag_of
 
@@ -39,8 +40,9 @@ def remedy(parser: argparse.ArgumentParser, flag: str, words: Sequence[str]) -> 
     for kind, classes in _kinds():
         names = [name for name, cls in classes.items() if flag in _flags(cls)]
         ours = [name for name in names if classes[name].__module__.startswith(f"{_OURS}.")]
-        if kind == "arch" and MODEL_NAME in ours and _in_place_of_stocks(words):
-            return f"{flag} is a flag of --arch {MODEL_NAME}: {_in_place_of_stocks(words)}"
+        stocks = _in_place_of_stocks(words) if kind == "arch" and MODEL_NAME in ours else ""
+        if stocks:
+            return f"{flag} is a flag of --arch {MODEL_NAME}: {stocks}"
         names = ours or names
         if names and f"--{kind}" in there:
             listed = " or ".join(names[:_SHOWN]) + (", ..." if names[_SHOWN:] else "")
@@ -51,9 +53,12 @@ def remedy(parser: argparse.ArgumentParser, flag: str, words: Sequence[str]) -> 
 def _in_place_of_stocks(words: Sequence[str]) -> str:
     """How to write the --arch of a command line with our model, whose other defaults differ; "":
     it is no transformer_lm of fairseq's, or one with adaptive input, which ours lacks."""
-    chosen = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    chosen = argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
     chosen.add_argument("--arch", "-a")
     gen_parser_from_dataclass(chosen, TransformerLanguageModelConfig(), delete_default=True)
+    read_negative_numbers(chosen)
     settings = chosen.parse_known_args(list(words))[0]
     arch, given = vars(settings).pop("arch", None), {*vars(settings)}
     if not issubclass(ARCH_MODEL_REGISTRY.get(arch, object), TransformerLanguageModel):

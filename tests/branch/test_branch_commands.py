@@ -83,6 +83,12 @@ def test_the_error_for_the_branchs_arch_lists_what_makes_its_model(capsys, line)
     assert not differing(model_of(" ".join([*more, written[1]])), model_of(line))
 
 
+def test_a_negative_value_beside_it_is_no_flag(capsys):
+    """As for fairseq's own parser, also before Python 3.14."""
+    told = refusal(capsys, "--arch transformer_lm --dropout -1e-1 --moe-freq 2")
+    assert "in place of --arch transformer_lm write" in told
+
+
 def test_the_page_names_all_flags_of_the_branch_alone_and_they_are_refused_so(capsys):
     bullet = re.search(r"^- Remove (`--is-moe`.*?), which do not exist here", SECTION, re.M | re.S)
     assert {*re.findall(r"`(--[\w-]+)`", bullet[1])} == BRANCH_ONLY
