@@ -18,9 +18,9 @@ _NARROW = 2**17  # numbers in an expert's first matrix, at most
 # matrices, which are copied side by side.
 _HELD = 2**21
 _NUMBERS = (64, 16, 4)  # of experts in a chunk; few, as oneDNN keeps a program for each shape
-# Of a chunk's rows at least three quarters are no spare ones, or these cost no more than a call.
-_FULL = 0.75
-_FREE = 2**23  # multiplications by the first matrix
+# Of a chunk's rows at least three quarters are no spare ones; or these cost no more than a call, so
+# many multiplications by the first matrix, and are no more than a sixteenth of the layer's rows.
+_FULL, _FREE, _FEW = 3 / 4, 2**23, 1 / 16
 
 
 class Chunk(NamedTuple):
@@ -54,7 +54,7 @@ def laid_out(counts: List[int], x: Tensor, inner: int) -> List[Chunk]:
     # In any precision and with any library, so that a seed's dropout is the same.
     rows = [program_size(count) for count in counts]
     left = sorted((e for e, n in enumerate(rows) if n), key=rows.__getitem__, reverse=True)
-    chunks, start, free = [], 0, _FREE // (dim * inner)
+    chunks, start, free = [], 0, min(_FREE // (dim * inner), int(_FEW * sum(rows)))
     while left:
         most = rows[left[0]]
         room = min(_HELD // (most * inner), _HELD // (dim * inner), len(left))

@@ -23,12 +23,13 @@ def test_those_with_most_rows_first():
 
 
 def test_few_spare_rows_do_not_count():
-    assert laid_out([12, 4, 4, 4], NARROW, 96) == [Chunk([0, 1, 2, 3], 12, 0)]
+    """They cost no more than a call, and are few beside the rows of all experts."""
     free = chunks._FREE // 96**2
     for rows, together in ((280, True), (300, False)):
-        found = laid_out([rows, 4, 4, 4], NARROW, 96)
-        spare = 3 * (found[0].rows - 4)
-        assert (len(found) == 1) == (spare <= free) == together
+        found = laid_out([20_000, rows, 4, 4, 4], NARROW, 96)
+        spare = 3 * (found[1].rows - 4)
+        assert (len(found) == 2) == (spare <= free) == together
+    assert len(laid_out([280, 4, 4, 4], NARROW, 96)) == 4
 
 
 @pytest.mark.parametrize(
