@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Mapping, Optional, Sequence, Union
 
 from .errors import UserError
-from .wording import flag
+from .wording import flag, has_flag
 
 Name = Union[str, Path]
 
@@ -92,7 +92,7 @@ def check_named(settings: Mapping[str, Any], argv: Optional[Sequence[str]] = Non
     """
     for key, value in settings.items():
         spelled = flag(key)
-        is_flag = argv is None or any(word.partition("=")[0] == spelled for word in argv)
+        is_flag = argv is None or has_flag(argv, spelled)
         for path in value if isinstance(value, (list, tuple)) else [value]:
             kind = _waits(path) if isinstance(path, (str, Path)) else ""
             if kind:

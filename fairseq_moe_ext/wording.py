@@ -23,6 +23,11 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def has_flag(words: Iterable[str], *flags: str) -> bool:
+    """Whether the words of a command line have one of these flags, as --flag or --flag=VALUE."""
+    return any(word.partition("=")[0] in flags for word in words)
+
+
 def did_you_mean(word: object, names: Iterable[object]) -> str:
     """ "; did you mean NAME?" with the name that is most like a word; "" if none is like it."""
     close = difflib.get_close_matches(str(word), [*map(str, names)], n=1)

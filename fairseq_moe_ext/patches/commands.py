@@ -20,6 +20,7 @@ from ..checkpoint import folder_lock
 from ..config_checks import refuse_both_of_layers
 from ..errors import OneLineParser, flag_mistake, read_negative_numbers
 from ..models.architectures import ARCHITECTURES
+from ..wording import has_flag
 from . import flag_owners
 from .hydra import names_its_processes
 from .messages import mistake_to_print
@@ -48,7 +49,7 @@ def parse_args_and_arch(stock, parser, input_args=None, *args, **kwargs):
     try:
         parsed = stock(parser, input_args, *args, **kwargs)
         flags = parsed[0] if isinstance(parsed, tuple) else parsed
-        if any(word.split("=")[0] == "--moe-freq" for word in words):
+        if has_flag(words, "--moe-freq"):
             refuse_both_of_layers(flags.moe_freq, getattr(flags, "moe_layers", None))
         command_checks.check_command_line(flags)
         return parsed
@@ -232,7 +233,7 @@ def use_one_process_on_a_cpu(cfg, given: Callable[[], bool]) -> None:
 
 
 def _flags_name_processes() -> bool:
-    return any(word.split("=")[0] == "--distributed-world-size" for word in sys.argv[1:])
+    return has_flag(sys.argv[1:], "--distributed-world-size")
 
 
 def _is_launched() -> bool:

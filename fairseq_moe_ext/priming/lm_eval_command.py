@@ -10,6 +10,7 @@ import fairseq_moe_command
 
 from ..errors import OneLineParser, UserError
 from ..expert_parallel import process_rank
+from ..wording import has_flag
 from . import model
 
 _OTHERS = ("ls", "validate", "-h", "--help")  # lm-eval's commands that load no model
@@ -29,7 +30,7 @@ def run(argv: List[str]) -> None:
 
     if argv and argv[0] not in _OTHERS:
         words = argv[1:] if argv[0] == "run" else argv
-        named = any(word.split("=")[0] in ("--model", "-M") for word in words)
+        named = has_flag(words, "--model", "-M")
         argv = ["run", *([] if named else ["--model", harness.MODEL]), *words]
     sys.argv = ["lm-eval", *argv]
     # of lm-eval's own parsers
