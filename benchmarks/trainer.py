@@ -1,12 +1,14 @@
-"""What `fairseq-train` adds to a training step: its updates against the same in a bare loop.
+"""What `fairseq-train` adds to a training step, and what experts add to one of its updates: its
+updates against the same in a bare loop, and sparse ones against dense ones of equal FLOPs.
 
-    python benchmarks/trainer.py [--shapes 96 128] [--cases NAME ...] [--rounds 5]
+    python benchmarks/trainer.py [--shapes 96 128 ...] [--cases NAME ...] [--rounds 5]
 
 The trainer is the real one, in a process of its own: mixture task, moe_cross_entropy, clipping,
 metrics and their file, a log line every 10 updates, data loading in the process or by workers. The
 bare loop is the same model: loss, backward, torch's clip_grad_norm_, the optimizer, on batches that
-lie ready. Ten updates of each in turn; the other waits. Parts are measured
-by the clock in the same updates. Results: benchmarks/results/PROCESSOR/trainer.md.
+lie ready. Beside a sparse model, the trainer also trains the dense one. Ten updates of each in
+turn; the others wait. Parts are measured by the clock in the same updates. Results:
+benchmarks/results/PROCESSOR/trainer.md.
 """
 
 from __future__ import annotations
@@ -27,7 +29,6 @@ from train_step import THREADS, Clocks, make_data
 
 import fairseq_moe_ext
 
-VOCABULARY = 4104
 TURN = 10  # updates, and the interval of the log
 WAITS = "waits, CPU s:"  # what a process says between turns
 
@@ -37,21 +38,35 @@ class Shape(NamedTuple):
     heads: int
     rows: int
     context: int
+    layers: int = 4
+    vocabulary: int = 4104
 
 
 class Case(NamedTuple):
     experts: int = 0
+    every: int = 1  # of how many layers one is sparse
     optimizer: str = "fused_adam"
     workers: int = 0
+    bf16: bool = False
 
 
-SHAPES = {"96": Shape(96, 3, 32, 256), "128": Shape(128, 4, 8, 256)}
+SHAPES = {
+    "96": Shape(96, 3, 32, 256),
+    "128": Shape(128, 4, 8, 256),
+    "256": Shape(256, 4, 32, 256, layers=6),
+    "wide": Shape(768, 12, 4, 512, vocabulary=50_000),
+}
 CASES = {
     "dense": Case(),
     "dense, a worker": Case(workers=1),
     "dense, adam": Case(optimizer="adam"),
     "8 experts": Case(8),
     "8 experts, adam": Case(8, optimizer="adam"),
+    "8 experts, every other layer": Case(8, every=2),
+    "64 experts, every other layer": Case(64, every=2),
+    "bf16: dense": Case(bf16=True),
+    "bf16: 8 experts, every other layer": Case(8, every=2, bf16=True),
+    "bf16: 64 experts, every other layer": Case(64, every=2, bf16=True),
 }
 BARE = ("loss", "backward", "clipping", "optimizer")
 PARTS = (*BARE, "data", "gradients", "metrics", "log", "rest")
@@ -59,17 +74,18 @@ PARTS = (*BARE, "data", "gradients", "metrics", "log", "rest")
 
 def flags(data: Path, shape: Shape, case: Case, updates: int) -> List[str]:
     hidden = 4 * shape.dim
-    experts = f"""--arch moe_lm_tiny --moe-freq 1 --moe-expert-count {case.experts} --moe-dropless
-        --moe-expert-ffn-dim {hidden // 2}"""
+    experts = f"""--arch moe_lm_tiny --moe-freq {case.every} --moe-expert-count {case.experts}
+        --moe-dropless --moe-expert-ffn-dim {hidden // 2}"""
     return f"""{data} --user-dir {Path(fairseq_moe_ext.__file__).parent}
         --task mixture_language_modeling --tokens-per-sample {shape.context}
         {experts if case.experts else "--arch dense_lm_tiny"}
-        --decoder-layers 4 --decoder-embed-dim {shape.dim} --decoder-ffn-embed-dim {hidden}
-        --decoder-attention-heads {shape.heads} --dropout 0.1 --attention-dropout 0
-        --criterion moe_cross_entropy --moe-gate-loss-wt 0.01
+        --decoder-layers {shape.layers} --decoder-embed-dim {shape.dim}
+        --decoder-ffn-embed-dim {hidden} --decoder-attention-heads {shape.heads}
+        --dropout 0.1 --attention-dropout 0 --criterion moe_cross_entropy --moe-gate-loss-wt 0.01
         --optimizer {case.optimizer} --adam-betas (0.9,0.98) --weight-decay 0.01 --lr 1e-3
         --clip-norm 1.0 --batch-size {shape.rows} --max-update {updates} --cpu
-        --num-workers {case.workers} --save-dir {data / "saved"} --no-epoch-checkpoints
+        {"--bf16" if case.bf16 else ""} --num-workers {case.workers}
+        --save-dir {data / f"saved-{case.experts}"} --no-epoch-checkpoints
         --data-buffer-size 1 --disable-validation --log-format json --log-interval {TURN}""".split()
 
 
@@ -133,6 +149,7 @@ def bare(line: List[str]) -> None:
     task = tasks.setup_task(convert_namespace_to_omegaconf(args).task)
     torch.manual_seed(1)
     model = task.build_model(convert_namespace_to_omegaconf(args).model).train()
+    model.decoder.bfloat16_on_cpu = args.bf16  # as `fairseq-train --bf16` does
     parameters = [p for p in model.parameters() if p.requires_grad]
     settings: Any = dict(lr=1e-3, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.01)
     fused = args.optimizer == "fused_adam"
@@ -214,6 +231,7 @@ def trainer(line: List[str]) -> None:
 
 
 PROGRAMS = {"bare": bare, "trainer": trainer}
+DENSE = "dense trainer"
 
 
 def compare(shape: Shape, case: Case, rounds: int) -> Dict[str, Any]:
@@ -223,10 +241,14 @@ def compare(shape: Shape, case: Case, rounds: int) -> Dict[str, Any]:
         tokens = shape.rows * shape.context * TURN * (rounds + 3)
         for corpus in ("one", "two"):
             (data / corpus).mkdir()
-            make_data(data / corpus, max(2, tokens // 2048) * 1024, VOCABULARY)
+            make_data(data / corpus, max(2, tokens // 2048) * 1024, shape.vocabulary)
         (data / "dict.txt").write_text((data / "one" / "dict.txt").read_text())
-        line = flags(data, shape, case, TURN * (rounds + 1))
+        updates = TURN * (rounds + 1)
+        line = flags(data, shape, case, updates)
         programs = {kind: Program(kind, line) for kind in PROGRAMS}
+        if case.experts:
+            line = flags(data, shape, case._replace(experts=0), updates)
+            programs[DENSE] = Program("trainer", line)
         try:
             turns: Dict[str, Callable[[], None]] = {
                 kind: program.turn for kind, program in programs.items()
@@ -253,8 +275,16 @@ def compare(shape: Shape, case: Case, rounds: int) -> Dict[str, Any]:
         "bare_ms": round(ms["bare"], 2),
         "trainer_ms": round(ms["trainer"], 2),
         "tokens_per_second": round(1000 * shape.rows * shape.context / ms["trainer"]),
+        "to_dense": round(measure.ratio(seconds, "trainer", DENSE), 3) if case.experts else None,
         "more_ms": {part: round(value, 2) for part, value in more.items()},
     }
+
+
+def described(name: str, shape: Shape) -> str:
+    return (
+        f"{name}: {shape.layers} x {shape.dim}, vocabulary {shape.vocabulary}, "
+        f"{shape.rows} x {shape.context} tokens"
+    )
 
 
 def show(rows: Dict[str, Dict[str, Any]]) -> None:
@@ -262,15 +292,17 @@ def show(rows: Dict[str, Dict[str, Any]]) -> None:
     order = [f"{name}: {case}" for name in SHAPES for case in CASES]
     measure.keep_table(
         "trainer",
-        "An update of `fairseq-train` against the same in a bare loop: 4 layers, a vocabulary of "
-        f"{VOCABULARY}; 96: 96 wide, 32 x 256 tokens; 128: 128 wide, 8 x 256 tokens. Speed: "
-        "of the bare loop's, by the clock and by the processor's time of all threads. The other "
-        "columns: milliseconds that the trainer's part takes more than the bare loop's, a mean "
-        "over all updates.",
-        ["case", "speed", "by CPU", "tokens/s", "trainer, ms", "bare, ms", *PARTS],
+        "An update of `fairseq-train` against the same in a bare loop "
+        f"({'; '.join(described(*item) for item in SHAPES.items())}). Speed: of the bare loop's, "
+        "by the clock and by the processor's time of all threads. To dense: time, against an "
+        "update of the dense model of equal FLOPs by `fairseq-train`. The other columns: "
+        "milliseconds that the trainer's part takes more than the bare loop's, a mean over all "
+        "updates.",
+        ["case", "speed", "by CPU", "to dense", "tokens/s", "trainer, ms", "bare, ms", *PARTS],
         [
-            [key, f"{row['speed']:.3f}", f"{row['cpu_speed']:.3f}", f"{row['tokens_per_second']:,}"]
-            + [f"{row['trainer_ms']:.1f}", f"{row['bare_ms']:.1f}"]
+            [key, f"{row['speed']:.3f}", f"{row['cpu_speed']:.3f}"]
+            + [f"{row['to_dense']:.2f}" if row.get("to_dense") else "-"]
+            + [f"{row['tokens_per_second']:,}", f"{row['trainer_ms']:.1f}", f"{row['bare_ms']:.1f}"]
             + [f"{row['more_ms'][part]:.2f}" for part in PARTS]
             for key in order
             if (row := rows.get(key))

@@ -18,7 +18,7 @@ SHAPE = benchmark.Shape(dim=8, heads=2, rows=2, context=8)
 def data(tmp_path):
     for corpus in ("one", "two"):
         (tmp_path / corpus).mkdir()
-        make_data(tmp_path / corpus, 4096, benchmark.VOCABULARY)
+        make_data(tmp_path / corpus, 4096, SHAPE.vocabulary)
     (tmp_path / "dict.txt").write_text((tmp_path / "one" / "dict.txt").read_text())
     return tmp_path
 
@@ -46,10 +46,27 @@ def test_every_row_that_is_kept_is_shown():
             assert any(line.startswith(f"| {row} | ") for line in table)
 
 
+def test_a_sparse_model_stands_beside_the_dense_one_of_equal_flops(data):
+    case = benchmark.CASES["bf16: 64 experts, every other layer"]
+    sparse, dense = (
+        benchmark.flags(data, SHAPE, each, 1) for each in (case, case._replace(experts=0))
+    )
+    assert {"moe_lm_tiny", "--bf16"} <= set(sparse) and {"dense_lm_tiny", "--bf16"} <= set(dense)
+    assert not any(word.startswith("--moe") for word in dense if word != "--moe-gate-loss-wt")
+
+    def value(flag):
+        return int(sparse[sparse.index(flag) + 1])
+
+    top_k = 2
+    assert value("--moe-freq") == 2
+    assert top_k * value("--moe-expert-ffn-dim") == value("--decoder-ffn-embed-dim")
+
+
 @pytest.mark.slow
 def test_the_parts_of_the_difference_add_up_to_it():
     row = benchmark.compare(SHAPE, benchmark.CASES["8 experts"], 1)
     assert row["bare_ms"] > 0 and row["trainer_ms"] > row["more_ms"]["metrics"] > 0
     assert set(row["more_ms"]) == set(benchmark.PARTS)
+    assert row["to_dense"] > 0
     whole = sum(row["more_ms"].values())
     assert whole == pytest.approx(row["trainer_ms"] - row["bare_ms"], abs=0.1)
