@@ -95,6 +95,12 @@ def run(out, *flags, path=None):
     return subprocess.CompletedProcess([], status, said.getvalue(), complained.getvalue())
 
 
+def test_the_ladder_names_the_domains():
+    for path in (STUDY, STUDY.parents[1] / "docs" / "ladder_fixed_rates"):
+        named = yaml.safe_load((path / "ladder.yaml").read_text(encoding="utf-8"))["corpora"]
+        assert named == [domain.name for domain in load().DOMAINS]
+
+
 def texts(path):
     return [json.loads(line)["text"] for line in path.read_text().splitlines()]
 

@@ -13,6 +13,7 @@ from small_ladder import STUDY, command, write
 
 from fairseq_moe_ext import cli, outputs
 from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.forecast import laws
 from fairseq_moe_ext.study import finished as study_finished
 from fairseq_moe_ext.study import plan
 from fairseq_moe_ext.study.ladder import (
@@ -653,9 +654,14 @@ def test_an_infinite_perplexity_is_collected(folder, tmp_path):
 def test_the_text_is_noted_and_stays_so(tmp_path):
     ladder = REAL._replace(out=tmp_path / "out", data=str(tmp_path / "data"))
     assert result._text(ladder) == {}
+    ladder = ladder._replace(corpora=["a", "b", "c"])
+    assert result._without(ladder, {}) == [], "none is known"
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "counts.json").write_text('{"corpora": {"a": {}}}')
     noted = result._text(ladder)
+    said = ["The text has no b, c: means are over the other sets."]
+    assert result._without(ladder, noted) == said
+    assert result.collect(ladder)["remarks"][:1] == said
     assert noted == {"corpora": {"a": {}}}
     (tmp_path / "data" / "counts.json").unlink()
     ladder.out.mkdir()
@@ -840,14 +846,19 @@ def test_pages(tmp_path, capsys):
         assert f"{none} model {shown} times" in page.summary({**made, "factors": [below]})
 
 
-def test_a_budget_with_a_model_better_than_all_dense_ones_has_no_point(tmp_path, monkeypatch):
-    """That model may be the one that saves most."""
-    made = made_result(tmp_path)
+@pytest.fixture
+def points(monkeypatch):
+    """A chart is the points of its lines."""
     monkeypatch.setattr(
         page.figures,
         "line_chart",
         lambda title, series, *words, **flags: [s.points for s in series],
     )
+
+
+def test_a_budget_with_a_model_better_than_all_dense_ones_has_no_point(tmp_path, points):
+    """That model may be the one that saves most."""
+    made = made_result(tmp_path)
     assert any(f["beyond"] > 0 for f in made["factors"] if f["group"] == "in_domain")
     law, _, ours, _ = page.saving_chart(made)
     assert law == ours == []
@@ -861,6 +872,23 @@ def test_a_budget_with_a_model_better_than_all_dense_ones_has_no_point(tmp_path,
         if found["arm"] == "d1-E8" and found["group"] != "in_domain":
             found["beyond"] = 1
     assert page.saving_chart(made)[2] == ours, "out of domain says nothing"
+
+
+def test_the_law_in_the_chart_is_that_of_the_model(tmp_path, points):
+    """A token of the paper's models takes two experts; a hash is no learned choice."""
+    made = made_result(tmp_path)
+    made["factors"] = [f for f in made["factors"] if f["arm"] == "d0-256x4"]
+    learned, papers, _, _ = page.saving_chart(made)
+    assert [f"{y:.2f}" for _, y in papers] == ["5.86", "4.62", "3.43", "2.90", "2.36"]
+    forecast = (REPOSITORY / "docs" / "forecast.md").read_text(encoding="utf-8")
+    assert "so S-BASE predicts 5.86." in forecast
+    made["ladder"]["arms"]["d0-256x4"]["router"] = "hash"
+    hashed, *_ = page.saving_chart(made)
+    cost = tables.flops_per_token(made, made["factors"][0])
+    for drawn, law in ((learned, laws.S_BASE), (hashed, laws.HASH)):
+        effective = 10 ** law.log_effective(cost / 6, 64)
+        tokens = made["factors"][0]["tokens"]
+        assert drawn == [pytest.approx((6 * effective * tokens, 6 * effective / cost))]
 
 
 @pytest.mark.parametrize("records_flags", [True, False])

@@ -6,7 +6,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 from ... import outputs
 from ...evaluation import figures, paper, report
 from ...evaluation.study_result import unlike
-from ...forecast.laws import S_BASE
+from ...forecast.laws import HASH, S_BASE, Clark, Model
 from ...wording import count
 from ..result import GROUPS, mean_flops, mean_performance
 from ..tables import TITLES
@@ -15,10 +15,10 @@ from .result import Factor, LadderResult
 from .tables import millions
 
 _PAPER_SIZES = (125e6, 355e6, 1.3e9, 2.7e9, 6.7e9)
-_PAPER_EXPERTS = 512
+_PAPER_EXPERTS, _PAPER_TOP_K = 512, 2
 SAVING_LEGEND = (
-    "Clark et al.'s law at this study's models",
-    "the law at the paper's models, 512 experts",
+    "Clark et al.'s law at this study's models: hash, or else S-BASE",
+    "S-BASE at the paper's models: 512 experts, two per token",
     "this study, the model that saves most",
     "the paper, figure 1",
 )
@@ -76,10 +76,11 @@ def saving_chart(result: LadderResult) -> figures.Chart:
     for found in best.values():
         cost = tables.flops_per_token(result, found)
         ours.append((cost * found["tokens"] * found["factor"], found["factor"]))
-        predicted = _law(cost / 6, arms[found["arm"]]["experts"])
-        law.append((cost * found["tokens"] * predicted, predicted))
+        arm = arms[found["arm"]]
+        model = Model(cost / 6, arm["experts"], found["tokens"])
+        law.append(_predicted(HASH if arm["router"] == "hash" else S_BASE, model))
     papers = [
-        (6 * size * paper.TOKENS * _law(size, _PAPER_EXPERTS), _law(size, _PAPER_EXPERTS))
+        _predicted(S_BASE, Model(size, _PAPER_EXPERTS, paper.TOKENS, _PAPER_TOP_K))
         for size in _PAPER_SIZES
     ]
     figure_1 = [(1e21 * x, y) for x, y in paper.FIGURE_1[GROUPS[0]]]
@@ -98,8 +99,10 @@ def saving_chart(result: LadderResult) -> figures.Chart:
     )
 
 
-def _law(size: float, experts: int) -> float:
-    return 10 ** S_BASE.log_effective(size, experts) / size
+def _predicted(law: Clark, model: Model) -> Tuple[float, float]:
+    """Training FLOPs of the dense model with the same loss; the saving."""
+    effective = law.effective(model)
+    return 6 * effective * model.tokens, effective / model.active
 
 
 def _plain(result: LadderResult, base: str) -> Dict[int, str]:

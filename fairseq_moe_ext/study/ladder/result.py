@@ -99,17 +99,26 @@ def collect(ladder: Ladder) -> LadderResult:
         chosen = {}
     probed = probe.seconds_per_token(ladder)
     found, missing = savings(ladder, runs, probed)
+    counted = _text(ladder)
     return {
         "ladder": _described(ladder),
         "rates": chosen,
         "seconds_per_token": probed,
         "forecasts": forecast.read(ladder.forecast),
-        "text": _text(ladder),
+        "text": counted,
         "planned": sum(len(stage.seeds) * len(stage.arms) for stage in ladder.stages),
         "runs": runs,
         "factors": found,
-        "remarks": left_out + missing,
+        "remarks": _without(ladder, counted) + left_out + missing,
     }
+
+
+def _without(ladder: Ladder, counted: Mapping[str, Any]) -> List[str]:
+    """A line, if the text lacks corpora that it should have: means are over the others."""
+    if not counted:
+        return []
+    lacking = [name for name in ladder.corpora if name not in counted["corpora"]]
+    return lacking and [f"The text has no {', '.join(lacking)}: means are over the other sets."]
 
 
 def _text(ladder: Ladder) -> Dict[str, Any]:

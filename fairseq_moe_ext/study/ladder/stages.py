@@ -25,6 +25,7 @@ _DENSE_ARCH, _MOE_ARCH = "dense_lm_tiny", "moe_lm_tiny"
 _TOP: Keys = {
     "title": (str, "A ladder"),
     "data": (str, None),
+    "corpora": (list, []),
     "out": (str, None),
     "context": (int, None),
     "vocabulary": (int, None),
@@ -103,6 +104,7 @@ class Ladder(NamedTuple):
     arms: List[Arm]
     tried: Dict[str, List[Arm]]  # an arm whose learning rate is searched -> it, with each value
     stages: List[Stage]  # the first one is LR, if an arm has several rates to try
+    corpora: Sequence[str] = ()  # that the text should have; the result says which are missing
 
     @property
     def tokens_per_update(self) -> int:
@@ -154,6 +156,7 @@ def read(path: Path) -> Ladder:
         arms,
         {},
         [],
+        [str(name) for name in asked["corpora"]],
     )
     per_update = ladder.tokens_per_update
     tokens, tried = _search(asked, arms, path)
