@@ -155,8 +155,19 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: object, indent: Optional[int] = 1) -> None:
-    """As write_text. NaN and infinity become null, because JSON has neither."""
-    write_text(path, json.dumps(_finite(value), indent=indent, allow_nan=False) + "\n")
+    """As write_text, of what `as_json` gives."""
+    write_text(path, as_json(value, indent) + "\n")
+
+
+def as_json(
+    value: object, indent: Optional[int] = 1, default: Optional[Callable[[Any], Any]] = None
+) -> str:
+    """NaN and infinity become null, because JSON has neither.
+
+    Args:
+        default: as of json.dumps.
+    """
+    return json.dumps(_finite(value), indent=indent, default=default, allow_nan=False)
 
 
 def _finite(value: object) -> object:

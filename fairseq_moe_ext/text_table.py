@@ -2,8 +2,9 @@
 text, the others numbers."""
 
 import argparse
-import json
 from typing import Any, Sequence
+
+from .outputs import as_json
 
 
 def plain(rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -30,5 +31,5 @@ def add_form_flags(parser: argparse.ArgumentParser) -> None:
 def formed(args: argparse.Namespace, value: Any, rows: Sequence[Sequence[str]]) -> str:
     """A result in the format that the flags set: the value as JSON, or its table."""
     if args.json:
-        return json.dumps(value, indent=1)
+        return as_json(value)
     return markdown(rows) if args.markdown else plain(rows)

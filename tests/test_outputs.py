@@ -12,7 +12,7 @@ import pytest
 from fairseq.data import Dictionary
 from study.study_results import made_result
 
-from fairseq_moe_ext import cli, command_checks, outputs, tokenizer_files
+from fairseq_moe_ext import cli, command_checks, outputs, text_table, tokenizer_files
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.evaluation import report
 
@@ -202,6 +202,15 @@ def test_json_has_no_nan_and_no_infinity(tmp_path):
     path = tmp_path / "a.json"
     outputs.write_json(path, {"a": [1, math.nan, (2.5, -math.inf)], "b": True, "c": None})
     assert json.loads(path.read_text()) == {"a": [1, None, [2.5, None]], "b": True, "c": None}
+
+
+def test_printed_json_has_no_nan_and_no_infinity():
+    args = Namespace(json=True, markdown=False)
+    for text in (
+        text_table.formed(args, {"a": (1.5, math.inf)}, [["a"]]),
+        outputs.as_json({"a": (1.5, math.nan)}),
+    ):
+        assert json.loads(text, parse_constant=pytest.fail) == {"a": [1.5, None]}
 
 
 def test_what_killed_processes_left_is_removed(tmp_path):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from typing import Any, Dict, List
 
 from fairseq_today.torch_today import load_weights_only
 
+from .. import outputs
 from ..branch.files import find, flat_settings
 from ..checkpoint.format import Manifest
 from ..cost import parameters
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     """Raises UserError for what is no checkpoint of a language model."""
     content = facts(args.path)
     if args.json:
-        print(json.dumps(content, indent=1, default=str))
+        print(outputs.as_json(content, default=str))
         return
     width = max(map(len, content))
     for name, words in _table(content).items():

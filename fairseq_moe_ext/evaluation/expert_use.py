@@ -7,7 +7,6 @@ beside that of random gates (specialisation.py).
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
@@ -222,7 +221,7 @@ def run(args: argparse.Namespace) -> None:
         parse_overrides(args.model_overrides),
     )
     if args.json is None:
-        print(json.dumps(layers, indent=1))
+        print(outputs.as_json(layers))
         return
     outputs.write_json(args.json, layers)
     print(specialisation.verdict(layers, "domain", "kind of text"))

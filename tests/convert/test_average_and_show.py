@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 from argparse import Namespace
 from pathlib import Path
@@ -286,6 +287,15 @@ def test_the_metric_of_the_best_checkpoint_is_named(saved, tmp_path, capsys):
         assert found["best_checkpoint_metric"] == metric and found["best"] == 444.6816
         rows = model_card._training(open_checkpoint(str(tmp_path / "x.pt"), True))
         assert [f"best validation {metric}", "444.6816"] in rows
+
+
+def test_a_validation_that_is_not_finite_is_null_in_json(saved, tmp_path, capsys):
+    state = load(saved(MOE)[1])
+    state["extra_state"].update(val_loss=math.nan, best=math.inf)
+    torch.save(state, tmp_path / "x.pt")
+    assert main(["show", str(tmp_path / "x.pt"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["training"]
+    assert found["validation_loss"] is None and found["best"] is None
 
 
 def test_the_training_of_an_older_checkpoint_is_told():
