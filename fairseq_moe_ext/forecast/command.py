@@ -13,10 +13,11 @@ from ..evaluation import study_result
 from ..text_table import add_form_flags, formed
 from ..wording import did_you_mean, flag
 from .fit import COEFFICIENTS, Estimate, Point, fit
-from .laws import HASH, LAWS, S_BASE, Model, number, outside
+from .laws import HASH, LAWS, S_BASE, Model, number, outside, unknown
 
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 _MOST = 10**9  # experts
+_MOST_AMOUNT = 1e14  # parameters, tokens
 TABLE_SIZES = (1e6, 5e6, 15e6, 50e6, 125e6)
 TABLE_EXPERTS = (8, 16, 32, 64, 128, 512)
 _DEFAULTS = {
@@ -76,8 +77,10 @@ def amount(text: str) -> float:
         value = float(match[1]) * _UNITS[match[2].lower()] if match else math.nan
     except ValueError:
         value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r}: use a number above 0, such as 125M or 3e9")
+    if not 0 < value <= _MOST_AMOUNT:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: use a number above 0 and at most {number(_MOST_AMOUNT)}: 125M or 3e9"
+        )
     return value
 
 
@@ -110,22 +113,18 @@ def run(args: Namespace) -> None:
             for f in forecasts
         ),
     ]
-    remarks = [
-        f"{f['name']} ({f['source']}): outside its range by {'; '.join(f['outside'])}"
-        for f in forecasts
-        if f["outside"]
-    ]
+    remarks = _remarks(forecasts)
     if args.fit is not None:
         try:
             of_study = _fitted(points, model)
         except UserError as error:
             raise UserError(f"--fit {args.fit}: {error}") from None
         result["fit"] = of_study
-        low, high = of_study["interval"]
+        low, high = map(_factor, of_study["interval"])
         rows.append(
             ["your study", _parameters(of_study["effective"]), "-", _factor(of_study["saving"])]
         )
-        remarks.append(f"your study: saving {low:.2f} to {high:.2f} (95 % interval)")
+        remarks.append(f"your study: saving {low} to {high} (95 % interval)")
         remarks.append(f"all rows: {number(args.tokens)} tokens, the study's")
         unused = [flag(n) for n in ("top_k", "granularity", "moe_freq") if n in given]
         if unused:
@@ -157,19 +156,36 @@ def _forecast(key: str, model: Model) -> Dict[str, Any]:
         "law": key,
         "name": law.name,
         "source": law.source,
-        "effective": effective if math.isfinite(effective) else None,
-        "times_base": effective / model.base if math.isfinite(effective) else None,
-        "saving": effective / model.active if math.isfinite(effective) else None,
+        "effective": effective,
+        "times_base": effective / model.base,
+        "saving": effective / model.active,
         "outside": outside(law, model),
+        "range_unknown": unknown(law),
     }
 
 
-def _parameters(value: Any) -> str:
-    return "more than any" if value is None else number(value)
+def _remarks(forecasts: List[Dict[str, Any]]) -> List[str]:
+    lines = [
+        f"{f['name']} ({f['source']}): outside its range by {'; '.join(f['outside'])}"
+        for f in forecasts
+        if f["outside"]
+    ]
+    unknown_of = [
+        f"{f['name']} ({', '.join(f['range_unknown'])})" for f in forecasts if f["range_unknown"]
+    ]
+    if unknown_of:
+        lines.append(f"not checked, because the range is not known: {'; '.join(unknown_of)}")
+    return lines
 
 
-def _factor(value: Any) -> str:
-    return "-" if value is None else f"{value:.2f}"
+def _parameters(value: float) -> str:
+    if math.isfinite(value):
+        return number(value)
+    return "more than any" if value > 0 else "less than any"
+
+
+def _factor(value: float) -> str:
+    return f"{value:.2f}" if math.isfinite(value) else "-"
 
 
 def _fitted(points: List[Point], model: Model) -> Dict[str, Any]:
@@ -242,6 +258,12 @@ def _point(run: study_result.RunResult, path: Path, group: str) -> Point:
             "command again to rewrite it"
         )
     size, perplexity = run["flops"] / run["tokens"] / 6, measured[group]["perplexity"]
+    if perplexity == math.inf:
+        raise UserError(
+            f"--fit {path}: {run['family']} {run['size']} with seed {run['seed']} diverged "
+            "(infinite perplexity): lower its learning rate and train it again, or remove the size "
+            "from the study's file"
+        )
     if not (0 < size < math.inf and 1 < perplexity < math.inf):
         raise ValueError(f"perplexity {perplexity} of a model of size {size}")
     return Point(size, max(1, run["experts"]), math.log(perplexity))

@@ -56,12 +56,14 @@ class Fit(NamedTuple):
             [(log_saving(best + s) - log_saving(best - s)) / (2 * s.sum()) for s in steps]
         )
         wide = self.quantile * math.sqrt(max(0.0, slopes @ self.covariance @ slopes))
-        return Estimate(10**value, 10 ** (value - wide), 10 ** (value + wide))
+        with np.errstate(over="ignore"):  # infinity
+            return Estimate(*(float(np.power(10, x)) for x in (value, value - wide, value + wide)))
 
 
 def fit(points: Sequence[Point]) -> Fit:
     """Least squares in log L. Raises UserError for points that do not determine the law: it takes
-    three numbers of experts with the dense model among them, two sizes each, and six points."""
+    three numbers of experts with the dense model among them, two sizes each, six points, and dense
+    models whose loss falls with size beyond doubt, because a saving is measured along them."""
     _check(points)
     log_n = np.log10([point.size for point in points])
     log_e = np.log10([saturate(p.experts, S_BASE.start, S_BASE.most) for p in points])
@@ -76,6 +78,12 @@ def fit(points: Sequence[Point]) -> Fit:
     a, b, c, d = map(float, best)
     law = Clark(a, b, c, d, S_BASE.start, S_BASE.most)
     intervals = tuple(Estimate(float(x), float(x - w), float(x + w)) for x, w in zip(best, wide))
+    dense = np.array([1.0, 0.0, math.log10(S_BASE.start), 0.0])  # d log L / d log N by a, b, c, d
+    if dense @ best + quantile * math.sqrt(dense @ covariance @ dense) >= 0:
+        raise UserError(
+            "its larger dense models are not better beyond doubt (95 % interval), and a saving is "
+            "measured along them: add larger models or seeds, or train for longer"
+        )
     return Fit(law, intervals, covariance, quantile, math.sqrt(variance))
 
 

@@ -120,10 +120,13 @@ def abnar(model: Model) -> float:
 
 
 def _solve(loss: Callable[[float], float], target: float) -> float:
-    """The n at which a falling loss(n) equals target, by bisection; infinity where none does."""
+    """The n at which a falling loss(n) equals target, by bisection; infinity where the target is
+    lower than all losses, NaN where it is higher than that of a single parameter."""
     low, high = 1.0, 1e18
     if loss(high) > target:
         return math.inf
+    if loss(low) < target:
+        return math.nan
     for _ in range(200):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if loss(middle) > target else (low, middle)
@@ -133,7 +136,9 @@ def _solve(loss: Callable[[float], float], target: float) -> float:
 BY_TOKENS = 1e9  # below so many, the laws contradict each other
 
 _TOKENS = Range("tokens", BY_TOKENS, math.inf)
+_WHOLE_EXPERTS = Range("granularity", 1, 1)
 _CLARK_RANGES = (
+    _WHOLE_EXPERTS,
     Range("base", 15e6, 1.3e9),
     Range("experts", 1, 512),
     Range("tokens", 130e9, 130e9),
@@ -156,9 +161,12 @@ LAWS: Dict[str, Law] = {
         "Ludziejewski",
         "arXiv 2502.05172",
         ludziejewski,
-        (Range("active", 0, 2.7e9), Range("total", 0, 5e9), Range("top_k", 1, 1), _TOKENS),
+        (
+            *(Range("active", 0, 2.7e9), Range("total", 0, 5e9), Range("top_k", 1, 1)),
+            *(_WHOLE_EXPERTS, _TOKENS),
+        ),
     ),
-    "abnar": Law("Abnar", "arXiv 2501.12370", abnar, (_TOKENS,)),
+    "abnar": Law("Abnar", "arXiv 2501.12370", abnar, (_WHOLE_EXPERTS, _TOKENS)),
 }
 
 
@@ -168,11 +176,23 @@ def outside(law: Law, model: Model) -> List[str]:
     for quantity, low, high in law.ranges:
         value = getattr(model, quantity)
         if not low <= value <= high:
-            remarks.append(f"{_WORDS[quantity]} {number(value)} ({_words(low, high)})")
+            remarks.append(f"{_WORDS[quantity]} {number(value)} ({_words(quantity, low, high)})")
     return remarks
 
 
-def _words(low: float, high: float) -> str:
+def unknown(law: Law) -> List[str]:
+    """Of a model's size and experts, those of which we do not know where the law was fitted."""
+    stated = {one.quantity: one.low for one in law.ranges}
+    sizes = [stated[name] for name in ("base", "active", "total") if name in stated]
+    missing = [] if sizes else ["size"]
+    if sizes and not any(sizes):
+        missing.append("smallest size")
+    return missing if "experts" in stated else [*missing, "experts"]
+
+
+def _words(quantity: str, low: float, high: float) -> str:
+    if quantity == "granularity":
+        return "the law takes no account of it"
     if low == high:
         return f"fitted at {number(low)}"
     if high == math.inf:
@@ -185,6 +205,7 @@ _WORDS = {
     "experts": "experts",
     "tokens": "tokens",
     "top_k": "experts per token",
+    "granularity": "granularity",
     "layers": "share of sparse layers",
     "total": "total parameters",
     "active": "active parameters",

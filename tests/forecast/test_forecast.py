@@ -12,18 +12,19 @@ from fairseq_moe_ext.cli import main
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.forecast.fit import Point, fit
 from fairseq_moe_ext.forecast.laws import S_BASE, Model, saturate
+from fairseq_moe_ext.student_t import t_quantile
 
 TRUE = S_BASE._replace(a=-0.2, b=-0.1, c=0.01, d=1.9)
 
 
-def points(noise=0.0, experts=(1, 8, 64), sizes=(1e6, 2e6, 4e6), seeds=1):
+def points(noise=0.0, experts=(1, 8, 64), sizes=(1e6, 2e6, 4e6), seeds=1, law=TRUE):
     """Of a known law."""
     random = np.random.default_rng(1)
     found = []
     for e in experts:
         for n in sizes:
-            log_e = math.log10(saturate(e, TRUE.start, TRUE.most))
-            log_loss = TRUE.slope(10**log_e) * math.log10(n) + TRUE.b * log_e + TRUE.d
+            log_e = math.log10(saturate(e, law.start, law.most))
+            log_loss = law.slope(10**log_e) * math.log10(n) + law.b * log_e + law.d
             found += [Point(n, e, 10 ** (log_loss + noise * random.normal())) for _ in range(seeds)]
     return found
 
@@ -61,6 +62,62 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
 def test_too_few_points(few, words):
     with pytest.raises(UserError, match=words):
         fit(few)
+
+
+def of_perplexities(dense, sizes=(1e6, 3e6)):
+    """With experts that are better by the same at every size."""
+    return [
+        Point(size, e, math.log(perplexity * e**-0.1))
+        for size, perplexity in zip(sizes, dense)
+        for e in (1, 8, 32)
+    ]
+
+
+@pytest.mark.parametrize("dense", [(100, 104), (100, 100), (100, 99.999)])
+def test_dense_models_that_do_not_get_better_give_no_law(dense, tmp_path, capsys):
+    path = study(tmp_path / "result.json", of_perplexities(dense))
+    assert run("--params", "2M", "--experts", "16", "--fit", path) == 1
+    error = capsys.readouterr().err
+    said = "its larger dense models are not better beyond doubt (95 % interval)"
+    assert f"--fit {path}: {said}" in error and error.count("\n") == 1
+
+
+def test_dense_models_that_are_better_beyond_doubt_give_a_law():
+    """With Ê counted from the dense model's, the dense models' slope is one coefficient of plain
+    least squares, whose interval has a formula."""
+    exact = points()
+    n = np.log10([p.size for p in exact])
+    e = np.log10([saturate(p.experts, TRUE.start, TRUE.most) / TRUE.start for p in exact])
+    inputs = np.stack([n, e, n * e, np.ones_like(n)], axis=1)
+    inverse, freedom = np.linalg.inv(inputs.T @ inputs), len(exact) - 4
+    random = np.random.default_rng(3)
+    refused = []
+    for _ in range(50):
+        noisy = [p._replace(loss=p.loss * 10 ** (0.03 * random.normal())) for p in exact]
+        loss = np.log10([p.loss for p in noisy])
+        best = inverse @ inputs.T @ loss
+        variance = ((loss - inputs @ best) ** 2).sum() / freedom
+        high = best[0] + t_quantile(0.975, freedom) * math.sqrt(variance * inverse[0, 0])
+        try:
+            fit(noisy)
+        except UserError:
+            refused.append(True)
+        else:
+            refused.append(False)
+        assert refused[-1] == (high >= 0)
+    assert 5 < sum(refused) < 45
+
+
+def test_a_saving_beyond_numbers_has_no_number(tmp_path, capsys):
+    """Here the loss falls with the size to the power of -0.00001, exactly."""
+    flat = TRUE._replace(a=-1e-5, c=0)
+    path = study(tmp_path / "result.json", points(law=flat))
+    assert run("--params", "2M", "--experts", "32", "--fit", path) == 0
+    out, err = capsys.readouterr()
+    assert re.search(r"your study +more than any +- +-", out) and "inf" not in out and not err
+    assert run("--params", "2M", "--experts", "32", "--fit", path, "--json") == 0
+    answer = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert answer["fit"]["saving"] is None and answer["fit"]["interval"] == [None, None]
 
 
 def study(path, found, **more):
@@ -146,11 +203,39 @@ def test_mistakes(flags, words, capsys):
     assert words in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("text", ["-1M", "0", "many", "1e999", "nan", "1..5M", "1e308T"])
-def test_amounts(text, capsys):
+@pytest.mark.parametrize(
+    "text", ["-1M", "0", "many", "1e999", "nan", "1..5M", "1e308T", "1e308", "101T"]
+)
+@pytest.mark.parametrize("flag", ["--params", "--tokens"])
+def test_amounts(flag, text, capsys):
     with pytest.raises(SystemExit):
-        run("--params", text)
-    assert "--params" in capsys.readouterr().err
+        run(flag, text)
+    assert f"{flag}: {text!r}: use a number above 0 and at most 100T" in capsys.readouterr().err
+
+
+def test_what_a_law_does_not_count_or_know_is_said(capsys):
+    flags = ["--params", "125M", "--experts", "64", "--tokens", "1T", "--granularity", "4"]
+    assert run(*flags) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    said = [line for line in lines if "granularity 4 (the law takes no account of it)" in line]
+    laws = ("Clark, S-BASE", "Clark, RL-R", "Clark, hash", "Ludziejewski", "Abnar")
+    assert [line.partition(" (arXiv")[0] for line in said] == [*laws]
+    assert last == (
+        "not checked, because the range is not known: Krajewski (size); "
+        "Ludziejewski (smallest size, experts); Abnar (size, experts)"
+    )
+    assert run(*flags, "--law", "hash") == 0
+    assert "not checked" not in capsys.readouterr().out
+
+
+def test_a_loss_that_no_model_has_gives_no_number(capsys):
+    """A model of a millionth of a parameter."""
+    flags = ["--params", "0.000001", "--experts", "8", "--law", "abnar"]
+    assert run(*flags) == 0
+    assert re.search(r"Abnar +less than any +- +-\n", capsys.readouterr().out)
+    assert run(*flags, "--json") == 0
+    (found,) = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["laws"]
+    assert found["effective"] is found["times_base"] is found["saving"] is None
 
 
 def test_studies_that_do_not_say_enough(tmp_path, capsys):
@@ -179,6 +264,18 @@ def test_studies_that_do_not_say_enough(tmp_path, capsys):
     (tmp_path / "one.json").write_text(json.dumps(result))
     assert run("--fit", str(tmp_path / "one.json")) == 1
     assert "one.json: not in the format" in capsys.readouterr().err
+
+
+def test_a_training_that_diverged_is_named(tmp_path, capsys):
+    path = Path(study(tmp_path / "result.json", points(), family="moe", size="tiny", seed=1))
+    result = json.loads(path.read_text())
+    result["runs"][4].update(size="small", seed=2)
+    result["runs"][4]["mean"]["in_domain"]["perplexity"] = None  # infinity, in JSON
+    path.write_text(json.dumps(result))
+    assert run("--fit", str(path)) == 1
+    said = f"error: --fit {path}: moe small with seed 2 diverged (infinite perplexity): lower its"
+    assert capsys.readouterr().err.startswith(said)
+    assert run("--fit", str(path), "--group", "near") == 0
 
 
 def test_a_study_of_too_few_models_is_named(tmp_path, capsys):

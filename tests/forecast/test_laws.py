@@ -6,7 +6,7 @@ import pytest
 
 from fairseq_moe_ext.evaluation import paper
 from fairseq_moe_ext.forecast import command
-from fairseq_moe_ext.forecast.laws import LAWS, Model, Range, number, outside, saturate
+from fairseq_moe_ext.forecast.laws import LAWS, Model, Range, number, outside, saturate, unknown
 
 # millions of effective parameters, and multiple of the base, for 8, 16, 32, 64, 128, 512 experts
 PRINTED = {
@@ -82,6 +82,27 @@ def test_what_lies_outside():
     assert outside(law._replace(ranges=(Range("base", 0, 1e6),)), Model(5e6, 2, 1)) == [
         "base parameters 5M (fitted up to 1M)"
     ]
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_a_quantity_that_a_law_does_not_count_is_outside_its_range(law):
+    """What it was fitted at, where no other value changes what it says."""
+    model = Model(125e6, 64, 130e9)
+    for quantity, other in (("granularity", 4.0), ("layers", 1.0), ("top_k", 2)):
+        changed = model._replace(**{quantity: other})
+        if LAWS[law].effective(changed) == LAWS[law].effective(model):
+            assert len(outside(LAWS[law], changed)) == 1 + len(outside(LAWS[law], model)), quantity
+
+
+def test_what_is_not_known_of_a_range():
+    law = LAWS["abnar"]
+    for ranges, missing in (
+        ((), ["size", "experts"]),
+        ((Range("total", 1, 2),), ["experts"]),
+        ((Range("total", 0, 2), Range("active", 0, 2)), ["smallest size", "experts"]),
+        ((Range("base", 0, 2), Range("active", 1, 2), Range("experts", 1, 2)), []),
+    ):
+        assert unknown(law._replace(ranges=ranges)) == missing
 
 
 def test_numbers_in_words():
