@@ -1,0 +1,68 @@
+"""Flags of a training that contradict each other, or would waste it; see command_checks.py."""
+
+from typing import Any, Callable, Mapping
+
+from .config import MoETransformerLMConfig
+from .errors import UserError
+from .moe.router import ROUTERS
+from .optim import check_precision
+
+Spell = Callable[[str], str]
+
+
+def _check_validation(given: Mapping[str, Any], spell: Spell) -> None:
+    if not given.get("disable_validation"):
+        return
+    for name in ("patience", "keep_best_checkpoints"):
+        if (given.get(name) or 0) > 0:
+            raise UserError(
+                f"{spell(name)} {given[name]} needs validation, which "
+                f"{spell('disable_validation')} turns off: remove one of them"
+            )
+
+
+def _check_schedule(given: Mapping[str, Any], spell: Spell) -> None:
+    """What the schedules assert (fairseq/optim/lr_scheduler/polynomial_decay_schedule.py:46@0.12.2,
+    fairseq/optim/lr_scheduler/inverse_square_root_schedule.py:63@0.12.2)."""
+    schedule, floor, rates = (given.get(k) for k in ("lr_scheduler", "stop_min_lr", "lr"))
+    if floor is not None and rates and floor >= max(rates):
+        raise UserError(
+            f"{spell('stop_min_lr')} {floor} is not below {spell('lr')} {max(rates)}, so nothing "
+            "would be trained: lower it"
+        )
+    total = given.get("total_num_update")
+    if schedule == "polynomial_decay" and not given.get("max_update"):
+        # the command line gives it as text, and its default as a reference to --max-update
+        if total is None or str(total).startswith("${"):
+            raise UserError(
+                f"{spell('lr_scheduler')} polynomial_decay needs {spell('total_num_update')} or "
+                f"{spell('max_update')}: add one of them"
+            )
+    if schedule == "inverse_sqrt" and given.get("warmup_updates") == 0:
+        raise UserError(
+            f"{spell('warmup_updates')} 0: {spell('lr_scheduler')} inverse_sqrt needs 1 or more"
+        )
+
+
+def _check_capacity(given: Mapping[str, Any], spell: Spell) -> None:
+    """Flags of a capacity, of a model that has none. Only in training: checkpoints with such flags
+    load, and evaluation may override them."""
+    router, share = ROUTERS.get(str(given.get("moe_router"))), "moe_eval_capacity_token_fraction"
+    if given.get("moe_dropless"):
+        free = spell("moe_dropless")
+    elif router is not None and router.capacity_free:
+        free = f"{spell('moe_router')} {given['moe_router']}"
+    else:
+        return
+    value = given.get(share)
+    useless = {"moe_batch_prioritized_routing": given.get("moe_batch_prioritized_routing")}
+    # 1 and a negative number drop nothing either
+    if value != MoETransformerLMConfig.moe_eval_capacity_token_fraction:
+        useless[share] = value is not None and 0 < value < 1 and value
+    for name, value in useless.items():
+        if value:
+            spelled = spell(name) + ("" if value is True else f" {value}")
+            raise UserError(f"{spelled} has no effect with {free}: no capacity; remove it")
+
+
+CHECKS = (check_precision, _check_validation, _check_schedule, _check_capacity)
