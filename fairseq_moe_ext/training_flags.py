@@ -2,6 +2,7 @@
 
 from typing import Any, Callable, Mapping
 
+from . import ours
 from .config import MoETransformerLMConfig
 from .errors import UserError
 from .moe.router import ROUTERS
@@ -12,6 +13,7 @@ Spell = Callable[[str], str]
 
 def _check_validation(given: Mapping[str, Any], spell: Spell) -> None:
     if not given.get("disable_validation"):
+        _check_subsets(given, spell)
         return
     for name in ("patience", "keep_best_checkpoints"):
         if (given.get(name) or 0) > 0:
@@ -19,6 +21,25 @@ def _check_validation(given: Mapping[str, Any], spell: Spell) -> None:
                 f"{spell(name)} {given[name]} needs validation, which "
                 f"{spell('disable_validation')} turns off: remove one of them"
             )
+
+
+def _check_subsets(given: Mapping[str, Any], spell: Spell) -> None:
+    """One dataset has one iterator (fairseq/tasks/fairseq_task.py:275@0.12.2). Validation on the
+    one that training reads would move it an epoch on, and cut it to --max-valid-steps. Of
+    --combine-valid-subsets, stock loads "valid" only (fairseq_cli/train.py:130@0.12.2)."""
+    subsets = given.get("valid_subset") or ""
+    trained = given.get("train_subset")
+    if trained in subsets.split(",") and ours.are_named(given):
+        raise UserError(
+            f"{spell('valid_subset')} {subsets}: training would skip data, as {trained} is also "
+            f"{spell('train_subset')}: name others, or set {spell('disable_validation')}, and "
+            f"use fairseq-validate --valid-subset {trained} afterwards"
+        )
+    if given.get("combine_valid_subsets") and subsets not in ("", "valid"):
+        raise UserError(
+            f"{spell('combine_valid_subsets')} reads valid, valid1, ... as one subset, valid, and "
+            f"{spell('valid_subset')} is {subsets}: remove one of them"
+        )
 
 
 def _check_schedule(given: Mapping[str, Any], spell: Spell) -> None:

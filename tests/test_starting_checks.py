@@ -95,6 +95,14 @@ def test_stocks_defaults_are_in_range():
         (dict(batch_size=None), "--batch-size and --max-tokens are both not given"),
         (dict(disable_validation=True, patience=3), "--patience 3 needs validation"),
         (
+            dict(train_subset="train", valid_subset="valid,train"),
+            "--valid-subset valid,train: training would skip data, as train is also --train-subset",
+        ),
+        (
+            dict(combine_valid_subsets=True, valid_subset="valid,test"),
+            "as one subset, valid, and --valid-subset is valid,test: remove one of them",
+        ),
+        (
             dict(optimizer_overrides="{"),
             "--optimizer-overrides '{': use a Python dictionary of setting names and plain",
         ),
@@ -139,6 +147,19 @@ def test_flags_that_contradict_in_training(changes, words, monkeypatch):
     with pytest.raises(UserError) as error:
         command_checks.check_command_line(Namespace(**{**OURS, **changes}))
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(train_subset="train", valid_subset="train/docs"),  # a dataset of its own
+        dict(train_subset="valid", valid_subset="valid", disable_validation=True),
+        dict(combine_valid_subsets=True, valid_subset="valid"),
+        dict(combine_valid_subsets=True, valid_subset="test", disable_validation=True),
+    ],
+)
+def test_flags_that_go_together_in_training(changes):
+    command_checks.check_command_line(Namespace(**{**OURS, **changes}))
 
 
 def test_what_errors_suggest_of_stocks_exists():

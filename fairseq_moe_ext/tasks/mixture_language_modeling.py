@@ -136,7 +136,8 @@ class MixtureLanguageModelingTask(LanguageModelingTask):
         if not corpus and len(chosen) < len(self.corpora) and split != "train":
             missing = ", ".join(name for name in self.corpora if name not in chosen)
             logger.warning(f"subset {split}: not found for {missing}; its metrics leave them out")
-        training = split == self.args.train_subset
+        # fairseq-validate passes `task_cfg`, and reads all of a training's text once
+        training = split == self.args.train_subset and "task_cfg" not in kwargs
         if training:
             chosen = self._to_train_on(chosen)
         parts = {corpus: self._load_part(corpus, name, epoch, combine) for corpus in chosen}

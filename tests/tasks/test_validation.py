@@ -1,5 +1,6 @@
 """Validation and evaluation: each corpus on its own, its perplexity, and the means."""
 
+import collections
 import math
 import shutil
 
@@ -12,7 +13,7 @@ from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
 from fairseq.trainer import Trainer
 from fairseq_cli import train
 from fairseq_cli.eval_lm import eval_lm
-from mixture_data import CORPORA, HELD_OUT, configure, make_task
+from mixture_data import CORPORA, HELD_OUT, configure, make_task, tokens_of
 from omegaconf import OmegaConf
 
 from fairseq_moe_ext.errors import UserError
@@ -86,6 +87,17 @@ def test_perplexities_are_those_of_stock_fairseq_on_each_corpus(data, model):
         mean = sum(expected[name] for name in names) / len(names)
         assert stats[key] == pytest.approx(mean, rel=1e-5)
     assert not [key for key in stats if key.startswith("_")]
+
+
+def test_training_text_is_validated_in_full(data):
+    """By fairseq-validate, whose task has the flags of the training."""
+    task = make_task(data, "--corpus-weights", "big=1,mid=1,small=1")
+    task.load_dataset("train", combine=False, epoch=1, task_cfg=task.args)
+    batches = task.get_batch_iterator(task.dataset("train"), max_sentences=4)
+    seen = collections.Counter()
+    for batch in batches.next_epoch_itr(shuffle=False):
+        seen[list(task.corpora)[batch["corpus"]]] += batch["ntokens"]
+    assert seen == {name: tokens_of(data, name) for name in CORPORA}
 
 
 def test_a_subset_of_one_corpus(data, model):
