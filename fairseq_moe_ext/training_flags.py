@@ -11,6 +11,21 @@ from .optim import check_precision
 Spell = Callable[[str], str]
 
 
+def _check_precisions(given: Mapping[str, Any], spell: Spell) -> None:
+    """With two precisions, fairseq takes the weights of one and the optimizer of the other, without
+    its loss scale or its float32 copy (fairseq/trainer.py:95,305@0.12.2,
+    fairseq/optim/fp16_optimizer.py:274@0.12.2). Its command line refuses only some."""
+    chosen = [spell(name) for name in ("fp16", "bf16", "amp") if given.get(name)]
+    if len(chosen) > 1:
+        raise UserError(f"{' and '.join(chosen)} are different precisions: turn on only one")
+    for half in ("fp16", "bf16"):
+        efficient = f"memory_efficient_{half}"
+        if given.get(efficient) and not given.get(half):  # on the command line it sets both
+            raise UserError(
+                f"{spell(efficient)} is on, but {spell(half)} is off: turn both on, or both off"
+            )
+
+
 def _check_validation(given: Mapping[str, Any], spell: Spell) -> None:
     if not given.get("disable_validation"):
         _check_subsets(given, spell)
@@ -86,4 +101,4 @@ def _check_capacity(given: Mapping[str, Any], spell: Spell) -> None:
             raise UserError(f"{spelled} has no effect with {free}: no capacity; remove it")
 
 
-CHECKS = (check_precision, _check_validation, _check_schedule, _check_capacity)
+CHECKS = (check_precision, _check_precisions, _check_validation, _check_schedule, _check_capacity)

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from fairseq.data import data_utils
 from omegaconf import OmegaConf
-from ready_configs import CONF, RECIPES, WARNINGS, composed
+from ready_configs import CONF, RECIPES, WARNINGS, composed, resolved
 
-from fairseq_moe_ext import cli
+from fairseq_moe_ext import cli, command_checks
+from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.moe.routing import token_capacity
 
 pytestmark = WARNINGS
@@ -135,3 +136,15 @@ def test_what_does_not_fit_on_a_gpu_of_80_gb_names_the_remedy(name, capsys):
         assert needed == f"{gigabytes(capsys, command):.1f}" and float(needed) < 80
         cfg = composed(name, ["task.data=x", "distributed_training.ddp_backend=fully_sharded"])
         assert cfg.distributed_training.ddp_backend == "fully_sharded"
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_every_recipe_trains_in_bfloat16_as_the_page_says(name):
+    overrides = re.search(r"\*\*bfloat16\.\*\*[^`]* Add `([^`]*)`", PAGE)[1].split()
+    assert "common.bf16=true" in overrides
+    cfg = resolved(composed(name, ["task.data=x", *overrides]))
+    assert cfg.common.bf16 and not (cfg.common.fp16 or cfg.common.memory_efficient_fp16)
+    command_checks.check_run(cfg)
+    cfg = resolved(composed(name, ["task.data=x", "common.bf16=true"]))
+    with pytest.raises(UserError, match="^common.fp16 and common.bf16 are different"):
+        command_checks.check_run(cfg)

@@ -138,6 +138,8 @@ def test_stocks_defaults_are_in_range():
             "--fp16-no-flatten-grads, or --optimizer adam",
         ),
         (dict(optimizer="sgd", memory_efficient_bf16=True), "use --bf16, or --optimizer adam"),
+        (dict(amp=True, bf16=True), "--bf16 and --amp are different precisions: turn on only one"),
+        (dict(amp=True, fp16=True), "--fp16 and --amp are different precisions"),
         (dict(ema_seed_model="no/x.pt"), "--ema-seed-model no/x.pt: cannot be read (No such file"),
         (dict(quantization_config_path="/"), "--quantization-config-path /: a folder, not a file"),
     ],
@@ -556,6 +558,40 @@ def test_a_setting_is_named_where_it_was_set():
         "dataset": {"batch_size": 0},
     }
     with pytest.raises(UserError, match="^dataset.batch_size 0 is out of range"):
+        command_checks.check_run(cfg)
+
+
+@pytest.mark.parametrize(
+    "common, words",
+    [
+        (
+            dict(fp16=True, bf16=True),
+            "^common.fp16 and common.bf16 are different precisions: turn on only one$",
+        ),
+        (
+            dict(memory_efficient_fp16=True, bf16=True),
+            "^common.memory_efficient_fp16 is on, but common.fp16 is off: turn both on, or both",
+        ),
+        (dict(memory_efficient_fp16=True, amp=True), "^common.memory_efficient_fp16 is on, but"),
+        (dict(memory_efficient_bf16=True), "^common.memory_efficient_bf16 is on, but common.bf16"),
+        (dict(memory_efficient_fp16=True, fp16=True), ""),
+        (dict(memory_efficient_bf16=True, bf16=True), ""),
+        (dict(amp=True), ""),
+    ],
+)
+def test_hydra_trains_in_one_precision(common, words):
+    """fairseq-hydra-train does not go through the checks of fairseq's command line."""
+    off = ("fp16", "bf16", "amp", "memory_efficient_fp16", "memory_efficient_bf16")
+    cfg = {
+        "common": {**dict.fromkeys(off, False), **common},
+        "dataset": {"batch_size": 4, "max_tokens": None},
+        "model": {"_name": "moe_lm_tiny", "tokens_per_sample": 8},
+        "optimizer": {"_name": "adam"},
+    }
+    if not words:
+        command_checks.check_run(cfg)
+        return
+    with pytest.raises(UserError, match=words):
         command_checks.check_run(cfg)
 
 
