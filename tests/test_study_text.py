@@ -145,7 +145,52 @@ def test_the_limit_and_a_damaged_package(packages):
     assert "mail: left out:" in done.stderr and "damaged; remove it" in done.stderr
     assert "Traceback" not in done.stderr
     again = run(packages, "--domains", "kernel_docs", "--megabytes", "-1")
-    assert again.returncode == 1 and "error: --megabytes -1.0" in again.stderr
+    assert again.returncode == 1 and again.stderr == (
+        "error: --megabytes -1: use a number above 0 and below 1,000,000\n"
+    )
+    tiny = run(packages, "--domains", "kernel_docs", "--megabytes", "0.0001")
+    said = "no text fits the 100 bytes that --megabytes leaves it; raise it\n"
+    assert tiny.returncode == 1 and said in tiny.stderr and "not wanted" not in tiny.stderr
+
+
+@pytest.mark.parametrize(
+    "said",
+    [b"1", b"[1, 2]", b'{"shapes": "', b'{"a":' * 100_000],
+    ids=["number", "list", "half", "deep"],
+)
+def test_a_package_with_something_else_in_it_is_left_out(packages, said):
+    (path,) = (packages / "packages" / "aws").iterdir()
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("botocore/data/a/1/service-2.json", said)
+    (path,) = (packages / "packages" / "mail").iterdir()
+    path.write_bytes(tar({"package/data/ham/1.json": said}, "gz"))
+    done = run(packages, "--domains", "aws", "mail", "kernel_docs")
+    assert done.returncode == 0 and len(texts(packages / "kernel_docs.jsonl")) == 4
+    assert [line.split(": ")[:2] for line in done.stderr.splitlines()] == [
+        ["aws", "left out"],
+        ["mail", "left out"],
+    ]
+
+
+def test_a_broken_wheel_is_left_out(packages):
+    (path,) = (packages / "packages" / "aws").iterdir()
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("botocore/data/a/1/service-2.json", json.dumps({"documentation": LONG}))
+    content = bytearray(path.read_bytes())
+    content[content.index(b"Words")] ^= 1
+    path.write_bytes(content)
+    done = run(packages, "--domains", "aws", "kernel_docs")
+    assert done.returncode == 0 and len(texts(packages / "kernel_docs.jsonl")) == 4
+    assert f"aws: left out: {path}: damaged; remove it to fetch it again (Bad" in done.stderr
+
+
+def test_the_file_that_is_damaged_is_named(packages):
+    assert run(packages, "--domains", "kernel_docs").returncode == 0
+    path = packages / "kernel_docs.jsonl"
+    path.write_text('{"text": "cut')
+    done = run(packages, "--domains", "mail")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {path}: not in the format that was written")
 
 
 def test_held_out_domains_get_a_quarter(packages):

@@ -17,6 +17,7 @@ import re
 import shlex
 import sys
 import tarfile
+import zipfile
 import zlib
 from email import message_from_string
 from pathlib import Path
@@ -31,6 +32,11 @@ from fairseq_moe_ext.files import digest_of
 
 Document = Tuple[str, str]  # name, text
 SMALLEST = 200  # characters; shorter documents are mostly headings
+# of reading an archive, or of a file in it that is not what such a package has
+DAMAGED = (
+    *(EOFError, OSError, ValueError, lzma.LZMAError, tarfile.TarError, zlib.error),
+    *(zipfile.BadZipFile, RuntimeError, KeyError, TypeError, AttributeError),
+)
 # Some domains have only 180 documents: one in a hundred could leave none to validate or test on.
 PREPARE = "--train-bpe 4096 --valid-fraction 0.02 --test-fraction 0.02"
 
@@ -188,6 +194,10 @@ def documents(
             seen.add(fingerprint)
             size += len(text.encode())
             taken.append(text)
+    if counts["beyond"] and not taken:
+        raise UserError(
+            f"{archive}: no text fits the {limit:,} bytes that --megabytes leaves it; raise it"
+        )
     if not taken:
         raise UserError(f"{archive}: has no text that is wanted")
     return taken, {**counts, "documents": len(taken), "bytes": size}
@@ -214,8 +224,9 @@ def write(domain: Domain, out: Path, seen: set, limit: int) -> Dict[str, Any]:
         says = licence(archive)
     except UserError:
         raise
-    except (EOFError, OSError, ValueError, lzma.LZMAError, tarfile.TarError, zlib.error) as error:
-        raise UserError(f"{archive}: damaged; remove it to fetch it again ({error})") from None
+    except DAMAGED as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{archive}: damaged; remove it to fetch it again ({reason})") from None
     path = out / f"{domain.name}.jsonl"
     outputs.write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
     return {
@@ -246,8 +257,9 @@ def earlier(out: Path, again: List[Domain], seen: set) -> Dict[str, Dict[str, An
             if not texts.is_file():
                 del found["domains"][name]
                 continue
-            for line in files.read_text(texts).splitlines():
-                seen.add(_fingerprint(json.loads(line)["text"]))
+            with as_written(texts):
+                for line in files.read_text(texts).splitlines():
+                    seen.add(_fingerprint(json.loads(line)["text"]))
     return found
 
 
@@ -265,7 +277,7 @@ def run(args: argparse.Namespace) -> None:
     """Write the texts that are asked for. Raises UserError for --megabytes out of range,
     and if there is no text to train on."""
     if not 0 < args.megabytes < 1e6:
-        raise UserError(f"--megabytes {args.megabytes}: use a number above 0")
+        raise UserError(f"--megabytes {args.megabytes:g}: use a number above 0 and below 1,000,000")
     chosen = [d for d in DOMAINS if not args.domains or d.name in args.domains]
     args.out.mkdir(parents=True, exist_ok=True)
     outputs.check([("", args.out / "text.json")], overwrite=True)
