@@ -5,7 +5,6 @@ command goes on. Text and data-bins come first: examples/study/README.md.
 """
 
 import argparse
-import math
 import sys
 from pathlib import Path
 from typing import List, Sequence
@@ -15,6 +14,7 @@ from fairseq_moe_ext.study.ladder import forecast, hours, needed, probe, running
 from fairseq_moe_ext.wording import flag
 
 FILE = Path(__file__).resolve().parent / "ladder.yaml"
+GPU_GFLOPS = 20_000
 
 
 def words(text: str) -> List[str]:
@@ -64,8 +64,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--gpu-gflops",
         type=float,
-        default=20_000.0,
-        help="of --needed: speed of a GPU on models so small (default: 20000, assumed)",
+        help=f"of --needed: speed of a GPU on models so small (default: {GPU_GFLOPS}, assumed)",
     )
     found.add_argument(
         "--measured",
@@ -76,19 +75,29 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-def run(args: argparse.Namespace) -> int:
-    """The exit status. Raises UserError for what cannot be."""
+def check(args: argparse.Namespace, asked: running.Chosen) -> None:
+    """Raise UserError for numbers out of range, and for flags that do not go together."""
     if args.jobs < 1:
         raise UserError(f"--jobs {args.jobs}: use 1 or more")
     for name in ("gflops", "gpu_gflops"):
-        if not 0 < getattr(args, name) < math.inf:
-            raise UserError(f"{flag(name)} {getattr(args, name)}: use a number above 0")
-    asked = running.Chosen(args.stages, args.arms, args.seeds)
+        value = getattr(args, name)
+        if value is not None and not 1e-3 <= value <= 1e9:
+            raise UserError(f"{flag(name)} {value:g}: use a number from 0.001 to 1e9")
+    for name in ("gpu_gflops", "measured"):
+        value = getattr(args, name)
+        if value is not None and not args.needed:
+            raise UserError(f"{flag(name)} {value}: is of --needed; add it, or leave this out")
     for action in ("forecast", "only_result", "needed"):
         if getattr(args, action) and any(asked):
             raise UserError(
                 f"{flag(action)} is of the whole ladder: leave out --stages, --arms and --seeds"
             )
+
+
+def run(args: argparse.Namespace) -> int:
+    """The exit status. Raises UserError for what cannot be."""
+    asked = running.Chosen(args.stages, args.arms, args.seeds)
+    check(args, asked)
     ladder = stages.read(args.file)
     if args.forecast:
         print(forecast.write(ladder))
@@ -101,7 +110,8 @@ def run(args: argparse.Namespace) -> int:
     if args.needed:
         if args.measured and not (args.measured / "result.json").is_file():
             raise UserError(f"--measured {args.measured}: has no result.json; name another folder")
-        needed.say(ladder, args.measured or ladder.out, args.gflops, args.gpu_gflops)
+        gpu_gflops = args.gpu_gflops or GPU_GFLOPS
+        needed.say(ladder, args.measured or ladder.out, args.gflops, gpu_gflops)
         return 0
     wanted = running.chosen(ladder, asked)
     if args.probe:

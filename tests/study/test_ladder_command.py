@@ -35,6 +35,24 @@ def test_what_is_of_the_whole_ladder_refuses_a_part(action, folder, capsys):
     assert not path.with_name("ladder_forecast.json").exists()
 
 
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--measured", "x"], "--measured x: is of --needed; add it, or leave this out"),
+        (["--gpu-gflops", "5"], "--gpu-gflops 5.0: is of --needed; add it, or leave this out"),
+        (["--needed", "--gflops", "1e308"], "--gflops 1e+308: use a number from 0.001 to 1e9"),
+        (["--needed", "--gpu-gflops", "nan"], "--gpu-gflops nan: use a number from 0.001 to 1e9"),
+        (["--gflops", "0"], "--gflops 0: use a number from 0.001 to 1e9"),
+    ],
+)
+def test_flags_of_another_action_or_out_of_range_start_nothing(
+    words, said, folder, monkeypatch, capsys
+):
+    monkeypatch.setattr(running, "do", lambda *of: pytest.fail("the trainings began"))
+    assert command().main([str(write(folder)), *words]) == 1
+    assert capsys.readouterr().err == f"error: {said}\n"
+
+
 def test_the_models_of_tries_are_probed(folder, monkeypatch):
     timed = []
     monkeypatch.setattr(probe, "run", lambda ladder, arms: timed.extend(arm.name for arm in arms))
