@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import os
 import platform
@@ -23,6 +24,7 @@ from fairseq_moe_ext.kernels.matmul import product
 # BENCHMARK_RESULTS: another folder, for a try
 RESULTS = Path(os.environ.get("BENCHMARK_RESULTS", Path(__file__).resolve().parent / "results"))
 _HARDWARE = ("cpu", "cores", "memory_gib", "system", "gpu")  # of `machine`: another is another's
+_MACHINE = (*_HARDWARE, "variables")
 _VARIABLES = ("LD_PRELOAD", "MALLOC_", "MKL_", "OMP_", "ONEDNN_", "THP_")  # they change speeds
 _COPIED = 256 * 2**20  # bytes: far beyond any cache
 T = TypeVar("T")
@@ -243,18 +245,24 @@ def free_memory(device: str = "cpu") -> int:
 
 def own_folder(name: str, device: str = "cpu") -> Path:
     """Where the results NAME of this machine go: results/PROCESSOR, or, if those there are of other
-    cores, memory or environment variables, a folder that is named after ours too."""
+    cores, memory or environment variables, a folder that is named after ours too; with a number if
+    that is another machine's still."""
     here = machine()
     folder = RESULTS / processor(device)
+
+    def is_ours(folder: Path, keys: Sequence[str]) -> bool:
+        there = {"variables": here["variables"], **_content(folder, name).get("machine", here)}
+        return all(there.get(key) == here.get(key) for key in keys)
+
     variables = re.sub(r"[^a-z0-9]+", "-", here["variables"].lower()).strip("-")
     for keys, ending in (
         (_HARDWARE, f"{here['cores']}-cores-{here['memory_gib']}-gib"),
         (("variables",), variables or "no-variables"),
     ):
-        there = {"variables": here["variables"], **_content(folder, name).get("machine", here)}
-        if any(there.get(key) != here.get(key) for key in keys):
+        if not is_ours(folder, keys):
             folder = folder.with_name(f"{folder.name}-{ending}")
-    return folder
+    numbered = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+    return next(f for f in itertools.chain([folder], numbered) if is_ours(f, _MACHINE))
 
 
 def _content(folder: Path, name: str) -> Dict[str, Any]:

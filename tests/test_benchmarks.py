@@ -75,6 +75,22 @@ def test_no_machine_writes_over_the_results_of_another(measure, tmp_path):
         assert f"| {folder} 1 | 1 | " in (tmp_path / f"results/{folder}/speed.md").read_text()
 
 
+def test_no_machine_of_as_many_cores_writes_over_the_results_of_another(measure, tmp_path):
+    """Clouds sell one processor under several names."""
+    names = ["AMD EPYC", "AMD EPYC 9R45", "AMD EPYC-Turin", "AMD EPYC-Turin 2"]
+    for turn in range(2):
+        for name in names:
+            keep_row(measure.on(cpu=name), f"{name}, {turn}")
+    found = {}
+    for path in tmp_path.glob("results/*/speed.json"):
+        content = json.loads(path.read_text())
+        found[content["machine"]["cpu"]] = list(content["rows"])
+    assert found == {name: [f"{name}, 0", f"{name}, 1"] for name in names}
+    folders = {path.parent.name for path in tmp_path.glob("results/*/speed.json")}
+    second = "a-2-cores-8-gib"
+    assert folders == {"a", second, f"{second}-2", f"{second}-3"}
+
+
 def test_results_kept_with_variables_stay_apart_from_those_without(measure, tmp_path):
     keep_row(measure.on(variables="MALLOC_MMAP_MAX_=0"), "kept")
     keep_row(measure.on(), "plain")
