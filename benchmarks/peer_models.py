@@ -63,7 +63,7 @@ def ours(
         tokens_per_sample=shape.context,
         **flags,
     )
-    model.decoder.bfloat16_on_cpu = bf16  # as `fairseq-train --bf16` does
+    model.decoder.bfloat16_on_cpu = bf16  # as `fairseq-train --bf16` does where it pays
 
     def loss_of(model: Any, tokens: Tensor, target: Tensor) -> Tensor:
         loss, extra = model(tokens, target=target)

@@ -144,12 +144,14 @@ def bare(line: List[str]) -> None:
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
     from fairseq.optim.adam import Adam
 
+    from fairseq_moe_ext.models import precision
+
     sys.argv = ["fairseq-train", *line]  # the first, partial parse reads these
     args = options.parse_args_and_arch(options.get_training_parser(), line)
     task = tasks.setup_task(convert_namespace_to_omegaconf(args).task)
     torch.manual_seed(1)
     model = task.build_model(convert_namespace_to_omegaconf(args).model).train()
-    model.decoder.bfloat16_on_cpu = args.bf16  # as `fairseq-train --bf16` does
+    model.decoder.bfloat16_on_cpu = args.bf16 and precision.bfloat16_pays()  # as the trainer's
     parameters = [p for p in model.parameters() if p.requires_grad]
     settings: Any = dict(lr=1e-3, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.01)
     fused = args.optimizer == "fused_adam"

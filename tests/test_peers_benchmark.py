@@ -145,6 +145,23 @@ def test_a_case_that_cannot_fit_is_left_out_and_named(peers, monkeypatch, tmp_pa
     assert message in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("pays", [True, False])
+def test_ours_in_bfloat16_is_left_out_where_training_would_not_use_it(
+    peers, monkeypatch, capsys, pays
+):
+    monkeypatch.setattr(peers.precision, "bfloat16_pays", lambda: pays)
+    measured = []
+    monkeypatch.setattr(peers, "compare", lambda name, shape, cases, *_: measured.extend(cases))
+    peers.run({"96": peers.SHAPES["96"]}, [list(peers.CASES)], 1, torch.empty(0))
+    without = [label for label in peers.CASES if not label.startswith("bf16: ours")]
+    assert measured == (list(peers.CASES) if pays else without)
+    said = "bf16: ours, 8 experts: left out: `fairseq-train --bf16` computes in float32 here\n"
+    assert (said in capsys.readouterr().out) != pays
+    on_gpu = torch.empty(0, device="meta")
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    assert all(peers.as_trained(label, on_gpu) for label in peers.CASES)
+
+
 def test_every_case_is_built_for_its_size_without_memory(peers):
     """As many bytes as the model has, on the meta device, where 64 experts take none."""
     pytest.importorskip("transformers")

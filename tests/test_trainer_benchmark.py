@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fairseq_moe_ext.models import precision
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import trainer as benchmark  # noqa: E402
@@ -32,6 +36,29 @@ def test_the_bare_loop_makes_updates_and_says_what_took_how_long(data, monkeypat
     parts = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert len(waited) == 2, "once a turn"
     assert list(parts) == list(benchmark.BARE) and all(spent > 0 for spent in parts.values())
+
+
+class Precisions(TorchDispatchMode):
+    """Of all tensors that are computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.found |= {each.dtype for each in tree_leaves(out) if isinstance(each, torch.Tensor)}
+        return out
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_the_bare_loop_computes_in_bfloat16_where_the_trainer_does(data, monkeypatch, pays):
+    monkeypatch.setattr(benchmark, "wait", lambda: 0.0)
+    monkeypatch.setattr(precision, "bfloat16_pays", lambda: pays)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    with Precisions() as precisions:
+        benchmark.bare(benchmark.flags(data, SHAPE, benchmark.CASES["bf16: dense"], 20))
+    assert (torch.bfloat16 in precisions.found) == pays
 
 
 def test_every_row_that_is_kept_is_shown():
