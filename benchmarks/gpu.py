@@ -19,6 +19,7 @@ tests        those marked gpu
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import subprocess
@@ -182,6 +183,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="sizes that try the script alone")
     parser.add_argument("--inside", choices=PARTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if not 0 < args.minutes < math.inf:
+        parser.error(f"--minutes {args.minutes:g}: use a number above 0")
     if args.device == "cpu" and not args.tiny:
         parser.error("--device cpu: add --tiny; the sizes are a GPU's")
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]

@@ -312,14 +312,13 @@ def main() -> None:
     parser.add_argument("--no-peers", action="store_true", help="only our layer and the dense one")
     parser.add_argument("--gpu", action="store_true", help="the paper's shapes on a CUDA device")
     args = parser.parse_args()
-    if args.gpu and not torch.cuda.is_available():
-        parser.exit(1, "--gpu: this machine has no CUDA device\n")
+    device = measure.device_of(parser, args.gpu)
     torch.set_num_threads(2)
     shapes = GPU_SHAPES if args.gpu else SHAPES
     for number in args.rows or ():
         if not 0 <= number < len(shapes):
             parser.error(f"--rows {number}: the shapes are 0 to {len(shapes) - 1}; name some")
-    dtype, device = (torch.bfloat16, "cuda") if args.gpu else (torch.float32, "cpu")
+    dtype = torch.bfloat16 if args.gpu else torch.float32
     run(
         [shapes[number] for number in args.rows] if args.rows is not None else shapes,
         args.rounds,

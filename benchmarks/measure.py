@@ -37,6 +37,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def device_of(parser: argparse.ArgumentParser, gpu: bool) -> str:
+    """ "cuda" if --gpu is given, else "cpu". Ends the program in one line where there is no GPU."""
+    if gpu and not torch.cuda.is_available():
+        parser.exit(1, "--gpu: this machine has no CUDA device; leave it out\n")
+    return "cuda" if gpu else "cpu"
+
+
 def machine() -> Dict[str, Any]:
     """What the figures depend on."""
     huge_pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")

@@ -296,10 +296,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.list:
         parser.exit(0, "\n".join(CASES) + "\n")
+    device = measure.device_of(parser, args.gpu)
     torch.set_num_threads(2)
     names = args.shapes or (GPU_SHAPES if args.gpu else SHAPES)
     shapes = {name: {**SHAPES, **GPU_SHAPES}[name] for name in names}
-    like = torch.empty(0, device="cuda" if args.gpu else "cpu")
+    like = torch.empty(0, device=device)
     choices = [args.cases] if args.cases else GPU_CASES if args.gpu else [list(CASES)]
     run(shapes, choices, args.rounds, like)
 

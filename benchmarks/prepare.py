@@ -27,6 +27,17 @@ CORES = 2
 TRAINING = "learn a BPE: "  # cases that have their own floor, and are compared with each other
 
 
+def megabytes(text: str) -> float:
+    """For a flag. Raises argparse.ArgumentTypeError for text that is no such number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.01 <= value <= 1000:
+        raise argparse.ArgumentTypeError(f"{text!r}: use a number from 0.01 to 1000")
+    return value
+
+
 def make_text(path: Path, most: int) -> int:
     """Files of Python's library, blank lines between them, in one; returns its bytes."""
     size = 0
@@ -63,6 +74,9 @@ class Work:
     def __init__(self, folder: Path, most: int) -> None:
         self.folder, self.text = folder, folder / "text.txt"
         self.bytes = make_text(self.text, most)
+        if self.bytes < most:
+            there = f"Python's library has {self.bytes / 1e6:.1f}"
+            raise SystemExit(f"--megabytes {most / 1e6:g}: {there}; use fewer")
         self.prepare("first", "--train-bpe", VOCABULARY)
         self.files = [folder / "first" / name for name in ("encoder.json", "vocab.bpe")]
         self.words, self.dictionary = folder / "words.txt", folder / "first" / "dict.txt"
@@ -164,7 +178,7 @@ def _counting(work: Callable[[], object], spent: List[float]) -> Callable[[], No
 
 def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0])
-    parser.add_argument("--megabytes", type=float, default=24)
+    parser.add_argument("--megabytes", type=megabytes, default=24)
     parser.add_argument("--rounds", type=measure.count, default=3)
     args = parser.parse_args()
     rows = measured(int(args.megabytes * 1e6), args.rounds)

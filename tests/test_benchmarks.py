@@ -178,6 +178,15 @@ def test_what_a_program_sets_for_its_processes_is_kept(program, monkeypatch, nam
     ("layer --rounds 2.5", "'2.5': use a whole number from 1 on"),
     ("layer --rows 0 6", "--rows 6: the shapes are 0 to 5; name some"),
     ("layer --rows -1", "--rows -1: the shapes are 0 to 5; name some"),
+    *(
+        (f"prepare --megabytes {value}", f"'{value}': use a number from 0.01 to 1000")
+        for value in ("nan", "-1", "0", "0.001", "1e9", "inf", "many")
+    ),
+    *((f"gpu --minutes {value}", "use a number above 0") for value in ("nan", "-1", "0", "inf")),
+    *(
+        (f"{name} --gpu", "--gpu: this machine has no CUDA device; leave it out\n")
+        for name in ("layer", "peers")
+    ),
 ])  # fmt: skip
 def test_numbers_are_checked_before_anything_is_measured(program, line, said, monkeypatch, capsys):
     name, *arguments = line.split()
@@ -186,6 +195,7 @@ def test_numbers_are_checked_before_anything_is_measured(program, line, said, mo
     module = program(name)
     for works in ("measured", "run", "compare", "speeds", "make_data"):
         monkeypatch.setattr(module, works, None, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
     with pytest.raises(SystemExit):
         module.main()
@@ -207,6 +217,30 @@ def test_generate(program, tiny, peers, monkeypatch, tmp_path):
     assert len(rows) == len(cases)
     assert rows["tiny, batch 2: ours"]["ours_is_faster"] == 1
     assert all(row["tokens_per_second"] > 0 for row in rows.values())
+
+
+@pytest.mark.parametrize("name", ["generate", "evaluate"])
+def test_peers_that_are_not_installed_are_left_out(
+    program, tiny, name, monkeypatch, tmp_path, capsys
+):
+    module = program(name)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setitem(program("peers").SHAPES, "tiny", tiny)
+    if name == "evaluate":
+        module.against_peers(["tiny"], 1)
+        cases, left = list(module.PEERS), ["Hugging Face GPT-2", "OLMoE, 8 experts"]
+    else:
+        monkeypatch.setattr(module, "SHAPES", {"tiny": tiny})
+        monkeypatch.setattr(module, "PROMPT", 3)
+        monkeypatch.setattr(module, "NEW", 4)
+        left = ["ours, converted, by transformers", "GPT-2"]
+        cases = ["ours", *left]
+        module.compare("rows", "tiny", 2, cases, 1)
+    (path,) = tmp_path.glob("results/*/*.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert [row.split(": ")[1] for row in rows] == [each for each in cases if each not in left]
+    out = capsys.readouterr().out
+    assert all(f"{label}: left out: ModuleNotFoundError" in out for label in left)
 
 
 def test_evaluate_against_peers(program, tiny, monkeypatch, tmp_path):
@@ -308,6 +342,14 @@ def test_prepare(program, monkeypatch, tmp_path):
     prepare.main()
     rows = kept(tmp_path, "prepare")
     assert len(rows) == 6 and rows["0.02 MB: tokenizers alone"]["speed"] == 1
+
+
+def test_a_text_that_is_too_small_is_not_measured(program, monkeypatch, tmp_path):
+    prepare = program("prepare")
+    monkeypatch.setattr(prepare, "make_text", lambda path, most: 31_000_000)
+    with pytest.raises(SystemExit, match="--megabytes 50: Python's library has 31.0; use fewer"):
+        prepare.measured(50_000_000, 1)
+    assert not (tmp_path / "results").exists()
 
 
 def test_growth_draws_nothing_before_it_has_measured(program, monkeypatch, tmp_path, capsys):
