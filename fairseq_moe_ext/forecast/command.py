@@ -201,6 +201,11 @@ def _fitted(points: List[Point], model: Model) -> Dict[str, Any]:
         )
     if not min(experts) <= model.experts <= max(experts):
         beyond.append(f"--experts {model.experts} is outside its {min(experts)} to {max(experts)}")
+    if law.dense_slope.high >= 0:
+        beyond.append(
+            "its larger dense models are not better beyond doubt (95 % interval): do not rely on "
+            "the saving"
+        )
     named: Dict[str, Estimate] = dict(zip(COEFFICIENTS, law.intervals))
     return {
         "points": len(points),

@@ -40,6 +40,14 @@ class Fit(NamedTuple):
     quantile: float  # of Student's t
     residual: float  # root mean square of log10 L, by degrees of freedom
 
+    @property
+    def dense_slope(self) -> Estimate:
+        """d log L / d log N of dense models."""
+        of = np.array([1.0, 0.0, math.log10(self.law.start), 0.0])  # by a, b, c, d
+        value = self.law.slope(self.law.start)
+        wide = self.quantile * math.sqrt(of @ self.covariance @ of)
+        return Estimate(value, value - wide, value + wide)
+
     def saving(self, size: float, experts: int) -> Estimate:
         """How many times more FLOPs a dense model needs for the same loss, with its interval from
         the linear approximation of the law's logarithm."""
@@ -63,7 +71,7 @@ class Fit(NamedTuple):
 def fit(points: Sequence[Point]) -> Fit:
     """Least squares in log L. Raises UserError for points that do not determine the law: it takes
     three numbers of experts with the dense model among them, two sizes each, six points, and dense
-    models whose loss falls with size beyond doubt, because a saving is measured along them."""
+    models whose loss falls with size, because a saving is measured along them."""
     _check(points)
     log_n = np.log10([point.size for point in points])
     log_e = np.log10([saturate(p.experts, S_BASE.start, S_BASE.most) for p in points])
@@ -78,13 +86,13 @@ def fit(points: Sequence[Point]) -> Fit:
     a, b, c, d = map(float, best)
     law = Clark(a, b, c, d, S_BASE.start, S_BASE.most)
     intervals = tuple(Estimate(float(x), float(x - w), float(x + w)) for x, w in zip(best, wide))
-    dense = np.array([1.0, 0.0, math.log10(S_BASE.start), 0.0])  # d log L / d log N by a, b, c, d
-    if dense @ best + quantile * math.sqrt(dense @ covariance @ dense) >= 0:
+    found = Fit(law, intervals, covariance, quantile, math.sqrt(variance))
+    if found.dense_slope.value >= 0:
         raise UserError(
-            "its larger dense models are not better beyond doubt (95 % interval), and a saving is "
-            "measured along them: add larger models or seeds, or train for longer"
+            "its larger dense models are not better, and a saving is measured along them: add "
+            "larger models or seeds, or train for longer"
         )
-    return Fit(law, intervals, covariance, quantile, math.sqrt(variance))
+    return found
 
 
 def _check(points: Sequence[Point]) -> None:
