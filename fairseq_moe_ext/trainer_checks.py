@@ -1,7 +1,8 @@
 """Checks of what a trainer is built from: `check_task` before the model is built, called by
-patches/tasks.py; `check_trainer`, which needs the model, by patches/trainer.py; `warn_of_decay`,
-which needs the number of updates, by patches/progress.py; `warn_of_drops` also by what evaluates,
-patches/eval_lm.py and patches/tasks.py."""
+patches/tasks.py; `check_trainer`, which needs the model, and `check_first_rate`, which needs the
+schedule, by patches/trainer.py; `warn_of_decay`, which needs the number of updates, by
+patches/progress.py; `warn_of_drops` also by what evaluates, patches/eval_lm.py and
+patches/tasks.py."""
 
 import logging
 from typing import Any, Dict, List, Mapping
@@ -55,6 +56,18 @@ def check_trainer(cfg: Any, model: Any) -> None:
         _check_losses(cfg)
         if not cfg.dataset.disable_validation and process_rank() == 0:
             warn_of_drops(model, "validation", "add --moe-dropless, or set it to 1.0")
+
+
+def check_first_rate(trainer: Any) -> None:
+    """Raise UserError for a training that would end before its first update, with status 0
+    (fairseq_cli/train.py:182@0.12.2): --stop-min-lr is for the decay, but a warm-up may begin as
+    low."""
+    lowest = trainer.cfg.optimization.stop_min_lr
+    if lowest >= 0 and trainer.get_num_updates() == 0 and trainer.get_lr() <= lowest:
+        raise UserError(
+            f"--stop-min-lr {lowest:g}: the learning rate begins at {trainer.get_lr():g}, so "
+            "nothing would be trained: remove it, or begin the warm-up above it (--warmup-init-lr)"
+        )
 
 
 def warn_of_drops(model: Any, what: str = "this command", remedy: str = _AT_EVALUATION) -> None:

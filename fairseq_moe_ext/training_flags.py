@@ -59,21 +59,27 @@ def _check_subsets(given: Mapping[str, Any], spell: Spell) -> None:
 
 def _check_schedule(given: Mapping[str, Any], spell: Spell) -> None:
     """What the schedules assert (fairseq/optim/lr_scheduler/polynomial_decay_schedule.py:46@0.12.2,
-    fairseq/optim/lr_scheduler/inverse_square_root_schedule.py:63@0.12.2)."""
+    fairseq/optim/lr_scheduler/inverse_square_root_schedule.py:63@0.12.2), or divide by in the last
+    update (fairseq/optim/lr_scheduler/cosine_lr_scheduler.py:134@0.12.2)."""
     schedule, floor, rates = (given.get(k) for k in ("lr_scheduler", "stop_min_lr", "lr"))
     if floor is not None and rates and floor >= max(rates):
         raise UserError(
             f"{spell('stop_min_lr')} {floor} is not below {spell('lr')} {max(rates)}, so nothing "
             "would be trained: lower it"
         )
-    total = given.get("total_num_update")
-    if schedule == "polynomial_decay" and not given.get("max_update"):
-        # the command line gives it as text, and its default as a reference to --max-update
-        if total is None or str(total).startswith("${"):
-            raise UserError(
-                f"{spell('lr_scheduler')} polynomial_decay needs {spell('total_num_update')} or "
-                f"{spell('max_update')}: add one of them"
-            )
+    if schedule == "polynomial_decay" and given.get("total_num_update") is None:
+        # fairseq's parser drops a default that refers to another flag, and cannot do without
+        raise UserError(
+            f"{spell('lr_scheduler')} polynomial_decay needs {spell('total_num_update')}: add it, "
+            f"as large as {spell('max_update')}"
+        )
+    last, warmup = given.get("max_update"), given.get("warmup_updates")
+    by_max_update = schedule == "cosine" and (given.get("lr_period_updates") or -1) <= 0
+    if by_max_update and last and last == warmup:
+        raise UserError(
+            f"{spell('warmup_updates')} {warmup} leaves {spell('lr_scheduler')} cosine nothing of "
+            f"{spell('max_update')} {last}: lower it"
+        )
     if schedule == "inverse_sqrt" and given.get("warmup_updates") == 0:
         raise UserError(
             f"{spell('warmup_updates')} 0: {spell('lr_scheduler')} inverse_sqrt needs 1 or more"

@@ -107,7 +107,10 @@ def test_stocks_defaults_are_in_range():
             "--optimizer-overrides '{': use a Python dictionary of setting names and plain",
         ),
         (dict(optimizer_overrides="{'lr': [-1]}"), "--optimizer-overrides 'lr': [-1] is out of"),
-        (dict(lr_scheduler="polynomial_decay", max_update=0), "needs --total-num-update or"),
+        (
+            dict(lr_scheduler="polynomial_decay", total_num_update=None),
+            "--lr-scheduler polynomial_decay needs --total-num-update: add it, as large as",
+        ),
         (dict(lr_scheduler="inverse_sqrt", warmup_updates=0), "--warmup-updates 0"),
         (dict(criterion="ctc"), "--criterion ctc is not for these models: use moe_cross_entropy"),
         (
@@ -117,6 +120,10 @@ def test_stocks_defaults_are_in_range():
         (dict(task="masked_lm"), "--task masked_lm, which is not for these models: use --task"),
         (dict(lr=[-1e-3]), "--lr -0.001 is out of range: use one or more of them, each a number"),
         (dict(lr=[1e-3, -2.0]), "--lr 0.001,-2.0 is out of range"),
+        (
+            dict(lr_scheduler="cosine", warmup_updates=9, lr_period_updates=-1),
+            "--warmup-updates 9 leaves --lr-scheduler cosine nothing of --max-update 9: lower it",
+        ),
         (dict(stop_min_lr=1.0, lr=[0.1]), "--stop-min-lr 1.0 is not below --lr 0.1"),
         (
             dict(moe_eval_capacity_token_fraction=0.5, moe_router="relu"),
@@ -157,6 +164,8 @@ def test_flags_that_contradict_in_training(changes, words, monkeypatch):
         dict(train_subset="train", valid_subset="train/docs"),  # a dataset of its own
         dict(train_subset="valid", valid_subset="valid", disable_validation=True),
         dict(combine_valid_subsets=True, valid_subset="valid"),
+        dict(lr_scheduler="cosine", warmup_updates=9, lr_period_updates=5),
+        dict(lr_scheduler="cosine", warmup_updates=10, lr_period_updates=-1),  # with a warning
         dict(combine_valid_subsets=True, valid_subset="test", disable_validation=True),
     ],
 )
@@ -181,10 +190,6 @@ def test_the_end_of_a_schedule_may_be_its_own():
     """fairseq's parser gives --total-num-update as text (II default)."""
     given = {**OURS, "lr_scheduler": "polynomial_decay", "max_update": 0}
     command_checks.check_command_line(Namespace(**given, total_num_update="100"))
-    with pytest.raises(UserError, match="or --max-update: add one of them"):
-        command_checks.check_command_line(
-            Namespace(**given, total_num_update="${optimization.max_update}")
-        )
 
 
 @pytest.mark.parametrize("arch, task", [("transformer", "mixture_language_modeling")])
@@ -313,6 +318,20 @@ MIXTURE += " --moe-expert-count 2 --batch-size 4 --max-update 1"
         ("--max-tokens-valid 8", "--max-tokens-valid) 8 is less than the longest sample, of 32"),
         ("--valid-subset vaild", "subset vaild: no such data-bin"),
         ("--zero-sharding os", "--zero-sharding os needs several processes"),
+        ("--lr-scheduler polynomial_decay", "polynomial_decay needs --total-num-update: add it"),
+        (
+            "--stop-min-lr 1e-9 --lr-scheduler inverse_sqrt --warmup-updates 10",
+            "--stop-min-lr 1e-09: the learning rate begins at 0, so nothing would be trained",
+        ),
+        (
+            "--lr-scheduler polynomial_decay --total-num-update 9 --warmup-updates 1 "
+            "--stop-min-lr 0",
+            "--stop-min-lr 0: the learning rate begins at 0",
+        ),
+        (
+            "--stop-min-lr 1e-3 --lr-scheduler tri_stage --warmup-steps 1 --decay-steps 1",
+            "--stop-min-lr 0.001: the learning rate begins at 0.0001",
+        ),
         (
             "--moe-router relu --criterion cross_entropy",
             "--criterion cross_entropy leaves out the loss that --moe-router relu adds",
@@ -463,6 +482,14 @@ def test_a_warm_up_that_does_not_end_is_warned_of(caplog, warmup, decay, last, w
     optimization = SimpleNamespace(max_update=last)
     _warn_of_warmup(SimpleNamespace(lr_scheduler=schedule, optimization=optimization))
     assert words in caplog.text and len(caplog.records) == (words != "")
+
+
+def test_a_warm_up_above_the_lowest_rate_is_trained(capsys, data, tmp_path):
+    """The flags of fairseq's own recipes."""
+    flags = "--stop-min-lr 1e-9 --lr-scheduler inverse_sqrt --warmup-updates 10"
+    line = f"{data} {MIXTURE} --save-dir {tmp_path} {flags} --warmup-init-lr 1e-7"
+    assert train(capsys, line) == (0, [])
+    assert (tmp_path / "checkpoint_last.pt").exists()
 
 
 @pytest.mark.parametrize("metric", ["big_ppl", "out_of_domain_ppl", "ppl", "entropy_gating"])

@@ -121,6 +121,8 @@ def load_checkpoint(
     if extra_state is not None and not reset_optimizer and not reset_lr_scheduler:
         _count_validation(self, extra_state)
     pad_rule.train_on(self, extra_state)
+    if ours.is_run(self.cfg):
+        trainer_checks.check_first_rate(self)
     return extra_state
 
 
