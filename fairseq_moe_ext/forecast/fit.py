@@ -17,6 +17,7 @@ from ..student_t import t_quantile
 from .laws import S_BASE, Clark, saturate
 
 COEFFICIENTS = ("a", "b", "c", "d")
+_ROUNDING = 1e-9  # of a slope; that of equal losses is not exactly 0
 
 
 class Point(NamedTuple):
@@ -87,7 +88,7 @@ def fit(points: Sequence[Point]) -> Fit:
     law = Clark(a, b, c, d, S_BASE.start, S_BASE.most)
     intervals = tuple(Estimate(float(x), float(x - w), float(x + w)) for x, w in zip(best, wide))
     found = Fit(law, intervals, covariance, quantile, math.sqrt(variance))
-    if found.dense_slope.value >= 0:
+    if found.dense_slope.value > -_ROUNDING:
         raise UserError(
             "its larger dense models are not better, and a saving is measured along them: add "
             "larger models or seeds, or train for longer"

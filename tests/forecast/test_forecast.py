@@ -82,6 +82,14 @@ def test_dense_models_that_do_not_get_better_give_no_law(dense, tmp_path, capsys
     assert f"--fit {path}: {said}" in error and error.count("\n") == 1
 
 
+def test_equal_dense_models_give_no_law_in_any_order():
+    found = of_perplexities((100, 100))
+    for seed in range(6):
+        order = np.random.default_rng(seed).permutation(len(found))
+        with pytest.raises(UserError, match="its larger dense models are not better"):
+            fit([found[place] for place in order])
+
+
 def test_dense_models_that_hardly_get_better_are_doubtful(tmp_path, capsys):
     doubt = "its larger dense models are not better beyond doubt (95 % interval)"
     for dense, doubtful in (((100, 99.9), True), ((100, 80), False)):
