@@ -87,7 +87,8 @@ def load_model(
         overrides: settings of the model that replace the saved ones.
 
     Raises:
-        UserError: for a model that was trained with --add-bos-token.
+        UserError: for a model that was trained with --add-bos-token, or does not score tokens by
+            an output projection.
     """
     (model,), saved = checkpoint_utils.load_model_ensemble(
         [str(path)], arg_overrides=overrides, task=task
@@ -96,6 +97,11 @@ def load_model(
         raise UserError(
             f"--path {path}: trained with --add-bos-token, but this command starts no text with "
             "<s>: evaluate it with fairseq-eval-lm"
+        )
+    if getattr(model.decoder, "output_projection", None) is None:
+        raise UserError(
+            f"{path}: a {type(model).__name__} without an output projection (as with "
+            "--adaptive-softmax-cutoff): evaluate it with fairseq-eval-lm"
         )
     return model.eval(), saved
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from small_models import MOE, build_model
-from training import fairseq, prepare_near_and_far
+from training import fairseq, prepare_near_and_far, train_small
 
 import fairseq_moe_ext
 from fairseq_moe_ext import cli, data_bin
@@ -326,3 +326,19 @@ def test_a_model_that_wants_bos_is_not_scored_without(trained, tmp_path):
     torch.save(state, tmp_path / "bos.pt")
     with pytest.raises(UserError, match="bos.pt: trained with --add-bos-token"):
         load_model(tmp_path / "bos.pt", language_modeling_task(data, 32))
+
+
+def test_a_model_without_an_output_projection_is_refused(trained, tmp_path, capsys):
+    """By the commands that score tokens by it; fairseq-eval-lm does not."""
+    flags = "--arch transformer_lm --criterion adaptive_loss --adaptive-softmax-cutoff 50,100"
+    flags += " --task mixture_language_modeling --max-update 1 --disable-validation"
+    flags += " --ddp-backend legacy_ddp"
+    checkpoint = train_small(trained[0], tmp_path, flags)
+    capsys.readouterr()
+    inspect = f"inspect {trained[1]} --data {{}} --twin {{}} --page {tmp_path / 'page.html'}"
+    for command in ("evaluate {} --path {}", inspect):
+        assert cli.main(f"{command.format(trained[0], checkpoint)} --cpu".split()) == 1
+        assert capsys.readouterr().err.endswith(
+            f"{checkpoint}: a TransformerLanguageModel without an output projection (as with "
+            "--adaptive-softmax-cutoff): evaluate it with fairseq-eval-lm\n"
+        )
