@@ -5,7 +5,8 @@ patches/progress.py; `warn_of_drops` also by what evaluates, patches/eval_lm.py 
 patches/tasks.py."""
 
 import logging
-from typing import Any, Dict, List, Mapping
+import re
+from typing import Any, Dict, Iterable, List, Mapping
 
 import torch
 from fairseq.criterions import CRITERION_REGISTRY
@@ -15,6 +16,7 @@ from .balance_flags import has_loss
 from .errors import UserError
 from .expert_parallel import process_rank
 from .moe.router import ROUTERS, TopKRouter
+from .moe.stats import METRICS, NULL_SHARE
 from .ours import is_stocks, name_of
 from .shape import shape_of
 from .wording import count, did_you_mean
@@ -164,8 +166,15 @@ def _check_metric(cfg: Any, task: Any) -> None:
         if not method.__module__.startswith((FairseqTask.__module__, f"{__package__}.")):
             return  # the task logs metrics of its own
     metric = cfg.checkpoint.best_checkpoint_metric
-    sparse = isinstance(cfg.model, Mapping) and "moe_freq" in cfg.model
-    logged = _logged(cfg.criterion, sparse and bool(shape_of(cfg.model).sparse))
+    _check_direction(metric, cfg.checkpoint.maximize_best_checkpoint_metric)
+    ours = isinstance(cfg.model, Mapping) and "moe_freq" in cfg.model
+    layers = shape_of(cfg.model).sparse if ours else ()
+    logged = _logged(cfg.criterion, bool(layers))
+    if "moe_gate_loss" in logged:
+        of_router = _logged_by_router(cfg.model)
+        if cfg.criterion.get("moe_log_per_layer") and metric in _by_layer(layers, of_router):
+            return
+        logged += of_router
     for subset in cfg.dataset.valid_subset.split(",") if logged else ():
         given = logged + getattr(task, "validation_metrics", lambda subset: [])(subset)
         if metric not in given:
@@ -173,6 +182,33 @@ def _check_metric(cfg: Any, task: Any) -> None:
                 f"--best-checkpoint-metric {metric}: validation on {subset} does not report it; "
                 f"it reports {', '.join(given)}{did_you_mean(metric, given)}"
             )
+
+
+def _check_direction(metric: str, maximize: bool) -> None:
+    """Raise UserError if checkpoint_best.pt would be the worst."""
+    if maximize and re.search("(^|_)(loss|ppl)$", metric):
+        remedy = "smallest: remove"
+    elif not maximize and metric == "accuracy":
+        remedy = "largest: add"
+    else:
+        return
+    raise UserError(
+        f"--best-checkpoint-metric {metric}: the best is the {remedy} "
+        "--maximize-best-checkpoint-metric"
+    )
+
+
+def _logged_by_router(model: Any) -> List[str]:
+    """Names of what only some routers log."""
+    has_loss = ROUTERS[model.moe_router].loss is not TopKRouter.loss
+    null = [NULL_SHARE] if model.moe_null_experts else []
+    return [*(["moe_router_loss"] if has_loss else []), *null]
+
+
+def _by_layer(layers: Iterable[int], of_router: List[str]) -> List[str]:
+    """Names of what --moe-log-per-layer adds, too many for a message."""
+    names = "gate_loss", *METRICS, *(name for name in of_router if name == NULL_SHARE)
+    return [f"layer{i}_{name}" for i in layers for name in names]
 
 
 def _logged(criterion: Any, sparse: bool) -> List[str]:

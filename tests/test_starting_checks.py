@@ -1,6 +1,7 @@
 """Flags that cannot be, or would silently do something else, end a command before it starts."""
 
 import functools
+import json
 import re
 import sys
 from argparse import Namespace
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fairseq import tasks as fairseq_tasks
 from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion
 from fairseq.distributed import utils as distributed_utils
@@ -280,11 +282,13 @@ def test_hydra_spells_group_and_key():
     command_checks.check_run(OmegaConf.create({**settings, "model": {"_name": "transformer_lm"}}))
 
 
+SMALL = f"--user-dir {Path(fairseq_moe_ext.__file__).parent} --cpu --num-workers 0"
+SMALL += " --decoder-layers 2 --decoder-embed-dim 16 --decoder-ffn-embed-dim 32"
+SMALL += " --decoder-attention-heads 2 --tokens-per-sample 32 --optimizer adam --lr 0.01"
+
+
 def train(capsys, line):
-    small = f"--user-dir {Path(fairseq_moe_ext.__file__).parent} --cpu --num-workers 0"
-    small += " --decoder-layers 2 --decoder-embed-dim 16 --decoder-ffn-embed-dim 32"
-    small += " --decoder-attention-heads 2 --tokens-per-sample 32 --optimizer adam --lr 0.01"
-    status = status_of(f"fairseq-train {small} {line}")
+    status = status_of(f"fairseq-train {SMALL} {line}")
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     return status, errors
 
@@ -497,6 +501,55 @@ def test_metrics_that_validation_gives(capsys, data, tmp_path, metric):
     line = f"{data} {MIXTURE} --save-dir {tmp_path} --best-checkpoint-metric {metric}"
     assert train(capsys, line) == (0, [])
     assert (tmp_path / "checkpoint_best.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--moe-log-per-layer",
+        "--moe-log-per-layer --moe-router relu --moe-balance none",
+        "--moe-log-per-layer --moe-null-experts 1",
+    ],
+)
+def test_every_metric_of_experts_may_choose_the_best_checkpoint(capsys, data, tmp_path, flags):
+    """As metrics.jsonl has it after a validation; other numbers of layers may not."""
+    line = f"{data} {MIXTURE} {flags} --save-dir {tmp_path}"
+    assert train(capsys, line) == (0, [])
+    records = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    valid = next(record for record in records if record["tag"] == "valid")
+    names = [key.removeprefix("valid_") for key in valid]
+    names = [key for key in names if re.match("layer|moe_|null|load|over|entropy", key)]
+    assert len(names) > 15 and any(name.startswith("layer1_") for name in names)
+    cfg = settings(f"{line} {SMALL}", 0, 1)
+    for metric in names:
+        cfg.checkpoint.best_checkpoint_metric = metric
+        fairseq_tasks.setup_task(cfg.task)
+    for metric in ("layer0_load_max", "layer2_load_max"):  # no layers of experts
+        cfg.checkpoint.best_checkpoint_metric = metric
+        with pytest.raises(UserError, match=f"{metric}: validation on valid does not report it"):
+            fairseq_tasks.setup_task(cfg.task)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("loss --maximize-best-checkpoint-metric", "loss: the best is the smallest: remove"),
+        ("big_ppl --maximize-best-checkpoint-metric", "big_ppl: the best is the smallest: remove"),
+        ("ppl", ""),
+        ("load_max --maximize-best-checkpoint-metric", ""),
+        (
+            "accuracy --criterion label_smoothed_cross_entropy --report-accuracy",
+            "accuracy: the best is the largest: add --maximize-best-checkpoint-metric",
+        ),
+    ],
+)
+def test_the_best_checkpoint_is_not_the_worst(data, flags, words):
+    cfg = settings(f"{data} {MIXTURE} {SMALL} --best-checkpoint-metric {flags}", 0, 1)
+    if not words:
+        fairseq_tasks.setup_task(cfg.task)
+        return
+    with pytest.raises(UserError, match=f"^--best-checkpoint-metric {words}"):
+        fairseq_tasks.setup_task(cfg.task)
 
 
 @pytest.mark.parametrize("task", ["language_modeling", "mixture_language_modeling"])

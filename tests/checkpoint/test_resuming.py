@@ -310,7 +310,7 @@ def test_reduce_lr_on_plateau_counts_the_validation_at_the_end_of_an_epoch(data,
     """Stock saves the checkpoint of an epoch before its loss lowers the rate."""
     line = f"{data} {TRAIN} --moe-expert-count 4 --lr-scheduler reduce_lr_on_plateau"
     line = line.replace(" --disable-validation", "") + " --lr-patience 0 --lr-shrink 0.01"
-    line += " --maximize-best-checkpoint-metric"  # so the falling loss is no better
+    line += " --lr-threshold 0.5"  # so the falling loss is no better
     whole = train(0, 1, f"{line} --max-update 40 --save-dir {tmp_path}")  # 2 of validation an epoch
     resumed = f"{line} --max-update 40 --no-save --save-dir {tmp_path}"
     assert train(0, 1, f"{resumed} --restore-file {tmp_path}/checkpoint2.pt") == whole[36:]
