@@ -13,6 +13,7 @@ from typing import Any, Dict, Mapping
 
 import torch
 from fairseq.criterions import CRITERION_REGISTRY
+from fairseq.data.plasma_utils import PYARROW_AVAILABLE
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY, FairseqLanguageModel
 from fairseq.tasks import TASK_REGISTRY
 
@@ -143,6 +144,10 @@ def _check_what_is_not_here(given: Mapping[str, Any], spell: Spell) -> None:
             raise UserError(f"{spell(name)}: {reason}: remove it")
     if given.get("profile") and not torch.cuda.is_available():
         raise UserError(f"{spell('profile')} needs a GPU, and there is none here: remove it")
+    if given.get("use_plasma_view") and not PYARROW_AVAILABLE:
+        raise UserError(
+            f"{spell('use_plasma_view')} needs pyarrow below 12, the last with plasma: remove it"
+        )
     # fairseq_cli/train.py:77@0.12.2 logs it and ends with status 0
     later = given.get("write_checkpoints_asynchronously")
     if later and importlib.util.find_spec("iopath") is None:

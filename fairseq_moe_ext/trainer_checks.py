@@ -46,7 +46,7 @@ def check_task(cfg: Any, task: Any) -> None:
     if not cfg.dataset.disable_validation:
         _check_metric(cfg, task)
     if process_rank() == 0:
-        _warn_of_warmup(cfg)
+        _warn_of_schedule(cfg)
 
 
 def check_trainer(cfg: Any, model: Any) -> None:
@@ -93,9 +93,15 @@ def warn_of_drops(model: Any, what: str = "this command", remedy: str = _AT_EVAL
         return
 
 
-def _warn_of_warmup(cfg: Any) -> None:
-    """Of a warm-up that does not end before the training or the decay, which fairseq accepts."""
+def _warn_of_schedule(cfg: Any) -> None:
+    """Of a warm-up that does not end before the training or the decay, and of a rate that is never
+    lowered, which fairseq accepts."""
     schedule = cfg.lr_scheduler if isinstance(cfg.lr_scheduler, Mapping) else {}
+    if name_of(schedule) == "reduce_lr_on_plateau" and cfg.dataset.disable_validation:
+        logger.warning(
+            "--lr-scheduler reduce_lr_on_plateau lowers the learning rate by validation, which "
+            "--disable-validation turns off: it stays the same"
+        )
     warmup, last = schedule.get("warmup_updates") or 0, cfg.optimization.max_update or 0
     decay = schedule.get("total_num_update") or 0
     if 0 < decay <= warmup:

@@ -27,7 +27,7 @@ from fairseq_moe_ext.criterions.moe_cross_entropy import MoECrossEntropyCriterio
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
 from fairseq_moe_ext.patches import commands, tasks
-from fairseq_moe_ext.trainer_checks import _warn_of_warmup
+from fairseq_moe_ext.trainer_checks import _warn_of_schedule
 from fairseq_moe_ext.wording import flag
 
 OURS = dict(arch="moe_lm_tiny", max_update=9, batch_size=4, max_tokens=None)
@@ -104,6 +104,7 @@ def test_stocks_defaults_are_in_range():
             dict(combine_valid_subsets=True, valid_subset="valid,test"),
             "as one subset, valid, and --valid-subset is valid,test: remove one of them",
         ),
+        (dict(use_plasma_view=True), "--use-plasma-view needs pyarrow below 12"),
         (
             dict(optimizer_overrides="{"),
             "--optimizer-overrides '{': use a Python dictionary of setting names and plain",
@@ -484,7 +485,7 @@ def test_the_data_of_several_corpora_are_no_data_bin(capsys, data, name):
 def test_a_warm_up_that_does_not_end_is_warned_of(caplog, warmup, decay, last, words):
     schedule = {"warmup_updates": warmup, "total_num_update": decay, "end_learning_rate": 0.0}
     optimization = SimpleNamespace(max_update=last)
-    _warn_of_warmup(SimpleNamespace(lr_scheduler=schedule, optimization=optimization))
+    _warn_of_schedule(SimpleNamespace(lr_scheduler=schedule, optimization=optimization))
     assert words in caplog.text and len(caplog.records) == (words != "")
 
 
@@ -501,6 +502,18 @@ def test_metrics_that_validation_gives(capsys, data, tmp_path, metric):
     line = f"{data} {MIXTURE} --save-dir {tmp_path} --best-checkpoint-metric {metric}"
     assert train(capsys, line) == (0, [])
     assert (tmp_path / "checkpoint_best.pt").exists()
+
+
+@pytest.mark.parametrize("validates", [True, False])
+def test_a_rate_that_waits_for_validation_is_warned_of_without_any(caplog, validates):
+    schedule = {"_name": "reduce_lr_on_plateau"}
+    cfg = SimpleNamespace(
+        lr_scheduler=schedule,
+        optimization=SimpleNamespace(max_update=9),
+        dataset=SimpleNamespace(disable_validation=not validates),
+    )
+    _warn_of_schedule(cfg)
+    assert ("which --disable-validation turns off" in caplog.text) == (not validates)
 
 
 @pytest.mark.parametrize(
