@@ -48,7 +48,8 @@ def log_more(*args):
 def check_metric(task, criterion="cross_entropy"):
     cfg = settings(model="moe_lm_tiny", criterion=criterion)
     cfg["criterion"].update(sentence_avg=False, moe_z_loss_wt=0.0)
-    cfg["checkpoint"] = {"best_checkpoint_metric": "bleu"}
+    best = {"best_checkpoint_metric": "bleu", "maximize_best_checkpoint_metric": True}
+    cfg["checkpoint"] = best
     cfg["dataset"] = {"valid_subset": "valid"}
     trainer_checks._check_metric(OmegaConf.create(cfg), task.__new__(task))
 
