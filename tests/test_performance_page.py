@@ -186,6 +186,37 @@ def test_seconds_of_a_step_are_those_of_the_file(file):
         said(f"{name} {shown[0]:.3f}, {shown[1]:.2f} and {shown[2]:.2f} s")
 
 
+def test_a_sparse_training_against_a_dense_one():
+    rows = rows_of("trainer")
+    table = PAGE.split("### A sparse training against a dense one\n")[1].split("\n## ")[0]
+    for label, case in (
+        ("8 experts", "8 experts"),
+        ("64 experts", "64 experts"),
+        ("8 experts, `--bf16`", "bf16: 8 experts"),
+        ("64 experts, `--bf16`", "bf16: 64 experts"),
+    ):
+        found = [rows.get(f"{shape}: {case}, every other layer") for shape in SHAPES]
+        cells = [f"{row['to_dense']:.2f}" if row else "-" for row in found]
+        assert f"| {label} | {' | '.join(cells)} |" in table
+    in_first_table = [
+        f"{shape}: {case}" for shape in ("96", "128") for case in ("dense", "8 experts")
+    ]
+    others = sorted(row["speed"] for key, row in rows.items() if key not in in_first_table)
+    assert len(others) == 10
+    said(
+        "In the ten other cases of `trainer.md`, up to width 768 and with `--bf16`, speed by "
+        f"wall-clock time is {others[0]:.2f} to {others[-1]:.2f}."
+    )
+    for key in in_first_table:
+        row = rows[key]
+        numbers = (
+            f"| {row['speed']:.2f} | {row['cpu_speed']:.2f} | {row['more_ms']['gradients']:.1f}"
+        )
+        assert f"{numbers} of {row['trainer_ms']:.0f} |" in section(
+            PAGE, "The trainer around the step"
+        )
+
+
 def test_ratios_to_compiled_models_are_of_one_run(speed):
     """From the speeds against plain PyTorch in the same run, not from seconds of several runs."""
     plain, autocast = (

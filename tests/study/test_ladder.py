@@ -856,17 +856,19 @@ def points(monkeypatch):
     )
 
 
-def test_a_budget_with_a_model_better_than_all_dense_ones_has_no_point(tmp_path, points):
-    """That model may be the one that saves most."""
+def test_the_point_of_a_model_better_than_all_dense_ones_is_a_lower_bound(tmp_path, points):
     made = made_result(tmp_path)
-    assert any(f["beyond"] > 0 for f in made["factors"] if f["group"] == "in_domain")
+    (bound,) = (f for f in made["factors"] if f["group"] == "in_domain" and f["beyond"] > 0)
+    assert bound["arm"] == "d1-E8"
     law, _, ours, _ = page.saving_chart(made)
-    assert law == ours == []
+    most = max(f["factor"] for f in made["factors"] if f["arm"] != "d1-E8")
+    assert bound["factor"] < most and [y for _, y in ours] == [most] and len(law) == 1
+    bound["factor"] = 2 * most
+    assert [y for _, y in page.saving_chart(made)[2]] == [2 * most]
     for found in made["factors"]:
         if found["arm"] == "d1-E8":
             found["beyond"] = -1  # worse than all: it does not save most
     law, _, ours, _ = page.saving_chart(made)
-    most = max(f["factor"] for f in made["factors"] if f["arm"] != "d1-E8")
     assert [y for _, y in ours] == [most] and len(law) == 1
     for found in made["factors"]:
         if found["arm"] == "d1-E8" and found["group"] != "in_domain":

@@ -63,16 +63,16 @@ def _in_domain(result: LadderResult) -> List[Factor]:
 
 def saving_chart(result: LadderResult) -> figures.Chart:
     """Of each number of tokens the arm that saves most, the paper's figure 1, and Clark et al.'s
-    law at both sizes, over the training FLOPs of the dense model with the same perplexity. Without
-    the numbers of tokens on which an arm is better than every dense model: it may save most."""
+    law at both sizes, over the training FLOPs of the dense model with the same perplexity. Where an
+    arm is better than every dense model, the point is a lower bound: that arm may save more."""
     arms = result["ladder"]["arms"]
     ours, law = [], []
-    above = {f["tokens"] for f in result["factors"] if f["group"] == GROUPS[0] and f["beyond"] > 0}
     best: Dict[int, Factor] = {}
-    for found in _in_domain(result):
+    for found in result["factors"]:
         tokens = found["tokens"]
-        if tokens not in above and found["factor"] >= best.get(tokens, found)["factor"]:
-            best[tokens] = found
+        if found["group"] == GROUPS[0] and found["beyond"] >= 0:
+            if found["factor"] >= best.get(tokens, found)["factor"]:
+                best[tokens] = found
     for found in best.values():
         cost = tables.flops_per_token(result, found)
         ours.append((cost * found["tokens"] * found["factor"], found["factor"]))
