@@ -45,8 +45,9 @@ benchmark: install  ## measure layers, training, evaluation, generation and more
 	$(RUN) benchmarks/train_step.py --groups dense --cases stock ours --context 512 --tokens 8192 --updates 2
 	$(RUN) benchmarks/train_step.py --shares --updates 2
 	$(KEEP_FREED) $(RUN) benchmarks/trainer.py --shapes 96 128 --cases dense "8 experts"
-	$(KEEP_FREED) $(RUN) benchmarks/trainer.py --shapes 96 256 --rounds 3 --cases "8 experts, every other layer" "64 experts, every other layer" "bf16: 8 experts, every other layer" "bf16: 64 experts, every other layer"
-	$(KEEP_FREED) $(RUN) benchmarks/trainer.py --shapes wide --rounds 2 --cases "8 experts, every other layer" "bf16: 8 experts, every other layer"
+	$(KEEP_FREED) $(RUN) benchmarks/trainer.py --shapes 96 --cases "*every other layer"
+	$(KEEP_FREED) $(RUN) benchmarks/trainer.py --shapes 256 --rounds 3 --cases "*every other layer"
+	$(KEEP_FREED) $(RUN) benchmarks/trainer.py --shapes wide --rounds 2 --cases "*8 experts, every other layer"
 	$(RUN) benchmarks/evaluate.py
 	$(RUN) benchmarks/evaluate.py --peers
 	$(RUN) benchmarks/generate.py --shapes 256

@@ -252,8 +252,8 @@ def free_memory(device: str = "cpu") -> int:
 
 def own_folder(name: str, device: str = "cpu") -> Path:
     """Where the results NAME of this machine go: results/PROCESSOR, or, if those there are of other
-    cores, memory or environment variables, a folder that is named after ours too; with a number if
-    that is another machine's still."""
+    cores, memory or environment variables, a folder that is named after ours too, and numbered if
+    that one is also another machine's."""
     here = machine()
     folder = RESULTS / processor(device)
 

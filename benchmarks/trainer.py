@@ -14,6 +14,7 @@ benchmarks/results/PROCESSOR/trainer.md.
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import os
 import subprocess
@@ -315,13 +316,19 @@ def show(rows: Dict[str, Dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="NAME")
+    parser.add_argument(
+        "--cases", nargs="+", default=["*"], metavar="NAME", help="* stands for any text"
+    )
     parser.add_argument("--rounds", type=measure.count, default=5)
     args = parser.parse_args()
+    for pattern in args.cases:
+        if not fnmatch.filter(CASES, pattern):
+            parser.error(f"--cases {pattern}: no case is called so; they are {'; '.join(CASES)}")
+    cases = [name for name in CASES if any(fnmatch.fnmatch(name, p) for p in args.cases)]
     torch.set_num_threads(2)
     os.environ.update(THREADS)
     for name in args.shapes:
-        for case in args.cases:
+        for case in cases:
             found = compare(SHAPES[name], CASES[case], args.rounds)
             show(measure.keep("trainer", {f"{name}: {case}": found}))
 

@@ -146,7 +146,7 @@ def _check_what_is_not_here(given: Mapping[str, Any], spell: Spell) -> None:
         raise UserError(f"{spell('profile')} needs a GPU, and there is none here: remove it")
     if given.get("use_plasma_view") and not PYARROW_AVAILABLE:
         raise UserError(
-            f"{spell('use_plasma_view')} needs pyarrow below 12, the last with plasma: remove it"
+            f"{spell('use_plasma_view')} needs pyarrow below 12, as 12 has no plasma: remove it"
         )
     # fairseq_cli/train.py:77@0.12.2 logs it and ends with status 0
     later = given.get("write_checkpoints_asynchronously")

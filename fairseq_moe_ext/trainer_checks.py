@@ -68,7 +68,7 @@ def check_first_rate(trainer: Any) -> None:
     if lowest >= 0 and trainer.get_num_updates() == 0 and trainer.get_lr() <= lowest:
         raise UserError(
             f"--stop-min-lr {lowest:g}: the learning rate begins at {trainer.get_lr():g}, so "
-            "nothing would be trained: remove it, or begin the warm-up above it (--warmup-init-lr)"
+            "nothing would be trained: remove it, or raise --warmup-init-lr, if the schedule has it"
         )
 
 
@@ -100,7 +100,7 @@ def _warn_of_schedule(cfg: Any) -> None:
     if name_of(schedule) == "reduce_lr_on_plateau" and cfg.dataset.disable_validation:
         logger.warning(
             "--lr-scheduler reduce_lr_on_plateau lowers the learning rate by validation, which "
-            "--disable-validation turns off: it stays the same"
+            "--disable-validation turns off: the rate is never lowered"
         )
     warmup, last = schedule.get("warmup_updates") or 0, cfg.optimization.max_update or 0
     decay = schedule.get("total_num_update") or 0

@@ -79,7 +79,8 @@ def amount(text: str) -> float:
         value = math.nan
     if not 0 < value <= _MOST_AMOUNT:
         raise argparse.ArgumentTypeError(
-            f"{text!r}: use a number above 0 and at most {number(_MOST_AMOUNT)}: 125M or 3e9"
+            f"{text!r}: use a number above 0 and at most {number(_MOST_AMOUNT)}, "
+            "such as 125M or 3e9"
         )
     return value
 

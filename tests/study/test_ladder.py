@@ -193,6 +193,7 @@ def test_a_stage_in_bfloat16(folder, tmp_path):
     said = tables.page(made)
     assert "## By set, 16M tokens (bfloat16)" in said and "bfloat16 against" not in said
     assert "On 16M tokens (bfloat16) d0-256x4 saves most" in page.summary(made)
+    assert page.summary(made).endswith(" d1-E8 may save more: better than all dense models.")
     assert "Trainings computed in bfloat16." in tables.note(made)
     made["runs"].append({**made["runs"][0], "stage": "4M", "precision": "float32"})
     name = made["runs"][0]["size"]

@@ -204,9 +204,11 @@ def summary(result: LadderResult) -> str:
     ends = ""
     if low is not None and high is not None:
         ends = f" ({low:.2f} to {high:.2f}, 95 % interval over {best['interval_over']})"
+    others = [f["arm"] for f in numbers if f["tokens"] == most and f["beyond"] > 0 and f != best]
+    more = f" {', '.join(others)} may save more: better than all dense models." if others else ""
     return (
         f"{done} On {tables.budget(result, most)} {head} in domain: the dense model needs {shown} "
-        f"times its training FLOPs{ends}."
+        f"times its training FLOPs{ends}.{more}"
     )
 
 
