@@ -151,7 +151,7 @@ _GROUPS = {
     "power t_mult final_lr_scale max_lr lr_shrink": POSITIVE,
     "lr_decay": Range(0, 1, open=True),
     "total_num_update": Range(
-        0, math.inf, open=True, meaning="default: --max-update, which is then needed"
+        0, math.inf, open=True, meaning="default in Hydra: --max-update, which is then needed"
     ),
     "lr_period_updates": _or(-1, "--max-update", POSITIVE),
     "phase_ratio": SHARE._replace(items=3),

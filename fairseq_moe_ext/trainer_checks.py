@@ -18,6 +18,7 @@ from .expert_parallel import process_rank
 from .moe.router import ROUTERS, TopKRouter
 from .moe.stats import METRICS, NULL_SHARE
 from .ours import is_stocks, name_of
+from .router_flags import check_known
 from .shape import shape_of
 from .wording import count, did_you_mean
 
@@ -205,7 +206,8 @@ def _check_direction(metric: str, maximize: bool) -> None:
 
 
 def _logged_by_router(model: Any) -> List[str]:
-    """Names of what only some routers log."""
+    """Names of what only some routers log. Raises UserError for the name of no router."""
+    check_known(model.moe_router)
     has_loss = ROUTERS[model.moe_router].loss is not TopKRouter.loss
     null = [NULL_SHARE] if model.moe_null_experts else []
     return [*(["moe_router_loss"] if has_loss else []), *null]

@@ -71,7 +71,7 @@ def _check_schedule(given: Mapping[str, Any], spell: Spell) -> None:
         # fairseq's parser drops a default that refers to another flag, and cannot do without
         raise UserError(
             f"{spell('lr_scheduler')} polynomial_decay needs {spell('total_num_update')}: add it, "
-            f"as large as {spell('max_update')}"
+            "with the number of updates of the training"
         )
     last, warmup = given.get("max_update"), given.get("warmup_updates")
     by_max_update = schedule == "cosine" and (given.get("lr_period_updates") or -1) <= 0

@@ -33,7 +33,8 @@ ALLOWED = {
         "ours": "",
         "command_checks": "data_bin literals ours ranges training_flags",
         "training_flags": "config moe.router optim ours",
-        "trainer_checks": "balance_flags expert_parallel moe.router moe.stats ours shape",
+        "trainer_checks": "balance_flags expert_parallel moe.router moe.stats ours router_flags"
+        " shape",
         "accuracy": "",
         "student_t": "",
         "cost": "kernels shape",

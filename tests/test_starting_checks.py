@@ -112,7 +112,7 @@ def test_stocks_defaults_are_in_range():
         (dict(optimizer_overrides="{'lr': [-1]}"), "--optimizer-overrides 'lr': [-1] is out of"),
         (
             dict(lr_scheduler="polynomial_decay", total_num_update=None),
-            "--lr-scheduler polynomial_decay needs --total-num-update: add it, as large as",
+            "--lr-scheduler polynomial_decay needs --total-num-update: add it, with the",
         ),
         (dict(lr_scheduler="inverse_sqrt", warmup_updates=0), "--warmup-updates 0"),
         (dict(criterion="ctc"), "--criterion ctc is not for these models: use moe_cross_entropy"),
@@ -541,6 +541,12 @@ def test_every_metric_of_experts_may_choose_the_best_checkpoint(capsys, data, tm
         cfg.checkpoint.best_checkpoint_metric = metric
         with pytest.raises(UserError, match=f"{metric}: validation on valid does not report it"):
             fairseq_tasks.setup_task(cfg.task)
+
+
+def test_an_unknown_router_is_named_before_what_it_logs_is_asked_for(data):
+    cfg = settings(f"{data} {MIXTURE} {SMALL} --moe-router best", 0, 1)
+    with pytest.raises(UserError, match="^--moe-router best is unknown: use "):
+        fairseq_tasks.setup_task(cfg.task)
 
 
 @pytest.mark.parametrize(

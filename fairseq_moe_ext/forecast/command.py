@@ -125,7 +125,8 @@ def run(args: Namespace) -> None:
         rows.append(
             ["your study", _parameters(of_study["effective"]), "-", _factor(of_study["saving"])]
         )
-        remarks.append(f"your study: saving {low} to {high} (95 % interval)")
+        if math.isfinite(of_study["interval"][1]):
+            remarks.append(f"your study: saving {low} to {high} (95 % interval)")
         remarks.append(f"all rows: {number(args.tokens)} tokens, the study's")
         unused = [flag(n) for n in ("top_k", "granularity", "moe_freq") if n in given]
         if unused:
@@ -160,6 +161,7 @@ def _forecast(key: str, model: Model) -> Dict[str, Any]:
         "effective": effective,
         "times_base": effective / model.base,
         "saving": effective / model.active,
+        "bound": None if math.isfinite(effective) else _parameters(effective),
         "outside": outside(law, model),
         "range_unknown": unknown(law),
     }

@@ -250,6 +250,7 @@ def test_a_loss_that_no_model_has_gives_no_number(capsys):
     assert run(*flags, "--json") == 0
     (found,) = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["laws"]
     assert found["effective"] is found["times_base"] is found["saving"] is None
+    assert found["bound"] == "less than any"
 
 
 def test_studies_that_do_not_say_enough(tmp_path, capsys):

@@ -46,6 +46,7 @@ REAL = stages.read(STUDY / "ladder.yaml")
         ("bases: [a]", "bases: [c]", "moe: arms: E4: bases: c: not one of a, b"),
         ("a-E4: [1e-2]", "c: [1e-2]", "learning-rate: values: c: no arm is called so; they are a,"),
         ("a-E4: [1e-2]", "b: [1e-2]", "learning-rate: values: name a moe arm too"),
+        ("context:", "corpora: [1]\ncontext:", "corpora: 1: use names"),
         ("a-E4: [1e-2]", "a-E4: 1e-2", "values: a-E4: '1e-2': list one learning rate or more"),
         ("[1e-2, 1e-3]", "[fast]", "'fast' is no learning rate"),
         ("[1e-2, 1e-3]", "[.nan]", "nan is no learning rate; use a number above 0"),

@@ -156,7 +156,7 @@ def read(path: Path) -> Ladder:
         arms,
         {},
         [],
-        [str(name) for name in asked["corpora"]],
+        _names(asked["corpora"], f"{path}: corpora"),
     )
     per_update = ladder.tokens_per_update
     tokens, tried = _search(asked, arms, path)
@@ -176,6 +176,14 @@ def read(path: Path) -> Ladder:
     for arm in arms:
         checks.check_whole(arm.flags, f"{path}: {arm.name}")
     return ladder._replace(tried=tried, stages=stages)
+
+
+def _names(given: List[Any], where: str) -> List[str]:
+    """Raises UserError for what is no text."""
+    for name in given:
+        if not isinstance(name, str):
+            raise UserError(f"{where}: {name}: use names, as [mail, books]")
+    return given
 
 
 def _arms(asked: Mapping[str, Any], path: Path) -> List[Arm]:
