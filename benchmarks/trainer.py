@@ -14,7 +14,6 @@ benchmarks/results/PROCESSOR/trainer.md.
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import json
 import os
 import subprocess
@@ -29,6 +28,8 @@ import torch
 from train_step import THREADS, Clocks, make_data
 
 import fairseq_moe_ext
+from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.study.plan import matching
 
 TURN = 10  # updates, and the interval of the log
 WAITS = "waits, CPU s:"  # what a process says between turns
@@ -321,10 +322,10 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=measure.count, default=5)
     args = parser.parse_args()
-    for pattern in args.cases:
-        if not fnmatch.filter(CASES, pattern):
-            parser.error(f"--cases {pattern}: no case is called so; they are {'; '.join(CASES)}")
-    cases = [name for name in CASES if any(fnmatch.fnmatch(name, p) for p in args.cases)]
+    try:
+        cases = matching(list(CASES), args.cases, "--cases", "case")
+    except UserError as error:
+        parser.error(str(error))
     torch.set_num_threads(2)
     os.environ.update(THREADS)
     for name in args.shapes:

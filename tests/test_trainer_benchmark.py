@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from fairseq import options
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fairseq_moe_ext.models import precision
+from fairseq_moe_ext.moe.router import ROUTERS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import trainer as benchmark  # noqa: E402
@@ -73,7 +75,7 @@ def test_every_row_that_is_kept_is_shown():
             assert any(line.startswith(f"| {row} | ") for line in table)
 
 
-def test_a_sparse_model_stands_beside_the_dense_one_of_equal_flops(data):
+def test_a_sparse_model_stands_beside_the_dense_one_of_equal_flops(data, monkeypatch):
     case = benchmark.CASES["bf16: 64 experts, every other layer"]
     sparse, dense = (
         benchmark.flags(data, SHAPE, each, 1) for each in (case, case._replace(experts=0))
@@ -84,7 +86,12 @@ def test_a_sparse_model_stands_beside_the_dense_one_of_equal_flops(data):
     def value(flag):
         return int(sparse[sparse.index(flag) + 1])
 
-    top_k = 2
+    monkeypatch.setattr(sys, "argv", ["fairseq-train", *sparse])  # read by the first parse
+    parsed = options.parse_args_and_arch(options.get_training_parser(), sparse)
+    assert parsed.moe_second_expert_policy == "all"
+    assert parsed.moe_top_k is None and not parsed.moe_top1_expert
+    top_k = ROUTERS[parsed.moe_router].default_top_k
+    assert top_k == 2
     assert value("--moe-freq") == 2
     assert top_k * value("--moe-expert-ffn-dim") == value("--decoder-ffn-embed-dim")
 
