@@ -74,6 +74,7 @@ PRECISIONS = {
     "float32, PyTorch's choice of products": (torch.float32, False),
     "bfloat16": (torch.bfloat16, True),
 }
+IN_BFLOAT16 = {name: dtype == torch.bfloat16 for name, (dtype, _) in PRECISIONS.items()}
 
 
 def measured(shape: Shape, dtype: torch.dtype, onednn: bool, rounds: int) -> Dict[str, float]:
@@ -114,9 +115,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(2)
     shapes = SHAPES if args.rows is None else [SHAPES[number] for number in args.rows]
+    names = measure.worthwhile(IN_BFLOAT16)
     rows: Dict[str, Dict[str, float]] = {}
     for shape in shapes:
-        for name, (dtype, onednn) in PRECISIONS.items():
+        for name in names:
+            dtype, onednn = PRECISIONS[name]
             key = f"{', '.join(map(str, shape[:4]))}; {name}"
             print(key, flush=True)
             rows = measure.keep("ablation", {key: measured(shape, dtype, onednn, args.rounds)})

@@ -16,7 +16,7 @@ from unittest import mock
 import measure
 import torch
 import torch.nn.functional as F
-from ablation import PRECISIONS
+from ablation import IN_BFLOAT16, PRECISIONS
 from torch import Tensor
 
 from fairseq_moe_ext.kernels import matmul
@@ -80,9 +80,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=measure.count, default=7)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    names = measure.worthwhile(IN_BFLOAT16)
     rows: Dict[str, Dict[str, float]] = {}
     for shape in SHAPES:
-        for name, (dtype, onednn) in PRECISIONS.items():
+        for name in names:
+            dtype, onednn = PRECISIONS[name]
             for dropout in (0.0, 0.1):
                 key = f"{', '.join(map(str, shape))}; {name}; dropout {dropout:g}"
                 key += "" if args.threads == 2 else f"; {args.threads} threads"

@@ -14,12 +14,13 @@ import statistics
 import time
 from datetime import date
 from pathlib import Path
-from typing import Any, Callable, Collection, Dict, List, Optional, Sequence, TypeVar
+from typing import Any, Callable, Collection, Dict, List, Mapping, Optional, Sequence, TypeVar
 
 import torch
 
 from fairseq_moe_ext import outputs
 from fairseq_moe_ext.kernels.matmul import product
+from fairseq_moe_ext.models import precision
 
 # BENCHMARK_RESULTS: another folder, for a try
 RESULTS = Path(os.environ.get("BENCHMARK_RESULTS", Path(__file__).resolve().parent / "results"))
@@ -135,6 +136,19 @@ def attempted(name: str, work: Callable[[], T], optional: bool) -> Optional[T]:
         said = (str(error).strip().splitlines() or [""])[0]
         print(f"{name}: left out: {type(error).__name__}: {said}", flush=True)
         return None
+
+
+def worthwhile(in_bfloat16: Mapping[str, bool], device: str = "cpu") -> List[str]:
+    """The names of the cases to measure; for each that is left out, a printed line. On a CPU that
+    gains nothing from bfloat16, `--bf16` trains in float32; without instructions for it a product
+    takes some 50 times as long."""
+    wanted = []
+    for name, bf16 in in_bfloat16.items():
+        if bf16 and device == "cpu" and not precision.bfloat16_pays():
+            print(f"{name}: left out: this CPU gains nothing from bfloat16", flush=True)
+        else:
+            wanted.append(name)
+    return wanted
 
 
 def in_turn(

@@ -24,7 +24,8 @@ from bfloat16_training import BFloat16Training
 from peer_models import Shape, hugging_face, ours, plain, stock
 from torch import Tensor, nn
 
-from fairseq_moe_ext.models import precision
+from fairseq_moe_ext.errors import UserError
+from fairseq_moe_ext.study.plan import matching
 
 SPARSE_WARMUP = 10  # steps; oneDNN makes a program for each new number of rows of an expert
 FILLED = 0.75  # of the free memory, by models; the rest is for what a step allocates
@@ -101,13 +102,6 @@ GPU_CASES = (
 def optional(label: str) -> bool:
     """Whether the others are measured without it where it raises: it is another's, or compiled."""
     return label != BASE and ("ours" not in label or "--compile" in label)
-
-
-def as_trained(label: str, like: Tensor) -> bool:
-    """Whether a case computes as our training does: on a CPU that gains nothing from bfloat16,
-    --bf16 does not compute in it."""
-    ours_on_cpu = CASES[label].bf16 and "ours" in label and not like.is_cuda
-    return not ours_on_cpu or precision.bfloat16_pays()
 
 
 def training_step(case: Case, shape: Shape, like: Tensor) -> Callable[[], None]:
@@ -239,10 +233,9 @@ def run(
     done: Set[str] = set()
     for chosen in choices:
         wanted = {BASE, *chosen, *(CASES[label].dense for label in chosen)}
-        cases = {label: case for label, case in CASES.items() if label in wanted}
-        for label in [label for label in cases if not as_trained(label, like)]:
-            print(f"{label}: left out: `fairseq-train --bf16` computes in float32 here", flush=True)
-            del cases[label]
+        in_bfloat16 = {label: case.bf16 for label, case in CASES.items() if label in wanted}
+        labels = measure.worthwhile(in_bfloat16, like.device.type)
+        cases = {label: CASES[label] for label in labels}
         for name, shape in shapes.items():
             compare(name, shape, cases, rounds, like, done)
 
@@ -289,19 +282,23 @@ def table(rows: Dict[str, Dict], like: Tensor) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0])
     parser.add_argument("--shapes", nargs="+", choices=[*SHAPES, *GPU_SHAPES])
-    parser.add_argument("--cases", nargs="+", choices=CASES, metavar="NAME")
+    parser.add_argument("--cases", nargs="+", metavar="NAME", help="* stands for any text")
     parser.add_argument("--rounds", type=measure.count, default=3)
     parser.add_argument("--gpu", action="store_true", help="on a CUDA device")
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
     args = parser.parse_args()
     if args.list:
         parser.exit(0, "\n".join(CASES) + "\n")
+    try:
+        cases = args.cases and matching(list(CASES), args.cases, "--cases", "case")
+    except UserError as error:
+        parser.error(str(error))
     device = measure.device_of(parser, args.gpu)
     torch.set_num_threads(2)
     names = args.shapes or (GPU_SHAPES if args.gpu else SHAPES)
     shapes = {name: {**SHAPES, **GPU_SHAPES}[name] for name in names}
     like = torch.empty(0, device=device)
-    choices = [args.cases] if args.cases else GPU_CASES if args.gpu else [list(CASES)]
+    choices = [cases] if cases else GPU_CASES if args.gpu else [list(CASES)]
     run(shapes, choices, args.rounds, like)
 
 

@@ -328,6 +328,7 @@ def main() -> None:
         parser.error(str(error))
     torch.set_num_threads(2)
     os.environ.update(THREADS)
+    cases = measure.worthwhile({case: CASES[case].bf16 for case in cases})
     for name in args.shapes:
         for case in cases:
             found = compare(SHAPES[name], CASES[case], args.rounds)

@@ -14,7 +14,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from small_models import VOCABULARY, make_task
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fairseq_moe_ext.models import attention
+from fairseq_moe_ext.models import attention, precision
 from fairseq_moe_ext.models.language_model import MoETransformerLanguageModel
 
 
@@ -187,6 +187,7 @@ def test_what_a_program_sets_for_its_processes_is_kept(program, monkeypatch, nam
         (f"{name} --gpu", "--gpu: this machine has no CUDA device; leave it out\n")
         for name in ("layer", "peers")
     ),
+    ("peers --cases our", "--cases our: no case is called so; they are plain PyTorch, "),
 ])  # fmt: skip
 def test_numbers_are_checked_before_anything_is_measured(program, line, said, monkeypatch, capsys):
     name, *arguments = line.split()
@@ -440,7 +441,8 @@ def test_an_optional_case_that_raises_is_left_out(program, capsys):
         program("measure").in_turn(cases, 3, optional=["never"])
 
 
-def test_ablation(program, monkeypatch, tmp_path):
+@pytest.mark.parametrize("pays", [True, False])
+def test_ablation(program, monkeypatch, tmp_path, pays):
     """Each part is left out while a step runs, and is back behind it."""
     from fairseq_moe_ext.kernels import chunks, expert_ffn, matmul
     from fairseq_moe_ext.moe import experts
@@ -469,14 +471,16 @@ def test_ablation(program, monkeypatch, tmp_path):
     assert list(changed.values()) == expected
     monkeypatch.setattr(ablation, "SHAPES", [ablation.Shape(16, 4, 8, 16)])
     monkeypatch.setattr(sys, "argv", "ablation.py --rounds 1".split())
+    monkeypatch.setattr(precision, "bfloat16_pays", lambda: pays)
     ablation.main()
     assert [getattr(*part) for part in parts] == before
     rows = kept(tmp_path, "ablation")
-    assert len(rows) == len(ablation.PRECISIONS)
+    assert len(rows) == len(ablation.PRECISIONS) - (not pays)
     assert all(row[name] > 0 for row in rows.values() for name in ablation.WITHOUT)
 
 
-def test_attention(program, monkeypatch, tmp_path):
+@pytest.mark.parametrize("pays", [True, False])
+def test_attention(program, monkeypatch, tmp_path, pays):
     """Both compute the same, and every row is kept."""
     attention = program("attention")
     q, k, v = torch.randn(3, 2, 3, 128, 8)
@@ -485,7 +489,8 @@ def test_attention(program, monkeypatch, tmp_path):
     )
     monkeypatch.setattr(attention, "SHAPES", [attention.Shape(1, 2, 128, 8)])
     monkeypatch.setattr(sys, "argv", "attention.py --rounds 1".split())
+    monkeypatch.setattr(precision, "bfloat16_pays", lambda: pays)
     attention.main()
     rows = kept(tmp_path, "attention")
-    assert len(rows) == 2 * len(attention.PRECISIONS)
+    assert len(rows) == 2 * (len(attention.PRECISIONS) - (not pays))
     assert all(row["PyTorch : ours"] > 0 and row["ours : floor"] > 0 for row in rows.values())

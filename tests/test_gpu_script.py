@@ -11,6 +11,8 @@ import pytest
 import torch
 from benchmark_programs import BENCHMARKS, kept, programs
 
+from fairseq_moe_ext.models import precision
+
 
 @pytest.fixture
 def program(monkeypatch, tmp_path):
@@ -151,6 +153,7 @@ def test_peers_of_a_step_that_do_not_work_cost_their_rows_alone(
 ):
     """One is not installed; one, compiled, raises at its first call. Those of ours that need no
     compiler come first."""
+    monkeypatch.setattr(precision, "bfloat16_pays", lambda: True)  # as on a GPU
     peers, cases = program("peers"), program("peers").CASES
     made = peers.training_step
 

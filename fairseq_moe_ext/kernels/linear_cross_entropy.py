@@ -124,19 +124,21 @@ def _to_gradients(logits: Tensor, index: Tensor, keep: Tensor, scale: float) -> 
     for the tokens to keep, (C, 1) and (C,). Returns their loss, ()."""
     exact = at_least_float32(logits)
     loss = torch.zeros((), dtype=exact, device=logits.device)
-    step = max(1, _SOFTMAX_AT_A_TIME // logits.size(1))
-    if logits.device.type != "cpu":
-        step = len(logits)
+    on_cpu = logits.device.type == "cpu"
+    step = max(1, _SOFTMAX_AT_A_TIME // logits.size(1)) if on_cpu else len(logits)
+    all_kept = on_cpu and bool(keep.all())  # on a GPU the question would synchronise
     for part in zip(*(each.split(step) for each in (logits, index, keep.unsqueeze(1)))):
         z, at, kept = part
         p = z.to(exact)
         given = p.gather(1, at)
         top = p.amax(dim=1, keepdim=True)
-        p = torch.softmax(p, dim=1)
+        p = torch.softmax(p, dim=1, out=p if on_cpu else None)  # in place: nothing is copied
         # The largest probability is 1 / sum of exp(z - top): never small.
         nll = top - p.amax(dim=1, keepdim=True).log() - given
         loss += nll.masked_fill(~kept, 0).sum()
         p.scatter_add_(1, at, torch.full_like(given, -1))
-        p *= kept if scale == 1 else kept * scale
-        z.copy_(p)
+        if scale != 1 or not all_kept:
+            p *= kept if scale == 1 else kept * scale
+        if p is not z:
+            z.copy_(p)
     return loss
