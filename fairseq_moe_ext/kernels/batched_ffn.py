@@ -80,6 +80,6 @@ class _Batch(Chunk):
         """Its experts' weights or biases, as precise as x and where it is: (B, ...)."""
         if len(self.experts) == 1:
             return stack[self.experts[0]].unsqueeze(0).to(x)
-        if isinstance(stack, Tensor):
-            return stack[self.experts].to(x)
+        if isinstance(stack, Tensor):  # a list as the index would be copied number by number
+            return stack.index_select(0, torch.tensor(self.experts, device=stack.device)).to(x)
         return torch.stack([stack[e] for e in self.experts]).to(x)

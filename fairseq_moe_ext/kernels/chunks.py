@@ -114,6 +114,6 @@ def spread(
     place = torch.arange(sum(counts)) + shift.repeat_interleave(rows)
 
     def spaced(each: Tensor) -> Tensor:
-        return each.new_zeros(total_rows(chunks), each.size(1)).index_copy(0, place, each)
+        return each.new_zeros(total_rows(chunks), each.size(1)).index_copy_(0, place, each)
 
     return place, spaced(x), None if mask is None else spaced(mask)
