@@ -114,7 +114,7 @@ def in_short(to_dense):
     plain, dense = "plain PyTorch", "against a dense one of equal FLOPs"
     rows = {
         f"speed of a dense step, against {plain}": step("ours", plain),
-        "the same with PyTorch's choice of products, as on Zen 4": step(
+        "the same with PyTorch's choice of products, as on Zen 3 and Zen 4": step(
             "ours, PyTorch's products", plain
         ),
         "speed of a dense step, against Hugging Face's GPT-2": step("ours", "Hugging Face GPT-2"),
@@ -153,6 +153,28 @@ def in_short(to_dense):
 def test_the_table_in_short_is_that_of_the_files(to_dense):
     table = "\n".join(in_short(to_dense))
     assert table in section(PAGE, "In short"), table
+
+
+def test_the_table_of_zen_3_is_that_of_its_file(to_dense):
+    rows = rows_of("peers", RESULTS.with_name("amd-family25-model1"))
+    table = section(PAGE, "On your processor").split("| Zen 3, float32 |")[1].split("\n\n")[0]
+    shown = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    others = ("plain PyTorch", "plain PyTorch, compiled", "Hugging Face GPT-2", "stock fairseq")
+    expected = [
+        [rows[f"{shape}: ours"]["speed"] / rows[f"{shape}: {other}"]["speed"] for shape in SHAPES]
+        for other in others
+    ]
+    for case in (
+        f"ours, {n} experts{more}" for n in (8, 64) for more in (", every other layer", "")
+    ):
+        keys = [f"{shape}: {case}" for shape in SHAPES]
+        expected.append([float(to_dense(rows, key)) if key in rows else None for key in keys])
+    expected.append(
+        [rows[f"{shape}: ours"]["mib"] / rows[f"{shape}: {others[0]}"]["mib"] for shape in SHAPES]
+    )
+    assert len(shown) == len(expected)
+    for (label, *cells), values in zip(shown, expected):
+        assert cells == ["-" if value is None else f"{value:.2f}" for value in values], label
 
 
 def table_of_the_step():
