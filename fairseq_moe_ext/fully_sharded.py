@@ -11,7 +11,7 @@ Checkpoints have the names, shapes and numbers of the model without FSDP.
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, NamedTuple, Optional, TypeVar
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -38,7 +38,7 @@ def is_wrapping() -> bool:
     return has_FSDP and ConfigAutoWrap.in_autowrap_context
 
 
-def prepare(cfg: Any) -> None:
+def prepare(cfg: Any, bfloat16_pays: Callable[[], bool]) -> None:
     """Make FSDP wrap according to the settings of the model that is to be built. With --bf16, which
     fairseq does not pass on to FSDP (fairseq/distributed/fully_sharded_data_parallel.py:98@0.12.2),
     it keeps float32 and computes in bfloat16. Raises UserError for settings with which it cannot
@@ -46,12 +46,15 @@ def prepare(cfg: Any) -> None:
 
     Args:
         cfg: of the model, with bf16.
+        bfloat16_pays: asked on a machine without a GPU, whether its CPUs compute in bfloat16.
     """
     if not is_wrapping():
         return
     settings = ConfigAutoWrap.kwargs
-    if cfg.bf16:
+    if cfg.bf16 and (torch.cuda.is_available() or bfloat16_pays()):
         settings.update(mixed_precision=True, compute_dtype=torch.bfloat16)
+    elif cfg.bf16:
+        settings["fp32_reduce_scatter"] = False  # all is float32, and FSDP refuses the flag
     refused = {
         "--compile": (
             cfg.compile,

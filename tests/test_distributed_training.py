@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from types import SimpleNamespace
 
 import fairseq_cli
 import pytest
@@ -28,7 +29,7 @@ from updates import (
     record,
 )
 
-from fairseq_moe_ext import patches
+from fairseq_moe_ext import fully_sharded, patches
 from fairseq_moe_ext.cost import memory_per_device
 from fairseq_moe_ext.errors import UserError
 from fairseq_moe_ext.models.precision import bfloat16_pays
@@ -379,22 +380,40 @@ def test_half_precision_learns_on_two_processes(folder, precision, backend):
 
 def test_bfloat16_computes_the_same_sharded(folder):
     """Parameters are float32, and rounded to bfloat16 for computing, by FSDP as by our models on a
-    CPU, which leave norms and positions in float32."""
+    CPU, which leave norms and positions in float32. A CPU that gains nothing from bfloat16 computes
+    in float32 with either."""
     flags = f"--moe-expert-count 2 {DROPLESS} {WORLD} --min-params-to-wrap 0"
     how = (1, None, 1, torch.float32)
     exact = processes(2, folder, flags, "fully_sharded", *how)
     replicated = processes(2, folder, f"{flags} --bf16", "legacy_ddp", *how)
     sharded = processes(2, folder, f"{flags} --bf16", "fully_sharded", *how)
+    pays = bfloat16_pays()
     for run, same, full in zip(sharded, replicated, exact):
-        assert run.outputs[0].dtype == torch.bfloat16
-        assert same.outputs[0].dtype == (torch.bfloat16 if bfloat16_pays() else torch.float32)
+        for each in (run, same):
+            assert each.outputs[0].dtype == (torch.bfloat16 if pays else torch.float32)
         assert run.figures[0]["loss"] == pytest.approx(same.figures[0]["loss"], rel=2**-8)
-        assert run.figures[0]["loss"] != full.figures[0]["loss"]
+        assert (run.figures[0]["loss"] != full.figures[0]["loss"]) == pays
         for name, expected in full.gradients[0].items():
             atol = 0.05 * max(float(expected.abs().max()), 1e-2)  # keys' biases have but rounding
             for gradient in (run.gradients[0][name], same.gradients[0][name]):
                 assert gradient.dtype == run.parameters[name].dtype == torch.float32
                 torch.testing.assert_close(gradient, expected, rtol=0, atol=atol, msg=name)
+
+
+@pytest.mark.parametrize("pays", [True, False])
+@pytest.mark.parametrize("gpu", [True, False])
+def test_sharded_bfloat16_is_that_of_the_processor(monkeypatch, gpu, pays):
+    """On a CPU that gains nothing from it, FSDP computes in float32, and need not reduce in it."""
+    wrap = {"use_sharded_state": False, "cpu_offload": False, "flatten_parameters": True}
+    wrap.update(mixed_precision=False, fp32_reduce_scatter=True, compute_dtype=torch.float32)
+    monkeypatch.setattr(fully_sharded, "is_wrapping", lambda: True)
+    monkeypatch.setattr(fully_sharded.ConfigAutoWrap, "kwargs", wrap)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    cfg = SimpleNamespace(bf16=True, compile=False, moe_freeze="none")
+    fully_sharded.prepare(cfg, lambda: pays)
+    rounds = gpu or pays
+    assert wrap["compute_dtype"] == (torch.bfloat16 if rounds else torch.float32)
+    assert wrap["mixed_precision"] == wrap["fp32_reduce_scatter"] == rounds
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from ..moe.router import TopKRouter
 from ..shape import context_length, shape_of
 from .decoder import MoETransformerDecoder, too_few_positions
 from .hub import LanguageModelHub, data_folder, find_tokenizer, own_data
-from .precision import in_bfloat16
+from .precision import bfloat16_pays, in_bfloat16
 from .token_scores import in_chunks, log_probs
 from .unfilled import unfilled_where_loaded
 
@@ -61,7 +61,7 @@ class MoETransformerLanguageModel(FairseqLanguageModel):
             raise too_few_positions(longest, learned)
         if process_count() > 1 and shape_of(cfg).sparse:
             validate_scope(cfg)
-        fully_sharded.prepare(cfg)
+        fully_sharded.prepare(cfg, bfloat16_pays)
         with unfilled_where_loaded():
             model = cls(MoETransformerDecoder(cfg, task.source_dictionary))
         model.has_experts = mark_experts(model)

@@ -138,8 +138,9 @@ class Watched(BaseProgressBar):
         if not hasattr(self.trainer, "speed"):
             model = self.trainer.get_model()
             vocabulary = model.decoder.embed_tokens.num_embeddings
-            in_bfloat16 = model.decoder.bfloat16_on_cpu
-            precision = torch.bfloat16 if in_bfloat16 else next(model.parameters()).dtype
+            precision = getattr(model, "compute_dtype", next(model.parameters()).dtype)  # FSDP's
+            if model.decoder.bfloat16_on_cpu:
+                precision = torch.bfloat16
             peak = training_line.peak_of(self.trainer.device, precision)
             self.trainer.speed = training_line.Speed(
                 self.cfg.model, vocabulary, process_count(), peak
