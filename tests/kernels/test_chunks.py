@@ -11,7 +11,7 @@ NARROW = torch.ones(1, 96, dtype=torch.float64)
 
 
 def test_those_with_most_rows_first():
-    """64 together if three quarters of their rows are no spare ones, else 16, four or one."""
+    """64 together if seven eighths of their rows are no spare ones, else 16, four or one."""
     assert laid_out([3, 0, 8], NARROW, 96) == [Chunk([2], 8, 0), Chunk([0], 4, 8)]
     assert laid_out([1200, 3000, 1100, 800, 1200], NARROW, 96) == [
         Chunk([1], 3072, 0),
@@ -19,6 +19,8 @@ def test_those_with_most_rows_first():
     ]
     assert laid_out([4] * 17, NARROW, 96) == [Chunk([*range(16)], 4, 0), Chunk([16], 4, 64)]
     assert laid_out([4] * 65, NARROW, 96) == [Chunk([*range(64)], 4, 0), Chunk([64], 4, 256)]
+    assert len(laid_out([1280, *[1152] * 3], NARROW, 96)) == 1  # 384 of 5120
+    assert len(laid_out([1280, *[1024] * 3], NARROW, 96)) == 4  # not 768
     assert laid_out([0, 0], NARROW, 96) == []
 
 
