@@ -87,7 +87,15 @@ def take_bfloat16(cfg: Any, model: nn.Module) -> None:
     """Make fairseq's trainer keep our model in float32 on a CPU, where the model itself computes in
     bfloat16; before fairseq/trainer.py:105@0.12.2 converts it."""
     on_cpu = cfg.common.cpu or not torch.cuda.is_available()
-    wanted = cfg.common.bf16 and not cfg.common.memory_efficient_bf16
-    if wanted and on_cpu and has_own_bfloat16(model):
-        cfg.common.bf16 = False
-        cast(Any, model.decoder).bfloat16_on_cpu = bfloat16_pays()
+    if not (cfg.common.bf16 and on_cpu and has_own_bfloat16(model)):
+        return
+    if cfg.common.memory_efficient_bf16:
+        if process_rank() == 0 and speed_over_float32() < 1:
+            logger.warning(
+                f"--memory-efficient-bf16: on this CPU a product in bfloat16 takes "
+                f"{1 / speed_over_float32():.3g} times as long as in float32: use --bf16, which "
+                "computes in float32 here"
+            )
+        return
+    cfg.common.bf16 = False
+    cast(Any, model.decoder).bfloat16_on_cpu = bfloat16_pays()

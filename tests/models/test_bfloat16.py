@@ -67,6 +67,19 @@ def test_near_float64(flags, pays, caplog):
     assert features.dtype == (torch.bfloat16 if pays else torch.float32)
 
 
+@pytest.mark.parametrize("speed, times", [(0.025, "40 times"), (1.1, ""), (2.0, "")])
+def test_parameters_in_bfloat16_are_kept_and_a_cpu_that_is_slow_in_it_is_warned_of(
+    monkeypatch, caplog, speed, times
+):
+    monkeypatch.setattr(precision, "speed_over_float32", lambda: speed)
+    common = SimpleNamespace(bf16=True, cpu=True, memory_efficient_bf16=True)
+    model = build_model()
+    precision.take_bfloat16(SimpleNamespace(common=common), model)
+    assert common.bf16 and not model.decoder.bfloat16_on_cpu
+    warned = [line for line in caplog.messages if line.startswith("--memory-efficient-bf16: on")]
+    assert len(warned) == bool(times) and all(times in line for line in warned)
+
+
 def test_evaluation_on_a_gpu_converts_the_model(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     cfg = SimpleNamespace(common=SimpleNamespace(bf16=True, fp16=False, cpu=False))
