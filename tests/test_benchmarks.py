@@ -187,7 +187,7 @@ def test_what_a_program_sets_for_its_processes_is_kept(program, monkeypatch, nam
         (f"{name} --gpu", "--gpu: this machine has no CUDA device; leave it out\n")
         for name in ("layer", "peers")
     ),
-    ("peers --cases our", "--cases our: no case is called so; they are plain PyTorch, "),
+    ("peers --cases our", "--cases our: there is no such case; use plain PyTorch, "),
 ])  # fmt: skip
 def test_numbers_are_checked_before_anything_is_measured(program, line, said, monkeypatch, capsys):
     name, *arguments = line.split()

@@ -259,7 +259,7 @@ def matching(names: Sequence[str], patterns: Sequence[str], where: str, kind: st
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             raise UserError(
-                f"{where} {pattern}: no {kind} is called so; they are {', '.join(names)}"
+                f"{where} {pattern}: there is no such {kind}; use {', '.join(names)}"
             )
     return [name for name in names if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
 

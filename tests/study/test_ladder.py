@@ -44,7 +44,7 @@ REAL = stages.read(STUDY / "ladder.yaml")
     "old, new, words",
     [
         ("bases: [a]", "bases: [c]", "moe: arms: E4: bases: c: not one of a, b"),
-        ("a-E4: [1e-2]", "c: [1e-2]", "learning-rate: values: c: no arm is called so; they are a,"),
+        ("a-E4: [1e-2]", "c: [1e-2]", "learning-rate: values: c: there is no such arm; use a,"),
         ("a-E4: [1e-2]", "b: [1e-2]", "learning-rate: values: name a moe arm too"),
         ("context:", "corpora: [1]\ncontext:", "corpora: 1: use names"),
         ("a-E4: [1e-2]", "a-E4: 1e-2", "values: a-E4: '1e-2': list one learning rate or more"),
@@ -54,7 +54,7 @@ REAL = stages.read(STUDY / "ladder.yaml")
         ("[1e-2, 1e-3]", "[true]", "True is no learning rate"),
         ("[1e-2, 1e-3]", "[1e-2, 0.01]", "a: ['1e-2', 0.01]: a learning rate appears twice"),
         ("screen: first", "screen: third", "screen third: not a stage before it: first"),
-        ("tokens: 640", "tokens: 640, arms: [c*]", "stages: second: arms c*: no arm is called so"),
+        ("tokens: 640", "tokens: 640, arms: [c*]", "stages: second: arms c*: there is no such arm"),
         ("experts: 4}}", "experts: 0}}", "moe: arms: E4: experts 0 is out of range"),
         ("first: {{tokens", "probe: {{tokens", "stages: probe: is the name of a folder"),
         ("first: {{tokens", "a/b: {{tokens", "stages: a/b: use letters, digits"),

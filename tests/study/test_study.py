@@ -367,8 +367,8 @@ def test_runs_are_chosen_by_the_names_of_their_folders(folder, capsys):
     trained = re.findall(r"--save-dir \S*/(\S+)", capsys.readouterr().out)
     assert trained == ["dense-s-1", "moe-s-1", "moe-m-1"]
     for words, error in (
-        (["--runs", "moe-x"], "--runs moe-x: no run is called so; they are dense-s-1, dense-m-1"),
-        (["--runs", ""], "--runs : no run is called so"),
+        (["--runs", "moe-x"], "--runs moe-x: there is no such run; use dense-s-1, dense-m-1"),
+        (["--runs", ""], "--runs : there is no such run"),
         (["--runs", "moe-*", "--only-result"], "--runs moe-*: --only-result collects all runs"),
     ):
         assert cli.main(["study", path, *words]) == 1

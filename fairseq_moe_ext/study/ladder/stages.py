@@ -271,7 +271,7 @@ def _search(
         found = [arm for arm in arms if arm.name == name]
         if not found:
             names = ", ".join(arm.name for arm in arms)
-            raise UserError(f"{where}: values: {name}: no arm is called so; they are {names}")
+            raise UserError(f"{where}: values: {name}: there is no such arm; use {names}")
         if not isinstance(values, list) or not values:
             raise UserError(f"{where}: values: {name}: {values!r}: list one learning rate or more")
         tried[name] = [_with_rate(found[0], value, f"{where}: values: {name}") for value in values]
