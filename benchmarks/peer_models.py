@@ -32,9 +32,16 @@ class Shape(NamedTuple):
         return tokens * cost.training_flops_per_token(shape, self.context)
 
 
-def plain(shape: Shape) -> nn.Module:
+def plain(shape: Shape, experts: int = 0) -> nn.Module:
     return PlainGPT(
-        shape.vocabulary, shape.layers, shape.dim, shape.heads, shape.hidden, shape.context, DROPOUT
+        shape.vocabulary,
+        shape.layers,
+        shape.dim,
+        shape.heads,
+        shape.hidden,
+        shape.context,
+        DROPOUT,
+        experts,
     )
 
 

@@ -66,6 +66,12 @@ CASES = {
     "bf16: Hugging Face GPT-2, autocast": Case(hugging_face, True, autocast=True),
     "ours, 8 experts": Case(functools.partial(ours, experts=8), dense="ours"),
     "ours, 64 experts": Case(functools.partial(ours, experts=64), dense="ours"),
+    **{
+        f"plain PyTorch, {experts} experts, every other layer": Case(
+            functools.partial(plain, experts=experts), dense="plain PyTorch"
+        )
+        for experts in (8, 64)
+    },
     "OLMoE, 8 experts": Case(functools.partial(hugging_face, experts=8)),
     "OLMoE, 64 experts": Case(functools.partial(hugging_face, experts=64)),
     "bf16: ours, 8 experts": Case(
@@ -156,7 +162,8 @@ def groups(cases: Dict[str, Case], sizes: Dict[str, int], room: float) -> List[L
                 break
         else:
             found.append(list(dict.fromkeys([BASE, label])))
-    return found + [[BASE, case.dense, label] for label, case in cases.items() if case.dense]
+    sparse = {label: case.dense for label, case in cases.items() if case.dense}
+    return found + [list(dict.fromkeys([BASE, dense, label])) for label, dense in sparse.items()]
 
 
 def together(
@@ -169,7 +176,7 @@ def together(
         step = measure.attempted(label, make, optional(label))
         if step is not None:
             runs[label] = step
-    for label in (label for label, case in cases.items() if case.dense):
+    for label in (label for label, case in cases.items() if case.dense and label in runs):
         for _ in range(SPARSE_WARMUP):
             runs[label]()
     seconds = measure.in_turn(runs, rounds, optional=list(filter(optional, runs)))
@@ -227,17 +234,18 @@ def compare(
 
 def run(
     shapes: Dict[str, Shape], choices: Iterable[Collection[str]], rounds: int, like: Tensor
-) -> None:
+) -> Set[str]:
     """Measure choices of cases one after the other, each on all of `shapes` and with what its cases
-    are compared with."""
+    are compared with. Returns the names of the rows."""
     done: Set[str] = set()
     for chosen in choices:
+        in_bfloat16 = {label: CASES[label].bf16 for label in chosen}
+        chosen = measure.worthwhile(in_bfloat16, like.device.type)
         wanted = {BASE, *chosen, *(CASES[label].dense for label in chosen)}
-        in_bfloat16 = {label: case.bf16 for label, case in CASES.items() if label in wanted}
-        labels = measure.worthwhile(in_bfloat16, like.device.type)
-        cases = {label: CASES[label] for label in labels}
-        for name, shape in shapes.items():
+        cases = {label: case for label, case in CASES.items() if label in wanted}
+        for name, shape in shapes.items() if chosen else ():
             compare(name, shape, cases, rounds, like, done)
+    return done
 
 
 def to_dense(rows: Dict[str, Dict], key: str) -> str:
@@ -263,7 +271,7 @@ def table(rows: Dict[str, Dict], like: Tensor) -> None:
         "peers",
         f"A training step ({shapes}). Speed: against plain PyTorch in float32, in the same run. "
         "Plain PyTorch's: its seconds in that run, seconds x speed. To dense: the time of a sparse "
-        "model over that of our dense one of equal FLOPs and the same precision, in the same run; "
+        "model over that of the dense one of equal FLOPs and the same precision, in the same run; "
         "*: they ran apart, and this is the quotient of their speeds. Of the floor: the FLOPs at "
         "the rate of the best product of that precision (in the row of PyTorch's products: of its "
         "own), over the time. MiB: the most that a step allocates beside parameters and moments.",
@@ -299,7 +307,8 @@ def main() -> None:
     shapes = {name: {**SHAPES, **GPU_SHAPES}[name] for name in names}
     like = torch.empty(0, device=device)
     choices = [cases] if cases else GPU_CASES if args.gpu else [list(CASES)]
-    run(shapes, choices, args.rounds, like)
+    if not run(shapes, choices, args.rounds, like):
+        parser.exit(1, "nothing was measured\n")
 
 
 if __name__ == "__main__":

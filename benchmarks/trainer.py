@@ -326,9 +326,11 @@ def main() -> None:
         cases = matching(list(CASES), args.cases, "--cases", "case")
     except UserError as error:
         parser.error(str(error))
+    cases = measure.worthwhile({case: CASES[case].bf16 for case in cases})
+    if not cases:
+        parser.exit(1, "nothing was measured\n")
     torch.set_num_threads(2)
     os.environ.update(THREADS)
-    cases = measure.worthwhile({case: CASES[case].bf16 for case in cases})
     for name in args.shapes:
         for case in cases:
             found = compare(SHAPES[name], CASES[case], args.rounds)

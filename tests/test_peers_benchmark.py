@@ -17,8 +17,13 @@ MIB = 2**20
 
 
 @pytest.fixture
-def peers(monkeypatch, tmp_path):
-    return programs(monkeypatch, tmp_path)("peers")
+def program(monkeypatch, tmp_path):
+    return programs(monkeypatch, tmp_path)
+
+
+@pytest.fixture
+def peers(program):
+    return program("peers")
 
 
 class Models:
@@ -148,32 +153,73 @@ def test_a_case_that_cannot_fit_is_left_out_and_named(peers, monkeypatch, tmp_pa
 
 
 @pytest.mark.parametrize("pays", [True, False])
-def test_bfloat16_is_left_out_where_training_would_not_use_it(peers, monkeypatch, capsys, pays):
-    """By others, too: without instructions for it, a step would take minutes."""
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_bfloat16_is_left_out_where_training_would_not_use_it(
+    peers, monkeypatch, capsys, device, pays
+):
+    """By others, too: without instructions for it, a step would take minutes. On another device
+    what the CPU gains does not count."""
     monkeypatch.setattr(precision, "bfloat16_pays", lambda: pays)
     measured = []
     monkeypatch.setattr(peers, "compare", lambda name, shape, cases, *_: measured.extend(cases))
-    peers.run({"96": peers.SHAPES["96"]}, [list(peers.CASES)], 1, torch.empty(0))
+    peers.run({"96": peers.SHAPES["96"]}, [list(peers.CASES)], 1, torch.empty(0, device=device))
     without = [label for label in peers.CASES if not label.startswith("bf16: ")]
-    assert measured == (list(peers.CASES) if pays else without)
+    every = pays or device != "cpu"
+    assert measured == (list(peers.CASES) if every else without)
     said = "bf16: ours, 8 experts: left out: this CPU gains nothing from bfloat16\n"
-    assert (said in capsys.readouterr().out) != pays
-    assert peers.measure.worthwhile({"bf16: ours": True}, "cuda") == ["bf16: ours"]
+    assert (said in capsys.readouterr().out) != every
+
+
+@pytest.mark.parametrize("name", ["peers", "trainer"])
+def test_without_any_case_left_nothing_is_measured(program, monkeypatch, tmp_path, capsys, name):
+    """Nor does plain PyTorch alone replace its row, which others are compared with."""
+    monkeypatch.setattr(precision, "bfloat16_pays", lambda: False)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--shapes", "96", "--cases", "bf16: *"])
+    with pytest.raises(SystemExit) as ended:
+        program(name).main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "nothing was measured\n"
+    assert not list(tmp_path.rglob("*.json"))
 
 
 def test_every_case_is_built_for_its_size_without_memory(peers):
     """As many bytes as the model has, on the meta device, where 64 experts take none."""
     pytest.importorskip("transformers")
+    from plain_gpt import Experts
+
     shape = peers.Shape(2, 16, 2, 96, 40, 2, 64)
     for label, case in peers.CASES.items():
         parameters = list(case.build(shape).parameters())
         assert peers.model_bytes(case, shape) == 16 * sum(p.numel() for p in parameters), label
     for label, case in peers.CASES.items():
-        assert bool(case.dense) == ("ours" in label and "experts" in label), label
-        assert case.dense in ("", "bf16: ours" if case.bf16 else "ours")
-        if case.dense:
+        assert bool(case.dense) == ("experts" in label and "OLMoE" not in label), label
+        if case.dense == "plain PyTorch":
+            sparse = [isinstance(block.ffn, Experts) for block in case.build(shape).blocks]
+            assert sparse == [False, True], label
+        elif case.dense:
+            assert case.dense == ("bf16: ours" if case.bf16 else "ours")
             sparse = [each.moe_layer is not None for each in case.build(shape).model.decoder.layers]
             assert sparse == [False, True] if "every other layer" in label else all(sparse), label
+
+
+def test_plain_experts_are_a_loop_over_tokens(peers):
+    """And their balancing loss is that of the router's two favourites."""
+    from plain_gpt import Experts
+
+    torch.manual_seed(0)
+    layer = Experts(5, 8, 12).double()
+    x = torch.randn(30, 8, dtype=torch.float64)
+    out, firsts = layer(x), [0] * 5
+    for token, row in enumerate(x):
+        probs = layer.router(row).softmax(dim=0)
+        first, second = probs.argsort(descending=True)[:2].tolist()
+        firsts[first] += 1
+        y = probs[first] * layer.networks[first](row) + probs[second] * layer.networks[second](row)
+        torch.testing.assert_close(out[token], y / (probs[first] + probs[second]))
+    means = layer.router(x).softmax(dim=1).mean(dim=0)
+    assert float(layer.balance) == pytest.approx(5 * sum(
+        share / 30 * float(mean) for share, mean in zip(firsts, means)
+    ))  # fmt: skip
 
 
 class Products(TorchDispatchMode):

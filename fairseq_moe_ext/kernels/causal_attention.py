@@ -29,7 +29,7 @@ _HELD = 2**20
 def serves(q: Tensor, dropout: float) -> bool:
     """Whether causal_attention is faster for these queries (B, H, S, d): on a CPU, of S positions
     that the parts divide, because oneDNN keeps a program for each shape. In float32 without
-    dropout, where oneDNN is not used, PyTorch's takes 0.7 to 1.3 times the time of ours."""
+    dropout, where oneDNN is not used, PyTorch's takes 0.7 to 1.3 times as long as ours."""
     return (
         q.device.type == "cpu"
         and q.numel() > 0

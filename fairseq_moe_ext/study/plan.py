@@ -258,9 +258,7 @@ def matching(names: Sequence[str], patterns: Sequence[str], where: str, kind: st
     matches none; kind: of what the names are."""
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            raise UserError(
-                f"{where} {pattern}: there is no such {kind}; use {', '.join(names)}"
-            )
+            raise UserError(f"{where} {pattern}: there is no such {kind}; use {', '.join(names)}")
     return [name for name in names if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
 
 
