@@ -41,6 +41,7 @@ def section(page, heading):
     return page[page.index(f"## {heading}\n") :].split("\n## ")[0]
 
 
+FASTER = "ours_is_faster"
 STEP = section(PAGE, "A step against plain PyTorch")
 
 
@@ -200,6 +201,39 @@ def test_the_table_of_zen_3_is_that_of_its_file(to_dense):
     table = section(PAGE, "On your processor").split("| Zen 3, float32 |")[1].split("\n\n")[0]
     shown = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
     assert {label: cells for label, *cells in shown} == zen_3(to_dense)
+
+
+def test_what_the_page_says_of_zen_3_is_in_its_files():
+    folder = RESULTS.with_name("amd-family25-model1")
+    peers, evaluated, generated = (
+        rows_of(name, folder) for name in ("peers", "evaluate_peers", "generate")
+    )
+    for shape in SHAPES:
+        took = [
+            row["seconds"] * row["speed"] for key, row in peers.items() if key.startswith(shape)
+        ]
+        width = {"wide": "768"}.get(shape, shape)
+        said(f"{min(took):.2f} to {max(took):.2f} s at width {width}")
+    mib = [
+        f"{peers[f'{shape}: {name}, 8 experts, every other layer']['mib']:,}"
+        for name in ("plain PyTorch", "ours")
+        for shape in ("96", "256")
+    ]
+    said(
+        f"takes {mib[0]} and {mib[1]} MiB besides parameters and moments at widths 96 and 256, "
+        f"ours {mib[2]} and {mib[3]}"
+    )
+    speeds = listed(evaluated[f"{shape}: ours"]["speed"] for shape in SHAPES)
+    said(f"Evaluation runs at {speeds} of plain PyTorch's speed")
+    one, many, sparse_one, sparse_many = (
+        f"{generated[f'256, batch {batch}: ours, converted, by transformers{kind}'][FASTER]:.2f}"
+        for kind in ("", ", 8 experts")
+        for batch in (1, 16)
+    )
+    said(
+        f"generation at width 256 at {one} (batch 1) and {many} (batch 16) of the speed of the "
+        f"same weights in transformers, with 8 experts at {sparse_one} and {sparse_many}"
+    )
 
 
 def table_of_the_step():
