@@ -141,7 +141,7 @@ def attempted(name: str, work: Callable[[], T], optional: bool) -> Optional[T]:
 def worthwhile(in_bfloat16: Mapping[str, bool], device: str = "cpu") -> List[str]:
     """The names of the cases to measure; for each that is left out, a printed line. On a CPU that
     gains nothing from bfloat16, `--bf16` trains in float32; without instructions for it a product
-    takes some 25 to 45 times as long (Zen 3)."""
+    takes 25 to 42 times as long (Zen 3)."""
     wanted = []
     for name, bf16 in in_bfloat16.items():
         if bf16 and device == "cpu" and not precision.bfloat16_pays():

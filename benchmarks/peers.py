@@ -1,5 +1,5 @@
-"""A training step of ours against what else there is: plain PyTorch, the same under torch.compile,
-Hugging Face's GPT-2 and OLMoE, stock fairseq.
+"""A training step of ours against what else there is: plain PyTorch, dense and with experts, the
+same under torch.compile, Hugging Face's GPT-2 and OLMoE, stock fairseq.
 
     python benchmarks/peers.py [--shapes wide 256 96] [--cases NAME ...] [--rounds 3]
     python benchmarks/peers.py --list
@@ -166,6 +166,12 @@ def groups(cases: Dict[str, Case], sizes: Dict[str, int], room: float) -> List[L
     return found + [list(dict.fromkeys([BASE, dense, label])) for label, dense in sparse.items()]
 
 
+def repeated(step: Callable[[], None], times: int) -> bool:
+    for _ in range(times):
+        step()
+    return True
+
+
 def together(
     name: str, shape: Shape, cases: Dict[str, Case], rounds: int, like: Tensor
 ) -> Dict[str, Dict]:
@@ -176,9 +182,10 @@ def together(
         step = measure.attempted(label, make, optional(label))
         if step is not None:
             runs[label] = step
-    for label in (label for label, case in cases.items() if case.dense and label in runs):
-        for _ in range(SPARSE_WARMUP):
-            runs[label]()
+    for label in [label for label in runs if cases[label].dense]:
+        warm_up = functools.partial(repeated, runs[label], SPARSE_WARMUP)
+        if measure.attempted(label, warm_up, optional(label)) is None:
+            del runs[label]
     seconds = measure.in_turn(runs, rounds, optional=list(filter(optional, runs)))
     device, threads = like.device.type, torch.get_num_threads()
 
@@ -212,6 +219,8 @@ def compare(
         size = measure.attempted(label, make, optional(label))
         if size is not None:
             sizes[label] = size
+    if len(sizes) == 1 < len(cases):  # plain PyTorch alone would replace its row
+        return
     cases = {label: cases[label] for label in sizes}
     room = FILLED * measure.free_memory(like.device.type)
     for group in groups(cases, sizes, room):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class Experts(nn.Module):
-    """The two feed-forward networks that a router likes best, of a token's; none is full."""
+    """Top-2 Mixture of Experts without a capacity limit."""
 
     def __init__(self, count: int, dim: int, hidden: int) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Block(nn.Module):
 
 
 class PlainGPT(nn.Module):
-    """Tokens and their targets -> cross-entropy, summed, and 0.01 of the balancing losses."""
+    """Tokens and their targets -> cross-entropy, summed, plus 0.01 x tokens x balancing losses."""
 
     def __init__(
         self,

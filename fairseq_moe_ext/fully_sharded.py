@@ -41,12 +41,12 @@ def is_wrapping() -> bool:
 def prepare(cfg: Any, bfloat16_pays: Callable[[], bool]) -> None:
     """Make FSDP wrap according to the settings of the model that is to be built. With --bf16, which
     fairseq does not pass on to FSDP (fairseq/distributed/fully_sharded_data_parallel.py:98@0.12.2),
-    it keeps float32 and computes in bfloat16. Raises UserError for settings with which it cannot
-    train or save correctly.
+    it keeps float32 and computes in bfloat16, unless on a CPU that gains nothing from it. Raises
+    UserError for settings with which it cannot train or save correctly.
 
     Args:
         cfg: of the model, with bf16.
-        bfloat16_pays: asked on a machine without a GPU, whether its CPUs compute in bfloat16.
+        bfloat16_pays: whether to compute in bfloat16; called only without a GPU, by all processes.
     """
     if not is_wrapping():
         return
@@ -54,7 +54,7 @@ def prepare(cfg: Any, bfloat16_pays: Callable[[], bool]) -> None:
     if cfg.bf16 and (torch.cuda.is_available() or bfloat16_pays()):
         settings.update(mixed_precision=True, compute_dtype=torch.bfloat16)
     elif cfg.bf16:
-        settings["fp32_reduce_scatter"] = False  # all is float32, and FSDP refuses the flag
+        settings["fp32_reduce_scatter"] = False  # everything is float32; FSDP would reject the flag
     refused = {
         "--compile": (
             cfg.compile,

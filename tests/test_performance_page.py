@@ -221,7 +221,7 @@ def test_what_the_page_says_of_zen_3_is_in_its_files():
     ]
     said(
         f"takes {mib[0]} and {mib[1]} MiB besides parameters and moments at widths 96 and 256, "
-        f"ours {mib[2]} and {mib[3]}"
+        f"ours {mib[2]} and {mib[3]} MiB"
     )
     speeds = listed(evaluated[f"{shape}: ours"]["speed"] for shape in SHAPES)
     said(f"Evaluation runs at {speeds} of plain PyTorch's speed")
@@ -231,8 +231,8 @@ def test_what_the_page_says_of_zen_3_is_in_its_files():
         for batch in (1, 16)
     )
     said(
-        f"generation at width 256 at {one} (batch 1) and {many} (batch 16) of the speed of the "
-        f"same weights in transformers, with 8 experts at {sparse_one} and {sparse_many}"
+        f"Generation at width 256 runs at {one} (batch 1) and {many} (batch 16) of the speed of "
+        f"the same weights in transformers, with 8 experts at {sparse_one} and {sparse_many}"
     )
 
 
@@ -408,7 +408,7 @@ def test_the_tables_of_the_ablation_are_those_of_their_files():
         for cell, measured in zip(shown, zen_3[f"{shape}; float32"]):
             assert cell in ("same", measured)
             same += [measured] if cell == "same" else []
-    said(f"the ratio was {min(same)} to {max(same)}, which is the noise", KERNELS)
+    said(f"These ratios were {min(same)} to {max(same)}, so that is the noise", KERNELS)
 
 
 def test_the_table_of_a_layer_is_that_of_its_file():

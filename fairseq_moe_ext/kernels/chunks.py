@@ -18,7 +18,7 @@ _NARROW = 2**17  # numbers in an expert's first matrix, at most
 # matrices, which are copied side by side.
 _HELD = 2**21
 _NUMBERS = (64, 16, 4)  # of experts in a chunk; few, as oneDNN keeps a program for each shape
-# Of a chunk's rows at least seven eighths are no spare ones; or these cost no more than a call, so
+# At least seven eighths of a chunk's rows are real. Or the spare ones cost no more than a call, so
 # many multiplications by the first matrix, and are no more than a sixteenth of the layer's rows.
 _FULL, _FREE, _FEW = 7 / 8, 2**23, 1 / 16
 

@@ -92,9 +92,9 @@ def take_bfloat16(cfg: Any, model: nn.Module) -> None:
     if cfg.common.memory_efficient_bf16:
         if process_rank() == 0 and speed_over_float32() < 1:
             logger.warning(
-                f"--memory-efficient-bf16: on this CPU a product in bfloat16 takes "
-                f"{1 / speed_over_float32():.3g} times as long as in float32: use --bf16, which "
-                "computes in float32 here"
+                f"--memory-efficient-bf16: on this CPU a matrix product takes "
+                f"{1 / speed_over_float32():.3g} times as long in bfloat16 as in float32; use "
+                "--bf16 instead, which computes in float32 here"
             )
         return
     cfg.common.bf16 = False

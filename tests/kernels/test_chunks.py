@@ -11,7 +11,7 @@ NARROW = torch.ones(1, 96, dtype=torch.float64)
 
 
 def test_those_with_most_rows_first():
-    """64 together if seven eighths of their rows are no spare ones, else 16, four or one."""
+    """64 together if seven eighths of their rows are real, else 16, four or one."""
     assert laid_out([3, 0, 8], NARROW, 96) == [Chunk([2], 8, 0), Chunk([0], 4, 8)]
     assert laid_out([1200, 3000, 1100, 800, 1200], NARROW, 96) == [
         Chunk([1], 3072, 0),

@@ -7,16 +7,18 @@ import re
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from fairseq.logging import progress_bar
+from small_models import build_model
 from training import MODEL, fairseq, make_data
 
 from fairseq_moe_ext import metrics_file, training_line
 from fairseq_moe_ext.config import MoETransformerLMConfig
 from fairseq_moe_ext.errors import UserError
-from fairseq_moe_ext.patches.progress import group_of
+from fairseq_moe_ext.patches.progress import Watched, group_of
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +138,19 @@ def test_mfu_is_of_the_precision_that_training_computes_in(
     asked = []
     monkeypatch.setattr(training_line, "peak_of", lambda device, p: asked.append(p))
     train(f"{flags} --max-update 1 --log-interval 1 --disable-validation --no-save")
+    assert asked == [precision]
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
+def test_mfu_of_a_sharded_model_is_of_what_fsdp_computes_in(monkeypatch, precision):
+    """Its parameters are float32 in each."""
+    asked = []
+    monkeypatch.setattr(training_line, "peak_of", lambda device, p: asked.append(p))
+    model = build_model()
+    model.compute_dtype = precision  # FSDP's
+    settings = MoETransformerLMConfig(decoder_layers=1, decoder_embed_dim=8, tokens_per_sample=8)
+    trainer = SimpleNamespace(get_model=lambda: model, device=torch.device("cpu"))
+    Watched._speed(SimpleNamespace(trainer=trainer, cfg=SimpleNamespace(model=settings)))
     assert asked == [precision]
 
 
