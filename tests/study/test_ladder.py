@@ -242,7 +242,7 @@ def test_a_part_of_a_ladder():
     ]
     for asked, words in (
         (running.Chosen(stages=["8M"]), "--stages 8M: not a stage"),
-        (running.Chosen(arms=["d9"]), "--arms d9: no arm"),
+        (running.Chosen(arms=["d9"]), "--arms d9: there is no such arm"),
         (running.Chosen(stages=["4M"], seeds=[2]), "no run is in all of them"),
         (running.Chosen(seeds=[9]), "--seeds 9: not a seed; they are 1, 2, 3"),
     ):
